@@ -1,0 +1,217 @@
+//! IP addresses as they stand in maps, and the trait by which all datapath code is generic over the family.
+
+use crate::shared_type;
+
+/// An IPv4 address, network order.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(4))]
+pub struct Ip4 {
+    /// The four octets as they stand on the wire.
+    pub ip: [u8; 4],
+}
+
+/// An IPv6 address, network order.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(4))]
+pub struct Ip6 {
+    /// The sixteen octets as they stand on the wire.
+    pub ip: [u8; 16],
+}
+
+/// An address of either family in 16 bytes; IPv4 is stored mapped, `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
+pub type Addr = Ip6;
+
+shared_type!(Ip4, 4);
+shared_type!(Ip6, 16);
+
+/// What the datapath needs to know of an address, whatever its family.
+pub trait Address: Copy + PartialEq {
+    /// Octets of the address.
+    const LEN: usize;
+    /// True for IPv6.
+    const IS_V6: bool;
+    /// The family's all-zero address.
+    const UNSPECIFIED: Self;
+    /// The address in 16 bytes, IPv4 as mapped.
+    fn to_addr(self) -> Addr;
+    /// The inverse of [`Address::to_addr`]; meaningless bits are dropped.
+    fn from_addr(addr: Addr) -> Self;
+    /// The four 32-bit words of the address, as loaded from memory (an IPv4 address is word 0, the others are 0).
+    fn words(self) -> [u32; 4];
+    /// Link-local or multicast: such packets never leave their link, so the stack may have them as they are.
+    fn is_link_scope(self) -> bool;
+}
+
+impl Ip4 {
+    /// The address as one word, as loaded from memory.
+    #[inline(always)]
+    pub const fn word(self) -> u32 {
+        u32::from_ne_bytes(self.ip)
+    }
+
+    /// The address from a word as loaded from memory.
+    #[inline(always)]
+    pub const fn from_word(word: u32) -> Self {
+        Self { ip: word.to_ne_bytes() }
+    }
+}
+
+impl PartialEq for Ip4 {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        self.word() == other.word()
+    }
+}
+impl Eq for Ip4 {}
+
+impl Address for Ip4 {
+    const LEN: usize = 4;
+    const IS_V6: bool = false;
+    const UNSPECIFIED: Self = Self { ip: [0; 4] };
+
+    #[inline(always)]
+    fn to_addr(self) -> Addr {
+        Ip6::from_words([0, 0, 0xffff_u32.to_be(), self.word()])
+    }
+    #[inline(always)]
+    fn from_addr(addr: Addr) -> Self {
+        Self::from_word(addr.words()[3])
+    }
+    #[inline(always)]
+    fn words(self) -> [u32; 4] {
+        [self.word(), 0, 0, 0]
+    }
+    #[inline(always)]
+    fn is_link_scope(self) -> bool {
+        self.ip[0] >= 224
+    }
+}
+
+impl Ip6 {
+    /// The address from four words as loaded from memory.
+    #[inline(always)]
+    pub const fn from_words(w: [u32; 4]) -> Self {
+        let (a, b, c, d) = (w[0].to_ne_bytes(), w[1].to_ne_bytes(), w[2].to_ne_bytes(), w[3].to_ne_bytes());
+        Self {
+            ip: [
+                a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
+            ],
+        }
+    }
+
+    /// True if these bytes hold a mapped IPv4 address.
+    #[inline(always)]
+    pub fn is_v4(self) -> bool {
+        let w = self.words();
+        w[0] == 0 && w[1] == 0 && w[2] == 0xffff_u32.to_be()
+    }
+}
+
+impl PartialEq for Ip6 {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        let (a, b) = (self.words(), other.words());
+        ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])) == 0
+    }
+}
+impl Eq for Ip6 {}
+
+impl Address for Ip6 {
+    const LEN: usize = 16;
+    const IS_V6: bool = true;
+    const UNSPECIFIED: Self = Self { ip: [0; 16] };
+
+    #[inline(always)]
+    fn to_addr(self) -> Addr {
+        self
+    }
+    #[inline(always)]
+    fn from_addr(addr: Addr) -> Self {
+        addr
+    }
+    #[inline(always)]
+    fn words(self) -> [u32; 4] {
+        let i = &self.ip;
+        [
+            u32::from_ne_bytes([i[0], i[1], i[2], i[3]]),
+            u32::from_ne_bytes([i[4], i[5], i[6], i[7]]),
+            u32::from_ne_bytes([i[8], i[9], i[10], i[11]]),
+            u32::from_ne_bytes([i[12], i[13], i[14], i[15]]),
+        ]
+    }
+    #[inline(always)]
+    fn is_link_scope(self) -> bool {
+        self.ip[0] == 0xff || (self.ip[0] == 0xfe && self.ip[1] & 0xc0 == 0x80)
+    }
+}
+
+#[cfg(feature = "user")]
+mod std_net {
+    use super::{Addr, Address, Ip4, Ip6};
+    use core::hash::{Hash, Hasher};
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+    impl Hash for Ip4 {
+        fn hash<H: Hasher>(&self, state: &mut H) {
+            self.ip.hash(state);
+        }
+    }
+    impl Hash for Ip6 {
+        fn hash<H: Hasher>(&self, state: &mut H) {
+            self.ip.hash(state);
+        }
+    }
+    impl PartialOrd for Ip4 {
+        fn partial_cmp(&self, other: &Self) -> Option<core::cmp::Ordering> {
+            Some(self.cmp(other))
+        }
+    }
+    impl Ord for Ip4 {
+        fn cmp(&self, other: &Self) -> core::cmp::Ordering {
+            self.ip.cmp(&other.ip)
+        }
+    }
+    impl PartialOrd for Ip6 {
+        fn partial_cmp(&self, other: &Self) -> Option<core::cmp::Ordering> {
+            Some(self.cmp(other))
+        }
+    }
+    impl Ord for Ip6 {
+        fn cmp(&self, other: &Self) -> core::cmp::Ordering {
+            self.ip.cmp(&other.ip)
+        }
+    }
+    impl From<Ipv4Addr> for Ip4 {
+        fn from(a: Ipv4Addr) -> Self {
+            Self { ip: a.octets() }
+        }
+    }
+    impl From<Ip4> for Ipv4Addr {
+        fn from(a: Ip4) -> Self {
+            a.ip.into()
+        }
+    }
+    impl From<Ipv6Addr> for Ip6 {
+        fn from(a: Ipv6Addr) -> Self {
+            Self { ip: a.octets() }
+        }
+    }
+    impl From<Ip6> for Ipv6Addr {
+        fn from(a: Ip6) -> Self {
+            a.ip.into()
+        }
+    }
+    impl From<IpAddr> for Addr {
+        fn from(a: IpAddr) -> Self {
+            match a {
+                IpAddr::V4(a) => Ip4::from(a).to_addr(),
+                IpAddr::V6(a) => a.into(),
+            }
+        }
+    }
+    impl From<Addr> for IpAddr {
+        fn from(a: Addr) -> Self {
+            if a.is_v4() { Self::V4(Ip4::from_addr(a).into()) } else { Self::V6(a.into()) }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Why packets are dropped: the only list of reasons, with their names and hints.
+
+macro_rules! reasons {
+    ($( $(#[doc = $doc:literal])+ $variant:ident = $code:literal, $name:literal, $hint:literal; )+) => {
+        /// Why a packet was dropped (or refused). The code is the index into `rn_counters`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u8)]
+        pub enum DropReason {
+            $( $(#[doc = $doc])+ $variant = $code, )+
+        }
+
+        impl DropReason {
+            /// All reasons, in order of their codes.
+            pub const ALL: &[Self] = &[ $(Self::$variant),+ ];
+
+            /// Short name for tables and metrics.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name),+ }
+            }
+
+            /// What a person can do about it.
+            pub const fn hint(self) -> &'static str {
+                match self { $(Self::$variant => $hint),+ }
+            }
+
+            /// The reason with this code, if there is one.
+            pub const fn from_code(code: u8) -> Option<Self> {
+                match code { $($code => Some(Self::$variant),)+ _ => None }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Not a drop: the packet was forwarded.
+    Forwarded = 0, "forwarded", "";
+    /// Lengths that contradict each other, headers beyond the end of the packet.
+    Malformed = 1, "malformed", "the sender builds broken packets: capture at the pod and look at the IP header";
+    /// More extension headers, or other ones, than the parser follows.
+    Unparsable = 2, "unparsable", "an IPv6 extension header chain longer than six, or one that hides the transport header";
+    /// A source address or MAC that is not the pod's own.
+    Spoofed = 3, "spoofed", "the sender uses an address that is not its own";
+    /// A tunnel packet whose sender is not the node that owns the inner source.
+    TunnelSource = 4, "tunnel_source", "the peer table does not know this sender: compare Node addresses with `rustnet nodes`";
+    /// A tunnel packet sent by a pod.
+    PodTunnel = 5, "pod_tunnel", "a pod sends to the overlay's port";
+    /// A service without endpoints, refused.
+    NoBackend = 6, "no_backend", "the service has no ready endpoint: kubectl get endpointslices";
+    /// A port that the VIP does not have, refused.
+    UnknownPort = 7, "unknown_port", "the service has no such port: kubectl get service";
+    /// Policy Local without an endpoint here.
+    NoLocalBackend = 8, "no_local_backend", "internalTrafficPolicy is Local and no endpoint is on this node";
+    /// A service entry that points outside `rn_backends`.
+    BadBackend = 9, "bad_backend", "maps disagree: restart the agent and report this";
+    /// No free port or connection slot was found.
+    NatExhausted = 10, "nat_exhausted", "too many connections to one destination: widen the masquerade port range";
+    /// The connection table took no entry.
+    CtFull = 11, "ct_full", "raise the size of the connection table";
+    /// A later fragment whose first was never seen.
+    FragmentUnknown = 12, "fragment_unknown", "fragments arrived before their first: look for reordering or loss";
+    /// Its hop limit ended here; the sender was told.
+    TtlExceeded = 13, "ttl_exceeded", "a routing loop, or a traceroute";
+    /// Larger than the path; the sender was told.
+    TooBig = 14, "too_big", "the sender did not learn the path MTU: are ICMP messages filtered?";
+    /// A VIP asked from outside the cluster.
+    VipFromOutside = 15, "vip_from_outside", "cluster addresses are not served to outside clients";
+    /// The route look-up said no.
+    NoRoute = 16, "no_route", "ip route get, in the host's network namespace";
+    /// A helper refused to change the packet.
+    Rewrite = 17, "rewrite", "report this, with a capture";
+    /// The host asked a VIP whose backend is the host itself; only the socket path can serve it.
+    HostLoop = 18, "host_loop", "use the endpoint's own address from the host";
+    /// A policy does not allow it.
+    Policy = 19, "policy", "no policy allows this connection";
+}
+
+/// Directions that `rn_counters` tells apart; see [`counter_index`].
+pub mod hook {
+    /// Names by code.
+    pub const NAMES: [&str; 6] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out"];
+    /// TC ingress of a pod's host-side veth.
+    pub const FROM_POD: u8 = 0;
+    /// TC egress of a pod's host-side veth.
+    pub const TO_POD: u8 = 1;
+    /// TC ingress of the uplink.
+    pub const UPLINK_IN: u8 = 2;
+    /// TC egress of the uplink.
+    pub const UPLINK_OUT: u8 = 3;
+    /// TC ingress of the overlay device.
+    pub const OVERLAY_IN: u8 = 4;
+    /// TC egress of the overlay device.
+    pub const OVERLAY_OUT: u8 = 5;
+}
+
+/// Hooks that one reason has room for in `rn_counters`.
+pub const HOOKS: u32 = 8;
+/// Elements of `rn_counters`.
+pub const COUNTERS: u32 = 32 * HOOKS;
+
+/// Element of `rn_counters` for a reason at a hook.
+#[inline(always)]
+pub const fn counter_index(reason: u8, hook: u8) -> u32 {
+    reason as u32 * HOOKS + hook as u32
+}
+
+/// Value of `rn_counters`, per CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Counter {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes of the frames.
+    pub bytes: u64,
+}
+
+crate::shared_type!(Counter, 16);

@@ -1,0 +1,65 @@
+//! Fixed names: what people type after `bpftool map dump name`, and where things are pinned.
+
+/// Where the agent pins, unless told otherwise.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/rustnet";
+/// Where the agent and the CNI binary keep their files, unless told otherwise.
+pub const DEFAULT_RUN_DIR: &str = "/run/rustnet";
+/// Below the bpffs directory: the programs.
+pub const PROGS_DIR: &str = "prog";
+/// Below the bpffs directory: the TCX links, one file a hook.
+pub const LINKS_DIR: &str = "link";
+
+/// The host-side gateway that every pod routes through; never on a wire.
+pub const GATEWAY4: [u8; 4] = [169, 254, 1, 1];
+/// The same for IPv6: fe80::1.
+pub const GATEWAY6: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+/// Name of the overlay device.
+pub const OVERLAY_DEV: &str = "rn_vxlan";
+/// First letters of host-side veths.
+pub const VETH_PREFIX: &str = "rnv";
+
+/// Priority of our classifiers on a pod's clsact qdisc: the first there is.
+pub const TC_PRIORITY: u16 = 1;
+/// Handle of our classifiers; with it, a replace swaps the program atomically.
+pub const TC_HANDLE: u32 = 1;
+
+/// Mark of a packet that has passed its steps on this node: the next hook clears it and lets the packet be.
+pub const MARK_DONE: u32 = 0x0100_0000;
+/// The bits of the mark that are ours.
+pub const MARK_MASK: u32 = 0x0100_0000;
+
+/// Program names, one for each hook.
+pub const PROGRAMS: [&str; 6] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out"];
+
+/// Map names; each is pinned as a file of its own name.
+pub mod map {
+    /// Services, IPv4.
+    pub const SVC4: &str = "rn_svc4";
+    /// Services, IPv6.
+    pub const SVC6: &str = "rn_svc6";
+    /// Backends of all services.
+    pub const BACKENDS: &str = "rn_backends";
+    /// Connections, IPv4.
+    pub const CT4: &str = "rn_ct4";
+    /// Connections, IPv6.
+    pub const CT6: &str = "rn_ct6";
+    /// First fragments, IPv4.
+    pub const FRAG4: &str = "rn_frag4";
+    /// First fragments, IPv6.
+    pub const FRAG6: &str = "rn_frag6";
+    /// Pods of this node.
+    pub const ENDPOINTS: &str = "rn_endpoints";
+    /// Everything else, IPv4.
+    pub const PEERS4: &str = "rn_peers4";
+    /// Everything else, IPv6.
+    pub const PEERS6: &str = "rn_peers6";
+    /// Counters by reason and hook.
+    pub const COUNTERS: &str = "rn_counters";
+    /// Drops as they happen.
+    pub const EVENTS: &str = "rn_events";
+    /// The node's settings.
+    pub const CONFIG: &str = "rn_config";
+    /// All of them.
+    pub const ALL: [&str; 13] =
+        [SVC4, SVC6, BACKENDS, CT4, CT6, FRAG4, FRAG6, ENDPOINTS, PEERS4, PEERS6, COUNTERS, EVENTS, CONFIG];
+}

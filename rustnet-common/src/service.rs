@@ -1,0 +1,56 @@
+//! `rn_svc4/6`: what a virtual address and port stands for.
+
+use crate::addr::{Ip4, Ip6};
+use crate::shared_type;
+
+/// Key of `rn_svc4/6`. The key with port 0 and protocol 0 says "this address is a VIP of ours", so that an unknown
+/// port of it can be refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(Hash, PartialOrd, Ord))]
+#[repr(C)]
+pub struct SvcKey<A> {
+    /// The virtual address.
+    pub vip: A,
+    /// Port, host order.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// [`scope::CLUSTER`]; other scopes come with external traffic.
+    pub scope: u8,
+}
+
+/// Who asks. One VIP can have other backends for traffic from outside.
+pub mod scope {
+    /// Pods and hosts of the cluster.
+    pub const CLUSTER: u8 = 0;
+}
+
+/// Value of `rn_svc4/6`: a range of `rn_backends`. One update of this entry flips a service to its new backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct SvcEntry {
+    /// Index of the first backend in `rn_backends`.
+    pub first: u32,
+    /// Backends in the range; 0 means reject (or drop, see [`flags::DROP_EMPTY`]).
+    pub count: u32,
+    /// Stable number of the service port, for affinity and for people.
+    pub id: u32,
+    /// Session affinity in seconds; 0 is none.
+    pub affinity: u32,
+    /// See [`flags`].
+    pub flags: u16,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// Bits of [`SvcEntry::flags`].
+pub mod flags {
+    /// Traffic policy Local and no endpoint here: drop silently instead of refusing (KEP-2086).
+    pub const DROP_EMPTY: u16 = 1;
+    /// The wildcard entry of a VIP.
+    pub const VIP: u16 = 2;
+}
+
+shared_type!(SvcKey<Ip4>, 8);
+shared_type!(SvcKey<Ip6>, 20);
+shared_type!(SvcEntry, 20);
