@@ -92,11 +92,7 @@ impl Ip6 {
     #[inline(always)]
     pub const fn from_words(w: [u32; 4]) -> Self {
         let (a, b, c, d) = (w[0].to_ne_bytes(), w[1].to_ne_bytes(), w[2].to_ne_bytes(), w[3].to_ne_bytes());
-        Self {
-            ip: [
-                a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
-            ],
-        }
+        Self { ip: [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]] }
     }
 
     /// True if these bytes hold a mapped IPv4 address.
