@@ -1,1 +1,7 @@
 //! The node agent as a library; the `rustnet-agent` and `rustnet` binaries are thin callers of it.
+
+pub mod args;
+pub mod config;
+pub mod model;
+pub mod plan;
+pub mod source;

@@ -1,0 +1,49 @@
+//! The cluster's objects as rustnet uses them: validated, compact, free of Kubernetes types.
+//!
+//! Only `source/convert.rs` makes these. What was wrong with an object travels with it as [`Problem`]s, so that a report
+//! disappears by itself once the object is mended.
+
+mod name;
+mod node;
+mod pod;
+mod problem;
+mod service;
+mod slice;
+
+pub use name::{Interner, ObjectName};
+pub use node::Node;
+pub use pod::Pod;
+pub use problem::Problem;
+pub use service::{Service, ServicePort};
+pub use slice::{Condition, Endpoint, EndpointSlice, Hints, TargetPort};
+
+use std::fmt;
+use std::net::IpAddr;
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// The family of an address.
+    pub const fn of(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
+    }
+}

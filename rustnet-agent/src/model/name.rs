@@ -1,0 +1,99 @@
+//! Names of objects, and a pool that keeps one copy of each string that many objects repeat.
+
+use std::borrow::Borrow;
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::Arc;
+
+/// `namespace/name` of an object, or the bare name of a cluster-wide one. Cloning shares the text.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectName(Arc<str>);
+
+impl ObjectName {
+    /// The name of an object in a namespace.
+    pub fn namespaced(namespace: &str, name: &str) -> Self {
+        Self(format!("{namespace}/{name}").into())
+    }
+
+    /// The name of an object that belongs to the whole cluster.
+    pub fn cluster(name: &str) -> Self {
+        Self(name.into())
+    }
+
+    /// The text as people write it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Borrow<str> for ObjectName {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A pool of strings that repeat in many objects: node names, zones, port names.
+#[derive(Debug, Default)]
+pub struct Interner {
+    known: HashSet<Arc<str>>,
+    purge_at: usize,
+}
+
+impl Interner {
+    /// The pool's copy of `text`.
+    pub fn intern(&mut self, text: &str) -> Arc<str> {
+        if let Some(known) = self.known.get(text) {
+            return Arc::clone(known);
+        }
+        // Clusters that scale nodes up and down all day must not grow the pool without bound.
+        if self.known.len() >= self.purge_at {
+            self.known.retain(|text| Arc::strong_count(text) > 1);
+            self.purge_at = (2 * self.known.len()).max(1024);
+        }
+        let text: Arc<str> = text.into();
+        self.known.insert(Arc::clone(&text));
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Interner, ObjectName};
+    use std::sync::Arc;
+
+    #[test]
+    fn equal_strings_share_one_copy() {
+        let mut pool = Interner::default();
+        let (a, b) = (pool.intern("n1"), pool.intern("n1"));
+        assert!(Arc::ptr_eq(&a, &b));
+    }
+
+    #[test]
+    fn strings_that_nobody_holds_are_forgotten() {
+        let mut pool = Interner::default();
+        let kept = pool.intern("kept");
+        for i in 0..10_000 {
+            pool.intern(&format!("gone-{i}"));
+        }
+        assert!(pool.known.len() <= 2048, "{} strings kept", pool.known.len());
+        assert!(Arc::ptr_eq(&kept, &pool.intern("kept")));
+    }
+
+    #[test]
+    fn names_read_as_people_write_them() {
+        assert_eq!(ObjectName::namespaced("default", "web").to_string(), "default/web");
+        assert_eq!(ObjectName::cluster("n1").as_str(), "n1");
+    }
+}

@@ -1,0 +1,30 @@
+//! A node of the cluster, as far as packets care.
+
+use super::{Family, ObjectName, Problem};
+use ipnet::IpNet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// A Node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its name.
+    pub name: ObjectName,
+    /// Seconds since 1970 at which it was created; 0 when unknown. The older one wins an address.
+    pub created: i64,
+    /// Its internal addresses, in the order given.
+    pub addresses: Box<[IpAddr]>,
+    /// The ranges of its pods, host bits cleared, at most one a family.
+    pub pod_cidrs: Box<[IpNet]>,
+    /// Its zone; empty when it has none.
+    pub zone: Arc<str>,
+    /// What was wrong with it.
+    pub problems: Box<[Problem]>,
+}
+
+impl Node {
+    /// Its first address of a family.
+    pub fn address(&self, family: Family) -> Option<IpAddr> {
+        self.addresses.iter().copied().find(|ip| Family::of(*ip) == family)
+    }
+}

@@ -1,0 +1,18 @@
+//! A pod of this node: who owns an address.
+
+use super::ObjectName;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// A Pod on this node. The datapath knows its pods from the CNI binary; this one gives them names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// Its name.
+    pub name: ObjectName,
+    /// Its UID, which tells it from an earlier pod of the same name.
+    pub uid: Arc<str>,
+    /// Its addresses; those of the node when it uses the host's network.
+    pub addresses: Box<[IpAddr]>,
+    /// It uses the host's network.
+    pub host_network: bool,
+}

@@ -1,0 +1,102 @@
+//! Where the cluster's state comes from. Every source gives the same stream of [`Event`]s.
+
+pub mod convert;
+
+use crate::model::{EndpointSlice, Node, ObjectName, Pod, Problem, Service};
+use std::fmt;
+use std::sync::Arc;
+
+/// What sources tell. Events of one kind keep their order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// An object is there, or is other than before.
+    Apply(Object),
+    /// An object is gone, or is not for us any more.
+    Delete(ObjectRef),
+    /// An object cannot be used at all. It counts as gone, and its problems are reported until its next event.
+    Reject(ObjectRef, Box<[Problem]>),
+    /// A fresh full list of a kind begins: what is not applied between here and [`Event::Synced`] is gone.
+    Restart(Kind),
+    /// A kind's full list has been delivered. Nothing is programmed until every kind has synced once.
+    Synced(Kind),
+    /// What is wrong with an origin of objects (a file, a watch) as a whole. It replaces what was said of that origin
+    /// before; an empty list says that all is well again.
+    Report {
+        /// Name of the origin.
+        origin: Arc<str>,
+        /// Its problems at present.
+        problems: Box<[Problem]>,
+    },
+}
+
+/// Kinds of objects that sources deliver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// `v1/Service`.
+    Service,
+    /// `discovery.k8s.io/v1/EndpointSlice`.
+    Slice,
+    /// `v1/Node`.
+    Node,
+    /// `v1/Pod`, those of this node only. Nothing waits for this kind.
+    Pod,
+}
+
+impl Kind {
+    /// All kinds.
+    pub const ALL: [Self; 4] = [Self::Service, Self::Slice, Self::Node, Self::Pod];
+    /// The kinds that must have synced before anything is programmed or pruned.
+    pub const REQUIRED: [Self; 3] = [Self::Service, Self::Slice, Self::Node];
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Service => "Service",
+            Self::Slice => "EndpointSlice",
+            Self::Node => "Node",
+            Self::Pod => "Pod",
+        })
+    }
+}
+
+/// An object. Shared, so that a source may remember what it delivered at no cost.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Object {
+    /// A Service with virtual addresses.
+    Service(Arc<Service>),
+    /// Some endpoints of a Service.
+    Slice(Arc<EndpointSlice>),
+    /// A node.
+    Node(Arc<Node>),
+    /// A pod of this node.
+    Pod(Arc<Pod>),
+}
+
+impl Object {
+    /// What identifies it.
+    pub fn reference(&self) -> ObjectRef {
+        let (kind, name) = match self {
+            Self::Service(it) => (Kind::Service, &it.name),
+            Self::Slice(it) => (Kind::Slice, &it.name),
+            Self::Node(it) => (Kind::Node, &it.name),
+            Self::Pod(it) => (Kind::Pod, &it.name),
+        };
+        ObjectRef { kind, name: name.clone() }
+    }
+}
+
+/// What identifies an object.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectRef {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name.
+    pub name: ObjectName,
+}
+
+impl fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.name)
+    }
+}
