@@ -2,6 +2,11 @@
 
 pub mod args;
 pub mod config;
+pub mod health;
+pub mod http;
+pub mod install;
+pub mod metrics;
 pub mod model;
+pub mod nodefile;
 pub mod plan;
 pub mod source;

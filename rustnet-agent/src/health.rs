@@ -1,0 +1,172 @@
+//! How the agent is doing: told by the reconcile loop, asked by the probes and by whatever waits for the first sync.
+//!
+//! Alive means that the loop turns and that no change has waited too long; ready means that the full state has been applied.
+//! Killing an agent that is not alive does no harm: forwarding goes on from the pins.
+
+use crate::metrics::Metrics;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::watch;
+
+/// A loop that has not turned for this long hangs.
+pub const TICK_LIMIT: Duration = Duration::from_secs(60);
+/// A change that has waited for this long is stuck; kube-proxy's default, too.
+pub const QUEUE_LIMIT: Duration = Duration::from_secs(120);
+
+/// The agent's state of health. One for the process, shared by all tasks.
+#[derive(Debug)]
+pub struct Health {
+    /// What is counted.
+    pub metrics: Metrics,
+    state: Mutex<State>,
+    readiness: watch::Sender<Result<(), String>>,
+}
+
+#[derive(Debug)]
+struct State {
+    last_tick: Instant,
+    queued_since: Option<Instant>,
+    last_sync: SystemTime,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        let state = State { last_tick: Instant::now(), queued_since: None, last_sync: SystemTime::now() };
+        let readiness = watch::Sender::new(Err("starting: nothing has been applied yet".to_owned()));
+        Self { metrics: Metrics::default(), state: Mutex::new(state), readiness }
+    }
+}
+
+impl Health {
+    /// The reconcile loop turns. To be called far more often than every [`TICK_LIMIT`], idle or not.
+    pub fn tick(&self) {
+        self.state().last_tick = Instant::now();
+    }
+
+    /// A change has been received and waits to be applied.
+    pub fn queued(&self) {
+        self.state().queued_since.get_or_insert_with(Instant::now);
+    }
+
+    /// All changes received so far have been applied, in this time.
+    pub fn applied(&self, took: Duration) {
+        let mut state = self.state();
+        state.queued_since = None;
+        state.last_sync = SystemTime::now();
+        drop(state);
+        self.metrics.synced(took);
+    }
+
+    /// Pods can be connected and services are served.
+    pub fn set_ready(&self) {
+        self.change(Ok(()));
+    }
+
+    /// They cannot, for this reason.
+    pub fn set_not_ready(&self, why: impl Into<String>) {
+        self.change(Err(why.into()));
+    }
+
+    /// `Ok` when ready; else the reason why not.
+    pub fn readiness(&self) -> Result<(), String> {
+        self.readiness.borrow().clone()
+    }
+
+    /// Waits until the agent is ready.
+    pub async fn wait_ready(&self) {
+        // The sender lives in `self`, so the channel cannot close while anybody waits.
+        let _ = self.readiness.subscribe().wait_for(Result::is_ok).await;
+    }
+
+    /// `Ok` when alive; else the reason why not.
+    pub fn liveness(&self) -> Result<(), String> {
+        self.liveness_at(Instant::now())
+    }
+
+    /// When all changes had been applied last, or when the agent started.
+    pub fn last_sync(&self) -> SystemTime {
+        self.state().last_sync
+    }
+
+    fn liveness_at(&self, now: Instant) -> Result<(), String> {
+        let state = self.state();
+        let idle = now.saturating_duration_since(state.last_tick);
+        if idle > TICK_LIMIT {
+            return Err(format!("the reconcile loop has not turned for {} s", idle.as_secs()));
+        }
+        match state.queued_since.map(|since| now.saturating_duration_since(since)) {
+            Some(waited) if waited > QUEUE_LIMIT => {
+                Err(format!("a change has waited for {} s: the log says why", waited.as_secs()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn change(&self, to: Result<(), String>) {
+        self.metrics.set_ready(to.is_ok());
+        self.readiness.send_if_modified(|now| {
+            let changed = *now != to;
+            if changed {
+                match &to {
+                    Ok(()) => tracing::info!("ready"),
+                    Err(why) => tracing::warn!(%why, "not ready"),
+                }
+                *now = to;
+            }
+            changed
+        });
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // The state is three plain values: a panic elsewhere cannot leave them half written.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loop_that_stands_still_is_dead() {
+        let health = Health::default();
+        let now = Instant::now();
+        assert_eq!(health.liveness_at(now), Ok(()));
+        let later = now + TICK_LIMIT + Duration::from_secs(5);
+        assert!(health.liveness_at(later).expect_err("dead").contains("has not turned for 6"));
+        health.state().last_tick = later;
+        assert_eq!(health.liveness_at(later), Ok(()));
+    }
+
+    #[test]
+    fn a_change_that_waits_too_long_is_unhealthy_until_it_is_applied() {
+        let health = Health::default();
+        let start = Instant::now();
+        health.queued();
+        let later = start + QUEUE_LIMIT + Duration::from_secs(5);
+        health.state().last_tick = later;
+        assert!(health.liveness_at(later).expect_err("stuck").contains("has waited for"));
+        health.applied(Duration::from_millis(1));
+        assert_eq!(health.liveness_at(later), Ok(()));
+    }
+
+    #[test]
+    fn the_oldest_change_counts() {
+        let health = Health::default();
+        health.queued();
+        let first = health.state().queued_since;
+        health.queued();
+        assert_eq!(health.state().queued_since, first);
+    }
+
+    #[tokio::test]
+    async fn readiness_is_told_with_its_reason() {
+        let health = Health::default();
+        assert!(health.readiness().expect_err("new").contains("starting"));
+        health.set_ready();
+        health.wait_ready().await;
+        assert_eq!(health.readiness(), Ok(()));
+        health.set_not_ready("no pod range");
+        assert_eq!(health.readiness(), Err("no pod range".to_owned()));
+    }
+}
