@@ -1,0 +1,171 @@
+//! `v1/Service`: which have virtual addresses, which addresses and ports.
+
+use super::{BadName, Converter, Findings, created, family, is_foreign, port, protocol, reference, unicast};
+use crate::model::{Family, Service, ServicePort};
+use crate::source::{Event, Kind, Object};
+use k8s_openapi::api::core::v1::{Service as KubeService, ServiceSpec};
+use rustnet_common::tuple::proto;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// Affinity time-out when the Service does not say: three hours, as the API's default is.
+const DEFAULT_AFFINITY: u32 = 10_800;
+
+impl Converter {
+    /// What an added or changed Service means.
+    pub fn service(&mut self, service: &KubeService) -> Result<Event, BadName> {
+        let object = reference(Kind::Service, &service.metadata)?;
+        let Some(spec) = &service.spec else {
+            return Ok(Findings::new(&object).reject(object, "spec", "missing; add clusterIPs and ports"));
+        };
+        let headless = spec.cluster_ip.as_deref() == Some("None")
+            || spec.cluster_ips.as_ref().and_then(|ips| ips.first()).is_some_and(|ip| ip == "None");
+        if is_foreign(&service.metadata) || spec.type_.as_deref() == Some("ExternalName") || headless {
+            return Ok(Event::Delete(object));
+        }
+        let mut findings = Findings::new(&object);
+        let vips = vips(spec, &mut findings);
+        if vips.is_empty() && findings.list.is_empty() {
+            return Ok(findings.reject(
+                object,
+                "spec.clusterIPs",
+                "missing, so that it has no address; nobody assigns one without an API server: write clusterIPs and \
+                 ipFamilies (or clusterIP: None for a headless service)",
+            ));
+        }
+        let ports = self.service_ports(spec, &mut findings);
+        if ports.is_empty() && findings.list.is_empty() {
+            findings.add("spec.ports", "no ports, so that every connection to it is refused; add one");
+        }
+        let service = Service {
+            name: object.name,
+            created: created(&service.metadata),
+            vips,
+            ports,
+            affinity: affinity(spec, &mut findings),
+            internal_local: internal_local(spec, &mut findings),
+            problems: findings.done(),
+        };
+        Ok(Event::Apply(Object::Service(Arc::new(service))))
+    }
+
+    fn service_ports(&mut self, spec: &ServiceSpec, findings: &mut Findings) -> Box<[ServicePort]> {
+        let mut ports: Vec<ServicePort> = Vec::new();
+        for (i, given) in spec.ports.iter().flatten().enumerate() {
+            let number = match port(given.port) {
+                Ok(number) => number,
+                Err(wrong) => {
+                    findings.add(format!("spec.ports[{i}].port"), wrong);
+                    continue;
+                }
+            };
+            let proto = match protocol(given.protocol.as_deref()) {
+                Ok(proto) => proto,
+                Err(wrong) => {
+                    findings.add(format!("spec.ports[{i}].protocol"), wrong);
+                    continue;
+                }
+            };
+            let name = given.name.as_deref().unwrap_or("");
+            if ports.iter().any(|p| p.port == number && p.proto == proto) {
+                findings.add(
+                    format!("spec.ports[{i}].port"),
+                    format!(
+                        "{number}/{} is there twice, the first is used; remove one or change its number",
+                        proto::name(proto)
+                    ),
+                );
+                continue;
+            }
+            if ports.iter().any(|p| &*p.name == name && p.proto == proto) {
+                findings.add(
+                    format!("spec.ports[{i}].name"),
+                    format!("{name:?} is there twice, the first is used; give each port a name of its own"),
+                );
+                continue;
+            }
+            ports.push(ServicePort { name: self.strings.intern(name), port: number, proto });
+        }
+        ports.into()
+    }
+}
+
+/// The address of each family: `clusterIPs[i]` is of `ipFamilies[i]`.
+fn vips(spec: &ServiceSpec, findings: &mut Findings) -> Box<[IpAddr]> {
+    let first = spec.cluster_ip.as_deref().filter(|ip| !ip.is_empty());
+    let all = spec.cluster_ips.as_deref().unwrap_or_default();
+    let (field, given): (_, Vec<&str>) = if all.is_empty() {
+        ("spec.clusterIP", first.into_iter().collect())
+    } else {
+        ("spec.clusterIPs", all.iter().map(String::as_str).collect())
+    };
+    if let (Some(first), Some(other)) = (first, all.first())
+        && first != other
+    {
+        findings
+            .add("spec.clusterIP", format!("{first} is ignored, as clusterIPs begins with {other}; make them equal"));
+    }
+    let families = spec.ip_families.as_deref().unwrap_or_default();
+    let mut vips: Vec<IpAddr> = Vec::new();
+    for (i, text) in given.into_iter().enumerate() {
+        let at = || if all.is_empty() { field.to_owned() } else { format!("{field}[{i}]") };
+        let ip = match unicast(text) {
+            Ok(ip) => ip,
+            Err(wrong) => {
+                findings.add(at(), wrong);
+                continue;
+            }
+        };
+        let is = Family::of(ip);
+        if let Some(said) = families.get(i)
+            && family(said) != Some(is)
+        {
+            findings
+                .add(at(), format!("{ip} is {is} where ipFamilies[{i}] says {said}, it is left out; make them agree"));
+        } else if vips.iter().any(|vip| Family::of(*vip) == is) {
+            findings.add(at(), format!("{ip} is a second {is} address, it is left out; a service has one a family"));
+        } else {
+            vips.push(ip);
+        }
+    }
+    vips.into()
+}
+
+fn affinity(spec: &ServiceSpec, findings: &mut Findings) -> u32 {
+    match spec.session_affinity.as_deref() {
+        None | Some("" | "None") => 0,
+        Some("ClientIP") => {
+            let client_ip = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+            match client_ip.and_then(|client_ip| client_ip.timeout_seconds) {
+                None => DEFAULT_AFFINITY,
+                // The API allows a second to a day.
+                Some(seconds @ 1..=86_400) => seconds.unsigned_abs(),
+                Some(seconds) => {
+                    findings.add(
+                        "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                        format!("{seconds} is out of range, {DEFAULT_AFFINITY} is used; use 1-86400"),
+                    );
+                    DEFAULT_AFFINITY
+                }
+            }
+        }
+        Some(other) => {
+            findings.add("spec.sessionAffinity", format!("{other:?} is unknown, none is used; use None or ClientIP"));
+            0
+        }
+    }
+}
+
+fn internal_local(spec: &ServiceSpec, findings: &mut Findings) -> bool {
+    match spec.internal_traffic_policy.as_deref() {
+        None | Some("" | "Cluster") => false,
+        Some("Local") => true,
+        Some(other) => {
+            findings.add(
+                "spec.internalTrafficPolicy",
+                format!("{other:?} is unknown, Cluster is used; use Cluster or Local"),
+            );
+            false
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! Objects as people write them, and what becomes of them.
+
+use super::{BadName, Converter, reference};
+use crate::model::{Condition, EndpointSlice, Family, Node, Service};
+use crate::source::{Event, Kind, Object};
+use rustnet_common::tuple::proto::{SCTP, TCP, UDP};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+fn service_event(value: Value) -> Event {
+    Converter::new().service(&serde_json::from_value(value).unwrap()).unwrap()
+}
+
+fn service(value: Value) -> Arc<Service> {
+    match service_event(value) {
+        Event::Apply(Object::Service(service)) => service,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn slice_event(value: Value) -> Event {
+    Converter::new().slice(&serde_json::from_value(value).unwrap()).unwrap()
+}
+
+fn slice(value: Value) -> Arc<EndpointSlice> {
+    match slice_event(value) {
+        Event::Apply(Object::Slice(slice)) => slice,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn node(value: Value) -> Arc<Node> {
+    match Converter::new().node(&serde_json::from_value(value).unwrap()).unwrap() {
+        Event::Apply(Object::Node(node)) => node,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A Service `default/web` with this spec.
+fn web(spec: &Value) -> Value {
+    json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": spec})
+}
+
+/// A slice of `default/web` with these fields beside its metadata.
+fn web_slice(family: &str, ports: &Value, endpoints: &Value) -> Value {
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+        "metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
+        "ports": ports, "endpoints": endpoints,
+    })
+}
+
+fn texts(problems: &[crate::model::Problem]) -> Vec<String> {
+    problems.iter().map(ToString::to_string).collect()
+}
+
+#[track_caller]
+fn only_problem(problems: &[crate::model::Problem], needles: &[&str]) {
+    let texts = texts(problems);
+    assert_eq!(texts.len(), 1, "{texts:?}");
+    for needle in needles {
+        assert!(texts[0].contains(needle), "{needle:?} is not in {:?}", texts[0]);
+    }
+}
+
+#[test]
+fn a_dual_stack_service() {
+    let it = service(web(&json!({
+        "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10", "fd00:96::10"], "ipFamilies": ["IPv4", "IPv6"],
+        "sessionAffinity": "ClientIP", "internalTrafficPolicy": "Local",
+        "ports": [{"name": "http", "port": 80, "targetPort": "web"}, {"name": "dns", "port": 53, "protocol": "UDP"},
+                  {"name": "sig", "port": 3868, "protocol": "SCTP"}],
+    })));
+    assert_eq!(it.name.as_str(), "default/web");
+    assert_eq!(it.vips, ["10.96.0.10".parse().unwrap(), "fd00:96::10".parse().unwrap()].into());
+    let ports: Vec<_> = it.ports.iter().map(|p| (&*p.name, p.port, p.proto)).collect();
+    assert_eq!(ports, [("http", 80, TCP), ("dns", 53, UDP), ("sig", 3868, SCTP)]);
+    assert_eq!(it.affinity, 10_800);
+    assert!(it.internal_local);
+    assert_eq!(texts(&it.problems), [""; 0]);
+}
+
+#[test]
+fn cluster_ip_alone_is_enough() {
+    let it = service(web(&json!({"clusterIP": "fd00:96::1", "ports": [{"port": 80}]})));
+    assert_eq!(it.vips, ["fd00:96::1".parse().unwrap()].into());
+    assert_eq!(it.ports[0].proto, TCP);
+}
+
+#[test]
+fn services_without_addresses_of_ours_are_skipped() {
+    for (spec, labels) in [
+        (json!({"clusterIP": "None", "ports": [{"port": 80}]}), json!({})),
+        (json!({"clusterIPs": ["None"], "ports": [{"port": 80}]}), json!({})),
+        (json!({"type": "ExternalName", "externalName": "example.com"}), json!({})),
+        (json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]}), json!({"service.kubernetes.io/headless": ""})),
+        (
+            json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]}),
+            json!({"service.kubernetes.io/service-proxy-name": "other"}),
+        ),
+    ] {
+        let mut object = web(&spec);
+        object["metadata"]["labels"] = labels;
+        assert!(matches!(service_event(object.clone()), Event::Delete(_)), "{object}");
+    }
+}
+
+#[test]
+fn a_service_without_an_address_is_rejected_with_the_remedy() {
+    match service_event(web(&json!({"ports": [{"port": 80}]}))) {
+        Event::Reject(object, problems) => {
+            assert_eq!(object.to_string(), "Service default/web");
+            only_problem(&problems, &["Service default/web: spec.clusterIPs: ", "write clusterIPs"]);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_bad_address_costs_that_address() {
+    for (vip, needle) in [
+        ("10.96.0.256", "not an IP address"),
+        ("010.1.1.1", "not an IP address"),
+        ("127.0.0.1", "loopback"),
+        ("0.0.0.0", "unspecified"),
+        ("224.0.0.1", "multicast"),
+        ("169.254.1.1", "link-local"),
+        ("::ffff:10.0.0.1", "IPv4-mapped"),
+        ("::", "unspecified"),
+        ("::1", "loopback"),
+        ("fe80::1", "link-local"),
+        ("ff02::1", "multicast"),
+    ] {
+        let it = service(web(&json!({"clusterIPs": [vip, "fd00:96::10"], "ports": [{"port": 80}]})));
+        assert_eq!(it.vips, ["fd00:96::10".parse().unwrap()].into(), "{vip}");
+        only_problem(&it.problems, &["Service default/web: spec.clusterIPs[0]: ", needle, "; "]);
+    }
+}
+
+#[test]
+fn addresses_must_agree_with_families() {
+    let it = service(web(&json!({
+        "clusterIPs": ["10.96.0.10", "fd00:96::10"], "ipFamilies": ["IPv6", "IPv6"], "ports": [{"port": 80}],
+    })));
+    assert_eq!(it.vips, ["fd00:96::10".parse().unwrap()].into());
+    only_problem(&it.problems, &["clusterIPs[0]", "10.96.0.10 is IPv4 where ipFamilies[0] says IPv6"]);
+    let it = service(web(&json!({"clusterIPs": ["10.96.0.10", "10.96.0.11"], "ports": [{"port": 80}]})));
+    only_problem(&it.problems, &["clusterIPs[1]", "second IPv4 address"]);
+}
+
+#[test]
+fn a_bad_port_costs_that_port() {
+    for (bad, field, needle) in [
+        (json!({"name": "x", "port": 0}), "spec.ports[0].port", "0 is not a port"),
+        (json!({"name": "x", "port": 65536}), "spec.ports[0].port", "65536 is not a port"),
+        (json!({"name": "x", "port": -1}), "spec.ports[0].port", "-1 is not a port"),
+        (json!({"name": "x", "port": 1, "protocol": "tcp"}), "spec.ports[0].protocol", "use TCP, UDP or SCTP"),
+    ] {
+        let it = service(web(&json!({"clusterIP": "10.96.0.1", "ports": [bad, {"name": "ok", "port": 80}]})));
+        assert_eq!(it.ports.len(), 1);
+        only_problem(&it.problems, &[field, needle]);
+    }
+}
+
+#[test]
+fn the_first_of_two_equal_ports_wins() {
+    let it = service(web(&json!({
+        "clusterIP": "10.96.0.1", "ports": [{"name": "a", "port": 80}, {"name": "b", "port": 80}],
+    })));
+    assert_eq!(&*it.ports[0].name, "a");
+    only_problem(&it.problems, &["spec.ports[1].port", "80/TCP is there twice"]);
+    let it = service(web(&json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}, {"port": 81}]})));
+    only_problem(&it.problems, &["spec.ports[1].name", "a name of its own"]);
+    // The same number twice is fine with two protocols.
+    let it = service(web(&json!({
+        "clusterIP": "10.96.0.1", "ports": [{"name": "t", "port": 53}, {"name": "u", "port": 53, "protocol": "UDP"}],
+    })));
+    assert_eq!((it.ports.len(), it.problems.len()), (2, 0));
+}
+
+#[test]
+fn affinity_has_a_default_and_a_range() {
+    let with = |config: Value| {
+        service(web(&json!({
+            "clusterIP": "10.96.0.1", "ports": [{"port": 80}], "sessionAffinity": "ClientIP",
+            "sessionAffinityConfig": config,
+        })))
+    };
+    assert_eq!(with(json!({"clientIP": {"timeoutSeconds": 60}})).affinity, 60);
+    assert_eq!(with(json!({})).affinity, 10_800);
+    let bad = with(json!({"clientIP": {"timeoutSeconds": 86_401}}));
+    assert_eq!(bad.affinity, 10_800);
+    only_problem(&bad.problems, &["timeoutSeconds", "use 1-86400"]);
+}
+
+#[test]
+fn absent_conditions_mean_ready_and_not_terminating() {
+    let conditions = [
+        (json!(null), Condition::Ready),
+        (json!({}), Condition::Ready),
+        (json!({"ready": true, "terminating": true}), Condition::Ready),
+        (json!({"ready": false}), Condition::Unusable),
+        (json!({"ready": false, "terminating": true}), Condition::Draining),
+        (json!({"ready": false, "serving": true, "terminating": true}), Condition::Draining),
+        (json!({"ready": false, "serving": false, "terminating": true}), Condition::Unusable),
+        (json!({"ready": false, "serving": true, "terminating": false}), Condition::Unusable),
+        (json!({"ready": false, "serving": true}), Condition::Unusable),
+    ];
+    for (given, want) in conditions {
+        let it = slice(web_slice(
+            "IPv4",
+            &json!([{"port": 80}]),
+            &json!([{"addresses": ["10.0.0.1"], "conditions": given.clone()}]),
+        ));
+        assert_eq!(it.endpoints[0].condition, want, "{given}");
+    }
+}
+
+#[test]
+fn only_the_first_address_of_an_endpoint_counts() {
+    let it = slice(web_slice("IPv4", &json!([{"port": 80}]), &json!([{"addresses": ["10.0.0.1", "10.0.0.2"]}])));
+    let addresses: Vec<_> = it.endpoints.iter().map(|e| e.addr.to_string()).collect();
+    assert_eq!(addresses, ["10.0.0.1"]);
+}
+
+#[test]
+fn an_address_of_the_other_family_is_refused() {
+    let it = slice(web_slice(
+        "IPv4",
+        &json!([{"port": 80}]),
+        &json!([{"addresses": ["fd00::1"]}, {"addresses": ["10.0.0.1"]}, {"addresses": []}]),
+    ));
+    assert_eq!((it.family, it.endpoints.len()), (Family::V4, 1));
+    assert_eq!(
+        texts(&it.problems),
+        [
+            "EndpointSlice default/web-1: endpoints[0].addresses[0]: fd00::1 is IPv6 in an IPv4 slice, it is left out; put \
+             it into a slice of addressType IPv6",
+            "EndpointSlice default/web-1: endpoints[2].addresses: empty, the endpoint is left out; write its address",
+        ]
+    );
+}
+
+#[test]
+fn ports_that_are_none_are_left_out() {
+    let it = slice(web_slice(
+        "IPv6",
+        &json!([{"name": "a"}, {"name": "b", "port": 0}, {"name": "c", "port": 70000}, {"name": "d", "port": 8080}]),
+        &json!([{"addresses": ["fd00::1"]}]),
+    ));
+    assert_eq!(it.ports.iter().map(|p| p.port).collect::<Vec<_>>(), [8080]);
+    assert_eq!(it.problems.len(), 3);
+}
+
+#[test]
+fn slices_that_are_not_for_us() {
+    let ports = json!([{"port": 80}]);
+    let endpoints = json!([{"addresses": ["10.0.0.1"]}]);
+    let mut headless = web_slice("IPv4", &ports, &endpoints);
+    headless["metadata"]["labels"]["service.kubernetes.io/headless"] = json!("");
+    assert!(matches!(slice_event(headless), Event::Delete(_)));
+    assert!(matches!(slice_event(web_slice("FQDN", &ports, &endpoints)), Event::Delete(_)));
+    for (bad, needle) in [
+        (web_slice("IPv5", &ports, &endpoints), "use IPv4 or IPv6"),
+        (
+            {
+                let mut nameless = web_slice("IPv4", &ports, &endpoints);
+                nameless["metadata"]["labels"] = json!({});
+                nameless
+            },
+            "set kubernetes.io/service-name",
+        ),
+    ] {
+        match slice_event(bad) {
+            Event::Reject(_, problems) => only_problem(&problems, &[needle]),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_bad_addresses_are_a_short_report() {
+    let endpoints: Vec<_> = (0..10_000).map(|_| json!({"addresses": ["nonsense"]})).collect();
+    let it = slice(web_slice("IPv4", &json!([{"port": 80}]), &json!(endpoints)));
+    assert_eq!(it.problems.len(), 9);
+    assert_eq!(&*it.problems[8].message, "and 9992 more problems like these");
+}
+
+#[test]
+fn a_node() {
+    let it = node(json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "z1"},
+                     "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:244:0:1::/64"]},
+        "status": {"addresses": [{"type": "Hostname", "address": "n1"}, {"type": "InternalIP", "address": "172.18.0.11"},
+                                 {"type": "InternalIP", "address": "fd00:18::11"},
+                                 {"type": "ExternalIP", "address": "203.0.113.1"}]},
+    }));
+    assert_eq!((it.name.as_str(), &*it.zone, it.created), ("n1", "z1", 1_767_225_600));
+    assert_eq!(it.addresses, ["172.18.0.11".parse().unwrap(), "fd00:18::11".parse().unwrap()].into());
+    assert_eq!(it.address(Family::V6), Some("fd00:18::11".parse().unwrap()));
+    assert_eq!(it.pod_cidrs, ["10.244.1.0/24".parse().unwrap(), "fd00:244:0:1::/64".parse().unwrap()].into());
+    assert_eq!(texts(&it.problems), [""; 0]);
+}
+
+#[test]
+fn a_node_with_nothing_says_what_is_missing() {
+    let it = node(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}}));
+    let texts = texts(&it.problems);
+    assert!(texts[0].contains("Node n1: status.addresses: no InternalIP"), "{texts:?}");
+    assert!(texts[1].contains("Node n1: spec.podCIDRs: no pod range"), "{texts:?}");
+}
+
+#[test]
+fn a_bad_pod_range_costs_that_range() {
+    for (cidr, needle, kept) in [
+        ("10.244.1.0/33", "not a range", false),
+        ("10.244.1.0", "not a range", false),
+        ("0.0.0.0/0", "everything", false),
+        ("10.244.1.7/24", "taken as 10.244.1.0/24", true),
+    ] {
+        let it = node(json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"},
+            "spec": {"podCIDRs": [cidr, "fd00:244:0:1::/64"]},
+            "status": {"addresses": [{"type": "InternalIP", "address": "172.18.0.11"}]},
+        }));
+        assert_eq!(it.pod_cidrs.len(), 1 + usize::from(kept), "{cidr}");
+        only_problem(&it.problems, &["Node n1: spec.podCIDRs[0]: ", needle]);
+    }
+}
+
+#[test]
+fn names_are_checked() {
+    let meta = |value: Value| serde_json::from_value(value).unwrap();
+    assert_eq!(reference(Kind::Service, &meta(json!({"name": "web"}))).unwrap().name.as_str(), "default/web");
+    assert_eq!(reference(Kind::Node, &meta(json!({"name": "n1", "namespace": "x"}))).unwrap().name.as_str(), "n1");
+    for bad in [json!({}), json!({"name": ""}), json!({"name": "a/b"}), json!({"name": "web", "namespace": "A"})] {
+        let error: BadName = reference(Kind::Service, &meta(bad)).unwrap_err();
+        assert!(error.to_string().contains("set metadata.name"), "{error}");
+    }
+}
