@@ -1,6 +1,7 @@
 //! Where the cluster's state comes from. Every source gives the same stream of [`Event`]s.
 
 pub mod convert;
+pub mod kube;
 
 use crate::model::{EndpointSlice, Node, ObjectName, Pod, Problem, Service};
 use std::fmt;

@@ -1,0 +1,387 @@
+//! The source that watches a Kubernetes API server.
+//!
+//! One task a kind. Objects are converted as they arrive and dropped: nothing is stored here, and what the agent keeps is
+//! the index's business. Lists are streamed where the server can (1.27 and later), else paged. A failed watch is resumed
+//! where it broke off, with jittered back-off; when the server says that it no longer knows that place (410), the kind is
+//! listed anew, between [`Event::Restart`] and [`Event::Synced`], so that what was deleted meanwhile goes.
+
+mod backoff;
+mod client;
+mod node_status;
+
+pub use client::connect;
+pub use node_status::NodeStatus;
+
+use self::backoff::Backoff;
+use super::convert::{self, BadName, Converter};
+use super::{Event, Kind};
+use crate::metrics::Metrics;
+use crate::model::Problem;
+use futures::{StreamExt as _, pin_mut};
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::runtime::watcher::{self, watcher};
+use kube::{Api, Client, Resource};
+use serde::de::DeserializeOwned;
+use std::fmt::{self, Debug};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::Sender;
+
+/// Objects of headless services and those that another proxy takes care of are not ours (kube-proxy's selector).
+const OURS: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
+/// Objects a page, where lists cannot be streamed.
+const PAGE: u32 = 250;
+/// Spread of the new lists after a 410, which all nodes get at once.
+const RELIST_SPREAD: Duration = Duration::from_secs(2);
+/// While the same failure goes on, it is logged this often.
+const REMIND: Duration = Duration::from_secs(60);
+
+/// A source on an API server.
+#[derive(Clone)]
+pub struct KubeSource {
+    client: Client,
+    metrics: Metrics,
+    node_status: NodeStatus,
+}
+
+impl KubeSource {
+    /// A source on the API server behind `client`. `node_status` hears of this node's object.
+    pub fn new(client: Client, metrics: Metrics, node_status: NodeStatus) -> Self {
+        Self { client, metrics, node_status }
+    }
+
+    /// Delivers events until their receiver is gone. An unreachable server is waited for.
+    pub async fn run(self, events: Sender<Event>) {
+        let streaming = self.server_streams(&events).await;
+        let Some(streaming) = streaming else { return };
+        tokio::join!(
+            Follower::new::<Service>(&self, &events, streaming).follow::<Service>(),
+            Follower::new::<EndpointSlice>(&self, &events, streaming).follow::<EndpointSlice>(),
+            Follower::new::<Node>(&self, &events, streaming).follow::<Node>(),
+        );
+    }
+
+    /// Waits for the server and asks whether it knows streaming lists: an older one would ignore the wish and never say
+    /// where the list ends. `None`: the receiver is gone.
+    async fn server_streams(&self, events: &Sender<Event>) -> Option<bool> {
+        let mut trouble = Trouble::new("API server", events);
+        let mut backoff = Backoff::default();
+        loop {
+            match self.client.apiserver_version().await {
+                Ok(version) => {
+                    trouble.over().await;
+                    let streaming = streams(&version.major, &version.minor);
+                    tracing::info!(version = version.git_version, streaming_lists = streaming, "API server reached");
+                    return Some(streaming);
+                }
+                Err(error) => trouble.note(&chain(&error)).await,
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff.next()) => {}
+                () = events.closed() => return None,
+            }
+        }
+    }
+}
+
+fn streams(major: &str, minor: &str) -> bool {
+    let number = |text: &str| text.trim_end_matches(|c: char| !c.is_ascii_digit()).parse::<u32>().unwrap_or(0);
+    (number(major), number(minor)) >= (1, 27)
+}
+
+/// What differs between the kinds.
+trait Watched: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static {
+    const KIND: Kind;
+    const LABELS: Option<&'static str>;
+    fn convert(&self, converter: &mut Converter) -> Result<Event, BadName>;
+    /// Looks at an object before it is dropped.
+    fn seen(&self, _: &NodeStatus) {}
+}
+
+impl Watched for Service {
+    const KIND: Kind = Kind::Service;
+    const LABELS: Option<&'static str> = Some(OURS);
+    fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
+        converter.service(self)
+    }
+}
+
+impl Watched for EndpointSlice {
+    const KIND: Kind = Kind::Slice;
+    const LABELS: Option<&'static str> = Some(OURS);
+    fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
+        converter.slice(self)
+    }
+}
+
+impl Watched for Node {
+    const KIND: Kind = Kind::Node;
+    const LABELS: Option<&'static str> = None;
+    fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
+        converter.node(self)
+    }
+    fn seen(&self, node_status: &NodeStatus) {
+        node_status.saw(self);
+    }
+}
+
+/// Follows one kind.
+struct Follower<'a> {
+    source: &'a KubeSource,
+    events: &'a Sender<Event>,
+    kind: Kind,
+    streaming: bool,
+    converter: Converter,
+    trouble: Trouble<'a>,
+    backoff: Backoff,
+    /// The list has begun, but nothing of it has arrived: a server that cannot be reached must not look like a relist.
+    restarting: bool,
+    closed: bool,
+}
+
+/// What to do after a failure.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// Go on with the same stream: it resumes where it broke off.
+    Resume,
+    /// List anew.
+    Relist,
+    /// The server does not stream lists after all: list anew, in pages.
+    Page,
+}
+
+impl<'a> Follower<'a> {
+    fn new<K: Watched>(source: &'a KubeSource, events: &'a Sender<Event>, streaming: bool) -> Self {
+        Self {
+            source,
+            events,
+            kind: K::KIND,
+            streaming,
+            converter: Converter::new(),
+            trouble: Trouble::new(&format!("watch of {}", K::KIND), events),
+            backoff: Backoff::default(),
+            restarting: false,
+            closed: false,
+        }
+    }
+
+    async fn follow<K: Watched>(mut self) {
+        while !self.closed {
+            self.one_stream::<K>().await;
+        }
+    }
+
+    /// Follows one stream until it must be built anew or the receiver is gone.
+    async fn one_stream<K: Watched>(&mut self) {
+        let mut config = watcher::Config::default();
+        if let Some(labels) = K::LABELS {
+            config = config.labels(labels);
+        }
+        config = if self.streaming { config.streaming_lists() } else { config.page_size(PAGE) };
+        let stream = watcher(Api::<K>::all(self.source.client.clone()), config);
+        pin_mut!(stream);
+        while !self.closed {
+            let item = tokio::select! {
+                item = stream.next() => item,
+                () = self.events.closed() => { self.closed = true; return }
+            };
+            let error = match item {
+                Some(Ok(event)) => {
+                    self.forward(event).await;
+                    continue;
+                }
+                Some(Err(error)) => error,
+                None => return,
+            };
+            self.source.metrics.source_failed(self.kind);
+            let next = next_step(&error, self.streaming);
+            let delay = match next {
+                Next::Resume => self.backoff.next(),
+                Next::Relist => self.backoff.next().max(backoff::spread(RELIST_SPREAD)),
+                Next::Page => Duration::ZERO,
+            };
+            match next {
+                // An ordinary part of a watch's life.
+                Next::Relist => tracing::info!(kind = %self.kind, error = chain(&error), "listing anew"),
+                Next::Page => tracing::info!(kind = %self.kind, "the server does not stream lists: paging"),
+                Next::Resume => self.trouble.note(&chain(&error)).await,
+            }
+            self.streaming &= next != Next::Page;
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = self.events.closed() => self.closed = true,
+            }
+            if next != Next::Resume {
+                return;
+            }
+        }
+    }
+
+    async fn forward<K: Watched>(&mut self, event: watcher::Event<K>) {
+        use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
+        if let Init = event {
+            self.restarting = true;
+            return;
+        }
+        self.backoff.reset();
+        self.trouble.over().await;
+        if std::mem::take(&mut self.restarting) {
+            self.source.metrics.source_restarted(self.kind);
+            self.send(Event::Restart(self.kind)).await;
+        }
+        let converted = match event {
+            Init => return,
+            InitDone => {
+                self.source.metrics.source_synced(self.kind);
+                tracing::debug!(kind = %self.kind, "synced");
+                return self.send(Event::Synced(self.kind)).await;
+            }
+            Apply(object) | InitApply(object) => {
+                object.seen(&self.source.node_status);
+                object.convert(&mut self.converter)
+            }
+            Delete(object) => convert::reference(self.kind, object.meta()).map(Event::Delete),
+        };
+        match converted {
+            Ok(event) => {
+                self.source.metrics.source_event(self.kind);
+                self.send(event).await;
+            }
+            Err(error) => tracing::warn!(%error, "ignored"),
+        }
+    }
+
+    async fn send(&mut self, event: Event) {
+        self.closed |= self.events.send(event).await.is_err();
+    }
+}
+
+fn next_step(error: &watcher::Error, streaming: bool) -> Next {
+    use watcher::Error as E;
+    let start_code = match error {
+        E::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
+        _ => None,
+    };
+    match (error, start_code) {
+        // 400 and 422: the feature gate of streaming lists is off.
+        (_, Some(400 | 422)) if streaming => Next::Page,
+        // The watch cannot begin where it should: at a place that is gone, or that the server has not reached yet, as after
+        // a restored backup (504, "Too large resource version").
+        (_, Some(400 | 410 | 422 | 504)) => Next::Relist,
+        (E::WatchError(status), _) if status.code == 410 => Next::Relist,
+        (E::NoResourceVersion, _) => Next::Relist,
+        _ => Next::Resume,
+    }
+}
+
+/// Tells of a failure once, now and then while it lasts, and of its end; and reports it with the events.
+struct Trouble<'a> {
+    origin: Arc<str>,
+    events: &'a Sender<Event>,
+    now: Option<(String, Instant, Instant)>,
+}
+
+impl<'a> Trouble<'a> {
+    fn new(origin: &str, events: &'a Sender<Event>) -> Self {
+        Self { origin: origin.into(), events, now: None }
+    }
+
+    async fn note(&mut self, what: &str) {
+        let now = Instant::now();
+        let since = match &mut self.now {
+            Some((old, _, logged)) if old == what && now.duration_since(*logged) < REMIND => return,
+            Some((_, since, _)) => *since,
+            None => now,
+        };
+        let lasting = now.duration_since(since).as_secs();
+        tracing::warn!(origin = %self.origin, error = what, lasting_s = lasting, "failed, trying on; the last known state stays");
+        self.now = Some((what.to_owned(), since, now));
+        self.report(Some(what)).await;
+    }
+
+    async fn over(&mut self) {
+        if let Some((_, since, _)) = self.now.take() {
+            tracing::info!(origin = %self.origin, lasted_s = since.elapsed().as_secs(), "works again");
+            self.report(None).await;
+        }
+    }
+
+    async fn report(&self, what: Option<&str>) {
+        let problem = |what| Problem::new(&self.origin, "", format!("{what}; the last known state stays, trying on"));
+        let problems = what.map(problem).into_iter().collect();
+        // Without a receiver there is nobody to tell; the next event ends the source.
+        let _ = self.events.send(Event::Report { origin: Arc::clone(&self.origin), problems }).await;
+    }
+}
+
+impl Debug for Trouble<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Trouble").field(&self.now).finish()
+    }
+}
+
+/// An error with its causes, each once: the outermost alone often says only "error trying to connect".
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kube::core::Status;
+
+    fn api(code: u16) -> kube::Error {
+        let mut status = Status::failure("x", "y");
+        status.code = code;
+        kube::Error::Api(status.boxed())
+    }
+
+    fn watch_error(code: u16) -> watcher::Error {
+        let mut status = Status::failure("x", "y");
+        status.code = code;
+        watcher::Error::WatchError(status.boxed())
+    }
+
+    #[test]
+    fn what_follows_a_failure() {
+        use watcher::Error as E;
+        for (error, streaming, next) in [
+            (watch_error(410), true, Next::Relist),
+            (watch_error(500), true, Next::Resume),
+            (E::WatchStartFailed(api(410)), true, Next::Relist),
+            (E::WatchStartFailed(api(504)), true, Next::Relist),
+            (E::WatchStartFailed(api(422)), true, Next::Page),
+            (E::WatchStartFailed(api(422)), false, Next::Relist),
+            (E::WatchStartFailed(api(403)), true, Next::Resume),
+            (E::WatchStartFailed(api(429)), true, Next::Resume),
+            (E::InitialListFailed(api(503)), false, Next::Resume),
+            (E::NoResourceVersion, false, Next::Relist),
+        ] {
+            assert_eq!(next_step(&error, streaming), next, "{error:?} {streaming}");
+        }
+    }
+
+    #[test]
+    fn streaming_lists_came_with_1_27() {
+        for (major, minor, want) in [
+            ("1", "34", true),
+            ("1", "27", true),
+            ("1", "26", false),
+            ("1", "30+", true),
+            ("2", "0", true),
+            ("", "", false),
+        ] {
+            assert_eq!(streams(major, minor), want, "{major}.{minor}");
+        }
+    }
+}
