@@ -100,7 +100,9 @@ mod tests {
 
     fn key(parts: &[(&str, &str)]) -> String {
         let mut key = Key::default();
-        parts.iter().for_each(|(n, v)| key.text(n, v));
+        for (name, value) in parts {
+            key.text(name, value);
+        }
         key.finish()
     }
 

@@ -47,7 +47,7 @@ pub fn build(args: &Args) -> Result<()> {
         "built"
     };
     let report = check(&object)?;
-    ui::step(&format!("{} ({origin}, {:?} toolchain)", object.display(), toolchain.compiler.route));
+    ui::step(&format!("{} ({origin}, {})", object.display(), toolchain.compiler.route.name()));
     println!("{report}");
     Ok(())
 }

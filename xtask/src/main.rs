@@ -2,9 +2,16 @@
 
 mod cache;
 mod cmd;
+mod dist;
 mod ebpf;
 mod elf;
+mod host;
+mod lint;
+mod nets;
 mod paths;
+mod play;
+mod setup;
+mod test;
 mod toolchain;
 mod ui;
 
@@ -15,13 +22,16 @@ use clap::{Parser, Subcommand};
 
 /// Developer commands of rustnet
 ///
-/// A fresh machine needs Rust (rustup's stable) and root; `setup` installs the rest, and the other commands call it.
+/// A fresh machine needs Rust (rustup's stable) and root. `setup` installs the rest; the other commands call it for what
+/// they need.
 #[derive(Parser)]
 #[command(
     name = "cargo xtask",
     bin_name = "cargo xtask",
     arg_required_else_help = true,
-    after_help = "Exit status: 0 success, 1 failure (said on standard error), 2 wrong usage; test, demo and bench return their program's own."
+    after_help = "Exit status: 0 success, 1 failure (told on standard error), 2 wrong usage; test, demo and bench end with \
+                  the status of the program they run.\n\n\
+                  What is built once is kept in $XDG_CACHE_HOME/rustnet (~/.cache/rustnet) and outlives the work tree."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -30,8 +40,22 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Find what is missing on this machine and install it
+    Setup(setup::Args),
     /// Build the kernel side, check it and list its programs with their sizes
     BuildEbpf(ebpf::Args),
+    /// Build the programs for users into target/dist
+    Dist(dist::Args),
+    /// Show the whole thing at work: nodes, pods, services, restarts (needs root)
+    Demo(play::Args),
+    /// Run the tests (needs root)
+    Test(test::Args),
+    /// Check format, lints, licences, manifests and tracked files
+    Lint(lint::Args),
+    /// Measure, beside a direct link and other networks (needs root)
+    Bench(play::Args),
+    /// Remove what killed runs of tests and demo left behind (needs root)
+    CleanNets(nets::Args),
 }
 
 fn main() -> ExitCode {
@@ -46,7 +70,41 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::BuildEbpf(args) => ebpf::build(&args)?,
+        Command::Setup(args) => setup::run(&args)?,
+        Command::BuildEbpf(args) => {
+            setup::ensure(&[setup::Need::Build])?;
+            ebpf::build(&args)?;
+        }
+        Command::Dist(args) => dist::run(&args)?,
+        Command::Demo(args) => return play::demo(&args),
+        Command::Test(args) => return test::run(&args),
+        Command::Lint(args) => lint::run(&args)?,
+        Command::Bench(args) => return play::bench(&args),
+        Command::CleanNets(args) => nets::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_mistyped_command_is_answered_with_the_nearest() {
+        let Err(error) = Cli::try_parse_from(["xtask", "build-epbf"]) else { panic!("accepted") };
+        assert!(error.to_string().contains("build-ebpf"), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn all_options_of_the_demo_are_its_own() {
+        let cli = Cli::try_parse_from(["xtask", "demo", "--routing", "native", "--keep", "--help"]);
+        assert!(matches!(cli, Ok(Cli { command: Command::Demo(_) })));
+    }
 }

@@ -47,6 +47,14 @@ impl Route {
     /// Both, in the order of preference.
     pub const ALL: [Self; 2] = [Self::Nightly, Self::System];
 
+    /// What to call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nightly => "rustup's nightly",
+            Self::System => "the system's rustc",
+        }
+    }
+
     fn rustc(self) -> Cmd {
         match self {
             Self::Nightly => Cmd::new("rustup").args(["run", "nightly", "rustc"]).clean_cargo_env(),
@@ -105,7 +113,7 @@ impl Toolchain {
         for route in Route::ALL.into_iter().filter(|r| asked.is_none_or(|a| a == *r)) {
             match route.compiler().and_then(Compiler::with_linker) {
                 Ok(toolchain) => return Ok(toolchain),
-                Err(lack) => lacks.push(format!("{route:?}: {lack}")),
+                Err(lack) => lacks.push(format!("{}: {lack}", route.name())),
             }
         }
         bail!("no toolchain for eBPF ({})\n  remedy: cargo xtask setup", lacks.join("; "))

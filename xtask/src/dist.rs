@@ -1,0 +1,84 @@
+//! `dist`: the built programs in one directory, by their fixed names, with the kernel-side object beside them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::cmd::Cmd;
+use crate::setup::{self, Need};
+use crate::{cache, ebpf, paths, ui};
+
+const PROGRAMS: [&str; 3] = ["rustnet-agent", "rustnet-cni", "rustnet"];
+
+/// How the programs are compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// For users: optimised, in `target/dist`.
+    Release,
+    /// For tests: quick to compile, with overflow checks and debug assertions, in `target/dist-dev`.
+    Dev,
+}
+
+/// Options of `dist`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Compile as for tests, into target/dist-dev: quicker to build, slower to run
+    #[arg(long)]
+    dev: bool,
+}
+
+/// The command.
+pub fn run(args: &Args) -> Result<()> {
+    setup::ensure(&[Need::Build])?;
+    ebpf::build(&ebpf::Args::default())?;
+    let profile = if args.dev { Profile::Dev } else { Profile::Release };
+    build(profile, &[])?;
+    ui::step(&format!("{} holds {} and rustnet.bpf.o", profile.dist().display(), PROGRAMS.join(", ")));
+    Ok(())
+}
+
+/// Builds the programs, and further packages with them, around the object that `build-ebpf` left.
+pub fn build(profile: Profile, further: &[&str]) -> Result<()> {
+    let mut cargo = Cmd::cargo().arg("build");
+    cargo = match profile {
+        Profile::Release => {
+            let packages = ["rustnet-agent", "rustnet-cni"].into_iter().chain(further.iter().copied());
+            cargo.args(["--release", "--bins"]).args(packages.flat_map(|p| ["--package", p]))
+        }
+        // All that `cargo test` is going to want, so that each dependency is compiled once and with one set of features.
+        Profile::Dev => cargo.args(["--workspace", "--exclude", "rustnet-ebpf", "--all-targets"]),
+    };
+    ui::step(match profile {
+        Profile::Release => "building the programs (release)",
+        Profile::Dev => "building the programs and the tests (dev)",
+    });
+    environment(cargo).dir(paths::root()).run()?;
+    let dist = profile.dist();
+    for program in PROGRAMS {
+        cache::copy(&profile.built().join(program), &dist.join(program))?;
+    }
+    cache::copy(&paths::object(), &dist.join("rustnet.bpf.o"))
+}
+
+/// Adds what the build of the agent and every test have to know: one set of values, or cargo would build anew in between.
+pub fn environment(cmd: Cmd) -> Cmd {
+    cmd.env("RUSTNET_BPF_OBJECT", paths::object())
+}
+
+impl Profile {
+    /// Where the programs are put.
+    pub fn dist(self) -> PathBuf {
+        paths::target().join(match self {
+            Self::Release => "dist",
+            Self::Dev => "dist-dev",
+        })
+    }
+
+    /// Where cargo leaves them.
+    pub fn built(self) -> PathBuf {
+        paths::target().join(Path::new(match self {
+            Self::Release => "release",
+            Self::Dev => "debug",
+        }))
+    }
+}

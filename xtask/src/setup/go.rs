@@ -1,0 +1,203 @@
+//! What comes from the Go module proxy: cnitool, and Kubernetes' own programs, built from the pinned `go.mod` in
+//! `tests/kubernetes`. The results stay in the user's cache under their version.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use super::Work;
+use crate::cmd::{Cmd, is_executable, which};
+use crate::toolchain::parse_version;
+use crate::{cache, host, paths, ui};
+
+const CNITOOL: &str = "v1.2.3";
+/// From this on Go fetches by itself the exact release that a go.mod asks for.
+const OLDEST_GO: (u32, u32) = (1, 21);
+
+/// Where Kubernetes' programs are: `kubernetes/<version>/bin` in the user's cache.
+pub fn kubernetes_dir() -> Result<PathBuf> {
+    Ok(paths::cache().join("kubernetes").join(kubernetes_version(&go_mod()?)?).join("bin"))
+}
+
+pub(super) fn ensure_cnitool(work: &mut Work) -> Result<()> {
+    let tool = paths::tools().join("cnitool");
+    let stamp = Stamp::new(&tool, CNITOOL.to_owned());
+    if stamp.holds() {
+        return Ok(());
+    }
+    let go = go(work)?;
+    let install = Cmd::new(go)
+        .args(["install", &format!("github.com/containernetworking/cni/cnitool@{CNITOOL}")])
+        .env("GOBIN", paths::tools())
+        .env("CGO_ENABLED", "0")
+        .env_remove("GOFLAGS")
+        .remedy("Go needs a module proxy that it can reach: go env GOPROXY");
+    work.step("building cnitool", &install)?;
+    if work.dry_run { Ok(()) } else { stamp.write() }
+}
+
+pub(super) fn ensure_kubernetes(work: &mut Work, program: &str) -> Result<()> {
+    let go_mod = go_mod()?;
+    let version = kubernetes_version(&go_mod)?;
+    let bin = kubernetes_dir()?;
+    let mut key = cache::Key::default();
+    key.text("go.mod", &go_mod);
+    let stamp = Stamp::new(&bin.join(program), key.finish());
+    if stamp.holds() {
+        return Ok(());
+    }
+    let go = go(work)?;
+    let source = bin.with_file_name("src");
+    let build = Cmd::new(go)
+        // -mod=mod in a copy: Go completes go.sum there, and leaves the tracked one alone.
+        .args(["build", "-mod=mod", "-ldflags", &linker_flags(&version), "-o"])
+        .arg(bin.join(program))
+        .arg(format!("k8s.io/kubernetes/cmd/{program}"))
+        .env("CGO_ENABLED", "0")
+        .env_remove("GOFLAGS")
+        .dir(&source)
+        .remedy("Go needs a module proxy that it can reach (go env GOPROXY), 2 GB of memory and 3 GB of disk");
+    if !work.dry_run {
+        copy_module(&source)?;
+    }
+    work.step(&format!("building {program} {version} (minutes, once)"), &build)?;
+    if work.dry_run { Ok(()) } else { stamp.write() }
+}
+
+/// Go, new enough; installed from packages where those are.
+fn go(work: &mut Work) -> Result<PathBuf> {
+    if let Some(go) = find_go() {
+        return Ok(go);
+    }
+    let candidate = work.package_version("golang-go");
+    if candidate.as_deref().and_then(parse_version) >= Some(OLDEST_GO) {
+        work.install_packages(&["golang-go"])?;
+        return if work.dry_run {
+            Ok("go".into())
+        } else {
+            find_go().context("golang-go is installed, but there is no go")
+        };
+    }
+    let suite = host::codename();
+    bail!(
+        "Go {}.{} or newer is needed and not found; the package golang-go is {}\n  remedy: install Go from its own site, or on \
+         Debian add the suite {}-backports to the apt sources, then apt-get install -t {}-backports golang-go",
+        OLDEST_GO.0,
+        OLDEST_GO.1,
+        candidate.as_deref().unwrap_or("not available"),
+        suite,
+        suite
+    )
+}
+
+fn find_go() -> Option<PathBuf> {
+    let go = which("go").or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|g| is_executable(g)))?;
+    let version = Cmd::new(&go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").capture().ok()?;
+    (parse_version(&version) >= Some(OLDEST_GO)).then_some(go)
+}
+
+fn module() -> PathBuf {
+    paths::root().join("tests/kubernetes")
+}
+
+fn go_mod() -> Result<String> {
+    let file = module().join("go.mod");
+    fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))
+}
+
+fn copy_module(to: &Path) -> Result<()> {
+    for file in ["go.mod", "go.sum"] {
+        let from = module().join(file);
+        if from.is_file() {
+            cache::copy(&from, &to.join(file))?;
+        }
+    }
+    Ok(())
+}
+
+/// The version of `k8s.io/kubernetes` that a go.mod requires.
+fn kubernetes_version(go_mod: &str) -> Result<String> {
+    let version = go_mod.lines().find_map(|line| {
+        let line = line.trim();
+        let line = line.strip_prefix("require ").unwrap_or(line);
+        line.strip_prefix("k8s.io/kubernetes ")?.split_whitespace().next()
+    });
+    version.map(str::to_owned).context("tests/kubernetes/go.mod does not require k8s.io/kubernetes")
+}
+
+/// Kubernetes takes its own version from the link step; without one it refuses its clients' version checks.
+fn linker_flags(version: &str) -> String {
+    let (major, minor) = parse_version(version).unwrap_or_default();
+    let package = "k8s.io/component-base/version";
+    format!(
+        "-s -w -X {package}.gitVersion={version} -X {package}.gitMajor={major} -X {package}.gitMinor={minor} \
+         -X k8s.io/client-go/pkg/version.gitVersion={version}"
+    )
+}
+
+/// Tells whether a program was built completely and from what: its size and a key, in a file beside it. A checksum of
+/// 100 MB would take longer than the rest of setup.
+struct Stamp {
+    program: PathBuf,
+    key: String,
+}
+
+impl Stamp {
+    fn new(program: &Path, key: String) -> Self {
+        Self { program: program.to_owned(), key }
+    }
+
+    fn holds(&self) -> bool {
+        let found = fs::read_to_string(self.file()).ok();
+        is_executable(&self.program) && found.is_some() && found == self.content()
+    }
+
+    fn write(&self) -> Result<()> {
+        let content = self.content().with_context(|| format!("{} was not built", self.program.display()))?;
+        ui::detail(&format!("built {}", self.program.display()));
+        fs::write(self.file(), content).with_context(|| format!("writing {}", self.file().display()))
+    }
+
+    fn content(&self) -> Option<String> {
+        let size = fs::metadata(&self.program).ok()?.len();
+        Some(format!("{} {size}\n", self.key))
+    }
+
+    fn file(&self) -> PathBuf {
+        self.program.with_extension("stamp")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_read_from_both_forms_of_require() {
+        assert_eq!(kubernetes_version("module m\nrequire k8s.io/kubernetes v1.34.4\n").unwrap(), "v1.34.4");
+        assert_eq!(kubernetes_version("require (\n\tk8s.io/kubernetes v1.35.0 // x\n)\n").unwrap(), "v1.35.0");
+        assert!(kubernetes_version("require k8s.io/api v0.34.4\n").is_err());
+    }
+
+    #[test]
+    fn the_link_step_names_the_version() {
+        assert!(linker_flags("v1.34.4").contains("gitMinor=34 "));
+    }
+
+    #[test]
+    fn a_stamp_tells_a_torn_or_older_program() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("prog");
+        let stamp = Stamp::new(&program, "k1".to_owned());
+        assert!(!stamp.holds() && stamp.write().is_err());
+        fs::write(&program, "0123").unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(!stamp.holds());
+        stamp.write().unwrap();
+        assert!(stamp.holds() && !Stamp::new(&program, "k2".to_owned()).holds());
+        fs::write(&program, "012").unwrap();
+        assert!(!stamp.holds());
+    }
+}

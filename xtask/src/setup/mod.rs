@@ -1,0 +1,128 @@
+//! `setup`: finds what is missing and installs it. Says what it does; with nothing missing it takes a fraction of a second,
+//! so the other commands call it first.
+
+mod apt;
+mod bpf;
+mod go;
+mod tools;
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::cmd::Cmd;
+use crate::ui;
+
+pub use go::kubernetes_dir;
+pub use tools::cargo_deny;
+
+/// What a command needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Compiling: a C compiler, the eBPF toolchain.
+    Build,
+    /// Namespaces and what tests and the demo do in them.
+    Network,
+    /// The linters.
+    Lint,
+    /// The foreign CNI driver.
+    Cnitool,
+    /// A real API server and its store.
+    ApiServer,
+    /// The reference that benchmarks compare with.
+    KubeProxy,
+    /// Throughput measurements.
+    Iperf,
+}
+
+/// Options of `setup`.
+#[derive(clap::Args, Debug, Default)]
+pub struct Args {
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Install this too (tests and the demo with --api-server ask for it themselves)
+    #[arg(long, value_name = "WHAT")]
+    with: Vec<Extra>,
+    /// Build bpf-linker for the present toolchain's LLVM even when there is one
+    #[arg(long)]
+    force_linker: bool,
+}
+
+/// Large things that are installed only when asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Extra {
+    /// kube-apiserver, built from the Go module proxy (3 minutes on 2 cores, 2 GB of memory)
+    Kubernetes,
+    /// kube-proxy, from the same sources, for benchmarks
+    KubeProxy,
+}
+
+/// The command.
+pub fn run(args: &Args) -> Result<()> {
+    let mut needs = vec![Need::Build, Need::Network, Need::Lint, Need::Cnitool, Need::Iperf];
+    needs.extend(args.with.iter().map(|extra| match extra {
+        Extra::Kubernetes => Need::ApiServer,
+        Extra::KubeProxy => Need::KubeProxy,
+    }));
+    let start = Instant::now();
+    let mut work = Work { dry_run: args.dry_run, force_linker: args.force_linker, ..Work::default() };
+    work.all(&needs)?;
+    let time = ui::seconds(start.elapsed());
+    match (work.done, args.dry_run) {
+        (0, _) => ui::step(&format!("setup: nothing is missing ({time})")),
+        (_, true) => ui::step("setup: that was a dry run; nothing was changed"),
+        (n, false) => ui::step(&format!("setup: complete after {n} installation steps ({time})")),
+    }
+    Ok(())
+}
+
+/// Installs what is missing of `needs`; silent when nothing is.
+pub fn ensure(needs: &[Need]) -> Result<()> {
+    Work::default().all(needs)
+}
+
+/// One run of setup.
+#[derive(Default)]
+struct Work {
+    dry_run: bool,
+    force_linker: bool,
+    /// Installation steps taken, or named in a dry run.
+    done: usize,
+    /// Whether the package lists have been refreshed.
+    updated: bool,
+}
+
+impl Work {
+    fn all(&mut self, needs: &[Need]) -> Result<()> {
+        let missing = tools::missing(needs);
+        if !missing.is_empty() {
+            for tool in &missing {
+                ui::detail(&format!("{} is missing: {}", tool.name, tool.purpose));
+            }
+            self.install_packages(&tools::packages(&missing)?)?;
+        }
+        for need in needs {
+            match need {
+                Need::Build => bpf::ensure(self)?,
+                Need::Lint => tools::ensure_cargo_deny(self)?,
+                Need::Cnitool => go::ensure_cnitool(self)?,
+                Need::ApiServer => go::ensure_kubernetes(self, "kube-apiserver")?,
+                Need::KubeProxy => go::ensure_kubernetes(self, "kube-proxy")?,
+                Need::Network | Need::Iperf => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs one installation step, or names it in a dry run.
+    fn step(&mut self, title: &str, command: &Cmd) -> Result<()> {
+        self.done += 1;
+        if self.dry_run {
+            ui::step(&format!("would run ({title}): {command}"));
+            return Ok(());
+        }
+        ui::detail(&format!("running {command}"));
+        command.run_behind(title)
+    }
+}

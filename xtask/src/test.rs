@@ -1,0 +1,104 @@
+//! `test`: everything that `cargo test` needs, and then `cargo test`, whose own closing lines stay the last word.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use crate::cmd::{Cmd, need_root};
+use crate::dist::{self, Profile};
+use crate::setup::{self, Need};
+use crate::{ebpf, paths, ui};
+
+/// Options of `test`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Run only tests whose name holds this
+    filter: Option<String>,
+    /// Run only the tests of this package (rustnet-tests: those that cross crates)
+    #[arg(short, long)]
+    package: Option<String>,
+    /// Run only this test target of the package
+    #[arg(long, value_name = "NAME")]
+    test: Option<String>,
+    /// Test optimised programs instead of those with overflow checks and debug assertions
+    #[arg(long)]
+    release: bool,
+    /// For the test programs themselves: --nocapture, --test-threads 1, --ignored...
+    #[arg(last = true)]
+    harness: Vec<String>,
+}
+
+/// The command; returns the status of `cargo test`.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    need_root("test")?;
+    setup::ensure(&[Need::Build, Need::Network, Need::Cnitool, Need::ApiServer])?;
+    ebpf::build(&ebpf::Args::default())?;
+    let profile = if args.release { Profile::Release } else { Profile::Dev };
+    dist::build(profile, &[])?;
+    ui::step("cargo test");
+    let status = prepare(cargo_test(args), profile)?.status()?;
+    Ok(exit_code(status.code()))
+}
+
+fn cargo_test(args: &Args) -> Cmd {
+    let mut cargo = Cmd::cargo().args(["test", "--no-fail-fast"]);
+    cargo = match &args.package {
+        Some(package) => cargo.args(["--package", package]),
+        None => cargo.args(["--workspace", "--exclude", "rustnet-ebpf"]),
+    };
+    if let Some(test) = &args.test {
+        cargo = cargo.args(["--test", test]);
+    }
+    if args.release {
+        cargo = cargo.arg("--release");
+    }
+    cargo = cargo.args(&args.filter);
+    if args.harness.is_empty() { cargo } else { cargo.arg("--").args(&args.harness) }
+}
+
+/// Tells a program of the test bench where everything is.
+pub fn prepare(cmd: Cmd, profile: Profile) -> Result<Cmd> {
+    let kubernetes = setup::kubernetes_dir()?;
+    Ok(dist::environment(cmd)
+        .env("RUSTNET_DIST", profile.dist())
+        .env("RUSTNET_KUBERNETES", &kubernetes)
+        .env("RUSTNET_CNITOOL", paths::tools().join("cnitool"))
+        .path_first(&[paths::tools()])
+        .dir(paths::root()))
+}
+
+/// A child's status as ours; a child ended by a signal counts as a failure.
+pub fn exit_code(status: Option<i32>) -> ExitCode {
+    ExitCode::from(status.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn command(words: &[&str]) -> String {
+        let line = Line::try_parse_from([&["test"], words].concat()).unwrap();
+        cargo_test(&line.args).to_string()
+    }
+
+    #[test]
+    fn without_options_the_whole_workspace_is_tested() {
+        assert_eq!(command(&[]), "cargo test --no-fail-fast --workspace --exclude rustnet-ebpf");
+    }
+
+    #[test]
+    fn filter_package_and_harness_options_are_passed_on() {
+        assert_eq!(
+            command(&["conntrack", "-p", "rustnet-tests", "--test", "packet", "--", "--nocapture"]),
+            "cargo test --no-fail-fast --package rustnet-tests --test packet conntrack -- --nocapture"
+        );
+    }
+}
