@@ -1,12 +1,15 @@
 //! The node agent as a library; the `rustnet-agent` and `rustnet` binaries are thin callers of it.
 
 pub mod args;
+pub mod bpf;
 pub mod config;
 pub mod health;
 pub mod http;
+pub mod index;
 pub mod install;
 pub mod metrics;
 pub mod model;
+pub mod net;
 pub mod nodefile;
 pub mod plan;
 pub mod source;

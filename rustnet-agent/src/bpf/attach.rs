@@ -1,0 +1,162 @@
+//! Puts programs on hooks, or swaps those that are there without losing a packet.
+//!
+//! Uplinks and the overlay device have TCX links, pinned, so that they outlive the agent and no other tool removes them.
+//! Kernels before 6.6 have no TCX: there, and on the pods' veths always, a clsact qdisc carries netlink filters.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rustnet_common::names;
+
+use super::{pin, remedy, sys};
+use crate::net::netlink::Socket;
+use crate::net::tc;
+
+/// Which way packets go past a hook, seen from the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Into the host.
+    Ingress,
+    /// Out of the host.
+    Egress,
+}
+
+impl Direction {
+    fn tcx(self) -> u32 {
+        match self {
+            Self::Ingress => sys::TCX_INGRESS,
+            Self::Egress => sys::TCX_EGRESS,
+        }
+    }
+}
+
+/// What it took to have a program on its hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was there.
+    Unchanged,
+    /// Another program was there and has been swapped.
+    Swapped,
+    /// Nothing of ours was there.
+    Attached,
+    /// The kernel has no TCX; a netlink filter does it.
+    Filter,
+}
+
+/// Where a hook's link is pinned: the program's name, and the device's where a program sits on several.
+pub fn link_path(bpffs: &Path, program: &str, device: &str) -> PathBuf {
+    let dir = bpffs.join(names::LINKS_DIR);
+    if device == names::OVERLAY_DEV {
+        return dir.join(program);
+    }
+    // BPF file systems refuse dots in names, and devices may have them (VLANs).
+    dir.join(format!("{program}_{}", device.replace('.', "-")))
+}
+
+/// A device that programs go on.
+pub struct Device<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its index.
+    pub ifindex: u32,
+}
+
+/// Has `prog` on the TCX hook of a device, by the link pinned at `path` if it lives and is of this device.
+pub fn device_hook(
+    socket: &mut Socket,
+    path: &Path,
+    device: &Device<'_>,
+    direction: Direction,
+    prog: BorrowedFd<'_>,
+) -> Result<Outcome> {
+    if let Some(outcome) = adopt(path, device, direction, prog)? {
+        return Ok(outcome);
+    }
+    match sys::link_create_tcx(prog, device.ifindex, direction.tcx()) {
+        Ok(link) => {
+            pin::replace(path, link.as_fd())?;
+            Ok(Outcome::Attached)
+        }
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            tc::set_filter(socket, device.ifindex, direction, prog, &name_of(path))
+                .with_context(|| format!("attaching to {} without TCX", device.name))?;
+            Ok(Outcome::Filter)
+        }
+        Err(e) => Err(anyhow::anyhow!("attaching {} to {}: {e}: {}", name_of(path), device.name, remedy(&e))),
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Swaps the program of the link pinned at `path`. `None` when there is no link, or it is of no use: its device is gone or
+/// another one. Such a pin is removed, which detaches it.
+fn adopt(path: &Path, device: &Device<'_>, direction: Direction, prog: BorrowedFd<'_>) -> Result<Option<Outcome>> {
+    let link = match sys::obj_get(path) {
+        Ok(link) => link,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => anyhow::bail!("opening {}: {e}: {}", path.display(), remedy(&e)),
+    };
+    let info = sys::link_info(link.as_fd()).with_context(|| format!("{} is not a link", path.display()))?;
+    if info.ifindex != device.ifindex || info.attach_type != direction.tcx() {
+        pin::remove(path)?;
+        return Ok(None);
+    }
+    if info.prog_id == sys::prog_id(prog).context("asking for a program's id")? {
+        return Ok(Some(Outcome::Unchanged));
+    }
+    match sys::link_update(link.as_fd(), prog) {
+        Ok(()) => Ok(Some(Outcome::Swapped)),
+        // The device went between the two calls.
+        Err(e) if e.raw_os_error() == Some(libc::ENOLINK) => {
+            pin::remove(path)?;
+            Ok(None)
+        }
+        Err(e) => anyhow::bail!("swapping the program of {}: {e}: {}", path.display(), remedy(&e)),
+    }
+}
+
+/// Has both programs of a pod on its host-side veth: makes what is missing, swaps what is another program.
+pub fn pod_hooks(
+    socket: &mut Socket,
+    ifindex: u32,
+    from_pod: BorrowedFd<'_>,
+    to_pod: BorrowedFd<'_>,
+) -> Result<Outcome> {
+    let one = pod_hook(socket, ifindex, Direction::Ingress, from_pod, names::PROGRAMS[0])?;
+    let two = pod_hook(socket, ifindex, Direction::Egress, to_pod, names::PROGRAMS[1])?;
+    Ok(if one == Outcome::Unchanged { two } else { one })
+}
+
+fn pod_hook(
+    socket: &mut Socket,
+    ifindex: u32,
+    direction: Direction,
+    prog: BorrowedFd<'_>,
+    name: &str,
+) -> Result<Outcome> {
+    let wanted = sys::prog_id(prog).context("asking for a program's id")?;
+    let there = tc::filter_prog_id(socket, ifindex, direction)?;
+    if there == Some(wanted) {
+        return Ok(Outcome::Unchanged);
+    }
+    tc::set_filter(socket, ifindex, direction, prog, name)?;
+    Ok(if there.is_some() { Outcome::Swapped } else { Outcome::Attached })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::link_path;
+    use std::path::Path;
+
+    #[test]
+    fn each_device_has_its_own_link() {
+        let path = |program, device| link_path(Path::new("/b"), program, device).to_string_lossy().into_owned();
+        assert_eq!(path("overlay_in", "rn_vxlan"), "/b/link/overlay_in");
+        assert_eq!(path("uplink_in", "eth0"), "/b/link/uplink_in_eth0");
+        assert_eq!(path("uplink_in", "eth0.10"), "/b/link/uplink_in_eth0-10");
+    }
+}

@@ -1,0 +1,13 @@
+//! Typed stores: the only code that writes the maps. [`BpfMaps`] is the plan's view of the real maps; connections, endpoints,
+//! counters and settings have their own.
+
+pub mod backends;
+pub mod conntrack;
+pub mod counters;
+pub mod endpoints;
+pub mod map;
+pub mod node_config;
+mod plan;
+
+pub use map::Map;
+pub use plan::{BpfMaps, peers, services};

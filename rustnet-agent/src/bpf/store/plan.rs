@@ -1,0 +1,220 @@
+//! The plan's maps on the real ones: services, backends and peers of both families.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use bytemuck::Pod;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::names::map;
+use rustnet_common::peer::{Peer, PeerKey};
+use rustnet_common::service::{SvcEntry, SvcKey};
+
+use super::Map;
+use super::backends::Backends;
+use super::conntrack::Conntrack;
+use crate::plan::{Maps, Snapshot, VipKey, Write};
+
+/// The maps that the plan reads and writes.
+pub struct BpfMaps {
+    svc4: Map<SvcKey<Ip4>, SvcEntry>,
+    svc6: Map<SvcKey<Ip6>, SvcEntry>,
+    peers4: Map<PeerKey<Ip4>, Peer>,
+    peers6: Map<PeerKey<Ip6>, Peer>,
+    backends: Backends,
+    conntrack: Conntrack,
+}
+
+impl BpfMaps {
+    /// Opens the pins in `bpffs`.
+    pub fn open(bpffs: &Path) -> Result<Self> {
+        Ok(Self {
+            svc4: Map::open(bpffs, map::SVC4)?,
+            svc6: Map::open(bpffs, map::SVC6)?,
+            peers4: Map::open(bpffs, map::PEERS4)?,
+            peers6: Map::open(bpffs, map::PEERS6)?,
+            backends: Backends::open(bpffs, true)?,
+            conntrack: Conntrack::open(bpffs)?,
+        })
+    }
+
+    fn put_services(&self, services: &[(VipKey, SvcEntry)]) -> Result<()> {
+        let (mut four, mut six) = (Vec::new(), Vec::new());
+        for (key, entry) in services {
+            match svc_key(key) {
+                Either::V4(key) => four.push((key, *entry)),
+                Either::V6(key) => six.push((key, *entry)),
+            }
+        }
+        self.svc4.put_all(&four)?;
+        self.svc6.put_all(&six)
+    }
+
+    fn put_peers(&self, peers: &[(IpNet, Peer)]) -> Result<()> {
+        // A trie has batches only on some kernels, and is small.
+        for (prefix, peer) in peers {
+            match peer_key(prefix) {
+                Either::V4(key) => self.peers4.put(&key, peer),
+                Either::V6(key) => self.peers6.put(&key, peer),
+            }
+            .with_context(|| format!("peer {prefix}"))?;
+        }
+        Ok(())
+    }
+
+    fn apply_run(&mut self, run: &[Write]) -> Result<()> {
+        match &run[0] {
+            Write::Backends { .. } | Write::PutService { .. } => {
+                for write in run {
+                    if let Write::Backends { first, backends } = write {
+                        self.backends.store(*first, backends)?;
+                    }
+                }
+                self.put_services(&pick(run, |w| match w {
+                    Write::PutService { key, entry } => Some((*key, *entry)),
+                    _ => None,
+                }))
+            }
+            Write::DeleteService { .. } => {
+                let keys = pick(run, |w| if let Write::DeleteService { key } = w { Some(svc_key(key)) } else { None });
+                delete(&keys, &self.svc4, &self.svc6)
+            }
+            Write::PutPeer { .. } => self.put_peers(&pick(run, |w| match w {
+                Write::PutPeer { prefix, peer } => Some((*prefix, *peer)),
+                _ => None,
+            })),
+            Write::DeletePeer { .. } => {
+                let keys =
+                    pick(run, |w| if let Write::DeletePeer { prefix } = w { Some(peer_key(prefix)) } else { None });
+                delete(&keys, &self.peers4, &self.peers6)
+            }
+            Write::ForgetFlows { .. } => {
+                let mut backends: BTreeMap<u8, BTreeSet<u32>> = BTreeMap::new();
+                for write in run {
+                    if let Write::ForgetFlows { proto, backends: ids } = write {
+                        backends.entry(*proto).or_default().extend(ids);
+                    }
+                }
+                self.conntrack.forget(&backends).map(drop)
+            }
+        }
+    }
+}
+
+impl Maps for BpfMaps {
+    fn snapshot(&self) -> Result<Snapshot> {
+        Ok(Snapshot {
+            services: services_of(&self.svc4, &self.svc6)?,
+            backends: self.backends.used(),
+            peers: peers_of(&self.peers4, &self.peers6)?,
+        })
+    }
+
+    /// Runs of writes of one kind go in one batch; the order of the runs is kept. Backends and the entries that flip to them
+    /// are one run, the backends of all first: nothing refers to a slot before its entry is written, so that no program can
+    /// tell the difference, and a hundred thousand services cost a few dozen calls.
+    fn apply(&mut self, writes: &[Write]) -> Result<()> {
+        writes.chunk_by(|a, b| rank(a) == rank(b)).try_for_each(|run| self.apply_run(run))
+    }
+
+    fn backend_capacity(&self) -> u32 {
+        self.backends.capacity()
+    }
+
+    fn service_capacity(&self) -> u32 {
+        self.svc4.max_entries().min(self.svc6.max_entries())
+    }
+
+    fn peer_capacity(&self) -> u32 {
+        self.peers4.max_entries().min(self.peers6.max_entries())
+    }
+}
+
+/// Writes of one rank may go together.
+fn rank(write: &Write) -> u8 {
+    match write {
+        Write::Backends { .. } | Write::PutService { .. } => 0,
+        Write::DeleteService { .. } => 1,
+        Write::PutPeer { .. } => 2,
+        Write::DeletePeer { .. } => 3,
+        Write::ForgetFlows { .. } => 4,
+    }
+}
+
+/// A key of either family.
+enum Either<A, B> {
+    V4(A),
+    V6(B),
+}
+
+fn pick<T>(run: &[Write], of: impl Fn(&Write) -> Option<T>) -> Vec<T> {
+    run.iter().filter_map(of).collect()
+}
+
+fn delete<A: Pod, B: Pod, V: Pod>(keys: &[Either<A, B>], four: &Map<A, V>, six: &Map<B, V>) -> Result<()> {
+    keys.iter().try_for_each(|key| match key {
+        Either::V4(key) => four.delete(key).map(drop),
+        Either::V6(key) => six.delete(key).map(drop),
+    })
+}
+
+fn svc_key(key: &VipKey) -> Either<SvcKey<Ip4>, SvcKey<Ip6>> {
+    let VipKey { ip, port, proto, scope } = *key;
+    match ip {
+        IpAddr::V4(ip) => Either::V4(SvcKey { vip: ip.into(), port, proto, scope }),
+        IpAddr::V6(ip) => Either::V6(SvcKey { vip: ip.into(), port, proto, scope }),
+    }
+}
+
+fn vip_key<A>(ip: IpAddr, key: &SvcKey<A>) -> VipKey {
+    VipKey { ip, port: key.port, proto: key.proto, scope: key.scope }
+}
+
+fn peer_key(prefix: &IpNet) -> Either<PeerKey<Ip4>, PeerKey<Ip6>> {
+    let prefix_len = u32::from(prefix.prefix_len());
+    match prefix.network() {
+        IpAddr::V4(ip) => Either::V4(PeerKey { prefix_len, data: ip.into() }),
+        IpAddr::V6(ip) => Either::V6(PeerKey { prefix_len, data: ip.into() }),
+    }
+}
+
+fn prefix4(key: &PeerKey<Ip4>) -> Option<IpNet> {
+    Ipv4Net::new(Ipv4Addr::from(key.data), u8::try_from(key.prefix_len).ok()?).ok().map(IpNet::V4)
+}
+
+fn prefix6(key: &PeerKey<Ip6>) -> Option<IpNet> {
+    Ipv6Net::new(Ipv6Addr::from(key.data), u8::try_from(key.prefix_len).ok()?).ok().map(IpNet::V6)
+}
+
+type Services<A> = Map<SvcKey<A>, SvcEntry>;
+type Peers<A> = Map<PeerKey<A>, Peer>;
+
+fn services_of(four: &Services<Ip4>, six: &Services<Ip6>) -> Result<BTreeMap<VipKey, SvcEntry>> {
+    let mut out = BTreeMap::new();
+    four.for_each(|k, v| {
+        out.insert(vip_key(IpAddr::V4(k.vip.into()), k), *v);
+    })?;
+    six.for_each(|k, v| {
+        out.insert(vip_key(IpAddr::V6(k.vip.into()), k), *v);
+    })?;
+    Ok(out)
+}
+
+fn peers_of(four: &Peers<Ip4>, six: &Peers<Ip6>) -> Result<BTreeMap<IpNet, Peer>> {
+    let mut out = BTreeMap::new();
+    four.for_each(|k, v| out.extend(prefix4(k).map(|prefix| (prefix, *v))))?;
+    six.for_each(|k, v| out.extend(prefix6(k).map(|prefix| (prefix, *v))))?;
+    Ok(out)
+}
+
+/// Reads `rn_svc4` and `rn_svc6`, for the command.
+pub fn services(bpffs: &Path) -> Result<BTreeMap<VipKey, SvcEntry>> {
+    services_of(&Map::open(bpffs, map::SVC4)?, &Map::open(bpffs, map::SVC6)?)
+}
+
+/// Reads `rn_peers4` and `rn_peers6`, for the command.
+pub fn peers(bpffs: &Path) -> Result<BTreeMap<IpNet, Peer>> {
+    peers_of(&Map::open(bpffs, map::PEERS4)?, &Map::open(bpffs, map::PEERS6)?)
+}

@@ -1,0 +1,448 @@
+//! The bpf(2) system call: the commands that aya has no public interface for (batches, links by fd, info, `BPF_OBJ_GET`
+//! without feature probes), one safe function each. Layouts are those of `union bpf_attr` in `linux/bpf.h`.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use bytemuck::{Pod, Zeroable};
+
+/// Commands of bpf(2) (`enum bpf_cmd`).
+mod cmd {
+    pub(super) const MAP_CREATE: i32 = 0;
+    pub(super) const MAP_LOOKUP_ELEM: i32 = 1;
+    pub(super) const MAP_UPDATE_ELEM: i32 = 2;
+    pub(super) const MAP_DELETE_ELEM: i32 = 3;
+    pub(super) const MAP_GET_NEXT_KEY: i32 = 4;
+    pub(super) const PROG_LOAD: i32 = 5;
+    pub(super) const OBJ_PIN: i32 = 6;
+    pub(super) const OBJ_GET: i32 = 7;
+    pub(super) const PROG_TEST_RUN: i32 = 10;
+    pub(super) const OBJ_GET_INFO_BY_FD: i32 = 15;
+    pub(super) const MAP_LOOKUP_BATCH: i32 = 24;
+    pub(super) const MAP_UPDATE_BATCH: i32 = 26;
+    pub(super) const MAP_DELETE_BATCH: i32 = 27;
+    pub(super) const LINK_CREATE: i32 = 28;
+    pub(super) const LINK_UPDATE: i32 = 29;
+}
+
+/// `BPF_TCX_INGRESS`.
+pub const TCX_INGRESS: u32 = 46;
+/// `BPF_TCX_EGRESS`.
+pub const TCX_EGRESS: u32 = 47;
+/// `BPF_PROG_TYPE_SCHED_CLS`.
+pub const PROG_TYPE_SCHED_CLS: u32 = 3;
+
+/// Calls bpf(2) with an attribute that starts as `attr`; the kernel takes the missing tail as zero.
+fn bpf<T>(command: i32, attr: &mut T) -> io::Result<i64> {
+    // SAFETY: `attr` is a `repr(C)` prefix of `union bpf_attr` of the size given; every pointer in it is valid for the
+    // length the command uses, which the callers in this file guarantee.
+    let rc = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) }
+}
+
+/// Takes the fd that a successful command returned.
+fn owned(fd: i64) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us, nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+/// The shape of a map, as it must agree between the object, the pin and our types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// `enum bpf_map_type`.
+    pub kind: u32,
+    /// Octets of a key.
+    pub key_size: u32,
+    /// Octets of a value.
+    pub value_size: u32,
+    /// Most entries.
+    pub max_entries: u32,
+    /// Creation flags.
+    pub flags: u32,
+}
+
+impl std::fmt::Display for Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { kind, key_size, value_size, max_entries, flags } = self;
+        write!(
+            f,
+            "{}, key {key_size} B, value {value_size} B, {max_entries} entries, flags {flags:#x}",
+            kind_name(*kind)
+        )
+    }
+}
+
+/// The kernel's name of a map type, as bpftool prints it.
+pub fn kind_name(kind: u32) -> String {
+    match kind {
+        1 => "hash".into(),
+        2 => "array".into(),
+        6 => "percpu_array".into(),
+        9 => "lru_hash".into(),
+        11 => "lpm_trie".into(),
+        27 => "ringbuf".into(),
+        other => format!("type {other}"),
+    }
+}
+
+/// Makes a map.
+pub fn map_create(name: &str, layout: Layout) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        kind: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        flags: u32,
+        inner_map_fd: u32,
+        numa_node: u32,
+        name: [u8; 16],
+    }
+    let mut attr = Attr {
+        kind: layout.kind,
+        key_size: layout.key_size,
+        value_size: layout.value_size,
+        max_entries: layout.max_entries,
+        flags: layout.flags,
+        inner_map_fd: 0,
+        numa_node: 0,
+        name: object_name(name),
+    };
+    owned(bpf(cmd::MAP_CREATE, &mut attr)?)
+}
+
+/// A name cut to what the kernel takes: 15 octets and a zero.
+fn object_name(name: &str) -> [u8; 16] {
+    let mut out = [0; 16];
+    let n = name.len().min(15);
+    out[..n].copy_from_slice(&name.as_bytes()[..n]);
+    out
+}
+
+#[repr(C)]
+struct ElemAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+fn elem(map: BorrowedFd<'_>, key: *const u8, value: *const u8) -> ElemAttr {
+    ElemAttr { map_fd: raw(map), pad: 0, key: key as u64, value: value as u64, flags: 0 }
+}
+
+fn none_if_missing(result: io::Result<i64>) -> io::Result<bool> {
+    match result {
+        Ok(_) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Reads the value of `key` into `value`; false when there is none. The buffer must hold a value of this map (for
+/// per-CPU maps: one, rounded up to 8 octets, for each possible CPU).
+pub fn map_lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    none_if_missing(bpf(cmd::MAP_LOOKUP_ELEM, &mut elem(map, key.as_ptr(), value.as_mut_ptr())))
+}
+
+/// Writes one entry, new or not.
+pub fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    bpf(cmd::MAP_UPDATE_ELEM, &mut elem(map, key.as_ptr(), value.as_ptr())).map(drop)
+}
+
+/// Deletes one entry; false when there was none.
+pub fn map_delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
+    none_if_missing(bpf(cmd::MAP_DELETE_ELEM, &mut elem(map, key.as_ptr(), std::ptr::null())))
+}
+
+/// Writes the key that follows `key` (the first one for `None`) to `next`; false at the end.
+pub fn map_next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> io::Result<bool> {
+    let key = key.map_or(std::ptr::null(), <[u8]>::as_ptr);
+    none_if_missing(bpf(cmd::MAP_GET_NEXT_KEY, &mut elem(map, key, next.as_mut_ptr())))
+}
+
+#[repr(C)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Where a batched read stands between two calls.
+#[derive(Default)]
+pub struct Cursor {
+    token: [u64; 8],
+    started: bool,
+}
+
+/// Reads the next entries into `keys` and `values` (room for `count` each). Returns how many, and whether the end was
+/// reached. ENOSPC: a bucket holds more than `count` entries, ask for more.
+pub fn map_lookup_batch(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    keys: &mut [u8],
+    values: &mut [u8],
+    count: u32,
+) -> io::Result<(usize, bool)> {
+    let mut out = [0_u64; 8];
+    let mut attr = BatchAttr {
+        in_batch: if cursor.started { cursor.token.as_ptr() as u64 } else { 0 },
+        out_batch: out.as_mut_ptr() as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count,
+        map_fd: raw(map),
+        elem_flags: 0,
+        flags: 0,
+    };
+    let more = none_if_missing(bpf(cmd::MAP_LOOKUP_BATCH, &mut attr))?;
+    *cursor = Cursor { token: out, started: true };
+    Ok((attr.count as usize, !more))
+}
+
+/// Writes `count` entries. On an error, the entries before the returned number stand.
+pub fn map_update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], count: u32) -> Result<(), (u32, io::Error)> {
+    batch(cmd::MAP_UPDATE_BATCH, map, keys, values.as_ptr(), count)
+}
+
+/// Deletes `count` entries; stops with ENOENT at one that is not there.
+pub fn map_delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> Result<(), (u32, io::Error)> {
+    batch(cmd::MAP_DELETE_BATCH, map, keys, std::ptr::null(), count)
+}
+
+fn batch(
+    command: i32,
+    map: BorrowedFd<'_>,
+    keys: &[u8],
+    values: *const u8,
+    count: u32,
+) -> Result<(), (u32, io::Error)> {
+    let mut attr = BatchAttr {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_ptr() as u64,
+        values: values as u64,
+        count,
+        map_fd: raw(map),
+        elem_flags: 0,
+        flags: 0,
+    };
+    match bpf(command, &mut attr) {
+        Ok(_) => Ok(()),
+        Err(e) => Err((if attr.count > count { 0 } else { attr.count }, e)),
+    }
+}
+
+#[repr(C)]
+struct ObjAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))
+}
+
+/// Opens a pinned map, program or link.
+pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    owned(bpf(cmd::OBJ_GET, &mut ObjAttr { path: path.as_ptr() as u64, fd: 0, flags: 0 })?)
+}
+
+/// Pins a map, program or link; EEXIST when the file is there.
+pub fn obj_pin(path: &Path, fd: BorrowedFd<'_>) -> io::Result<()> {
+    let path = c_path(path)?;
+    bpf(cmd::OBJ_PIN, &mut ObjAttr { path: path.as_ptr() as u64, fd: raw(fd), flags: 0 }).map(drop)
+}
+
+fn info<T: Pod>(fd: BorrowedFd<'_>) -> io::Result<T> {
+    #[repr(C)]
+    struct Attr {
+        fd: u32,
+        len: u32,
+        info: u64,
+    }
+    let mut out = T::zeroed();
+    let len = size_of::<T>() as u32;
+    bpf(cmd::OBJ_GET_INFO_BY_FD, &mut Attr { fd: raw(fd), len, info: std::ptr::from_mut(&mut out) as u64 })?;
+    Ok(out)
+}
+
+/// `struct bpf_map_info`, its beginning.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct MapInfo {
+    kind: u32,
+    /// The kernel's number of the map.
+    pub id: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+    /// Name, zero-padded.
+    pub name: [u8; 16],
+}
+
+impl MapInfo {
+    /// The map's shape.
+    pub fn layout(&self) -> Layout {
+        let Self { kind, key_size, value_size, max_entries, flags, .. } = *self;
+        Layout { kind, key_size, value_size, max_entries, flags }
+    }
+}
+
+/// What the kernel says of a map.
+pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    info(fd)
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct ProgInfo {
+    kind: u32,
+    id: u32,
+}
+
+/// The kernel's number of a program.
+pub fn prog_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    info::<ProgInfo>(fd).map(|i| i.id)
+}
+
+/// `struct bpf_link_info`, its beginning, with the TCX member of the union.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct LinkInfo {
+    kind: u32,
+    /// The kernel's number of the link.
+    pub id: u32,
+    /// The program it runs.
+    pub prog_id: u32,
+    pad: u32,
+    /// The interface; 0 once it is gone.
+    pub ifindex: u32,
+    /// [`TCX_INGRESS`] or [`TCX_EGRESS`].
+    pub attach_type: u32,
+}
+
+/// What the kernel says of a TCX link.
+pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    info(fd)
+}
+
+/// Attaches a program to a TCX hook. EINVAL where the kernel has no TCX (before 6.6).
+pub fn link_create_tcx(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+        relative_fd: u32,
+        pad: u32,
+        expected_revision: u64,
+    }
+    let mut attr =
+        Attr { prog_fd: raw(prog), ifindex, attach_type, flags: 0, relative_fd: 0, pad: 0, expected_revision: 0 };
+    owned(bpf(cmd::LINK_CREATE, &mut attr)?)
+}
+
+/// Swaps a link's program atomically. ENOLINK when the link's interface is gone.
+pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link_fd: u32,
+        prog_fd: u32,
+        flags: u32,
+        old_prog_fd: u32,
+    }
+    bpf(cmd::LINK_UPDATE, &mut Attr { link_fd: raw(link), prog_fd: raw(prog), flags: 0, old_prog_fd: 0 }).map(drop)
+}
+
+/// Runs a program once on `packet` and returns its verdict (`BPF_PROG_TEST_RUN`).
+pub fn test_run(prog: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        retval: u32,
+        data_size_in: u32,
+        data_size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+    }
+    let mut attr = Attr {
+        prog_fd: raw(prog),
+        retval: 0,
+        data_size_in: packet.len() as u32,
+        data_size_out: 0,
+        data_in: packet.as_ptr() as u64,
+        data_out: 0,
+        repeat: 1,
+        duration: 0,
+    };
+    bpf(cmd::PROG_TEST_RUN, &mut attr)?;
+    Ok(attr.retval)
+}
+
+/// Loads a small classifier given as instructions, for probes.
+pub fn prog_load_sched_cls(name: &str, instructions: &[u64]) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+        kernel_version: u32,
+        flags: u32,
+        name: [u8; 16],
+    }
+    let mut attr = Attr {
+        kind: PROG_TYPE_SCHED_CLS,
+        count: instructions.len() as u32,
+        instructions: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+        kernel_version: 0,
+        flags: 0,
+        name: object_name(name),
+    };
+    owned(bpf(cmd::PROG_LOAD, &mut attr)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Layout, object_name};
+
+    #[test]
+    fn names_are_cut_to_the_kernels_length() {
+        assert_eq!(&object_name("rn_svc4"), b"rn_svc4\0\0\0\0\0\0\0\0\0");
+        assert_eq!(&object_name("a_name_longer_than_that"), b"a_name_longer_t\0");
+    }
+
+    #[test]
+    fn a_layout_reads_well() {
+        let layout = Layout { kind: 9, key_size: 16, value_size: 56, max_entries: 4096, flags: 0 };
+        assert_eq!(layout.to_string(), "lru_hash, key 16 B, value 56 B, 4096 entries, flags 0x0");
+    }
+}

@@ -1,0 +1,18 @@
+//! The host's side of the network: links, routes, neighbours, sysctls of the network namespace the agent runs in.
+//!
+//! Observe, compare with what is wanted (pure), change only what is ours. Ours are: the overlay device, routes with
+//! [`route::PROTOCOL`], the permanent neighbours of pods, the classifiers with our priority and handle on pods' veths.
+
+pub mod address;
+pub mod endpoints;
+pub mod link;
+pub mod monitor;
+pub mod neighbour;
+pub mod netlink;
+pub mod overlay;
+pub mod plan;
+pub mod repair;
+pub mod route;
+pub mod sysctl;
+pub mod tc;
+pub mod uplink;

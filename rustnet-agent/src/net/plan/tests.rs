@@ -1,0 +1,150 @@
+//! Tests of [`super`]: from facts to routes, and from what is to what should be.
+
+use super::{Desired, Facts, Host, LAST_METRIC, Link, Neighbour, Node, PROTOCOL, Route, Target, Uplink};
+use crate::model::ObjectName;
+use ipnet::IpNet;
+use rustnet_common::files::EndpointFile;
+use std::net::IpAddr;
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
+    Node {
+        name: ObjectName::cluster(name),
+        created: 0,
+        addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+        pod_cidrs: pod_cidrs.iter().map(|c| net(c)).collect(),
+        zone: "".into(),
+        problems: Box::default(),
+    }
+}
+
+fn uplink() -> Uplink {
+    let addresses = vec![net("192.0.2.1/24"), net("2001:db8::1/64")];
+    Uplink { name: "eth0".into(), ifindex: 2, mtu: 1500, addresses }
+}
+
+fn endpoint() -> EndpointFile {
+    EndpointFile {
+        container_id: "c".into(),
+        ifname: "eth0".into(),
+        netns: "/n".into(),
+        network: "rustnet".into(),
+        host_ifname: "rnv1".into(),
+        ifindex: 7,
+        mac: "02:00:00:00:00:07".into(),
+        addresses: vec!["10.1.1.5".parse().unwrap()],
+        pod_namespace: String::new(),
+        pod_name: String::new(),
+        pod_uid: String::new(),
+    }
+}
+
+fn veth() -> Link {
+    Link { index: 7, name: "rnv1".into(), ..Link::default() }
+}
+
+fn desired(overlay: Option<u32>, peer: &Node) -> Desired {
+    let own = node("n1", &["192.0.2.1", "2001:db8::1"], &["10.1.1.0/24"]);
+    let facts = Facts {
+        own: Some(&own),
+        own_pod_cidrs: &own.pod_cidrs,
+        peers: vec![peer],
+        overlay,
+        uplinks: &[uplink()],
+        endpoints: &[endpoint()],
+    };
+    facts.desired(&[veth()])
+}
+
+fn via(dst: &str, oif: u32, gateway: Option<&str>, source: &str) -> Route {
+    let target = Target::Via { oif, gateway: gateway.map(|g| g.parse().unwrap()) };
+    Route { dst: net(dst), target, source: Some(source.parse().unwrap()), metric: 0, protocol: PROTOCOL }
+}
+
+fn unreachable() -> Route {
+    Route {
+        dst: net("10.1.1.0/24"),
+        target: Target::Unreachable,
+        source: None,
+        metric: LAST_METRIC,
+        protocol: PROTOCOL,
+    }
+}
+
+#[test]
+fn vxlan_routes_lead_to_the_overlay_with_the_nodes_address_as_source() {
+    let peer = node("n2", &["198.51.100.2"], &["10.1.2.0/24", "fd00:2::/64"]);
+    let want = [unreachable(), via("10.1.2.0/24", 9, None, "192.0.2.1"), via("fd00:2::/64", 9, None, "2001:db8::1")];
+    assert_eq!(desired(Some(9), &peer).routes, want);
+}
+
+#[test]
+fn native_routes_lead_to_the_node_on_the_link() {
+    let peer = node("n2", &["198.51.100.2", "192.0.2.2", "2001:db8::2"], &["10.1.2.0/24", "fd00:2::/64"]);
+    let want = [
+        unreachable(),
+        via("10.1.2.0/24", 2, Some("192.0.2.2"), "192.0.2.1"),
+        via("fd00:2::/64", 2, Some("2001:db8::2"), "2001:db8::1"),
+    ];
+    assert_eq!(desired(None, &peer).routes, want);
+}
+
+#[test]
+fn native_routing_names_nodes_that_are_not_on_the_link() {
+    let desired = desired(None, &node("n2", &["198.51.100.2"], &["10.1.2.0/24"]));
+    assert_eq!(desired.routes, [unreachable()]);
+    assert!(desired.problems[0].contains("node n2") && desired.problems[0].contains("10.1.2.0/24"), "{desired:?}");
+}
+
+#[test]
+fn a_range_that_is_also_ours_gets_no_route() {
+    let desired = desired(Some(9), &node("n2", &["192.0.2.2"], &["10.1.0.0/16"]));
+    assert_eq!(desired.routes, [unreachable()]);
+}
+
+#[test]
+fn pods_without_their_veth_get_nothing() {
+    let own = node("n1", &[], &[]);
+    let facts = Facts {
+        own: Some(&own),
+        own_pod_cidrs: &[],
+        peers: vec![],
+        overlay: None,
+        uplinks: &[],
+        endpoints: &[endpoint()],
+    };
+    let renamed = Link { name: "other".into(), ..veth() };
+    assert_eq!(facts.desired(&[renamed]), Desired::default());
+    assert_eq!(facts.desired(&[veth()]).neighbours.len(), 1);
+}
+
+#[test]
+fn changes_add_what_is_missing_and_touch_only_what_is_ours() {
+    let desired = desired(Some(9), &node("n2", &["192.0.2.2"], &["10.1.2.0/24"]));
+    let ip: IpAddr = "10.1.1.5".parse().unwrap();
+    let pod_route = Route { source: None, ..via("10.1.1.5/32", 7, None, "192.0.2.1") };
+    let neighbour = Neighbour { ifindex: 7, ip, mac: [2, 0, 0, 0, 0, 7] };
+
+    let mut host = Host { links: vec![veth()], ..Host::default() };
+    let changes = desired.changes(&host, &[]);
+    assert_eq!(changes.add, [(unreachable(), false), (desired.routes[1], false), (pod_route, false)]);
+    assert_eq!(changes.neighbours, [neighbour]);
+
+    let stale = via("10.1.3.0/24", 9, None, "192.0.2.1");
+    let foreign = Route { protocol: 4, ..stale };
+    let starting_pod = Route { source: None, ..via("10.1.1.6/32", 7, None, "192.0.2.1") };
+    let moved = via("10.1.2.0/24", 8, None, "192.0.2.1");
+    // The CNI binary's own route for the pod counts, whatever its protocol.
+    let by_cni = Route { protocol: 4, ..pod_route };
+    host.routes = vec![unreachable(), moved, by_cni, stale, foreign, starting_pod];
+    let changes = desired.changes(&host, &[neighbour]);
+    assert_eq!(changes.add, [(desired.routes[1], true)]);
+    assert_eq!(changes.delete, [stale]);
+    assert!(changes.neighbours.is_empty());
+
+    host.routes = vec![unreachable(), desired.routes[1], pod_route];
+    assert!(desired.changes(&host, &[neighbour]).is_empty());
+}

@@ -1,0 +1,187 @@
+//! Brings the host's network to what rustnet needs: looks, compares, changes what is ours, and says what it did.
+//!
+//! Each step is tried even when another failed; a host with one broken corner keeps the rest.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+use rustnet_common::files::EndpointFile;
+use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
+
+use super::link::Link;
+use super::netlink::Socket;
+use super::overlay::{self, Change, Spec};
+use super::plan::Facts;
+use super::uplink::{Host, Uplink};
+use super::{endpoints, neighbour, route, sysctl};
+use crate::model::{Family, Node};
+
+/// What there should be, from configuration and cluster.
+pub struct Wanted<'a> {
+    /// Names of the uplinks; empty for the default route's.
+    pub uplinks: &'a [String],
+    /// Port and MAC of the overlay; `None` in native routing.
+    pub overlay: Option<(u16, [u8; 6])>,
+    /// This node's own object, once known.
+    pub own: Option<&'a Node>,
+    /// Ranges that this node's pods come from.
+    pub own_pod_cidrs: &'a [IpNet],
+    /// The other nodes.
+    pub peers: Vec<&'a Node>,
+    /// False until all nodes are known: then nothing is deleted.
+    pub complete: bool,
+}
+
+/// The host as it is after a repair.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    /// All interfaces, addresses and routes, as found.
+    pub host: Host,
+    /// The devices towards the other nodes.
+    pub uplinks: Vec<Uplink>,
+    /// Index and MTU of the overlay device.
+    pub overlay: Option<(u32, u32)>,
+    /// The pods' records.
+    pub endpoints: Vec<EndpointFile>,
+    /// What was changed, for the log.
+    pub changed: Vec<String>,
+    /// What is wrong and was worked around.
+    pub problems: Vec<String>,
+    /// What failed.
+    pub errors: Vec<String>,
+}
+
+/// The side of the host's network that is ours.
+pub struct Repairer {
+    socket: Socket,
+    sysctl_root: PathBuf,
+    run_dir: PathBuf,
+}
+
+/// The family of the addresses that nodes reach each other by: IPv4 where the uplinks have it.
+pub fn underlay(uplinks: &[Uplink]) -> Family {
+    let mut all = uplinks.iter().flat_map(|u| &u.addresses);
+    if all.clone().next().is_some() && !all.any(|net| net.addr().is_ipv4()) { Family::V6 } else { Family::V4 }
+}
+
+impl Repairer {
+    /// Works in the network namespace of the calling thread.
+    pub fn new(run_dir: &Path) -> Result<Self> {
+        let socket = Socket::open().context("opening a netlink socket")?;
+        Ok(Self { socket, sysctl_root: sysctl::ROOT.into(), run_dir: run_dir.to_owned() })
+    }
+
+    /// The socket, for requests beside.
+    pub fn socket(&mut self) -> &mut Socket {
+        &mut self.socket
+    }
+
+    /// Looks and mends. Fails only when it cannot look, or finds no uplink.
+    pub fn run(&mut self, wanted: &Wanted<'_>) -> Result<State> {
+        let host = Host::observe(&mut self.socket)?;
+        let uplinks = host.uplinks(wanted.uplinks)?;
+        let mut state = State { host, uplinks, ..State::default() };
+        let records = endpoints::read(&self.run_dir)?;
+        state.endpoints = records.endpoints;
+        state.problems = records.problems;
+        if let Some((port, mac)) = wanted.overlay {
+            self.overlay(&mut state, port, mac);
+        }
+        let veths = veth_names(&state.host.links, &state.endpoints);
+        let overlay_name = state.overlay.map(|_| OVERLAY_DEV);
+        let names: Vec<_> = state.uplinks.iter().map(|u| u.name.clone()).collect();
+        match sysctl::apply(&self.sysctl_root, &sysctl::wanted(&names, overlay_name, &veths)) {
+            Ok(changed) => state.changed.extend(changed),
+            Err(e) => state.errors.push(format!("{e:#}")),
+        }
+        if wanted.overlay.is_none() || state.overlay.is_some() {
+            self.routes(&mut state, wanted);
+        }
+        Ok(state)
+    }
+
+    fn overlay(&mut self, state: &mut State, port: u16, mac: [u8; 6]) {
+        let Some(uplink_mtu) = state.uplinks.iter().map(|u| u.mtu).min() else { return };
+        let mtu = uplink_mtu.saturating_sub(overlay::overhead(underlay(&state.uplinks)));
+        match overlay::ensure(&mut self.socket, &Spec { port, mtu, mac }) {
+            Ok((index, change)) => {
+                state.overlay = Some((index, mtu));
+                if change != Change::None {
+                    state.changed.push(format!("{OVERLAY_DEV}: {}", word(change)));
+                }
+            }
+            Err(e) => state.errors.push(format!("{e:#}")),
+        }
+    }
+
+    fn routes(&mut self, state: &mut State, wanted: &Wanted<'_>) {
+        let facts = Facts {
+            own: wanted.own,
+            own_pod_cidrs: wanted.own_pod_cidrs,
+            peers: wanted.peers.clone(),
+            overlay: state.overlay.map(|(index, _)| index),
+            uplinks: &state.uplinks,
+            endpoints: &state.endpoints,
+        };
+        let desired = facts.desired(&state.host.links);
+        state.problems.extend(desired.problems.iter().cloned());
+        // A new overlay device takes its predecessor's routes along: look again.
+        let routes = route::list(&mut self.socket);
+        let neighbours = neighbour::list(&mut self.socket);
+        let (routes, neighbours) = match (routes, neighbours) {
+            (Ok(routes), Ok(neighbours)) => (routes, neighbours),
+            (Err(e), _) | (_, Err(e)) => return state.errors.push(format!("{e:#}")),
+        };
+        state.host.routes = routes;
+        let changes = desired.changes(&state.host, &neighbours);
+        for neighbour in &changes.neighbours {
+            let done = neighbour::put(&mut self.socket, neighbour).map(|()| true);
+            state.note(done, || format!("neighbour {} added", neighbour.ip));
+        }
+        for (route, replace) in &changes.add {
+            let done = route::add(&mut self.socket, route, *replace).map(|()| true);
+            state.note(done, || format!("route to {} {}", route.dst, if *replace { "mended" } else { "added" }));
+        }
+        for route in changes.delete.iter().filter(|_| wanted.complete) {
+            let done = route::delete(&mut self.socket, route);
+            state.note(done, || format!("route to {} removed", route.dst));
+        }
+    }
+}
+
+impl State {
+    fn note(&mut self, done: Result<bool>, what: impl FnOnce() -> String) {
+        match done {
+            Ok(true) => self.changed.push(what()),
+            Ok(false) => {}
+            Err(e) => self.errors.push(format!("{e:#}")),
+        }
+    }
+
+    /// The smallest MTU of the uplinks.
+    pub fn uplink_mtu(&self) -> u32 {
+        self.uplinks.iter().map(|u| u.mtu).min().unwrap_or(0)
+    }
+
+    /// Indexes of the pods' veths that exist, with their names.
+    pub fn pod_veths(&self) -> BTreeMap<u32, &str> {
+        let ours = self.host.links.iter().filter(|link| link.name.starts_with(VETH_PREFIX));
+        ours.map(|link| (link.index, link.name.as_str())).collect()
+    }
+}
+
+fn veth_names(links: &[Link], endpoints: &[EndpointFile]) -> Vec<String> {
+    let exists = |e: &&EndpointFile| links.iter().any(|l| l.index == e.ifindex && l.name == e.host_ifname);
+    endpoints.iter().filter(exists).map(|e| e.host_ifname.clone()).collect()
+}
+
+fn word(change: Change) -> &'static str {
+    match change {
+        Change::None => "unchanged",
+        Change::Configured => "set up as it should be",
+        Change::Created => "created",
+        Change::Replaced => "replaced, its kind or port was another",
+    }
+}
