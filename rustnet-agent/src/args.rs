@@ -124,6 +124,14 @@ pub static SETTINGS: &[Setting] = &[
         "/sys/fs/cgroup",
         "The cgroup v2 directory that holds the host's and the pods' processes",
     ),
+    one(
+        NODE,
+        "sysctl-dir",
+        "sysctlDir",
+        "DIR",
+        "/proc/sys/net",
+        "A writable /proc/sys/net of the host's network namespace; containers see the usual one read-only",
+    ),
     many(
         NODE,
         "uplink",

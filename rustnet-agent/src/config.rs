@@ -23,6 +23,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// The cgroup v2 directory of the host's and the pods' processes.
     pub cgroup: PathBuf,
+    /// A writable `/proc/sys/net` of the host's network namespace.
+    pub sysctl_dir: PathBuf,
     /// Devices towards the other nodes; empty: the one of the default route.
     pub uplinks: Vec<String>,
     /// How pods of other nodes are reached.
@@ -175,6 +177,7 @@ impl Config {
             bpffs: read.required("bpffs", "give a directory", directory),
             run_dir: read.required("run-dir", "give a directory", directory),
             cgroup: read.required("cgroup", "give a directory", directory),
+            sysctl_dir: read.required("sysctl-dir", "give a directory", directory),
             uplinks: read.list("uplink", device),
             routing: read.required("routing", "give vxlan or native", |text| match text {
                 "vxlan" => Ok(Routing::Vxlan),
