@@ -1,5 +1,5 @@
-//! Finds what can build for the eBPF target. Two routes lead there: rustup's nightly with rust-src, or a distribution's
-//! rustc with its library source (Debian: rustc-web, cargo-web, rust-web-src). Both need a bpf-linker for the same LLVM.
+//! Finds what can build for the eBPF target. Two routes lead there: a distribution's rustc with its library source (Debian:
+//! rustc-web, cargo-web, rust-web-src), or rustup's nightly with rust-src. Both need a bpf-linker for the same LLVM.
 
 use std::path::{Path, PathBuf};
 
@@ -44,8 +44,8 @@ pub struct Toolchain {
 pub type Lack = String;
 
 impl Route {
-    /// Both, in the order of preference.
-    pub const ALL: [Self; 2] = [Self::Nightly, Self::System];
+    /// Both, in the order of preference: a distribution's compiler stays what it is, while a nightly is another one every day.
+    pub const ALL: [Self; 2] = [Self::System, Self::Nightly];
 
     /// What to call it.
     pub fn name(self) -> &'static str {
@@ -83,8 +83,7 @@ impl Route {
         let (Some(release), Some(llvm)) = (release_of(&version), llvm_of(&version)) else {
             return Err("rustc -vV does not tell its release and its LLVM".to_owned());
         };
-        let oldest = parse_version(env!("CARGO_PKG_RUST_VERSION"));
-        if Some(release) < oldest {
+        if Some(release) < oldest() {
             return Err(format!("rustc {}.{} is older than {}", release.0, release.1, env!("CARGO_PKG_RUST_VERSION")));
         }
         let sysroot = self.rustc().args(["--print", "sysroot"]).capture().unwrap_or_default();
@@ -158,6 +157,11 @@ fn linker(llvm: u32) -> Option<PathBuf> {
     let version = Cmd::new(&found).arg("--version").capture().ok()?;
     let version = parse_version(version.split_whitespace().nth(1)?)?;
     (Some(version) >= parse_version(BPF_LINKER)).then_some(found)
+}
+
+/// The oldest compiler that the workspace takes.
+pub fn oldest() -> Option<(u32, u32)> {
+    parse_version(env!("CARGO_PKG_RUST_VERSION"))
 }
 
 fn release_of(version: &str) -> Option<(u32, u32)> {

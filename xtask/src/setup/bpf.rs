@@ -1,5 +1,5 @@
-//! The eBPF toolchain: rustup's nightly with rust-src where that can be had, else the distribution's rustc with its
-//! library source; then bpf-linker for that compiler's LLVM.
+//! The eBPF toolchain: the distribution's rustc with its library source where that is new enough, else rustup's nightly
+//! with rust-src; then bpf-linker for that compiler's LLVM. A compiler that is there already is completed first.
 
 use std::path::{Path, PathBuf};
 
@@ -7,8 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::Work;
 use crate::cmd::{Cmd, which};
-use crate::host::Distro;
-use crate::toolchain::{BPF_LINKER, Compiler, Route, Toolchain, linker_root};
+use crate::toolchain::{BPF_LINKER, Compiler, Route, Toolchain, linker_root, oldest, parse_version};
 use crate::ui;
 
 /// Debian's compiler that can build the kernel side: made for its web browsers, hence newer than its `rustc`.
@@ -24,7 +23,9 @@ pub(super) fn ensure(work: &mut Work) -> Result<()> {
     }
     ui::detail("the eBPF toolchain is not complete");
     let mut reasons = Vec::new();
-    for route in Route::ALL {
+    let mut routes = Route::ALL;
+    routes.sort_by_key(|route| route.compiler().is_err());
+    for route in routes {
         let result = compiler(work, route).and_then(|c| c.map_or(Ok(()), |c| install_linker(work, &c)));
         match result {
             Ok(()) if work.dry_run => return Ok(()),
@@ -69,7 +70,8 @@ fn compiler(work: &mut Work, route: Route) -> Result<Option<Compiler>> {
             work.step("getting rustup's nightly with rust-src", &install.clean_cargo_env())?;
         }
         Route::System => {
-            if Distro::this() != Distro::Debian || work.package_version("rust-web-src").is_none() {
+            let version = work.package_version("rust-web-src").as_deref().and_then(parse_version);
+            if version < oldest() {
                 bail!("this distribution has no rustc with its library source that is new enough");
             }
             work.install_packages(&DEBIAN_COMPILER)?;
