@@ -1,0 +1,43 @@
+//! Where the built programs are: `RUSTNET_DIST`, `target/dist`, or the build directories.
+
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+
+/// Path of a program of ours: `rustnet-agent`, `rustnet-cni` or `rustnet`.
+pub fn find(program: &str) -> Result<PathBuf> {
+    if let Some(dist) = std::env::var_os("RUSTNET_DIST") {
+        let path = PathBuf::from(dist).join(program);
+        if path.is_file() {
+            return path.canonicalize().with_context(|| format!("cannot resolve {}", path.display()));
+        }
+        bail!("RUSTNET_DIST is set, but {} does not exist: run `cargo xtask dist`", path.display());
+    }
+    let target = target_dir();
+    for folder in ["dist", "release", "debug"] {
+        let path = target.join(folder).join(program);
+        if path.is_file() {
+            return Ok(path);
+        }
+    }
+    bail!("{program} is not built (looked into {}/{{dist,release,debug}}): run `cargo xtask dist`", target.display())
+}
+
+/// The target directory: above the running program, or below the workspace.
+pub fn target_dir() -> PathBuf {
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| exe.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file()).map(Path::to_path_buf));
+    beside.unwrap_or_else(|| workspace().join("target"))
+}
+
+/// The root of the sources this was built from.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+}
+
+/// Where captures and logs of failed tests go.
+pub fn artifacts() -> Result<PathBuf> {
+    let dir = std::env::var_os("RUSTNET_ARTIFACTS").map_or_else(|| target_dir().join("artifacts"), PathBuf::from);
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    Ok(dir)
+}

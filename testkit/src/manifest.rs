@@ -1,0 +1,208 @@
+//! Kubernetes YAML for tests: nodes, services and their endpoint slices, written atomically into a watched directory.
+
+use crate::client::Proto;
+use anyhow::{Context, Result};
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+/// One port of a service.
+#[derive(Clone, Debug)]
+pub struct Port {
+    /// Its name.
+    pub name: String,
+    /// Protocol.
+    pub proto: Proto,
+    /// The port of the VIP.
+    pub port: u16,
+    /// The port of the endpoints.
+    pub target: u16,
+}
+
+impl Port {
+    /// TCP and UDP on the same numbers.
+    pub fn both(port: u16, target: u16) -> Vec<Self> {
+        let one = |proto: Proto| Self { name: proto.to_string().to_lowercase(), proto, port, target };
+        Proto::ALL.map(one).to_vec()
+    }
+}
+
+/// One endpoint of a service.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// Address, one family.
+    pub address: IpAddr,
+    /// Node it runs on, when on one.
+    pub node: Option<String>,
+    /// The `ready` condition.
+    pub ready: bool,
+    /// The `serving` condition.
+    pub serving: bool,
+    /// The `terminating` condition.
+    pub terminating: bool,
+}
+
+impl Endpoint {
+    /// A ready endpoint.
+    pub fn ready(address: IpAddr, node: Option<&str>) -> Self {
+        Self { address, node: node.map(str::to_owned), ready: true, serving: true, terminating: false }
+    }
+}
+
+/// A service with its endpoints.
+#[derive(Clone, Debug)]
+pub struct Service {
+    /// Name, in the namespace `default`.
+    pub name: String,
+    /// Cluster addresses, one or one of each family.
+    pub vips: Vec<IpAddr>,
+    /// Ports.
+    pub ports: Vec<Port>,
+    /// Endpoints, of both families; they are parted into one slice a family.
+    pub endpoints: Vec<Endpoint>,
+}
+
+const fn family(address: IpAddr) -> &'static str {
+    if address.is_ipv4() { "IPv4" } else { "IPv6" }
+}
+
+impl Service {
+    /// A service with TCP and UDP on one port.
+    pub fn new(name: &str, vips: &[IpAddr], port: u16, target: u16) -> Self {
+        Self { name: name.into(), vips: vips.to_vec(), ports: Port::both(port, target), endpoints: Vec::new() }
+    }
+
+    /// The Service object.
+    pub fn service_yaml(&self) -> String {
+        let list = |items: Vec<String>| items.join(", ");
+        let vips = list(self.vips.iter().map(|v| format!("\"{v}\"")).collect());
+        let families = list(self.vips.iter().map(|v| family(*v).to_owned()).collect());
+        let policy = if self.vips.len() > 1 { "PreferDualStack" } else { "SingleStack" };
+        let first = self.vips.first().map(ToString::to_string).unwrap_or_default();
+        let mut out = format!(
+            "apiVersion: v1\nkind: Service\nmetadata:\n  name: {}\n  namespace: default\nspec:\n  type: ClusterIP\n  \
+             clusterIP: \"{first}\"\n  clusterIPs: [{vips}]\n  ipFamilies: [{families}]\n  ipFamilyPolicy: {policy}\n  \
+             ports:\n",
+            self.name
+        );
+        for p in &self.ports {
+            let _ = writeln!(
+                out,
+                "    - {{name: {}, protocol: {}, port: {}, targetPort: {}}}",
+                p.name, p.proto, p.port, p.target
+            );
+        }
+        out
+    }
+
+    /// The EndpointSlices, one for each family of the service.
+    pub fn slices_yaml(&self) -> String {
+        self.vips.iter().map(|vip| self.slice_yaml(family(*vip))).collect::<Vec<_>>().join("---\n")
+    }
+
+    fn slice_yaml(&self, of: &str) -> String {
+        let mut out = format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {0}-{1}\n  namespace: default\n  \
+             labels:\n    kubernetes.io/service-name: {0}\naddressType: {of}\nports:\n",
+            self.name,
+            of.to_lowercase()
+        );
+        for p in &self.ports {
+            let _ = writeln!(out, "  - {{name: {}, protocol: {}, port: {}}}", p.name, p.proto, p.target);
+        }
+        let mut endpoints = String::new();
+        for e in self.endpoints.iter().filter(|e| family(e.address) == of) {
+            let (ready, serving, terminating) = (e.ready, e.serving, e.terminating);
+            let _ = writeln!(endpoints, "  - addresses: [\"{}\"]", e.address);
+            let _ = writeln!(
+                endpoints,
+                "    conditions: {{ready: {ready}, serving: {serving}, terminating: {terminating}}}"
+            );
+            if let Some(node) = &e.node {
+                let _ = writeln!(endpoints, "    nodeName: {node}");
+            }
+        }
+        out += if endpoints.is_empty() { "endpoints: []\n" } else { "endpoints:\n" };
+        out += &endpoints;
+        out
+    }
+
+    /// Both objects.
+    pub fn yaml(&self) -> String {
+        format!("{}---\n{}", self.service_yaml(), self.slices_yaml())
+    }
+}
+
+/// A Node object.
+pub fn node_yaml(name: &str, addresses: &[IpAddr], pod_cidrs: &[ipnet::IpNet]) -> String {
+    let first = pod_cidrs.first().map(ToString::to_string).unwrap_or_default();
+    let cidrs = pod_cidrs.iter().map(|c| format!("\"{c}\"")).collect::<Vec<_>>().join(", ");
+    let mut out = format!(
+        "apiVersion: v1\nkind: Node\nmetadata:\n  name: {name}\nspec:\n  podCIDR: \"{first}\"\n  podCIDRs: [{cidrs}]\n\
+         status:\n  addresses:\n"
+    );
+    for address in addresses {
+        let _ = writeln!(out, "    - {{type: InternalIP, address: \"{address}\"}}");
+    }
+    let _ = writeln!(out, "    - {{type: Hostname, address: {name}}}");
+    out
+}
+
+/// A watched directory.
+#[derive(Clone, Debug)]
+pub struct Manifests {
+    dir: PathBuf,
+}
+
+impl Manifests {
+    /// Of an existing directory.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Writes a file at once, as editors do: a hidden file, then a rename.
+    pub fn write(&self, file: &str, text: &str) -> Result<()> {
+        let (hidden, path) = (self.dir.join(format!(".{file}.tmp")), self.dir.join(file));
+        std::fs::write(&hidden, text)
+            .and_then(|()| std::fs::rename(&hidden, &path))
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Writes a service and its slices into `NAME.yaml`.
+    pub fn apply(&self, service: &Service) -> Result<()> {
+        self.write(&format!("{}.yaml", service.name), &service.yaml())
+    }
+
+    /// Removes a file.
+    pub fn remove(&self, file: &str) -> Result<()> {
+        let path = self.dir.join(file);
+        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
+    }
+
+    /// Removes what [`Manifests::apply`] wrote.
+    pub fn delete(&self, service: &Service) -> Result<()> {
+        self.remove(&format!("{}.yaml", service.name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_endpoints_by_family() -> Result<()> {
+        let mut service = Service::new("web", &["10.96.0.10".parse()?, "fd00:96::10".parse()?], 80, 8080);
+        service.endpoints.push(Endpoint::ready("10.244.1.2".parse()?, Some("n1")));
+        let yaml = service.yaml();
+        let documents: Vec<&str> = yaml.split("---\n").collect();
+        assert_eq!(documents.len(), 3);
+        assert!(documents[1].contains("addressType: IPv4") && documents[1].contains("\"10.244.1.2\""));
+        assert!(documents[2].contains("addressType: IPv6") && documents[2].contains("endpoints: []"));
+        Ok(())
+    }
+}

@@ -1,0 +1,197 @@
+//! A node: its namespaces, its directories, and its place in the fabric.
+
+use crate::agent::Agent;
+use crate::fabric::{Routing, RunDir};
+use crate::janitor;
+use crate::netns::{Holder, Netns, Own};
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+use nix::mount::{MsFlags, mount};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What a node is to be.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// Name of its Node object.
+    pub name: String,
+    /// Name of its namespace.
+    pub full_name: String,
+    pub v4: Ipv4Addr,
+    pub v6: Ipv6Addr,
+    pub pod_cidrs: Vec<IpNet>,
+    pub routing: Routing,
+    pub manifests: PathBuf,
+    pub run: Arc<RunDir>,
+}
+
+/// A control group; removed when dropped.
+#[derive(Debug)]
+struct Cgroup(PathBuf);
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        janitor::drop_cgroup(&self.0);
+    }
+}
+
+/// The order of the fields is the order of their end: processes first, then what they use.
+#[derive(Debug)]
+struct Inner {
+    agent: Mutex<Option<Agent>>,
+    holder: Holder,
+    cgroup: Option<Cgroup>,
+    dir: PathBuf,
+    plan: Plan,
+}
+
+/// A node. Cheap to clone; it ends with its last clone, and pods hold one.
+#[derive(Clone, Debug)]
+pub struct Node(Arc<Inner>);
+
+impl Node {
+    pub(crate) fn new(plan: Plan) -> Result<Self> {
+        let dir = plan.run.path().join(&plan.name);
+        for folder in ["bpf", "run", "netns", "cni/bin", "cni/net.d"] {
+            let path = dir.join(folder);
+            std::fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        }
+        let cgroup = janitor::make_cgroup(&plan.full_name).map(Cgroup);
+        let own = Own { mounts: true, cgroup: cgroup.as_ref().map(|c| c.0.clone()) };
+        let holder = Holder::new(&plan.full_name, own)?;
+        let bpf = dir.join("bpf");
+        holder.run(|| mount(Some("bpf"), &bpf, Some("bpf"), MsFlags::empty(), None::<&str>))?.with_context(|| {
+            format!("cannot mount a bpf file system on {}: is CONFIG_BPF_SYSCALL in the kernel?", bpf.display())
+        })?;
+        Ok(Self(Arc::new(Inner { agent: Mutex::new(None), holder, cgroup, dir, plan })))
+    }
+
+    pub(crate) fn agent(&self) -> MutexGuard<'_, Option<Agent>> {
+        self.0.agent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn plan(&self) -> &Plan {
+        &self.0.plan
+    }
+
+    /// Name of its Node object.
+    pub fn name(&self) -> &str {
+        &self.0.plan.name
+    }
+
+    /// Its namespaces: the host's side, not a pod.
+    pub fn netns(&self) -> &Netns {
+        &self.0.holder
+    }
+
+    /// Its IPv4 address.
+    pub fn v4(&self) -> Ipv4Addr {
+        self.0.plan.v4
+    }
+
+    /// Its IPv6 address.
+    pub fn v6(&self) -> Ipv6Addr {
+        self.0.plan.v6
+    }
+
+    /// Its address of the same family as another.
+    pub fn address_like(&self, other: IpAddr) -> IpAddr {
+        if other.is_ipv4() { self.v4().into() } else { self.v6().into() }
+    }
+
+    /// Both addresses.
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.v4().into(), self.v6().into()]
+    }
+
+    /// Its pod ranges.
+    pub fn pod_cidrs(&self) -> &[IpNet] {
+        &self.0.plan.pod_cidrs
+    }
+
+    /// Everything of this node on disk.
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    /// The agent's bpffs directory; to be seen from inside the node only.
+    pub fn bpffs(&self) -> PathBuf {
+        self.0.dir.join("bpf/rustnet")
+    }
+
+    /// The same, as seen from outside.
+    pub fn bpffs_from_outside(&self) -> PathBuf {
+        let inside = self.bpffs();
+        let below_root = inside.strip_prefix("/").unwrap_or(&inside);
+        PathBuf::from(format!("/proc/{}/root", self.netns().pid())).join(below_root)
+    }
+
+    /// The agent's run directory.
+    pub fn run_dir(&self) -> PathBuf {
+        self.0.dir.join("run")
+    }
+
+    /// Where the CNI binary is installed.
+    pub fn cni_bin_dir(&self) -> PathBuf {
+        self.0.dir.join("cni/bin")
+    }
+
+    /// Where the CNI configuration is installed.
+    pub fn cni_conf_dir(&self) -> PathBuf {
+        self.0.dir.join("cni/net.d")
+    }
+
+    /// The control group of its processes, where there is one.
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.0.cgroup.as_ref().map(|c| c.0.as_path())
+    }
+
+    /// Runs the `rustnet` command on this node and gives its standard output.
+    pub fn rustnet(&self, args: &[&str]) -> Result<String> {
+        let program = crate::dist::find("rustnet")?;
+        let command = self.netns().command(program)?;
+        command.args(["--bpffs"]).args([self.bpffs()]).args(["--run-dir"]).args([self.run_dir()]).args(args).stdout()
+    }
+
+    /// The value of a counter: packets by reason name, over all hooks.
+    pub fn counter(&self, reason: rustnet_common::drop::DropReason) -> Result<u64> {
+        let path = self.bpffs().join(rustnet_common::names::map::COUNTERS);
+        let text = self.netns().command("bpftool")?.args(["-j", "map", "dump", "pinned"]).args([path]).stdout()?;
+        counter_sum(&text, reason as u32)
+    }
+}
+
+/// Adds up the per-CPU values of one reason in a dump of `rn_counters`.
+fn counter_sum(dump: &str, reason: u32) -> Result<u64> {
+    let elements: serde_json::Value = serde_json::from_str(dump).context("bpftool printed no JSON")?;
+    let hooks = rustnet_common::drop::HOOKS;
+    let wanted = u64::from(reason * hooks)..u64::from((reason + 1) * hooks);
+    let mut sum = 0;
+    for element in elements.as_array().into_iter().flatten() {
+        // With BTF, bpftool repeats the element in readable form.
+        let element = element.get("formatted").unwrap_or(element);
+        if element["key"].as_u64().is_some_and(|key| wanted.contains(&key)) {
+            let values = element["values"].as_array().into_iter().flatten();
+            sum += values.filter_map(|v| v["value"]["packets"].as_u64()).sum::<u64>();
+        }
+    }
+    Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adds_up_counters() -> Result<()> {
+        let dump = r#"[{"key":["0x08"],"formatted":{"key":8,"values":[{"cpu":0,"value":{"packets":2,"bytes":9}},
+            {"cpu":1,"value":{"packets":3,"bytes":9}}]}},
+            {"formatted":{"key":15,"values":[{"cpu":0,"value":{"packets":10,"bytes":9}}]}},
+            {"formatted":{"key":16,"values":[{"cpu":0,"value":{"packets":100,"bytes":9}}]}}]"#;
+        assert_eq!(counter_sum(dump, 1)?, 15);
+        assert_eq!(counter_sum(dump, 2)?, 100);
+        assert_eq!(counter_sum(dump, 3)?, 0);
+        Ok(())
+    }
+}
