@@ -1,0 +1,258 @@
+//! ADD: connects a pod, or changes nothing.
+//!
+//! The order is what a killed call can be mended from. The veth comes first: its name follows from the container's id, so
+//! that a second ADD fails before it has touched anything and DEL finds it without state. Then the lease, which names its
+//! owner; then the record, from which map entries are found; then the map entries; the pod's end comes up last, when the
+//! programs would let its packets through.
+
+use super::detach::find_and_remove;
+use crate::Call;
+use crate::attach::Pins;
+use crate::fault;
+use crate::ipam::delegate::Delegate;
+use crate::ipam::local::{self, Pool};
+use crate::link::{self, Link, Mac, Veth};
+use crate::netlink::{Message, Refused, Socket};
+use crate::netns::Netns;
+use crate::state;
+use crate::types::conf::Attachment;
+use crate::types::error::{Error, code};
+use crate::types::result::{AddResult, Interface, Ip, Route};
+use ipnet::IpNet;
+use rustnet_common::endpoint::Endpoint;
+use rustnet_common::files::{EndpointFile, NodeFile};
+use serde_json::{Map, Value};
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+
+/// Connects the pod and returns the result to print.
+pub fn run(call: &Call) -> Result<Value, Error> {
+    let conf = &call.conf;
+    let node = state::load_node(&conf.run_dir)?;
+    let pins = Pins::open(&conf.bpffs)?;
+    let delegate = Delegate::find(conf, &call.env.path)?;
+    if delegate.is_none() {
+        local::require_ranges(&node.pod_cidrs)?;
+    }
+    let path = call.env.netns.as_deref().unwrap_or_default();
+    let netns = Netns::open(path)?;
+    let mut host = Socket::open().map_err(|e| Error::io("netlink socket", &e))?;
+    let mut pod = netns.inside(Socket::open).map_err(|e| Error::io(format!("enter {path}"), &e))?;
+
+    let veth = create_veth(call, &node, &netns, &mut host)?;
+    let attachment = Attachment { container_id: call.env.container_id.clone(), ifname: call.env.ifname.clone() };
+    let mut setup =
+        Setup { call, node: &node, pins: &pins, delegate: delegate.as_ref(), netns: &netns, attachment, veth };
+    let done = setup.finish(&mut host, &mut pod);
+    done.map_err(|e| match setup.undo(&mut host) {
+        Ok(()) => e,
+        Err(more) => e.details(format!("cleaning up failed as well: {more}")),
+    })
+}
+
+/// Both ends of the new pair.
+struct Pair {
+    host: Link,
+    host_mac: Mac,
+    pod_index: u32,
+    pod_mac: Mac,
+    mtu: u32,
+}
+
+fn create_veth(call: &Call, node: &NodeFile, netns: &Netns, host: &mut Socket) -> Result<Pair, Error> {
+    let env = &call.env;
+    let random = || link::random_mac().map_err(|e| Error::io("random MAC address", &e));
+    let name = link::host_name(&env.container_id, &env.ifname);
+    let pod_mac = call.conf.mac.map_or_else(random, Ok)?;
+    let mtu = call.conf.mtu.unwrap_or(node.mtu);
+    let v = Veth { host: &name, pod: &env.ifname, netns: netns.as_fd(), host_mac: random()?, pod_mac, mtu };
+    let made = link::create_veth(host, &v).map_err(|e| exists(call, &name, e))?;
+    fault::point("veth").map_err(|e| match link::delete(host, made.index) {
+        Ok(()) => e,
+        Err(more) => e.details(more.to_string()),
+    })?;
+    Ok(Pair { host_mac: v.host_mac, pod_index: made.peer, pod_mac, mtu, host: made })
+}
+
+/// "File exists" is the ordinary case of a repeated ADD and gets a code and words of its own.
+fn exists(call: &Call, name: &str, e: Refused) -> Error {
+    if e.errno != libc::EEXIST {
+        return e.into();
+    }
+    let (id, ifname) = (&call.env.container_id, &call.env.ifname);
+    let netns = call.env.netns.as_deref().unwrap_or_default();
+    Error::new(
+        code::EXISTS,
+        format!("interface {ifname} of container {id} exists already in {netns}, or {name} on the host"),
+    )
+    .details("nothing was changed; DEL it first")
+}
+
+/// What the steps behind the veth's creation need.
+struct Setup<'a> {
+    call: &'a Call,
+    node: &'a NodeFile,
+    pins: &'a Pins,
+    delegate: Option<&'a Delegate<'a>>,
+    netns: &'a Netns,
+    attachment: Attachment,
+    veth: Pair,
+}
+
+impl Setup<'_> {
+    fn finish(&mut self, host: &mut Socket, pod: &mut Socket) -> Result<Value, Error> {
+        let result = self.addresses()?;
+        fault::point("ipam")?;
+        let ips: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.addr()).collect();
+        state::write_record(&self.call.conf.run_dir, &self.record(&ips))?;
+        fault::point("record")?;
+        let entry = Endpoint {
+            ifindex: self.veth.host.index,
+            identity: 0,
+            mac: self.veth.pod_mac,
+            host_mac: self.veth.host_mac,
+            flags: 0,
+            pad: 0,
+        };
+        for ip in &ips {
+            let put = self.pins.endpoints.put(*ip, &entry);
+            put.map_err(|e| Error::io(format!("write {ip} to the endpoints map"), &e))?;
+        }
+        fault::point("map")?;
+        host.run(self.host_side(&result))?;
+        fault::point("host")?;
+        self.pod_side(pod, &result)?;
+        fault::point("pod")?;
+        host.run(vec![link::settle(self.veth.host.index)])?;
+        self.result(result)
+    }
+
+    /// Addresses from whoever gives them, each with the gateway to report.
+    fn addresses(&self) -> Result<AddResult, Error> {
+        let conf = &self.call.conf;
+        if let Some(delegate) = self.delegate {
+            state::mark_delegated(&conf.run_dir, &conf.name, &self.attachment)?;
+            fault::point("mark")?;
+            return delegate.add();
+        }
+        let leased = Pool::new(&conf.run_dir).allocate(&self.node.pod_cidrs, &conf.name, &self.attachment)?;
+        Ok(AddResult {
+            ips: leased
+                .iter()
+                .map(|ip| Ip { address: IpNet::from(*ip), gateway: Some(link::gateway_for(*ip)), interface: None })
+                .collect(),
+            routes: leased
+                .iter()
+                .map(|ip| Route { dst: default_of(*ip), gw: Some(link::gateway_for(*ip)), more: Map::new() })
+                .collect(),
+            ..AddResult::default()
+        })
+    }
+
+    fn record(&self, ips: &[IpAddr]) -> EndpointFile {
+        let env = &self.call.env;
+        EndpointFile {
+            container_id: env.container_id.clone(),
+            ifname: env.ifname.clone(),
+            netns: env.netns.clone().unwrap_or_default(),
+            network: self.call.conf.name.clone(),
+            host_ifname: self.veth.host.name.clone(),
+            ifindex: self.veth.host.index,
+            mac: link::format_mac(self.veth.pod_mac),
+            addresses: ips.to_vec(),
+            pod_namespace: env.pod.namespace.clone(),
+            pod_name: env.pod.name.clone(),
+            pod_uid: env.pod.uid.clone(),
+        }
+    }
+
+    /// The programs go on before the device is up; then routes and neighbours. A delegated IPAM's gateway is an address of
+    /// the host's end, so that whoever asks it gets an answer.
+    fn host_side(&self, result: &AddResult) -> Vec<Message> {
+        let index = self.veth.host.index;
+        let alias = super::detach::alias(&self.call.conf, &self.attachment);
+        let mut m = self.pins.attach(index);
+        m.extend(link::prepare_host(index, &alias));
+        m.push(link::up(index));
+        if self.delegate.is_some() {
+            m.extend(gateways(result).map(|gw| link::address(index, gw)));
+        }
+        for ip in result.ips.iter().map(|ip| ip.address.addr()) {
+            m.push(link::neighbour(index, ip, self.veth.pod_mac));
+            m.push(link::route_to(index, ip));
+        }
+        m
+    }
+
+    /// The addresses go on while the pod's end is down; then it comes up, with neighbours and routes.
+    fn pod_side(&self, pod: &mut Socket, result: &AddResult) -> Result<(), Error> {
+        let index = self.veth.pod_index;
+        let ips: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.addr()).collect();
+        let addresses = || {
+            let all = ips.iter().map(|ip| link::address(index, *ip));
+            std::iter::once(link::no_ipv6_autoconf(index)).chain(all).collect()
+        };
+        match pod.run(addresses()) {
+            // Namespaces may be made with IPv6 off by default; the runtime gave no such order for this interface.
+            Err(e) if e.errno == libc::EACCES && ips.iter().any(IpAddr::is_ipv6) => {
+                let sysctl = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.call.env.ifname);
+                let on = self.netns.inside(|| std::fs::write(&sysctl, "0"));
+                on.map_err(|e| Error::io(format!("turn on IPv6 by {sysctl}"), &e))?;
+                pod.run(addresses())?;
+            }
+            other => drop(other?),
+        }
+        let mut families: Vec<IpAddr> = ips.iter().map(|ip| link::gateway_for(*ip)).collect();
+        families.sort_unstable();
+        families.dedup();
+        let mut m = vec![link::up(index)];
+        for gateway in families {
+            m.push(link::neighbour(index, gateway, self.veth.host_mac));
+            m.push(link::route_to(index, gateway));
+            m.push(link::default_route(index, gateway));
+        }
+        if self.delegate.is_some() {
+            m.extend(gateways(result).map(|gw| link::neighbour(index, gw, self.veth.host_mac)));
+        }
+        Ok(pod.run(m).map(drop)?)
+    }
+
+    fn result(&self, mut result: AddResult) -> Result<Value, Error> {
+        let env = &self.call.env;
+        let interface = |name: &str, mac, sandbox: &str| Interface {
+            name: name.into(),
+            mac: link::format_mac(mac),
+            mtu: self.veth.mtu,
+            sandbox: sandbox.into(),
+        };
+        result.interfaces = vec![
+            interface(&self.veth.host.name, self.veth.host_mac, ""),
+            interface(&env.ifname, self.veth.pod_mac, env.netns.as_deref().unwrap_or_default()),
+        ];
+        result.ips.iter_mut().for_each(|ip| ip.interface = Some(1));
+        if !self.call.conf.dns.is_empty() {
+            result.dns = self.call.conf.dns.clone();
+        }
+        let failed = |e| Error::new(code::DECODE, format!("the result cannot be written: {e}"));
+        result.to_json(self.call.conf.version).map_err(failed)
+    }
+
+    /// Takes back everything; called only for a veth that this call made, so that nothing can be another's.
+    fn undo(&self, host: &mut Socket) -> Result<(), Error> {
+        let conf = &self.call.conf;
+        find_and_remove(conf, &self.attachment, self.delegate, Some(&self.pins.endpoints), host)
+    }
+}
+
+/// The gateways that a delegated IPAM named, each once.
+fn gateways(result: &AddResult) -> impl Iterator<Item = IpAddr> {
+    let mut all: Vec<IpAddr> = result.ips.iter().filter_map(|ip| ip.gateway).collect();
+    all.sort_unstable();
+    all.dedup();
+    all.into_iter()
+}
+
+fn default_of(ip: IpAddr) -> IpNet {
+    let any = if ip.is_ipv4() { IpAddr::from([0_u8; 4]) } else { IpAddr::from([0_u8; 16]) };
+    IpNet::new_assert(any, 0)
+}

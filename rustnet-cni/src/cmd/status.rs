@@ -1,0 +1,21 @@
+//! STATUS: would ADD work now? Asked every few seconds, so it looks at files and pins only.
+
+use crate::Call;
+use crate::attach::Pins;
+use crate::ipam::delegate::Delegate;
+use crate::ipam::local;
+use crate::state;
+use crate::types::error::{Error, code};
+
+/// Fails with "unavailable" when ADD would.
+pub fn run(call: &Call) -> Result<(), Error> {
+    let unavailable = |e: Error| e.with_code(code::UNAVAILABLE);
+    let conf = &call.conf;
+    let node = state::load_node(&conf.run_dir).map_err(unavailable)?;
+    Pins::open(&conf.bpffs).map_err(unavailable)?;
+    match Delegate::find(conf, &call.env.path).map_err(unavailable)? {
+        Some(ipam) => ipam.optional("STATUS"),
+        // A full pool is no reason to say no: Kubernetes would take the whole node, running pods included, for broken.
+        None => local::require_ranges(&node.pod_cidrs).map_err(unavailable),
+    }
+}

@@ -1,0 +1,64 @@
+//! The pod's network namespace: opening it, checking it, and doing one thing inside it.
+
+use crate::types::error::{Error, code};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+
+/// `NS_GET_NSTYPE` of linux/nsfs.h.
+const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+const OWN: &str = "/proc/thread-self/ns/net";
+
+/// An open network namespace that is not the caller's own.
+pub struct Netns {
+    pod: File,
+    own: File,
+}
+
+impl Netns {
+    /// Opens the namespace at `path`.
+    pub fn open(path: &str) -> Result<Self, Error> {
+        let gone = |why: String| {
+            Error::new(code::UNKNOWN_CONTAINER, format!("network namespace {path}: {why}"))
+                .details("the container has gone, or CNI_NETNS is wrong")
+        };
+        let pod = File::open(path).map_err(|e| match e.kind() {
+            io::ErrorKind::PermissionDenied => Error::io(format!("network namespace {path}"), &e),
+            _ => gone(e.to_string()),
+        })?;
+        // SAFETY: this ioctl takes no argument.
+        if unsafe { libc::ioctl(pod.as_raw_fd(), NS_GET_NSTYPE) } != libc::CLONE_NEWNET {
+            return Err(gone("not a network namespace".into()));
+        }
+        let own = File::open(OWN).map_err(|e| Error::io(OWN, &e))?;
+        let identity = |f: &File| f.metadata().map(|m| (m.dev(), m.ino())).map_err(|e| Error::io(path, &e));
+        if identity(&pod)? == identity(&own)? {
+            return Err(Error::new(code::ENVIRONMENT, format!("CNI_NETNS {path} is the host's own network namespace")));
+        }
+        Ok(Self { pod, own })
+    }
+
+    /// Runs `f` with this thread inside the namespace.
+    pub fn inside<T>(&self, f: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        enter(&self.pod)?;
+        let out = f();
+        enter(&self.own)?;
+        out
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pod.as_fd()
+    }
+}
+
+fn enter(ns: &File) -> io::Result<()> {
+    // SAFETY: plain system call without pointers; it changes only this thread's namespace.
+    if unsafe { libc::setns(ns.as_raw_fd(), libc::CLONE_NEWNET) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

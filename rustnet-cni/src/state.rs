@@ -1,0 +1,151 @@
+//! The files in the run directory: the agent's `node.json`, one record an attachment, and the marks of delegated leases.
+
+use crate::types::conf::{Attachment, is_identifier};
+use crate::types::error::{Error, code};
+use rustnet_common::files::{self, EndpointFile, NodeFile};
+use serde::Deserialize;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+const REMEDY: &str = "is the rustnet agent running on this node, and is \"runDir\" in the configuration its --run-dir?";
+/// One empty file for each attachment that may hold a lease of a delegated IPAM.
+const DELEGATED_DIR: &str = "delegated";
+
+/// Reads the agent's file; errors have the code for "try again".
+pub fn load_node(run_dir: &Path) -> Result<NodeFile, Error> {
+    #[derive(Deserialize)]
+    struct OnlyVersion {
+        version: u32,
+    }
+    let path = run_dir.join(files::NODE_FILE);
+    let bytes = fs::read(&path).map_err(|e| match e.kind() {
+        io::ErrorKind::PermissionDenied => Error::io(path.display(), &e),
+        _ => Error::new(code::TRY_AGAIN, format!("{}: {e}", path.display())).details(REMEDY),
+    })?;
+    let bad = |e: serde_json::Error| {
+        Error::new(code::TRY_AGAIN, format!("{} cannot be read: {e}", path.display()))
+            .details("the agent rewrites it at its start: restart the rustnet agent of this node")
+    };
+    // The version first: another version's file may differ in everything else.
+    let OnlyVersion { version } = serde_json::from_slice(&bytes).map_err(bad)?;
+    if version != NodeFile::VERSION {
+        let text = format!("{} has version {version}, this binary knows {}", path.display(), NodeFile::VERSION);
+        return Err(Error::new(code::TRY_AGAIN, text).details("install the CNI binary of the running agent"));
+    }
+    let node: NodeFile = serde_json::from_slice(&bytes).map_err(bad)?;
+    if let Some(why) = &node.not_ready {
+        return Err(Error::new(code::TRY_AGAIN, format!("node {} is not ready: {why}", node.node_name)).details(REMEDY));
+    }
+    Ok(node)
+}
+
+/// Writes an attachment's record; readers see the whole or nothing.
+pub fn write_record(run_dir: &Path, record: &EndpointFile) -> Result<(), Error> {
+    let path = files::endpoint_path(run_dir, &record.container_id, &record.ifname);
+    let failed = |e: &io::Error| Error::io(format!("write {}", path.display()), e);
+    let bytes = serde_json::to_vec(record).map_err(|e| failed(&io::Error::from(e)))?;
+    let temporary = temporary(&path);
+    create(&temporary, &bytes).and_then(|()| fs::rename(&temporary, &path)).map_err(|e| failed(&e))
+}
+
+/// Reads an attachment's record. One that is not there is `None`, and so is one that cannot be understood: a
+/// disconnect then goes by names and leases.
+pub fn read_record(run_dir: &Path, a: &Attachment) -> Result<Option<EndpointFile>, Error> {
+    let path = files::endpoint_path(run_dir, &a.container_id, &a.ifname);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        Err(e) if is_absent(&e) => Ok(None),
+        Err(e) => Err(Error::io(path.display(), &e)),
+    }
+}
+
+/// Removes an attachment's record and what a killed writer may have left of it.
+pub fn remove_record(run_dir: &Path, a: &Attachment) -> Result<(), Error> {
+    let path = files::endpoint_path(run_dir, &a.container_id, &a.ifname);
+    remove(&temporary(&path))?;
+    remove(&path)
+}
+
+/// All records that can be read.
+pub fn records(run_dir: &Path) -> Result<Vec<EndpointFile>, Error> {
+    let mut all = Vec::new();
+    for (path, name) in list(&run_dir.join(files::ENDPOINTS_DIR))? {
+        if name.starts_with('.') {
+            continue;
+        }
+        match fs::read(&path).map_err(io::Error::from).and_then(|b| Ok(serde_json::from_slice(&b)?)) {
+            Ok(record) => all.push(record),
+            Err(e) if is_absent(&e) => {}
+            Err(e) => eprintln!("rustnet-cni: {} left alone: {e}", path.display()),
+        }
+    }
+    Ok(all)
+}
+
+/// Marks that an attachment may hold a lease of a delegated IPAM.
+pub fn mark_delegated(run_dir: &Path, network: &str, a: &Attachment) -> Result<(), Error> {
+    let path = mark_path(run_dir, network, a);
+    create(&path, b"").map_err(|e| Error::io(format!("write {}", path.display()), &e))
+}
+
+/// Removes that mark.
+pub fn unmark_delegated(run_dir: &Path, network: &str, a: &Attachment) -> Result<(), Error> {
+    remove(&mark_path(run_dir, network, a))
+}
+
+/// All attachments of a network that may hold a lease of a delegated IPAM.
+pub fn delegated(run_dir: &Path, network: &str) -> Result<Vec<Attachment>, Error> {
+    Ok(list(&run_dir.join(DELEGATED_DIR).join(network))?
+        .into_iter()
+        .filter_map(|(_, name)| {
+            let (container_id, ifname) = name.split_once('@')?;
+            is_identifier(container_id).then(|| Attachment { container_id: container_id.into(), ifname: ifname.into() })
+        })
+        .collect())
+}
+
+fn mark_path(run_dir: &Path, network: &str, a: &Attachment) -> PathBuf {
+    run_dir.join(DELEGATED_DIR).join(network).join(format!("{}@{}", a.container_id, a.ifname))
+}
+
+/// The file that becomes `path` by a rename; the dot keeps readers away from it.
+fn temporary(path: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    path.with_file_name(name)
+}
+
+/// Writes a file and makes its directory if need be.
+fn create(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    match fs::write(path, bytes) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(path.parent().unwrap_or(path))?;
+            fs::write(path, bytes)
+        }
+        other => other,
+    }
+}
+
+/// Removes a file; one that has gone is no error.
+pub fn remove(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(e) if !is_absent(&e) => Err(Error::io(format!("remove {}", path.display()), &e)),
+        _ => Ok(()),
+    }
+}
+
+/// The files of a directory that may be missing, with their names.
+pub fn list(dir: &Path) -> Result<Vec<(PathBuf, String)>, Error> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if is_absent(&e) => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io(dir.display(), &e)),
+    };
+    Ok(entries.flatten().filter_map(|e| Some((e.path(), e.file_name().into_string().ok()?))).collect())
+}
+
+/// The file is not there, or its name cannot exist.
+fn is_absent(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}

@@ -1,0 +1,346 @@
+//! The network configuration as it comes on standard input: validated once, unknown members ignored.
+
+use super::error::{Error, code};
+use super::result::{AddResult, Dns, null_is_default};
+use super::version::Version;
+use rustnet_common::names;
+use serde::Deserialize;
+use serde_json::Value;
+use std::path::PathBuf;
+
+/// A validated configuration.
+#[derive(Clone, Debug)]
+pub struct NetConf {
+    /// The version asked for.
+    pub version: Version,
+    /// Name of the network.
+    pub name: String,
+    /// Where the agent has pinned its programs and maps.
+    pub bpffs: PathBuf,
+    /// The run directory shared with the agent.
+    pub run_dir: PathBuf,
+    /// The IPAM plugin to ask; `None` means our own.
+    pub ipam: Option<String>,
+    /// Overrides the node's MTU.
+    pub mtu: Option<u32>,
+    /// Name servers to return: the runtime's, else the configuration's. May be empty.
+    pub dns: Dns,
+    /// MAC address that the runtime wants for the pod.
+    pub mac: Option<[u8; 6]>,
+    /// ADD's result, for CHECK and DEL.
+    pub prev_result: Option<AddResult>,
+    /// The attachments that GC is to keep; `None` when the runtime did not say.
+    pub valid_attachments: Option<Vec<Attachment>>,
+    /// Standard input as it came, for a delegated IPAM.
+    pub stdin: Vec<u8>,
+}
+
+/// One interface of one container.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+pub struct Attachment {
+    /// The runtime's container id.
+    #[serde(rename = "containerID")]
+    pub container_id: String,
+    /// The interface's name in the container.
+    pub ifname: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[derive(Default)]
+struct Raw {
+    name: Option<String>,
+    bpffs: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+    ipam: Option<Ipam>,
+    mtu: Option<u32>,
+    #[serde(deserialize_with = "null_is_default")]
+    dns: Dns,
+    runtime_config: Option<serde_json::Map<String, Value>>,
+    prev_result: Option<AddResult>,
+    #[serde(rename = "cni.dev/valid-attachments")]
+    valid_attachments: Option<Vec<Attachment>>,
+}
+
+#[derive(Deserialize)]
+struct Ipam {
+    #[serde(default, rename = "type")]
+    kind: Option<String>,
+}
+
+/// The version that `stdin` names, as far as it can be read: errors are reported in it.
+pub fn version_of(stdin: &[u8]) -> Result<Version, Error> {
+    let v = object(stdin)?;
+    match v.get("cniVersion") {
+        None | Some(Value::Null) => Version::parse(None),
+        Some(Value::String(s)) => Version::parse(Some(s)),
+        Some(other) => Err(Error::new(code::DECODE, format!("cniVersion must be a string, not {other}"))),
+    }
+}
+
+impl NetConf {
+    /// Reads and validates a configuration.
+    pub fn parse(stdin: Vec<u8>) -> Result<Self, Error> {
+        let version = version_of(&stdin)?;
+        let raw: Raw = serde_json::from_value(object(&stdin)?)
+            .map_err(|e| Error::new(code::DECODE, format!("the network configuration cannot be read: {e}")))?;
+        let name = raw.name.filter(|n| !n.is_empty()).ok_or_else(|| {
+            Error::new(code::CONFIG, "the network configuration has no name").details("set \"name\" in it")
+        })?;
+        if !is_identifier(&name) {
+            return Err(Error::new(code::CONFIG, format!("network name {name:?} is invalid")).details(IDENTIFIER_RULE));
+        }
+        if let Some(mtu) = raw.mtu.filter(|m| !(68..=65535).contains(m)) {
+            return Err(Error::new(code::CONFIG, format!("mtu {mtu} is invalid")).details("allowed are 68 to 65535"));
+        }
+        let ipam = raw.ipam.and_then(|i| i.kind).filter(|k| !matches!(k.as_str(), "" | "rustnet" | "rustnet-cni"));
+        if let Some(kind) = ipam.as_deref().filter(|k| k.contains('/') || *k == "." || *k == "..") {
+            return Err(Error::new(code::CONFIG, format!("ipam type {kind:?} is invalid"))
+                .details("it is the name of a binary in CNI_PATH, not a path"));
+        }
+        let runtime = Runtime::parse(raw.runtime_config.unwrap_or_default())?;
+        Ok(Self {
+            version,
+            name,
+            bpffs: absolute("bpffs", raw.bpffs, names::DEFAULT_BPFFS)?,
+            run_dir: absolute("runDir", raw.run_dir, names::DEFAULT_RUN_DIR)?,
+            ipam,
+            mtu: raw.mtu,
+            dns: if runtime.dns.is_empty() { raw.dns } else { runtime.dns },
+            mac: runtime.mac,
+            prev_result: raw.prev_result,
+            valid_attachments: raw.valid_attachments,
+            stdin,
+        })
+    }
+}
+
+/// What a network name or a container id may be, for messages.
+pub const IDENTIFIER_RULE: &str =
+    "it must start with a letter or digit and hold only letters, digits, '_', '.' and '-'";
+
+/// The specification's rule for network names and container ids.
+pub fn is_identifier(text: &str) -> bool {
+    let mut bytes = text.bytes();
+    bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
+        && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+}
+
+/// A MAC address in the usual notation.
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split([':', '-']);
+    for byte in &mut mac {
+        let digits = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        *byte = u8::from_str_radix(digits, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
+/// `runtimeConfig`, as far as it concerns us. Its keys come in the specification's spelling and in Go's, hence the
+/// look-up without regard to case; capabilities that are not ours are ignored.
+struct Runtime {
+    dns: Dns,
+    mac: Option<[u8; 6]>,
+}
+
+impl Runtime {
+    fn parse(map: serde_json::Map<String, Value>) -> Result<Self, Error> {
+        let wrong = |what: &str| Error::new(code::DECODE, format!("runtimeConfig.{what} has the wrong type"));
+        let dns = match take(&map, "dns") {
+            None => Dns::default(),
+            Some(Value::Object(dns)) => {
+                let list = |key: &str| -> Result<Vec<String>, Error> {
+                    let value = take(dns, key).cloned().unwrap_or(Value::Array(Vec::new()));
+                    serde_json::from_value(value).map_err(|_| wrong(&format!("dns.{key}")))
+                };
+                Dns {
+                    nameservers: list("servers")?,
+                    search: list("searches")?,
+                    options: list("options")?,
+                    domain: String::new(),
+                }
+            }
+            Some(_) => return Err(wrong("dns")),
+        };
+        let mac = match take(&map, "mac") {
+            None => None,
+            Some(Value::String(s)) if s.is_empty() => None,
+            Some(Value::String(s)) => {
+                Some(parse_mac(s).filter(|m| m[0] & 1 == 0 && *m != [0; 6]).ok_or_else(|| {
+                    Error::new(code::CONFIG, format!("runtimeConfig.mac {s:?} is not a unicast MAC address"))
+                })?)
+            }
+            Some(_) => return Err(wrong("mac")),
+        };
+        Ok(Self { dns, mac })
+    }
+}
+
+/// A member by name without regard to case, null being the same as absent.
+fn take<'a>(map: &'a serde_json::Map<String, Value>, key: &str) -> Option<&'a Value> {
+    map.iter().find(|(k, v)| k.eq_ignore_ascii_case(key) && !v.is_null()).map(|(_, v)| v)
+}
+
+fn object(stdin: &[u8]) -> Result<Value, Error> {
+    if stdin.iter().all(u8::is_ascii_whitespace) {
+        return Err(Error::new(code::DECODE, "standard input is empty; it must hold the network configuration"));
+    }
+    let v: Value = serde_json::from_slice(stdin)
+        .map_err(|e| Error::new(code::DECODE, format!("the network configuration is not JSON: {e}")))?;
+    // serde would also take an array for a struct.
+    if v.is_object() { Ok(v) } else { Err(Error::new(code::DECODE, "the network configuration is not a JSON object")) }
+}
+
+fn absolute(key: &str, path: Option<PathBuf>, default: &str) -> Result<PathBuf, Error> {
+    let path = path.filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| default.into());
+    if path.is_absolute() {
+        return Ok(path);
+    }
+    Err(Error::new(code::CONFIG, format!("{key} {path:?} is not an absolute path")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{NetConf, is_identifier, parse_mac};
+    use crate::types::version::Version;
+    use serde_json::{Value, json};
+    use std::path::Path;
+
+    fn parse(v: &Value) -> Result<NetConf, (u32, String)> {
+        parse_text(&v.to_string())
+    }
+
+    fn parse_text(text: &str) -> Result<NetConf, (u32, String)> {
+        NetConf::parse(text.as_bytes().to_vec()).map_err(|e| (e.code, e.to_string()))
+    }
+
+    #[test]
+    fn shapes_that_are_refused() {
+        let cases: [(&str, u32, &str); 27] = [
+            ("", 6, "empty"),
+            (" \n", 6, "empty"),
+            ("{", 6, "not JSON"),
+            ("nonsense", 6, "not JSON"),
+            ("[]", 6, "not a JSON object"),
+            ("null", 6, "not a JSON object"),
+            ("\"x\"", 6, "not a JSON object"),
+            ("7", 6, "not a JSON object"),
+            (r#"{"name":"a"}"#, 1, "0.1.0"),
+            (r#"{"cniVersion":null,"name":"a"}"#, 1, "0.1.0"),
+            (r#"{"cniVersion":"0.2.0","name":"a"}"#, 1, "0.2.0"),
+            (r#"{"cniVersion":"1.2.0","name":"a"}"#, 1, "1.2.0"),
+            (r#"{"cniVersion":"v1.0.0","name":"a"}"#, 1, "v1.0.0"),
+            (r#"{"cniVersion":1,"name":"a"}"#, 6, "must be a string"),
+            (r#"{"cniVersion":"1.0.0"}"#, 7, "no name"),
+            (r#"{"cniVersion":"1.0.0","name":""}"#, 7, "no name"),
+            (r#"{"cniVersion":"1.0.0","name":"a b"}"#, 7, "\"a b\""),
+            (r#"{"cniVersion":"1.0.0","name":"../x"}"#, 7, "\"../x\""),
+            (r#"{"cniVersion":"1.0.0","name":7}"#, 6, "invalid type"),
+            (r#"{"cniVersion":"1.0.0","name":"a","runDir":"run"}"#, 7, "runDir"),
+            (r#"{"cniVersion":"1.0.0","name":"a","bpffs":"x/y"}"#, 7, "bpffs"),
+            (r#"{"cniVersion":"1.0.0","name":"a","mtu":"big"}"#, 6, "invalid type"),
+            (r#"{"cniVersion":"1.0.0","name":"a","mtu":60}"#, 7, "mtu 60"),
+            (r#"{"cniVersion":"1.0.0","name":"a","ipam":{"type":"../evil"}}"#, 7, "../evil"),
+            (r#"{"cniVersion":"1.0.0","name":"a","ipam":"host-local"}"#, 6, "invalid type"),
+            (r#"{"cniVersion":"1.0.0","name":"a","runtimeConfig":{"mac":"01:00:5e:00:00:01"}}"#, 7, "unicast"),
+            (r#"{"cniVersion":"1.1.0","name":"a","cni.dev/valid-attachments":[{"containerID":"x"}]}"#, 6, "ifname"),
+        ];
+        for (text, code, part) in cases {
+            let (got, msg) = parse_text(text).expect_err(text);
+            assert_eq!(got, code, "{text}: {msg}");
+            assert!(msg.contains(part), "{text}: {msg}");
+        }
+        let deep = format!(r#"{{"cniVersion":"1.0.0","name":"a","x":{}1{}}}"#, "[".repeat(4000), "]".repeat(4000));
+        assert_eq!(parse_text(&deep).expect_err("too deep").0, 6);
+    }
+
+    #[test]
+    fn the_documented_example_and_unknown_members() {
+        let c = parse(&json!({
+            "cniVersion": "1.1.0", "name": "dbnet", "type": "rustnet-cni", "bridge": "cni0",
+            "keyA": ["some more", "plugin specific", "configuration"], "capabilities": { "portMappings": true },
+            "ipam": { "type": "host-local", "subnet": "10.1.0.0/16", "gateway": "10.1.0.1" },
+            "dns": { "nameservers": ["10.1.0.1"] }, "args": { "cni": {} },
+        }))
+        .expect("parses");
+        assert_eq!(c.version, Version::V110);
+        assert_eq!(c.ipam.as_deref(), Some("host-local"));
+        assert_eq!(c.dns.nameservers, ["10.1.0.1"]);
+        assert_eq!(
+            (c.bpffs.as_path(), c.run_dir.as_path()),
+            (Path::new("/sys/fs/bpf/rustnet"), Path::new("/run/rustnet"))
+        );
+        assert!(c.valid_attachments.is_none());
+    }
+
+    #[test]
+    fn own_ipam_by_any_spelling() {
+        for ipam in
+            [json!(null), json!({}), json!({ "type": "" }), json!({ "type": "rustnet" }), json!({ "type": null })]
+        {
+            let c = parse(&json!({ "cniVersion": "1.0.0", "name": "a", "ipam": ipam })).expect("parses");
+            assert!(c.ipam.is_none(), "{ipam}");
+        }
+        assert!(parse(&json!({ "cniVersion": "1.0.0", "name": "a" })).expect("parses").ipam.is_none());
+    }
+
+    #[test]
+    fn runtime_config_in_every_form() {
+        let conf = |rc: Value| json!({ "cniVersion": "1.0.0", "name": "a", "dns": { "nameservers": ["1.1.1.1"], "search": null }, "runtimeConfig": rc });
+        // What containerd sends, what the specification and CRI-O write, and the empty forms.
+        for (rc, server) in [
+            (json!(null), "1.1.1.1"),
+            (json!({}), "1.1.1.1"),
+            (json!({ "dns": null, "mac": null, "portMappings": null, "bandwidth": null }), "1.1.1.1"),
+            (json!({ "dns": { "Servers": null, "Searches": null, "Options": null }, "mac": "" }), "1.1.1.1"),
+            (json!({ "dns": { "Servers": ["9.9.9.9"], "Searches": null, "Options": ["ndots:5"] } }), "9.9.9.9"),
+            (json!({ "dns": { "servers": ["9.9.9.9"], "searches": [], "options": [] } }), "9.9.9.9"),
+            (
+                json!({
+                    "portMappings": [{ "HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "" }],
+                    "bandwidth": { "EgressRate": 1, "EgressBurst": 1 }, "io.kubernetes.cri.pod-annotations": { "a": "b" },
+                }),
+                "1.1.1.1",
+            ),
+            (json!({ "portMappings": [{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" }] }), "1.1.1.1"),
+        ] {
+            let c = parse(&conf(rc.clone())).expect("parses");
+            assert_eq!(c.dns.nameservers, [server], "{rc}");
+            assert!(c.mac.is_none());
+        }
+        let c = parse(&conf(json!({ "mac": "c2:11:22:33:44:55" }))).expect("parses");
+        assert_eq!(c.mac, Some([0xc2, 0x11, 0x22, 0x33, 0x44, 0x55]));
+        for rc in
+            [json!([]), json!("x"), json!({ "dns": 7 }), json!({ "dns": { "Servers": "x" } }), json!({ "mac": 7 })]
+        {
+            assert_eq!(parse(&conf(rc.clone())).expect_err("wrong type").0, 6, "{rc}");
+        }
+    }
+
+    #[test]
+    fn identifiers() {
+        for good in ["a", "0", "A-b_c.d", "cnitool-77383ca0a0715733ca6f"] {
+            assert!(is_identifier(good), "{good}");
+        }
+        for bad in ["", "-a", ".a", "_a", "a/b", "a b", "a\n", "ä", "a:b", "..", "a\0", "a@b"] {
+            assert!(!is_identifier(bad), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn macs() {
+        assert_eq!(parse_mac("02:ab:CD:00:01:ff"), Some([2, 0xab, 0xcd, 0, 1, 0xff]));
+        for bad in [
+            "",
+            "02",
+            "02:ab:cd:00:01",
+            "02:ab:cd:00:01:ff:00",
+            "0x:ab:cd:00:01:ff",
+            "2:a:c:0:1:f",
+            "+2:ab:cd:00:01:ff",
+        ] {
+            assert_eq!(parse_mac(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! The CNI protocol's own types: versions, the error object, the network configuration, the result.
+
+pub mod conf;
+pub mod error;
+pub mod result;
+pub mod version;

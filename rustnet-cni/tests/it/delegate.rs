@@ -1,0 +1,198 @@
+//! Addresses from another plugin: the real host-local, and scripts that record how they are called.
+
+use crate::common::{Call, Node, ip_json, ips, netns, ping};
+use serde_json::{Value, json};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+/// The documented example, with this node's directories.
+fn documented(node: &Node, version: &str) -> Value {
+    json!({
+        "cniVersion": version, "name": "dbnet", "type": "rustnet-cni", "bridge": "cni0",
+        "keyA": ["some more", "plugin specific", "configuration"],
+        "ipam": { "type": "host-local", "subnet": "10.1.0.0/16", "gateway": "10.1.0.1" },
+        "dns": { "nameservers": ["10.1.0.1"] },
+        "bpffs": node.bpffs, "runDir": node.run,
+    })
+}
+
+/// Installs a plugin that appends each call to /run/calls and then does `body`.
+fn script(name: &str, body: &str) {
+    let path = format!("/run/plugins/{name}");
+    let text = format!(
+        "#!/bin/sh\nstdin=$(cat)\nprintf '%s %s %s %s\\n%s\\n' \"$CNI_COMMAND\" \"$CNI_CONTAINERID\" \"$CNI_IFNAME\" \
+         \"$CNI_NETNS\" \"$stdin\" >> /run/calls\n{body}\n"
+    );
+    fs::write(&path, text).expect("script");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("mode");
+}
+
+/// Each recorded call: its first line, and its standard input.
+fn calls() -> Vec<(String, Value)> {
+    let text = fs::read_to_string("/run/calls").unwrap_or_default();
+    let _ = fs::remove_file("/run/calls");
+    let lines: Vec<&str> = text.lines().collect();
+    lines.chunks(2).map(|c| (c[0].trim().to_owned(), serde_json::from_str(c[1]).expect(c[1]))).collect()
+}
+
+#[test]
+fn the_documented_example() {
+    let node = Node::new();
+    let before = node.traces();
+    for version in ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
+        let conf = documented(&node, version);
+        let ns = netns(version);
+        let r = Call::of("ADD", &conf, "c1", &ns).run().success();
+        assert_eq!(r["cniVersion"], version);
+        assert_eq!(r["dns"], json!({ "nameservers": ["10.1.0.1"] }));
+        assert_eq!(r["ips"][0]["gateway"], "10.1.0.1");
+        assert_eq!(r["ips"][0]["interface"], 1);
+        assert_eq!(r["ips"][0].get("version"), (version < "1.0.0").then(|| json!("4")).as_ref());
+        let address = r["ips"][0]["address"].as_str().expect("address");
+        assert!(address.starts_with("10.1.0.") && address.ends_with("/16"), "{address}");
+        assert!(r.get("routes").is_none());
+        let ip = ips(&r)[0].to_string();
+
+        let pod = ip_json(&["-n", version, "addr", "show", "eth0"]);
+        assert_eq!((&pod[0]["addr_info"][0]["local"], &pod[0]["addr_info"][0]["prefixlen"]), (&json!(ip), &json!(32)));
+        ping("", &ip);
+        // The gateway is answered, by the host.
+        ping(&ns, "10.1.0.1");
+        ping(&ns, "192.0.2.1");
+        if version >= "0.4.0" {
+            let mut check = conf.clone();
+            check["prevResult"] = r.clone();
+            assert_eq!(Call::of("CHECK", &check, "c1", &ns).run().success(), Value::Null);
+        }
+        if version == "1.1.0" {
+            assert_eq!(Call::new("STATUS", &conf).run().success(), Value::Null);
+            assert_eq!(Call::new("GC", &conf).run().success(), Value::Null);
+        }
+        for _ in 0..3 {
+            assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
+        }
+        assert_eq!(node.traces(), before, "{version}");
+    }
+}
+
+#[test]
+fn two_pods_on_one_gateway_reach_each_other() {
+    let node = Node::new();
+    let conf = documented(&node, "1.0.0");
+    let (a, b) = (netns("a"), netns("b"));
+    let first = Call::of("ADD", &conf, "c1", &a).run().success();
+    let second = Call::of("ADD", &conf, "c2", &b).run().success();
+    ping(&a, &ips(&second)[0].to_string());
+    ping(&b, &ips(&first)[0].to_string());
+    ping(&a, "10.1.0.1");
+    ping(&b, "10.1.0.1");
+}
+
+#[test]
+fn the_plugin_gets_the_whole_call() {
+    let node = Node::new();
+    let before = node.traces();
+    let reply = r#"{"cniVersion":"1.1.0","ips":[{"address":"10.7.0.5/24","gateway":"10.7.0.1"},{"address":"fd07::5/64","gateway":"fd07::1"}],"routes":[{"dst":"0.0.0.0/0"},{"dst":"10.8.0.0/16","gw":"10.7.0.254","mtu":1300}],"dns":{"nameservers":["10.7.0.53"],"search":["x"]}}"#;
+    script("probe", &format!("echo to-stderr >&2\n[ \"$CNI_COMMAND\" = ADD ] && echo '{reply}'\nexit 0"));
+    let mut conf = node.conf("1.1.0");
+    conf["ipam"] = json!({ "type": "probe", "anything": { "else": [1, 2] } });
+    let ns = netns("a");
+    let out = Call::of("ADD", &conf, "c1", &ns).run();
+    assert!(out.stderr.contains("to-stderr"), "{out:?}");
+    let r = out.success();
+    assert_eq!(calls(), [(format!("ADD c1 eth0 {ns}"), conf.clone())]);
+    // The result is the plugin's, with our interfaces.
+    let reply: Value = serde_json::from_str(reply).expect("JSON");
+    for key in ["routes", "dns"] {
+        assert_eq!(r[key], reply[key]);
+    }
+    for (i, gateway) in ["10.7.0.1", "fd07::1"].iter().enumerate() {
+        assert_eq!((&r["ips"][i]["address"], &r["ips"][i]["gateway"]), (&reply["ips"][i]["address"], &json!(gateway)));
+        ping(&ns, gateway);
+        ping("", &ips(&r)[i].to_string());
+    }
+    let mut with_prev = conf.clone();
+    with_prev["prevResult"] = r;
+    assert_eq!(Call::of("CHECK", &with_prev, "c1", &ns).run().success(), Value::Null);
+    assert_eq!(Call::new("STATUS", &conf).run().success(), Value::Null);
+    assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
+    let mut gc = conf.clone();
+    gc["cni.dev/valid-attachments"] = json!([]);
+    assert_eq!(Call::new("GC", &gc).run().success(), Value::Null);
+    let want = [
+        (format!("CHECK c1 eth0 {ns}"), with_prev),
+        ("STATUS".to_owned(), conf.clone()),
+        ("DEL c1 eth0".to_owned(), conf.clone()),
+        ("GC".to_owned(), gc.clone()),
+    ];
+    assert_eq!(calls(), want);
+    assert_eq!(node.traces(), before);
+
+    // GC hands on the DEL of each stale attachment too: the plugin may know no GC.
+    Call::of("ADD", &conf, "c1", &ns).run().success();
+    calls();
+    assert_eq!(Call::new("GC", &gc).run().success(), Value::Null);
+    assert_eq!(calls(), [("DEL c1 eth0".to_owned(), gc.clone()), ("GC".to_owned(), gc)]);
+    assert_eq!(node.traces(), before);
+}
+
+#[test]
+fn an_older_plugin_gets_its_own_version() {
+    let node = Node::new();
+    script(
+        "old",
+        r#"case "$CNI_COMMAND" in
+VERSION) echo '{"cniVersion":"0.4.0","supportedVersions":["0.2.0","0.3.1","0.4.0"]}' ;;
+*) case "$stdin" in
+  *'"cniVersion":"0.4.0"'*) [ "$CNI_COMMAND" = ADD ] && echo '{"cniVersion":"0.4.0","ips":[{"version":"4","address":"10.7.0.5/24"}]}'; exit 0 ;;
+  *) echo '{"code":1,"msg":"incompatible CNI versions"}'; exit 1 ;;
+  esac ;;
+esac"#,
+    );
+    let mut conf = node.conf("1.1.0");
+    conf["ipam"] = json!({ "type": "old" });
+    let ns = netns("a");
+    let r = Call::of("ADD", &conf, "c1", &ns).run().success();
+    assert_eq!(r["cniVersion"], "1.1.0");
+    assert!(r["ips"][0].get("version").is_none());
+    let verbs: Vec<_> = calls().into_iter().map(|c| c.0.split(' ').next().expect("verb").to_owned()).collect();
+    assert_eq!(verbs, ["ADD", "VERSION", "ADD"]);
+    for verb in ["STATUS", "GC"] {
+        assert_eq!(Call::new(verb, &conf).run().success(), Value::Null);
+    }
+    assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
+}
+
+#[test]
+fn failures_of_the_plugin_are_handed_on_and_undone() {
+    let node = Node::new();
+    let before = node.traces();
+    let ns = netns("a");
+    let mut conf = node.conf("1.1.0");
+    for (body, code, part) in [
+        (r#"echo '{"code":11,"msg":"come back later","details":"busy"}'; exit 1"#, 11, "come back later"),
+        ("echo rubbish; exit 3", 5, "rubbish"),
+        ("exit 1", 5, "exit status: 1"),
+        ("echo rubbish", 6, "cannot be read"),
+        (r#"echo '{"cniVersion":"1.1.0"}'"#, 7, "no address"),
+        (r#"echo '{"cniVersion":"1.1.0","ips":[{"address":"10.7.0.500/24"}]}'"#, 6, "cannot be read"),
+    ] {
+        script("bad", &format!("[ \"$CNI_COMMAND\" = DEL ] && exit 0\n{body}"));
+        conf["ipam"] = json!({ "type": "bad" });
+        let msg = Call::of("ADD", &conf, "c1", &ns).run().failure(code);
+        assert!(msg.contains(part) && msg.contains("bad"), "{msg}");
+        let verbs: Vec<_> = calls().into_iter().map(|c| c.0).collect();
+        assert_eq!(verbs, [format!("ADD c1 eth0 {ns}"), format!("DEL c1 eth0 {ns}")]);
+        assert_eq!(node.traces(), before);
+    }
+    conf["ipam"] = json!({ "type": "not-installed" });
+    let msg = Call::of("ADD", &conf, "c1", &ns).run().failure(7);
+    assert!(msg.contains("not-installed") && msg.contains("CNI_PATH"), "{msg}");
+    Call::new("STATUS", &conf).run().failure(50);
+    conf["ipam"] = json!({ "type": "host-local", "ranges": [[{ "subnet": "10.1.0.0/30" }]] });
+    Call::of("ADD", &conf, "c1", &ns).run().success();
+    let full = node.traces();
+    let out = Call::of("ADD", &conf, "c2", &netns("b")).run();
+    assert!(!out.ok && out.json["msg"].as_str().expect("msg").contains("host-local ADD"), "{out:?}");
+    assert_eq!(node.traces(), full);
+}

@@ -1,0 +1,60 @@
+//! GC: removes what it is told by omission, and nothing else.
+
+use crate::common::{Call, Node, ip, ips, netns, ping};
+use serde_json::{Value, json};
+use std::fs;
+
+#[test]
+fn without_a_list_it_does_nothing() {
+    let node = Node::new();
+    node.add("c1", &netns("a"));
+    let before = node.traces();
+    let mut conf = node.conf("1.1.0");
+    assert_eq!(Call::new("GC", &conf).run().success(), Value::Null);
+    conf["cni.dev/valid-attachments"] = json!(null);
+    assert_eq!(Call::new("GC", &conf).run().success(), Value::Null);
+    assert_eq!(node.traces(), before);
+}
+
+#[test]
+fn it_keeps_the_valid_and_removes_the_rest() {
+    let node = Node::new();
+    let clean = node.traces();
+    let r = node.add("c1", &netns("a"));
+    let only_c1 = node.traces();
+    for id in ["c2", "c3"] {
+        node.add(id, &netns(id));
+    }
+    // It works without the agent's file.
+    fs::remove_file(node.run.join("node.json")).expect("node.json");
+    node.gc(&["c1", "unknown"]);
+    node.write_node_file(&json!({}));
+    assert_eq!(node.traces(), only_c1);
+    ping("", &ips(&r)[0].to_string());
+    node.gc(&[]);
+    assert_eq!(node.traces(), clean);
+}
+
+#[test]
+fn it_leaves_other_networks_and_foreign_links_alone() {
+    let node = Node::new();
+    let mut other = node.conf("1.1.0");
+    other["name"] = json!("other");
+    let r = Call::of("ADD", &other, "c1", &netns("a")).run().success();
+    ip(&["link", "add", "foreign0", "type", "veth", "peer", "name", "foreign1"]);
+    let before = node.traces();
+    node.add("c2", &netns("b"));
+    node.gc(&[]);
+    assert_eq!(node.traces(), before);
+    ping("", &ips(&r)[0].to_string());
+    // Nor does a network's GC reach what another network's killed ADD has left.
+    let step = Call::of("ADD", &other, "c3", &netns("c")).env("RUSTNET_CNI_CRASH_AT", "ipam").run();
+    assert!(step.signal.is_some());
+    let leases = || fs::read_dir(node.run.join("ipam")).expect("leases").count();
+    let n = leases();
+    node.gc(&[]);
+    assert_eq!(leases(), n);
+    other["cni.dev/valid-attachments"] = json!([{ "containerID": "c1", "ifname": "eth0" }]);
+    assert_eq!(Call::new("GC", &other).run().success(), Value::Null);
+    assert_eq!(node.traces(), before);
+}

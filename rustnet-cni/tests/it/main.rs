@@ -1,0 +1,10 @@
+//! The real binary on a real kernel: each test has a mount and a network namespace of its own, which vanish with it.
+
+mod bad_input;
+mod cnitool;
+mod common;
+mod crash;
+mod delegate;
+mod gc;
+mod load;
+mod verbs;

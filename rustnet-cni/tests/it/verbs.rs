@@ -1,0 +1,370 @@
+//! ADD, CHECK, DEL, STATUS and VERSION from end to end with our own IPAM.
+
+use crate::common::{Call, Node, bpf, command, ip, ip_json, ips, netns, ping, remove_netns};
+use serde_json::{Value, json};
+use std::fs;
+
+const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+
+#[test]
+fn add_makes_what_the_result_says() {
+    let node = Node::new();
+    let ns = netns("a");
+    let args = "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=u1";
+    let r = Call::of("ADD", &node.conf("1.1.0"), "c1", &ns).env("CNI_ARGS", args).run().success();
+    let host = r["interfaces"][0]["name"].as_str().expect("name").to_owned();
+    let [v4, v6] = ips(&r)[..] else { panic!("two addresses: {r}") };
+    assert!(v4.is_ipv4() && v6.is_ipv6() && host.starts_with("rnv"));
+    let want = json!({
+        "cniVersion": "1.1.0",
+        "interfaces": [
+            { "name": host, "mac": r["interfaces"][0]["mac"], "mtu": 1450 },
+            { "name": "eth0", "mac": r["interfaces"][1]["mac"], "mtu": 1450, "sandbox": ns },
+        ],
+        "ips": [
+            { "address": format!("{v4}/32"), "gateway": "169.254.1.1", "interface": 1 },
+            { "address": format!("{v6}/128"), "gateway": "fe80::1", "interface": 1 },
+        ],
+        "routes": [{ "dst": "0.0.0.0/0", "gw": "169.254.1.1" }, { "dst": "::/0", "gw": "fe80::1" }],
+    });
+    assert_eq!(r, want);
+
+    // The pod's side.
+    let link = &ip_json(&["-n", "a", "addr", "show", "eth0"])[0];
+    assert_eq!(link["address"], r["interfaces"][1]["mac"]);
+    assert_eq!(link["mtu"], 1450);
+    assert_eq!(ip_json(&["-n", "a", "link", "show", "eth0"])[0]["inet6_addr_gen_mode"], "none");
+    let addresses: Vec<_> = link["addr_info"].as_array().expect("addresses").iter().collect();
+    assert_eq!(addresses.len(), 2, "no link-local address may appear: {addresses:?}");
+    for (address, (ip, prefix)) in addresses.iter().zip([(v4, 32), (v6, 128)]) {
+        assert_eq!((&address["local"], &address["prefixlen"]), (&json!(ip), &json!(prefix)));
+        assert!(address.get("tentative").is_none());
+    }
+    for (family, gateway) in [("-4", "169.254.1.1"), ("-6", "fe80::1")] {
+        let default = ip_json(&["-n", "a", family, "route", "show", "default"]);
+        assert_eq!(default[0]["gateway"], gateway);
+        let neighbours = ip_json(&["-n", "a", family, "neigh", "show", "nud", "permanent", "dev", "eth0"]);
+        assert!(
+            neighbours
+                .as_array()
+                .expect("list")
+                .iter()
+                .any(|n| n["dst"] == gateway && n["lladdr"] == r["interfaces"][0]["mac"])
+        );
+    }
+
+    // The host's side.
+    let link = &ip_json(&["link", "show", &host])[0];
+    assert_eq!(link["address"], r["interfaces"][0]["mac"]);
+    assert_eq!(link["inet6_addr_gen_mode"], "none");
+    assert_eq!(fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{host}/rp_filter")).expect("sysctl").trim(), "0");
+    for (family, ip) in [("-4", v4), ("-6", v6)] {
+        let route = ip_json(&[family, "route", "show", "dev", &host, &ip.to_string()]);
+        assert_eq!(route[0]["dst"], json!(ip), "{route}");
+        let neighbour = ip_json(&[family, "neigh", "show", "nud", "permanent", "dev", &host]);
+        assert_eq!((&neighbour[0]["dst"], &neighbour[0]["lladdr"]), (&json!(ip), &r["interfaces"][1]["mac"]));
+    }
+    for hook in ["ingress", "egress"] {
+        let out = command("tc", &["-j", "filter", "show", "dev", &host, hook]);
+        let filters: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+        let bpf = filters.as_array().expect("list").iter().find(|f| !f["options"].is_null()).expect("a filter");
+        assert_eq!(
+            (&bpf["pref"], &bpf["kind"], &bpf["options"]["handle"]),
+            (&json!(1), &json!("bpf"), &json!("0x1")),
+            "{bpf}"
+        );
+        assert_eq!(bpf["options"]["direct-action"], true);
+        assert_eq!(bpf["options"]["bpf_name"], if hook == "ingress" { "from_pod" } else { "to_pod" });
+    }
+
+    // The endpoints map and the record.
+    let mut entries = bpf::entries(&node.map);
+    entries.sort_unstable_by_key(|e| e.0);
+    assert_eq!(entries.iter().map(|e| e.0).collect::<Vec<_>>(), [v4, v6]);
+    for (_, e) in &entries {
+        let mac = |m: [u8; 6]| m.map(|b| format!("{b:02x}")).join(":");
+        assert_eq!(json!(mac(e.mac)), r["interfaces"][1]["mac"]);
+        assert_eq!(json!(mac(e.host_mac)), r["interfaces"][0]["mac"]);
+        assert_eq!(json!(e.ifindex), link["ifindex"]);
+    }
+    let record: Value =
+        serde_json::from_slice(&fs::read(node.run.join("endpoints/c1@eth0.json")).expect("record")).expect("JSON");
+    let want = json!({
+        "containerId": "c1", "ifname": "eth0", "netns": ns, "network": "rustnet", "hostIfname": host,
+        "ifindex": link["ifindex"], "mac": r["interfaces"][1]["mac"], "addresses": [v4, v6],
+        "podNamespace": "shop", "podName": "web-0", "podUid": "u1",
+    });
+    assert_eq!(record, want);
+    let lease = fs::read_to_string(node.run.join("ipam").join(v4.to_string())).expect("lease");
+    assert_eq!(lease, "c1\r\neth0\nrustnet\n");
+}
+
+#[test]
+fn packets_flow_both_ways_at_once() {
+    let node = Node::new();
+    let (a, b) = (netns("a"), netns("b"));
+    let first = ips(&node.add("a", &a));
+    for ip in &first {
+        ping("", &ip.to_string());
+    }
+    for ip in ips(&node.add("b", &b)) {
+        ping(&a, &ip.to_string());
+    }
+    for target in ["192.0.2.1", "2001:db8::1"] {
+        ping(&a, target);
+        ping(&b, target);
+    }
+    for ip in first {
+        ping(&b, &ip.to_string());
+    }
+}
+
+#[test]
+fn result_in_every_version() {
+    let node = Node::new();
+    for version in VERSIONS {
+        let ns = netns(version);
+        let r = Call::of("ADD", &node.conf(version), "c1", &ns).run().success();
+        assert_eq!(r["cniVersion"], version);
+        for (i, family) in ["4", "6"].iter().enumerate() {
+            let has = r["ips"][i].get("version");
+            assert_eq!(has, (version < "1.0.0").then(|| json!(family)).as_ref(), "{version}");
+        }
+        assert_eq!(r["interfaces"][1].get("mtu").is_some(), version == "1.1.0", "{version}");
+        let check = Call::of("CHECK", &node.conf_with(version, &r), "c1", &ns).run();
+        if version < "0.4.0" {
+            assert!(check.failure(1).contains("0.4.0"));
+        } else {
+            assert_eq!(check.success(), Value::Null);
+        }
+        for verb in ["STATUS", "GC"] {
+            let out = Call::new(verb, &node.conf(version)).run();
+            if version < "1.1.0" {
+                assert!(out.failure(1).contains("1.1.0"));
+            } else {
+                assert_eq!(out.success(), Value::Null);
+            }
+        }
+        assert_eq!(Call::of("DEL", &node.conf_with(version, &r), "c1", &ns).run().success(), Value::Null);
+    }
+}
+
+#[test]
+fn del_needs_nothing_and_repeats() {
+    let node = Node::new();
+    let before = node.traces();
+    let ns = netns("a");
+    let r = node.add("c1", &ns);
+    assert_ne!(node.traces(), before);
+    // As containerd does: with everything, then with nothing.
+    assert_eq!(Call::of("DEL", &node.conf_with("1.1.0", &r), "c1", &ns).run().success(), Value::Null);
+    assert_eq!(node.traces(), before);
+    assert!(!ip(&["-n", "a", "link"]).contains("eth0"));
+    for _ in 0..3 {
+        let bare = Call::of("DEL", &node.conf("1.1.0"), "c1", "").without("CNI_NETNS");
+        assert_eq!(bare.run().success(), Value::Null);
+    }
+
+    // The namespace goes first.
+    let r = node.add("c1", &ns);
+    remove_netns(&ns, false);
+    assert_eq!(Call::of("DEL", &node.conf_with("1.1.0", &r), "c1", &ns).run().success(), Value::Null);
+    assert_eq!(node.traces(), before);
+
+    // Neither agent nor pins nor run directory: nothing to do is no error.
+    let gone = json!({ "cniVersion": "1.1.0", "name": "rustnet", "bpffs": "/run/absent", "runDir": "/run/absent" });
+    assert_eq!(Call::of("DEL", &gone, "c1", "").run().success(), Value::Null);
+    assert_eq!(Call::of("DEL", &gone, "never-added", "/run/netns/absent").run().success(), Value::Null);
+}
+
+#[test]
+fn del_works_with_the_node_file_and_the_record_gone() {
+    let node = Node::new();
+    let before = node.traces();
+    node.add("c1", &netns("a"));
+    fs::remove_file(node.run.join("node.json")).expect("node.json");
+    fs::remove_file(node.run.join("endpoints/c1@eth0.json")).expect("record");
+    node.del("c1");
+    node.write_node_file(&json!({}));
+    assert_eq!(node.traces(), before);
+}
+
+#[test]
+fn del_leaves_an_address_that_was_given_to_another() {
+    let node = Node::new();
+    node.add("c1", &netns("a"));
+    let record = node.run.join("endpoints/c1@eth0.json");
+    let old = fs::read(&record).expect("record");
+    let mut stale: Value = serde_json::from_slice(&old).expect("JSON");
+    node.del("c1");
+    let r = node.add("c2", &netns("b"));
+    // A record that survived its lease names addresses that are now c2's.
+    stale["addresses"] = json!(ips(&r));
+    fs::write(&record, stale.to_string()).expect("record");
+    node.del("c1");
+    assert_eq!(bpf::entries(&node.map).len(), 2);
+    ping("", &ips(&r)[0].to_string());
+}
+
+#[test]
+fn a_second_add_fails_and_harms_nothing() {
+    let node = Node::new();
+    let (a, b) = (netns("a"), netns("b"));
+    let r = node.add("c1", &a);
+    let before = node.traces();
+    // The same again; another container in the same namespace; the same container elsewhere.
+    for (id, ns) in [("c1", &a), ("c2", &a), ("c1", &b)] {
+        let out = Call::of("ADD", &node.conf("1.1.0"), id, ns).run().failure(100);
+        assert!(out.contains("eth0") && out.contains("DEL"), "{out}");
+        assert_eq!(node.traces(), before, "{id} {ns}");
+    }
+    for ip in ips(&r) {
+        ping("", &ip.to_string());
+    }
+    assert_eq!(Call::of("CHECK", &node.conf_with("1.1.0", &r), "c1", &a).run().success(), Value::Null);
+    // A second interface of the same container is another matter.
+    Call::of("ADD", &node.conf("1.1.0"), "c1", &a).env("CNI_IFNAME", "net1").run().failure(5);
+    assert_eq!(node.traces(), before, "two default routes in one pod are refused, and undone");
+}
+
+#[test]
+fn check_finds_every_change() {
+    let node = Node::new();
+    let changes: [(&str, fn(&Node, &str, &Value)); 12] = [
+        ("gone", |_, host, _| drop(ip(&["link", "del", host]))),
+        ("down", |_, host, _| drop(ip(&["link", "set", host, "down"]))),
+        ("down", |_, _, _| drop(ip(&["-n", "a", "link", "set", "eth0", "down"]))),
+        ("MAC", |_, _, _| drop(ip(&["-n", "a", "link", "set", "eth0", "address", "02:00:00:00:00:07"]))),
+        ("MTU", |_, _, _| drop(ip(&["-n", "a", "link", "set", "eth0", "mtu", "1400"]))),
+        ("is not on", |_, _, r| {
+            drop(ip(&["-n", "a", "addr", "del", r["ips"][1]["address"].as_str().expect("address"), "dev", "eth0"]))
+        }),
+        ("default route", |_, _, _| drop(ip(&["-n", "a", "route", "del", "default"]))),
+        ("host's route", |_, host, r| drop(ip(&["route", "del", &ips(r)[0].to_string(), "dev", host]))),
+        ("from_pod", |_, host, _| drop(command("tc", &["filter", "del", "dev", host, "ingress"]))),
+        ("to_pod", |_, host, _| drop(command("tc", &["filter", "del", "dev", host, "egress"]))),
+        ("endpoints map", |node, _, r| bpf::delete(&node.map, ips(r)[1])),
+        ("not leased", |node, _, r| fs::remove_file(node.run.join("ipam").join(ips(r)[0].to_string())).expect("lease")),
+    ];
+    let ns = netns("a");
+    for (part, change) in changes {
+        let r = node.add("c1", &ns);
+        let check = || Call::of("CHECK", &node.conf_with("1.1.0", &r), "c1", &ns).run();
+        assert_eq!(check().success(), Value::Null);
+        change(&node, r["interfaces"][0]["name"].as_str().expect("name"), &r);
+        let msg = check().failure(102);
+        assert!(msg.contains(part), "{part}: {msg}");
+        node.del("c1");
+    }
+    assert!(Call::of("CHECK", &node.conf("1.1.0"), "c1", &ns).run().failure(7).contains("prevResult"));
+}
+
+#[test]
+fn status_and_add_name_what_is_missing() {
+    let node = Node::new();
+    let ns = netns("a");
+    let before = node.traces();
+    let conf = node.conf("1.1.0");
+    let refused = |part: &str| {
+        let status = Call::new("STATUS", &conf).run().failure(50);
+        assert!(status.contains(part), "{part}: {status}");
+        let add = Call::of("ADD", &conf, "c1", &ns).run().failure(11);
+        assert!(add.contains(part), "{part}: {add}");
+    };
+    assert_eq!(Call::new("STATUS", &conf).run().success(), Value::Null);
+    let good = json!({ "version": 1, "nodeName": "n1", "podCIDRs": ["10.244.1.0/24"], "mtu": 1450 });
+    let with = |key: &str, value: Value| {
+        let mut file = good.clone();
+        file[key] = value;
+        file
+    };
+    for (part, file) in [
+        ("version 2", with("version", json!(2))),
+        ("the uplink is down", with("notReady", json!("the uplink is down"))),
+        ("podCIDR", with("podCIDRs", json!([]))),
+        ("cannot be read", json!({})),
+        ("cannot be read", with("mtu", json!("x"))),
+    ] {
+        node.write_node_file(&file);
+        refused(part);
+    }
+    fs::remove_file(node.run.join("node.json")).expect("node.json");
+    refused("is the rustnet agent running on this node");
+    node.write_node_file(&good);
+
+    for pin in ["rn_endpoints", "prog/from_pod", "prog/to_pod"] {
+        let (path, aside) = (node.bpffs.join(pin), node.bpffs.join("aside"));
+        fs::rename(&path, &aside).expect("move the pin");
+        refused("is the rustnet agent running on this node");
+        fs::rename(&aside, &path).expect("move the pin back");
+    }
+    // Pinned by another version.
+    fs::rename(node.bpffs.join("rn_endpoints"), node.bpffs.join("aside")).expect("move the pin");
+    bpf::pin_map(&node.bpffs.join("rn_endpoints"), 16, 40, 8);
+    refused("another version");
+    assert_eq!(Call::of("DEL", &conf, "c1", &ns).run().success(), Value::Null);
+    fs::remove_file(node.bpffs.join("rn_endpoints")).expect("unpin");
+    fs::rename(node.bpffs.join("aside"), node.bpffs.join("rn_endpoints")).expect("move the pin back");
+    assert_eq!(node.traces(), before);
+    // The agent is dead all the while: the files and the pins suffice.
+    node.add("c1", &ns);
+}
+
+#[test]
+fn a_full_pool_is_named_and_undone() {
+    let node = Node::with_ranges(&["10.244.1.0/29", "fd00:10:244:1::/64"]);
+    let ns: Vec<_> = (0..6).map(|n| netns(&format!("p{n}"))).collect();
+    for (n, ns) in ns.iter().enumerate().take(5) {
+        node.add(&format!("c{n}"), ns);
+    }
+    let before = node.traces();
+    let msg = Call::of("ADD", &node.conf("1.1.0"), "c5", &ns[5]).run().failure(101);
+    assert!(msg.contains("10.244.1.0/29"), "{msg}");
+    assert_eq!(node.traces(), before);
+    assert_eq!(Call::new("STATUS", &node.conf("1.1.0")).run().success(), Value::Null);
+    node.del("c2");
+    node.add("c5", &ns[5]);
+}
+
+#[test]
+fn settings_reach_the_pod() {
+    let node = Node::new();
+    let mut conf = node.conf("1.1.0");
+    conf["mtu"] = json!(9000);
+    conf["dns"] = json!({ "nameservers": ["10.96.0.10"], "search": ["cluster.local"], "options": [], "domain": "" });
+    conf["runtimeConfig"] = json!({ "mac": "c2:11:22:33:44:55", "portMappings": null });
+    let r = Call::of("ADD", &conf, "c1", &netns("a")).run().success();
+    assert_eq!(r["dns"], json!({ "nameservers": ["10.96.0.10"], "search": ["cluster.local"] }));
+    let link = &ip_json(&["-n", "a", "link", "show", "eth0"])[0];
+    assert_eq!((&link["mtu"], &link["address"]), (&json!(9000), &json!("c2:11:22:33:44:55")));
+}
+
+#[test]
+fn ipv6_is_turned_on_where_the_namespace_has_it_off() {
+    let node = Node::new();
+    let ns = netns("a");
+    let off = "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6";
+    command("nsenter", &[&format!("--net={ns}"), "sh", "-c", off]);
+    for ip in ips(&node.add("c1", &ns)) {
+        ping("", &ip.to_string());
+    }
+}
+
+#[test]
+fn single_family_nodes() {
+    for (range, want) in [("10.244.1.0/24", "0.0.0.0/0"), ("fd00:10:244:1::/64", "::/0")] {
+        // Each in a thread, since a node is made of the thread's namespaces.
+        std::thread::spawn(move || {
+            let node = Node::with_ranges(&[range]);
+            let before = node.traces();
+            let r = node.add("c1", &netns("a"));
+            assert_eq!(r["routes"].as_array().map(Vec::len), Some(1));
+            assert_eq!(r["routes"][0]["dst"], want);
+            ping("", &ips(&r)[0].to_string());
+            node.del("c1");
+            assert_eq!(node.traces(), before);
+        })
+        .join()
+        .expect(range);
+    }
+}
