@@ -3,6 +3,7 @@
 pub mod args;
 pub mod bpf;
 pub mod config;
+pub mod ct_gc;
 pub mod health;
 pub mod http;
 pub mod index;
@@ -12,4 +13,5 @@ pub mod model;
 pub mod net;
 pub mod nodefile;
 pub mod plan;
+pub mod reconcile;
 pub mod source;

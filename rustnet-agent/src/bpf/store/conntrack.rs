@@ -118,6 +118,7 @@ mod tests {
     use rustnet_common::conntrack::CtEntry;
     use rustnet_common::tuple::{Tuple, proto};
     use std::collections::{BTreeMap, BTreeSet};
+    use std::net::Ipv4Addr;
 
     fn tables() -> Conntrack {
         let make = |key_size, value_size| {
@@ -130,12 +131,13 @@ mod tests {
     }
 
     fn tuple(sport: u16, proto: u8) -> Tuple<Ip4> {
-        Tuple { src: Ip4 { ip: [10, 0, 0, 2] }, dst: Ip4 { ip: [10, 96, 0, 1] }, sport, dport: 80, proto, pad: [0; 3] }
+        let (src, dst) = (Ipv4Addr::new(10, 0, 0, 2).into(), Ipv4Addr::new(10, 96, 0, 1).into());
+        Tuple { src, dst, sport, dport: 80, proto, ..Tuple::zeroed() }
     }
 
     /// A connection translated to 10.0.1.9:8080; the halves were seen at the times given.
     fn add(table: &Map<Tuple<Ip4>, CtEntry<Ip4>>, orig: Tuple<Ip4>, backend: u32, seen: [u32; 2]) {
-        let to = Tuple { dst: Ip4 { ip: [10, 0, 1, 9] }, dport: 8080, ..orig };
+        let to = Tuple { dst: Ipv4Addr::new(10, 0, 1, 9).into(), dport: 8080, ..orig };
         let half = |to, seen| CtEntry { to, seen, backend, ..CtEntry::zeroed() };
         table.put(&orig, &half(to, seen[0])).unwrap();
         table.put(&to.reversed(), &half(orig.reversed(), seen[1])).unwrap();

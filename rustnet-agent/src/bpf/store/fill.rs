@@ -1,0 +1,55 @@
+//! How full the maps are.
+
+use std::path::Path;
+
+use anyhow::Result;
+use bytemuck::Pod;
+use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::conntrack::CtEntry;
+use rustnet_common::endpoint::{Endpoint, EndpointKey};
+use rustnet_common::frag::{FragKey, FragPorts};
+use rustnet_common::names::map;
+use rustnet_common::peer::{Peer, PeerKey};
+use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::tuple::Tuple;
+
+use super::Map;
+use super::backends::Backends;
+
+/// One map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// Its name.
+    pub name: &'static str,
+    /// Entries in use.
+    pub used: u64,
+    /// Entries there is room for.
+    pub max: u64,
+}
+
+/// Counts the entries of all maps that fill up.
+pub fn read(bpffs: &Path) -> Result<Vec<Fill>> {
+    Ok(vec![
+        count::<SvcKey<Ip4>, SvcEntry>(bpffs, map::SVC4)?,
+        count::<SvcKey<Ip6>, SvcEntry>(bpffs, map::SVC6)?,
+        backends(bpffs)?,
+        count::<Tuple<Ip4>, CtEntry<Ip4>>(bpffs, map::CT4)?,
+        count::<Tuple<Ip6>, CtEntry<Ip6>>(bpffs, map::CT6)?,
+        count::<FragKey<Ip4>, FragPorts>(bpffs, map::FRAG4)?,
+        count::<FragKey<Ip6>, FragPorts>(bpffs, map::FRAG6)?,
+        count::<EndpointKey, Endpoint>(bpffs, map::ENDPOINTS)?,
+        count::<PeerKey<Ip4>, Peer>(bpffs, map::PEERS4)?,
+        count::<PeerKey<Ip6>, Peer>(bpffs, map::PEERS6)?,
+    ])
+}
+
+fn count<K: Pod, V: Pod>(bpffs: &Path, name: &'static str) -> Result<Fill> {
+    let map = Map::<K, V>::open(bpffs, name)?;
+    Ok(Fill { name, used: map.len()? as u64, max: u64::from(map.max_entries()) })
+}
+
+/// Slots up to the last that was ever used: what is behind is free for sure.
+fn backends(bpffs: &Path) -> Result<Fill> {
+    let array = Backends::open(bpffs, false)?;
+    Ok(Fill { name: map::BACKENDS, used: array.used().len() as u64, max: u64::from(array.capacity()) })
+}

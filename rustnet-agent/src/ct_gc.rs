@@ -1,0 +1,93 @@
+//! Collects connections that have been silent for longer than their kind may be.
+//!
+//! The programs only refresh entries; without this, an LRU that is full of dead flows would evict live ones.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustnet_common::conntrack::lifetime;
+use tokio::sync::watch;
+
+use crate::bpf::probe::{age, jiffies};
+use crate::bpf::store::conntrack::{Conntrack, Swept};
+
+/// Time between two sweeps.
+pub const PERIOD: Duration = Duration::from_secs(30);
+
+/// The collector.
+pub struct Collector {
+    conntrack: Conntrack,
+    clock: OwnedFd,
+    hz: u32,
+}
+
+impl Collector {
+    /// Collects from the tables pinned in `bpffs`, with the time from the `clock` program.
+    pub fn open(bpffs: &Path, clock: OwnedFd, hz: u32) -> Result<Self> {
+        Ok(Self { conntrack: Conntrack::open(bpffs)?, clock, hz })
+    }
+
+    /// Goes through the tables once.
+    pub fn sweep(&self) -> Result<Swept> {
+        // Before the tables are read: what is seen later counts as just seen.
+        let now = jiffies(self.clock.as_fd())?;
+        self.conntrack.sweep(|proto, state, seen| expired(now, self.hz, proto, state, seen))
+    }
+
+    /// Sweeps every [`PERIOD`] until shutdown.
+    pub async fn run(self, mut shutdown: watch::Receiver<bool>) {
+        let collector = Arc::new(self);
+        loop {
+            let one = Arc::clone(&collector);
+            // A full table takes a tenth of a second: not on a thread that others wait for.
+            let swept = tokio::task::spawn_blocking(move || {
+                let start = Instant::now();
+                one.sweep().map(|swept| (swept, start.elapsed()))
+            });
+            match swept.await.context("sweeping the connection tables").and_then(|result| result) {
+                Ok((swept, took)) => {
+                    tracing::debug!(seen = swept.seen, deleted = swept.deleted, ?took, "swept the connection tables");
+                }
+                Err(error) => tracing::warn!("sweeping the connection tables: {error:#}"),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(PERIOD) => {}
+                _ = shutdown.wait_for(|stop| *stop) => return,
+            }
+        }
+    }
+}
+
+/// True if one half of a connection has been silent for too long. `now`: the low 31 bits of jiffies.
+pub fn expired(now: u32, hz: u32, proto: u8, state: u8, seen: u32) -> bool {
+    u64::from(age(now, seen)) > u64::from(lifetime(proto, state)) * u64::from(hz)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::expired;
+    use rustnet_common::conntrack::state::{ANSWERED, RST};
+    use rustnet_common::tuple::proto::{TCP, UDP};
+
+    #[test]
+    fn each_kind_has_its_time() {
+        let hz = 250;
+        let now = 10_000 * hz;
+        let seen = |seconds_ago: u32| now - seconds_ago * hz;
+        assert!(!expired(now, hz, UDP, ANSWERED, seen(60)));
+        assert!(expired(now, hz, UDP, ANSWERED, seen(61)));
+        assert!(expired(now, hz, TCP, 0, seen(61)), "never answered");
+        assert!(!expired(now, hz, TCP, ANSWERED, seen(8000)));
+        assert!(expired(now, hz, TCP, ANSWERED, seen(8001)));
+        assert!(expired(now, hz, TCP, ANSWERED | RST, seen(11)));
+    }
+
+    #[test]
+    fn what_was_seen_after_the_clock_was_read_is_young() {
+        assert!(!expired(1000, 250, UDP, 0, 1003));
+        assert!(!expired(3, 250, UDP, 0, 0xffff_fffe), "across the wrap");
+    }
+}

@@ -1,0 +1,438 @@
+//! The one loop: events in, maps and host brought to what follows from them, again and again.
+//!
+//! Nothing here is final: what fails is logged with its remedy and tried again with back-off, while the last good state
+//! forwards packets. Killing the agent at any point leaves a state that works.
+
+mod kernel;
+mod node;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustnet_common::files::NodeFile;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+use crate::config::{Config, Routing};
+use crate::ct_gc::Collector;
+use crate::health::Health;
+use crate::index::{Index, Settings};
+use crate::net::monitor::Monitor;
+use crate::net::overlay::mac_of;
+use crate::net::repair::{Repairer, State, Wanted, underlay};
+use crate::net::uplink::Host;
+use crate::plan::Planner;
+use crate::source::{Event, Kind, Object};
+use crate::{install, nodefile};
+use kernel::{Kernel, Stats};
+
+/// Most events taken in before they are applied.
+const BATCH: usize = 8192;
+/// The host's network is looked at this often even if nothing was heard.
+const NET_PERIOD: Duration = Duration::from_secs(30);
+/// A burst of changes of the network is waited out this long.
+const NET_SETTLE: Duration = Duration::from_millis(50);
+/// The same after a failure: what we try ourselves is heard as a change, too.
+const NET_SETTLE_FAILED: Duration = Duration::from_secs(1);
+/// Share of the time that looking at the network may take, as 1 in so many: hosts with a million routes exist.
+const NET_SHARE: u32 = 20;
+/// First and longest wait after a failure.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// Problems in the input are looked for at most this often.
+const PROBLEMS_PERIOD: Duration = Duration::from_secs(1);
+
+/// Runs until `shutdown` says so (or its sender is gone).
+///
+/// # Errors
+/// Only if the source has ended, or the loop cannot begin at all.
+pub async fn run(
+    config: Arc<Config>,
+    mut events: mpsc::Receiver<Event>,
+    health: Arc<Health>,
+    mut shutdown: watch::Receiver<bool>,
+) -> Result<()> {
+    let mut monitor = Monitor::open()?;
+    let begin = Reconciler::begin(config, health, shutdown.clone());
+    let mut reconciler = tokio::select! {
+        reconciler = begin => reconciler?,
+        () = stop(&mut shutdown) => return Ok(()),
+    };
+    let mut batch = Vec::new();
+    loop {
+        reconciler.step();
+        tokio::select! {
+            () = stop(&mut shutdown) => return Ok(()),
+            n = events.recv_many(&mut batch, BATCH) => {
+                anyhow::ensure!(n > 0, "the source has ended");
+                reconciler.take_in(&mut batch);
+            }
+            changed = monitor.changed() => match changed {
+                Ok(()) => reconciler.net_changed(),
+                Err(error) => {
+                    tracing::warn!("{error:#}; the network is looked at every {NET_PERIOD:?} only");
+                    monitor = Monitor::open()?;
+                }
+            },
+            () = sleep_until(reconciler.next_deadline()) => {}
+        }
+    }
+}
+
+async fn stop(shutdown: &mut watch::Receiver<bool>) {
+    // A sender that is gone means shutdown, too.
+    let _ = shutdown.wait_for(|stop| *stop).await;
+}
+
+/// When to try again.
+struct Retry {
+    due: Instant,
+    wait: Duration,
+}
+
+impl Retry {
+    fn now() -> Self {
+        Self { due: Instant::now(), wait: BACK_OFF.0 }
+    }
+
+    fn failed(&mut self) {
+        self.due = Instant::now() + self.wait;
+        self.wait = (self.wait * 2).min(BACK_OFF.1);
+    }
+
+    fn succeeded(&mut self, next: Duration) {
+        *self = Self { due: Instant::now() + next, wait: BACK_OFF.0 };
+    }
+}
+
+/// Everything the loop knows.
+struct Reconciler {
+    config: Arc<Config>,
+    health: Arc<Health>,
+    shutdown: watch::Receiver<bool>,
+    start: Instant,
+    index: Index,
+    repairer: Repairer,
+    kernel: Option<Kernel>,
+    load: Retry,
+    planner: Option<Planner>,
+    plan: Retry,
+    plan_due: bool,
+    net: Retry,
+    net_took: Duration,
+    /// What the last look at the host's network found.
+    state: Option<State>,
+    /// Why the network is not as it should be.
+    net_error: Option<String>,
+    plan_error: Option<String>,
+    load_error: Option<String>,
+    problems: BTreeSet<String>,
+    problems_due: Option<Instant>,
+    /// What `node.json` is known to say; looked at again with the network.
+    published: Option<NodeFile>,
+}
+
+impl Reconciler {
+    /// Waits until the host has an uplink: without one, nothing can be decided.
+    async fn begin(config: Arc<Config>, health: Arc<Health>, shutdown: watch::Receiver<bool>) -> Result<Self> {
+        let mut repairer = Repairer::new(&config.run_dir)?;
+        let mut retry = Retry::now();
+        let (host, uplinks) = loop {
+            health.tick();
+            match Host::observe(repairer.socket()).and_then(|host| host.uplinks(&config.uplinks).map(|u| (host, u))) {
+                Ok(found) => break found,
+                Err(error) => {
+                    health.set_not_ready(format!("{error:#}"));
+                    retry.failed();
+                    sleep_until(retry.due).await;
+                }
+            }
+        };
+        let settings = Settings {
+            node_name: config.node_name.as_str().into(),
+            routing: config.routing,
+            tunnel_family: underlay(&uplinks),
+            no_masquerade: config.non_masquerade_cidrs.clone(),
+            own_addresses: host.own_addresses(),
+        };
+        Ok(Self {
+            config,
+            health,
+            shutdown,
+            start: Instant::now(),
+            index: Index::new(settings),
+            repairer,
+            kernel: None,
+            load: Retry::now(),
+            planner: None,
+            plan: Retry::now(),
+            plan_due: false,
+            net: Retry::now(),
+            net_took: Duration::ZERO,
+            state: None,
+            net_error: None,
+            plan_error: None,
+            load_error: None,
+            problems: BTreeSet::new(),
+            problems_due: None,
+            published: None,
+        })
+    }
+
+    /// Takes events into the index.
+    fn take_in(&mut self, batch: &mut Vec<Event>) {
+        for event in batch.drain(..) {
+            match &event {
+                Event::Apply(Object::Service(_)) => self.health.metrics.service_changed(),
+                Event::Apply(Object::Slice(_)) => self.health.metrics.endpoints_changed(),
+                Event::Delete(object) | Event::Reject(object, _) => match object.kind {
+                    Kind::Service => self.health.metrics.service_changed(),
+                    Kind::Slice => self.health.metrics.endpoints_changed(),
+                    Kind::Node | Kind::Pod => {}
+                },
+                _ => {}
+            }
+            // Routes follow from nodes.
+            let node = matches!(&event, Event::Apply(Object::Node(_)) | Event::Synced(Kind::Node))
+                || matches!(&event, Event::Delete(object) if object.kind == Kind::Node);
+            self.index.handle(event);
+            if node {
+                self.net_changed();
+            }
+        }
+        self.health.queued();
+        self.plan_due = true;
+        self.problems_due.get_or_insert_with(|| Instant::now() + PROBLEMS_PERIOD);
+    }
+
+    /// Something about the network changed: look soon, but not all the time.
+    fn net_changed(&mut self) {
+        let least = if self.net_error.is_none() { NET_SETTLE } else { NET_SETTLE_FAILED };
+        let gap = least.max(self.net_took * NET_SHARE);
+        self.net.due = self.net.due.min(Instant::now() + gap);
+    }
+
+    fn next_deadline(&self) -> Instant {
+        let mut next = self.net.due;
+        if self.kernel.is_none() {
+            next = next.min(self.load.due);
+        } else if self.plan_due {
+            next = next.min(self.plan.due);
+        }
+        self.problems_due.map_or(next, |due| next.min(due))
+    }
+
+    /// Does all that is due.
+    fn step(&mut self) {
+        self.health.tick();
+        let now = Instant::now();
+        if self.kernel.is_none() && self.load.due <= now {
+            self.load();
+        }
+        if self.net.due <= now {
+            self.look_after_network();
+        }
+        if self.plan_due && self.plan.due <= now {
+            self.apply();
+        }
+        if self.problems_due.is_some_and(|due| due <= now) {
+            self.problems_due = None;
+            self.report_problems();
+        }
+        self.tell_readiness();
+    }
+
+    /// Loads the programs and adopts what the maps hold.
+    fn load(&mut self) {
+        let loaded = Kernel::load(&self.config).and_then(|kernel| {
+            let planner = Planner::adopt(&kernel.maps).context("reading the maps back")?;
+            let collector = Collector::open(&self.config.bpffs, kernel.clock()?, kernel.hz)?;
+            self.health.metrics.set_kernel_stats(Arc::new(Stats::open(self.config.bpffs.clone())?));
+            Ok((kernel, planner, collector))
+        });
+        match loaded {
+            Ok((kernel, planner, collector)) => {
+                tracing::info!(services = planner.service_count(), "programs loaded, maps adopted");
+                tokio::spawn(collector.run(self.shutdown.clone()));
+                (self.kernel, self.planner, self.load_error) = (Some(kernel), Some(planner), None);
+                // Attach at once, then apply what came meanwhile.
+                self.net = Retry::now();
+                self.plan_due = true;
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                if self.load_error.as_ref() != Some(&error) {
+                    tracing::error!("the programs cannot be loaded; what is attached runs on: {error}");
+                }
+                self.load_error = Some(error);
+                self.load.failed();
+            }
+        }
+    }
+
+    /// Brings the host's network and the hooks to what they should be.
+    fn look_after_network(&mut self) {
+        let began = Instant::now();
+        let result = self.mend_network();
+        self.net_took = began.elapsed();
+        self.published = None;
+        let error = match result {
+            Ok(errors) => (!errors.is_empty()).then(|| errors.join("; ")),
+            Err(error) => Some(format!("{error:#}")),
+        };
+        if let Some(error) = &error {
+            if self.net_error.as_ref() != Some(error) {
+                tracing::error!("the host's network is not as it should be: {error}");
+            }
+            self.net.failed();
+        } else {
+            self.net.succeeded(NET_PERIOD);
+        }
+        self.net_error = error;
+    }
+
+    /// Returns what failed and left the rest standing.
+    fn mend_network(&mut self) -> Result<Vec<String>> {
+        // Before the interfaces are looked at; see `Kernel::mend_endpoints`.
+        let endpoints = self.kernel.as_ref().map(|kernel| kernel.endpoints.read()).transpose()?;
+        let own = self.index.own_node();
+        let own_pod_cidrs = node::pod_cidrs(&self.config, own);
+        let wanted = Wanted {
+            uplinks: &self.config.uplinks,
+            overlay: (self.config.routing == Routing::Vxlan)
+                .then(|| (self.config.overlay_port, mac_of(&self.config.node_name))),
+            own,
+            own_pod_cidrs: &own_pod_cidrs,
+            peers: self.index.nodes().filter(|node| node.name.as_str() != self.config.node_name).collect(),
+            complete: self.index.has_synced(Kind::Node),
+        };
+        let mut state = self.repairer.run(&wanted)?;
+        let mut errors = std::mem::take(&mut state.errors);
+        let mut done = std::mem::take(&mut state.changed);
+        if let Some(kernel) = &mut self.kernel {
+            let config = node::config(&self.config, &state, own, kernel.hz, node::local_ports()?);
+            let (attached, failed) = kernel.attach(self.repairer.socket(), &config, &state)?;
+            done.extend(attached);
+            errors.extend(failed);
+            done.extend(kernel.mend_endpoints(&endpoints.unwrap_or_default(), &state)?);
+        }
+        for what in done {
+            tracing::info!("{what}");
+        }
+        let addresses = state.host.own_addresses();
+        if self.state.as_ref().is_none_or(|old| old.host.own_addresses() != addresses) {
+            self.index.set_own_addresses(addresses);
+            self.plan_due = true;
+        }
+        self.state = Some(state);
+        self.problems_due.get_or_insert_with(Instant::now);
+        Ok(errors)
+    }
+
+    /// Brings the maps to what the index wants.
+    fn apply(&mut self) {
+        let (Some(kernel), Some(planner)) = (&mut self.kernel, &mut self.planner) else { return };
+        let began = Instant::now();
+        match planner.sync(&mut self.index, &mut kernel.maps, began - self.start) {
+            Ok(plan) => {
+                self.plan_error = None;
+                self.plan.succeeded(Duration::ZERO);
+                self.plan_due = plan.retry_at.is_some();
+                if let Some(at) = plan.retry_at {
+                    self.plan.due = self.start + at;
+                }
+                self.health.metrics.map_writes(plan.writes.len() as u64);
+                self.health.applied(began.elapsed());
+                if !plan.writes.is_empty() {
+                    tracing::debug!(writes = plan.writes.len(), took = ?began.elapsed(), "applied");
+                }
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::error!("the maps took not all changes, trying again: {error}");
+                self.plan_error = Some(error);
+                self.plan.failed();
+            }
+        }
+    }
+
+    /// Says what is newly wrong with the input, and what is well again.
+    fn report_problems(&mut self) {
+        let mut now: BTreeSet<String> = self.index.problems().iter().map(ToString::to_string).collect();
+        if let Some(planner) = &self.planner {
+            now.extend(planner.problems(&self.index).iter().map(ToString::to_string));
+        }
+        now.extend(self.state.iter().flat_map(|state| state.problems.iter().cloned()));
+        for problem in now.difference(&self.problems) {
+            tracing::warn!("{problem}");
+        }
+        for problem in self.problems.difference(&now) {
+            tracing::info!("resolved: {problem}");
+        }
+        self.problems = now;
+    }
+
+    /// Tells the probes and the CNI binary how things are.
+    fn tell_readiness(&mut self) {
+        match self.not_ready() {
+            Some(why) => self.health.set_not_ready(why),
+            None => match self.publish() {
+                Ok(()) => self.health.set_ready(),
+                Err(error) => self.health.set_not_ready(format!("{error:#}")),
+            },
+        }
+    }
+
+    /// Why this node must not get pods, if so.
+    fn not_ready(&self) -> Option<String> {
+        let errors = [&self.load_error, &self.net_error, &self.plan_error];
+        if let Some(error) = errors.into_iter().flatten().next() {
+            return Some(error.clone());
+        }
+        if self.kernel.is_none() || self.state.is_none() {
+            return Some("starting: the programs are not loaded".to_owned());
+        }
+        if !self.index.synced() {
+            return Some("starting: the source has not delivered everything".to_owned());
+        }
+        (self.plan_due && self.plan.due <= Instant::now()).then(|| "starting: changes wait to be applied".to_owned())
+    }
+
+    /// Writes `node.json`, and then the CNI configuration, whose presence makes the runtime call.
+    fn publish(&mut self) -> Result<()> {
+        let Some(state) = &self.state else { return Ok(()) };
+        let file = node::file(&self.config, state, self.index.own_node());
+        let file = match file {
+            Ok(file) => file,
+            Err(error) => {
+                self.publish_refusal(&error)?;
+                return Err(error);
+            }
+        };
+        if self.published.as_ref() == Some(&file) {
+            return Ok(());
+        }
+        nodefile::write(&self.config.run_dir, &file)?;
+        if let Some(path) = install::conflist(&self.config)? {
+            tracing::info!("{} written", path.display());
+        }
+        self.published = Some(file);
+        Ok(())
+    }
+
+    /// Tells the CNI binary why there is nothing to tell. What it was told before stays: pods go on being made from it.
+    fn publish_refusal(&self, why: &anyhow::Error) -> Result<()> {
+        if nodefile::read(&self.config.run_dir).is_ok_and(|there| there.is_some_and(|file| file.not_ready.is_none())) {
+            return Ok(());
+        }
+        let file = NodeFile {
+            version: NodeFile::VERSION,
+            node_name: self.config.node_name.clone(),
+            pod_cidrs: Vec::new(),
+            mtu: 0,
+            not_ready: Some(format!("{why:#}")),
+        };
+        nodefile::write(&self.config.run_dir, &file).map(drop)
+    }
+}

@@ -1,0 +1,234 @@
+//! Everything of the kernel that the loop holds once the programs are loaded: programs, stores, hooks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use rustnet_common::config::NodeConfig;
+use rustnet_common::drop::hook;
+use rustnet_common::endpoint::Endpoint;
+use rustnet_common::files::EndpointFile;
+use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGRAMS};
+
+use crate::bpf::attach::{self, Device, Direction, Outcome};
+use crate::bpf::load::{CLOCK, Load, Programs};
+use crate::bpf::store::counters::Counters;
+use crate::bpf::store::endpoints::{self, Endpoints};
+use crate::bpf::store::node_config::NodeConfigStore;
+use crate::bpf::store::{BpfMaps, fill};
+use crate::bpf::{load, object, pin, probe};
+use crate::config::Config;
+use crate::metrics::{HookCount, KernelStats, MapFill};
+use crate::net::endpoints::parse_mac;
+use crate::net::netlink::Socket;
+use crate::net::repair::State;
+
+/// Programs and stores.
+pub struct Kernel {
+    bpffs: PathBuf,
+    programs: Programs,
+    pinned: bool,
+    /// The plan's maps.
+    pub maps: BpfMaps,
+    /// The programs' settings.
+    pub config: NodeConfigStore,
+    /// The pods of this node.
+    pub endpoints: Endpoints,
+    /// Timer ticks in a second.
+    pub hz: u32,
+}
+
+impl Kernel {
+    /// Loads the programs beside those that run, and opens the maps.
+    pub fn load(config: &Config) -> Result<Self> {
+        let load = Load { object: object::embedded()?, bpffs: &config.bpffs, sizes: load::sizes(&config.maps) };
+        let programs = load.run()?;
+        Ok(Self {
+            bpffs: config.bpffs.clone(),
+            programs,
+            pinned: false,
+            maps: BpfMaps::open(&config.bpffs)?,
+            config: NodeConfigStore::open(&config.bpffs)?,
+            endpoints: Endpoints::open(&config.bpffs)?,
+            hz: probe::hz()?,
+        })
+    }
+
+    /// The program that tells the time.
+    pub fn clock(&self) -> Result<OwnedFd> {
+        self.programs.get(CLOCK)?.try_clone_to_owned().context("the clock program")
+    }
+
+    /// Writes the programs' settings, pins the programs and has them on all hooks. Returns what was done, and what failed.
+    pub fn attach(
+        &mut self,
+        socket: &mut Socket,
+        config: &NodeConfig,
+        state: &State,
+    ) -> Result<(Vec<String>, Vec<String>)> {
+        // Settings first: a program must not run without them.
+        let mut done = Vec::new();
+        if self.config.write(config)? {
+            done.push("settings of the programs written".to_owned());
+        }
+        if !self.pinned {
+            self.programs.pin(&self.bpffs)?;
+            self.pinned = true;
+        }
+        let mut errors = Vec::new();
+        let hooks = device_hooks(state);
+        for hook in &hooks {
+            match self.device_hook(socket, hook) {
+                Ok(Outcome::Unchanged | Outcome::Filter) => {}
+                Ok(outcome) => done.push(format!("{} on {}: {}", hook.program, hook.device, word(outcome))),
+                Err(e) => errors.push(format!("{e:#}")),
+            }
+        }
+        if errors.is_empty() {
+            done.extend(self.drop_other_links(&hooks)?);
+        }
+        for record in &state.endpoints {
+            match self.pod_hooks(socket, record, state) {
+                Ok(None | Some(Outcome::Unchanged)) => {}
+                Ok(Some(outcome)) => done.push(format!("{}: {}", record.host_ifname, word(outcome))),
+                Err(e) => errors.push(format!("{e:#}")),
+            }
+        }
+        Ok((done, errors))
+    }
+
+    fn device_hook(&self, socket: &mut Socket, hook: &Hook<'_>) -> Result<Outcome> {
+        let path = attach::link_path(&self.bpffs, hook.program, hook.device);
+        let device = Device { name: hook.device, ifindex: hook.ifindex };
+        attach::device_hook(socket, &path, &device, hook.direction, self.programs.get(hook.program)?)
+    }
+
+    /// Removes the links of devices that are uplinks no more.
+    fn drop_other_links(&self, hooks: &[Hook<'_>]) -> Result<Vec<String>> {
+        let dir = self.bpffs.join(LINKS_DIR);
+        let wanted: BTreeSet<_> = hooks.iter().map(|h| attach::link_path(&self.bpffs, h.program, h.device)).collect();
+        let mut done = Vec::new();
+        for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
+            let path = entry.with_context(|| format!("reading {}", dir.display()))?.path();
+            if !wanted.contains(&path) && pin::remove(&path)? {
+                done.push(format!("{} removed: its device is no uplink any more", path.display()));
+            }
+        }
+        Ok(done)
+    }
+
+    /// The programs of one pod; `None` if its veth is gone.
+    fn pod_hooks(&self, socket: &mut Socket, record: &EndpointFile, state: &State) -> Result<Option<Outcome>> {
+        if state.pod_veths().get(&record.ifindex) != Some(&record.host_ifname.as_str()) {
+            return Ok(None);
+        }
+        let (from, to) = (self.programs.get(PROGRAMS[0])?, self.programs.get(PROGRAMS[1])?);
+        attach::pod_hooks(socket, record.ifindex, from, to)
+            .map(Some)
+            .with_context(|| format!("pod interface {}", record.host_ifname))
+    }
+
+    /// Removes leftovers from `rn_endpoints` and puts back what got lost. `before`: its entries as read before `state` was
+    /// observed, so that a pod that was added in between is not taken for a leftover.
+    pub fn mend_endpoints(&self, before: &[(IpAddr, Endpoint)], state: &State) -> Result<Vec<String>> {
+        let interfaces: BTreeSet<u32> = state.host.links.iter().map(|link| link.index).collect();
+        let recorded: BTreeSet<IpAddr> = state.endpoints.iter().flat_map(|e| e.addresses.iter().copied()).collect();
+        let mut done = Vec::new();
+        for ip in endpoints::stale(before, &interfaces, &recorded) {
+            if self.endpoints.delete(ip)? {
+                done.push(format!("endpoint {ip} removed: it has neither interface nor record"));
+            }
+        }
+        for (ip, endpoint) in lost(before, state) {
+            self.endpoints.put(ip, &endpoint)?;
+            done.push(format!("endpoint {ip} put back"));
+        }
+        Ok(done)
+    }
+}
+
+/// Entries that should be there by record and interface.
+fn lost(before: &[(IpAddr, Endpoint)], state: &State) -> Vec<(IpAddr, Endpoint)> {
+    let known: BTreeMap<IpAddr, u32> = before.iter().map(|(ip, endpoint)| (*ip, endpoint.ifindex)).collect();
+    let mut out = Vec::new();
+    for record in &state.endpoints {
+        let link = state.host.links.iter().find(|l| l.index == record.ifindex && l.name == record.host_ifname);
+        let macs =
+            link.and_then(|link| Some((parse_mac(&record.mac)?, <[u8; 6]>::try_from(link.mac.as_slice()).ok()?)));
+        let Some((mac, host_mac)) = macs else { continue };
+        for ip in record.addresses.iter().filter(|ip| known.get(ip) != Some(&record.ifindex)) {
+            out.push((*ip, Endpoint { ifindex: record.ifindex, identity: 0, mac, host_mac, flags: 0, pad: 0 }));
+        }
+    }
+    out
+}
+
+/// A program on a device.
+struct Hook<'a> {
+    program: &'static str,
+    device: &'a str,
+    ifindex: u32,
+    direction: Direction,
+}
+
+/// All hooks but the pods'.
+fn device_hooks(state: &State) -> Vec<Hook<'_>> {
+    let name = |code: u8| hook::NAMES[usize::from(code)];
+    let pair = |device, ifindex, ingress, egress| {
+        [
+            Hook { program: name(ingress), device, ifindex, direction: Direction::Ingress },
+            Hook { program: name(egress), device, ifindex, direction: Direction::Egress },
+        ]
+    };
+    let uplinks = state.uplinks.iter();
+    let mut hooks: Vec<_> =
+        uplinks.flat_map(|u| pair(u.name.as_str(), u.ifindex, hook::UPLINK_IN, hook::UPLINK_OUT)).collect();
+    if let Some((index, _)) = state.overlay {
+        hooks.extend(pair(OVERLAY_DEV, index, hook::OVERLAY_IN, hook::OVERLAY_OUT));
+    }
+    hooks
+}
+
+fn word(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Unchanged => "unchanged",
+        Outcome::Swapped => "program swapped",
+        Outcome::Attached => "program attached",
+        Outcome::Filter => "program attached as a filter",
+    }
+}
+
+/// What `/metrics` asks of the maps.
+pub struct Stats {
+    counters: Counters,
+    bpffs: PathBuf,
+}
+
+impl Stats {
+    /// Reads from the pins in `bpffs`.
+    pub fn open(bpffs: PathBuf) -> Result<Self> {
+        Ok(Self { counters: Counters::open(&bpffs)?, bpffs })
+    }
+}
+
+impl KernelStats for Stats {
+    fn counters(&self) -> Vec<HookCount> {
+        let rows = or_nothing(self.counters.read());
+        rows.into_iter().map(|row| HookCount { reason: row.reason, hook: row.hook, count: row.count }).collect()
+    }
+
+    fn maps(&self) -> Vec<MapFill> {
+        let fills = or_nothing(fill::read(&self.bpffs));
+        fills.into_iter().map(|fill| MapFill { name: fill.name, used: fill.used, max: fill.max }).collect()
+    }
+}
+
+fn or_nothing<T>(read: Result<Vec<T>>) -> Vec<T> {
+    read.unwrap_or_else(|error| {
+        tracing::warn!("metrics: {error:#}");
+        Vec::new()
+    })
+}
