@@ -57,7 +57,7 @@ impl Pins {
             let header = tcmsg(index, names::TC_HANDLE, *parent, info);
             let m = Message::new(format!("attach {name}"), libc::RTM_NEWTFILTER, flags, &header).text(TCA_KIND, "bpf");
             out.push(m.nested(TCA_OPTIONS, |m| {
-                m.u32(TCA_BPF_FD, fd.as_raw_fd() as u32)
+                m.u32(TCA_BPF_FD, fd.as_raw_fd().cast_unsigned())
                     .text(TCA_BPF_NAME, name)
                     .u32(TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT)
             }));
@@ -97,7 +97,7 @@ impl Endpoints {
         let fd = obj_get(&path)?;
         let mut info = [0_u32; 4];
         let mut attr = Attr::default();
-        attr.set_u32(0, fd.as_raw_fd() as u32);
+        attr.set_u32(0, fd.as_raw_fd().cast_unsigned());
         attr.set_u32(4, size_of_val(&info) as u32);
         attr.set_ptr(8, info.as_mut_ptr().cast());
         bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr).map_err(|e| Error::io(path.display(), &e))?;
@@ -157,7 +157,7 @@ impl Endpoints {
     fn element(&self, cmd: u32, ip: IpAddr, value: Option<&mut Endpoint>) -> io::Result<()> {
         let mut key: EndpointKey = Addr::from(ip);
         let mut attr = Attr::default();
-        attr.set_u32(0, self.0.as_raw_fd() as u32);
+        attr.set_u32(0, self.0.as_raw_fd().cast_unsigned());
         attr.set_ptr(8, bytemuck::bytes_of_mut(&mut key).as_mut_ptr());
         if let Some(value) = value {
             attr.set_ptr(16, bytemuck::bytes_of_mut(value).as_mut_ptr());
@@ -168,13 +168,15 @@ impl Endpoints {
 
 fn obj_get(path: &Path) -> Result<OwnedFd, Error> {
     let text = CString::new(path.as_os_str().as_bytes())
-        .map_err(|_| Error::new(code::CONFIG, format!("bpffs: {path:?} holds a zero byte")))?;
+        .map_err(|_| Error::new(code::CONFIG, format!("bpffs: {} holds a zero byte", path.display())))?;
     let mut attr = Attr::default();
     attr.set_ptr(0, text.as_ptr().cast_mut().cast());
     let fd = bpf(BPF_OBJ_GET, &mut attr).map_err(|e| match e.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => Error::new(code::TRY_AGAIN, format!("{} is not pinned", path.display()))
             .details("is the rustnet agent running on this node, and is \"bpffs\" in the configuration its --bpffs?"),
-        // The kernel's words for a file that is none of its objects.
+        // SAFETY: plain system call without pointers.
+        Some(libc::EACCES) if unsafe { libc::geteuid() } != 0 => Error::io(path.display(), &e),
+        // To root, the kernel's words for a file that is none of its objects.
         Some(libc::EACCES | libc::EINVAL) => {
             Error::new(code::IO, format!("{} is no pinned BPF object", path.display()))
                 .details("\"bpffs\" in the configuration must lie on a bpf file system")
@@ -203,7 +205,7 @@ impl Attr {
 fn bpf(cmd: u32, attr: &mut Attr) -> io::Result<i32> {
     // SAFETY: the attribute is as long as stated, and every pointer in it points to a live object of the size that the
     // command uses: a zero-terminated path, or a key and a value whose sizes were compared with the map's.
-    let n = unsafe { libc::syscall(libc::SYS_bpf, cmd, attr as *mut Attr, size_of::<Attr>()) };
+    let n = unsafe { libc::syscall(libc::SYS_bpf, cmd, std::ptr::from_mut(attr), size_of::<Attr>()) };
     if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as i32) }
 }
 

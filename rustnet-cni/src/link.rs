@@ -106,7 +106,8 @@ pub fn create_veth(host: &mut Socket, v: &Veth<'_>) -> Result<Link, Refused> {
     let create = end(create, v.host, v.host_mac).nested(IFLA_LINKINFO, |m| {
         m.text(IFLA_INFO_KIND, "veth").nested(IFLA_INFO_DATA, |m| {
             m.nested(VETH_INFO_PEER, |m| {
-                end(m.raw(&ifinfomsg(0, 0, 0)), v.pod, v.pod_mac).u32(IFLA_NET_NS_FD, v.netns.as_raw_fd() as u32)
+                end(m.raw(&ifinfomsg(0, 0, 0)), v.pod, v.pod_mac)
+                    .u32(IFLA_NET_NS_FD, v.netns.as_raw_fd().cast_unsigned())
             })
         })
     });
@@ -276,8 +277,8 @@ pub struct Route {
 /// Routes of the main table that leave by the link.
 pub fn routes(socket: &mut Socket, index: u32) -> Result<Vec<Route>, Refused> {
     let mut all = Vec::new();
-    for af in [AF_INET, AF_INET6] {
-        let dump = Message::new("list routes", libc::RTM_GETROUTE, NLM_F_DUMP, &rtmsg(af as u8, 0, 0, 0));
+    for af in [AF_INET as u8, AF_INET6 as u8] {
+        let dump = Message::new("list routes", libc::RTM_GETROUTE, NLM_F_DUMP, &rtmsg(af, 0, 0, 0));
         for r in socket.run(vec![dump])? {
             let attrs = r.attrs(12);
             let main = r.body.get(4) == Some(&RT_TABLE_MAIN) && r.kind == libc::RTM_NEWROUTE;
@@ -287,7 +288,7 @@ pub fn routes(socket: &mut Socket, index: u32) -> Result<Vec<Route>, Refused> {
                     prefix: r.body.get(1).copied().unwrap_or_default(),
                     gateway: attrs.get(RTA_GATEWAY).and_then(ip_from),
                     index,
-                    v4: af == AF_INET,
+                    v4: af == AF_INET as u8,
                 });
             }
         }

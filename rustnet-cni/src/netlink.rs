@@ -147,14 +147,25 @@ impl Reply {
     }
 }
 
-/// Walks attributes; stops at the first malformed one.
+/// Attributes, up to the first malformed one.
 #[derive(Clone, Copy)]
 pub struct Attrs<'a>(&'a [u8]);
 
 impl<'a> Attrs<'a> {
+    fn iter(self) -> impl Iterator<Item = (u16, &'a [u8])> {
+        let mut rest = self.0;
+        std::iter::from_fn(move || {
+            let len = usize::from(u16_at(rest, 0)?);
+            let kind = u16_at(rest, 2)? & NLA_TYPE_MASK;
+            let value = rest.get(4..len)?;
+            rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+            Some((kind, value))
+        })
+    }
+
     /// The first attribute of a kind.
-    pub fn get(mut self, kind: u16) -> Option<&'a [u8]> {
-        self.find(|(k, _)| *k == kind).map(|(_, v)| v)
+    pub fn get(self, kind: u16) -> Option<&'a [u8]> {
+        self.iter().find(|(k, _)| *k == kind).map(|(_, v)| v)
     }
 
     /// The first attribute of a kind as a number of 32 bits.
@@ -171,18 +182,6 @@ impl<'a> Attrs<'a> {
     /// The attributes within an attribute.
     pub fn nested(self, kind: u16) -> Self {
         Self(self.get(kind).unwrap_or_default())
-    }
-}
-
-impl<'a> Iterator for Attrs<'a> {
-    type Item = (u16, &'a [u8]);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let len = usize::from(u16_at(self.0, 0)?);
-        let kind = u16_at(self.0, 2)? & NLA_TYPE_MASK;
-        let value = self.0.get(4..len)?;
-        self.0 = self.0.get(len.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
     }
 }
 
@@ -271,7 +270,7 @@ impl Socket {
                 let Some((what, tolerated)) = steps.get(index) else { continue };
                 match kind {
                     NLMSG_ERROR => {
-                        let errno = u32_at(body, 0).unwrap_or_default().wrapping_neg() as i32;
+                        let errno = u32_at(body, 0).unwrap_or_default().wrapping_neg().cast_signed();
                         if errno != 0 && !tolerated.contains(&errno) && refused.is_none() {
                             refused = Some(Refused { what: what.to_string(), errno, hint: hint(body, flags) });
                         }
@@ -339,7 +338,7 @@ mod tests {
     #[test]
     fn malformed_attributes_end_the_walk() {
         for bytes in [&[][..], &[1], &[3, 0, 1, 0], &[0, 0, 1, 0], &[200, 0, 1, 0, 1, 2]] {
-            assert_eq!(Attrs(bytes).count(), 0, "{bytes:?}");
+            assert_eq!(Attrs(bytes).iter().count(), 0, "{bytes:?}");
         }
     }
 }

@@ -74,7 +74,7 @@ pub fn records(run_dir: &Path) -> Result<Vec<EndpointFile>, Error> {
         if name.starts_with('.') {
             continue;
         }
-        match fs::read(&path).map_err(io::Error::from).and_then(|b| Ok(serde_json::from_slice(&b)?)) {
+        match fs::read(&path).and_then(|b| Ok(serde_json::from_slice(&b)?)) {
             Ok(record) => all.push(record),
             Err(e) if is_absent(&e) => {}
             Err(e) => eprintln!("rustnet-cni: {} left alone: {e}", path.display()),

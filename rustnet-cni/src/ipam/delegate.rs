@@ -56,10 +56,7 @@ impl<'a> Delegate<'a> {
 
     /// GC or STATUS. A plugin older than these verbs has nothing to say.
     pub fn optional(&self, verb: &str) -> Result<(), Error> {
-        let failure = match self.exec(verb, None, &self.conf.stdin)? {
-            Ok(_) => return Ok(()),
-            Err(f) => f,
-        };
+        let Err(failure) = self.exec(verb, None, &self.conf.stdin)? else { return Ok(()) };
         let unknown = failure.msg.contains("unknown CNI_COMMAND");
         if unknown || !self.versions().contains(&Version::V110) { Ok(()) } else { Err(self.error(verb, failure)) }
     }

@@ -98,7 +98,7 @@ impl NetConf {
             return Err(Error::new(code::CONFIG, format!("ipam type {kind:?} is invalid"))
                 .details("it is the name of a binary in CNI_PATH, not a path"));
         }
-        let runtime = Runtime::parse(raw.runtime_config.unwrap_or_default())?;
+        let runtime = Runtime::parse(&raw.runtime_config.unwrap_or_default())?;
         Ok(Self {
             version,
             name,
@@ -145,9 +145,9 @@ struct Runtime {
 }
 
 impl Runtime {
-    fn parse(map: serde_json::Map<String, Value>) -> Result<Self, Error> {
+    fn parse(map: &serde_json::Map<String, Value>) -> Result<Self, Error> {
         let wrong = |what: &str| Error::new(code::DECODE, format!("runtimeConfig.{what} has the wrong type"));
-        let dns = match take(&map, "dns") {
+        let dns = match take(map, "dns") {
             None => Dns::default(),
             Some(Value::Object(dns)) => {
                 let list = |key: &str| -> Result<Vec<String>, Error> {
@@ -163,7 +163,7 @@ impl Runtime {
             }
             Some(_) => return Err(wrong("dns")),
         };
-        let mac = match take(&map, "mac") {
+        let mac = match take(map, "mac") {
             None => None,
             Some(Value::String(s)) if s.is_empty() => None,
             Some(Value::String(s)) => {
@@ -197,7 +197,7 @@ fn absolute(key: &str, path: Option<PathBuf>, default: &str) -> Result<PathBuf, 
     if path.is_absolute() {
         return Ok(path);
     }
-    Err(Error::new(code::CONFIG, format!("{key} {path:?} is not an absolute path")))
+    Err(Error::new(code::CONFIG, format!("{key} {} is not an absolute path", path.display())))
 }
 
 #[cfg(test)]

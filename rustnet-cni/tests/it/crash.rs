@@ -122,3 +122,22 @@ fn the_reboot() {
     assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
     assert_eq!(node.traces(), before);
 }
+
+#[test]
+fn one_networks_gc_leaves_what_another_networks_killed_add_left() {
+    let node = Node::new();
+    let before = node.traces();
+    let mut other = node.conf("1.1.0");
+    other["name"] = json!("other");
+    let ns = netns("a");
+    for step in ["record", "map", "host", "pod"] {
+        crash("ADD", &other, &ns, step);
+        let left = node.traces();
+        node.add("c2", &netns(step));
+        node.gc(&[]);
+        assert_eq!(node.traces(), left, "{step}");
+        other["cni.dev/valid-attachments"] = json!([]);
+        assert_eq!(Call::new("GC", &other).run().success(), Value::Null);
+        assert_eq!(node.traces(), before, "{step}");
+    }
+}

@@ -21,13 +21,17 @@ fn a_hundred_at_once_get_a_hundred_addresses() {
     let more: Vec<_> = (0..20).map(|n| (format!("d{n}"), netns(&format!("q{n}")))).collect();
     let coming: Vec<_> = more.iter().map(|(id, ns)| Call::of("ADD", &node.conf("1.1.0"), id, ns).start()).collect();
     let results: Vec<_> = coming.into_iter().map(|c| finish(c).success()).collect();
-    going.into_iter().for_each(|c| drop(finish(c).success()));
+    for call in going {
+        finish(call).success();
+    }
     for ip in results.iter().flat_map(ips) {
         ping("", &ip.to_string());
     }
     let going: Vec<_> =
         pods[50..].iter().chain(&more).map(|(id, _)| Call::of("DEL", &node.conf("1.1.0"), id, "").start()).collect();
-    going.into_iter().for_each(|c| drop(finish(c).success()));
+    for call in going {
+        finish(call).success();
+    }
     assert_eq!(node.traces(), before);
 }
 

@@ -3,8 +3,10 @@
 mod bad_input;
 mod cnitool;
 mod common;
+#[cfg(debug_assertions)]
 mod crash;
 mod delegate;
 mod gc;
 mod load;
+mod speed;
 mod verbs;

@@ -68,12 +68,12 @@ pub fn pin_map(path: &Path, key: u32, value: u32, entries: u32) -> OwnedFd {
 
 fn pin(fd: &OwnedFd, path: &Path) {
     let path = CString::new(path.as_os_str().as_bytes()).expect("path");
-    Attr::new().ptr(0, path.as_ptr()).u32(8, fd.as_raw_fd() as u32).call(OBJ_PIN).expect("pin");
+    Attr::new().ptr(0, path.as_ptr()).u32(8, fd.as_raw_fd().cast_unsigned()).call(OBJ_PIN).expect("pin");
 }
 
 /// All entries of an endpoints map, by address.
 pub fn entries(map: &OwnedFd) -> Vec<(IpAddr, Endpoint)> {
-    let fd = map.as_raw_fd() as u32;
+    let fd = map.as_raw_fd().cast_unsigned();
     let mut out = Vec::new();
     let mut key: Option<EndpointKey> = None;
     loop {
@@ -93,5 +93,5 @@ pub fn entries(map: &OwnedFd) -> Vec<(IpAddr, Endpoint)> {
 /// Deletes an entry.
 pub fn delete(map: &OwnedFd, ip: IpAddr) {
     let key: EndpointKey = Addr::from(ip);
-    Attr::new().u32(0, map.as_raw_fd() as u32).ptr(8, &raw const key).call(MAP_DELETE_ELEM).expect("entry");
+    Attr::new().u32(0, map.as_raw_fd().cast_unsigned()).ptr(8, &raw const key).call(MAP_DELETE_ELEM).expect("entry");
 }

@@ -107,6 +107,12 @@ impl Call {
         self
     }
 
+    /// Runs another plugin instead.
+    pub fn binary(mut self, path: &str) -> Self {
+        self.binary = path.into();
+        self
+    }
+
     /// Starts it without waiting.
     pub fn start(&self) -> Child {
         let mut command = Command::new(&self.binary);
