@@ -1,0 +1,159 @@
+//! What the demo runs on: agents, pods, a host outside, and services that lead to them.
+
+use crate::addresses::vips;
+use crate::table;
+use anyhow::Result;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::time::Instant;
+use testkit::client::ask;
+use testkit::manifest::{Endpoint, Service};
+use testkit::pod::PORT;
+use testkit::server::Server;
+use testkit::{Fabric, Netns, Pod, Proto, wait};
+
+/// The port of the services.
+pub const SERVICE_PORT: u16 = 80;
+
+/// Agents, pods and services.
+pub struct Cluster<'a> {
+    /// The nodes.
+    pub fabric: &'a Fabric,
+    /// Two pods a node.
+    pub pods: Vec<Pod>,
+    /// Backends: one pod of each node; scaled under traffic.
+    pub web: Service,
+    /// Backend: the first pod alone.
+    pub one: Service,
+    /// Backend: the host outside, like an API server that is not in the pod range.
+    pub outside: Service,
+    /// Backend: the first node's own address.
+    pub host: Service,
+    _servers: Vec<Server>,
+}
+
+/// Somebody who sends requests.
+pub struct Client<'a> {
+    /// Its name.
+    pub name: String,
+    /// Where it is.
+    pub netns: &'a Netns,
+    /// As whom others see it.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// An endpoint for each address of a pod.
+pub fn endpoints(pod: &Pod) -> Vec<Endpoint> {
+    pod.addresses().iter().map(|a| Endpoint::ready(*a, Some(pod.node().name()))).collect()
+}
+
+impl<'a> Cluster<'a> {
+    /// Starts agents, adds pods, writes services, and waits until they are known.
+    pub fn start(fabric: &'a Fabric) -> Result<Self> {
+        let start = Instant::now();
+        for node in fabric.nodes() {
+            node.spawn_agent(&[])?;
+        }
+        for node in fabric.nodes() {
+            node.wait_ready()?;
+        }
+        table::note(&format!("{} agents ready after {} ms", fabric.nodes().len(), start.elapsed().as_millis()));
+        let start = Instant::now();
+        let mut pods = Vec::new();
+        for i in 1..=2 {
+            for (n, node) in fabric.nodes().iter().enumerate() {
+                pods.push(node.add_pod(&format!("pod-{}", (i - 1) * fabric.nodes().len() + n + 1))?);
+            }
+        }
+        table::note(&format!("{} pods added by the CNI binary in {} ms:", pods.len(), start.elapsed().as_millis()));
+        for pod in &pods {
+            let addresses: Vec<String> = pod.addresses().iter().map(ToString::to_string).collect();
+            table::note(&format!("  {} on {}: {}", pod.name(), pod.node().name(), addresses.join(", ")));
+        }
+        let first_node = fabric.node(1);
+        let servers = vec![
+            Server::start(fabric.world(), "outside", PORT)?,
+            Server::start(first_node.netns(), first_node.name(), PORT)?,
+        ];
+        let service = |name: &str, n: u8, endpoints: Vec<Endpoint>| {
+            let mut service = Service::new(name, &vips(n), SERVICE_PORT, PORT);
+            service.endpoints = endpoints;
+            service
+        };
+        let (world4, world6) = testkit::fabric::WORLD;
+        let outside = [IpAddr::from(world4), world6.into()].map(|a| Endpoint::ready(a, None)).to_vec();
+        let host = first_node.addresses().map(|a| Endpoint::ready(a, Some(first_node.name()))).to_vec();
+        let cluster = Self {
+            web: service("web", 1, pods.iter().take(fabric.nodes().len()).flat_map(endpoints).collect()),
+            one: service("one", 2, pods.first().map(endpoints).unwrap_or_default()),
+            outside: service("outside", 3, outside),
+            host: service("host", 4, host),
+            fabric,
+            pods,
+            _servers: servers,
+        };
+        for service in cluster.services() {
+            fabric.manifests().apply(service)?;
+        }
+        cluster.wait_until_known()?;
+        Ok(cluster)
+    }
+
+    /// All services.
+    pub fn services(&self) -> [&Service; 4] {
+        [&self.web, &self.one, &self.outside, &self.host]
+    }
+
+    /// The agents see a file when it is written; this waits until their maps have it, before rows are counted.
+    fn wait_until_known(&self) -> Result<()> {
+        for node in self.fabric.nodes() {
+            for service in self.services() {
+                for vip in &service.vips {
+                    wait::until(&format!("{} known on {}", service.name, node.name()), || {
+                        let pod = self.pods.iter().find(|p| p.node().name() == node.name());
+                        let from = pod.map_or(node.netns(), Pod::netns);
+                        ask(from, Proto::Udp, (*vip, SERVICE_PORT).into(), 1)?.all_answered()
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A pod of each node, and each node's host.
+    pub fn clients(&self) -> Vec<Client<'_>> {
+        let pods = self.pods.iter().take(self.fabric.nodes().len()).map(|pod| Client {
+            name: pod.name().to_owned(),
+            netns: pod.netns(),
+            addresses: pod.addresses().to_vec(),
+        });
+        let hosts = self.fabric.nodes().iter().map(|node| Client {
+            name: format!("{}'s host", node.name()),
+            netns: node.netns(),
+            addresses: node.addresses().to_vec(),
+        });
+        pods.chain(hosts).collect()
+    }
+
+    /// Commands that show the inside, for a person.
+    pub fn hints(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let dist = testkit::dist::find("rustnet").map_or_else(|_| "rustnet".into(), |p| p.display().to_string());
+        for node in self.fabric.nodes() {
+            let (enter, bpffs, run) = (node.netns().enter_hint(), node.bpffs(), node.run_dir());
+            let (bpffs, run) = (bpffs.display(), run.display());
+            lines.push(format!("{}:", node.name()));
+            lines.push(format!("  {enter} {dist} --bpffs {bpffs} --run-dir {run} status"));
+            lines.push(format!("  {enter} bpftool map dump pinned {bpffs}/rn_svc4"));
+            lines.push(format!("  {enter} ip route"));
+            lines.push(format!("  tail -f {}", node.agent_log_path().display()));
+        }
+        for pod in &self.pods {
+            let mut line = format!("{}: {} ", pod.name(), pod.netns().enter_hint());
+            let _ = write!(line, "curl -s http://{}:{SERVICE_PORT}/", self.web.vips[0]);
+            lines.push(line);
+        }
+        lines.push(format!("manifests (edit them!): {}", self.fabric.manifests().dir().display()));
+        lines
+    }
+}

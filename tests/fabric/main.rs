@@ -1,0 +1,14 @@
+//! Nodes, pods and services over real kernels' networking: the whole datapath, with real agents and the real CNI binary.
+//!
+//! Tests share one running fabric for each routing mode and bring what else they need (services with addresses of their
+//! own); those that break things (kill agents, change links) build their own. Needs root and `cargo xtask dist`.
+
+mod abuse;
+mod agent;
+mod cleanup;
+mod fixture;
+mod hosts;
+mod path;
+mod pods;
+mod refusal;
+mod services;

@@ -1,0 +1,123 @@
+//! What lies between: hop limits, path MTU, fragments, narrow links.
+
+use crate::fixture::{Net, endpoints, in_each_routing, narrow, observed};
+use anyhow::{Result, bail, ensure};
+use std::net::SocketAddr;
+use testkit::client::{Connection, ask_sized};
+use testkit::icmp::{Ping, Reply, TIME_EXCEEDED};
+use testkit::pod::PORT;
+use testkit::{Pod, Proto, Setup};
+
+in_each_routing!(
+    a_traceroute_between_pods_finds_the_node,
+    large_transfers_arrive,
+    large_datagrams_arrive_in_fragments,
+    a_packet_too_big_for_the_pods_link_is_told,
+);
+
+/// The first hop of a pod is its node: where redirects bypass the kernel, the datapath itself must answer.
+fn a_traceroute_between_pods_finds_the_node(net: &Net) -> Result<()> {
+    for to in [&net.b, &net.c] {
+        for address in to.addresses() {
+            let reply = Ping { ttl: 1, ..Ping::default() }.send(net.a.netns(), *address)?;
+            let Reply::Error { from, kind, code: 0, .. } = reply else { bail!("to {address}: {reply:?}") };
+            ensure!(TIME_EXCEEDED.contains(&kind), "to {address}: {reply:?}");
+            ensure!(from == net.node(1).address_like(*address), "the hop is not the node's: {reply:?}");
+            let reply = Ping { ttl: 4, ..Ping::default() }.send(net.a.netns(), *address)?;
+            ensure!(matches!(reply, Reply::Echo { .. }), "to {address}: {reply:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A megabyte each way.
+fn transfer(from: &Pod, target: SocketAddr) -> Result<()> {
+    let mut connection = Connection::open_in(from.netns(), target)?;
+    connection.upload(1 << 20)?;
+    connection.download(1 << 20)?;
+    Ok(())
+}
+
+fn transfers(net: &Net) -> Result<()> {
+    for pod in [&net.b, &net.c] {
+        let service = net.service(endpoints(&[pod]))?;
+        for address in pod.addresses() {
+            transfer(&net.a, SocketAddr::new(*address, PORT))?;
+            transfer(&net.a, service.target_like(*address))?;
+        }
+    }
+    for address in net.world().into_iter().chain(net.node(2).addresses()) {
+        transfer(&net.a, SocketAddr::new(address, PORT))?;
+    }
+    Ok(())
+}
+
+fn large_transfers_arrive(net: &Net) -> Result<()> {
+    transfers(net)
+}
+
+fn large_datagrams_arrive_in_fragments(net: &Net) -> Result<()> {
+    for pod in [&net.b, &net.c] {
+        let service = net.service(endpoints(&[pod]))?;
+        for address in pod.addresses() {
+            let direct = SocketAddr::new(*address, PORT);
+            for target in [direct, service.target_like(*address)] {
+                let answers = ask_sized(net.a.netns(), Proto::Udp, target, 5, 8000)?;
+                answers.only_by(&[pod.name()])?;
+                answers.only_as(net.a.address_like(*address)?)?;
+            }
+        }
+    }
+    for address in net.world() {
+        ask_sized(net.a.netns(), Proto::Udp, SocketAddr::new(address, PORT), 5, 8000)?.only_by(&["world"])?;
+    }
+    Ok(())
+}
+
+/// A pod that forces a packet larger than what fits between the nodes hears of it (RFC 1191, RFC 4443).
+fn a_packet_too_big_for_the_pods_link_is_told(net: &Net) -> Result<()> {
+    // Its own interface must let the packet out.
+    net.a.exec("ip", &["link", "set", "eth0", "mtu", "4000"])?;
+    let told = (|| -> Result<()> {
+        for address in net.c.addresses() {
+            let ping = Ping { size: 2000, dont_fragment: true, ..Ping::default() };
+            let reply = ping.send(net.a.netns(), *address)?;
+            let Reply::Error { kind, rest, .. } = reply else { bail!("to {address}: {reply:?}") };
+            let too_big = if address.is_ipv4() { 3 } else { 2 };
+            ensure!(kind == too_big, "to {address}: {reply:?}");
+            ensure!((1280..=1500).contains(&(rest & 0xffff)), "to {address}: MTU {}", rest & 0xffff);
+        }
+        Ok(())
+    })();
+    let mtu = net.node(1).netns().exec("ip", &["-o", "link", "show", net.b.host_interface()?])?;
+    let mtu = mtu.split(" mtu ").nth(1).and_then(|m| m.split(' ').next()).unwrap_or("1450");
+    net.a.exec("ip", &["link", "set", "eth0", "mtu", mtu])?;
+    told
+}
+
+#[test]
+fn a_narrow_core_lets_everything_through_vxlan() -> Result<()> {
+    observed(&Net::start(narrow())?, transfers)
+}
+
+#[test]
+fn a_narrow_core_lets_everything_through_vxlan_over_ipv6() -> Result<()> {
+    observed(&Net::start(Setup { ipv6_first: true, ..narrow() })?, transfers)
+}
+
+#[test]
+fn an_overlay_over_ipv6_carries_everything() -> Result<()> {
+    observed(&Net::start(Setup { ipv6_first: true, ..Setup::default() })?, |net| {
+        transfers(net)?;
+        large_datagrams_arrive_in_fragments(net)
+    })
+}
+
+#[test]
+fn jumbo_links_are_used() -> Result<()> {
+    observed(&Net::start(Setup { mtu: 9000, ..Setup::default() })?, |net| {
+        let link = net.a.exec("ip", &["-o", "link", "show", "eth0"])?;
+        ensure!(link.contains("mtu 8950") || link.contains("mtu 8930"), "{link}");
+        transfers(net)
+    })
+}

@@ -1,0 +1,109 @@
+//! Nobody there: refused, at once, by an answer that the client's kernel accepts.
+
+use crate::fixture::{Net, SERVICE_PORT, endpoints, in_each_routing};
+use anyhow::{Result, ensure};
+use rustnet_common::drop::DropReason;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::time::Duration;
+use testkit::client::ask;
+use testkit::pod::PORT;
+use testkit::sniff::Sniffer;
+use testkit::{Netns, Proto, wait};
+
+in_each_routing!(
+    a_service_without_endpoints_refuses,
+    an_unknown_port_refuses,
+    a_service_that_is_filled_again_serves,
+    refusals_are_sound_packets,
+    a_closed_port_of_a_backend_is_told_through_the_translation,
+    a_closed_port_of_a_pod_is_told,
+);
+
+/// Clients must not wait for a time-out; the bar is far above what a refusal takes and far below any time-out.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+fn refused(from: &Netns, target: SocketAddr) -> Result<()> {
+    for proto in Proto::ALL {
+        let answers = ask(from, proto, target, 3)?;
+        answers.all_failed(ErrorKind::ConnectionRefused)?;
+        ensure!(answers.errors.iter().all(|e| e.after < AT_ONCE), "{target}: slow: {answers}");
+    }
+    Ok(())
+}
+
+fn a_service_without_endpoints_refuses(net: &Net) -> Result<()> {
+    let before = net.node(1).counter(DropReason::NoBackend)?;
+    let service = net.service(Vec::new())?;
+    for target in service.targets() {
+        for from in [net.a.netns(), net.c.netns(), net.node(1).netns(), net.node(2).netns()] {
+            refused(from, target)?;
+        }
+    }
+    ensure!(net.node(1).counter(DropReason::NoBackend)? >= before + 24, "refusals are not counted");
+    Ok(())
+}
+
+fn an_unknown_port_refuses(net: &Net) -> Result<()> {
+    let before = net.node(1).counter(DropReason::UnknownPort)?;
+    let service = net.service(endpoints(&[&net.b]))?;
+    for target in service.targets() {
+        for from in [net.a.netns(), net.c.netns(), net.node(1).netns()] {
+            refused(from, SocketAddr::new(target.ip(), SERVICE_PORT + 1))?;
+        }
+    }
+    ensure!(net.node(1).counter(DropReason::UnknownPort)? >= before + 24, "refusals are not counted");
+    Ok(())
+}
+
+fn a_service_that_is_filled_again_serves(net: &Net) -> Result<()> {
+    let mut service = net.service(endpoints(&[&net.c]))?;
+    for _ in 0..2 {
+        service.set(Vec::new())?;
+        service.wait_known()?;
+        service.set(endpoints(&[&net.b]))?;
+        for target in service.targets() {
+            for proto in Proto::ALL {
+                wait::until("served again", || ask(net.a.netns(), proto, target, 5)?.only_by(&["b"]))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn refusals_are_sound_packets(net: &Net) -> Result<()> {
+    let service = net.service(Vec::new())?;
+    let sniffer = Sniffer::start(net.a.netns(), "eth0")?;
+    for target in service.targets() {
+        refused(net.a.netns(), target)?;
+        let vip = target.ip();
+        sniffer.wait_for("a refusal from the VIP", |h| h.src == vip)?;
+    }
+    sniffer.stop().verify_checksums()
+}
+
+fn a_closed_port_of_a_backend_is_told_through_the_translation(net: &Net) -> Result<()> {
+    let silent = [net.node(1).add_silent_pod("silent-1")?, net.node(2).add_silent_pod("silent-2")?];
+    for pod in &silent {
+        let service = net.unawaited_service(endpoints(&[pod]))?;
+        service.wait_refused()?;
+        let sniffer = Sniffer::start(net.a.netns(), "eth0")?;
+        for target in service.targets() {
+            refused(net.a.netns(), target)?;
+            let backend = pod.address_like(target.ip())?;
+            sniffer.none("the backend shows through the translation", |h| h.src == backend)?;
+        }
+        sniffer.stop().verify_checksums()?;
+    }
+    Ok(())
+}
+
+fn a_closed_port_of_a_pod_is_told(net: &Net) -> Result<()> {
+    for pod in [&net.b, &net.c] {
+        for address in pod.addresses() {
+            refused(net.a.netns(), SocketAddr::new(*address, PORT + 1))?;
+            refused(net.node(1).netns(), SocketAddr::new(*address, PORT + 1))?;
+        }
+    }
+    Ok(())
+}
