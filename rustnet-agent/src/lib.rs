@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod bpf;
+pub mod cli;
 pub mod config;
 pub mod ct_gc;
 pub mod health;

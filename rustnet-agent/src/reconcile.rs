@@ -5,6 +5,7 @@
 
 mod kernel;
 mod node;
+pub mod presence;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ use crate::plan::Planner;
 use crate::source::{Event, Kind, Object};
 use crate::{install, nodefile};
 use kernel::{Kernel, Stats};
+use presence::{AgentFile, Presence};
 
 /// Most events taken in before they are applied.
 const BATCH: usize = 8192;
@@ -53,6 +55,8 @@ pub async fn run(
     health: Arc<Health>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
+    let _presence = Presence::announce(&config.run_dir)?;
+    AgentFile::of(&config).write(&config.run_dir)?;
     let mut monitor = Monitor::open()?;
     let begin = Reconciler::begin(config, health, shutdown.clone());
     let mut reconciler = tokio::select! {

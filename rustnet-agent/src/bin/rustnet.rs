@@ -1,2 +1,7 @@
-//! Placeholder.
-fn main() {}
+//! The `rustnet` command: a thin caller of [`rustnet_agent::cli`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    rustnet_agent::cli::main()
+}

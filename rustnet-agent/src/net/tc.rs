@@ -4,7 +4,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result};
-use rustnet_common::names::{TC_HANDLE, TC_PRIORITY};
+use rustnet_common::names::{PROGRAMS, TC_HANDLE, TC_PRIORITY};
 
 use super::netlink::{CREATE, Message, Socket, attributes, number, text, unless};
 use crate::bpf::attach::Direction;
@@ -77,7 +77,14 @@ pub fn filter_prog_id(socket: &mut Socket, ifindex: u32, direction: Direction) -
     Ok(filters.iter().find_map(|filter| ours(&filter.body)))
 }
 
-/// The program of a filter, if the filter has our priority, handle and type.
+/// True if a classifier has one of our programs' names; on devices with several uplinks, the device follows it.
+fn is_our_name(name: &str) -> bool {
+    PROGRAMS
+        .iter()
+        .any(|program| name.strip_prefix(program).is_some_and(|rest| rest.is_empty() || rest.starts_with('_')))
+}
+
+/// The program of a filter, if the filter has our priority, handle, type and name: others use the first handle, too.
 fn ours(body: &[u8]) -> Option<u32> {
     let (head, rest) = body.split_at_checked(20)?;
     if number(&head[8..])? != TC_HANDLE || number(&head[16..])? != info() {
@@ -86,7 +93,8 @@ fn ours(body: &[u8]) -> Option<u32> {
     let kind = attributes(rest).find(|(kind, _)| *kind == KIND).map(|(_, v)| text(v));
     let options = attributes(rest).find(|(kind, _)| *kind == OPTIONS)?.1;
     let id = attributes(options).find(|(kind, _)| *kind == BPF_ID).and_then(|(_, v)| number(v))?;
-    (kind.as_deref() == Some("bpf")).then_some(id)
+    let name = attributes(options).find(|(kind, _)| *kind == BPF_NAME).map(|(_, v)| text(v))?;
+    (kind.as_deref() == Some("bpf") && is_our_name(&name)).then_some(id)
 }
 
 /// Removes our classifier from a device; true when it was there. The qdisc stays: removing it loses packets, and it may

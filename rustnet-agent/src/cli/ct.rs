@@ -1,0 +1,243 @@
+//! `rustnet ct list`: connections as the programs track them, from `rn_ct4/6`.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result};
+use bytemuck::Pod;
+use ipnet::IpNet;
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::conntrack::{CtEntry, flags, lifetime, state};
+use rustnet_common::tuple::{Tuple, proto};
+use serde::Serialize;
+
+use super::Places;
+use super::output::{Output, span, thousands};
+use crate::bpf::load::{CLOCK, program_path};
+use crate::bpf::probe::{age, jiffies};
+use crate::bpf::store::conntrack::Conntrack;
+use crate::bpf::store::node_config::NodeConfigStore;
+use crate::bpf::{store::Map, sys};
+
+/// Filters.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only from this address or range
+    #[arg(long, value_parser = net)]
+    src: Option<IpNet>,
+    /// Only to this address or range, before or after translation
+    #[arg(long, value_parser = net)]
+    dst: Option<IpNet>,
+    /// Only to this port, before or after translation
+    #[arg(long)]
+    port: Option<u16>,
+    /// Only this protocol: tcp, udp, icmp, sctp, or a number
+    #[arg(long, value_parser = protocol)]
+    proto: Option<u8>,
+    /// Only connections whose backend has this number (see `rustnet services`)
+    #[arg(long)]
+    backend: Option<u32>,
+    /// The answering halves as well
+    #[arg(long)]
+    all: bool,
+    /// At most so many
+    #[arg(long, default_value_t = 1000)]
+    limit: usize,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Row {
+    protocol: &'static str,
+    src: SocketAddr,
+    dst: SocketAddr,
+    /// What the packets become, where that is something else.
+    translated: Option<(SocketAddr, SocketAddr)>,
+    state: Vec<&'static str>,
+    flags: Vec<&'static str>,
+    idle_seconds: u64,
+    expires_in_seconds: u64,
+    backend: u32,
+    packets: u64,
+    bytes: u64,
+    #[serde(skip)]
+    proto: u8,
+}
+
+/// The time as the programs tell it.
+struct Clock {
+    now: u32,
+    hz: u32,
+}
+
+/// Prints connections.
+pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
+    let clock = clock(places)?;
+    let tables = Conntrack::open(&places.bpffs)?;
+    let mut rows = Vec::new();
+    read::<Ip4>(&tables.v4, args, &clock, &mut rows)?;
+    read::<Ip6>(&tables.v6, args, &clock, &mut rows)?;
+    rows.sort_by_key(|row| (row.idle_seconds, row.src, row.dst));
+    let found = rows.len();
+    rows.truncate(args.limit);
+    let header = ["PROTOCOL", "SOURCE", "DESTINATION", "BECOMES", "STATE", "IDLE", "BACKEND", "PACKETS", "FLAGS"];
+    out.print(&rows, &header, || rows.iter().map(line).collect())?;
+    if found > rows.len() {
+        eprintln!("{} of {found} connections shown: raise --limit, or filter", rows.len());
+    }
+    Ok(())
+}
+
+fn clock(places: &Places) -> Result<Clock> {
+    let path = program_path(&places.bpffs, CLOCK);
+    let program = sys::obj_get(&path).with_context(|| format!("opening {}", path.display()))?;
+    let hz = NodeConfigStore::open(&places.bpffs)?.read()?.hz.max(1);
+    Ok(Clock { now: jiffies(program.as_fd())?, hz })
+}
+
+fn read<A>(table: &Map<Tuple<A>, CtEntry<A>>, args: &Args, clock: &Clock, rows: &mut Vec<Row>) -> Result<()>
+where
+    A: Address,
+    Tuple<A>: Pod,
+    CtEntry<A>: Pod,
+{
+    table.for_each(|key, entry| {
+        if args.all || entry.flags & flags::REPLY == 0 {
+            rows.extend(Some(row(key, entry, clock)).filter(|row| args.matches(row)));
+        }
+    })
+}
+
+fn ends<A: Address>(tuple: &Tuple<A>) -> (SocketAddr, SocketAddr) {
+    let ip = |a: A| IpAddr::from(a.to_addr());
+    (SocketAddr::new(ip(tuple.src), tuple.sport), SocketAddr::new(ip(tuple.dst), tuple.dport))
+}
+
+fn row<A: Address>(key: &Tuple<A>, entry: &CtEntry<A>, clock: &Clock) -> Row {
+    let (src, dst) = ends(key);
+    let becomes = ends(&entry.to);
+    let idle = u64::from(age(clock.now, entry.seen) / clock.hz);
+    Row {
+        protocol: proto::name(key.proto),
+        src,
+        dst,
+        translated: (becomes != (src, dst)).then_some(becomes),
+        state: states(key.proto, entry.state),
+        flags: flag_names(entry.flags),
+        idle_seconds: idle,
+        expires_in_seconds: u64::from(lifetime(key.proto, entry.state)).saturating_sub(idle),
+        backend: entry.backend,
+        packets: entry.packets,
+        bytes: entry.bytes,
+        proto: key.proto,
+    }
+}
+
+fn states(protocol: u8, bits: u8) -> Vec<&'static str> {
+    let names = [(state::FIN_ORIG, "fin"), (state::FIN_REPLY, "fin-reply"), (state::RST, "reset")];
+    let mut out: Vec<_> = names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
+    out.insert(
+        0,
+        match (protocol, bits & state::ANSWERED != 0) {
+            (proto::TCP, true) => "established",
+            (_, true) => "answered",
+            (_, false) => "unanswered",
+        },
+    );
+    out
+}
+
+fn flag_names(bits: u16) -> Vec<&'static str> {
+    let names = [
+        (flags::REPLY, "reply"),
+        (flags::NAT, "nat"),
+        (flags::HAIRPIN, "hairpin"),
+        (flags::MASQ, "masquerade"),
+        (flags::FROM_HOST, "host"),
+    ];
+    names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect()
+}
+
+impl Args {
+    fn matches(&self, row: &Row) -> bool {
+        let to = |test: &dyn Fn(SocketAddr) -> bool| test(row.dst) || row.translated.is_some_and(|(_, dst)| test(dst));
+        self.src.is_none_or(|net| net.contains(&row.src.ip()))
+            && self.dst.is_none_or(|net| to(&|dst| net.contains(&dst.ip())))
+            && self.port.is_none_or(|port| to(&|dst| dst.port() == port))
+            && self.proto.is_none_or(|proto| proto == row.proto)
+            && self.backend.is_none_or(|backend| backend == row.backend)
+    }
+}
+
+fn line(row: &Row) -> Vec<String> {
+    let becomes = match row.translated {
+        None => "-".to_owned(),
+        // Of a translated pair, the end that changed is of interest.
+        Some((src, dst)) if src == row.src => dst.to_string(),
+        Some((src, dst)) if dst == row.dst => format!("from {src}"),
+        Some((src, dst)) => format!("{dst} from {src}"),
+    };
+    let or_dash = |words: &[&str]| if words.is_empty() { "-".to_owned() } else { words.join(",") };
+    vec![
+        row.protocol.to_owned(),
+        row.src.to_string(),
+        row.dst.to_string(),
+        becomes,
+        or_dash(&row.state),
+        span(row.idle_seconds),
+        if row.backend == 0 { "-".to_owned() } else { row.backend.to_string() },
+        thousands(row.packets),
+        or_dash(&row.flags),
+    ]
+}
+
+fn net(text: &str) -> Result<IpNet, String> {
+    let ip = text.parse::<IpAddr>().map(IpNet::from);
+    text.parse().or(ip).map_err(|_| "give an address or a range such as 10.244.0.0/16".to_owned())
+}
+
+fn protocol(text: &str) -> Result<u8, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "tcp" => Ok(proto::TCP),
+        "udp" => Ok(proto::UDP),
+        "sctp" => Ok(proto::SCTP),
+        // The table has one number for both families.
+        "icmp" | "icmpv6" => Ok(proto::ICMP),
+        number => number.parse().map_err(|_| "give tcp, udp, icmp, sctp or a number".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Clock, protocol, row, states};
+    use bytemuck::Zeroable;
+    use rustnet_common::addr::Ip4;
+    use rustnet_common::conntrack::{CtEntry, state};
+    use rustnet_common::tuple::{Tuple, proto};
+    use std::net::Ipv4Addr;
+
+    #[test]
+    fn protocols_by_name_and_number() {
+        assert_eq!(protocol("TCP"), Ok(proto::TCP));
+        assert_eq!(protocol("icmpv6"), Ok(proto::ICMP));
+        assert_eq!(protocol("132"), Ok(proto::SCTP));
+        assert!(protocol("http").is_err());
+    }
+
+    #[test]
+    fn a_service_connection_reads_well() {
+        let (src, dst) = (Ipv4Addr::new(10, 0, 0, 2).into(), Ipv4Addr::new(10, 96, 0, 1).into());
+        let key: Tuple<Ip4> = Tuple { src, dst, sport: 4000, dport: 80, proto: proto::TCP, ..Tuple::zeroed() };
+        let to = Tuple { dst: Ipv4Addr::new(10, 0, 1, 9).into(), dport: 8080, ..key };
+        let entry = CtEntry { to, state: state::ANSWERED, seen: 500, backend: 7, ..CtEntry::zeroed() };
+        let line = super::line(&row(&key, &entry, &Clock { now: 1500, hz: 100 }));
+        let want = ["TCP", "10.0.0.2:4000", "10.96.0.1:80", "10.0.1.9:8080", "established", "10s", "7", "0", "-"];
+        assert_eq!(line, want);
+    }
+
+    #[test]
+    fn closing_states_are_listed() {
+        assert_eq!(states(proto::TCP, state::ANSWERED | state::FIN_ORIG), ["established", "fin"]);
+        assert_eq!(states(proto::UDP, 0), ["unanswered"]);
+    }
+}

@@ -1,0 +1,95 @@
+//! `rustnet endpoints`: this node's pods, from `rn_endpoints`, with the names that the CNI binary's records know.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use anyhow::Result;
+use rustnet_common::files::EndpointFile;
+use serde::Serialize;
+
+use super::Places;
+use super::output::Output;
+use crate::bpf::store::endpoints::Endpoints;
+use crate::net::endpoints as records;
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Row {
+    address: IpAddr,
+    pod: Option<String>,
+    container_id: Option<String>,
+    interface: Option<String>,
+    ifindex: u32,
+    mac: String,
+    identity: u32,
+    /// False where only the record has it: the programs do not know the pod.
+    in_map: bool,
+}
+
+/// What people call the pod of a record.
+pub fn pod_name(record: &EndpointFile) -> String {
+    if record.pod_name.is_empty() {
+        // Not from Kubernetes: the container is all there is.
+        record.container_id.chars().take(12).collect()
+    } else {
+        format!("{}/{}", record.pod_namespace, record.pod_name)
+    }
+}
+
+/// The records by address.
+pub fn by_address(places: &Places) -> Result<BTreeMap<IpAddr, EndpointFile>> {
+    let records = records::read(&places.run_dir)?.endpoints;
+    Ok(records.into_iter().flat_map(|r| r.addresses.clone().into_iter().map(move |ip| (ip, r.clone()))).collect())
+}
+
+/// Prints the pods.
+pub fn run(places: &Places, out: &Output) -> Result<()> {
+    let mut names = by_address(places)?;
+    let mut rows = Vec::new();
+    for (address, endpoint) in Endpoints::open(&places.bpffs)?.read()? {
+        let record = names.remove(&address);
+        rows.push(Row {
+            address,
+            pod: record.as_ref().map(pod_name),
+            container_id: record.as_ref().map(|r| r.container_id.clone()),
+            interface: record.map(|r| r.host_ifname),
+            ifindex: endpoint.ifindex,
+            mac: mac(endpoint.mac),
+            identity: endpoint.identity,
+            in_map: true,
+        });
+    }
+    rows.extend(names.into_iter().map(|(address, record)| Row {
+        address,
+        pod: Some(pod_name(&record)),
+        ifindex: record.ifindex,
+        mac: record.mac.clone(),
+        identity: 0,
+        in_map: false,
+        container_id: Some(record.container_id),
+        interface: Some(record.host_ifname),
+    }));
+    rows.sort_by_key(|row| row.address);
+    out.print(&rows, &["ADDRESS", "POD", "INTERFACE", "IFINDEX", "MAC", "STATE"], || rows.iter().map(line).collect())
+}
+
+fn line(row: &Row) -> Vec<String> {
+    let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+    let state = match (row.in_map, row.pod.is_some()) {
+        (true, true) => "ok",
+        (true, false) => "no record",
+        (false, _) => "not in the map",
+    };
+    vec![
+        row.address.to_string(),
+        or_dash(&row.pod),
+        or_dash(&row.interface),
+        row.ifindex.to_string(),
+        row.mac.clone(),
+        state.to_owned(),
+    ]
+}
+
+fn mac(mac: [u8; 6]) -> String {
+    mac.map(|octet| format!("{octet:02x}")).join(":")
+}

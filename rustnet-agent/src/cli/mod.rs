@@ -1,0 +1,160 @@
+//! The `rustnet` command: what the maps hold, told to people or as JSON. It needs no agent and no API server.
+//!
+//! Exit codes: 0 all is well, 1 something is not (or went wrong), 2 wrong usage.
+
+mod cleanup;
+mod ct;
+mod endpoints;
+mod maps;
+mod monitor;
+mod nodes;
+mod output;
+mod services;
+mod status;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{CommandFactory, Parser, Subcommand};
+use rustnet_common::names::{DEFAULT_BPFFS, DEFAULT_RUN_DIR};
+
+use crate::reconcile::presence::AgentFile;
+use output::{Format, Output};
+
+/// Shows and clears what rustnet keeps in this host's kernel.
+#[derive(Debug, Parser)]
+#[command(name = "rustnet", version, max_term_width = 120)]
+struct Cli {
+    /// The agent's directory of pinned maps [default: the one that the agent of --run-dir uses]
+    #[arg(long, global = true, env = "RUSTNET_BPFFS", value_name = "DIR")]
+    bpffs: Option<PathBuf>,
+    /// The agent's run directory
+    #[arg(long, global = true, env = "RUSTNET_RUN_DIR", value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    run_dir: PathBuf,
+    /// How to print
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
+    output: Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Is everything in its place? Exit code 1 if not
+    Status(status::Args),
+    /// Virtual addresses and their backends
+    Services(services::Args),
+    /// This node's pods
+    Endpoints,
+    /// Other nodes, their pod ranges, and what else is known of addresses
+    Nodes,
+    /// Connections
+    #[command(subcommand)]
+    Ct(CtCommand),
+    /// How full the maps are
+    Maps,
+    /// Packets dropped, by reason and hook, with what to do about it
+    Drops,
+    /// Drops (and new flows, where the agent reports them) as they happen
+    Monitor(monitor::Args),
+    /// Removes everything of rustnet's from this host, and nothing else
+    Cleanup(cleanup::Args),
+    /// Prints a completion script
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum CtCommand {
+    /// Lists connections, the direction that opened them only unless told otherwise
+    List(ct::Args),
+}
+
+/// Where to look.
+struct Places {
+    bpffs: PathBuf,
+    run_dir: PathBuf,
+    agent: Option<AgentFile>,
+}
+
+impl Places {
+    fn find(bpffs: Option<PathBuf>, run_dir: PathBuf) -> Result<Self> {
+        let agent = AgentFile::read(&run_dir)?;
+        let known = agent.as_ref().map(|agent| agent.bpffs.clone());
+        let bpffs = bpffs.or(known).unwrap_or_else(|| DEFAULT_BPFFS.into());
+        Ok(Self { bpffs, run_dir, agent })
+    }
+}
+
+/// Runs the command of this process.
+pub fn main() -> ExitCode {
+    run(std::env::args_os())
+}
+
+/// Runs a command line.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let wrong = error.use_stderr();
+            // Nowhere to say it if this fails.
+            let _ = error.print();
+            return ExitCode::from(if wrong { 2 } else { 0 });
+        }
+    };
+    match dispatch(cli) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("rustnet: {error:#}");
+            ExitCode::from(if error.is::<output::Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+/// Whoever read our output has seen enough.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// True if all is well.
+fn dispatch(cli: Cli) -> Result<bool> {
+    let out = Output::stdout(cli.output);
+    let places = || Places::find(cli.bpffs.clone(), cli.run_dir.clone());
+    match cli.command {
+        Command::Status(args) => return status::run(&places()?, &args, &out),
+        Command::Services(args) => services::run(&places()?, &args, &out)?,
+        Command::Endpoints => endpoints::run(&places()?, &out)?,
+        Command::Nodes => nodes::run(&places()?, &out)?,
+        Command::Ct(CtCommand::List(args)) => ct::run(&places()?, &args, &out)?,
+        Command::Maps => maps::run(&places()?, &out)?,
+        Command::Drops => maps::drops(&places()?, &out)?,
+        Command::Monitor(args) => monitor::run(&places()?, &args, &out)?,
+        Command::Cleanup(args) => return cleanup::run(&places()?, &args, &out),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "rustnet", &mut std::io::stdout());
+        }
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Cli, CommandFactory, Format, Parser};
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_flags_go_before_and_behind_the_command() {
+        let cli = Cli::try_parse_from(["rustnet", "--run-dir", "/r", "status", "-o", "json"]).unwrap();
+        assert_eq!((cli.run_dir.to_str(), cli.output), (Some("/r"), Format::Json));
+    }
+}

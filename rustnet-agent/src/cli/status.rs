@@ -1,0 +1,236 @@
+//! `rustnet status`: is everything in its place? Read from pins, maps and files; the agent is asked how it is.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustnet_common::drop::DropReason;
+use rustnet_common::names::{LINKS_DIR, PROGRAMS, map};
+use serde::Serialize;
+
+use super::maps::percent;
+use super::output::{Mark, Output, thousands};
+use super::{Places, endpoints};
+use crate::bpf::load::{CLOCK, program_path};
+use crate::bpf::store::counters::Counters;
+use crate::bpf::store::endpoints::Endpoints;
+use crate::bpf::store::fill;
+use crate::bpf::sys;
+use crate::net::link;
+use crate::net::netlink::Socket;
+use crate::nodefile;
+
+/// A map fuller than this many per cent deserves a word.
+const NEARLY_FULL: f64 = 85.0;
+/// How long the agent may take to answer.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Options.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only what is not well
+    #[arg(long)]
+    brief: bool,
+    /// Wait at most so many seconds until all is well
+    #[arg(long, value_name = "SECONDS")]
+    wait: Option<u64>,
+}
+
+/// One thing that can be well or not.
+#[derive(Clone, Debug, Serialize)]
+struct Line {
+    name: String,
+    status: Mark,
+    detail: String,
+}
+
+#[derive(Serialize)]
+struct Report {
+    ok: bool,
+    checks: Vec<Line>,
+}
+
+/// Prints the status; true if nothing is bad.
+pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
+    let end = Instant::now() + Duration::from_secs(args.wait.unwrap_or(0));
+    let mut report = check(places);
+    while !report.ok && Instant::now() < end {
+        sleep(Duration::from_millis(200));
+        report = check(places);
+    }
+    if args.brief {
+        report.checks.retain(|line| line.status != Mark::Ok);
+    }
+    if out.is_json() {
+        out.json(&report)?;
+        return Ok(report.ok);
+    }
+    let width = report.checks.iter().map(|line| line.name.len()).max().unwrap_or(0);
+    for line in &report.checks {
+        out.text(&format!(
+            "{:width$}  {} {}",
+            format!("{}:", line.name),
+            out.mark(line.status),
+            line.detail,
+            width = width + 1
+        ))?;
+    }
+    Ok(report.ok)
+}
+
+fn check(places: &Places) -> Report {
+    let mut checks = vec![agent(places), node(places), pins(places)];
+    // Without pins, all that follows would say the same.
+    if checks[2].status == Mark::Ok {
+        checks.push(line("Hooks", hooks(places)));
+        checks.push(line("Endpoints", pods(places)));
+        match fill::read(&places.bpffs) {
+            Ok(fills) => checks.extend(fills.iter().map(map_line)),
+            Err(error) => checks.push(bad("Maps", &error)),
+        }
+        checks.push(line("Packets", packets(places)));
+    }
+    let ok = checks.iter().all(|line| line.status != Mark::Bad);
+    Report { ok, checks }
+}
+
+fn line(name: &str, result: Result<(Mark, String)>) -> Line {
+    match result {
+        Ok((status, detail)) => Line { name: name.to_owned(), status, detail },
+        Err(error) => bad(name, &error),
+    }
+}
+
+fn bad(name: &str, error: &anyhow::Error) -> Line {
+    Line { name: name.to_owned(), status: Mark::Bad, detail: format!("{error:#}") }
+}
+
+/// Asks the agent itself. Its absence is no failure of forwarding, but nothing changes until it is back.
+fn agent(places: &Places) -> Line {
+    let told = places.agent.as_ref();
+    let Some(addr) = told.and_then(|agent| agent.health_addr) else {
+        let detail = match told {
+            Some(_) => "serves no probes (health-addr off)".to_owned(),
+            None => format!("no agent has run with {}", places.run_dir.display()),
+        };
+        let status = if told.is_some() { Mark::Warning } else { Mark::Bad };
+        return Line { name: "Agent".into(), status, detail };
+    };
+    line(
+        "Agent",
+        match ask(addr, "/readyz") {
+            Ok((200, _)) => Ok((Mark::Ok, format!("ready, version {}", told.map_or("?", |a| a.version.as_str())))),
+            Ok((code, body)) => Ok((Mark::Bad, format!("not ready ({code}): {}", body.trim()))),
+            Err(error) => {
+                Ok((Mark::Bad, format!("does not answer at {addr} ({error:#}); forwarding goes on without it")))
+            }
+        },
+    )
+}
+
+/// The status code and body of a GET.
+fn ask(addr: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let mut stream = TcpStream::connect_timeout(&addr, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    let (head, body) = text.split_once("\r\n\r\n").context("not HTTP")?;
+    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("not HTTP")?;
+    Ok((code, body.to_owned()))
+}
+
+fn node(places: &Places) -> Line {
+    line(
+        "Node",
+        nodefile::read(&places.run_dir).map(|file| match file {
+            None => (
+                Mark::Bad,
+                "node.json is missing: no agent has been ready here, so that no pod can be added".to_owned(),
+            ),
+            Some(file) => match file.not_ready {
+                Some(why) => (Mark::Bad, why),
+                None => {
+                    let cidrs: Vec<_> = file.pod_cidrs.iter().map(ToString::to_string).collect();
+                    (Mark::Ok, format!("{}, pods {}, MTU {}", file.node_name, cidrs.join(" "), file.mtu))
+                }
+            },
+        }),
+    )
+}
+
+fn pins(places: &Places) -> Line {
+    let programs = PROGRAMS.iter().chain([&CLOCK]).map(|name| program_path(&places.bpffs, name));
+    let maps = map::ALL.iter().map(|name| places.bpffs.join(name));
+    let paths: Vec<_> = programs.chain(maps).collect();
+    let missing: Vec<_> =
+        paths.iter().filter_map(|path| sys::obj_get(path).err().map(|e| format!("{} ({e})", path.display()))).collect();
+    let result = if missing.is_empty() {
+        (Mark::Ok, format!("{} programs and maps in {}", paths.len(), places.bpffs.display()))
+    } else {
+        (Mark::Bad, format!("cannot open {}", missing.join(", ")))
+    };
+    line("Pins", Ok(result))
+}
+
+/// The links, and whether their devices live.
+fn hooks(places: &Places) -> Result<(Mark, String)> {
+    let dir = places.bpffs.join(LINKS_DIR);
+    let links = link::list(&mut Socket::open()?)?;
+    let (mut alive, mut dead) = (Vec::new(), Vec::new());
+    for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let fd = sys::obj_get(&path).with_context(|| format!("opening {}", path.display()))?;
+        let info = sys::link_info(fd.as_fd()).with_context(|| format!("asking about {}", path.display()))?;
+        match links.iter().find(|link| link.index == info.ifindex) {
+            Some(link) if link.is_up() => alive.push(name),
+            Some(link) => dead.push(format!("{name} ({} is down)", link.name)),
+            None => dead.push(format!("{name} (its device is gone)")),
+        }
+    }
+    alive.sort();
+    Ok(if !dead.is_empty() {
+        (Mark::Bad, dead.join(", "))
+    } else if alive.is_empty() {
+        (Mark::Warning, "no TCX links: a kernel before 6.6, or the agent has not attached anything".to_owned())
+    } else {
+        (Mark::Ok, alive.join(" "))
+    })
+}
+
+fn pods(places: &Places) -> Result<(Mark, String)> {
+    let map = Endpoints::open(&places.bpffs)?.read()?;
+    let records = endpoints::by_address(places)?;
+    let lost: Vec<_> =
+        records.keys().filter(|ip| !map.iter().any(|(known, _)| known == *ip)).map(ToString::to_string).collect();
+    Ok(if lost.is_empty() {
+        (Mark::Ok, format!("{} addresses of pods", map.len()))
+    } else {
+        (Mark::Bad, format!("not in the map: {}; the agent puts them back", lost.join(" ")))
+    })
+}
+
+fn map_line(fill: &fill::Fill) -> Line {
+    let full = percent(fill.used, fill.max);
+    // Connections and fragments live in maps that drop the oldest entry; the others refuse new ones.
+    let status = if full >= NEARLY_FULL { Mark::Warning } else { Mark::Ok };
+    let detail = format!("{} of {} ({full} %)", thousands(fill.used), thousands(fill.max));
+    Line { name: format!("Map {}", fill.name), status, detail }
+}
+
+fn packets(places: &Places) -> Result<(Mark, String)> {
+    let rows = Counters::open(&places.bpffs)?.read()?;
+    let of = |forwarded: bool| {
+        let rows = rows.iter().filter(move |row| (row.reason == DropReason::Forwarded) == forwarded);
+        rows.map(|row| row.count.packets).sum::<u64>()
+    };
+    Ok((
+        Mark::Ok,
+        format!("{} forwarded, {} dropped (`rustnet drops` says why)", thousands(of(true)), thousands(of(false))),
+    ))
+}
