@@ -61,7 +61,8 @@ impl Node {
         }
         let log = OpenOptions::new().create(true).append(true).open(self.agent_log_path())?;
         let mut command = self.netns().command(dist::find("rustnet-agent")?)?.args(self.agent_args(extra));
-        command.inner().stdin(std::process::Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command.inner().stdin(std::process::Stdio::null());
+        let command = command.stdout(log.try_clone()?).stderr(log);
         *agent = Some(Agent { process: command.spawn()? });
         Ok(())
     }

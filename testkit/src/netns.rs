@@ -161,8 +161,22 @@ impl NsCommand {
         output
     }
 
+    /// Where its standard output goes, for [`NsCommand::spawn`].
+    #[must_use]
+    pub fn stdout(mut self, stdout: impl Into<Stdio>) -> Self {
+        self.command.stdout(stdout);
+        self
+    }
+
+    /// Where its standard error goes, for [`NsCommand::spawn`].
+    #[must_use]
+    pub fn stderr(mut self, stderr: impl Into<Stdio>) -> Self {
+        self.command.stderr(stderr);
+        self
+    }
+
     /// Runs it to its end and gives what it printed; failure is an error with both outputs.
-    pub fn stdout(self) -> Result<String> {
+    pub fn text(self) -> Result<String> {
         let shown = format!("{:?}", self.command);
         let output = self.output(None)?;
         let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -249,7 +263,7 @@ impl Netns {
 
     /// Runs a program inside and gives its standard output.
     pub fn exec(&self, program: &str, args: &[&str]) -> Result<String> {
-        self.command(program)?.args(args).stdout()
+        self.command(program)?.args(args).text()
     }
 
     /// Runs lines of `ip` commands, without the leading `ip`, in one process.

@@ -151,13 +151,13 @@ impl Node {
     pub fn rustnet(&self, args: &[&str]) -> Result<String> {
         let program = crate::dist::find("rustnet")?;
         let command = self.netns().command(program)?;
-        command.args(["--bpffs"]).args([self.bpffs()]).args(["--run-dir"]).args([self.run_dir()]).args(args).stdout()
+        command.args(["--bpffs"]).args([self.bpffs()]).args(["--run-dir"]).args([self.run_dir()]).args(args).text()
     }
 
     /// The value of a counter: packets by reason name, over all hooks.
     pub fn counter(&self, reason: rustnet_common::drop::DropReason) -> Result<u64> {
         let path = self.bpffs().join(rustnet_common::names::map::COUNTERS);
-        let text = self.netns().command("bpftool")?.args(["-j", "map", "dump", "pinned"]).args([path]).stdout()?;
+        let text = self.netns().command("bpftool")?.args(["-j", "map", "dump", "pinned"]).args([path]).text()?;
         counter_sum(&text, reason as u32)
     }
 }
