@@ -58,9 +58,20 @@ pub fn holds(file: &Path) -> bool {
     checksum(file).is_ok_and(|found| found == wanted)
 }
 
-/// Copies a file, mode included, by way of a temporary name in the same directory.
+/// Copies a file, mode included, by way of a temporary name in the same directory. An equal file stays untouched, or
+/// cargo would take its new time for a change.
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
+    if equal(from, to) {
+        return Ok(());
+    }
     replace(to, |tmp| fs::copy(from, tmp).map(drop))
+}
+
+fn equal(a: &Path, b: &Path) -> bool {
+    let (Ok(meta_a), Ok(meta_b)) = (a.metadata(), b.metadata()) else { return false };
+    meta_a.len() == meta_b.len()
+        && meta_a.permissions() == meta_b.permissions()
+        && matches!((fs::read(a), fs::read(b)), (Ok(a), Ok(b)) if a == b)
 }
 
 fn replace(to: &Path, write: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<()> {
@@ -126,6 +137,21 @@ mod tests {
         assert_eq!(of("a.rs", "x"), of("a.rs", "x"));
         assert_ne!(of("a.rs", "x"), of("b.rs", "x"));
         assert_ne!(of("a.rs", "x"), of("a.rs", "y"));
+    }
+
+    #[test]
+    fn an_equal_copy_keeps_its_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        fs::write(&from, "one").unwrap();
+        copy(&from, &to).unwrap();
+        let old = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1000);
+        fs::File::options().write(true).open(&to).unwrap().set_modified(old).unwrap();
+        copy(&from, &to).unwrap();
+        assert_eq!(to.metadata().unwrap().modified().unwrap(), old);
+        fs::write(&from, "two").unwrap();
+        copy(&from, &to).unwrap();
+        assert_eq!(fs::read_to_string(&to).unwrap(), "two");
     }
 
     #[test]

@@ -60,9 +60,10 @@ pub fn build(profile: Profile, further: &[&str]) -> Result<()> {
     cache::copy(&paths::object(), &dist.join("rustnet.bpf.o"))
 }
 
-/// Adds what the build of the agent and every test have to know: one set of values, or cargo would build anew in between.
+/// Tells the agent's build where the object is when that is not the usual place. Set only then: between a build with the
+/// variable and one without it (an editor's, say) cargo would compile the agent anew.
 pub fn environment(cmd: Cmd) -> Cmd {
-    cmd.env("RUSTNET_BPF_OBJECT", paths::object())
+    if paths::target() == paths::root().join("target") { cmd } else { cmd.env("RUSTNET_BPF_OBJECT", paths::object()) }
 }
 
 impl Profile {

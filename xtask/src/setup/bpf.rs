@@ -78,6 +78,9 @@ fn compiler(work: &mut Work, route: Route) -> Result<Option<Compiler>> {
         }
     }
     if work.dry_run {
+        ui::detail(&format!(
+            "and then bpf-linker {BPF_LINKER} for the LLVM of that compiler, with its packages if need be"
+        ));
         return Ok(None);
     }
     route.compiler().map(Some).map_err(|lack| anyhow::anyhow!("still {lack}"))

@@ -8,7 +8,7 @@ mod tools;
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::cmd::Cmd;
 use crate::ui;
@@ -101,6 +101,9 @@ impl Work {
                 ui::detail(&format!("{} is missing: {}", tool.name, tool.purpose));
             }
             self.install_packages(&tools::packages(&missing)?)?;
+            if let (false, Some(tool)) = (self.dry_run, tools::missing(needs).first()) {
+                bail!("{} is still missing after the installation of its package", tool.name);
+            }
         }
         for need in needs {
             match need {
