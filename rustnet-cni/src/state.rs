@@ -6,6 +6,7 @@ use rustnet_common::files::{self, EndpointFile, NodeFile};
 use serde::Deserialize;
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirEntryExt;
 use std::path::{Path, PathBuf};
 
 const REMEDY: &str = "is the rustnet agent running on this node, and is \"runDir\" in the configuration its --run-dir?";
@@ -70,10 +71,9 @@ pub fn remove_record(run_dir: &Path, a: &Attachment) -> Result<(), Error> {
 /// All records that can be read.
 pub fn records(run_dir: &Path) -> Result<Vec<EndpointFile>, Error> {
     let mut all = Vec::new();
-    for (path, name) in list(&run_dir.join(files::ENDPOINTS_DIR))? {
-        if name.starts_with('.') {
-            continue;
-        }
+    let dir = run_dir.join(files::ENDPOINTS_DIR);
+    for entry in list(&dir)?.iter().filter(|e| !e.name.starts_with('.')) {
+        let path = dir.join(&entry.name);
         match fs::read(&path).and_then(|b| Ok(serde_json::from_slice(&b)?)) {
             Ok(record) => all.push(record),
             Err(e) if is_absent(&e) => {}
@@ -98,8 +98,8 @@ pub fn unmark_delegated(run_dir: &Path, network: &str, a: &Attachment) -> Result
 pub fn delegated(run_dir: &Path, network: &str) -> Result<Vec<Attachment>, Error> {
     Ok(list(&run_dir.join(DELEGATED_DIR).join(network))?
         .into_iter()
-        .filter_map(|(_, name)| {
-            let (container_id, ifname) = name.split_once('@')?;
+        .filter_map(|entry| {
+            let (container_id, ifname) = entry.name.split_once('@')?;
             is_identifier(container_id).then(|| Attachment { container_id: container_id.into(), ifname: ifname.into() })
         })
         .collect())
@@ -135,14 +135,23 @@ pub fn remove(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// The files of a directory that may be missing, with their names.
-pub fn list(dir: &Path) -> Result<Vec<(PathBuf, String)>, Error> {
+/// A file of a directory.
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// Its inode: names of one file share it.
+    pub inode: u64,
+}
+
+/// The files of a directory that may be missing.
+pub fn list(dir: &Path) -> Result<Vec<Entry>, Error> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if is_absent(&e) => return Ok(Vec::new()),
         Err(e) => return Err(Error::io(dir.display(), &e)),
     };
-    Ok(entries.flatten().filter_map(|e| Some((e.path(), e.file_name().into_string().ok()?))).collect())
+    let entry = |e: fs::DirEntry| Some(Entry { inode: e.ino(), name: e.file_name().into_string().ok()? });
+    Ok(entries.flatten().filter_map(entry).collect())
 }
 
 /// The file is not there, or its name cannot exist.

@@ -40,11 +40,12 @@ pub fn find_and_remove(
     let record = state::read_record(run_dir, a)?;
     let veth = link::get(host, &link::host_name(&a.container_id, &a.ifname))?;
 
+    let held = pool.held_by(a)?;
     if let Some(map) = endpoints {
         // An address leased to this attachment is nobody else's. One that only the record names may have been given out
         // again by another IPAM, so that its entry must still be for our interface.
-        for ip in pool.held_by(a)? {
-            delete_entry(map, ip)?;
+        for ip in &held {
+            delete_entry(map, *ip)?;
         }
         let indices = [record.as_ref().map(|r| r.ifindex), veth.as_ref().map(|l| l.index)];
         for ip in record.iter().flat_map(|r| &r.addresses) {
@@ -61,7 +62,7 @@ pub fn find_and_remove(
     fault::point("unlink")?;
     state::remove_record(run_dir, a)?;
     fault::point("unrecord")?;
-    pool.release(a)?;
+    pool.release(a, &held)?;
     if let Some(delegate) = delegate {
         delegate.del(a)?;
         fault::point("undelegate")?;

@@ -10,7 +10,7 @@ use crate::types::conf::Attachment;
 use crate::types::error::{Error, code};
 use ipnet::IpNet;
 use rustnet_common::files::IPAM_DIR;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::net::{IpAddr, Ipv6Addr};
@@ -72,14 +72,17 @@ impl Pool {
         Ok(leased)
     }
 
-    /// Frees every address that `owner` holds. What is in use by somebody else is not touched.
-    pub fn release(&self, owner: &Attachment) -> Result<(), Error> {
-        if self.held_by(owner)?.is_empty() {
+    /// Frees those of the addresses that `owner` still holds. What is in use by somebody else is not touched.
+    pub fn release(&self, owner: &Attachment, held: &[IpAddr]) -> Result<(), Error> {
+        if held.is_empty() {
             return Ok(());
         }
         // Read again under the lock: another disconnect of the same container may have freed them meanwhile.
         let _lock = self.lock()?;
-        self.held_by(owner)?.iter().try_for_each(|ip| state::remove(&self.dir.join(ip.to_string())))
+        held.iter().map(|ip| self.dir.join(ip.to_string())).try_for_each(|path| match read_owner(&path) {
+            Some((now, _)) if now == *owner => state::remove(&path),
+            _ => Ok(()),
+        })
     }
 
     /// The addresses that `owner` holds.
@@ -89,14 +92,14 @@ impl Pool {
 
     /// All leases.
     pub fn leases(&self) -> Result<Vec<Lease>, Error> {
+        // The addresses of one attachment are names of one file, which is read once.
+        let mut by_inode: HashMap<u64, Option<(Attachment, String)>> = HashMap::new();
         let mut all = Vec::new();
-        for (path, name) in state::list(&self.dir)? {
-            let Ok(ip) = name.parse() else { continue };
-            let Ok(text) = fs::read_to_string(&path) else { continue };
-            let mut lines = text.lines();
-            if let (Some(id), Some(ifname)) = (lines.next(), lines.next()) {
-                let owner = Attachment { container_id: id.into(), ifname: ifname.into() };
-                all.push(Lease { ip, owner, network: lines.next().unwrap_or_default().into() });
+        for entry in state::list(&self.dir)? {
+            let Ok(ip) = entry.name.parse() else { continue };
+            let content = by_inode.entry(entry.inode).or_insert_with(|| read_owner(&self.dir.join(&entry.name)));
+            if let Some((owner, network)) = content.clone() {
+                all.push(Lease { ip, owner, network });
             }
         }
         Ok(all)
@@ -122,7 +125,7 @@ impl Pool {
     }
 
     fn used(&self) -> Result<HashSet<IpAddr>, Error> {
-        Ok(state::list(&self.dir)?.iter().filter_map(|(_, name)| name.parse().ok()).collect())
+        Ok(state::list(&self.dir)?.iter().filter_map(|entry| entry.name.parse().ok()).collect())
     }
 
     fn lock(&self) -> Result<File, Error> {
@@ -143,6 +146,16 @@ impl Pool {
         let text = format!("{}\r\n{}\n{network}\n", owner.container_id, owner.ifname);
         Candidate::new(&self.dir, text.as_bytes()).map_err(failed)
     }
+}
+
+/// Who holds the lease in a file, and in which network; `None` if it has gone.
+fn read_owner(path: &Path) -> Option<(Attachment, String)> {
+    // One read suffices: identifiers are limited, and so is the name of an interface.
+    let mut buf = [0; 1024];
+    let n = File::open(path).and_then(|mut f| f.read(&mut buf)).ok()?;
+    let mut lines = std::str::from_utf8(&buf[..n]).ok()?.lines();
+    let owner = Attachment { container_id: lines.next()?.into(), ifname: lines.next()?.into() };
+    Some((owner, lines.next().unwrap_or_default().into()))
 }
 
 /// A written lease that has no address yet: a file without a name, or one with a temporary name where the file system has
@@ -298,6 +311,10 @@ mod tests {
     fn ip(text: &str) -> IpAddr {
         text.parse().expect("address")
     }
+    fn release(pool: &Pool, owner: &Attachment) {
+        let held = pool.held_by(owner).expect("list");
+        pool.release(owner, &held).expect("release");
+    }
     fn owner(n: usize) -> Attachment {
         Attachment { container_id: format!("c{n}"), ifname: "eth0".into() }
     }
@@ -330,7 +347,7 @@ mod tests {
         let mut got = Vec::new();
         for n in 0..8 {
             got.extend(pool.allocate(&range, "n", &owner(n)).expect("free"));
-            pool.release(&owner(n)).expect("release");
+            release(&pool, &owner(n));
         }
         let want = ["2", "3", "4", "5", "6", "2", "3", "4"].map(|n| ip(&format!("10.1.2.{n}")));
         assert_eq!(got, want);
@@ -348,7 +365,7 @@ mod tests {
         assert!(e.msg.contains("10.1.2.0/28"), "{e}");
         assert!(pool.held_by(&owner(99)).expect("list").is_empty(), "half a lease stayed");
         let freed = pool.held_by(&owner(5)).expect("list");
-        pool.release(&owner(5)).expect("release");
+        release(&pool, &owner(5));
         let again = pool.allocate(&ranges, "n", &owner(99)).expect("one is free");
         assert_eq!(again[1], *freed.iter().find(|a| a.is_ipv4()).expect("v4"));
     }
@@ -362,7 +379,7 @@ mod tests {
             std::fs::write(pool.dir.join(".last"), text).expect("write");
             let got = pool.allocate(&[net("10.1.2.0/24")], "n", &owner(1)).expect("free");
             assert_eq!(got, [ip("10.1.2.2")]);
-            pool.release(&owner(1)).expect("release");
+            release(&pool, &owner(1));
         }
     }
 
@@ -375,10 +392,12 @@ mod tests {
         pool.allocate(&range, "n", &owner(2)).expect("free");
         let other = Attachment { ifname: "net1".into(), ..owner(1) };
         for _ in 0..3 {
-            pool.release(&owner(2)).expect("release");
-            pool.release(&other).expect("release");
+            release(&pool, &owner(2));
+            release(&pool, &other);
         }
         assert_eq!(pool.held_by(&owner(1)).expect("list"), kept);
+        // An address that is another's by now stays.
+        pool.release(&owner(2), &kept).expect("release");
         assert_eq!(pool.leases().expect("list").len(), 1);
         assert_eq!(Pool::new(&dir.0.join("absent")).leases().expect("list"), []);
     }

@@ -87,6 +87,10 @@ impl NetConf {
         let name = raw.name.filter(|n| !n.is_empty()).ok_or_else(|| {
             Error::new(code::CONFIG, "the network configuration has no name").details("set \"name\" in it")
         })?;
+        if name.len() > NAME_MAX {
+            let text = format!("the network's name has {} characters", name.len());
+            return Err(Error::new(code::CONFIG, text).details(format!("at most {NAME_MAX} are supported")));
+        }
         if !is_identifier(&name) {
             return Err(Error::new(code::CONFIG, format!("network name {name:?} is invalid")).details(IDENTIFIER_RULE));
         }
@@ -114,6 +118,9 @@ impl NetConf {
         })
     }
 }
+
+/// Longest network name that is surely a file name.
+const NAME_MAX: usize = 200;
 
 /// What a network name or a container id may be, for messages.
 pub const IDENTIFIER_RULE: &str =
@@ -253,6 +260,8 @@ mod tests {
         }
         let deep = format!(r#"{{"cniVersion":"1.0.0","name":"a","x":{}1{}}}"#, "[".repeat(4000), "]".repeat(4000));
         assert_eq!(parse_text(&deep).expect_err("too deep").0, 6);
+        let long = json!({ "cniVersion": "1.0.0", "name": "a".repeat(201) });
+        assert_eq!(parse(&long).expect_err("too long").0, 7);
     }
 
     #[test]
