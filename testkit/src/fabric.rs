@@ -290,6 +290,30 @@ impl Fabric {
         node.ip(&batch)
     }
 
+    /// Plugs another host into the switch, at `172.18.0.LAST` and `fd00:18::LAST`.
+    pub fn add_host(&self, name: &str, last: u8) -> Result<Holder> {
+        if self.setup.topology != Topology::Switched {
+            bail!("a routed fabric has no room for another host");
+        }
+        let prefix = self.switch.name().trim_end_matches("-sw");
+        let host = Holder::new(&format!("{prefix}-{name}"), Own::default())?;
+        quiet(&host)?;
+        self.switch.ip(&format!(
+            "link add {name} type veth peer name eth0 netns {}\nlink set {name} master br0 up\n",
+            host.pid()
+        ))?;
+        host.ip(&format!(
+            "addr add 172.18.0.{last}/24 dev eth0\naddr add fd00:18::{last}/64 dev eth0 nodad\nlink set eth0 up\n\
+             route add default via 172.18.0.1\nroute add default via fd00:18::1\n"
+        ))?;
+        Ok(host)
+    }
+
+    /// The directory of this run; removed at the end.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// What was asked for.
     pub fn setup(&self) -> Setup {
         self.setup

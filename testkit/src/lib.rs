@@ -7,7 +7,7 @@
 //! | [`netns`] | a namespace: run closures and commands inside |
 //! | [`fabric`] | nodes, routers, the world, wired together |
 //! | [`node`], [`agent`], [`pod`], [`cni`] | a node, its agent, its pods, the CNI protocol |
-//! | [`manifest`] | Kubernetes YAML for services, endpoint slices and nodes |
+//! | [`manifest`], [`apiserver`] | Kubernetes YAML for services, endpoint slices and nodes; a real control plane |
 //! | [`server`], [`client`], [`load`], [`icmp`] | real sockets: who answers, from where, how fast, what was lost |
 //! | [`sniff`], [`packet`], [`check`] | captures, hand-made packets, and an independent check of every checksum |
 //! | [`dist`] | where the built programs are |
@@ -16,6 +16,7 @@
 //! test leaves none behind.
 
 pub mod agent;
+pub mod apiserver;
 pub mod check;
 pub mod client;
 pub mod cni;

@@ -6,6 +6,7 @@ use anyhow::Result;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::time::Instant;
+use testkit::apiserver::ApiServer;
 use testkit::client::ask;
 use testkit::manifest::{Endpoint, Service};
 use testkit::pod::PORT;
@@ -29,6 +30,7 @@ pub struct Cluster<'a> {
     pub outside: Service,
     /// Backend: the first node's own address.
     pub host: Service,
+    api: Option<&'a ApiServer>,
     _servers: Vec<Server>,
 }
 
@@ -47,16 +49,19 @@ pub fn endpoints(pod: &Pod) -> Vec<Endpoint> {
     pod.addresses().iter().map(|a| Endpoint::ready(*a, Some(pod.node().name()))).collect()
 }
 
+/// Starts an agent on every node, and waits until all are ready.
+fn start_agents(fabric: &Fabric, api: Option<&ApiServer>) -> Result<()> {
+    let kubeconfig = api.map(|api| api.kubeconfig().display().to_string());
+    let source: Vec<&str> = kubeconfig.iter().flat_map(|path| ["--kubeconfig", path]).collect();
+    fabric.nodes().iter().try_for_each(|node| node.spawn_agent(&source))?;
+    fabric.nodes().iter().try_for_each(testkit::Node::wait_ready)
+}
+
 impl<'a> Cluster<'a> {
     /// Starts agents, adds pods, writes services, and waits until they are known.
-    pub fn start(fabric: &'a Fabric) -> Result<Self> {
+    pub fn start(fabric: &'a Fabric, api: Option<&'a ApiServer>) -> Result<Self> {
         let start = Instant::now();
-        for node in fabric.nodes() {
-            node.spawn_agent(&[])?;
-        }
-        for node in fabric.nodes() {
-            node.wait_ready()?;
-        }
+        start_agents(fabric, api)?;
         table::note(&format!("{} agents ready after {} ms", fabric.nodes().len(), start.elapsed().as_millis()));
         let start = Instant::now();
         let mut pods = Vec::new();
@@ -90,13 +95,27 @@ impl<'a> Cluster<'a> {
             host: service("host", 4, host),
             fabric,
             pods,
+            api,
             _servers: servers,
         };
         for service in cluster.services() {
-            fabric.manifests().apply(service)?;
+            cluster.apply(service)?;
         }
         cluster.wait_until_known()?;
         Ok(cluster)
+    }
+
+    /// Writes a service and its slices where the agents see them.
+    pub fn apply(&self, service: &Service) -> Result<()> {
+        match self.api {
+            Some(api) => api.apply(&service.yaml(), "apply"),
+            None => self.fabric.manifests().apply(service),
+        }
+    }
+
+    /// Starts all agents again, and waits until they are ready.
+    pub fn restart_agents(&self) -> Result<()> {
+        start_agents(self.fabric, self.api)
     }
 
     /// All services.
@@ -153,7 +172,10 @@ impl<'a> Cluster<'a> {
             let _ = write!(line, "curl -s http://{}:{SERVICE_PORT}/", self.web.vips[0]);
             lines.push(line);
         }
-        lines.push(format!("manifests (edit them!): {}", self.fabric.manifests().dir().display()));
+        lines.push(match self.api {
+            Some(api) => format!("export KUBECONFIG={}", api.kubeconfig().display()),
+            None => format!("manifests (edit them!): {}", self.fabric.manifests().dir().display()),
+        });
         lines
     }
 }

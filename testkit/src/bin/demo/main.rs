@@ -15,6 +15,8 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 use table::Table;
+use testkit::apiserver::ApiServer;
+use testkit::manifest::node_yaml;
 use testkit::{Fabric, Routing, Setup};
 
 /// Two nodes on one machine: pods talk and services work, with the agents alive or dead.
@@ -27,6 +29,9 @@ struct Args {
     /// How pods of other nodes are reached
     #[arg(long, value_enum, default_value_t = Mode::Vxlan)]
     routing: Mode,
+    /// Let the agents learn everything from a real etcd and kube-apiserver instead of a directory of manifests
+    #[arg(long)]
+    api_server: bool,
     /// Requests in each row
     #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u16).range(1..))]
     requests: u16,
@@ -83,7 +88,8 @@ fn run(args: &Args) -> Result<bool> {
     let setup = Setup { nodes: args.nodes, routing: args.routing.into(), ..Setup::default() };
     table::step(&format!("{} nodes, dual stack, routing {}", args.nodes, setup.routing.word()));
     let fabric = Fabric::build(setup).context("cannot build the nodes")?;
-    let mut cluster = cluster::Cluster::start(&fabric)?;
+    let api = if args.api_server { Some(control_plane(&fabric)?) } else { None };
+    let mut cluster = cluster::Cluster::start(&fabric, api.as_ref()).with_context(|| fabric.logs())?;
     let requests = usize::from(args.requests);
     let held = rows::all(&cluster, requests, &mut table)
         .and_then(|()| traffic::all(&mut cluster, requests, &mut table))
@@ -97,6 +103,17 @@ fn run(args: &Args) -> Result<bool> {
         keep(&cluster);
     }
     Ok(table.held())
+}
+
+/// A real API server that knows the nodes.
+fn control_plane(fabric: &Fabric) -> Result<ApiServer> {
+    let start = Instant::now();
+    let api = ApiServer::start(fabric)?;
+    for node in fabric.nodes() {
+        api.apply(&node_yaml(node.name(), &node.addresses(), node.pod_cidrs()), "create")?;
+    }
+    table::note(&format!("etcd and kube-apiserver ready after {} ms", start.elapsed().as_millis()));
+    Ok(api)
 }
 
 /// Tells how to look inside and waits for a signal, which ends the process.

@@ -157,7 +157,7 @@ pub fn refusals(cluster: &Cluster<'_>, requests: usize, table: &mut Table) -> Re
     table::columns();
     let mut empty = cluster.one.clone();
     empty.endpoints.clear();
-    cluster.fabric.manifests().apply(&empty)?;
+    cluster.apply(&empty)?;
     for client in cluster.clients() {
         for vip in &empty.vips {
             let target = SocketAddr::new(*vip, SERVICE_PORT);
@@ -179,7 +179,7 @@ pub fn refusals(cluster: &Cluster<'_>, requests: usize, table: &mut Table) -> Re
             }
         }
     }
-    cluster.fabric.manifests().apply(&cluster.one)?;
+    cluster.apply(&cluster.one)?;
     for client in cluster.clients() {
         for vip in &cluster.one.vips {
             let target = SocketAddr::new(*vip, SERVICE_PORT);

@@ -83,7 +83,7 @@ fn scale(cluster: &mut Cluster<'_>, requests: usize, table: &mut Table) -> Resul
     let rounds = [all, few];
     for (round, backends) in rounds.iter().enumerate() {
         cluster.web.endpoints = backends.iter().flat_map(|p| endpoints(p)).collect();
-        cluster.fabric.manifests().apply(&cluster.web)?;
+        cluster.apply(&cluster.web)?;
         let names: Vec<&str> = backends.iter().map(|p| p.name()).collect();
         let from = cluster.pods.last().ok_or_else(|| anyhow!("no pods"))?.netns();
         settled(from, &cluster.web, &names)?;
@@ -119,12 +119,7 @@ fn without_agents(cluster: &mut Cluster<'_>, requests: usize, table: &mut Table)
     let verdict = if dead { Ok(()) } else { Err(anyhow!("an agent is alive")) };
     table.fact("every agent is dead, traffic goes on", verdict);
     newcomer(cluster, requests, table)?;
-    for node in cluster.fabric.nodes() {
-        node.spawn_agent(&[])?;
-    }
-    for node in cluster.fabric.nodes() {
-        node.wait_ready()?;
-    }
+    cluster.restart_agents()?;
     more(&streams, requests * 3)?;
     table.fact("every agent is back and ready", Ok(()));
     finish(streams, table)
