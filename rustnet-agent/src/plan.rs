@@ -1,6 +1,14 @@
 //! What the maps hold and what they should hold, hence the writes that lead from one to the other. Pure: maps and time come
 //! in as arguments.
 
+mod ids;
+mod memory;
+mod planner;
+mod ranges;
+
+pub use memory::MemoryMaps;
+pub use planner::{GRACE, Plan, Planner};
+
 use ipnet::IpNet;
 use rustnet_common::backend::Backend;
 use rustnet_common::peer::Peer;

@@ -3,6 +3,8 @@
 //! Only `source/convert.rs` makes these. What was wrong with an object travels with it as [`Problem`]s, so that a report
 //! disappears by itself once the object is mended.
 
+#[cfg(test)]
+pub mod build;
 mod name;
 mod node;
 mod pod;

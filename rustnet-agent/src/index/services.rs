@@ -1,0 +1,283 @@
+//! Services and their slices: who claims which virtual address, and which entries a change touches.
+
+use super::backends::{DesiredBackend, Place, choose};
+use crate::model::{EndpointSlice, Family, ObjectName, Problem, Service, ServicePort};
+use crate::plan::VipKey;
+use rustnet_common::service::{flags, scope};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// A service entry as it should be; range and id are the plan's business.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DesiredService {
+    /// See `rustnet_common::service::flags`.
+    pub flags: u16,
+    /// Session affinity in seconds, 0 for none.
+    pub affinity: u32,
+}
+
+/// A Service and its slices. Either can come first.
+#[derive(Debug, Default)]
+struct State {
+    service: Option<Arc<Service>>,
+    /// In order of their names.
+    slices: Vec<Arc<EndpointSlice>>,
+}
+
+/// Who wants an entry. Nearly always it is one.
+#[derive(Debug)]
+enum Claim {
+    One(ObjectName),
+    /// In order of age, then name: the first has it.
+    Many(BTreeSet<(i64, ObjectName)>),
+}
+
+impl Claim {
+    fn winner(&self) -> Option<&ObjectName> {
+        match self {
+            Self::One(name) => Some(name),
+            Self::Many(claims) => claims.first().map(|(_, name)| name),
+        }
+    }
+}
+
+/// All services.
+#[derive(Debug)]
+pub struct Services {
+    node_name: Arc<str>,
+    zone: Arc<str>,
+    /// Addresses of this node: never claimed, whatever a Service says.
+    own: BTreeSet<IpAddr>,
+    states: HashMap<ObjectName, State>,
+    slice_owner: HashMap<ObjectName, ObjectName>,
+    claims: HashMap<VipKey, Claim>,
+    /// Entries with more than one claim.
+    contested: BTreeSet<VipKey>,
+    /// How many services have this virtual address.
+    vips: HashMap<IpAddr, u32>,
+    dirty: HashSet<VipKey>,
+}
+
+/// The entries of a Service's ports.
+fn port_keys(service: &Service) -> impl Iterator<Item = VipKey> + '_ {
+    service.vips.iter().flat_map(|ip| {
+        service.ports.iter().map(|p| VipKey { ip: *ip, port: p.port, proto: p.proto, scope: scope::CLUSTER })
+    })
+}
+
+impl Services {
+    pub fn new(node_name: Arc<str>) -> Self {
+        Self {
+            node_name,
+            zone: "".into(),
+            own: BTreeSet::new(),
+            states: HashMap::new(),
+            slice_owner: HashMap::new(),
+            claims: HashMap::new(),
+            contested: BTreeSet::new(),
+            vips: HashMap::new(),
+            dirty: HashSet::new(),
+        }
+    }
+
+    pub fn apply_service(&mut self, service: Arc<Service>) {
+        let state = self.states.entry(service.name.clone()).or_default();
+        if state.service.as_ref() == Some(&service) {
+            return;
+        }
+        let old = state.service.replace(Arc::clone(&service));
+        if let Some(old) = old {
+            self.unclaim(&old);
+        }
+        self.claim(&service);
+    }
+
+    pub fn delete_service(&mut self, name: &ObjectName) {
+        if let Some(old) = self.states.get_mut(name).and_then(|state| state.service.take()) {
+            self.unclaim(&old);
+            self.forget_if_empty(name);
+        }
+    }
+
+    pub fn apply_slice(&mut self, slice: Arc<EndpointSlice>) {
+        match self.slice_owner.get(&slice.name) {
+            Some(owner) if *owner == slice.service => {}
+            Some(_) => {
+                self.delete_slice(&slice.name);
+                self.slice_owner.insert(slice.name.clone(), slice.service.clone());
+            }
+            None => {
+                self.slice_owner.insert(slice.name.clone(), slice.service.clone());
+            }
+        }
+        let state = self.states.entry(slice.service.clone()).or_default();
+        match state.slices.binary_search_by(|other| other.name.cmp(&slice.name)) {
+            Ok(at) if state.slices[at] == slice => return,
+            Ok(at) => state.slices[at] = Arc::clone(&slice),
+            Err(at) => state.slices.insert(at, Arc::clone(&slice)),
+        }
+        self.endpoints_changed(&slice.service);
+    }
+
+    pub fn delete_slice(&mut self, name: &ObjectName) {
+        let Some(owner) = self.slice_owner.remove(name) else {
+            return;
+        };
+        if let Some(state) = self.states.get_mut(&owner) {
+            state.slices.retain(|slice| slice.name != *name);
+        }
+        self.endpoints_changed(&owner);
+        self.forget_if_empty(&owner);
+    }
+
+    /// Replaces this node's addresses and zone.
+    pub fn set_own(&mut self, addresses: BTreeSet<IpAddr>, zone: Arc<str>) {
+        if self.zone != zone {
+            self.zone = zone;
+            self.dirty.extend(self.claims.keys());
+        }
+        for ip in self.own.symmetric_difference(&addresses).filter(|ip| self.vips.contains_key(ip)) {
+            self.dirty.insert(VipKey::wildcard(*ip));
+            self.dirty.extend(self.claims.keys().filter(|key| key.ip == *ip));
+        }
+        self.own = addresses;
+    }
+
+    pub fn take_dirty(&mut self) -> Vec<VipKey> {
+        self.dirty.drain().collect()
+    }
+
+    pub fn keys(&self) -> impl Iterator<Item = VipKey> + '_ {
+        let wildcards = self.vips.keys().map(|ip| VipKey::wildcard(*ip));
+        self.claims.keys().copied().chain(wildcards).filter(|key| !self.own.contains(&key.ip))
+    }
+
+    pub fn service_names(&self) -> impl Iterator<Item = ObjectName> + '_ {
+        self.states.iter().filter(|(_, state)| state.service.is_some()).map(|(name, _)| name.clone())
+    }
+
+    pub fn slice_names(&self) -> impl Iterator<Item = ObjectName> + '_ {
+        self.slice_owner.keys().cloned()
+    }
+
+    pub fn owner(&self, key: &VipKey) -> Option<(&ObjectName, &ServicePort)> {
+        let service = self.states.get(self.claims.get(key)?.winner()?)?.service.as_ref()?;
+        let port = service.ports.iter().find(|p| p.port == key.port && p.proto == key.proto)?;
+        Some((&service.name, port))
+    }
+
+    pub fn desired(&self, key: &VipKey, backends: &mut Vec<DesiredBackend>) -> Option<DesiredService> {
+        backends.clear();
+        if self.own.contains(&key.ip) {
+            return None;
+        }
+        if key.is_wildcard() {
+            return self.vips.contains_key(&key.ip).then_some(DesiredService { flags: flags::VIP, affinity: 0 });
+        }
+        let state = self.states.get(self.claims.get(key)?.winner()?)?;
+        let service = state.service.as_ref()?;
+        let port = service.ports.iter().find(|p| p.port == key.port && p.proto == key.proto)?;
+        let here = Place { node: &self.node_name, zone: &self.zone };
+        let flags = choose(service, port, Family::of(key.ip), &state.slices, here, backends);
+        Some(DesiredService { flags, affinity: service.affinity })
+    }
+
+    /// Claims that lost, each with the remedy.
+    pub fn conflicts(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for key in &self.contested {
+            let Some(Claim::Many(claims)) = self.claims.get(key) else {
+                continue;
+            };
+            let mut names = claims.iter().map(|(_, name)| name);
+            let Some(winner) = names.next() else {
+                continue;
+            };
+            for loser in names {
+                problems.push(Problem::new(
+                    &format!("Service {loser}").into(),
+                    "spec.clusterIPs",
+                    format!("{key} belongs to the older Service {winner}; give one of them another address or port"),
+                ));
+            }
+        }
+        if self.own.iter().any(|ip| self.vips.contains_key(ip)) {
+            let services = self.states.values().filter_map(|state| state.service.as_ref());
+            let mut taken: Vec<_> = services
+                .flat_map(|service| service.vips.iter().map(|ip| (&service.name, *ip)))
+                .filter(|(_, ip)| self.own.contains(ip))
+                .collect();
+            taken.sort();
+            problems.extend(taken.into_iter().map(|(name, ip)| {
+                let message = format!(
+                    "{ip} is an address of node {}, the service does not get it; choose one of the service range",
+                    self.node_name
+                );
+                Problem::new(&format!("Service {name}").into(), "spec.clusterIPs", message)
+            }));
+        }
+        problems
+    }
+
+    fn claim(&mut self, service: &Service) {
+        for ip in &service.vips {
+            *self.vips.entry(*ip).or_default() += 1;
+            self.dirty.insert(VipKey::wildcard(*ip));
+        }
+        for key in port_keys(service) {
+            self.dirty.insert(key);
+            let claim = match self.claims.remove(&key) {
+                None => Claim::One(service.name.clone()),
+                Some(Claim::One(other)) => {
+                    self.contested.insert(key);
+                    let age = self.states.get(&other).and_then(|s| s.service.as_ref()).map_or(0, |s| s.created);
+                    Claim::Many([(age, other), (service.created, service.name.clone())].into())
+                }
+                Some(Claim::Many(mut claims)) => {
+                    claims.insert((service.created, service.name.clone()));
+                    Claim::Many(claims)
+                }
+            };
+            self.claims.insert(key, claim);
+        }
+    }
+
+    fn unclaim(&mut self, service: &Service) {
+        for ip in &service.vips {
+            self.dirty.insert(VipKey::wildcard(*ip));
+            if let Some(count) = self.vips.get_mut(ip) {
+                *count -= 1;
+                if *count == 0 {
+                    self.vips.remove(ip);
+                }
+            }
+        }
+        for key in port_keys(service) {
+            self.dirty.insert(key);
+            if let Some(Claim::Many(mut claims)) = self.claims.remove(&key) {
+                claims.remove(&(service.created, service.name.clone()));
+                let left = if claims.len() == 1 {
+                    self.contested.remove(&key);
+                    claims.pop_first().map(|(_, name)| Claim::One(name))
+                } else {
+                    Some(Claim::Many(claims))
+                };
+                self.claims.extend(left.map(|left| (key, left)));
+            }
+        }
+    }
+
+    /// The slices of a service changed: all its entries may.
+    fn endpoints_changed(&mut self, service: &ObjectName) {
+        if let Some(service) = self.states.get(service).and_then(|state| state.service.as_ref()) {
+            self.dirty.extend(port_keys(service));
+        }
+    }
+
+    fn forget_if_empty(&mut self, name: &ObjectName) {
+        if self.states.get(name).is_some_and(|state| state.service.is_none() && state.slices.is_empty()) {
+            self.states.remove(name);
+        }
+    }
+}

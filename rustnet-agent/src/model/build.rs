@@ -1,0 +1,148 @@
+//! Builders of objects for unit tests: name what matters, leave out the rest.
+
+use super::{Condition, Endpoint, EndpointSlice, Family, Hints, Node, ObjectName, Service, ServicePort, TargetPort};
+use crate::source::{Event, Object};
+use rustnet_common::tuple::proto::TCP;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// An address from its text.
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// `default/NAME` with these addresses and no port.
+pub fn service(name: &str, vips: &[&str]) -> Service {
+    Service {
+        name: ObjectName::namespaced("default", name),
+        created: 0,
+        vips: vips.iter().map(|vip| ip(vip)).collect(),
+        ports: Box::default(),
+        affinity: 0,
+        internal_local: false,
+        problems: Box::default(),
+    }
+}
+
+impl Service {
+    /// Adds a port.
+    pub fn port(mut self, name: &str, port: u16, proto: u8) -> Self {
+        let added = ServicePort { name: name.into(), port, proto };
+        self.ports = self.ports.into_iter().chain([added]).collect();
+        self
+    }
+
+    /// Adds an unnamed TCP port.
+    pub fn tcp(self, port: u16) -> Self {
+        self.port("", port, TCP)
+    }
+
+    /// Sets the age.
+    pub fn created(self, created: i64) -> Self {
+        Self { created, ..self }
+    }
+
+    /// The event that delivers it.
+    pub fn apply(self) -> Event {
+        Event::Apply(Object::Service(Arc::new(self)))
+    }
+}
+
+/// `default/NAME`, a slice of `default/SERVICE`, without ports and endpoints.
+pub fn slice(name: &str, service: &str, family: Family) -> EndpointSlice {
+    EndpointSlice {
+        name: ObjectName::namespaced("default", name),
+        service: ObjectName::namespaced("default", service),
+        family,
+        ports: Box::default(),
+        endpoints: Box::default(),
+        problems: Box::default(),
+    }
+}
+
+impl EndpointSlice {
+    /// Adds a port.
+    pub fn port(mut self, name: &str, port: u16, proto: u8) -> Self {
+        let added = TargetPort { name: name.into(), port, proto };
+        self.ports = self.ports.into_iter().chain([added]).collect();
+        self
+    }
+
+    /// Adds an unnamed TCP port.
+    pub fn tcp(self, port: u16) -> Self {
+        self.port("", port, TCP)
+    }
+
+    /// Adds an endpoint.
+    pub fn endpoint(mut self, endpoint: Endpoint) -> Self {
+        self.endpoints = self.endpoints.into_iter().chain([endpoint]).collect();
+        self
+    }
+
+    /// Adds ready endpoints.
+    pub fn ready(self, addrs: &[&str]) -> Self {
+        addrs.iter().fold(self, |slice, addr| slice.endpoint(endpoint(addr)))
+    }
+
+    /// The event that delivers it.
+    pub fn apply(self) -> Event {
+        Event::Apply(Object::Slice(Arc::new(self)))
+    }
+}
+
+/// A ready endpoint on no known node.
+pub fn endpoint(addr: &str) -> Endpoint {
+    Endpoint { addr: ip(addr), condition: Condition::Ready, node: "".into(), hints: None }
+}
+
+impl Endpoint {
+    /// Puts it on a node.
+    pub fn on(self, node: &str) -> Self {
+        Self { node: node.into(), ..self }
+    }
+
+    /// Terminating, and still serving.
+    pub fn draining(self) -> Self {
+        Self { condition: Condition::Draining, ..self }
+    }
+
+    /// Not to be used.
+    pub fn unusable(self) -> Self {
+        Self { condition: Condition::Unusable, ..self }
+    }
+
+    /// Hints at nodes and zones.
+    pub fn hints(self, nodes: &[&str], zones: &[&str]) -> Self {
+        let strings = |list: &[&str]| list.iter().map(|text| Arc::from(*text)).collect();
+        Self { hints: Some(Box::new(Hints { nodes: strings(nodes), zones: strings(zones) })), ..self }
+    }
+}
+
+/// A node with these addresses and pod ranges.
+pub fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
+    Node {
+        name: ObjectName::cluster(name),
+        created: 0,
+        addresses: addresses.iter().map(|addr| ip(addr)).collect(),
+        pod_cidrs: pod_cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
+        zone: "".into(),
+        problems: Box::default(),
+    }
+}
+
+impl Node {
+    /// Sets the age.
+    pub fn created(self, created: i64) -> Self {
+        Self { created, ..self }
+    }
+
+    /// Sets the zone.
+    pub fn zone(self, zone: &str) -> Self {
+        Self { zone: zone.into(), ..self }
+    }
+
+    /// The event that delivers it.
+    pub fn apply(self) -> Event {
+        Event::Apply(Object::Node(Arc::new(self)))
+    }
+}

@@ -1,0 +1,420 @@
+//! Index in, writes out; then what the maps hold.
+
+use super::{Capacity, GRACE, Plan, Planner};
+use crate::config::Routing;
+use crate::index::{Index, Settings};
+use crate::model::build::{endpoint, ip, node, service, slice};
+use crate::model::{Family, ObjectName};
+use crate::plan::{Maps, MemoryMaps, Snapshot, VipKey, Write};
+use crate::source::{Event, Kind, ObjectRef};
+use rustnet_common::backend::Backend;
+use rustnet_common::service::SvcEntry;
+use rustnet_common::tuple::proto::{TCP, UDP};
+use std::time::Duration;
+
+const VIP: &str = "10.96.0.10";
+
+/// An index, a planner and the maps, as the agent holds them.
+struct Rig {
+    index: Index,
+    planner: Planner,
+    maps: MemoryMaps,
+    now: Duration,
+}
+
+impl Rig {
+    fn new(capacity: u32) -> Self {
+        let maps = MemoryMaps::new(capacity);
+        Self { index: synced_index(), planner: Planner::adopt(&maps).unwrap(), maps, now: Duration::ZERO }
+    }
+
+    fn handle(&mut self, events: impl IntoIterator<Item = Event>) -> &mut Self {
+        for event in events {
+            self.index.handle(event);
+        }
+        self
+    }
+
+    fn sync(&mut self) -> Plan {
+        self.now += Duration::from_millis(1);
+        self.maps.set_now(self.now);
+        self.planner.sync(&mut self.index, &mut self.maps, self.now).unwrap()
+    }
+
+    fn wait(&mut self) -> &mut Self {
+        self.now += GRACE;
+        self
+    }
+
+    /// A new agent on the same maps, with the same cluster.
+    fn restart(&mut self) -> &mut Self {
+        self.planner = Planner::adopt(&self.maps).unwrap();
+        self
+    }
+
+    fn entry(&self, vip: &str, port: u16, proto: u8) -> SvcEntry {
+        self.maps.held().services[&key(vip, port, proto)]
+    }
+
+    fn backends(&self, vip: &str, port: u16, proto: u8) -> Vec<Backend> {
+        self.maps.backends(&self.entry(vip, port, proto)).to_vec()
+    }
+
+    fn addresses(&self, vip: &str, port: u16, proto: u8) -> Vec<String> {
+        let text = |b: &Backend| format!("{}", std::net::IpAddr::from(b.addr));
+        self.backends(vip, port, proto).iter().map(text).collect()
+    }
+}
+
+fn synced_index() -> Index {
+    let mut index = Index::new(Settings {
+        node_name: "n1".into(),
+        routing: Routing::Vxlan,
+        tunnel_family: Family::V4,
+        no_masquerade: Vec::new(),
+        own_addresses: Vec::new(),
+    });
+    for kind in Kind::REQUIRED {
+        index.handle(Event::Synced(kind));
+    }
+    index
+}
+
+fn key(vip: &str, port: u16, proto: u8) -> VipKey {
+    VipKey { ip: ip(vip), port, proto, scope: 0 }
+}
+
+fn web(addrs: &[&str]) -> [Event; 2] {
+    [service("web", &[VIP]).tcp(80).apply(), slice("web-1", "web", Family::V4).tcp(8080).ready(addrs).apply()]
+}
+
+fn dns(addrs: &[&str]) -> [Event; 2] {
+    [
+        service("dns", &["10.96.0.53"]).port("dns", 53, UDP).apply(),
+        slice("dns-1", "dns", Family::V4).port("dns", 53, UDP).ready(addrs).apply(),
+    ]
+}
+
+fn gone(kind: Kind, name: &str) -> Event {
+    Event::Delete(ObjectRef { kind, name: ObjectName::namespaced("default", name) })
+}
+
+/// The kinds of the writes, in order.
+fn shape(plan: &Plan) -> Vec<&'static str> {
+    let name = |write: &Write| match write {
+        Write::Backends { .. } => "backends",
+        Write::PutService { key, .. } if key.is_wildcard() => "put wildcard",
+        Write::PutService { .. } => "put service",
+        Write::DeleteService { key } if key.is_wildcard() => "delete wildcard",
+        Write::DeleteService { .. } => "delete service",
+        Write::PutPeer { .. } => "put peer",
+        Write::DeletePeer { .. } => "delete peer",
+        Write::ForgetFlows { .. } => "forget",
+    };
+    plan.writes.iter().map(name).collect()
+}
+
+#[test]
+fn backends_then_entry_then_wildcard_and_deletion_the_other_way_round() {
+    let mut rig = Rig::new(64);
+    let n2 = node("n2", &["172.18.0.12"], &["10.244.2.0/24"]).apply();
+    let plan = rig.handle(web(&["10.244.1.2"])).handle([n2]).sync();
+    assert_eq!(shape(&plan), ["put peer", "put peer", "backends", "put service", "put wildcard"]);
+    let n2 = Event::Delete(ObjectRef { kind: Kind::Node, name: ObjectName::cluster("n2") });
+    let plan = rig.handle([gone(Kind::Service, "web"), n2]).sync();
+    assert_eq!(shape(&plan), ["delete wildcard", "delete service", "delete peer", "delete peer"]);
+    assert_eq!(rig.maps.held().services.len(), 0);
+}
+
+#[test]
+fn nothing_changed_nothing_written() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2"])).sync();
+    assert_eq!(rig.sync().writes, []);
+    // Not even if everything is told again, or if the agent starts anew.
+    assert_eq!(rig.handle(web(&["10.244.1.2"])).sync().writes, []);
+    assert_eq!(rig.restart().sync().writes, []);
+}
+
+#[test]
+fn changed_flags_are_one_write() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2"])).sync();
+    let before = rig.entry(VIP, 80, TCP);
+    let sticky = crate::model::Service { affinity: 60, ..service("web", &[VIP]).tcp(80) };
+    let plan = rig.handle([sticky.apply()]).sync();
+    let entry = SvcEntry { affinity: 60, ..before };
+    assert_eq!(plan.writes, [Write::PutService { key: key(VIP, 80, TCP), entry }]);
+}
+
+#[test]
+fn a_changed_set_gets_a_new_range_and_backends_keep_their_ids() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
+    let (before, entry) = (rig.backends(VIP, 80, TCP), rig.entry(VIP, 80, TCP));
+    let plan = rig.handle(web(&["10.244.1.3", "10.244.1.4"])).sync();
+    assert_eq!(shape(&plan), ["backends", "put service"]);
+    let (after, now) = (rig.backends(VIP, 80, TCP), rig.entry(VIP, 80, TCP));
+    assert_eq!(now.id, entry.id);
+    assert!(now.first >= entry.first + entry.count);
+    assert_eq!(after[0], before[1]);
+    assert!(before.iter().all(|b| b.id != after[1].id));
+    // A backend that comes back is a new one: what remembers the old id must not meet it by chance.
+    rig.handle(web(&["10.244.1.2"])).sync();
+    assert!(rig.backends(VIP, 80, TCP)[0].id > after[1].id);
+}
+
+#[test]
+fn ids_survive_a_restart_and_are_not_given_again_after_it() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2", "10.244.1.3"])).handle(dns(&["10.244.1.9"])).sync();
+    let (web_before, dns_before) = (rig.backends(VIP, 80, TCP), rig.entry("10.96.0.53", 53, UDP));
+    rig.handle([gone(Kind::Service, "dns")]).handle(web(&["10.244.1.3"])).sync();
+    rig.restart().handle(web(&["10.244.1.3", "10.244.1.4"])).sync();
+    let after = rig.backends(VIP, 80, TCP);
+    assert_eq!(after[0].id, web_before[1].id);
+    assert!(after[1].id > dns_before.id && after[1].id > web_before[1].id);
+}
+
+#[test]
+fn before_everything_is_known_nothing_is_written_or_pruned() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2"])).handle(dns(&["10.244.1.3"])).sync();
+    let mut index = synced_index();
+    std::mem::swap(&mut rig.index, &mut index);
+    rig.index = Index::new(Settings {
+        node_name: "n1".into(),
+        routing: Routing::Vxlan,
+        tunnel_family: Family::V4,
+        no_masquerade: Vec::new(),
+        own_addresses: Vec::new(),
+    });
+    rig.restart().handle(web(&["10.244.1.2"])).handle([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]);
+    assert_eq!(rig.sync(), Plan::default());
+    let plan = rig.handle([Event::Synced(Kind::Node)]).sync();
+    // What was deleted while no agent was there is pruned now, and nothing else is touched.
+    assert_eq!(shape(&plan), ["delete wildcard", "delete service"]);
+    assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"]);
+}
+
+#[test]
+fn an_empty_service_has_an_entry_and_no_slots() {
+    let mut rig = Rig::new(64);
+    let plan = rig.handle(web(&[])).sync();
+    assert_eq!(shape(&plan), ["put service", "put wildcard"]);
+    assert_eq!(rig.entry(VIP, 80, TCP).count, 0);
+    rig.handle(web(&["10.244.1.2"])).sync();
+    let plan = rig.handle(web(&[])).sync();
+    assert_eq!(shape(&plan), ["put service"]);
+    assert_eq!((rig.entry(VIP, 80, TCP).first, rig.entry(VIP, 80, TCP).count), (0, 0));
+}
+
+#[test]
+fn flows_of_udp_backends_that_are_gone_are_forgotten() {
+    let mut rig = Rig::new(64);
+    rig.handle(dns(&["10.244.1.2", "10.244.1.3"])).sync();
+    let ids: Vec<u32> = rig.backends("10.96.0.53", 53, UDP).iter().map(|b| b.id).collect();
+    let plan = rig.handle(dns(&["10.244.1.3"])).sync();
+    assert_eq!(shape(&plan), ["backends", "put service", "forget"]);
+    assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![ids[0]])]);
+    // None left: flows stay, until there is somewhere to go.
+    rig.handle(dns(&[])).sync();
+    assert_eq!(rig.maps.take_forgotten(), []);
+    rig.handle(dns(&["10.244.1.4"])).sync();
+    assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![ids[1]])]);
+}
+
+#[test]
+fn tcp_flows_are_never_forgotten() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
+    rig.handle(web(&["10.244.1.3"])).sync();
+    rig.handle(web(&[])).sync();
+    rig.handle(web(&["10.244.1.4"])).sync();
+    assert_eq!(rig.maps.take_forgotten(), []);
+}
+
+#[test]
+fn a_backend_that_turns_from_ready_to_draining_is_not_gone() {
+    let mut rig = Rig::new(64);
+    rig.handle(dns(&["10.244.1.2"])).sync();
+    let before = rig.backends("10.96.0.53", 53, UDP);
+    let draining = slice("dns-1", "dns", Family::V4).port("dns", 53, UDP).endpoint(endpoint("10.244.1.2").draining());
+    let plan = rig.handle([draining.apply()]).sync();
+    assert_eq!(shape(&plan), ["backends", "put service"]);
+    assert_eq!(rig.backends("10.96.0.53", 53, UDP)[0].id, before[0].id);
+}
+
+#[test]
+fn a_crash_before_flows_were_forgotten_is_made_good_at_the_next_start() {
+    let mut rig = Rig::new(64);
+    rig.handle(dns(&["10.244.1.2", "10.244.1.3"])).sync();
+    let ids: Vec<u32> = rig.backends("10.96.0.53", 53, UDP).iter().map(|b| b.id).collect();
+    rig.maps.crash_after(2);
+    rig.handle(dns(&["10.244.1.3"]));
+    rig.now += Duration::from_millis(1);
+    rig.planner.sync(&mut rig.index, &mut rig.maps, rig.now).unwrap_err();
+    rig.maps.mend();
+    let plan = rig.restart().sync();
+    assert_eq!(shape(&plan), ["forget"]);
+    assert!(rig.maps.take_forgotten()[0].1.contains(&ids[0]));
+}
+
+#[test]
+fn after_refused_writes_the_next_sync_begins_with_what_is_there() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2"])).sync();
+    rig.maps.crash_after(1);
+    rig.handle(web(&["10.244.1.3", "10.244.1.4"]));
+    rig.planner.sync(&mut rig.index, &mut rig.maps, rig.now).unwrap_err();
+    assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"]);
+    rig.maps.mend();
+    rig.sync();
+    assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.3", "10.244.1.4"]);
+}
+
+#[test]
+fn a_full_array_keeps_the_last_good_state_of_that_service_only() {
+    let mut rig = Rig::new(6);
+    rig.handle(web(&["10.244.1.2", "10.244.1.3", "10.244.1.4"])).sync();
+    let many = ["10.244.1.2", "10.244.1.3", "10.244.1.4", "10.244.1.5"];
+    let plan = rig.handle(web(&many)).handle(dns(&["10.244.1.9"])).sync();
+    assert_eq!(rig.addresses(VIP, 80, TCP), many[..3]);
+    assert_eq!(rig.addresses("10.96.0.53", 53, UDP), ["10.244.1.9"]);
+    assert_eq!(plan.retry_at, None, "nothing is about to become free");
+    let problems = rig.planner.problems(&rig.index);
+    assert_eq!(
+        problems[0].to_string(),
+        "Service default/web: 10.96.0.10:80/TCP needs 4 slots side by side in rn_backends, of 6 there are 3 free (longest \
+         run 3) and 0 about to be: its last good backends stay; raise backend-entries"
+    );
+    // It shrinks: it fits again, and the complaint is gone.
+    rig.handle(web(&many[..2])).sync();
+    assert_eq!(rig.addresses(VIP, 80, TCP), many[..2]);
+    assert_eq!(rig.planner.problems(&rig.index), []);
+}
+
+#[test]
+fn what_waits_for_slots_gets_them_without_another_event() {
+    let mut rig = Rig::new(4);
+    rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
+    rig.handle(web(&["10.244.1.4", "10.244.1.5"])).sync();
+    let plan = rig.handle(web(&["10.244.1.6", "10.244.1.7"])).sync();
+    assert_eq!(plan.writes, []);
+    assert!(plan.retry_at.is_some());
+    assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.4", "10.244.1.5"]);
+    let plan = rig.wait().sync();
+    assert_eq!((shape(&plan), plan.retry_at), (vec!["backends", "put service"], None));
+    assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.6", "10.244.1.7"]);
+}
+
+#[test]
+fn slots_of_deleted_services_are_used_again() {
+    let mut rig = Rig::new(3);
+    for round in 0..10 {
+        rig.handle(web(&["10.244.1.2", "10.244.1.3", "10.244.1.4"])).sync();
+        assert_eq!(rig.entry(VIP, 80, TCP).count, 3, "round {round}");
+        rig.handle([gone(Kind::Service, "web")]).sync();
+        rig.wait().sync();
+        rig.wait().sync();
+    }
+}
+
+/// Real maps that say how many services fit.
+struct Small(MemoryMaps);
+
+impl Maps for Small {
+    fn snapshot(&self) -> anyhow::Result<Snapshot> {
+        self.0.snapshot()
+    }
+    fn apply(&mut self, writes: &[Write]) -> anyhow::Result<()> {
+        self.0.apply(writes)?;
+        anyhow::ensure!(self.0.held().services.len() <= 2 && self.0.held().peers.len() <= 2, "more than fits");
+        Ok(())
+    }
+    fn backend_capacity(&self) -> u32 {
+        self.0.backend_capacity()
+    }
+    fn service_capacity(&self) -> u32 {
+        2
+    }
+    fn peer_capacity(&self) -> u32 {
+        2
+    }
+}
+
+#[test]
+fn a_full_service_map_leaves_out_what_does_not_fit_until_it_does() {
+    let mut maps = Small(MemoryMaps::new(64));
+    let mut index = synced_index();
+    let mut planner = Planner::adopt(&maps).unwrap();
+    for event in web(&["10.244.1.2"]).into_iter().chain(dns(&["10.244.1.3"])) {
+        index.handle(event);
+    }
+    planner.sync(&mut index, &mut maps, Duration::ZERO).unwrap();
+    let problems = planner.problems(&index);
+    assert_eq!(problems.len(), 2);
+    assert!(problems[0].to_string().contains("all 2 entries of the service map are taken"), "{problems:?}");
+    index.handle(gone(Kind::Service, "web"));
+    planner.sync(&mut index, &mut maps, Duration::ZERO).ok();
+    for _ in 0..3 {
+        planner.sync(&mut index, &mut maps, Duration::from_secs(1)).unwrap();
+    }
+    assert_eq!(planner.problems(&index), []);
+    assert!(maps.0.held().services.contains_key(&key("10.96.0.53", 53, UDP)));
+}
+
+#[test]
+fn a_full_peers_map_keeps_what_fits() {
+    let mut maps = Small(MemoryMaps::new(64));
+    let mut index = synced_index();
+    let mut planner = Planner::adopt(&maps).unwrap();
+    index.handle(node("n2", &["172.18.0.12", "172.18.0.13", "172.18.0.14"], &[]).apply());
+    planner.sync(&mut index, &mut maps, Duration::ZERO).unwrap();
+    assert_eq!(maps.0.held().peers.len(), 2);
+    assert!(planner.problems(&index)[0].to_string().contains("3 prefixes do not fit into the 2 entries"));
+}
+
+#[test]
+fn damaged_maps_are_mended() {
+    let good = Backend { addr: ip("10.244.1.2").into(), port: 8080, flags: 0, id: 7 };
+    let never: Backend = bytemuck::Zeroable::zeroed();
+    let entry = |first, count, id| SvcEntry { first, count, id, affinity: 0, flags: 0, pad: 0 };
+    for (what, web_entry, dns_entry) in [
+        ("beyond what was written", entry(2, 5, 1), entry(0, 1, 2)),
+        ("beyond everything", entry(u32::MAX, 2, 1), entry(u32::MAX, u32::MAX, 2)),
+        ("never written", entry(1, 1, 1), entry(0, 0, 2)),
+        ("shared", entry(0, 1, 1), entry(0, 1, 2)),
+        ("without an id", entry(0, 1, 0), entry(9, 0, 0)),
+    ] {
+        let mut held = Snapshot { backends: vec![good, never], ..Snapshot::default() };
+        held.services.insert(key(VIP, 80, TCP), web_entry);
+        held.services.insert(key("10.96.0.53", 53, UDP), dns_entry);
+        held.services.insert(VipKey::wildcard(ip(VIP)), entry(1, 1, 9));
+        let mut rig = Rig::new(64);
+        rig.maps = MemoryMaps::with(held, 64);
+        rig.restart().handle(web(&["10.244.1.2"])).handle(dns(&["10.244.1.3"]));
+        rig.wait().sync();
+        rig.wait().sync();
+        assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"], "{what}");
+        assert_eq!(rig.addresses("10.96.0.53", 53, UDP), ["10.244.1.3"], "{what}");
+        assert_eq!(rig.maps.held().services[&VipKey::wildcard(ip(VIP))].count, 0, "{what}");
+        assert_ne!(rig.entry(VIP, 80, TCP).id, rig.entry("10.96.0.53", 53, UDP).id, "{what}");
+        assert_eq!(rig.sync().writes, [], "{what}");
+    }
+}
+
+#[test]
+fn a_smaller_array_than_the_one_read_back() {
+    let backend = |id| Backend { addr: ip("10.244.1.2").into(), port: 8080, flags: 0, id };
+    let mut held = Snapshot { backends: (1..=8).map(backend).collect(), ..Snapshot::default() };
+    held.services.insert(key(VIP, 80, TCP), SvcEntry { first: 6, count: 1, id: 1, affinity: 0, flags: 0, pad: 0 });
+    let room = Capacity { services: 8, backends: 4, peers: 8 };
+    let mut planner = Planner::from_snapshot(held, room);
+    let mut index = synced_index();
+    web(&["10.244.1.2"]).into_iter().for_each(|event| index.handle(event));
+    // What lies in the part that is left may have been let go of just now.
+    let wait = planner.plan(&mut index, Duration::ZERO).retry_at.unwrap();
+    let plan = planner.plan(&mut index, wait);
+    assert!(matches!(plan.writes[0], Write::Backends { first: 0, .. }), "{plan:?}");
+}
