@@ -2,10 +2,14 @@
 
 use crate::netns::Netns;
 use anyhow::{Context, Result, bail};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// How long a request may take before it counts as lost.
@@ -163,6 +167,27 @@ pub fn connected_udp(target: SocketAddr) -> std::io::Result<UdpSocket> {
     Ok(socket)
 }
 
+/// A connected UDP socket with a chosen local port, which others may use as well.
+pub fn udp_from_port(port: u16, target: SocketAddr) -> Result<UdpSocket> {
+    let socket = UdpSocket::from(bound(SockType::Datagram, port, target)?);
+    socket.set_read_timeout(Some(TIMEOUT))?;
+    socket.connect(target).with_context(|| format!("cannot connect to {target} from port {port}"))?;
+    Ok(socket)
+}
+
+/// A socket that is bound to a port of the target's family.
+fn bound(kind: SockType, port: u16, target: SocketAddr) -> Result<OwnedFd> {
+    let family = if target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    let any = match target {
+        SocketAddr::V4(_) => SockaddrStorage::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port)),
+        SocketAddr::V6(_) => SockaddrStorage::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0)),
+    };
+    bind(fd.as_raw_fd(), &any).with_context(|| format!("cannot bind to port {port}"))?;
+    Ok(fd)
+}
+
 /// One datagram there and one back.
 pub fn ask_udp(socket: &UdpSocket, text: &str) -> std::io::Result<(String, IpAddr)> {
     let mut buffer = vec![0; 65_535];
@@ -186,7 +211,18 @@ pub struct Connection {
 impl Connection {
     /// Connects from the calling thread's namespace.
     pub fn open(target: SocketAddr) -> std::io::Result<Self> {
-        let stream = TcpStream::connect_timeout(&target, TIMEOUT)?;
+        Self::of(TcpStream::connect_timeout(&target, TIMEOUT)?)
+    }
+
+    /// Connects from the calling thread's namespace and a chosen port, which others may use as well.
+    pub fn open_from_port(port: u16, target: SocketAddr) -> Result<Self> {
+        let fd = bound(SockType::Stream, port, target)?;
+        connect(fd.as_raw_fd(), &SockaddrStorage::from(target))
+            .with_context(|| format!("cannot connect to {target} from port {port}"))?;
+        Ok(Self::of(TcpStream::from(fd))?)
+    }
+
+    fn of(stream: TcpStream) -> std::io::Result<Self> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(TIMEOUT))?;
         stream.set_write_timeout(Some(TIMEOUT))?;

@@ -7,6 +7,7 @@ mod abuse;
 mod agent;
 mod cleanup;
 mod fixture;
+mod flows;
 mod hosts;
 mod path;
 mod pods;
