@@ -1,4 +1,4 @@
-//! Where the built programs are: `RUSTNET_DIST`, `target/dist`, or the build directories.
+//! Where the built programs are: `RUSTNET_DIST`, or whichever of the build directories is newest.
 
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
@@ -13,13 +13,18 @@ pub fn find(program: &str) -> Result<PathBuf> {
         bail!("RUSTNET_DIST is set, but {} does not exist: run `cargo xtask dist`", path.display());
     }
     let target = target_dir();
-    for folder in ["dist", "release", "debug"] {
+    // Of several builds, the one that was made last is meant.
+    let built = |folder: &str| {
         let path = target.join(folder).join(program);
-        if path.is_file() {
-            return Ok(path);
-        }
+        path.metadata().and_then(|m| m.modified()).ok().map(|time| (time, path))
+    };
+    if let Some((_, path)) = ["dist", "dist-dev", "release", "debug"].into_iter().filter_map(built).max() {
+        return Ok(path);
     }
-    bail!("{program} is not built (looked into {}/{{dist,release,debug}}): run `cargo xtask dist`", target.display())
+    bail!(
+        "{program} is not built (looked into {}/{{dist,dist-dev,release,debug}}): run `cargo xtask dist`",
+        target.display()
+    )
 }
 
 /// The target directory: above the running program, or below the workspace.

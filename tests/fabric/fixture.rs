@@ -52,12 +52,6 @@ impl Net {
         self.fabric.node(n)
     }
 
-    /// The world's addresses.
-    pub fn world(&self) -> [IpAddr; 2] {
-        let (v4, v6) = testkit::fabric::WORLD;
-        [v4.into(), v6.into()]
-    }
-
     /// Applies a service with new addresses, and waits until both nodes know it. Removed when dropped.
     pub fn service(&self, endpoints: Vec<Endpoint>) -> Result<TestService<'_>> {
         let made = self.unawaited_service(endpoints)?;
@@ -75,6 +69,12 @@ impl Net {
         self.fabric.manifests().apply(&service)?;
         Ok(TestService { net: self, service })
     }
+}
+
+/// The world's addresses.
+pub fn world() -> [IpAddr; 2] {
+    let (v4, v6) = testkit::fabric::WORLD;
+    [v4.into(), v6.into()]
 }
 
 /// Ready endpoints for both addresses of each pod.

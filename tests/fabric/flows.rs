@@ -1,6 +1,6 @@
 //! Flows that outlive a change, and flows that look alike.
 
-use crate::fixture::{Net, endpoints, in_each_routing};
+use crate::fixture::{Net, endpoints, in_each_routing, world};
 use anyhow::{Result, anyhow, ensure};
 use std::net::{IpAddr, SocketAddr};
 use testkit::client::{Connection, ask, ask_udp, connected_udp, udp_from_port};
@@ -59,7 +59,7 @@ fn side_by_side(from: &Pod, port: u16, targets: [SocketAddr; 2]) -> Result<()> {
 
 /// Masquerade has to keep them apart by another source port.
 fn one_port_of_two_pods_to_one_server_outside(net: &Net) -> Result<()> {
-    for world in net.world() {
+    for world in world() {
         let target = SocketAddr::new(world, PORT);
         let open = |pod: &Pod| {
             pod.run_in(|| -> Result<_> {

@@ -1,6 +1,6 @@
 //! Hosts and pods: probes, pods that talk to nodes, and the world, which sees a node's address.
 
-use crate::fixture::{Net, in_each_routing};
+use crate::fixture::{Net, in_each_routing, world};
 use anyhow::{Result, ensure};
 use std::net::SocketAddr;
 use testkit::Proto;
@@ -74,7 +74,7 @@ fn reach_node(net: &Net, n: usize) -> Result<()> {
 
 fn the_world_sees_the_nodes_address(net: &Net) -> Result<()> {
     for pod in [&net.a, &net.c] {
-        for address in net.world() {
+        for address in world() {
             reachable(pod.netns(), address)?;
             for proto in Proto::ALL {
                 let answers = ask(pod.netns(), proto, SocketAddr::new(address, PORT), 10)?;

@@ -1,6 +1,6 @@
 //! What lies between: hop limits, path MTU, fragments, narrow links.
 
-use crate::fixture::{Net, endpoints, in_each_routing, narrow, observed};
+use crate::fixture::{Net, endpoints, in_each_routing, narrow, observed, world};
 use anyhow::{Result, bail, ensure};
 use std::net::SocketAddr;
 use testkit::client::{Connection, ask_sized};
@@ -46,7 +46,7 @@ fn transfers(net: &Net) -> Result<()> {
             transfer(&net.a, service.target_like(*address))?;
         }
     }
-    for address in net.world().into_iter().chain(net.node(2).addresses()) {
+    for address in world().into_iter().chain(net.node(2).addresses()) {
         transfer(&net.a, SocketAddr::new(address, PORT))?;
     }
     Ok(())
@@ -68,7 +68,7 @@ fn large_datagrams_arrive_in_fragments(net: &Net) -> Result<()> {
             }
         }
     }
-    for address in net.world() {
+    for address in world() {
         ask_sized(net.a.netns(), Proto::Udp, SocketAddr::new(address, PORT), 5, 8000)?.only_by(&["world"])?;
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! ClusterIP: every kind of backend, every kind of client.
 
-use crate::fixture::{Net, endpoints, in_each_routing};
+use crate::fixture::{Net, endpoints, in_each_routing, world};
 use anyhow::{Result, ensure};
 use testkit::client::{Connection, ask, ask_sized};
 use testkit::manifest::Endpoint;
@@ -68,7 +68,7 @@ fn a_host_is_served(net: &Net) -> Result<()> {
 }
 
 fn a_backend_outside_sees_the_nodes_address(net: &Net) -> Result<()> {
-    let service = net.service(net.world().map(|a| Endpoint::ready(a, None)).to_vec())?;
+    let service = net.service(world().map(|a| Endpoint::ready(a, None)).to_vec())?;
     for pod in [&net.a, &net.c] {
         for target in service.targets() {
             for proto in Proto::ALL {
