@@ -14,6 +14,8 @@ pub(crate) struct PacketSocket {
 pub(crate) struct Received {
     /// Bytes in the buffer.
     pub len: usize,
+    /// Bytes of the whole frame.
+    pub wire_len: usize,
     /// True when this interface sent it.
     pub outgoing: bool,
     /// True when the transport checksum is still to be filled in (`CHECKSUM_PARTIAL`).
@@ -106,7 +108,7 @@ impl PacketSocket {
         message.msg_controllen = size_of::<[u64; 16]>();
         // SAFETY: every pointer in the message refers to a live local of the length told.
         let len = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &raw mut message, libc::MSG_TRUNC) };
-        let len = usize::try_from(len).ok()?.min(buffer.len());
+        let wire_len = usize::try_from(len).ok()?;
         let mut partial = false;
         // SAFETY: the kernel filled the control buffer; the macros walk it within `msg_controllen`, and the data of this
         // type of message is the structure read, possibly unaligned.
@@ -120,7 +122,8 @@ impl PacketSocket {
                 header = libc::CMSG_NXTHDR(&raw const message, header);
             }
         }
-        Some(Received { len, outgoing: from.sll_pkttype == libc::PACKET_OUTGOING, partial })
+        let len = wire_len.min(buffer.len());
+        Some(Received { len, wire_len, outgoing: from.sll_pkttype == libc::PACKET_OUTGOING, partial })
     }
 }
 

@@ -18,8 +18,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Longest frame kept whole; generous, because segmentation offload makes 64 KiB of them.
 const LONGEST: usize = 68 * 1024;
-/// Frames a capture keeps; later ones are counted only.
-const MOST: usize = 200_000;
+/// Bytes of each frame that [`recorded`] keeps: all headers, those inside a tunnel too.
+const HEADERS: usize = 256;
+/// Bytes a capture keeps; what comes later is not kept.
+const MOST: usize = 256 << 20;
 
 /// One captured frame.
 #[derive(Clone)]
@@ -32,6 +34,8 @@ pub struct Frame {
     pub partial: bool,
     /// From the Ethernet header on.
     pub bytes: Vec<u8>,
+    /// Length on the wire, where the capture keeps only headers.
+    pub wire_len: usize,
 }
 
 /// What the headers of a frame say.
@@ -66,7 +70,8 @@ impl Frame {
         let packet = SlicedPacket::from_ethernet(&self.bytes).ok()?;
         match packet.transport? {
             TransportSlice::Udp(udp) if udp.destination_port() == check::VXLAN_PORT => {
-                Some(Self { bytes: udp.payload().get(8..)?.to_vec(), ..self.clone() })
+                let bytes = udp.payload().get(8..)?.to_vec();
+                Some(Self { wire_len: bytes.len(), bytes, ..self.clone() })
             }
             _ => None,
         }
@@ -135,11 +140,16 @@ pub struct Sniffer {
 impl Sniffer {
     /// Starts to capture; what is sent after this returns is seen.
     pub fn start(netns: &Netns, interface: &str) -> Result<Self> {
+        Self::keeping(netns, interface, LONGEST)
+    }
+
+    /// The same, but keeps only the first bytes of each frame.
+    fn keeping(netns: &Netns, interface: &str, bytes: usize) -> Result<Self> {
         let socket = netns.run(|| PacketSocket::open(interface))??;
         let stop = Arc::new(AtomicBool::new(false));
         let frames = Arc::new(Mutex::new(Vec::new()));
         let (stopped, sink) = (stop.clone(), frames.clone());
-        let thread = netns.thread(move || collect(&socket, &stopped, &sink))?;
+        let thread = netns.thread(move || collect(&socket, bytes, &stopped, &sink))?;
         Ok(Self { name: format!("{}-{interface}", netns.name()), stop, frames, thread: Some(thread) })
     }
 
@@ -189,8 +199,9 @@ fn tail(frames: &[Frame]) -> &[Frame] {
     &frames[frames.len().saturating_sub(20)..]
 }
 
-fn collect(socket: &PacketSocket, stop: &AtomicBool, sink: &Mutex<Vec<Frame>>) {
-    let mut buffer = vec![0; LONGEST];
+fn collect(socket: &PacketSocket, keep: usize, stop: &AtomicBool, sink: &Mutex<Vec<Frame>>) {
+    let mut buffer = vec![0; keep];
+    let mut kept = 0;
     loop {
         // The flag is read before the socket is drained, so that nothing sent before `stop` is missed.
         let last_round = stop.load(Ordering::Relaxed);
@@ -200,10 +211,11 @@ fn collect(socket: &PacketSocket, stop: &AtomicBool, sink: &Mutex<Vec<Frame>>) {
                 outgoing: received.outgoing,
                 partial: received.partial,
                 bytes: buffer[..received.len].to_vec(),
+                wire_len: received.wire_len,
             };
-            let mut frames = sink.lock().unwrap_or_else(PoisonError::into_inner);
-            if frames.len() < MOST {
-                frames.push(frame);
+            if kept < MOST {
+                kept += received.len;
+                sink.lock().unwrap_or_else(PoisonError::into_inner).push(frame);
             }
         }
         if last_round {
@@ -249,8 +261,10 @@ impl Capture {
 
 /// Captures on several interfaces while `f` runs; when it fails, the captures are saved and named in the error.
 pub fn recorded<T>(interfaces: &[(&Netns, &str)], f: impl FnOnce() -> Result<T>) -> Result<T> {
-    let sniffers: Vec<Sniffer> =
-        interfaces.iter().map(|(netns, interface)| Sniffer::start(netns, interface)).collect::<Result<_>>()?;
+    let sniffers: Vec<Sniffer> = interfaces
+        .iter()
+        .map(|(netns, interface)| Sniffer::keeping(netns, interface, HEADERS))
+        .collect::<Result<_>>()?;
     let result = f();
     let captures: Vec<Capture> = sniffers.into_iter().map(Sniffer::stop).collect();
     result.with_context(|| {
@@ -270,8 +284,8 @@ fn write_pcap(path: &Path, frames: &[Frame]) -> Result<()> {
     }
     for frame in frames {
         let since = frame.time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        let len = frame.bytes.len() as u32;
-        for word in [since.as_secs() as u32, since.subsec_micros(), len, len] {
+        let (kept, len) = (frame.bytes.len() as u32, frame.wire_len as u32);
+        for word in [since.as_secs() as u32, since.subsec_micros(), kept, len] {
             out.extend_from_slice(&word.to_ne_bytes());
         }
         out.extend_from_slice(&frame.bytes);
