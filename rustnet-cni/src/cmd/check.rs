@@ -15,10 +15,16 @@ use std::net::IpAddr;
 /// Fails with what has changed, the first thing found.
 pub fn run(call: &Call) -> Result<(), Error> {
     let (conf, env) = (&call.conf, &call.env);
-    let prev = conf.prev_result.as_ref().ok_or_else(|| {
+    let prev = conf.prev_result.clone().ok_or_else(|| {
         Error::new(code::CONFIG, "CHECK needs prevResult in the configuration")
             .details("the runtime passes ADD's result there")
     })?;
+    if !prev.is_object() {
+        // serde would also take an array for a struct.
+        return Err(Error::new(code::DECODE, "prevResult is not a JSON object"));
+    }
+    let prev: AddResult = serde_json::from_value(prev)
+        .map_err(|e| Error::new(code::DECODE, format!("prevResult cannot be read: {e}")))?;
     let path = env.netns.as_deref().unwrap_or_default();
     let netns = Netns::open(path)?;
     let host_name = link::host_name(&env.container_id, &env.ifname);
@@ -57,7 +63,7 @@ pub fn run(call: &Call) -> Result<(), Error> {
     }
     match Delegate::find(conf, &env.path)? {
         Some(delegate) => delegate.check(),
-        None => check_leases(call, prev),
+        None => check_leases(call, &prev),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The network configuration as it comes on standard input: validated once, unknown members ignored.
 
 use super::error::{Error, code};
-use super::result::{AddResult, Dns, null_is_default};
+use super::result::{Dns, null_is_default};
 use super::version::Version;
 use rustnet_common::names;
 use serde::Deserialize;
@@ -27,8 +27,8 @@ pub struct NetConf {
     pub dns: Dns,
     /// MAC address that the runtime wants for the pod.
     pub mac: Option<[u8; 6]>,
-    /// ADD's result, for CHECK and DEL.
-    pub prev_result: Option<AddResult>,
+    /// ADD's result as it came: only CHECK reads it, so that nothing in it can keep a pod from going.
+    pub prev_result: Option<Value>,
     /// The attachments that GC is to keep; `None` when the runtime did not say.
     pub valid_attachments: Option<Vec<Attachment>>,
     /// Standard input as it came, for a delegated IPAM.
@@ -57,7 +57,7 @@ struct Raw {
     #[serde(deserialize_with = "null_is_default")]
     dns: Dns,
     runtime_config: Option<serde_json::Map<String, Value>>,
-    prev_result: Option<AddResult>,
+    prev_result: Option<Value>,
     #[serde(rename = "cni.dev/valid-attachments")]
     valid_attachments: Option<Vec<Attachment>>,
 }

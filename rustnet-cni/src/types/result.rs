@@ -36,13 +36,13 @@ pub struct Interface {
     /// Its name.
     pub name: String,
     /// Its MAC address.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "String::is_empty")]
     pub mac: String,
     /// Its MTU; only in 1.1.0.
-    #[serde(skip_serializing_if = "is_zero")]
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "is_zero")]
     pub mtu: u32,
     /// Path of its network namespace; absent for the host's.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "String::is_empty")]
     pub sandbox: String,
 }
 
@@ -218,5 +218,9 @@ mod tests {
         let nulls =
             json!({ "interfaces": null, "ips": null, "routes": null, "dns": { "search": null, "domain": null } });
         assert_eq!(serde_json::from_value::<AddResult>(nulls).expect("parses"), AddResult::default());
+        let nulls =
+            json!({ "interfaces": [{ "name": "", "mac": null, "mtu": null, "sandbox": null }], "routes": null });
+        let want = AddResult { interfaces: vec![Interface::default()], ..AddResult::default() };
+        assert_eq!(serde_json::from_value::<AddResult>(nulls).expect("parses"), want);
     }
 }

@@ -54,13 +54,22 @@ fn bad_standard_input_is_refused_by_every_verb() {
             (br#"{"cniVersion":"1.1.0"}"#, 7),
             (br#"{"cniVersion":"1.1.0","name":"a/b"}"#, 7),
             (br#"{"cniVersion":"1.1.0","name":"n","runDir":7}"#, 6),
-            (br#"{"cniVersion":"1.1.0","name":"n","prevResult":"x"}"#, 6),
-            (br#"{"cniVersion":"1.1.0","name":"n","prevResult":{"ips":[{"address":"10.0.0.300/24"}]}}"#, 6),
             (br#"{"cniVersion":"1.1.0","name":"n","cni.dev/valid-attachments":{}}"#, 6),
         ] {
             let call = Call::of(verb, &json!({}), "c1", "/run/netns/absent").stdin(stdin);
             call.run().failure(code);
         }
+    }
+}
+
+#[test]
+fn a_bad_previous_result_stops_check_only() {
+    let node = Node::new();
+    for prev in [json!("x"), json!([]), json!({ "ips": [{ "address": "10.0.0.300/24" }] }), json!({ "interfaces": 7 })]
+    {
+        let conf = node.conf_with("1.1.0", &prev);
+        Call::of("CHECK", &conf, "c1", "/run/netns/absent").run().failure(6);
+        assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
     }
 }
 
