@@ -3,19 +3,26 @@
 use crate::shared_type;
 
 /// An IPv4 address, network order.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(4))]
-pub struct Ip4 {
+///
+/// A union, because people shall read octets in `bpftool map dump`, and the kernel side must see a word: the BPF backend
+/// copies and compares byte arrays one byte at a time.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub union Ip4 {
     /// The four octets as they stand on the wire.
     pub ip: [u8; 4],
+    /// The same as a word, as loaded from memory.
+    pub word: u32,
 }
 
-/// An IPv6 address, network order.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(4))]
-pub struct Ip6 {
+/// An IPv6 address, network order. A union for the same reason as [`Ip4`].
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub union Ip6 {
     /// The sixteen octets as they stand on the wire.
     pub ip: [u8; 16],
+    /// The same as words, as loaded from memory.
+    pub words: [u32; 4],
 }
 
 /// An address of either family in 16 bytes; IPv4 is stored mapped, `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
@@ -46,13 +53,21 @@ impl Ip4 {
     /// The address as one word, as loaded from memory.
     #[inline(always)]
     pub const fn word(self) -> u32 {
-        u32::from_ne_bytes(self.ip)
+        // SAFETY: both members are plain integers over the same bytes.
+        unsafe { self.word }
+    }
+
+    /// The octets.
+    #[inline(always)]
+    pub const fn octets(self) -> [u8; 4] {
+        // SAFETY: see `word`.
+        unsafe { self.ip }
     }
 
     /// The address from a word as loaded from memory.
     #[inline(always)]
     pub const fn from_word(word: u32) -> Self {
-        Self { ip: word.to_ne_bytes() }
+        Self { word }
     }
 }
 
@@ -67,7 +82,7 @@ impl Eq for Ip4 {}
 impl Address for Ip4 {
     const LEN: usize = 4;
     const IS_V6: bool = false;
-    const UNSPECIFIED: Self = Self { ip: [0; 4] };
+    const UNSPECIFIED: Self = Self { word: 0 };
 
     #[inline(always)]
     fn to_addr(self) -> Addr {
@@ -83,16 +98,29 @@ impl Address for Ip4 {
     }
     #[inline(always)]
     fn is_link_scope(self) -> bool {
-        self.ip[0] >= 224
+        u32::from_be(self.word()) >= 0xe000_0000
     }
 }
 
 impl Ip6 {
     /// The address from four words as loaded from memory.
     #[inline(always)]
-    pub const fn from_words(w: [u32; 4]) -> Self {
-        let (a, b, c, d) = (w[0].to_ne_bytes(), w[1].to_ne_bytes(), w[2].to_ne_bytes(), w[3].to_ne_bytes());
-        Self { ip: [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]] }
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        Self { words }
+    }
+
+    /// The octets.
+    #[inline(always)]
+    pub const fn octets(self) -> [u8; 16] {
+        // SAFETY: both members are plain integers over the same bytes.
+        unsafe { self.ip }
+    }
+
+    /// A copy made of four word loads: what a reader of packet memory wants, instead of a call to `memmove`.
+    #[inline(always)]
+    #[must_use]
+    pub fn by_word(&self) -> Self {
+        Self { words: self.words() }
     }
 
     /// True if these bytes hold a mapped IPv4 address.
@@ -115,7 +143,7 @@ impl Eq for Ip6 {}
 impl Address for Ip6 {
     const LEN: usize = 16;
     const IS_V6: bool = true;
-    const UNSPECIFIED: Self = Self { ip: [0; 16] };
+    const UNSPECIFIED: Self = Self { words: [0; 4] };
 
     #[inline(always)]
     fn to_addr(self) -> Addr {
@@ -127,17 +155,24 @@ impl Address for Ip6 {
     }
     #[inline(always)]
     fn words(self) -> [u32; 4] {
-        let i = &self.ip;
-        [
-            u32::from_ne_bytes([i[0], i[1], i[2], i[3]]),
-            u32::from_ne_bytes([i[4], i[5], i[6], i[7]]),
-            u32::from_ne_bytes([i[8], i[9], i[10], i[11]]),
-            u32::from_ne_bytes([i[12], i[13], i[14], i[15]]),
-        ]
+        // SAFETY: see `octets`.
+        unsafe { self.words }
     }
     #[inline(always)]
     fn is_link_scope(self) -> bool {
-        self.ip[0] == 0xff || (self.ip[0] == 0xfe && self.ip[1] & 0xc0 == 0x80)
+        let first = u32::from_be(self.words()[0]);
+        first >> 24 == 0xff || first >> 22 == 0xfe80 >> 6
+    }
+}
+
+impl core::fmt::Debug for Ip4 {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        core::fmt::Display::fmt(&core::net::Ipv4Addr::from(self.octets()), f)
+    }
+}
+impl core::fmt::Debug for Ip6 {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        core::fmt::Display::fmt(&core::net::Ipv6Addr::from(self.octets()), f)
     }
 }
 
@@ -149,12 +184,12 @@ mod std_net {
 
     impl Hash for Ip4 {
         fn hash<H: Hasher>(&self, state: &mut H) {
-            self.ip.hash(state);
+            self.octets().hash(state);
         }
     }
     impl Hash for Ip6 {
         fn hash<H: Hasher>(&self, state: &mut H) {
-            self.ip.hash(state);
+            self.octets().hash(state);
         }
     }
     impl PartialOrd for Ip4 {
@@ -164,7 +199,7 @@ mod std_net {
     }
     impl Ord for Ip4 {
         fn cmp(&self, other: &Self) -> core::cmp::Ordering {
-            self.ip.cmp(&other.ip)
+            self.octets().cmp(&other.octets())
         }
     }
     impl PartialOrd for Ip6 {
@@ -174,7 +209,7 @@ mod std_net {
     }
     impl Ord for Ip6 {
         fn cmp(&self, other: &Self) -> core::cmp::Ordering {
-            self.ip.cmp(&other.ip)
+            self.octets().cmp(&other.octets())
         }
     }
     impl From<Ipv4Addr> for Ip4 {
@@ -184,7 +219,7 @@ mod std_net {
     }
     impl From<Ip4> for Ipv4Addr {
         fn from(a: Ip4) -> Self {
-            a.ip.into()
+            a.octets().into()
         }
     }
     impl From<Ipv6Addr> for Ip6 {
@@ -194,7 +229,7 @@ mod std_net {
     }
     impl From<Ip6> for Ipv6Addr {
         fn from(a: Ip6) -> Self {
-            a.ip.into()
+            a.octets().into()
         }
     }
     impl From<IpAddr> for Addr {

@@ -26,10 +26,10 @@ pub struct CtEntry<A> {
     pub ifindex: u32,
     /// Id of the chosen backend, 0 where no service was involved.
     pub backend: u32,
-    /// The MAC verified together with `ifindex`.
-    pub mac: [u8; 6],
+    /// What was verified together with `ifindex`, in memory order: a pod's MAC, or the last bytes of a tunnel's far end.
+    pub guard: [u16; 3],
     /// Zero.
-    pub pad2: [u8; 2],
+    pub pad2: u16,
     /// Packets of this half.
     pub packets: u64,
     /// Bytes of this half (frames, as the hook saw them).

@@ -72,6 +72,8 @@ reasons! {
     HostLoop = 18, "host_loop", "use the endpoint's own address from the host";
     /// A policy does not allow it.
     Policy = 19, "policy", "no policy allows this connection";
+    /// An ICMP error that quotes no connection of ours.
+    Untracked = 20, "untracked", "an ICMP error about a connection that is unknown or long over";
 }
 
 /// Directions that `rn_counters` tells apart; see [`counter_index`].

@@ -49,7 +49,8 @@ mod tests {
                 sport,
                 dport: 80,
                 proto: 6,
-                pad: [0; 3],
+                pad: 0,
+                pad2: 0,
             };
             seen[pick(flow(&t, 0), 7) as usize] += 1;
         }

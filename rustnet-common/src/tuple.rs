@@ -5,8 +5,8 @@ use crate::shared_type;
 
 /// A flow as one direction of it shows on the wire. ICMP echo carries its identifier in `sport` for requests and in
 /// `dport` for replies, so that [`Tuple::reversed`] of a request is the tuple of its reply.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "user", derive(Hash, PartialOrd, Ord))]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(feature = "user", derive(PartialOrd, Ord))]
 #[repr(C)]
 pub struct Tuple<A> {
     /// Source address.
@@ -17,10 +17,12 @@ pub struct Tuple<A> {
     pub sport: u16,
     /// Destination port, host order.
     pub dport: u16,
-    /// IP protocol number. ICMP echo is [`proto::ICMP`] in both families.
+    /// IP protocol number.
     pub proto: u8,
     /// Zero.
-    pub pad: [u8; 3],
+    pub pad: u8,
+    /// Zero.
+    pub pad2: u16,
 }
 
 /// The tuple of an IPv4 flow.
@@ -31,12 +33,32 @@ pub type Tuple6 = Tuple<Ip6>;
 shared_type!(Tuple4, 16);
 shared_type!(Tuple6, 40);
 
+// By hand, because the derived one is not inlined on the kernel side. The padding is always zero.
+impl<A: PartialEq> PartialEq for Tuple<A> {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        self.src == other.src
+            && self.dst == other.dst
+            && self.sport == other.sport
+            && self.dport == other.dport
+            && self.proto == other.proto
+    }
+}
+impl<A: Eq> Eq for Tuple<A> {}
+
+#[cfg(feature = "user")]
+impl<A: core::hash::Hash> core::hash::Hash for Tuple<A> {
+    fn hash<H: core::hash::Hasher>(&self, state: &mut H) {
+        (&self.src, &self.dst, self.sport, self.dport, self.proto).hash(state);
+    }
+}
+
 impl<A: Address> Tuple<A> {
     /// The tuple of the same flow seen from the other side.
     #[inline(always)]
     #[must_use]
     pub fn reversed(&self) -> Self {
-        Self { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, proto: self.proto, pad: [0; 3] }
+        Self { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, proto: self.proto, pad: 0, pad2: 0 }
     }
 }
 

@@ -1,0 +1,212 @@
+//! The packet as a program sees it: the trait that steps are generic over, and its implementation for an skb.
+//!
+//! This is the one gate through which packet memory is reached: [`at`] proves the bounds that the verifier wants to see.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::generated as helper;
+use rustnet_common::config::NodeConfig;
+use rustnet_common::csum::Sum;
+
+use crate::maps;
+
+/// What a step may ask of a packet, whatever the hook's context is.
+pub trait Ctx: Copy {
+    /// Address of the first byte.
+    fn data(&self) -> usize;
+    /// Address behind the last byte that can be read directly.
+    fn data_end(&self) -> usize;
+    /// Length of the whole frame.
+    fn len(&self) -> u32;
+    /// The interface the hook belongs to.
+    fn ifindex(&self) -> u32;
+    /// Makes the first `len` bytes readable and writable directly; all pointers are void afterwards.
+    fn pull(&self, len: u32) -> bool;
+    /// Payload of one segment when the frame stands for several (GSO), else 0.
+    fn gso_size(&self) -> u32;
+    /// Applies a difference to the L4 checksum at `offset`. `pseudo` says that the difference is of the pseudo header;
+    /// `zero_is_none` that a checksum of 0 means "none" (UDP). All pointers are void afterwards.
+    fn l4_checksum(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool;
+}
+
+/// A pointer to a `T` at `offset`, if the packet reaches so far.
+#[inline(always)]
+pub fn at<T, C: Ctx>(ctx: &C, offset: usize) -> Option<*mut T> {
+    let p = ctx.data() + offset;
+    if p + size_of::<T>() > ctx.data_end() { None } else { Some(p as *mut T) }
+}
+
+/// As [`at`], but makes the bytes readable first where they lie in a page fragment.
+#[inline(always)]
+pub fn at_pulled<T, C: Ctx>(ctx: &C, offset: usize) -> Option<*mut T> {
+    if let Some(p) = at(ctx, offset) {
+        return Some(p);
+    }
+    if !ctx.pull((offset + size_of::<T>()) as u32) {
+        return None;
+    }
+    at(ctx, offset)
+}
+
+/// The context of TC programs.
+#[derive(Clone, Copy)]
+pub struct Skb(pub *mut __sk_buff);
+
+const BPF_F_PSEUDO_HDR: u64 = 0x10;
+const BPF_F_MARK_MANGLED_0: u64 = 0x20;
+const BPF_F_IPV6: u64 = 0x80;
+
+/// Declares readers of `__sk_buff` fields.
+macro_rules! fields {
+    ($($(#[$doc:meta])* $name:ident;)+) => {
+        $($(#[$doc])* #[inline(always)] pub fn $name(&self) -> u32 {
+            // SAFETY: the kernel hands the program a valid context; the verifier rewrites this load.
+            unsafe { (*self.0).$name }
+        })+
+    };
+}
+
+impl Skb {
+    fields! {
+        /// The packet's mark.
+        mark;
+        /// Whom the link layer says the packet is for.
+        pkt_type;
+        /// Non-zero if a VLAN tag was taken off by the device.
+        vlan_present;
+        /// That tag.
+        vlan_tci;
+    }
+
+    /// Sets the mark.
+    #[inline(always)]
+    pub fn set_mark(&self, mark: u32) {
+        // SAFETY: as in the readers; `mark` is writable in TC programs.
+        unsafe { (*self.0).mark = mark }
+    }
+
+    /// Says that the packet is for this host, whatever its MAC.
+    #[inline(always)]
+    pub fn accept(&self) {
+        const PACKET_HOST: u32 = 0;
+        if self.pkt_type() != PACKET_HOST {
+            // SAFETY: no pointers but the context. The only failure is a packet type that may not be changed.
+            let _ = unsafe { helper::bpf_skb_change_type(self.0, PACKET_HOST) };
+        }
+    }
+
+    /// The raw pointer as helpers take it.
+    #[inline(always)]
+    pub fn raw(&self) -> *mut __sk_buff {
+        self.0
+    }
+}
+
+impl Ctx for Skb {
+    #[inline(always)]
+    fn data(&self) -> usize {
+        pointer::<{ core::mem::offset_of!(__sk_buff, data) }>(self.0)
+    }
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        pointer::<{ core::mem::offset_of!(__sk_buff, data_end) }>(self.0)
+    }
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        // SAFETY: valid context, see `fields`.
+        unsafe { (*self.0).len }
+    }
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: valid context, see `fields`.
+        unsafe { (*self.0).ifindex }
+    }
+    #[inline(always)]
+    fn gso_size(&self) -> u32 {
+        // SAFETY: valid context, see `fields`.
+        unsafe { (*self.0).gso_size }
+    }
+    #[inline(always)]
+    fn pull(&self, len: u32) -> bool {
+        // SAFETY: the helper checks the length against the packet.
+        len <= self.len() && unsafe { helper::bpf_skb_pull_data(self.0, len) } == 0
+    }
+    #[inline(always)]
+    fn l4_checksum(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool {
+        let mut flags = 0;
+        if pseudo {
+            flags |= BPF_F_PSEUDO_HDR;
+        }
+        if zero_is_none {
+            flags |= BPF_F_MARK_MANGLED_0;
+        }
+        // Without this flag the helper breaks CHECKSUM_COMPLETE for IPv6; kernels before 6.16 do not know it.
+        if v6 && maps::L4_CSUM_IPV6.load() != 0 {
+            flags |= BPF_F_IPV6;
+        }
+        // SAFETY: the helper checks the offset against the packet. Size 0 in the flags means "`to` is a difference".
+        unsafe { helper::bpf_l4_csum_replace(self.0, offset as u32, 0, u64::from(diff.fold32()), flags) == 0 }
+    }
+}
+
+/// Reads a 32-bit context field that the verifier turns into a 64-bit pointer.
+///
+/// By assembly, because the compiler sees a 32-bit load: joining two of them it truncates the result again, and the
+/// verifier allows no shifts of pointers.
+#[inline(always)]
+fn pointer<const OFFSET: usize>(skb: *mut __sk_buff) -> usize {
+    #[cfg(target_arch = "bpf")]
+    {
+        let out: u64;
+        // SAFETY: a load from the context, which is valid.
+        unsafe {
+            core::arch::asm!("{out} = *(u32 *)({skb} + {offset})", out = out(reg) out, skb = in(reg) skb,
+                offset = const OFFSET, options(readonly, nostack, preserves_flags));
+        }
+        out as usize
+    }
+    // Type checks and lints run on the host.
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        // SAFETY: the offset is that of a 32-bit field.
+        unsafe { skb.byte_add(OFFSET).cast::<u32>().read() as usize }
+    }
+}
+
+/// Bounds an offset into a packet to less than 512 for the verifier's eyes. By assembly, because the compiler takes a mask
+/// away as soon as it can prove it needless, on grounds that the verifier cannot follow.
+#[inline(always)]
+pub fn bounded(offset: usize) -> usize {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut out = offset as u64;
+        // SAFETY: arithmetic on a register.
+        unsafe {
+            core::arch::asm!("{out} &= 511", out = inout(reg) out, options(pure, nomem, nostack, preserves_flags));
+        }
+        out as usize
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        offset & 511
+    }
+}
+
+/// The node's settings, or nothing before the agent has written them.
+#[inline(always)]
+pub fn config() -> Option<&'static NodeConfig> {
+    maps::rn_config.get(0)
+}
+
+/// Timer ticks, low 32 bits. Costs nothing, unlike the clocks.
+#[inline(always)]
+pub fn jiffies() -> u32 {
+    // SAFETY: no arguments, no effects.
+    unsafe { helper::bpf_jiffies64() as u32 }
+}
+
+/// A random number.
+#[inline(always)]
+pub fn random() -> u32 {
+    // SAFETY: no arguments, no effects.
+    unsafe { helper::bpf_get_prandom_u32() as u32 }
+}

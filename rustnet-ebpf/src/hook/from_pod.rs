@@ -1,0 +1,90 @@
+//! `from_pod`: TC ingress of a pod's host-side veth. Everything that a pod sends.
+//!
+//! Known flow: one look-up of the connection table, then on its way. New flow: anti-spoof, service, masquerade, open.
+
+use rustnet_common::addr::Address;
+use rustnet_common::config::{self, NodeConfig};
+use rustnet_common::conntrack::flags;
+use rustnet_common::drop::DropReason;
+use rustnet_common::peer;
+use rustnet_common::tuple::{Tuple, proto};
+
+use crate::ctx::{Skb, config};
+use crate::family::Family;
+use crate::parse::{self, Kind, Packet};
+use crate::step::conntrack;
+use crate::step::forward::{From, STACK, forward};
+use crate::step::route::{self, Route};
+use crate::step::{Packed, Stop, icmp, lb, source};
+
+/// The hook, for one family.
+#[inline(always)]
+pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
+    let Some(config) = config() else { return Ok(STACK) };
+    let p = parse::packet::<F>(skb, l3)?;
+    if p.kind == Kind::Link || p.tuple.dst.is_link_scope() {
+        // The stack answers what concerns the link, and never forwards it.
+        return Ok(STACK);
+    }
+    let guard = source::pod_guard(skb)?;
+    let mut to = p.tuple;
+    if p.kind == Kind::IcmpError {
+        source::verify_pod::<F>(p.tuple.src, guard)?;
+        let known = icmp::translate::<F, _>(skb, p, &mut to)?;
+        let route = route::of::<F>(to.dst);
+        if !known && matches!(route, Route::World) {
+            return Err(DropReason::Untracked.into());
+        }
+        return forward::<F>(skb, p, &to, config, From::Ingress, route);
+    }
+    let verify = || source::verify_pod::<F>(p.tuple.src, guard);
+    if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)? {
+        verify()?;
+        open::<F>(skb, p, config, &mut to).done()?;
+    }
+    let route = route::of::<F>(to.dst);
+    forward::<F>(skb, p, &to, config, From::Ingress, route)
+}
+
+/// The first packet of a flow.
+#[inline(never)]
+fn open<F: Family>(skb: &Skb, p: &Packet<F::A>, config: &NodeConfig, to: &mut Tuple<F::A>) -> Packed {
+    Packed::new(try_open::<F>(skb, p, config, to).map(|()| 0).map_err(Stop::from))
+}
+
+#[inline(always)]
+fn try_open<F: Family>(
+    skb: &Skb,
+    p: &Packet<F::A>,
+    config: &NodeConfig,
+    to: &mut Tuple<F::A>,
+) -> Result<(), DropReason> {
+    let o = conntrack::begin::<F, _>(skb, p, source::pod_guard(skb)?)?;
+    let half = &mut o.half;
+    if lb::select::<F>(&p.tuple, config, half)? && half.to.dst == half.to.src {
+        // A pod would not accept a packet from its own address: the node's stands in for it.
+        half.to.src = F::node(config);
+        half.flags |= flags::HAIRPIN;
+    }
+    match route::of::<F>(half.to.dst) {
+        Route::World if config.flags & config::flags::MASQUERADE != 0 => {
+            half.to.src = F::node(config);
+            half.flags |= flags::MASQ;
+        }
+        Route::Stack | Route::Direct | Route::Tunnel(_) if tunnels::<F>(&half.to, config) => {
+            return Err(DropReason::PodTunnel);
+        }
+        _ => {}
+    }
+    conntrack::open::<F>(o, config)?;
+    *to = o.half.to;
+    Ok(())
+}
+
+/// True for what a node would take for a tunnel packet.
+#[inline(always)]
+fn tunnels<F: Family>(to: &Tuple<F::A>, config: &NodeConfig) -> bool {
+    to.proto == proto::UDP
+        && to.dport == config.overlay_port
+        && route::peer::<F>(to.dst).is_some_and(|p| p.flags & (peer::flags::HOST | peer::flags::NODE) != 0)
+}

@@ -1,0 +1,74 @@
+//! `overlay_in` and `overlay_out`: the VXLAN device.
+//!
+//! In: packets of other nodes and of their pods; the far end of the tunnel must be the node that owns the inner source.
+//! Out: what the host's stack routes to other nodes' pods gets its tunnel; pods' traffic arrives here finished and marked.
+
+use rustnet_common::addr::{Addr, Address};
+use rustnet_common::drop::DropReason;
+use rustnet_common::peer::flags;
+
+use crate::ctx::{Ctx, Skb, config};
+use crate::family::Family;
+use crate::parse::{self, Kind};
+use crate::step::conntrack;
+use crate::step::forward::{From, STACK, forward, set_tunnel};
+use crate::step::route::{self, Route};
+use crate::step::{Stop, icmp, source};
+
+/// The ingress hook, for one family. `remote` is the tunnel's far end.
+#[inline(always)]
+pub fn run_in<F: Family>(skb: &Skb, l3: usize, remote: &Addr) -> Result<i32, Stop> {
+    let Some(config) = config() else { return Ok(STACK) };
+    let p = parse::packet::<F>(skb, l3)?;
+    if p.kind == Kind::Link || p.tuple.dst.is_link_scope() {
+        return Err(DropReason::TunnelSource.into());
+    }
+    let guard = source::tunnel_guard(skb.ifindex(), remote);
+    let verify = || source::verify_tunnel::<F>(p.tuple.src, remote);
+    let mut to = p.tuple;
+    if p.kind == Kind::IcmpError {
+        verify()?;
+        icmp::translate::<F, _>(skb, p, &mut to)?;
+        return forward::<F>(skb, p, &to, config, From::Ingress, inwards::<F>(to.dst));
+    }
+    let known = conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)?;
+    if !known {
+        verify()?;
+    }
+    let route = inwards::<F>(to.dst);
+    if let (false, Route::Pod(_)) = (known, &route) {
+        let o = conntrack::begin::<F, _>(skb, p, guard)?;
+        conntrack::open::<F>(o, config)?;
+        to = o.half.to;
+    }
+    forward::<F>(skb, p, &to, config, From::Ingress, route)
+}
+
+/// What comes out of the tunnel is for a pod of this node or for its stack: never back into the tunnel.
+#[inline(always)]
+fn inwards<F: Family>(dst: F::A) -> Route {
+    match route::of::<F>(dst) {
+        Route::Pod(ep) => Route::Pod(ep),
+        _ => Route::Stack,
+    }
+}
+
+/// The egress hook, for one family.
+#[inline(always)]
+pub fn run_out<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
+    let Some(config) = config() else { return Ok(STACK) };
+    let p = parse::packet::<F>(skb, l3)?;
+    if p.tuple.dst.is_link_scope() {
+        return Err(DropReason::NoRoute.into());
+    }
+    match route::peer::<F>(p.tuple.dst) {
+        Some(peer) if peer.flags & flags::TUNNEL != 0 => {
+            if set_tunnel(skb, &peer.node, config) {
+                Ok(STACK)
+            } else {
+                Err(DropReason::Rewrite.into())
+            }
+        }
+        _ => Err(DropReason::NoRoute.into()),
+    }
+}

@@ -1,0 +1,221 @@
+//! Answers of our own: the packet in hand becomes a TCP reset or an ICMP error to its sender.
+
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::helpers::generated as helper;
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::csum::Sum;
+use rustnet_common::drop::DropReason;
+use rustnet_common::tuple::proto;
+
+use crate::ctx::{Ctx, Skb, at, at_pulled};
+use crate::family::Family;
+use crate::parse::{ETH_LEN, Ethernet, Header4, Header6, Packet, tcp};
+
+/// What the sender is told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// A TCP reset (RFC 9293, 3.5.2), in the name of the destination.
+    Reset,
+    /// ICMP port unreachable, in the name of the destination.
+    PortUnreachable,
+    /// ICMP time exceeded, in this node's name.
+    TimeExceeded,
+    /// ICMP packet too big, in this node's name, with the MTU that would fit.
+    TooBig(u32),
+}
+
+const TTL: u8 = 64;
+const ICMP_LEN: usize = 8;
+const TCP_LEN: usize = 20;
+/// Bytes of the transport header that an error quotes: what a receiver needs, and enough that a checksum which the
+/// hardware has yet to fill in stays inside the packet.
+const QUOTED_L4: usize = 28;
+/// Words of the longest quotation: an IPv6 header with room for extension headers.
+const QUOTED_WORDS: usize = 40;
+
+/// How a family writes the header of an answer.
+pub trait Head<A>: Copy {
+    /// A header from `src` to `dst` in front of `payload` bytes.
+    fn head(src: A, dst: A, proto: u8, payload: u16) -> Self;
+}
+
+impl Head<Ip4> for Header4 {
+    #[inline(always)]
+    fn head(src: Ip4, dst: Ip4, proto: u8, payload: u16) -> Self {
+        let total = payload + size_of::<Self>() as u16;
+        let csum = Sum::default()
+            .add16(0x4500)
+            .add16(total)
+            .add16(0x4000)
+            .add16(u16::from(TTL) << 8 | u16::from(proto))
+            .add(src.word())
+            .add(dst.word())
+            .finish();
+        Self {
+            ver_ihl: 0x45,
+            tos: 0,
+            total: total.to_be(),
+            id: 0,
+            frag: 0x4000_u16.to_be(),
+            ttl: TTL,
+            proto,
+            csum,
+            src,
+            dst,
+        }
+    }
+}
+
+impl Head<Ip6> for Header6 {
+    #[inline(always)]
+    fn head(src: Ip6, dst: Ip6, proto: u8, payload: u16) -> Self {
+        Self { ver_flow: 0x6000_0000_u32.to_be(), payload: payload.to_be(), next: proto, hop_limit: TTL, src, dst }
+    }
+}
+
+/// The pseudo header's part of a checksum (RFC 9293, 3.1; RFC 8200, 8.1).
+#[inline(always)]
+fn pseudo<A: Address>(src: A, dst: A, proto: u8, len: u16) -> Sum {
+    Sum::default().add_addr(src).add_addr(dst).add16(u16::from(proto)).add16(len)
+}
+
+/// Turns the packet into an answer to its sender, with the MACs swapped. `node` speaks for this node.
+#[inline(always)]
+pub fn answer<F: Family>(skb: &Skb, p: &Packet<F::A>, what: Answer, node: F::A) -> Result<(), DropReason> {
+    if p.l3() != ETH_LEN {
+        return Err(DropReason::Unparsable);
+    }
+    let made = match what {
+        Answer::Reset => reset::<F>(skb, p),
+        Answer::PortUnreachable if F::A::IS_V6 => error::<F>(skb, p, p.tuple.dst, [1, 4], 0),
+        Answer::PortUnreachable => error::<F>(skb, p, p.tuple.dst, [3, 3], 0),
+        Answer::TimeExceeded if F::A::IS_V6 => error::<F>(skb, p, node, [3, 0], 0),
+        Answer::TimeExceeded => error::<F>(skb, p, node, [11, 0], 0),
+        Answer::TooBig(mtu) if F::A::IS_V6 => error::<F>(skb, p, node, [2, 0], mtu),
+        Answer::TooBig(mtu) => error::<F>(skb, p, node, [3, 4], mtu),
+    };
+    made.and_then(|()| swap_macs(skb)).ok_or(DropReason::Rewrite)
+}
+
+/// Back to where it came from, on the link layer too.
+#[inline(always)]
+fn swap_macs(skb: &Skb) -> Option<()> {
+    let eth = at_pulled::<Ethernet, _>(skb, 0)?;
+    // SAFETY: `at_pulled` proved an Ethernet header; its MACs are at even addresses.
+    unsafe {
+        let dst = core::ptr::addr_of_mut!((*eth).dst).cast::<[u16; 3]>();
+        let src = core::ptr::addr_of_mut!((*eth).src).cast::<[u16; 3]>();
+        let d = dst.read();
+        dst.write(src.read());
+        src.write(d);
+    }
+    Some(())
+}
+
+/// Cuts the packet to `len` bytes.
+#[inline(always)]
+fn trim(skb: &Skb, len: usize) -> Option<()> {
+    // SAFETY: the helper checks the length.
+    if unsafe { helper::bpf_skb_change_tail(skb.raw(), len as u32, 0) } == 0 { Some(()) } else { None }
+}
+
+/// A TCP header without options, as words of 16 bits and two numbers.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Tcp {
+    sport: u16,
+    dport: u16,
+    seq: u32,
+    ack: u32,
+    offset_flags: u16,
+    window: u16,
+    csum: u16,
+    urgent: u16,
+}
+
+/// The reset that closes what the packet wants: it takes its sequence number from the packet's acknowledgement, or
+/// acknowledges all of the packet.
+#[inline(always)]
+fn reset<F: Family>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
+    let t = at_pulled::<Tcp, _>(skb, p.l4())?;
+    // SAFETY: `at_pulled` proved a whole TCP header.
+    let t = unsafe { t.read() };
+    let header = ((u16::from_be(t.offset_flags) >> 12) as u32) * 4;
+    let (seq, ack, flags) = if p.tcp_flags & tcp::ACK != 0 {
+        (t.ack, 0, tcp::RST)
+    } else {
+        let payload = p.ip_len.wrapping_sub(p.l4().wrapping_sub(p.l3()) as u32).wrapping_sub(header);
+        let control = u32::from(p.tcp_flags & tcp::SYN != 0) + u32::from(p.tcp_flags & tcp::FIN != 0);
+        (0, u32::from_be(t.seq).wrapping_add(payload).wrapping_add(control).to_be(), tcp::RST | tcp::ACK)
+    };
+    let ip = size_of::<F::Header>();
+    trim(skb, ETH_LEN + ip + TCP_LEN)?;
+    let offset_flags = 5 << 12 | u16::from(flags);
+    let csum = pseudo(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16)
+        .add16(p.tuple.dport)
+        .add16(p.tuple.sport)
+        .add(seq)
+        .add(ack)
+        .add16(offset_flags)
+        .finish();
+    let h = at_pulled::<F::Header, _>(skb, ETH_LEN)?;
+    // SAFETY: `at_pulled` proved a whole IP header.
+    unsafe { h.write(F::Header::head(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16)) };
+    let t = at_pulled::<Tcp, _>(skb, ETH_LEN + ip)?;
+    // SAFETY: `at_pulled` proved a whole TCP header.
+    unsafe {
+        t.write(Tcp {
+            sport: p.tuple.dport.to_be(),
+            dport: p.tuple.sport.to_be(),
+            seq,
+            ack,
+            offset_flags: offset_flags.to_be(),
+            window: 0,
+            csum,
+            urgent: 0,
+        });
+    }
+    Some(())
+}
+
+/// An ICMP error that quotes the packet.
+#[inline(always)]
+fn error<F: Family>(skb: &Skb, p: &Packet<F::A>, src: F::A, kind: [u8; 2], rest: u32) -> Option<()> {
+    let icmp = if F::A::IS_V6 { proto::ICMPV6 } else { proto::ICMP };
+    let ip = size_of::<F::Header>();
+    let limit = p.l4().wrapping_sub(p.l3()) + QUOTED_L4;
+    // Whole words, so that the sum needs no odd byte.
+    let quote = (if (p.ip_len as usize) < limit { p.ip_len as usize } else { limit }) & !3;
+    if quote > QUOTED_WORDS * 4 {
+        return None;
+    }
+    let dst = p.tuple.src;
+    trim(skb, ETH_LEN + quote)?;
+    // SAFETY: the helper makes room behind the Ethernet header, or refuses.
+    if unsafe { helper::bpf_skb_adjust_room(skb.raw(), (ip + ICMP_LEN) as i32, BPF_ADJ_ROOM_MAC, 0) } != 0 {
+        return None;
+    }
+    let payload = (ICMP_LEN + quote) as u16;
+    let mut sum = if F::A::IS_V6 { pseudo(src, dst, icmp, payload) } else { Sum::default() };
+    let first = ETH_LEN + ip + ICMP_LEN;
+    if !skb.pull((first + quote) as u32) {
+        return None;
+    }
+    for i in 0..QUOTED_WORDS {
+        if i * 4 >= quote {
+            break;
+        }
+        let w = at::<u32, _>(skb, first + i * 4)?;
+        // SAFETY: `at` proved four bytes.
+        sum = sum.add(unsafe { w.read() });
+    }
+    let head = [u16::from_be_bytes(kind), 0, (rest >> 16) as u16, rest as u16];
+    let csum = sum.add16(head[0]).add16(head[2]).add16(head[3]).finish();
+    let h = at::<F::Header, _>(skb, ETH_LEN)?;
+    // SAFETY: `at` proved a whole IP header.
+    unsafe { h.write(F::Header::head(src, dst, icmp, payload)) };
+    let h = at::<[u16; 4], _>(skb, ETH_LEN + ip)?;
+    // SAFETY: `at` proved the eight bytes of an ICMP header.
+    unsafe { h.write([head[0].to_be(), csum, head[2].to_be(), head[3].to_be()]) };
+    Some(())
+}

@@ -1,0 +1,132 @@
+//! The only place where packet bytes and checksums change: address translation here, ICMP quotations and answers of our
+//! own in the files beside.
+//!
+//! Order inside each function: direct stores first, checksum helpers last, for a helper voids all packet pointers.
+
+mod answer;
+mod quotation;
+
+pub use answer::{Answer, Head, answer};
+pub use quotation::{QuotedWriter, quotation};
+
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::csum::{self, Sum};
+use rustnet_common::drop::DropReason;
+use rustnet_common::tuple::{Tuple, proto};
+
+use crate::ctx::{Ctx, at, at_pulled};
+use crate::family::Family;
+use crate::parse::{Header4, Header6, Kind, Packet};
+
+/// Offsets of checksums in transport headers.
+const TCP_CSUM: usize = 16;
+const UDP_CSUM: usize = 6;
+const ICMP_CSUM: usize = 2;
+
+/// How a family's header takes new addresses and a new hop limit.
+pub trait Writer<A>: Sized {
+    /// Stores them at `l3` and keeps the header's own checksum right.
+    fn store<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<A>, to: &Tuple<A>, old_ttl: u8, ttl: u8) -> Option<()>;
+}
+
+impl Writer<Ip4> for Header4 {
+    #[inline(always)]
+    fn store<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<Ip4>, to: &Tuple<Ip4>, old_ttl: u8, ttl: u8) -> Option<()> {
+        let h = at_pulled::<Self, C>(ctx, l3)?;
+        let diff = Sum::default()
+            .sub(from.src.word())
+            .add(to.src.word())
+            .sub(from.dst.word())
+            .add(to.dst.word())
+            .sub16(u16::from(old_ttl) << 8)
+            .add16(u16::from(ttl) << 8);
+        // SAFETY: `at_pulled` proved a whole header.
+        unsafe {
+            (*h).csum = csum::update((*h).csum, diff);
+            (*h).ttl = ttl;
+            (*h).src = to.src;
+            (*h).dst = to.dst;
+        }
+        Some(())
+    }
+}
+
+impl Writer<Ip6> for Header6 {
+    #[inline(always)]
+    fn store<C: Ctx>(ctx: &C, l3: usize, _from: &Tuple<Ip6>, to: &Tuple<Ip6>, _old_ttl: u8, ttl: u8) -> Option<()> {
+        let h = at_pulled::<Self, C>(ctx, l3)?;
+        // SAFETY: `at_pulled` proved a whole header.
+        unsafe {
+            (*h).hop_limit = ttl;
+            (*h).src = to.src;
+            (*h).dst = to.dst;
+        }
+        Some(())
+    }
+}
+
+/// What the difference between two tuples means for a checksum.
+#[inline(always)]
+pub fn addresses<A: Address>(from: &Tuple<A>, to: &Tuple<A>) -> Sum {
+    Sum::default().sub_addr(from.src).sub_addr(from.dst).add_addr(to.src).add_addr(to.dst)
+}
+
+/// As [`addresses`], for the ports.
+#[inline(always)]
+pub fn ports<A>(from: &Tuple<A>, to: &Tuple<A>) -> Sum {
+    Sum::default().sub16(from.sport).sub16(from.dport).add16(to.sport).add16(to.dport)
+}
+
+/// Makes the packet what `to` says, with hop limit `ttl`. Later fragments and ICMP errors have no ports to change.
+#[inline(always)]
+pub fn translate<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, to: &Tuple<F::A>, ttl: u8) -> Result<(), DropReason> {
+    let from = &p.tuple;
+    if *to == *from && ttl == p.ttl {
+        return Ok(());
+    }
+    F::Header::store(ctx, p.l3(), from, to, p.ttl, ttl).ok_or(DropReason::Rewrite)?;
+    if *to == *from || p.kind == Kind::LaterFragment {
+        return Ok(());
+    }
+    let (offset, pseudo, zero_is_none) = match from.proto {
+        proto::TCP => (p.l4() + TCP_CSUM, true, false),
+        proto::UDP => (p.l4() + UDP_CSUM, true, true),
+        proto::ICMPV6 => (p.l4() + ICMP_CSUM, true, false),
+        proto::ICMP => (p.l4() + ICMP_CSUM, false, false),
+        proto::SCTP => return store_ports(ctx, p.l4(), to),
+        _ => return Ok(()),
+    };
+    let moved = p.kind == Kind::Flow && (to.sport != from.sport || to.dport != from.dport);
+    if moved {
+        match from.proto {
+            // The identifier of an echo stands in one of the two ports, the other is 0.
+            proto::ICMP | proto::ICMPV6 => store_id(ctx, p.l4(), to.sport | to.dport)?,
+            _ => store_ports(ctx, p.l4(), to)?,
+        }
+    }
+    if pseudo && !ctx.l4_checksum(offset, addresses(from, to), true, zero_is_none, F::A::IS_V6) {
+        return Err(DropReason::Rewrite);
+    }
+    if moved && !ctx.l4_checksum(offset, ports(from, to), false, zero_is_none, F::A::IS_V6) {
+        return Err(DropReason::Rewrite);
+    }
+    Ok(())
+}
+
+/// Stores both ports.
+#[inline(always)]
+fn store_ports<A, C: Ctx>(ctx: &C, l4: usize, to: &Tuple<A>) -> Result<(), DropReason> {
+    let p = at::<[u16; 2], C>(ctx, l4).ok_or(DropReason::Rewrite)?;
+    // SAFETY: `at` proved four bytes.
+    unsafe { p.write([to.sport.to_be(), to.dport.to_be()]) };
+    Ok(())
+}
+
+/// Stores the identifier of an ICMP echo.
+#[inline(always)]
+fn store_id<C: Ctx>(ctx: &C, l4: usize, id: u16) -> Result<(), DropReason> {
+    let p = at::<[u16; 3], C>(ctx, l4).ok_or(DropReason::Rewrite)?;
+    // SAFETY: `at` proved six bytes.
+    unsafe { (*p)[2] = id.to_be() };
+    Ok(())
+}

@@ -1,0 +1,241 @@
+//! Connection tracking. Contract: [`lookup`] finds what a packet of a known connection becomes, with one look-up; [`open`]
+//! makes both halves of a new one, choosing another source port where the answer could not be told apart.
+//!
+//! Nothing here decides where a packet goes or changes it.
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use rustnet_common::addr::Address;
+use rustnet_common::config::NodeConfig;
+use rustnet_common::conntrack::{CtEntry, flags, lifetime, state};
+use rustnet_common::drop::DropReason;
+use rustnet_common::hash::pick;
+use rustnet_common::tuple::{Tuple, proto};
+
+use super::{Packed, Stop};
+use crate::ctx::{Ctx, jiffies, random};
+use crate::family::Family;
+use crate::parse::{Kind, Packet, tcp};
+
+/// Source ports tried before a connection is refused.
+const TRIES: u32 = 16;
+
+/// What proves that a packet's source address is genuine, remembered in the entry so that it is proved once a flow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Guard {
+    /// The interface it came in by.
+    pub ifindex: u32,
+    /// The pod's MAC, or the end of a tunnel's far address.
+    pub bytes: [u16; 3],
+}
+
+impl Guard {
+    /// For hooks that trust their source.
+    #[inline(always)]
+    pub fn none(ifindex: u32) -> Self {
+        Self { ifindex, bytes: [0; 3] }
+    }
+}
+
+/// Finds the connection of a packet, counts the packet, and keeps both halves alive; `to` becomes what the packet is to
+/// become. `verify` is called when the packet does not come from where this half was last seen to come from; its error
+/// ends the packet.
+#[inline(always)]
+pub fn lookup<F: Family, C: Ctx>(
+    ctx: &C,
+    packet: &Packet<F::A>,
+    config: &NodeConfig,
+    guard: Guard,
+    to: &mut Tuple<F::A>,
+    verify: impl Fn() -> Result<(), DropReason>,
+) -> Result<bool, DropReason> {
+    let Some(entry) = F::connections().get_ptr_mut(&packet.tuple) else { return Ok(false) };
+    // SAFETY: a map value stays valid for this run of the program even if it is evicted; counters may lose a race.
+    let e = unsafe { &mut *entry };
+    let tcp_flags = packet.tcp_flags;
+    if tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN && state::closing(e.state) {
+        // The port pair is used again: forget the old connection by opening a new one over it.
+        return Ok(false);
+    }
+    if e.ifindex != guard.ifindex || e.guard != guard.bytes {
+        verify()?;
+        e.ifindex = guard.ifindex;
+        e.guard = guard.bytes;
+    }
+    e.packets = e.packets.wrapping_add(1);
+    e.bytes = e.bytes.wrapping_add(u64::from(ctx.len()));
+    let reply = e.flags & flags::REPLY != 0;
+    let mut new = e.state;
+    if reply {
+        new |= state::ANSWERED;
+    }
+    if tcp_flags & tcp::FIN != 0 && packet.kind == Kind::Flow {
+        new |= if reply { state::FIN_REPLY } else { state::FIN_ORIG };
+    }
+    if tcp_flags & tcp::RST != 0 {
+        new |= state::RST;
+    }
+    let now = jiffies();
+    if now.wrapping_sub(e.seen) >= config.hz || new != e.state {
+        e.seen = now;
+        e.state = new;
+        mend::<F>(&packet.tuple, e);
+    }
+    *to = e.to;
+    Ok(true)
+}
+
+/// Brings the other half up to date, and makes it anew if it was evicted.
+#[inline(never)]
+fn mend<F: Family>(key: &Tuple<F::A>, e: &CtEntry<F::A>) {
+    let other_key = e.to.reversed();
+    let back = key.reversed();
+    if let Some(other) = F::connections().get_ptr_mut(&other_key) {
+        // SAFETY: see `lookup`.
+        let other = unsafe { &mut *other };
+        if other.to == back {
+            other.seen = e.seen;
+            other.state = e.state;
+            return;
+        }
+    }
+    let half = CtEntry {
+        to: back,
+        flags: e.flags ^ flags::REPLY,
+        state: e.state,
+        pad: 0,
+        seen: e.seen,
+        ifindex: 0,
+        backend: e.backend,
+        guard: [0; 3],
+        pad2: 0,
+        packets: 0,
+        bytes: 0,
+    };
+    // A failure leaves this half alone, which still carries its own direction; the next second tries again.
+    let _ = F::connections().insert(&other_key, &half, BPF_ANY.into());
+}
+
+/// A connection to be opened.
+#[repr(C)]
+pub struct Opening<A> {
+    /// The tuple as the first packet shows it.
+    pub key: Tuple<A>,
+    /// The half under construction. Callers set `to` (whose source port [`open`] may change), `flags` (NAT is set by
+    /// [`open`]) and `backend`.
+    pub half: CtEntry<A>,
+    /// The answering half's key.
+    answer: Tuple<A>,
+}
+
+/// Begins to open the connection of a packet: as it stands, without translation.
+#[inline(always)]
+pub fn begin<F: Family, C: Ctx>(
+    ctx: &C,
+    packet: &Packet<F::A>,
+    guard: Guard,
+) -> Result<&'static mut Opening<F::A>, DropReason> {
+    let scratch = F::scratch().ok_or(DropReason::CtFull)?;
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and nobody else borrows the field.
+    let o = unsafe { &mut (*scratch).opening };
+    o.key = packet.tuple;
+    o.half = CtEntry {
+        to: packet.tuple,
+        flags: 0,
+        state: 0,
+        pad: 0,
+        seen: jiffies(),
+        ifindex: guard.ifindex,
+        backend: 0,
+        guard: guard.bytes,
+        pad2: 0,
+        packets: 1,
+        bytes: u64::from(ctx.len()),
+    };
+    Ok(o)
+}
+
+/// True for protocols whose source port can be changed.
+#[inline(always)]
+fn has_ports<A: Address>(t: &Tuple<A>) -> bool {
+    match t.proto {
+        proto::TCP | proto::UDP | proto::SCTP => true,
+        // Of ICMP only the asking half of echo.
+        proto::ICMP | proto::ICMPV6 => t.dport == 0 && t.sport != 0,
+        _ => false,
+    }
+}
+
+/// Opens a connection: the answering half first, for it must be unique, then the asking half.
+#[inline(always)]
+pub fn open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(), DropReason> {
+    packed_open::<F>(o, config).done()
+}
+
+#[inline(never)]
+fn packed_open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Packed {
+    Packed::new(try_open::<F>(o, config).map(|()| 0).map_err(Stop::from))
+}
+
+#[inline(always)]
+fn try_open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(), DropReason> {
+    let ports = has_ports(&o.key);
+    if o.half.flags & flags::MASQ != 0 && ports && !(config.snat_min..=config.snat_max).contains(&o.half.to.sport) {
+        o.half.to.sport = any_port(config);
+    }
+    let (ifindex, guard, packets, bytes) = (o.half.ifindex, o.half.guard, o.half.packets, o.half.bytes);
+    let mut to = o.half.to;
+    // The half becomes the answering one for as long as its place is sought.
+    o.half.to = o.key.reversed();
+    o.half.flags |= flags::REPLY;
+    o.half.ifindex = 0;
+    o.half.guard = [0; 3];
+    o.half.packets = 0;
+    o.half.bytes = 0;
+    let mut tries = 0;
+    loop {
+        if to != o.key {
+            o.half.flags |= flags::NAT;
+        }
+        o.answer = to.reversed();
+        if F::connections().insert(&o.answer, &o.half, BPF_NOEXIST.into()).is_ok() {
+            break;
+        }
+        let free = match F::connections().get_ptr_mut(&o.answer) {
+            // The table is full beyond what its LRU can free, or the entry went away just now.
+            None => true,
+            // SAFETY: see `lookup`.
+            Some(old) => unsafe {
+                let silent = o.half.seen.wrapping_sub((*old).seen);
+                (*old).to == o.half.to
+                    || state::closing((*old).state)
+                    || silent >= lifetime(o.answer.proto, (*old).state).wrapping_mul(config.hz)
+            },
+        };
+        if free {
+            if F::connections().insert(&o.answer, &o.half, BPF_ANY.into()).is_err() {
+                return Err(DropReason::CtFull);
+            }
+            break;
+        }
+        tries += 1;
+        if tries >= TRIES || !ports {
+            return Err(DropReason::NatExhausted);
+        }
+        // Another connection would get our answers (two VIPs with one backend, or two pods behind one address).
+        to.sport = any_port(config);
+    }
+    o.half.to = to;
+    o.half.flags &= !flags::REPLY;
+    o.half.ifindex = ifindex;
+    o.half.guard = guard;
+    o.half.packets = packets;
+    o.half.bytes = bytes;
+    F::connections().insert(&o.key, &o.half, BPF_ANY.into()).map_err(|_| DropReason::CtFull)
+}
+
+/// A random port of those set aside for translation.
+#[inline(always)]
+fn any_port(config: &NodeConfig) -> u16 {
+    let span = u32::from(config.snat_max.wrapping_sub(config.snat_min)) + 1;
+    config.snat_min.wrapping_add(pick(random(), span) as u16)
+}

@@ -1,0 +1,177 @@
+//! The end of the path. Contract: takes a packet, what it becomes and where it came in; checks hop limit and size, lets
+//! `rewrite` change it, and hands it to where its destination lies.
+
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::generated as helper;
+use rustnet_common::addr::{Addr, Address};
+use rustnet_common::config::NodeConfig;
+use rustnet_common::drop::DropReason;
+use rustnet_common::names::MARK_DONE;
+use rustnet_common::tuple::Tuple;
+
+use super::Stop;
+use super::route::{self, NO_WAY, Route};
+use super::source::{self, TUNINFO_IPV6, TunnelKey};
+use crate::ctx::{Ctx, Skb};
+use crate::family::Family;
+use crate::parse::Packet;
+use crate::rewrite;
+
+/// Leave the packet to whoever comes next: other programs, then the stack.
+pub const STACK: i32 = TC_ACT_UNSPEC;
+
+const BPF_F_ZERO_CSUM_TX: u64 = 2;
+
+/// Where a packet came in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    /// An ingress hook: the packet is being forwarded.
+    Ingress,
+    /// An egress hook: this node's stack sends the packet and has done all that a router does.
+    Egress,
+}
+
+/// Length of the IP packet, or of one of those that a GSO frame stands for.
+#[inline(always)]
+fn segment_len<A: Address>(skb: &Skb, p: &Packet<A>) -> u32 {
+    match skb.gso_size() {
+        0 => p.ip_len,
+        // The transport header is 20 bytes at least; options make the segment shorter, not longer.
+        payload => payload + p.l4().wrapping_sub(p.l3()) as u32 + 20,
+    }
+}
+
+/// Sends the packet on its way.
+#[inline(always)]
+pub fn forward<F: Family>(
+    skb: &Skb,
+    p: &Packet<F::A>,
+    to: &Tuple<F::A>,
+    config: &NodeConfig,
+    from: From,
+    route: Route,
+) -> Result<i32, Stop> {
+    let local = matches!(route, Route::Stack);
+    if local && from == From::Egress {
+        return Err(DropReason::HostLoop.into());
+    }
+    let mut ttl = p.ttl;
+    if !local && from == From::Ingress {
+        if ttl <= 1 {
+            return Err(DropReason::TtlExceeded.into());
+        }
+        ttl -= 1;
+    }
+    // What can still refuse the packet comes before the first changed byte: an answer quotes the packet as it was sent.
+    let mut routed = STACK;
+    match route {
+        Route::Stack | Route::Pod(_) => {}
+        Route::Tunnel(_) => {
+            if segment_len(skb, p) > config.overlay_mtu {
+                return Err(Stop { reason: DropReason::TooBig, mtu: config.overlay_mtu });
+            }
+        }
+        Route::Direct | Route::World => {
+            routed = route::redirect::<F>(skb, to, segment_len(skb, p), from == From::Egress).result()?;
+            if routed == NO_WAY {
+                // The stack finds no way either, and will tell the sender so.
+                return if from == From::Egress { Err(DropReason::NoRoute.into()) } else { Ok(STACK) };
+            }
+        }
+    }
+    rewrite::translate::<F, _>(skb, p, to, ttl)?;
+    match route {
+        Route::Stack => Ok(STACK),
+        // SAFETY (here and below): no pointers are involved.
+        Route::Pod(ep) if from == From::Ingress => Ok(unsafe { helper::bpf_redirect_peer(ep.ifindex, 0) } as i32),
+        Route::Pod(ep) => {
+            // An egress hook cannot reach the other side at once: by the veth, with the MAC of the neighbour table.
+            done(skb);
+            Ok(unsafe { helper::bpf_redirect_neigh(ep.ifindex, core::ptr::null_mut(), 0, 0) } as i32)
+        }
+        Route::Tunnel(peer) => {
+            done(skb);
+            if !set_tunnel(skb, &peer.node, config) {
+                return Err(DropReason::Rewrite.into());
+            }
+            Ok(unsafe { helper::bpf_redirect(config.overlay, 0) } as i32)
+        }
+        Route::Direct | Route::World => {
+            done(skb);
+            Ok(routed)
+        }
+    }
+}
+
+/// Tells the next hook that the packet has passed its steps on this node.
+#[inline(always)]
+fn done(skb: &Skb) {
+    skb.set_mark(skb.mark() | MARK_DONE);
+}
+
+/// Sets the tunnel's far end.
+#[inline(never)]
+pub fn set_tunnel(skb: &Skb, node: &Addr, config: &NodeConfig) -> bool {
+    let words = node.words();
+    let v4 = node.is_v4();
+    let mut key = TunnelKey {
+        id: config.vni,
+        remote: if v4 { [u32::from_be(words[3]), 0, 0, 0] } else { words },
+        tos: 0,
+        ttl: 64,
+        ext: 0,
+        label: 0,
+    };
+    let flags = if v4 { BPF_F_ZERO_CSUM_TX } else { TUNINFO_IPV6 | BPF_F_ZERO_CSUM_TX };
+    // SAFETY: `key` has the size that is passed; the near end is left to the kernel by leaving it out.
+    unsafe {
+        helper::bpf_skb_set_tunnel_key(skb.raw(), (&raw mut key).cast(), size_of::<TunnelKey>() as u32, flags) == 0
+    }
+}
+
+/// Where an answer of ours goes: back to where the question came from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Back {
+    /// Into the pod that asked.
+    Pod,
+    /// Out of the uplink.
+    Uplink,
+    /// Through the overlay.
+    Tunnel,
+    /// Up into this node's own stack.
+    Host,
+}
+
+impl Back {
+    /// The inverse of `as u32`.
+    #[inline(always)]
+    pub fn from_code(code: u32) -> Self {
+        match code {
+            0 => Self::Pod,
+            1 => Self::Uplink,
+            2 => Self::Tunnel,
+            _ => Self::Host,
+        }
+    }
+}
+
+/// Sends a finished answer back; MACs are already swapped.
+#[inline(always)]
+pub fn answer(skb: &Skb, back: Back, config: &NodeConfig) -> Result<i32, Stop> {
+    let ifindex = skb.ifindex();
+    done(skb);
+    match back {
+        // SAFETY (here and below): no pointers are involved.
+        Back::Pod => Ok(unsafe { helper::bpf_redirect_peer(ifindex, 0) } as i32),
+        Back::Uplink => Ok(unsafe { helper::bpf_redirect(ifindex, 0) } as i32),
+        Back::Host => Ok(unsafe { helper::bpf_redirect(ifindex, BPF_F_INGRESS.into()) } as i32),
+        Back::Tunnel => {
+            let mut remote = Addr::UNSPECIFIED;
+            source::tunnel_remote(skb, &mut remote);
+            if !set_tunnel(skb, &remote, config) {
+                return Err(DropReason::Rewrite.into());
+            }
+            Ok(unsafe { helper::bpf_redirect(ifindex, 0) } as i32)
+        }
+    }
+}

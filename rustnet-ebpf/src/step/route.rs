@@ -1,0 +1,129 @@
+//! Where a destination lies. Contract: from an address to one [`Route`]; and for what the kernel's tables must answer, the
+//! redirect that follows from them.
+
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::helpers::generated as helper;
+use rustnet_common::addr::Address;
+use rustnet_common::drop::DropReason;
+use rustnet_common::endpoint::Endpoint;
+use rustnet_common::peer::{Peer, flags};
+use rustnet_common::tuple::Tuple;
+
+use super::{Packed, Stop, source};
+use crate::ctx::{Ctx, Skb};
+use crate::family::Family;
+
+/// Where a destination lies.
+pub enum Route {
+    /// A pod of this node.
+    Pod(&'static Endpoint),
+    /// Behind the overlay.
+    Tunnel(&'static Peer),
+    /// Inside the cluster (or not to be masqueraded), reached by the kernel's routes.
+    Direct,
+    /// The outside world, reached by the kernel's routes.
+    World,
+    /// This node's own stack.
+    Stack,
+}
+
+/// What is known of an address that is no pod of this node.
+#[inline(always)]
+pub fn peer<F: Family>(addr: F::A) -> Option<&'static Peer> {
+    F::peers().get(&Key::new(F::BITS, addr))
+}
+
+/// Finds where an address lies.
+#[inline(always)]
+pub fn of<F: Family>(dst: F::A) -> Route {
+    if dst.is_link_scope() {
+        return Route::Stack;
+    }
+    if let Some(ep) = source::endpoint(dst) {
+        return Route::Pod(ep);
+    }
+    match peer::<F>(dst) {
+        None => Route::World,
+        Some(p) if p.flags & (flags::HOST | flags::LOCAL_PODS) != 0 => Route::Stack,
+        Some(p) if p.flags & flags::TUNNEL != 0 => Route::Tunnel(p),
+        Some(_) => Route::Direct,
+    }
+}
+
+/// `struct bpf_fib_lookup` (uapi/linux/bpf.h), with its unions as plain words.
+#[repr(C)]
+struct Fib {
+    family: u8,
+    l4_protocol: u8,
+    sport: u16,
+    dport: u16,
+    /// In: length to check against the MTU; out: the MTU.
+    tot_len: u16,
+    /// In: the interface to look from; out: the one to leave by.
+    ifindex: u32,
+    tos: u32,
+    src: [u32; 4],
+    /// In: the destination; out: the next hop.
+    dst: [u32; 4],
+    vlan: u32,
+    macs: [u16; 6],
+}
+
+/// `struct bpf_redir_neigh`.
+#[repr(C)]
+struct NextHop {
+    family: u32,
+    addr: [u32; 4],
+}
+
+const FIB_OUTPUT: u32 = 2;
+const RET_SUCCESS: i64 = 0;
+const RET_NO_NEIGH: i64 = 7;
+const RET_FRAG_NEEDED: i64 = 8;
+
+/// Asks the kernel's tables for the way to `to.dst` and redirects there. `len` is checked against the path's MTU;
+/// `output` looks as a local sender would. [`NO_WAY`] when the kernel has none: its own stack shall say so.
+#[inline(never)]
+pub fn redirect<F: Family>(skb: &Skb, to: &Tuple<F::A>, len: u32, output: bool) -> Packed {
+    Packed::new(try_redirect::<F>(skb, to, len, output))
+}
+
+/// The kernel's tables know no way.
+pub const NO_WAY: i32 = -1;
+
+#[inline(always)]
+fn try_redirect<F: Family>(skb: &Skb, to: &Tuple<F::A>, len: u32, output: bool) -> Result<i32, Stop> {
+    let mut fib = Fib {
+        family: F::AF,
+        l4_protocol: to.proto,
+        sport: to.sport.to_be(),
+        dport: to.dport.to_be(),
+        tot_len: len as u16,
+        ifindex: skb.ifindex(),
+        tos: 0,
+        src: to.src.words(),
+        dst: to.dst.words(),
+        vlan: 0,
+        macs: [0; 6],
+    };
+    // SAFETY: `fib` has the layout and the size of the kernel's structure.
+    let rc = unsafe {
+        helper::bpf_fib_lookup(
+            skb.raw().cast(),
+            (&raw mut fib).cast(),
+            size_of::<Fib>() as i32,
+            if output { FIB_OUTPUT } else { 0 },
+        )
+    };
+    match rc {
+        RET_SUCCESS | RET_NO_NEIGH => {}
+        RET_FRAG_NEEDED => return Err(Stop { reason: DropReason::TooBig, mtu: u32::from(fib.tot_len) }),
+        _ => return Ok(NO_WAY),
+    }
+    // The family may change on the way: an IPv4 route can have an IPv6 next hop (RFC 5549).
+    let mut hop = NextHop { family: u32::from(fib.family), addr: fib.dst };
+    // SAFETY: `hop` has the layout and the size of the kernel's structure.
+    let verdict =
+        unsafe { helper::bpf_redirect_neigh(fib.ifindex, (&raw mut hop).cast(), size_of::<NextHop>() as i32, 0) };
+    Ok(verdict as i32)
+}
