@@ -53,7 +53,7 @@ fn machine_paths(root: &Path, home: Option<&Path>) -> Vec<String> {
     kept
 }
 
-/// Line numbers and words. A word counts only where a path begins, so that `/work/` is not found in `/var/work/`.
+/// Line numbers and words. A word counts only where a path begins, so that `/desk/` is not found in `/var/desk/`.
 fn mentions<'a>(text: &str, words: &'a [String]) -> Vec<(usize, &'a str)> {
     let begins = |line: &str, at: usize| {
         let before = line[..at].chars().next_back();
