@@ -5,7 +5,7 @@ mod files;
 
 use anyhow::{Result, bail};
 
-use crate::cmd::{Cmd, which};
+use crate::cmd::{Cmd, is_executable, which};
 use crate::setup::{self, Need};
 use crate::{paths, ui};
 
@@ -67,7 +67,8 @@ fn format() -> Result<()> {
 }
 
 fn clippy_host() -> Result<()> {
-    let args = ["clippy", "--workspace", "--exclude", "rustnet-ebpf", "--all-targets", "--", "-D", "warnings"];
+    let args =
+        ["clippy", "--workspace", "--exclude", "rustnet-ebpf", "--all-targets", "--keep-going", "--", "-D", "warnings"];
     Cmd::cargo().args(args).dir(paths::root()).run()
 }
 
@@ -107,11 +108,12 @@ fn manifests() -> Result<()> {
     if !paths::root().join("deploy/kustomization.yaml").is_file() {
         bail!("deploy/kustomization.yaml is missing");
     }
-    if which("kubectl").is_none() {
+    let built = setup::kubernetes_dir()?.join("kubectl");
+    let Some(kubectl) = Some(built).filter(|k| is_executable(k)).or_else(|| which("kubectl")) else {
         ui::warn("no kubectl here: `kubectl kustomize deploy` was not tried");
         return Ok(());
-    }
-    let rendered = Cmd::new("kubectl").args(["kustomize", "deploy"]).dir(paths::root()).capture()?;
+    };
+    let rendered = Cmd::new(kubectl).args(["kustomize", "deploy"]).dir(paths::root()).capture()?;
     if !rendered.contains("kind: DaemonSet") {
         bail!("kubectl kustomize deploy renders no DaemonSet");
     }

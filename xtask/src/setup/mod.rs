@@ -52,7 +52,7 @@ pub struct Args {
 /// Large things that are installed only when asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Extra {
-    /// kube-apiserver, built from the Go module proxy (3 minutes on 2 cores, 2 GB of memory)
+    /// kube-apiserver and kubectl, built from the Go module proxy (4 minutes on 2 cores, 2 GB of memory)
     Kubernetes,
     /// kube-proxy, from the same sources, for benchmarks
     KubeProxy,
@@ -110,7 +110,10 @@ impl Work {
                 Need::Build => bpf::ensure(self)?,
                 Need::Lint => tools::ensure_cargo_deny(self)?,
                 Need::Cnitool => go::ensure_cnitool(self)?,
-                Need::ApiServer => go::ensure_kubernetes(self, "kube-apiserver")?,
+                Need::ApiServer => {
+                    go::ensure_kubernetes(self, "kube-apiserver")?;
+                    go::ensure_kubernetes(self, "kubectl")?;
+                }
                 Need::KubeProxy => go::ensure_kubernetes(self, "kube-proxy")?,
                 Need::Network | Need::Iperf => {}
             }

@@ -29,7 +29,7 @@ const fn tool(name: &'static str, need: Need, debian: &'static [&'static str], p
 }
 
 /// All of them.
-static TOOLS: [Tool; 13] = [
+static TOOLS: [Tool; 14] = [
     tool("cc", Need::Build, &["build-essential"], "linking Rust programs"),
     tool("git", Need::Lint, &["git"], "listing tracked files"),
     tool("ip", Need::Network, &["iproute2"], "looking at links and routes"),
@@ -47,6 +47,7 @@ static TOOLS: [Tool; 13] = [
     tool("ethtool", Need::Network, &["ethtool"], "offload settings of links"),
     tool("modprobe", Need::Network, &["kmod"], "loading the vxlan module where it is one"),
     tool("etcd", Need::ApiServer, &["etcd-server"], "the API server's store"),
+    tool("openssl", Need::ApiServer, &["openssl"], "the API server's certificates"),
     tool(
         "/usr/lib/cni/host-local",
         Need::Network,
