@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use aya_obj::Object;
+use rustnet_common::names;
 
 use super::{remedy, sys};
 use sys::Layout;
@@ -18,7 +19,8 @@ const RINGBUF: u32 = 27;
 
 /// The maps an object wants, by name, with the sizes that the configuration asks for.
 pub fn wanted(object: &Object, sizes: &BTreeMap<String, u32>) -> BTreeMap<String, Layout> {
-    let ours = object.maps.iter().filter(|(name, _)| name.starts_with("rn_"));
+    // Others are scratch space of one version of the programs.
+    let ours = object.maps.iter().filter(|(name, _)| names::map::ALL.contains(&name.as_str()));
     ours.map(|(name, map)| {
         let max_entries = sizes.get(name).copied().unwrap_or(map.max_entries());
         let layout = Layout {

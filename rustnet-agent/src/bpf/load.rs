@@ -119,10 +119,15 @@ fn check_btf(object: &Object) -> Result<()> {
 fn load_error(name: &str, error: ProgramError) -> anyhow::Error {
     match error {
         ProgramError::LoadError { io_error, verifier_log } => {
-            let remedy = super::remedy(&io_error);
             let log = tail(&verifier_log.to_string(), LOG_LINES);
+            if log.is_empty() {
+                let remedy = super::remedy(&io_error);
+                return anyhow::anyhow!("the kernel refused program {name}: {io_error}: {remedy}");
+            }
+            // EACCES then means the program, not our rights.
             anyhow::anyhow!(
-                "the kernel refused program {name}: {io_error} ({remedy}); what was attached before runs on. The verifier's last words:\n{log}"
+                "the kernel's verifier refused program {name} ({io_error}); what was attached before runs on. Report this with the \
+                 kernel's version and its last words:\n{log}"
             )
         }
         other => anyhow::Error::from(other).context(format!("loading program {name}")),

@@ -141,6 +141,13 @@ fn parse_vxlan(data: &[u8]) -> Vxlan {
     vxlan
 }
 
+fn port_taken(port: u16) -> String {
+    format!(
+        "somebody else on this host has UDP port {port}, another VXLAN device perhaps (`ip -d link show type vxlan`): remove it, or \
+         give the agents another --overlay-port"
+    )
+}
+
 /// Makes a VXLAN device that takes the tunnel key from each packet; left down.
 pub fn create_vxlan(socket: &mut Socket, name: &str, vxlan: &Vxlan, mac: [u8; 6], mtu: u32) -> Result<()> {
     let port = vxlan.port.to_be_bytes();
@@ -157,13 +164,7 @@ pub fn create_vxlan(socket: &mut Socket, name: &str, vxlan: &Vxlan, mac: [u8; 6]
     match socket.request(create) {
         Ok(_) => Ok(()),
         // The name was free: it is the port that is taken.
-        Err(e) if e.errno() == Some(libc::EEXIST) => Err(e).with_context(|| {
-            format!(
-                "making {name}: another VXLAN device of this host serves UDP port {}: remove it (`ip -d link show type vxlan`) or give \
-                 the agents another --overlay-port",
-                vxlan.port
-            )
-        }),
+        Err(e) if e.errno() == Some(libc::EEXIST) => Err(e).with_context(|| port_taken(vxlan.port)),
         Err(e) if e.errno() == Some(libc::EOPNOTSUPP) => Err(e).with_context(|| {
             format!("making {name}: this kernel has no VXLAN: load the vxlan module, or use --routing native")
         }),
@@ -172,17 +173,21 @@ pub fn create_vxlan(socket: &mut Socket, name: &str, vxlan: &Vxlan, mac: [u8; 6]
 }
 
 /// Brings the overlay device into shape and up: MAC, MTU, no link-local address, no neighbour resolution.
-pub fn configure(socket: &mut Socket, index: u32, mac: [u8; 6], mtu: u32) -> Result<()> {
+pub fn configure(socket: &mut Socket, index: u32, mac: [u8; 6], mtu: u32, port: u16) -> Result<()> {
     let quiet = Message::new(libc::RTM_SETLINK, 0, &ifinfomsg(index, 0, 0))
         .nested(attr::AF_SPEC, |m| m.nested(libc::AF_INET6 as u16, |m| m.u8(attr::INET6_ADDR_GEN_MODE, ADDR_GEN_NONE)));
     // A host without IPv6 makes no link-local addresses either.
     unless(socket.request(quiet), &[libc::EAFNOSUPPORT, libc::EINVAL, libc::EOPNOTSUPP])
         .context("switching off IPv6 address generation")?;
     let shape = Message::new(libc::RTM_SETLINK, 0, &ifinfomsg(index, UP_NOARP, UP_NOARP));
-    socket
-        .request(shape.attr(attr::ADDRESS, &mac).u32(attr::MTU, mtu))
-        .with_context(|| format!("setting up interface {index}"))?;
-    Ok(())
+    match socket.request(shape.attr(attr::ADDRESS, &mac).u32(attr::MTU, mtu)) {
+        Ok(_) => Ok(()),
+        // The socket is opened when the device goes up.
+        Err(e) if matches!(e.errno(), Some(libc::EADDRINUSE | libc::EEXIST | libc::ENOTUNIQ)) => {
+            Err(e).with_context(|| port_taken(port))
+        }
+        Err(e) => Err(e).with_context(|| format!("setting up interface {index}")),
+    }
 }
 
 /// True if the flags are those that [`configure`] sets.

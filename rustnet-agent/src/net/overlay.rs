@@ -81,7 +81,7 @@ pub fn ensure(socket: &mut Socket, spec: &Spec) -> Result<(u32, Change)> {
             link::by_name(socket, OVERLAY_DEV)?.map(|link| link.index).unwrap_or_default()
         }
     };
-    link::configure(socket, index, spec.mac, spec.mtu)?;
+    link::configure(socket, index, spec.mac, spec.mtu, spec.port)?;
     Ok((index, change))
 }
 

@@ -1,0 +1,113 @@
+//! Hooks: adopted, swapped in place, and made anew when their device was replaced.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use rustnet_agent::bpf::attach::{Device, Direction, Outcome, device_hook, link_path, pod_hooks};
+use rustnet_agent::bpf::sys;
+use rustnet_agent::net::netlink::Socket;
+use rustnet_agent::net::{link, tc};
+
+use crate::load::load;
+use crate::sandbox::{self, ip, uplink};
+
+fn index(socket: &mut Socket, name: &str) -> u32 {
+    link::by_name(socket, name).unwrap().unwrap().index
+}
+
+fn link_info(path: &Path) -> sys::LinkInfo {
+    sys::link_info(sys::obj_get(path).unwrap().as_fd()).unwrap()
+}
+
+#[test]
+fn a_device_hook_is_attached_once_and_swapped_in_place() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let mut socket = Socket::open().unwrap();
+        let (old, new) = (load(sandbox).run().unwrap(), load(sandbox).run().unwrap());
+        let path = link_path(&sandbox.bpffs, "uplink_in", "eth0");
+        let mut hook = |programs: &rustnet_agent::bpf::load::Programs| {
+            let ifindex = index(&mut socket, "eth0");
+            let device = Device { name: "eth0", ifindex };
+            device_hook(&mut socket, &path, &device, Direction::Ingress, programs.get("uplink_in").unwrap()).unwrap()
+        };
+        assert_eq!(hook(&old), Outcome::Attached);
+        let before = link_info(&path);
+        assert_eq!(hook(&old), Outcome::Unchanged);
+        assert_eq!(hook(&new), Outcome::Swapped);
+        let after = link_info(&path);
+        assert_eq!(after.id, before.id, "the link stays");
+        assert_eq!(after.prog_id, sys::prog_id(new.get("uplink_in").unwrap()).unwrap());
+
+        // The device goes and comes back: the pin is dead.
+        ip("link del eth0");
+        assert_eq!(link_info(&path).ifindex, 0);
+        uplink();
+        assert_eq!(hook(&new), Outcome::Attached);
+        assert_ne!(link_info(&path).id, after.id);
+        assert_ne!(link_info(&path).ifindex, 0);
+    });
+}
+
+#[test]
+fn a_link_of_another_device_is_replaced() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let mut socket = Socket::open().unwrap();
+        let programs = load(sandbox).run().unwrap();
+        let path = link_path(&sandbox.bpffs, "uplink_in", "eth0");
+        for (name, outcome) in [("eth0", Outcome::Attached), ("far", Outcome::Attached), ("far", Outcome::Unchanged)] {
+            let device = Device { name, ifindex: index(&mut socket, name) };
+            let prog = programs.get("uplink_in").unwrap();
+            let done = device_hook(&mut socket, &path, &device, Direction::Ingress, prog).unwrap();
+            assert_eq!(done, outcome);
+            assert_eq!(link_info(&path).ifindex, device.ifindex);
+        }
+    });
+}
+
+#[test]
+fn pod_hooks_are_filters_that_are_replaced_by_handle() {
+    sandbox::run(|sandbox| {
+        ip("link add rnv1 type veth peer name pod");
+        let mut socket = Socket::open().unwrap();
+        let veth = index(&mut socket, "rnv1");
+        let (old, new) = (load(sandbox).run().unwrap(), load(sandbox).run().unwrap());
+        let mut hooks = |programs: &rustnet_agent::bpf::load::Programs| {
+            let (from, to) = (programs.get("from_pod").unwrap(), programs.get("to_pod").unwrap());
+            pod_hooks(&mut socket, veth, from, to).unwrap()
+        };
+        assert_eq!(hooks(&old), Outcome::Attached);
+        assert_eq!(hooks(&old), Outcome::Unchanged);
+        assert_eq!(hooks(&new), Outcome::Swapped);
+
+        let ids = [("from_pod", Direction::Ingress), ("to_pod", Direction::Egress)];
+        for (name, direction) in ids {
+            let there = tc::filter_prog_id(&mut socket, veth, direction).unwrap();
+            assert_eq!(there, sys::prog_id(new.get(name).unwrap()).ok(), "{name}");
+        }
+        let shown = sandbox::command("tc", "filter show dev rnv1 ingress");
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        assert_eq!(shown.matches("direct-action").count(), 1, "{shown}");
+        // Half of it gone, as after a clumsy `tc filter del`.
+        assert!(tc::remove_filter(&mut socket, veth, Direction::Egress).unwrap());
+        assert!(!tc::remove_filter(&mut socket, veth, Direction::Egress).unwrap());
+        let (from, to) = (new.get("from_pod").unwrap(), new.get("to_pod").unwrap());
+        assert_eq!(pod_hooks(&mut socket, veth, from, to).unwrap(), Outcome::Attached);
+    });
+}
+
+#[test]
+fn foreign_filters_are_not_ours() {
+    sandbox::run(|_| {
+        ip("link add rnv1 type veth peer name pod");
+        sandbox::command("tc", "qdisc add dev rnv1 clsact");
+        let filter = "filter add dev rnv1 ingress prio 1 handle 1 protocol all bpf bytecode 1,6\u{a0}0\u{a0}0\u{a0}0";
+        let args = filter.split(' ').map(|arg| arg.replace('\u{a0}', " "));
+        assert!(std::process::Command::new("tc").args(args).status().unwrap().success());
+        let mut socket = Socket::open().unwrap();
+        let veth = index(&mut socket, "rnv1");
+        assert_eq!(tc::filter_prog_id(&mut socket, veth, Direction::Ingress).unwrap(), None);
+        assert!(!tc::remove_filter(&mut socket, veth, Direction::Ingress).unwrap());
+    });
+}

@@ -1,0 +1,78 @@
+//! Cleanup removes everything of ours and nothing else, and only when no agent would put it back.
+
+use std::fs;
+
+use crate::reconcile::{Agent, block_on, node, synced, web};
+use crate::sandbox::{self, Sandbox, ip, names, uplink};
+
+/// Everything on this host that could be left over.
+fn host() -> String {
+    let routes = ip("route show table all") + &ip("-6 route show table all");
+    let links = ip("-o link show");
+    // Flags, queues and the like change by themselves.
+    let links: Vec<_> = links.lines().filter_map(|line| line.split(':').nth(1)).collect();
+    let filters = sandbox::command("tc", "filter show dev eth0 ingress").stdout;
+    format!("{routes}\n{links:?}\n{}", String::from_utf8(filters).unwrap())
+}
+
+#[test]
+fn cleanup_leaves_nothing_of_ours_and_all_of_others() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let net_d = sandbox.dir.join("net.d");
+        fs::create_dir_all(&net_d).unwrap();
+        fs::write(net_d.join("10-other.conflist"), "{}").unwrap();
+        ip("route add 10.9.0.0/16 via 192.0.2.9");
+        let before = host();
+        ip("link add rnv1 type veth peer name pod");
+        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[&format!("--cni-conf-dir={}", net_d.display())]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
+            agent.send(web(2)).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let out = sandbox.rustnet("cleanup --yes");
+            assert_eq!(out.status.code(), Some(1));
+            assert!(String::from_utf8_lossy(&out.stderr).contains("stop it first"));
+            assert!(sandbox.run_dir.join("node.json").exists());
+            agent.stop().await;
+        });
+        assert_ne!(host(), before);
+        fs::create_dir_all(sandbox.run_dir.join("ipam")).unwrap();
+        fs::write(sandbox.run_dir.join("ipam/10.1.1.5"), "").unwrap();
+        clean(sandbox);
+        assert_eq!(host(), before);
+        assert_eq!(names(&net_d), ["10-other.conflist"]);
+        assert!(!sandbox.run_dir.exists());
+        assert_eq!(names(&sandbox.bpffs), Vec::<String>::new());
+        let again = sandbox.rustnet("cleanup --yes");
+        assert!(String::from_utf8_lossy(&again.stdout).contains("nothing of rustnet's is left"));
+    });
+}
+
+fn clean(sandbox: &Sandbox) {
+    let asked = sandbox.rustnet("cleanup");
+    assert_eq!(asked.status.code(), Some(2), "without a terminal it wants --yes");
+    let out = sandbox.rustnet("-o json cleanup --yes");
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert_eq!(out.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&out.stderr));
+    let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let removed: Vec<_> = report["removed"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+    for part in
+        ["rn_svc4", "prog/from_pod", "link/uplink_in_eth0", "device rn_vxlan", "device rnv1", "05-rustnet.conflist"]
+    {
+        assert!(removed.iter().any(|what| what.contains(part)), "{part} is missing in {removed:?}");
+    }
+}
+
+#[test]
+fn foreign_files_keep_their_directories() {
+    sandbox::run(|sandbox| {
+        fs::create_dir_all(&sandbox.run_dir).unwrap();
+        fs::write(sandbox.run_dir.join("mine"), "").unwrap();
+        let out = sandbox.rustnet("cleanup --yes");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert_eq!(names(&sandbox.run_dir), ["mine"]);
+    });
+}

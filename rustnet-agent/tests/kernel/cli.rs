@@ -1,0 +1,85 @@
+//! The `rustnet` command on maps that an agent filled.
+
+use serde_json::Value;
+
+use crate::reconcile::{Agent, block_on, node, synced, web};
+use crate::sandbox::{self, Sandbox, ip, uplink};
+
+fn json(sandbox: &Sandbox, args: &str) -> Value {
+    let out = sandbox.rustnet(&format!("-o json {args}"));
+    let text = String::from_utf8(out.stdout).unwrap();
+    serde_json::from_str(&text)
+        .unwrap_or_else(|e| panic!("{args}: {e}\n{text}\n{}", String::from_utf8_lossy(&out.stderr)))
+}
+
+fn text(sandbox: &Sandbox, args: &str) -> String {
+    let out = sandbox.rustnet(args);
+    assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+#[test]
+fn every_command_tells_what_the_maps_hold() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
+            agent.send(web(2)).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            tell(sandbox);
+            agent.stop().await;
+        });
+    });
+}
+
+fn tell(sandbox: &Sandbox) {
+    let services = json(sandbox, "services");
+    assert_eq!(services.as_array().unwrap().len(), 1, "wildcard entries are not services");
+    assert_eq!((&services[0]["vip"], &services[0]["port"]), (&"10.96.0.10".into(), &80.into()));
+    assert_eq!(services[0]["backends"][1]["address"], "10.1.2.2");
+    assert_eq!(services[0]["missing"], 0);
+    let shown = text(sandbox, "services 10.96.0.10");
+    assert!(shown.contains("10.96.0.10:80") && shown.contains("10.1.2.1:8080, 10.1.2.2:8080"), "{shown}");
+    assert_eq!(json(sandbox, "services 10.96.0.11"), Value::Array(vec![]));
+
+    let endpoints = json(sandbox, "endpoints");
+    assert_eq!((&endpoints[0]["address"], &endpoints[0]["pod"]), (&"10.1.1.5".into(), &"default/web-0".into()));
+    assert!(text(sandbox, "endpoints").contains("02:00:00:00:00:07"));
+
+    let nodes = json(sandbox, "nodes");
+    let row = |prefix: &str| nodes.as_array().unwrap().iter().find(|n| n["prefix"] == prefix).unwrap().clone();
+    assert_eq!((&row("10.1.2.0/24")["node"], &row("10.1.2.0/24")["tunnel"]), (&"192.0.2.2".into(), &true.into()));
+    assert_eq!(row("192.0.2.1/32")["kind"], "this host");
+
+    let maps = json(sandbox, "maps");
+    assert_eq!((&maps[0]["name"], &maps[0]["used"]), (&"rn_svc4".into(), &2.into()));
+    assert_eq!(json(sandbox, "ct list"), Value::Array(vec![]));
+    assert!(text(sandbox, "ct list --proto tcp --port 80").starts_with("PROTOCOL"));
+    assert_eq!(json(sandbox, "drops"), Value::Array(vec![]));
+    assert!(text(sandbox, "monitor --for 0").is_empty());
+
+    let status = json(sandbox, "status");
+    assert_eq!(status["ok"], true, "{status:#}");
+    assert!(text(sandbox, "status").contains("uplink_in_eth0"));
+}
+
+#[test]
+fn exit_codes_tell_wrong_usage_from_trouble() {
+    sandbox::run(|sandbox| {
+        assert_eq!(sandbox.rustnet("bogus").status.code(), Some(2));
+        assert_eq!(sandbox.rustnet("ct list --proto http").status.code(), Some(2));
+        assert_eq!(sandbox.rustnet("--version").status.code(), Some(0));
+        assert_eq!(sandbox.rustnet("completions bash").status.code(), Some(0));
+        let out = sandbox.rustnet("status");
+        assert_eq!(out.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&out.stdout).contains("no agent has run"));
+        let out = sandbox.rustnet("services");
+        let error = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(1));
+        assert!(error.contains("rn_backends") && error.contains("--bpffs"), "{error}");
+    });
+}

@@ -1,0 +1,12 @@
+//! The agent's kernel side on a real kernel: loading, adoption, hooks, repair, the whole loop, and cleanup.
+//!
+//! Needs root and the eBPF object (`cargo xtask build-ebpf`). Each test has network and mount namespaces of its own.
+
+mod attach;
+mod cleanup;
+mod cli;
+mod load;
+mod net;
+mod reconcile;
+mod sandbox;
+mod store;

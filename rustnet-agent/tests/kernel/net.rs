@@ -1,0 +1,213 @@
+//! The host's network: made, kept, mended, and foreign things left alone.
+
+use std::fs;
+
+use rustnet_agent::model::{Node, ObjectName};
+use rustnet_agent::net::netlink::Socket;
+use rustnet_agent::net::overlay::{self, Change, Spec, mac_of};
+use rustnet_agent::net::repair::{Repairer, State, Wanted};
+
+use crate::sandbox::{self, Sandbox, command, ip, uplink};
+
+const SPEC: Spec = Spec { port: 8472, mtu: 1450, mac: [2, 0, 0, 0, 0, 1] };
+
+fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
+    Node {
+        name: ObjectName::cluster(name),
+        created: 0,
+        addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+        pod_cidrs: pod_cidrs.iter().map(|c| c.parse().unwrap()).collect(),
+        zone: "".into(),
+        problems: Box::default(),
+    }
+}
+
+fn own() -> Node {
+    node("n1", &["192.0.2.1", "2001:db8::1"], &["10.1.1.0/24", "fd00:1::/64"])
+}
+
+fn peer() -> Node {
+    node("n2", &["192.0.2.2", "2001:db8::2"], &["10.1.2.0/24", "fd00:2::/64"])
+}
+
+fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], complete: bool) -> State {
+    let own = own();
+    let wanted = Wanted {
+        uplinks: &["eth0".to_owned()],
+        overlay: vxlan.then(|| (8472, mac_of("n1"))),
+        own: Some(&own),
+        own_pod_cidrs: &own.pod_cidrs,
+        peers: peers.iter().collect(),
+        complete,
+    };
+    let state = Repairer::new(&sandbox.run_dir).unwrap().run(&wanted).unwrap();
+    assert!(state.errors.is_empty(), "{:?}", state.errors);
+    state
+}
+
+#[test]
+fn the_overlay_device_is_made_kept_and_mended() {
+    sandbox::run(|_| {
+        let mut socket = Socket::open().unwrap();
+        let mut ensure = || overlay::ensure(&mut socket, &SPEC).unwrap();
+        let (index, change) = ensure();
+        assert_eq!(change, Change::Created);
+        assert_eq!(ensure(), (index, Change::None));
+        let shown = ip("-d link show dev rn_vxlan");
+        for part in
+            ["external", "dstport 8472", "nolearning", "mtu 1450", "NOARP", "addrgenmode none", "02:00:00:00:00:01"]
+        {
+            assert!(shown.contains(part), "{part} is missing in {shown}");
+        }
+        for mess in ["mtu 1400", "down", "arp on", "address 02:00:00:00:00:09", "addrgenmode eui64"] {
+            ip(&format!("link set rn_vxlan {mess}"));
+            assert_eq!(ensure(), (index, Change::Configured), "{mess}");
+            assert_eq!(ensure().1, Change::None, "{mess}");
+        }
+        ip("link del rn_vxlan");
+        assert_eq!(ensure().1, Change::Created);
+        ip("link del rn_vxlan");
+        ip("link add rn_vxlan type vxlan id 7 dstport 4789");
+        assert_eq!(ensure().1, Change::Replaced);
+        assert_eq!(ensure().1, Change::None);
+        assert!(overlay::remove(&mut socket).unwrap());
+        assert!(!overlay::remove(&mut socket).unwrap());
+    });
+}
+
+#[test]
+fn a_taken_port_is_an_error_that_says_so() {
+    sandbox::run(|_| {
+        ip("link add other type vxlan external dstport 8472");
+        ip("link set other up");
+        let mut socket = Socket::open().unwrap();
+        let error = format!("{:#}", overlay::ensure(&mut socket, &SPEC).unwrap_err());
+        assert!(error.contains("8472") && error.contains("--overlay-port"), "{error}");
+    });
+}
+
+#[test]
+fn routes_are_made_mended_and_removed_and_foreign_ones_stay() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("route add 10.9.0.0/16 via 192.0.2.9");
+        repair(sandbox, true, &[peer()], true);
+        let routes = || ip("route show proto 114") + &ip("-6 route show proto 114");
+        let first = routes();
+        for part in [
+            "10.1.2.0/24 dev rn_vxlan scope link src 192.0.2.1",
+            "unreachable 10.1.1.0/24",
+            "fd00:2::/64 dev rn_vxlan src 2001:db8::1",
+            "unreachable fd00:1::/64",
+        ] {
+            assert!(first.contains(part), "{part} is missing in {first}");
+        }
+        assert!(repair(sandbox, true, &[peer()], true).changed.is_empty(), "a second run changes nothing");
+
+        ip("route del 10.1.2.0/24");
+        ip("-6 route del fd00:2::/64");
+        ip("route del unreachable 10.1.1.0/24");
+        assert_eq!(repair(sandbox, true, &[peer()], true).changed.len(), 3);
+        assert_eq!(routes(), first);
+
+        // The device goes, and the routes with it.
+        ip("link del rn_vxlan");
+        repair(sandbox, true, &[peer()], true);
+        assert_eq!(routes(), first);
+
+        // A node leaves; before all nodes are known nothing is removed.
+        repair(sandbox, true, &[], false);
+        assert_eq!(routes(), first);
+        repair(sandbox, true, &[], true);
+        assert!(!routes().contains("rn_vxlan"), "{}", routes());
+        assert!(ip("route show").contains("10.9.0.0/16 via 192.0.2.9"));
+    });
+}
+
+#[test]
+fn native_routes_go_through_the_nodes() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let state = repair(sandbox, false, &[peer(), node("n3", &["198.51.100.3"], &["10.1.3.0/24"])], true);
+        assert!(state.problems[0].contains("node n3"), "{:?}", state.problems);
+        assert!(ip("route show 10.1.2.0/24").contains("via 192.0.2.2 dev eth0"));
+        assert!(ip("-6 route show fd00:2::/64").contains("via 2001:db8::2 dev eth0"));
+        assert!(ip("route show 10.1.3.0/24").is_empty());
+    });
+}
+
+#[test]
+fn a_route_in_the_place_is_named_and_left() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("route add 10.1.2.0/24 via 192.0.2.9");
+        let own = own();
+        let peer = peer();
+        let wanted = Wanted {
+            uplinks: &[],
+            overlay: Some((8472, mac_of("n1"))),
+            own: Some(&own),
+            own_pod_cidrs: &own.pod_cidrs,
+            peers: vec![&peer],
+            complete: true,
+        };
+        let state = Repairer::new(&sandbox.run_dir).unwrap().run(&wanted).unwrap();
+        assert!(
+            state.errors[0].contains("10.1.2.0/24") && state.errors[0].contains("another program"),
+            "{:?}",
+            state.errors
+        );
+        assert!(ip("route show 10.1.2.0/24").contains("192.0.2.9"));
+        assert!(ip("-6 route show fd00:2::/64").contains("rn_vxlan"), "the rest is done");
+    });
+}
+
+#[test]
+fn pods_get_back_their_route_and_neighbour() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        ip("link set rnv1 up");
+        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        repair(sandbox, true, &[], true);
+        assert!(ip("route show 10.1.1.5").contains("dev rnv1 "));
+        let shown = ip("neigh show 10.1.1.5 dev rnv1");
+        assert!(shown.contains("lladdr 02:00:00:00:00:07") && shown.contains("PERMANENT"), "{shown}");
+        ip("neigh del 10.1.1.5 dev rnv1");
+        ip("route del 10.1.1.5");
+        assert_eq!(repair(sandbox, true, &[], true).changed.len(), 2);
+        assert!(repair(sandbox, true, &[], true).changed.is_empty());
+    });
+}
+
+#[test]
+fn sysctls_of_this_namespace_are_set_again() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let read = |path: &str| fs::read_to_string(format!("/proc/thread-self/root/proc/sys/net/{path}")).unwrap();
+        fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
+        repair(sandbox, true, &[], true);
+        assert_eq!(read("ipv4/ip_forward").trim(), "1");
+        assert_eq!(read("ipv6/conf/all/forwarding").trim(), "1");
+        assert_eq!(read("ipv4/conf/rn_vxlan/rp_filter").trim(), "2");
+        fs::write("/proc/sys/net/ipv4/conf/rn_vxlan/rp_filter", "1").unwrap();
+        assert_eq!(repair(sandbox, true, &[], true).changed, ["ipv4.conf.rn_vxlan.rp_filter: 1 -> 2"]);
+    });
+}
+
+#[test]
+fn a_missing_uplink_is_named() {
+    sandbox::run(|sandbox| {
+        let wanted = Wanted {
+            uplinks: &["eth9".to_owned()],
+            overlay: None,
+            own: None,
+            own_pod_cidrs: &[],
+            peers: vec![],
+            complete: false,
+        };
+        let error = Repairer::new(&sandbox.run_dir).unwrap().run(&wanted).unwrap_err().to_string();
+        assert!(error.contains("eth9"), "{error}");
+        assert!(command("ip", "link show rn_vxlan").stdout.is_empty());
+    });
+}

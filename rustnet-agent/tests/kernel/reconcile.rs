@@ -1,0 +1,301 @@
+//! The whole loop: from events to maps, hooks and routes; restarts; repair; readiness.
+
+use std::future::Future;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustnet_agent::bpf::attach::link_path;
+use rustnet_agent::bpf::store::{BpfMaps, peers, services};
+use rustnet_agent::bpf::sys;
+use rustnet_agent::config::Config;
+use rustnet_agent::health::Health;
+use rustnet_agent::model::{
+    Condition, Endpoint, EndpointSlice, Family, Node, ObjectName, Service, ServicePort, TargetPort,
+};
+use rustnet_agent::plan::Maps;
+use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
+use rustnet_agent::{nodefile, reconcile};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::sandbox::{self, Sandbox, command, ip, uplink};
+
+/// An agent without its source and its HTTP endpoints.
+pub struct Agent {
+    pub events: mpsc::Sender<Event>,
+    pub health: Arc<Health>,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Agent {
+    pub fn start(config: Config) -> Self {
+        let (events, receiver) = mpsc::channel(1024);
+        let (stop, stopped) = watch::channel(false);
+        let health = Arc::new(Health::default());
+        let task = tokio::spawn(reconcile::run(Arc::new(config), receiver, Arc::clone(&health), stopped));
+        Self { events, health, stop, task }
+    }
+
+    pub async fn send(&self, events: impl IntoIterator<Item = Event>) {
+        for event in events {
+            self.events.send(event).await.unwrap();
+        }
+    }
+
+    pub async fn ready(&self) {
+        let wait = tokio::time::timeout(std::time::Duration::from_secs(30), self.health.wait_ready());
+        assert!(wait.await.is_ok(), "not ready: {:?}", self.health.readiness());
+    }
+
+    pub async fn stop(self) {
+        self.stop.send(true).unwrap();
+        self.task.await.unwrap().unwrap();
+    }
+}
+
+/// A runtime whose threads are in this sandbox.
+pub fn block_on(future: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future);
+}
+
+/// Lets the loop turn until `done`.
+pub async fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !done() {
+        assert!(tokio::time::Instant::now() < end, "timed out waiting until {what}");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
+pub fn node(name: &str, address: &str, pod_cidrs: &[&str]) -> Event {
+    Event::Apply(Object::Node(Arc::new(Node {
+        name: ObjectName::cluster(name),
+        created: 0,
+        addresses: [address.parse().unwrap()].into(),
+        pod_cidrs: pod_cidrs.iter().map(|c| c.parse().unwrap()).collect(),
+        zone: "".into(),
+        problems: Box::default(),
+    })))
+}
+
+pub fn synced() -> [Event; 3] {
+    Kind::REQUIRED.map(Event::Synced)
+}
+
+#[test]
+fn from_start_to_ready_to_restart() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(from_start_to_ready_to_restart_in(sandbox));
+    });
+}
+
+fn link_ids(sandbox: &Sandbox) -> Vec<(u32, u32)> {
+    let hooks =
+        [("uplink_in", "eth0"), ("uplink_out", "eth0"), ("overlay_in", "rn_vxlan"), ("overlay_out", "rn_vxlan")];
+    let info = |(program, device)| {
+        let path = link_path(&sandbox.bpffs, program, device);
+        let info = sys::link_info(sys::obj_get(&path).expect(program).as_fd()).unwrap();
+        assert_ne!(info.ifindex, 0, "{program} hangs on nothing");
+        (info.id, info.prog_id)
+    };
+    hooks.map(info).to_vec()
+}
+
+async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
+    let config = sandbox.config(&[&format!("--cni-conf-dir={}", sandbox.dir.join("net.d").display())]);
+    let agent = Agent::start(config.clone());
+    agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
+    assert!(nodefile::read(&sandbox.run_dir).unwrap().is_none(), "not before everything is known");
+    agent.send(synced()).await;
+    agent.ready().await;
+    let file = nodefile::read(&sandbox.run_dir).unwrap().unwrap();
+    assert_eq!((file.mtu, file.not_ready), (1450, None));
+    assert!(sandbox.dir.join("net.d/05-rustnet.conflist").exists());
+    wait_until("the route is there", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
+    assert!(peers(&sandbox.bpffs).unwrap().contains_key(&"10.1.2.0/24".parse().unwrap()));
+    let links = link_ids(sandbox);
+
+    // Somebody meddles: noticed without waiting for the period.
+    ip("route del 10.1.2.0/24");
+    wait_until("the route is back", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
+    ip("link del rn_vxlan");
+    let hooks_back = || {
+        let path = link_path(&sandbox.bpffs, "overlay_in", "rn_vxlan");
+        sys::link_info(sys::obj_get(&path).unwrap().as_fd()).unwrap().ifindex != 0
+    };
+    wait_until("the device is back", || command("ip", "link show rn_vxlan").status.success() && hooks_back()).await;
+    wait_until("its route is back", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
+    let after = link_ids(sandbox);
+    assert_eq!(after[..2], links[..2], "the uplink's hooks were not touched");
+    agent.stop().await;
+
+    // Without an agent everything stays; the next one adopts, and swaps the programs.
+    assert!(ip("route show 10.1.2.0/24").contains("rn_vxlan"));
+    assert_eq!(link_ids(sandbox), after);
+    let next = Agent::start(config);
+    wait_until("the programs are swapped", || {
+        let now = link_ids(sandbox);
+        assert_eq!(now.iter().map(|l| l.0).collect::<Vec<_>>(), after.iter().map(|l| l.0).collect::<Vec<_>>());
+        now.iter().zip(&after).all(|(new, old)| new.1 != old.1)
+    })
+    .await;
+    assert!(next.health.readiness().is_err());
+    assert!(
+        peers(&sandbox.bpffs).unwrap().contains_key(&"10.1.2.0/24".parse().unwrap()),
+        "nothing is pruned before sync"
+    );
+    // n2 left while nobody watched.
+    next.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+    next.send(synced()).await;
+    next.ready().await;
+    assert!(!peers(&sandbox.bpffs).unwrap().contains_key(&"10.1.2.0/24".parse().unwrap()));
+    wait_until("the route is gone", || ip("route show 10.1.2.0/24").is_empty()).await;
+    next.stop().await;
+}
+
+/// Service default/web, 10.96.0.10:80, with so many ready endpoints.
+pub fn web(backends: u8) -> [Event; 2] {
+    let name = ObjectName::namespaced("default", "web");
+    let service = Service {
+        name: name.clone(),
+        created: 0,
+        vips: ["10.96.0.10".parse().unwrap()].into(),
+        ports: [ServicePort { name: "".into(), port: 80, proto: 6 }].into(),
+        affinity: 0,
+        internal_local: false,
+        problems: Box::default(),
+    };
+    let endpoint =
+        |i| Endpoint { addr: [10, 1, 2, i].into(), condition: Condition::Ready, node: "n2".into(), hints: None };
+    let slice = EndpointSlice {
+        name: ObjectName::namespaced("default", "web-1"),
+        service: name,
+        family: Family::V4,
+        ports: [TargetPort { name: "".into(), port: 8080, proto: 6 }].into(),
+        endpoints: (1..=backends).map(endpoint).collect(),
+        problems: Box::default(),
+    };
+    [Event::Apply(Object::Service(Arc::new(service))), Event::Apply(Object::Slice(Arc::new(slice)))]
+}
+
+#[test]
+fn services_follow_their_events_and_survive_an_outage() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(services_follow_their_events_in(sandbox));
+    });
+}
+
+async fn services_follow_their_events_in(sandbox: &Sandbox) {
+    let count = || {
+        let services = services(&sandbox.bpffs).unwrap();
+        services.iter().find(|(key, _)| key.port == 80).map(|(_, entry)| entry.count)
+    };
+    let agent = Agent::start(sandbox.config(&[]));
+    agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+    agent.send(web(3)).await;
+    agent.send(synced()).await;
+    agent.ready().await;
+    assert_eq!(count(), Some(3));
+    agent.send(web(5)).await;
+    wait_until("the service has five backends", || count() == Some(5)).await;
+    agent.stop().await;
+
+    // The next agent hears of fewer, and of no deletion: only the full list tells.
+    let agent = Agent::start(sandbox.config(&[]));
+    agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+    agent.send(web(1)).await;
+    agent.send(synced()).await;
+    agent.ready().await;
+    assert_eq!(count(), Some(1));
+    let name = ObjectName::namespaced("default", "web");
+    agent.send([Event::Delete(ObjectRef { kind: Kind::Service, name })]).await;
+    wait_until("the service is gone", || services(&sandbox.bpffs).unwrap().is_empty()).await;
+    agent.stop().await;
+}
+
+#[test]
+fn pinned_maps_of_another_shape_keep_the_agent_from_getting_ready() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            agent.stop().await;
+            let before = BpfMaps::open(&sandbox.bpffs).unwrap().snapshot().unwrap();
+            let links = link_ids(sandbox);
+
+            let agent = Agent::start(sandbox.config(&["--ct4-entries=777"]));
+            agent.send(synced()).await;
+            wait_until("the refusal is known", || {
+                agent.health.readiness().is_err_and(|why| why.contains("rn_ct4") && why.contains("777"))
+            })
+            .await;
+            agent.stop().await;
+            assert_eq!(BpfMaps::open(&sandbox.bpffs).unwrap().snapshot().unwrap(), before);
+            assert_eq!(link_ids(sandbox), links);
+        });
+    });
+}
+
+#[test]
+fn a_node_without_a_pod_range_is_told_to_the_cni_binary() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &[])]).await;
+            agent.send(synced()).await;
+            let not_ready = || {
+                let file = nodefile::read(&sandbox.run_dir).unwrap();
+                file.and_then(|file| file.not_ready).is_some_and(|why| why.contains("no pod range"))
+            };
+            wait_until("node.json says so", not_ready).await;
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.ready().await;
+            // Losing the range again must not take it from the CNI binary.
+            agent.send([node("n1", "192.0.2.1", &[])]).await;
+            wait_until("the agent is not ready", || agent.health.readiness().is_err()).await;
+            assert!(!not_ready());
+            agent.stop().await;
+        });
+    });
+}
+
+#[test]
+fn leftover_endpoints_are_removed_and_lost_ones_put_back() {
+    use rustnet_agent::bpf::store::endpoints::Endpoints;
+    use rustnet_common::endpoint::Endpoint as Entry;
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        ip("link set rnv1 up");
+        let ifindex = sandbox::ifindex("rnv1");
+        sandbox.record("rnv1", ifindex, "10.1.1.5");
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let endpoints = Endpoints::open(&sandbox.bpffs).unwrap();
+            let addresses = || {
+                let all = endpoints.read().unwrap().into_iter();
+                all.map(|(ip, entry)| (ip.to_string(), entry.ifindex)).collect::<Vec<_>>()
+            };
+            assert_eq!(addresses(), [("10.1.1.5".to_owned(), ifindex)], "put back from its record");
+
+            // A DEL that was cut short: neither interface nor record. And an ADD that is under way: an interface.
+            let entry = |ifindex| Entry { ifindex, identity: 0, mac: [0; 6], host_mac: [0; 6], flags: 0, pad: 0 };
+            endpoints.put("10.1.1.8".parse().unwrap(), &entry(99_999)).unwrap();
+            endpoints.put("10.1.1.9".parse().unwrap(), &entry(ifindex)).unwrap();
+            ip("link set rnv1 mtu 1400");
+            wait_until("the leftover is gone", || addresses().len() == 2).await;
+            assert_eq!(addresses()[1].0, "10.1.1.9");
+            agent.stop().await;
+        });
+    });
+}

@@ -1,0 +1,120 @@
+//! A network namespace, a mount namespace and a BPF file system for one test; all gone when its thread ends.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use rustnet_agent::config::Config;
+
+/// What a test works with.
+pub struct Sandbox {
+    /// Where to pin.
+    pub bpffs: PathBuf,
+    /// The run directory.
+    pub run_dir: PathBuf,
+    /// For whatever else.
+    pub dir: PathBuf,
+}
+
+/// Runs a test in a sandbox. Must be root.
+pub fn run(test: impl FnOnce(&Sandbox) + Send + 'static) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let root = dir.path().to_owned();
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("new namespaces: run the tests as root");
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect("private mounts");
+        ip("link set lo up");
+        test(&Sandbox { bpffs: root.join("bpf/rustnet"), run_dir: root.join("run"), dir: root });
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Runs `ip` in this thread's namespace; must succeed.
+pub fn ip(args: &str) -> String {
+    let out = command("ip", args);
+    assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).expect("text")
+}
+
+/// Runs a program with arguments split at spaces.
+pub fn command(program: &str, args: &str) -> Output {
+    Command::new(program).args(args.split_whitespace()).output().expect(program)
+}
+
+/// Makes `eth0` as an uplink: one end of a veth pair, so that tunnels and routes behave as on hardware.
+pub fn uplink() {
+    ip("link add eth0 type veth peer name far");
+    for dev in ["eth0", "far"] {
+        ip(&format!("link set {dev} addrgenmode none"));
+        ip(&format!("link set {dev} up"));
+    }
+    ip("addr add 192.0.2.1/24 dev eth0");
+    ip("addr add 2001:db8::1/64 dev eth0 nodad");
+    ip("route add default via 192.0.2.254");
+}
+
+/// Index of an interface of this thread's namespace.
+pub fn ifindex(name: &str) -> u32 {
+    ip(&format!("-o link show {name}")).split(':').next().and_then(|n| n.trim().parse().ok()).expect("an index")
+}
+
+/// Waits until `done`, for at most half a minute: a loaded machine is no failure.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(Instant::now() < end, "timed out waiting until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+impl Sandbox {
+    /// An agent's configuration, with small maps.
+    pub fn config(&self, extra: &[&str]) -> Config {
+        let mut args: Vec<String> = vec![
+            "rustnet-agent".into(),
+            "--node-name=n1".into(),
+            "--uplink=eth0".into(),
+            "--routing=vxlan".into(),
+            "--health-addr=off".into(),
+            "--metrics-addr=off".into(),
+            format!("--bpffs={}", self.bpffs.display()),
+            format!("--run-dir={}", self.run_dir.display()),
+            format!("--manifests={}", self.dir.join("manifests").display()),
+            "--cgroup=/sys/fs/cgroup".into(),
+        ];
+        args.extend(extra.iter().map(|s| (*s).to_owned()));
+        Config::load(args, &|_| None).expect("a configuration")
+    }
+
+    /// Writes a record such as the CNI binary leaves.
+    pub fn record(&self, veth: &str, ifindex: u32, address: &str) {
+        let dir = self.run_dir.join("endpoints");
+        std::fs::create_dir_all(&dir).expect("a folder");
+        let record = serde_json::json!({
+            "containerId": "0123456789abcdef", "ifname": "eth0", "netns": "/run/netns/x", "network": "rustnet",
+            "hostIfname": veth, "ifindex": ifindex, "mac": "02:00:00:00:00:07", "addresses": [address],
+            "podNamespace": "default", "podName": "web-0", "podUid": "u",
+        });
+        std::fs::write(dir.join("0123456789abcdef@eth0.json"), record.to_string()).expect("a record");
+    }
+
+    /// Runs the `rustnet` command on this sandbox.
+    pub fn rustnet(&self, args: &str) -> Output {
+        let run_dir = self.run_dir.display();
+        command(env!("CARGO_BIN_EXE_rustnet"), &format!("--run-dir {run_dir} {args}"))
+    }
+}
+
+/// Names in a directory, sorted; none if it is not there. The kernel's own in a new BPF file system do not count.
+pub fn names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let mut names: Vec<_> = entries.map(|e| e.expect("entry").file_name().into_string().expect("text")).collect();
+    names.retain(|name| !name.ends_with(".debug"));
+    names.sort();
+    names
+}
