@@ -2,6 +2,7 @@
 
 pub mod convert;
 pub mod kube;
+pub mod manifests;
 
 use crate::model::{EndpointSlice, Node, ObjectName, Pod, Problem, Service};
 use std::fmt;
