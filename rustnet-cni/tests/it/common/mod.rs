@@ -175,7 +175,10 @@ impl Node {
         }
         mount("bpf", BPFFS, "bpf", 0);
         ip(&["link", "set", "lo", "up"]);
-        for (sysctl, value) in [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")] {
+        // As many distributions have it: new devices filter by reverse path.
+        let sysctls =
+            [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1"), ("ipv4/conf/default/rp_filter", "1")];
+        for (sysctl, value) in sysctls {
             fs::write(format!("/proc/sys/net/{sysctl}"), value).expect(sysctl);
         }
         // Addresses for the host's own packets to start from.
