@@ -5,12 +5,15 @@
 //! rename the old file away before they write the new one. When the whole directory vanishes, the last state stays.
 
 mod catalog;
+mod disk;
 mod parse;
 mod watch;
 
+pub use catalog::Catalog;
+pub use disk::scan;
+
 use super::{Event, Kind};
 use crate::model::Problem;
-use catalog::Catalog;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -26,8 +29,6 @@ const SETTLE: Duration = Duration::from_millis(20);
 const VANISH: Duration = Duration::from_millis(300);
 /// Between looks for a directory that is not there.
 const RETRY: Duration = Duration::from_secs(1);
-/// No manifest is that large; a mistake may be.
-const MAX_SIZE: u64 = 256 << 20;
 
 /// Delivers the directory's objects, and their changes, until nobody listens any more.
 pub async fn run(dir: PathBuf, events: Sender<Event>) {
@@ -123,46 +124,36 @@ impl Manifests {
 
     /// Reads every file, and lets go of those that are gone.
     async fn scan(&mut self) -> Listening<io::Result<()>> {
-        let names = match names(&self.dir) {
-            Ok(names) => names,
-            Err(error) => return Some(Err(error)),
-        };
-        for name in self.catalog.files() {
-            if !names.contains(&*name) {
-                let events = self.catalog.remove(&name);
-                self.send_all(events).await?;
-            }
+        match self.off_the_runtime(disk::scan).await? {
+            Ok(events) => self.send_all(events).await.map(Ok),
+            Err(error) => Some(Err(error)),
         }
-        for name in names {
-            self.load(&name, true).await?;
-        }
-        Some(Ok(()))
     }
 
     /// Reads one file. False if it is not there, which is not believed yet.
     async fn load(&mut self, name: &str, believe_gone: bool) -> Listening<bool> {
-        let path = self.dir.join(name);
-        let mut catalog = std::mem::take(&mut self.catalog);
-        let owned = name.to_owned();
-        // Large files take a while to parse; the agent goes on meanwhile.
-        let parsed = tokio::task::spawn_blocking(move || {
-            let events = match read(&path) {
-                Ok(text) => Some(catalog.update(&owned, &text)),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    // With its directory gone too, nobody deleted this file.
-                    let deleted = believe_gone && path.parent().is_some_and(Path::is_dir);
-                    deleted.then(|| catalog.remove(&owned))
-                }
-                Err(error) => Some(catalog.broken(&owned, None, &error.to_string())),
-            };
-            (catalog, events)
-        });
-        // It fails only if the runtime is being shut down, or on a panic, after which the catalog is empty.
-        let (catalog, events) = parsed.await.ok()?;
-        self.catalog = catalog;
-        let known = events.is_some();
+        let name = name.to_owned();
+        let load = move |catalog: &mut Catalog, dir: &Path| disk::load(catalog, dir, &name, believe_gone);
+        let events = self.off_the_runtime(load).await?;
+        let known = events.is_some() || believe_gone;
         self.send_all(events.unwrap_or_default()).await?;
-        Some(known || believe_gone)
+        Some(known)
+    }
+
+    /// Large files take a while to read and parse; the agent goes on meanwhile.
+    async fn off_the_runtime<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut Catalog, &Path) -> T + Send + 'static,
+    ) -> Listening<T> {
+        let (mut catalog, dir) = (std::mem::take(&mut self.catalog), self.dir.clone());
+        let task = tokio::task::spawn_blocking(move || {
+            let done = work(&mut catalog, &dir);
+            (catalog, done)
+        });
+        // It fails only when the runtime shuts down.
+        let (catalog, done) = task.await.ok()?;
+        self.catalog = catalog;
+        Some(done)
     }
 
     /// Reports that the directory cannot be read, and waits before the next attempt.
@@ -195,39 +186,6 @@ impl Manifests {
     async fn send(&self, event: Event) -> Listening<()> {
         self.events.send(event).await.ok()
     }
-}
-
-/// True if a file of this name is a manifest.
-fn is_manifest(name: &str) -> bool {
-    let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
-    !name.starts_with('.') && matches!(extension, Some("yaml" | "yml" | "json"))
-}
-
-/// The manifests in a directory, in order of their names.
-fn names(dir: &Path) -> io::Result<std::collections::BTreeSet<String>> {
-    let mut names = std::collections::BTreeSet::new();
-    for entry in std::fs::read_dir(dir)? {
-        match entry?.file_name().into_string() {
-            Ok(name) if is_manifest(&name) => {
-                names.insert(name);
-            }
-            Ok(_) => {}
-            Err(name) => tracing::warn!(?name, "file name is not UTF-8, passed over"),
-        }
-    }
-    Ok(names)
-}
-
-fn read(path: &Path) -> io::Result<String> {
-    // Follows links: a ConfigMap is mounted as links.
-    let meta = std::fs::metadata(path)?;
-    if !meta.is_file() {
-        return Err(io::Error::other("not a file"));
-    }
-    if meta.len() > MAX_SIZE {
-        return Err(io::Error::other(format!("{} bytes, {MAX_SIZE} at most", meta.len())));
-    }
-    String::from_utf8(std::fs::read(path)?).map_err(|_| io::Error::other("not UTF-8"))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A real directory, as editors and tools treat it.
 
-use super::{is_manifest, run};
+use super::disk::is_manifest;
+use super::run;
 use crate::source::{Event, Kind, Object};
 use std::fs;
 use std::io::Write;

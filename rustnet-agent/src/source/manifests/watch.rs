@@ -67,7 +67,7 @@ impl Watch {
             return Some(Change::Lost(io::Error::from(io::ErrorKind::NotFound)));
         }
         let name = event.name.as_ref()?.to_str()?;
-        if !super::is_manifest(name) {
+        if !super::disk::is_manifest(name) {
             // Links may lead through it, as those of a mounted ConfigMap lead through `..data`.
             return is(EventMask::MOVED_TO).then_some(Change::Anything);
         }
