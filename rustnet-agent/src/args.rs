@@ -261,12 +261,16 @@ impl fmt::Display for Value {
 
 /// The text of every setting, by flag. Settings without a value and without a default are absent.
 #[derive(Clone, Debug, Default)]
-pub struct Values(BTreeMap<&'static str, Value>);
+pub struct Values {
+    values: BTreeMap<&'static str, Value>,
+    /// `--prepare`: only prepare the host, and end.
+    pub prepare: bool,
+}
 
 impl Values {
     /// The value of the setting with this flag.
     pub fn get(&self, flag: &str) -> Option<&Value> {
-        self.0.get(flag)
+        self.values.get(flag)
     }
 
     /// Gathers the settings of a command line, an environment and the file that either of them names with `--config`.
@@ -286,14 +290,15 @@ impl Values {
         });
         let config = matches.get_one::<String>("config").map(PathBuf::from);
         let config = config.or_else(|| env("RUSTNET_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from));
-        Self::layer(&flags.collect(), env, config.as_deref())
+        let values = Self::layer(&flags.collect(), env, config.as_deref())?;
+        Ok(Self { values, prepare: matches.get_flag("prepare") })
     }
 
     fn layer(
         flags: &BTreeMap<&'static str, Vec<String>>,
         env: &dyn Fn(&str) -> Option<OsString>,
         config: Option<&Path>,
-    ) -> anyhow::Result<Self> {
+    ) -> anyhow::Result<BTreeMap<&'static str, Value>> {
         let mut file = match config {
             Some(path) => read_file(path)?,
             None => BTreeMap::new(),
@@ -326,7 +331,7 @@ impl Values {
                 values.insert(setting.flag, Value { setting, texts, origin });
             }
         }
-        Ok(Self(values))
+        Ok(values)
     }
 }
 
@@ -335,6 +340,10 @@ pub fn command() -> Command {
     let config = Arg::new("config").long("config").value_name("FILE").help(
         "YAML or JSON file with the same settings, in camelCase; flags and variables win over it [env: RUSTNET_CONFIG]",
     );
+    let prepare = Arg::new("prepare")
+        .long("prepare")
+        .action(ArgAction::SetTrue)
+        .help("Only mount the BPF file system where it is missing, and end: for a privileged init container");
     let settings = SETTINGS.iter().map(|setting| {
         let mut help = format!("{} [env: {}] [file: {}]", setting.help, setting.env(), setting.key);
         if !setting.default.is_empty() {
@@ -355,6 +364,7 @@ pub fn command() -> Command {
         .about("The node agent of rustnet: keeps this node's eBPF tables, links and routes as Kubernetes asks")
         .version(env!("CARGO_PKG_VERSION"))
         .arg(config)
+        .arg(prepare)
         .args(settings)
 }
 

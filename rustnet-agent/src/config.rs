@@ -65,6 +65,8 @@ pub struct Config {
     pub log_level: String,
     /// Shape of the log's lines.
     pub log_format: LogFormat,
+    /// Only prepare the host, and end.
+    pub prepare: bool,
 }
 
 /// Where Services, EndpointSlices and Nodes come from.
@@ -218,6 +220,7 @@ impl Config {
                 "json" => Ok(LogFormat::Json),
                 _ => Err("is not a log format; give text or json".to_owned()),
             }),
+            prepare: values.prepare,
         };
         config.check_together(&mut read);
         if read.problems.is_empty() { Ok(config) } else { Err(Refused(read.problems)) }

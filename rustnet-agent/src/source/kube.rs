@@ -43,12 +43,19 @@ pub struct KubeSource {
     client: Client,
     metrics: Metrics,
     node_status: NodeStatus,
+    watch_seconds: Option<u32>,
 }
 
 impl KubeSource {
     /// A source on the API server behind `client`. `node_status` hears of this node's object.
     pub fn new(client: Client, metrics: Metrics, node_status: NodeStatus) -> Self {
-        Self { client, metrics, node_status }
+        Self { client, metrics, node_status, watch_seconds: None }
+    }
+
+    /// Ends each watch request after this time, to begin the next where it stopped. The default is near five minutes.
+    #[must_use]
+    pub fn watch_seconds(self, seconds: u32) -> Self {
+        Self { watch_seconds: Some(seconds), ..self }
     }
 
     /// Delivers events until their receiver is gone. An unreachable server is waited for.
@@ -85,9 +92,11 @@ impl KubeSource {
     }
 }
 
+/// Whether a server of this version knows streaming lists. One that hides its version is taken for a new one: if it does
+/// not know them, it may say so.
 fn streams(major: &str, minor: &str) -> bool {
-    let number = |text: &str| text.trim_end_matches(|c: char| !c.is_ascii_digit()).parse::<u32>().unwrap_or(0);
-    (number(major), number(minor)) >= (1, 27)
+    let number = |text: &str| text.trim_end_matches(|c: char| !c.is_ascii_digit()).parse::<u32>().ok();
+    number(major).zip(number(minor)).is_none_or(|version| version >= (1, 27))
 }
 
 /// What differs between the kinds.
@@ -178,6 +187,7 @@ impl<'a> Follower<'a> {
         if let Some(labels) = K::LABELS {
             config = config.labels(labels);
         }
+        config.timeout = self.source.watch_seconds;
         config = if self.streaming { config.streaming_lists() } else { config.page_size(PAGE) };
         let stream = watcher(Api::<K>::all(self.source.client.clone()), config);
         pin_mut!(stream);
