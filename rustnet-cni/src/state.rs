@@ -10,7 +10,7 @@ use std::os::unix::fs::DirEntryExt;
 use std::path::{Path, PathBuf};
 
 const REMEDY: &str = "is the rustnet agent running on this node, and is \"runDir\" in the configuration its --run-dir?";
-/// One empty file for each attachment that may hold a lease of a delegated IPAM.
+/// Among the leases: one empty file for each attachment that may hold one of a delegated IPAM.
 const DELEGATED_DIR: &str = "delegated";
 
 /// Reads the agent's file; errors have the code for "try again".
@@ -96,7 +96,7 @@ pub fn unmark_delegated(run_dir: &Path, network: &str, a: &Attachment) -> Result
 
 /// All attachments of a network that may hold a lease of a delegated IPAM.
 pub fn delegated(run_dir: &Path, network: &str) -> Result<Vec<Attachment>, Error> {
-    Ok(list(&run_dir.join(DELEGATED_DIR).join(network))?
+    Ok(list(&delegated_dir(run_dir, network))?
         .into_iter()
         .filter_map(|entry| {
             let (container_id, ifname) = entry.name.split_once('@')?;
@@ -106,13 +106,18 @@ pub fn delegated(run_dir: &Path, network: &str) -> Result<Vec<Attachment>, Error
 }
 
 fn mark_path(run_dir: &Path, network: &str, a: &Attachment) -> PathBuf {
-    run_dir.join(DELEGATED_DIR).join(network).join(format!("{}@{}", a.container_id, a.ifname))
+    delegated_dir(run_dir, network).join(format!("{}@{}", a.container_id, a.ifname))
 }
 
-/// The file that becomes `path` by a rename; the dot keeps readers away from it.
+fn delegated_dir(run_dir: &Path, network: &str) -> PathBuf {
+    run_dir.join(files::IPAM_DIR).join(DELEGATED_DIR).join(network)
+}
+
+/// The file that becomes `path` by a rename; dot and extension keep readers away from it.
 fn temporary(path: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");
     name.push(path.file_name().unwrap_or_default());
+    name.push(".tmp");
     path.with_file_name(name)
 }
 

@@ -94,7 +94,7 @@ fn a_half_written_record_is_no_obstacle() {
     fs::create_dir_all(node.run.join("endpoints")).expect("directory");
     for text in ["", "{", "[]", "{\"containerId\":\"c1\"}"] {
         node.add("c1", &ns);
-        fs::write(node.run.join("endpoints/.c1@eth0.json"), "{").expect("temporary file");
+        fs::write(node.run.join("endpoints/.c1@eth0.json.tmp"), "{").expect("temporary file");
         fs::write(node.run.join("endpoints/c1@eth0.json"), text).expect("record");
         node.gc(&["c1"]);
         node.del("c1");
@@ -114,7 +114,7 @@ fn the_reboot() {
     let host = r["interfaces"][0]["name"].as_str().expect("name");
     crate::common::ip(&["link", "del", host]);
     bpf::delete(&node.map, ips(&r)[0]);
-    for dir in ["endpoints", "delegated"] {
+    for dir in ["endpoints", "ipam"] {
         fs::remove_dir_all(node.run.join(dir)).expect(dir);
     }
     assert_ne!(node.traces(), before, "host-local's lease survives");
