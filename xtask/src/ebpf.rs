@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cmd::Cmd;
 use crate::toolchain::{Route, Toolchain};
-use crate::{cache, elf, paths, ui};
+use crate::{cache, elf, paths, ui, verify};
 
 /// What the object is made from, relative to the root.
 const SOURCES: [&str; 6] = [
@@ -29,6 +29,9 @@ pub struct Args {
     /// Use this toolchain instead of the first complete one
     #[arg(long, env = "RUSTNET_BPF_TOOLCHAIN")]
     toolchain: Option<Route>,
+    /// Load it into this machine's kernel too, and list what the verifier says of each program (needs root)
+    #[arg(long)]
+    verify: bool,
 }
 
 /// Leaves a sound object at `target/bpf/rustnet.bpf.o` and lists what is in it.
@@ -49,7 +52,7 @@ pub fn build(args: &Args) -> Result<()> {
     let report = check(&object)?;
     ui::step(&format!("{} ({origin}, {})", object.display(), toolchain.compiler.route.name()));
     println!("{report}");
-    Ok(())
+    if args.verify { verify::verify(&object) } else { Ok(()) }
 }
 
 fn compile(toolchain: &Toolchain) -> Result<PathBuf> {

@@ -14,6 +14,7 @@ mod setup;
 mod test;
 mod toolchain;
 mod ui;
+mod verify;
 
 use std::process::ExitCode;
 

@@ -1,0 +1,112 @@
+//! `build-ebpf --verify`: loads the object into this machine's kernel, in a mount namespace that ends with the command, and
+//! tells what its verifier made of each program. Nothing is attached.
+
+use std::fs;
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::cmd::{Cmd, need_root};
+use crate::{paths, ui};
+
+/// A program may make the verifier look at no more instructions (include/linux/bpf.h, BPF_COMPLEXITY_LIMIT_INSNS).
+const KERNEL_LIMIT: u32 = 1_000_000;
+/// Ours: a program near the kernel's limit is refused by the next kernel.
+const OUR_LIMIT: u32 = 50_000;
+
+const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+/// Where the fields of `struct bpf_prog_info` begin; the kernel only ever appends to it.
+const JITED_LEN: usize = 16;
+const XLATED_LEN: usize = 20;
+const VERIFIED: usize = 216;
+const INFO: usize = 232;
+
+/// What the kernel says about a loaded program.
+#[derive(Debug, PartialEq, Eq)]
+struct Info {
+    verified: u32,
+    translated: u32,
+    machine_code: u32,
+}
+
+/// Loads the object and lists its programs; an error when the kernel refuses it or a program is over our limit.
+pub fn verify(object: &Path) -> Result<()> {
+    need_root("build-ebpf --verify")?;
+    let dir = paths::target().join("bpf/fs");
+    fs::create_dir_all(&dir).with_context(|| format!("making the directory {}", dir.display()))?;
+    unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace of our own")?;
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("keeping mounts to ourselves")?;
+    mount(Some("bpf"), &dir, Some("bpf"), MsFlags::empty(), none)
+        .context("mounting bpffs\n  remedy: a kernel with CONFIG_BPF_SYSCALL")?;
+    ui::step("loading into this kernel");
+    let pins = dir.join("prog");
+    Cmd::new("bpftool").args(["prog", "loadall"]).args([object, &pins]).capture()?;
+    let mut names: Vec<_> = fs::read_dir(&pins)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
+    names.sort();
+    println!("{:>12}  {:>12}  {:>12}  program", "verified", "instructions", "machine code");
+    let mut over = Vec::new();
+    for pin in &names {
+        let name = pin.file_name().unwrap_or_default().to_string_lossy();
+        let info = info_of(pin).with_context(|| format!("asking the kernel about {name}"))?;
+        println!("{:>12}  {:>12}  {:>12}  {name}", info.verified, info.translated / 8, info.machine_code);
+        if info.verified > OUR_LIMIT {
+            over.push(format!("{name} ({})", info.verified));
+        }
+    }
+    if over.is_empty() {
+        return Ok(());
+    }
+    bail!("more than {OUR_LIMIT} verified instructions (the kernel refuses {KERNEL_LIMIT}): {}", over.join(", "))
+}
+
+fn info_of(pin: &Path) -> Result<Info> {
+    let path = std::ffi::CString::new(pin.as_os_str().as_encoded_bytes())?;
+    let mut get = Attr::default();
+    get.0[0] = path.as_ptr() as u64;
+    let fd = RawFd::try_from(bpf(BPF_OBJ_GET, &mut get)?)?;
+    // SAFETY: the kernel has just given us this descriptor, and nobody else owns it.
+    let program = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut bytes = [0u8; INFO];
+    let mut info = Attr::default();
+    // __u32 bpf_fd, __u32 info_len, __u64 info: little-endian machines only, as the target of the object says.
+    info.0[0] = u64::from(program.as_raw_fd().cast_unsigned()) | (INFO as u64) << 32;
+    info.0[1] = bytes.as_mut_ptr() as u64;
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut info)?;
+    Ok(parse(&bytes))
+}
+
+fn parse(bytes: &[u8; INFO]) -> Info {
+    let field = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    Info { verified: field(VERIFIED), translated: field(XLATED_LEN), machine_code: field(JITED_LEN) }
+}
+
+/// The first words of `union bpf_attr`; both commands use no more.
+#[derive(Default)]
+#[repr(C, align(8))]
+struct Attr([u64; 2]);
+
+fn bpf(command: libc::c_int, attr: &mut Attr) -> std::io::Result<libc::c_long> {
+    // SAFETY: `attr` lives through the call and its size is told; the addresses in it are of buffers that do too.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<Attr>()) };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_read_where_the_kernel_writes_them() {
+        let mut bytes = [0; INFO];
+        bytes[16] = 1;
+        bytes[20] = 2;
+        bytes[216..220].copy_from_slice(&[0, 1, 0, 0]);
+        assert_eq!(parse(&bytes), Info { verified: 256, translated: 2, machine_code: 1 });
+    }
+}
