@@ -13,10 +13,13 @@ use libc::{
 use rustnet_common::names;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const VETH_INFO_PEER: u16 = 1;
+const IFLA_OPERSTATE: u16 = 16;
+const IF_OPER_UP: u8 = 6;
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET_CONF: u16 = 1;
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
@@ -227,10 +230,35 @@ pub fn default_route(index: u32, gateway: IpAddr) -> Message {
     })
 }
 
-/// Looks the link up by index. The kernel brings a veth's carrier state up to date before it answers (since 6.9), so that
-/// the host's first packet to the pod is not lost in the moment after the pod's end came up.
-pub fn settle(index: u32) -> Message {
-    Message::new("look up the veth", libc::RTM_GETLINK, 0, &ifinfomsg(index, 0, 0))
+/// Waits until the kernel has caught up with a link that came up: it starts the queue of a veth whose other end came up,
+/// and adds the local routes of IPv6 addresses, from work queues, so that the first packets would be lost.
+///
+/// Usually there is nothing to wait for: since 6.9 the look-up itself brings the link's state up to date. Gives up
+/// silently after a second, for then the network is in order and only slow.
+pub fn settle(socket: &mut Socket, index: u32, local: &[IpAddr]) -> Result<(), Refused> {
+    let link = || Message::new("look up the veth", libc::RTM_GETLINK, 0, &ifinfomsg(index, 0, 0));
+    let route = |ip: IpAddr| {
+        let header = rtmsg(family(ip), full_prefix(ip), 0, 0);
+        with_ip(ip, |b| Message::new(format!("look up {ip}"), libc::RTM_GETROUTE, 0, &header).attr(RTA_DST, b))
+            .tolerate(&[libc::ENETUNREACH, libc::EHOSTUNREACH])
+    };
+    let ready = |r: &Reply| match r.kind {
+        libc::RTM_NEWLINK => r.attrs(IFINFOMSG).get(IFLA_OPERSTATE) == Some(&[IF_OPER_UP]),
+        libc::RTM_NEWROUTE => r.body.get(7) == Some(&libc::RTN_LOCAL),
+        _ => false,
+    };
+    let v6: Vec<IpAddr> = local.iter().copied().filter(IpAddr::is_ipv6).collect();
+    let mut pause = Duration::from_micros(100);
+    while pause < Duration::from_millis(500) {
+        let mut questions = vec![link()];
+        questions.extend(v6.iter().map(|ip| route(*ip)));
+        if socket.run(questions)?.iter().filter(|r| ready(r)).count() == 1 + v6.len() {
+            return Ok(());
+        }
+        std::thread::sleep(pause);
+        pause *= 2;
+    }
+    Ok(())
 }
 
 /// Our link-local gateway of the address's family.

@@ -123,7 +123,9 @@ impl Setup<'_> {
         fault::point("host")?;
         self.pod_side(pod, &result)?;
         fault::point("pod")?;
-        host.run(vec![link::settle(self.veth.host.index)])?;
+        link::settle(pod, self.veth.pod_index, &ips)?;
+        let on_host: Vec<IpAddr> = self.delegate.iter().flat_map(|_| gateways(&result)).collect();
+        link::settle(host, self.veth.host.index, &on_host)?;
         self.result(result)
     }
 
