@@ -121,7 +121,10 @@ impl fmt::Display for Answers {
     }
 }
 
-/// Sends `count` requests from inside a namespace, one after the other.
+/// A series that has seen this many time-outs has failed, and is not worth more waiting.
+const TIMEOUTS: usize = 3;
+
+/// Sends `count` requests from inside a namespace, one after the other; gives up after a few time-outs.
 pub fn ask(from: &Netns, proto: Proto, target: SocketAddr, count: usize) -> Result<Answers> {
     ask_sized(from, proto, target, count, 8)
 }
@@ -131,6 +134,9 @@ pub fn ask_sized(from: &Netns, proto: Proto, target: SocketAddr, count: usize, s
     from.run(|| {
         let mut answers = Answers::default();
         for i in 0..count {
+            if answers.errors.iter().filter(|e| e.kind == ErrorKind::TimedOut).count() >= TIMEOUTS {
+                break;
+            }
             let text = format!("{i:0size$}");
             let start = Instant::now();
             answers.sent += 1;

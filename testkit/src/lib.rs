@@ -10,6 +10,7 @@
 //! | [`manifest`], [`apiserver`] | Kubernetes YAML for services, endpoint slices and nodes; a real control plane |
 //! | [`server`], [`client`], [`load`], [`icmp`] | real sockets: who answers, from where, how fast, what was lost |
 //! | [`sniff`], [`packet`], [`check`] | captures, hand-made packets, and an independent check of every checksum |
+//! | [`datapath`] | the eBPF programs alone, run on single packets |
 //! | [`dist`] | where the built programs are |
 //!
 //! Everything needs root. Namespaces are anonymous (held by a process called `rn<pid>-<name>`), so that even a killed
@@ -20,6 +21,7 @@ pub mod apiserver;
 pub mod check;
 pub mod client;
 pub mod cni;
+pub mod datapath;
 pub mod dist;
 pub mod fabric;
 pub mod icmp;

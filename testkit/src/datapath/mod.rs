@@ -1,0 +1,286 @@
+//! The kernel side alone: the eBPF object loaded without pins or agent, its maps as plain Rust values, its programs run on
+//! single packets through `BPF_PROG_TEST_RUN`. What the packet tests and the benchmarks stand on.
+
+mod sys;
+mod table;
+
+pub use sys::{MapInfo, instruction};
+pub use table::Table;
+
+use crate::dist;
+use anyhow::{Context, Result, bail};
+use aya::maps::Map;
+use aya::programs::Program;
+use aya::{EbpfLoader, VerifierLogLevel};
+use bytemuck::Pod;
+use rustnet_common::drop::{COUNTERS, Counter, DropReason, HOOKS};
+use rustnet_common::names;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+/// The program that tells the time.
+pub const CLOCK: &str = "clock";
+/// Room for the packet that comes out.
+const OUT: usize = 4096;
+
+/// The object's programs and maps.
+pub struct Datapath {
+    programs: BTreeMap<String, OwnedFd>,
+    maps: BTreeMap<String, OwnedFd>,
+    facts: Vec<Fact>,
+    overlay: OwnedFd,
+    tunnels: Mutex<BTreeMap<IpAddr, OwnedFd>>,
+}
+
+/// What loading a program told.
+#[derive(Clone, Debug)]
+pub struct Fact {
+    /// Its name.
+    pub program: String,
+    /// Instructions that the verifier looked at.
+    pub verified: u32,
+    /// Bytes of machine code.
+    pub jited: u32,
+    /// Milliseconds that the load took.
+    pub millis: f64,
+}
+
+/// A packet to run a program on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Input<'a> {
+    /// The frame, from its Ethernet header.
+    pub frame: &'a [u8],
+    /// The device it is on; has to exist in the caller's network namespace.
+    pub ifindex: u32,
+    /// Its mark.
+    pub mark: u32,
+    /// Payload of a segment, for a frame that stands for several.
+    pub gso_size: u32,
+    /// The tunnel's far end, for a frame that came out of one. Only for `overlay_in`.
+    pub tunnel: Option<IpAddr>,
+}
+
+/// What became of it.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// What the program returned.
+    pub verdict: i32,
+    /// The frame afterwards.
+    pub frame: Vec<u8>,
+    /// Its mark.
+    pub mark: u32,
+}
+
+/// Where the object is: `RUSTNET_BPF_OBJECT`, or where the build leaves it.
+pub fn object_path() -> PathBuf {
+    std::env::var_os("RUSTNET_BPF_OBJECT")
+        .map_or_else(|| dist::target_dir().join("bpf").join("rustnet.bpf.o"), PathBuf::from)
+}
+
+impl Datapath {
+    /// Loads the object with maps of the given sizes, the object's own for those that are not named.
+    pub fn load(sizes: &[(&str, u32)]) -> Result<Self> {
+        let path = object_path();
+        let object = std::fs::read(&path)
+            .with_context(|| format!("cannot read {}: run `cargo xtask build-ebpf`", path.display()))?;
+        // The helper's flag of that name came with 6.16; the tests' machine is newer, and a wrong checksum would tell.
+        let csum_ipv6 = u32::from(knows_csum_ipv6()?);
+        let mut loader = EbpfLoader::new();
+        loader.verifier_log_level(VerifierLogLevel::STATS).override_global("L4_CSUM_IPV6", &csum_ipv6, true);
+        for (map, size) in sizes {
+            loader.map_max_entries(map, *size);
+        }
+        let mut ebpf = loader.load(&object).with_context(|| format!("cannot load {}", path.display()))?;
+        let mut programs = BTreeMap::new();
+        let mut facts = Vec::new();
+        for name in names::PROGRAMS.into_iter().chain([CLOCK]) {
+            let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
+            let Program::SchedClassifier(program) = program else { bail!("program {name} is no classifier") };
+            let start = std::time::Instant::now();
+            program.load().with_context(|| format!("the kernel refused program {name}"))?;
+            let millis = start.elapsed().as_secs_f64() * 1000.0;
+            let info = program.info()?;
+            let verified = info.verified_instruction_count().unwrap_or(0);
+            facts.push(Fact { program: name.to_owned(), verified, jited: info.size_jitted(), millis });
+            programs.insert(name.to_owned(), program.fd()?.as_fd().try_clone_to_owned()?);
+        }
+        let mut maps = BTreeMap::new();
+        for (name, map) in ebpf.maps() {
+            let (Map::Array(data)
+            | Map::HashMap(data)
+            | Map::LruHashMap(data)
+            | Map::LpmTrie(data)
+            | Map::PerCpuArray(data)
+            | Map::RingBuf(data)) = map
+            else {
+                bail!("map {name} is of a type that is not known here")
+            };
+            maps.insert(name.to_owned(), data.fd().as_fd().try_clone_to_owned()?);
+        }
+        let overlay = sys::prog_array(1)?;
+        let target = programs["overlay_in"].as_raw_fd().cast_unsigned();
+        sys::update(overlay.as_fd(), &0_u32.to_ne_bytes(), &target.to_ne_bytes())?;
+        Ok(Self { programs, maps, facts, overlay, tunnels: Mutex::default() })
+    }
+
+    /// What loading told of each program.
+    pub fn facts(&self) -> &[Fact] {
+        &self.facts
+    }
+
+    /// A map as a table of plain values.
+    pub fn table<K: Pod, V: Pod>(&self, name: &str) -> Result<Table<'_, K, V>> {
+        Table::new(name, self.maps.get(name).with_context(|| format!("the object has no map {name}"))?.as_fd())
+    }
+
+    /// Runs a program once.
+    pub fn run(&self, program: &str, input: &Input<'_>) -> Result<Output> {
+        let mut context = context(input);
+        let mut frame = vec![0; OUT];
+        let ran = match input.tunnel {
+            None => sys::test_run(self.program(program)?.as_fd(), input.frame, &mut context, &mut frame, 1),
+            Some(remote) => {
+                let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+                let entry = match tunnels.entry(remote) {
+                    std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
+                    std::collections::btree_map::Entry::Vacant(e) => e.insert(out_of_tunnel(&self.overlay, remote)?),
+                };
+                sys::test_run(entry.as_fd(), input.frame, &mut context, &mut frame, 1)
+            }
+        }
+        .with_context(|| format!("running {program} on a frame of {} bytes", input.frame.len()))?;
+        frame.truncate(ran.len);
+        Ok(Output { verdict: ran.verdict, frame, mark: context[sys::word::MARK] })
+    }
+
+    /// Runs a program `repeat` times on what becomes of the same packet; nanoseconds for each.
+    pub fn time(&self, program: &str, input: &Input<'_>, repeat: u32) -> Result<u32> {
+        time(self.program(program)?, input, repeat)
+    }
+
+    /// Timer ticks, the low 31 bits.
+    pub fn jiffies(&self) -> Result<u32> {
+        let ran = sys::test_run(self.program(CLOCK)?.as_fd(), &[0; 64], &mut [0; 48], &mut [0; 64], 1)?;
+        Ok(ran.verdict.cast_unsigned())
+    }
+
+    /// Packets counted so far by reason and hook, the zeros left out.
+    pub fn counts(&self) -> Result<BTreeMap<(u8, u8), u64>> {
+        let table = self.table::<u32, Counter>(names::map::COUNTERS)?;
+        let mut counts = BTreeMap::new();
+        for reason in DropReason::ALL {
+            for hook in 0..HOOKS {
+                let index = *reason as u32 * HOOKS + hook;
+                let packets: u64 = table.get_each_cpu(&index)?.iter().map(|c| c.packets).sum();
+                if packets != 0 && index < COUNTERS {
+                    counts.insert((*reason as u8, hook as u8), packets);
+                }
+            }
+        }
+        Ok(counts)
+    }
+
+    fn program(&self, name: &str) -> Result<&OwnedFd> {
+        self.programs.get(name).with_context(|| format!("the object has no program {name}"))
+    }
+}
+
+/// A program that does nothing, to know what running one costs.
+pub struct Empty(OwnedFd);
+
+impl Empty {
+    /// Loads it.
+    pub fn load() -> Result<Self> {
+        Ok(Self(sys::load_classifier(&[instruction(MOV, 0, 0, 0, u32::MAX), instruction(EXIT, 0, 0, 0, 0)])?))
+    }
+
+    /// As [`Datapath::time`].
+    pub fn time(&self, input: &Input<'_>, repeat: u32) -> Result<u32> {
+        time(&self.0, input, repeat)
+    }
+}
+
+fn time(program: &OwnedFd, input: &Input<'_>, repeat: u32) -> Result<u32> {
+    Ok(sys::test_run(program.as_fd(), input.frame, &mut context(input), &mut [0; OUT], repeat)?.duration)
+}
+
+fn context(input: &Input<'_>) -> sys::SkBuff {
+    let mut context = [0; 48];
+    context[sys::word::MARK] = input.mark;
+    context[sys::word::IFINDEX] = input.ifindex;
+    if input.gso_size != 0 {
+        context[sys::word::GSO_SIZE] = input.gso_size;
+        context[sys::word::GSO_SEGS] = (input.frame.len() as u32).div_ceil(input.gso_size);
+    }
+    context
+}
+
+const MOV: u8 = 0xb7;
+const MOV_REG: u8 = 0xbf;
+const ADD: u8 = 0x07;
+const STORE_WORD: u8 = 0x62;
+const LOAD_IMM64: u8 = 0x18;
+const CALL: u8 = 0x85;
+const EXIT: u8 = 0x95;
+const TAIL_CALL: u32 = 12;
+const SET_TUNNEL_KEY: u32 = 21;
+const L4_CSUM_REPLACE: u32 = 11;
+const PSEUDO_MAP_FD: u8 = 1;
+
+/// A program that gives the packet a tunnel whose far end is `remote` and goes on in `overlay_in`: a run has no device that
+/// could do the former. The kernel reads the far end from where a sender states the near end.
+fn out_of_tunnel(overlay: &OwnedFd, remote: IpAddr) -> Result<OwnedFd> {
+    /// Bytes of `struct bpf_tunnel_key`.
+    const KEY: u32 = 44;
+    const NEAR_END: i16 = 28;
+    const BASE: i16 = -48;
+    let (words, flags) = match remote {
+        IpAddr::V4(a) => ([u32::from(a), 0, 0, 0], 0),
+        IpAddr::V6(a) => {
+            let o = a.octets();
+            ([0, 4, 8, 12].map(|i| u32::from_ne_bytes([o[i], o[i + 1], o[i + 2], o[i + 3]])), 1)
+        }
+    };
+    let mut code = vec![instruction(MOV_REG, 6, 1, 0, 0)];
+    for word in 0..(KEY / 4) as i16 {
+        code.push(instruction(STORE_WORD, 10, 0, BASE + word * 4, 0));
+    }
+    // The near end stands behind the identifier, the far end, three small fields and the label.
+    for (i, word) in words.into_iter().enumerate() {
+        code.push(instruction(STORE_WORD, 10, 0, BASE + NEAR_END + i as i16 * 4, word));
+    }
+    code.extend([
+        instruction(MOV_REG, 2, 10, 0, 0),
+        instruction(ADD, 2, 0, 0, i32::from(BASE).cast_unsigned()),
+        instruction(MOV, 3, 0, 0, KEY),
+        instruction(MOV, 4, 0, 0, flags),
+        instruction(CALL, 0, 0, 0, SET_TUNNEL_KEY),
+        instruction(MOV_REG, 1, 6, 0, 0),
+        instruction(LOAD_IMM64, 2, PSEUDO_MAP_FD, 0, overlay.as_raw_fd().cast_unsigned()),
+        0,
+        instruction(MOV, 3, 0, 0, 0),
+        instruction(CALL, 0, 0, 0, TAIL_CALL),
+        // Not reached: a verdict that no test expects.
+        instruction(MOV, 0, 0, 0, 99),
+        instruction(EXIT, 0, 0, 0, 0),
+    ]);
+    sys::load_classifier(&code).context("cannot load the program that stands for a tunnel")
+}
+
+/// True if `bpf_l4_csum_replace` knows `BPF_F_IPV6`.
+fn knows_csum_ipv6() -> Result<bool> {
+    let code = [
+        instruction(MOV, 2, 0, 0, 50),
+        instruction(MOV, 3, 0, 0, 0),
+        instruction(MOV, 4, 0, 0, 1),
+        instruction(MOV, 5, 0, 0, 0x90),
+        instruction(CALL, 0, 0, 0, L4_CSUM_REPLACE),
+        instruction(EXIT, 0, 0, 0, 0),
+    ];
+    let program = sys::load_classifier(&code)
+        .context("cannot load a program: this needs root (CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON)")?;
+    Ok(sys::test_run(program.as_fd(), &[0; 128], &mut [0; 48], &mut [0; 256], 1)?.verdict == 0)
+}
