@@ -7,7 +7,7 @@ mod kernel;
 mod node;
 pub mod presence;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use crate::config::{Config, Routing};
 use crate::ct_gc::Collector;
 use crate::health::Health;
 use crate::index::{Index, Settings};
+use crate::model::{Node, ObjectName};
 use crate::net::monitor::Monitor;
 use crate::net::overlay::mac_of;
 use crate::net::repair::{Repairer, State, Wanted, underlay};
@@ -133,6 +134,8 @@ struct Reconciler {
     load_error: Option<String>,
     problems: BTreeSet<String>,
     problems_due: Option<Instant>,
+    /// The nodes as last heard of, to tell news from repetition.
+    nodes: HashMap<ObjectName, Arc<Node>>,
     /// What `node.json` is known to say; looked at again with the network.
     published: Option<NodeFile>,
 }
@@ -180,6 +183,7 @@ impl Reconciler {
             load_error: None,
             problems: BTreeSet::new(),
             problems_due: None,
+            nodes: HashMap::new(),
             published: None,
         })
     }
@@ -197,9 +201,7 @@ impl Reconciler {
                 },
                 _ => {}
             }
-            // Routes follow from nodes.
-            let node = matches!(&event, Event::Apply(Object::Node(_)) | Event::Synced(Kind::Node))
-                || matches!(&event, Event::Delete(object) if object.kind == Kind::Node);
+            let node = self.concerns_routes(&event);
             self.index.handle(event);
             if node {
                 self.net_changed();
@@ -208,6 +210,25 @@ impl Reconciler {
         self.health.queued();
         self.plan_due = true;
         self.problems_due.get_or_insert_with(|| Instant::now() + PROBLEMS_PERIOD);
+    }
+
+    /// True if routes may follow from an event. Nodes are written every few minutes, mostly with nothing new for us.
+    fn concerns_routes(&mut self, event: &Event) -> bool {
+        match event {
+            Event::Apply(Object::Node(node)) => {
+                self.nodes.insert(node.name.clone(), Arc::clone(node)).as_ref() != Some(node)
+            }
+            Event::Delete(object) | Event::Reject(object, _) if object.kind == Kind::Node => {
+                self.nodes.remove(&object.name);
+                true
+            }
+            // What the list left out is gone; learn anew.
+            Event::Synced(Kind::Node) => {
+                self.nodes.clear();
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Something about the network changed: look soon, but not all the time.
@@ -315,7 +336,10 @@ impl Reconciler {
         let mut errors = std::mem::take(&mut state.errors);
         let mut done = std::mem::take(&mut state.changed);
         if let Some(kernel) = &mut self.kernel {
-            let config = node::config(&self.config, &state, own, kernel.hz, node::local_ports()?);
+            let mut config = node::config(&self.config, &state, own, kernel.hz, node::local_ports()?);
+            if own.is_none() {
+                node::keep_addresses(&mut config, &kernel.config.read()?, &state.host.own_addresses());
+            }
             let (attached, failed) = kernel.attach(self.repairer.socket(), &config, &state)?;
             done.extend(attached);
             errors.extend(failed);

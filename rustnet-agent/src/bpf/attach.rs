@@ -45,14 +45,14 @@ pub enum Outcome {
     Filter,
 }
 
-/// Where a hook's link is pinned: the program's name, and the device's where a program sits on several.
-pub fn link_path(bpffs: &Path, program: &str, device: &str) -> PathBuf {
+/// Where a hook's link is pinned: the program's name, and for further uplinks the device's name behind it.
+pub fn link_path(bpffs: &Path, program: &str, further: Option<&str>) -> PathBuf {
     let dir = bpffs.join(names::LINKS_DIR);
-    if device == names::OVERLAY_DEV {
-        return dir.join(program);
+    match further {
+        None => dir.join(program),
+        // BPF file systems refuse dots in names, and devices may have them (VLANs).
+        Some(device) => dir.join(format!("{program}_{}", device.replace('.', "-"))),
     }
-    // BPF file systems refuse dots in names, and devices may have them (VLANs).
-    dir.join(format!("{program}_{}", device.replace('.', "-")))
 }
 
 /// A device that programs go on.
@@ -154,9 +154,9 @@ mod tests {
 
     #[test]
     fn each_device_has_its_own_link() {
-        let path = |program, device| link_path(Path::new("/b"), program, device).to_string_lossy().into_owned();
-        assert_eq!(path("overlay_in", "rn_vxlan"), "/b/link/overlay_in");
-        assert_eq!(path("uplink_in", "eth0"), "/b/link/uplink_in_eth0");
-        assert_eq!(path("uplink_in", "eth0.10"), "/b/link/uplink_in_eth0-10");
+        let path = |further| link_path(Path::new("/b"), "uplink_in", further).to_string_lossy().into_owned();
+        assert_eq!(path(None), "/b/link/uplink_in");
+        assert_eq!(path(Some("eth1")), "/b/link/uplink_in_eth1");
+        assert_eq!(path(Some("eth0.10")), "/b/link/uplink_in_eth0-10");
     }
 }

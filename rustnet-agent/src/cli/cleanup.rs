@@ -13,7 +13,7 @@ use rustnet_common::names::{LINKS_DIR, PROGS_DIR, VETH_PREFIX, map};
 use serde::Serialize;
 
 use super::Places;
-use super::output::{Output, Usage};
+use super::output::{Output, Usage, json, line};
 use crate::bpf::attach::Direction;
 use crate::install::{BINARY, CONFLIST};
 use crate::net::netlink::Socket;
@@ -65,13 +65,10 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
     if !args.yes {
         confirm(places)?;
     }
-    let alone = Presence::exclude(&places.run_dir)?.ok_or_else(|| {
-        anyhow!("an agent serves {}: stop it first, it would put everything back", places.run_dir.display())
-    })?;
-    let report = clean(places, args);
+    let alone = if places.run_dir.exists() { Some(exclude(places)?) } else { None };
+    let mut report = clean(places, args);
     drop(alone);
     // The lock itself, and with it the directory if nothing foreign is in it.
-    let mut report = report;
     let lock = places.run_dir.join(presence::LOCK);
     let removed = remove_file(&lock);
     if removed.is_err() {
@@ -79,21 +76,27 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
     }
     report.note(&places.run_dir.display().to_string(), remove_empty_dir(&places.run_dir));
     if out.is_json() {
-        out.json(&report)?;
+        json(&report)?;
     } else {
-        report.removed.iter().try_for_each(|what| out.text(&format!("removed {what}")))?;
+        report.removed.iter().try_for_each(|what| line(&format!("removed {what}")))?;
         if report.removed.is_empty() && report.failed.is_empty() {
-            out.text("nothing of rustnet's is left here")?;
+            line("nothing of rustnet's is left here")?;
         }
         report.failed.iter().for_each(|what| eprintln!("failed: {what}"));
     }
     Ok(report.failed.is_empty())
 }
 
+fn exclude(places: &Places) -> Result<Presence> {
+    Presence::exclude(&places.run_dir)?.ok_or_else(|| {
+        anyhow!("an agent serves {}: stop it first, it would put everything back", places.run_dir.display())
+    })
+}
+
 fn confirm(places: &Places) -> Result<()> {
     let question = format!(
         "This removes rustnet's programs, maps, devices, routes and files ({}, {}) and disconnects all its pods.",
-        places.bpffs.display(),
+        places.bpffs.as_deref().unwrap_or(Path::new("pins unknown")).display(),
         places.run_dir.display()
     );
     if !std::io::stdin().is_terminal() {
@@ -114,13 +117,10 @@ fn clean(places: &Places, args: &Args) -> Report {
     for path in conf_dir.map(|dir| dir.join(CONFLIST)).into_iter().chain(bin_dir.map(|dir| dir.join(BINARY))) {
         report.note(&path.display().to_string(), remove_file(&path));
     }
-    report.note_all("pins", pins(&places.bpffs));
-    match Socket::open() {
-        Ok(mut socket) => {
-            report.note_all("devices", devices(&mut socket));
-            report.note_all("routes", routes(&mut socket));
-        }
-        Err(error) => report.failed.push(format!("netlink: {error}")),
+    // Where no agent is known, devices and routes may be another's.
+    if let Some(bpffs) = &places.bpffs {
+        report.note_all("pins", pins(bpffs));
+        network(&mut report);
     }
     for name in [NODE_FILE, presence::FILE] {
         let path = places.run_dir.join(name);
@@ -131,6 +131,16 @@ fn clean(places: &Places, args: &Args) -> Report {
         report.note(&path.display().to_string(), remove_tree(&path));
     }
     report
+}
+
+fn network(report: &mut Report) {
+    match Socket::open() {
+        Ok(mut socket) => {
+            report.note_all("devices", devices(&mut socket));
+            report.note_all("routes", routes(&mut socket));
+        }
+        Err(error) => report.failed.push(format!("netlink: {error}")),
+    }
 }
 
 /// Links first, so that no hook runs a program whose maps are going; then programs, maps, the folders.

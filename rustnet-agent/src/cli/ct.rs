@@ -73,7 +73,7 @@ struct Clock {
 /// Prints connections.
 pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
     let clock = clock(places)?;
-    let tables = Conntrack::open(&places.bpffs)?;
+    let tables = Conntrack::open(places.bpffs()?)?;
     let mut rows = Vec::new();
     read::<Ip4>(&tables.v4, args, &clock, &mut rows)?;
     read::<Ip6>(&tables.v6, args, &clock, &mut rows)?;
@@ -89,9 +89,9 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
 }
 
 fn clock(places: &Places) -> Result<Clock> {
-    let path = program_path(&places.bpffs, CLOCK);
+    let path = program_path(places.bpffs()?, CLOCK);
     let program = sys::obj_get(&path).with_context(|| format!("opening {}", path.display()))?;
-    let hz = NodeConfigStore::open(&places.bpffs)?.read()?.hz.max(1);
+    let hz = NodeConfigStore::open(places.bpffs()?)?.read()?.hz.max(1);
     Ok(Clock { now: jiffies(program.as_fd())?, hz })
 }
 

@@ -46,7 +46,7 @@ pub fn by_address(places: &Places) -> Result<BTreeMap<IpAddr, EndpointFile>> {
 pub fn run(places: &Places, out: &Output) -> Result<()> {
     let mut names = by_address(places)?;
     let mut rows = Vec::new();
-    for (address, endpoint) in Endpoints::open(&places.bpffs)?.read()? {
+    for (address, endpoint) in Endpoints::open(places.bpffs()?)?.read()? {
         let record = names.remove(&address);
         rows.push(Row {
             address,

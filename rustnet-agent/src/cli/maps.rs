@@ -19,7 +19,7 @@ struct MapRow {
 
 /// Prints how full the maps are.
 pub fn run(places: &Places, out: &Output) -> Result<()> {
-    let rows: Vec<MapRow> = fill::read(&places.bpffs)?
+    let rows: Vec<MapRow> = fill::read(places.bpffs()?)?
         .into_iter()
         .map(|f| MapRow { name: f.name, used: f.used, max: f.max, percent: percent(f.used, f.max) })
         .collect();
@@ -32,7 +32,7 @@ pub fn run(places: &Places, out: &Output) -> Result<()> {
 
 /// A share in per cent, with one digit.
 pub fn percent(used: u64, max: u64) -> f64 {
-    let mille = if max == 0 { 0 } else { used.saturating_mul(1000) / max };
+    let mille = used.saturating_mul(1000).checked_div(max).unwrap_or(0);
     // At most 1000: exact.
     f64::from(u32::try_from(mille).unwrap_or(u32::MAX)) / 10.0
 }
@@ -48,7 +48,7 @@ struct DropRow {
 
 /// Prints the counters of drops.
 pub fn drops(places: &Places, out: &Output) -> Result<()> {
-    let rows = Counters::open(&places.bpffs)?.read()?.into_iter().filter(|row| row.reason != DropReason::Forwarded);
+    let rows = Counters::open(places.bpffs()?)?.read()?.into_iter().filter(|row| row.reason != DropReason::Forwarded);
     let rows: Vec<DropRow> = rows
         .map(|row| DropRow {
             reason: row.reason.name(),

@@ -13,7 +13,7 @@ mod services;
 mod status;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -76,7 +76,8 @@ enum CtCommand {
 
 /// Where to look.
 struct Places {
-    bpffs: PathBuf,
+    /// `None`: nothing says where that agent pins.
+    bpffs: Option<PathBuf>,
     run_dir: PathBuf,
     agent: Option<AgentFile>,
 }
@@ -85,8 +86,16 @@ impl Places {
     fn find(bpffs: Option<PathBuf>, run_dir: PathBuf) -> Result<Self> {
         let agent = AgentFile::read(&run_dir)?;
         let known = agent.as_ref().map(|agent| agent.bpffs.clone());
-        let bpffs = bpffs.or(known).unwrap_or_else(|| DEFAULT_BPFFS.into());
-        Ok(Self { bpffs, run_dir, agent })
+        // The default run directory goes with the default pins; another one must not lead to another agent's.
+        let default = (run_dir == Path::new(DEFAULT_RUN_DIR)).then(|| DEFAULT_BPFFS.into());
+        Ok(Self { bpffs: bpffs.or(known).or(default), run_dir, agent })
+    }
+
+    fn bpffs(&self) -> Result<&Path> {
+        self.bpffs.as_deref().ok_or_else(|| {
+            let dir = self.run_dir.display();
+            output::Usage(format!("no agent has run with --run-dir {dir}: say where it pins with --bpffs")).into()
+        })
     }
 }
 

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use super::Places;
 use super::endpoints::{by_address, pod_name};
-use super::output::Output;
+use super::output::{Output, line};
 
 /// Pods come and go: their names are read again this often.
 const NAMES_PERIOD: Duration = Duration::from_secs(1);
@@ -73,7 +73,7 @@ impl Names {
 
 /// Prints events until told to stop.
 pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
-    let path = places.bpffs.join(map::EVENTS);
+    let path = places.bpffs()?.join(map::EVENTS);
     let data = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
     let mut ring = RingBuf::try_from(Map::RingBuf(data)).with_context(|| format!("reading {}", path.display()))?;
     let end = args.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
@@ -143,7 +143,7 @@ fn wall_clock(at: Duration, began: Duration) -> Result<String> {
 
 fn print(row: &Row, out: &Output) -> Result<()> {
     if out.is_json() {
-        return out.json_line(row);
+        return line(&serde_json::to_string(row)?);
     }
     let end = |socket: &SocketAddr, pod: &Option<String>| match pod {
         Some(pod) => format!("{pod} ({socket})"),
@@ -153,5 +153,5 @@ fn print(row: &Row, out: &Output) -> Result<()> {
     let reason = row.reason.map(|reason| format!(" {reason}")).unwrap_or_default();
     let hint = if hint.is_empty() { String::new() } else { format!("  # {hint}") };
     let (src, dst) = (end(&row.src, &row.src_pod), end(&row.dst, &row.dst_pod));
-    out.text(&format!("{time} {hook} {verdict}{reason} {protocol} {src} -> {dst} {length} B{hint}"))
+    line(&format!("{time} {hook} {verdict}{reason} {protocol} {src} -> {dst} {length} B{hint}"))
 }

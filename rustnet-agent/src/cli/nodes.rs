@@ -24,7 +24,7 @@ struct Row {
 
 /// Prints the peers.
 pub fn run(places: &Places, out: &Output) -> Result<()> {
-    let rows: Vec<Row> = store::peers(&places.bpffs)?.iter().map(|(prefix, peer)| read(*prefix, peer)).collect();
+    let rows: Vec<Row> = store::peers(places.bpffs()?)?.iter().map(|(prefix, peer)| read(*prefix, peer)).collect();
     out.print(&rows, &["PREFIX", "KIND", "NODE", "PATH", "IDENTITY"], || rows.iter().map(line).collect())
 }
 

@@ -58,24 +58,9 @@ impl Output {
         rows: impl FnOnce() -> Vec<Vec<String>>,
     ) -> Result<()> {
         match self.format {
-            Format::Json => self.json(value),
-            Format::Table => self.text(&table(header, rows())),
+            Format::Json => json(value),
+            Format::Table => line(&table(header, rows())),
         }
-    }
-
-    /// Prints a value as JSON.
-    pub fn json<T: Serialize>(&self, value: &T) -> Result<()> {
-        self.text(&serde_json::to_string_pretty(value)?)
-    }
-
-    /// Prints a value as one line of JSON.
-    pub fn json_line<T: Serialize>(&self, value: &T) -> Result<()> {
-        self.text(&serde_json::to_string(value)?)
-    }
-
-    /// Prints a line.
-    pub fn text(&self, line: &str) -> Result<()> {
-        Ok(writeln!(std::io::stdout().lock(), "{line}")?)
     }
 
     /// A word for a mark, coloured on a terminal.
@@ -87,6 +72,16 @@ impl Output {
         };
         if self.colour { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() }
     }
+}
+
+/// Prints a value as JSON.
+pub fn json<T: Serialize>(value: &T) -> Result<()> {
+    line(&serde_json::to_string_pretty(value)?)
+}
+
+/// Prints a line.
+pub fn line(text: &str) -> Result<()> {
+    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
 }
 
 /// Columns without lines, two spaces apart, as kubectl prints.
@@ -106,7 +101,7 @@ pub fn thousands(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             out.push(' ');
         }
         out.push(digit);

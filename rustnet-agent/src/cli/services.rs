@@ -47,8 +47,8 @@ struct ServiceBackend {
 
 /// Prints the services.
 pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
-    let array = Backends::open(&places.bpffs, false)?;
-    let all = store::services(&places.bpffs)?;
+    let array = Backends::open(places.bpffs()?, false)?;
+    let all = store::services(places.bpffs()?)?;
     let wanted =
         all.iter().filter(|(key, entry)| entry.flags & flags::VIP == 0 && args.vip.is_none_or(|vip| vip == key.ip));
     let services: Vec<_> = wanted.map(|(key, entry)| read(key, entry, &array)).collect();

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use rustnet_common::names::{LINKS_DIR, PROGRAMS, map};
 use serde::Serialize;
 
 use super::maps::percent;
-use super::output::{Mark, Output, thousands};
+use super::output::{Mark, Output, json, line as print, thousands};
 use super::{Places, endpoints};
 use crate::bpf::load::{CLOCK, program_path};
 use crate::bpf::store::counters::Counters;
@@ -66,12 +67,12 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
         report.checks.retain(|line| line.status != Mark::Ok);
     }
     if out.is_json() {
-        out.json(&report)?;
+        json(&report)?;
         return Ok(report.ok);
     }
     let width = report.checks.iter().map(|line| line.name.len()).max().unwrap_or(0);
     for line in &report.checks {
-        out.text(&format!(
+        print(&format!(
             "{:width$}  {} {}",
             format!("{}:", line.name),
             out.mark(line.status),
@@ -88,7 +89,7 @@ fn check(places: &Places) -> Report {
     if checks[2].status == Mark::Ok {
         checks.push(line("Hooks", hooks(places)));
         checks.push(line("Endpoints", pods(places)));
-        match fill::read(&places.bpffs) {
+        match places.bpffs().and_then(fill::read) {
             Ok(fills) => checks.extend(fills.iter().map(map_line)),
             Err(error) => checks.push(bad("Maps", &error)),
         }
@@ -145,41 +146,40 @@ fn ask(addr: SocketAddr, path: &str) -> Result<(u16, String)> {
 }
 
 fn node(places: &Places) -> Line {
-    line(
-        "Node",
-        nodefile::read(&places.run_dir).map(|file| match file {
-            None => (
-                Mark::Bad,
-                "node.json is missing: no agent has been ready here, so that no pod can be added".to_owned(),
-            ),
-            Some(file) => match file.not_ready {
-                Some(why) => (Mark::Bad, why),
-                None => {
-                    let cidrs: Vec<_> = file.pod_cidrs.iter().map(ToString::to_string).collect();
-                    (Mark::Ok, format!("{}, pods {}, MTU {}", file.node_name, cidrs.join(" "), file.mtu))
-                }
-            },
-        }),
-    )
+    let read = nodefile::read(&places.run_dir).map(|file| {
+        let Some(file) = file else {
+            let why = "node.json is missing: no agent has been ready here, so that no pod can be added";
+            return (Mark::Bad, why.to_owned());
+        };
+        if let Some(why) = file.not_ready {
+            return (Mark::Bad, why);
+        }
+        let cidrs: Vec<_> = file.pod_cidrs.iter().map(ToString::to_string).collect();
+        (Mark::Ok, format!("{}, pods {}, MTU {}", file.node_name, cidrs.join(" "), file.mtu))
+    });
+    line("Node", read)
 }
 
 fn pins(places: &Places) -> Line {
-    let programs = PROGRAMS.iter().chain([&CLOCK]).map(|name| program_path(&places.bpffs, name));
-    let maps = map::ALL.iter().map(|name| places.bpffs.join(name));
+    line("Pins", places.bpffs().map(check_pins))
+}
+
+fn check_pins(bpffs: &Path) -> (Mark, String) {
+    let programs = PROGRAMS.iter().chain([&CLOCK]).map(|name| program_path(bpffs, name));
+    let maps = map::ALL.iter().map(|name| bpffs.join(name));
     let paths: Vec<_> = programs.chain(maps).collect();
-    let missing: Vec<_> =
-        paths.iter().filter_map(|path| sys::obj_get(path).err().map(|e| format!("{} ({e})", path.display()))).collect();
-    let result = if missing.is_empty() {
-        (Mark::Ok, format!("{} programs and maps in {}", paths.len(), places.bpffs.display()))
+    let error = |path: &PathBuf| sys::obj_get(path).err().map(|e| format!("{} ({e})", path.display()));
+    let missing: Vec<_> = paths.iter().filter_map(error).collect();
+    if missing.is_empty() {
+        (Mark::Ok, format!("{} programs and maps in {}", paths.len(), bpffs.display()))
     } else {
         (Mark::Bad, format!("cannot open {}", missing.join(", ")))
-    };
-    line("Pins", Ok(result))
+    }
 }
 
 /// The links, and whether their devices live.
 fn hooks(places: &Places) -> Result<(Mark, String)> {
-    let dir = places.bpffs.join(LINKS_DIR);
+    let dir = places.bpffs()?.join(LINKS_DIR);
     let links = link::list(&mut Socket::open()?)?;
     let (mut alive, mut dead) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
@@ -204,7 +204,7 @@ fn hooks(places: &Places) -> Result<(Mark, String)> {
 }
 
 fn pods(places: &Places) -> Result<(Mark, String)> {
-    let map = Endpoints::open(&places.bpffs)?.read()?;
+    let map = Endpoints::open(places.bpffs()?)?.read()?;
     let records = endpoints::by_address(places)?;
     let lost: Vec<_> =
         records.keys().filter(|ip| !map.iter().any(|(known, _)| known == *ip)).map(ToString::to_string).collect();
@@ -224,7 +224,7 @@ fn map_line(fill: &fill::Fill) -> Line {
 }
 
 fn packets(places: &Places) -> Result<(Mark, String)> {
-    let rows = Counters::open(&places.bpffs)?.read()?;
+    let rows = Counters::open(places.bpffs()?)?.read()?;
     let of = |forwarded: bool| {
         let rows = rows.iter().filter(move |row| (row.reason == DropReason::Forwarded) == forwarded);
         rows.map(|row| row.count.packets).sum::<u64>()

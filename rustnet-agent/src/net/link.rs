@@ -95,6 +95,25 @@ pub fn by_name(socket: &mut Socket, name: &str) -> Result<Option<Link>> {
     }
 }
 
+/// The interface of an index.
+pub fn by_index(socket: &mut Socket, index: u32) -> Result<Option<Link>> {
+    let get = Message::new(libc::RTM_GETLINK, 0, &ifinfomsg(index, 0, 0)).u32(attr::EXT_MASK, SKIP_STATS);
+    match socket.request(get) {
+        Ok(replies) => Ok(replies.iter().find_map(|reply| parse(&reply.body))),
+        Err(e) if e.errno() == Some(libc::ENODEV) => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("looking for interface {index}")),
+    }
+}
+
+/// Keeps an error about an interface only if the interface is there and up: pods come and go while we work.
+pub fn unless_gone<T>(socket: &mut Socket, index: u32, result: Result<T>, gone: T) -> Result<T> {
+    match result {
+        Err(error) if by_index(socket, index)?.is_some_and(|link| link.is_up()) => Err(error),
+        Err(_) => Ok(gone),
+        done => done,
+    }
+}
+
 fn parse(body: &[u8]) -> Option<Link> {
     let (head, rest) = body.split_at_checked(16)?;
     let mut link =

@@ -44,8 +44,9 @@ pub fn mac_of(node_name: &str) -> [u8; 6] {
     let hash = node_name
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    let [a, b, c, d, e, ..] = hash.to_be_bytes();
-    [0x02, a, b, c, d, e]
+    let mut mac = [0x02; 6];
+    mac[1..].copy_from_slice(&hash.to_be_bytes()[..5]);
+    mac
 }
 
 impl Spec {

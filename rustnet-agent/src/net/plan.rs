@@ -123,9 +123,11 @@ impl Facts<'_> {
 
     fn add_pods(&self, desired: &mut Desired, links: &[Link]) {
         for endpoint in self.endpoints {
-            // By name as well: an index may have been given to another device since.
-            let exists = |link: &Link| link.index == endpoint.ifindex && link.name == endpoint.host_ifname;
-            if !links.iter().any(exists) {
+            // By name as well: an index may have been given to another device since. The kernel takes no route for a device
+            // that is down, as a pod's is while it comes or goes.
+            let usable =
+                |link: &Link| link.index == endpoint.ifindex && link.name == endpoint.host_ifname && link.is_up();
+            if !links.iter().any(usable) {
                 continue;
             }
             let Some(mac) = parse_mac(&endpoint.mac) else {

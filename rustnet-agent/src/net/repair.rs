@@ -10,10 +10,11 @@ use ipnet::IpNet;
 use rustnet_common::files::EndpointFile;
 use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 
-use super::link::Link;
+use super::link::{self, Link};
 use super::netlink::Socket;
 use super::overlay::{self, Change, Spec};
 use super::plan::Facts;
+use super::route::Target;
 use super::uplink::{Host, Uplink};
 use super::{endpoints, neighbour, route, sysctl};
 use crate::model::{Family, Node};
@@ -138,10 +139,14 @@ impl Repairer {
         let changes = desired.changes(&state.host, &neighbours);
         for neighbour in &changes.neighbours {
             let done = neighbour::put(&mut self.socket, neighbour).map(|()| true);
+            let done = link::unless_gone(&mut self.socket, neighbour.ifindex, done, false);
             state.note(done, || format!("neighbour {} added", neighbour.ip));
         }
         for (route, replace) in &changes.add {
-            let done = route::add(&mut self.socket, route, *replace).map(|()| true);
+            let mut done = route::add(&mut self.socket, route, *replace).map(|()| true);
+            if let Target::Via { oif, .. } = route.target {
+                done = link::unless_gone(&mut self.socket, oif, done, false);
+            }
             state.note(done, || format!("route to {} {}", route.dst, if *replace { "mended" } else { "added" }));
         }
         for route in changes.delete.iter().filter(|_| wanted.complete) {

@@ -74,8 +74,8 @@ fn rtmsg(family: u8, dst_len: u8, protocol: u8, scope: u8, kind: u8) -> [u8; 12]
 /// All routes of the main table, both families.
 pub fn list(socket: &mut Socket) -> Result<Vec<Route>> {
     let mut routes = Vec::new();
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        let dump = Message::new(libc::RTM_GETROUTE, 0, &rtmsg(family as u8, 0, 0, 0, 0));
+    for any in [IpAddr::from([0_u8; 4]), IpAddr::from([0_u16; 8])] {
+        let dump = Message::new(libc::RTM_GETROUTE, 0, &rtmsg(family(any), 0, 0, 0, 0));
         let replies = socket.dump(dump).context("listing routes")?;
         routes.extend(replies.iter().filter_map(|reply| parse(&reply.body)));
     }

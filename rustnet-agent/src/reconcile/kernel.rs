@@ -23,6 +23,7 @@ use crate::bpf::{load, object, pin, probe};
 use crate::config::Config;
 use crate::metrics::{HookCount, KernelStats, MapFill};
 use crate::net::endpoints::parse_mac;
+use crate::net::link;
 use crate::net::netlink::Socket;
 use crate::net::repair::State;
 
@@ -91,7 +92,8 @@ impl Kernel {
             done.extend(self.drop_other_links(&hooks)?);
         }
         for record in &state.endpoints {
-            match self.pod_hooks(socket, record, state) {
+            let hooks = self.pod_hooks(socket, record, state);
+            match link::unless_gone(socket, record.ifindex, hooks, None) {
                 Ok(None | Some(Outcome::Unchanged)) => {}
                 Ok(Some(outcome)) => done.push(format!("{}: {}", record.host_ifname, word(outcome))),
                 Err(e) => errors.push(format!("{e:#}")),
@@ -101,7 +103,7 @@ impl Kernel {
     }
 
     fn device_hook(&self, socket: &mut Socket, hook: &Hook<'_>) -> Result<Outcome> {
-        let path = attach::link_path(&self.bpffs, hook.program, hook.device);
+        let path = attach::link_path(&self.bpffs, hook.program, hook.further);
         let device = Device { name: hook.device, ifindex: hook.ifindex };
         attach::device_hook(socket, &path, &device, hook.direction, self.programs.get(hook.program)?)
     }
@@ -109,7 +111,7 @@ impl Kernel {
     /// Removes the links of devices that are uplinks no more.
     fn drop_other_links(&self, hooks: &[Hook<'_>]) -> Result<Vec<String>> {
         let dir = self.bpffs.join(LINKS_DIR);
-        let wanted: BTreeSet<_> = hooks.iter().map(|h| attach::link_path(&self.bpffs, h.program, h.device)).collect();
+        let wanted: BTreeSet<_> = hooks.iter().map(|h| attach::link_path(&self.bpffs, h.program, h.further)).collect();
         let mut done = Vec::new();
         for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
             let path = entry.with_context(|| format!("reading {}", dir.display()))?.path();
@@ -170,24 +172,28 @@ fn lost(before: &[(IpAddr, Endpoint)], state: &State) -> Vec<(IpAddr, Endpoint)>
 struct Hook<'a> {
     program: &'static str,
     device: &'a str,
+    /// The device's name once more, if it is an uplink beside the first.
+    further: Option<&'a str>,
     ifindex: u32,
     direction: Direction,
 }
 
 /// All hooks but the pods'.
 fn device_hooks(state: &State) -> Vec<Hook<'_>> {
-    let name = |code: u8| hook::NAMES[usize::from(code)];
-    let pair = |device, ifindex, ingress, egress| {
-        [
-            Hook { program: name(ingress), device, ifindex, direction: Direction::Ingress },
-            Hook { program: name(egress), device, ifindex, direction: Direction::Egress },
-        ]
-    };
-    let uplinks = state.uplinks.iter();
-    let mut hooks: Vec<_> =
-        uplinks.flat_map(|u| pair(u.name.as_str(), u.ifindex, hook::UPLINK_IN, hook::UPLINK_OUT)).collect();
+    fn pair<'a>(device: &'a str, ifindex: u32, codes: [u8; 2], further: Option<&'a str>) -> [Hook<'a>; 2] {
+        let hook = |code: u8, direction| {
+            let program = hook::NAMES[usize::from(code)];
+            Hook { program, device, further, ifindex, direction }
+        };
+        [hook(codes[0], Direction::Ingress), hook(codes[1], Direction::Egress)]
+    }
+    let mut hooks = Vec::new();
+    for (i, uplink) in state.uplinks.iter().enumerate() {
+        let name = uplink.name.as_str();
+        hooks.extend(pair(name, uplink.ifindex, [hook::UPLINK_IN, hook::UPLINK_OUT], (i > 0).then_some(name)));
+    }
     if let Some((index, _)) = state.overlay {
-        hooks.extend(pair(OVERLAY_DEV, index, hook::OVERLAY_IN, hook::OVERLAY_OUT));
+        hooks.extend(pair(OVERLAY_DEV, index, [hook::OVERLAY_IN, hook::OVERLAY_OUT], None));
     }
     hooks
 }

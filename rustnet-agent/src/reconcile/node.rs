@@ -80,6 +80,21 @@ pub fn config(config: &Config, state: &State, own: Option<&Node>, hz: u32, local
     }
 }
 
+/// Keeps the addresses that an earlier agent has set, while this host has them and this node's own object is not known yet:
+/// else masquerade would change its source for a moment at every restart.
+pub fn keep_addresses(config: &mut NodeConfig, before: &NodeConfig, own: &[IpAddr]) {
+    let is_own = |address: Addr| own.contains(&IpAddr::from(address));
+    if is_own(before.node4.to_addr()) {
+        config.node4 = before.node4;
+    }
+    if is_own(before.node6) {
+        config.node6 = before.node6;
+    }
+    if is_own(before.tunnel_src) {
+        config.tunnel_src = before.tunnel_src;
+    }
+}
+
 /// The ranges that this node's pods come from: configured, or its Node object's.
 pub fn pod_cidrs(config: &Config, own: Option<&Node>) -> Vec<IpNet> {
     if config.pod_cidrs.is_empty() {
@@ -119,7 +134,8 @@ pub fn local_ports() -> Result<(u16, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{parse_port_range, snat_ports};
+    use super::{Address, Ip4, IpAddr, NodeConfig, keep_addresses, parse_port_range, snat_ports};
+    use bytemuck::Zeroable;
 
     #[test]
     fn the_larger_free_part_is_taken() {
@@ -133,6 +149,21 @@ mod tests {
     #[test]
     fn a_host_that_uses_all_ports_leaves_one() {
         assert_eq!(snat_ports((1024, 65_535)), (1024, 1024));
+    }
+
+    #[test]
+    fn addresses_in_use_are_kept_while_the_host_has_them() {
+        let (one, two): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
+        let with =
+            |ip: IpAddr| NodeConfig { node4: Ip4::from_addr(ip.into()), tunnel_src: ip.into(), ..NodeConfig::zeroed() };
+        let mut config = with(one);
+        keep_addresses(&mut config, &with(two), &[one, two]);
+        assert!(config == with(two));
+        let mut config = with(one);
+        keep_addresses(&mut config, &with(two), &[one]);
+        assert!(config == with(one));
+        keep_addresses(&mut config, &NodeConfig::zeroed(), &[one]);
+        assert!(config == with(one), "a new map holds zeros");
     }
 
     #[test]

@@ -25,7 +25,7 @@ fn a_device_hook_is_attached_once_and_swapped_in_place() {
         uplink();
         let mut socket = Socket::open().unwrap();
         let (old, new) = (load(sandbox).run().unwrap(), load(sandbox).run().unwrap());
-        let path = link_path(&sandbox.bpffs, "uplink_in", "eth0");
+        let path = link_path(&sandbox.bpffs, "uplink_in", None);
         let mut hook = |programs: &rustnet_agent::bpf::load::Programs| {
             let ifindex = index(&mut socket, "eth0");
             let device = Device { name: "eth0", ifindex };
@@ -55,7 +55,7 @@ fn a_link_of_another_device_is_replaced() {
         uplink();
         let mut socket = Socket::open().unwrap();
         let programs = load(sandbox).run().unwrap();
-        let path = link_path(&sandbox.bpffs, "uplink_in", "eth0");
+        let path = link_path(&sandbox.bpffs, "uplink_in", None);
         for (name, outcome) in [("eth0", Outcome::Attached), ("far", Outcome::Attached), ("far", Outcome::Unchanged)] {
             let device = Device { name, ifindex: index(&mut socket, name) };
             let prog = programs.get("uplink_in").unwrap();

@@ -92,15 +92,13 @@ fn from_start_to_ready_to_restart() {
 }
 
 fn link_ids(sandbox: &Sandbox) -> Vec<(u32, u32)> {
-    let hooks =
-        [("uplink_in", "eth0"), ("uplink_out", "eth0"), ("overlay_in", "rn_vxlan"), ("overlay_out", "rn_vxlan")];
-    let info = |(program, device)| {
-        let path = link_path(&sandbox.bpffs, program, device);
+    let info = |program| {
+        let path = link_path(&sandbox.bpffs, program, None);
         let info = sys::link_info(sys::obj_get(&path).expect(program).as_fd()).unwrap();
         assert_ne!(info.ifindex, 0, "{program} hangs on nothing");
         (info.id, info.prog_id)
     };
-    hooks.map(info).to_vec()
+    ["uplink_in", "uplink_out", "overlay_in", "overlay_out"].map(info).to_vec()
 }
 
 async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
@@ -122,7 +120,7 @@ async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
     wait_until("the route is back", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
     ip("link del rn_vxlan");
     let hooks_back = || {
-        let path = link_path(&sandbox.bpffs, "overlay_in", "rn_vxlan");
+        let path = link_path(&sandbox.bpffs, "overlay_in", None);
         sys::link_info(sys::obj_get(&path).unwrap().as_fd()).unwrap().ifindex != 0
     };
     wait_until("the device is back", || command("ip", "link show rn_vxlan").status.success() && hooks_back()).await;

@@ -136,7 +136,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
                 }
                 // A bucket larger than the buffer; cannot go on for ever, since a map has an end.
                 Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && count <= self.max_entries as usize * 2 => {
-                    count *= 2
+                    count *= 2;
                 }
                 Err(e) if no_batch(&e) => return self.for_each_single(visit),
                 Err(e) => return Err(e).with_context(|| format!("reading {}", self.name)),
@@ -238,7 +238,7 @@ mod tests {
     use crate::bpf::sys::{Layout, map_create};
 
     fn map(kind: u32, entries: u32) -> Map<u32, u64> {
-        let flags = if kind == 11 { 1 } else { 0 };
+        let flags = 0;
         let layout = Layout { kind, key_size: 4, value_size: 8, max_entries: entries, flags };
         Map::from_fd(map_create("rn_test", layout).unwrap(), "rn_test").unwrap()
     }

@@ -180,7 +180,7 @@ fn peer_key(prefix: &IpNet) -> Either<PeerKey<Ip4>, PeerKey<Ip6>> {
     }
 }
 
-fn prefix4(key: &PeerKey<Ip4>) -> Option<IpNet> {
+fn prefix4(key: PeerKey<Ip4>) -> Option<IpNet> {
     Ipv4Net::new(Ipv4Addr::from(key.data), u8::try_from(key.prefix_len).ok()?).ok().map(IpNet::V4)
 }
 
@@ -204,7 +204,7 @@ fn services_of(four: &Services<Ip4>, six: &Services<Ip6>) -> Result<BTreeMap<Vip
 
 fn peers_of(four: &Peers<Ip4>, six: &Peers<Ip6>) -> Result<BTreeMap<IpNet, Peer>> {
     let mut out = BTreeMap::new();
-    four.for_each(|k, v| out.extend(prefix4(k).map(|prefix| (prefix, *v))))?;
+    four.for_each(|k, v| out.extend(prefix4(*k).map(|prefix| (prefix, *v))))?;
     six.for_each(|k, v| out.extend(prefix6(k).map(|prefix| (prefix, *v))))?;
     Ok(out)
 }

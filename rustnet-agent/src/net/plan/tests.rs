@@ -43,7 +43,7 @@ fn endpoint() -> EndpointFile {
 }
 
 fn veth() -> Link {
-    Link { index: 7, name: "rnv1".into(), ..Link::default() }
+    Link { index: 7, name: "rnv1".into(), flags: libc::IFF_UP as u32, ..Link::default() }
 }
 
 fn desired(overlay: Option<u32>, peer: &Node) -> Desired {
@@ -118,6 +118,7 @@ fn pods_without_their_veth_get_nothing() {
     };
     let renamed = Link { name: "other".into(), ..veth() };
     assert_eq!(facts.desired(&[renamed]), Desired::default());
+    assert_eq!(facts.desired(&[Link { flags: 0, ..veth() }]), Desired::default());
     assert_eq!(facts.desired(&[veth()]).neighbours.len(), 1);
 }
 
