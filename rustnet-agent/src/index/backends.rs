@@ -17,6 +17,23 @@ pub struct DesiredBackend {
     pub flags: u16,
 }
 
+/// Where the packets of a service port go.
+#[derive(Debug, Default)]
+pub struct Choice {
+    /// Where new flows go, in order of address and port.
+    pub backends: Vec<DesiredBackend>,
+    /// Endpoints that still serve, but get no new flows: they terminate, or are meant for other nodes.
+    pub serving: Vec<(IpAddr, u16)>,
+}
+
+impl Choice {
+    /// Empties it, to be used again.
+    pub fn clear(&mut self) {
+        self.backends.clear();
+        self.serving.clear();
+    }
+}
+
 /// Where this node is.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
@@ -35,16 +52,30 @@ struct Candidate<'a> {
     hints: Option<&'a Hints>,
 }
 
-/// Fills `out` with the backends of one port, in order of address and port, and gives the service's flags.
+/// Fills `out`, which is empty, with the backends of one port, and gives the service's flags.
 pub fn choose(
     service: &Service,
     port: &ServicePort,
     family: Family,
     slices: &[Arc<EndpointSlice>],
     here: Place<'_>,
-    out: &mut Vec<DesiredBackend>,
+    out: &mut Choice,
 ) -> u16 {
     let candidates = candidates(port, family, slices, here.node);
+    let flags = backends(service, &candidates, here, &mut out.backends);
+    // Both are in order of address and port.
+    let mut chosen = out.backends.iter().peekable();
+    out.serving.extend(candidates.iter().map(|c| (c.addr, c.port)).filter(|target| {
+        let is_chosen = chosen.peek().is_some_and(|b| (b.addr, b.port) == *target);
+        if is_chosen {
+            chosen.next();
+        }
+        !is_chosen
+    }));
+    flags
+}
+
+fn backends(service: &Service, candidates: &[Candidate<'_>], here: Place<'_>, out: &mut Vec<DesiredBackend>) -> u16 {
     let mut take = |wanted: Condition, filter: &dyn Fn(&Candidate<'_>) -> bool| {
         let chosen = candidates.iter().filter(|c| c.condition == wanted && filter(c));
         let draining = if wanted == Condition::Draining { backend::TERMINATING } else { 0 };
@@ -57,18 +88,17 @@ pub fn choose(
     };
     if service.internal_local {
         // The set of this node falls back to terminating endpoints by itself, and knows no topology.
-        if take(Condition::Ready, &|c| c.local) || take(Condition::Draining, &|c| c.local) || candidates.is_empty() {
-            return 0;
-        }
-        return service::DROP_EMPTY;
+        let here = take(Condition::Ready, &|c| c.local) || take(Condition::Draining, &|c| c.local);
+        let elsewhere = candidates.iter().any(|c| c.condition <= Condition::Draining);
+        return if !here && elsewhere { service::DROP_EMPTY } else { 0 };
     }
-    let topology = Topology::of(&candidates, here);
+    let topology = Topology::of(candidates, here);
     let _ = take(Condition::Ready, &|c| topology.allows(c, here)) || take(Condition::Draining, &|_| true);
     0
 }
 
-/// The union of the slices without those that may not be used, each address and port once: in the best condition that
-/// any slice gives it.
+/// The union of the slices without those that do not serve, each address and port once: in the best condition that any
+/// slice gives it.
 fn candidates<'a>(
     port: &ServicePort,
     family: Family,

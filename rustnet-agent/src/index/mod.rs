@@ -8,7 +8,7 @@ mod nodes;
 mod relist;
 mod services;
 
-pub use backends::DesiredBackend;
+pub use backends::{Choice, DesiredBackend};
 pub use services::DesiredService;
 
 use crate::config::Routing;
@@ -130,9 +130,9 @@ impl Index {
         self.services.take_dirty()
     }
 
-    /// What a service entry should be; `None` if there should be none. `backends` is cleared and filled.
-    pub fn desired_service(&self, key: &VipKey, backends: &mut Vec<DesiredBackend>) -> Option<DesiredService> {
-        self.services.desired(key, backends)
+    /// What a service entry should be; `None` if there should be none. `choice` is cleared and filled.
+    pub fn desired_service(&self, key: &VipKey, choice: &mut Choice) -> Option<DesiredService> {
+        self.services.desired(key, choice)
     }
 
     /// All service entries that there should be.

@@ -1,6 +1,6 @@
 //! Services and their slices: who claims which virtual address, and which entries a change touches.
 
-use super::backends::{DesiredBackend, Place, choose};
+use super::backends::{Choice, Place, choose};
 use crate::model::{EndpointSlice, Family, ObjectName, Problem, Service, ServicePort};
 use crate::plan::VipKey;
 use rustnet_common::service::{flags, scope};
@@ -167,8 +167,8 @@ impl Services {
         Some((&service.name, port))
     }
 
-    pub fn desired(&self, key: &VipKey, backends: &mut Vec<DesiredBackend>) -> Option<DesiredService> {
-        backends.clear();
+    pub fn desired(&self, key: &VipKey, choice: &mut Choice) -> Option<DesiredService> {
+        choice.clear();
         if self.own.contains(&key.ip) {
             return None;
         }
@@ -179,7 +179,7 @@ impl Services {
         let service = state.service.as_ref()?;
         let port = service.ports.iter().find(|p| p.port == key.port && p.proto == key.proto)?;
         let here = Place { node: &self.node_name, zone: &self.zone };
-        let flags = choose(service, port, Family::of(key.ip), &state.slices, here, backends);
+        let flags = choose(service, port, Family::of(key.ip), &state.slices, here, choice);
         Some(DesiredService { flags, affinity: service.affinity })
     }
 

@@ -1,9 +1,9 @@
 //! Events in, desired entries and peers out.
 
-use super::{DesiredBackend, Index, Settings};
+use super::{Choice, DesiredBackend, Index, Settings};
 use crate::config::Routing;
 use crate::model::build::{endpoint, ip, node, service, slice};
-use crate::model::{Family, ObjectName};
+use crate::model::{Condition, Family, ObjectName};
 use crate::plan::VipKey;
 use crate::source::{Event, Kind, ObjectRef};
 use rustnet_common::backend::flags::{LOCAL, TERMINATING};
@@ -41,10 +41,10 @@ fn key(vip: &str, port: u16, proto: u8) -> VipKey {
 
 /// Addresses and ports as text, with the flags of the backends and of the service.
 fn desired(index: &Index, key: &VipKey) -> Option<(Vec<(String, u16)>, u16)> {
-    let mut backends = Vec::new();
-    let service = index.desired_service(key, &mut backends)?;
+    let mut choice = Choice::default();
+    let service = index.desired_service(key, &mut choice)?;
     let text = |b: &DesiredBackend| (format!("{} {}", b.addr, b.port), b.flags);
-    Some((backends.iter().map(text).collect(), service.flags))
+    Some((choice.backends.iter().map(text).collect(), service.flags))
 }
 
 #[track_caller]
@@ -110,6 +110,24 @@ fn draining_endpoints_serve_only_when_none_is_ready() {
     expect(&it, &key(VIP4, 80, TCP), &[("10.244.1.2 80", LOCAL | TERMINATING), ("10.244.2.2 80", TERMINATING)], 0);
     it.handle(slice("b", "web", Family::V4).tcp(80).ready(&["10.244.2.9"]).apply());
     expect(&it, &key(VIP4, 80, TCP), &[("10.244.2.9 80", 0)], 0);
+}
+
+#[test]
+fn what_still_serves_but_gets_no_new_flows_is_told_apart() {
+    let it = index([
+        service("web", &[VIP4]).tcp(80).apply(),
+        slice("a", "web", Family::V4)
+            .tcp(80)
+            .endpoint(endpoint("10.244.1.1").draining())
+            .endpoint(endpoint("10.244.1.2"))
+            .endpoint(crate::model::Endpoint { condition: Condition::Holding, ..endpoint("10.244.1.3") })
+            .endpoint(endpoint("10.244.1.4").unusable())
+            .apply(),
+    ]);
+    let mut choice = Choice::default();
+    it.desired_service(&key(VIP4, 80, TCP), &mut choice).unwrap();
+    assert_eq!(choice.backends.iter().map(|b| b.addr).collect::<Vec<_>>(), [ip("10.244.1.2")]);
+    assert_eq!(choice.serving, [(ip("10.244.1.1"), 80), (ip("10.244.1.3"), 80)]);
 }
 
 #[test]

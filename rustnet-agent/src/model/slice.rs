@@ -52,6 +52,8 @@ pub enum Condition {
     Ready,
     /// Terminating, and still serving: for want of anything better.
     Draining,
+    /// Not to be chosen, but what it serves already goes on.
+    Holding,
     /// Not to be used.
     Unusable,
 }

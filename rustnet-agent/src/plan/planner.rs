@@ -1,13 +1,13 @@
 //! The plan: what the maps hold, compared with what the index wants.
 //!
-//! Order of writes: peers; each service's backends, then its entry; wildcard entries; flows to forget; then deletions, the
-//! other way round. A range of backends is never rewritten while an entry points to it: a change writes a new range and flips
+//! Order of writes: peers; each service's backends, then its entry; wildcard entries; deletions the other way round; and
+//! before the peers' deletions the flows to forget, as by then no packet makes them anew. A range of backends is never rewritten while an entry points to it: a change writes a new range and flips
 //! the entry.
 
 use super::ids::Ids;
 use super::ranges::Ranges;
 use super::{Maps, Snapshot, VipKey, Write};
-use crate::index::{DesiredBackend, DesiredService, Index};
+use crate::index::{Choice, DesiredBackend, DesiredService, Index};
 use crate::model::Problem;
 use ipnet::IpNet;
 use rustnet_common::addr::Addr;
@@ -15,7 +15,7 @@ use rustnet_common::backend::Backend;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 use rustnet_common::tuple::proto::UDP;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,10 +45,10 @@ pub struct Planner {
     service_ids: Ids,
     backend_ids: Ids,
     peers: BTreeMap<IpNet, Peer>,
-    /// UDP backends that a service lost together with its last one. Their flows stay until it has others.
-    orphans: HashMap<VipKey, Vec<u32>>,
+    /// UDP backends that get no new flows any more, but whose old ones go on: they still serve, or nothing else does.
+    lingering: HashMap<VipKey, BTreeMap<Target, u32>>,
     /// Backends read back that no entry refers to: an earlier agent may have died before it forgot their flows.
-    strays: Vec<u32>,
+    strays: BTreeMap<Target, Vec<u32>>,
     /// What did not fit, and why.
     failed: BTreeMap<VipKey, Box<str>>,
     peers_failed: Option<Box<str>>,
@@ -60,6 +60,9 @@ pub struct Planner {
     /// Writes were refused: what the maps hold is not known.
     lost_track: bool,
 }
+
+/// Address and port of a backend.
+type Target = (Addr, u16);
 
 /// How much fits.
 #[derive(Clone, Copy, Debug)]
@@ -108,13 +111,21 @@ impl Planner {
             held.extend((first..end).filter(|slot| ranges.claim(*slot, 1)));
         }
         // All else that was ever written may have been let go of a moment ago, so it waits its time too.
-        let mut strays = Vec::new();
+        let mut strays: BTreeMap<Target, Vec<u32>> = BTreeMap::new();
+        let mut live = HashSet::new();
         for (slot, backend) in slots.iter().enumerate().filter(|(_, backend)| backend.id != 0) {
             if ranges.claim(slot as u32, 1) {
                 ranges.retire(slot as u32, 1);
-                strays.push(backend.id);
+                strays.entry((backend.addr, backend.port)).or_default().push(backend.id);
+            } else {
+                live.insert(backend.id);
             }
         }
+        // What merely moved to another range is no stray.
+        strays.retain(|_, ids| {
+            ids.retain(|id| !live.contains(id));
+            !ids.is_empty()
+        });
         let count = |v4: bool| services.keys().filter(|key| key.ip.is_ipv4() == v4).count() as u32;
         Self {
             count: [count(true), count(false)],
@@ -125,7 +136,7 @@ impl Planner {
             slots,
             ranges,
             peers,
-            orphans: HashMap::new(),
+            lingering: HashMap::new(),
             strays,
             failed: BTreeMap::new(),
             peers_failed: None,
@@ -174,7 +185,7 @@ impl Planner {
         };
         self.plan_services(keys, index, &mut draft);
         if self.compare_all {
-            draft.forget.append(&mut self.strays);
+            draft.forget.extend(std::mem::take(&mut self.strays).into_values().flatten());
             self.compare_all = false;
         }
         // Entries that were deleted made room for some that did not fit.
@@ -183,13 +194,13 @@ impl Planner {
         }
         writes.append(&mut draft.puts);
         writes.append(&mut draft.wildcards);
+        writes.append(&mut draft.wildcard_deletes);
+        writes.append(&mut draft.deletes);
         if !draft.forget.is_empty() {
             draft.forget.sort_unstable();
             draft.forget.dedup();
             writes.push(Write::ForgetFlows { proto: UDP, backends: draft.forget });
         }
-        writes.append(&mut draft.wildcard_deletes);
-        writes.append(&mut draft.deletes);
         writes.extend(stale_peers);
         let waits = !self.failed.is_empty() && self.ranges.held() > 0;
         let retry_at = waits.then(|| self.ranges.next_release().unwrap_or(now + GRACE));
@@ -223,11 +234,11 @@ impl Planner {
     fn plan_services(&mut self, mut keys: Vec<VipKey>, index: &Index, draft: &mut Draft) {
         keys.sort_unstable();
         keys.dedup();
-        let mut backends = Vec::new();
+        let mut choice = Choice::default();
         // Ports before wildcards, so that no packet meets a wildcard without the ports that are to come.
         for key in keys {
-            match index.desired_service(&key, &mut backends) {
-                Some(desired) => match self.put(key, desired, &backends, draft) {
+            match index.desired_service(&key, &mut choice) {
+                Some(desired) => match self.put(key, desired, &choice, draft) {
                     Ok(()) => {
                         self.failed.remove(&key);
                     }
@@ -240,13 +251,8 @@ impl Planner {
         }
     }
 
-    fn put(
-        &mut self,
-        key: VipKey,
-        desired: DesiredService,
-        backends: &[DesiredBackend],
-        draft: &mut Draft,
-    ) -> Result<(), String> {
+    fn put(&mut self, key: VipKey, desired: DesiredService, choice: &Choice, draft: &mut Draft) -> Result<(), String> {
+        let backends = &choice.backends;
         let old = self.services.get(&key).copied();
         let trusted = !self.damaged.contains_key(&key);
         let same = trusted && old.is_some_and(|entry| equal(self.slots_of(entry), backends));
@@ -270,14 +276,17 @@ impl Planner {
         };
         if !same {
             let gone = self.write_backends(key, old, first, backends, draft);
-            if key.proto == UDP {
-                self.udp_backends_gone(key, gone, count, draft);
+            if key.proto == UDP && !gone.is_empty() {
+                self.lingering.entry(key).or_default().extend(gone);
             }
             if let Some(entry) = old
                 && trusted
             {
                 self.ranges.retire(entry.first, entry.count);
             }
+        }
+        if key.proto == UDP {
+            self.forget_udp(key, choice, draft);
         }
         let id = match old {
             _ if key.is_wildcard() => 0,
@@ -297,7 +306,7 @@ impl Planner {
         Ok(())
     }
 
-    /// Writes a new range, in which a backend that the old one had too keeps its id. Gives the ids that are gone.
+    /// Writes a new range, in which a backend that the old one had too keeps its id. Gives those that are gone.
     fn write_backends(
         &mut self,
         key: VipKey,
@@ -305,13 +314,15 @@ impl Planner {
         first: u32,
         backends: &[DesiredBackend],
         draft: &mut Draft,
-    ) -> Vec<u32> {
-        let mut known: BTreeMap<(Addr, u16), u32> = match old {
+    ) -> BTreeMap<Target, u32> {
+        let mut known: BTreeMap<Target, u32> = match old {
             Some(entry) if !self.damaged.contains_key(&key) => {
                 self.slots_of(entry).iter().map(|b| ((b.addr, b.port), b.id)).collect()
             }
             _ => BTreeMap::new(),
         };
+        // One that lingered has flows by its old id.
+        known.extend(self.lingering.remove(&key).into_iter().flatten());
         let (ids, slots) = (&mut self.backend_ids, &self.slots);
         let written: Vec<Backend> = backends
             .iter()
@@ -330,26 +341,42 @@ impl Planner {
             self.slots[at].copy_from_slice(&written);
             draft.puts.push(Write::Backends { first, backends: written });
         }
-        known.into_values().collect()
+        known
     }
 
-    /// Flows to UDP backends that no longer serve are forgotten as soon as there is another one to go to: UDP has no
+    /// Flows to UDP backends that no longer serve are forgotten as soon as there is anything else that does: UDP has no
     /// handshake that would fail and make the client try anew. TCP is never touched.
-    fn udp_backends_gone(&mut self, key: VipKey, mut gone: Vec<u32>, left: u32, draft: &mut Draft) {
-        if left > 0 {
-            gone.extend(self.orphans.remove(&key).into_iter().flatten());
-            draft.forget.append(&mut gone);
-        } else if !gone.is_empty() {
-            self.orphans.entry(key).or_default().append(&mut gone);
+    fn forget_udp(&mut self, key: VipKey, choice: &Choice, draft: &mut Draft) {
+        for target in choice.serving.iter().map(|(addr, port)| (Addr::from(*addr), *port)) {
+            if let Some(id) = self.strays.get_mut(&target).and_then(Vec::pop) {
+                self.lingering.entry(key).or_default().insert(target, id);
+            }
+        }
+        if choice.backends.is_empty() && choice.serving.is_empty() {
+            return;
+        }
+        if let Some(lingering) = self.lingering.get_mut(&key) {
+            let serving: HashSet<Target> =
+                choice.serving.iter().map(|(addr, port)| (Addr::from(*addr), *port)).collect();
+            let gone = lingering.extract_if(.., |target, _| !serving.contains(target));
+            draft.forget.extend(gone.map(|(_, id)| id));
+            if lingering.is_empty() {
+                self.lingering.remove(&key);
+            }
         }
     }
 
     fn delete(&mut self, key: VipKey, draft: &mut Draft) {
         self.failed.remove(&key);
-        self.orphans.remove(&key);
         let Some(entry) = self.services.remove(&key) else {
             return;
         };
+        if key.proto == UDP {
+            // Else a service that comes back at this address would find flows to whatever served it then.
+            let trusted = !self.damaged.contains_key(&key);
+            draft.forget.extend(self.slots_of(entry).iter().map(|b| b.id).filter(|_| trusted));
+            draft.forget.extend(self.lingering.remove(&key).into_iter().flat_map(BTreeMap::into_values));
+        }
         self.count[usize::from(key.ip.is_ipv6())] -= 1;
         if !self.release_damaged(&key) {
             self.ranges.retire(entry.first, entry.count);

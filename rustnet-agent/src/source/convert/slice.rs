@@ -124,11 +124,10 @@ impl Converter {
 /// arrives as ready from the controller.
 fn condition(given: Option<&EndpointConditions>) -> Condition {
     let (ready, serving, terminating) = given.map_or((None, None, None), |c| (c.ready, c.serving, c.terminating));
-    if ready.unwrap_or(true) {
-        Condition::Ready
-    } else if serving.unwrap_or(true) && terminating.unwrap_or(false) {
-        Condition::Draining
-    } else {
-        Condition::Unusable
+    match (ready.unwrap_or(true), serving.unwrap_or(true), terminating.unwrap_or(false)) {
+        (true, _, _) => Condition::Ready,
+        (false, true, true) => Condition::Draining,
+        (false, true, false) => Condition::Holding,
+        (false, false, _) => Condition::Unusable,
     }
 }

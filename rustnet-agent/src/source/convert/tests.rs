@@ -199,12 +199,13 @@ fn absent_conditions_mean_ready_and_not_terminating() {
         (json!(null), Condition::Ready),
         (json!({}), Condition::Ready),
         (json!({"ready": true, "terminating": true}), Condition::Ready),
-        (json!({"ready": false}), Condition::Unusable),
+        (json!({"ready": false}), Condition::Holding),
         (json!({"ready": false, "terminating": true}), Condition::Draining),
         (json!({"ready": false, "serving": true, "terminating": true}), Condition::Draining),
         (json!({"ready": false, "serving": false, "terminating": true}), Condition::Unusable),
-        (json!({"ready": false, "serving": true, "terminating": false}), Condition::Unusable),
-        (json!({"ready": false, "serving": true}), Condition::Unusable),
+        (json!({"ready": false, "serving": false}), Condition::Unusable),
+        (json!({"ready": false, "serving": true, "terminating": false}), Condition::Holding),
+        (json!({"ready": false, "serving": true}), Condition::Holding),
     ];
     for (given, want) in conditions {
         let it = slice(web_slice(

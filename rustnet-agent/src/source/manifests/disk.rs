@@ -14,11 +14,12 @@ const MAX_SIZE: u64 = 256 << 20;
 pub fn scan(catalog: &mut Catalog, dir: &Path) -> io::Result<Vec<Event>> {
     let names = names(dir)?;
     let mut events = Vec::new();
+    for name in &names {
+        events.extend(load(catalog, dir, name, true).into_iter().flatten());
+    }
+    // Last, so that an object that moved to another file is never gone.
     for name in catalog.files().into_iter().filter(|name| !names.contains(&**name)) {
         events.extend(catalog.remove(&name));
-    }
-    for name in names {
-        events.extend(load(catalog, dir, &name, true).into_iter().flatten());
     }
     Ok(events)
 }

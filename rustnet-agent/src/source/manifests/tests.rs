@@ -170,7 +170,7 @@ async fn when_the_directory_vanishes_the_last_state_stays() {
     rig.write("b.yaml", &service("b", 3));
     let mut events = vec![rig.event().await, rig.event().await, rig.event().await];
     assert!(events.pop().unwrap().ends_with(": "), "the complaint is withdrawn");
-    assert_eq!(events, ["delete default/a", "apply default/b 10.96.0.3"]);
+    assert_eq!(events, ["apply default/b 10.96.0.3", "delete default/a"]);
 }
 
 #[tokio::test]

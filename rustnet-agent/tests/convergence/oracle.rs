@@ -1,0 +1,297 @@
+//! The plain model: from all objects at once to what packets should meet, with no state, no order and no cleverness.
+
+use super::cluster::{Cluster, Endpoint, Node, Object, Service, Slice, Sort};
+use ipnet::IpNet;
+use rustnet_agent::config::Routing;
+use rustnet_agent::index::Settings;
+use rustnet_agent::model::Family;
+use rustnet_agent::plan::MemoryMaps;
+use rustnet_common::{backend, peer, service};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+/// Address, port, protocol.
+pub type Key = (IpAddr, u16, u8);
+/// Address, port, flags.
+type Backend = (IpAddr, u16, u16);
+/// Far end, identity, flags.
+type Peer = (Option<IpAddr>, u32, u16);
+
+/// What packets meet, without the numbers that the plan is free to choose.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// Flags, affinity, backends in order.
+    services: BTreeMap<Key, (u16, u32, Vec<Backend>)>,
+    peers: BTreeMap<IpNet, Peer>,
+}
+
+impl Table {
+    /// What the maps hold.
+    pub fn of(maps: &MemoryMaps) -> Self {
+        let services = maps.held().services.iter().map(|(key, entry)| {
+            let backends = maps.backends(entry).iter().map(|b| (b.addr.into(), b.port, b.flags)).collect();
+            ((key.ip, key.port, key.proto), (entry.flags, entry.affinity, backends))
+        });
+        let peers = maps.held().peers.iter().map(|(prefix, peer)| {
+            let node: IpAddr = peer.node.into();
+            (*prefix, ((!node.is_unspecified()).then_some(node), peer.identity, peer.flags))
+        });
+        Self { services: services.collect(), peers: peers.collect() }
+    }
+
+    /// True if there is an entry for this.
+    pub fn has(&self, key: Key) -> bool {
+        self.services.contains_key(&key)
+    }
+
+    /// Each entry is as it was before or as it is after.
+    pub fn is_old_or_new(&self, old: &Self, new: &Self) {
+        let keys: BTreeSet<_> = [self, old, new].into_iter().flat_map(|table| table.services.keys()).collect();
+        for key in keys {
+            let (is, was, will) = (self.services.get(key), old.services.get(key), new.services.get(key));
+            assert!(is == was || is == will, "{key:?}: {is:?} is neither {was:?} nor {will:?}");
+            // A wildcard refuses what has no entry: it must not come before the ports do.
+            let wildcard = (key.0, 0, 0);
+            let new = self.services.contains_key(&wildcard) && !old.services.contains_key(&wildcard);
+            assert!(!new || is == will, "{key:?} is refused for a moment");
+        }
+        let prefixes: BTreeSet<_> = [self, old, new].into_iter().flat_map(|table| table.peers.keys()).collect();
+        for prefix in prefixes {
+            let (is, was, will) = (self.peers.get(prefix), old.peers.get(prefix), new.peers.get(prefix));
+            assert!(is == was || is == will, "{prefix}: {is:?} is neither {was:?} nor {will:?}");
+        }
+    }
+}
+
+/// What the maps should hold.
+pub fn expected(cluster: &Cluster, settings: &Settings) -> Table {
+    Table { services: services(cluster, settings), peers: peers(cluster, settings) }
+}
+
+fn proto(name: &str) -> u8 {
+    match name {
+        "TCP" => 6,
+        "UDP" => 17,
+        "SCTP" => 132,
+        other => panic!("{other}"),
+    }
+}
+
+/// The ports that survive validation: no port 0, each number and each name once for a protocol, the first counts.
+fn valid(ports: &[(String, u16, &'static str)], numbers_once: bool) -> Vec<(String, u16, u8)> {
+    let mut kept: Vec<(String, u16, u8)> = Vec::new();
+    for (name, port, protocol) in ports {
+        let protocol = proto(protocol);
+        let taken = kept.iter().any(|(n, p, pr)| *pr == protocol && (n == name || (numbers_once && p == port)));
+        if *port != 0 && !taken {
+            kept.push((name.clone(), *port, protocol));
+        }
+    }
+    kept
+}
+
+fn own_node<'a>(cluster: &'a Cluster, settings: &Settings) -> Option<&'a Node> {
+    nodes(cluster).into_iter().find(|node| *node.name == *settings.node_name)
+}
+
+/// Nodes in order of age, then name.
+fn nodes(cluster: &Cluster) -> Vec<&Node> {
+    let mut nodes: Vec<&Node> =
+        cluster.values().filter_map(|o| if let Object::Node(n) = o { Some(n) } else { None }).collect();
+    nodes.sort_by_key(|node| (node.created, node.name.clone()));
+    nodes
+}
+
+fn own_addresses(cluster: &Cluster, settings: &Settings) -> BTreeSet<IpAddr> {
+    let named =
+        own_node(cluster, settings).into_iter().flat_map(|node| node.addresses.iter().map(|a| a.parse().unwrap()));
+    settings.own_addresses.iter().copied().chain(named).collect()
+}
+
+fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, (u16, u32, Vec<Backend>)> {
+    let own = own_addresses(cluster, settings);
+    let mut all: Vec<&Service> =
+        cluster.values().filter_map(|o| if let Object::Service(s) = o { Some(s) } else { None }).collect();
+    all.retain(|service| service.sort == Sort::Plain);
+    all.sort_by_key(|service| (service.created, service.name.clone()));
+    let mut table = BTreeMap::new();
+    for service in all {
+        for vip in service.vips.iter().map(|vip| vip.parse::<IpAddr>().unwrap()) {
+            if own.contains(&vip) || vip.is_loopback() {
+                continue;
+            }
+            table.insert((vip, 0, 0), (service::flags::VIP, 0, Vec::new()));
+            for (name, port, protocol) in valid(&service.ports, true) {
+                let entry = || {
+                    let (flags, backends) = backends(cluster, settings, service, &name, protocol, vip.is_ipv6());
+                    (flags, service.affinity.unwrap_or(0), backends)
+                };
+                // The oldest comes first.
+                table.entry((vip, port, protocol)).or_insert_with(entry);
+            }
+        }
+    }
+    table
+}
+
+fn backends(
+    cluster: &Cluster,
+    settings: &Settings,
+    service: &Service,
+    name: &str,
+    protocol: u8,
+    v6: bool,
+) -> (u16, Vec<Backend>) {
+    let all = endpoints(cluster, service, name, protocol, v6);
+    let me = &*settings.node_name;
+    let zone = own_node(cluster, settings).and_then(|node| node.zone);
+    let ready = |e: &Endpoint| e.ready != Some(false);
+    let draining = |e: &Endpoint| !ready(e) && e.serving != Some(false) && e.terminating == Some(true);
+    // One for each address and port: the first in the best condition; local if any copy says so.
+    let targets: BTreeSet<(IpAddr, u16)> = all.iter().map(|(addr, port, _)| (*addr, *port)).collect();
+    let mut usable: Vec<(IpAddr, u16, &Endpoint, bool)> = Vec::new();
+    for (addr, port) in targets {
+        let copies: Vec<&Endpoint> =
+            all.iter().filter(|(a, p, _)| (*a, *p) == (addr, port)).map(|(_, _, e)| *e).collect();
+        let best = copies.iter().find(|e| ready(e)).or_else(|| copies.iter().find(|e| draining(e)));
+        if let Some(best) = best {
+            let local = copies.iter().any(|e| serves(e) && e.node == Some(me));
+            usable.push((addr, port, best, local));
+        }
+    }
+    let entry = |(addr, port, e, local): &(IpAddr, u16, &Endpoint, bool)| {
+        let mut flags = 0;
+        if *local {
+            flags |= backend::flags::LOCAL;
+        }
+        if !ready(e) {
+            flags |= backend::flags::TERMINATING;
+        }
+        (*addr, *port, flags)
+    };
+    let of = |keep: &dyn Fn(&Endpoint, bool) -> bool| -> Vec<Backend> {
+        usable.iter().filter(|(_, _, e, local)| keep(e, *local)).map(entry).collect()
+    };
+    if service.local {
+        let chosen = of(&|e, local| ready(e) && local);
+        let chosen = if chosen.is_empty() { of(&|_, local| local) } else { chosen };
+        let elsewhere = chosen.is_empty() && !usable.is_empty();
+        return (if elsewhere { service::flags::DROP_EMPTY } else { 0 }, chosen);
+    }
+    let readies: Vec<&Endpoint> = usable.iter().map(|(_, _, e, _)| *e).filter(|e| ready(e)).collect();
+    let by_node =
+        readies.iter().all(|e| !e.node_hints.is_empty()) && readies.iter().any(|e| e.node_hints.contains(&me));
+    let by_zone = readies.iter().all(|e| !e.zone_hints.is_empty())
+        && zone.is_some_and(|zone| readies.iter().any(|e| e.zone_hints.contains(&zone)));
+    let chosen = of(&|e, _| {
+        ready(e)
+            && if by_node {
+                e.node_hints.contains(&me)
+            } else if by_zone {
+                zone.is_some_and(|zone| e.zone_hints.contains(&zone))
+            } else {
+                true
+            }
+    });
+    (0, if chosen.is_empty() { of(&|_, _| true) } else { chosen })
+}
+
+/// An endpoint that serves what it has, whether or not it gets more.
+fn serves(endpoint: &Endpoint) -> bool {
+    endpoint.ready != Some(false) || endpoint.serving != Some(false)
+}
+
+/// Every endpoint of every slice of a service, with the number that this port has there.
+fn endpoints<'a>(
+    cluster: &'a Cluster,
+    service: &Service,
+    name: &str,
+    protocol: u8,
+    v6: bool,
+) -> Vec<(IpAddr, u16, &'a Endpoint)> {
+    let mut all: Vec<(IpAddr, u16, &Endpoint)> = Vec::new();
+    for object in cluster.values() {
+        let Object::Slice(slice @ Slice { .. }) = object else { continue };
+        if slice.service != service.name || slice.v6 != v6 {
+            continue;
+        }
+        for (_, number, _) in valid(&slice.ports, false).iter().filter(|(n, _, p)| n == name && *p == protocol) {
+            for endpoint in &slice.endpoints {
+                if let Ok(addr) = endpoint.addr.parse::<IpAddr>()
+                    && addr.is_ipv6() == v6
+                {
+                    all.push((addr, *number, endpoint));
+                }
+            }
+        }
+    }
+    all
+}
+
+/// The targets that serve a UDP port, whether or not they get new flows.
+pub fn serving(cluster: &Cluster, settings: &Settings, (vip, port, protocol): Key) -> BTreeSet<(IpAddr, u16)> {
+    let mut owners: Vec<(&Service, String)> = Vec::new();
+    for object in cluster.values() {
+        if let Object::Service(service) = object
+            && service.sort == Sort::Plain
+            && service.vips.iter().any(|v| v.parse() == Ok(vip))
+            && !own_addresses(cluster, settings).contains(&vip)
+        {
+            let ports = valid(&service.ports, true).into_iter().filter(|(_, p, pr)| (*p, *pr) == (port, protocol));
+            owners.extend(ports.map(|(name, ..)| (service, name)));
+        }
+    }
+    let owner = owners.into_iter().min_by_key(|(service, _)| (service.created, service.name.clone()));
+    let all = owner.map(|(service, name)| endpoints(cluster, service, &name, protocol, vip.is_ipv6()));
+    let all = all.into_iter().flatten().filter(|(_, _, e)| serves(e));
+    all.map(|(addr, port, _)| (addr, port)).collect()
+}
+
+fn peers(cluster: &Cluster, settings: &Settings) -> BTreeMap<IpNet, Peer> {
+    let mut table: BTreeMap<IpNet, Peer> = BTreeMap::new();
+    let mut ranges: Vec<IpNet> = Vec::new();
+    let vxlan = settings.routing == Routing::Vxlan;
+    let is_own = |node: &Node| *node.name == *settings.node_name;
+    let first = |node: &Node, v6: bool| {
+        node.addresses.iter().map(|addr| addr.parse::<IpAddr>().unwrap()).find(|addr| addr.is_ipv6() == v6)
+    };
+    let tunnel = |node: &Node| first(node, settings.tunnel_family == Family::V6).filter(|_| vxlan);
+    for ip in &settings.own_addresses {
+        table.insert((*ip).into(), (None, peer::identity::HOST, peer::flags::HOST));
+    }
+    // An address of a node is that, even if somebody has it as a pod range.
+    for node in nodes(cluster) {
+        for ip in node.addresses.iter().map(|addr| addr.parse::<IpAddr>().unwrap()) {
+            let no_masq = settings.no_masquerade.iter().any(|range| range.contains(&ip));
+            let flags = peer::flags::NODE
+                | if tunnel(node).is_some() { peer::flags::TUNNEL } else { 0 }
+                | if no_masq { peer::flags::NO_MASQ } else { 0 };
+            let other = (Some(tunnel(node).unwrap_or(ip)), peer::identity::NODE, flags);
+            let value = if is_own(node) { (None, peer::identity::HOST, peer::flags::HOST) } else { other };
+            table.entry(ip.into()).or_insert(value);
+        }
+    }
+    for node in nodes(cluster) {
+        for cidr in node.cidrs.iter().map(|cidr| cidr.parse::<IpNet>().unwrap()) {
+            let far_end = if vxlan { tunnel(node) } else { first(node, cidr.addr().is_ipv6()) };
+            let overlaps = ranges.iter().any(|other| other.contains(&cidr) || cidr.contains(other));
+            if overlaps || (!is_own(node) && far_end.is_none()) {
+                continue;
+            }
+            ranges.push(cidr);
+            let flags = peer::flags::POD | if vxlan { peer::flags::TUNNEL } else { 0 };
+            let value = if is_own(node) {
+                (None, peer::identity::POD, peer::flags::LOCAL_PODS)
+            } else {
+                (far_end, peer::identity::POD, flags)
+            };
+            table.entry(cidr).or_insert(value);
+        }
+    }
+    for range in &settings.no_masquerade {
+        if !ranges.iter().any(|other| other.contains(range)) {
+            table.entry(*range).or_insert((None, peer::identity::WORLD, peer::flags::NO_MASQ));
+        }
+    }
+    table
+}

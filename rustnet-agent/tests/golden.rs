@@ -1,0 +1,275 @@
+//! Golden tests: manifests in, dump of the maps out, one file a case under `tests/golden/cases`.
+//!
+//! A case is a sequence of sections. `-- settings --` (first, optional) sets this node; `-- NAME.yaml --` writes a file,
+//! `-- remove NAME.yaml --` removes one, `-- restart --` starts a new agent on the same maps (after the changes so far), and
+//! `-- expect --` brings the maps up to date and holds what they must look like then. Text before the first section says what
+//! the case is about. With `UPDATE_GOLDEN=1` the expectations are written instead of compared.
+
+use anyhow::{Context, bail, ensure};
+use rustnet_agent::config::Routing;
+use rustnet_agent::index::{Index, Settings};
+use rustnet_agent::model::Family;
+use rustnet_agent::plan::{GRACE, MemoryMaps, Planner, Write};
+use rustnet_agent::source::manifests::{Catalog, scan};
+use rustnet_agent::source::{Event, Kind};
+use rustnet_common::backend::flags as backend;
+use rustnet_common::peer::{Peer, flags as peer, identity};
+use rustnet_common::service::flags as service;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// One section of a case: its heading and its text.
+type Section = (String, String);
+
+/// A node's agent on a directory of its own.
+struct Node {
+    settings: Settings,
+    dir: TempDir,
+    catalog: Catalog,
+    index: Index,
+    planner: Planner,
+    maps: MemoryMaps,
+    now: Duration,
+}
+
+impl Node {
+    fn new(settings: Settings) -> anyhow::Result<Self> {
+        let maps = MemoryMaps::new(1024);
+        Ok(Self {
+            dir: TempDir::new()?,
+            catalog: Catalog::default(),
+            index: Index::new(settings.clone()),
+            planner: Planner::adopt(&maps)?,
+            settings,
+            maps,
+            now: Duration::ZERO,
+        })
+    }
+
+    fn restart(&mut self) -> anyhow::Result<()> {
+        self.catalog = Catalog::default();
+        self.index = Index::new(self.settings.clone());
+        self.planner = Planner::adopt(&self.maps)?;
+        Ok(())
+    }
+
+    /// Reads the directory, brings the maps up to date, and says what they hold.
+    fn dump(&mut self) -> anyhow::Result<String> {
+        for event in scan(&mut self.catalog, self.dir.path())? {
+            self.index.handle(event);
+        }
+        if !self.index.synced() {
+            Kind::REQUIRED.into_iter().for_each(|kind| self.index.handle(Event::Synced(kind)));
+        }
+        self.now += GRACE;
+        self.maps.set_now(self.now);
+        let plan = self.planner.sync(&mut self.index, &mut self.maps, self.now)?;
+        let mut text = String::new();
+        self.services(&mut text)?;
+        self.peers(&mut text)?;
+        writeln!(text, "writes: {}", count(&plan.writes))?;
+        let forgotten = self.maps.take_forgotten().into_iter().flat_map(|(_, ids)| ids);
+        let forgotten: Vec<String> = forgotten.map(|id| id.to_string()).collect();
+        if !forgotten.is_empty() {
+            writeln!(text, "forgotten: flows to {}", forgotten.join(", "))?;
+        }
+        let mut problems = self.index.problems();
+        if self.index.nodes().next().is_none() {
+            // Most cases are about services and have no nodes at all.
+            problems.retain(|problem| !problem.message.starts_with("this node's own object is missing"));
+        }
+        for problem in problems.into_iter().chain(self.planner.problems(&self.index)) {
+            writeln!(text, "problem: {problem}")?;
+        }
+        Ok(text)
+    }
+
+    fn services(&self, text: &mut String) -> anyhow::Result<()> {
+        for (key, entry) in &self.maps.held().services {
+            write!(text, "{key}")?;
+            if let Some((name, port)) = self.index.owner(key) {
+                write!(text, " = {name}")?;
+                if !port.name.is_empty() {
+                    write!(text, " {}", port.name)?;
+                }
+                write!(text, ", id {}", entry.id)?;
+            }
+            if entry.affinity > 0 {
+                write!(text, ", affinity {} s", entry.affinity)?;
+            }
+            if entry.flags & service::DROP_EMPTY != 0 {
+                write!(text, ", drop")?;
+            } else if entry.count == 0 {
+                write!(text, ", refuse")?;
+            }
+            writeln!(text)?;
+            for b in self.maps.backends(entry) {
+                let target = std::net::SocketAddr::new(IpAddr::from(b.addr), b.port);
+                write!(text, "    {target} id {}", b.id)?;
+                for (bit, name) in [(backend::LOCAL, "local"), (backend::TERMINATING, "terminating")] {
+                    if b.flags & bit != 0 {
+                        write!(text, " {name}")?;
+                    }
+                }
+                writeln!(text)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn peers(&self, text: &mut String) -> anyhow::Result<()> {
+        for (prefix, Peer { node, identity, flags, .. }) in &self.maps.held().peers {
+            let who = match *identity {
+                identity::WORLD => "world",
+                identity::HOST => "this host",
+                identity::NODE => "node",
+                identity::POD => "pods",
+                other => bail!("identity {other}"),
+            };
+            write!(text, "{prefix}: {who}")?;
+            for (bit, name) in [(peer::LOCAL_PODS, "here"), (peer::NO_MASQ, "not masqueraded")] {
+                if flags & bit != 0 {
+                    write!(text, ", {name}")?;
+                }
+            }
+            let node = IpAddr::from(*node);
+            if flags & peer::TUNNEL != 0 {
+                write!(text, ", tunnel to {node}")?;
+            } else if !node.is_unspecified() {
+                write!(text, ", at {node}")?;
+            }
+            writeln!(text)?;
+        }
+        Ok(())
+    }
+}
+
+/// How many writes of each sort, in order of their first.
+fn count(writes: &[Write]) -> String {
+    let mut counts: Vec<(&str, usize)> = Vec::new();
+    for write in writes {
+        let sort = match write {
+            Write::Backends { .. } => "backends",
+            Write::PutService { .. } => "put service",
+            Write::DeleteService { .. } => "delete service",
+            Write::PutPeer { .. } => "put peer",
+            Write::DeletePeer { .. } => "delete peer",
+            Write::ForgetFlows { .. } => "forget flows",
+        };
+        match counts.iter_mut().find(|(name, _)| *name == sort) {
+            Some((_, n)) => *n += 1,
+            None => counts.push((sort, 1)),
+        }
+    }
+    let counts: Vec<String> = counts.into_iter().map(|(sort, n)| format!("{n} {sort}")).collect();
+    if counts.is_empty() { "none".to_owned() } else { counts.join(", ") }
+}
+
+fn settings(text: &str) -> anyhow::Result<Settings> {
+    let mut settings = Settings {
+        node_name: "n1".into(),
+        routing: Routing::Vxlan,
+        tunnel_family: Family::V4,
+        no_masquerade: Vec::new(),
+        own_addresses: Vec::new(),
+    };
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        let (name, value) = line.split_once(": ").with_context(|| format!("{line:?} is no setting"))?;
+        match (name, value) {
+            ("node", name) => settings.node_name = name.into(),
+            ("routing", "native") => settings.routing = Routing::Native,
+            ("tunnel", "IPv6") => settings.tunnel_family = Family::V6,
+            ("no masquerade", range) => settings.no_masquerade.push(range.parse()?),
+            ("own address", addr) => settings.own_addresses.push(addr.parse()?),
+            _ => bail!("{line:?} is no setting"),
+        }
+    }
+    Ok(settings)
+}
+
+/// The text before the first section, and the sections.
+fn sections(text: &str) -> (String, Vec<Section>) {
+    let mut about = String::new();
+    let mut sections: Vec<Section> = Vec::new();
+    for line in text.split_inclusive('\n') {
+        let heading = line.trim_end().strip_prefix("-- ").and_then(|rest| rest.strip_suffix(" --"));
+        match (heading, sections.last_mut()) {
+            (Some(heading), _) => sections.push((heading.to_owned(), String::new())),
+            (None, Some((_, text))) => text.push_str(line),
+            (None, None) => about.push_str(line),
+        }
+    }
+    (about, sections)
+}
+
+/// Runs a case; gives its text as it should read.
+fn run(text: &str) -> anyhow::Result<String> {
+    let (mut result, sections) = sections(text);
+    ensure!(!result.trim().is_empty(), "say at the top what the case is about");
+    let mut node: Option<Node> = None;
+    for (heading, text) in sections {
+        let mut text = text;
+        if heading == "settings" {
+            ensure!(node.is_none(), "settings come first");
+            node = Some(Node::new(settings(&text)?)?);
+        } else {
+            let node = match &mut node {
+                Some(node) => node,
+                None => node.insert(Node::new(settings("")?)?),
+            };
+            match heading.split_once(' ') {
+                None if heading == "expect" => text = node.dump()? + "\n",
+                None if heading == "restart" => node.restart()?,
+                None => std::fs::write(node.dir.path().join(&heading), &text)?,
+                Some(("remove", name)) => std::fs::remove_file(node.dir.path().join(name)).context(heading.clone())?,
+                Some(_) => bail!("{heading:?} is no section"),
+            }
+        }
+        write!(result, "-- {heading} --\n{text}")?;
+    }
+    Ok(result.trim_end().to_owned() + "\n")
+}
+
+fn cases() -> anyhow::Result<BTreeMap<String, PathBuf>> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/cases");
+    let mut cases = BTreeMap::new();
+    for entry in std::fs::read_dir(&dir).with_context(|| dir.display().to_string())? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "txt") {
+            cases.insert(path.file_stem().unwrap_or_default().to_string_lossy().into_owned(), path);
+        }
+    }
+    Ok(cases)
+}
+
+#[test]
+fn every_case_ends_in_its_maps() {
+    let update = std::env::var_os("UPDATE_GOLDEN").is_some();
+    let cases = cases().unwrap();
+    assert!(cases.len() > 20, "cases are missing: {:?}", cases.keys());
+    let mut failed = Vec::new();
+    for (name, path) in cases {
+        let text = std::fs::read_to_string(&path).unwrap();
+        match run(&text) {
+            Ok(result) if result == text => {}
+            Ok(result) if update => std::fs::write(&path, result).unwrap(),
+            Ok(result) => failed.push(format!("{name}: {}", difference(&text, &result))),
+            Err(error) => failed.push(format!("{name}: {error:#}")),
+        }
+    }
+    assert!(failed.is_empty(), "\n{}\nUPDATE_GOLDEN=1 accepts the new state\n", failed.join("\n"));
+}
+
+/// The lines around the first difference.
+fn difference(want: &str, got: &str) -> String {
+    let (want, got): (Vec<&str>, Vec<&str>) = (want.lines().collect(), got.lines().collect());
+    let at = want.iter().zip(&got).take_while(|(want, got)| want == got).count();
+    let window = |lines: &[&str], sign: char| {
+        lines.iter().skip(at).take(8).fold(String::new(), |text, line| text + &format!("  {sign} {line}\n"))
+    };
+    format!("differs at line {}\n{}{}", at + 1, window(&want, '-'), window(&got, '+'))
+}
