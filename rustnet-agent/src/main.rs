@@ -90,10 +90,10 @@ async fn start_source(
             tokio::spawn(manifests::run(dir.clone(), events));
         }
         Source::Kube(server) => {
-            let client = kube::connect(server).await?;
+            let connection = kube::connect(server).await?;
             let node_status = NodeStatus::new(&config.node_name);
-            tokio::spawn(node_status.clone().run(client.clone(), Arc::clone(health), shutdown.clone()));
-            tokio::spawn(KubeSource::new(client, health.metrics.clone(), node_status).run(events));
+            tokio::spawn(node_status.clone().run(connection.client.clone(), Arc::clone(health), shutdown.clone()));
+            tokio::spawn(KubeSource::new(connection, health.metrics.clone(), node_status).run(events));
         }
     }
     Ok(())

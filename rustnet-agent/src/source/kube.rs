@@ -9,7 +9,7 @@ mod backoff;
 mod client;
 mod node_status;
 
-pub use client::connect;
+pub use client::{Connection, connect};
 pub use node_status::NodeStatus;
 
 use self::backoff::Backoff;
@@ -21,7 +21,7 @@ use futures::{StreamExt as _, pin_mut};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::watcher::{self, watcher};
-use kube::{Api, Client, Resource};
+use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 use std::fmt::{self, Debug};
 use std::sync::Arc;
@@ -40,16 +40,16 @@ const REMIND: Duration = Duration::from_secs(60);
 /// A source on an API server.
 #[derive(Clone)]
 pub struct KubeSource {
-    client: Client,
+    connection: Connection,
     metrics: Metrics,
     node_status: NodeStatus,
     watch_seconds: Option<u32>,
 }
 
 impl KubeSource {
-    /// A source on the API server behind `client`. `node_status` hears of this node's object.
-    pub fn new(client: Client, metrics: Metrics, node_status: NodeStatus) -> Self {
-        Self { client, metrics, node_status, watch_seconds: None }
+    /// A source on this API server. `node_status` hears of this node's object.
+    pub fn new(connection: Connection, metrics: Metrics, node_status: NodeStatus) -> Self {
+        Self { connection, metrics, node_status, watch_seconds: None }
     }
 
     /// Ends each watch request after this time, to begin the next where it stopped. The default is near five minutes.
@@ -75,7 +75,7 @@ impl KubeSource {
         let mut trouble = Trouble::new("API server", events);
         let mut backoff = Backoff::default();
         loop {
-            match self.client.apiserver_version().await {
+            match self.connection.client.apiserver_version().await {
                 Ok(version) => {
                     trouble.over().await;
                     let streaming = streams(&version.major, &version.minor);
@@ -140,7 +140,12 @@ struct Follower<'a> {
     source: &'a KubeSource,
     events: &'a Sender<Event>,
     kind: Kind,
+    /// The server's version knows streaming lists.
     streaming: bool,
+    /// It has refused to stream the list that is due.
+    paging: bool,
+    /// The list is complete.
+    listed: bool,
     converter: Converter,
     trouble: Trouble<'a>,
     backoff: Backoff,
@@ -156,7 +161,7 @@ enum Next {
     Resume,
     /// List anew.
     Relist,
-    /// The server does not stream lists after all: list anew, in pages.
+    /// The server does not stream this list: ask for pages.
     Page,
 }
 
@@ -167,6 +172,8 @@ impl<'a> Follower<'a> {
             events,
             kind: K::KIND,
             streaming,
+            paging: false,
+            listed: false,
             converter: Converter::new(),
             trouble: Trouble::new(&format!("watch of {}", K::KIND), events),
             backoff: Backoff::default(),
@@ -188,12 +195,18 @@ impl<'a> Follower<'a> {
             config = config.labels(labels);
         }
         config.timeout = self.source.watch_seconds;
-        config = if self.streaming { config.streaming_lists() } else { config.page_size(PAGE) };
-        let stream = watcher(Api::<K>::all(self.source.client.clone()), config);
+        let streaming = self.streaming && !self.paging;
+        config = if streaming { config.streaming_lists() } else { config.page_size(PAGE) };
+        let stream = watcher(Api::<K>::all(self.source.connection.client.clone()), config);
         pin_mut!(stream);
         while !self.closed {
+            let source = self.source;
             let item = tokio::select! {
                 item = stream.next() => item,
+                () = source.connection.answers.of(self.kind).notified() => {
+                    self.trouble.over().await;
+                    continue;
+                }
                 () = self.events.closed() => { self.closed = true; return }
             };
             let error = match item {
@@ -205,7 +218,7 @@ impl<'a> Follower<'a> {
                 None => return,
             };
             self.source.metrics.source_failed(self.kind);
-            let next = next_step(&error, self.streaming);
+            let next = next_step(&error, streaming && !self.listed);
             let delay = match next {
                 Next::Resume => self.backoff.next(),
                 Next::Relist => self.backoff.next().max(backoff::spread(RELIST_SPREAD)),
@@ -214,10 +227,10 @@ impl<'a> Follower<'a> {
             match next {
                 // An ordinary part of a watch's life.
                 Next::Relist => tracing::info!(kind = %self.kind, error = chain(&error), "listing anew"),
-                Next::Page => tracing::info!(kind = %self.kind, "the server does not stream lists: paging"),
+                Next::Page => tracing::info!(kind = %self.kind, error = chain(&error), "no streaming lists: paging"),
                 Next::Resume => self.trouble.note(&chain(&error)).await,
             }
-            self.streaming &= next != Next::Page;
+            self.paging |= next == Next::Page;
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
                 () = self.events.closed() => self.closed = true,
@@ -231,7 +244,7 @@ impl<'a> Follower<'a> {
     async fn forward<K: Watched>(&mut self, event: watcher::Event<K>) {
         use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
         if let Init = event {
-            self.restarting = true;
+            (self.restarting, self.listed) = (true, false);
             return;
         }
         self.backoff.reset();
@@ -243,6 +256,7 @@ impl<'a> Follower<'a> {
         let converted = match event {
             Init => return,
             InitDone => {
+                (self.listed, self.paging) = (true, false);
                 self.source.metrics.source_synced(self.kind);
                 tracing::debug!(kind = %self.kind, "synced");
                 return self.send(Event::Synced(self.kind)).await;
@@ -267,7 +281,7 @@ impl<'a> Follower<'a> {
     }
 }
 
-fn next_step(error: &watcher::Error, streaming: bool) -> Next {
+fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
     use watcher::Error as E;
     let start_code = match error {
         E::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
@@ -275,11 +289,13 @@ fn next_step(error: &watcher::Error, streaming: bool) -> Next {
     };
     match (error, start_code) {
         // 400 and 422: the feature gate of streaming lists is off.
-        (_, Some(400 | 422)) if streaming => Next::Page,
+        (_, Some(400 | 422)) if streaming_list => Next::Page,
         // The watch cannot begin where it should: at a place that is gone, or that the server has not reached yet, as after
         // a restored backup (504, "Too large resource version").
         (_, Some(400 | 410 | 422 | 504)) => Next::Relist,
         (E::WatchError(status), _) if status.code == 410 => Next::Relist,
+        // 500, told in the stream: the server's store cannot do it (etcd before 3.4.31 and 3.5.13).
+        (E::WatchError(status), _) if streaming_list && status.code != 429 => Next::Page,
         (E::NoResourceVersion, _) => Next::Relist,
         _ => Next::Resume,
     }
@@ -367,7 +383,9 @@ mod tests {
         use watcher::Error as E;
         for (error, streaming, next) in [
             (watch_error(410), true, Next::Relist),
-            (watch_error(500), true, Next::Resume),
+            (watch_error(500), true, Next::Page),
+            (watch_error(500), false, Next::Resume),
+            (watch_error(429), true, Next::Resume),
             (E::WatchStartFailed(api(410)), true, Next::Relist),
             (E::WatchStartFailed(api(504)), true, Next::Relist),
             (E::WatchStartFailed(api(422)), true, Next::Page),

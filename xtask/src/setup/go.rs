@@ -53,7 +53,7 @@ pub(super) fn ensure_kubernetes(work: &mut Work, program: &str) -> Result<()> {
         // -mod=mod in a copy: Go completes go.sum there, and leaves the tracked one alone.
         .args(["build", "-mod=mod", "-ldflags", &linker_flags(&version), "-o"])
         .arg(bin.join(program))
-        .arg(format!("k8s.io/kubernetes/cmd/{program}"))
+        .arg(package(program))
         .env("CGO_ENABLED", "0")
         .env_remove("GOFLAGS")
         .dir(&source)
@@ -63,6 +63,15 @@ pub(super) fn ensure_kubernetes(work: &mut Work, program: &str) -> Result<()> {
     }
     work.step(&format!("building {program} {version} (minutes, once)"), &build)?;
     if work.dry_run { Ok(()) } else { stamp.write() }
+}
+
+/// The Go package of a program.
+fn package(program: &str) -> String {
+    match program {
+        // Streaming lists need a newer store than some distributions have.
+        "etcd" => "go.etcd.io/etcd/server/v3".to_owned(),
+        _ => format!("k8s.io/kubernetes/cmd/{program}"),
+    }
 }
 
 /// Go, new enough; installed from packages where those are.

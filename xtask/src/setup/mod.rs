@@ -52,7 +52,7 @@ pub struct Args {
 /// Large things that are installed only when asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Extra {
-    /// kube-apiserver and kubectl, built from the Go module proxy (4 minutes on 2 cores, 2 GB of memory)
+    /// kube-apiserver, kubectl and etcd, built from the Go module proxy (4 minutes on 2 cores, 2 GB of memory)
     Kubernetes,
     /// kube-proxy, from the same sources, for benchmarks
     KubeProxy,
@@ -113,6 +113,7 @@ impl Work {
                 Need::ApiServer => {
                     go::ensure_kubernetes(self, "kube-apiserver")?;
                     go::ensure_kubernetes(self, "kubectl")?;
+                    go::ensure_kubernetes(self, "etcd")?;
                 }
                 Need::KubeProxy => go::ensure_kubernetes(self, "kube-proxy")?,
                 Need::Network | Need::Iperf => {}

@@ -2,26 +2,37 @@
 //! server do not come back at once.
 
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const FIRST: Duration = Duration::from_millis(250);
 const LIMIT: Duration = Duration::from_secs(15);
+/// Without a failure for so long, all is forgotten.
+const FORGET: Duration = Duration::from_secs(120);
 
 /// The waiting times of one kind of attempt.
 #[derive(Debug)]
 pub(super) struct Backoff {
     base: Duration,
+    last: Option<Instant>,
 }
 
 impl Default for Backoff {
     fn default() -> Self {
-        Self { base: FIRST }
+        Self { base: FIRST, last: None }
     }
 }
 
 impl Backoff {
     /// How long to wait now: between half and one and a half of a base that doubles with each call.
     pub(super) fn next(&mut self) -> Duration {
+        self.next_at(Instant::now())
+    }
+
+    fn next_at(&mut self, now: Instant) -> Duration {
+        if self.last.is_some_and(|last| now.duration_since(last) > FORGET) {
+            self.reset();
+        }
+        self.last = Some(now);
         let base = self.base;
         self.base = (base * 2).min(LIMIT);
         base / 2 + spread(base)
@@ -55,6 +66,17 @@ mod tests {
         }
         backoff.reset();
         assert!(backoff.next() < FIRST * 2);
+    }
+
+    #[test]
+    fn a_long_peace_is_a_new_beginning() {
+        let mut backoff = Backoff::default();
+        let start = Instant::now();
+        for _ in 0..10 {
+            backoff.next_at(start);
+        }
+        assert!(backoff.next_at(start + FORGET) >= LIMIT / 2);
+        assert!(backoff.next_at(start + FORGET * 3) < FIRST * 2);
     }
 
     #[test]

@@ -4,14 +4,18 @@
 //! a word would serve endpoints that are long gone.
 
 use crate::config::KubeSource;
+use crate::source::Kind;
 use anyhow::Context;
+use axum::http::Request;
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use kube::client::{Body, ConfigExt as _};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Notify;
 use tower::{BoxError, ServiceBuilder};
 
 const CONNECT: Duration = Duration::from_secs(10);
@@ -21,11 +25,42 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(5);
 const PROBES: u32 = 4;
 const UNANSWERED: Duration = Duration::from_secs(30);
 
-/// A client of the API server that the settings name. Nothing is sent yet: the server need not be there.
+/// A client of an API server, and what its answers tell before they end: a watch that works again may stay silent.
+#[derive(Clone)]
+pub struct Connection {
+    /// The client.
+    pub client: Client,
+    pub(super) answers: Answers,
+}
+
+/// Tells of successful answers, by the kind that was asked for.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Answers(Arc<[Notify; Kind::ALL.len()]>);
+
+impl Answers {
+    /// For waiting until the server has begun to answer a request for this kind.
+    pub(super) fn of(&self, kind: Kind) -> &Notify {
+        &self.0[kind as usize]
+    }
+
+    fn note(&self, path: &str) {
+        let resource = path.rsplit('/').next().unwrap_or_default();
+        let kind = match resource {
+            "services" => Kind::Service,
+            "endpointslices" => Kind::Slice,
+            "nodes" => Kind::Node,
+            "pods" => Kind::Pod,
+            _ => return,
+        };
+        self.of(kind).notify_one();
+    }
+}
+
+/// A connection to the API server that the settings name. Nothing is sent yet: the server need not be there.
 ///
 /// # Errors
 /// A kubeconfig or service account that is missing or broken.
-pub async fn connect(source: &KubeSource) -> anyhow::Result<Client> {
+pub async fn connect(source: &KubeSource) -> anyhow::Result<Connection> {
     let mut config = match &source.kubeconfig {
         Some(path) => {
             let shown = path.display();
@@ -46,10 +81,10 @@ pub async fn connect(source: &KubeSource) -> anyhow::Result<Client> {
         config.cluster_url = url.parse().with_context(|| format!("{url}: not a URL; check --api-server"))?;
     }
     tracing::info!(server = %config.cluster_url, "API server");
-    client(&config)
+    connection(&config)
 }
 
-fn client(config: &Config) -> anyhow::Result<Client> {
+fn connection(config: &Config) -> anyhow::Result<Connection> {
     let mut connector = HttpConnector::new();
     connector.enforce_http(false);
     connector.set_nodelay(true);
@@ -62,12 +97,23 @@ fn client(config: &Config) -> anyhow::Result<Client> {
         .rustls_https_connector_with_connector(connector)
         .context("the API server's certificate authority, or the client's certificate or key, cannot be used")?;
     let http: HttpClient<_, Body> = HttpClient::builder(TokioExecutor::new()).build(connector);
+    let answers = Answers::default();
+    let told = answers.clone();
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer().context("the API server's credentials cannot be used")?)
         .map_err(BoxError::from)
-        .service(http);
-    Ok(Client::new(service, config.default_namespace.clone()))
+        .service_fn(move |request: Request<Body>| {
+            let (path, answer, told) = (request.uri().path().to_owned(), http.request(request), told.clone());
+            async move {
+                let answer = answer.await?;
+                if answer.status().is_success() {
+                    told.note(&path);
+                }
+                Ok::<_, BoxError>(answer)
+            }
+        });
+    Ok(Connection { client: Client::new(service, config.default_namespace.clone()), answers })
 }
 
 #[cfg(test)]

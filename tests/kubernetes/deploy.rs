@@ -1,0 +1,211 @@
+//! The manifests under `deploy/`: well-formed, accepted by a real API server, and of few privileges.
+
+use super::cluster::{Cluster, documents, with_server};
+use super::server::kubernetes;
+use anyhow::{Context as _, Result, ensure};
+use rustnet_agent::config::{Config, Source};
+use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
+}
+
+fn read(file: &str) -> Result<String> {
+    let path = dir().join(file);
+    std::fs::read_to_string(&path).with_context(|| path.display().to_string())
+}
+
+/// All objects that the kustomization lists.
+fn objects() -> Result<Vec<Value>> {
+    let kustomization = documents(&read("kustomization.yaml")?)?.pop().context("an empty kustomization")?;
+    let files = kustomization["resources"].as_array().context("resources")?;
+    let mut objects = Vec::new();
+    for file in files {
+        objects.extend(documents(&read(file.as_str().context("a name")?)?)?);
+    }
+    Ok(objects)
+}
+
+fn daemon_set() -> Result<Value> {
+    objects()?.into_iter().find(|it| it["kind"] == "DaemonSet").context("no DaemonSet")
+}
+
+fn strings(value: &Value) -> Vec<&str> {
+    value.as_array().into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+#[test]
+fn the_agent_is_not_privileged_and_each_capability_has_its_reason() -> Result<()> {
+    let set = daemon_set()?;
+    let pod = &set["spec"]["template"]["spec"];
+    let agent = &pod["containers"][0];
+    let context = &agent["securityContext"];
+    assert_eq!(context["privileged"], false);
+    assert_eq!(context["allowPrivilegeEscalation"], false);
+    assert_eq!(context["readOnlyRootFilesystem"], true);
+    assert_eq!(context["capabilities"]["drop"], json!(["ALL"]));
+    let capabilities = strings(&context["capabilities"]["add"]);
+    assert_eq!(capabilities, ["NET_ADMIN", "BPF", "PERFMON"]);
+    let text = read("daemonset.yaml")?;
+    let lines: Vec<_> = text.lines().map(str::trim).collect();
+    for capability in capabilities {
+        let at = lines.iter().position(|line| *line == format!("- {capability}")).context("a line of its own")?;
+        assert!(lines[at - 1].starts_with('#'), "{capability} has no reason above it");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_pod_can_start_before_there_is_a_network() -> Result<()> {
+    let set = daemon_set()?;
+    let pod = &set["spec"]["template"]["spec"];
+    assert_eq!(pod["hostNetwork"], true);
+    assert_eq!(pod["dnsPolicy"], "Default");
+    assert_eq!(pod["priorityClassName"], "system-node-critical");
+    assert_eq!(pod["tolerations"], json!([{"operator": "Exists"}]));
+    assert_eq!(set["spec"]["updateStrategy"]["type"], "RollingUpdate");
+    let agent = &pod["containers"][0];
+    for (probe, path) in [("startupProbe", "/livez"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")] {
+        assert_eq!(agent[probe]["httpGet"], json!({"host": "127.0.0.1", "port": 9879, "path": path}));
+    }
+    let propagation = |container: &Value| {
+        let mounts = container["volumeMounts"].as_array().into_iter().flatten();
+        mounts.into_iter().find(|it| it["mountPath"] == "/sys/fs/bpf").map(|it| it["mountPropagation"].clone())
+    };
+    assert_eq!(propagation(&pod["initContainers"][0]), Some(json!("Bidirectional")));
+    assert_eq!(propagation(agent), Some(json!("HostToContainer")));
+    Ok(())
+}
+
+#[test]
+fn every_mount_has_its_volume_and_every_path_its_mount() -> Result<()> {
+    let set = daemon_set()?;
+    let pod = &set["spec"]["template"]["spec"];
+    let volumes: Vec<_> = pod["volumes"].as_array().into_iter().flatten().map(|it| &it["name"]).collect();
+    let agent = &pod["containers"][0];
+    for container in [&pod["initContainers"][0], agent] {
+        for mount in container["volumeMounts"].as_array().context("mounts")? {
+            assert!(volumes.contains(&&mount["name"]), "{mount}");
+        }
+    }
+    let mounts: Vec<_> =
+        agent["volumeMounts"].as_array().context("mounts")?.iter().map(|it| &it["mountPath"]).collect();
+    let mounts: Vec<_> = mounts.iter().filter_map(|it| it.as_str()).collect();
+    for argument in strings(&agent["args"]) {
+        let path = argument.split('=').nth(1).context("a value")?;
+        assert!(
+            mounts.iter().any(|mount| Path::new(path).starts_with(mount)),
+            "{argument} is outside the mounts {mounts:?}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn the_agent_takes_its_arguments_and_its_file() -> Result<()> {
+    let set = daemon_set()?;
+    let pod = &set["spec"]["template"]["spec"];
+    let file = dir().join("config.yaml").display().to_string();
+    let env = |name: &str| -> Option<OsString> {
+        match name {
+            "RUSTNET_NODE_NAME" => Some("n1".into()),
+            "KUBERNETES_SERVICE_HOST" => Some("10.96.0.1".into()),
+            _ => None,
+        }
+    };
+    for container in [&pod["initContainers"][0], &pod["containers"][0]] {
+        assert_eq!(container["env"][0]["name"], "RUSTNET_NODE_NAME");
+        let words = strings(&container["command"]).into_iter().chain(strings(&container["args"]));
+        let arguments = words.map(|word| word.replace("/etc/rustnet/config.yaml", &file));
+        let config = Config::load(arguments, &env)?;
+        assert!(matches!(config.source, Source::Kube(_)));
+    }
+    // The lines that are commented out must be right, too.
+    let text = read("config.yaml")?;
+    let all: String = text
+        .lines()
+        .map(|line| line.strip_prefix('#').filter(|it| !it.starts_with(' ')).unwrap_or(line))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let whole = tempfile::NamedTempFile::new()?;
+    std::fs::write(whole.path(), all)?;
+    let config = Config::load(["rustnet-agent".to_owned(), format!("--config={}", whole.path().display())], &env)?;
+    assert!(!config.service_cidrs.is_empty() && !config.cluster_pod_cidrs.is_empty() && !config.node_cidrs.is_empty());
+    Ok(())
+}
+
+#[test]
+fn the_agents_rights_are_the_documented_ones() -> Result<()> {
+    let role = objects()?.into_iter().find(|it| it["kind"] == "ClusterRole").context("no ClusterRole")?;
+    let mut rights = Vec::new();
+    for rule in role["rules"].as_array().context("rules")? {
+        for group in strings(&rule["apiGroups"]) {
+            for resource in strings(&rule["resources"]) {
+                rights.push(format!("{group}/{resource}: {}", strings(&rule["verbs"]).join(" ")));
+            }
+        }
+    }
+    rights.sort();
+    let want = [
+        "/events: create",
+        "/namespaces: get list watch",
+        "/nodes/status: patch",
+        "/nodes: get list watch",
+        "/nodes: patch",
+        "/pods: get list watch",
+        "/services: get list watch",
+        "discovery.k8s.io/endpointslices: get list watch",
+        "events.k8s.io/events: create",
+        "networking.k8s.io/networkpolicies: get list watch",
+    ];
+    assert_eq!(rights, want);
+    Ok(())
+}
+
+#[test]
+fn a_real_api_server_accepts_every_object() -> Result<()> {
+    with_server(&[], async |server| {
+        let cluster = Cluster::new(&server)?;
+        cluster.apply(&read("namespace.yaml")?).await?;
+        for object in objects()? {
+            cluster.check(&object).await?;
+        }
+        Ok(())
+    })
+}
+
+/// The real renderer where there is one; the other tests read the same files without it.
+#[test]
+fn kustomize_renders_everything() -> Result<()> {
+    let kubectl = kubernetes("kubectl").unwrap_or_else(|_| "kubectl".into());
+    let output = match Command::new(&kubectl).arg("kustomize").arg(dir()).output() {
+        Ok(output) => output,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            eprintln!("no kubectl here: not rendered");
+            return Ok(());
+        }
+        Err(error) => return Err(error).with_context(|| kubectl.display().to_string()),
+    };
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rendered = documents(&String::from_utf8(output.stdout)?)?;
+    let kinds: Vec<_> = rendered.iter().filter_map(|it| it["kind"].as_str()).collect();
+    let mut sorted = kinds.clone();
+    sorted.sort_unstable();
+    assert_eq!(sorted, ["ClusterRole", "ClusterRoleBinding", "ConfigMap", "DaemonSet", "Namespace", "ServiceAccount"]);
+    let of = |kind: &str| rendered.iter().find(|it| it["kind"] == kind).context("missing");
+    let map = of("ConfigMap")?;
+    let name = map["metadata"]["name"].as_str().context("a name")?;
+    assert!(name.starts_with("rustnet-config-"), "a changed configuration gets another name: {name}");
+    assert_eq!(map["data"]["config.yaml"], read("config.yaml")?);
+    let pod = &of("DaemonSet")?["spec"]["template"]["spec"];
+    let volumes = pod["volumes"].as_array().context("volumes")?;
+    assert!(volumes.iter().any(|it| it["configMap"]["name"] == name), "{volumes:?}");
+    for container in [&pod["initContainers"][0], &pod["containers"][0]] {
+        assert_eq!(container["image"], "rustnet:0.1.0");
+    }
+    assert_eq!(of("ClusterRoleBinding")?["subjects"][0]["namespace"], "rustnet-system");
+    Ok(())
+}

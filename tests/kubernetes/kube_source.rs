@@ -1,0 +1,420 @@
+//! The source on a real API server: what it delivers, what it survives, what it asks for.
+
+use super::cluster::{Agent, Cluster, NODE, Start, expected, with_absent_server, with_server, with_store};
+use super::relay::Relay;
+use super::server::{ADMIN, AGENT, Request, Server, Store};
+use anyhow::{Context as _, Result, ensure};
+use k8s_openapi::api::core::v1::Secret;
+use kube::Api;
+use kube::api::ListParams;
+use rustnet_agent::health::Health;
+use rustnet_agent::source::kube::NodeStatus;
+use serde_json::json;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+const RBAC: &str = include_str!("../../deploy/rbac.yaml");
+const NAMESPACE: &str = include_str!("../../deploy/namespace.yaml");
+
+const NODES: &str = r#"
+apiVersion: v1
+kind: Node
+metadata: {name: n1, labels: {topology.kubernetes.io/zone: a}}
+spec: {podCIDR: 10.244.1.0/24, podCIDRs: [10.244.1.0/24, "fd00:244:0:1::/64"]}
+status: {addresses: [{type: InternalIP, address: 172.18.0.11}, {type: InternalIP, address: "fd00:18::11"}]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: n2, labels: {topology.kubernetes.io/zone: b}}
+spec: {podCIDR: 10.244.2.0/24, podCIDRs: [10.244.2.0/24, "fd00:244:0:2::/64"]}
+status: {addresses: [{type: InternalIP, address: 172.18.0.12}, {type: InternalIP, address: "fd00:18::12"}]}
+"#;
+
+const WEB: &str = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: default}
+spec:
+  clusterIP: 10.96.7.1
+  clusterIPs: [10.96.7.1, "fd00:96::71"]
+  ipFamilies: [IPv4, IPv6]
+  ipFamilyPolicy: RequireDualStack
+  sessionAffinity: ClientIP
+  ports: [{name: http, port: 80, targetPort: web}, {name: alt, port: 8080, targetPort: 8080}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-a, namespace: default, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 8000}, {name: alt, port: 8080}]
+endpoints:
+- {addresses: [10.244.1.5], nodeName: n1, conditions: {ready: true}}
+- {addresses: [10.244.2.5], nodeName: n2, conditions: {ready: false, serving: true, terminating: true}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-b, namespace: default, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 9000}]
+endpoints: [{addresses: [10.244.2.6], nodeName: n2}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-6, namespace: default, labels: {kubernetes.io/service-name: web}}
+addressType: IPv6
+ports: [{name: http, port: 8000}]
+endpoints: [{addresses: ["fd00:244:0:1::5"], nodeName: n1}]
+"#;
+
+const DNS: &str = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: dns, namespace: default}
+spec:
+  clusterIP: 10.96.0.10
+  ports: [{name: dns, port: 53, protocol: UDP}, {name: dns-tcp, port: 53, protocol: TCP}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: dns-a, namespace: default, labels: {kubernetes.io/service-name: dns}}
+addressType: IPv4
+ports: [{name: dns, port: 53, protocol: UDP}, {name: dns-tcp, port: 53}]
+endpoints: [{addresses: [10.244.2.53], nodeName: n2}]
+"#;
+
+/// Services that are not for rustnet, and one without endpoints.
+const OTHERS: &str = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: headless, namespace: default}
+spec: {clusterIP: None, ports: [{port: 1}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: alias, namespace: default}
+spec: {type: ExternalName, externalName: example.org}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: foreign, namespace: default, labels: {service.kubernetes.io/service-proxy-name: other}}
+spec: {clusterIP: 10.96.9.9, ports: [{port: 1}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: empty, namespace: default}
+spec: {clusterIP: 10.96.9.1, ports: [{port: 443}]}
+"#;
+
+/// `web` after a roll-out: other endpoints, one port less.
+const WEB_LATER: &str = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: default}
+spec:
+  clusterIP: 10.96.7.1
+  clusterIPs: [10.96.7.1, "fd00:96::71"]
+  ipFamilies: [IPv4, IPv6]
+  ipFamilyPolicy: RequireDualStack
+  sessionAffinity: None
+  ports: [{name: http, port: 80, targetPort: web}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-a, namespace: default, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 8001}]
+endpoints: [{addresses: [10.244.1.77], nodeName: n1}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-6, namespace: default, labels: {kubernetes.io/service-name: web}}
+addressType: IPv6
+ports: [{name: http, port: 8000}]
+endpoints: [{addresses: ["fd00:244:0:1::5"], nodeName: n1}]
+"#;
+
+fn yaml(parts: &[&str]) -> String {
+    parts.join("\n---\n")
+}
+
+fn direct() -> String {
+    format!("https://{}", Server::address())
+}
+
+async fn delete_service(cluster: &Cluster, name: &str, slices: &[&str]) -> Result<()> {
+    cluster.delete("v1", "Service", name).await?;
+    for slice in slices {
+        cluster.delete("discovery.k8s.io/v1", "EndpointSlice", slice).await?;
+    }
+    Ok(())
+}
+
+/// The requests that watch or list one kind.
+fn of<'a>(requests: &'a [Request], resource: &str, verb: &str) -> Vec<&'a str> {
+    let path = format!("/{resource}?");
+    requests.iter().filter(|it| it.verb == verb && it.uri.contains(&path)).map(|it| it.uri.as_str()).collect()
+}
+
+#[test]
+fn the_maps_follow_the_cluster_with_the_agents_own_rights() -> Result<()> {
+    with_server(&[], async |server| {
+        let cluster = Cluster::new(&server)?;
+        cluster.apply(&yaml(&[NAMESPACE, RBAC])).await?;
+        let before = yaml(&[NODES, WEB, DNS, OTHERS]);
+        cluster.apply(&before).await?;
+        let url = direct();
+        let mut agent = Agent::start(&server, Start { user: AGENT, ..Start::new(&url) }).await?;
+        agent.wait_for_maps("the first list", &before).await?;
+
+        cluster.apply(WEB_LATER).await?;
+        cluster.delete("discovery.k8s.io/v1", "EndpointSlice", "web-b").await?;
+        delete_service(&cluster, "dns", &["dns-a"]).await?;
+        // Handed over to another proxy: gone for us.
+        cluster
+            .apply(
+                &OTHERS
+                    .replace("name: empty,", "name: empty, labels: {service.kubernetes.io/service-proxy-name: other},"),
+            )
+            .await?;
+        let seen = agent.wait_for_maps("changes", &yaml(&[NODES, WEB_LATER])).await?;
+        ensure!(seen.lists.values().all(|lists| *lists == 1), "one list of each kind: {:?}", seen.lists);
+        ensure!(seen.trouble.is_empty(), "{:?}", seen.trouble);
+
+        cluster.delete("v1", "Node", "n2").await?;
+        let one_node = NODES.split("---").next().unwrap_or_default();
+        agent.wait_for_maps("a node that went", &yaml(&[one_node, WEB_LATER])).await?;
+        asked_only_what_it_may(&server.audit(AGENT)?)?;
+
+        let secrets =
+            Api::<Secret>::all(Agent::connect(&server, AGENT, &url).await?.client).list(&ListParams::default()).await;
+        ensure!(matches!(&secrets, Err(kube::Error::Api(status)) if status.code == 403), "secrets: {secrets:?}");
+        Ok(())
+    })
+}
+
+fn asked_only_what_it_may(requests: &[Request]) -> Result<()> {
+    for request in requests {
+        let path = request.uri.split('?').next().unwrap_or_default();
+        let known = ["/version", "/api/v1/services", "/api/v1/nodes", "/apis/discovery.k8s.io/v1/endpointslices"];
+        ensure!(known.contains(&path), "the source asked for {request:?}");
+        ensure!(path == "/version" || request.verb == "watch", "lists are streamed: {request:?}");
+    }
+    for resource in ["services", "endpointslices", "nodes"] {
+        let watches = of(requests, resource, "watch");
+        let first = watches.first().with_context(|| format!("no watch of {resource}"))?;
+        ensure!(first.contains("sendInitialEvents=true"), "{first}");
+        for uri in watches {
+            ensure!(uri.contains("allowWatchBookmarks=true"), "{uri}");
+            for label in ["service.kubernetes.io%2Fheadless", "service.kubernetes.io%2Fservice-proxy-name"] {
+                ensure!(uri.contains(&format!("%21{label}")) == (resource != "nodes"), "{uri}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn changes_during_a_cut_are_caught_up_with() -> Result<()> {
+    with_server(&[], async |mut server| {
+        let cluster = Cluster::new(&server)?;
+        cluster.apply(&yaml(&[NODES, WEB, DNS])).await?;
+        let relay = Relay::start().await?;
+        let mut agent = Agent::start(&server, Start::new(&relay.url())).await?;
+        agent.wait_for_maps("the first list", &yaml(&[NODES, WEB, DNS])).await?;
+
+        relay.cut();
+        agent.wait("the cut is reported", |seen| seen.trouble.len() == 3).await?;
+        delete_service(&cluster, "dns", &["dns-a"]).await?;
+        cluster.apply(WEB_LATER).await?;
+        cluster.delete("discovery.k8s.io/v1", "EndpointSlice", "web-b").await?;
+        relay.mend();
+        let seen = agent.wait_for_maps("what happened during the cut", &yaml(&[NODES, WEB_LATER])).await?;
+        ensure!(seen.lists.values().all(|lists| *lists == 1), "resumed, not listed anew: {:?}", seen.lists);
+        agent.wait("all is well again", |seen| seen.trouble.is_empty()).await?;
+
+        // Now the server forgets where the watches stopped.
+        relay.cut();
+        agent.wait("the cut is reported", |seen| seen.trouble.len() == 3).await?;
+        delete_service(&cluster, "web", &["web-a", "web-6"]).await?;
+        cluster.apply(DNS).await?;
+        cluster.delete("v1", "Node", "n2").await?;
+        server.compact()?;
+        server.stop_api();
+        server.start_api()?;
+        relay.mend();
+        let one_node = NODES.split("---").next().unwrap_or_default();
+        let seen = agent.wait_for_maps("what happened before the server forgot", &yaml(&[one_node, DNS])).await?;
+        ensure!(seen.lists.values().all(|lists| *lists == 2), "listed anew: {:?}", seen.lists);
+        agent.wait("all is well again", |seen| seen.trouble.is_empty()).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_server_that_comes_late_or_goes_away_is_waited_for() -> Result<()> {
+    with_absent_server(async |mut server| {
+        let url = direct();
+        let mut agent = Agent::start(&server, Start::new(&url)).await?;
+        let seen = agent.wait("the absence is reported", |seen| !seen.trouble.is_empty()).await?;
+        let report = seen.trouble.get("API server").context("the server's own report")?;
+        ensure!(report.contains("refused"), "the cause is named: {report}");
+        ensure!(!seen.synced && seen.lists.is_empty(), "nothing was listed: {seen:?}");
+
+        server.start_api()?;
+        let cluster = Cluster::new(&server)?;
+        let all = yaml(&[NODES, WEB, DNS]);
+        cluster.apply(&all).await?;
+        let seen = agent.wait_for_maps("the first list", &all).await?;
+        ensure!(seen.trouble.is_empty(), "{:?}", seen.trouble);
+
+        server.stop_api();
+        let seen = agent.wait("the absence is reported", |seen| seen.trouble.len() == 3).await?;
+        ensure!(seen.dump == expected(&all)?, "the last known state stays");
+        server.start_api()?;
+        delete_service(&cluster, "dns", &["dns-a"]).await?;
+        agent.wait_for_maps("a change after the return", &yaml(&[NODES, WEB])).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn without_streaming_lists_pages_are_read() -> Result<()> {
+    with_server(&["--feature-gates=WatchList=false"], async |server| {
+        let cluster = Cluster::new(&server)?;
+        let mut all = yaml(&[NODES, WEB]);
+        // More than a page.
+        for i in 0..300 {
+            let (a, b) = (i / 250 + 3, i % 250 + 1);
+            write!(
+                all,
+                "\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+                 metadata: {{name: web-x{i}, namespace: default, labels: {{kubernetes.io/service-name: web}}}}\n\
+                 ports: [{{name: http, port: 80}}]\nendpoints: [{{addresses: [10.244.{a}.{b}]}}]\n"
+            )?;
+        }
+        cluster.apply(&all).await?;
+        let url = direct();
+        let mut agent = Agent::start(&server, Start { user: ADMIN, ..Start::new(&url) }).await?;
+        let seen = agent.wait_for_maps("all pages", &all).await?;
+        ensure!(seen.trouble.is_empty(), "{:?}", seen.trouble);
+        let requests = server.audit(ADMIN)?;
+        let lists = of(&requests, "endpointslices", "list");
+        ensure!(lists.iter().any(|uri| uri.contains("continue=")), "a second page was asked for: {lists:?}");
+
+        delete_service(&cluster, "web", &[]).await?;
+        agent.wait_for_maps("a change after the pages", NODES).await?;
+        Ok(())
+    })
+}
+
+/// An etcd before 3.4.31 makes the server break off a streamed list after it began.
+#[test]
+fn the_distributions_store_will_do() -> Result<()> {
+    with_store(Store::Distribution, &[], async |server| {
+        let cluster = Cluster::new(&server)?;
+        cluster.apply(&yaml(&[NODES, WEB, DNS])).await?;
+        let url = direct();
+        let mut agent = Agent::start(&server, Start::new(&url)).await?;
+        let seen = agent.wait_for_maps("the first list", &yaml(&[NODES, WEB, DNS])).await?;
+        ensure!(seen.trouble.is_empty(), "{:?}", seen.trouble);
+        delete_service(&cluster, "dns", &["dns-a"]).await?;
+        let seen = agent.wait_for_maps("a change", &yaml(&[NODES, WEB])).await?;
+        ensure!(seen.lists.values().all(|lists| *lists == 1), "{:?}", seen.lists);
+        Ok(())
+    })
+}
+
+#[test]
+fn an_idle_watch_moves_on_by_bookmarks() -> Result<()> {
+    with_server(&[], async |server| {
+        let cluster = Cluster::new(&server)?;
+        cluster.apply(&yaml(&[NODES, WEB])).await?;
+        let url = direct();
+        let start = Start { watch_seconds: Some(4), ..Start::new(&url) };
+        let mut agent = Agent::start(&server, start).await?;
+        agent.wait_for_maps("the first list", &yaml(&[NODES, WEB])).await?;
+
+        // The store moves on, but not by anything that is watched.
+        let churn = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "churn"}, "data": {"a": "b"}});
+        cluster.apply(&churn.to_string()).await?;
+        let version = |text: Option<String>| text.and_then(|text| text.parse::<u64>().ok()).context("a version");
+        let moved = version(cluster.get("v1", "ConfigMap", "churn").await?.metadata.resource_version)?;
+        let resumed_at = |uri: &str| -> Option<u64> {
+            uri.split(['?', '&']).find_map(|part| part.strip_prefix("resourceVersion="))?.parse().ok()
+        };
+        let reached = async {
+            loop {
+                let requests = server.audit(ADMIN)?;
+                let watches = of(&requests, "services", "watch");
+                if watches.iter().filter_map(|uri| resumed_at(uri)).any(|at| at >= moved) {
+                    return Ok(());
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_secs(60), reached).await;
+        result.context("no watch was resumed behind what the bookmarks told")??;
+        let seen = agent.wait("nothing was listed anew", |_| true).await?;
+        ensure!(seen.lists.values().all(|lists| *lists == 1), "{:?}", seen.lists);
+        Ok(())
+    })
+}
+
+#[test]
+fn the_nodes_object_tells_of_its_network_once_the_agent_is_ready() -> Result<()> {
+    with_server(&[], async |server| {
+        let cluster = Cluster::new(&server)?;
+        cluster.apply(&yaml(&[NAMESPACE, RBAC])).await?;
+        let unavailable =
+            r#"conditions: [{type: NetworkUnavailable, status: "True"}, {type: Ready, status: "False"}], addresses"#;
+        let taints =
+            "taints: [{key: rustnet.io/agent-not-ready, effect: NoExecute}, {key: mine, effect: NoSchedule}], podCIDR:";
+        let nodes = NODES.replace("status: {addresses", &format!("status: {{{unavailable}"));
+        cluster.apply(&nodes.replace("spec: {podCIDR:", &format!("spec: {{{taints}"))).await?;
+
+        let url = direct();
+        let node_status = NodeStatus::new(NODE);
+        let health = Arc::new(Health::default());
+        let (_stop, shutdown) = watch::channel(false);
+        let client = Agent::connect(&server, AGENT, &url).await?.client;
+        tokio::spawn(node_status.clone().run(client, health.clone(), shutdown));
+        let mut agent = Agent::start(&server, Start { user: AGENT, node_status, ..Start::new(&url) }).await?;
+        agent.wait("the first list", |seen| seen.synced).await?;
+        let patches = |server: &Server| -> Result<usize> {
+            Ok(server.audit(AGENT)?.iter().filter(|request| request.verb == "patch").count())
+        };
+        ensure!(patches(&server)? == 0, "nothing is said before the agent is ready");
+
+        health.set_ready();
+        let told = async {
+            loop {
+                let node = serde_json::to_value(cluster.get("v1", "Node", NODE).await?)?;
+                let keys = json!(
+                    node["spec"]["taints"].as_array().into_iter().flatten().map(|it| &it["key"]).collect::<Vec<_>>()
+                );
+                let status = |of: &str| {
+                    let conditions = node["status"]["conditions"].as_array()?;
+                    Some(conditions.iter().find(|it| it["type"] == of)?["status"].clone())
+                };
+                // The API server adds and removes taints of its own by conditions; ours and the administrator's count.
+                let ours = keys.to_string().contains("rustnet.io/agent-not-ready");
+                let others = keys.to_string().contains("mine") && status("Ready") == Some(json!("False"));
+                ensure!(others, "what others say stays: {keys} {:?}", status("Ready"));
+                if !ours && status("NetworkUnavailable") == Some(json!("False")) {
+                    return Ok(());
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_secs(60), told).await;
+        result.context("the node's object was not mended")??;
+        let other = serde_json::to_value(cluster.get("v1", "Node", "n2").await?)?;
+        ensure!(
+            other.to_string().contains("rustnet.io/agent-not-ready"),
+            "the other node's object is not ours: {other}"
+        );
+        Ok(())
+    })
+}
