@@ -136,7 +136,7 @@ fn dispatch(cli: Cli) -> Result<bool> {
     let out = Output::stdout(cli.output);
     let places = || Places::find(cli.bpffs.clone(), cli.run_dir.clone());
     match cli.command {
-        Command::Status(args) => return status::run(&places()?, &args, &out),
+        Command::Status(args) => return status::run(places, &args, &out),
         Command::Services(args) => services::run(&places()?, &args, &out)?,
         Command::Endpoints => endpoints::run(&places()?, &out)?,
         Command::Nodes => nodes::run(&places()?, &out)?,

@@ -99,7 +99,7 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
             if (old && !args.past) || (args.drops && event.reason == 0) {
                 continue;
             }
-            print(&row(&event, &names, began)?, out)?;
+            print(&row(&event, &names)?, out)?;
             left -= 1;
             if left == 0 {
                 break;
@@ -113,12 +113,12 @@ fn monotonic() -> Result<Duration> {
     Ok(clock_gettime(ClockId::CLOCK_MONOTONIC).context("reading the clock")?.into())
 }
 
-fn row(event: &Event, names: &Names, began: Duration) -> Result<Row> {
+fn row(event: &Event, names: &Names) -> Result<Row> {
     let reason = DropReason::from_code(event.reason).filter(|reason| *reason != DropReason::Forwarded);
     let end = |addr, port| SocketAddr::new(IpAddr::from(addr), port);
     let (src, dst) = (end(event.src, event.sport), end(event.dst, event.dport));
     Ok(Row {
-        time: wall_clock(Duration::from_nanos(event.time), began)?,
+        time: wall_clock(Duration::from_nanos(event.time))?,
         hook: hook::NAMES.get(usize::from(event.hook)).copied().unwrap_or("unknown"),
         verdict: if event.reason == 0 { "flow" } else { "drop" },
         reason: reason.map(DropReason::name),
@@ -133,9 +133,9 @@ fn row(event: &Event, names: &Names, began: Duration) -> Result<Row> {
     })
 }
 
-/// A moment of the kernel's clock as a date. `began`: that clock when the command was started, for rounding only.
-fn wall_clock(at: Duration, began: Duration) -> Result<String> {
-    let (now, wall) = (monotonic().unwrap_or(began), SystemTime::now());
+/// A moment of the kernel's clock as a date.
+fn wall_clock(at: Duration) -> Result<String> {
+    let (now, wall) = (monotonic()?, SystemTime::now());
     let then = wall.checked_sub(now.saturating_sub(at)).context("an event from before the epoch")?;
     let stamp = Timestamp::try_from(then).context("an event at an impossible time")?;
     Ok(format!("{stamp:.3}"))

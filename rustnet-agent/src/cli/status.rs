@@ -56,12 +56,13 @@ struct Report {
 }
 
 /// Prints the status; true if nothing is bad.
-pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
+pub fn run(find: impl Fn() -> Result<Places>, args: &Args, out: &Output) -> Result<bool> {
     let end = Instant::now() + Duration::from_secs(args.wait.unwrap_or(0));
-    let mut report = check(places);
+    let mut report = check(&find()?);
     while !report.ok && Instant::now() < end {
         sleep(Duration::from_millis(200));
-        report = check(places);
+        // An agent that starts for the first time tells only now where it pins.
+        report = check(&find()?);
     }
     if args.brief {
         report.checks.retain(|line| line.status != Mark::Ok);

@@ -161,7 +161,9 @@ fn lost(before: &[(IpAddr, Endpoint)], state: &State) -> Vec<(IpAddr, Endpoint)>
         let macs =
             link.and_then(|link| Some((parse_mac(&record.mac)?, <[u8; 6]>::try_from(link.mac.as_slice()).ok()?)));
         let Some((mac, host_mac)) = macs else { continue };
-        for ip in record.addresses.iter().filter(|ip| known.get(ip) != Some(&record.ifindex)) {
+        // An entry that leads to another living interface is newer than the record.
+        let lives = |index: &u32| state.host.links.iter().any(|l| l.index == *index);
+        for ip in record.addresses.iter().filter(|ip| !known.get(ip).is_some_and(lives)) {
             out.push((*ip, Endpoint { ifindex: record.ifindex, identity: 0, mac, host_mac, flags: 0, pad: 0 }));
         }
     }
