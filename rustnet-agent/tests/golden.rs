@@ -264,6 +264,26 @@ fn every_case_ends_in_its_maps() {
     assert!(failed.is_empty(), "\n{}\nUPDATE_GOLDEN=1 accepts the new state\n", failed.join("\n"));
 }
 
+#[test]
+fn the_examples_are_flawless() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    for third in [true, false] {
+        let mut node = Node::new(settings("").unwrap()).unwrap();
+        for entry in std::fs::read_dir(&examples).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap();
+            if third || name != "n3.yaml" {
+                std::fs::copy(&path, node.dir.path().join(name)).unwrap();
+            }
+        }
+        let dump = node.dump().unwrap();
+        assert!(!dump.contains("problem:"), "{dump}");
+        // web, echo, three ports of multiport, local, empty: in two families, with a wildcard for each address.
+        assert_eq!(node.maps.held().services.len(), 2 * (7 + 5), "{dump}");
+        assert_eq!(dump.contains("10.244.3.2"), third, "{dump}");
+    }
+}
+
 /// The lines around the first difference.
 fn difference(want: &str, got: &str) -> String {
     let (want, got): (Vec<&str>, Vec<&str>) = (want.lines().collect(), got.lines().collect());

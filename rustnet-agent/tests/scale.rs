@@ -1,0 +1,150 @@
+//! Size: very large services, and very many of them. Times and memory are printed (`--nocapture`), not asserted: they depend
+//! on the machine and on the profile. What is asserted is the work done: which writes a change leads to.
+
+use rustnet_agent::config::Routing;
+use rustnet_agent::index::{Index, Settings};
+use rustnet_agent::model::Family;
+use rustnet_agent::plan::{Maps, MemoryMaps, Plan, Planner, Snapshot, Write};
+use rustnet_agent::source::convert::Converter;
+use rustnet_agent::source::{Event, Kind};
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+/// Maps that forget: what is measured is the control plane alone.
+struct NoMaps;
+
+impl Maps for NoMaps {
+    fn snapshot(&self) -> anyhow::Result<Snapshot> {
+        Ok(Snapshot::default())
+    }
+    fn apply(&mut self, _: &[Write]) -> anyhow::Result<()> {
+        Ok(())
+    }
+    fn backend_capacity(&self) -> u32 {
+        1 << 20
+    }
+}
+
+fn synced() -> Index {
+    let mut index = Index::new(Settings {
+        node_name: "n1".into(),
+        routing: Routing::Vxlan,
+        tunnel_family: Family::V4,
+        no_masquerade: Vec::new(),
+        own_addresses: Vec::new(),
+    });
+    for kind in Kind::REQUIRED {
+        index.handle(Event::Synced(kind));
+    }
+    index
+}
+
+fn service(converter: &mut Converter, n: u32) -> Event {
+    let object = serde_json::json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": format!("service-{n}"), "namespace": format!("namespace-{}", n % 100)},
+        "spec": {"clusterIPs": [Ipv4Addr::from(0x0a60_0001 + n).to_string()], "ports": [{"name": "http", "port": 80}]},
+    });
+    converter.service(&serde_json::from_value(object).unwrap()).unwrap()
+}
+
+/// Slice `part` of a service with these endpoints.
+fn slice(converter: &mut Converter, n: u32, part: u32, endpoints: impl Iterator<Item = u32>) -> Event {
+    let endpoint = |e: u32| {
+        serde_json::json!({
+            "addresses": [Ipv4Addr::from(0x0af4_0000 + e).to_string()], "nodeName": format!("node-{}", e % 500),
+            "conditions": {"ready": true, "serving": true, "terminating": false},
+        })
+    };
+    let object = serde_json::json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": format!("service-{n}-{part}"), "namespace": format!("namespace-{}", n % 100),
+                     "labels": {"kubernetes.io/service-name": format!("service-{n}")}},
+        "ports": [{"name": "http", "port": 8080}],
+        "endpoints": endpoints.map(endpoint).collect::<Vec<_>>(),
+    });
+    converter.slice(&serde_json::from_value(object).unwrap()).unwrap()
+}
+
+fn backends(plan: &Plan) -> usize {
+    let of = |write: &Write| if let Write::Backends { backends, .. } = write { backends.len() } else { 0 };
+    plan.writes.iter().map(of).sum()
+}
+
+/// Resident memory of this process in KiB.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+    line.trim().trim_end_matches(" kB").parse().unwrap_or(0)
+}
+
+#[test]
+fn ten_thousand_endpoints_in_one_service() {
+    let mut converter = Converter::new();
+    let (mut index, mut maps) = (synced(), MemoryMaps::new(1 << 16));
+    let mut planner = Planner::adopt(&maps).unwrap();
+    index.handle(service(&mut converter, 0));
+    for part in 0..10 {
+        index.handle(slice(&mut converter, 0, part, part * 1000..(part + 1) * 1000));
+    }
+    let plan = planner.sync(&mut index, &mut maps, Duration::ZERO).unwrap();
+    assert_eq!(backends(&plan), 10_000);
+    let before: Vec<_> = maps.held().backends.clone();
+    // One endpoint goes: 9,999 keep their ids.
+    index.handle(slice(&mut converter, 0, 3, 3001..4000));
+    let began = Instant::now();
+    let plan = planner.sync(&mut index, &mut maps, Duration::from_secs(1)).unwrap();
+    println!("one of 10,000 endpoints goes: planned and applied in {:?}", began.elapsed());
+    assert_eq!((plan.writes.len(), backends(&plan)), (2, 9_999));
+    let entry = maps.held().services.values().find(|entry| entry.count > 0).unwrap();
+    let after = maps.backends(entry);
+    let stayed: Vec<_> = before.iter().filter(|b| b.addr != before[3000].addr).copied().collect();
+    assert_eq!(after, stayed);
+}
+
+#[test]
+fn one_change_among_a_hundred_thousand_services() {
+    const SERVICES: u32 = if cfg!(debug_assertions) { 20_000 } else { 100_000 };
+    let mut converter = Converter::new();
+    let mut index = synced();
+    let began = Instant::now();
+    let empty = resident();
+    for n in 0..SERVICES {
+        index.handle(service(&mut converter, n));
+        index.handle(slice(&mut converter, n, 0, n * 3..n * 3 + 3));
+    }
+    println!(
+        "{SERVICES} services: converted and indexed in {:?}, {} MiB",
+        began.elapsed(),
+        (resident() - empty) / 1024
+    );
+    let mut planner = Planner::adopt(&NoMaps).unwrap();
+    let began = Instant::now();
+    let plan = planner.sync(&mut index, &mut NoMaps, Duration::ZERO).unwrap();
+    println!("{SERVICES} services x 3 backends: planned in {:?}, {} MiB", began.elapsed(), (resident() - empty) / 1024);
+    assert_eq!(backends(&plan), SERVICES as usize * 3);
+    drop(plan);
+    index.handle(slice(&mut converter, SERVICES / 2, 0, 0..4));
+    let began = Instant::now();
+    let plan = planner.sync(&mut index, &mut NoMaps, Duration::from_secs(1)).unwrap();
+    println!("one service of them changes: planned in {:?}", began.elapsed());
+    assert_eq!((plan.writes.len(), backends(&plan)), (2, 4));
+    let began = Instant::now();
+    assert_eq!(planner.sync(&mut index, &mut NoMaps, Duration::from_secs(2)).unwrap().writes, []);
+    println!("nothing changes: planned in {:?}", began.elapsed());
+}
+
+#[test]
+fn ten_thousand_services_with_five_endpoints() {
+    let mut converter = Converter::new();
+    let (mut index, mut planner) = (synced(), Planner::adopt(&NoMaps).unwrap());
+    let empty = resident();
+    for n in 0..10_000 {
+        index.handle(service(&mut converter, n));
+        index.handle(slice(&mut converter, n, 0, n * 5..n * 5 + 5));
+    }
+    let plan = planner.sync(&mut index, &mut NoMaps, Duration::ZERO).unwrap();
+    assert_eq!(backends(&plan), 50_000);
+    drop(plan);
+    println!("10,000 services x 5 endpoints: {} KiB resident for index and plan", resident().saturating_sub(empty));
+}
