@@ -9,9 +9,9 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
 
 /// A loop that has not turned for this long hangs.
-pub const TICK_LIMIT: Duration = Duration::from_secs(60);
+pub const TICK_LIMIT: Duration = Duration::from_mins(1);
 /// A change that has waited for this long is stuck; kube-proxy's default, too.
-pub const QUEUE_LIMIT: Duration = Duration::from_secs(120);
+pub const QUEUE_LIMIT: Duration = Duration::from_mins(2);
 
 /// The agent's state of health. One for the process, shared by all tasks.
 #[derive(Debug)]

@@ -235,6 +235,9 @@ impl std::fmt::Debug for Kernel {
     }
 }
 
+/// A name, words for it, and where the number is.
+type Column<T> = (&'static str, &'static str, fn(&T) -> u64);
+
 impl Collector for Kernel {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
         let counters = self.0.counters();
@@ -243,8 +246,7 @@ impl Collector for Kernel {
         let at = |code: u8| ("hook", hook::NAMES.get(usize::from(code)).copied().unwrap_or("unknown"));
         let packets = |it: &HookCount| it.count.packets;
         let bytes = |it: &HookCount| it.count.bytes;
-        let fates: [(&str, &str, fn(&HookCount) -> u64); 2] =
-            [("packets", "Packets", packets), ("bytes", "Bytes of frames", bytes)];
+        let fates: [Column<HookCount>; 2] = [("packets", "Packets", packets), ("bytes", "Bytes of frames", bytes)];
         for (what, words, value) in fates {
             let name = format!("rustnet_drop_{what}");
             let help = format!("{words} dropped or refused, by reason");
@@ -261,7 +263,7 @@ impl Collector for Kernel {
             }
         }
         let maps = self.0.maps();
-        let fills: [(&str, &str, fn(&MapFill) -> u64); 2] = [
+        let fills: [Column<MapFill>; 2] = [
             ("rustnet_map_entries", "Entries in use", |map| map.used),
             ("rustnet_map_max_entries", "Entries there is room for", |map| map.max),
         ];

@@ -28,7 +28,7 @@ pub const NODE: &str = "n1";
 /// The service that the API server makes for itself.
 const OWN_SERVICE: &str = "10.96.0.1";
 /// Only a broken system waits this long.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_mins(1);
 
 /// Runs a test with a server of its own, inside that server's namespace. One at a time: each takes 400 MB.
 pub fn with_server<F: Future<Output = Result<()>>>(
@@ -101,14 +101,14 @@ impl Cluster {
 
     /// Deletes an object; the namespace is `default` for those that are in one.
     pub async fn delete(&self, api_version: &str, kind: &str, name: &str) -> Result<()> {
-        let api = self.api(api_version, kind, Some("default"))?;
+        let api = self.api(api_version, kind, Some("default"));
         api.delete(name, &DeleteParams::default()).await.with_context(|| format!("deleting {kind} {name}"))?;
         Ok(())
     }
 
     /// An object as it is.
     pub async fn get(&self, api_version: &str, kind: &str, name: &str) -> Result<DynamicObject> {
-        Ok(self.api(api_version, kind, Some("default"))?.get(name).await?)
+        Ok(self.api(api_version, kind, Some("default")).get(name).await?)
     }
 
     async fn apply_one(&self, document: &Value, dry_run: bool) -> Result<()> {
@@ -116,7 +116,7 @@ impl Cluster {
         let kind = field("/kind").context("an object without kind")?;
         let name = field("/metadata/name").context("an object without name")?;
         let api_version = field("/apiVersion").context("an object without apiVersion")?;
-        let api = self.api(api_version, kind, field("/metadata/namespace").or(Some("default")))?;
+        let api = self.api(api_version, kind, field("/metadata/namespace").or(Some("default")));
         let mut params = PatchParams::apply("test").force();
         params.dry_run = dry_run;
         params.field_validation = Some(ValidationDirective::Strict);
@@ -132,14 +132,14 @@ impl Cluster {
         Ok(())
     }
 
-    fn api(&self, api_version: &str, kind: &str, namespace: Option<&str>) -> Result<Api<DynamicObject>> {
+    fn api(&self, api_version: &str, kind: &str, namespace: Option<&str>) -> Api<DynamicObject> {
         let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
         let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
         let cluster_wide = ["Namespace", "Node", "ClusterRole", "ClusterRoleBinding"].contains(&kind);
-        Ok(match namespace {
+        match namespace {
             Some(namespace) if !cluster_wide => Api::namespaced_with(self.client.clone(), namespace, &resource),
             _ => Api::all_with(self.client.clone(), &resource),
-        })
+        }
     }
 }
 

@@ -125,13 +125,10 @@ fn the_agent_takes_its_arguments_and_its_file() -> Result<()> {
     }
     // The lines that are commented out must be right, too.
     let text = read("config.yaml")?;
-    let all: String = text
-        .lines()
-        .map(|line| line.strip_prefix('#').filter(|it| !it.starts_with(' ')).unwrap_or(line))
-        .map(|line| format!("{line}\n"))
-        .collect();
+    let uncommented = |line| str::strip_prefix(line, "#").filter(|it| !it.starts_with(' ')).unwrap_or(line);
+    let all: Vec<&str> = text.lines().map(uncommented).collect();
     let whole = tempfile::NamedTempFile::new()?;
-    std::fs::write(whole.path(), all)?;
+    std::fs::write(whole.path(), all.join("\n"))?;
     let config = Config::load(["rustnet-agent".to_owned(), format!("--config={}", whole.path().display())], &env)?;
     assert!(!config.service_cidrs.is_empty() && !config.cluster_pod_cidrs.is_empty() && !config.node_cidrs.is_empty());
     Ok(())

@@ -68,7 +68,7 @@ ports: [{name: http, port: 8000}]
 endpoints: [{addresses: ["fd00:244:0:1::5"], nodeName: n1}]
 "#;
 
-const DNS: &str = r#"
+const DNS: &str = r"
 apiVersion: v1
 kind: Service
 metadata: {name: dns, namespace: default}
@@ -82,10 +82,10 @@ metadata: {name: dns-a, namespace: default, labels: {kubernetes.io/service-name:
 addressType: IPv4
 ports: [{name: dns, port: 53, protocol: UDP}, {name: dns-tcp, port: 53}]
 endpoints: [{addresses: [10.244.2.53], nodeName: n2}]
-"#;
+";
 
 /// Services that are not for rustnet, and one without endpoints.
-const OTHERS: &str = r#"
+const OTHERS: &str = r"
 apiVersion: v1
 kind: Service
 metadata: {name: headless, namespace: default}
@@ -105,7 +105,7 @@ apiVersion: v1
 kind: Service
 metadata: {name: empty, namespace: default}
 spec: {clusterIP: 10.96.9.1, ports: [{port: 443}]}
-"#;
+";
 
 /// `web` after a roll-out: other endpoints, one port less.
 const WEB_LATER: &str = r#"
@@ -354,7 +354,7 @@ fn an_idle_watch_moves_on_by_bookmarks() -> Result<()> {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
-        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_secs(60), reached).await;
+        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_mins(1), reached).await;
         result.context("no watch was resumed behind what the bookmarks told")??;
         let seen = agent.wait("nothing was listed anew", |_| true).await?;
         ensure!(seen.lists.values().all(|lists| *lists == 1), "{:?}", seen.lists);
@@ -408,7 +408,7 @@ fn the_nodes_object_tells_of_its_network_once_the_agent_is_ready() -> Result<()>
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_secs(60), told).await;
+        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_mins(1), told).await;
         result.context("the node's object was not mended")??;
         let other = serde_json::to_value(cluster.get("v1", "Node", "n2").await?)?;
         ensure!(

@@ -21,7 +21,7 @@ use testkit::janitor::{self, Process};
 /// Port of the API server.
 pub const PORT: u16 = 6443;
 const ETCD_PORT: u16 = 2379;
-const READY: Duration = Duration::from_secs(120);
+const READY: Duration = Duration::from_mins(2);
 const AUDIT_LOG: &str = "audit.log";
 
 /// Whoever talks to the server: name and groups, and the token that proves it.
@@ -138,10 +138,10 @@ impl Server {
         let path = self.dir.path().join(format!("{}.kubeconfig", user.token));
         let text = format!(
             "apiVersion: v1\nkind: Config\n\
-             clusters: [{{name: c, cluster: {{server: {url:?}, certificate-authority: {:?}}}}}]\n\
+             clusters: [{{name: c, cluster: {{server: {url:?}, certificate-authority: {}}}}}]\n\
              users: [{{name: u, user: {{token: {:?}}}}}]\n\
              contexts: [{{name: x, context: {{cluster: c, user: u}}}}]\ncurrent-context: x\n",
-            self.dir.path().join("server.crt"),
+            self.dir.path().join("server.crt").display(),
             user.token,
         );
         std::fs::write(&path, text)?;

@@ -35,7 +35,7 @@ const PAGE: u32 = 250;
 /// Spread of the new lists after a 410, which all nodes get at once.
 const RELIST_SPREAD: Duration = Duration::from_secs(2);
 /// While the same failure goes on, it is logged this often.
-const REMIND: Duration = Duration::from_secs(60);
+const REMIND: Duration = Duration::from_mins(1);
 
 /// A source on an API server.
 #[derive(Clone)]
@@ -292,11 +292,10 @@ fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
         (_, Some(400 | 422)) if streaming_list => Next::Page,
         // The watch cannot begin where it should: at a place that is gone, or that the server has not reached yet, as after
         // a restored backup (504, "Too large resource version").
-        (_, Some(400 | 410 | 422 | 504)) => Next::Relist,
+        (_, Some(400 | 410 | 422 | 504)) | (E::NoResourceVersion, _) => Next::Relist,
         (E::WatchError(status), _) if status.code == 410 => Next::Relist,
         // 500, told in the stream: the server's store cannot do it (etcd before 3.4.31 and 3.5.13).
         (E::WatchError(status), _) if streaming_list && status.code != 429 => Next::Page,
-        (E::NoResourceVersion, _) => Next::Relist,
         _ => Next::Resume,
     }
 }

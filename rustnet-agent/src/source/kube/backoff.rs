@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 const FIRST: Duration = Duration::from_millis(250);
 const LIMIT: Duration = Duration::from_secs(15);
 /// Without a failure for so long, all is forgotten.
-const FORGET: Duration = Duration::from_secs(120);
+const FORGET: Duration = Duration::from_mins(2);
 
 /// The waiting times of one kind of attempt.
 #[derive(Debug)]

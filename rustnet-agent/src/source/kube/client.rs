@@ -61,21 +61,17 @@ impl Answers {
 /// # Errors
 /// A kubeconfig or service account that is missing or broken.
 pub async fn connect(source: &KubeSource) -> anyhow::Result<Connection> {
-    let mut config = match &source.kubeconfig {
-        Some(path) => {
-            let shown = path.display();
-            let file = Kubeconfig::read_from(path)
-                .with_context(|| format!("{shown}: cannot use as kubeconfig; check --kubeconfig"))?;
-            let options = KubeConfigOptions::default();
-            Config::from_custom_kubeconfig(file, &options)
-                .await
-                .with_context(|| format!("{shown}: its current context is not complete"))?
-        }
-        None => {
-            let hint = "no service account: run the agent in a pod, or give --kubeconfig or --manifests";
-            // With an address of its own, the agent does not need the one that Kubernetes put into its environment.
-            if source.api_server.is_some() { Config::incluster_dns() } else { Config::incluster() }.context(hint)?
-        }
+    let mut config = if let Some(path) = &source.kubeconfig {
+        let shown = path.display();
+        let file = Kubeconfig::read_from(path)
+            .with_context(|| format!("{shown}: cannot use as kubeconfig; check --kubeconfig"))?;
+        Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+            .await
+            .with_context(|| format!("{shown}: its current context is not complete"))?
+    } else {
+        let hint = "no service account: run the agent in a pod, or give --kubeconfig or --manifests";
+        // With an address of its own, the agent does not need the one that Kubernetes put into its environment.
+        if source.api_server.is_some() { Config::incluster_dns() } else { Config::incluster() }.context(hint)?
     };
     if let Some(url) = &source.api_server {
         config.cluster_url = url.parse().with_context(|| format!("{url}: not a URL; check --api-server"))?;
