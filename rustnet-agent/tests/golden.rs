@@ -63,7 +63,9 @@ impl Node {
             self.index.handle(event);
         }
         if !self.index.synced() {
-            Kind::REQUIRED.into_iter().for_each(|kind| self.index.handle(Event::Synced(kind)));
+            for kind in Kind::REQUIRED {
+                self.index.handle(Event::Synced(kind));
+            }
         }
         self.now += GRACE;
         self.maps.set_now(self.now);

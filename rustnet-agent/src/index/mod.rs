@@ -188,8 +188,8 @@ impl Index {
 
     fn apply(&mut self, object: Object) {
         match object {
-            Object::Service(service) => self.services.apply_service(service),
-            Object::Slice(slice) => self.services.apply_slice(slice),
+            Object::Service(service) => self.services.apply_service(&service),
+            Object::Slice(slice) => self.services.apply_slice(&slice),
             Object::Node(node) => {
                 let own = node.name.as_str() == &*self.settings.node_name;
                 self.nodes.apply(node);

@@ -81,16 +81,16 @@ impl Services {
         }
     }
 
-    pub fn apply_service(&mut self, service: Arc<Service>) {
+    pub fn apply_service(&mut self, service: &Arc<Service>) {
         let state = self.states.entry(service.name.clone()).or_default();
-        if state.service.as_ref() == Some(&service) {
+        if state.service.as_ref() == Some(service) {
             return;
         }
-        let old = state.service.replace(Arc::clone(&service));
+        let old = state.service.replace(Arc::clone(service));
         if let Some(old) = old {
             self.unclaim(&old);
         }
-        self.claim(&service);
+        self.claim(service);
     }
 
     pub fn delete_service(&mut self, name: &ObjectName) {
@@ -100,7 +100,7 @@ impl Services {
         }
     }
 
-    pub fn apply_slice(&mut self, slice: Arc<EndpointSlice>) {
+    pub fn apply_slice(&mut self, slice: &Arc<EndpointSlice>) {
         match self.slice_owner.get(&slice.name) {
             Some(owner) if *owner == slice.service => {}
             Some(_) => {
@@ -113,9 +113,9 @@ impl Services {
         }
         let state = self.states.entry(slice.service.clone()).or_default();
         match state.slices.binary_search_by(|other| other.name.cmp(&slice.name)) {
-            Ok(at) if state.slices[at] == slice => return,
-            Ok(at) => state.slices[at] = Arc::clone(&slice),
-            Err(at) => state.slices.insert(at, Arc::clone(&slice)),
+            Ok(at) if state.slices[at] == *slice => return,
+            Ok(at) => state.slices[at] = Arc::clone(slice),
+            Err(at) => state.slices.insert(at, Arc::clone(slice)),
         }
         self.endpoints_changed(&slice.service);
     }

@@ -3,7 +3,7 @@
 use super::{Choice, DesiredBackend, Index, Settings};
 use crate::config::Routing;
 use crate::model::build::{endpoint, ip, node, service, slice};
-use crate::model::{Condition, Family, ObjectName};
+use crate::model::{Condition, EndpointSlice, Family, ObjectName};
 use crate::plan::VipKey;
 use crate::source::{Event, Kind, ObjectRef};
 use rustnet_common::backend::flags::{LOCAL, TERMINATING};
@@ -152,7 +152,7 @@ fn internal_policy_local_takes_local_ones_or_drops() {
 #[test]
 fn hints_narrow_only_if_all_ready_endpoints_have_them_and_one_is_mine() {
     let with = |endpoints: Vec<crate::model::Endpoint>| {
-        let slice = endpoints.into_iter().fold(slice("a", "web", Family::V4).tcp(80), |s, e| s.endpoint(e));
+        let slice = endpoints.into_iter().fold(slice("a", "web", Family::V4).tcp(80), EndpointSlice::endpoint);
         let it = index([service("web", &[VIP4]).tcp(80).apply(), slice.apply()]);
         let (backends, _) = desired(&it, &key(VIP4, 80, TCP)).unwrap();
         backends.into_iter().map(|(text, _)| text).collect::<Vec<_>>().join(", ")

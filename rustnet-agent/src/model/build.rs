@@ -1,4 +1,5 @@
 //! Builders of objects for unit tests: name what matters, leave out the rest.
+#![expect(clippy::return_self_not_must_use, reason = "builders, in tests only")]
 
 use super::{Condition, Endpoint, EndpointSlice, Family, Hints, Node, ObjectName, Service, ServicePort, TargetPort};
 use crate::source::{Event, Object};

@@ -139,13 +139,12 @@ fn unicast(text: &str) -> Result<IpAddr, String> {
         IpAddr::V4(v4) if v4.is_link_local() => Some("link-local"),
         // 224/4 is multicast, 240/4 reserved, 255.255.255.255 broadcast.
         IpAddr::V4(v4) if v4.octets()[0] >= 224 => Some("multicast, reserved or broadcast"),
-        IpAddr::V4(_) => None,
         IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Some("unspecified"),
         IpAddr::V6(v6) if v6.is_loopback() => Some("loopback"),
         IpAddr::V6(v6) if v6.is_unicast_link_local() => Some("link-local"),
         IpAddr::V6(v6) if v6.is_multicast() => Some("multicast"),
         IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => Some("IPv4-mapped"),
-        IpAddr::V6(_) => None,
+        IpAddr::V4(_) | IpAddr::V6(_) => None,
     };
     match special {
         Some(special) => Err(format!("{ip} is {special}, it is left out; use a unicast address of the cluster")),

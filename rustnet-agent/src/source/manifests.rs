@@ -124,7 +124,7 @@ impl Manifests {
 
     /// Reads every file, and lets go of those that are gone.
     async fn scan(&mut self) -> Listening<io::Result<()>> {
-        match self.off_the_runtime(disk::scan).await? {
+        match self.off_the_runtime(scan).await? {
             Ok(events) => self.send_all(events).await.map(Ok),
             Err(error) => Some(Err(error)),
         }

@@ -105,7 +105,7 @@ impl World {
         self.index.handle(event);
     }
 
-    fn pick(&self, pick: &Pick) -> Option<Ref> {
+    fn pick(&self, pick: Pick) -> Option<Ref> {
         let all: Vec<&Ref> = self.cluster.keys().collect();
         (!all.is_empty()).then(|| pick.get(&all).to_owned().clone())
     }
@@ -117,7 +117,7 @@ impl World {
                     self.cluster.insert(object.reference(), object);
                 }
                 Change::Delete(pick) => {
-                    if let Some(reference) = self.pick(&pick) {
+                    if let Some(reference) = self.pick(pick) {
                         self.cluster.remove(&reference);
                     }
                 }
@@ -195,13 +195,13 @@ impl World {
                 }
             }
             Step::Delete(pick) => {
-                if let Some(reference) = self.pick(&pick) {
+                if let Some(reference) = self.pick(pick) {
                     self.cluster.remove(&reference);
                     self.tell(&reference);
                 }
             }
             Step::Again(pick) => {
-                if let Some(reference) = self.pick(&pick) {
+                if let Some(reference) = self.pick(pick) {
                     self.tell(&reference);
                 }
             }

@@ -4,7 +4,7 @@ use super::{Capacity, GRACE, Plan, Planner};
 use crate::config::Routing;
 use crate::index::{Index, Settings};
 use crate::model::build::{endpoint, ip, node, service, slice};
-use crate::model::{Family, ObjectName};
+use crate::model::{EndpointSlice, Family, ObjectName};
 use crate::plan::{Maps, MemoryMaps, Snapshot, VipKey, Write};
 use crate::source::{Event, Kind, ObjectRef};
 use rustnet_common::backend::Backend;
@@ -236,7 +236,7 @@ fn flows_to_udp_backends_that_terminate_go_on_until_they_serve_no_more() {
     let before = rig.backends("10.96.0.53", 53, UDP);
     let with = |first: Option<crate::model::Endpoint>| {
         let slice = slice("dns-1", "dns", Family::V4).port("dns", 53, UDP).ready(&["10.244.1.3"]);
-        first.into_iter().fold(slice, |slice, endpoint| slice.endpoint(endpoint)).apply()
+        first.into_iter().fold(slice, EndpointSlice::endpoint).apply()
     };
     let first = || endpoint("10.244.1.2");
     rig.handle([with(Some(first().draining()))]).sync();
@@ -444,7 +444,9 @@ fn a_smaller_array_than_the_one_read_back() {
     let room = Capacity { services: 8, backends: 4, peers: 8 };
     let mut planner = Planner::from_snapshot(held, room);
     let mut index = synced_index();
-    web(&["10.244.1.2"]).into_iter().for_each(|event| index.handle(event));
+    for event in web(&["10.244.1.2"]) {
+        index.handle(event);
+    }
     // What lies in the part that is left may have been let go of just now.
     let wait = planner.plan(&mut index, Duration::ZERO).retry_at.unwrap();
     let plan = planner.plan(&mut index, wait);

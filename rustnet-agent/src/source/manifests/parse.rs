@@ -196,6 +196,7 @@ mod tests {
     use super::{Broken, Declared, documents, parse};
     use crate::source::convert::Converter;
     use crate::source::{Event, Kind};
+    use std::fmt::Write;
 
     fn names(text: &str) -> Vec<(String, u64)> {
         let declared = parse(text, &mut Converter::new()).unwrap();
@@ -284,7 +285,7 @@ mod tests {
     fn expansion_without_end_is_refused() {
         let mut bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
         for (this, last) in ('b'..='i').zip('a'..) {
-            bomb += &format!("{this}: &{this} [{}]\n", vec![format!("*{last}"); 10].join(", "));
+            writeln!(bomb, "{this}: &{this} [{}]", vec![format!("*{last}"); 10].join(", ")).unwrap();
         }
         broken(&format!("apiVersion: v1\nkind: List\nitems: []\n{bomb}"));
     }
@@ -297,7 +298,7 @@ mod tests {
                 .to_owned();
         for i in 0..10_000u32 {
             let addr = std::net::Ipv4Addr::from(0x0a00_0001 + i);
-            text += &format!("- {{addresses: [{addr}], conditions: {{ready: true}}, nodeName: n1}}\n");
+            writeln!(text, "- {{addresses: [{addr}], conditions: {{ready: true}}, nodeName: n1}}").unwrap();
         }
         let declared = parse(&text, &mut Converter::new()).unwrap();
         match &declared[0].event {

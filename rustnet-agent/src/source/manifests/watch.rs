@@ -51,14 +51,14 @@ impl Watch {
                 return change;
             }
             match self.stream.next().await {
-                Some(Ok(event)) => self.queue.extend(self.change(event)),
+                Some(Ok(event)) => self.queue.extend(self.change(&event)),
                 Some(Err(error)) => return Change::Lost(error),
                 None => return Change::Lost(io::Error::other("the watch ended")),
             }
         }
     }
 
-    fn change(&self, event: EventOwned) -> Option<Change> {
+    fn change(&self, event: &EventOwned) -> Option<Change> {
         let is = |mask: EventMask| event.mask.intersects(mask);
         if is(EventMask::Q_OVERFLOW) {
             return Some(Change::Anything);
