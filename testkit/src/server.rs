@@ -116,6 +116,11 @@ fn converse(stream: TcpStream, heading: &str, name: &str, stop: &AtomicBool) -> 
             let took = std::io::copy(&mut (&mut reader).take(n), &mut std::io::sink())?;
             writer.write_all(format!("{name} took {took}\n").as_bytes())?;
         } else if text.starts_with("GET ") {
+            // The rest of the request has to be read: closing with data unread resets the connection.
+            let mut header = String::new();
+            while reader.read_line(&mut header)? > 0 && !header.trim_end().is_empty() {
+                header.clear();
+            }
             let body = format!("{}\n", heading.trim_end());
             let answer =
                 format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());

@@ -102,15 +102,14 @@ fn cleanup_removes_everything_of_ours() -> Result<()> {
         let foreign = node.netns();
         foreign.ip("link add keepme type bridge\nroute add 203.0.113.0/24 via 172.18.0.1\n")?;
         node.stop_agent()?;
-        node.rustnet(&["cleanup"])?;
+        node.rustnet(&["cleanup", "--yes"])?;
         let links = foreign.exec("ip", &["-o", "link"])?;
         ensure!(!links.contains(names::VETH_PREFIX) && !links.contains(names::OVERLAY_DEV), "{links}");
         ensure!(links.contains("keepme"), "a foreign bridge is gone: {links}");
         let routes = foreign.exec("ip", &["route"])? + &foreign.exec("ip", &["-6", "route"])?;
         ensure!(routes.contains("203.0.113.0/24"), "a foreign route is gone: {routes}");
         ensure!(!routes.contains("244"), "{routes}");
-        let pins = foreign.exec("find", &[&node.dir().join("bpf").display().to_string(), "-type", "f"])?;
-        ensure!(pins.is_empty(), "{pins}");
+        ensure!(!node.bpffs_from_outside().exists(), "{} is left", node.bpffs().display());
         let attached = foreign.exec("bpftool", &["net", "show", "dev", "eth0"])?;
         ensure!(!attached.contains("uplink_"), "{attached}");
         Ok(())

@@ -9,13 +9,14 @@ use std::time::Duration;
 use testkit::client::ask;
 use testkit::pod::PORT;
 use testkit::sniff::Sniffer;
-use testkit::{Netns, Proto, wait};
+use testkit::{Netns, Pod, Proto, wait};
 
 in_each_routing!(
     a_service_without_endpoints_refuses,
     an_unknown_port_refuses,
     a_service_that_is_filled_again_serves,
     refusals_are_sound_packets,
+    refusals_are_sound_packets_with_offloads_on,
     a_closed_port_of_a_backend_is_told_through_the_translation,
     a_closed_port_of_a_pod_is_told,
 );
@@ -72,10 +73,21 @@ fn a_service_that_is_filled_again_serves(net: &Net) -> Result<()> {
 }
 
 fn refusals_are_sound_packets(net: &Net) -> Result<()> {
+    let from = net.node(1).add_pod("plain")?;
+    from.set_tx_checksum(false)?;
+    sound(net, &from)
+}
+
+/// The request's checksum is left to the device: then the refusal's is, too (its buffer is the request's).
+fn refusals_are_sound_packets_with_offloads_on(net: &Net) -> Result<()> {
+    sound(net, &net.a)
+}
+
+fn sound(net: &Net, from: &Pod) -> Result<()> {
     let service = net.service(Vec::new())?;
-    let sniffer = Sniffer::start(net.a.netns(), "eth0")?;
+    let sniffer = Sniffer::start(from.netns(), "eth0")?;
     for target in service.targets() {
-        refused(net.a.netns(), target)?;
+        refused(from.netns(), target)?;
         let vip = target.ip();
         sniffer.wait_for("a refusal from the VIP", |h| h.src == vip)?;
     }

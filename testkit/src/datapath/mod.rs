@@ -13,7 +13,7 @@ use aya::maps::Map;
 use aya::programs::Program;
 use aya::{EbpfLoader, VerifierLogLevel};
 use bytemuck::Pod;
-use rustnet_common::drop::{COUNTERS, Counter, DropReason, HOOKS};
+use rustnet_common::drop::{COUNTERS, Counter, HOOKS};
 use rustnet_common::names;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -169,15 +169,12 @@ impl Datapath {
 
     /// Packets counted so far by reason and hook, the zeros left out.
     pub fn counts(&self) -> Result<BTreeMap<(u8, u8), u64>> {
-        let table = self.table::<u32, Counter>(names::map::COUNTERS)?;
+        let each = self.table::<u32, Counter>(names::map::COUNTERS)?.each_cpu(COUNTERS)?;
         let mut counts = BTreeMap::new();
-        for reason in DropReason::ALL {
-            for hook in 0..HOOKS {
-                let index = *reason as u32 * HOOKS + hook;
-                let packets: u64 = table.get_each_cpu(&index)?.iter().map(|c| c.packets).sum();
-                if packets != 0 && index < COUNTERS {
-                    counts.insert((*reason as u8, hook as u8), packets);
-                }
+        for (index, cpus) in each.iter().enumerate() {
+            let packets: u64 = cpus.iter().map(|c| c.packets).sum();
+            if packets != 0 {
+                counts.insert(((index as u32 / HOOKS) as u8, (index as u32 % HOOKS) as u8), packets);
             }
         }
         Ok(counts)

@@ -11,6 +11,7 @@ const MAP_GET_NEXT_KEY: u32 = 4;
 const PROG_LOAD: u32 = 5;
 const PROG_TEST_RUN: u32 = 10;
 const OBJ_GET_INFO_BY_FD: u32 = 15;
+const MAP_LOOKUP_BATCH: u32 = 24;
 const MAP_UPDATE_BATCH: u32 = 26;
 
 const MAP_TYPE_PROG_ARRAY: u32 = 3;
@@ -88,30 +89,43 @@ pub fn next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> Res
     found(bpf(MAP_GET_NEXT_KEY, &mut attr))
 }
 
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
 /// Writes many elements at once; keys and values stand side by side.
 pub fn update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], count: u32) -> Result<()> {
-    #[repr(C)]
-    struct Attr {
-        in_batch: u64,
-        out_batch: u64,
-        keys: u64,
-        values: u64,
-        count: u32,
-        map: u32,
-        elem_flags: u64,
-        flags: u64,
-    }
-    let mut attr = Attr {
+    let (keys, values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
+    let map = map.as_raw_fd().cast_unsigned();
+    let mut attr = Batch { in_batch: 0, out_batch: 0, keys, values, count, map, elem_flags: 0, flags: 0 };
+    bpf(MAP_UPDATE_BATCH, &mut attr).map(drop)
+}
+
+/// Reads the first `count` elements of an array at once.
+pub fn lookup_batch(map: BorrowedFd<'_>, values: &mut [u8], count: u32) -> Result<()> {
+    let mut keys = vec![0_u32; count as usize];
+    let mut position = 0_u32;
+    let mut attr = Batch {
         in_batch: 0,
-        out_batch: 0,
-        keys: keys.as_ptr() as u64,
-        values: values.as_ptr() as u64,
+        out_batch: (&raw mut position) as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
         count,
         map: map.as_raw_fd().cast_unsigned(),
         elem_flags: 0,
         flags: 0,
     };
-    bpf(MAP_UPDATE_BATCH, &mut attr).map(drop)
+    // "Not found" says that the end was reached.
+    found(bpf(MAP_LOOKUP_BATCH, &mut attr))?;
+    if attr.count == count { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) }
 }
 
 /// What the kernel says of a map.

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, ensure};
 use bytemuck::Pod;
 use std::marker::PhantomData;
 use std::os::fd::BorrowedFd;
+use std::sync::OnceLock;
 
 /// A map with keys `K` and values `V`.
 pub struct Table<'a, K, V> {
@@ -36,13 +37,14 @@ impl<'a, K: Pod, V: Pod> Table<'a, K, V> {
         Ok(found.then_some(value))
     }
 
-    /// The values of a key on all CPUs, for a per-CPU map.
-    pub fn get_each_cpu(&self, key: &K) -> Result<Vec<V>> {
+    /// The first `count` elements of a per-CPU array, each on all CPUs.
+    pub fn each_cpu(&self, count: u32) -> Result<Vec<Vec<V>>> {
         let stride = size_of::<V>().next_multiple_of(8);
-        let mut bytes = vec![0; stride * possible_cpus()?];
-        sys::lookup(self.fd, bytemuck::bytes_of(key), &mut bytes)
-            .with_context(|| format!("cannot read {}", self.name))?;
-        Ok(bytes.chunks_exact(stride).map(|c| bytemuck::pod_read_unaligned(&c[..size_of::<V>()])).collect())
+        let row = stride * possible_cpus()?;
+        let mut bytes = vec![0; row * count as usize];
+        sys::lookup_batch(self.fd, &mut bytes, count).with_context(|| format!("cannot read {}", self.name))?;
+        let value = |c: &[u8]| bytemuck::pod_read_unaligned(&c[..size_of::<V>()]);
+        Ok(bytes.chunks_exact(row).map(|row| row.chunks_exact(stride).map(value).collect()).collect())
     }
 
     /// Sets the value of a key.
@@ -94,8 +96,13 @@ impl<'a, K: Pod, V: Pod> Table<'a, K, V> {
 
 /// CPUs that the kernel has room for.
 fn possible_cpus() -> Result<usize> {
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    if let Some(cpus) = CPUS.get() {
+        return Ok(*cpus);
+    }
     let path = "/sys/devices/system/cpu/possible";
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
     let last = text.trim().rsplit([',', '-']).next().unwrap_or_default();
-    Ok(last.parse::<usize>().with_context(|| format!("{path} says {text:?}"))? + 1)
+    let cpus = last.parse::<usize>().with_context(|| format!("{path} says {text:?}"))? + 1;
+    Ok(*CPUS.get_or_init(|| cpus))
 }
