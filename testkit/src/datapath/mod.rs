@@ -16,6 +16,7 @@ use bytemuck::Pod;
 use rustnet_common::drop::{COUNTERS, Counter, HOOKS};
 use rustnet_common::names;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -31,8 +32,8 @@ pub struct Datapath {
     programs: BTreeMap<String, OwnedFd>,
     maps: BTreeMap<String, OwnedFd>,
     facts: Vec<Fact>,
-    overlay: OwnedFd,
-    tunnels: Mutex<BTreeMap<IpAddr, OwnedFd>>,
+    jumps: OwnedFd,
+    preludes: Mutex<BTreeMap<(String, Option<IpAddr>), OwnedFd>>,
 }
 
 /// What loading a program told.
@@ -59,8 +60,11 @@ pub struct Input<'a> {
     pub mark: u32,
     /// Payload of a segment, for a frame that stands for several.
     pub gso_size: u32,
-    /// The tunnel's far end, for a frame that came out of one. Only for `overlay_in`.
+    /// The tunnel's far end, for a frame that came out of one.
     pub tunnel: Option<IpAddr>,
+    /// If not 0, the frame is cut to this length inside the kernel, which runs nothing on an IP packet that is handed in
+    /// with less than its header.
+    pub cut: u32,
 }
 
 /// What became of it.
@@ -120,10 +124,11 @@ impl Datapath {
             };
             maps.insert(name.to_owned(), data.fd().as_fd().try_clone_to_owned()?);
         }
-        let overlay = sys::prog_array(1)?;
-        let target = programs["overlay_in"].as_raw_fd().cast_unsigned();
-        sys::update(overlay.as_fd(), &0_u32.to_ne_bytes(), &target.to_ne_bytes())?;
-        Ok(Self { programs, maps, facts, overlay, tunnels: Mutex::default() })
+        let jumps = sys::prog_array(programs.len() as u32)?;
+        for (i, program) in (0_u32..).zip(programs.values()) {
+            sys::update(jumps.as_fd(), &i.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes())?;
+        }
+        Ok(Self { programs, maps, facts, jumps, preludes: Mutex::default() })
     }
 
     /// What loading told of each program.
@@ -140,16 +145,15 @@ impl Datapath {
     pub fn run(&self, program: &str, input: &Input<'_>) -> Result<Output> {
         let mut context = context(input);
         let mut frame = vec![0; OUT];
-        let ran = match input.tunnel {
-            None => sys::test_run(self.program(program)?.as_fd(), input.frame, &mut context, &mut frame, 1),
-            Some(remote) => {
-                let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
-                let entry = match tunnels.entry(remote) {
-                    std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
-                    std::collections::btree_map::Entry::Vacant(e) => e.insert(out_of_tunnel(&self.overlay, remote)?),
-                };
-                sys::test_run(entry.as_fd(), input.frame, &mut context, &mut frame, 1)
-            }
+        let ran = if input.tunnel.is_none() && input.cut == 0 {
+            sys::test_run(self.program(program)?.as_fd(), input.frame, &mut context, &mut frame, 1)
+        } else {
+            let mut preludes = self.preludes.lock().unwrap_or_else(PoisonError::into_inner);
+            let prelude = match preludes.entry((program.to_owned(), input.tunnel)) {
+                Entry::Occupied(e) => e.into_mut(),
+                Entry::Vacant(e) => e.insert(self.prelude(program, input.tunnel)?),
+            };
+            sys::test_run(prelude.as_fd(), input.frame, &mut context, &mut frame, 1)
         }
         .with_context(|| format!("running {program} on a frame of {} bytes", input.frame.len()))?;
         frame.truncate(ran.len);
@@ -180,6 +184,30 @@ impl Datapath {
         Ok(counts)
     }
 
+    /// A program that does what a run cannot: cuts the frame to the length in `cb[0]`, gives it a tunnel; then `program`.
+    fn prelude(&self, program: &str, tunnel: Option<IpAddr>) -> Result<OwnedFd> {
+        let index = self.programs.keys().position(|name| name == program).context("no such program")?;
+        let mut code = vec![
+            instruction(MOV_REG, 6, 1, 0, 0),
+            instruction(LOAD_WORD, 2, 1, sys::word::CB as i16 * 4, 0),
+            instruction(JUMP_IF_ZERO, 2, 0, 2, 0),
+            instruction(MOV, 3, 0, 0, 0),
+            instruction(CALL, 0, 0, 0, CHANGE_TAIL),
+        ];
+        code.extend(tunnel.map(out_of_tunnel).unwrap_or_default());
+        code.extend([
+            instruction(MOV_REG, 1, 6, 0, 0),
+            instruction(LOAD_IMM64, 2, PSEUDO_MAP_FD, 0, self.jumps.as_raw_fd().cast_unsigned()),
+            0,
+            instruction(MOV, 3, 0, 0, index as u32),
+            instruction(CALL, 0, 0, 0, TAIL_CALL),
+            // Not reached: a verdict that no test expects.
+            instruction(MOV, 0, 0, 0, 99),
+            instruction(EXIT, 0, 0, 0, 0),
+        ]);
+        sys::load_classifier(&code).with_context(|| format!("cannot load the prelude to {program}"))
+    }
+
     fn program(&self, name: &str) -> Result<&OwnedFd> {
         self.programs.get(name).with_context(|| format!("the object has no program {name}"))
     }
@@ -208,6 +236,7 @@ fn context(input: &Input<'_>) -> sys::SkBuff {
     let mut context = [0; 48];
     context[sys::word::MARK] = input.mark;
     context[sys::word::IFINDEX] = input.ifindex;
+    context[sys::word::CB] = input.cut;
     if input.gso_size != 0 {
         context[sys::word::GSO_SIZE] = input.gso_size;
         context[sys::word::GSO_SEGS] = (input.frame.len() as u32).div_ceil(input.gso_size);
@@ -219,17 +248,20 @@ const MOV: u8 = 0xb7;
 const MOV_REG: u8 = 0xbf;
 const ADD: u8 = 0x07;
 const STORE_WORD: u8 = 0x62;
+const LOAD_WORD: u8 = 0x61;
 const LOAD_IMM64: u8 = 0x18;
+const JUMP_IF_ZERO: u8 = 0x15;
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 const TAIL_CALL: u32 = 12;
 const SET_TUNNEL_KEY: u32 = 21;
 const L4_CSUM_REPLACE: u32 = 11;
+const CHANGE_TAIL: u32 = 38;
 const PSEUDO_MAP_FD: u8 = 1;
 
-/// A program that gives the packet a tunnel whose far end is `remote` and goes on in `overlay_in`: a run has no device that
-/// could do the former. The kernel reads the far end from where a sender states the near end.
-fn out_of_tunnel(overlay: &OwnedFd, remote: IpAddr) -> Result<OwnedFd> {
+/// Instructions that give the packet a tunnel whose far end is `remote`. The kernel reads the far end from where a sender
+/// states the near end.
+fn out_of_tunnel(remote: IpAddr) -> Vec<u64> {
     /// Bytes of `struct bpf_tunnel_key`.
     const KEY: u32 = 44;
     const NEAR_END: i16 = 28;
@@ -241,7 +273,7 @@ fn out_of_tunnel(overlay: &OwnedFd, remote: IpAddr) -> Result<OwnedFd> {
             ([0, 4, 8, 12].map(|i| u32::from_ne_bytes([o[i], o[i + 1], o[i + 2], o[i + 3]])), 1)
         }
     };
-    let mut code = vec![instruction(MOV_REG, 6, 1, 0, 0)];
+    let mut code = vec![instruction(MOV_REG, 1, 6, 0, 0)];
     for word in 0..(KEY / 4) as i16 {
         code.push(instruction(STORE_WORD, 10, 0, BASE + word * 4, 0));
     }
@@ -255,16 +287,8 @@ fn out_of_tunnel(overlay: &OwnedFd, remote: IpAddr) -> Result<OwnedFd> {
         instruction(MOV, 3, 0, 0, KEY),
         instruction(MOV, 4, 0, 0, flags),
         instruction(CALL, 0, 0, 0, SET_TUNNEL_KEY),
-        instruction(MOV_REG, 1, 6, 0, 0),
-        instruction(LOAD_IMM64, 2, PSEUDO_MAP_FD, 0, overlay.as_raw_fd().cast_unsigned()),
-        0,
-        instruction(MOV, 3, 0, 0, 0),
-        instruction(CALL, 0, 0, 0, TAIL_CALL),
-        // Not reached: a verdict that no test expects.
-        instruction(MOV, 0, 0, 0, 99),
-        instruction(EXIT, 0, 0, 0, 0),
     ]);
-    sys::load_classifier(&code).context("cannot load the program that stands for a tunnel")
+    code
 }
 
 /// True if `bpf_l4_csum_replace` knows `BPF_F_IPV6`.

@@ -196,6 +196,8 @@ pub mod word {
     pub const MARK: usize = 2;
     /// The device.
     pub const IFINDEX: usize = 10;
+    /// The first of five words for whoever works on the packet.
+    pub const CB: usize = 12;
     /// Segments of a GSO frame.
     pub const GSO_SEGS: usize = 41;
     /// Payload of one of them.

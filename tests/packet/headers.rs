@@ -1,0 +1,317 @@
+//! What may stand between the Ethernet header and the ports: tags, options, extension headers, fragments.
+
+use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
+use crate::frame::{Frame, L4};
+use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, POD_A, UPLINK, labs};
+use crate::services::port_unreachable;
+use anyhow::{Context, Result, ensure};
+use rustnet_common::drop::{DropReason, hook};
+use testkit::datapath::Input;
+
+fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
+    SERVED.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
+}
+
+/// A service on pod B, for all protocols.
+fn serve(lab: &Lab, net: Net) -> Result<()> {
+    [6, 17, 132].into_iter().try_for_each(|p| lab.serve(net.vip(1), 80, p, 0, &[(net.b(), 8080)]).map(drop))
+}
+
+/// What `f`, sent to the service, arrives as.
+fn arrived(net: Net, f: &Frame) -> Frame {
+    f.hop().from_to((net.a(), PORT), (net.b(), 8080))
+}
+
+/// Sends a packet with some decoration to the service, and the decorated answer back.
+fn there_and_back(lab: &Lab, net: Net, proto: Proto, decorate: impl Fn(&mut Frame)) -> Result<()> {
+    let ask = from_a(net, proto, (net.vip(1), 80)).map(&decorate);
+    lab.from_pod(&ask)?.into_pod(&arrived(net, &ask))?;
+    let answer = arrived(net, &ask).reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
+    lab.from_pod(&answer)?.into_pod(&answer.hop().from_to((net.vip(1), 80), (net.a(), PORT)))?;
+    let more = later(&ask);
+    lab.from_pod(&more)?.into_pod(&arrived(net, &more))
+}
+
+#[test]
+fn a_vlan_tag_in_the_frame() -> Result<()> {
+    labs(|lab, net| {
+        serve(lab, net)?;
+        each(|proto| there_and_back(lab, net, proto, |f| f.vlan = Some(0)))?;
+        each(|proto| there_and_back(lab, net, proto, |f| f.vlan = Some(100)))?;
+        // On the uplink it belongs to another device.
+        let f = from_outside(Proto::Udp, (net.world(), 1), (net.vip(1), 80)).map(|f| f.vlan = Some(100));
+        lab.uplink_in(&f)?.to_stack(&f)?;
+        let f = from_host(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.vlan = Some(100));
+        lab.uplink_out(&f)?.to_stack(&f)?;
+        // No answer of ours can be made out of a tagged frame: dropped, and counted as what it is.
+        let f = from_a(net, Proto::Udp, (net.vip(1), 81)).map(|f| f.vlan = Some(100));
+        lab.from_pod(&f)?.dropped(DropReason::UnknownPort)
+    })
+}
+
+#[test]
+fn ipv4_options_of_every_length() -> Result<()> {
+    labs(|lab, net| {
+        if net == Net::V6 {
+            return Ok(());
+        }
+        serve(lab, net)?;
+        for words in 1..=10 {
+            // Record route, padded: the kind that may be long (RFC 791).
+            let options = |f: &mut Frame| {
+                f.options = vec![1; words * 4];
+                let len = f.options.len();
+                f.options[..3].copy_from_slice(&[7, len as u8 - 1, 4]);
+            };
+            each(|proto| there_and_back(lab, net, proto, options)).with_context(|| format!("{words} words"))?;
+            for proto in [Proto::Udp, Proto::Sctp] {
+                let f = from_a(net, proto, (net.vip(1), 81)).map(options);
+                lab.from_pod(&f)?
+                    .answered(DropReason::UnknownPort, &port_unreachable(&f))
+                    .with_context(|| format!("a refusal that quotes {words} words of options"))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// An extension header of a kind: with its least length, or `words` of eight bytes more.
+fn extension(kind: u8, words: u8) -> (u8, Vec<u8>) {
+    // The authentication header counts in words of four, less two (RFC 4302); of the least length it has 16 bytes.
+    let (count, len) =
+        if kind == 51 { (2 + 2 * words, 16 + 8 * words as usize) } else { (words, 8 + 8 * words as usize) };
+    let mut bytes = vec![0; len];
+    bytes[1] = count;
+    if matches!(kind, 0 | 60) {
+        // PadN over the rest.
+        (bytes[2], bytes[3]) = (1, len as u8 - 4);
+    }
+    (kind, bytes)
+}
+
+#[test]
+fn ipv6_extension_headers() -> Result<()> {
+    labs(|lab, net| {
+        if net == Net::V4 {
+            return Ok(());
+        }
+        serve(lab, net)?;
+        let chains: [&[u8]; 9] = [
+            &[0],
+            &[43],
+            &[60],
+            &[51],
+            &[0, 60],
+            &[0, 43, 60],
+            &[0, 60, 43, 51],
+            &[0, 60, 43, 51, 60],
+            &[0, 60, 43, 51, 60, 60],
+        ];
+        for chain in chains {
+            for words in [0, 1, 3] {
+                let decorate = |f: &mut Frame| f.extensions = chain.iter().map(|k| extension(*k, words)).collect();
+                each(|proto| there_and_back(lab, net, proto, decorate))
+                    .with_context(|| format!("{chain:?}, {words}"))?;
+            }
+            let f = from_a(net, Proto::Udp, (net.vip(1), 81)).map(|f| {
+                f.extensions = chain.iter().map(|k| extension(*k, 0)).collect();
+            });
+            lab.from_pod(&f)?
+                .answered(DropReason::UnknownPort, &port_unreachable(&f))
+                .with_context(|| format!("a refusal that quotes {chain:?}"))?;
+        }
+        Ok(())
+    })
+}
+
+/// Seven extension headers are more than is followed, and so is a chain that ends nowhere.
+#[test]
+fn longer_chains_are_refused() -> Result<()> {
+    labs(|lab, net| {
+        if net == Net::V4 {
+            return Ok(());
+        }
+        serve(lab, net)?;
+        for words in [0, 2] {
+            let f = from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.extensions = vec![extension(60, words); 7]);
+            lab.from_pod(&f)?.dropped(DropReason::Unparsable)?;
+            // What comes from outside may be the host's own, and its stack knows better.
+            lab.uplink_in(&f)?.to_stack(&f)?;
+            lab.uplink_out(&f)?.to_stack(&f)?;
+        }
+        // One header, longer than any offset that is followed.
+        let f = from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.extensions = vec![extension(60, 60)]);
+        lab.from_pod(&f)?.dropped(DropReason::Unparsable)?;
+        ensure!(lab.halves()? == 0);
+        Ok(())
+    })
+}
+
+/// The datagrams that are cut: UDP with data of its own in every fragment.
+fn datagram(f: &Frame) -> Frame {
+    f.map(|f| f.payload = (0..3000).map(|i| (i % 251) as u8).collect())
+}
+
+#[test]
+fn fragments_follow_their_first() -> Result<()> {
+    labs(|lab, net| {
+        serve(lab, net)?;
+        let whole = datagram(&from_a(net, Proto::Udp, (net.vip(1), 80)));
+        let arrives = arrived(net, &whole);
+        for cuts in [vec![1448], vec![8, 16, 1448], vec![1400, 2800]] {
+            for (f, want) in whole.pieces(0x1_0001, &cuts).iter().zip(arrives.pieces(0x1_0001, &cuts)) {
+                lab.from_pod(f)?.into_pod(&want).with_context(|| format!("{:?} of {cuts:?}", f.piece))?;
+            }
+        }
+        // The answer is long, too.
+        let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
+        let back = answer.hop().from_to((net.vip(1), 80), (net.a(), PORT));
+        for (f, want) in answer.pieces(7, &[1440]).iter().zip(back.pieces(7, &[1440])) {
+            lab.from_pod(f)?.into_pod(&want)?;
+        }
+        ensure!(lab.connections(net)?.len() == 2, "fragments opened connections of their own");
+        Ok(())
+    })
+}
+
+/// Fragments that fit everywhere.
+const CUTS: [usize; 2] = [1360, 2720];
+
+#[test]
+fn fragments_of_masqueraded_flows_and_through_the_overlay() -> Result<()> {
+    labs(|lab, net| {
+        let whole = datagram(&from_a(net, Proto::Udp, (net.world(), 53)));
+        let leaves = whole.hop().from_to((net.node(), PORT), (net.world(), 53));
+        for (f, want) in whole.pieces(9, &CUTS).iter().zip(leaves.pieces(9, &CUTS)) {
+            lab.from_pod(f)?.onto_wire(&want)?;
+        }
+        let answer = leaves.reply();
+        let back = answer.hop().map(|f| f.dst = net.a());
+        // Their checksums are the datagram's, and it takes all pieces to verify them.
+        for (f, want) in answer.pieces(10, &CUTS).iter().zip(back.pieces(10, &CUTS)) {
+            lab.uplink_in(f)?.into_pod(&want)?;
+        }
+        let whole = datagram(&from_a(net, Proto::Udp, (net.far(), 53)));
+        let answer = whole.reply();
+        for f in whole.pieces(11, &CUTS) {
+            lab.from_pod(&f)?.onto_wire(&f.hop())?;
+        }
+        for f in answer.pieces(12, &CUTS) {
+            lab.overlay_in(net.node2(), &f)?.into_pod(&f.hop())?;
+        }
+        // Echo is cut as well.
+        let ping = datagram(&from_a(net, Proto::Echo, (net.world(), 0)));
+        let leaves = ping.hop().map(|f| f.src = net.node());
+        for (f, want) in ping.pieces(13, &CUTS).iter().zip(leaves.pieces(13, &CUTS)) {
+            lab.from_pod(f)?.onto_wire(&want)?;
+        }
+        let answer = leaves.reply();
+        let back = answer.hop().map(|f| f.dst = net.a());
+        for (f, want) in answer.pieces(14, &CUTS).iter().zip(back.pieces(14, &CUTS)) {
+            lab.uplink_in(f)?.into_pod(&want)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_later_fragment_without_its_first() -> Result<()> {
+    labs(|lab, net| {
+        serve(lab, net)?;
+        let whole = datagram(&from_a(net, Proto::Udp, (net.vip(1), 80)));
+        let [first, later] = whole.pieces(20, &[1440]).try_into().map_err(|_| anyhow::anyhow!("two pieces"))?;
+        lab.from_pod(&later)?.dropped(DropReason::FragmentUnknown)?;
+        lab.from_pod(&first)?.into_pod(&arrived(net, &first))?;
+        lab.from_pod(&later)?.into_pod(&arrived(net, &later))?;
+        // Of another datagram, of another sender, of another protocol: not this one's.
+        let other = whole.pieces(21, &[1440]).remove(1);
+        lab.from_pod(&other)?.dropped(DropReason::FragmentUnknown)?;
+        let other = later.map(|f| (f.src, f.smac) = (net.b(), MAC_B));
+        lab.from_pod(&other)?.dropped(DropReason::FragmentUnknown)?;
+        let other = later.map(|f| f.l4 = L4::Sctp { sport: 1, dport: 2 });
+        lab.from_pod(&other)?.dropped(DropReason::FragmentUnknown)?;
+        // At the uplink it may be the host's.
+        let other = from_outside(Proto::Udp, (net.world(), 1), (net.node(), 2));
+        let later = datagram(&other).pieces(22, &[1440]).remove(1);
+        lab.uplink_in(&later)?.to_stack(&later)
+    })
+}
+
+/// RFC 3128 and RFC 1858: a TCP header in pieces, or one that is written over by the next fragment.
+#[test]
+fn tcp_headers_in_pieces() -> Result<()> {
+    labs(|lab, net| {
+        serve(lab, net)?;
+        let whole = later(&from_a(net, Proto::Tcp, (net.vip(1), 80))).map(|f| f.payload = vec![1; 100]);
+        for cut in [8, 16] {
+            let pieces = whole.pieces(30, &[cut]);
+            lab.from_pod(&pieces[0])?.dropped(DropReason::Malformed).with_context(|| format!("first {cut} bytes"))?;
+            lab.from_pod(&pieces[1])?.dropped(DropReason::Malformed).with_context(|| format!("from {cut}"))?;
+        }
+        // After a good first one, a second that reaches into the header is no better.
+        let pieces = whole.pieces(31, &[24]);
+        lab.from_pod(&pieces[0])?.into_pod(&arrived(net, &pieces[0]))?;
+        lab.from_pod(&pieces[1])?.into_pod(&arrived(net, &pieces[1]))?;
+        for cut in [8, 16] {
+            let overlap = whole.pieces(31, &[cut]).remove(1);
+            lab.from_pod(&overlap)?.dropped(DropReason::Malformed)?;
+        }
+        Ok(())
+    })
+}
+
+/// A second fragment at offset 0 with other ports does not open a second way for the datagram's rest unseen: the rest
+/// goes where the last first fragment went, and both were judged.
+#[test]
+fn a_repeated_first_fragment() -> Result<()> {
+    labs(|lab, net| {
+        serve(lab, net)?;
+        let to_service = datagram(&from_a(net, Proto::Udp, (net.vip(1), 80))).pieces(40, &[1440]);
+        lab.from_pod(&to_service[0])?.into_pod(&arrived(net, &to_service[0]))?;
+        let elsewhere = datagram(&from_a(net, Proto::Udp, (net.vip(1), 81))).pieces(40, &[1440]);
+        let shot = lab.from_pod(&elsewhere[0])?;
+        ensure!(shot.counted.keys().eq([&(DropReason::UnknownPort as u8, hook::FROM_POD)]), "{shot:?}");
+        lab.from_pod(&elsewhere[1])?.dropped(DropReason::UnknownPort)
+    })
+}
+
+/// Non-IP frames are never ours, wherever they turn up; frames that hold no more than a header neither.
+#[test]
+fn what_is_not_ip() -> Result<()> {
+    labs(|lab, _| {
+        let mut arp = [&[0xff; 6][..], &[2, 0, 0, 0, 0x0a, 1], &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1]].concat();
+        arp.resize(60, 0);
+        let short = [&[0xff; 6][..], &[2, 0, 0, 0, 0x0a, 1], &[0x81, 0, 0]].concat();
+        for frame in [arp, short] {
+            for (code, ifindex) in [
+                (hook::FROM_POD, POD_A),
+                (hook::TO_POD, POD_A),
+                (hook::UPLINK_IN, UPLINK),
+                (hook::UPLINK_OUT, UPLINK),
+                (hook::OVERLAY_IN, crate::harness::OVERLAY),
+                (hook::OVERLAY_OUT, crate::harness::OVERLAY),
+            ] {
+                let shot = lab.raw(code, &Input { frame: &frame, ifindex, ..Input::default() })?;
+                ensure!(shot.verdict == crate::harness::STACK && shot.counted.is_empty(), "{shot:?}");
+                ensure!(shot.frame == frame, "changed");
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Bytes behind the IP packet stay, and count for nothing.
+#[test]
+fn padding_is_carried_along() -> Result<()> {
+    labs(|lab, net| {
+        serve(lab, net)?;
+        each(|proto| {
+            there_and_back(lab, net, proto, |f| {
+                f.payload.truncate(1);
+                f.padding = 17;
+            })
+        })?;
+        ensure!(lab.half(Flow::of(&from_b(net, Proto::Udp, (net.a(), 1)))).is_err());
+        Ok(())
+    })
+}

@@ -1,0 +1,455 @@
+//! ICMP errors: translated like the flows that they quote, in every direction of every translation; and those that this
+//! node makes itself where redirects bypass the kernel.
+
+use crate::flows::{PORT, Proto, from_a, from_host, from_outside, later};
+use crate::frame::{Frame, L4};
+use crate::harness::{
+    Flow, MAC_A, MAC_B, MAC_HOST, MAC_OUT, NARROW_MTU, Net, OVERLAY_MTU, POD_A, REDIRECT, UPLINK, labs,
+};
+use crate::services::icmp_error;
+use anyhow::{Context, Result, ensure};
+use rustnet_common::drop::{DropReason, hook};
+use std::net::IpAddr;
+use testkit::datapath::Input;
+
+const PROTOS: [Proto; 4] = [Proto::Tcp, Proto::Udp, Proto::Sctp, Proto::Echo];
+
+fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
+    PROTOS.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
+}
+
+/// Destination of a flow: echo has no port.
+fn at(proto: Proto, ip: IpAddr, port: u16) -> (IpAddr, u16) {
+    (ip, if proto == Proto::Echo { 0 } else { port })
+}
+
+/// Errors that hosts and routers send, by family: type, code, and what stands in the second word.
+fn kinds(net: Net) -> Vec<(u8, u8, u32)> {
+    match net {
+        Net::V4 => vec![(3, 0, 0), (3, 1, 0), (3, 3, 0), (3, 4, 1400), (11, 0, 0), (12, 0, 0x1400_0000)],
+        Net::V6 => vec![(1, 0, 0), (1, 4, 0), (2, 0, 1400), (3, 0, 0), (4, 1, 6)],
+    }
+}
+
+/// An error from `src` to whoever sent `packet`, which is quoted in full up to `quote` bytes.
+fn error(packet: &Frame, src: IpAddr, kind: (u8, u8, u32), quote: usize) -> Frame {
+    let mut bytes = packet.ip_bytes();
+    bytes.truncate(quote);
+    packet.map(|f| {
+        (f.src, f.dst) = (src, packet.src);
+        (f.smac, f.dmac) = (MAC_OUT, MAC_HOST);
+        f.l4 = L4::Icmp { kind: kind.0, code: kind.1, rest: kind.2 };
+        f.payload = bytes;
+        f.ttl = 60;
+    })
+}
+
+/// The error `before`, once what it quotes and its own ends are translated back: quoted is `packet`.
+/// The quoted checksum of the transport stays what it was; nobody can verify it.
+fn translated(before: &Frame, from_quoted: &Frame, to_quoted: &Frame, src: IpAddr) -> Frame {
+    let (old, mut new) = (from_quoted.ip_bytes(), to_quoted.ip_bytes());
+    let len = before.payload.len();
+    let checksum = match (to_quoted.is_v6(), &to_quoted.l4) {
+        (_, L4::Tcp { .. }) => Some(16),
+        (_, L4::Udp { .. }) => Some(6),
+        (_, L4::Echo { .. }) => Some(2),
+        _ => None,
+    };
+    if let Some(at) = checksum {
+        let at = at + if to_quoted.is_v6() { 40 } else { 20 + to_quoted.options.len() };
+        new[at..at + 2].copy_from_slice(&old[at..at + 2]);
+    }
+    new.truncate(len);
+    before.map(|f| {
+        (f.src, f.dst) = (src, to_quoted.src);
+        f.payload = new;
+    })
+}
+
+/// Lengths of quotations: the least that RFC 792 asks for, odd ones, and more.
+fn quotes(net: Net) -> [usize; 4] {
+    let header = if net == Net::V4 { 20 } else { 40 };
+    [header + 8, header + 13, header + 28, 1000]
+}
+
+fn all_errors(net: Net, mut test: impl FnMut((u8, u8, u32), usize) -> Result<()>) -> Result<()> {
+    for kind in kinds(net) {
+        for quote in quotes(net) {
+            test(kind, quote).with_context(|| format!("error {kind:?} that quotes {quote} bytes"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Router and far end complain about a masqueraded packet.
+#[test]
+fn about_masqueraded_packets() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let to = at(proto, net.world(), 443);
+            let sent = from_a(net, proto, to);
+            let left = sent.hop().from_to((net.node(), PORT), to);
+            lab.from_pod(&sent)?.onto_wire(&left)?;
+            all_errors(net, |kind, quote| {
+                for from in [net.router(), net.world()] {
+                    let e = error(&left, from, kind, quote);
+                    let want = translated(&e, &left, &sent.hop(), from).hop();
+                    lab.uplink_in(&e)?.into_pod(&want).with_context(|| format!("from {from}"))?;
+                }
+                Ok(())
+            })
+        })
+    })
+}
+
+/// The same, where the pod's port had to change.
+#[test]
+fn about_masqueraded_packets_with_another_port() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let to = at(proto, net.world(), 443);
+            let sent = from_a(net, proto, to).map(|f| f.set_ports(1234, to.1));
+            let _ = lab.from_pod(&sent)?;
+            let port = lab.half(Flow::of(&sent))?.to.sport;
+            let left = sent.hop().from_to((net.node(), port), to);
+            all_errors(net, |kind, quote| {
+                for from in [net.router(), net.world()] {
+                    let e = error(&left, from, kind, quote);
+                    let want = translated(&e, &left, &sent.hop(), from).hop();
+                    lab.uplink_in(&e)?.into_pod(&want).with_context(|| format!("from {from}"))?;
+                }
+                Ok(())
+            })
+        })
+    })
+}
+
+/// The backend, or a router on the way to it, complains about what a client sent to a service.
+#[test]
+fn about_packets_to_a_service() -> Result<()> {
+    labs(|lab, net| {
+        PROTOS[..3].iter().try_for_each(|&proto| {
+            for (n, backend) in [(1, net.b()), (2, net.far()), (3, net.routed())] {
+                lab.serve(net.vip(n), 80, proto.number(net), 0, &[(backend, 8080)])?;
+                let sent = from_a(net, proto, (net.vip(n), 80));
+                let arrived = sent.hop().from_to((net.a(), PORT), (backend, 8080));
+                let shot = lab.from_pod(&sent)?;
+                if n == 1 {
+                    shot.into_pod(&arrived)?
+                } else {
+                    shot.onto_wire(&arrived)?
+                }
+                all_errors(net, |kind, quote| {
+                    // The far end speaks in the service's name, a router in its own.
+                    for (from, seen) in [(backend, net.vip(n)), (net.node2(), net.node2())] {
+                        let e = error(&arrived, from, kind, quote);
+                        let want = translated(&e, &arrived, &sent.hop(), seen).hop();
+                        let shot = match n {
+                            1 if from == backend => {
+                                let by_b = |f: &Frame| f.map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+                                lab.from_pod(&by_b(&e))?.into_pod(&by_b(&want)).context("by pod B")?;
+                                continue;
+                            }
+                            1 => continue,
+                            2 => lab.overlay_in(net.node2(), &e),
+                            _ => lab.uplink_in(&e),
+                        };
+                        shot?.into_pod(&want).with_context(|| format!("from {from}"))?;
+                    }
+                    Ok(())
+                })?;
+            }
+            Ok(())
+        })
+    })
+}
+
+/// The client, or a router on the way to it, complains about what a backend answered: the error goes to the backend.
+#[test]
+fn about_answers_of_a_backend() -> Result<()> {
+    labs(|lab, net| {
+        PROTOS[..3].iter().try_for_each(|&proto| {
+            lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
+            let sent = from_a(net, proto, (net.vip(1), 80));
+            let arrived = sent.hop().from_to((net.a(), PORT), (net.b(), 8080));
+            lab.from_pod(&sent)?.into_pod(&arrived)?;
+            let answer = arrived.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
+            let seen = answer.hop().from_to((net.vip(1), 80), (net.a(), PORT));
+            lab.from_pod(&answer)?.into_pod(&seen)?;
+            all_errors(net, |kind, quote| {
+                let e = error(&seen, net.a(), kind, quote).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
+                let want = translated(&e, &seen, &answer.hop(), net.a()).hop();
+                lab.from_pod(&e)?.into_pod(&want)
+            })
+        })
+    })
+}
+
+/// A pod complains about an answer to what it had asked of the world: its own address must not leave.
+#[test]
+fn about_answers_from_the_world() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let to = at(proto, net.world(), 443);
+            let sent = from_a(net, proto, to);
+            let left = sent.hop().from_to((net.node(), PORT), to);
+            lab.from_pod(&sent)?.onto_wire(&left)?;
+            let answer = left.reply();
+            let arrived = answer.hop().map(|f| f.dst = net.a());
+            lab.uplink_in(&answer)?.into_pod(&arrived)?;
+            all_errors(net, |kind, quote| {
+                let e = error(&arrived, net.a(), kind, quote).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
+                let want = translated(&e, &arrived, &answer.hop(), net.node()).hop();
+                lab.from_pod(&e)?.onto_wire(&want)
+            })
+        })
+    })
+}
+
+/// The host's own stack complains about a packet of a pod: to the pod's door, as the pod sent it.
+#[test]
+fn by_the_host_about_packets_to_it() -> Result<()> {
+    labs(|lab, net| {
+        PROTOS[..3].iter().try_for_each(|&proto| {
+            lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.node(), 10250)])?;
+            let sent = from_a(net, proto, (net.vip(1), 80));
+            let arrived = sent.from_to((net.a(), PORT), (net.node(), 10250));
+            lab.from_pod(&sent)?.to_stack(&arrived)?;
+            all_errors(net, |kind, quote| {
+                let e = error(&arrived, net.node(), kind, quote);
+                let want = translated(&e, &arrived, &sent, net.vip(1));
+                lab.to_pod(POD_A, &e)?.to_stack(&want)
+            })
+        })
+    })
+}
+
+/// About plain flows, nothing changes but the way.
+#[test]
+fn about_flows_without_translation() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let sent = from_a(net, proto, at(proto, net.far(), 80));
+            lab.from_pod(&sent)?.onto_wire(&sent.hop())?;
+            all_errors(net, |kind, quote| {
+                let e = error(&sent.hop(), net.far(), kind, quote);
+                lab.overlay_in(net.node2(), &e)?.into_pod(&e.hop())
+            })
+        })
+    })
+}
+
+/// About what the host asked of a service: for its own stack, restored.
+#[test]
+fn about_packets_of_the_host_to_a_service() -> Result<()> {
+    labs(|lab, net| {
+        PROTOS[..3].iter().try_for_each(|&proto| {
+            lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.routed(), 8080)])?;
+            let sent = from_host(net, proto, (net.vip(1), 80));
+            let left = sent.from_to((net.node(), PORT), (net.routed(), 8080));
+            lab.uplink_out(&sent)?.onto_wire(&left)?;
+            all_errors(net, |kind, quote| {
+                for (from, seen) in [(net.routed(), net.vip(1)), (net.router(), net.router())] {
+                    let e = error(&left, from, kind, quote);
+                    lab.uplink_in(&e)?.to_stack(&translated(&e, &left, &sent, seen))?;
+                }
+                Ok(())
+            })
+        })
+    })
+}
+
+#[test]
+fn about_nothing_that_we_know() -> Result<()> {
+    labs(|lab, net| {
+        let unknown = from_outside(Proto::Udp, (net.node(), 1), (net.world(), 2));
+        let e = error(&unknown, net.router(), kinds(net)[0], 1000);
+        lab.uplink_in(&e)?.to_stack(&e)?;
+        // A pod sends one into the world, where masquerade cannot tell whose it is.
+        let unknown = from_outside(Proto::Udp, (net.world(), 1), (net.a(), 2));
+        let e = error(&unknown, net.a(), kinds(net)[0], 1000).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
+        lab.from_pod(&e)?.dropped(DropReason::Untracked)?;
+        // To another pod it may.
+        let unknown = from_outside(Proto::Udp, (net.b(), 1), (net.a(), 2));
+        let e = error(&unknown, net.a(), kinds(net)[0], 1000).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
+        lab.from_pod(&e)?.into_pod(&e.hop())?;
+        // In somebody else's name it may not.
+        lab.from_pod(&e.map(|f| f.src = net.world()))?.dropped(DropReason::Spoofed)?;
+        ensure!(lab.halves()? == 0, "an error opened a connection");
+        Ok(())
+    })
+}
+
+/// A quotation cut off before its ports, or that is no IP packet at all.
+#[test]
+fn that_quote_too_little() -> Result<()> {
+    labs(|lab, net| {
+        let to = (net.world(), 443);
+        let sent = from_a(net, Proto::Udp, to);
+        let left = sent.hop().from_to((net.node(), PORT), to);
+        lab.from_pod(&sent)?.onto_wire(&left)?;
+        let header = if net == Net::V4 { 20 } else { 40 };
+        let cut = [0, 1, header - 1, header, header + 3].map(|n| error(&left, net.router(), kinds(net)[0], n));
+        let no_packet = error(&left, net.router(), kinds(net)[0], 1000).map(|f| f.payload[0] ^= 0x30);
+        for e in cut.into_iter().chain([no_packet]) {
+            let bytes = e.bytes();
+            let input = Input { frame: &bytes, ifindex: UPLINK, ..Input::default() };
+            lab.raw(hook::UPLINK_IN, &input)?.to_stack(&e).with_context(|| format!("{} bytes", e.payload.len()))?;
+        }
+        Ok(())
+    })
+}
+
+/// One of each way there is.
+fn destinations(net: Net) -> [IpAddr; 4] {
+    [net.b(), net.far(), net.routed(), net.world()]
+}
+
+#[test]
+fn the_last_hop_is_told() -> Result<()> {
+    labs(|lab, net| {
+        let (kind, code) = if net == Net::V4 { (11, 0) } else { (3, 0) };
+        each(|proto| {
+            for dst in destinations(net) {
+                for ttl in [0, 1] {
+                    let f = from_a(net, proto, at(proto, dst, 80)).map(|f| f.ttl = ttl);
+                    let told = icmp_error(&f, net.node(), kind, code, 0);
+                    lab.from_pod(&f)?.answered(DropReason::TtlExceeded, &told).with_context(|| format!("to {dst}"))?;
+                }
+                let f = from_a(net, proto, at(proto, dst, 80)).map(|f| f.ttl = 2);
+                let shot = lab.from_pod(&f)?;
+                ensure!(shot.verdict == REDIRECT, "two hops are enough");
+            }
+            // To this node itself no hop is needed.
+            let f = from_a(net, proto, at(proto, net.node(), 80)).map(|f| f.ttl = 1);
+            lab.from_pod(&f)?.to_stack(&f)
+        })
+    })
+}
+
+/// The error quotes what the client sent, not what it became.
+#[test]
+fn the_last_hop_on_the_way_to_a_service() -> Result<()> {
+    labs(|lab, net| {
+        let (kind, code) = if net == Net::V4 { (11, 0) } else { (3, 0) };
+        lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
+        let f = from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.ttl = 1);
+        lab.from_pod(&f)?.answered(DropReason::TtlExceeded, &icmp_error(&f, net.node(), kind, code, 0))
+    })
+}
+
+/// Through the uplink and through the overlay, errors of ours find their way back.
+#[test]
+fn the_last_hop_of_what_comes_from_outside() -> Result<()> {
+    labs(|lab, net| {
+        let (kind, code) = if net == Net::V4 { (11, 0) } else { (3, 0) };
+        let f = from_outside(Proto::Udp, (net.routed(), 1234), (net.b(), 80)).map(|f| f.ttl = 1);
+        let told = icmp_error(&f, net.node(), kind, code, 0);
+        lab.uplink_in(&f)?.answered(DropReason::TtlExceeded, &told)?;
+        let f = from_outside(Proto::Udp, (net.far(), 1234), (net.b(), 80)).map(|f| f.ttl = 1);
+        let told = icmp_error(&f, net.node(), kind, code, 0);
+        lab.overlay_in(net.node2(), &f)?.answered(DropReason::TtlExceeded, &told)
+    })
+}
+
+/// Nothing answers an error, a later fragment, or a reset (RFC 1122, 3.2.2).
+#[test]
+fn no_error_about_errors() -> Result<()> {
+    labs(|lab, net| {
+        let about = from_outside(Proto::Udp, (net.b(), 1), (net.a(), 2));
+        let e = error(&about, net.a(), kinds(net)[0], 1000).map(|f| {
+            (f.smac, f.dmac, f.ttl) = (MAC_A, MAC_HOST, 1);
+        });
+        lab.from_pod(&e)?.dropped(DropReason::TtlExceeded)?;
+        let rst = from_a(net, Proto::Tcp, (net.b(), 80)).with_flags(crate::frame::RST).map(|f| f.ttl = 1);
+        lab.from_pod(&rst)?.dropped(DropReason::TtlExceeded)
+    })
+}
+
+fn sized(net: Net, proto: Proto, dst: (IpAddr, u16), total: usize) -> Frame {
+    let f = later(&from_a(net, proto, dst));
+    let header = f.ip_bytes().len() - f.payload.len();
+    f.map(|f| f.payload = vec![0x5a; total - header])
+}
+
+fn too_big(net: Net, f: &Frame, mtu: usize) -> Frame {
+    let (kind, code) = if net == Net::V4 { (3, 4) } else { (2, 0) };
+    icmp_error(f, net.node(), kind, code, mtu as u32)
+}
+
+#[test]
+fn what_does_not_fit_is_told() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            for (dst, mtu) in
+                [(net.far(), OVERLAY_MTU), (net.routed(), 1500), (net.narrow(), NARROW_MTU), (net.world(), 1500)]
+            {
+                let dst = at(proto, dst, 80);
+                let fits = sized(net, proto, dst, mtu);
+                let shot = lab.from_pod(&fits)?;
+                ensure!(shot.verdict == REDIRECT && shot.counted.len() == 1, "{mtu} bytes to {dst:?}: {shot:?}");
+                let f = sized(net, proto, dst, mtu + 1);
+                lab.from_pod(&f)?
+                    .answered(DropReason::TooBig, &too_big(net, &f, mtu))
+                    .with_context(|| format!("to {}", dst.0))?;
+            }
+            Ok(())
+        })
+    })
+}
+
+/// Of a service, the packet quoted is the client's.
+#[test]
+fn what_does_not_fit_on_the_way_to_a_service() -> Result<()> {
+    labs(|lab, net| {
+        lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), 8080)])?;
+        let f = sized(net, Proto::Tcp, (net.vip(1), 80), OVERLAY_MTU + 1);
+        lab.from_pod(&f)?.answered(DropReason::TooBig, &too_big(net, &f, OVERLAY_MTU))?;
+        // And of an established flow.
+        let ask = from_a(net, Proto::Tcp, (net.vip(1), 80));
+        lab.from_pod(&ask)?.onto_wire(&ask.hop().from_to((net.a(), PORT), (net.far(), 8080)))?;
+        lab.from_pod(&f)?.answered(DropReason::TooBig, &too_big(net, &f, OVERLAY_MTU))
+    })
+}
+
+/// A frame that stands for several segments is as long as one of them.
+#[test]
+fn segments_are_measured_one_by_one() -> Result<()> {
+    labs(|lab, net| {
+        let headers = if net == Net::V4 { 40 } else { 60 };
+        for (gso, fits) in [(OVERLAY_MTU - headers, true), (OVERLAY_MTU - headers + 1, false)] {
+            let f = sized(net, Proto::Tcp, (net.far(), 80), 3000);
+            let bytes = f.bytes();
+            let input = Input { frame: &bytes, ifindex: POD_A, gso_size: gso as u32, ..Input::default() };
+            let shot = lab.raw(hook::FROM_POD, &input)?;
+            if fits {
+                shot.onto_wire(&f.hop())?;
+            } else {
+                ensure!(shot.counted.contains_key(&(DropReason::TooBig as u8, 0)), "{:?}", shot.counted);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A pod's neighbour discovery and the like is the stack's; from outside as well.
+#[test]
+fn what_concerns_the_link() -> Result<()> {
+    labs(|lab, net| {
+        if net == Net::V4 {
+            return Ok(());
+        }
+        for kind in 133..=137 {
+            let f = from_a(net, Proto::Udp, (net.b(), 0)).map(|f| {
+                f.l4 = L4::Icmp { kind, code: 0, rest: 0 };
+                f.payload = vec![0; 16];
+            });
+            lab.from_pod(&f)?.to_stack(&f)?;
+            lab.uplink_in(&f)?.to_stack(&f)?;
+            lab.to_pod(POD_A, &f)?.to_stack(&f)?;
+            lab.overlay_in(net.node2(), &f)?.dropped(DropReason::TunnelSource)?;
+        }
+        ensure!(lab.halves()? == 0);
+        Ok(())
+    })
+}

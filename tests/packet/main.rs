@@ -1,0 +1,16 @@
+//! Tables of packets: each program by `BPF_PROG_TEST_RUN`, a packet in, and the verdict, the whole packet that comes out,
+//! the counters and the connection table compared with what the test builds on its own.
+//!
+//! Needs root and `cargo xtask build-ebpf`.
+
+mod flows;
+mod frame;
+mod harness;
+mod headers;
+mod icmp;
+mod malformed;
+mod masquerade;
+mod pods;
+mod refusals;
+mod services;
+mod tracking;

@@ -1,0 +1,266 @@
+//! Who may send what from where: sources, tunnels, doors.
+
+use crate::flows::{ALL, PORT, Proto, from_a, from_host, from_outside, later};
+use crate::frame::Frame;
+use crate::harness::{Flow, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, labs};
+use anyhow::{Context, Result, ensure};
+use rustnet_common::drop::{DropReason, hook};
+use rustnet_common::names::MARK_DONE;
+use testkit::datapath::Input;
+
+fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
+    ALL.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
+}
+
+#[test]
+fn a_pod_with_another_ones_address_or_mac() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let good = from_a(net, proto, (net.b(), 80));
+            for src in [net.b(), net.far(), net.node(), net.node2(), net.world(), net.vip(1), net.nobody()] {
+                let f = good.map(|f| f.src = src);
+                lab.from_pod(&f)?.dropped(DropReason::Spoofed).with_context(|| format!("as {src}"))?;
+                // Neither out into the world nor to the host.
+                let f = f.map(|f| f.dst = net.world());
+                lab.from_pod(&f)?.dropped(DropReason::Spoofed)?;
+                let f = f.map(|f| f.dst = net.node());
+                lab.from_pod(&f)?.dropped(DropReason::Spoofed)?;
+            }
+            let f = good.map(|f| f.smac = [2, 0, 0, 0, 0x0a, 2]);
+            lab.from_pod(&f)?.dropped(DropReason::Spoofed)?;
+            ensure!(lab.halves()? == 0, "a spoofed packet is tracked");
+            Ok(())
+        })
+    })
+}
+
+/// Known flows are checked once; a packet of one that comes from elsewhere is checked again.
+#[test]
+fn a_known_flow_claimed_by_another_pod() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let good = from_a(net, proto, (net.b(), 80));
+            lab.from_pod(&good)?.into_pod(&good.hop())?;
+            let before = lab.half(Flow::of(&good))?;
+            // The thief even knows the MAC.
+            let f = later(&good);
+            let bytes = f.bytes();
+            let input = Input { frame: &bytes, ifindex: POD_B, ..Input::default() };
+            lab.raw(hook::FROM_POD, &input)?.dropped(DropReason::Spoofed).context("by another interface")?;
+            let f = f.map(|f| f.smac = MAC_B);
+            lab.from_pod(&f)?.dropped(DropReason::Spoofed).context("with another MAC and interface")?;
+            let bytes = later(&good).map(|f| f.smac = MAC_B).bytes();
+            let input = Input { frame: &bytes, ifindex: POD_A, ..Input::default() };
+            lab.raw(hook::FROM_POD, &input)?.dropped(DropReason::Spoofed).context("with another MAC")?;
+            // The answering half is nobody's until pod B has spoken: then its own only.
+            let answer = good.reply().map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
+            lab.from_pod(&answer)?.dropped(DropReason::Spoofed).context("an answer in B's name")?;
+            let outside = good.reply();
+            lab.uplink_in(&outside)?.dropped(DropReason::Spoofed).context("an answer in B's name from outside")?;
+            lab.overlay_in(net.node2(), &outside)?.dropped(DropReason::TunnelSource).context("and from a tunnel")?;
+            let after = lab.half(Flow::of(&good))?;
+            ensure!(after == before, "{after:?} is not {before:?}");
+            Ok(())
+        })
+    })
+}
+
+/// The pod's flow lives on when its address moves to another interface, as after a restart of its sandbox.
+#[test]
+fn a_flow_follows_its_endpoint() -> Result<()> {
+    labs(|lab, net| {
+        let f = from_a(net, Proto::Udp, (net.b(), 80));
+        lab.from_pod(&f)?.into_pod(&f.hop())?;
+        lab.put_endpoint(net.a(), POD_B, MAC_B)?;
+        lab.from_pod(&f)?.into_pod(&f.hop()).context("what was verified stays so for the flow")?;
+        let moved = f.map(|f| f.smac = MAC_B);
+        lab.from_pod(&moved)?.into_pod(&moved.hop())?;
+        ensure!(lab.half(Flow::of(&f))?.ifindex == POD_B, "the guard did not move");
+        // From now on the old one is foreign.
+        lab.from_pod(&f)?.dropped(DropReason::Spoofed)
+    })
+}
+
+#[test]
+fn own_addresses_from_outside() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            for src in [net.a(), net.nobody(), net.node()] {
+                let f = from_outside(proto, (src, 1), (net.b(), 80));
+                lab.uplink_in(&f)?.dropped(DropReason::Spoofed).with_context(|| format!("as {src}"))?;
+            }
+            ensure!(lab.halves()? == 0);
+            Ok(())
+        })
+    })
+}
+
+#[test]
+fn a_tunnel_from_the_wrong_node() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let node3 = net.ip([172, 18, 0, 13], "fd00:18::13");
+            let f = from_outside(proto, (net.far(), PORT), (net.b(), 80));
+            for remote in [node3, net.node(), net.world()] {
+                lab.overlay_in(remote, &f)?
+                    .dropped(DropReason::TunnelSource)
+                    .with_context(|| format!("from {remote}"))?;
+            }
+            // Sources that no tunnel brings.
+            for src in [net.a(), net.node(), net.world(), net.routed(), net.vip(1)] {
+                let f = f.map(|f| f.src = src);
+                lab.overlay_in(net.node2(), &f)?
+                    .dropped(DropReason::TunnelSource)
+                    .with_context(|| format!("as {src}"))?;
+            }
+            ensure!(lab.halves()? == 0);
+            // A known flow that suddenly comes from another node.
+            lab.overlay_in(net.node2(), &f)?.into_pod(&f.hop())?;
+            lab.overlay_in(node3, &later(&f))?.dropped(DropReason::TunnelSource)?;
+            lab.overlay_in(net.node2(), &later(&f))?.into_pod(&later(&f).hop())?;
+            lab.forget()
+        })
+    })
+}
+
+/// Over the other family's underlay.
+#[test]
+fn a_tunnel_over_the_other_family() -> Result<()> {
+    labs(|lab, net| {
+        let other = if net == Net::V4 { Net::V6 } else { Net::V4 };
+        lab.put_peer(
+            net.far(),
+            Some((24, 64)),
+            rustnet_common::peer::flags::POD | rustnet_common::peer::flags::TUNNEL,
+            Some(other.node2()),
+        )?;
+        let f = from_outside(Proto::Tcp, (net.far(), PORT), (net.b(), 80));
+        lab.overlay_in(net.node2(), &f)?.dropped(DropReason::TunnelSource)?;
+        lab.overlay_in(other.node2(), &f)?.into_pod(&f.hop())?;
+        let answer = f.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+        lab.from_pod(&answer)?.onto_wire(&answer.hop())
+    })
+}
+
+/// A frame on the overlay device that came through no tunnel.
+#[test]
+fn no_tunnel_at_all() -> Result<()> {
+    labs(|lab, net| {
+        let bytes = from_outside(Proto::Udp, (net.far(), 1), (net.b(), 80)).bytes();
+        let input = Input { frame: &bytes, ifindex: crate::harness::OVERLAY, ..Input::default() };
+        lab.raw(hook::OVERLAY_IN, &input)?.dropped(DropReason::TunnelSource)
+    })
+}
+
+/// What comes out of the tunnel never goes back into it, and to the host only by its stack.
+#[test]
+fn out_of_the_tunnel_to_anywhere_but_pods() -> Result<()> {
+    labs(|lab, net| {
+        for dst in [net.node(), net.far(), net.world(), net.routed(), net.nobody()] {
+            let f = from_outside(Proto::Udp, (net.far(), PORT), (dst, 80));
+            lab.overlay_in(net.node2(), &f)?.to_stack(&f)?;
+        }
+        ensure!(lab.halves()? == 0);
+        Ok(())
+    })
+}
+
+/// A pod that builds tunnel packets itself could speak as anybody.
+#[test]
+fn tunnel_packets_of_a_pod() -> Result<()> {
+    labs(|lab, net| {
+        for node in [net.node(), net.node2()] {
+            let f = from_a(net, Proto::Udp, (node, 8472));
+            lab.from_pod(&f)?.dropped(DropReason::PodTunnel).with_context(|| format!("to {node}"))?;
+        }
+        ensure!(lab.connections(net)?.is_empty());
+        // By way of a service neither.
+        lab.serve(net.vip(1), 80, 17, 0, &[(net.node2(), 8472)])?;
+        lab.from_pod(&from_a(net, Proto::Udp, (net.vip(1), 80)))?.dropped(DropReason::PodTunnel)?;
+        // To the same port of a pod, and by TCP, it may.
+        let f = from_a(net, Proto::Udp, (net.b(), 8472));
+        lab.from_pod(&f)?.into_pod(&f.hop())?;
+        let f = from_a(net, Proto::Tcp, (net.node(), 8472));
+        lab.from_pod(&f)?.to_stack(&f)
+    })
+}
+
+/// The tunnel's own packets are the stack's, which takes them apart.
+#[test]
+fn tunnel_packets_at_the_uplink() -> Result<()> {
+    labs(|lab, net| {
+        let f = from_outside(Proto::Udp, (net.node2(), 50_000), (net.node(), 8472));
+        lab.uplink_in(&f)?.to_stack(&f)?;
+        ensure!(lab.halves()? == 0);
+        Ok(())
+    })
+}
+
+#[test]
+fn what_an_earlier_hook_has_done_is_let_through() -> Result<()> {
+    labs(|lab, net| {
+        lab.serve(net.vip(1), 80, 17, 0, &[])?;
+        let foreign_bits = 0x4000;
+        for (code, ifindex, f) in [
+            (hook::TO_POD, POD_A, from_host(net, Proto::Udp, (net.a(), 80))),
+            (hook::UPLINK_OUT, crate::harness::UPLINK, from_host(net, Proto::Udp, (net.vip(1), 80))),
+            (hook::OVERLAY_OUT, crate::harness::OVERLAY, from_host(net, Proto::Udp, (net.far(), 80))),
+            (hook::UPLINK_IN, crate::harness::UPLINK, from_outside(Proto::Udp, (net.world(), 1), (net.vip(1), 80))),
+        ] {
+            let bytes = f.bytes();
+            let input = Input { frame: &bytes, ifindex, mark: MARK_DONE | foreign_bits, ..Input::default() };
+            let shot = lab.raw(code, &input)?;
+            ensure!(shot.mark == foreign_bits, "mark {:#x}: ours goes, others' stays", shot.mark);
+            ensure!(
+                shot.verdict == crate::harness::STACK && shot.counted.is_empty() && shot.frame == bytes,
+                "{shot:?}"
+            );
+        }
+        ensure!(lab.halves()? == 0);
+        Ok(())
+    })
+}
+
+/// Pods may set marks on their packets; one that looks like ours opens no door.
+#[test]
+fn a_pods_mark_is_no_pass() -> Result<()> {
+    labs(|lab, net| {
+        let bytes = from_a(net, Proto::Udp, (net.b(), 80)).map(|f| f.src = net.world()).bytes();
+        let input = Input { frame: &bytes, ifindex: POD_A, mark: MARK_DONE, ..Input::default() };
+        let shot = lab.raw(hook::FROM_POD, &input)?;
+        ensure!(shot.verdict == crate::harness::SHOT, "{shot:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn the_hosts_way_into_the_overlay() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            for dst in [net.far(), net.node2()] {
+                let f = from_host(net, proto, (dst, 80));
+                lab.overlay_out(&f)?.to_stack(&f)?;
+            }
+            for dst in [net.a(), net.world(), net.routed(), net.node(), net.nobody()] {
+                let f = from_host(net, proto, (dst, 80));
+                lab.overlay_out(&f)?.dropped(DropReason::NoRoute).with_context(|| format!("to {dst}"))?;
+            }
+            Ok(())
+        })
+    })
+}
+
+/// Traffic between a pod and another node goes through the overlay both ways.
+#[test]
+fn another_nodes_own_address() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let f: Frame = from_a(net, proto, (net.node2(), 80));
+            lab.from_pod(&f)?.onto_wire(&f.hop())?;
+            let answer = f.reply();
+            lab.overlay_in(net.node2(), &answer)?.into_pod(&answer.hop())?;
+            // A pod's flow that comes back by the uplink instead is taken as well: nodes may be asked both ways.
+            lab.uplink_in(&answer)?.into_pod(&answer.hop())
+        })
+    })
+}

@@ -1,0 +1,218 @@
+//! The connection table over a flow's life: states, both halves kept alive, evicted halves mended, port pairs reused.
+
+use crate::flows::{PORT, Proto, SERVED, from_a, from_b, later};
+use crate::frame::{ACK, FIN, Frame, RST, SYN};
+use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, labs};
+use anyhow::{Context, Result, ensure};
+use rustnet_common::conntrack::{flags, state};
+
+/// A service flow from pod A to pod B: what is sent, and what the answer to it is.
+fn begin(lab: &Lab, net: Net, proto: Proto) -> Result<(Frame, Frame)> {
+    lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
+    let ask = from_a(net, proto, (net.vip(1), 80));
+    lab.from_pod(&ask)?.into_pod(&there(net, &ask))?;
+    let answer = there(net, &ask).reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
+    lab.from_pod(&answer)?.into_pod(&back(net, &answer))?;
+    Ok((ask, answer))
+}
+
+fn there(net: Net, f: &Frame) -> Frame {
+    f.hop().from_to((net.a(), PORT), (net.b(), 8080))
+}
+
+fn back(net: Net, f: &Frame) -> Frame {
+    f.hop().from_to((net.vip(1), 80), (net.a(), PORT))
+}
+
+fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
+    SERVED.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
+}
+
+#[test]
+fn an_evicted_half_is_mended() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            for forwards in [true, false] {
+                let (ask, answer) = begin(lab, net, proto)?;
+                let (key, answer_key) = (Flow::of(&ask), Flow::of(&answer));
+                let (gone, left) = if forwards { (answer_key, key) } else { (key, answer_key) };
+                let before = lab.half(gone)?;
+                lab.evict(gone)?;
+                // Within a second nothing is looked after.
+                let more = if forwards { later(&ask) } else { later(&answer) };
+                let want = if forwards { there(net, &more) } else { back(net, &more) };
+                lab.from_pod(&more)?.into_pod(&want)?;
+                ensure!(lab.half(gone).is_err(), "mended at once: every packet pays for it");
+                lab.age(left, 1)?;
+                lab.from_pod(&more)?.into_pod(&want)?;
+                let mended = lab.half(gone)?;
+                ensure!(
+                    (mended.to, mended.flags, mended.state, mended.backend)
+                        == (before.to, before.flags, before.state, before.backend),
+                    "{mended:?} was {before:?}"
+                );
+                ensure!((mended.ifindex, mended.guard, mended.packets) == (0, [0; 6], 0), "{mended:?}");
+                ensure!(mended.seen == lab.half(left)?.seen, "halves of different age");
+                // And the other direction goes on.
+                let (f, want) = if forwards {
+                    (later(&answer), back(net, &later(&answer)))
+                } else {
+                    (later(&ask), there(net, &later(&ask)))
+                };
+                lab.from_pod(&f)?.into_pod(&want)?;
+                lab.forget()?;
+            }
+            Ok(())
+        })
+    })
+}
+
+/// Traffic in one direction keeps both halves young.
+#[test]
+fn one_direction_keeps_both_alive() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let (ask, answer) = begin(lab, net, proto)?;
+            let (key, answer_key) = (Flow::of(&ask), Flow::of(&answer));
+            let old = lab.age(answer_key, 30)?;
+            lab.age(key, 30)?;
+            lab.from_pod(&later(&ask))?.into_pod(&there(net, &later(&ask)))?;
+            let (a, b) = (lab.half(key)?.seen, lab.half(answer_key)?.seen);
+            ensure!(a == b && a.wrapping_sub(old) >= 29 * crate::harness::HZ, "{old}, then {a} and {b}");
+            lab.forget()
+        })
+    })
+}
+
+/// Both halves evicted: the flow is opened anew, to the same backend, for the hash decides.
+#[test]
+fn both_halves_evicted() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let (ask, answer) = begin(lab, net, proto)?;
+            let before = lab.half(Flow::of(&ask))?;
+            lab.forget()?;
+            lab.from_pod(&later(&ask))?.into_pod(&there(net, &later(&ask)))?;
+            ensure!(lab.half(Flow::of(&ask))?.to == before.to);
+            lab.from_pod(&later(&answer))?.into_pod(&back(net, &later(&answer)))
+        })
+    })
+}
+
+#[test]
+fn states_of_a_tcp_connection() -> Result<()> {
+    labs(|lab, net| {
+        lab.serve(net.vip(1), 80, 6, 0, &[(net.b(), 8080)])?;
+        let ask = from_a(net, Proto::Tcp, (net.vip(1), 80));
+        let answer = there(net, &ask).reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+        let (key, answer_key) = (Flow::of(&ask), Flow::of(&answer));
+        let steps: [(&Frame, u8, u8); 8] = [
+            (&ask, SYN, 0),
+            // A repeated SYN of a connection that is not closing is a retransmission.
+            (&ask, SYN, 0),
+            (&answer, SYN | ACK, state::ANSWERED),
+            (&ask, ACK, state::ANSWERED),
+            (&ask, FIN | ACK, state::ANSWERED | state::FIN_ORIG),
+            (&answer, ACK, state::ANSWERED | state::FIN_ORIG),
+            (&answer, FIN | ACK, state::ANSWERED | state::FIN_ORIG | state::FIN_REPLY),
+            (&ask, ACK, state::ANSWERED | state::FIN_ORIG | state::FIN_REPLY),
+        ];
+        for (i, (f, tcp, want)) in steps.into_iter().enumerate() {
+            let f = f.with_flags(tcp);
+            let becomes = if Flow::of(&f) == key { there(net, &f) } else { back(net, &f) };
+            lab.from_pod(&f)?.into_pod(&becomes)?;
+            let (a, b) = (lab.half(key)?, lab.half(answer_key)?);
+            ensure!(
+                (a.state, b.state) == (want, want),
+                "after step {i}: {:#x} and {:#x}, not {want:#x}",
+                a.state,
+                b.state
+            );
+        }
+        ensure!(state::closing(lab.half(key)?.state));
+        // Either side's reset ends it.
+        for by_answer in [false, true] {
+            lab.forget()?;
+            lab.from_pod(&ask)?.into_pod(&there(net, &ask))?;
+            let f = if by_answer { &answer } else { &ask }.with_flags(RST | ACK);
+            lab.from_pod(&f)?.into_pod(&if by_answer { back(net, &f) } else { there(net, &f) })?;
+            ensure!(state::closing(lab.half(key)?.state) && state::closing(lab.half(answer_key)?.state));
+        }
+        Ok(())
+    })
+}
+
+/// A port pair used again after FIN or RST: a new connection, which may have another backend.
+#[test]
+fn a_port_pair_is_used_again() -> Result<()> {
+    labs(|lab, net| {
+        for reset in [false, true] {
+            let (ask, answer) = begin(lab, net, Proto::Tcp)?;
+            if reset {
+                let f = answer.with_flags(RST);
+                lab.from_pod(&f)?.into_pod(&back(net, &f))?;
+            } else {
+                for f in [ask.with_flags(FIN | ACK), answer.with_flags(FIN | ACK)] {
+                    lab.from_pod(&f)?;
+                }
+            }
+            // The service has moved meanwhile.
+            lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), 8080)])?;
+            // The old connection's last segments still go the old way.
+            lab.from_pod(&ask.with_flags(ACK))?.into_pod(&there(net, &ask.with_flags(ACK)))?;
+            lab.from_pod(&ask)?.onto_wire(&ask.hop().from_to((net.a(), PORT), (net.far(), 8080)))?;
+            let half = lab.half(Flow::of(&ask))?;
+            ensure!(half.state == 0 && half.packets == 1, "{half:?}");
+            let answer = ask.hop().from_to((net.a(), PORT), (net.far(), 8080)).reply();
+            lab.overlay_in(net.node2(), &answer)?.into_pod(&back(net, &answer))?;
+            // What is left of the old one does not speak for the new one.
+            let stale = from_b(net, Proto::Tcp, (net.a(), PORT)).map(|f| f.set_ports(8080, PORT)).with_flags(ACK);
+            let _ = lab.from_pod(&stale)?;
+            let half = lab.half(Flow::of(&ask))?;
+            ensure!(half.to.dst == net.far(), "{half:?}");
+            lab.forget()?;
+        }
+        Ok(())
+    })
+}
+
+/// The same, to the same backend: the answering half is taken over, not avoided.
+#[test]
+fn a_port_pair_is_used_again_with_the_same_backend() -> Result<()> {
+    labs(|lab, net| {
+        let (ask, answer) = begin(lab, net, Proto::Tcp)?;
+        for f in [ask.with_flags(FIN | ACK), answer.with_flags(FIN | ACK)] {
+            lab.from_pod(&f)?;
+        }
+        lab.from_pod(&ask)?.into_pod(&there(net, &ask))?;
+        let (a, b) = (lab.half(Flow::of(&ask))?, lab.half(Flow::of(&answer))?);
+        ensure!(
+            (a.state, b.state) == (0, 0) && a.flags == flags::NAT && b.flags == flags::NAT | flags::REPLY,
+            "{a:?} {b:?}"
+        );
+        lab.from_pod(&answer.with_flags(SYN | ACK))?.into_pod(&back(net, &answer.with_flags(SYN | ACK)))
+    })
+}
+
+/// A table that is full of live connections: new ones get in (the LRU makes room), old ones that speak go on.
+#[test]
+fn a_full_table() -> Result<()> {
+    labs(|lab, net| {
+        lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
+        let flow = |i: u32| from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.set_ports(1024 + i as u16, 80));
+        let arrives = |f: &Frame| {
+            f.hop().map(|f2| {
+                f2.dst = net.b();
+                let (sport, _) = f.ports();
+                f2.set_ports(sport, 8080);
+            })
+        };
+        for i in 0..4000 {
+            let f = flow(i);
+            lab.from_pod(&f)?.into_pod(&arrives(&f)).with_context(|| format!("flow {i}"))?;
+        }
+        ensure!(lab.connections(net)?.len() <= 1024, "{}", lab.connections(net)?.len());
+        let last = flow(3999);
+        lab.from_pod(&last)?.into_pod(&arrives(&last))
+    })
+}
