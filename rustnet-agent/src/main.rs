@@ -9,6 +9,7 @@ use rustnet_agent::health::Health;
 use rustnet_agent::source::kube::{KubeSource, NodeStatus};
 use rustnet_agent::source::{Event, kube, manifests};
 use rustnet_agent::{bpf, http, install, reconcile};
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
@@ -122,7 +123,8 @@ fn end_on_signals(stop: watch::Sender<bool>) -> anyhow::Result<()> {
 
 fn log_to_stderr(config: &Config) {
     let filter = EnvFilter::try_new(&config.log_level).unwrap_or_default();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
     match config.log_format {
         LogFormat::Text => log.with_target(false).init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
