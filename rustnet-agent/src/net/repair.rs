@@ -93,9 +93,12 @@ impl Repairer {
         let veths = veth_names(&state.host.links, &state.endpoints);
         let overlay_name = state.overlay.map(|_| OVERLAY_DEV);
         let names: Vec<_> = state.uplinks.iter().map(|u| u.name.clone()).collect();
-        match sysctl::apply(&self.sysctl_root, &sysctl::wanted(&names, overlay_name, &veths)) {
-            Ok(changed) => state.changed.extend(changed),
-            Err(e) => state.errors.push(format!("{e:#}")),
+        let wanted_sysctls = sysctl::wanted(&names, overlay_name, &veths);
+        for done in [sysctl::relax(&self.sysctl_root), sysctl::apply(&self.sysctl_root, &wanted_sysctls)] {
+            match done {
+                Ok(changed) => state.changed.extend(changed),
+                Err(e) => state.errors.push(format!("{e:#}")),
+            }
         }
         if wanted.overlay.is_none() || state.overlay.is_some() {
             self.routes(&mut state, wanted);

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use rustnet_common::names;
 
 /// Where the kernel shows the settings of the reader's network namespace.
 pub const ROOT: &str = "/proc/sys/net";
@@ -31,11 +32,39 @@ pub fn wanted(uplinks: &[String], overlay: Option<&str>, veths: &[String]) -> Ve
     out.extend(uplinks.iter().map(|dev| sysctl(format!("ipv6/conf/{dev}/accept_ra"), "2", &["0"], true)));
     out.push(sysctl("ipv4/ip_forward".into(), "1", &[], false));
     out.push(sysctl("ipv6/conf/all/forwarding".into(), "1", &[], true));
-    // Loose reverse-path filtering: replies of pods leave by another way than their requests came. The strictest of `all`
-    // and the device counts, and 2 is "stricter" than 1.
+    // No reverse-path filter where the programs verify sources: what they let through can bear a VIP, whose route leads
+    // elsewhere, and even the loose filter refuses that on a device without an address of its own. See also `relax`.
     let devices = overlay.into_iter().chain(veths.iter().map(String::as_str));
-    out.extend(devices.map(|dev| sysctl(format!("ipv4/conf/{dev}/rp_filter"), "2", &[], true)));
+    out.extend(devices.map(|dev| sysctl(format!("ipv4/conf/{dev}/rp_filter"), "0", &[], true)));
     out
+}
+
+/// Takes a reverse-path filter out of `all`, where it would count for our devices too (the highest value wins), and puts it on
+/// every device that is not ours instead, so that nothing else changes. Returns what was set, as [`apply`] does.
+pub fn relax(root: &Path) -> Result<Vec<String>> {
+    let conf = root.join("ipv4/conf");
+    let read = |dev: &str| -> u32 {
+        let value = fs::read_to_string(conf.join(dev).join("rp_filter")).unwrap_or_default();
+        value.trim().parse().unwrap_or(0)
+    };
+    let all = read("all");
+    if all == 0 {
+        return Ok(Vec::new());
+    }
+    let mut changed = Vec::new();
+    for entry in fs::read_dir(&conf).with_context(|| format!("reading {}", conf.display()))? {
+        let name = entry?.file_name();
+        let dev = name.to_string_lossy();
+        if dev == "all" || dev.starts_with(names::VETH_PREFIX) || dev == names::OVERLAY_DEV || read(&dev) >= all {
+            continue;
+        }
+        fs::write(conf.join(&*dev).join("rp_filter"), all.to_string())
+            .with_context(|| format!("setting rp_filter of {dev} to {all}"))?;
+        changed.push(format!("ipv4.conf.{dev}.rp_filter: -> {all}"));
+    }
+    fs::write(conf.join("all/rp_filter"), "0").context("setting ipv4.conf.all.rp_filter to 0")?;
+    changed.push(format!("ipv4.conf.all.rp_filter: {all} -> 0"));
+    Ok(changed)
 }
 
 /// Sets what differs; returns what was set, as `path: old -> new`.
@@ -65,7 +94,7 @@ pub fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{apply, wanted};
+    use super::{apply, relax, wanted};
     use std::fs;
 
     #[test]
@@ -77,7 +106,7 @@ mod tests {
             fs::write(path, value).unwrap();
         };
         put("ipv4/ip_forward", "0\n");
-        put("ipv4/conf/rn_vxlan/rp_filter", "2\n");
+        put("ipv4/conf/rn_vxlan/rp_filter", "0\n");
         put("ipv4/conf/rnv1/rp_filter", "1\n");
         put("ipv6/conf/eth0/accept_ra", "0\n");
         put("ipv6/conf/eth1/accept_ra", "1\n");
@@ -87,9 +116,26 @@ mod tests {
         let changed = apply(root.path(), &all).unwrap();
         assert_eq!(
             changed,
-            ["ipv6.conf.eth1.accept_ra: 1 -> 2", "ipv4.ip_forward: 0 -> 1", "ipv4.conf.rnv1.rp_filter: 1 -> 2"]
+            ["ipv6.conf.eth1.accept_ra: 1 -> 2", "ipv4.ip_forward: 0 -> 1", "ipv4.conf.rnv1.rp_filter: 1 -> 0"]
         );
         assert!(apply(root.path(), &all).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_filter_in_all_moves_to_the_devices_that_are_not_ours() {
+        let root = tempfile::tempdir().unwrap();
+        let conf = root.path().join("ipv4/conf");
+        for (dev, value) in
+            [("all", "2"), ("default", "0"), ("eth0", "1"), ("rnv1", "0"), ("rn_vxlan", "0"), ("lo", "2")]
+        {
+            fs::create_dir_all(conf.join(dev)).unwrap();
+            fs::write(conf.join(dev).join("rp_filter"), value).unwrap();
+        }
+        assert_eq!(relax(root.path()).unwrap().len(), 3);
+        let read = |dev: &str| fs::read_to_string(conf.join(dev).join("rp_filter")).unwrap();
+        let now = ["all", "default", "eth0", "rnv1", "rn_vxlan", "lo"].map(read);
+        assert_eq!(now, ["0", "2", "2", "0", "0", "2"]);
+        assert!(relax(root.path()).unwrap().is_empty());
     }
 
     #[test]

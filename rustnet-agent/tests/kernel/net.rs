@@ -189,9 +189,9 @@ fn sysctls_of_this_namespace_are_set_again() {
         repair(sandbox, true, &[], true);
         assert_eq!(read("ipv4/ip_forward").trim(), "1");
         assert_eq!(read("ipv6/conf/all/forwarding").trim(), "1");
-        assert_eq!(read("ipv4/conf/rn_vxlan/rp_filter").trim(), "2");
+        assert_eq!(read("ipv4/conf/rn_vxlan/rp_filter").trim(), "0");
         fs::write("/proc/sys/net/ipv4/conf/rn_vxlan/rp_filter", "1").unwrap();
-        assert_eq!(repair(sandbox, true, &[], true).changed, ["ipv4.conf.rn_vxlan.rp_filter: 1 -> 2"]);
+        assert_eq!(repair(sandbox, true, &[], true).changed, ["ipv4.conf.rn_vxlan.rp_filter: 1 -> 0"]);
     });
 }
 

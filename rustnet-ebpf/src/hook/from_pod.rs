@@ -27,23 +27,19 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
         return Ok(STACK);
     }
     let guard = source::pod_guard(skb)?;
+    let verify = || source::verify_pod::<F>(p.tuple.src, guard);
     let mut to = p.tuple;
     if p.kind == Kind::IcmpError {
-        source::verify_pod::<F>(p.tuple.src, guard)?;
+        verify()?;
         let known = icmp::translate::<F, _>(skb, p, &mut to)?;
-        let route = route::of::<F>(to.dst);
-        if !known && matches!(route, Route::World) {
+        if !known && matches!(route::of::<F>(to.dst), Route::World) {
             return Err(DropReason::Untracked.into());
         }
-        return forward::<F>(skb, p, &to, config, From::Ingress, route);
-    }
-    let verify = || source::verify_pod::<F>(p.tuple.src, guard);
-    if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)? {
+    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)? {
         verify()?;
         open::<F>(skb, p, config, &mut to).done()?;
     }
-    let route = route::of::<F>(to.dst);
-    forward::<F>(skb, p, &to, config, From::Ingress, route)
+    forward::<F>(skb, p, &to, config, From::Ingress, route::of::<F>(to.dst))
 }
 
 /// The first packet of a flow.

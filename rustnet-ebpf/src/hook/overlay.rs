@@ -29,19 +29,16 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize, remote: &Addr) -> Result<i32, Sto
     if p.kind == Kind::IcmpError {
         verify()?;
         icmp::translate::<F, _>(skb, p, &mut to)?;
-        return forward::<F>(skb, p, &to, config, From::Ingress, inwards::<F>(to.dst));
-    }
-    let known = conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)?;
-    if !known {
+    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)? {
         verify()?;
+        // What is for the host's own stack needs no connection of ours.
+        if source::endpoint(to.dst).is_some() {
+            let o = conntrack::begin::<F, _>(skb, p, guard)?;
+            conntrack::open::<F>(o, config)?;
+            to = o.half.to;
+        }
     }
-    let route = inwards::<F>(to.dst);
-    if let (false, Route::Pod(_)) = (known, &route) {
-        let o = conntrack::begin::<F, _>(skb, p, guard)?;
-        conntrack::open::<F>(o, config)?;
-        to = o.half.to;
-    }
-    forward::<F>(skb, p, &to, config, From::Ingress, route)
+    forward::<F>(skb, p, &to, config, From::Ingress, inwards::<F>(to.dst))
 }
 
 /// What comes out of the tunnel is for a pod of this node or for its stack: never back into the tunnel.
@@ -59,7 +56,8 @@ pub fn run_out<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     let Some(config) = config() else { return Ok(STACK) };
     let p = parse::packet::<F>(skb, l3)?;
     if p.tuple.dst.is_link_scope() {
-        return Err(DropReason::NoRoute.into());
+        // The device's own multicast listener reports: without a tunnel they go nowhere.
+        return Ok(STACK);
     }
     match route::peer::<F>(p.tuple.dst) {
         Some(peer) if peer.flags & flags::TUNNEL != 0 => {

@@ -1,6 +1,7 @@
 //! `to_pod`: TC egress of a pod's host-side veth. What this node's own stack sends to a pod: probes, host processes, the
 //! answers of host-network backends, and whatever the kernel forwarded by itself.
 
+use rustnet_common::addr::Address;
 use rustnet_common::conntrack::flags;
 use rustnet_common::peer;
 
@@ -17,6 +18,9 @@ use crate::step::{Stop, icmp, route};
 pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     let Some(config) = config() else { return Ok(STACK) };
     let p = parse::packet::<F>(skb, l3)?;
+    if p.tuple.dst.is_link_scope() {
+        return Ok(STACK);
+    }
     let mut to = p.tuple;
     match p.kind {
         Kind::Link => return Ok(STACK),

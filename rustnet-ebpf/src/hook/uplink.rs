@@ -12,7 +12,7 @@ use crate::family::Family;
 use crate::parse::{self, Kind};
 use crate::step::conntrack::{self, Guard};
 use crate::step::forward::{From, STACK, forward};
-use crate::step::route::{self, Route};
+use crate::step::route;
 use crate::step::{Stop, icmp, lb, source};
 
 /// A frame with a VLAN tag belongs to another device than the one we are attached to.
@@ -33,29 +33,27 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     if p.kind == Kind::Link || (p.tuple.proto == proto::UDP && p.tuple.dport == config.overlay_port) {
         return Ok(STACK);
     }
+    let guard = Guard::none(skb.ifindex());
+    let verify = || source::verify_outside::<F>(p.tuple.src);
     let mut to = p.tuple;
     if p.kind == Kind::IcmpError {
         if !icmp::translate::<F, _>(skb, p, &mut to)? {
             return Ok(STACK);
         }
-        return forward::<F>(skb, p, &to, config, From::Ingress, route::of::<F>(to.dst));
-    }
-    let guard = Guard::none(skb.ifindex());
-    let verify = || source::verify_outside::<F>(p.tuple.src);
-    if conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)? {
-        return forward::<F>(skb, p, &to, config, From::Ingress, route::of::<F>(to.dst));
-    }
-    if let Some(ep) = source::endpoint(p.tuple.dst) {
+    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)? {
+        if source::endpoint(p.tuple.dst).is_none() {
+            if lb::is_vip::<F>(p.tuple.dst) {
+                // The stack would send it back to where it came from, and round it would go.
+                return Err(DropReason::VipFromOutside.into());
+            }
+            return Ok(STACK);
+        }
         verify()?;
         let o = conntrack::begin::<F, _>(skb, p, guard)?;
         conntrack::open::<F>(o, config)?;
-        return forward::<F>(skb, p, &o.half.to, config, From::Ingress, Route::Pod(ep));
+        to = o.half.to;
     }
-    if lb::is_vip::<F>(p.tuple.dst) {
-        // The stack would send it back to where it came from, and round it would go.
-        return Err(DropReason::VipFromOutside.into());
-    }
-    Ok(STACK)
+    forward::<F>(skb, p, &to, config, From::Ingress, route::of::<F>(to.dst))
 }
 
 /// The egress hook, for one family: the host's way to a service where no socket program translates it.

@@ -30,8 +30,8 @@ const TCP_LEN: usize = 20;
 /// Bytes of the transport header that an error quotes: what a receiver needs, and enough that a checksum which the
 /// hardware has yet to fill in stays inside the packet.
 const QUOTED_L4: usize = 28;
-/// Words of the longest quotation: an IPv6 header with room for extension headers.
-const QUOTED_WORDS: usize = 40;
+/// Words of the longest quotation: an IPv6 header with 36 bytes of extension headers, any IPv4 header.
+const QUOTED_WORDS: usize = 26;
 
 /// How a family writes the header of an answer.
 pub trait Head<A>: Copy {
