@@ -188,6 +188,11 @@ pub fn up(index: u32) -> Message {
     Message::new("set the link up", libc::RTM_NEWLINK, 0, &ifinfomsg(index, IFF_UP as u32, IFF_UP as u32))
 }
 
+/// Sets a link down.
+pub fn down(index: u32) -> Message {
+    Message::new("set the link down", libc::RTM_NEWLINK, 0, &ifinfomsg(index, 0, IFF_UP as u32))
+}
+
 /// Adds an address as /32 or /128, without duplicate address detection.
 pub fn address(index: u32, ip: IpAddr) -> Message {
     let header = [family(ip), full_prefix(ip), IFA_F_NODAD, RT_SCOPE_UNIVERSE];

@@ -1,6 +1,8 @@
 //! The CNI binary: connects a pod to the node's network in a few milliseconds and leaves. No runtime, no threads, no
 //! dependency on a living agent: what it needs of it lies in `node.json` and in the pins.
 //!
+//! Called with `type` `loopback`, it stands in for the plugin of that name, which runtimes run before any network's.
+//!
 //! One file a verb in `cmd`; `types` is the protocol, `state` the files, `link` and `attach` the kernel.
 
 mod attach;
@@ -75,6 +77,9 @@ fn run(get: &dyn Fn(&str) -> Option<OsString>, version: &mut Version) -> Result<
     let env = Env::read(verb, get)?;
     let call = Call { env, conf: NetConf::parse(stdin)? };
     require_version(verb, call.conf.version)?;
+    if call.conf.loopback {
+        return cmd::loopback::run(verb, &call);
+    }
     match verb {
         Verb::Add => cmd::add::run(&call).map(Some),
         Verb::Check => cmd::check::run(&call).map(|()| None),

@@ -15,6 +15,8 @@ pub struct NetConf {
     pub version: Version,
     /// Name of the network.
     pub name: String,
+    /// True if the runtime calls us as the `loopback` plugin.
+    pub loopback: bool,
     /// Where the agent has pinned its programs and maps.
     pub bpffs: PathBuf,
     /// The run directory shared with the agent.
@@ -50,6 +52,8 @@ pub struct Attachment {
 #[derive(Default)]
 struct Raw {
     name: Option<String>,
+    #[serde(rename = "type")]
+    kind: Option<String>,
     bpffs: Option<PathBuf>,
     run_dir: Option<PathBuf>,
     ipam: Option<Ipam>,
@@ -106,6 +110,7 @@ impl NetConf {
         Ok(Self {
             version,
             name,
+            loopback: raw.kind.as_deref() == Some(LOOPBACK),
             bpffs: absolute("bpffs", raw.bpffs, names::DEFAULT_BPFFS)?,
             run_dir: absolute("runDir", raw.run_dir, names::DEFAULT_RUN_DIR)?,
             ipam,
@@ -118,6 +123,9 @@ impl NetConf {
         })
     }
 }
+
+/// The `type` of the plugin that sets a pod's `lo` up.
+const LOOPBACK: &str = "loopback";
 
 /// Longest network name that is surely a file name.
 const NAME_MAX: usize = 200;
@@ -224,7 +232,7 @@ mod tests {
 
     #[test]
     fn shapes_that_are_refused() {
-        let cases: [(&str, u32, &str); 27] = [
+        let cases: [(&str, u32, &str); 28] = [
             ("", 6, "empty"),
             (" \n", 6, "empty"),
             ("{", 6, "not JSON"),
@@ -244,6 +252,7 @@ mod tests {
             (r#"{"cniVersion":"1.0.0","name":"a b"}"#, 7, "\"a b\""),
             (r#"{"cniVersion":"1.0.0","name":"../x"}"#, 7, "\"../x\""),
             (r#"{"cniVersion":"1.0.0","name":7}"#, 6, "invalid type"),
+            (r#"{"cniVersion":"1.0.0","name":"a","type":7}"#, 6, "invalid type"),
             (r#"{"cniVersion":"1.0.0","name":"a","runDir":"run"}"#, 7, "runDir"),
             (r#"{"cniVersion":"1.0.0","name":"a","bpffs":"x/y"}"#, 7, "bpffs"),
             (r#"{"cniVersion":"1.0.0","name":"a","mtu":"big"}"#, 6, "invalid type"),
@@ -281,6 +290,20 @@ mod tests {
             (Path::new("/sys/fs/bpf/rustnet"), Path::new("/run/rustnet"))
         );
         assert!(c.valid_attachments.is_none());
+    }
+
+    #[test]
+    fn only_the_type_says_that_we_are_loopback() {
+        for (kind, want) in [
+            (json!("loopback"), true),
+            (json!("rustnet-cni"), false),
+            (json!("Loopback"), false),
+            (json!(""), false),
+            (json!(null), false),
+        ] {
+            let c = parse(&json!({ "cniVersion": "0.3.1", "name": "loopback", "type": kind })).expect("parses");
+            assert_eq!(c.loopback, want, "{kind}");
+        }
     }
 
     #[test]

@@ -8,5 +8,6 @@ mod crash;
 mod delegate;
 mod gc;
 mod load;
+mod loopback;
 mod speed;
 mod verbs;
