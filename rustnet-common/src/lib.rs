@@ -8,6 +8,7 @@ pub mod addr;
 pub mod backend;
 pub mod config;
 pub mod conntrack;
+pub mod crc32c;
 pub mod csum;
 pub mod drop;
 pub mod endpoint;

@@ -26,6 +26,11 @@ pub trait Ctx: Copy {
     /// Applies a difference to the L4 checksum at `offset`. `pseudo` says that the difference is of the pseudo header;
     /// `zero_is_none` that a checksum of 0 means "none" (UDP). All pointers are void afterwards.
     fn l4_checksum(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool;
+    /// Says that the packet's bytes changed by a difference that no checksum among them takes back. For devices that
+    /// deliver a sum of the whole packet (`CHECKSUM_COMPLETE`): the receiver would report broken hardware.
+    fn sum_changed(&self, diff: Sum);
+    /// Says what the packet's bytes sum up to now, from the IP header on.
+    fn sum_becomes(&self, sum: Sum);
 }
 
 /// A pointer to a `T` at `offset`, if the packet reaches so far.
@@ -145,6 +150,19 @@ impl Ctx for Skb {
         }
         // SAFETY: the helper checks the offset against the packet. Size 0 in the flags means "`to` is a difference".
         unsafe { helper::bpf_l4_csum_replace(self.0, offset as u32, 0, u64::from(diff.fold32()), flags) == 0 }
+    }
+    #[inline(always)]
+    fn sum_changed(&self, diff: Sum) {
+        // SAFETY: no pointers but the context. Fails where the device delivered no sum, and then there is nothing to do.
+        let _ = unsafe { helper::bpf_csum_update(self.0, diff.fold32()) };
+    }
+    #[inline(always)]
+    fn sum_becomes(&self, sum: Sum) {
+        // SAFETY: as above; a difference of nothing reads the sum.
+        let now = unsafe { helper::bpf_csum_update(self.0, 0) };
+        if now >= 0 {
+            self.sum_changed(sum.sub(now as u32));
+        }
     }
 }
 

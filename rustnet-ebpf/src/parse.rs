@@ -105,6 +105,8 @@ pub struct Packet<A> {
     pub ttl: u8,
     /// TCP flags, 0 for others.
     pub tcp_flags: u8,
+    /// Length of the transport header by its own account: 8 for UDP, 0 where nothing is known.
+    pub l4_len: u8,
     /// See [`Kind`].
     pub kind: Kind,
     /// More fragments follow.
@@ -127,11 +129,18 @@ impl<A: Address> Packet<A> {
             ip_len: 0,
             ttl: 0,
             tcp_flags: 0,
+            l4_len: 0,
             kind: Kind::Flow,
             more: false,
             offset: 0,
             id: 0,
         }
+    }
+
+    /// True for a first fragment: checksums are over more than there is.
+    #[inline(always)]
+    pub fn first_of_many(&self) -> bool {
+        self.more
     }
 
     /// Offset of the IP header.
@@ -365,7 +374,11 @@ fn read<F: Family, C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<F::A>) -> Result<(
                 // Two bytes at once: the verifier draws no bound from a comparison for a single one.
                 let flags = at_pulled::<u16, C>(ctx, l4 + 12).ok_or(DropReason::Malformed)?;
                 // SAFETY: `at_pulled` proved the two bytes.
-                p.tcp_flags = unsafe { flags.read() }.to_ne_bytes()[1];
+                let [offset, flags] = unsafe { flags.read() }.to_ne_bytes();
+                p.tcp_flags = flags;
+                p.l4_len = offset >> 4 << 2;
+            } else {
+                p.l4_len = needed as u8;
             }
         }
         proto::ICMP if !F::A::IS_V6 => icmp(ctx, l4, p, inside, 8, 0, |t| matches!(t, 3 | 4 | 5 | 11 | 12))?,

@@ -37,6 +37,9 @@ const QUOTED_WORDS: usize = 26;
 pub trait Head<A>: Copy {
     /// A header from `src` to `dst` in front of `payload` bytes.
     fn head(src: A, dst: A, proto: u8, payload: u16) -> Self;
+
+    /// The sum over the header.
+    fn sum(&self) -> Sum;
 }
 
 impl Head<Ip4> for Header4 {
@@ -64,12 +67,28 @@ impl Head<Ip4> for Header4 {
             dst,
         }
     }
+
+    #[inline(always)]
+    fn sum(&self) -> Sum {
+        // What its own checksum makes of it.
+        Sum::default().add(0xffff)
+    }
 }
 
 impl Head<Ip6> for Header6 {
     #[inline(always)]
     fn head(src: Ip6, dst: Ip6, proto: u8, payload: u16) -> Self {
         Self { ver_flow: 0x6000_0000_u32.to_be(), payload: payload.to_be(), next: proto, hop_limit: TTL, src, dst }
+    }
+
+    #[inline(always)]
+    fn sum(&self) -> Sum {
+        Sum::default()
+            .add(self.ver_flow)
+            .add(u32::from(self.payload))
+            .add16(u16::from_be_bytes([self.next, self.hop_limit]))
+            .add_addr(self.src)
+            .add_addr(self.dst)
     }
 }
 
@@ -151,16 +170,14 @@ fn reset<F: Family>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
     let ip = size_of::<F::Header>();
     trim(skb, ETH_LEN + ip + TCP_LEN)?;
     let offset_flags = 5 << 12 | u16::from(flags);
-    let csum = pseudo(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16)
-        .add16(p.tuple.dport)
-        .add16(p.tuple.sport)
-        .add(seq)
-        .add(ack)
-        .add16(offset_flags)
-        .finish();
+    let pseudo = pseudo(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16);
+    let csum = pseudo.add16(p.tuple.dport).add16(p.tuple.sport).add(seq).add(ack).add16(offset_flags).finish();
     let h = at_pulled::<F::Header, _>(skb, ETH_LEN)?;
+    let head = F::Header::head(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16);
+    // A transport whose checksum is right sums up to the complement of its pseudo header.
+    let sum = head.sum().add(u32::from(pseudo.finish()));
     // SAFETY: `at_pulled` proved a whole IP header.
-    unsafe { h.write(F::Header::head(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16)) };
+    unsafe { h.write(head) };
     let t = at_pulled::<Tcp, _>(skb, ETH_LEN + ip)?;
     // SAFETY: `at_pulled` proved a whole TCP header.
     unsafe {
@@ -175,6 +192,7 @@ fn reset<F: Family>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
             urgent: 0,
         });
     }
+    skb.sum_becomes(sum);
     Some(())
 }
 
@@ -186,9 +204,7 @@ fn error<F: Family>(skb: &Skb, p: &Packet<F::A>, src: F::A, kind: [u8; 2], rest:
     let limit = p.l4().wrapping_sub(p.l3()) + QUOTED_L4;
     // Whole words, so that the sum needs no odd byte.
     let quote = (if (p.ip_len as usize) < limit { p.ip_len as usize } else { limit }) & !3;
-    if quote > QUOTED_WORDS * 4 {
-        return None;
-    }
+    let quote = if quote > QUOTED_WORDS * 4 { QUOTED_WORDS * 4 } else { quote };
     let dst = p.tuple.src;
     trim(skb, ETH_LEN + quote)?;
     // SAFETY: the helper makes room behind the Ethernet header, or refuses.
@@ -196,7 +212,8 @@ fn error<F: Family>(skb: &Skb, p: &Packet<F::A>, src: F::A, kind: [u8; 2], rest:
         return None;
     }
     let payload = (ICMP_LEN + quote) as u16;
-    let mut sum = if F::A::IS_V6 { pseudo(src, dst, icmp, payload) } else { Sum::default() };
+    let pseudo = if F::A::IS_V6 { pseudo(src, dst, icmp, payload) } else { Sum::default() };
+    let mut sum = pseudo;
     let first = ETH_LEN + ip + ICMP_LEN;
     if !skb.pull((first + quote) as u32) {
         return None;
@@ -212,10 +229,13 @@ fn error<F: Family>(skb: &Skb, p: &Packet<F::A>, src: F::A, kind: [u8; 2], rest:
     let head = [u16::from_be_bytes(kind), 0, (rest >> 16) as u16, rest as u16];
     let csum = sum.add16(head[0]).add16(head[2]).add16(head[3]).finish();
     let h = at::<F::Header, _>(skb, ETH_LEN)?;
+    let outer = F::Header::head(src, dst, icmp, payload);
+    let whole = outer.sum().add(u32::from(pseudo.finish()));
     // SAFETY: `at` proved a whole IP header.
-    unsafe { h.write(F::Header::head(src, dst, icmp, payload)) };
+    unsafe { h.write(outer) };
     let h = at::<[u16; 4], _>(skb, ETH_LEN + ip)?;
     // SAFETY: `at` proved the eight bytes of an ICMP header.
     unsafe { h.write([head[0].to_be(), csum, head[2].to_be(), head[3].to_be()]) };
+    skb.sum_becomes(whole);
     Some(())
 }

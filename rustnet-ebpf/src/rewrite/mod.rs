@@ -5,6 +5,7 @@
 
 mod answer;
 mod quotation;
+mod sctp;
 
 pub use answer::{Answer, Head, answer};
 pub use quotation::{QuotedWriter, quotation};
@@ -53,13 +54,17 @@ impl Writer<Ip4> for Header4 {
 
 impl Writer<Ip6> for Header6 {
     #[inline(always)]
-    fn store<C: Ctx>(ctx: &C, l3: usize, _from: &Tuple<Ip6>, to: &Tuple<Ip6>, _old_ttl: u8, ttl: u8) -> Option<()> {
+    fn store<C: Ctx>(ctx: &C, l3: usize, _from: &Tuple<Ip6>, to: &Tuple<Ip6>, old_ttl: u8, ttl: u8) -> Option<()> {
         let h = at_pulled::<Self, C>(ctx, l3)?;
         // SAFETY: `at_pulled` proved a whole header.
         unsafe {
             (*h).hop_limit = ttl;
             (*h).src = to.src;
             (*h).dst = to.dst;
+        }
+        if ttl != old_ttl {
+            // No checksum covers the hop limit. The addresses are the transport's matter, see `translate`.
+            ctx.sum_changed(Sum::default().sub16(u16::from(old_ttl)).add16(u16::from(ttl)));
         }
         Some(())
     }
@@ -85,7 +90,11 @@ pub fn translate<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, to: &Tuple<F::A>,
         return Ok(());
     }
     F::Header::store(ctx, p.l3(), from, to, p.ttl, ttl).ok_or(DropReason::Rewrite)?;
-    if *to == *from || p.kind == Kind::LaterFragment {
+    if *to == *from {
+        return Ok(());
+    }
+    if p.kind == Kind::LaterFragment {
+        no_checksum(ctx, from, to);
         return Ok(());
     }
     let (offset, pseudo, zero_is_none) = match from.proto {
@@ -93,9 +102,27 @@ pub fn translate<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, to: &Tuple<F::A>,
         proto::UDP => (p.l4() + UDP_CSUM, true, true),
         proto::ICMPV6 => (p.l4() + ICMP_CSUM, true, false),
         proto::ICMP => (p.l4() + ICMP_CSUM, false, false),
-        proto::SCTP => return store_ports(ctx, p.l4(), to),
-        _ => return Ok(()),
+        proto::SCTP => {
+            sctp::translate(ctx, p, to)?;
+            no_checksum(ctx, from, to);
+            return Ok(());
+        }
+        _ => {
+            no_checksum(ctx, from, to);
+            return Ok(());
+        }
     };
+    if from.proto == proto::UDP {
+        let field = at_pulled::<u16, C>(ctx, offset).ok_or(DropReason::Rewrite)?;
+        // SAFETY: `at_pulled` proved two bytes.
+        if unsafe { field.read() } == 0 {
+            // The sender computed none (RFC 768), and none is made up here.
+            store_ports(ctx, p.l4(), to)?;
+            no_checksum(ctx, from, to);
+            ctx.sum_changed(ports(from, to));
+            return Ok(());
+        }
+    }
     let moved = p.kind == Kind::Flow && (to.sport != from.sport || to.dport != from.dport);
     if moved {
         match from.proto {
@@ -111,6 +138,14 @@ pub fn translate<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, to: &Tuple<F::A>,
         return Err(DropReason::Rewrite);
     }
     Ok(())
+}
+
+/// Says that the addresses changed and that no transport checksum takes this back; IPv4 has one of its own for them.
+#[inline(always)]
+fn no_checksum<A: Address, C: Ctx>(ctx: &C, from: &Tuple<A>, to: &Tuple<A>) {
+    if A::IS_V6 {
+        ctx.sum_changed(addresses(from, to));
+    }
 }
 
 /// Stores both ports.

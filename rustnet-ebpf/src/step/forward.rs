@@ -31,13 +31,16 @@ pub enum From {
     Egress,
 }
 
-/// Length of the IP packet, or of one of those that a GSO frame stands for.
+/// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
+const GSO_BY_FRAGS: u32 = 0xffff;
+
+/// Length of the IP packet, or of one of those that a GSO frame stands for; 0 if nobody can tell.
 #[inline(always)]
 fn segment_len<A: Address>(skb: &Skb, p: &Packet<A>) -> u32 {
     match skb.gso_size() {
         0 => p.ip_len,
-        // The transport header is 20 bytes at least; options make the segment shorter, not longer.
-        payload => payload + p.l4().wrapping_sub(p.l3()) as u32 + 20,
+        GSO_BY_FRAGS => 0,
+        payload => payload + p.l4().wrapping_sub(p.l3()) as u32 + u32::from(p.l4_len),
     }
 }
 

@@ -1,0 +1,80 @@
+//! CRC32c (RFC 9260, appendix A) by its linearity: what changes when the first word of a message changes, whatever the rest.
+
+/// The polynomial, lowest power in the highest bit.
+const POLYNOMIAL: u32 = 0x82f6_3b78;
+/// Doublings of a length in bytes below 65,536.
+const POWERS: usize = 16;
+
+/// x^(8 * 2^n) modulo the polynomial, for n from 0.
+const POWER: [u32; POWERS] = powers();
+
+const fn powers() -> [u32; POWERS] {
+    let mut table = [0; POWERS];
+    // x^8: bit 31 is x^0.
+    let mut power = 1 << 23;
+    let mut n = 0;
+    while n < POWERS {
+        table[n] = power;
+        power = multiply(power, power);
+        n += 1;
+    }
+    table
+}
+
+/// The product of two polynomials modulo ours.
+#[inline(always)]
+const fn multiply(a: u32, b: u32) -> u32 {
+    let (mut a, mut product, mut i) = (a, 0, 0);
+    while i < 32 {
+        // Without branches: the bit of `b` as a mask.
+        product ^= a & ((b << i).cast_signed() >> 31).cast_unsigned();
+        a = (a >> 1) ^ (POLYNOMIAL & 0_u32.wrapping_sub(a & 1));
+        i += 1;
+    }
+    product
+}
+
+/// What to add (exclusive or) to the CRC of a message of `len` bytes when its first four change by `diff`, given as loaded
+/// from memory. Lengths from 65,536 are taken modulo that.
+#[inline(always)]
+pub fn first_word(diff: u32, len: u32) -> u32 {
+    let mut value = u32::from_le(diff);
+    let mut n = 0;
+    while n < POWERS {
+        if len >> n & 1 != 0 {
+            value = multiply(value, POWER[n]);
+        }
+        n += 1;
+    }
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{POLYNOMIAL, first_word};
+
+    /// Bit by bit, from the definition.
+    fn crc(data: &[u8]) -> u32 {
+        !data.iter().fold(!0_u32, |crc, byte| {
+            (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (POLYNOMIAL & 0_u32.wrapping_sub(crc & 1)))
+        })
+    }
+
+    /// The check value of the CRC catalogues.
+    #[test]
+    fn the_definition_itself() {
+        assert_eq!(crc(b"123456789"), 0xe306_9283);
+    }
+
+    #[test]
+    fn an_update_equals_a_new_crc() {
+        let mut data: [u8; 3000] = core::array::from_fn(|i| (i * 7) as u8);
+        for len in (4..70).chain([100, 255, 256, 257, 1500, 2999, 3000]) {
+            let before = crc(&data[..len]);
+            let old = u32::from_ne_bytes([data[0], data[1], data[2], data[3]]);
+            data[..4].copy_from_slice(&[1, 0xff, len as u8, 0x80]);
+            let new = u32::from_ne_bytes([data[0], data[1], data[2], data[3]]);
+            assert_eq!(before ^ first_word(old ^ new, len as u32), crc(&data[..len]), "{len} bytes");
+        }
+    }
+}
