@@ -33,7 +33,7 @@ impl Proto {
         match self {
             Self::Tcp => L4::Tcp { sport, dport, seq: 1000, ack: 0, flags: SYN, window: 64_240 },
             Self::Udp => L4::Udp { sport, dport, checksum: true },
-            Self::Sctp => L4::Sctp { sport, dport },
+            Self::Sctp => L4::Sctp { sport, dport, crc: true },
             Self::Echo => L4::Echo { reply: false, id: sport },
         }
     }

@@ -28,9 +28,11 @@ pub enum L4 {
         dport: u16,
         checksum: bool,
     },
+    /// `crc`: false leaves it to the device.
     Sctp {
         sport: u16,
         dport: u16,
+        crc: bool,
     },
     Echo {
         reply: bool,
@@ -86,7 +88,9 @@ impl Frame {
 
     pub fn ports(&self) -> (u16, u16) {
         match self.l4 {
-            L4::Tcp { sport, dport, .. } | L4::Udp { sport, dport, .. } | L4::Sctp { sport, dport } => (sport, dport),
+            L4::Tcp { sport, dport, .. } | L4::Udp { sport, dport, .. } | L4::Sctp { sport, dport, .. } => {
+                (sport, dport)
+            }
             L4::Echo { reply: false, id } => (id, 0),
             L4::Echo { reply: true, id } => (0, id),
             _ => (0, 0),
@@ -111,7 +115,7 @@ impl Frame {
 
     pub fn set_ports(&mut self, new_sport: u16, new_dport: u16) {
         match &mut self.l4 {
-            L4::Tcp { sport, dport, .. } | L4::Udp { sport, dport, .. } | L4::Sctp { sport, dport } => {
+            L4::Tcp { sport, dport, .. } | L4::Udp { sport, dport, .. } | L4::Sctp { sport, dport, .. } => {
                 (*sport, *dport) = (new_sport, new_dport);
             }
             L4::Echo { reply: false, id } => *id = new_sport,
@@ -270,9 +274,8 @@ impl Frame {
                 checksum.then_some(6)
             }
             L4::Sctp { .. } => {
-                // Tag and CRC: the latter covers neither addresses nor, here, anything else that is looked at.
                 ports(&mut out);
-                out.extend([1, 2, 3, 4, 5, 6, 7, 8]);
+                out.extend([1, 2, 3, 4, 0, 0, 0, 0]);
                 None
             }
             L4::Echo { reply, id } => {
@@ -301,8 +304,18 @@ impl Frame {
             let sum = if sum == 0 && self.proto() == UDP { 0xffff } else { sum };
             out[at..at + 2].copy_from_slice(&sum.to_ne_bytes());
         }
+        if let L4::Sctp { crc: true, .. } = self.l4 {
+            let crc = crc32c(&out);
+            out[8..12].copy_from_slice(&crc.to_le_bytes());
+        }
         out
     }
+}
+
+/// The CRC of SCTP (RFC 9260, appendix A), bit by bit.
+fn crc32c(data: &[u8]) -> u32 {
+    let bit = |crc: u32| if crc & 1 == 0 { crc >> 1 } else { crc >> 1 ^ 0x82f6_3b78 };
+    !data.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |crc, _| bit(crc)))
 }
 
 /// The sum over a transport packet and its pseudo header (ICMP over IPv4 has none).

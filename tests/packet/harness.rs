@@ -1,7 +1,7 @@
 //! One node without an agent: the programs, their maps, and a network namespace with the devices and routes that they ask
 //! the kernel about. [`lab`] gives one to each test; [`Shot`] holds what became of a packet, to be compared as a whole.
 
-use crate::frame::Frame;
+use crate::frame::{Frame, L4};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::backend::Backend;
@@ -28,6 +28,8 @@ pub const STACK: i32 = -1;
 pub const SHOT: i32 = 2;
 /// Verdict: where the helper said.
 pub const REDIRECT: i32 = 7;
+
+const ETHERNET: usize = 14;
 
 pub const UPLINK: u32 = 10;
 pub const OVERLAY: u32 = 11;
@@ -226,6 +228,8 @@ fn entry<A: Plain>(h: &Half) -> CtEntry<A> {
 pub struct Lab {
     datapath: Datapath,
     netns: Holder,
+    /// Whether packets come as from a device that sums up all of them.
+    sums_up: bool,
     backends: AtomicU32,
 }
 
@@ -259,7 +263,8 @@ impl Lab {
         netns.sysctl("ipv6/conf/all/forwarding", "1")?;
         let small = [map::CT4, map::CT6, map::FRAG4, map::FRAG6, map::SVC4, map::SVC6, map::BACKENDS];
         let datapath = Datapath::load(&small.map(|name| (name, 1024)))?;
-        Ok(Self { datapath, netns, backends: AtomicU32::new(0) })
+        let sums_up = datapath.sums_up()?;
+        Ok(Self { datapath, netns, sums_up, backends: AtomicU32::new(0) })
     }
 
     /// Brings the maps to what every test begins with.
@@ -438,8 +443,17 @@ impl Lab {
 
     /// Runs a hook on raw bytes.
     pub fn raw(&self, code: u8, input: &Input<'_>) -> Result<Shot> {
-        let before = self.datapath.counts()?;
-        let output = self.datapath.run(hook::NAMES[code as usize], input)?;
+        let mut before = self.datapath.counts()?;
+        let name = hook::NAMES[code as usize];
+        let mut sum_is_right = true;
+        let output = match self.datapath.run(name, &Input { complete: self.sums_up && input.cut == 0, ..*input })? {
+            Some(output) => output,
+            None => {
+                sum_is_right = false;
+                before = self.datapath.counts()?;
+                self.datapath.run(name, input)?.context("no sum was asked for")?
+            }
+        };
         let mut counted = self.datapath.counts()?;
         counted.retain(|k, n| {
             *n -= before.get(k).copied().unwrap_or(0);
@@ -448,6 +462,7 @@ impl Lab {
         let len = if input.cut == 0 { input.frame.len() } else { input.cut as usize };
         Ok(Shot {
             hook: code,
+            sum_is_right,
             sent: input.frame[..len].to_vec(),
             verdict: output.verdict,
             mark: output.mark,
@@ -496,6 +511,7 @@ impl Lab {
 #[derive(Debug)]
 pub struct Shot {
     hook: u8,
+    sum_is_right: bool,
     sent: Vec<u8>,
     pub verdict: i32,
     pub mark: u32,
@@ -507,30 +523,35 @@ pub struct Shot {
 impl Shot {
     /// Redirected into a pod, changed into `want`.
     pub fn into_pod(&self, want: &Frame) -> Result<()> {
-        self.ended(REDIRECT, 0, Some(DropReason::Forwarded), &want.bytes())
+        self.ended(REDIRECT, 0, Some(DropReason::Forwarded), &want.bytes(), usize::MAX)
     }
 
     /// Redirected to a device, marked as done for the hook there, changed into `want`.
     pub fn onto_wire(&self, want: &Frame) -> Result<()> {
-        self.ended(REDIRECT, MARK_DONE, Some(DropReason::Forwarded), &want.bytes())
+        self.ended(REDIRECT, MARK_DONE, Some(DropReason::Forwarded), &want.bytes(), usize::MAX)
     }
 
     /// Left to the stack as `want`, not counted.
     pub fn to_stack(&self, want: &Frame) -> Result<()> {
-        self.ended(STACK, 0, None, &want.bytes())
+        self.ended(STACK, 0, None, &want.bytes(), usize::MAX)
     }
 
     /// Dropped unchanged, counted once.
     pub fn dropped(&self, reason: DropReason) -> Result<()> {
-        self.ended(SHOT, 0, Some(reason), &self.sent)
+        self.ended(SHOT, 0, Some(reason), &self.sent, usize::MAX)
     }
 
     /// Refused for `reason`, and the sender told so by `want`.
     pub fn answered(&self, reason: DropReason, want: &Frame) -> Result<()> {
-        self.ended(REDIRECT, MARK_DONE, Some(reason), &want.bytes())
+        let bytes = want.bytes();
+        let kept = if matches!(want.l4, L4::Icmp { .. }) { ETHERNET + want.payload.len() } else { bytes.len() };
+        // Into a pod leads no other hook; whatever goes out or up meets one more.
+        let mark = if self.hook == hook::FROM_POD { 0 } else { MARK_DONE };
+        self.ended(REDIRECT, mark, Some(reason), &bytes, kept)
     }
 
-    fn ended(&self, verdict: i32, mark: u32, reason: Option<DropReason>, want: &[u8]) -> Result<()> {
+    /// `kept`: how much of the frame that was sent is still in it.
+    fn ended(&self, verdict: i32, mark: u32, reason: Option<DropReason>, want: &[u8], kept: usize) -> Result<()> {
         let counted: Vec<String> = self
             .counted
             .iter()
@@ -546,6 +567,10 @@ impl Shot {
         ensure!(self.mark == mark, "mark {:#x}, not {mark:#x}", self.mark);
         if self.frame != want {
             bail!("the frame is\n{}which should be\n{}", show(&self.frame, want), show(want, &self.frame));
+        }
+        // A frame that was cut has lost its device's sum, and the kernel knows.
+        if !self.sum_is_right && self.sent.len() <= kept {
+            bail!("the device's sum of the whole packet (CHECKSUM_COMPLETE) is wrong now");
         }
         if reason != Some(DropReason::Malformed) && self.verdict == REDIRECT {
             check::checksums(&self.frame, false).context("of the frame that comes out")?;

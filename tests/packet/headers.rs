@@ -228,7 +228,7 @@ fn a_later_fragment_without_its_first() -> Result<()> {
         lab.from_pod(&other)?.dropped(DropReason::FragmentUnknown)?;
         let other = later.map(|f| (f.src, f.smac) = (net.b(), MAC_B));
         lab.from_pod(&other)?.dropped(DropReason::FragmentUnknown)?;
-        let other = later.map(|f| f.l4 = L4::Sctp { sport: 1, dport: 2 });
+        let other = later.map(|f| f.l4 = L4::Sctp { sport: 1, dport: 2, crc: true });
         lab.from_pod(&other)?.dropped(DropReason::FragmentUnknown)?;
         // At the uplink it may be the host's.
         let other = from_outside(Proto::Udp, (net.world(), 1), (net.node(), 2));

@@ -49,15 +49,16 @@ fn error(packet: &Frame, src: IpAddr, kind: (u8, u8, u32), quote: usize) -> Fram
 fn translated(before: &Frame, from_quoted: &Frame, to_quoted: &Frame, src: IpAddr) -> Frame {
     let (old, mut new) = (from_quoted.ip_bytes(), to_quoted.ip_bytes());
     let len = before.payload.len();
-    let checksum = match (to_quoted.is_v6(), &to_quoted.l4) {
-        (_, L4::Tcp { .. }) => Some(16),
-        (_, L4::Udp { .. }) => Some(6),
-        (_, L4::Echo { .. }) => Some(2),
-        _ => None,
+    let checksum = match &to_quoted.l4 {
+        L4::Tcp { .. } => 16..18,
+        L4::Udp { .. } => 6..8,
+        L4::Echo { .. } => 2..4,
+        L4::Sctp { .. } => 8..12,
+        _ => 0..0,
     };
-    if let Some(at) = checksum {
-        let at = at + if to_quoted.is_v6() { 40 } else { 20 + to_quoted.options.len() };
-        new[at..at + 2].copy_from_slice(&old[at..at + 2]);
+    for i in checksum {
+        let at = i + if to_quoted.is_v6() { 40 } else { 20 + to_quoted.options.len() };
+        new[at] = old[at];
     }
     new.truncate(len);
     before.map(|f| {
@@ -412,23 +413,39 @@ fn what_does_not_fit_on_the_way_to_a_service() -> Result<()> {
     })
 }
 
-/// A frame that stands for several segments is as long as one of them.
+/// A frame that stands for several segments is as long as one of them, with all its headers.
 #[test]
 fn segments_are_measured_one_by_one() -> Result<()> {
     labs(|lab, net| {
-        let headers = if net == Net::V4 { 40 } else { 60 };
-        for (gso, fits) in [(OVERLAY_MTU - headers, true), (OVERLAY_MTU - headers + 1, false)] {
-            let f = sized(net, Proto::Tcp, (net.far(), 80), 3000);
-            let bytes = f.bytes();
-            let input = Input { frame: &bytes, ifindex: POD_A, gso_size: gso as u32, ..Input::default() };
-            let shot = lab.raw(hook::FROM_POD, &input)?;
-            if fits {
-                shot.onto_wire(&f.hop())?;
-            } else {
-                ensure!(shot.counted.contains_key(&(DropReason::TooBig as u8, 0)), "{:?}", shot.counted);
+        let ip = if net == Net::V4 { 20 } else { 40 };
+        // TCP with and without time stamps, UDP (which has shorter headers), and extension headers or options.
+        for (proto, l4, options) in [(Proto::Tcp, 20, 0), (Proto::Tcp, 32, 0), (Proto::Udp, 8, 0), (Proto::Udp, 8, 8)] {
+            let largest = OVERLAY_MTU - ip - l4 - options;
+            for (gso, fits) in [(largest, true), (largest + 1, false)] {
+                let f = sized(net, proto, (net.far(), 80), 3000).map(|f| match net {
+                    Net::V4 => f.options = vec![1; options],
+                    Net::V6 => f.extensions = vec![(60, vec![0, 0, 1, 4, 0, 0, 0, 0]); options / 8],
+                });
+                let mut bytes = f.bytes();
+                if l4 == 32 {
+                    // A data offset of eight words; what they hold, nobody reads.
+                    bytes[14 + ip + 12] = 0x80;
+                }
+                let input = Input { frame: &bytes, ifindex: POD_A, gso_size: gso as u32, ..Input::default() };
+                let shot = lab.raw(hook::FROM_POD, &input)?;
+                let reason = if fits { DropReason::Forwarded } else { DropReason::TooBig };
+                ensure!(
+                    shot.counted.keys().eq([&(reason as u8, hook::FROM_POD)]),
+                    "{proto:?}, {l4} bytes of header, {options} of options, {gso} of payload: {:?}",
+                    shot.counted
+                );
             }
         }
-        Ok(())
+        // Where each segment has a length of its own, the device or the far end has to see.
+        let f = sized(net, Proto::Sctp, (net.far(), 80), 3000);
+        let bytes = f.bytes();
+        let input = Input { frame: &bytes, ifindex: POD_A, gso_size: 0xffff, ..Input::default() };
+        lab.raw(hook::FROM_POD, &input)?.onto_wire(&f.hop())
     })
 }
 

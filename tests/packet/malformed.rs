@@ -124,7 +124,7 @@ fn judge(lab: &Lab, case: &Case, frame: &[u8]) -> Result<i32> {
     whole.resize(len.max(64), 0);
     let cut = if whole.len() == len { 0 } else { len as u32 };
     let input = Input { frame: &whole, ifindex: case.ifindex, tunnel: case.tunnel, cut, ..Input::default() };
-    let out = lab.datapath().run(hook::NAMES[case.hook as usize], &input)?;
+    let out = lab.datapath().run(hook::NAMES[case.hook as usize], &input)?.context("no sum was asked for")?;
     match out.verdict {
         SHOT => {}
         STACK | REDIRECT => {

@@ -223,7 +223,8 @@ fn reset(asked: &Frame) -> Frame {
     })
 }
 
-/// An ICMP error about `asked`, from `src`. It quotes the IP header and 28 bytes behind it, in whole words.
+/// An ICMP error about `asked`, from `src`. It quotes the IP header and 28 bytes behind it, in whole words, of which there
+/// are 26 at most.
 pub fn icmp_error(asked: &Frame, src: IpAddr, kind: u8, code: u8, rest: u32) -> Frame {
     let packet = asked.ip_bytes();
     let header = if asked.is_v6() {
@@ -231,7 +232,7 @@ pub fn icmp_error(asked: &Frame, src: IpAddr, kind: u8, code: u8, rest: u32) -> 
     } else {
         20 + asked.options.len()
     };
-    let quoted = packet.len().min(header + 28) / 4 * 4;
+    let quoted = packet.len().min(header + 28).min(104) / 4 * 4;
     asked.reply().map(|f| {
         f.src = src;
         f.l4 = L4::Icmp { kind, code, rest };
@@ -455,6 +456,31 @@ fn udp_without_checksum_stays_without() -> Result<()> {
         lab.from_pod(&ask)?.into_pod(&arrives)?;
         let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
         lab.from_pod(&answer)?.into_pod(&answer.hop().from_to((net.vip(1), VIP_PORT), (net.a(), PORT)))
+    })
+}
+
+/// A sender whose device computes the CRC leaves 0, and so must we; the device computes it over what we made.
+#[test]
+fn sctp_without_crc_stays_without() -> Result<()> {
+    labs(|lab, net| {
+        serve(lab, net, Proto::Sctp, net.vip(1), (net.b(), TARGET))?;
+        let ask = from_a(net, Proto::Sctp, (net.vip(1), VIP_PORT))
+            .map(|f| f.l4 = L4::Sctp { sport: PORT, dport: VIP_PORT, crc: false });
+        lab.from_pod(&ask)?.into_pod(&ask.hop().from_to((net.a(), PORT), (net.b(), TARGET)))
+    })
+}
+
+/// The CRC covers every length alike.
+#[test]
+fn sctp_of_many_lengths() -> Result<()> {
+    labs(|lab, net| {
+        serve(lab, net, Proto::Sctp, net.vip(1), (net.b(), TARGET))?;
+        for len in (0..40).chain([255, 256, 257, 1000, 1400]) {
+            let ask = from_a(net, Proto::Sctp, (net.vip(1), VIP_PORT)).map(|f| f.payload = vec![len as u8; len]);
+            let arrives = ask.hop().from_to((net.a(), PORT), (net.b(), TARGET));
+            lab.from_pod(&ask)?.into_pod(&arrives).with_context(|| format!("{len} bytes"))?;
+        }
+        Ok(())
     })
 }
 

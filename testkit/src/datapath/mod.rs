@@ -65,6 +65,9 @@ pub struct Input<'a> {
     /// If not 0, the frame is cut to this length inside the kernel, which runs nothing on an IP packet that is handed in
     /// with less than its header.
     pub cut: u32,
+    /// The frame comes as from a device that sums up all of it, and the run fails if the program leaves that sum wrong: such
+    /// packets make receivers complain of their hardware. Only where [`Datapath::sums_up`].
+    pub complete: bool,
 }
 
 /// What became of it.
@@ -141,23 +144,28 @@ impl Datapath {
         Table::new(name, self.maps.get(name).with_context(|| format!("the object has no map {name}"))?.as_fd())
     }
 
-    /// Runs a program once.
-    pub fn run(&self, program: &str, input: &Input<'_>) -> Result<Output> {
+    /// Runs a program once. Nothing comes out if the program spoiled the sum of a frame with [`Input::complete`].
+    pub fn run(&self, program: &str, input: &Input<'_>) -> Result<Option<Output>> {
         let mut context = context(input);
         let mut frame = vec![0; OUT];
+        let flags = if input.complete { sys::CHECKSUM_COMPLETE } else { 0 };
         let ran = if input.tunnel.is_none() && input.cut == 0 {
-            sys::test_run(self.program(program)?.as_fd(), input.frame, &mut context, &mut frame, 1)
+            sys::test_run(self.program(program)?.as_fd(), input.frame, &mut context, &mut frame, 1, flags)
         } else {
             let mut preludes = self.preludes.lock().unwrap_or_else(PoisonError::into_inner);
             let prelude = match preludes.entry((program.to_owned(), input.tunnel)) {
                 Entry::Occupied(e) => e.into_mut(),
                 Entry::Vacant(e) => e.insert(self.prelude(program, input.tunnel)?),
             };
-            sys::test_run(prelude.as_fd(), input.frame, &mut context, &mut frame, 1)
-        }
-        .with_context(|| format!("running {program} on a frame of {} bytes", input.frame.len()))?;
+            sys::test_run(prelude.as_fd(), input.frame, &mut context, &mut frame, 1, flags)
+        };
+        let ran = match ran {
+            // EBADMSG: the sum is wrong.
+            Err(e) if input.complete && e.raw_os_error() == Some(libc::EBADMSG) => return Ok(None),
+            ran => ran.with_context(|| format!("running {program} on a frame of {} bytes", input.frame.len()))?,
+        };
         frame.truncate(ran.len);
-        Ok(Output { verdict: ran.verdict, frame, mark: context[sys::word::MARK] })
+        Ok(Some(Output { verdict: ran.verdict, frame, mark: context[sys::word::MARK] }))
     }
 
     /// Runs a program `repeat` times on what becomes of the same packet; nanoseconds for each.
@@ -165,9 +173,19 @@ impl Datapath {
         time(self.program(program)?, input, repeat)
     }
 
+    /// True if the kernel can run programs on packets with [`Input::complete`] (6.17 and later).
+    pub fn sums_up(&self) -> Result<bool> {
+        let program = self.program(CLOCK)?.as_fd();
+        match sys::test_run(program, &[0; 64], &mut [0; 48], &mut [0; 64], 1, sys::CHECKSUM_COMPLETE) {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// Timer ticks, the low 31 bits.
     pub fn jiffies(&self) -> Result<u32> {
-        let ran = sys::test_run(self.program(CLOCK)?.as_fd(), &[0; 64], &mut [0; 48], &mut [0; 64], 1)?;
+        let ran = sys::test_run(self.program(CLOCK)?.as_fd(), &[0; 64], &mut [0; 48], &mut [0; 64], 1, 0)?;
         Ok(ran.verdict.cast_unsigned())
     }
 
@@ -229,7 +247,7 @@ impl Empty {
 }
 
 fn time(program: &OwnedFd, input: &Input<'_>, repeat: u32) -> Result<u32> {
-    Ok(sys::test_run(program.as_fd(), input.frame, &mut context(input), &mut [0; OUT], repeat)?.duration)
+    Ok(sys::test_run(program.as_fd(), input.frame, &mut context(input), &mut [0; OUT], repeat, 0)?.duration)
 }
 
 fn context(input: &Input<'_>) -> sys::SkBuff {
@@ -303,5 +321,5 @@ fn knows_csum_ipv6() -> Result<bool> {
     ];
     let program = sys::load_classifier(&code)
         .context("cannot load a program: this needs root (CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON)")?;
-    Ok(sys::test_run(program.as_fd(), &[0; 128], &mut [0; 48], &mut [0; 256], 1)?.verdict == 0)
+    Ok(sys::test_run(program.as_fd(), &[0; 128], &mut [0; 48], &mut [0; 256], 1, 0)?.verdict == 0)
 }

@@ -215,8 +215,18 @@ pub struct Ran {
     pub len: usize,
 }
 
+/// The packet comes as from a device that sums up all of it (`CHECKSUM_COMPLETE`); EBADMSG if that sum is wrong afterwards.
+pub const CHECKSUM_COMPLETE: u32 = 4;
+
 /// Runs a program (`BPF_PROG_TEST_RUN`). The context is read and written; `out` receives the packet.
-pub fn test_run(prog: BorrowedFd<'_>, packet: &[u8], context: &mut SkBuff, out: &mut [u8], repeat: u32) -> Result<Ran> {
+pub fn test_run(
+    prog: BorrowedFd<'_>,
+    packet: &[u8],
+    context: &mut SkBuff,
+    out: &mut [u8],
+    repeat: u32,
+    flags: u32,
+) -> Result<Ran> {
     #[repr(C)]
     struct Attr {
         prog: u32,
@@ -250,7 +260,7 @@ pub fn test_run(prog: BorrowedFd<'_>, packet: &[u8], context: &mut SkBuff, out: 
         ctx_size_out: size_of::<SkBuff>() as u32,
         ctx_in: before.as_ptr() as u64,
         ctx_out: context.as_mut_ptr() as u64,
-        flags: 0,
+        flags,
         cpu: 0,
         batch_size: 0,
         pad: 0,
