@@ -143,7 +143,7 @@ struct Reconciler {
 impl Reconciler {
     /// Waits until the host has an uplink: without one, nothing can be decided.
     async fn begin(config: Arc<Config>, health: Arc<Health>, shutdown: watch::Receiver<bool>) -> Result<Self> {
-        let mut repairer = Repairer::new(&config.run_dir)?;
+        let mut repairer = Repairer::new(&config.run_dir, &config.sysctl_dir)?;
         let mut retry = Retry::now();
         let (host, uplinks) = loop {
             health.tick();

@@ -57,7 +57,7 @@ pub struct State {
 /// The side of the host's network that is ours.
 pub struct Repairer {
     socket: Socket,
-    sysctl_root: PathBuf,
+    sysctl_dir: PathBuf,
     run_dir: PathBuf,
 }
 
@@ -68,10 +68,10 @@ pub fn underlay(uplinks: &[Uplink]) -> Family {
 }
 
 impl Repairer {
-    /// Works in the network namespace of the calling thread.
-    pub fn new(run_dir: &Path) -> Result<Self> {
+    /// Works in the network namespace of the calling thread; `sysctl_dir` is that namespace's `/proc/sys/net`, writable.
+    pub fn new(run_dir: &Path, sysctl_dir: &Path) -> Result<Self> {
         let socket = Socket::open().context("opening a netlink socket")?;
-        Ok(Self { socket, sysctl_root: sysctl::ROOT.into(), run_dir: run_dir.to_owned() })
+        Ok(Self { socket, sysctl_dir: sysctl_dir.to_owned(), run_dir: run_dir.to_owned() })
     }
 
     /// The socket, for requests beside.
@@ -94,7 +94,7 @@ impl Repairer {
         let overlay_name = state.overlay.map(|_| OVERLAY_DEV);
         let names: Vec<_> = state.uplinks.iter().map(|u| u.name.clone()).collect();
         let wanted_sysctls = sysctl::wanted(&names, overlay_name, &veths);
-        for done in [sysctl::relax(&self.sysctl_root), sysctl::apply(&self.sysctl_root, &wanted_sysctls)] {
+        for done in [sysctl::relax(&self.sysctl_dir), sysctl::apply(&self.sysctl_dir, &wanted_sysctls)] {
             match done {
                 Ok(changed) => state.changed.extend(changed),
                 Err(e) => state.errors.push(format!("{e:#}")),

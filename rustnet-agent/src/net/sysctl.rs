@@ -7,13 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use rustnet_common::names;
 
-/// Where the kernel shows the settings of the reader's network namespace.
-pub const ROOT: &str = "/proc/sys/net";
-
 /// One setting.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sysctl {
-    /// Path below [`ROOT`].
+    /// Path below `/proc/sys/net`.
     pub path: String,
     /// The value it must have.
     pub want: &'static str,
@@ -82,7 +79,7 @@ pub fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<String>> {
         }
         fs::write(&path, sysctl.want).with_context(|| {
             format!(
-                "setting {} to {}: is /proc/sys mounted read-only? Give the agent a writable one, or set it on the host",
+                "setting {} to {}: is it mounted read-only? Name a writable /proc/sys/net by --sysctl-dir, or set it on the host",
                 path.display(),
                 sysctl.want
             )

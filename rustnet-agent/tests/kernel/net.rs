@@ -1,6 +1,7 @@
 //! The host's network: made, kept, mended, and foreign things left alone.
 
 use std::fs;
+use std::path::Path;
 
 use rustnet_agent::model::{Node, ObjectName};
 use rustnet_agent::net::netlink::Socket;
@@ -9,6 +10,8 @@ use rustnet_agent::net::repair::{Repairer, State, Wanted};
 
 use crate::sandbox::{self, Sandbox, command, ip, uplink};
 
+/// Where the kernel shows the settings of the reader's network namespace.
+const SYSCTLS: &str = "/proc/sys/net";
 const SPEC: Spec = Spec { port: 8472, mtu: 1450, mac: [2, 0, 0, 0, 0, 1] };
 
 fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
@@ -40,7 +43,7 @@ fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], complete: bool) -> Sta
         peers: peers.iter().collect(),
         complete,
     };
-    let state = Repairer::new(&sandbox.run_dir).unwrap().run(&wanted).unwrap();
+    let state = Repairer::new(&sandbox.run_dir, Path::new(SYSCTLS)).unwrap().run(&wanted).unwrap();
     assert!(state.errors.is_empty(), "{:?}", state.errors);
     state
 }
@@ -151,7 +154,7 @@ fn a_route_in_the_place_is_named_and_left() {
             peers: vec![&peer],
             complete: true,
         };
-        let state = Repairer::new(&sandbox.run_dir).unwrap().run(&wanted).unwrap();
+        let state = Repairer::new(&sandbox.run_dir, Path::new(SYSCTLS)).unwrap().run(&wanted).unwrap();
         assert!(
             state.errors[0].contains("10.1.2.0/24") && state.errors[0].contains("another program"),
             "{:?}",
@@ -206,7 +209,7 @@ fn a_missing_uplink_is_named() {
             peers: vec![],
             complete: false,
         };
-        let error = Repairer::new(&sandbox.run_dir).unwrap().run(&wanted).unwrap_err().to_string();
+        let error = Repairer::new(&sandbox.run_dir, Path::new(SYSCTLS)).unwrap().run(&wanted).unwrap_err().to_string();
         assert!(error.contains("eth9"), "{error}");
         assert!(command("ip", "link show rn_vxlan").stdout.is_empty());
     });

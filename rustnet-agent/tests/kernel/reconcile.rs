@@ -215,6 +215,28 @@ async fn services_follow_their_events_in(sandbox: &Sandbox) {
 }
 
 #[test]
+fn settings_are_written_where_the_configuration_says() {
+    sandbox::run(|sandbox| {
+        uplink();
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
+        let elsewhere = sandbox.dir.join("sysctl");
+        std::fs::create_dir_all(elsewhere.join("ipv4/conf")).unwrap();
+        let forward = elsewhere.join("ipv4/ip_forward");
+        std::fs::write(&forward, "0\n").unwrap();
+        let read = |path: &std::path::Path| std::fs::read_to_string(path).unwrap().trim().to_owned();
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[&format!("--sysctl-dir={}", elsewhere.display())]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            assert_eq!(read(&forward), "1");
+            assert_eq!(read("/proc/sys/net/ipv4/ip_forward".as_ref()), "0", "the usual place is left alone");
+            agent.stop().await;
+        });
+    });
+}
+
+#[test]
 fn pinned_maps_of_another_shape_keep_the_agent_from_getting_ready() {
     sandbox::run(|sandbox| {
         uplink();
