@@ -65,7 +65,6 @@ pub fn conflist_text(config: &Config) -> String {
             "type": BINARY,
             "bpffs": config.bpffs,
             "runDir": config.run_dir,
-            "capabilities": { "portMappings": true },
         }],
     });
     format!("{value:#}\n")
@@ -155,6 +154,7 @@ mod tests {
         assert_eq!(plugin["type"], "rustnet-cni");
         assert_eq!(plugin["bpffs"], "/sys/fs/bpf/one");
         assert_eq!(plugin["runDir"], "/run/one");
+        assert_eq!(plugin.get("capabilities"), None, "nothing is promised that is not kept");
         assert_eq!(std::fs::metadata(&path).expect("meta").mode() & 0o777, 0o644);
         assert_eq!(names(&dir.path().join("net.d")), [CONFLIST], "nothing temporary is left");
     }
