@@ -6,39 +6,57 @@
 use crate::config::Config;
 use anyhow::Context;
 use serde_json::json;
-use std::fs::{File, Permissions};
-use std::io::{Read as _, Write as _};
+use std::fs::{File, Metadata, Permissions};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 /// Name of the CNI binary, beside the agent's executable and where it is installed; the configuration's `type`.
 pub const BINARY: &str = "rustnet-cni";
+/// The same binary under the name of a plugin that containerd runs before any network's: without it no pod starts. Installed
+/// only where no other package brings one.
+pub const LOOPBACK: &str = "loopback";
 /// Name of the configuration. Runtimes take the lexicographically first: low, with room below.
 pub const CONFLIST: &str = "05-rustnet.conflist";
 /// Name of the network in it.
 pub const NETWORK: &str = "rustnet";
 
-/// Installs the CNI binary from beside this process's executable, if the settings say where. Returns its path if it was
-/// written.
+/// Installs the CNI binary from beside this process's executable, if the settings say where, and [`LOOPBACK`] unless it is
+/// another's. Returns the paths that were written.
 ///
 /// # Errors
 /// No binary beside the agent's; a directory that cannot be written.
-pub fn binary(config: &Config) -> anyhow::Result<Option<PathBuf>> {
-    let Some(dir) = &config.cni_bin_dir else { return Ok(None) };
+pub fn binary(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
+    let Some(dir) = &config.cni_bin_dir else { return Ok(Vec::new()) };
     let agent = std::env::current_exe().context("cannot tell where the agent's executable is: is /proc mounted?")?;
     let source = agent.with_file_name(BINARY);
     binary_from(&source, dir)
 }
 
-fn binary_from(source: &Path, dir: &Path) -> anyhow::Result<Option<PathBuf>> {
+fn binary_from(source: &Path, dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut content = Vec::new();
     File::open(source).and_then(|mut file| file.read_to_end(&mut content)).with_context(|| {
         format!("{}: cannot read the CNI binary; it must lie beside the agent's executable", source.display())
     })?;
     make_dir(dir, "--cni-bin-dir")?;
-    let target = dir.join(BINARY);
-    let written = write_atomic(&target, &content, 0o755)?;
-    Ok(written.then_some(target))
+    let loopback = dir.join(LOOPBACK);
+    let vacant = std::fs::symlink_metadata(&loopback).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    let ours = vacant || holds(&loopback, &content) || loopback_is_ours(dir);
+    // The binary last: an older one beside is what tells an older loopback of ours from another's.
+    let targets = ours.then_some(loopback).into_iter().chain([dir.join(BINARY)]);
+    let mut written = Vec::new();
+    for target in targets {
+        if write_atomic(&target, &content, 0o755)? {
+            written.push(target);
+        }
+    }
+    Ok(written)
+}
+
+/// Whether the plugin [`LOOPBACK`] in the CNI binary directory is our binary: the same bytes as [`BINARY`] beside it.
+pub fn loopback_is_ours(dir: &Path) -> bool {
+    let is_file = |name| std::fs::symlink_metadata(dir.join(name)).is_ok_and(|meta| meta.is_file());
+    is_file(BINARY) && std::fs::read(dir.join(BINARY)).is_ok_and(|binary| holds(&dir.join(LOOPBACK), &binary))
 }
 
 /// Installs the CNI configuration, if the settings say where. To be called once the agent is ready. Returns its path if it
@@ -101,12 +119,14 @@ pub fn write_atomic(target: &Path, content: &[u8], mode: u32) -> anyhow::Result<
 }
 
 fn is_current(target: &Path, content: &[u8], mode: u32) -> bool {
-    // A symbolic link is replaced: its target is somebody else's.
-    let Ok(meta) = std::fs::symlink_metadata(target) else { return false };
-    meta.is_file()
-        && meta.permissions().mode() & 0o7777 == mode
-        && meta.len() == content.len() as u64
-        && std::fs::read(target).is_ok_and(|old| old == content)
+    let has_mode = |meta: Metadata| meta.permissions().mode() & 0o7777 == mode;
+    holds(target, content) && std::fs::symlink_metadata(target).is_ok_and(has_mode)
+}
+
+/// Whether it is a file with this content; a symbolic link is none, for its target is somebody else's.
+fn holds(path: &Path, content: &[u8]) -> bool {
+    let Ok(meta) = std::fs::symlink_metadata(path) else { return false };
+    meta.is_file() && meta.len() == content.len() as u64 && std::fs::read(path).is_ok_and(|old| old == content)
 }
 
 fn make_dir(dir: &Path, flag: &str) -> anyhow::Result<()> {
@@ -178,7 +198,7 @@ mod tests {
     fn run(program: &Path, arg: &str) -> std::process::Child {
         loop {
             match std::process::Command::new(program).arg(arg).spawn() {
-                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
+                Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
                 result => break result.expect("runs"),
             }
         }
@@ -190,15 +210,66 @@ mod tests {
         let (old, new, bin) = (dir.path().join("old"), dir.path().join("new"), dir.path().join("opt/cni/bin"));
         std::fs::copy("/bin/sleep", &old).expect("a program");
         std::fs::write(&new, "#!/bin/sh\nexit 0\n").expect("another");
-        let target = binary_from(&old, &bin).expect("installed").expect("written");
+        let target = bin.join(BINARY);
+        let both = [bin.join(LOOPBACK), target.clone()];
+        assert_eq!(binary_from(&old, &bin).expect("installed"), both);
         let mut child = run(&target, "1000");
         let replaced = binary_from(&new, &bin);
         child.kill().expect("killed");
         child.wait().expect("reaped");
-        assert_eq!(replaced.expect("replaced while it ran"), Some(target.clone()));
+        assert_eq!(replaced.expect("replaced while it ran"), both);
         assert!(run(&target, "").wait().expect("ends").success());
-        assert_eq!(binary_from(&new, &bin).expect("again"), None, "the same is not copied again");
-        assert_eq!(names(&bin), [BINARY]);
+        assert!(binary_from(&new, &bin).expect("again").is_empty(), "the same is not copied again");
+        assert_eq!(names(&bin), [LOOPBACK, BINARY]);
+    }
+
+    #[test]
+    fn loopback_is_installed_updated_and_never_taken_from_others() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (source, bin) = (dir.path().join("source"), dir.path().join("bin"));
+        let (loopback, binary) = (bin.join(LOOPBACK), bin.join(BINARY));
+        let install = |version: &str| {
+            std::fs::write(&source, version).expect("written");
+            binary_from(&source, &bin).expect("installed")
+        };
+        let read = |path: &Path| std::fs::read_to_string(path).expect("read");
+        assert_eq!(install("one"), [loopback.clone(), binary.clone()]);
+        assert_eq!(std::fs::metadata(&loopback).expect("meta").mode() & 0o777, 0o755);
+        assert_eq!(install("two"), [loopback.clone(), binary.clone()]);
+        assert_eq!((read(&loopback), loopback_is_ours(&bin)), ("two".into(), true));
+
+        // A crash between the two: the next start completes it.
+        std::fs::write(&loopback, "three").expect("written");
+        assert_eq!(install("three"), [binary.as_path()]);
+
+        // Somebody brings another: it stays, through updates, until it goes.
+        std::fs::write(&loopback, "reference").expect("written");
+        std::fs::set_permissions(&loopback, Permissions::from_mode(0o700)).expect("chmod");
+        for version in ["three", "four"] {
+            install(version);
+            assert_eq!((read(&loopback), loopback_is_ours(&bin)), ("reference".into(), false));
+            assert_eq!(std::fs::metadata(&loopback).expect("meta").mode() & 0o777, 0o700);
+        }
+        std::fs::remove_file(&loopback).expect("removed");
+        assert_eq!(install("four"), [loopback.as_path()]);
+
+        // Links are never ours, wherever they lead.
+        for leads_to in ["/nowhere", BINARY] {
+            std::fs::remove_file(&loopback).expect("removed");
+            std::os::unix::fs::symlink(leads_to, &loopback).expect("linked");
+            install("five");
+            assert!(std::fs::symlink_metadata(&loopback).expect("meta").is_symlink() && !loopback_is_ours(&bin));
+        }
+    }
+
+    #[test]
+    fn without_our_binary_beside_it_a_loopback_is_anothers() {
+        let dir = tempfile::tempdir().expect("dir");
+        assert!(!loopback_is_ours(dir.path()));
+        std::fs::write(dir.path().join(LOOPBACK), "x").expect("written");
+        assert!(!loopback_is_ours(dir.path()));
+        std::fs::write(dir.path().join(BINARY), "x").expect("written");
+        assert!(loopback_is_ours(dir.path()));
     }
 
     #[test]
@@ -236,7 +307,7 @@ mod tests {
     #[test]
     fn without_directories_nothing_is_installed() {
         let config = Config::load(["rustnet-agent", "--node-name=n1", "--manifests=/m"], &|_| None).expect("good");
-        assert_eq!(binary(&config).expect("nothing"), None);
+        assert!(binary(&config).expect("nothing").is_empty());
         assert_eq!(conflist(&config).expect("nothing"), None);
     }
 }

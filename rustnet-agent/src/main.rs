@@ -69,7 +69,7 @@ async fn run(config: Arc<Config>) -> anyhow::Result<()> {
             tokio::spawn(http::serve(router, addr, flag, shutdown.clone()));
         }
     }
-    if let Some(path) = install::binary(&config)? {
+    for path in install::binary(&config)? {
         tracing::info!(path = %path.display(), "CNI binary installed");
     }
     let (sender, events) = mpsc::channel(EVENTS);

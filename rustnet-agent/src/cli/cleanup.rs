@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::Places;
 use super::output::{Output, Usage, json, line};
 use crate::bpf::attach::Direction;
-use crate::install::{BINARY, CONFLIST};
+use crate::install::{BINARY, CONFLIST, LOOPBACK, loopback_is_ours};
 use crate::net::netlink::Socket;
 use crate::net::{link, overlay, route, tc};
 use crate::reconcile::presence::{self, Presence};
@@ -114,7 +114,10 @@ fn clean(places: &Places, args: &Args) -> Report {
     let agent = places.agent.as_ref();
     let conf_dir = args.cni_conf_dir.as_ref().or_else(|| agent?.cni_conf_dir.as_ref());
     let bin_dir = args.cni_bin_dir.as_ref().or_else(|| agent?.cni_bin_dir.as_ref());
-    for path in conf_dir.map(|dir| dir.join(CONFLIST)).into_iter().chain(bin_dir.map(|dir| dir.join(BINARY))) {
+    let loopback = bin_dir.filter(|dir| loopback_is_ours(dir)).map(|dir| dir.join(LOOPBACK));
+    // The binary behind it: only beside it is it known for ours.
+    let installed = [conf_dir.map(|dir| dir.join(CONFLIST)), loopback, bin_dir.map(|dir| dir.join(BINARY))];
+    for path in installed.into_iter().flatten() {
         report.note(&path.display().to_string(), remove_file(&path));
     }
     // Where no agent is known, devices and routes may be another's.

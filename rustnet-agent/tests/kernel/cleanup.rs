@@ -79,6 +79,23 @@ fn a_mistyped_run_directory_removes_nothing_of_another_agent() {
 }
 
 #[test]
+fn a_loopback_plugin_goes_only_if_it_is_ours() {
+    sandbox::run(|sandbox| {
+        let bin = sandbox.dir.join("bin");
+        for (loopback, left) in [("ours", vec![]), ("another's", vec!["loopback"])] {
+            fs::create_dir_all(&bin).unwrap();
+            fs::write(bin.join("rustnet-cni"), "ours").unwrap();
+            fs::write(bin.join("loopback"), loopback).unwrap();
+            for _ in 0..2 {
+                let out = sandbox.rustnet(&format!("cleanup --yes --cni-bin-dir {}", bin.display()));
+                assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+                assert_eq!(names(&bin), left);
+            }
+        }
+    });
+}
+
+#[test]
 fn foreign_files_keep_their_directories() {
     sandbox::run(|sandbox| {
         fs::create_dir_all(&sandbox.run_dir).unwrap();
