@@ -59,7 +59,20 @@ impl ApiServer {
         std::fs::create_dir(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let new_key = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"];
         let names = format!("subjectAltName=IP:{address},IP:fd00:18::{LAST},IP:127.0.0.1");
-        let to = ["-subj", "/CN=kube-apiserver", "-addext", &names, "-keyout", "server.key", "-out", "server.crt"];
+        // Clients refuse a certificate authority as a server.
+        let leaf = "basicConstraints=critical,CA:FALSE";
+        let to = [
+            "-subj",
+            "/CN=kube-apiserver",
+            "-addext",
+            leaf,
+            "-addext",
+            &names,
+            "-keyout",
+            "server.key",
+            "-out",
+            "server.crt",
+        ];
         openssl(&dir, &[&new_key[..], &to[..]].concat())?;
         openssl(&dir, &["genrsa", "-out", "accounts.key", "2048"])?;
         std::fs::write(dir.join("tokens.csv"), format!("{TOKEN},admin,admin,\"system:masters\"\n"))?;

@@ -17,7 +17,7 @@ pub const PORT: u16 = 8080;
 #[derive(Debug)]
 pub struct Pod {
     name: String,
-    server: Option<Server>,
+    servers: Vec<Server>,
     attachment: Attachment,
     result: Value,
     addresses: Vec<IpAddr>,
@@ -62,8 +62,8 @@ impl Node {
             }
         };
         let node = self.clone();
-        let (server, gone) = (None, false);
-        Ok(Pod { name: name.into(), server, attachment, result, addresses, netns_file, gone, holder, node })
+        let (servers, gone) = (Vec::new(), false);
+        Ok(Pod { name: name.into(), servers, attachment, result, addresses, netns_file, gone, holder, node })
     }
 }
 
@@ -129,15 +129,15 @@ impl Pod {
             .with_context(|| format!("no host interface in the CNI result: {}", self.result))
     }
 
-    /// Starts its server on another port too, or instead.
+    /// Starts a server on another port.
     pub fn serve(&mut self, port: u16) -> Result<()> {
-        self.server = Some(Server::start(&self.holder, &self.name, port)?);
+        self.servers.push(Server::start(&self.holder, &self.name, port)?);
         Ok(())
     }
 
-    /// Ends its server, and all its connections.
+    /// Ends its servers, and all their connections.
     pub fn silence(&mut self) {
-        self.server = None;
+        self.servers.clear();
     }
 
     /// Runs a program inside and gives its standard output.
@@ -174,7 +174,7 @@ impl Pod {
         if std::mem::replace(&mut self.gone, true) {
             bail!("{} is gone already", self.name);
         }
-        self.server = None;
+        self.servers.clear();
         let deleted = self.node.cni_del(&self.attachment, Some(&self.result));
         let unbound = self.node.netns().unbind_netns(&self.netns_file);
         deleted.and(unbound)

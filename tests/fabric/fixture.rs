@@ -61,13 +61,17 @@ impl Net {
 
     /// The same, without waiting.
     pub fn unawaited_service(&self, endpoints: Vec<Endpoint>) -> Result<TestService<'_>> {
+        let mut made = self.unknown_service();
+        made.set(endpoints)?;
+        Ok(made)
+    }
+
+    /// Addresses for a service that no agent knows until its endpoints are set.
+    pub fn unknown_service(&self) -> TestService<'_> {
         static NUMBER: AtomicU8 = AtomicU8::new(1);
         let n = NUMBER.fetch_add(1, Ordering::Relaxed);
         let vips = [Ipv4Addr::new(10, 96, 1, n).into(), Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 1, n.into()).into()];
-        let mut service = Service::new(&format!("svc-{n}"), &vips, SERVICE_PORT, PORT);
-        service.endpoints = endpoints;
-        self.fabric.manifests().apply(&service)?;
-        Ok(TestService { net: self, service })
+        TestService { net: self, service: Service::new(&format!("svc-{n}"), &vips, SERVICE_PORT, PORT) }
     }
 }
 

@@ -14,6 +14,7 @@ in_each_routing!(
     a_client_port_to_the_vip_and_to_the_backend_itself,
     a_connected_udp_socket_moves_to_a_live_backend,
     a_udp_socket_survives_a_service_that_is_empty_for_a_while,
+    a_udp_socket_older_than_its_service_is_served,
     a_connection_outlives_its_endpoint,
     terminating_endpoints_serve_when_no_ready_one_is_left,
     endpoints_that_are_not_ready_get_nothing,
@@ -116,6 +117,23 @@ fn a_udp_socket_survives_a_service_that_is_empty_for_a_while(net: &Net) -> Resul
         service.set(endpoints(&[&net.b]))?;
         service.wait_known()?;
         wait::until("only the first backend", || ask(net.a.netns(), Proto::Udp, target, 10)?.only_by(&["b"]))?;
+    }
+    Ok(())
+}
+
+/// What was sent to the VIP before the service was known went to the world; that flow must not stay there.
+fn a_udp_socket_older_than_its_service_is_served(net: &Net) -> Result<()> {
+    let mut service = net.unknown_service();
+    for target in service.targets() {
+        let socket = net.a.run_in(|| connected_udp(target))??;
+        ensure!(ask_udp(&socket, "too early").is_err(), "{target} is known too early");
+        service.set(endpoints(&[&net.b]))?;
+        wait::until("the old socket is served", || {
+            let (server, _) = ask_udp(&socket, "in time")?;
+            ensure!(server == "b", "answered by {server}");
+            Ok(())
+        })?;
+        service = net.unknown_service();
     }
     Ok(())
 }

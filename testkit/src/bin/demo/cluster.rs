@@ -1,6 +1,7 @@
 //! What the demo runs on: agents, pods, a host outside, and services that lead to them.
 
 use crate::addresses::vips;
+use crate::examples;
 use crate::table;
 use anyhow::Result;
 use std::fmt::Write as _;
@@ -23,7 +24,7 @@ pub struct Cluster<'a> {
     /// Two pods a node.
     pub pods: Vec<Pod>,
     /// Backends: one pod of each node; scaled under traffic.
-    pub web: Service,
+    pub mixed: Service,
     /// Backend: the first pod alone.
     pub one: Service,
     /// Backend: the host outside, like an API server that is not in the pod range.
@@ -67,7 +68,9 @@ impl<'a> Cluster<'a> {
         let mut pods = Vec::new();
         for i in 1..=2 {
             for (n, node) in fabric.nodes().iter().enumerate() {
-                pods.push(node.add_pod(&format!("pod-{}", (i - 1) * fabric.nodes().len() + n + 1))?);
+                let mut pod = node.add_pod(&format!("pod-{}", (i - 1) * fabric.nodes().len() + n + 1))?;
+                examples::PORTS[i - 1].iter().try_for_each(|port| pod.serve(*port))?;
+                pods.push(pod);
             }
         }
         table::note(&format!("{} pods added by the CNI binary in {} ms:", pods.len(), start.elapsed().as_millis()));
@@ -89,7 +92,7 @@ impl<'a> Cluster<'a> {
         let outside = [IpAddr::from(world4), world6.into()].map(|a| Endpoint::ready(a, None)).to_vec();
         let host = first_node.addresses().map(|a| Endpoint::ready(a, Some(first_node.name()))).to_vec();
         let cluster = Self {
-            web: service("web", 1, pods.iter().take(fabric.nodes().len()).flat_map(endpoints).collect()),
+            mixed: service("mixed", 1, pods.iter().take(fabric.nodes().len()).flat_map(endpoints).collect()),
             one: service("one", 2, pods.first().map(endpoints).unwrap_or_default()),
             outside: service("outside", 3, outside),
             host: service("host", 4, host),
@@ -100,6 +103,9 @@ impl<'a> Cluster<'a> {
         };
         for service in cluster.services() {
             cluster.apply(service)?;
+        }
+        for text in examples::texts(fabric)? {
+            cluster.apply_text(&text)?;
         }
         cluster.wait_until_known()?;
         Ok(cluster)
@@ -113,6 +119,14 @@ impl<'a> Cluster<'a> {
         }
     }
 
+    /// The same with a file of the examples.
+    fn apply_text(&self, (file, text): &(String, String)) -> Result<()> {
+        match self.api {
+            Some(api) => api.apply(text, "apply"),
+            None => self.fabric.manifests().write(file, text),
+        }
+    }
+
     /// Starts all agents again, and waits until they are ready.
     pub fn restart_agents(&self) -> Result<()> {
         start_agents(self.fabric, self.api)
@@ -120,7 +134,7 @@ impl<'a> Cluster<'a> {
 
     /// All services.
     pub fn services(&self) -> [&Service; 4] {
-        [&self.web, &self.one, &self.outside, &self.host]
+        [&self.mixed, &self.one, &self.outside, &self.host]
     }
 
     /// The agents see a file when it is written; this waits until their maps have it, before rows are counted.
@@ -169,7 +183,7 @@ impl<'a> Cluster<'a> {
         }
         for pod in &self.pods {
             let mut line = format!("{}: {} ", pod.name(), pod.netns().enter_hint());
-            let _ = write!(line, "curl -s http://{}:{SERVICE_PORT}/", self.web.vips[0]);
+            let _ = write!(line, "curl -s http://{}:{SERVICE_PORT}/", self.mixed.vips[0]);
             lines.push(line);
         }
         lines.push(match self.api {

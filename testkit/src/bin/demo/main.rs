@@ -4,6 +4,7 @@
 
 mod addresses;
 mod cluster;
+mod examples;
 mod rows;
 mod signals;
 mod table;
@@ -92,6 +93,7 @@ fn run(args: &Args) -> Result<bool> {
     let mut cluster = cluster::Cluster::start(&fabric, api.as_ref()).with_context(|| fabric.logs())?;
     let requests = usize::from(args.requests);
     let held = rows::all(&cluster, requests, &mut table)
+        .and_then(|()| examples::rows(&cluster, requests, &mut table))
         .and_then(|()| traffic::all(&mut cluster, requests, &mut table))
         .and_then(|()| rows::refusals(&cluster, requests, &mut table));
     if let Err(e) = &held {

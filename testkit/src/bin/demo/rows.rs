@@ -167,7 +167,7 @@ pub fn refusals(cluster: &Cluster<'_>, requests: usize, table: &mut Table) -> Re
             for proto in Proto::ALL {
                 let what = format!("{} > service one, emptied", client.name);
                 refused_row(&client, &what, proto, target, requests, table)?;
-                let what = format!("{} > service web, port 81", client.name);
+                let what = format!("{} > service mixed, port 81", client.name);
                 refused_row(
                     &client,
                     &what,

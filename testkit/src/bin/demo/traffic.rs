@@ -28,10 +28,10 @@ fn start(cluster: &Cluster<'_>, kinds: &[(Kind, Proto)]) -> Result<Vec<Stream>> 
     let from = cluster.pods.last().ok_or_else(|| anyhow!("no pods"))?;
     let mut streams = Vec::new();
     for (kind, proto) in kinds {
-        for vip in &cluster.web.vips {
+        for vip in &cluster.mixed.vips {
             let target = SocketAddr::new(*vip, SERVICE_PORT);
             let load = Load::start(from.netns(), *kind, *proto, target, PAUSE)?;
-            let what = format!("{} > service web, {kind}", from.name());
+            let what = format!("{} > service mixed, {kind}", from.name());
             streams.push(Stream { what, family: family(*vip), proto: *proto, load });
         }
     }
@@ -74,7 +74,7 @@ pub fn all(cluster: &mut Cluster<'_>, requests: usize, table: &mut Table) -> Res
 }
 
 fn scale(cluster: &mut Cluster<'_>, requests: usize, table: &mut Table) -> Result<()> {
-    table::step("service web scaled under traffic, by its EndpointSlice file (last column: longest gap)");
+    table::step("service mixed scaled under traffic, by its EndpointSlice file (last column: longest gap)");
     table::columns();
     let streams = start(cluster, &EVERYTHING)?;
     more(&streams, requests)?;
@@ -82,11 +82,11 @@ fn scale(cluster: &mut Cluster<'_>, requests: usize, table: &mut Table) -> Resul
     let few = all[..cluster.fabric.nodes().len()].to_vec();
     let rounds = [all, few];
     for (round, backends) in rounds.iter().enumerate() {
-        cluster.web.endpoints = backends.iter().flat_map(|p| endpoints(p)).collect();
-        cluster.apply(&cluster.web)?;
+        cluster.mixed.endpoints = backends.iter().flat_map(|p| endpoints(p)).collect();
+        cluster.apply(&cluster.mixed)?;
         let names: Vec<&str> = backends.iter().map(|p| p.name()).collect();
         let from = cluster.pods.last().ok_or_else(|| anyhow!("no pods"))?.netns();
-        settled(from, &cluster.web, &names)?;
+        settled(from, &cluster.mixed, &names)?;
         table.fact(&format!("{}: new connections go to {}", ["up", "down"][round], names.join(", ")), Ok(()));
         more(&streams, requests)?;
     }
@@ -133,9 +133,9 @@ fn newcomer(cluster: &Cluster<'_>, requests: usize, table: &mut Table) -> Result
         let answers = ask(from.netns(), Proto::Tcp, SocketAddr::new(*address, PORT), requests)?;
         let what = format!("{} > pod added without agent", from.name());
         table.answers(&what, family(*address), "TCP", &answers, answers.only_by(&["newcomer"]));
-        let vip = cluster.web.vips[usize::from(address.is_ipv6())];
+        let vip = cluster.mixed.vips[usize::from(address.is_ipv6())];
         let answers = ask(pod.netns(), Proto::Udp, SocketAddr::new(vip, SERVICE_PORT), requests)?;
-        table.answers("pod added without agent > service web", family(vip), "UDP", &answers, answers.all_answered());
+        table.answers("pod added without agent > service mixed", family(vip), "UDP", &answers, answers.all_answered());
     }
     pod.delete()
 }
