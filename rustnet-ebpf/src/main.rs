@@ -3,9 +3,18 @@
 #![no_std]
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+#![allow(missing_docs, reason = "the macros for maps and programs expand to undocumented items")]
 #![allow(
-    missing_docs,
-    reason = "maps and programs are described by design, and their macros expand to undocumented items"
+    clippy::trivially_copy_pass_by_ref,
+    clippy::needless_pass_by_value,
+    clippy::needless_borrows_for_generic_args,
+    reason = "everything is inlined; a reference to a map key spares the stack a copy of it"
+)]
+#![allow(
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    clippy::cast_ptr_alignment,
+    reason = "helpers speak i32 and i64 where verdicts and offsets are meant; BPF loads need no alignment in packets"
 )]
 
 mod ctx;

@@ -85,11 +85,11 @@ pub fn forward<F: Family>(
     rewrite::translate::<F, _>(skb, p, to, ttl)?;
     match route {
         Route::Stack => Ok(STACK),
-        // SAFETY (here and below): no pointers are involved.
-        Route::Pod(ep) if from == From::Ingress => Ok(unsafe { helper::bpf_redirect_peer(ep.ifindex, 0) } as i32),
+        Route::Pod(ep) if from == From::Ingress => Ok(redirect_peer(ep.ifindex)),
         Route::Pod(ep) => {
             // An egress hook cannot reach the other side at once: by the veth, with the MAC of the neighbour table.
             done(skb);
+            // SAFETY: no parameters are passed.
             Ok(unsafe { helper::bpf_redirect_neigh(ep.ifindex, core::ptr::null_mut(), 0, 0) } as i32)
         }
         Route::Tunnel(peer) => {
@@ -97,7 +97,7 @@ pub fn forward<F: Family>(
             if !set_tunnel(skb, &peer.node, config) {
                 return Err(DropReason::Rewrite.into());
             }
-            Ok(unsafe { helper::bpf_redirect(config.overlay, 0) } as i32)
+            Ok(redirect(config.overlay, 0))
         }
         Route::Direct | Route::World => {
             done(skb);
@@ -162,19 +162,35 @@ impl Back {
 #[inline(always)]
 pub fn answer(skb: &Skb, back: Back, config: &NodeConfig) -> Result<i32, Stop> {
     let ifindex = skb.ifindex();
-    done(skb);
+    if back != Back::Pod {
+        // What goes out, or up, passes another hook of ours.
+        done(skb);
+    }
     match back {
-        // SAFETY (here and below): no pointers are involved.
-        Back::Pod => Ok(unsafe { helper::bpf_redirect_peer(ifindex, 0) } as i32),
-        Back::Uplink => Ok(unsafe { helper::bpf_redirect(ifindex, 0) } as i32),
-        Back::Host => Ok(unsafe { helper::bpf_redirect(ifindex, BPF_F_INGRESS.into()) } as i32),
+        Back::Pod => Ok(redirect_peer(ifindex)),
+        Back::Uplink => Ok(redirect(ifindex, 0)),
+        Back::Host => Ok(redirect(ifindex, BPF_F_INGRESS.into())),
         Back::Tunnel => {
             let mut remote = Addr::UNSPECIFIED;
             source::tunnel_remote(skb, &mut remote);
             if !set_tunnel(skb, &remote, config) {
                 return Err(DropReason::Rewrite.into());
             }
-            Ok(unsafe { helper::bpf_redirect(ifindex, 0) } as i32)
+            Ok(redirect(ifindex, 0))
         }
     }
+}
+
+/// Into the pod behind a host-side veth, without passing the host's queue.
+#[inline(always)]
+fn redirect_peer(ifindex: u32) -> i32 {
+    // SAFETY: no pointers are involved.
+    unsafe { helper::bpf_redirect_peer(ifindex, 0) as i32 }
+}
+
+/// Out of an interface, or into it with `BPF_F_INGRESS`.
+#[inline(always)]
+fn redirect(ifindex: u32, flags: u64) -> i32 {
+    // SAFETY: no pointers are involved.
+    unsafe { helper::bpf_redirect(ifindex, flags) as i32 }
 }
