@@ -1,6 +1,7 @@
 //! What the maps hold and what they should hold, hence the writes that lead from one to the other. Pure: maps and time come
 //! in as arguments.
 
+mod flows;
 mod ids;
 mod memory;
 mod planner;

@@ -4,6 +4,7 @@
 //! before the peers' deletions the flows to forget, as by then no packet makes them anew. A range of backends is never rewritten while an entry points to it: a change writes a new range and flips
 //! the entry.
 
+use super::flows::{Flows, Parked};
 use super::ids::Ids;
 use super::ranges::Ranges;
 use super::{Maps, Snapshot, VipKey, Write};
@@ -45,10 +46,7 @@ pub struct Planner {
     service_ids: Ids,
     backend_ids: Ids,
     peers: BTreeMap<IpNet, Peer>,
-    /// UDP backends that get no new flows any more, but whose old ones go on: they still serve, or nothing else does.
-    lingering: HashMap<VipKey, BTreeMap<Target, u32>>,
-    /// Backends read back that no entry refers to: an earlier agent may have died before it forgot their flows.
-    strays: BTreeMap<Target, Vec<u32>>,
+    flows: Flows,
     /// What did not fit, and why.
     failed: BTreeMap<VipKey, Box<str>>,
     peers_failed: Option<Box<str>>,
@@ -60,9 +58,6 @@ pub struct Planner {
     /// Writes were refused: what the maps hold is not known.
     lost_track: bool,
 }
-
-/// Address and port of a backend.
-type Target = (Addr, u16);
 
 /// How much fits.
 #[derive(Clone, Copy, Debug)]
@@ -110,22 +105,19 @@ impl Planner {
             let end = first.saturating_add(count).min(room.backends);
             held.extend((first..end).filter(|slot| ranges.claim(*slot, 1)));
         }
-        // All else that was ever written may have been let go of a moment ago, so it waits its time too.
-        let mut strays: BTreeMap<Target, Vec<u32>> = BTreeMap::new();
-        let mut live = HashSet::new();
-        for (slot, backend) in slots.iter().enumerate().filter(|(_, backend)| backend.id != 0) {
-            if ranges.claim(slot as u32, 1) {
-                ranges.retire(slot as u32, 1);
-                strays.entry((backend.addr, backend.port)).or_default().push(backend.id);
+        // All else that was ever written may have been let go of a moment ago.
+        let (unused, live): (Vec<_>, Vec<_>) =
+            (0..).zip(&slots).filter(|(_, backend)| backend.id != 0).partition(|(slot, _)| ranges.claim(*slot, 1));
+        let live: HashSet<u32> = live.into_iter().map(|(_, backend)| backend.id).collect();
+        let mut flows = Flows::default();
+        for (slot, backend) in unused {
+            // What merely moved to another range is no stray.
+            if live.contains(&backend.id) {
+                ranges.retire(slot, 1);
             } else {
-                live.insert(backend.id);
+                flows.add_stray((backend.addr, backend.port), Parked { id: backend.id, slot });
             }
         }
-        // What merely moved to another range is no stray.
-        strays.retain(|_, ids| {
-            ids.retain(|id| !live.contains(id));
-            !ids.is_empty()
-        });
         let count = |v4: bool| services.keys().filter(|key| key.ip.is_ipv4() == v4).count() as u32;
         Self {
             count: [count(true), count(false)],
@@ -136,8 +128,7 @@ impl Planner {
             slots,
             ranges,
             peers,
-            lingering: HashMap::new(),
-            strays,
+            flows,
             failed: BTreeMap::new(),
             peers_failed: None,
             room,
@@ -185,7 +176,8 @@ impl Planner {
         };
         self.plan_services(keys, index, &mut draft);
         if self.compare_all {
-            draft.forget.extend(std::mem::take(&mut self.strays).into_values().flatten());
+            let strays = self.flows.take_strays();
+            self.forget(strays, &mut draft);
             self.compare_all = false;
         }
         // Entries that were deleted made room for some that did not fit.
@@ -275,18 +267,11 @@ impl Planner {
             }
         };
         if !same {
-            let gone = self.write_backends(key, old, first, backends, draft);
-            if key.proto == UDP && !gone.is_empty() {
-                self.lingering.entry(key).or_default().extend(gone);
-            }
-            if let Some(entry) = old
-                && trusted
-            {
-                self.ranges.retire(entry.first, entry.count);
-            }
+            self.write_backends(key, old.filter(|_| trusted), first, backends, draft);
         }
         if key.proto == UDP {
-            self.forget_udp(key, choice, draft);
+            let gone = self.flows.settle(key, choice);
+            self.forget(gone, draft);
         }
         let id = match old {
             _ if key.is_wildcard() => 0,
@@ -306,7 +291,7 @@ impl Planner {
         Ok(())
     }
 
-    /// Writes a new range, in which a backend that the old one had too keeps its id. Gives those that are gone.
+    /// Writes a new range, in which a backend that the old one had too keeps its id, and lets go of the old one.
     fn write_backends(
         &mut self,
         key: VipKey,
@@ -314,25 +299,36 @@ impl Planner {
         first: u32,
         backends: &[DesiredBackend],
         draft: &mut Draft,
-    ) -> BTreeMap<Target, u32> {
-        let mut known: BTreeMap<Target, u32> = match old {
-            Some(entry) if !self.damaged.contains_key(&key) => {
-                self.slots_of(entry).iter().map(|b| ((b.addr, b.port), b.id)).collect()
-            }
-            _ => BTreeMap::new(),
-        };
-        // One that lingered has flows by its old id.
-        known.extend(self.lingering.remove(&key).into_iter().flatten());
-        let (ids, slots) = (&mut self.backend_ids, &self.slots);
+    ) {
+        // One that lingered has flows by the id it had.
+        let is_udp = key.proto == UDP;
+        let mut known = if is_udp { self.flows.take(&key) } else { BTreeMap::new() };
+        if let Some(entry) = old {
+            let slots = (entry.first..).zip(self.slots_of(entry));
+            known.extend(slots.map(|(slot, b)| ((b.addr, b.port), Parked { id: b.id, slot })));
+        }
+        let (ids, slots, ranges) = (&mut self.backend_ids, &self.slots, &mut self.ranges);
         let written: Vec<Backend> = backends
             .iter()
             .map(|b| {
                 let addr = Addr::from(b.addr);
-                let id = known.remove(&(addr, b.port));
-                let id = id.unwrap_or_else(|| ids.take(|| slots.iter().map(|b| b.id).collect()));
+                let id = match known.remove(&(addr, b.port)) {
+                    Some(Parked { id, slot }) => {
+                        if is_udp {
+                            ranges.retire(slot, 1);
+                        }
+                        id
+                    }
+                    None => ids.take(|| slots.iter().map(|b| b.id).collect()),
+                };
                 Backend { addr, port: b.port, flags: b.flags, id }
             })
             .collect();
+        if is_udp {
+            self.flows.leave(key, known);
+        } else if let Some(entry) = old {
+            ranges.retire(entry.first, entry.count);
+        }
         if !written.is_empty() {
             let at = first as usize..first as usize + written.len();
             if self.slots.len() < at.end {
@@ -341,28 +337,13 @@ impl Planner {
             self.slots[at].copy_from_slice(&written);
             draft.puts.push(Write::Backends { first, backends: written });
         }
-        known
     }
 
-    /// Flows to UDP backends that no longer serve are forgotten as soon as there is anything else that does: UDP has no
-    /// handshake that would fail and make the client try anew. TCP is never touched.
-    fn forget_udp(&mut self, key: VipKey, choice: &Choice, draft: &mut Draft) {
-        for target in choice.serving.iter().map(|(addr, port)| (Addr::from(*addr), *port)) {
-            if let Some(id) = self.strays.get_mut(&target).and_then(Vec::pop) {
-                self.lingering.entry(key).or_default().insert(target, id);
-            }
-        }
-        if choice.backends.is_empty() && choice.serving.is_empty() {
-            return;
-        }
-        if let Some(lingering) = self.lingering.get_mut(&key) {
-            let serving: HashSet<Target> =
-                choice.serving.iter().map(|(addr, port)| (Addr::from(*addr), *port)).collect();
-            let gone = lingering.extract_if(.., |target, _| !serving.contains(target));
-            draft.forget.extend(gone.map(|(_, id)| id));
-            if lingering.is_empty() {
-                self.lingering.remove(&key);
-            }
+    /// The flows of these backends are to be forgotten, and their slots are free.
+    fn forget(&mut self, gone: impl IntoIterator<Item = Parked>, draft: &mut Draft) {
+        for Parked { id, slot } in gone {
+            draft.forget.push(id);
+            self.ranges.retire(slot, 1);
         }
     }
 
@@ -375,7 +356,8 @@ impl Planner {
             // Else a service that comes back at this address would find flows to whatever served it then.
             let trusted = !self.damaged.contains_key(&key);
             draft.forget.extend(self.slots_of(entry).iter().map(|b| b.id).filter(|_| trusted));
-            draft.forget.extend(self.lingering.remove(&key).into_iter().flat_map(BTreeMap::into_values));
+            let lingering = self.flows.take(&key);
+            self.forget(lingering.into_values(), draft);
         }
         self.count[usize::from(key.ip.is_ipv6())] -= 1;
         if !self.release_damaged(&key) {
