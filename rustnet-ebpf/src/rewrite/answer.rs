@@ -7,6 +7,7 @@ use rustnet_common::csum::Sum;
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
+use super::TCP_CSUM;
 use crate::ctx::{Ctx, Skb, at, at_pulled};
 use crate::family::Family;
 use crate::parse::{ETH_LEN, Ethernet, Header4, Header6, Packet, tcp};
@@ -171,7 +172,7 @@ fn reset<F: Family>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
     trim(skb, ETH_LEN + ip + TCP_LEN)?;
     let offset_flags = 5 << 12 | u16::from(flags);
     let pseudo = pseudo(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16);
-    let csum = pseudo.add16(p.tuple.dport).add16(p.tuple.sport).add(seq).add(ack).add16(offset_flags).finish();
+    let whole = pseudo.add16(p.tuple.dport).add16(p.tuple.sport).add(seq).add(ack).add16(offset_flags);
     let h = at_pulled::<F::Header, _>(skb, ETH_LEN)?;
     let head = F::Header::head(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16);
     // A transport whose checksum is right sums up to the complement of its pseudo header.
@@ -188,9 +189,15 @@ fn reset<F: Family>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
             ack,
             offset_flags: offset_flags.to_be(),
             window: 0,
-            csum,
+            // What a device that is still to finish the checksum starts from: the folded pseudo header.
+            csum: pseudo.fold16(),
             urgent: 0,
         });
+    }
+    // For all others the rest of the way to the finished checksum; the helper leaves out just the frames that a device will
+    // finish, which a program cannot tell by itself.
+    if !skb.l4_checksum(ETH_LEN + ip + TCP_CSUM, Sum(pseudo.0 + whole.0), false, false, F::A::IS_V6) {
+        return None;
     }
     skb.sum_becomes(sum);
     Some(())

@@ -11,7 +11,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::hash::pick;
 use rustnet_common::tuple::{Tuple, proto};
 
-use super::{Packed, Stop};
+use super::{Packed, Stop, lb};
 use crate::ctx::{Ctx, jiffies, random};
 use crate::family::Family;
 use crate::parse::{Kind, Packet, tcp};
@@ -76,6 +76,11 @@ pub fn lookup<F: Family, C: Ctx>(
     }
     let now = jiffies();
     if now.wrapping_sub(e.seen) >= config.hz || new != e.state {
+        if e.backend == 0 && new & state::ANSWERED == 0 && lb::is_service::<F>(&packet.tuple) {
+            // The flow is older than the service it asks for (or than our knowledge of it) and nobody has answered: it
+            // would be sent into the void for as long as its sender persists.
+            return Ok(false);
+        }
         e.seen = now;
         e.state = new;
         mend::<F>(&packet.tuple, e);

@@ -19,6 +19,13 @@ pub fn is_vip<F: Family>(addr: F::A) -> bool {
     F::services().get_ptr(key).is_some()
 }
 
+/// True if a flow asks for a port that a VIP has.
+#[inline(always)]
+pub fn is_service<F: Family>(t: &Tuple<F::A>) -> bool {
+    let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope: scope::CLUSTER };
+    F::services().get_ptr(key).is_some()
+}
+
 /// Chooses the backend of a new flow and sends the flow there; false if it asks for no service.
 #[inline(always)]
 pub fn select<F: Family>(t: &Tuple<F::A>, config: &NodeConfig, half: &mut CtEntry<F::A>) -> Result<bool, DropReason> {
