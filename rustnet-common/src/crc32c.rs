@@ -2,21 +2,23 @@
 
 /// The polynomial, lowest power in the highest bit.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
-/// x^0: the highest bit is the lowest power.
-const ONE: u32 = 1 << 31;
 /// Doublings of a length in bytes below 16,384.
 const POWERS: usize = 14;
 
-/// x^(8 * 2^n) modulo the polynomial, for n from 0.
-const POWER: [u32; POWERS] = powers();
+/// Products with x^(8 * 2^n), for n from 0, of each hexadecimal digit in each of its eight places.
+static PRODUCTS: [[[u32; 16]; 8]; POWERS] = products();
 
-const fn powers() -> [u32; POWERS] {
-    let mut table = [0; POWERS];
-    // x^8: bit 31 is x^0.
+const fn products() -> [[[u32; 16]; 8]; POWERS] {
+    let mut table = [[[0; 16]; 8]; POWERS];
+    // x^8: the highest bit is the lowest power.
     let mut power = 1 << 23;
     let mut n = 0;
     while n < POWERS {
-        table[n] = power;
+        let mut i = 0;
+        while i < 128 {
+            table[n][i / 16][i % 16] = multiply(((i % 16) as u32) << (i / 16 * 4), power);
+            i += 1;
+        }
         power = multiply(power, power);
         n += 1;
     }
@@ -24,30 +26,31 @@ const fn powers() -> [u32; POWERS] {
 }
 
 /// The product of two polynomials modulo ours.
-#[inline(always)]
-const fn multiply(a: u32, b: u32) -> u32 {
-    let (mut a, mut product, mut i) = (a, 0, 0);
+const fn multiply(mut a: u32, b: u32) -> u32 {
+    let (mut product, mut i) = (0, 0);
     while i < 32 {
-        // Without branches: the bit of `b` as a mask.
-        product ^= a & ((b << i).cast_signed() >> 31).cast_unsigned();
-        a = (a >> 1) ^ (POLYNOMIAL & 0_u32.wrapping_sub(a & 1));
+        if b << i >> 31 != 0 {
+            product ^= a;
+        }
+        a = if a & 1 == 0 { a >> 1 } else { a >> 1 ^ POLYNOMIAL };
         i += 1;
     }
     product
 }
 
 /// What to add (exclusive or) to the CRC of a message of `len` bytes when its first four change by `diff`, given as loaded
-/// from memory. Lengths from 16,384 are taken modulo that: no frame on a
-/// wire is so long.
+/// from memory. Lengths from 16,384 are taken modulo that: no frame on a wire is so long.
 #[inline(always)]
 pub fn first_word(diff: u32, len: u32) -> u32 {
     let mut value = u32::from_le(diff);
-    let mut n = 0;
-    while n < POWERS {
-        // Without branches here, too: the verifier would follow every combination of them.
+    for (n, products) in PRODUCTS.iter().enumerate() {
+        let mut product = 0;
+        for (place, digits) in products.iter().enumerate() {
+            product ^= digits[(value >> (place * 4) & 15) as usize];
+        }
+        // Without a branch: the verifier would follow every combination of them.
         let taken = ((len << (31 - n)).cast_signed() >> 31).cast_unsigned();
-        value = multiply(value, POWER[n] & taken | ONE & !taken);
-        n += 1;
+        value ^= (value ^ product) & taken;
     }
     value
 }

@@ -2,11 +2,12 @@
 
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config::NodeConfig;
+use rustnet_common::tuple::Tuple;
 
 use crate::ctx::Skb;
 use crate::maps::{self, Connections, Fragments, Peers, Scratch, Services};
 use crate::parse::{Header, Packet, rn_parse4, rn_parse6};
-use crate::rewrite::{Head, QuotedWriter, Writer};
+use crate::rewrite::{Head, QuotedWriter, Writer, rn_rewrite4, rn_rewrite6};
 use crate::step::Packed;
 
 /// Linux's AF_INET and AF_INET6.
@@ -27,6 +28,8 @@ pub trait Family: 'static {
 
     /// The parser, see [`crate::parse::packet`].
     fn parse(skb: &Skb, p: &mut Packet<Self::A>) -> Packed;
+    /// See [`crate::rewrite::translate`].
+    fn rewrite(skb: &Skb, p: &Packet<Self::A>, to: &Tuple<Self::A>, ttl: u8) -> Packed;
     /// Connections of this family.
     fn connections() -> &'static Connections<Self::A>;
     /// Services of this family.
@@ -54,6 +57,10 @@ impl Family for V4 {
     #[inline(always)]
     fn parse(skb: &Skb, p: &mut Packet<Ip4>) -> Packed {
         Packed::from_bits(rn_parse4(skb.raw(), p))
+    }
+    #[inline(always)]
+    fn rewrite(skb: &Skb, p: &Packet<Ip4>, to: &Tuple<Ip4>, ttl: u8) -> Packed {
+        Packed::from_bits(rn_rewrite4(skb.raw(), p, to, u32::from(ttl)))
     }
     #[inline(always)]
     fn connections() -> &'static Connections<Ip4> {
@@ -89,6 +96,10 @@ impl Family for V6 {
     #[inline(always)]
     fn parse(skb: &Skb, p: &mut Packet<Ip6>) -> Packed {
         Packed::from_bits(rn_parse6(skb.raw(), p))
+    }
+    #[inline(always)]
+    fn rewrite(skb: &Skb, p: &Packet<Ip6>, to: &Tuple<Ip6>, ttl: u8) -> Packed {
+        Packed::from_bits(rn_rewrite6(skb.raw(), p, to, u32::from(ttl)))
     }
     #[inline(always)]
     fn connections() -> &'static Connections<Ip6> {

@@ -224,7 +224,7 @@ fn reset(asked: &Frame) -> Frame {
 }
 
 /// An ICMP error about `asked`, from `src`. It quotes the IP header and 28 bytes behind it, in whole words, of which there
-/// are 26 at most.
+/// are 40 at most.
 pub fn icmp_error(asked: &Frame, src: IpAddr, kind: u8, code: u8, rest: u32) -> Frame {
     let packet = asked.ip_bytes();
     let header = if asked.is_v6() {
@@ -232,7 +232,7 @@ pub fn icmp_error(asked: &Frame, src: IpAddr, kind: u8, code: u8, rest: u32) -> 
     } else {
         20 + asked.options.len()
     };
-    let quoted = packet.len().min(header + 28).min(104) / 4 * 4;
+    let quoted = packet.len().min(header + 28).min(160) / 4 * 4;
     asked.reply().map(|f| {
         f.src = src;
         f.l4 = L4::Icmp { kind, code, rest };

@@ -26,7 +26,7 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
         Kind::Link => return Ok(STACK),
         Kind::IcmpError => {
             icmp::translate::<F, _>(skb, p, &mut to)?;
-            rewrite::translate::<F, _>(skb, p, &to, p.ttl)?;
+            rewrite::translate::<F>(skb, p, &to, p.ttl)?;
             return Ok(STACK);
         }
         Kind::Flow | Kind::LaterFragment => {}
@@ -41,6 +41,6 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
         // A collision may have cost the flow its source port.
         to = o.half.to;
     }
-    rewrite::translate::<F, _>(skb, p, &to, p.ttl)?;
+    rewrite::translate::<F>(skb, p, &to, p.ttl)?;
     Ok(STACK)
 }

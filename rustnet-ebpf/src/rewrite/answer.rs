@@ -1,5 +1,6 @@
 //! Answers of our own: the packet in hand becomes a TCP reset or an ICMP error to its sender.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Address, Ip4, Ip6};
@@ -8,7 +9,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
 use super::TCP_CSUM;
-use crate::ctx::{Ctx, Skb, at, at_pulled};
+use crate::ctx::{Ctx, Skb, at, at_pulled, bounded};
 use crate::family::Family;
 use crate::parse::{ETH_LEN, Ethernet, Header4, Header6, Packet, tcp};
 
@@ -31,8 +32,8 @@ const TCP_LEN: usize = 20;
 /// Bytes of the transport header that an error quotes: what a receiver needs, and enough that a checksum which the
 /// hardware has yet to fill in stays inside the packet.
 const QUOTED_L4: usize = 28;
-/// Words of the longest quotation: an IPv6 header with 36 bytes of extension headers, any IPv4 header.
-const QUOTED_WORDS: usize = 26;
+/// Words of the longest quotation: any IPv4 header, an IPv6 header with 92 bytes of extension headers.
+const QUOTED_WORDS: usize = 40;
 
 /// How a family writes the header of an answer.
 pub trait Head<A>: Copy {
@@ -220,19 +221,15 @@ fn error<F: Family>(skb: &Skb, p: &Packet<F::A>, src: F::A, kind: [u8; 2], rest:
     }
     let payload = (ICMP_LEN + quote) as u16;
     let pseudo = if F::A::IS_V6 { pseudo(src, dst, icmp, payload) } else { Sum::default() };
-    let mut sum = pseudo;
     let first = ETH_LEN + ip + ICMP_LEN;
     if !skb.pull((first + quote) as u32) {
         return None;
     }
-    for i in 0..QUOTED_WORDS {
-        if i * 4 >= quote {
-            break;
-        }
-        let w = at::<u32, _>(skb, first + i * 4)?;
-        // SAFETY: `at` proved four bytes.
-        sum = sum.add(unsafe { w.read() });
+    let quoted = rn_sum(skb.raw(), first as u32, quote as u32);
+    if quoted == NO_SUM {
+        return None;
     }
+    let sum = Sum(pseudo.0.wrapping_add(quoted));
     let head = [u16::from_be_bytes(kind), 0, (rest >> 16) as u16, rest as u16];
     let csum = sum.add16(head[0]).add16(head[2]).add16(head[3]).finish();
     let h = at::<F::Header, _>(skb, ETH_LEN)?;
@@ -245,4 +242,26 @@ fn error<F: Family>(skb: &Skb, p: &Packet<F::A>, src: F::A, kind: [u8; 2], rest:
     unsafe { h.write([head[0].to_be(), csum, head[2].to_be(), head[3].to_be()]) };
     skb.sum_becomes(whole);
     Some(())
+}
+
+/// What [`rn_sum`] gives where the packet is shorter; no sum of words becomes so large.
+const NO_SUM: u64 = u64::MAX;
+
+/// The sum over `len` bytes from `first` on, whole words, [`QUOTED_WORDS`] at most. With global linkage: what follows the
+/// loop is proved once, not once for each length.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_sum(skb: *mut __sk_buff, first: u32, len: u32) -> u64 {
+    let skb = Skb(skb);
+    let first = bounded(first as usize);
+    let mut sum = Sum::default();
+    for i in 0..QUOTED_WORDS {
+        if i * 4 >= len as usize {
+            break;
+        }
+        let Some(w) = at::<u32, _>(&skb, first + i * 4) else { return NO_SUM };
+        // SAFETY: `at` proved four bytes.
+        sum = sum.add(unsafe { w.read() });
+    }
+    sum.0
 }

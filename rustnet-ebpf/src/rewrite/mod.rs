@@ -10,14 +10,16 @@ mod sctp;
 pub use answer::{Answer, Head, answer};
 pub use quotation::{QuotedWriter, quotation};
 
+use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::csum::{self, Sum};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
-use crate::ctx::{Ctx, at, at_pulled};
-use crate::family::Family;
+use crate::ctx::{Ctx, Skb, at, at_pulled};
+use crate::family::{Family, V4, V6};
 use crate::parse::{Header4, Header6, Kind, Packet};
+use crate::step::{Packed, Stop};
 
 /// Offsets of checksums in transport headers.
 const TCP_CSUM: usize = 16;
@@ -84,11 +86,38 @@ pub fn ports<A>(from: &Tuple<A>, to: &Tuple<A>) -> Sum {
 
 /// Makes the packet what `to` says, with hop limit `ttl`. Later fragments and ICMP errors have no ports to change.
 #[inline(always)]
-pub fn translate<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, to: &Tuple<F::A>, ttl: u8) -> Result<(), DropReason> {
+pub fn translate<F: Family>(skb: &Skb, p: &Packet<F::A>, to: &Tuple<F::A>, ttl: u8) -> Result<(), DropReason> {
+    if *to == p.tuple && ttl == p.ttl { Ok(()) } else { F::rewrite(skb, p, to, ttl).done() }
+}
+
+/// Declares a family's translation as a function with global linkage, for the reason that the parser is one.
+macro_rules! global {
+    ($name:ident, $family:ty, $addr:ty) => {
+        /// The translation of one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(
+            skb: *mut __sk_buff,
+            p: *const Packet<$addr>,
+            to: *const Tuple<$addr>,
+            ttl: u32,
+        ) -> u64 {
+            if p.is_null() || to.is_null() {
+                return Packed::new(Err(DropReason::Rewrite.into())).bits();
+            }
+            // SAFETY: the callers in `family` pass references; the verifier checks sizes.
+            let (p, to) = unsafe { (&*p, &*to) };
+            Packed::new(change::<$family, _>(&Skb(skb), p, to, ttl as u8).map(|()| 0).map_err(Stop::from)).bits()
+        }
+    };
+}
+
+global!(rn_rewrite4, V4, Ip4);
+global!(rn_rewrite6, V6, Ip6);
+
+#[inline(always)]
+fn change<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, to: &Tuple<F::A>, ttl: u8) -> Result<(), DropReason> {
     let from = &p.tuple;
-    if *to == *from && ttl == p.ttl {
-        return Ok(());
-    }
     F::Header::store(ctx, p.l3(), from, to, p.ttl, ttl).ok_or(DropReason::Rewrite)?;
     if *to == *from {
         return Ok(());

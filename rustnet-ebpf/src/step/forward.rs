@@ -82,7 +82,7 @@ pub fn forward<F: Family>(
             }
         }
     }
-    rewrite::translate::<F, _>(skb, p, to, ttl)?;
+    rewrite::translate::<F>(skb, p, to, ttl)?;
     match route {
         Route::Stack => Ok(STACK),
         Route::Pod(ep) if from == From::Ingress => Ok(redirect_peer(ep.ifindex)),
