@@ -136,7 +136,7 @@ impl Frame {
         new
     }
 
-    pub fn from_to(&self, src: (IpAddr, u16), dst: (IpAddr, u16)) -> Self {
+    pub fn between(&self, src: (IpAddr, u16), dst: (IpAddr, u16)) -> Self {
         self.map(|f| {
             (f.src, f.dst) = (src.0, dst.0);
             f.set_ports(src.1, dst.1);

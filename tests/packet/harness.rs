@@ -15,6 +15,7 @@ use rustnet_common::peer::{Peer, PeerKey, flags};
 use rustnet_common::service::{SvcEntry, SvcKey, scope};
 use rustnet_common::tuple::Tuple;
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -446,13 +447,13 @@ impl Lab {
         let mut before = self.datapath.counts()?;
         let name = hook::NAMES[code as usize];
         let mut sum_is_right = true;
-        let output = match self.datapath.run(name, &Input { complete: self.sums_up && input.cut == 0, ..*input })? {
-            Some(output) => output,
-            None => {
-                sum_is_right = false;
-                before = self.datapath.counts()?;
-                self.datapath.run(name, input)?.context("no sum was asked for")?
-            }
+        let first = self.datapath.run(name, &Input { complete: self.sums_up && input.cut == 0, ..*input })?;
+        let output = if let Some(output) = first {
+            output
+        } else {
+            sum_is_right = false;
+            before = self.datapath.counts()?;
+            self.datapath.run(name, input)?.context("no sum was asked for")?
         };
         let mut counted = self.datapath.counts()?;
         counted.retain(|k, n| {
@@ -478,7 +479,7 @@ impl Lab {
     }
 
     /// A pod sends; which one, its MAC tells.
-    pub fn from_pod(&self, frame: &Frame) -> Result<Shot> {
+    pub fn pod_sends(&self, frame: &Frame) -> Result<Shot> {
         let ifindex = if frame.smac == MAC_B { POD_B } else { POD_A };
         self.shoot(hook::FROM_POD, ifindex, frame)
     }
@@ -522,7 +523,7 @@ pub struct Shot {
 
 impl Shot {
     /// Redirected into a pod, changed into `want`.
-    pub fn into_pod(&self, want: &Frame) -> Result<()> {
+    pub fn to_the_pod(&self, want: &Frame) -> Result<()> {
         self.ended(REDIRECT, 0, Some(DropReason::Forwarded), &want.bytes(), usize::MAX)
     }
 
@@ -583,10 +584,10 @@ impl Shot {
 fn show(bytes: &[u8], other: &[u8]) -> String {
     let mut text = String::new();
     for (line, chunk) in bytes.chunks(16).enumerate() {
-        text += &format!("  {:4}:", line * 16);
+        let _ = write!(text, "  {:4}:", line * 16);
         for (i, b) in chunk.iter().enumerate() {
             let mark = if other.get(line * 16 + i) == Some(b) { ' ' } else { '>' };
-            text += &format!(" {mark}{b:02x}");
+            let _ = write!(text, " {mark}{b:02x}");
         }
         text.push('\n');
     }

@@ -19,17 +19,17 @@ fn serve(lab: &Lab, net: Net) -> Result<()> {
 
 /// What `f`, sent to the service, arrives as.
 fn arrived(net: Net, f: &Frame) -> Frame {
-    f.hop().from_to((net.a(), PORT), (net.b(), 8080))
+    f.hop().between((net.a(), PORT), (net.b(), 8080))
 }
 
 /// Sends a packet with some decoration to the service, and the decorated answer back.
 fn there_and_back(lab: &Lab, net: Net, proto: Proto, decorate: impl Fn(&mut Frame)) -> Result<()> {
     let ask = from_a(net, proto, (net.vip(1), 80)).map(&decorate);
-    lab.from_pod(&ask)?.into_pod(&arrived(net, &ask))?;
+    lab.pod_sends(&ask)?.to_the_pod(&arrived(net, &ask))?;
     let answer = arrived(net, &ask).reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-    lab.from_pod(&answer)?.into_pod(&answer.hop().from_to((net.vip(1), 80), (net.a(), PORT)))?;
+    lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.vip(1), 80), (net.a(), PORT)))?;
     let more = later(&ask);
-    lab.from_pod(&more)?.into_pod(&arrived(net, &more))
+    lab.pod_sends(&more)?.to_the_pod(&arrived(net, &more))
 }
 
 #[test]
@@ -45,7 +45,7 @@ fn a_vlan_tag_in_the_frame() -> Result<()> {
         lab.uplink_out(&f)?.to_stack(&f)?;
         // No answer of ours can be made out of a tagged frame: dropped, and counted as what it is.
         let f = from_a(net, Proto::Udp, (net.vip(1), 81)).map(|f| f.vlan = Some(100));
-        lab.from_pod(&f)?.dropped(DropReason::UnknownPort)
+        lab.pod_sends(&f)?.dropped(DropReason::UnknownPort)
     })
 }
 
@@ -66,7 +66,7 @@ fn ipv4_options_of_every_length() -> Result<()> {
             each(|proto| there_and_back(lab, net, proto, options)).with_context(|| format!("{words} words"))?;
             for proto in [Proto::Udp, Proto::Sctp] {
                 let f = from_a(net, proto, (net.vip(1), 81)).map(options);
-                lab.from_pod(&f)?
+                lab.pod_sends(&f)?
                     .answered(DropReason::UnknownPort, &port_unreachable(&f))
                     .with_context(|| format!("a refusal that quotes {words} words of options"))?;
             }
@@ -116,7 +116,7 @@ fn ipv6_extension_headers() -> Result<()> {
             let f = from_a(net, Proto::Udp, (net.vip(1), 81)).map(|f| {
                 f.extensions = chain.iter().map(|k| extension(*k, 0)).collect();
             });
-            lab.from_pod(&f)?
+            lab.pod_sends(&f)?
                 .answered(DropReason::UnknownPort, &port_unreachable(&f))
                 .with_context(|| format!("a refusal that quotes {chain:?}"))?;
         }
@@ -134,14 +134,14 @@ fn longer_chains_are_refused() -> Result<()> {
         serve(lab, net)?;
         for words in [0, 2] {
             let f = from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.extensions = vec![extension(60, words); 7]);
-            lab.from_pod(&f)?.dropped(DropReason::Unparsable)?;
+            lab.pod_sends(&f)?.dropped(DropReason::Unparsable)?;
             // What comes from outside may be the host's own, and its stack knows better.
             lab.uplink_in(&f)?.to_stack(&f)?;
             lab.uplink_out(&f)?.to_stack(&f)?;
         }
         // One header, longer than any offset that is followed.
         let f = from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.extensions = vec![extension(60, 60)]);
-        lab.from_pod(&f)?.dropped(DropReason::Unparsable)?;
+        lab.pod_sends(&f)?.dropped(DropReason::Unparsable)?;
         ensure!(lab.halves()? == 0);
         Ok(())
     })
@@ -149,7 +149,7 @@ fn longer_chains_are_refused() -> Result<()> {
 
 /// The datagrams that are cut: UDP with data of its own in every fragment.
 fn datagram(f: &Frame) -> Frame {
-    f.map(|f| f.payload = (0..3000).map(|i| (i % 251) as u8).collect())
+    f.map(|f| f.payload = (0..=250_u8).cycle().take(3000).collect())
 }
 
 #[test]
@@ -160,14 +160,14 @@ fn fragments_follow_their_first() -> Result<()> {
         let arrives = arrived(net, &whole);
         for cuts in [vec![1448], vec![8, 16, 1448], vec![1400, 2800]] {
             for (f, want) in whole.pieces(0x1_0001, &cuts).iter().zip(arrives.pieces(0x1_0001, &cuts)) {
-                lab.from_pod(f)?.into_pod(&want).with_context(|| format!("{:?} of {cuts:?}", f.piece))?;
+                lab.pod_sends(f)?.to_the_pod(&want).with_context(|| format!("{:?} of {cuts:?}", f.piece))?;
             }
         }
         // The answer is long, too.
         let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-        let back = answer.hop().from_to((net.vip(1), 80), (net.a(), PORT));
+        let back = answer.hop().between((net.vip(1), 80), (net.a(), PORT));
         for (f, want) in answer.pieces(7, &[1440]).iter().zip(back.pieces(7, &[1440])) {
-            lab.from_pod(f)?.into_pod(&want)?;
+            lab.pod_sends(f)?.to_the_pod(&want)?;
         }
         ensure!(lab.connections(net)?.len() == 2, "fragments opened connections of their own");
         Ok(())
@@ -181,34 +181,34 @@ const CUTS: [usize; 2] = [1360, 2720];
 fn fragments_of_masqueraded_flows_and_through_the_overlay() -> Result<()> {
     labs(|lab, net| {
         let whole = datagram(&from_a(net, Proto::Udp, (net.world(), 53)));
-        let leaves = whole.hop().from_to((net.node(), PORT), (net.world(), 53));
+        let leaves = whole.hop().between((net.node(), PORT), (net.world(), 53));
         for (f, want) in whole.pieces(9, &CUTS).iter().zip(leaves.pieces(9, &CUTS)) {
-            lab.from_pod(f)?.onto_wire(&want)?;
+            lab.pod_sends(f)?.onto_wire(&want)?;
         }
         let answer = leaves.reply();
         let back = answer.hop().map(|f| f.dst = net.a());
         // Their checksums are the datagram's, and it takes all pieces to verify them.
         for (f, want) in answer.pieces(10, &CUTS).iter().zip(back.pieces(10, &CUTS)) {
-            lab.uplink_in(f)?.into_pod(&want)?;
+            lab.uplink_in(f)?.to_the_pod(&want)?;
         }
         let whole = datagram(&from_a(net, Proto::Udp, (net.far(), 53)));
         let answer = whole.reply();
         for f in whole.pieces(11, &CUTS) {
-            lab.from_pod(&f)?.onto_wire(&f.hop())?;
+            lab.pod_sends(&f)?.onto_wire(&f.hop())?;
         }
         for f in answer.pieces(12, &CUTS) {
-            lab.overlay_in(net.node2(), &f)?.into_pod(&f.hop())?;
+            lab.overlay_in(net.node2(), &f)?.to_the_pod(&f.hop())?;
         }
         // Echo is cut as well.
         let ping = datagram(&from_a(net, Proto::Echo, (net.world(), 0)));
         let leaves = ping.hop().map(|f| f.src = net.node());
         for (f, want) in ping.pieces(13, &CUTS).iter().zip(leaves.pieces(13, &CUTS)) {
-            lab.from_pod(f)?.onto_wire(&want)?;
+            lab.pod_sends(f)?.onto_wire(&want)?;
         }
         let answer = leaves.reply();
         let back = answer.hop().map(|f| f.dst = net.a());
         for (f, want) in answer.pieces(14, &CUTS).iter().zip(back.pieces(14, &CUTS)) {
-            lab.uplink_in(f)?.into_pod(&want)?;
+            lab.uplink_in(f)?.to_the_pod(&want)?;
         }
         Ok(())
     })
@@ -220,16 +220,16 @@ fn a_later_fragment_without_its_first() -> Result<()> {
         serve(lab, net)?;
         let whole = datagram(&from_a(net, Proto::Udp, (net.vip(1), 80)));
         let [first, later] = whole.pieces(20, &[1440]).try_into().map_err(|_| anyhow::anyhow!("two pieces"))?;
-        lab.from_pod(&later)?.dropped(DropReason::FragmentUnknown)?;
-        lab.from_pod(&first)?.into_pod(&arrived(net, &first))?;
-        lab.from_pod(&later)?.into_pod(&arrived(net, &later))?;
+        lab.pod_sends(&later)?.dropped(DropReason::FragmentUnknown)?;
+        lab.pod_sends(&first)?.to_the_pod(&arrived(net, &first))?;
+        lab.pod_sends(&later)?.to_the_pod(&arrived(net, &later))?;
         // Of another datagram, of another sender, of another protocol: not this one's.
         let other = whole.pieces(21, &[1440]).remove(1);
-        lab.from_pod(&other)?.dropped(DropReason::FragmentUnknown)?;
+        lab.pod_sends(&other)?.dropped(DropReason::FragmentUnknown)?;
         let other = later.map(|f| (f.src, f.smac) = (net.b(), MAC_B));
-        lab.from_pod(&other)?.dropped(DropReason::FragmentUnknown)?;
+        lab.pod_sends(&other)?.dropped(DropReason::FragmentUnknown)?;
         let other = later.map(|f| f.l4 = L4::Sctp { sport: 1, dport: 2, crc: true });
-        lab.from_pod(&other)?.dropped(DropReason::FragmentUnknown)?;
+        lab.pod_sends(&other)?.dropped(DropReason::FragmentUnknown)?;
         // At the uplink it may be the host's.
         let other = from_outside(Proto::Udp, (net.world(), 1), (net.node(), 2));
         let later = datagram(&other).pieces(22, &[1440]).remove(1);
@@ -245,16 +245,16 @@ fn tcp_headers_in_pieces() -> Result<()> {
         let whole = later(&from_a(net, Proto::Tcp, (net.vip(1), 80))).map(|f| f.payload = vec![1; 100]);
         for cut in [8, 16] {
             let pieces = whole.pieces(30, &[cut]);
-            lab.from_pod(&pieces[0])?.dropped(DropReason::Malformed).with_context(|| format!("first {cut} bytes"))?;
-            lab.from_pod(&pieces[1])?.dropped(DropReason::Malformed).with_context(|| format!("from {cut}"))?;
+            lab.pod_sends(&pieces[0])?.dropped(DropReason::Malformed).with_context(|| format!("first {cut} bytes"))?;
+            lab.pod_sends(&pieces[1])?.dropped(DropReason::Malformed).with_context(|| format!("from {cut}"))?;
         }
         // After a good first one, a second that reaches into the header is no better.
         let pieces = whole.pieces(31, &[24]);
-        lab.from_pod(&pieces[0])?.into_pod(&arrived(net, &pieces[0]))?;
-        lab.from_pod(&pieces[1])?.into_pod(&arrived(net, &pieces[1]))?;
+        lab.pod_sends(&pieces[0])?.to_the_pod(&arrived(net, &pieces[0]))?;
+        lab.pod_sends(&pieces[1])?.to_the_pod(&arrived(net, &pieces[1]))?;
         for cut in [8, 16] {
             let overlap = whole.pieces(31, &[cut]).remove(1);
-            lab.from_pod(&overlap)?.dropped(DropReason::Malformed)?;
+            lab.pod_sends(&overlap)?.dropped(DropReason::Malformed)?;
         }
         Ok(())
     })
@@ -267,11 +267,11 @@ fn a_repeated_first_fragment() -> Result<()> {
     labs(|lab, net| {
         serve(lab, net)?;
         let to_service = datagram(&from_a(net, Proto::Udp, (net.vip(1), 80))).pieces(40, &[1440]);
-        lab.from_pod(&to_service[0])?.into_pod(&arrived(net, &to_service[0]))?;
+        lab.pod_sends(&to_service[0])?.to_the_pod(&arrived(net, &to_service[0]))?;
         let elsewhere = datagram(&from_a(net, Proto::Udp, (net.vip(1), 81))).pieces(40, &[1440]);
-        let shot = lab.from_pod(&elsewhere[0])?;
+        let shot = lab.pod_sends(&elsewhere[0])?;
         ensure!(shot.counted.keys().eq([&(DropReason::UnknownPort as u8, hook::FROM_POD)]), "{shot:?}");
-        lab.from_pod(&elsewhere[1])?.dropped(DropReason::UnknownPort)
+        lab.pod_sends(&elsewhere[1])?.dropped(DropReason::UnknownPort)
     })
 }
 

@@ -89,13 +89,13 @@ fn about_masqueraded_packets() -> Result<()> {
         each(|proto| {
             let to = at(proto, net.world(), 443);
             let sent = from_a(net, proto, to);
-            let left = sent.hop().from_to((net.node(), PORT), to);
-            lab.from_pod(&sent)?.onto_wire(&left)?;
+            let left = sent.hop().between((net.node(), PORT), to);
+            lab.pod_sends(&sent)?.onto_wire(&left)?;
             all_errors(net, |kind, quote| {
                 for from in [net.router(), net.world()] {
                     let e = error(&left, from, kind, quote);
                     let want = translated(&e, &left, &sent.hop(), from).hop();
-                    lab.uplink_in(&e)?.into_pod(&want).with_context(|| format!("from {from}"))?;
+                    lab.uplink_in(&e)?.to_the_pod(&want).with_context(|| format!("from {from}"))?;
                 }
                 Ok(())
             })
@@ -110,14 +110,14 @@ fn about_masqueraded_packets_with_another_port() -> Result<()> {
         each(|proto| {
             let to = at(proto, net.world(), 443);
             let sent = from_a(net, proto, to).map(|f| f.set_ports(1234, to.1));
-            let _ = lab.from_pod(&sent)?;
+            let _ = lab.pod_sends(&sent)?;
             let port = lab.half(Flow::of(&sent))?.to.sport;
-            let left = sent.hop().from_to((net.node(), port), to);
+            let left = sent.hop().between((net.node(), port), to);
             all_errors(net, |kind, quote| {
                 for from in [net.router(), net.world()] {
                     let e = error(&left, from, kind, quote);
                     let want = translated(&e, &left, &sent.hop(), from).hop();
-                    lab.uplink_in(&e)?.into_pod(&want).with_context(|| format!("from {from}"))?;
+                    lab.uplink_in(&e)?.to_the_pod(&want).with_context(|| format!("from {from}"))?;
                 }
                 Ok(())
             })
@@ -133,12 +133,12 @@ fn about_packets_to_a_service() -> Result<()> {
             for (n, backend) in [(1, net.b()), (2, net.far()), (3, net.routed())] {
                 lab.serve(net.vip(n), 80, proto.number(net), 0, &[(backend, 8080)])?;
                 let sent = from_a(net, proto, (net.vip(n), 80));
-                let arrived = sent.hop().from_to((net.a(), PORT), (backend, 8080));
-                let shot = lab.from_pod(&sent)?;
+                let arrived = sent.hop().between((net.a(), PORT), (backend, 8080));
+                let shot = lab.pod_sends(&sent)?;
                 if n == 1 {
-                    shot.into_pod(&arrived)?
+                    shot.to_the_pod(&arrived)?;
                 } else {
-                    shot.onto_wire(&arrived)?
+                    shot.onto_wire(&arrived)?;
                 }
                 all_errors(net, |kind, quote| {
                     // The far end speaks in the service's name, a router in its own.
@@ -148,14 +148,14 @@ fn about_packets_to_a_service() -> Result<()> {
                         let shot = match n {
                             1 if from == backend => {
                                 let by_b = |f: &Frame| f.map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
-                                lab.from_pod(&by_b(&e))?.into_pod(&by_b(&want)).context("by pod B")?;
+                                lab.pod_sends(&by_b(&e))?.to_the_pod(&by_b(&want)).context("by pod B")?;
                                 continue;
                             }
                             1 => continue,
                             2 => lab.overlay_in(net.node2(), &e),
                             _ => lab.uplink_in(&e),
                         };
-                        shot?.into_pod(&want).with_context(|| format!("from {from}"))?;
+                        shot?.to_the_pod(&want).with_context(|| format!("from {from}"))?;
                     }
                     Ok(())
                 })?;
@@ -172,15 +172,15 @@ fn about_answers_of_a_backend() -> Result<()> {
         PROTOS[..3].iter().try_for_each(|&proto| {
             lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
             let sent = from_a(net, proto, (net.vip(1), 80));
-            let arrived = sent.hop().from_to((net.a(), PORT), (net.b(), 8080));
-            lab.from_pod(&sent)?.into_pod(&arrived)?;
+            let arrived = sent.hop().between((net.a(), PORT), (net.b(), 8080));
+            lab.pod_sends(&sent)?.to_the_pod(&arrived)?;
             let answer = arrived.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-            let seen = answer.hop().from_to((net.vip(1), 80), (net.a(), PORT));
-            lab.from_pod(&answer)?.into_pod(&seen)?;
+            let seen = answer.hop().between((net.vip(1), 80), (net.a(), PORT));
+            lab.pod_sends(&answer)?.to_the_pod(&seen)?;
             all_errors(net, |kind, quote| {
                 let e = error(&seen, net.a(), kind, quote).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
                 let want = translated(&e, &seen, &answer.hop(), net.a()).hop();
-                lab.from_pod(&e)?.into_pod(&want)
+                lab.pod_sends(&e)?.to_the_pod(&want)
             })
         })
     })
@@ -193,15 +193,15 @@ fn about_answers_from_the_world() -> Result<()> {
         each(|proto| {
             let to = at(proto, net.world(), 443);
             let sent = from_a(net, proto, to);
-            let left = sent.hop().from_to((net.node(), PORT), to);
-            lab.from_pod(&sent)?.onto_wire(&left)?;
+            let left = sent.hop().between((net.node(), PORT), to);
+            lab.pod_sends(&sent)?.onto_wire(&left)?;
             let answer = left.reply();
             let arrived = answer.hop().map(|f| f.dst = net.a());
-            lab.uplink_in(&answer)?.into_pod(&arrived)?;
+            lab.uplink_in(&answer)?.to_the_pod(&arrived)?;
             all_errors(net, |kind, quote| {
                 let e = error(&arrived, net.a(), kind, quote).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
                 let want = translated(&e, &arrived, &answer.hop(), net.node()).hop();
-                lab.from_pod(&e)?.onto_wire(&want)
+                lab.pod_sends(&e)?.onto_wire(&want)
             })
         })
     })
@@ -214,8 +214,8 @@ fn by_the_host_about_packets_to_it() -> Result<()> {
         PROTOS[..3].iter().try_for_each(|&proto| {
             lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.node(), 10250)])?;
             let sent = from_a(net, proto, (net.vip(1), 80));
-            let arrived = sent.from_to((net.a(), PORT), (net.node(), 10250));
-            lab.from_pod(&sent)?.to_stack(&arrived)?;
+            let arrived = sent.between((net.a(), PORT), (net.node(), 10250));
+            lab.pod_sends(&sent)?.to_stack(&arrived)?;
             all_errors(net, |kind, quote| {
                 let e = error(&arrived, net.node(), kind, quote);
                 let want = translated(&e, &arrived, &sent, net.vip(1));
@@ -231,10 +231,10 @@ fn about_flows_without_translation() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
             let sent = from_a(net, proto, at(proto, net.far(), 80));
-            lab.from_pod(&sent)?.onto_wire(&sent.hop())?;
+            lab.pod_sends(&sent)?.onto_wire(&sent.hop())?;
             all_errors(net, |kind, quote| {
                 let e = error(&sent.hop(), net.far(), kind, quote);
-                lab.overlay_in(net.node2(), &e)?.into_pod(&e.hop())
+                lab.overlay_in(net.node2(), &e)?.to_the_pod(&e.hop())
             })
         })
     })
@@ -247,7 +247,7 @@ fn about_packets_of_the_host_to_a_service() -> Result<()> {
         PROTOS[..3].iter().try_for_each(|&proto| {
             lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.routed(), 8080)])?;
             let sent = from_host(net, proto, (net.vip(1), 80));
-            let left = sent.from_to((net.node(), PORT), (net.routed(), 8080));
+            let left = sent.between((net.node(), PORT), (net.routed(), 8080));
             lab.uplink_out(&sent)?.onto_wire(&left)?;
             all_errors(net, |kind, quote| {
                 for (from, seen) in [(net.routed(), net.vip(1)), (net.router(), net.router())] {
@@ -269,13 +269,13 @@ fn about_nothing_that_we_know() -> Result<()> {
         // A pod sends one into the world, where masquerade cannot tell whose it is.
         let unknown = from_outside(Proto::Udp, (net.world(), 1), (net.a(), 2));
         let e = error(&unknown, net.a(), kinds(net)[0], 1000).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
-        lab.from_pod(&e)?.dropped(DropReason::Untracked)?;
+        lab.pod_sends(&e)?.dropped(DropReason::Untracked)?;
         // To another pod it may.
         let unknown = from_outside(Proto::Udp, (net.b(), 1), (net.a(), 2));
         let e = error(&unknown, net.a(), kinds(net)[0], 1000).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
-        lab.from_pod(&e)?.into_pod(&e.hop())?;
+        lab.pod_sends(&e)?.to_the_pod(&e.hop())?;
         // In somebody else's name it may not.
-        lab.from_pod(&e.map(|f| f.src = net.world()))?.dropped(DropReason::Spoofed)?;
+        lab.pod_sends(&e.map(|f| f.src = net.world()))?.dropped(DropReason::Spoofed)?;
         ensure!(lab.halves()? == 0, "an error opened a connection");
         Ok(())
     })
@@ -287,8 +287,8 @@ fn that_quote_too_little() -> Result<()> {
     labs(|lab, net| {
         let to = (net.world(), 443);
         let sent = from_a(net, Proto::Udp, to);
-        let left = sent.hop().from_to((net.node(), PORT), to);
-        lab.from_pod(&sent)?.onto_wire(&left)?;
+        let left = sent.hop().between((net.node(), PORT), to);
+        lab.pod_sends(&sent)?.onto_wire(&left)?;
         let header = if net == Net::V4 { 20 } else { 40 };
         let cut = [0, 1, header - 1, header, header + 3].map(|n| error(&left, net.router(), kinds(net)[0], n));
         let no_packet = error(&left, net.router(), kinds(net)[0], 1000).map(|f| f.payload[0] ^= 0x30);
@@ -315,15 +315,15 @@ fn the_last_hop_is_told() -> Result<()> {
                 for ttl in [0, 1] {
                     let f = from_a(net, proto, at(proto, dst, 80)).map(|f| f.ttl = ttl);
                     let told = icmp_error(&f, net.node(), kind, code, 0);
-                    lab.from_pod(&f)?.answered(DropReason::TtlExceeded, &told).with_context(|| format!("to {dst}"))?;
+                    lab.pod_sends(&f)?.answered(DropReason::TtlExceeded, &told).with_context(|| format!("to {dst}"))?;
                 }
                 let f = from_a(net, proto, at(proto, dst, 80)).map(|f| f.ttl = 2);
-                let shot = lab.from_pod(&f)?;
+                let shot = lab.pod_sends(&f)?;
                 ensure!(shot.verdict == REDIRECT, "two hops are enough");
             }
             // To this node itself no hop is needed.
             let f = from_a(net, proto, at(proto, net.node(), 80)).map(|f| f.ttl = 1);
-            lab.from_pod(&f)?.to_stack(&f)
+            lab.pod_sends(&f)?.to_stack(&f)
         })
     })
 }
@@ -335,7 +335,7 @@ fn the_last_hop_on_the_way_to_a_service() -> Result<()> {
         let (kind, code) = if net == Net::V4 { (11, 0) } else { (3, 0) };
         lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
         let f = from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.ttl = 1);
-        lab.from_pod(&f)?.answered(DropReason::TtlExceeded, &icmp_error(&f, net.node(), kind, code, 0))
+        lab.pod_sends(&f)?.answered(DropReason::TtlExceeded, &icmp_error(&f, net.node(), kind, code, 0))
     })
 }
 
@@ -361,9 +361,9 @@ fn no_error_about_errors() -> Result<()> {
         let e = error(&about, net.a(), kinds(net)[0], 1000).map(|f| {
             (f.smac, f.dmac, f.ttl) = (MAC_A, MAC_HOST, 1);
         });
-        lab.from_pod(&e)?.dropped(DropReason::TtlExceeded)?;
+        lab.pod_sends(&e)?.dropped(DropReason::TtlExceeded)?;
         let rst = from_a(net, Proto::Tcp, (net.b(), 80)).with_flags(crate::frame::RST).map(|f| f.ttl = 1);
-        lab.from_pod(&rst)?.dropped(DropReason::TtlExceeded)
+        lab.pod_sends(&rst)?.dropped(DropReason::TtlExceeded)
     })
 }
 
@@ -387,10 +387,10 @@ fn what_does_not_fit_is_told() -> Result<()> {
             {
                 let dst = at(proto, dst, 80);
                 let fits = sized(net, proto, dst, mtu);
-                let shot = lab.from_pod(&fits)?;
+                let shot = lab.pod_sends(&fits)?;
                 ensure!(shot.verdict == REDIRECT && shot.counted.len() == 1, "{mtu} bytes to {dst:?}: {shot:?}");
                 let f = sized(net, proto, dst, mtu + 1);
-                lab.from_pod(&f)?
+                lab.pod_sends(&f)?
                     .answered(DropReason::TooBig, &too_big(net, &f, mtu))
                     .with_context(|| format!("to {}", dst.0))?;
             }
@@ -405,11 +405,11 @@ fn what_does_not_fit_on_the_way_to_a_service() -> Result<()> {
     labs(|lab, net| {
         lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), 8080)])?;
         let f = sized(net, Proto::Tcp, (net.vip(1), 80), OVERLAY_MTU + 1);
-        lab.from_pod(&f)?.answered(DropReason::TooBig, &too_big(net, &f, OVERLAY_MTU))?;
+        lab.pod_sends(&f)?.answered(DropReason::TooBig, &too_big(net, &f, OVERLAY_MTU))?;
         // And of an established flow.
         let ask = from_a(net, Proto::Tcp, (net.vip(1), 80));
-        lab.from_pod(&ask)?.onto_wire(&ask.hop().from_to((net.a(), PORT), (net.far(), 8080)))?;
-        lab.from_pod(&f)?.answered(DropReason::TooBig, &too_big(net, &f, OVERLAY_MTU))
+        lab.pod_sends(&ask)?.onto_wire(&ask.hop().between((net.a(), PORT), (net.far(), 8080)))?;
+        lab.pod_sends(&f)?.answered(DropReason::TooBig, &too_big(net, &f, OVERLAY_MTU))
     })
 }
 
@@ -461,7 +461,7 @@ fn what_concerns_the_link() -> Result<()> {
                 f.l4 = L4::Icmp { kind, code: 0, rest: 0 };
                 f.payload = vec![0; 16];
             });
-            lab.from_pod(&f)?.to_stack(&f)?;
+            lab.pod_sends(&f)?.to_stack(&f)?;
             lab.uplink_in(&f)?.to_stack(&f)?;
             lab.to_pod(POD_A, &f)?.to_stack(&f)?;
             lab.overlay_in(net.node2(), &f)?.dropped(DropReason::TunnelSource)?;

@@ -129,10 +129,7 @@ fn judge(lab: &Lab, case: &Case, frame: &[u8]) -> Result<i32> {
         SHOT => {}
         STACK | REDIRECT => {
             lengths(&out.frame, out.verdict == REDIRECT)
-                .and_then(|()| match sound(frame) {
-                    true => check::checksums(&out.frame, false),
-                    false => Ok(()),
-                })
+                .and_then(|()| if sound(frame) { check::checksums(&out.frame, false) } else { Ok(()) })
                 .with_context(|| {
                     format!("{} made\n{:02x?}\nof\n{frame:02x?}", hook::NAMES[case.hook as usize], out.frame)
                 })?;
@@ -218,7 +215,9 @@ fn headers_that_lie() -> Result<()> {
         let net = Net::V4;
         let at = |f: &Frame, changes: &[(usize, u8)]| {
             let mut bytes = f.bytes();
-            changes.iter().for_each(|(i, b)| bytes[*i] = *b);
+            for (i, b) in changes {
+                bytes[*i] = *b;
+            }
             bytes
         };
         let drop = |what: &str, frame: Vec<u8>, reason: DropReason| -> Result<()> {

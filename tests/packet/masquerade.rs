@@ -21,15 +21,15 @@ fn there_and_back() -> Result<()> {
         each(|proto| {
             let to = (net.world(), port_of(proto, 443));
             let ask = from_a(net, proto, to);
-            let leaves = ask.hop().from_to((net.node(), PORT), to);
-            lab.from_pod(&ask)?.onto_wire(&leaves)?;
+            let leaves = ask.hop().between((net.node(), PORT), to);
+            lab.pod_sends(&ask)?.onto_wire(&leaves)?;
             let answer = leaves.reply().map(|f| f.ttl = 57);
             let arrives = answer.hop().map(|f| {
                 f.dst = net.a();
             });
-            lab.uplink_in(&answer)?.into_pod(&arrives)?;
+            lab.uplink_in(&answer)?.to_the_pod(&arrives)?;
             let more = later(&ask);
-            lab.from_pod(&more)?.onto_wire(&more.hop().from_to((net.node(), PORT), to))?;
+            lab.pod_sends(&more)?.onto_wire(&more.hop().between((net.node(), PORT), to))?;
             let half = lab.half(Flow::of(&ask))?;
             ensure!(half.flags == flags::NAT | flags::MASQ && half.state == state::ANSWERED, "{half:?}");
             Ok(())
@@ -44,12 +44,12 @@ fn the_client_port_is_kept_where_it_may_be() -> Result<()> {
             let to = (net.world(), port_of(proto, 443));
             for port in [*SNAT.start(), *SNAT.end(), *SNAT.start() - 1, *SNAT.end() + 1, 1, 65_535] {
                 let ask = from_a(net, proto, to).map(|f| f.set_ports(port, to.1));
-                let shot = lab.from_pod(&ask)?;
+                let shot = lab.pod_sends(&ask)?;
                 let new = lab.half(Flow::of(&ask))?.to.sport;
                 ensure!(SNAT.contains(&new) && (new == port || !SNAT.contains(&port)), "port {port} became {new}");
-                shot.onto_wire(&ask.hop().from_to((net.node(), new), to))?;
-                let answer = ask.from_to((net.node(), new), to).reply();
-                lab.uplink_in(&answer)?.into_pod(&answer.hop().from_to(to, (net.a(), port)).map(|f| {
+                shot.onto_wire(&ask.hop().between((net.node(), new), to))?;
+                let answer = ask.between((net.node(), new), to).reply();
+                lab.uplink_in(&answer)?.to_the_pod(&answer.hop().between(to, (net.a(), port)).map(|f| {
                     // An echo reply bears the identifier as its destination's.
                     f.set_ports(to.1, port);
                 }))?;
@@ -66,18 +66,18 @@ fn pods_do_not_get_each_others_answers() -> Result<()> {
         each(|proto| {
             let to = (net.world(), port_of(proto, 443));
             let (a, b) = (from_a(net, proto, to), from_b(net, proto, to));
-            lab.from_pod(&a)?.onto_wire(&a.hop().from_to((net.node(), PORT), to))?;
-            let shot = lab.from_pod(&b)?;
+            lab.pod_sends(&a)?.onto_wire(&a.hop().between((net.node(), PORT), to))?;
+            let shot = lab.pod_sends(&b)?;
             let port = lab.half(Flow::of(&b))?.to.sport;
             ensure!(port != PORT && SNAT.contains(&port), "port {port}");
-            shot.onto_wire(&b.hop().from_to((net.node(), port), to))?;
+            shot.onto_wire(&b.hop().between((net.node(), port), to))?;
             for (ask, port) in [(&a, PORT), (&b, port)] {
-                let answer = ask.from_to((net.node(), port), to).reply();
+                let answer = ask.between((net.node(), port), to).reply();
                 let arrives = answer.hop().map(|f| {
                     f.dst = ask.src;
                     f.set_ports(to.1, PORT);
                 });
-                lab.uplink_in(&answer)?.into_pod(&arrives)?;
+                lab.uplink_in(&answer)?.to_the_pod(&arrives)?;
             }
             Ok(())
         })
@@ -91,10 +91,10 @@ fn a_protocol_without_ports() -> Result<()> {
         let esp = |f: crate::frame::Frame| f.map(|f| f.l4 = crate::frame::L4::Other(50));
         let a = esp(from_a(net, Proto::Udp, (net.world(), 0)));
         let leaves = a.hop().map(|f| f.src = net.node());
-        lab.from_pod(&a)?.onto_wire(&leaves)?;
+        lab.pod_sends(&a)?.onto_wire(&leaves)?;
         let answer = leaves.reply();
-        lab.uplink_in(&answer)?.into_pod(&answer.hop().map(|f| f.dst = net.a()))?;
-        lab.from_pod(&esp(from_b(net, Proto::Udp, (net.world(), 0))))?.dropped(DropReason::NatExhausted)
+        lab.uplink_in(&answer)?.to_the_pod(&answer.hop().map(|f| f.dst = net.a()))?;
+        lab.pod_sends(&esp(from_b(net, Proto::Udp, (net.world(), 0))))?.dropped(DropReason::NatExhausted)
     })
 }
 
@@ -106,20 +106,20 @@ fn the_range_exhausted_and_reclaimed() -> Result<()> {
         let to = (net.world(), 443);
         let flows: Vec<_> = [30_000, 30_001].map(|p| from_a(net, Proto::Tcp, to).map(|f| f.set_ports(p, 443))).into();
         for f in &flows {
-            lab.from_pod(f)?.onto_wire(&f.hop().map(|f| f.src = net.node()))?;
+            lab.pod_sends(f)?.onto_wire(&f.hop().map(|f| f.src = net.node()))?;
         }
         let third = from_b(net, Proto::Tcp, to);
-        lab.from_pod(&third)?.dropped(DropReason::NatExhausted)?;
+        lab.pod_sends(&third)?.dropped(DropReason::NatExhausted)?;
         ensure!(lab.connections(net)?.len() == 4, "a refused flow is tracked");
         // One that ended is soon reused.
         let reset = flows[0].hop().map(|f| f.src = net.node()).reply().with_flags(crate::frame::RST);
-        lab.uplink_in(&reset)?.into_pod(&reset.hop().map(|f| f.dst = net.a()))?;
-        let shot = lab.from_pod(&third);
+        lab.uplink_in(&reset)?.to_the_pod(&reset.hop().map(|f| f.dst = net.a()))?;
+        let shot = lab.pod_sends(&third);
         let half = lab.half(Flow::of(&third));
         match half {
             Ok(half) => {
                 ensure!(half.to.sport == 30_000, "{half:?}");
-                shot?.onto_wire(&third.hop().from_to((net.node(), 30_000), to))?;
+                shot?.onto_wire(&third.hop().between((net.node(), 30_000), to))?;
             }
             // Sixteen tries of two ports miss the free one once in 65,536.
             Err(_) => shot?.dropped(DropReason::NatExhausted)?,
@@ -136,14 +136,14 @@ fn a_silent_flow_gives_its_port_away() -> Result<()> {
         lab.configure(|c| (c.snat_min, c.snat_max) = (30_000, 30_000))?;
         let to = (net.world(), 53);
         let a = from_a(net, Proto::Udp, to).map(|f| f.set_ports(30_000, 53));
-        lab.from_pod(&a)?.onto_wire(&a.hop().map(|f| f.src = net.node()))?;
+        lab.pod_sends(&a)?.onto_wire(&a.hop().map(|f| f.src = net.node()))?;
         let b = from_b(net, Proto::Udp, to);
-        lab.from_pod(&b)?.dropped(DropReason::NatExhausted)?;
+        lab.pod_sends(&b)?.dropped(DropReason::NatExhausted)?;
         let answer = Flow::of(&a.map(|f| f.src = net.node())).reversed();
         lab.age(answer, 59)?;
-        lab.from_pod(&b)?.dropped(DropReason::NatExhausted)?;
+        lab.pod_sends(&b)?.dropped(DropReason::NatExhausted)?;
         lab.age(answer, 1)?;
-        lab.from_pod(&b)?.onto_wire(&b.hop().from_to((net.node(), 30_000), to))?;
+        lab.pod_sends(&b)?.onto_wire(&b.hop().between((net.node(), 30_000), to))?;
         let now = lab.half(answer)?;
         ensure!((now.to.dst, now.to.dport) == (net.b(), PORT), "{now:?}");
         Ok(())
@@ -155,10 +155,10 @@ fn ranges_that_are_not_to_be_masqueraded() -> Result<()> {
     labs(|lab, net| {
         lab.put_peer(net.world(), Some((24, 48)), peer::flags::NO_MASQ, None)?;
         let ask = from_a(net, Proto::Tcp, (net.world(), 443));
-        lab.from_pod(&ask)?.onto_wire(&ask.hop())?;
+        lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
         lab.configure(|c| c.flags = 0)?;
         let ask = from_a(net, Proto::Tcp, (net.router(), 443));
-        lab.from_pod(&ask)?.onto_wire(&ask.hop())
+        lab.pod_sends(&ask)?.onto_wire(&ask.hop())
     })
 }
 
@@ -182,7 +182,7 @@ fn only_whom_the_pod_asked_may_answer() -> Result<()> {
     labs(|lab, net| {
         let ask = from_a(net, Proto::Udp, (net.world(), 53));
         let leaves = ask.hop().map(|f| f.src = net.node());
-        lab.from_pod(&ask)?.onto_wire(&leaves)?;
+        lab.pod_sends(&ask)?.onto_wire(&leaves)?;
         for stranger in [
             leaves.reply().map(|f| f.src = net.router()),
             leaves.reply().map(|f| f.set_ports(54, PORT)),

@@ -17,7 +17,7 @@ fn same_node() -> Result<()> {
         each(|proto| {
             let ask = from_a(net, proto, (net.b(), 80));
             let key = Flow::of(&ask);
-            lab.from_pod(&ask)?.into_pod(&ask.hop())?;
+            lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
             let len = ask.bytes().len() as u64;
             let seen = lab.half(key)?.seen;
             let mut there = Half {
@@ -44,7 +44,7 @@ fn same_node() -> Result<()> {
             ensure!(lab.half(key.reversed())? == back, "{:?}", lab.half(key.reversed())?);
 
             let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
-            lab.from_pod(&answer)?.into_pod(&answer.hop())?;
+            lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
             there.state = state::ANSWERED;
             (back.state, back.ifindex, back.guard) = (state::ANSWERED, POD_B, MAC_B);
             (back.packets, back.bytes) = (1, answer.bytes().len() as u64);
@@ -54,7 +54,7 @@ fn same_node() -> Result<()> {
             ensure!(now_back == back, "{now_back:?} is not {back:?}");
 
             let more = later(&ask);
-            lab.from_pod(&more)?.into_pod(&more.hop())?;
+            lab.pod_sends(&more)?.to_the_pod(&more.hop())?;
             there.packets += 1;
             there.bytes += more.bytes().len() as u64;
             ensure!(lab.half(key)? == there, "{:?} is not {there:?}", lab.half(key)?);
@@ -70,11 +70,11 @@ fn through_the_overlay() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
             let ask = from_a(net, proto, (net.far(), 80));
-            lab.from_pod(&ask)?.onto_wire(&ask.hop())?;
+            lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
             let answer = ask.reply();
-            lab.overlay_in(net.node2(), &answer)?.into_pod(&answer.hop())?;
+            lab.overlay_in(net.node2(), &answer)?.to_the_pod(&answer.hop())?;
             let more = later(&ask);
-            lab.from_pod(&more)?.onto_wire(&more.hop())
+            lab.pod_sends(&more)?.onto_wire(&more.hop())
         })
     })
 }
@@ -84,11 +84,11 @@ fn by_the_kernels_routes() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
             let ask = from_a(net, proto, (net.routed(), 80));
-            lab.from_pod(&ask)?.onto_wire(&ask.hop())?;
+            lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
             let answer = ask.reply();
-            lab.uplink_in(&answer)?.into_pod(&answer.hop())?;
+            lab.uplink_in(&answer)?.to_the_pod(&answer.hop())?;
             let more = later(&ask);
-            lab.from_pod(&more)?.onto_wire(&more.hop())
+            lab.pod_sends(&more)?.onto_wire(&more.hop())
         })
     })
 }
@@ -98,14 +98,14 @@ fn another_nodes_pod_asks() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
             let ask = from_outside(proto, (net.far(), 1234), (net.b(), 80));
-            lab.overlay_in(net.node2(), &ask)?.into_pod(&ask.hop())?;
+            lab.overlay_in(net.node2(), &ask)?.to_the_pod(&ask.hop())?;
             let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
-            lab.from_pod(&answer)?.onto_wire(&answer.hop())?;
+            lab.pod_sends(&answer)?.onto_wire(&answer.hop())?;
 
             let ask = from_outside(proto, (net.routed(), 1234), (net.b(), 80));
-            lab.uplink_in(&ask)?.into_pod(&ask.hop())?;
+            lab.uplink_in(&ask)?.to_the_pod(&ask.hop())?;
             let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
-            lab.from_pod(&answer)?.onto_wire(&answer.hop())
+            lab.pod_sends(&answer)?.onto_wire(&answer.hop())
         })
     })
 }
@@ -116,18 +116,18 @@ fn to_the_host_and_back() -> Result<()> {
         each(|proto| {
             // The stack takes the packet: its hop limit stays.
             let ask = from_a(net, proto, (net.node(), 80));
-            lab.from_pod(&ask)?.to_stack(&ask)?;
+            lab.pod_sends(&ask)?.to_stack(&ask)?;
             let answer = ask.reply();
             lab.to_pod(POD_A, &answer)?.to_stack(&answer)?;
             let more = later(&ask);
-            lab.from_pod(&more)?.to_stack(&more)?;
+            lab.pod_sends(&more)?.to_stack(&more)?;
 
             // A probe.
             let probe = crate::flows::from_host(net, proto, (net.b(), 8080));
             lab.to_pod(POD_B, &probe)?.to_stack(&probe)?;
             ensure!(lab.half(Flow::of(&probe))?.flags & flags::FROM_HOST != 0, "not known as the host's");
             let answer = probe.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
-            lab.from_pod(&answer)?.to_stack(&answer)
+            lab.pod_sends(&answer)?.to_stack(&answer)
         })
     })
 }
@@ -136,7 +136,7 @@ fn to_the_host_and_back() -> Result<()> {
 fn an_address_of_this_node_that_no_pod_has_is_the_stacks() -> Result<()> {
     labs(|lab, net| {
         let ask = from_a(net, Proto::Udp, (net.nobody(), 80));
-        lab.from_pod(&ask)?.to_stack(&ask)
+        lab.pod_sends(&ask)?.to_stack(&ask)
     })
 }
 
@@ -145,7 +145,7 @@ fn no_way_leads_to_the_stack_untouched() -> Result<()> {
     labs(|lab, net| {
         lab.configure(|c| c.flags = 0)?;
         let ask = from_a(net, Proto::Udp, (net.unreachable(), 80));
-        lab.from_pod(&ask)?.to_stack(&ask)
+        lab.pod_sends(&ask)?.to_stack(&ask)
     })
 }
 
@@ -155,8 +155,8 @@ fn pods_reach_each_other_before_the_agent_has_written_its_settings() -> Result<(
     labs(|lab, net| {
         lab.configure(|c| *c = bytemuck::Zeroable::zeroed())?;
         let ask = from_b(net, Proto::Tcp, (net.a(), 80));
-        lab.from_pod(&ask)?.into_pod(&ask.hop())?;
-        lab.from_pod(&later(&ask))?.into_pod(&later(&ask).hop())
+        lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
+        lab.pod_sends(&later(&ask))?.to_the_pod(&later(&ask).hop())
     })
 }
 
@@ -168,7 +168,7 @@ fn link_local_and_multicast_are_the_stacks() -> Result<()> {
             Net::V6 => vec![net.ip([0; 4], "ff02::fb"), net.ip([0; 4], "fe80::1")],
         } {
             let f = from_a(net, Proto::Udp, (dst, 5353));
-            lab.from_pod(&f)?.to_stack(&f)?;
+            lab.pod_sends(&f)?.to_stack(&f)?;
             lab.overlay_in(net.node2(), &f)?.dropped(DropReason::TunnelSource)?;
             lab.overlay_out(&f)?.to_stack(&f)?;
             lab.to_pod(POD_A, &f)?.to_stack(&f)?;

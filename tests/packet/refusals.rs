@@ -19,15 +19,15 @@ fn a_pod_with_another_ones_address_or_mac() -> Result<()> {
             let good = from_a(net, proto, (net.b(), 80));
             for src in [net.b(), net.far(), net.node(), net.node2(), net.world(), net.vip(1), net.nobody()] {
                 let f = good.map(|f| f.src = src);
-                lab.from_pod(&f)?.dropped(DropReason::Spoofed).with_context(|| format!("as {src}"))?;
+                lab.pod_sends(&f)?.dropped(DropReason::Spoofed).with_context(|| format!("as {src}"))?;
                 // Neither out into the world nor to the host.
                 let f = f.map(|f| f.dst = net.world());
-                lab.from_pod(&f)?.dropped(DropReason::Spoofed)?;
+                lab.pod_sends(&f)?.dropped(DropReason::Spoofed)?;
                 let f = f.map(|f| f.dst = net.node());
-                lab.from_pod(&f)?.dropped(DropReason::Spoofed)?;
+                lab.pod_sends(&f)?.dropped(DropReason::Spoofed)?;
             }
             let f = good.map(|f| f.smac = [2, 0, 0, 0, 0x0a, 2]);
-            lab.from_pod(&f)?.dropped(DropReason::Spoofed)?;
+            lab.pod_sends(&f)?.dropped(DropReason::Spoofed)?;
             ensure!(lab.halves()? == 0, "a spoofed packet is tracked");
             Ok(())
         })
@@ -40,7 +40,7 @@ fn a_known_flow_claimed_by_another_pod() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
             let good = from_a(net, proto, (net.b(), 80));
-            lab.from_pod(&good)?.into_pod(&good.hop())?;
+            lab.pod_sends(&good)?.to_the_pod(&good.hop())?;
             let before = lab.half(Flow::of(&good))?;
             // The thief even knows the MAC.
             let f = later(&good);
@@ -48,13 +48,13 @@ fn a_known_flow_claimed_by_another_pod() -> Result<()> {
             let input = Input { frame: &bytes, ifindex: POD_B, ..Input::default() };
             lab.raw(hook::FROM_POD, &input)?.dropped(DropReason::Spoofed).context("by another interface")?;
             let f = f.map(|f| f.smac = MAC_B);
-            lab.from_pod(&f)?.dropped(DropReason::Spoofed).context("with another MAC and interface")?;
+            lab.pod_sends(&f)?.dropped(DropReason::Spoofed).context("with another MAC and interface")?;
             let bytes = later(&good).map(|f| f.smac = MAC_B).bytes();
             let input = Input { frame: &bytes, ifindex: POD_A, ..Input::default() };
             lab.raw(hook::FROM_POD, &input)?.dropped(DropReason::Spoofed).context("with another MAC")?;
             // The answering half is nobody's until pod B has spoken: then its own only.
             let answer = good.reply().map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
-            lab.from_pod(&answer)?.dropped(DropReason::Spoofed).context("an answer in B's name")?;
+            lab.pod_sends(&answer)?.dropped(DropReason::Spoofed).context("an answer in B's name")?;
             let outside = good.reply();
             lab.uplink_in(&outside)?.dropped(DropReason::Spoofed).context("an answer in B's name from outside")?;
             lab.overlay_in(net.node2(), &outside)?.dropped(DropReason::TunnelSource).context("and from a tunnel")?;
@@ -70,14 +70,14 @@ fn a_known_flow_claimed_by_another_pod() -> Result<()> {
 fn a_flow_follows_its_endpoint() -> Result<()> {
     labs(|lab, net| {
         let f = from_a(net, Proto::Udp, (net.b(), 80));
-        lab.from_pod(&f)?.into_pod(&f.hop())?;
+        lab.pod_sends(&f)?.to_the_pod(&f.hop())?;
         lab.put_endpoint(net.a(), POD_B, MAC_B)?;
-        lab.from_pod(&f)?.into_pod(&f.hop()).context("what was verified stays so for the flow")?;
+        lab.pod_sends(&f)?.to_the_pod(&f.hop()).context("what was verified stays so for the flow")?;
         let moved = f.map(|f| f.smac = MAC_B);
-        lab.from_pod(&moved)?.into_pod(&moved.hop())?;
+        lab.pod_sends(&moved)?.to_the_pod(&moved.hop())?;
         ensure!(lab.half(Flow::of(&f))?.ifindex == POD_B, "the guard did not move");
         // From now on the old one is foreign.
-        lab.from_pod(&f)?.dropped(DropReason::Spoofed)
+        lab.pod_sends(&f)?.dropped(DropReason::Spoofed)
     })
 }
 
@@ -115,9 +115,9 @@ fn a_tunnel_from_the_wrong_node() -> Result<()> {
             }
             ensure!(lab.halves()? == 0);
             // A known flow that suddenly comes from another node.
-            lab.overlay_in(net.node2(), &f)?.into_pod(&f.hop())?;
+            lab.overlay_in(net.node2(), &f)?.to_the_pod(&f.hop())?;
             lab.overlay_in(node3, &later(&f))?.dropped(DropReason::TunnelSource)?;
-            lab.overlay_in(net.node2(), &later(&f))?.into_pod(&later(&f).hop())?;
+            lab.overlay_in(net.node2(), &later(&f))?.to_the_pod(&later(&f).hop())?;
             lab.forget()
         })
     })
@@ -136,9 +136,9 @@ fn a_tunnel_over_the_other_family() -> Result<()> {
         )?;
         let f = from_outside(Proto::Tcp, (net.far(), PORT), (net.b(), 80));
         lab.overlay_in(net.node2(), &f)?.dropped(DropReason::TunnelSource)?;
-        lab.overlay_in(other.node2(), &f)?.into_pod(&f.hop())?;
+        lab.overlay_in(other.node2(), &f)?.to_the_pod(&f.hop())?;
         let answer = f.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
-        lab.from_pod(&answer)?.onto_wire(&answer.hop())
+        lab.pod_sends(&answer)?.onto_wire(&answer.hop())
     })
 }
 
@@ -171,17 +171,17 @@ fn tunnel_packets_of_a_pod() -> Result<()> {
     labs(|lab, net| {
         for node in [net.node(), net.node2()] {
             let f = from_a(net, Proto::Udp, (node, 8472));
-            lab.from_pod(&f)?.dropped(DropReason::PodTunnel).with_context(|| format!("to {node}"))?;
+            lab.pod_sends(&f)?.dropped(DropReason::PodTunnel).with_context(|| format!("to {node}"))?;
         }
         ensure!(lab.connections(net)?.is_empty());
         // By way of a service neither.
         lab.serve(net.vip(1), 80, 17, 0, &[(net.node2(), 8472)])?;
-        lab.from_pod(&from_a(net, Proto::Udp, (net.vip(1), 80)))?.dropped(DropReason::PodTunnel)?;
+        lab.pod_sends(&from_a(net, Proto::Udp, (net.vip(1), 80)))?.dropped(DropReason::PodTunnel)?;
         // To the same port of a pod, and by TCP, it may.
         let f = from_a(net, Proto::Udp, (net.b(), 8472));
-        lab.from_pod(&f)?.into_pod(&f.hop())?;
+        lab.pod_sends(&f)?.to_the_pod(&f.hop())?;
         let f = from_a(net, Proto::Tcp, (net.node(), 8472));
-        lab.from_pod(&f)?.to_stack(&f)
+        lab.pod_sends(&f)?.to_stack(&f)
     })
 }
 
@@ -256,11 +256,11 @@ fn another_nodes_own_address() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
             let f: Frame = from_a(net, proto, (net.node2(), 80));
-            lab.from_pod(&f)?.onto_wire(&f.hop())?;
+            lab.pod_sends(&f)?.onto_wire(&f.hop())?;
             let answer = f.reply();
-            lab.overlay_in(net.node2(), &answer)?.into_pod(&answer.hop())?;
+            lab.overlay_in(net.node2(), &answer)?.to_the_pod(&answer.hop())?;
             // A pod's flow that comes back by the uplink instead is taken as well: nodes may be asked both ways.
-            lab.uplink_in(&answer)?.into_pod(&answer.hop())
+            lab.uplink_in(&answer)?.to_the_pod(&answer.hop())
         })
     })
 }

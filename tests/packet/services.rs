@@ -27,12 +27,12 @@ fn a_backend_on_this_node() -> Result<()> {
         each(|proto| {
             let id = serve(lab, net, proto, net.vip(1), (net.b(), TARGET))?;
             let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            let arrives = ask.hop().from_to((net.a(), PORT), (net.b(), TARGET));
-            lab.from_pod(&ask)?.into_pod(&arrives)?;
+            let arrives = ask.hop().between((net.a(), PORT), (net.b(), TARGET));
+            lab.pod_sends(&ask)?.to_the_pod(&arrives)?;
             let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-            lab.from_pod(&answer)?.into_pod(&answer.hop().from_to((net.vip(1), VIP_PORT), (net.a(), PORT)))?;
+            lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.vip(1), VIP_PORT), (net.a(), PORT)))?;
             let more = later(&ask);
-            lab.from_pod(&more)?.into_pod(&more.hop().from_to((net.a(), PORT), (net.b(), TARGET)))?;
+            lab.pod_sends(&more)?.to_the_pod(&more.hop().between((net.a(), PORT), (net.b(), TARGET)))?;
 
             let (there, back) = (lab.half(Flow::of(&ask))?, lab.half(Flow::of(&answer))?);
             ensure!((there.to, back.to) == (Flow::of(&arrives), Flow::of(&ask).reversed()), "{there:?} {back:?}");
@@ -53,11 +53,11 @@ fn a_backend_elsewhere() -> Result<()> {
             for (n, to) in [(1, net.far()), (2, net.routed())] {
                 serve(lab, net, proto, net.vip(n), (to, TARGET))?;
                 let ask = from_a(net, proto, (net.vip(n), VIP_PORT));
-                let arrives = ask.hop().from_to((net.a(), PORT), (to, TARGET));
-                lab.from_pod(&ask)?.onto_wire(&arrives)?;
+                let arrives = ask.hop().between((net.a(), PORT), (to, TARGET));
+                lab.pod_sends(&ask)?.onto_wire(&arrives)?;
                 let answer = arrives.reply();
                 let shot = if n == 1 { lab.overlay_in(net.node2(), &answer) } else { lab.uplink_in(&answer) };
-                shot?.into_pod(&answer.hop().from_to((net.vip(n), VIP_PORT), (net.a(), PORT)))?;
+                shot?.to_the_pod(&answer.hop().between((net.vip(n), VIP_PORT), (net.a(), PORT)))?;
             }
             Ok(())
         })
@@ -71,10 +71,10 @@ fn a_backend_in_the_world() -> Result<()> {
         each(|proto| {
             serve(lab, net, proto, net.vip(1), (net.world(), 6443))?;
             let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            let leaves = ask.hop().from_to((net.node(), PORT), (net.world(), 6443));
-            lab.from_pod(&ask)?.onto_wire(&leaves)?;
+            let leaves = ask.hop().between((net.node(), PORT), (net.world(), 6443));
+            lab.pod_sends(&ask)?.onto_wire(&leaves)?;
             let answer = leaves.reply();
-            lab.uplink_in(&answer)?.into_pod(&answer.hop().from_to((net.vip(1), VIP_PORT), (net.a(), PORT)))?;
+            lab.uplink_in(&answer)?.to_the_pod(&answer.hop().between((net.vip(1), VIP_PORT), (net.a(), PORT)))?;
             let half = lab.half(Flow::of(&ask))?;
             ensure!(half.flags == flags::NAT | flags::MASQ, "{half:?}");
             Ok(())
@@ -89,10 +89,10 @@ fn a_backend_that_is_this_nodes_own_address() -> Result<()> {
         each(|proto| {
             serve(lab, net, proto, net.vip(1), (net.node(), 10250))?;
             let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            let arrives = ask.from_to((net.a(), PORT), (net.node(), 10250));
-            lab.from_pod(&ask)?.to_stack(&arrives)?;
+            let arrives = ask.between((net.a(), PORT), (net.node(), 10250));
+            lab.pod_sends(&ask)?.to_stack(&arrives)?;
             let answer = arrives.reply();
-            let restored = answer.from_to((net.vip(1), VIP_PORT), (net.a(), PORT));
+            let restored = answer.between((net.vip(1), VIP_PORT), (net.a(), PORT));
             lab.to_pod(crate::harness::POD_A, &answer)?.to_stack(&restored)
         })
     })
@@ -106,14 +106,14 @@ fn the_host_asks_a_service() -> Result<()> {
                 serve(lab, net, proto, net.vip(n), (to, TARGET))?;
                 let ask = from_host(net, proto, (net.vip(n), VIP_PORT));
                 // The host is the sender, not a router: its hop limit stays.
-                let leaves = ask.from_to((net.node(), PORT), (to, TARGET));
+                let leaves = ask.between((net.node(), PORT), (to, TARGET));
                 lab.uplink_out(&ask)?.onto_wire(&leaves).with_context(|| format!("to {to}"))?;
                 ensure!(lab.half(Flow::of(&ask))?.flags & flags::FROM_HOST != 0, "not known as the host's");
                 let answer = leaves.reply();
                 let (as_asked, shot) = (
-                    answer.from_to((net.vip(n), VIP_PORT), (net.node(), PORT)),
+                    answer.between((net.vip(n), VIP_PORT), (net.node(), PORT)),
                     match n {
-                        1 => lab.from_pod(&answer.map(|f| f.smac = MAC_B)),
+                        1 => lab.pod_sends(&answer.map(|f| f.smac = MAC_B)),
                         2 => lab.overlay_in(net.node2(), &answer),
                         _ => lab.uplink_in(&answer),
                     },
@@ -134,10 +134,10 @@ fn a_pod_reaches_itself_through_its_own_service() -> Result<()> {
         each(|proto| {
             serve(lab, net, proto, net.vip(1), (net.a(), TARGET))?;
             let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            let arrives = ask.hop().from_to((net.node(), PORT), (net.a(), TARGET));
-            lab.from_pod(&ask)?.into_pod(&arrives)?;
+            let arrives = ask.hop().between((net.node(), PORT), (net.a(), TARGET));
+            lab.pod_sends(&ask)?.to_the_pod(&arrives)?;
             let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_A, MAC_HOST, 64));
-            lab.from_pod(&answer)?.into_pod(&answer.hop().from_to((net.vip(1), VIP_PORT), (net.a(), PORT)))?;
+            lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.vip(1), VIP_PORT), (net.a(), PORT)))?;
             let (there, back) = (lab.half(Flow::of(&ask))?, lab.half(Flow::of(&answer))?);
             ensure!(there.flags & back.flags & flags::HAIRPIN != 0, "{there:?} {back:?}");
             Ok(())
@@ -155,17 +155,17 @@ fn two_services_with_one_backend_and_one_client_port() -> Result<()> {
             let mut seen = Vec::new();
             for n in [1, 2] {
                 let ask = from_a(net, proto, (net.vip(n), VIP_PORT));
-                let shot = lab.from_pod(&ask)?;
+                let shot = lab.pod_sends(&ask)?;
                 let to = lab.half(Flow::of(&ask))?.to;
-                let arrives = ask.hop().from_to((net.a(), to.sport), (net.b(), TARGET));
-                shot.into_pod(&arrives)?;
+                let arrives = ask.hop().between((net.a(), to.sport), (net.b(), TARGET));
+                shot.to_the_pod(&arrives)?;
                 ensure!(!seen.contains(&to.sport), "both come from port {}", to.sport);
                 ensure!(n == 1 || SNAT.contains(&to.sport), "port {} is not set aside", to.sport);
                 seen.push(to.sport);
             }
             for (n, port) in [1, 2].into_iter().zip(seen) {
                 let answer = from_b(net, proto, (net.a(), port)).map(|f| f.set_ports(TARGET, port));
-                lab.from_pod(&answer)?.into_pod(&answer.hop().from_to((net.vip(n), VIP_PORT), (net.a(), PORT)))?;
+                lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.vip(n), VIP_PORT), (net.a(), PORT)))?;
             }
             Ok(())
         })
@@ -179,14 +179,14 @@ fn a_service_and_its_backend_from_one_client_port() -> Result<()> {
         each(|proto| {
             serve(lab, net, proto, net.vip(1), (net.b(), TARGET))?;
             let direct = from_a(net, proto, (net.b(), TARGET));
-            lab.from_pod(&direct)?.into_pod(&direct.hop())?;
+            lab.pod_sends(&direct)?.to_the_pod(&direct.hop())?;
             let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            let shot = lab.from_pod(&ask)?;
+            let shot = lab.pod_sends(&ask)?;
             let port = lab.half(Flow::of(&ask))?.to.sport;
             ensure!(port != PORT, "the backend sees one connection");
-            shot.into_pod(&ask.hop().from_to((net.a(), port), (net.b(), TARGET)))?;
+            shot.to_the_pod(&ask.hop().between((net.a(), port), (net.b(), TARGET)))?;
             let answer = direct.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
-            lab.from_pod(&answer)?.into_pod(&answer.hop())
+            lab.pod_sends(&answer)?.to_the_pod(&answer.hop())
         })
     })
 }
@@ -198,15 +198,15 @@ fn a_backend_asked_directly_after_its_service_from_one_client_port() -> Result<(
         each(|proto| {
             serve(lab, net, proto, net.vip(1), (net.b(), TARGET))?;
             let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            lab.from_pod(&ask)?.into_pod(&ask.hop().from_to((net.a(), PORT), (net.b(), TARGET)))?;
+            lab.pod_sends(&ask)?.to_the_pod(&ask.hop().between((net.a(), PORT), (net.b(), TARGET)))?;
             let direct = from_a(net, proto, (net.b(), TARGET));
-            let shot = lab.from_pod(&direct)?;
+            let shot = lab.pod_sends(&direct)?;
             let port = lab.half(Flow::of(&direct))?.to.sport;
             ensure!(port != PORT, "the backend sees one connection");
-            let arrives = direct.hop().from_to((net.a(), port), (net.b(), TARGET));
-            shot.into_pod(&arrives)?;
+            let arrives = direct.hop().between((net.a(), port), (net.b(), TARGET));
+            shot.to_the_pod(&arrives)?;
             let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-            lab.from_pod(&answer)?.into_pod(&answer.hop().from_to((net.b(), TARGET), (net.a(), PORT)))
+            lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.b(), TARGET), (net.a(), PORT)))
         })
     })
 }
@@ -258,7 +258,7 @@ fn no_endpoints_or_no_such_port_is_refused() -> Result<()> {
             lab.serve(net.vip(1), VIP_PORT, proto.number(net), 0, &[])?;
             for (port, reason) in [(VIP_PORT, DropReason::NoBackend), (81, DropReason::UnknownPort)] {
                 let ask = from_a(net, proto, (net.vip(1), port));
-                lab.from_pod(&ask)?.answered(reason, &refusal(&ask))?;
+                lab.pod_sends(&ask)?.answered(reason, &refusal(&ask))?;
                 // The way back to a pod leads by its own door, to the host by its own stack.
                 let ask = from_host(net, proto, (net.vip(1), port));
                 lab.uplink_out(&ask)?.answered(reason, &refusal(&ask))?;
@@ -275,7 +275,7 @@ fn echo_to_a_virtual_address_is_refused() -> Result<()> {
     labs(|lab, net| {
         serve(lab, net, Proto::Tcp, net.vip(1), (net.b(), TARGET))?;
         let ask = from_a(net, Proto::Echo, (net.vip(1), 0));
-        lab.from_pod(&ask)?.answered(DropReason::UnknownPort, &port_unreachable(&ask))
+        lab.pod_sends(&ask)?.answered(DropReason::UnknownPort, &port_unreachable(&ask))
     })
 }
 
@@ -298,13 +298,13 @@ fn resets_answer_each_kind_of_segment() -> Result<()> {
                 f.l4 = L4::Tcp { sport: PORT, dport: VIP_PORT, seq, ack, flags, window: 1 };
                 f.payload = payload.to_vec();
             });
-            lab.from_pod(&ask)?
+            lab.pod_sends(&ask)?
                 .answered(DropReason::NoBackend, &reset(&ask))
                 .with_context(|| format!("flags {flags:#x}, {} bytes", payload.len()))?;
         }
         // No reset answers a reset (RFC 9293, 3.5.2).
-        lab.from_pod(&base.with_flags(RST))?.dropped(DropReason::NoBackend)?;
-        lab.from_pod(&base.with_flags(RST | ACK))?.dropped(DropReason::NoBackend)
+        lab.pod_sends(&base.with_flags(RST))?.dropped(DropReason::NoBackend)?;
+        lab.pod_sends(&base.with_flags(RST | ACK))?.dropped(DropReason::NoBackend)
     })
 }
 
@@ -315,7 +315,7 @@ fn unreachable_quotes_as_much_as_there_is() -> Result<()> {
         lab.serve(net.vip(1), VIP_PORT, 17, 0, &[])?;
         for len in (0..48).chain([100, 1000, 1400]) {
             let ask = from_a(net, Proto::Udp, (net.vip(1), VIP_PORT)).map(|f| f.payload = vec![0xa5; len]);
-            lab.from_pod(&ask)?
+            lab.pod_sends(&ask)?
                 .answered(DropReason::NoBackend, &port_unreachable(&ask))
                 .with_context(|| format!("{len} bytes"))?;
         }
@@ -334,7 +334,7 @@ fn refusals_of_padded_frames() -> Result<()> {
                 f.payload.truncate(1);
                 f.padding = 17;
             });
-            lab.from_pod(&ask)?.answered(DropReason::NoBackend, &refusal(&ask).map(|f| f.padding = 0))?;
+            lab.pod_sends(&ask)?.answered(DropReason::NoBackend, &refusal(&ask).map(|f| f.padding = 0))?;
         }
         Ok(())
     })
@@ -347,7 +347,7 @@ fn a_local_service_without_local_endpoints_drops_silently() -> Result<()> {
         each(|proto| {
             lab.serve(net.vip(1), VIP_PORT, proto.number(net), service::flags::DROP_EMPTY, &[])?;
             let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            lab.from_pod(&ask)?.dropped(DropReason::NoLocalBackend)?;
+            lab.pod_sends(&ask)?.dropped(DropReason::NoLocalBackend)?;
             lab.uplink_out(&from_host(net, proto, (net.vip(1), VIP_PORT)))?.dropped(DropReason::NoLocalBackend)
         })
     })
@@ -360,15 +360,15 @@ fn established_flows_outlive_their_backend() -> Result<()> {
         each(|proto| {
             serve(lab, net, proto, net.vip(1), (net.b(), TARGET))?;
             let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            let arrives = ask.hop().from_to((net.a(), PORT), (net.b(), TARGET));
-            lab.from_pod(&ask)?.into_pod(&arrives)?;
+            let arrives = ask.hop().between((net.a(), PORT), (net.b(), TARGET));
+            lab.pod_sends(&ask)?.to_the_pod(&arrives)?;
             lab.serve(net.vip(1), VIP_PORT, proto.number(net), 0, &[])?;
             let more = later(&ask);
-            lab.from_pod(&more)?.into_pod(&more.hop().from_to((net.a(), PORT), (net.b(), TARGET)))?;
+            lab.pod_sends(&more)?.to_the_pod(&more.hop().between((net.a(), PORT), (net.b(), TARGET)))?;
             let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-            lab.from_pod(&answer)?.into_pod(&answer.hop().from_to((net.vip(1), VIP_PORT), (net.a(), PORT)))?;
+            lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.vip(1), VIP_PORT), (net.a(), PORT)))?;
             let new = ask.map(|f| f.set_ports(PORT + 1, VIP_PORT));
-            lab.from_pod(&new)?.answered(DropReason::NoBackend, &refusal(&new))
+            lab.pod_sends(&new)?.answered(DropReason::NoBackend, &refusal(&new))
         })
     })
 }
@@ -382,10 +382,10 @@ fn the_choice_depends_on_the_flow_alone() -> Result<()> {
         let mut met = std::collections::BTreeMap::<IpAddr, u32>::new();
         for port in 30_000..30_200 {
             let ask = from_b(net, Proto::Udp, (net.vip(1), VIP_PORT)).map(|f| f.set_ports(port, VIP_PORT));
-            lab.from_pod(&ask)?;
+            lab.pod_sends(&ask)?;
             let first = lab.half(Flow::of(&ask))?.to.dst;
             lab.forget()?;
-            lab.from_pod(&ask)?;
+            lab.pod_sends(&ask)?;
             ensure!(lab.half(Flow::of(&ask))?.to.dst == first, "port {port} went to another backend");
             lab.forget()?;
             *met.entry(first).or_default() += 1;
@@ -407,7 +407,7 @@ fn entries_that_contradict_each_other_are_counted() -> Result<()> {
                 17,
                 &SvcEntry { first, count: 3, id: 1, affinity: 0, flags: 0, pad: 0 },
             )?;
-            lab.from_pod(&ask)?.dropped(DropReason::BadBackend)?;
+            lab.pod_sends(&ask)?.dropped(DropReason::BadBackend)?;
         }
         ensure!(lab.halves()? == 0);
         Ok(())
@@ -435,7 +435,7 @@ fn nothing_is_translated_back_without_a_connection() -> Result<()> {
     labs(|lab, net| {
         serve(lab, net, Proto::Udp, net.vip(1), (net.b(), TARGET))?;
         let f = from_b(net, Proto::Udp, (net.a(), PORT)).map(|f| f.set_ports(TARGET, PORT));
-        lab.from_pod(&f)?.into_pod(&f.hop())?;
+        lab.pod_sends(&f)?.to_the_pod(&f.hop())?;
         // The host's own traffic to its pods is not a service's either.
         let f = from_host(net, Proto::Udp, (net.b(), TARGET));
         lab.to_pod(POD_B, &f)?.to_stack(&f)
@@ -452,10 +452,10 @@ fn udp_without_checksum_stays_without() -> Result<()> {
         serve(lab, net, Proto::Udp, net.vip(1), (net.b(), TARGET))?;
         let ask = from_a(net, Proto::Udp, (net.vip(1), VIP_PORT))
             .map(|f| f.l4 = L4::Udp { sport: PORT, dport: VIP_PORT, checksum: false });
-        let arrives = ask.hop().from_to((net.a(), PORT), (net.b(), TARGET));
-        lab.from_pod(&ask)?.into_pod(&arrives)?;
+        let arrives = ask.hop().between((net.a(), PORT), (net.b(), TARGET));
+        lab.pod_sends(&ask)?.to_the_pod(&arrives)?;
         let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-        lab.from_pod(&answer)?.into_pod(&answer.hop().from_to((net.vip(1), VIP_PORT), (net.a(), PORT)))
+        lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.vip(1), VIP_PORT), (net.a(), PORT)))
     })
 }
 
@@ -466,7 +466,7 @@ fn sctp_without_crc_stays_without() -> Result<()> {
         serve(lab, net, Proto::Sctp, net.vip(1), (net.b(), TARGET))?;
         let ask = from_a(net, Proto::Sctp, (net.vip(1), VIP_PORT))
             .map(|f| f.l4 = L4::Sctp { sport: PORT, dport: VIP_PORT, crc: false });
-        lab.from_pod(&ask)?.into_pod(&ask.hop().from_to((net.a(), PORT), (net.b(), TARGET)))
+        lab.pod_sends(&ask)?.to_the_pod(&ask.hop().between((net.a(), PORT), (net.b(), TARGET)))
     })
 }
 
@@ -477,8 +477,8 @@ fn sctp_of_many_lengths() -> Result<()> {
         serve(lab, net, Proto::Sctp, net.vip(1), (net.b(), TARGET))?;
         for len in (0..40).chain([255, 256, 257, 1000, 1400]) {
             let ask = from_a(net, Proto::Sctp, (net.vip(1), VIP_PORT)).map(|f| f.payload = vec![len as u8; len]);
-            let arrives = ask.hop().from_to((net.a(), PORT), (net.b(), TARGET));
-            lab.from_pod(&ask)?.into_pod(&arrives).with_context(|| format!("{len} bytes"))?;
+            let arrives = ask.hop().between((net.a(), PORT), (net.b(), TARGET));
+            lab.pod_sends(&ask)?.to_the_pod(&arrives).with_context(|| format!("{len} bytes"))?;
         }
         Ok(())
     })
@@ -490,7 +490,7 @@ fn udp_checksums_never_become_none() -> Result<()> {
     labs(|lab, net| {
         serve(lab, net, Proto::Udp, net.vip(1), (net.b(), TARGET))?;
         let ask = from_a(net, Proto::Udp, (net.vip(1), VIP_PORT));
-        let arrives = |f: &Frame| f.hop().from_to((net.a(), PORT), (net.b(), TARGET));
+        let arrives = |f: &Frame| f.hop().between((net.a(), PORT), (net.b(), TARGET));
         let checksum = |f: &Frame| {
             let bytes = f.bytes();
             let at = if net == Net::V4 { 40 } else { 60 };
@@ -502,7 +502,7 @@ fn udp_checksums_never_become_none() -> Result<()> {
             let word = checksum(&target(&plain));
             let full = plain.map(|f| f.payload = word.to_be_bytes().to_vec());
             ensure!(checksum(&target(&full)) == 0xffff, "the test's arithmetic");
-            lab.from_pod(&full)?.into_pod(&arrives(&full))?;
+            lab.pod_sends(&full)?.to_the_pod(&arrives(&full))?;
         }
         Ok(())
     })

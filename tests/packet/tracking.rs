@@ -10,18 +10,18 @@ use rustnet_common::conntrack::{flags, state};
 fn begin(lab: &Lab, net: Net, proto: Proto) -> Result<(Frame, Frame)> {
     lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
     let ask = from_a(net, proto, (net.vip(1), 80));
-    lab.from_pod(&ask)?.into_pod(&there(net, &ask))?;
+    lab.pod_sends(&ask)?.to_the_pod(&there(net, &ask))?;
     let answer = there(net, &ask).reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-    lab.from_pod(&answer)?.into_pod(&back(net, &answer))?;
+    lab.pod_sends(&answer)?.to_the_pod(&back(net, &answer))?;
     Ok((ask, answer))
 }
 
 fn there(net: Net, f: &Frame) -> Frame {
-    f.hop().from_to((net.a(), PORT), (net.b(), 8080))
+    f.hop().between((net.a(), PORT), (net.b(), 8080))
 }
 
 fn back(net: Net, f: &Frame) -> Frame {
-    f.hop().from_to((net.vip(1), 80), (net.a(), PORT))
+    f.hop().between((net.vip(1), 80), (net.a(), PORT))
 }
 
 fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
@@ -41,10 +41,10 @@ fn an_evicted_half_is_mended() -> Result<()> {
                 // Within a second nothing is looked after.
                 let more = if forwards { later(&ask) } else { later(&answer) };
                 let want = if forwards { there(net, &more) } else { back(net, &more) };
-                lab.from_pod(&more)?.into_pod(&want)?;
+                lab.pod_sends(&more)?.to_the_pod(&want)?;
                 ensure!(lab.half(gone).is_err(), "mended at once: every packet pays for it");
                 lab.age(left, 1)?;
-                lab.from_pod(&more)?.into_pod(&want)?;
+                lab.pod_sends(&more)?.to_the_pod(&want)?;
                 let mended = lab.half(gone)?;
                 ensure!(
                     (mended.to, mended.flags, mended.state, mended.backend)
@@ -59,7 +59,7 @@ fn an_evicted_half_is_mended() -> Result<()> {
                 } else {
                     (later(&ask), there(net, &later(&ask)))
                 };
-                lab.from_pod(&f)?.into_pod(&want)?;
+                lab.pod_sends(&f)?.to_the_pod(&want)?;
                 lab.forget()?;
             }
             Ok(())
@@ -76,7 +76,7 @@ fn one_direction_keeps_both_alive() -> Result<()> {
             let (key, answer_key) = (Flow::of(&ask), Flow::of(&answer));
             let old = lab.age(answer_key, 30)?;
             lab.age(key, 30)?;
-            lab.from_pod(&later(&ask))?.into_pod(&there(net, &later(&ask)))?;
+            lab.pod_sends(&later(&ask))?.to_the_pod(&there(net, &later(&ask)))?;
             let (a, b) = (lab.half(key)?.seen, lab.half(answer_key)?.seen);
             ensure!(a == b && a.wrapping_sub(old) >= 29 * crate::harness::HZ, "{old}, then {a} and {b}");
             lab.forget()
@@ -92,9 +92,9 @@ fn both_halves_evicted() -> Result<()> {
             let (ask, answer) = begin(lab, net, proto)?;
             let before = lab.half(Flow::of(&ask))?;
             lab.forget()?;
-            lab.from_pod(&later(&ask))?.into_pod(&there(net, &later(&ask)))?;
+            lab.pod_sends(&later(&ask))?.to_the_pod(&there(net, &later(&ask)))?;
             ensure!(lab.half(Flow::of(&ask))?.to == before.to);
-            lab.from_pod(&later(&answer))?.into_pod(&back(net, &later(&answer)))
+            lab.pod_sends(&later(&answer))?.to_the_pod(&back(net, &later(&answer)))
         })
     })
 }
@@ -120,7 +120,7 @@ fn states_of_a_tcp_connection() -> Result<()> {
         for (i, (f, tcp, want)) in steps.into_iter().enumerate() {
             let f = f.with_flags(tcp);
             let becomes = if Flow::of(&f) == key { there(net, &f) } else { back(net, &f) };
-            lab.from_pod(&f)?.into_pod(&becomes)?;
+            lab.pod_sends(&f)?.to_the_pod(&becomes)?;
             let (a, b) = (lab.half(key)?, lab.half(answer_key)?);
             ensure!(
                 (a.state, b.state) == (want, want),
@@ -133,9 +133,9 @@ fn states_of_a_tcp_connection() -> Result<()> {
         // Either side's reset ends it.
         for by_answer in [false, true] {
             lab.forget()?;
-            lab.from_pod(&ask)?.into_pod(&there(net, &ask))?;
+            lab.pod_sends(&ask)?.to_the_pod(&there(net, &ask))?;
             let f = if by_answer { &answer } else { &ask }.with_flags(RST | ACK);
-            lab.from_pod(&f)?.into_pod(&if by_answer { back(net, &f) } else { there(net, &f) })?;
+            lab.pod_sends(&f)?.to_the_pod(&if by_answer { back(net, &f) } else { there(net, &f) })?;
             ensure!(state::closing(lab.half(key)?.state) && state::closing(lab.half(answer_key)?.state));
         }
         Ok(())
@@ -150,24 +150,24 @@ fn a_port_pair_is_used_again() -> Result<()> {
             let (ask, answer) = begin(lab, net, Proto::Tcp)?;
             if reset {
                 let f = answer.with_flags(RST);
-                lab.from_pod(&f)?.into_pod(&back(net, &f))?;
+                lab.pod_sends(&f)?.to_the_pod(&back(net, &f))?;
             } else {
                 for f in [ask.with_flags(FIN | ACK), answer.with_flags(FIN | ACK)] {
-                    lab.from_pod(&f)?;
+                    lab.pod_sends(&f)?;
                 }
             }
             // The service has moved meanwhile.
             lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), 8080)])?;
             // The old connection's last segments still go the old way.
-            lab.from_pod(&ask.with_flags(ACK))?.into_pod(&there(net, &ask.with_flags(ACK)))?;
-            lab.from_pod(&ask)?.onto_wire(&ask.hop().from_to((net.a(), PORT), (net.far(), 8080)))?;
+            lab.pod_sends(&ask.with_flags(ACK))?.to_the_pod(&there(net, &ask.with_flags(ACK)))?;
+            lab.pod_sends(&ask)?.onto_wire(&ask.hop().between((net.a(), PORT), (net.far(), 8080)))?;
             let half = lab.half(Flow::of(&ask))?;
             ensure!(half.state == 0 && half.packets == 1, "{half:?}");
-            let answer = ask.hop().from_to((net.a(), PORT), (net.far(), 8080)).reply();
-            lab.overlay_in(net.node2(), &answer)?.into_pod(&back(net, &answer))?;
+            let answer = ask.hop().between((net.a(), PORT), (net.far(), 8080)).reply();
+            lab.overlay_in(net.node2(), &answer)?.to_the_pod(&back(net, &answer))?;
             // What is left of the old one does not speak for the new one.
             let stale = from_b(net, Proto::Tcp, (net.a(), PORT)).map(|f| f.set_ports(8080, PORT)).with_flags(ACK);
-            let _ = lab.from_pod(&stale)?;
+            let _ = lab.pod_sends(&stale)?;
             let half = lab.half(Flow::of(&ask))?;
             ensure!(half.to.dst == net.far(), "{half:?}");
             lab.forget()?;
@@ -182,15 +182,15 @@ fn a_port_pair_is_used_again_with_the_same_backend() -> Result<()> {
     labs(|lab, net| {
         let (ask, answer) = begin(lab, net, Proto::Tcp)?;
         for f in [ask.with_flags(FIN | ACK), answer.with_flags(FIN | ACK)] {
-            lab.from_pod(&f)?;
+            lab.pod_sends(&f)?;
         }
-        lab.from_pod(&ask)?.into_pod(&there(net, &ask))?;
+        lab.pod_sends(&ask)?.to_the_pod(&there(net, &ask))?;
         let (a, b) = (lab.half(Flow::of(&ask))?, lab.half(Flow::of(&answer))?);
         ensure!(
             (a.state, b.state) == (0, 0) && a.flags == flags::NAT && b.flags == flags::NAT | flags::REPLY,
             "{a:?} {b:?}"
         );
-        lab.from_pod(&answer.with_flags(SYN | ACK))?.into_pod(&back(net, &answer.with_flags(SYN | ACK)))
+        lab.pod_sends(&answer.with_flags(SYN | ACK))?.to_the_pod(&back(net, &answer.with_flags(SYN | ACK)))
     })
 }
 
@@ -209,10 +209,10 @@ fn a_full_table() -> Result<()> {
         };
         for i in 0..4000 {
             let f = flow(i);
-            lab.from_pod(&f)?.into_pod(&arrives(&f)).with_context(|| format!("flow {i}"))?;
+            lab.pod_sends(&f)?.to_the_pod(&arrives(&f)).with_context(|| format!("flow {i}"))?;
         }
         ensure!(lab.connections(net)?.len() <= 1024, "{}", lab.connections(net)?.len());
         let last = flow(3999);
-        lab.from_pod(&last)?.into_pod(&arrives(&last))
+        lab.pod_sends(&last)?.to_the_pod(&arrives(&last))
     })
 }

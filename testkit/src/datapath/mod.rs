@@ -3,9 +3,11 @@
 
 mod sys;
 mod table;
+mod timer;
 
 pub use sys::{MapInfo, instruction};
 pub use table::Table;
+pub use timer::{EMPTY, Timer, Vary};
 
 use crate::dist;
 use anyhow::{Context, Result, bail};
@@ -127,6 +129,7 @@ impl Datapath {
             };
             maps.insert(name.to_owned(), data.fd().as_fd().try_clone_to_owned()?);
         }
+        programs.insert(EMPTY.to_owned(), empty()?);
         let jumps = sys::prog_array(programs.len() as u32)?;
         for (i, program) in (0_u32..).zip(programs.values()) {
             sys::update(jumps.as_fd(), &i.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes())?;
@@ -168,11 +171,6 @@ impl Datapath {
         Ok(Some(Output { verdict: ran.verdict, frame, mark: context[sys::word::MARK] }))
     }
 
-    /// Runs a program `repeat` times on what becomes of the same packet; nanoseconds for each.
-    pub fn time(&self, program: &str, input: &Input<'_>, repeat: u32) -> Result<u32> {
-        time(self.program(program)?, input, repeat)
-    }
-
     /// True if the kernel can run programs on packets with [`Input::complete`] (6.17 and later).
     pub fn sums_up(&self) -> Result<bool> {
         let program = self.program(CLOCK)?.as_fd();
@@ -207,7 +205,7 @@ impl Datapath {
         let index = self.programs.keys().position(|name| name == program).context("no such program")?;
         let mut code = vec![
             instruction(MOV_REG, 6, 1, 0, 0),
-            instruction(LOAD_WORD, 2, 1, sys::word::CB as i16 * 4, 0),
+            instruction(LOAD_WORD, 2, 1, CB, 0),
             instruction(JUMP_IF_ZERO, 2, 0, 2, 0),
             instruction(MOV, 3, 0, 0, 0),
             instruction(CALL, 0, 0, 0, CHANGE_TAIL),
@@ -231,23 +229,9 @@ impl Datapath {
     }
 }
 
-/// A program that does nothing, to know what running one costs.
-pub struct Empty(OwnedFd);
-
-impl Empty {
-    /// Loads it.
-    pub fn load() -> Result<Self> {
-        Ok(Self(sys::load_classifier(&[instruction(MOV, 0, 0, 0, u32::MAX), instruction(EXIT, 0, 0, 0, 0)])?))
-    }
-
-    /// As [`Datapath::time`].
-    pub fn time(&self, input: &Input<'_>, repeat: u32) -> Result<u32> {
-        time(&self.0, input, repeat)
-    }
-}
-
-fn time(program: &OwnedFd, input: &Input<'_>, repeat: u32) -> Result<u32> {
-    Ok(sys::test_run(program.as_fd(), input.frame, &mut context(input), &mut [0; OUT], repeat, 0)?.duration)
+/// A program that does nothing.
+fn empty() -> Result<OwnedFd> {
+    Ok(sys::load_classifier(&[instruction(MOV, 0, 0, 0, u32::MAX), instruction(EXIT, 0, 0, 0, 0)])?)
 }
 
 fn context(input: &Input<'_>) -> sys::SkBuff {
@@ -262,6 +246,8 @@ fn context(input: &Input<'_>) -> sys::SkBuff {
     context
 }
 
+/// Offset of the control block in `__sk_buff`.
+const CB: i16 = 48;
 const MOV: u8 = 0xb7;
 const MOV_REG: u8 = 0xbf;
 const ADD: u8 = 0x07;
@@ -296,8 +282,8 @@ fn out_of_tunnel(remote: IpAddr) -> Vec<u64> {
         code.push(instruction(STORE_WORD, 10, 0, BASE + word * 4, 0));
     }
     // The near end stands behind the identifier, the far end, three small fields and the label.
-    for (i, word) in words.into_iter().enumerate() {
-        code.push(instruction(STORE_WORD, 10, 0, BASE + NEAR_END + i as i16 * 4, word));
+    for (i, word) in (0_i16..).zip(words) {
+        code.push(instruction(STORE_WORD, 10, 0, BASE + NEAR_END + i * 4, word));
     }
     code.extend([
         instruction(MOV_REG, 2, 10, 0, 0),

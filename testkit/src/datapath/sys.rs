@@ -91,8 +91,8 @@ pub fn next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> Res
 
 #[repr(C)]
 struct Batch {
-    in_batch: u64,
-    out_batch: u64,
+    first: u64,
+    position: u64,
     keys: u64,
     values: u64,
     count: u32,
@@ -105,7 +105,7 @@ struct Batch {
 pub fn update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], count: u32) -> Result<()> {
     let (keys, values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
     let map = map.as_raw_fd().cast_unsigned();
-    let mut attr = Batch { in_batch: 0, out_batch: 0, keys, values, count, map, elem_flags: 0, flags: 0 };
+    let mut attr = Batch { first: 0, position: 0, keys, values, count, map, elem_flags: 0, flags: 0 };
     bpf(MAP_UPDATE_BATCH, &mut attr).map(drop)
 }
 
@@ -114,8 +114,8 @@ pub fn lookup_batch(map: BorrowedFd<'_>, values: &mut [u8], count: u32) -> Resul
     let mut keys = vec![0_u32; count as usize];
     let mut position = 0_u32;
     let mut attr = Batch {
-        in_batch: 0,
-        out_batch: (&raw mut position) as u64,
+        first: 0,
+        position: (&raw mut position) as u64,
         keys: keys.as_mut_ptr() as u64,
         values: values.as_mut_ptr() as u64,
         count,
@@ -130,13 +130,13 @@ pub fn lookup_batch(map: BorrowedFd<'_>, values: &mut [u8], count: u32) -> Resul
 
 /// What the kernel says of a map.
 pub fn map_info(map: BorrowedFd<'_>) -> Result<MapInfo> {
-    let mut info = MapInfo::default();
     #[repr(C)]
     struct Attr {
         fd: u32,
         len: u32,
         info: u64,
     }
+    let mut info = MapInfo::default();
     let mut attr =
         Attr { fd: map.as_raw_fd().cast_unsigned(), len: size_of::<MapInfo>() as u32, info: (&raw mut info) as u64 };
     bpf(OBJ_GET_INFO_BY_FD, &mut attr)?;
