@@ -6,6 +6,7 @@ use crate::table::{self, Table};
 use anyhow::{Context, Result, bail, ensure};
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use testkit::client::ask;
 use testkit::{Fabric, Proto, dist, wait};
 
@@ -44,7 +45,8 @@ pub fn texts(fabric: &Fabric) -> Result<Vec<(String, String)>> {
     let mut texts = Vec::new();
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let wanted = name.ends_with(".yaml") && (name != "n3.yaml" || fabric.nodes().len() >= 3);
+        let wanted = Path::new(&name).extension().is_some_and(|e| e == "yaml")
+            && (name != "n3.yaml" || fabric.nodes().len() >= 3);
         if wanted {
             let text = std::fs::read_to_string(entry.path())?;
             let kept: Vec<&str> = text.split("---\n").filter(|d| !d.lines().any(|l| l == "kind: Node")).collect();
@@ -82,8 +84,10 @@ pub fn rows(cluster: &Cluster<'_>, requests: usize, table: &mut Table) -> Result
         let pod = &cluster.pods[client];
         for (name, last, proto, port, by) in SERVICES {
             let serving: Vec<&str> = match by {
-                By::Pods(i) => cluster.pods[i * nodes..][..known].iter().map(|p| p.name()).collect(),
-                By::All => [0, nodes].iter().flat_map(|o| &cluster.pods[*o..][..known]).map(|p| p.name()).collect(),
+                By::Pods(i) => cluster.pods[i * nodes..][..known].iter().map(testkit::Pod::name).collect(),
+                By::All => {
+                    [0, nodes].iter().flat_map(|o| &cluster.pods[*o..][..known]).map(testkit::Pod::name).collect()
+                }
                 By::OwnNode if client < known => vec![pod.name()],
                 By::OwnNode => continue,
                 By::Nobody => Vec::new(),
