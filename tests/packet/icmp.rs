@@ -103,7 +103,27 @@ fn about_masqueraded_packets() -> Result<()> {
     })
 }
 
-/// The same, where the pod's port had to change.
+/// Nobody outside complains in the name of this node or of its pods.
+#[test]
+fn from_outside_in_our_own_name() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let to = at(proto, net.world(), 443);
+            let sent = from_a(net, proto, to);
+            let left = sent.hop().between((net.node(), PORT), to);
+            lab.pod_sends(&sent)?.onto_wire(&left)?;
+            all_errors(net, |kind, quote| {
+                for from in [net.node(), net.b()] {
+                    let e = error(&left, from, kind, quote);
+                    lab.uplink_in(&e)?.dropped(DropReason::Spoofed).with_context(|| format!("from {from}"))?;
+                }
+                Ok(())
+            })
+        })
+    })
+}
+
+/// Complaints about a masqueraded packet whose port had to change.
 #[test]
 fn about_masqueraded_packets_with_another_port() -> Result<()> {
     labs(|lab, net| {

@@ -37,6 +37,7 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     let verify = || source::verify_outside::<F>(p.tuple.src);
     let mut to = p.tuple;
     if p.kind == Kind::IcmpError {
+        verify()?;
         if !icmp::translate::<F, _>(skb, p, &mut to)? {
             return Ok(STACK);
         }
