@@ -4,7 +4,6 @@ use std::net::IpAddr;
 
 use anyhow::{Result, bail};
 use ipnet::IpNet;
-use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 
 use super::address::{self, Address};
 use super::link::{self, Link};
@@ -78,18 +77,19 @@ impl Host {
         Uplink { name: link.name.clone(), ifindex: link.index, mtu: link.mtu, addresses: own.map(|a| a.net).collect() }
     }
 
-    /// Every address of global scope that this host has, except on pods' veths and the overlay device; sorted.
+    /// Every address that this host has on any interface, loopback and IPv6 link-local ones left out; sorted. Those on pods'
+    /// veths count: a delegated IPAM has its gateway there, and a packet to it is for this host's stack, never for the world.
     pub fn own_addresses(&self) -> Vec<IpAddr> {
-        let foreign = |index| {
-            let link = self.links.iter().find(|link| link.index == index);
-            link.is_some_and(|link| link.name.starts_with(VETH_PREFIX) || link.name == OVERLAY_DEV)
-        };
-        let mut own: Vec<_> =
-            self.addresses.iter().filter(|a| is_global(a) && !foreign(a.ifindex)).map(|a| a.net.addr()).collect();
+        let mut own: Vec<_> = self.addresses.iter().map(|a| a.net.addr()).filter(|ip| is_own(*ip)).collect();
         own.sort_unstable();
         own.dedup();
         own
     }
+}
+
+fn is_own(ip: IpAddr) -> bool {
+    let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+    !ip.is_loopback() && !link_local
 }
 
 fn is_global(address: &Address) -> bool {
@@ -112,13 +112,18 @@ mod tests {
             protocol: 3,
         };
         Host {
-            links: vec![link(1, "lo"), link(2, "eth0"), link(3, "eth1"), link(4, "rnvab")],
+            links: vec![link(1, "lo"), link(2, "eth0"), link(3, "eth1"), link(4, "rnvab"), link(5, "rnvac")],
             addresses: vec![
                 address(1, "127.0.0.1/8", 254),
                 address(2, "192.0.2.9/24", 0),
                 address(2, "2001:db8::9/64", 0),
                 address(2, "fe80::9/64", 253),
                 address(4, "198.51.100.1/32", 0),
+                address(5, "198.51.100.1/32", 0),
+                address(5, "2001:db8:7::1/128", 0),
+                address(5, "fe80::5/64", 253),
+                address(1, "10.9.9.9/32", 254),
+                address(1, "::1/128", 254),
             ],
             routes: vec![default("::/0", 3, 0), default("0.0.0.0/0", 3, 200), default("0.0.0.0/0", 2, 100)],
         }
@@ -141,8 +146,8 @@ mod tests {
     }
 
     #[test]
-    fn own_addresses_are_global_and_not_on_veths() {
+    fn addresses_of_all_interfaces_are_own_once_each() {
         let own: Vec<_> = host().own_addresses().iter().map(ToString::to_string).collect();
-        assert_eq!(own, ["192.0.2.9", "2001:db8::9"]);
+        assert_eq!(own, ["10.9.9.9", "192.0.2.9", "198.51.100.1", "2001:db8::9", "2001:db8:7::1"]);
     }
 }

@@ -319,3 +319,56 @@ fn leftover_endpoints_are_removed_and_lost_ones_put_back() {
         });
     });
 }
+
+#[test]
+fn every_address_of_the_host_is_the_hosts_own_as_long_as_it_is_there() {
+    use rustnet_common::peer::flags::HOST;
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        ip("link set rnv1 up");
+        let own = || {
+            let peers = peers(&sandbox.bpffs).unwrap();
+            let own = peers.iter().filter(|(_, peer)| peer.flags == HOST);
+            own.map(|(prefix, _)| prefix.to_string()).collect::<Vec<_>>()
+        };
+        let always = ["192.0.2.1/32", "2001:db8::1/128"];
+        let with = |extra: &[&str]| {
+            let mut all: Vec<_> = always.iter().chain(extra).map(ToString::to_string).collect();
+            all.sort_by_key(|prefix| prefix.parse::<ipnet::IpNet>().unwrap());
+            all
+        };
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            assert_eq!(own(), with(&[]), "neither loopback nor link-local addresses");
+
+            // A delegated IPAM's gateways, on pods' veths; and one on loopback.
+            ip("addr add 10.7.0.1/32 dev rnv1");
+            ip("addr add fd00:7::1/128 dev rnv1 nodad");
+            ip("addr add 10.9.9.9/32 dev lo");
+            let all = with(&["10.7.0.1/32", "10.9.9.9/32", "fd00:7::1/128"]);
+            wait_until("the gateways are known", || own() == all).await;
+            // A second pod of the network has the same gateway: it goes with the last of them.
+            ip("link add rnv2 type veth peer name pod2");
+            ip("addr add 10.7.0.1/32 dev rnv2");
+            ip("link del rnv1");
+            wait_until("the first pod's are forgotten", || own() == with(&["10.7.0.1/32", "10.9.9.9/32"])).await;
+            ip("addr del 10.9.9.9/32 dev lo");
+            wait_until("an address that went is forgotten", || own() == with(&["10.7.0.1/32"])).await;
+            agent.stop().await;
+
+            // While nobody watches, one goes and another comes.
+            ip("link del rnv2");
+            ip("addr add 10.8.0.1/32 dev far");
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            assert_eq!(own(), with(&["10.8.0.1/32"]));
+            agent.stop().await;
+        });
+    });
+}
