@@ -74,6 +74,8 @@ reasons! {
     Policy = 19, "policy", "no policy allows this connection";
     /// An ICMP error that quotes no connection of ours.
     Untracked = 20, "untracked", "an ICMP error about a connection that is unknown or long over";
+    /// Neighbour discovery for somebody beyond the link (RFC 4861).
+    LinkScope = 21, "link_scope", "neighbour discovery is not forwarded: the sender's routes put a far address on its link";
 }
 
 /// Directions that `rn_counters` tells apart; see [`counter_index`].

@@ -68,7 +68,8 @@ fn verdict<H: Hook, F: Sink>(skb: &Skb, l3: usize, result: Result<i32, Stop>) ->
             | DropReason::Rewrite
             | DropReason::HostLoop
             | DropReason::Policy
-            | DropReason::Untracked => {
+            | DropReason::Untracked
+            | DropReason::LinkScope => {
                 F::drop(skb, l3, stop.reason, H::CODE);
                 TC_ACT_SHOT
             }

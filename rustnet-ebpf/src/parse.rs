@@ -88,7 +88,7 @@ pub enum Kind {
     LaterFragment,
     /// An ICMP error that quotes another packet.
     IcmpError,
-    /// Neighbour discovery and the like (ICMPv6 133-137): of the link, for the stack.
+    /// Neighbour discovery and the like (ICMPv6 133-137): of the link, never forwarded.
     Link,
 }
 
@@ -109,6 +109,8 @@ pub struct Packet<A> {
     pub l4_len: u8,
     /// See [`Kind`].
     pub kind: Kind,
+    /// Routers may cut it (IPv4 without "don't fragment"), so that it is never too big.
+    pub may_be_cut: bool,
     /// More fragments follow.
     more: bool,
     /// Fragment offset in units of 8 bytes.
@@ -131,6 +133,7 @@ impl<A: Address> Packet<A> {
             tcp_flags: 0,
             l4_len: 0,
             kind: Kind::Flow,
+            may_be_cut: false,
             more: false,
             offset: 0,
             id: 0,
@@ -209,6 +212,7 @@ impl Header<Ip4> for Header4 {
         p.id = u32::from(h.id);
         p.offset = frag & 0x1fff;
         p.more = frag & 0x2000 != 0;
+        p.may_be_cut = frag & 0x4000 == 0;
         Ok(l3 + header)
     }
 

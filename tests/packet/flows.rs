@@ -56,6 +56,7 @@ pub fn frame(proto: Proto, macs: ([u8; 6], [u8; 6]), src: (IpAddr, u16), dst: (I
         // An odd length, on purpose.
         payload: if proto == Proto::Tcp { Vec::new() } else { b"a payload of an odd length...".to_vec() },
         piece: None,
+        may_be_cut: false,
         padding: 0,
     }
 }

@@ -77,6 +77,8 @@ pub struct Frame {
     pub l4: L4,
     pub payload: Vec<u8>,
     pub piece: Option<Piece>,
+    /// IPv4 without "don't fragment".
+    pub may_be_cut: bool,
     /// Bytes behind the IP packet, as short frames have them.
     pub padding: usize,
 }
@@ -209,7 +211,7 @@ impl Frame {
         let header = 20 + self.options.len();
         let (id, frag) = match self.piece {
             Some(p) => (p.id as u16, (p.from / 8) as u16 | if p.more { 0x2000 } else { 0 }),
-            None => (self.id, 0x4000),
+            None => (self.id, if self.may_be_cut { 0 } else { 0x4000 }),
         };
         let mut out = vec![0x40 | (header / 4) as u8, 0];
         out.extend(((header + l4.len()) as u16).to_be_bytes());

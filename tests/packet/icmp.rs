@@ -469,24 +469,66 @@ fn segments_are_measured_one_by_one() -> Result<()> {
     })
 }
 
-/// A pod's neighbour discovery and the like is the stack's; from outside as well.
+/// Neighbour discovery and the like is between neighbours: this node's stack has it, and nobody forwards it.
 #[test]
 fn what_concerns_the_link() -> Result<()> {
     labs(|lab, net| {
         if net == Net::V4 {
             return Ok(());
         }
+        let link = |addr: &str| net.ip([0; 4], addr);
         for kind in 133..=137 {
-            let f = from_a(net, Proto::Udp, (net.b(), 0)).map(|f| {
-                f.l4 = L4::Icmp { kind, code: 0, rest: 0 };
-                f.payload = vec![0; 16];
-            });
+            let message = |src: IpAddr, dst: IpAddr| {
+                from_a(net, Proto::Udp, (dst, 0)).map(|f| {
+                    f.l4 = L4::Icmp { kind, code: 0, rest: 0 };
+                    f.payload = vec![0; 16];
+                    (f.src, f.ttl) = (src, 255);
+                })
+            };
+            // On the link, with whatever address a neighbour has there; and to the host by its own name.
+            for dst in [link("fe80::1"), link("ff02::1"), link("ff02::1:ff00:11")] {
+                for src in [net.a(), link("fe80::a"), link("::")] {
+                    let f = message(src, dst);
+                    lab.pod_sends(&f)?.to_stack(&f)?;
+                }
+            }
+            let f = message(net.a(), net.node());
             lab.pod_sends(&f)?.to_stack(&f)?;
-            lab.uplink_in(&f)?.to_stack(&f)?;
-            lab.to_pod(POD_A, &f)?.to_stack(&f)?;
-            lab.overlay_in(net.node2(), &f)?.dropped(DropReason::TunnelSource)?;
+            lab.uplink_in(&message(net.router(), net.node()))?.to_stack(&message(net.router(), net.node()))?;
+            lab.to_pod(POD_A, &message(net.node(), net.a()))?.to_stack(&message(net.node(), net.a()))?;
+
+            for src in [net.b(), net.world(), link("fe80::a")] {
+                lab.pod_sends(&message(src, net.node()))?.dropped(DropReason::Spoofed).context("to the host")?;
+                lab.pod_sends(&message(src, net.world()))?.dropped(DropReason::Spoofed).context("to the world")?;
+            }
+            for dst in [net.b(), net.far(), net.routed(), net.world()] {
+                let f = message(net.a(), dst);
+                lab.pod_sends(&f)?.dropped(DropReason::LinkScope).with_context(|| format!("to {dst}"))?;
+            }
+            lab.uplink_in(&message(net.router(), net.a()))?.dropped(DropReason::LinkScope).context("from outside")?;
+            lab.overlay_in(net.node2(), &message(net.far(), net.b()))?.dropped(DropReason::TunnelSource)?;
         }
         ensure!(lab.halves()? == 0);
         Ok(())
+    })
+}
+
+/// Without "don't fragment" an IPv4 packet is never told that it is too big: a router behind this node cuts it, and so
+/// does the overlay's device with what it wraps it in (RFC 791).
+#[test]
+fn what_may_be_cut_is_sent_on() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            for (dst, mtu) in [(net.far(), OVERLAY_MTU), (net.narrow(), NARROW_MTU)] {
+                let f = sized(net, proto, at(proto, dst, 80), mtu + 1).map(|f| f.may_be_cut = true);
+                let shot = lab.pod_sends(&f)?;
+                match net {
+                    Net::V4 => shot.onto_wire(&f.hop())?,
+                    // IPv6 routers never cut.
+                    Net::V6 => shot.answered(DropReason::TooBig, &too_big(net, &f, mtu))?,
+                }
+            }
+            Ok(())
+        })
     })
 }

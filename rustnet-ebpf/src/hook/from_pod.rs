@@ -22,12 +22,21 @@ use crate::step::{Packed, Stop, icmp, lb, source};
 pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     let Some(config) = config() else { return Ok(STACK) };
     let p = parse::packet::<F>(skb, l3)?;
-    if p.kind == Kind::Link || p.tuple.dst.is_link_scope() {
+    if p.tuple.dst.is_link_scope() {
         // The stack answers what concerns the link, and never forwards it.
         return Ok(STACK);
     }
     let guard = source::pod_guard(skb)?;
     let verify = || source::verify_pod::<F>(p.tuple.src, guard);
+    if p.kind == Kind::Link {
+        verify()?;
+        // The stack has asked with an address of its own; whatever else it would forward.
+        return if matches!(route::of::<F>(p.tuple.dst), Route::Stack) {
+            Ok(STACK)
+        } else {
+            Err(DropReason::LinkScope.into())
+        };
+    }
     let mut to = p.tuple;
     if p.kind == Kind::IcmpError {
         verify()?;

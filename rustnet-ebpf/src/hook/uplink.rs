@@ -30,7 +30,10 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     }
     // Not ours to judge: fragments for the host, headers that its stack may well understand.
     let Ok(p) = parse::packet::<F>(skb, l3) else { return Ok(STACK) };
-    if p.kind == Kind::Link || (p.tuple.proto == proto::UDP && p.tuple.dport == config.overlay_port) {
+    if p.kind == Kind::Link {
+        return if source::endpoint(p.tuple.dst).is_none() { Ok(STACK) } else { Err(DropReason::LinkScope.into()) };
+    }
+    if p.tuple.proto == proto::UDP && p.tuple.dport == config.overlay_port {
         return Ok(STACK);
     }
     let guard = Guard::none(skb.ifindex());

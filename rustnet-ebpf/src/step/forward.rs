@@ -34,9 +34,13 @@ pub enum From {
 /// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
 const GSO_BY_FRAGS: u32 = 0xffff;
 
-/// Length of the IP packet, or of one of those that a GSO frame stands for; 0 if nobody can tell.
+/// Length of the IP packet, or of one of those that a GSO frame stands for; 0 if nobody can tell, or nobody cares because
+/// it may be cut.
 #[inline(always)]
 fn segment_len<A: Address>(skb: &Skb, p: &Packet<A>) -> u32 {
+    if p.may_be_cut {
+        return 0;
+    }
     match skb.gso_size() {
         0 => p.ip_len,
         GSO_BY_FRAGS => 0,
