@@ -14,5 +14,6 @@ pub mod model;
 pub mod net;
 pub mod nodefile;
 pub mod plan;
+pub mod podfile;
 pub mod reconcile;
 pub mod source;

@@ -27,7 +27,7 @@ use crate::net::repair::{Repairer, State, Wanted, underlay};
 use crate::net::uplink::Host;
 use crate::plan::Planner;
 use crate::source::{Event, Kind, Object};
-use crate::{install, nodefile};
+use crate::{install, nodefile, podfile};
 use kernel::{Kernel, Stats};
 use presence::{AgentFile, Presence};
 
@@ -43,7 +43,7 @@ const NET_SETTLE_FAILED: Duration = Duration::from_secs(1);
 const NET_SHARE: u32 = 20;
 /// First and longest wait after a failure.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
-/// Problems in the input are looked for at most this often.
+/// Problems in the input are looked for at most this often, and names of pods written.
 const PROBLEMS_PERIOD: Duration = Duration::from_secs(1);
 
 /// Runs until `shutdown` says so (or its sender is gone).
@@ -134,6 +134,8 @@ struct Reconciler {
     load_error: Option<String>,
     problems: BTreeSet<String>,
     problems_due: Option<Instant>,
+    /// When to tell the names of pods.
+    pods_due: Option<Instant>,
     /// The nodes as last heard of, to tell news from repetition.
     nodes: HashMap<ObjectName, Arc<Node>>,
     /// What `node.json` is known to say; looked at again with the network.
@@ -183,6 +185,7 @@ impl Reconciler {
             load_error: None,
             problems: BTreeSet::new(),
             problems_due: None,
+            pods_due: None,
             nodes: HashMap::new(),
             published: None,
         })
@@ -191,15 +194,13 @@ impl Reconciler {
     /// Takes events into the index.
     fn take_in(&mut self, batch: &mut Vec<Event>) {
         for event in batch.drain(..) {
-            match &event {
-                Event::Apply(Object::Service(_)) => self.health.metrics.service_changed(),
-                Event::Apply(Object::Slice(_)) => self.health.metrics.endpoints_changed(),
-                Event::Delete(object) | Event::Reject(object, _) => match object.kind {
-                    Kind::Service => self.health.metrics.service_changed(),
-                    Kind::Slice => self.health.metrics.endpoints_changed(),
-                    Kind::Node | Kind::Pod => {}
-                },
-                _ => {}
+            match event.object_kind() {
+                Some(Kind::Service) => self.health.metrics.service_changed(),
+                Some(Kind::Slice) => self.health.metrics.endpoints_changed(),
+                Some(Kind::Node | Kind::Pod) | None => {}
+            }
+            if event.object_kind() == Some(Kind::Pod) || event == Event::Synced(Kind::Pod) {
+                self.pods_due.get_or_insert_with(|| Instant::now() + PROBLEMS_PERIOD);
             }
             let node = self.concerns_routes(&event);
             self.index.handle(event);
@@ -210,6 +211,16 @@ impl Reconciler {
         self.health.queued();
         self.plan_due = true;
         self.problems_due.get_or_insert_with(|| Instant::now() + PROBLEMS_PERIOD);
+    }
+
+    /// Tells the `rustnet` command the names of this node's pods. Without them it shows less, so that failing is no trouble.
+    fn tell_names(&self) {
+        // Before the list is complete, what an earlier agent told is better.
+        if self.index.has_synced(Kind::Pod)
+            && let Err(error) = podfile::write(&self.config.run_dir, &podfile::names(self.index.pods()))
+        {
+            tracing::warn!("{error:#}");
+        }
     }
 
     /// True if routes may follow from an event. Nodes are written every few minutes, mostly with nothing new for us.
@@ -245,7 +256,7 @@ impl Reconciler {
         } else if self.plan_due {
             next = next.min(self.plan.due);
         }
-        self.problems_due.map_or(next, |due| next.min(due))
+        [self.problems_due, self.pods_due].into_iter().flatten().fold(next, Instant::min)
     }
 
     /// Does all that is due.
@@ -264,6 +275,10 @@ impl Reconciler {
         if self.problems_due.is_some_and(|due| due <= now) {
             self.problems_due = None;
             self.report_problems();
+        }
+        if self.pods_due.is_some_and(|due| due <= now) {
+            self.pods_due = None;
+            self.tell_names();
         }
         self.tell_readiness();
     }

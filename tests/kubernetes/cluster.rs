@@ -2,11 +2,12 @@
 
 use super::server::{ADMIN, Server, Store, User};
 use anyhow::{Context as _, Result, bail, ensure};
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Client;
 use kube::api::{
-    Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, ValidationDirective,
+    Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams,
+    ValidationDirective,
 };
 use rustnet_agent::config::{self, Routing};
 use rustnet_agent::index::{Index, Settings};
@@ -15,9 +16,10 @@ use rustnet_agent::model::Family;
 use rustnet_agent::plan::{MemoryMaps, Planner};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::kube::{Connection, KubeSource, NodeStatus, connect};
-use rustnet_agent::source::{Event, Kind};
+use rustnet_agent::source::{Event, Kind, Object};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use testkit::netns::{Holder, Own};
@@ -101,14 +103,36 @@ impl Cluster {
 
     /// Deletes an object; the namespace is `default` for those that are in one.
     pub async fn delete(&self, api_version: &str, kind: &str, name: &str) -> Result<()> {
+        self.delete_as(api_version, kind, name, &DeleteParams::default()).await
+    }
+
+    /// The same without waiting for a kubelet, which nobody is here.
+    pub async fn delete_at_once(&self, api_version: &str, kind: &str, name: &str) -> Result<()> {
+        self.delete_as(api_version, kind, name, &DeleteParams::default().grace_period(0)).await
+    }
+
+    async fn delete_as(&self, api_version: &str, kind: &str, name: &str, how: &DeleteParams) -> Result<()> {
         let api = self.api(api_version, kind, Some("default"));
-        api.delete(name, &DeleteParams::default()).await.with_context(|| format!("deleting {kind} {name}"))?;
+        api.delete(name, how).await.with_context(|| format!("deleting {kind} {name}"))?;
         Ok(())
     }
 
     /// An object as it is.
     pub async fn get(&self, api_version: &str, kind: &str, name: &str) -> Result<DynamicObject> {
         Ok(self.api(api_version, kind, Some("default")).get(name).await?)
+    }
+
+    /// Gives a pod to a node, as the scheduler does.
+    pub async fn bind(&self, pod: &str, node: &str) -> Result<()> {
+        let binding = serde_json::json!({
+            "apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": node},
+        });
+        let pods = Api::<Pod>::namespaced(self.client.clone(), "default");
+        let params = PostParams::default();
+        let answer = pods.create_subresource::<_, Value>("binding", pod, &params, &binding);
+        answer.await.with_context(|| format!("binding {pod} to {node}"))?;
+        Ok(())
     }
 
     async fn apply_one(&self, document: &Value, dry_run: bool) -> Result<()> {
@@ -122,8 +146,9 @@ impl Cluster {
         params.field_validation = Some(ValidationDirective::Strict);
         let what = || format!("applying {kind} {name}");
         let mut document = document.clone();
-        // A Node's list of addresses has two of one type, which its merge key forbids.
-        let status = document.as_object_mut().filter(|_| kind == "Node").and_then(|it| it.remove("status"));
+        // A Node's list of addresses has two of one type, which its merge key forbids; a Pod's status is a resource of its own.
+        let has_status = ["Node", "Pod"].contains(&kind);
+        let status = document.as_object_mut().filter(|_| has_status).and_then(|it| it.remove("status"));
         api.patch(name, &params, &Patch::Apply(document)).await.with_context(what)?;
         if let Some(status) = status.filter(|_| !dry_run) {
             let status = serde_json::json!({ "status": status });
@@ -220,6 +245,10 @@ pub struct Seen {
     pub synced: bool,
     /// How often each kind was listed.
     pub lists: BTreeMap<Kind, u32>,
+    /// This node's pods and their addresses.
+    pub pods: BTreeMap<String, Vec<IpAddr>>,
+    /// Every pod that was ever spoken of.
+    pub pods_heard_of: BTreeSet<String>,
     /// Origins that are in trouble.
     pub trouble: BTreeMap<String, String>,
     broken: Option<String>,
@@ -313,6 +342,7 @@ async fn follow(mut plane: Plane, mut events: mpsc::Receiver<Event>, seen: &watc
                     Some(problem) => drop(now.trouble.insert(origin.to_string(), problem.to_string())),
                     None => drop(now.trouble.remove(&**origin)),
                 },
+                Event::Apply(Object::Pod(pod)) => drop(now.pods_heard_of.insert(pod.name.to_string())),
                 _ => {}
             }
             plane.index.handle(event);
@@ -320,6 +350,7 @@ async fn follow(mut plane: Plane, mut events: mpsc::Receiver<Event>, seen: &watc
         plane.sync()?;
         now.synced = plane.index.synced();
         now.dump = plane.dump();
+        now.pods = plane.index.pods().map(|pod| (pod.name.to_string(), pod.addresses.to_vec())).collect();
         seen.send_replace(now);
     }
     Ok(())

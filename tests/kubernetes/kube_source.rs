@@ -1,6 +1,6 @@
 //! The source on a real API server: what it delivers, what it survives, what it asks for.
 
-use super::cluster::{Agent, Cluster, NODE, Start, expected, with_absent_server, with_server, with_store};
+use super::cluster::{Agent, Cluster, NODE, Seen, Start, expected, with_absent_server, with_server, with_store};
 use super::relay::Relay;
 use super::server::{ADMIN, AGENT, Request, Server, Store};
 use anyhow::{Context as _, Result, ensure};
@@ -8,8 +8,10 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 use kube::api::ListParams;
 use rustnet_agent::health::Health;
+use rustnet_agent::source::Kind;
 use rustnet_agent::source::kube::NodeStatus;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -197,19 +199,21 @@ fn the_maps_follow_the_cluster_with_the_agents_own_rights() -> Result<()> {
 fn asked_only_what_it_may(requests: &[Request]) -> Result<()> {
     for request in requests {
         let path = request.uri.split('?').next().unwrap_or_default();
-        let known = ["/version", "/api/v1/services", "/api/v1/nodes", "/apis/discovery.k8s.io/v1/endpointslices"];
-        ensure!(known.contains(&path), "the source asked for {request:?}");
+        let kinds = ["/api/v1/services", "/api/v1/nodes", "/api/v1/pods", "/apis/discovery.k8s.io/v1/endpointslices"];
+        ensure!(path == "/version" || kinds.contains(&path), "the source asked for {request:?}");
         ensure!(path == "/version" || request.verb == "watch", "lists are streamed: {request:?}");
     }
-    for resource in ["services", "endpointslices", "nodes"] {
+    for resource in ["services", "endpointslices", "nodes", "pods"] {
         let watches = of(requests, resource, "watch");
         let first = watches.first().with_context(|| format!("no watch of {resource}"))?;
         ensure!(first.contains("sendInitialEvents=true"), "{first}");
         for uri in watches {
             ensure!(uri.contains("allowWatchBookmarks=true"), "{uri}");
+            let of_services = ["services", "endpointslices"].contains(&resource);
             for label in ["service.kubernetes.io%2Fheadless", "service.kubernetes.io%2Fservice-proxy-name"] {
-                ensure!(uri.contains(&format!("%21{label}")) == (resource != "nodes"), "{uri}");
+                ensure!(uri.contains(&format!("%21{label}")) == of_services, "{uri}");
             }
+            ensure!(uri.contains("fieldSelector=spec.nodeName%3Dn1") == (resource == "pods"), "{uri}");
         }
     }
     Ok(())
@@ -225,7 +229,7 @@ fn changes_during_a_cut_are_caught_up_with() -> Result<()> {
         agent.wait_for_maps("the first list", &yaml(&[NODES, WEB, DNS])).await?;
 
         relay.cut();
-        agent.wait("the cut is reported", |seen| seen.trouble.len() == 3).await?;
+        agent.wait("the cut is reported", |seen| seen.trouble.len() == Kind::ALL.len()).await?;
         delete_service(&cluster, "dns", &["dns-a"]).await?;
         cluster.apply(WEB_LATER).await?;
         cluster.delete("discovery.k8s.io/v1", "EndpointSlice", "web-b").await?;
@@ -236,7 +240,7 @@ fn changes_during_a_cut_are_caught_up_with() -> Result<()> {
 
         // Now the server forgets where the watches stopped.
         relay.cut();
-        agent.wait("the cut is reported", |seen| seen.trouble.len() == 3).await?;
+        agent.wait("the cut is reported", |seen| seen.trouble.len() == Kind::ALL.len()).await?;
         delete_service(&cluster, "web", &["web-a", "web-6"]).await?;
         cluster.apply(DNS).await?;
         cluster.delete("v1", "Node", "n2").await?;
@@ -270,7 +274,7 @@ fn a_server_that_comes_late_or_goes_away_is_waited_for() -> Result<()> {
         ensure!(seen.trouble.is_empty(), "{:?}", seen.trouble);
 
         server.stop_api();
-        let seen = agent.wait("the absence is reported", |seen| seen.trouble.len() == 3).await?;
+        let seen = agent.wait("the absence is reported", |seen| seen.trouble.len() == Kind::ALL.len()).await?;
         ensure!(seen.dump == expected(&all)?, "the last known state stays");
         server.start_api()?;
         delete_service(&cluster, "dns", &["dns-a"]).await?;
@@ -322,6 +326,80 @@ fn the_distributions_store_will_do() -> Result<()> {
         delete_service(&cluster, "dns", &["dns-a"]).await?;
         let seen = agent.wait_for_maps("a change", &yaml(&[NODES, WEB])).await?;
         ensure!(seen.lists.values().all(|lists| *lists == 1), "{:?}", seen.lists);
+        Ok(())
+    })
+}
+
+/// A pod of one container; on no node when that is empty.
+fn pod(name: &str, node: &str, address: &str) -> String {
+    let node = if node.is_empty() { String::new() } else { format!("nodeName: {node}, ") };
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: default}}\n\
+         spec: {{{node}containers: [{{name: c, image: c}}]}}\n\
+         status: {{phase: Running, podIP: {address}, podIPs: [{{ip: {address}}}]}}\n"
+    )
+}
+
+/// A cluster's pods are many: those of other nodes must not even arrive, for each passes through the agent's memory.
+#[test]
+fn only_this_nodes_pods_arrive() -> Result<()> {
+    // Nobody here makes the service accounts that pods usually need.
+    with_server(&["--disable-admission-plugins=ServiceAccount"], async |mut server| {
+        let cluster = Cluster::new(&server)?;
+        cluster.apply(&yaml(&[NAMESPACE, RBAC, NODES])).await?;
+        let early = [pod("here", NODE, "10.244.1.5"), pod("there", "n2", "10.244.2.5")];
+        cluster.apply(&yaml(&early.each_ref().map(String::as_str))).await?;
+        let relay = Relay::start().await?;
+        let mut agent = Agent::start(&server, Start { user: AGENT, ..Start::new(&relay.url()) }).await?;
+        let is = |pods: &[(&str, &str)]| {
+            let pods: BTreeMap<_, _> =
+                pods.iter().map(|(name, ip)| (format!("default/{name}"), ip.parse().into_iter().collect())).collect();
+            move |seen: &Seen| seen.pods == pods
+        };
+        agent.wait("the first list", is(&[("here", "10.244.1.5")])).await?;
+
+        // It gets a node later, as most do; another one comes to the other node.
+        cluster.apply(&pod("late", "", "10.244.1.6")).await?;
+        cluster.apply(&pod("elsewhere", "n2", "10.244.2.6")).await?;
+        cluster.bind("late", NODE).await?;
+        agent.wait("a pod that came", is(&[("here", "10.244.1.5"), ("late", "10.244.1.6")])).await?;
+        cluster.apply(&pod("here", NODE, "10.244.1.5").replace("Running", "Succeeded")).await?;
+        agent.wait("a pod that finished", is(&[("here", ""), ("late", "10.244.1.6")])).await?;
+
+        // It goes, and another of its name comes, behind a line that is cut, and the server forgets how.
+        relay.cut();
+        agent.wait("the cut is reported", |seen| seen.trouble.len() == Kind::ALL.len()).await?;
+        cluster.delete_at_once("v1", "Pod", "late").await?;
+        cluster.delete_at_once("v1", "Pod", "here").await?;
+        cluster.apply(&pod("late", NODE, "10.244.1.7")).await?;
+        server.compact()?;
+        server.stop_api();
+        server.start_api()?;
+        relay.mend();
+        let seen = agent.wait("what happened before the server forgot", is(&[("late", "10.244.1.7")])).await?;
+        ensure!(seen.lists.get(&Kind::Pod) == Some(&2), "listed anew: {:?}", seen.lists);
+        ensure!(seen.pods_heard_of == ["default/here", "default/late"].map(str::to_owned).into(), "{seen:?}");
+        asked_only_what_it_may(&server.audit(AGENT)?)?;
+        Ok(())
+    })
+}
+
+/// Somebody upgrades the agent and not its rights: what packets need goes on, and what is missing is told.
+#[test]
+fn without_the_right_to_see_pods_services_work() -> Result<()> {
+    with_server(&[], async |server| {
+        let cluster = Cluster::new(&server)?;
+        let rbac = RBAC.replace("resources: [services, nodes, pods, namespaces]", "resources: [services, nodes]");
+        ensure!(rbac != RBAC, "the right is where it was");
+        cluster.apply(&yaml(&[NAMESPACE, &rbac, NODES, WEB])).await?;
+        let url = direct();
+        let mut agent = Agent::start(&server, Start { user: AGENT, ..Start::new(&url) }).await?;
+        agent.wait_for_maps("the first list", &yaml(&[NODES, WEB])).await?;
+        let seen = agent.wait("the refusal is reported", |seen| !seen.trouble.is_empty()).await?;
+        let report = seen.trouble.get("watch of Pod").context("its origin")?;
+        ensure!(report.contains("pods is forbidden"), "{report}");
+        cluster.apply(RBAC).await?;
+        agent.wait("the right is there", |seen| seen.trouble.is_empty() && seen.lists.contains_key(&Kind::Pod)).await?;
         Ok(())
     })
 }

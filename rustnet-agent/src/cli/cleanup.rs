@@ -18,6 +18,7 @@ use crate::bpf::attach::Direction;
 use crate::install::{BINARY, CONFLIST, LOOPBACK, loopback_is_ours};
 use crate::net::netlink::Socket;
 use crate::net::{link, overlay, route, tc};
+use crate::podfile;
 use crate::reconcile::presence::{self, Presence};
 
 /// Options.
@@ -125,7 +126,7 @@ fn clean(places: &Places, args: &Args) -> Report {
         report.note_all("pins", pins(bpffs));
         network(&mut report);
     }
-    for name in [NODE_FILE, presence::FILE] {
+    for name in [NODE_FILE, podfile::FILE, presence::FILE] {
         let path = places.run_dir.join(name);
         report.note(&path.display().to_string(), remove_file(&path));
     }

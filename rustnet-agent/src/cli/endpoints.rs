@@ -1,4 +1,4 @@
-//! `rustnet endpoints`: this node's pods, from `rn_endpoints`, with the names that the CNI binary's records know.
+//! `rustnet endpoints`: this node's pods, from `rn_endpoints`, with the names that the CNI binary's records or the agent know.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,6 +11,7 @@ use super::Places;
 use super::output::Output;
 use crate::bpf::store::endpoints::Endpoints;
 use crate::net::endpoints as records;
+use crate::podfile;
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -26,14 +27,17 @@ struct Row {
     in_map: bool,
 }
 
-/// What people call the pod of a record.
-pub fn pod_name(record: &EndpointFile) -> String {
-    if record.pod_name.is_empty() {
-        // Not from Kubernetes: the container is all there is.
-        record.container_id.chars().take(12).collect()
-    } else {
-        format!("{}/{}", record.pod_namespace, record.pod_name)
+/// What people call the pods, by address: as the runtime named them, else as the agent's source does, else by container.
+pub fn names(places: &Places, records: &BTreeMap<IpAddr, EndpointFile>) -> Result<podfile::Names> {
+    let mut names = podfile::read(&places.run_dir)?;
+    for (ip, record) in records {
+        if !record.pod_name.is_empty() {
+            names.insert(*ip, format!("{}/{}", record.pod_namespace, record.pod_name));
+        } else if !names.contains_key(ip) {
+            names.insert(*ip, record.container_id.chars().take(12).collect());
+        }
     }
+    Ok(names)
 }
 
 /// The records by address.
@@ -44,13 +48,14 @@ pub fn by_address(places: &Places) -> Result<BTreeMap<IpAddr, EndpointFile>> {
 
 /// Prints the pods.
 pub fn run(places: &Places, out: &Output) -> Result<()> {
-    let mut names = by_address(places)?;
+    let mut records = by_address(places)?;
+    let names = names(places, &records)?;
     let mut rows = Vec::new();
     for (address, endpoint) in Endpoints::open(places.bpffs()?)?.read()? {
-        let record = names.remove(&address);
+        let record = records.remove(&address);
         rows.push(Row {
             address,
-            pod: record.as_ref().map(pod_name),
+            pod: names.get(&address).cloned(),
             container_id: record.as_ref().map(|r| r.container_id.clone()),
             interface: record.map(|r| r.host_ifname),
             ifindex: endpoint.ifindex,
@@ -59,9 +64,9 @@ pub fn run(places: &Places, out: &Output) -> Result<()> {
             in_map: true,
         });
     }
-    rows.extend(names.into_iter().map(|(address, record)| Row {
+    rows.extend(records.into_iter().map(|(address, record)| Row {
         address,
-        pod: Some(pod_name(&record)),
+        pod: names.get(&address).cloned(),
         ifindex: record.ifindex,
         mac: record.mac.clone(),
         identity: 0,
@@ -75,7 +80,7 @@ pub fn run(places: &Places, out: &Output) -> Result<()> {
 
 fn line(row: &Row) -> Vec<String> {
     let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
-    let state = match (row.in_map, row.pod.is_some()) {
+    let state = match (row.in_map, row.container_id.is_some()) {
         (true, true) => "ok",
         (true, false) => "no record",
         (false, _) => "not in the map",

@@ -17,7 +17,7 @@ use rustnet_common::tuple::proto;
 use serde::Serialize;
 
 use super::Places;
-use super::endpoints::{by_address, pod_name};
+use super::endpoints::{self, by_address};
 use super::output::{Output, line};
 
 /// Pods come and go: their names are read again this often.
@@ -66,8 +66,8 @@ struct Names {
 impl Names {
     fn read(places: &Places) -> Self {
         // Names are an ornament: without records, addresses must do.
-        let records = by_address(places).unwrap_or_default();
-        Self { names: records.iter().map(|(ip, record)| (*ip, pod_name(record))).collect(), read: Instant::now() }
+        let names = by_address(places).and_then(|records| endpoints::names(places, &records));
+        Self { names: names.unwrap_or_default(), read: Instant::now() }
     }
 }
 

@@ -165,7 +165,7 @@ impl Index {
         self.nodes.iter()
     }
 
-    /// The pods of this node.
+    /// The pods of this node, those that use its own network included.
     pub fn pods(&self) -> impl Iterator<Item = &Pod> {
         self.pods.values().map(|pod| &**pod)
     }
@@ -197,9 +197,9 @@ impl Index {
                     self.own_node_changed();
                 }
             }
-            Object::Pod(pod) => {
-                self.pods.insert(pod.name.clone(), pod);
-            }
+            // A directory of manifests may name the whole cluster's.
+            Object::Pod(pod) if pod.node != self.settings.node_name => drop(self.pods.remove(&pod.name)),
+            Object::Pod(pod) => drop(self.pods.insert(pod.name.clone(), pod)),
         }
     }
 

@@ -11,7 +11,9 @@ pub struct Pod {
     pub name: ObjectName,
     /// Its UID, which tells it from an earlier pod of the same name.
     pub uid: Arc<str>,
-    /// Its addresses; those of the node when it uses the host's network.
+    /// The node it runs on; empty before it has one.
+    pub node: Arc<str>,
+    /// Its addresses; those of the node when it uses the host's network; none once it has finished.
     pub addresses: Box<[IpAddr]>,
     /// It uses the host's network.
     pub host_network: bool,

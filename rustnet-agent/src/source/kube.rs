@@ -1,6 +1,6 @@
 //! The source that watches a Kubernetes API server.
 //!
-//! One task a kind. Objects are converted as they arrive and dropped: nothing is stored here, and what the agent keeps is
+//! One task a kind; of Pods, the server is asked for this node's own only. Objects are converted as they arrive and dropped: nothing is stored here, and what the agent keeps is
 //! the index's business. Lists are streamed where the server can (1.27 and later), else paged. A failed watch is resumed
 //! where it broke off, with jittered back-off; when the server says that it no longer knows that place (410), the kind is
 //! listed anew, between [`Event::Restart`] and [`Event::Synced`], so that what was deleted meanwhile goes.
@@ -18,7 +18,7 @@ use super::{Event, Kind};
 use crate::metrics::Metrics;
 use crate::model::Problem;
 use futures::{StreamExt as _, pin_mut};
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::watcher::{self, watcher};
 use kube::{Api, Resource};
@@ -66,6 +66,7 @@ impl KubeSource {
             Follower::new::<Service>(&self, &events, streaming).follow::<Service>(),
             Follower::new::<EndpointSlice>(&self, &events, streaming).follow::<EndpointSlice>(),
             Follower::new::<Node>(&self, &events, streaming).follow::<Node>(),
+            Follower::new::<Pod>(&self, &events, streaming).follow::<Pod>(),
         );
     }
 
@@ -102,7 +103,8 @@ fn streams(major: &str, minor: &str) -> bool {
 /// What differs between the kinds.
 trait Watched: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static {
     const KIND: Kind;
-    const LABELS: Option<&'static str>;
+    /// Asks for what is of use on this node, and nothing else.
+    fn select(config: watcher::Config, node_name: &str) -> watcher::Config;
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName>;
     /// Looks at an object before it is dropped.
     fn seen(&self, _: &NodeStatus) {}
@@ -110,7 +112,9 @@ trait Watched: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + S
 
 impl Watched for Service {
     const KIND: Kind = Kind::Service;
-    const LABELS: Option<&'static str> = Some(OURS);
+    fn select(config: watcher::Config, _: &str) -> watcher::Config {
+        config.labels(OURS)
+    }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
         converter.service(self)
     }
@@ -118,7 +122,9 @@ impl Watched for Service {
 
 impl Watched for EndpointSlice {
     const KIND: Kind = Kind::Slice;
-    const LABELS: Option<&'static str> = Some(OURS);
+    fn select(config: watcher::Config, _: &str) -> watcher::Config {
+        config.labels(OURS)
+    }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
         converter.slice(self)
     }
@@ -126,12 +132,25 @@ impl Watched for EndpointSlice {
 
 impl Watched for Node {
     const KIND: Kind = Kind::Node;
-    const LABELS: Option<&'static str> = None;
+    fn select(config: watcher::Config, _: &str) -> watcher::Config {
+        config
+    }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
         converter.node(self)
     }
     fn seen(&self, node_status: &NodeStatus) {
         node_status.saw(self);
+    }
+}
+
+impl Watched for Pod {
+    const KIND: Kind = Kind::Pod;
+    fn select(config: watcher::Config, node_name: &str) -> watcher::Config {
+        // A node has a hundred of a cluster's hundred thousand.
+        config.fields(&format!("spec.nodeName={node_name}"))
+    }
+    fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
+        converter.pod(self)
     }
 }
 
@@ -190,10 +209,7 @@ impl<'a> Follower<'a> {
 
     /// Follows one stream until it must be built anew or the receiver is gone.
     async fn one_stream<K: Watched>(&mut self) {
-        let mut config = watcher::Config::default();
-        if let Some(labels) = K::LABELS {
-            config = config.labels(labels);
-        }
+        let mut config = K::select(watcher::Config::default(), self.source.node_status.node_name());
         config.timeout = self.source.watch_seconds;
         let streaming = self.streaming && !self.paging;
         config = if streaming { config.streaming_lists() } else { config.page_size(PAGE) };

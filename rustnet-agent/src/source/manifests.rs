@@ -74,7 +74,7 @@ impl Manifests {
         }
         self.complain(None).await?;
         if !self.synced {
-            for kind in Kind::REQUIRED {
+            for kind in Kind::ALL {
                 self.send(Event::Synced(kind)).await?;
             }
             self.synced = true;

@@ -31,6 +31,17 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// The kind of the one object that it is about.
+    pub fn object_kind(&self) -> Option<Kind> {
+        match self {
+            Self::Apply(object) => Some(object.kind()),
+            Self::Delete(object) | Self::Reject(object, _) => Some(object.kind),
+            Self::Restart(_) | Self::Synced(_) | Self::Report { .. } => None,
+        }
+    }
+}
+
 /// Kinds of objects that sources deliver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
@@ -40,7 +51,7 @@ pub enum Kind {
     Slice,
     /// `v1/Node`.
     Node,
-    /// `v1/Pod`, those of this node only. Nothing waits for this kind.
+    /// `v1/Pod`. The index keeps those of this node only. Nothing waits for this kind.
     Pod,
 }
 
@@ -71,20 +82,30 @@ pub enum Object {
     Slice(Arc<EndpointSlice>),
     /// A node.
     Node(Arc<Node>),
-    /// A pod of this node.
+    /// A pod.
     Pod(Arc<Pod>),
 }
 
 impl Object {
     /// What identifies it.
     pub fn reference(&self) -> ObjectRef {
-        let (kind, name) = match self {
-            Self::Service(it) => (Kind::Service, &it.name),
-            Self::Slice(it) => (Kind::Slice, &it.name),
-            Self::Node(it) => (Kind::Node, &it.name),
-            Self::Pod(it) => (Kind::Pod, &it.name),
+        let name = match self {
+            Self::Service(it) => &it.name,
+            Self::Slice(it) => &it.name,
+            Self::Node(it) => &it.name,
+            Self::Pod(it) => &it.name,
         };
-        ObjectRef { kind, name: name.clone() }
+        ObjectRef { kind: self.kind(), name: name.clone() }
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Service(_) => Kind::Service,
+            Self::Slice(_) => Kind::Slice,
+            Self::Node(_) => Kind::Node,
+            Self::Pod(_) => Kind::Pod,
+        }
     }
 }
 

@@ -1,8 +1,12 @@
 //! The `rustnet` command on maps that an agent filled.
 
+use std::sync::Arc;
+
+use rustnet_agent::model::{ObjectName, Pod};
+use rustnet_agent::source::{Event, Kind, Object};
 use serde_json::Value;
 
-use crate::reconcile::{Agent, block_on, node, synced, web};
+use crate::reconcile::{Agent, block_on, node, synced, wait_until, web};
 use crate::sandbox::{self, Sandbox, ip, uplink};
 
 fn json(sandbox: &Sandbox, args: &str) -> Value {
@@ -66,6 +70,45 @@ fn tell(sandbox: &Sandbox) {
     let status = json(sandbox, "status");
     assert_eq!(status["ok"], true, "{status:#}");
     assert!(text(sandbox, "status").contains("uplink_in"));
+}
+
+#[test]
+fn a_pods_name_comes_from_the_source_where_the_runtime_told_none() {
+    sandbox::run(|sandbox| {
+        uplink();
+        for veth in ["rnv1", "rnv2"] {
+            ip(&format!("link add {veth} type veth peer name pod-{veth}"));
+            ip(&format!("link set {veth} up"));
+        }
+        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        sandbox.nameless_record("fedcba9876543210", "rnv2", sandbox::ifindex("rnv2"), "10.1.1.6");
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let names = || {
+                let rows = json(sandbox, "endpoints");
+                rows.as_array().unwrap().iter().map(|row| row["pod"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+            };
+            assert_eq!(names(), ["default/web-0", "fedcba987654"]);
+            agent.send([pod("db-0", "n1", "10.1.1.6"), pod("other", "n2", "10.1.1.5"), Event::Synced(Kind::Pod)]).await;
+            wait_until("the pod is named", || names() == ["default/web-0", "shop/db-0"]).await;
+            agent.send([pod("db-0", "n2", "10.1.1.6")]).await;
+            wait_until("another node's pod is not", || names() == ["default/web-0", "fedcba987654"]).await;
+            agent.stop().await;
+        });
+    });
+}
+
+fn pod(name: &str, node: &str, address: &str) -> Event {
+    Event::Apply(Object::Pod(Arc::new(Pod {
+        name: ObjectName::namespaced("shop", name),
+        uid: "u".into(),
+        node: node.into(),
+        addresses: [address.parse().unwrap()].into(),
+        host_network: false,
+    })))
 }
 
 #[test]

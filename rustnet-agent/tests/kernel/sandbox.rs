@@ -93,14 +93,30 @@ impl Sandbox {
 
     /// Writes a record such as the CNI binary leaves.
     pub fn record(&self, veth: &str, ifindex: u32, address: &str) {
+        self.write_record("0123456789abcdef", veth, ifindex, address, ["default", "web-0", "u"]);
+    }
+
+    /// Writes the record of a pod whose name the runtime did not tell.
+    pub fn nameless_record(&self, container: &str, veth: &str, ifindex: u32, address: &str) {
+        self.write_record(container, veth, ifindex, address, ["", "", ""]);
+    }
+
+    fn write_record(
+        &self,
+        container: &str,
+        veth: &str,
+        ifindex: u32,
+        address: &str,
+        [namespace, name, uid]: [&str; 3],
+    ) {
         let dir = self.run_dir.join("endpoints");
         std::fs::create_dir_all(&dir).expect("a folder");
         let record = serde_json::json!({
-            "containerId": "0123456789abcdef", "ifname": "eth0", "netns": "/run/netns/x", "network": "rustnet",
+            "containerId": container, "ifname": "eth0", "netns": "/run/netns/x", "network": "rustnet",
             "hostIfname": veth, "ifindex": ifindex, "mac": "02:00:00:00:00:07", "addresses": [address],
-            "podNamespace": "default", "podName": "web-0", "podUid": "u",
+            "podNamespace": namespace, "podName": name, "podUid": uid,
         });
-        std::fs::write(dir.join("0123456789abcdef@eth0.json"), record.to_string()).expect("a record");
+        std::fs::write(dir.join(format!("{container}@eth0.json")), record.to_string()).expect("a record");
     }
 
     /// Runs the `rustnet` command on this sandbox.

@@ -4,7 +4,7 @@ use super::{BadName, Converter, Findings, created, reference, unicast};
 use crate::model::{Node, Pod};
 use crate::source::{Event, Kind, Object};
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Node as KubeNode, NodeSpec, Pod as KubePod};
+use k8s_openapi::api::core::v1::{Node as KubeNode, NodeSpec, Pod as KubePod, PodStatus};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -48,15 +48,19 @@ impl Converter {
         Ok(Event::Apply(Object::Node(Arc::new(node))))
     }
 
-    /// What an added or changed Pod of this node means.
+    /// What an added or changed Pod means.
     pub fn pod(&mut self, pod: &KubePod) -> Result<Event, BadName> {
         let object = reference(Kind::Pod, &pod.metadata)?;
-        let given = pod.status.as_ref().and_then(|status| status.pod_ips.as_deref()).unwrap_or_default();
+        let (spec, status) = (pod.spec.as_ref(), pod.status.as_ref());
+        // Its status keeps the addresses of a pod that has finished; they may be another's by now.
+        let finished = |status: &&PodStatus| matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        let given = status.filter(|it| !finished(it)).and_then(|it| it.pod_ips.as_deref()).unwrap_or_default();
         let pod = Pod {
             name: object.name,
             uid: pod.metadata.uid.as_deref().unwrap_or("").into(),
+            node: self.strings.intern(spec.and_then(|spec| spec.node_name.as_deref()).unwrap_or("")),
             addresses: given.iter().filter_map(|pod_ip| pod_ip.ip.parse().ok()).collect(),
-            host_network: pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false),
+            host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
         };
         Ok(Event::Apply(Object::Pod(Arc::new(pod))))
     }

@@ -332,6 +332,27 @@ fn a_bad_pod_range_costs_that_range() {
 }
 
 #[test]
+fn a_pod_has_its_addresses_until_it_has_finished() {
+    let pod = |phase: &str| {
+        let object = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web-0", "namespace": "shop", "uid": "u1"},
+            "spec": {"nodeName": "n1", "containers": []},
+            "status": {"phase": phase, "podIP": "10.244.1.5", "podIPs": [{"ip": "10.244.1.5"}, {"ip": "fd00:244::5"}]},
+        });
+        match Converter::new().pod(&serde_json::from_value(object).unwrap()) {
+            Ok(Event::Apply(Object::Pod(pod))) => pod,
+            other => panic!("{other:?}"),
+        }
+    };
+    let it = pod("Running");
+    assert_eq!((it.name.as_str(), &*it.uid, &*it.node, it.host_network), ("shop/web-0", "u1", "n1", false));
+    assert_eq!(it.addresses, ["10.244.1.5".parse().unwrap(), "fd00:244::5".parse().unwrap()].into());
+    for phase in ["Succeeded", "Failed"] {
+        assert!(pod(phase).addresses.is_empty(), "{phase}");
+    }
+}
+
+#[test]
 fn names_are_checked() {
     let meta = |value: Value| serde_json::from_value(value).unwrap();
     assert_eq!(reference(Kind::Service, &meta(json!({"name": "web"}))).unwrap().name.as_str(), "default/web");

@@ -34,6 +34,11 @@ impl NodeStatus {
         Self { node_name: node_name.into(), stale: Arc::default() }
     }
 
+    /// The node's name.
+    pub(super) fn node_name(&self) -> &str {
+        &self.node_name
+    }
+
     /// A node's object has passed.
     pub(super) fn saw(&self, node: &Node) {
         if node.metadata.name.as_deref() == Some(&*self.node_name) && (bad_condition(node) || tainted(node)) {

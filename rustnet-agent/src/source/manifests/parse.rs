@@ -2,7 +2,7 @@
 
 use crate::source::convert::Converter;
 use crate::source::{Event, ObjectRef};
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -111,12 +111,13 @@ fn object(
     let event = match kind {
         "Service" if version == "v1" => converter.service(&source.read::<Service>()?),
         "Node" if version == "v1" => converter.node(&source.read::<Node>()?),
+        "Pod" if version == "v1" => converter.pod(&source.read::<Pod>()?),
         "EndpointSlice" if version == "discovery.k8s.io/v1" => converter.slice(&source.read::<EndpointSlice>()?),
         // Somebody else's kind of the same name, such as Knative's Service, is none of ours.
         "EndpointSlice" if version.starts_with("discovery.k8s.io/") || version.is_empty() => {
             return Err(wrong_version(line, version, kind, "discovery.k8s.io/v1"));
         }
-        "Service" | "Node" if version.is_empty() => return Err(wrong_version(line, version, kind, "v1")),
+        "Service" | "Node" | "Pod" if version.is_empty() => return Err(wrong_version(line, version, kind, "v1")),
         _ => {
             tracing::debug!(kind, version, line, "kind is not used, passed over");
             return Ok(None);
