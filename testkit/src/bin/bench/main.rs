@@ -1,48 +1,121 @@
 //! `cargo xtask bench`: measures, and prints tables as docs/performance.md holds them. Figures are compared with a peer of
 //! the same run, never with a bound: a benchmark is no test.
 
+mod cni;
+mod control;
+mod network;
 mod packets;
+mod plugins;
+mod stats;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Parser;
 use std::process::Command;
+use std::time::Duration;
 
-/// Measures rustnet and prints tables.
+/// Measures rustnet, beside other networks and the kernel itself, and prints tables.
 #[derive(Parser)]
 #[command(name = "cargo xtask bench")]
 struct Args {
     /// What to measure
-    #[arg(value_enum, default_values_t = [What::Packets])]
+    #[arg(value_enum, default_values_t = [What::All])]
     what: Vec<What>,
-    /// Runs of each measurement; the least of them counts
-    #[arg(long, default_value_t = 40)]
-    runs: u32,
-    /// Packets in a run
-    #[arg(long, default_value_t = 200_000)]
-    repeat: u32,
+    /// Few and short runs: the figures are rough
+    #[arg(long)]
+    quick: bool,
+    /// packets: runs of each measurement; the least of them counts
+    #[arg(long)]
+    runs: Option<u32>,
+    /// packets: packets in a run
+    #[arg(long)]
+    repeat: Option<u32>,
+    /// network: turns of each case
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// network: length of a turn
+    #[arg(long, value_name = "MS")]
+    turn: Option<u64>,
+    /// network: services in the tables of rustnet and kube-proxy
+    #[arg(long, default_value_t = 10)]
+    services: u32,
+    /// network: the CPU that both ends of a connection share; the last one when absent
+    #[arg(long)]
+    cpu: Option<usize>,
+    /// network: measure only tables whose title holds this, such as "VXLAN" or "TCP_RR"
+    #[arg(long, default_value = "")]
+    only: String,
+    /// cni: pods of each network
+    #[arg(long)]
+    pods: Option<usize>,
 }
 
 /// Groups of measurements.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum What {
+    /// Everything below
+    All,
     /// Nanoseconds that each program takes for a packet, and what loading it costs
     Packets,
+    /// Latency and throughput between pods, beside the kernel, the bridge plugin and kube-proxy
+    Network,
+    /// Writing very many services, and the agent's memory
+    Control,
+    /// How long the CNI binary takes, beside the reference plugins
+    Cni,
+}
+
+impl Args {
+    fn wants(&self, what: What) -> bool {
+        self.what.contains(&what) || self.what.contains(&What::All)
+    }
+
+    /// The full size or that of a quick run, unless it was given.
+    fn size<T>(&self, given: Option<T>, full: T, quick: T) -> T {
+        given.unwrap_or(if self.quick { quick } else { full })
+    }
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     println!("{}\n", machine());
-    for what in &args.what {
-        match what {
-            What::Packets => packets::run(args.runs, args.repeat)?,
-        }
+    if args.wants(What::Packets) {
+        packets::run(args.size(args.runs, 40, 5), args.size(args.repeat, 200_000, 20_000)).context("packets")?;
+        println!();
+    }
+    if args.wants(What::Network) {
+        let extent = network::Extent {
+            rounds: args.size(args.rounds, 9, 3),
+            time: Duration::from_millis(args.size(args.turn, 400, 150)),
+            services: args.services,
+            cpu: args.cpu.unwrap_or(cpus().saturating_sub(1)),
+            only: args.only.clone(),
+        };
+        network::run(&extent).context("network")?;
+        println!();
+    }
+    if args.wants(What::Control) {
+        let extent = control::Extent {
+            rounds: args.size(None, 5, 1),
+            services: args.size(None, 100_000, 10_000),
+            changes: args.size(None, 2000, 200),
+            remembered: args.size(None, 10_000, 1000),
+        };
+        control::run(&extent).context("control")?;
+        println!();
+    }
+    if args.wants(What::Cni) {
+        cni::run(args.size(args.pods, 100, 10)).context("cni")?;
     }
     Ok(())
 }
 
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// The machine, in a line.
 fn machine() -> String {
-    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
+    let cpus = cpus();
     let kernel =
         Command::new("uname").args(["-srm"]).output().map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -1,0 +1,325 @@
+//! The control plane at size: from events to entries in real pinned maps, beside writing the same entries in bulk; and the
+//! memory of an agent.
+
+use crate::stats::{Sorted, verdict};
+use anyhow::{Context, Result, ensure};
+use rustnet_agent::bpf::load::{Load, sizes};
+use rustnet_agent::bpf::object;
+use rustnet_agent::bpf::store::backends::Backends;
+use rustnet_agent::bpf::store::{BpfMaps, Map};
+use rustnet_agent::config::{MapSizes, Routing};
+use rustnet_agent::index::{Index, Settings};
+use rustnet_agent::model::Family;
+use rustnet_agent::plan::{Maps, Planner, Snapshot, Write};
+use rustnet_agent::source::convert::Converter;
+use rustnet_agent::source::{Event, Kind};
+use rustnet_common::addr::Ip4;
+use rustnet_common::names::map;
+use rustnet_common::service::{SvcEntry, SvcKey};
+use serde_json::{Value, json};
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use testkit::manifest::{Endpoint, Port, Service};
+use testkit::{Fabric, Node, Proto, Setup, wait};
+
+/// Endpoints of each service that is written.
+const ENDPOINTS: u32 = 3;
+/// Seconds for a hundred thousand services, and the factor above bulk writes.
+const GOALS: (f64, f64) = (1.5, 3.0);
+/// Milliseconds: 99 of 100 changes are in the map by then.
+const CHANGE_GOAL: f64 = 1.0;
+/// MiB of an agent that knows 10,000 services with five endpoints each.
+const MEMORY_GOAL: f64 = 60.0;
+/// Reading that many manifests takes an unoptimised agent a while.
+const READY: Duration = Duration::from_mins(5);
+
+/// How much to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    /// Times that everything is written anew.
+    pub rounds: usize,
+    /// Services.
+    pub services: u32,
+    /// Single changes among them.
+    pub changes: u32,
+    /// Services of the agent whose memory is looked at.
+    pub remembered: u32,
+}
+
+/// Seconds that the parts of one round took.
+#[derive(Default)]
+struct Times {
+    index: Vec<f64>,
+    plan: Vec<f64>,
+    write: Vec<f64>,
+    all: Vec<f64>,
+    bulk: Vec<f64>,
+    factor: Vec<f64>,
+    change: Vec<f64>,
+}
+
+/// Measures and prints.
+pub fn run(extent: &Extent) -> Result<()> {
+    println!("## Control plane (`cargo xtask bench control`)\n");
+    let fabric = Fabric::build(Setup { nodes: 1, ..Setup::default() })?;
+    let node = fabric.node(1);
+    let times = node.netns().run(|| write(node, extent))??;
+    let Extent { rounds, services, .. } = extent;
+    println!(
+        "{services} services with {ENDPOINTS} endpoints each, from events to pinned maps, {rounds} times; beside them the same entries \
+         written in bulk to maps of the same size.\n\n| | Least / median / p99 | Goal | |\n|---|---|---|---|"
+    );
+    let row = |name: &str, unit: &str, values: Vec<f64>, digits: usize, goal: Option<(f64, f64)>| {
+        let sorted = Sorted::new(values);
+        let (goal, word) = match goal {
+            Some((goal, reached)) => (format!("{goal}"), verdict(reached <= goal)),
+            None => (String::new(), ""),
+        };
+        println!("| {name}, {unit} | {} | {goal} | {word} |", sorted.three(digits));
+    };
+    let median = |values: &[f64]| Sorted::new(values.to_vec()).median();
+    let goals = [(GOALS.0, median(&times.all)), (GOALS.1, median(&times.factor))];
+    let p99 = Sorted::new(times.change.clone()).p99();
+    row("events into the index", "s", times.index, 3, None);
+    row("plan", "s", times.plan, 3, None);
+    row("writes to the maps", "s", times.write, 3, None);
+    row("all three", "s", times.all, 3, Some(goals[0]));
+    row("the same entries in bulk", "s", times.bulk, 3, None);
+    row("all three / in bulk", "times", times.factor, 1, Some(goals[1]));
+    row("one endpoint more or less, from event to map (p99 counts)", "ms", times.change, 3, Some((CHANGE_GOAL, p99)));
+    memory(&fabric, extent.remembered)
+}
+
+/// Maps as the agent would pin them, big enough.
+fn load(bpffs: &Path, services: u32) -> Result<BpfMaps> {
+    let entries = (services * 2 + 1000).next_power_of_two();
+    let sizes = sizes(&MapSizes { services: entries, backends: services * ENDPOINTS + 4096, ..MapSizes::default() });
+    Load { object: object::embedded()?, bpffs, sizes }.run()?;
+    BpfMaps::open(bpffs)
+}
+
+/// The real maps, and how long writing to them took.
+struct Timed {
+    maps: BpfMaps,
+    took: Duration,
+}
+
+impl Maps for Timed {
+    fn snapshot(&self) -> Result<Snapshot> {
+        self.maps.snapshot()
+    }
+    fn apply(&mut self, writes: &[Write]) -> Result<()> {
+        let start = Instant::now();
+        let result = self.maps.apply(writes);
+        self.took += start.elapsed();
+        result
+    }
+    fn backend_capacity(&self) -> u32 {
+        self.maps.backend_capacity()
+    }
+    fn service_capacity(&self) -> u32 {
+        self.maps.service_capacity()
+    }
+    fn peer_capacity(&self) -> u32 {
+        self.maps.peer_capacity()
+    }
+}
+
+fn write(node: &Node, extent: &Extent) -> Result<Times> {
+    let mut times = Times::default();
+    for round in 0..extent.rounds {
+        let [own, bulk] = ["own", "bulk"].map(|name| node.dir().join(format!("bpf/{name}-{round}")));
+        let mut converter = Converter::new();
+        let mut events = Vec::new();
+        for n in 0..extent.services {
+            events.push(service(&mut converter, n)?);
+            events.push(slice(&mut converter, n, ENDPOINTS)?);
+        }
+        let mut maps = Timed { maps: load(&own, extent.services)?, took: Duration::ZERO };
+        let mut planner = Planner::adopt(&maps)?;
+        let start = Instant::now();
+        let mut index = Index::new(Settings {
+            node_name: "n1".into(),
+            routing: Routing::Vxlan,
+            tunnel_family: Family::V4,
+            no_masquerade: Vec::new(),
+            own_addresses: Vec::new(),
+        });
+        events.into_iter().for_each(|event| index.handle(event));
+        Kind::REQUIRED.into_iter().for_each(|kind| index.handle(Event::Synced(kind)));
+        let indexed = start.elapsed();
+        let plan = planner.sync(&mut index, &mut maps, Duration::ZERO)?;
+        let all = start.elapsed();
+        drop(plan);
+        let written = maps.took;
+        let snapshot = maps.snapshot()?;
+        let services = snapshot.services.values().filter(|entry| entry.count == ENDPOINTS).count();
+        ensure!(services == extent.services as usize, "{services} services in the maps, not {}", extent.services);
+        let raw = in_bulk(&bulk, &snapshot, extent.services)?;
+        times.index.push(indexed.as_secs_f64());
+        times.plan.push((all - indexed - written).as_secs_f64());
+        times.write.push(written.as_secs_f64());
+        times.all.push(all.as_secs_f64());
+        times.bulk.push(raw.as_secs_f64());
+        times.factor.push(all.as_secs_f64() / raw.as_secs_f64());
+        if round == 0 {
+            times.change = changes(&mut converter, &mut index, &mut planner, &mut maps, extent)?;
+        }
+    }
+    Ok(times)
+}
+
+/// Writes the entries that stand in a snapshot to other maps, in as few calls as possible.
+fn in_bulk(bpffs: &Path, snapshot: &Snapshot, services: u32) -> Result<Duration> {
+    drop(load(bpffs, services)?);
+    let svc: Map<SvcKey<Ip4>, SvcEntry> = Map::open(bpffs, map::SVC4)?;
+    let mut backends = Backends::open(bpffs, true)?;
+    let entries: Vec<(SvcKey<Ip4>, SvcEntry)> = snapshot
+        .services
+        .iter()
+        .filter_map(|(key, entry)| {
+            let IpAddr::V4(ip) = key.ip else { return None };
+            Some((SvcKey { vip: ip.into(), port: key.port, proto: key.proto, scope: key.scope }, *entry))
+        })
+        .collect();
+    let start = Instant::now();
+    backends.store(0, &snapshot.backends)?;
+    svc.put_all(&entries)?;
+    Ok(start.elapsed())
+}
+
+/// Milliseconds from the event to the map, for services here and there that lose an endpoint or get it back.
+fn changes(
+    converter: &mut Converter,
+    index: &mut Index,
+    planner: &mut Planner,
+    maps: &mut Timed,
+    extent: &Extent,
+) -> Result<Vec<f64>> {
+    let mut all = Vec::new();
+    let began = Instant::now();
+    for n in 0..extent.changes {
+        let which = n.wrapping_mul(7919) % extent.services;
+        let event = slice(converter, which, ENDPOINTS - 1 + n % 2)?;
+        let start = Instant::now();
+        index.handle(event);
+        planner.sync(index, maps, Duration::from_secs(1) + began.elapsed())?;
+        all.push(start.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok(all)
+}
+
+/// Addresses of services and endpoints number `n`.
+fn vip(n: u32) -> Ipv4Addr {
+    Ipv4Addr::from(0x0a60_0001 + n)
+}
+
+fn endpoint(n: u32) -> Ipv4Addr {
+    Ipv4Addr::from(0x0b00_0001 + n)
+}
+
+fn service(converter: &mut Converter, n: u32) -> Result<Event> {
+    let object = json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "name": format!("service-{n}"), "namespace": format!("namespace-{}", n % 100) },
+        "spec": { "clusterIPs": [vip(n).to_string()], "ports": [{ "name": "http", "port": 80 }] },
+    });
+    Ok(converter.service(&serde_json::from_value(object)?)?)
+}
+
+fn slice(converter: &mut Converter, n: u32, count: u32) -> Result<Event> {
+    let endpoints: Vec<Value> = (n * ENDPOINTS..n * ENDPOINTS + count)
+        .map(|e| {
+            json!({
+                "addresses": [endpoint(e).to_string()], "nodeName": format!("node-{}", e % 500),
+                "conditions": { "ready": true, "serving": true, "terminating": false },
+            })
+        })
+        .collect();
+    let object = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": { "name": format!("service-{n}-x"), "namespace": format!("namespace-{}", n % 100),
+                      "labels": { "kubernetes.io/service-name": format!("service-{n}") } },
+        "ports": [{ "name": "http", "port": 8080 }], "endpoints": endpoints,
+    });
+    Ok(converter.slice(&serde_json::from_value(object)?)?)
+}
+
+/// An agent without services, and one with many, both fed by manifests.
+fn memory(fabric: &Fabric, services: u32) -> Result<()> {
+    let node = fabric.node(1);
+    node.start_agent(&[])?;
+    let empty = Memory::of(node)?;
+    node.stop_agent()?;
+    let all: Vec<Service> = (0..services).map(remembered).collect();
+    for (i, some) in all.chunks(1000).enumerate() {
+        let yaml: Vec<String> = some.iter().map(Service::yaml).collect();
+        fabric.manifests().write(&format!("many-{i}.yaml"), &yaml.join("---\n"))?;
+    }
+    let start = Instant::now();
+    node.spawn_agent(&[])?;
+    wait::until_deadline("agent ready", READY, || {
+        let answer = node.http_get("127.0.0.1:9879".parse()?, "/readyz")?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "/readyz says: {answer}");
+        Ok(())
+    })
+    .with_context(|| format!("the agent's log ends:\n{}", node.agent_log(30)))?;
+    let ready = start.elapsed().as_secs_f64();
+    let full = Memory::of(node)?;
+    node.stop_agent()?;
+    println!(
+        "\nMemory of rustnet-agent ({}), MiB:\n\n| | Resident | Of it its own | Most so far | Goal | |\n|---|---|---|---|---|---|",
+        testkit::dist::find("rustnet-agent")?
+            .parent()
+            .and_then(Path::file_name)
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    );
+    println!("| no services | {} | | |", empty.row());
+    println!(
+        "| {services} services with 5 endpoints, from manifests, ready after {ready:.1} s | {} | {MEMORY_GOAL} | {} |",
+        full.row(),
+        verdict(full.resident <= MEMORY_GOAL)
+    );
+    Ok(())
+}
+
+fn remembered(n: u32) -> Service {
+    let endpoint = |e| Endpoint::ready(endpoint(e).into(), Some("n1"));
+    Service {
+        name: format!("service-{n}"),
+        vips: vec![vip(n).into()],
+        ports: vec![Port { name: "http".into(), proto: Proto::Tcp, port: 80, target: 8080 }],
+        endpoints: (n * 5..n * 5 + 5).map(endpoint).collect(),
+    }
+}
+
+/// MiB of a process.
+struct Memory {
+    resident: f64,
+    proportional: f64,
+    peak: f64,
+}
+
+impl Memory {
+    fn of(node: &Node) -> Result<Self> {
+        let pid = node.agent_pid().context("no agent")?;
+        let field = |file: &str, name: &str| -> Result<f64> {
+            let path = format!("/proc/{pid}/{file}");
+            let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            let kib = line.and_then(|l| l.trim_start_matches(':').trim().trim_end_matches(" kB").parse::<f64>().ok());
+            Ok(kib.with_context(|| format!("{path} has no {name}"))? / 1024.0)
+        };
+        Ok(Self {
+            resident: field("status", "VmRSS")?,
+            proportional: field("smaps_rollup", "Pss")?,
+            peak: field("status", "VmHWM")?,
+        })
+    }
+
+    fn row(&self) -> String {
+        format!("{:.1} | {:.1} | {:.1}", self.resident, self.proportional, self.peak)
+    }
+}
