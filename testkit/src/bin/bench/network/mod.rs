@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use testkit::{Netns, Routing, wait};
-use traffic::{Ends, PORT, Test, Turn};
+use traffic::{Ends, PORT, SERVICE_TARGET, Test, Turn};
 
 /// How much to measure.
 #[derive(Clone, Debug)]
@@ -87,7 +87,9 @@ impl<'a> Case<'a> {
     }
 
     fn ends(&self, family: usize) -> Ends<'a> {
-        Ends { client: self.client, server: self.server, target: self.targets[family] }
+        let target = self.targets[family];
+        let port = if target.port() == SERVICE_PORT { SERVICE_TARGET } else { PORT };
+        Ends { client: self.client, server: self.server, target, port }
     }
 
     /// Services may not be known yet.

@@ -1,7 +1,7 @@
 //! rustnet itself: two nodes on one wire, an agent on each, two pods on the first and one on the second, and services.
 
 use super::kernel::{MTU, join};
-use super::traffic::PORT;
+use super::traffic::SERVICE_TARGET;
 use anyhow::Result;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use testkit::manifest::{Endpoint, Service};
@@ -20,7 +20,7 @@ pub fn vips(n: u32) -> [IpAddr; 2] {
 
 /// A service that leads to these addresses.
 pub fn service(name: &str, n: u32, backends: &[IpAddr], node: &str) -> Service {
-    let mut service = Service::new(name, &vips(n), SERVICE_PORT, PORT);
+    let mut service = Service::new(name, &vips(n), SERVICE_PORT, SERVICE_TARGET);
     service.endpoints = backends.iter().map(|a| Endpoint::ready(*a, Some(node))).collect();
     service
 }

@@ -13,8 +13,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 use testkit::Netns;
 
-/// The port that servers listen on, behind services as well.
+/// The port that servers listen on.
 pub const PORT: u16 = 7000;
+/// The same behind services. Another one: to the server, connections to both would differ in nothing, and a new one would
+/// meet what its kernel remembers of an old one, with timestamps that started elsewhere.
+pub const SERVICE_TARGET: u16 = 7001;
 /// Transactions before the clock runs: addresses are resolved, the flow is known.
 const WARM_UP: u32 = 32;
 /// Bytes of one write of a stream.
@@ -53,6 +56,8 @@ pub struct Ends<'a> {
     pub server: &'a Netns,
     /// What the client connects to.
     pub target: SocketAddr,
+    /// The port that the server listens on.
+    pub port: u16,
 }
 
 /// What a turn brought.
@@ -87,8 +92,8 @@ pub fn turn(test: Test, ends: &Ends<'_>, cpu: usize, time: Duration) -> Result<T
     };
     let listener = ends
         .server
-        .run(|| TcpListener::bind((any, PORT)))?
-        .with_context(|| format!("{} cannot listen on port {PORT}", ends.server.name()))?;
+        .run(|| TcpListener::bind((any, ends.port)))?
+        .with_context(|| format!("{} cannot listen on port {}", ends.server.name(), ends.port))?;
     let stop = AtomicBool::new(false);
     let (asked, answered) = thread::scope(|scope| {
         let server = scope.spawn(|| {
