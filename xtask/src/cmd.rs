@@ -23,6 +23,7 @@ pub struct Cmd {
     set: Vec<(OsString, OsString)>,
     unset: Vec<OsString>,
     dir: Option<PathBuf>,
+    stdin: Option<PathBuf>,
     remedy: Option<String>,
 }
 
@@ -35,6 +36,7 @@ impl Cmd {
             set: Vec::new(),
             unset: Vec::new(),
             dir: None,
+            stdin: None,
             remedy: None,
         }
     }
@@ -76,6 +78,13 @@ impl Cmd {
     #[must_use]
     pub fn dir(mut self, dir: impl AsRef<Path>) -> Self {
         self.dir = Some(dir.as_ref().to_owned());
+        self
+    }
+
+    /// A file as standard input of [`Cmd::capture`], which otherwise has none.
+    #[must_use]
+    pub fn stdin(mut self, file: impl AsRef<Path>) -> Self {
+        self.stdin = Some(file.as_ref().to_owned());
         self
     }
 
@@ -133,7 +142,11 @@ impl Cmd {
 
     /// Runs silently and returns standard output; an error, with standard error in it, when it does not succeed.
     pub fn capture(&self) -> Result<String> {
-        let out = self.command().stdin(Stdio::null()).output().map_err(|e| self.not_started(&e))?;
+        let stdin = match &self.stdin {
+            Some(file) => std::fs::File::open(file).with_context(|| format!("opening {}", file.display()))?.into(),
+            None => Stdio::null(),
+        };
+        let out = self.command().stdin(stdin).output().map_err(|e| self.not_started(&e))?;
         if !out.status.success() {
             return Err(self.failed(out.status, &String::from_utf8_lossy(&out.stderr)));
         }

@@ -1,13 +1,16 @@
 //! Every developer command of rustnet: `cargo xtask --help`.
 
 mod cache;
+mod cluster;
 mod cmd;
 mod dist;
 mod ebpf;
 mod elf;
 mod host;
+mod image;
 mod lint;
 mod nets;
+mod oci;
 mod paths;
 mod play;
 mod setup;
@@ -47,6 +50,10 @@ enum Command {
     BuildEbpf(ebpf::Args),
     /// Build the programs for users into target/dist
     Dist(dist::Args),
+    /// Make the agent's container image
+    Image(image::Args),
+    /// A real Kubernetes in namespaces of this machine (needs root)
+    Cluster(cluster::Args),
     /// Show the whole thing at work: nodes, pods, services, restarts (needs root)
     Demo(play::Args),
     /// Run the tests (needs root)
@@ -77,6 +84,8 @@ fn run(command: Command) -> Result<ExitCode> {
             ebpf::build(&args)?;
         }
         Command::Dist(args) => dist::run(&args)?,
+        Command::Image(args) => image::run(&args)?,
+        Command::Cluster(args) => return cluster::run(&args),
         Command::Demo(args) => return play::demo(&args),
         Command::Test(args) => return test::run(&args),
         Command::Lint(args) => lint::run(&args)?,

@@ -12,34 +12,50 @@ use crate::toolchain::parse_version;
 use crate::{cache, host, paths, ui};
 
 const CNITOOL: &str = "v1.2.3";
+/// Cluster DNS; its dependencies do not go together with those of Kubernetes, hence a module of its own.
+const COREDNS: &str = "v1.15.0";
 /// From this on Go fetches by itself the exact release that a go.mod asks for.
 const OLDEST_GO: (u32, u32) = (1, 21);
 
 /// Where Kubernetes' programs are: `kubernetes/<version>/bin` in the user's cache.
 pub fn kubernetes_dir() -> Result<PathBuf> {
-    Ok(paths::cache().join("kubernetes").join(kubernetes_version(&go_mod()?)?).join("bin"))
+    Ok(paths::cache().join("kubernetes").join(kubernetes_version()?).join("bin"))
+}
+
+/// The version that the module in `tests/kubernetes` pins, such as `v1.34.4`.
+pub fn kubernetes_version() -> Result<String> {
+    required_version(&go_mod()?)
 }
 
 pub(super) fn ensure_cnitool(work: &mut Work) -> Result<()> {
-    let tool = paths::tools().join("cnitool");
-    let stamp = Stamp::new(&tool, CNITOOL.to_owned());
+    ensure_tool(work, "github.com/containernetworking/cni/cnitool", CNITOOL)
+}
+
+pub(super) fn ensure_coredns(work: &mut Work) -> Result<()> {
+    ensure_tool(work, "github.com/coredns/coredns", COREDNS)
+}
+
+/// A program that is a module of its own, at one version.
+fn ensure_tool(work: &mut Work, package: &str, version: &str) -> Result<()> {
+    let name = package.rsplit('/').next().unwrap_or(package);
+    let stamp = Stamp::new(&paths::tools().join(name), version.to_owned());
     if stamp.holds() {
         return Ok(());
     }
     let go = go(work)?;
     let install = Cmd::new(go)
-        .args(["install", &format!("github.com/containernetworking/cni/cnitool@{CNITOOL}")])
+        .args(["install", "-ldflags", "-s -w", &format!("{package}@{version}")])
         .env("GOBIN", paths::tools())
         .env("CGO_ENABLED", "0")
         .env_remove("GOFLAGS")
         .remedy("Go needs a module proxy that it can reach: go env GOPROXY");
-    work.step("building cnitool", &install)?;
+    work.step(&format!("building {name} {version}"), &install)?;
     if work.dry_run { Ok(()) } else { stamp.write() }
 }
 
 pub(super) fn ensure_kubernetes(work: &mut Work, program: &str) -> Result<()> {
     let go_mod = go_mod()?;
-    let version = kubernetes_version(&go_mod)?;
+    let version = required_version(&go_mod)?;
     let bin = kubernetes_dir()?;
     let mut key = cache::Key::default();
     key.text("go.mod", &go_mod);
@@ -50,8 +66,9 @@ pub(super) fn ensure_kubernetes(work: &mut Work, program: &str) -> Result<()> {
     let go = go(work)?;
     let source = bin.with_file_name("src");
     let build = Cmd::new(go)
+        .args(build_verb(program))
         // -mod=mod in a copy: Go completes go.sum there, and leaves the tracked one alone.
-        .args(["build", "-mod=mod", "-ldflags", &linker_flags(&version), "-o"])
+        .args(["-mod=mod", "-ldflags", &linker_flags(&version), "-o"])
         .arg(bin.join(program))
         .arg(package(program))
         .env("CGO_ENABLED", "0")
@@ -70,9 +87,43 @@ fn package(program: &str) -> String {
     match program {
         // Streaming lists need a newer store than some distributions have.
         "etcd" => "go.etcd.io/etcd/server/v3".to_owned(),
+        "e2e.test" => "k8s.io/kubernetes/test/e2e".to_owned(),
+        "ginkgo" => "github.com/onsi/ginkgo/v2/ginkgo".to_owned(),
+        "agnhost" | "regression-issue-74839" => format!("k8s.io/kubernetes/test/images/{program}"),
+        // Our own, in the module's directory.
+        "pause" => "./pause".to_owned(),
         _ => format!("k8s.io/kubernetes/cmd/{program}"),
     }
 }
+
+/// How Go makes a program: tests have no main function of their own.
+fn build_verb(program: &str) -> &'static [&'static str] {
+    if program == "e2e.test" { &["test", "-c"] } else { &["build"] }
+}
+
+/// Files of Kubernetes' sources that its test images hold, copied beside the programs.
+pub(super) fn ensure_fixtures(work: &mut Work) -> Result<()> {
+    let to = kubernetes_dir()?;
+    if work.dry_run || FIXTURES.iter().all(|file| to.join(file.name).is_file()) {
+        return Ok(());
+    }
+    let go = go(work)?;
+    let list =
+        Cmd::new(go).args(["list", "-mod=mod", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes"]).env_remove("GOFLAGS");
+    let source = PathBuf::from(list.dir(to.with_file_name("src")).capture()?.trim());
+    FIXTURES.iter().try_for_each(|file| cache::copy(&source.join(file.path).join(file.name), &to.join(file.name)))
+}
+
+struct Fixture {
+    path: &'static str,
+    name: &'static str,
+}
+
+/// agnhost serves HTTPS with these.
+const FIXTURES: [Fixture; 2] = [
+    Fixture { path: "test/images/agnhost/porter", name: "localhost.crt" },
+    Fixture { path: "test/images/agnhost/porter", name: "localhost.key" },
+];
 
 /// Go, new enough; installed from packages where those are.
 fn go(work: &mut Work) -> Result<PathBuf> {
@@ -116,7 +167,7 @@ fn go_mod() -> Result<String> {
 }
 
 fn copy_module(to: &Path) -> Result<()> {
-    for file in ["go.mod", "go.sum"] {
+    for file in ["go.mod", "go.sum", "pause/main.go"] {
         let from = module().join(file);
         if from.is_file() {
             cache::copy(&from, &to.join(file))?;
@@ -126,7 +177,7 @@ fn copy_module(to: &Path) -> Result<()> {
 }
 
 /// The version of `k8s.io/kubernetes` that a go.mod requires.
-fn kubernetes_version(go_mod: &str) -> Result<String> {
+fn required_version(go_mod: &str) -> Result<String> {
     let version = go_mod.lines().find_map(|line| {
         let line = line.trim();
         let line = line.strip_prefix("require ").unwrap_or(line);
@@ -184,9 +235,9 @@ mod tests {
 
     #[test]
     fn the_version_is_read_from_both_forms_of_require() {
-        assert_eq!(kubernetes_version("module m\nrequire k8s.io/kubernetes v1.34.4\n").unwrap(), "v1.34.4");
-        assert_eq!(kubernetes_version("require (\n\tk8s.io/kubernetes v1.35.0 // x\n)\n").unwrap(), "v1.35.0");
-        assert!(kubernetes_version("require k8s.io/api v0.34.4\n").is_err());
+        assert_eq!(required_version("module m\nrequire k8s.io/kubernetes v1.34.4\n").unwrap(), "v1.34.4");
+        assert_eq!(required_version("require (\n\tk8s.io/kubernetes v1.35.0 // x\n)\n").unwrap(), "v1.35.0");
+        assert!(required_version("require k8s.io/api v0.34.4\n").is_err());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use anyhow::{Result, bail};
 use crate::cmd::Cmd;
 use crate::ui;
 
-pub use go::kubernetes_dir;
+pub use go::{kubernetes_dir, kubernetes_version};
 pub use tools::cargo_deny;
 
 /// What a command needs.
@@ -33,6 +33,10 @@ pub enum Need {
     KubeProxy,
     /// Throughput measurements.
     Iperf,
+    /// Everything that a node of a real cluster runs, and the images in it.
+    Cluster,
+    /// Kubernetes' own end-to-end tests.
+    E2e,
 }
 
 /// Options of `setup`.
@@ -56,14 +60,17 @@ enum Extra {
     Kubernetes,
     /// kube-proxy, from the same sources, for benchmarks
     KubeProxy,
+    /// All that `cluster up` and `e2e` need: the rest of Kubernetes, containerd, CoreDNS, images (8 minutes on 2 cores)
+    Cluster,
 }
 
 /// The command.
 pub fn run(args: &Args) -> Result<()> {
     let mut needs = vec![Need::Build, Need::Network, Need::Lint, Need::Cnitool, Need::Iperf];
-    needs.extend(args.with.iter().map(|extra| match extra {
-        Extra::Kubernetes => Need::ApiServer,
-        Extra::KubeProxy => Need::KubeProxy,
+    needs.extend(args.with.iter().flat_map(|extra| match extra {
+        Extra::Kubernetes => vec![Need::ApiServer],
+        Extra::KubeProxy => vec![Need::KubeProxy],
+        Extra::Cluster => vec![Need::ApiServer, Need::KubeProxy, Need::Cluster, Need::E2e],
     }));
     let start = Instant::now();
     let mut work = Work { dry_run: args.dry_run, force_linker: args.force_linker, ..Work::default() };
@@ -116,6 +123,20 @@ impl Work {
                     go::ensure_kubernetes(self, "etcd")?;
                 }
                 Need::KubeProxy => go::ensure_kubernetes(self, "kube-proxy")?,
+                Need::Cluster => {
+                    for program in ["kube-controller-manager", "kube-scheduler", "kubelet"] {
+                        go::ensure_kubernetes(self, program)?;
+                    }
+                    for program in ["pause", "agnhost", "regression-issue-74839"] {
+                        go::ensure_kubernetes(self, program)?;
+                    }
+                    go::ensure_fixtures(self)?;
+                    go::ensure_coredns(self)?;
+                }
+                Need::E2e => {
+                    go::ensure_kubernetes(self, "ginkgo")?;
+                    go::ensure_kubernetes(self, "e2e.test")?;
+                }
                 Need::Network | Need::Iperf => {}
             }
         }

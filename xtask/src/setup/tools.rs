@@ -29,7 +29,7 @@ const fn tool(name: &'static str, need: Need, debian: &'static [&'static str], p
 }
 
 /// All of them.
-static TOOLS: [Tool; 14] = [
+static TOOLS: [Tool; 26] = [
     tool("cc", Need::Build, &["build-essential"], "linking Rust programs"),
     tool("git", Need::Lint, &["git"], "listing tracked files"),
     tool("ip", Need::Network, &["iproute2"], "looking at links and routes"),
@@ -55,6 +55,18 @@ static TOOLS: [Tool; 14] = [
         "delegated IPAM, and the plugins to compare with",
     ),
     tool("iperf3", Need::Iperf, &["iperf3"], "throughput measurements"),
+    tool("containerd", Need::Cluster, &["containerd"], "the container runtime of each node"),
+    tool("runc", Need::Cluster, &["runc"], "what containerd starts containers with"),
+    tool("conntrack", Need::Cluster, &["conntrack"], "kube-proxy of the reference network"),
+    tool("iptables", Need::Cluster, &["iptables"], "host ports of the reference network"),
+    tool("curl", Need::Cluster, &["curl"], "asking components whether they are ready; in the test images, too"),
+    tool("busybox", Need::Cluster, &["busybox"], "the shell of the test images"),
+    tool("dash", Need::Cluster, &["dash"], "the test images"),
+    tool("wget", Need::Cluster, &["wget"], "the test images"),
+    tool("dig", Need::Cluster, &["bind9-dnsutils"], "the test images"),
+    tool("nc.openbsd", Need::Cluster, &["netcat-openbsd"], "the test images"),
+    tool("iperf", Need::Cluster, &["iperf"], "the test images"),
+    tool("socat", Need::Cluster, &["socat"], "the test images"),
 ];
 
 /// Where distributions and people put CNI plugins.

@@ -1,0 +1,133 @@
+//! `cluster`: a real Kubernetes in namespaces of this machine: etcd, API server, controllers, scheduler, and on each node
+//! containerd and kubelet.
+//!
+//! | File | Job |
+//! |---|---|
+//! | `settings` | what is asked for, and the addresses that follow |
+//! | `layout` | names and places |
+//! | `process`, `wait` | programs that outlive the command |
+//! | `wires`, `cgroup`, `pki` | what the components need around them |
+//! | `node`, `init` | a node's namespaces, from outside and from inside |
+//! | `components` | each program with its arguments and its sign of readiness |
+//! | `images` | what containers run |
+//! | `network` | rustnet, or the reference to compare with |
+//! | `relay` | the API server for this machine's own shells |
+//! | `up`, `down`, `status` | the commands |
+
+mod cgroup;
+mod components;
+mod down;
+mod images;
+mod init;
+mod layout;
+mod network;
+mod node;
+mod pki;
+mod process;
+mod relay;
+mod settings;
+mod status;
+mod up;
+mod wait;
+mod wires;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use crate::cmd::need_root;
+use crate::test::exit_code;
+use layout::{Cluster, Node};
+use settings::Settings;
+
+/// Options of `cluster`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Name of the cluster: several may run side by side
+    #[arg(long, default_value = "rnk", global = true)]
+    name: String,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Verb {
+    /// Start it, or complete what runs; prints what a shell needs to use it
+    Up(Settings),
+    /// Remove it, completely
+    Down,
+    /// Tell what runs and what does not
+    Status,
+    /// Run kubectl against it
+    #[command(disable_help_flag = true)]
+    Kubectl {
+        /// What kubectl takes
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Run a command in a node, such as n1, or in the network namespace sw (the world) or cp (the control plane)
+    Exec {
+        /// n1, n2..., sw, cp
+        place: String,
+        /// The command
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<String>,
+    },
+    #[command(hide = true)]
+    NodeInit { node: String },
+    #[command(hide = true)]
+    Relay,
+}
+
+/// The command.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    need_root("cluster")?;
+    let name = &args.name;
+    match &args.verb {
+        Verb::Up(settings) => up::run(name, settings)?,
+        Verb::Down => down::run(name, defaults()?)?,
+        Verb::Status => status::run(name)?,
+        Verb::Kubectl { args } => return Ok(exit_code(running(name)?.kubectl()?.args(args).status()?.code())),
+        Verb::Exec { place, command } => return exec(&running(name)?, place, command),
+        Verb::NodeInit { node } => {
+            let cluster = running(name)?;
+            init::run(&cluster, &find(&cluster, node)?)?;
+        }
+        Verb::Relay => relay::run(&running(name)?)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn exec(cluster: &Cluster, place: &str, command: &[String]) -> Result<ExitCode> {
+    let (program, args) = command.split_first().context("no command")?;
+    let command = match place {
+        "sw" | "cp" => cluster.inside(place, program),
+        node => node::command(cluster, &find(cluster, node)?)?.arg(program),
+    };
+    Ok(exit_code(command.args(args).status()?.code()))
+}
+
+fn running(name: &str) -> Result<Cluster> {
+    Cluster::find(name)?.context("there is no cluster\n  remedy: cargo xtask cluster up")
+}
+
+fn find(cluster: &Cluster, name: &str) -> Result<Node> {
+    let names = || cluster.nodes().into_iter().map(|node| node.name).collect::<Vec<_>>().join(", ");
+    cluster
+        .nodes()
+        .into_iter()
+        .find(|node| node.name == name)
+        .with_context(|| format!("no node {name}: there are {}", names()))
+}
+
+/// What `up` would take without options; `down` after a `down` that was interrupted needs some.
+fn defaults() -> Result<Settings> {
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        settings: Settings,
+    }
+    let line = Line { settings: Line::try_parse_from(["up", "--nodes", "9"])?.settings };
+    Ok(line.settings)
+}

@@ -1,0 +1,82 @@
+//! rustnet as users install it: the image in every node, and `kubectl apply -k` of an overlay over `deploy/`.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::cluster::init::CGROUP;
+use crate::cluster::layout::Cluster;
+use crate::cluster::settings::{NODES, PODS, Routing, SERVICES};
+use crate::dist::{self, Profile};
+use crate::{ebpf, image, paths};
+
+/// The tag of the image that is made for clusters.
+pub const TAG: &str = "cluster";
+
+/// Builds the programs and the image.
+pub fn prepare() -> Result<()> {
+    ebpf::build(&ebpf::Args::default())?;
+    dist::build(Profile::Release, &[])?;
+    image::write(&image(), Profile::Release, image::NAME, TAG).map(drop)
+}
+
+/// The image's file.
+pub fn image() -> PathBuf {
+    image::file(TAG)
+}
+
+/// Applies the overlay and waits until every agent is ready.
+pub fn install(cluster: &Cluster) -> Result<()> {
+    let dir = cluster.dir.join("overlay");
+    write_overlay(cluster, &dir, TAG)?;
+    cluster.kubectl()?.arg("apply").arg("-k").arg(&dir).capture()?;
+    Ok(())
+}
+
+/// What a user of `deploy/` writes, too: the image's tag, and this cluster's addresses in the configuration.
+pub fn write_overlay(cluster: &Cluster, dir: &Path, tag: &str) -> Result<()> {
+    fs::create_dir_all(dir)?;
+    let base = relative(&dir.canonicalize()?, &paths::root().join("deploy").canonicalize()?);
+    let kustomization = format!(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: rustnet-system\n\
+         resources: [{base}]\n\
+         images: [{{name: rustnet, newTag: {tag:?}}}]\n\
+         configMapGenerator: [{{name: rustnet-config, behavior: replace, files: [config.yaml]}}]\n\
+         patches:\n\
+         - target: {{kind: DaemonSet, name: rustnet-agent}}\n  \
+           patch: |-\n    \
+             # Nodes share this machine's control groups: each agent sees its own node's.\n    \
+             - {{op: replace, path: /spec/template/spec/volumes/2/hostPath/path, value: {CGROUP}}}\n    \
+             - {{op: test, path: /spec/template/spec/volumes/2/name, value: cgroup}}\n",
+        base = base.display()
+    );
+    fs::write(dir.join("kustomization.yaml"), kustomization)?;
+    let settings = &cluster.settings;
+    let list = |both| settings.joined(both);
+    let routing = if settings.routing == Routing::Native { "native" } else { "vxlan" };
+    let config = format!(
+        "apiServer: {}\nrouting: {routing}\nclusterPodCIDRs: {:?}\nserviceCIDRs: {:?}\nnodeCIDRs: {:?}\n",
+        settings.api_server(),
+        list(PODS),
+        list(SERVICES),
+        list(NODES)
+    );
+    fs::write(dir.join("config.yaml"), config).context("writing the configuration of the agent")
+}
+
+/// The way from one directory to another; kustomize takes no absolute one.
+fn relative(from: &Path, to: &Path) -> PathBuf {
+    let up = from.components().filter(|part| matches!(part, Component::Normal(_))).map(|_| "..");
+    up.collect::<PathBuf>().join(to.strip_prefix("/").unwrap_or(to))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relative_way_leads_to_the_same_place() {
+        assert_eq!(relative(Path::new("/a/b"), Path::new("/c/d")), Path::new("../../c/d"));
+    }
+}

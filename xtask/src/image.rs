@@ -1,0 +1,77 @@
+//! `image`: the agent's container image: the programs, the C library they are linked with, and nothing else. No shell, no
+//! package manager, no network, no builder.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::dist::{self, Profile};
+use crate::oci::{self, Image, Layer};
+use crate::setup::{self, Need};
+use crate::{ebpf, paths, ui};
+
+/// The image's name, as the DaemonSet's short `rustnet` is understood by runtimes.
+pub const NAME: &str = "docker.io/library/rustnet";
+/// Where the programs are in it.
+const HOME: &str = "/opt/rustnet";
+
+/// Options of `image`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The tag; the version of this work tree when absent
+    #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
+    tag: String,
+    /// The name before the tag, with the registry
+    #[arg(long, default_value = NAME)]
+    name: String,
+    /// The file to write; target/image/rustnet-TAG.tar when absent
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Programs as for tests: quicker to build, slower to run, larger
+    #[arg(long)]
+    dev: bool,
+}
+
+/// The command.
+pub fn run(args: &Args) -> Result<()> {
+    let profile = if args.dev { Profile::Dev } else { Profile::Release };
+    let file = args.output.clone().unwrap_or_else(|| file(&args.tag));
+    setup::ensure(&[Need::Build])?;
+    ebpf::build(&ebpf::Args::default())?;
+    dist::build(profile, &[])?;
+    let size = write(&file, profile, &args.name, &args.tag)?;
+    ui::step(&format!("{} holds {}:{}, {size:.1} MB", file.display(), args.name, args.tag));
+    ui::detail(&format!("ctr -n k8s.io images import {}", file.display()));
+    Ok(())
+}
+
+/// Where the image of a tag is put.
+pub fn file(tag: &str) -> PathBuf {
+    paths::target().join("image").join(format!("rustnet-{tag}.tar"))
+}
+
+/// Writes the image of the programs that `dist` left; returns its size in MB.
+#[expect(clippy::cast_precision_loss, reason = "a size for people")]
+pub fn write(file: &Path, profile: Profile, name: &str, tag: &str) -> Result<f64> {
+    let mut layer = Layer::new();
+    for program in dist::PROGRAMS {
+        layer.program(&format!("{HOME}/{program}"), &profile.dist().join(program))?;
+    }
+    for licence in ["LICENSE-APACHE", "LICENSE-MIT"] {
+        layer.file(&format!("/usr/share/doc/rustnet/{licence}"), &paths::root().join(licence), 0o644)?;
+    }
+    layer.dir("/tmp", 0o1777)?;
+    let layer = layer.finish()?;
+    let size = layer.len() as f64 / 1e6;
+    let label = |key: &str, value: &str| (format!("org.opencontainers.image.{key}"), value.to_owned());
+    let image = Image {
+        layers: vec![layer],
+        entrypoint: vec![format!("{HOME}/rustnet-agent")],
+        path: HOME.into(),
+        labels: vec![label("title", "rustnet"), label("version", tag), label("licenses", "Apache-2.0 OR MIT")],
+        names: vec![format!("{name}:{tag}")],
+        ..Image::default()
+    };
+    oci::write(file, &[image])?;
+    Ok(size)
+}
