@@ -52,7 +52,7 @@ struct Row {
     src: SocketAddr,
     dst: SocketAddr,
     /// What the packets become, where that is something else.
-    translated: Option<(SocketAddr, SocketAddr)>,
+    translated: Option<Ends>,
     state: Vec<&'static str>,
     flags: Vec<&'static str>,
     idle_seconds: u64,
@@ -108,7 +108,11 @@ where
     })
 }
 
-fn ends<A: Address>(tuple: &Tuple<A>) -> (SocketAddr, SocketAddr) {
+/// Source and destination.
+pub type Ends = (SocketAddr, SocketAddr);
+
+/// The ends of a tuple.
+pub fn ends<A: Address>(tuple: &Tuple<A>) -> Ends {
     let ip = |a: A| IpAddr::from(a.to_addr());
     (SocketAddr::new(ip(tuple.src), tuple.sport), SocketAddr::new(ip(tuple.dst), tuple.dport))
 }
@@ -170,13 +174,7 @@ impl Args {
 }
 
 fn line(row: &Row) -> Vec<String> {
-    let becomes = match row.translated {
-        None => "-".to_owned(),
-        // Of a translated pair, the end that changed is of interest.
-        Some((src, dst)) if src == row.src => dst.to_string(),
-        Some((src, dst)) if dst == row.dst => format!("from {src}"),
-        Some((src, dst)) => format!("{dst} from {src}"),
-    };
+    let becomes = row.translated.map_or_else(|| "-".to_owned(), |becomes| change((row.src, row.dst), becomes));
     let or_dash = |words: &[&str]| if words.is_empty() { "-".to_owned() } else { words.join(",") };
     vec![
         row.protocol.to_owned(),
@@ -189,6 +187,18 @@ fn line(row: &Row) -> Vec<String> {
         thousands(row.packets),
         or_dash(&row.flags),
     ]
+}
+
+/// Of a translated pair, the end that changed is of interest.
+pub fn change(was: Ends, becomes: Ends) -> String {
+    let (src, dst) = becomes;
+    if src == was.0 {
+        dst.to_string()
+    } else if dst == was.1 {
+        format!("from {src}")
+    } else {
+        format!("{dst} from {src}")
+    }
 }
 
 fn net(text: &str) -> Result<IpNet, String> {

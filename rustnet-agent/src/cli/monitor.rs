@@ -7,18 +7,24 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use aya::maps::{Map, MapData, RingBuf};
+use bytemuck::Pod;
 use k8s_openapi::jiff::Timestamp;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::time::{ClockId, clock_gettime};
+use rustnet_common::addr::Address;
+use rustnet_common::conntrack::CtEntry;
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::event::Event;
 use rustnet_common::names::map;
-use rustnet_common::tuple::proto;
+use rustnet_common::tuple::{Tuple, proto};
 use serde::Serialize;
 
 use super::Places;
+use super::ct::{Ends, change, ends};
 use super::endpoints::{self, by_address};
 use super::output::{Output, line};
+use crate::bpf::store::Map as Table;
+use crate::bpf::store::conntrack::Conntrack;
 
 /// Pods come and go: their names are read again this often.
 const NAMES_PERIOD: Duration = Duration::from_secs(1);
@@ -54,6 +60,8 @@ struct Row {
     dst_pod: Option<String>,
     ifindex: u32,
     length: u32,
+    /// What a new flow's packets become, where that is something else: its backend, the masquerade.
+    translated: Option<Ends>,
     hint: &'static str,
 }
 
@@ -79,6 +87,7 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
     let end = args.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let began = monotonic()?;
     let mut names = Names::read(places);
+    let connections = Conntrack::open(places.bpffs()?)?;
     let mut left = args.count.unwrap_or(u64::MAX);
     while left > 0 {
         let timeout = match end.map(|end| end.saturating_duration_since(Instant::now())) {
@@ -99,7 +108,7 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
             if (old && !args.past) || (args.drops && event.reason == 0) {
                 continue;
             }
-            print(&row(&event, &names)?, out)?;
+            print(&row(&event, &names, &connections)?, out)?;
             left -= 1;
             if left == 0 {
                 break;
@@ -113,13 +122,14 @@ fn monotonic() -> Result<Duration> {
     Ok(clock_gettime(ClockId::CLOCK_MONOTONIC).context("reading the clock")?.into())
 }
 
-fn row(event: &Event, names: &Names) -> Result<Row> {
+fn row(event: &Event, names: &Names, connections: &Conntrack) -> Result<Row> {
     let reason = DropReason::from_code(event.reason).filter(|reason| *reason != DropReason::Forwarded);
     let end = |addr, port| SocketAddr::new(IpAddr::from(addr), port);
     let (src, dst) = (end(event.src, event.sport), end(event.dst, event.dport));
     Ok(Row {
         time: wall_clock(Duration::from_nanos(event.time))?,
         hook: hook::NAMES.get(usize::from(event.hook)).copied().unwrap_or("unknown"),
+        translated: if event.reason == 0 { translated(event, connections)? } else { None },
         verdict: if event.reason == 0 { "flow" } else { "drop" },
         reason: reason.map(DropReason::name),
         protocol: proto::name(event.proto),
@@ -133,6 +143,22 @@ fn row(event: &Event, names: &Names) -> Result<Row> {
     })
 }
 
+/// What a new flow becomes, as the connection table says; nothing once it is over.
+fn translated(event: &Event, connections: &Conntrack) -> Result<Option<Ends>> {
+    fn find<A: Address>(table: &Table<Tuple<A>, CtEntry<A>>, event: &Event) -> Result<Option<Ends>>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+    {
+        let Event { sport, dport, proto, .. } = *event;
+        let (src, dst) = (A::from_addr(event.src), A::from_addr(event.dst));
+        let key = Tuple { src, dst, sport, dport, proto, pad: 0, pad2: 0 };
+        let entry = table.get(&key)?;
+        Ok(entry.map(|entry| ends(&entry.to)).filter(|becomes| *becomes != ends(&key)))
+    }
+    if IpAddr::from(event.src).is_ipv4() { find(&connections.v4, event) } else { find(&connections.v6, event) }
+}
+
 /// A moment of the kernel's clock as a date.
 fn wall_clock(at: Duration) -> Result<String> {
     let (now, wall) = (monotonic()?, SystemTime::now());
@@ -142,16 +168,72 @@ fn wall_clock(at: Duration) -> Result<String> {
 }
 
 fn print(row: &Row, out: &Output) -> Result<()> {
-    if out.is_json() {
-        return line(&serde_json::to_string(row)?);
-    }
+    line(&if out.is_json() { serde_json::to_string(row)? } else { text(row) })
+}
+
+fn text(row: &Row) -> String {
     let end = |socket: &SocketAddr, pod: &Option<String>| match pod {
         Some(pod) => format!("{pod} ({socket})"),
         None => socket.to_string(),
     };
     let Row { time, hook, verdict, protocol, length, hint, .. } = row;
     let reason = row.reason.map(|reason| format!(" {reason}")).unwrap_or_default();
+    let becomes = row.translated.map(|becomes| format!(" => {}", change((row.src, row.dst), becomes)));
     let hint = if hint.is_empty() { String::new() } else { format!("  # {hint}") };
     let (src, dst) = (end(&row.src, &row.src_pod), end(&row.dst, &row.dst_pod));
-    line(&format!("{time} {hook} {verdict}{reason} {protocol} {src} -> {dst} {length} B{hint}"))
+    format!("{time} {hook} {verdict}{reason} {protocol} {src} -> {dst}{} {length} B{hint}", becomes.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Conntrack, CtEntry, Event, Instant, Names, Tuple, proto, row, text};
+    use crate::bpf::store::conntrack::build::tables;
+    use bytemuck::Zeroable;
+    use rustnet_common::addr::{Addr, Ip4};
+    use rustnet_common::drop::{DropReason, hook};
+    use std::net::{IpAddr, Ipv4Addr};
+
+    const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+    const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+
+    fn event(reason: u8) -> Event {
+        let addr = |ip: Ipv4Addr| Addr::from(IpAddr::from(ip));
+        Event {
+            src: addr(CLIENT),
+            dst: addr(VIP),
+            sport: 4000,
+            dport: 80,
+            proto: proto::TCP,
+            reason,
+            hook: hook::FROM_POD,
+            len: 74,
+            ..Event::zeroed()
+        }
+    }
+
+    /// The text behind the time.
+    fn shown(event: &Event, connections: &Conntrack) -> (String, serde_json::Value) {
+        let names = Names { names: [(CLIENT.into(), "shop/web-0".to_owned())].into(), read: Instant::now() };
+        let row = row(event, &names, connections).unwrap();
+        (text(&row).split_once(' ').unwrap().1.to_owned(), serde_json::to_value(&row).unwrap())
+    }
+
+    #[test]
+    fn a_new_flow_tells_its_backend() {
+        let tables = tables();
+        let (plain, json) = shown(&event(0), &tables);
+        assert_eq!(plain, "from_pod flow TCP shop/web-0 (10.0.0.2:4000) -> 10.96.0.1:80 74 B");
+        assert_eq!((&json["verdict"], &json["reason"], &json["translated"]), (&"flow".into(), &().into(), &().into()));
+        let key: Tuple<Ip4> =
+            Tuple { src: CLIENT.into(), dst: VIP.into(), sport: 4000, dport: 80, proto: proto::TCP, ..Tuple::zeroed() };
+        let to = Tuple { dst: Ipv4Addr::new(10, 0, 1, 9).into(), dport: 8080, ..key };
+        tables.v4.put(&key, &CtEntry { to, ..CtEntry::zeroed() }).unwrap();
+        let (plain, json) = shown(&event(0), &tables);
+        assert_eq!(plain, "from_pod flow TCP shop/web-0 (10.0.0.2:4000) -> 10.96.0.1:80 => 10.0.1.9:8080 74 B");
+        assert_eq!(json["translated"], serde_json::json!(["10.0.0.2:4000", "10.0.1.9:8080"]));
+        // A drop is of the packet as it came.
+        let (plain, json) = shown(&event(DropReason::NoBackend as u8), &tables);
+        assert!(plain.starts_with("from_pod drop no_backend TCP shop/web-0 (10.0.0.2:4000) -> 10.96.0.1:80 74 B  # "));
+        assert_eq!((&json["verdict"], &json["translated"]), (&"drop".into(), &().into()));
+    }
 }

@@ -110,25 +110,37 @@ where
 }
 
 #[cfg(test)]
-mod tests {
-    use super::{Conntrack, Map, Swept};
+pub mod build {
+    use super::{Conntrack, CtEntry, Map, Table, Tuple};
     use crate::bpf::sys::{Layout, map_create};
+    use bytemuck::Pod;
+
+    fn table<A>() -> Table<A>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+    {
+        let (key_size, value_size) = (size_of::<Tuple<A>>() as u32, size_of::<CtEntry<A>>() as u32);
+        let fd = map_create("rn_ct", Layout { kind: 9, key_size, value_size, max_entries: 4096, flags: 0 }).unwrap();
+        Map::from_fd(fd, "rn_ct").unwrap()
+    }
+
+    /// Empty tables, pinned nowhere.
+    pub fn tables() -> Conntrack {
+        Conntrack { v4: table(), v6: table() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::build::tables;
+    use super::{Map, Swept};
     use bytemuck::Zeroable;
-    use rustnet_common::addr::{Ip4, Ip6};
+    use rustnet_common::addr::Ip4;
     use rustnet_common::conntrack::CtEntry;
     use rustnet_common::tuple::{Tuple, proto};
     use std::collections::{BTreeMap, BTreeSet};
     use std::net::Ipv4Addr;
-
-    fn tables() -> Conntrack {
-        let make = |key_size, value_size| {
-            map_create("rn_ct", Layout { kind: 9, key_size, value_size, max_entries: 4096, flags: 0 }).unwrap()
-        };
-        Conntrack {
-            v4: Map::from_fd(make(16, 56), "rn_ct4").unwrap(),
-            v6: Map::<Tuple<Ip6>, CtEntry<Ip6>>::from_fd(make(40, 80), "rn_ct6").unwrap(),
-        }
-    }
 
     fn tuple(sport: u16, proto: u8) -> Tuple<Ip4> {
         let (src, dst) = (Ipv4Addr::new(10, 0, 0, 2).into(), Ipv4Addr::new(10, 96, 0, 1).into());
