@@ -1,5 +1,6 @@
 //! `rustnet status`: is everything in its place? Read from pins, maps and files; the agent is asked how it is.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -16,13 +17,14 @@ use serde::Serialize;
 use super::maps::percent;
 use super::output::{Mark, Output, json, line as print, thousands};
 use super::{Places, endpoints};
+use crate::bpf::attach::Direction;
 use crate::bpf::load::{CLOCK, program_path};
 use crate::bpf::store::counters::Counters;
 use crate::bpf::store::endpoints::Endpoints;
 use crate::bpf::store::fill;
 use crate::bpf::sys;
-use crate::net::link;
 use crate::net::netlink::Socket;
+use crate::net::{link, tc};
 use crate::nodefile;
 
 /// A map fuller than this many per cent deserves a word.
@@ -90,6 +92,7 @@ fn check(places: &Places) -> Report {
     if checks[2].status == Mark::Ok {
         checks.push(line("Hooks", hooks(places)));
         checks.push(line("Endpoints", pods(places)));
+        checks.push(line("Classifiers", classifiers(places)));
         match places.bpffs().and_then(fill::read) {
             Ok(fills) => checks.extend(fills.iter().map(map_line)),
             Err(error) => checks.push(bad("Maps", &error)),
@@ -213,6 +216,49 @@ fn pods(places: &Places) -> Result<(Mark, String)> {
         (Mark::Ok, format!("{} addresses of pods", map.len()))
     } else {
         (Mark::Bad, format!("not in the map: {}; the agent puts them back", lost.join(" ")))
+    })
+}
+
+/// The two classifiers of each pod's veth: without them its packets take the kernel's way, past Services and the checks of
+/// who sent them.
+fn classifiers(places: &Places) -> Result<(Mark, String)> {
+    let bpffs = places.bpffs()?;
+    let mut socket = Socket::open()?;
+    let links = link::list(&mut socket)?;
+    let hooks = [(PROGRAMS[0], Direction::Ingress), (PROGRAMS[1], Direction::Egress)];
+    let mut pinned = [0; 2];
+    for (id, (program, _)) in pinned.iter_mut().zip(hooks) {
+        let path = program_path(bpffs, program);
+        let fd = sys::obj_get(&path).with_context(|| format!("opening {}", path.display()))?;
+        *id = sys::prog_id(fd.as_fd()).with_context(|| format!("asking about {}", path.display()))?;
+    }
+    let (mut pods, mut missing, mut other) = (0, Vec::new(), Vec::new());
+    let records = endpoints::by_address(places)?;
+    let names = endpoints::names(places, &records)?;
+    let records: BTreeMap<u32, _> = records.iter().map(|(ip, record)| (record.ifindex, (ip, record))).collect();
+    for (ip, record) in records.into_values() {
+        // By name as well: an index may have been given to another device since.
+        if !links.iter().any(|link| link.index == record.ifindex && link.name == record.host_ifname) {
+            continue;
+        }
+        pods += 1;
+        for ((program, direction), pinned) in hooks.into_iter().zip(pinned) {
+            let what = || format!("{program} on {} (pod {})", record.host_ifname, names[ip]);
+            match tc::filter_prog_id(&mut socket, record.ifindex, direction)? {
+                None => missing.push(what()),
+                Some(id) if id != pinned => other.push(what()),
+                Some(_) => {}
+            }
+        }
+    }
+    Ok(if !missing.is_empty() {
+        let remedy = "a running agent puts them back within 30 s; if not, its log says why";
+        (Mark::Bad, format!("degraded: missing {}; {remedy}", missing.join(", ")))
+    } else if !other.is_empty() {
+        let remedy = "a running agent swaps them within 30 s; if none runs, start it";
+        (Mark::Warning, format!("not the pinned program: {}; {remedy}", other.join(", ")))
+    } else {
+        (Mark::Ok, format!("both on each of {pods} pods' interfaces"))
     })
 }
 

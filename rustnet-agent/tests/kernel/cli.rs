@@ -1,8 +1,13 @@
 //! The `rustnet` command on maps that an agent filled.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use rustnet_agent::bpf::attach::{Direction, pod_hooks};
+use rustnet_agent::bpf::{load, sys};
 use rustnet_agent::model::{ObjectName, Pod};
+use rustnet_agent::net::netlink::Socket;
+use rustnet_agent::net::tc;
 use rustnet_agent::source::{Event, Kind, Object};
 use serde_json::Value;
 
@@ -96,6 +101,79 @@ fn a_pods_name_comes_from_the_source_where_the_runtime_told_none() {
             wait_until("the pod is named", || names() == ["default/web-0", "shop/db-0"]).await;
             agent.send([pod("db-0", "n2", "10.1.1.6")]).await;
             wait_until("another node's pod is not", || names() == ["default/web-0", "fedcba987654"]).await;
+            agent.stop().await;
+        });
+    });
+}
+
+#[test]
+fn a_pod_without_its_classifiers_is_a_degraded_node() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        ip("link set rnv1 up");
+        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        block_on(async {
+            // Without its probes' address the agent may be absent: a warning, and what is asked here is the kernel.
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            agent.stop().await;
+        });
+        let check = || {
+            let status = json(sandbox, "status");
+            let checks = status["checks"].as_array().unwrap().iter();
+            let line = checks.clone().find(|line| line["name"] == "Classifiers").unwrap();
+            let [mark, detail] = ["status", "detail"].map(|field| line[field].as_str().unwrap().to_owned());
+            (mark, detail, sandbox.rustnet("status").status.code())
+        };
+        assert_eq!(check(), ("ok".to_owned(), "both on each of 1 pods' interfaces".to_owned(), Some(0)));
+
+        let mut socket = Socket::open().unwrap();
+        let veth = sandbox::ifindex("rnv1");
+        assert!(tc::remove_filter(&mut socket, veth, Direction::Egress).unwrap());
+        let (mark, detail, code) = check();
+        assert!(mark == "bad" && code == Some(1), "{mark} {code:?}");
+        assert!(detail.starts_with("degraded: missing to_pod on rnv1 (pod default/web-0); "), "{detail}");
+
+        // The qdisc with both; then an older agent's program in the place of one.
+        sandbox::command("tc", "qdisc del dev rnv1 clsact");
+        let (_, detail, code) = check();
+        assert!(detail.contains("missing from_pod on rnv1 (pod default/web-0), to_pod on rnv1"), "{detail}");
+        assert_eq!(code, Some(1));
+        let [from, to] =
+            ["from_pod", "to_pod"].map(|name| sys::obj_get(&load::program_path(&sandbox.bpffs, name)).unwrap());
+        pod_hooks(&mut socket, veth, from.as_fd(), from.as_fd()).unwrap();
+        let (mark, detail, code) = check();
+        assert!(mark == "warning" && code == Some(0), "{mark} {code:?}");
+        assert!(detail.starts_with("not the pinned program: to_pod on rnv1 "), "{detail}");
+        pod_hooks(&mut socket, veth, from.as_fd(), to.as_fd()).unwrap();
+        assert_eq!(check().0, "ok");
+
+        // A veth that is gone is no pod without classifiers.
+        ip("link del rnv1");
+        assert_eq!(check().1, "both on each of 0 pods' interfaces");
+    });
+}
+
+#[test]
+fn a_drop_is_told_as_it_happens() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&["--flow-events=true"]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            // An IPv4 header that promises more than there is.
+            let program = sys::obj_get(&load::program_path(&sandbox.bpffs, "from_pod")).unwrap();
+            let frame = [&[2; 12][..], &[8, 0, 0x45, 0, 0, 99], &[0; 16]].concat();
+            sys::test_run(program.as_fd(), &frame).unwrap();
+            let events = text(sandbox, "-o json monitor --past --count 1 --for 20");
+            let event: Value = serde_json::from_str(&events).unwrap();
+            assert_eq!((&event["verdict"], &event["reason"]), (&"drop".into(), &"malformed".into()), "{events}");
+            assert_eq!((&event["hook"], &event["length"]), (&"from_pod".into(), &34.into()), "{events}");
             agent.stop().await;
         });
     });
