@@ -26,15 +26,21 @@ pub struct CtEntry<A> {
     pub ifindex: u32,
     /// Id of the chosen backend, 0 where no service was involved.
     pub backend: u32,
+    /// Interface of the pod of this node that this half leads to, [`ELSEWHERE`], or 0 until looked up. Looked up once a
+    /// second, for that look-up would be a fifth of what an established flow costs.
+    pub out: u32,
     /// What was verified together with `ifindex`, in memory order: a pod's MAC, or the last bytes of a tunnel's far end.
     pub guard: [u16; 3],
     /// Zero.
-    pub pad2: u16,
+    pub pad2: [u16; 3],
     /// Packets of this half.
     pub packets: u64,
     /// Bytes of this half (frames, as the hook saw them).
     pub bytes: u64,
 }
+
+/// [`CtEntry::out`] of a half that leads to no pod of this node.
+pub const ELSEWHERE: u32 = u32::MAX;
 
 /// Bits of [`CtEntry::flags`].
 pub mod flags {
@@ -75,5 +81,5 @@ pub const fn lifetime(proto: u8, state: u8) -> u32 {
     }
 }
 
-shared_type!(CtEntry<Ip4>, 56);
-shared_type!(CtEntry<Ip6>, 80);
+shared_type!(CtEntry<Ip4>, 64);
+shared_type!(CtEntry<Ip6>, 88);

@@ -179,6 +179,7 @@ pub struct Half {
     pub ifindex: u32,
     pub guard: [u8; 6],
     pub backend: u32,
+    pub out: u32,
     pub packets: u64,
     pub bytes: u64,
 }
@@ -215,14 +216,14 @@ fn flow<A: Plain>(t: &Tuple<A>) -> Flow {
 }
 
 fn half<A: Plain>(e: &CtEntry<A>) -> Half {
-    let CtEntry { to, flags, state, seen, ifindex, backend, packets, bytes, .. } = *e;
-    Half { to: flow(&to), flags, state, seen, ifindex, guard: bytemuck::cast(e.guard), backend, packets, bytes }
+    let CtEntry { to, flags, state, seen, ifindex, backend, out, packets, bytes, .. } = *e;
+    Half { to: flow(&to), flags, state, seen, ifindex, guard: bytemuck::cast(e.guard), backend, out, packets, bytes }
 }
 
 fn entry<A: Plain>(h: &Half) -> CtEntry<A> {
-    let Half { flags, state, seen, ifindex, guard, backend, packets, bytes, .. } = *h;
+    let Half { flags, state, seen, ifindex, guard, backend, out, packets, bytes, .. } = *h;
     let (to, guard) = (tuple(&h.to), bytemuck::cast(guard));
-    CtEntry { to, flags, state, pad: 0, seen, ifindex, backend, guard, pad2: 0, packets, bytes }
+    CtEntry { to, flags, state, pad: 0, seen, ifindex, backend, out, guard, pad2: [0; 3], packets, bytes }
 }
 
 /// The node.
@@ -327,6 +328,12 @@ impl Lab {
     pub fn put_endpoint(&self, ip: IpAddr, ifindex: u32, mac: [u8; 6]) -> Result<()> {
         let value = Endpoint { ifindex, identity: 0, mac, host_mac: MAC_HOST, flags: 0, pad: 0 };
         self.datapath.table(map::ENDPOINTS)?.put(&Addr::from(ip), &value)
+    }
+
+    /// Takes a pod away.
+    pub fn drop_endpoint(&self, ip: IpAddr) -> Result<()> {
+        ensure!(self.datapath.table::<Addr, Endpoint>(map::ENDPOINTS)?.delete(&Addr::from(ip))?, "no endpoint {ip}");
+        Ok(())
     }
 
     /// Writes a peer: one address, or the prefix of the given lengths around it.

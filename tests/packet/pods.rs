@@ -28,6 +28,7 @@ fn same_node() -> Result<()> {
                 ifindex: POD_A,
                 guard: MAC_A,
                 backend: 0,
+                out: POD_B,
                 packets: 1,
                 bytes: len,
             };
@@ -36,6 +37,7 @@ fn same_node() -> Result<()> {
                 flags: flags::REPLY,
                 ifindex: 0,
                 guard: [0; 6],
+                out: 0,
                 packets: 0,
                 bytes: 0,
                 ..there.clone()
@@ -46,7 +48,7 @@ fn same_node() -> Result<()> {
             let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
             lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
             there.state = state::ANSWERED;
-            (back.state, back.ifindex, back.guard) = (state::ANSWERED, POD_B, MAC_B);
+            (back.state, back.ifindex, back.guard, back.out) = (state::ANSWERED, POD_B, MAC_B, POD_A);
             (back.packets, back.bytes) = (1, answer.bytes().len() as u64);
             let (now_there, now_back) = (lab.half(key)?, lab.half(key.reversed())?);
             (there.seen, back.seen) = (now_back.seen, now_back.seen);

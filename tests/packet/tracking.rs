@@ -2,9 +2,9 @@
 
 use crate::flows::{PORT, Proto, SERVED, from_a, from_b, later};
 use crate::frame::{ACK, FIN, Frame, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, labs};
+use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, POD_A, POD_B, UPLINK, labs};
 use anyhow::{Context, Result, ensure};
-use rustnet_common::conntrack::{flags, state};
+use rustnet_common::conntrack::{ELSEWHERE, flags, state};
 
 /// A service flow from pod A to pod B: what is sent, and what the answer to it is.
 fn begin(lab: &Lab, net: Net, proto: Proto) -> Result<(Frame, Frame)> {
@@ -214,5 +214,33 @@ fn a_full_table() -> Result<()> {
         ensure!(lab.connections(net)?.len() <= 1024, "{}", lab.connections(net)?.len());
         let last = flow(3999);
         lab.pod_sends(&last)?.to_the_pod(&arrives(&last))
+    })
+}
+
+/// Where a flow leads is looked up once a second: a pod that has moved to another interface is found again, and one that
+/// is gone is the stack's to speak for.
+#[test]
+fn a_flow_finds_its_pod_again() -> Result<()> {
+    labs(|lab, net| {
+        for proto in SERVED {
+            let (ask, answer) = begin(lab, net, proto)?;
+            let (key, back_key) = (Flow::of(&ask), Flow::of(&answer));
+            ensure!((lab.half(key)?.out, lab.half(back_key)?.out) == (POD_B, POD_A));
+            lab.put_endpoint(net.b(), UPLINK, MAC_B)?;
+            lab.pod_sends(&later(&ask))?;
+            ensure!(lab.half(key)?.out == POD_B, "looked up for each packet");
+            lab.age(key, 1)?;
+            lab.pod_sends(&later(&ask))?.to_the_pod(&there(net, &later(&ask)))?;
+            ensure!(lab.half(key)?.out == UPLINK, "{proto:?} still leads to {}", lab.half(key)?.out);
+            lab.drop_endpoint(net.b())?;
+            lab.age(key, 1)?;
+            // No hop on the way to the stack, which will say that there is no such host.
+            let as_sent = there(net, &later(&ask)).map(|f| f.ttl += 1);
+            lab.pod_sends(&later(&ask))?.to_stack(&as_sent)?;
+            ensure!(lab.half(key)?.out == ELSEWHERE);
+            lab.put_endpoint(net.b(), POD_B, MAC_B)?;
+            lab.forget()?;
+        }
+        Ok(())
     })
 }

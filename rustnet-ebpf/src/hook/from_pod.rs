@@ -14,7 +14,7 @@ use crate::family::Family;
 use crate::parse::{self, Kind, Packet};
 use crate::step::conntrack;
 use crate::step::forward::{From, STACK, forward};
-use crate::step::route::{self, Route};
+use crate::step::route::{self, Route, Way};
 use crate::step::{Packed, Stop, icmp, lb, source};
 
 /// The hook, for one family.
@@ -37,24 +37,24 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
             Err(DropReason::LinkScope.into())
         };
     }
-    let mut to = p.tuple;
+    let mut way = Way::unchanged(p.tuple);
     if p.kind == Kind::IcmpError {
         verify()?;
-        let known = icmp::translate::<F, _>(skb, p, &mut to)?;
-        if !known && matches!(route::of::<F>(to.dst), Route::World) {
+        let known = icmp::translate::<F, _>(skb, p, &mut way.to)?;
+        if !known && matches!(way.route::<F>(), Route::World) {
             return Err(DropReason::Untracked.into());
         }
-    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)? {
+    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, verify)? {
         verify()?;
-        open::<F>(skb, p, config, &mut to).done()?;
+        open::<F>(skb, p, config, &mut way).done()?;
     }
-    forward::<F>(skb, p, &to, config, From::Ingress, route::of::<F>(to.dst))
+    forward::<F>(skb, p, &way.to, config, From::Ingress, way.route::<F>())
 }
 
 /// The first packet of a flow.
 #[inline(never)]
-fn open<F: Family>(skb: &Skb, p: &Packet<F::A>, config: &NodeConfig, to: &mut Tuple<F::A>) -> Packed {
-    Packed::new(try_open::<F>(skb, p, config, to).map(|()| 0).map_err(Stop::from))
+fn open<F: Family>(skb: &Skb, p: &Packet<F::A>, config: &NodeConfig, way: &mut Way<F::A>) -> Packed {
+    Packed::new(try_open::<F>(skb, p, config, way).map(|()| 0).map_err(Stop::from))
 }
 
 #[inline(always)]
@@ -62,7 +62,7 @@ fn try_open<F: Family>(
     skb: &Skb,
     p: &Packet<F::A>,
     config: &NodeConfig,
-    to: &mut Tuple<F::A>,
+    way: &mut Way<F::A>,
 ) -> Result<(), DropReason> {
     let o = conntrack::begin::<F, _>(skb, p, source::pod_guard(skb)?)?;
     let half = &mut o.half;
@@ -71,7 +71,8 @@ fn try_open<F: Family>(
         half.to.src = F::node(config);
         half.flags |= flags::HAIRPIN;
     }
-    match route::of::<F>(half.to.dst) {
+    half.out = route::pod(half.to.dst);
+    match (Way { to: half.to, out: half.out }).route::<F>() {
         Route::World if config.flags & config::flags::MASQUERADE != 0 => {
             half.to.src = F::node(config);
             half.flags |= flags::MASQ;
@@ -82,7 +83,7 @@ fn try_open<F: Family>(
         _ => {}
     }
     conntrack::open::<F>(o, config)?;
-    *to = o.half.to;
+    *way = Way { to: o.half.to, out: o.half.out };
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 //! Out: what the host's stack routes to other nodes' pods gets its tunnel; pods' traffic arrives here finished and marked.
 
 use rustnet_common::addr::{Addr, Address};
+use rustnet_common::conntrack::ELSEWHERE;
 use rustnet_common::drop::DropReason;
 use rustnet_common::peer::flags;
 
@@ -12,7 +13,7 @@ use crate::family::Family;
 use crate::parse::{self, Kind};
 use crate::step::conntrack;
 use crate::step::forward::{From, STACK, forward, set_tunnel};
-use crate::step::route::{self, Route};
+use crate::step::route::{self, Route, Way};
 use crate::step::{Stop, icmp, source};
 
 /// The ingress hook, for one family. `remote` is the tunnel's far end.
@@ -25,29 +26,27 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize, remote: &Addr) -> Result<i32, Sto
     }
     let guard = source::tunnel_guard(skb.ifindex(), remote);
     let verify = || source::verify_tunnel::<F>(p.tuple.src, remote);
-    let mut to = p.tuple;
+    let mut way = Way::unchanged(p.tuple);
     if p.kind == Kind::IcmpError {
         verify()?;
-        icmp::translate::<F, _>(skb, p, &mut to)?;
-    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)? {
+        icmp::translate::<F, _>(skb, p, &mut way.to)?;
+    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, verify)? {
         verify()?;
         // What is for the host's own stack needs no connection of ours.
-        if source::endpoint(to.dst).is_some() {
+        if source::endpoint(p.tuple.dst).is_some() {
             let o = conntrack::begin::<F, _>(skb, p, guard)?;
             conntrack::open::<F>(o, config)?;
-            to = o.half.to;
+            way.to = o.half.to;
         }
     }
-    forward::<F>(skb, p, &to, config, From::Ingress, inwards::<F>(to.dst))
+    forward::<F>(skb, p, &way.to, config, From::Ingress, inwards::<F>(&way))
 }
 
 /// What comes out of the tunnel is for a pod of this node or for its stack: never back into the tunnel.
 #[inline(always)]
-fn inwards<F: Family>(dst: F::A) -> Route {
-    match route::of::<F>(dst) {
-        Route::Pod(ep) => Route::Pod(ep),
-        _ => Route::Stack,
-    }
+fn inwards<F: Family>(way: &Way<F::A>) -> Route {
+    let out = if way.out == 0 { route::pod(way.to.dst) } else { way.out };
+    if out == ELSEWHERE { Route::Stack } else { Route::Pod(out) }
 }
 
 /// The egress hook, for one family.

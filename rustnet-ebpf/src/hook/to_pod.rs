@@ -11,7 +11,8 @@ use crate::parse::{self, Kind};
 use crate::rewrite;
 use crate::step::conntrack::{self, Guard};
 use crate::step::forward::STACK;
-use crate::step::{Stop, icmp, route};
+use crate::step::route::{self, Way};
+use crate::step::{Stop, icmp};
 
 /// The hook, for one family.
 #[inline(always)]
@@ -21,26 +22,26 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     if p.tuple.dst.is_link_scope() {
         return Ok(STACK);
     }
-    let mut to = p.tuple;
+    let mut way = Way::unchanged(p.tuple);
     match p.kind {
         Kind::Link => return Ok(STACK),
         Kind::IcmpError => {
-            icmp::translate::<F, _>(skb, p, &mut to)?;
-            rewrite::translate::<F>(skb, p, &to, p.ttl)?;
+            icmp::translate::<F, _>(skb, p, &mut way.to)?;
+            rewrite::translate::<F>(skb, p, &way.to, p.ttl)?;
             return Ok(STACK);
         }
         Kind::Flow | Kind::LaterFragment => {}
     }
     let guard = Guard::none(skb.ifindex());
-    if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, || Ok(()))? {
+    if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, || Ok(()))? {
         let o = conntrack::begin::<F, _>(skb, p, guard)?;
         if route::peer::<F>(p.tuple.src).is_some_and(|p| p.flags & peer::flags::HOST != 0) {
             o.half.flags |= flags::FROM_HOST;
         }
         conntrack::open::<F>(o, config)?;
         // A collision may have cost the flow its source port.
-        to = o.half.to;
+        way.to = o.half.to;
     }
-    rewrite::translate::<F>(skb, p, &to, p.ttl)?;
+    rewrite::translate::<F>(skb, p, &way.to, p.ttl)?;
     Ok(STACK)
 }

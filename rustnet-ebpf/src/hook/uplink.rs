@@ -12,7 +12,7 @@ use crate::family::Family;
 use crate::parse::{self, Kind};
 use crate::step::conntrack::{self, Guard};
 use crate::step::forward::{From, STACK, forward};
-use crate::step::route;
+use crate::step::route::Way;
 use crate::step::{Stop, icmp, lb, source};
 
 /// A frame with a VLAN tag belongs to another device than the one we are attached to.
@@ -38,13 +38,13 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     }
     let guard = Guard::none(skb.ifindex());
     let verify = || source::verify_outside::<F>(p.tuple.src);
-    let mut to = p.tuple;
+    let mut way = Way::unchanged(p.tuple);
     if p.kind == Kind::IcmpError {
         verify()?;
-        if !icmp::translate::<F, _>(skb, p, &mut to)? {
+        if !icmp::translate::<F, _>(skb, p, &mut way.to)? {
             return Ok(STACK);
         }
-    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, verify)? {
+    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, verify)? {
         if source::endpoint(p.tuple.dst).is_none() {
             if lb::is_vip::<F>(p.tuple.dst) {
                 // The stack would send it back to where it came from, and round it would go.
@@ -55,9 +55,9 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
         verify()?;
         let o = conntrack::begin::<F, _>(skb, p, guard)?;
         conntrack::open::<F>(o, config)?;
-        to = o.half.to;
+        way.to = o.half.to;
     }
-    forward::<F>(skb, p, &to, config, From::Ingress, route::of::<F>(to.dst))
+    forward::<F>(skb, p, &way.to, config, From::Ingress, way.route::<F>())
 }
 
 /// The egress hook, for one family: the host's way to a service where no socket program translates it.
@@ -72,15 +72,15 @@ pub fn run_out<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
         return Ok(STACK);
     }
     let guard = Guard::none(skb.ifindex());
-    let mut to = p.tuple;
-    if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut to, || Ok(()))? {
+    let mut way = Way::unchanged(p.tuple);
+    if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, || Ok(()))? {
         let o = conntrack::begin::<F, _>(skb, p, guard)?;
         if !lb::select::<F>(&p.tuple, config, &mut o.half)? {
             return Ok(STACK);
         }
         o.half.flags |= flags::FROM_HOST;
         conntrack::open::<F>(o, config)?;
-        to = o.half.to;
+        way.to = o.half.to;
     }
-    forward::<F>(skb, p, &to, config, From::Egress, route::of::<F>(to.dst))
+    forward::<F>(skb, p, &way.to, config, From::Egress, way.route::<F>())
 }

@@ -11,6 +11,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::hash::pick;
 use rustnet_common::tuple::{Tuple, proto};
 
+use super::route::{self, Way};
 use super::{Packed, Stop, lb};
 use crate::ctx::{Ctx, jiffies, random};
 use crate::family::Family;
@@ -36,7 +37,7 @@ impl Guard {
     }
 }
 
-/// Finds the connection of a packet, counts the packet, and keeps both halves alive; `to` becomes what the packet is to
+/// Finds the connection of a packet, counts the packet, and keeps both halves alive; `way` becomes what the packet is to
 /// become. `verify` is called when the packet does not come from where this half was last seen to come from; its error
 /// ends the packet.
 #[inline(always)]
@@ -45,7 +46,7 @@ pub fn lookup<F: Family, C: Ctx>(
     packet: &Packet<F::A>,
     config: &NodeConfig,
     guard: Guard,
-    to: &mut Tuple<F::A>,
+    way: &mut Way<F::A>,
     verify: impl Fn() -> Result<(), DropReason>,
 ) -> Result<bool, DropReason> {
     let Some(entry) = F::connections().get_ptr_mut(&packet.tuple) else { return Ok(false) };
@@ -75,7 +76,7 @@ pub fn lookup<F: Family, C: Ctx>(
         new |= state::RST;
     }
     let now = jiffies();
-    if now.wrapping_sub(e.seen) >= config.hz || new != e.state {
+    if now.wrapping_sub(e.seen) >= config.hz || new != e.state || e.out == 0 {
         if e.backend == 0 && new & state::ANSWERED == 0 && lb::is_service::<F>(&packet.tuple) {
             // The flow is older than the service it asks for (or than our knowledge of it) and nobody has answered: it
             // would be sent into the void for as long as its sender persists.
@@ -83,9 +84,10 @@ pub fn lookup<F: Family, C: Ctx>(
         }
         e.seen = now;
         e.state = new;
+        e.out = route::pod(e.to.dst);
         mend::<F>(&packet.tuple, e);
     }
-    *to = e.to;
+    *way = Way { to: e.to, out: e.out };
     Ok(true)
 }
 
@@ -111,8 +113,9 @@ fn mend<F: Family>(key: &Tuple<F::A>, e: &CtEntry<F::A>) {
         seen: e.seen,
         ifindex: 0,
         backend: e.backend,
+        out: 0,
         guard: [0; 3],
-        pad2: 0,
+        pad2: [0; 3],
         packets: 0,
         bytes: 0,
     };
@@ -151,8 +154,9 @@ pub fn begin<F: Family, C: Ctx>(
         seen: jiffies(),
         ifindex: guard.ifindex,
         backend: 0,
+        out: 0,
         guard: guard.bytes,
-        pad2: 0,
+        pad2: [0; 3],
         packets: 1,
         bytes: u64::from(ctx.len()),
     };
@@ -187,13 +191,15 @@ fn try_open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(),
     if o.half.flags & flags::MASQ != 0 && ports && !(config.snat_min..=config.snat_max).contains(&o.half.to.sport) {
         o.half.to.sport = any_port(config);
     }
-    let (ifindex, guard, packets, bytes) = (o.half.ifindex, o.half.guard, o.half.packets, o.half.bytes);
+    let (ifindex, guard, out) = (o.half.ifindex, o.half.guard, o.half.out);
+    let (packets, bytes) = (o.half.packets, o.half.bytes);
     let mut to = o.half.to;
     // The half becomes the answering one for as long as its place is sought.
     o.half.to = o.key.reversed();
     o.half.flags |= flags::REPLY;
     o.half.ifindex = 0;
     o.half.guard = [0; 3];
+    o.half.out = 0;
     o.half.packets = 0;
     o.half.bytes = 0;
     let mut tries = 0;
@@ -233,6 +239,7 @@ fn try_open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(),
     o.half.flags &= !flags::REPLY;
     o.half.ifindex = ifindex;
     o.half.guard = guard;
+    o.half.out = out;
     o.half.packets = packets;
     o.half.bytes = bytes;
     F::connections().insert(&o.key, &o.half, BPF_ANY.into()).map_err(|_| DropReason::CtFull)

@@ -58,45 +58,35 @@ pub fn forward<F: Family>(
     from: From,
     route: Route,
 ) -> Result<i32, Stop> {
-    let local = matches!(route, Route::Stack);
-    if local && from == From::Egress {
-        return Err(DropReason::HostLoop.into());
-    }
-    let mut ttl = p.ttl;
-    if !local && from == From::Ingress {
-        if ttl <= 1 {
-            return Err(DropReason::TtlExceeded.into());
-        }
-        ttl -= 1;
-    }
-    // What can still refuse the packet comes before the first changed byte: an answer quotes the packet as it was sent.
-    let mut routed = STACK;
+    let ttl = || match p.ttl {
+        ttl if from == From::Egress => Ok(ttl),
+        0 | 1 => Err(DropReason::TtlExceeded),
+        ttl => Ok(ttl - 1),
+    };
+    let change = |ttl| rewrite::translate::<F>(skb, p, to, ttl);
+    // What can still refuse the packet comes before `change`: an answer quotes the packet as it was sent.
     match route {
-        Route::Stack | Route::Pod(_) => {}
-        Route::Tunnel(_) => {
-            if segment_len(skb, p) > config.overlay_mtu {
-                return Err(Stop { reason: DropReason::TooBig, mtu: config.overlay_mtu });
-            }
+        Route::Stack if from == From::Egress => Err(DropReason::HostLoop.into()),
+        Route::Stack => {
+            change(p.ttl)?;
+            Ok(STACK)
         }
-        Route::Direct | Route::World => {
-            routed = route::redirect::<F>(skb, to, segment_len(skb, p), from == From::Egress).result()?;
-            if routed == NO_WAY {
-                // The stack finds no way either, and will tell the sender so.
-                return if from == From::Egress { Err(DropReason::NoRoute.into()) } else { Ok(STACK) };
+        Route::Pod(ifindex) => {
+            change(ttl()?)?;
+            if from == From::Ingress {
+                return Ok(redirect_peer(ifindex));
             }
-        }
-    }
-    rewrite::translate::<F>(skb, p, to, ttl)?;
-    match route {
-        Route::Stack => Ok(STACK),
-        Route::Pod(ep) if from == From::Ingress => Ok(redirect_peer(ep.ifindex)),
-        Route::Pod(ep) => {
             // An egress hook cannot reach the other side at once: by the veth, with the MAC of the neighbour table.
             done(skb);
             // SAFETY: no parameters are passed.
-            Ok(unsafe { helper::bpf_redirect_neigh(ep.ifindex, core::ptr::null_mut(), 0, 0) } as i32)
+            Ok(unsafe { helper::bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) } as i32)
         }
         Route::Tunnel(peer) => {
+            let ttl = ttl()?;
+            if segment_len(skb, p) > config.overlay_mtu {
+                return Err(Stop { reason: DropReason::TooBig, mtu: config.overlay_mtu });
+            }
+            change(ttl)?;
             done(skb);
             if !set_tunnel(skb, &peer.node, config) {
                 return Err(DropReason::Rewrite.into());
@@ -104,6 +94,13 @@ pub fn forward<F: Family>(
             Ok(redirect(config.overlay, 0))
         }
         Route::Direct | Route::World => {
+            let ttl = ttl()?;
+            let routed = route::redirect::<F>(skb, to, segment_len(skb, p), from == From::Egress).result()?;
+            if routed == NO_WAY {
+                // The stack finds no way either, and will tell the sender so.
+                return if from == From::Egress { Err(DropReason::NoRoute.into()) } else { Ok(STACK) };
+            }
+            change(ttl)?;
             done(skb);
             Ok(routed)
         }

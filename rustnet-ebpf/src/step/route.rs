@@ -4,8 +4,8 @@
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::Address;
+use rustnet_common::conntrack::ELSEWHERE;
 use rustnet_common::drop::DropReason;
-use rustnet_common::endpoint::Endpoint;
 use rustnet_common::peer::{Peer, flags};
 use rustnet_common::tuple::Tuple;
 
@@ -15,8 +15,8 @@ use crate::family::Family;
 
 /// Where a destination lies.
 pub enum Route {
-    /// A pod of this node.
-    Pod(&'static Endpoint),
+    /// A pod of this node, behind this interface.
+    Pod(u32),
     /// Behind the overlay.
     Tunnel(&'static Peer),
     /// Inside the cluster (or not to be masqueraded), reached by the kernel's routes.
@@ -25,6 +25,39 @@ pub enum Route {
     World,
     /// This node's own stack.
     Stack,
+}
+
+/// What a packet becomes, and what its connection knows of where that lies.
+#[derive(Clone, Copy)]
+pub struct Way<A> {
+    /// The tuple it leaves with.
+    pub to: Tuple<A>,
+    /// [`rustnet_common::conntrack::CtEntry::out`] of its connection; 0 where there is none.
+    pub out: u32,
+}
+
+impl<A: Address> Way<A> {
+    /// Of a packet that stays as it is.
+    #[inline(always)]
+    pub fn unchanged(tuple: Tuple<A>) -> Self {
+        Self { to: tuple, out: 0 }
+    }
+
+    /// Where it leads.
+    #[inline(always)]
+    pub fn route<F: Family<A = A>>(&self) -> Route {
+        match self.out {
+            0 => of::<F>(self.to.dst),
+            ELSEWHERE => beyond::<F>(self.to.dst),
+            ifindex => Route::Pod(ifindex),
+        }
+    }
+}
+
+/// Interface of the pod of this node that has the address, or [`ELSEWHERE`].
+#[inline(always)]
+pub fn pod<A: Address>(dst: A) -> u32 {
+    source::endpoint(dst).map_or(ELSEWHERE, |ep| ep.ifindex)
 }
 
 /// What is known of an address that is no pod of this node.
@@ -36,11 +69,17 @@ pub fn peer<F: Family>(addr: F::A) -> Option<&'static Peer> {
 /// Finds where an address lies.
 #[inline(always)]
 pub fn of<F: Family>(dst: F::A) -> Route {
+    match pod(dst) {
+        ELSEWHERE => beyond::<F>(dst),
+        ifindex => Route::Pod(ifindex),
+    }
+}
+
+/// Finds where an address lies that no pod of this node has.
+#[inline(always)]
+fn beyond<F: Family>(dst: F::A) -> Route {
     if dst.is_link_scope() {
         return Route::Stack;
-    }
-    if let Some(ep) = source::endpoint(dst) {
-        return Route::Pod(ep);
     }
     match peer::<F>(dst) {
         None => Route::World,
