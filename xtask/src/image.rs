@@ -30,16 +30,21 @@ pub struct Args {
     /// Programs as for tests: quicker to build, slower to run, larger
     #[arg(long)]
     dev: bool,
+    /// A directory with programs that are built already, instead of building them
+    #[arg(long, value_name = "DIR", conflicts_with = "dev")]
+    dist: Option<PathBuf>,
 }
 
 /// The command.
 pub fn run(args: &Args) -> Result<()> {
     let profile = if args.dev { Profile::Dev } else { Profile::Release };
     let file = args.output.clone().unwrap_or_else(|| file(&args.tag));
-    setup::ensure(&[Need::Build])?;
-    ebpf::build(&ebpf::Args::default())?;
-    dist::build(profile, &[])?;
-    let size = write(&file, profile, &args.name, &args.tag)?;
+    if args.dist.is_none() {
+        setup::ensure(&[Need::Build])?;
+        ebpf::build(&ebpf::Args::default())?;
+        dist::build(profile, &[])?;
+    }
+    let size = write(&file, &args.dist.clone().unwrap_or_else(|| profile.dist()), &args.name, &args.tag)?;
     ui::step(&format!("{} holds {}:{}, {size:.1} MB", file.display(), args.name, args.tag));
     ui::detail(&format!("ctr -n k8s.io images import {}", file.display()));
     Ok(())
@@ -50,12 +55,12 @@ pub fn file(tag: &str) -> PathBuf {
     paths::target().join("image").join(format!("rustnet-{tag}.tar"))
 }
 
-/// Writes the image of the programs that `dist` left; returns its size in MB.
+/// Writes the image of the programs in a directory; returns its size in MB.
 #[expect(clippy::cast_precision_loss, reason = "a size for people")]
-pub fn write(file: &Path, profile: Profile, name: &str, tag: &str) -> Result<f64> {
+pub fn write(file: &Path, dist: &Path, name: &str, tag: &str) -> Result<f64> {
     let mut layer = Layer::new();
     for program in dist::PROGRAMS {
-        layer.program(&format!("{HOME}/{program}"), &profile.dist().join(program))?;
+        layer.program(&format!("{HOME}/{program}"), &dist.join(program))?;
     }
     for licence in ["LICENSE-APACHE", "LICENSE-MIT"] {
         layer.file(&format!("/usr/share/doc/rustnet/{licence}"), &paths::root().join(licence), 0o644)?;

@@ -4,6 +4,7 @@ mod cache;
 mod cluster;
 mod cmd;
 mod dist;
+mod e2e;
 mod ebpf;
 mod elf;
 mod host;
@@ -54,6 +55,8 @@ enum Command {
     Image(image::Args),
     /// A real Kubernetes in namespaces of this machine (needs root)
     Cluster(cluster::Args),
+    /// Run Kubernetes' own end-to-end tests (needs root)
+    E2e(e2e::Args),
     /// Show the whole thing at work: nodes, pods, services, restarts (needs root)
     Demo(play::Args),
     /// Run the tests (needs root)
@@ -86,6 +89,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Dist(args) => dist::run(&args)?,
         Command::Image(args) => image::run(&args)?,
         Command::Cluster(args) => return cluster::run(&args),
+        Command::E2e(args) => return e2e::run(&args),
         Command::Demo(args) => return play::demo(&args),
         Command::Test(args) => return test::run(&args),
         Command::Lint(args) => lint::run(&args)?,

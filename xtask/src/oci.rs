@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -197,6 +197,22 @@ pub fn write(file: &Path, images: &[Image]) -> Result<()> {
     fs::rename(&unfinished, file).with_context(shown)
 }
 
+/// The names of the images in a file that [`write`] wrote.
+pub fn names(file: &Path) -> Result<Vec<String>> {
+    let shown = || format!("reading the image {}", file.display());
+    let mut archive = tar::Archive::new(fs::File::open(file).with_context(shown)?);
+    for entry in archive.entries().with_context(shown)? {
+        let entry = entry.with_context(shown)?;
+        if entry.path()? == Path::new("index.json") {
+            let index: Value = serde_json::from_reader(entry).with_context(shown)?;
+            let names = index["manifests"].as_array().into_iter().flatten();
+            let name = |it: &Value| it["annotations"]["io.containerd.image.name"].as_str().map(str::to_owned);
+            return Ok(names.filter_map(name).collect());
+        }
+    }
+    bail!("{}: not an image file, for it has no index.json", file.display())
+}
+
 struct Archive {
     tar: tar::Builder<fs::File>,
     seen: BTreeSet<String>,
@@ -276,6 +292,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("images.tar");
         write(&file, &[image(b"content")]).unwrap();
+        assert_eq!(names(&file).unwrap(), ["docker.io/library/x:1"]);
         let files = entries(fs::File::open(&file).unwrap());
         let blob = |descriptor: &Value| {
             let digest = descriptor["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap();

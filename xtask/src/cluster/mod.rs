@@ -38,14 +38,20 @@ use clap::Parser;
 
 use crate::cmd::need_root;
 use crate::test::exit_code;
-use layout::{Cluster, Node};
-use settings::Settings;
+pub use layout::{Cluster, program};
+pub use process::tail;
+pub use settings::{Network, Routing, SERVICES, Settings};
+
+use layout::Node;
+
+/// The cluster's name where none is given.
+pub const DEFAULT: &str = "rnk";
 
 /// Options of `cluster`.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Name of the cluster: several may run side by side
-    #[arg(long, default_value = "rnk", global = true)]
+    #[arg(long, default_value = DEFAULT, global = true)]
     name: String,
     #[command(subcommand)]
     verb: Verb,
@@ -80,13 +86,27 @@ enum Verb {
     Relay,
 }
 
+/// Starts a cluster, or completes it.
+pub fn up(name: &str, settings: &Settings) -> Result<()> {
+    up::run(name, settings)
+}
+
+/// Removes a cluster.
+pub fn down(name: &str) -> Result<()> {
+    down::run(name, defaults()?)
+}
+
 /// The command.
+#[expect(clippy::print_stdout, reason = "what a shell shall evaluate")]
 pub fn run(args: &Args) -> Result<ExitCode> {
     need_root("cluster")?;
     let name = &args.name;
     match &args.verb {
-        Verb::Up(settings) => up::run(name, settings)?,
-        Verb::Down => down::run(name, defaults()?)?,
+        Verb::Up(settings) => {
+            up(name, settings)?;
+            println!("{}", up::environment(&running(name)?)?);
+        }
+        Verb::Down => down(name)?,
         Verb::Status => status::run(name)?,
         Verb::Kubectl { args } => return Ok(exit_code(running(name)?.kubectl()?.args(args).status()?.code())),
         Verb::Exec { place, command } => return exec(&running(name)?, place, command),

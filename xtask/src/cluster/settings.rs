@@ -1,6 +1,7 @@
 //! What kind of cluster is asked for, and the addresses that follow from it.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -56,14 +57,20 @@ pub struct Settings {
     /// Which network the pods get
     #[arg(long, value_enum, default_value_t = Network::Rustnet)]
     pub network: Network,
+    /// An image of `cargo xtask image` to install, instead of one made of this work tree (rustnet)
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
 }
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { nodes, version, ip_family, routing, network } = self;
+        let Self { nodes, version, ip_family, routing, network, image } = self;
         let family = format!("{ip_family:?}").to_lowercase();
         let kind = match network {
-            Network::Rustnet => format!("rustnet, routing {}", format!("{routing:?}").to_lowercase()),
+            Network::Rustnet => {
+                let from = image.as_ref().map(|file| format!(" from {}", file.display())).unwrap_or_default();
+                format!("rustnet{from}, routing {}", format!("{routing:?}").to_lowercase())
+            }
             Network::Reference => "the reference network".to_owned(),
             Network::None => "no network".to_owned(),
         };

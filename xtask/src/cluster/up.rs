@@ -12,7 +12,7 @@ use super::layout::{Cluster, Node};
 use super::settings::{DNS, Network, Settings};
 use super::{images, network, node, pki, relay, status, wait, wires};
 use crate::setup::{self, Need};
-use crate::{cache, paths, ui};
+use crate::{cache, ui};
 
 /// How long one component may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -43,7 +43,7 @@ pub fn run(name: &str, settings: &Settings) -> Result<()> {
     fs::write(cluster.dir.join("settings.json"), serde_json::to_string(settings)?)?;
     steps(&cluster, test_images)?;
     ui::step(&format!("the cluster is up, after {}", ui::seconds(start.elapsed())));
-    print_use(&cluster)
+    Ok(())
 }
 
 fn steps(cluster: &Cluster, test_images: PathBuf) -> Result<()> {
@@ -158,14 +158,9 @@ fn each<T>(nodes: &[Node], make: impl Fn(&Node) -> Result<T>) -> Result<Vec<T>> 
     nodes.iter().map(make).collect()
 }
 
-/// To standard output, for `eval`.
-#[expect(clippy::print_stdout, reason = "this is the command's result")]
-fn print_use(cluster: &Cluster) -> Result<()> {
-    println!("export KUBECONFIG={}", cluster.kubeconfig("admin"));
+/// What a shell needs to use the cluster.
+pub fn environment(cluster: &Cluster) -> Result<String> {
     let kubectl = super::layout::program("kubectl")?;
-    let link = paths::tools().join("kubectl");
-    let _ = fs::remove_file(&link);
-    std::os::unix::fs::symlink(kubectl, &link)?;
-    println!("export PATH={}:$PATH", paths::tools().display());
-    Ok(())
+    let dir = std::path::Path::new(&kubectl).parent().context("kubectl has a directory")?.display();
+    Ok(format!("export KUBECONFIG={}\nexport PATH={dir}:$PATH", cluster.kubeconfig("admin")))
 }

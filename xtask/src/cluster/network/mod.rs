@@ -13,7 +13,7 @@ use super::wires::ip;
 /// Before the nodes start: whatever has to be built.
 pub fn prepare(cluster: &Cluster) -> Result<()> {
     match cluster.settings.network {
-        Network::Rustnet => rustnet::prepare(),
+        Network::Rustnet => rustnet::prepare(cluster),
         Network::Reference | Network::None => Ok(()),
     }
 }
@@ -21,7 +21,7 @@ pub fn prepare(cluster: &Cluster) -> Result<()> {
 /// Once containerd runs on every node: image files to load there.
 pub fn images(cluster: &Cluster) -> Vec<std::path::PathBuf> {
     match cluster.settings.network {
-        Network::Rustnet => vec![rustnet::image()],
+        Network::Rustnet => vec![rustnet::image(cluster)],
         Network::Reference | Network::None => Vec::new(),
     }
 }

@@ -9,27 +9,32 @@ use crate::cluster::init::CGROUP;
 use crate::cluster::layout::Cluster;
 use crate::cluster::settings::{NODES, PODS, Routing, SERVICES};
 use crate::dist::{self, Profile};
-use crate::{ebpf, image, paths};
+use crate::{ebpf, image, oci, paths};
 
 /// The tag of the image that is made for clusters.
-pub const TAG: &str = "cluster";
+const TAG: &str = "cluster";
 
-/// Builds the programs and the image.
-pub fn prepare() -> Result<()> {
+/// Builds the programs and the image, unless there is one.
+pub fn prepare(cluster: &Cluster) -> Result<()> {
+    if cluster.settings.image.is_some() {
+        return Ok(());
+    }
     ebpf::build(&ebpf::Args::default())?;
     dist::build(Profile::Release, &[])?;
-    image::write(&image(), Profile::Release, image::NAME, TAG).map(drop)
+    image::write(&image::file(TAG), &Profile::Release.dist(), image::NAME, TAG).map(drop)
 }
 
 /// The image's file.
-pub fn image() -> PathBuf {
-    image::file(TAG)
+pub fn image(cluster: &Cluster) -> PathBuf {
+    cluster.settings.image.clone().unwrap_or_else(|| image::file(TAG))
 }
 
 /// Applies the overlay and waits until every agent is ready.
 pub fn install(cluster: &Cluster) -> Result<()> {
     let dir = cluster.dir.join("overlay");
-    write_overlay(cluster, &dir, TAG)?;
+    let names = oci::names(&image(cluster))?;
+    let tag = names.iter().find_map(|name| name.strip_prefix(image::NAME)?.strip_prefix(':'));
+    write_overlay(cluster, &dir, tag.context("the image is not called rustnet:TAG")?)?;
     cluster.kubectl()?.arg("apply").arg("-k").arg(&dir).capture()?;
     Ok(())
 }

@@ -1,0 +1,119 @@
+//! `docs/conformance.md`: the last real runs, side by side.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use super::report::{Outcome, Run, Test};
+use crate::cluster::{Network, Routing};
+use crate::{paths, ui};
+
+/// Writes the page from kept runs.
+pub fn write(dirs: &[PathBuf]) -> Result<()> {
+    let runs: Vec<Run> = dirs.iter().map(|dir| Run::load(dir)).collect::<Result<_>>()?;
+    let file = paths::root().join("docs/conformance.md");
+    fs::write(&file, page(&runs)).with_context(|| format!("writing {}", file.display()))?;
+    ui::step(&format!("{} holds {} runs", file.display(), runs.len()));
+    Ok(())
+}
+
+fn page(runs: &[Run]) -> String {
+    let mut text = String::from(
+        "# Kubernetes' own end-to-end tests\n\n\
+         Written by `cargo xtask e2e --record DIR...` from the reports of real runs of `cargo xtask e2e`; not edited by hand.\n\
+         The reference network is bridge, host-local and portmap with kube-proxy (nftables) in the same cluster.\n\n",
+    );
+    text += "| Run | Kubernetes | Commit | Kernel | Date | Passed | Failed | Skipped | Not run |\n|---|---|---|---|---|---|---|---|---|\n";
+    for run in runs {
+        let counts = [Outcome::Passed, Outcome::Failed, Outcome::Skipped, Outcome::Excluded].map(|it| run.count(it));
+        let [passed, failed, skipped, excluded] = counts;
+        let _ = writeln!(
+            text,
+            "| {}, {} nodes | {} | {} | {} | {} | {passed} | {failed} | {skipped} | {excluded} |",
+            title(run),
+            run.settings.nodes,
+            run.kubernetes,
+            run.commit,
+            run.kernel,
+            run.date
+        );
+    }
+    text += "\nSkipped: the test itself found no meaning in this cluster. Not run: left out, for the reasons below.\n";
+    let names: BTreeSet<&str> = runs.iter().flat_map(|run| &run.tests).map(|test| test.name.as_str()).collect();
+    let outcome = |run: &Run, name: &str| find(run, name).map(|test| test.outcome);
+    let ran = |name: &&&str| {
+        runs.iter().any(|run| outcome(run, name).is_some_and(|it| matches!(it, Outcome::Passed | Outcome::Failed)))
+    };
+    let titles: Vec<String> = runs.iter().map(title).collect();
+    let _ = writeln!(text, "\n## Run\n\n| Test | {} |\n|---|{}", titles.join(" | "), "---|".repeat(runs.len()));
+    for name in names.iter().filter(ran) {
+        let cells: Vec<&str> = runs.iter().map(|run| cell(outcome(run, name))).collect();
+        let _ = writeln!(text, "| {} | {} |", escape(name), cells.join(" | "));
+    }
+    failures(&mut text, runs);
+    text += "\n## Skipped and not run, with the reason\n\n| Test | Reason |\n|---|---|\n";
+    for name in names.iter().filter(|name| !ran(name)) {
+        let reasons: BTreeSet<&str> =
+            runs.iter().filter_map(|run| find(run, name)).map(|test| test.reason.as_str()).collect();
+        let reasons: Vec<&str> = reasons.into_iter().collect();
+        let _ = writeln!(text, "| {} | {} |", escape(name), escape(&reasons.join("; ")));
+    }
+    let partly =
+        names.iter().filter(|name| ran(name) && runs.iter().any(|run| outcome(run, name) == Some(Outcome::Excluded)));
+    let partly: Vec<_> = partly.collect();
+    if !partly.is_empty() {
+        text += "\n## Not run for one network, with the reason\n\n| Test | Reason |\n|---|---|\n";
+        for name in partly {
+            let reasons: BTreeSet<&str> = runs
+                .iter()
+                .filter_map(|run| find(run, name).filter(|test| test.outcome == Outcome::Excluded))
+                .map(|test| test.reason.as_str())
+                .collect();
+            let reasons: Vec<&str> = reasons.into_iter().collect();
+            let _ = writeln!(text, "| {} | {} |", escape(name), escape(&reasons.join("; ")));
+        }
+    }
+    text
+}
+
+fn failures(text: &mut String, runs: &[Run]) {
+    if runs.iter().all(|run| run.count(Outcome::Failed) == 0) {
+        return;
+    }
+    *text += "\n## Failures\n\n| Run | Test | What it said |\n|---|---|---|\n";
+    for run in runs {
+        for test in run.tests.iter().filter(|test| test.outcome == Outcome::Failed) {
+            let _ = writeln!(text, "| {} | {} | {} |", title(run), escape(&test.name), escape(&test.reason));
+        }
+    }
+}
+
+fn title(run: &Run) -> String {
+    match (run.settings.network, run.settings.routing) {
+        (Network::Rustnet, Routing::Vxlan) => "rustnet, vxlan".into(),
+        (Network::Rustnet, Routing::Native) => "rustnet, native".into(),
+        (Network::Reference, _) => "reference".into(),
+        (Network::None, _) => "no network".into(),
+    }
+}
+
+fn find<'a>(run: &'a Run, name: &str) -> Option<&'a Test> {
+    run.tests.iter().find(|test| test.name == name)
+}
+
+fn cell(outcome: Option<Outcome>) -> &'static str {
+    match outcome {
+        Some(Outcome::Passed) => "passed",
+        Some(Outcome::Failed) => "**failed**",
+        Some(Outcome::Skipped) => "skipped",
+        Some(Outcome::Excluded) => "not run",
+        None => "",
+    }
+}
+
+fn escape(text: &str) -> String {
+    text.replace('|', "\\|").replace("[sig-network] ", "")
+}

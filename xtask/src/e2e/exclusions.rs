@@ -1,0 +1,73 @@
+//! Which upstream tests are not run, and why: each with a reason that the table of results repeats.
+
+use crate::cluster::Network;
+
+/// Tests whose name holds the text.
+pub struct Exclusion {
+    /// A part of the full name.
+    pub part: &'static str,
+    /// Why they are not run, as a reader of the table wants to know it.
+    pub reason: &'static str,
+    /// Whether only for rustnet: the reference network can do it.
+    rustnet: bool,
+}
+
+const fn here(part: &'static str, reason: &'static str) -> Exclusion {
+    Exclusion { part, reason, rustnet: false }
+}
+
+const fn rustnet(part: &'static str, reason: &'static str) -> Exclusion {
+    Exclusion { part, reason, rustnet: true }
+}
+
+const NODE_PORTS: &str = "rustnet: node ports and external addresses are not served yet";
+const AFFINITY: &str = "rustnet: session affinity is not applied yet";
+const INTERNET: &str = "the cluster has no way to the Internet";
+const KUBE_PROXY: &str = "about kube-proxy itself";
+const MORE_NODES: &str = "wants more nodes in more zones";
+const DISRUPTIVE: &str = "breaks components by ssh";
+
+/// All of them; the first that matches gives the reason.
+static ALL: [Exclusion; 34] = [
+    // What this cluster, machine or kernel cannot do, whatever the network.
+    here("[Feature:LoadBalancer]", "no controller gives out load-balancer addresses"),
+    here("[Feature:SCTPConnectivity]", "SCTP sockets, which not every kernel has"),
+    here("[Feature:Networking-IPv4]", INTERNET),
+    here("[Feature:Networking-IPv6]", INTERNET),
+    here("[Feature:Networking-DNS]", INTERNET),
+    here("[Feature:Networking-Performance]", "measures, and proves nothing"),
+    here("[Feature:PerformanceDNS]", "takes hours: it creates 10,000 services"),
+    here("[Disruptive]", DISRUPTIVE),
+    here("[Provider:GCE]", "asks for Google's cloud"),
+    here("[Feature:OffByDefault]", "an alpha feature that is off"),
+    here("on multiple nodes when using", MORE_NODES),
+    here("on the same node or fall back to same zone", MORE_NODES),
+    here("Forward PTR lookup", "looks up names of the Internet"),
+    here("[Feature:NetworkPolicy]", "no network policy is enforced yet, by neither network"),
+    here("[Feature:KubeProxyNFAcct]", KUBE_PROXY),
+    here("kube-proxy migration", KUBE_PROXY),
+    here("[Feature:Example]", "an example"),
+    // What rustnet does not do yet.
+    rustnet("should check kube-proxy urls", KUBE_PROXY),
+    rustnet("KubeProxy should set TCP CLOSE_WAIT", KUBE_PROXY),
+    rustnet("node-Service", NODE_PORTS),
+    rustnet("pod-Service", NODE_PORTS),
+    rustnet("endpoint-Service", NODE_PORTS),
+    rustnet("odePort", NODE_PORTS),
+    rustnet("xternalTrafficPolicy", NODE_PORTS),
+    rustnet("xternallTrafficPolicy", NODE_PORTS),
+    rustnet("ExternalIP", NODE_PORTS),
+    rustnet("service endpoints using hostNetwork", NODE_PORTS),
+    rustnet("health check node port", NODE_PORTS),
+    rustnet("multiple endpoint-Services", NODE_PORTS),
+    rustnet("a basic SCTP service", NODE_PORTS),
+    rustnet("different protocol for internal traffic on Type LoadBalancer", NODE_PORTS),
+    rustnet("session affinity", AFFINITY),
+    rustnet("HostPort", "rustnet: host ports are not served yet"),
+    rustnet("hostPort", "rustnet: host ports are not served yet"),
+];
+
+/// Those that concern a network.
+pub fn of(network: Network) -> impl Iterator<Item = &'static Exclusion> {
+    ALL.iter().filter(move |it| !it.rustnet || network == Network::Rustnet)
+}

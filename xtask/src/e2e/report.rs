@@ -1,0 +1,201 @@
+//! What came of each test: read from ginkgo's report, kept with the circumstances, shown as a table.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{exclusions, suite};
+use crate::cluster::{Cluster, Settings};
+use crate::cmd::Cmd;
+use crate::setup;
+
+/// Where the circumstances of a run are kept, beside its report.
+const KEPT: &str = "run.json";
+
+/// How a test ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// It failed.
+    Failed,
+    /// It passed.
+    Passed,
+    /// It looked at the cluster and found itself without meaning there.
+    Skipped,
+    /// It was not run: an exclusion, or the caller's `--skip`.
+    Excluded,
+}
+
+/// One test.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Test {
+    /// Full name.
+    pub name: String,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// Why, unless it passed.
+    pub reason: String,
+    /// In seconds.
+    pub time: f64,
+}
+
+/// One run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Run {
+    /// What it ran on.
+    pub settings: Settings,
+    /// `v1.34.4`.
+    pub kubernetes: String,
+    /// The work tree.
+    pub commit: String,
+    /// The kernel.
+    pub kernel: String,
+    /// The day, in UTC.
+    pub date: String,
+    /// All tests that the focus selects, by name.
+    pub tests: Vec<Test>,
+}
+
+impl Run {
+    /// From the report that ginkgo left.
+    pub fn read(dir: &Path, cluster: &Cluster, focus: &str, skip: Option<&str>) -> Result<Self> {
+        let file = dir.join(suite::REPORT);
+        let text = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+        let report: Value = serde_json::from_slice(&text).with_context(|| format!("reading {}", file.display()))?;
+        let focus = Regex::new(focus).context("--focus")?;
+        let skip = skip.map(Regex::new).transpose().context("--skip")?;
+        let exclusion = |name: &str| {
+            let known = exclusions::of(cluster.settings.network).find(|it| name.contains(it.part));
+            known.map(|it| it.reason).or_else(|| skip.as_ref().is_some_and(|re| re.is_match(name)).then_some("--skip"))
+        };
+        let specs =
+            report.as_array().into_iter().flatten().filter_map(|suite| suite["SpecReports"].as_array()).flatten();
+        let mut tests = Vec::new();
+        for spec in specs.filter(|spec| spec["LeafNodeType"] == "It") {
+            tests.extend(test(spec, &focus, &exclusion)?);
+        }
+        tests.sort_by(|a, b| a.name.cmp(&b.name));
+        let said = |cmd: Cmd| cmd.capture().map(|text| text.trim().to_owned()).unwrap_or_default();
+        Ok(Self {
+            settings: cluster.settings.clone(),
+            kubernetes: setup::kubernetes_version()?,
+            commit: said(Cmd::new("git").args(["rev-parse", "--short", "HEAD"]).dir(crate::paths::root())),
+            kernel: said(Cmd::new("uname").arg("-r")),
+            date: said(Cmd::new("date").args(["-u", "+%F"])),
+            tests,
+        })
+    }
+
+    /// Keeps it for [`Run::load`].
+    pub fn keep(&self, dir: &Path) -> Result<()> {
+        fs::write(dir.join(KEPT), serde_json::to_string_pretty(self)?)?;
+        fs::write(dir.join("table.txt"), self.table()).map_err(Into::into)
+    }
+
+    /// One that was kept.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let file = dir.join(KEPT);
+        let text = fs::read_to_string(&file).with_context(|| format!("{}: no run was kept there", file.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("reading {}", file.display()))
+    }
+
+    /// How many ended so.
+    pub fn count(&self, outcome: Outcome) -> usize {
+        self.tests.iter().filter(|test| test.outcome == outcome).count()
+    }
+
+    /// The counts in words.
+    pub fn counts(&self) -> String {
+        let [failed, passed, skipped, excluded] =
+            [Outcome::Failed, Outcome::Passed, Outcome::Skipped, Outcome::Excluded].map(|outcome| self.count(outcome));
+        format!("{passed} passed, {failed} failed, {skipped} skipped by themselves, {excluded} not run")
+    }
+
+    /// Failures first, then passes, and what was not run grouped by its reason.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        for outcome in [Outcome::Failed, Outcome::Passed, Outcome::Skipped] {
+            for test in self.tests.iter().filter(|test| test.outcome == outcome) {
+                let word = format!("{outcome:?}").to_lowercase();
+                let _ = writeln!(text, "{word:<8} {:>6.1} s  {}", test.time, test.name);
+                if !test.reason.is_empty() {
+                    let _ = writeln!(text, "                    {}", test.reason);
+                }
+            }
+        }
+        let excluded = || self.tests.iter().filter(|test| test.outcome == Outcome::Excluded);
+        let mut reasons: Vec<&str> = excluded().map(|test| test.reason.as_str()).collect();
+        reasons.sort_unstable();
+        reasons.dedup();
+        for reason in reasons {
+            let _ = writeln!(text, "not run: {reason}");
+            for test in excluded().filter(|test| test.reason == reason) {
+                let _ = writeln!(text, "    {}", test.name);
+            }
+        }
+        text
+    }
+}
+
+/// One spec of the report; none when the focus leaves it out.
+fn test(spec: &Value, focus: &Regex, exclusion: &impl Fn(&str) -> Option<&'static str>) -> Result<Option<Test>> {
+    let name = name(spec);
+    if !focus.is_match(&name) {
+        return Ok(None);
+    }
+    let message = spec["Failure"]["Message"].as_str().unwrap_or_default();
+    let short: String = message.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(300).collect();
+    let state = spec["State"].as_str().unwrap_or_default();
+    let (outcome, reason) = match state {
+        "passed" => (Outcome::Passed, String::new()),
+        "skipped" if !short.is_empty() => (Outcome::Skipped, short),
+        "skipped" | "pending" => {
+            let reason = exclusion(&name).or((state == "pending").then_some("its authors have set it aside"));
+            (Outcome::Excluded, reason.unwrap_or("excluded by a pattern of the command").to_owned())
+        }
+        "failed" | "panicked" | "timedout" | "interrupted" | "aborted" => (Outcome::Failed, short),
+        other => bail!("ginkgo's report has the unknown state {other:?} for {name}"),
+    };
+    #[expect(clippy::cast_precision_loss, reason = "nanoseconds, shown as tenths of seconds")]
+    let time = spec["RunTime"].as_u64().unwrap_or_default() as f64 / 1e9;
+    Ok(Some(Test { name, outcome, reason, time }))
+}
+
+/// As ginkgo matches it.
+pub fn name(spec: &Value) -> String {
+    let above = spec["ContainerHierarchyTexts"].as_array().into_iter().flatten();
+    let words = above.chain([&spec["LeafNodeText"]]).filter_map(Value::as_str).filter(|word| !word.is_empty());
+    words.collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn spec(leaf: &str, state: &str, message: &str) -> Value {
+        json!({"LeafNodeType": "It", "ContainerHierarchyTexts": ["[sig-network] X"], "LeafNodeText": leaf,
+               "State": state, "RunTime": 1_500_000_000_u64, "Failure": {"Message": message}})
+    }
+
+    #[test]
+    fn every_state_has_its_outcome_and_reason() {
+        let focus = Regex::new("sig-network").unwrap();
+        let exclusion = |name: &str| name.contains("NodePort").then_some("not served");
+        let of = |spec: &Value| test(spec, &focus, &exclusion).unwrap().map(|it| (it.outcome, it.reason));
+        assert_eq!(of(&spec("a", "passed", "")), Some((Outcome::Passed, String::new())));
+        assert_eq!(of(&spec("a", "failed", "one\n two")), Some((Outcome::Failed, "one two".into())));
+        assert_eq!(
+            of(&spec("a", "skipped", "wants three nodes")),
+            Some((Outcome::Skipped, "wants three nodes".into()))
+        );
+        assert_eq!(of(&spec("NodePort", "skipped", "")), Some((Outcome::Excluded, "not served".into())));
+        assert!(test(&spec("a", "new", ""), &focus, &exclusion).is_err());
+        assert_eq!(name(&spec("a", "passed", "")), "[sig-network] X a");
+    }
+}
