@@ -3,8 +3,10 @@
 use super::cluster::{Cluster, documents, with_server};
 use super::server::kubernetes;
 use anyhow::{Context as _, Result, ensure};
+use rustnet_agent::args::SETTINGS;
 use rustnet_agent::config::{Config, Source};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -204,5 +206,97 @@ fn kustomize_renders_everything() -> Result<()> {
         assert_eq!(container["image"], "rustnet:0.1.0");
     }
     assert_eq!(of("ClusterRoleBinding")?["subjects"][0]["namespace"], "rustnet-system");
+    Ok(())
+}
+
+/// What Helm makes of the chart.
+fn helm(options: &[&str]) -> Result<std::process::Output> {
+    let chart = dir().join("helm/rustnet");
+    let mut helm = Command::new("helm");
+    helm.args(["template", "rustnet"]).arg(chart).args(["--namespace", "rustnet-system"]).args(options);
+    // Built from its module, it knows of no Kubernetes version.
+    helm.args(["--kube-version", "1.34.0"]);
+    helm.output().context("helm: run `cargo xtask setup --with kubernetes`, which builds it")
+}
+
+/// Objects by kind, without what must differ: the configuration's name, and how a change of it is noticed.
+fn comparable(text: &str) -> Result<BTreeMap<String, Value>> {
+    let mut objects = BTreeMap::new();
+    for mut object in documents(text)? {
+        let kind = object["kind"].as_str().context("a kind")?.to_owned();
+        match kind.as_str() {
+            // Helm makes it itself, or its user does.
+            "Namespace" => continue,
+            "ConfigMap" => {
+                object["metadata"]["name"] = json!("config");
+                let text = object["data"]["config.yaml"].as_str().context("the file")?.to_owned();
+                object["data"]["config.yaml"] = json!(documents(&text)?);
+            }
+            "DaemonSet" => {
+                let template = &mut object["spec"]["template"];
+                template["metadata"].as_object_mut().context("metadata")?.remove("annotations");
+                let volumes = template["spec"]["volumes"].as_array_mut().context("volumes")?;
+                let config = volumes.iter_mut().find(|it| it["name"] == "config").context("the configuration")?;
+                config["configMap"]["name"] = json!("config");
+            }
+            _ => {}
+        }
+        ensure!(objects.insert(kind.clone(), object).is_none(), "{kind} twice");
+    }
+    Ok(objects)
+}
+
+#[test]
+fn the_chart_gives_what_kustomize_gives() -> Result<()> {
+    let rendered = helm(&[])?;
+    ensure!(rendered.status.success(), "{}", String::from_utf8_lossy(&rendered.stderr));
+    let kustomized = Command::new(kubernetes("kubectl")?).arg("kustomize").arg(dir()).output()?;
+    let (chart, base) =
+        (comparable(&String::from_utf8(rendered.stdout)?)?, comparable(&String::from_utf8(kustomized.stdout)?)?);
+    assert_eq!(chart.keys().collect::<Vec<_>>(), base.keys().collect::<Vec<_>>());
+    for (kind, object) in &chart {
+        assert_eq!(object, &base[kind], "{kind}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_chart_takes_the_agents_settings_and_no_others() -> Result<()> {
+    let schema: Value = serde_json::from_str(&read("helm/rustnet/values.schema.json")?)?;
+    let known = schema["properties"]["config"]["properties"].as_object().context("properties")?;
+    // The DaemonSet sets these, or they make no sense in it.
+    let fixed = [
+        "manifests",
+        "kubeconfig",
+        "nodeName",
+        "bpffs",
+        "runDir",
+        "cgroup",
+        "sysctlDir",
+        "cniBinDir",
+        "cniConfDir",
+        "podCIDRs",
+        "healthAddr",
+    ];
+    let mut keys: Vec<&str> = SETTINGS.iter().map(|it| it.key).filter(|key| !fixed.contains(key)).collect();
+    keys.sort_unstable();
+    let mut in_schema: Vec<&str> = known.keys().map(String::as_str).collect();
+    in_schema.sort_unstable();
+    assert_eq!(in_schema, keys);
+    for (set, named) in [
+        ("config.routing=geneve", "routing"),
+        ("config.rooting=vxlan", "rooting"),
+        ("config.serviceCIDRs={nonsense}", "serviceCIDRs"),
+        ("image.pullPolicy=Sometimes", "pullPolicy"),
+        ("nonsense=1", "nonsense"),
+    ] {
+        let output = helm(&["--set", set])?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(named), "--set {set}: {said}");
+    }
+    let good = ["--set", "config.apiServer=https://192.0.2.1:6443,config.routing=native,config.mtu=1400,image.tag=x"];
+    let output = helm(&good)?;
+    let text = String::from_utf8(output.stdout)?;
+    assert!(output.status.success() && text.contains("image: rustnet:x") && text.contains("mtu: 1400"), "{text}");
     Ok(())
 }

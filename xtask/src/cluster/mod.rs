@@ -12,7 +12,7 @@
 //! | `images` | what containers run |
 //! | `network` | rustnet, or the reference to compare with |
 //! | `relay` | the API server for this machine's own shells |
-//! | `up`, `down`, `status` | the commands |
+//! | `up`, `down`, `status`, `trial` | the commands |
 
 mod cgroup;
 mod components;
@@ -27,6 +27,7 @@ mod process;
 mod relay;
 mod settings;
 mod status;
+mod trial;
 mod up;
 mod wait;
 mod wires;
@@ -65,6 +66,12 @@ enum Verb {
     Down,
     /// Tell what runs and what does not
     Status,
+    /// Restart, upgrade and remove rustnet in it under load, and count what is lost
+    Trial {
+        /// Which, in this order
+        #[arg(value_enum, default_values_t = [trial::Trial::Restart, trial::Trial::Delete, trial::Trial::Upgrade, trial::Trial::RollingUpdate])]
+        trials: Vec<trial::Trial>,
+    },
     /// Run kubectl against it
     #[command(disable_help_flag = true)]
     Kubectl {
@@ -108,6 +115,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         Verb::Down => down(name)?,
         Verb::Status => status::run(name)?,
+        Verb::Trial { trials } => trial::run(&running(name)?, trials)?,
         Verb::Kubectl { args } => return Ok(exit_code(running(name)?.kubectl()?.args(args).status()?.code())),
         Verb::Exec { place, command } => return exec(&running(name)?, place, command),
         Verb::NodeInit { node } => {

@@ -14,6 +14,8 @@ use crate::{cache, host, paths, ui};
 const CNITOOL: &str = "v1.2.3";
 /// Cluster DNS; its dependencies do not go together with those of Kubernetes, hence a module of its own.
 const COREDNS: &str = "v1.15.0";
+/// Renders the chart in tests.
+const HELM: &str = "v3.22.0";
 /// From this on Go fetches by itself the exact release that a go.mod asks for.
 const OLDEST_GO: (u32, u32) = (1, 21);
 
@@ -33,6 +35,10 @@ pub(super) fn ensure_cnitool(work: &mut Work) -> Result<()> {
 
 pub(super) fn ensure_coredns(work: &mut Work) -> Result<()> {
     ensure_tool(work, "github.com/coredns/coredns", COREDNS)
+}
+
+pub(super) fn ensure_helm(work: &mut Work) -> Result<()> {
+    ensure_tool(work, "helm.sh/helm/v3/cmd/helm", HELM)
 }
 
 /// A program that is a module of its own, at one version.

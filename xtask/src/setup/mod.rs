@@ -27,7 +27,7 @@ pub enum Need {
     Lint,
     /// The foreign CNI driver.
     Cnitool,
-    /// A real API server and its store.
+    /// A real API server and its store, and Helm.
     ApiServer,
     /// The reference that benchmarks compare with.
     KubeProxy,
@@ -56,7 +56,7 @@ pub struct Args {
 /// Large things that are installed only when asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Extra {
-    /// kube-apiserver, kubectl and etcd, built from the Go module proxy (4 minutes on 2 cores, 2 GB of memory)
+    /// kube-apiserver, kubectl, etcd and helm, built from the Go module proxy (4 minutes on 2 cores, 2 GB of memory)
     Kubernetes,
     /// kube-proxy, from the same sources, for benchmarks
     KubeProxy,
@@ -121,6 +121,7 @@ impl Work {
                     go::ensure_kubernetes(self, "kube-apiserver")?;
                     go::ensure_kubernetes(self, "kubectl")?;
                     go::ensure_kubernetes(self, "etcd")?;
+                    go::ensure_helm(self)?;
                 }
                 Need::KubeProxy => go::ensure_kubernetes(self, "kube-proxy")?,
                 Need::Cluster => {

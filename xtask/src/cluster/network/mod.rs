@@ -1,7 +1,7 @@
 //! What gives pods their network: one of several, each with the same three moments.
 
 mod reference;
-mod rustnet;
+pub mod rustnet;
 
 use anyhow::Result;
 

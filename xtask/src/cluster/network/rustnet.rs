@@ -32,28 +32,47 @@ pub fn image(cluster: &Cluster) -> PathBuf {
 /// Applies the overlay and waits until every agent is ready.
 pub fn install(cluster: &Cluster) -> Result<()> {
     let dir = cluster.dir.join("overlay");
-    let names = oci::names(&image(cluster))?;
-    let tag = names.iter().find_map(|name| name.strip_prefix(image::NAME)?.strip_prefix(':'));
-    write_overlay(cluster, &dir, tag.context("the image is not called rustnet:TAG")?)?;
+    write_overlay(cluster, &dir, &tag(cluster)?)?;
     cluster.kubectl()?.arg("apply").arg("-k").arg(&dir).capture()?;
     Ok(())
 }
 
+/// The overlay over `deploy/uninstall`.
+pub fn uninstall(cluster: &Cluster) -> Result<PathBuf> {
+    let dir = cluster.dir.join("overlay-uninstall");
+    fs::create_dir_all(&dir)?;
+    let kustomization = format!(
+        "{HEADER}resources: [{}]\nimages: [{{name: rustnet, newTag: {:?}}}]\n",
+        relative(&dir.canonicalize()?, &paths::root().join("deploy/uninstall").canonicalize()?).display(),
+        tag(cluster)?
+    );
+    fs::write(dir.join("kustomization.yaml"), kustomization)?;
+    Ok(dir)
+}
+
+/// The tag of the cluster's image.
+fn tag(cluster: &Cluster) -> Result<String> {
+    let names = oci::names(&image(cluster))?;
+    let tag = names.iter().find_map(|name| name.strip_prefix(image::NAME)?.strip_prefix(':'));
+    tag.map(str::to_owned).context("the image is not called rustnet:TAG")
+}
+
+const HEADER: &str = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: rustnet-system\n";
+
 /// What a user of `deploy/` writes, too: the image's tag, and this cluster's addresses in the configuration.
-pub fn write_overlay(cluster: &Cluster, dir: &Path, tag: &str) -> Result<()> {
+fn write_overlay(cluster: &Cluster, dir: &Path, tag: &str) -> Result<()> {
     fs::create_dir_all(dir)?;
     let base = relative(&dir.canonicalize()?, &paths::root().join("deploy").canonicalize()?);
     let kustomization = format!(
-        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: rustnet-system\n\
-         resources: [{base}]\n\
+        "{HEADER}resources: [{base}]\n\
          images: [{{name: rustnet, newTag: {tag:?}}}]\n\
          configMapGenerator: [{{name: rustnet-config, behavior: replace, files: [config.yaml]}}]\n\
          patches:\n\
          - target: {{kind: DaemonSet, name: rustnet-agent}}\n  \
            patch: |-\n    \
              # Nodes share this machine's control groups: each agent sees its own node's.\n    \
-             - {{op: replace, path: /spec/template/spec/volumes/2/hostPath/path, value: {CGROUP}}}\n    \
-             - {{op: test, path: /spec/template/spec/volumes/2/name, value: cgroup}}\n",
+             - {{op: test, path: /spec/template/spec/volumes/2/name, value: cgroup}}\n    \
+             - {{op: replace, path: /spec/template/spec/volumes/2/hostPath/path, value: {CGROUP}}}\n",
         base = base.display()
     );
     fs::write(dir.join("kustomization.yaml"), kustomization)?;

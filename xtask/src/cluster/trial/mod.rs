@@ -1,0 +1,224 @@
+//! `cluster trial`: what rustnet's own restart, upgrade and removal cost the traffic, counted request by request. An
+//! ordinary application's rolling update beside it.
+
+mod load;
+mod uninstall;
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::layout::{Cluster, Node};
+use super::settings::Network;
+use super::{node, wait, wires};
+use crate::{image, ui};
+use load::{Kind, Load, Stream, Tally};
+
+/// A thing done to the cluster while requests run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Trial {
+    /// `kubectl rollout restart` of the agents
+    Restart,
+    /// Every agent's pod deleted at once
+    Delete,
+    /// Another image, and back again
+    Upgrade,
+    /// A rolling update of the application itself
+    RollingUpdate,
+    /// The agents removed: forwarding goes on
+    Remove,
+    /// All of rustnet removed from the nodes, as `deploy/uninstall` tells; no traffic survives that
+    Uninstall,
+}
+
+/// How much traffic there has to be before and after: less would prove little.
+const REQUESTS: u64 = 100;
+const PATIENCE: Duration = Duration::from_mins(1);
+const AGENT: &str = "daemonset/rustnet-agent";
+const SYSTEM: &str = "--namespace=rustnet-system";
+
+/// The command; an error when a request was lost.
+#[expect(clippy::print_stdout, reason = "the table is the command's result")]
+pub fn run(cluster: &Cluster, trials: &[Trial]) -> Result<()> {
+    ensure!(cluster.settings.network == Network::Rustnet, "only for clusters with rustnet");
+    let file = cluster.dir.join("trial.yaml");
+    fs::write(&file, include_str!("app.yaml"))?;
+    let path = file.display().to_string();
+    cluster.ask(&["apply", "-f", &path])?;
+    cluster.ask(&["--namespace=trial", "rollout", "status", "deployment/web", "--timeout=120s"])?;
+    cluster.ask(&["--namespace=trial", "rollout", "status", "daemonset/client", "--timeout=120s"])?;
+    let mut lost = 0;
+    for trial in trials {
+        if *trial == Trial::Uninstall {
+            uninstall::run(cluster)?;
+            println!("== Uninstall\n   nothing is left on {} nodes", cluster.settings.nodes);
+            continue;
+        }
+        let streams = streams(cluster, *trial)?;
+        let start = Instant::now();
+        println!("== {trial:?}");
+        let tallies = under_load(&streams, || act(cluster, *trial))?;
+        println!("   done after {}", ui::seconds(start.elapsed()));
+        for (stream, tally) in streams.iter().zip(&tallies) {
+            println!("   {}", line(stream, tally));
+            lost += tally.lost;
+        }
+    }
+    cluster.ask(&["delete", "namespace", "trial", "--wait=false"])?;
+    if lost > 0 {
+        bail!("{lost} requests were lost");
+    }
+    Ok(())
+}
+
+fn line(stream: &Stream, tally: &Tally) -> String {
+    let Tally { sent, lost, gap, servers, error } = tally;
+    let error = error.as_ref().map(|text| format!("; {text}")).unwrap_or_default();
+    let (name, kind) = (&stream.name, format!("{:?}", stream.kind));
+    let gap = gap.as_millis();
+    format!(
+        "{name:<34} {kind:<15} {sent:>6} sent {lost:>4} lost {gap:>6} ms longest gap, {} servers{error}",
+        servers.len()
+    )
+}
+
+/// Runs the action amid traffic; returns each stream's tally.
+fn under_load(streams: &[Stream], action: impl FnOnce() -> Result<()>) -> Result<Vec<Tally>> {
+    let loads: Vec<Load> = streams.iter().map(Load::start).collect();
+    let more = |loads: &[Load]| {
+        let goals: Vec<u64> = loads.iter().map(|load| load.done() + REQUESTS).collect();
+        wait::until(PATIENCE, || loads.iter().zip(&goals).all(|(load, goal)| load.done() >= *goal))
+    };
+    let before = more(&loads);
+    let result = if before { action() } else { Ok(()) };
+    let after = more(&loads);
+    let tallies = loads.into_iter().map(Load::finish).collect::<Result<Vec<_>>>()?;
+    result?;
+    if !before || !after {
+        for (stream, tally) in streams.iter().zip(&tallies) {
+            ui::detail(&line(stream, tally));
+        }
+        bail!("too few requests get through, {} the action", if before { "after" } else { "before" });
+    }
+    Ok(tallies)
+}
+
+fn act(cluster: &Cluster, trial: Trial) -> Result<()> {
+    let settled = || cluster.ask(&[SYSTEM, "rollout", "status", AGENT, "--timeout=120s"]).map(drop);
+    match trial {
+        Trial::Restart => {
+            cluster.ask(&[SYSTEM, "rollout", "restart", AGENT])?;
+            settled()
+        }
+        Trial::Delete => {
+            cluster.ask(&[SYSTEM, "delete", "pods", "--selector=app.kubernetes.io/name=rustnet-agent"])?;
+            settled()
+        }
+        Trial::Upgrade => {
+            let present =
+                cluster.ask(&[SYSTEM, "get", AGENT, "-o", "jsonpath={.spec.template.spec.containers[0].image}"])?;
+            // The same programs by another name: what differs between versions is not this trial's subject.
+            for node in cluster.nodes() {
+                let (from, to) = (format!("docker.io/library/{present}"), format!("{}:trial", image::NAME));
+                let tag = ["ctr", "-n", "k8s.io", "images", "tag", "--force", &from, &to];
+                node::command(cluster, &node)?.args(tag).capture()?;
+            }
+            let containers = ["agent=rustnet:trial", "mount-bpffs=rustnet:trial"];
+            cluster.kubectl()?.args([SYSTEM, "set", "image", AGENT]).args(containers).capture()?;
+            settled()?;
+            cluster.ask(&[SYSTEM, "rollout", "undo", AGENT])?;
+            settled()
+        }
+        Trial::RollingUpdate => {
+            cluster.ask(&["--namespace=trial", "rollout", "restart", "deployment/web"])?;
+            cluster.ask(&["--namespace=trial", "rollout", "status", "deployment/web", "--timeout=180s"])?;
+            // The last old pod serves on for a while, and must not be missed when it is gone.
+            let old = || {
+                let phases = cluster.ask(&["--namespace=trial", "get", "pods", "--selector=app=web", "-o", "name"]);
+                phases.is_ok_and(|text| text.lines().count() == 3)
+            };
+            ensure!(wait::until(PATIENCE, old), "the old pods do not go");
+            Ok(())
+        }
+        Trial::Remove => {
+            cluster.ask(&[SYSTEM, "delete", AGENT, "--wait=true"])?;
+            let pods = || cluster.ask(&[SYSTEM, "get", "pods", "-o", "name"]);
+            ensure!(wait::until(PATIENCE, || pods().is_ok_and(|text| text.is_empty())), "the agents' pods do not go");
+            // Long enough for many requests without anybody to look after the tables.
+            thread::sleep(Duration::from_secs(10));
+            Ok(())
+        }
+        Trial::Uninstall => bail!("not a trial under load"),
+    }
+}
+
+fn streams(cluster: &Cluster, trial: Trial) -> Result<Vec<Stream>> {
+    let nodes = cluster.nodes();
+    let client = pod(cluster, "client", &nodes[0])?;
+    let far = nodes.last().context("no node")?;
+    let server = pod(cluster, "web", far)?;
+    let text = cluster.ask(&["--namespace=trial", "get", "service", "web", "-o", "jsonpath={.spec.clusterIPs[*]}"])?;
+    let services: Vec<IpAddr> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let mut streams = Vec::new();
+    let mut add = |name: String, from: &Path, kinds: &[Kind], to: SocketAddr| {
+        let stream = |kind: &Kind| Stream { name: name.clone(), from: from.to_owned(), kind: *kind, to };
+        streams.extend(kinds.iter().map(stream));
+    };
+    // A server's end is the end of its connections, whatever the network does.
+    let kinds: &[Kind] = if trial == Trial::RollingUpdate {
+        &[Kind::NewTcp, Kind::NewUdp]
+    } else {
+        &[Kind::NewTcp, Kind::EstablishedTcp, Kind::NewUdp, Kind::EstablishedUdp]
+    };
+    let host = cluster.netns_file(&nodes[0].name);
+    for service in &services {
+        let to = SocketAddr::new(*service, 80);
+        let family = if service.is_ipv4() { "IPv4" } else { "IPv6" };
+        add(format!("{} > service, {family}", client.name), &client.netns, kinds, to);
+        add(format!("node {} > service, {family}", nodes[0].name), &host, &[Kind::NewTcp], to);
+    }
+    if trial != Trial::RollingUpdate {
+        for address in &server.addresses {
+            let to = SocketAddr::new(*address, 8080);
+            let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+            add(format!("{} > {}, {family}", client.name, server.name), &client.netns, &kinds[..2], to);
+            // From outside of the cluster, through the pod's node.
+            add(format!("outside > {}, {family}", server.name), &cluster.netns_file("cp"), &kinds[..2], to);
+        }
+    }
+    Ok(streams)
+}
+
+/// A pod of the trial.
+struct Pod {
+    name: String,
+    netns: PathBuf,
+    addresses: Vec<IpAddr>,
+}
+
+/// A running pod of this app on this node.
+fn pod(cluster: &Cluster, app: &str, on: &Node) -> Result<Pod> {
+    let (selector, field) = (format!("--selector=app={app}"), format!("--field-selector=spec.nodeName={}", on.name));
+    let format = "jsonpath={.items[0].status.podIPs[*].ip}";
+    let text = cluster.ask(&["--namespace=trial", "get", "pods", &selector, &field, "-o", format])?;
+    let addresses: Vec<IpAddr> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let address = addresses.first().with_context(|| format!("no pod of {app} on {}", on.name))?;
+    let netns = netns_of(cluster, on, *address)?;
+    Ok(Pod { name: format!("{app} on {}", on.name), netns, addresses })
+}
+
+/// The namespace, among those that the node's runtime has made, that has this address.
+fn netns_of(cluster: &Cluster, on: &Node, address: IpAddr) -> Result<PathBuf> {
+    let dir = node::root(cluster, on)?.join("run/netns");
+    for entry in fs::read_dir(&dir)?.flatten() {
+        // Only who has an address can bind to it.
+        if wires::inside(&entry.path(), || UdpSocket::bind((address, 0)).is_ok()).unwrap_or(false) {
+            return Ok(entry.path());
+        }
+    }
+    bail!("no namespace in {} has {address}", dir.display())
+}
