@@ -5,34 +5,26 @@ use std::os::fd::{AsFd, BorrowedFd};
 use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_getres};
 
-use super::{remedy, sys};
+use super::remedy;
+use super::sys::{self, TestRun, instruction};
 
 /// `BPF_F_IPV6` of `bpf_l4_csum_replace`.
-const F_IPV6: u64 = 0x80;
+const F_IPV6: u32 = 0x80;
 /// `BPF_FUNC_l4_csum_replace`.
-const L4_CSUM_REPLACE: u64 = 11;
-
-/// One eBPF instruction (`struct bpf_insn`) as the kernel reads it.
-const fn instruction(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> u64 {
-    code as u64
-        | (dst as u64 & 15) << 8
-        | (src as u64 & 15) << 12
-        | (off.cast_unsigned() as u64) << 16
-        | (imm.cast_unsigned() as u64) << 32
-}
+const L4_CSUM_REPLACE: u32 = 11;
 
 /// A program that returns what `bpf_l4_csum_replace(skb, 50, 0, 1, PSEUDO_HDR | F_IPV6)` says.
 const fn csum_probe() -> [u64; 6] {
     const MOV_IMM: u8 = 0xb7;
     const CALL: u8 = 0x85;
     const EXIT: u8 = 0x95;
-    const PSEUDO_HDR: u64 = 0x10;
+    const PSEUDO_HDR: u32 = 0x10;
     [
         instruction(MOV_IMM, 2, 0, 0, 50),
         instruction(MOV_IMM, 3, 0, 0, 0),
         instruction(MOV_IMM, 4, 0, 0, 1),
-        instruction(MOV_IMM, 5, 0, 0, (PSEUDO_HDR | F_IPV6) as i32),
-        instruction(CALL, 0, 0, 0, L4_CSUM_REPLACE as i32),
+        instruction(MOV_IMM, 5, 0, 0, PSEUDO_HDR | F_IPV6),
+        instruction(CALL, 0, 0, 0, L4_CSUM_REPLACE),
         instruction(EXIT, 0, 0, 0, 0),
     ]
 }
@@ -42,8 +34,8 @@ const fn csum_probe() -> [u64; 6] {
 pub fn l4_csum_ipv6() -> Result<bool> {
     let prog = sys::prog_load_sched_cls("rn_probe", &csum_probe())
         .map_err(|e| anyhow::anyhow!("loading a probe program: {e}: {}", remedy(&e)))?;
-    let verdict = sys::test_run(prog.as_fd(), &[0; 128]).context("running a probe program")?;
-    Ok(verdict == 0)
+    let ran = sys::test_run(prog.as_fd(), TestRun { packet: &[0; 128], ..TestRun::default() });
+    Ok(ran.context("running a probe program")?.verdict == 0)
 }
 
 /// Timer ticks in a second, the unit of `seen` in the connection table.
@@ -63,7 +55,8 @@ fn hz_of_tick(seconds: i64, nanoseconds: i64) -> Result<u32> {
 
 /// The low 31 bits of jiffies, by the `clock` program.
 pub fn jiffies(clock: BorrowedFd<'_>) -> Result<u32> {
-    sys::test_run(clock, &[0; 64]).context("reading jiffies with the clock program")
+    let ran = sys::test_run(clock, TestRun { packet: &[0; 64], ..TestRun::default() });
+    Ok(ran.context("reading jiffies with the clock program")?.verdict)
 }
 
 /// Ticks since `seen` (32 bits of jiffies), given the low 31 bits of now. What was seen after `now` was read is 0 old.

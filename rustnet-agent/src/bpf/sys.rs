@@ -373,8 +373,34 @@ pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()>
     bpf(cmd::LINK_UPDATE, &mut Attr { link_fd: raw(link), prog_fd: raw(prog), flags: 0, old_prog_fd: 0 }).map(drop)
 }
 
-/// Runs a program once on `packet` and returns its verdict (`BPF_PROG_TEST_RUN`).
-pub fn test_run(prog: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
+/// A run of a program on a packet (`BPF_PROG_TEST_RUN`).
+#[derive(Default)]
+pub struct TestRun<'a> {
+    /// The packet.
+    pub packet: &'a [u8],
+    /// Receives the packet afterwards; ENOSPC if it does not fit. Empty: it is of no interest.
+    pub out: &'a mut [u8],
+    /// `struct __sk_buff` as words, read and written. Empty: all zero.
+    pub context: &'a mut [u32],
+    /// How often.
+    pub repeat: u32,
+    /// `BPF_F_TEST_*`.
+    pub flags: u32,
+}
+
+/// What a run gave.
+#[derive(Clone, Copy, Debug)]
+pub struct Ran {
+    /// What the program returned.
+    pub verdict: u32,
+    /// Mean duration in nanoseconds.
+    pub duration: u32,
+    /// Length of the packet afterwards.
+    pub len: usize,
+}
+
+/// Runs a program.
+pub fn test_run(prog: BorrowedFd<'_>, run: TestRun<'_>) -> io::Result<Ran> {
     #[repr(C)]
     struct Attr {
         prog_fd: u32,
@@ -385,22 +411,51 @@ pub fn test_run(prog: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
         data_out: u64,
         repeat: u32,
         duration: u32,
+        ctx_size_in: u32,
+        ctx_size_out: u32,
+        ctx_in: u64,
+        ctx_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch_size: u32,
+        pad: u32,
     }
+    /// A pointer without a size would mean as much as there is.
+    fn unless_empty<T>(slice: &[T], pointer: *const T) -> u64 {
+        if slice.is_empty() { 0 } else { pointer as u64 }
+    }
+    let TestRun { packet, out, context, repeat, flags } = run;
+    let before = context.to_vec();
+    let ctx_size = size_of_val(context) as u32;
+    let (out_ptr, ctx_ptr) = (out.as_mut_ptr(), context.as_mut_ptr());
     let mut attr = Attr {
         prog_fd: raw(prog),
         retval: 0,
         data_size_in: packet.len() as u32,
-        data_size_out: 0,
+        data_size_out: out.len() as u32,
         data_in: packet.as_ptr() as u64,
-        data_out: 0,
-        repeat: 1,
+        data_out: unless_empty(out, out_ptr),
+        repeat,
         duration: 0,
+        ctx_size_in: ctx_size,
+        ctx_size_out: ctx_size,
+        ctx_in: unless_empty(&before, before.as_ptr()),
+        ctx_out: unless_empty(context, ctx_ptr),
+        flags,
+        cpu: 0,
+        batch_size: 0,
+        pad: 0,
     };
     bpf(cmd::PROG_TEST_RUN, &mut attr)?;
-    Ok(attr.retval)
+    Ok(Ran { verdict: attr.retval, duration: attr.duration, len: attr.data_size_out as usize })
 }
 
-/// Loads a small classifier given as instructions, for probes.
+/// One eBPF instruction (`struct bpf_insn`) as the kernel reads it.
+pub const fn instruction(code: u8, dst: u8, src: u8, off: i16, imm: u32) -> u64 {
+    code as u64 | ((src << 4 | dst) as u64) << 8 | (off.cast_unsigned() as u64) << 16 | (imm as u64) << 32
+}
+
+/// Loads a classifier given as instructions.
 pub fn prog_load_sched_cls(name: &str, instructions: &[u64]) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustnet_agent::bpf::attach::{Direction, pod_hooks};
+use rustnet_agent::bpf::sys::TestRun;
 use rustnet_agent::bpf::{load, sys};
 use rustnet_agent::model::{ObjectName, Pod};
 use rustnet_agent::net::netlink::Socket;
@@ -169,7 +170,7 @@ fn a_drop_is_told_as_it_happens() {
             // An IPv4 header that promises more than there is.
             let program = sys::obj_get(&load::program_path(&sandbox.bpffs, "from_pod")).unwrap();
             let frame = [&[2; 12][..], &[8, 0, 0x45, 0, 0, 99], &[0; 16]].concat();
-            sys::test_run(program.as_fd(), &frame).unwrap();
+            sys::test_run(program.as_fd(), TestRun { packet: &frame, ..TestRun::default() }).unwrap();
             let events = text(sandbox, "-o json monitor --past --count 1 --for 20");
             let event: Value = serde_json::from_str(&events).unwrap();
             assert_eq!((&event["verdict"], &event["reason"]), (&"drop".into(), &"malformed".into()), "{events}");

@@ -1,12 +1,9 @@
 //! The kernel side alone: the eBPF object loaded without pins or agent, its maps as plain Rust values, its programs run on
 //! single packets through `BPF_PROG_TEST_RUN`. What the packet tests and the benchmarks stand on.
 
-mod sys;
-mod table;
+mod skb;
 mod timer;
 
-pub use sys::{MapInfo, instruction};
-pub use table::Table;
 pub use timer::{EMPTY, Timer, Vary};
 
 use crate::dist;
@@ -15,8 +12,12 @@ use aya::maps::Map;
 use aya::programs::Program;
 use aya::{EbpfLoader, VerifierLogLevel};
 use bytemuck::Pod;
-use rustnet_common::drop::{COUNTERS, Counter, HOOKS};
+use rustnet_agent::bpf::probe;
+use rustnet_agent::bpf::store::Map as Table;
+use rustnet_agent::bpf::store::counters::Counters;
+use rustnet_agent::bpf::sys::{self, Layout, TestRun, instruction};
 use rustnet_common::names;
+use skb::{CHECKSUM_COMPLETE, SkBuff, word};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::net::IpAddr;
@@ -96,7 +97,7 @@ impl Datapath {
         let object = std::fs::read(&path)
             .with_context(|| format!("cannot read {}: run `cargo xtask build-ebpf`", path.display()))?;
         // The helper's flag of that name came with 6.16; the tests' machine is newer, and a wrong checksum would tell.
-        let csum_ipv6 = u32::from(knows_csum_ipv6()?);
+        let csum_ipv6 = u32::from(probe::l4_csum_ipv6()?);
         let mut loader = EbpfLoader::new();
         loader.verifier_log_level(VerifierLogLevel::STATS).override_global("L4_CSUM_IPV6", &csum_ipv6, true);
         for (map, size) in sizes {
@@ -130,9 +131,11 @@ impl Datapath {
             maps.insert(name.to_owned(), data.fd().as_fd().try_clone_to_owned()?);
         }
         programs.insert(EMPTY.to_owned(), empty()?);
-        let jumps = sys::prog_array(programs.len() as u32)?;
+        let max_entries = programs.len() as u32;
+        let layout = Layout { kind: PROG_ARRAY, key_size: 4, value_size: 4, max_entries, flags: 0 };
+        let jumps = sys::map_create("rn_jumps", layout)?;
         for (i, program) in (0_u32..).zip(programs.values()) {
-            sys::update(jumps.as_fd(), &i.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes())?;
+            sys::map_update(jumps.as_fd(), &i.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes())?;
         }
         Ok(Self { programs, maps, facts, jumps, preludes: Mutex::default() })
     }
@@ -143,24 +146,26 @@ impl Datapath {
     }
 
     /// A map as a table of plain values.
-    pub fn table<K: Pod, V: Pod>(&self, name: &str) -> Result<Table<'_, K, V>> {
-        Table::new(name, self.maps.get(name).with_context(|| format!("the object has no map {name}"))?.as_fd())
+    pub fn table<K: Pod, V: Pod>(&self, name: &str) -> Result<Table<K, V>> {
+        let map = self.maps.get(name).with_context(|| format!("the object has no map {name}"))?;
+        Table::from_fd(map.try_clone()?, name)
     }
 
     /// Runs a program once. Nothing comes out if the program spoiled the sum of a frame with [`Input::complete`].
     pub fn run(&self, program: &str, input: &Input<'_>) -> Result<Option<Output>> {
         let mut context = context(input);
         let mut frame = vec![0; OUT];
-        let flags = if input.complete { sys::CHECKSUM_COMPLETE } else { 0 };
+        let flags = if input.complete { CHECKSUM_COMPLETE } else { 0 };
+        let run = TestRun { packet: input.frame, out: &mut frame, context: &mut context, repeat: 1, flags };
         let ran = if input.tunnel.is_none() && input.cut == 0 {
-            sys::test_run(self.program(program)?.as_fd(), input.frame, &mut context, &mut frame, 1, flags)
+            sys::test_run(self.program(program)?.as_fd(), run)
         } else {
             let mut preludes = self.preludes.lock().unwrap_or_else(PoisonError::into_inner);
             let prelude = match preludes.entry((program.to_owned(), input.tunnel)) {
                 Entry::Occupied(e) => e.into_mut(),
                 Entry::Vacant(e) => e.insert(self.prelude(program, input.tunnel)?),
             };
-            sys::test_run(prelude.as_fd(), input.frame, &mut context, &mut frame, 1, flags)
+            sys::test_run(prelude.as_fd(), run)
         };
         let ran = match ran {
             // EBADMSG: the sum is wrong.
@@ -168,13 +173,13 @@ impl Datapath {
             ran => ran.with_context(|| format!("running {program} on a frame of {} bytes", input.frame.len()))?,
         };
         frame.truncate(ran.len);
-        Ok(Some(Output { verdict: ran.verdict, frame, mark: context[sys::word::MARK] }))
+        Ok(Some(Output { verdict: ran.verdict.cast_signed(), frame, mark: context[word::MARK] }))
     }
 
     /// True if the kernel can run programs on packets with [`Input::complete`] (6.17 and later).
     pub fn sums_up(&self) -> Result<bool> {
         let program = self.program(CLOCK)?.as_fd();
-        match sys::test_run(program, &[0; 64], &mut [0; 48], &mut [0; 64], 1, sys::CHECKSUM_COMPLETE) {
+        match sys::test_run(program, TestRun { packet: &[0; 64], flags: CHECKSUM_COMPLETE, ..TestRun::default() }) {
             Ok(_) => Ok(true),
             Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => Ok(false),
             Err(e) => Err(e.into()),
@@ -183,26 +188,17 @@ impl Datapath {
 
     /// Timer ticks, the low 31 bits.
     pub fn jiffies(&self) -> Result<u32> {
-        let ran = sys::test_run(self.program(CLOCK)?.as_fd(), &[0; 64], &mut [0; 48], &mut [0; 64], 1, 0)?;
-        Ok(ran.verdict.cast_unsigned())
+        probe::jiffies(self.program(CLOCK)?.as_fd())
     }
 
     /// Packets counted so far by reason and hook, the zeros left out.
     pub fn counts(&self) -> Result<BTreeMap<(u8, u8), u64>> {
-        let each = self.table::<u32, Counter>(names::map::COUNTERS)?.each_cpu(COUNTERS)?;
-        let mut counts = BTreeMap::new();
-        for (index, cpus) in each.iter().enumerate() {
-            let packets: u64 = cpus.iter().map(|c| c.packets).sum();
-            if packets != 0 {
-                counts.insert(((index as u32 / HOOKS) as u8, (index as u32 % HOOKS) as u8), packets);
-            }
-        }
-        Ok(counts)
+        let rows = Counters::of(self.table(names::map::COUNTERS)?)?.read()?;
+        Ok(rows.iter().map(|row| ((row.reason as u8, row.hook), row.count.packets)).collect())
     }
 
     /// A program that does what a run cannot: cuts the frame to the length in `cb[0]`, gives it a tunnel; then `program`.
     fn prelude(&self, program: &str, tunnel: Option<IpAddr>) -> Result<OwnedFd> {
-        let index = self.programs.keys().position(|name| name == program).context("no such program")?;
         let mut code = vec![
             instruction(MOV_REG, 6, 1, 0, 0),
             instruction(LOAD_WORD, 2, 1, CB, 0),
@@ -211,7 +207,14 @@ impl Datapath {
             instruction(CALL, 0, 0, 0, CHANGE_TAIL),
         ];
         code.extend(tunnel.map(out_of_tunnel).unwrap_or_default());
-        code.extend([
+        code.extend(self.jump(program)?);
+        sys::prog_load_sched_cls("rn_prelude", &code).with_context(|| format!("cannot load the prelude to {program}"))
+    }
+
+    /// Instructions that go on with a program. Register 6 has the packet.
+    fn jump(&self, program: &str) -> Result<[u64; 7]> {
+        let index = self.programs.keys().position(|name| name == program).context("no such program")?;
+        Ok([
             instruction(MOV_REG, 1, 6, 0, 0),
             instruction(LOAD_IMM64, 2, PSEUDO_MAP_FD, 0, self.jumps.as_raw_fd().cast_unsigned()),
             0,
@@ -220,8 +223,7 @@ impl Datapath {
             // Not reached: a verdict that no test expects.
             instruction(MOV, 0, 0, 0, 99),
             instruction(EXIT, 0, 0, 0, 0),
-        ]);
-        sys::load_classifier(&code).with_context(|| format!("cannot load the prelude to {program}"))
+        ])
     }
 
     fn program(&self, name: &str) -> Result<&OwnedFd> {
@@ -231,21 +233,24 @@ impl Datapath {
 
 /// A program that does nothing.
 fn empty() -> Result<OwnedFd> {
-    Ok(sys::load_classifier(&[instruction(MOV, 0, 0, 0, u32::MAX), instruction(EXIT, 0, 0, 0, 0)])?)
+    let code = [instruction(MOV, 0, 0, 0, u32::MAX), instruction(EXIT, 0, 0, 0, 0)];
+    sys::prog_load_sched_cls("rn_empty", &code).context("cannot load a program that does nothing: this needs root")
 }
 
-fn context(input: &Input<'_>) -> sys::SkBuff {
+fn context(input: &Input<'_>) -> SkBuff {
     let mut context = [0; 48];
-    context[sys::word::MARK] = input.mark;
-    context[sys::word::IFINDEX] = input.ifindex;
-    context[sys::word::CB] = input.cut;
+    context[word::MARK] = input.mark;
+    context[word::IFINDEX] = input.ifindex;
+    context[word::CB] = input.cut;
     if input.gso_size != 0 {
-        context[sys::word::GSO_SIZE] = input.gso_size;
-        context[sys::word::GSO_SEGS] = (input.frame.len() as u32).div_ceil(input.gso_size);
+        context[word::GSO_SIZE] = input.gso_size;
+        context[word::GSO_SEGS] = (input.frame.len() as u32).div_ceil(input.gso_size);
     }
     context
 }
 
+/// `BPF_MAP_TYPE_PROG_ARRAY`.
+const PROG_ARRAY: u32 = 3;
 /// Offset of the control block in `__sk_buff`.
 const CB: i16 = 48;
 const MOV: u8 = 0xb7;
@@ -259,7 +264,6 @@ const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 const TAIL_CALL: u32 = 12;
 const SET_TUNNEL_KEY: u32 = 21;
-const L4_CSUM_REPLACE: u32 = 11;
 const CHANGE_TAIL: u32 = 38;
 const PSEUDO_MAP_FD: u8 = 1;
 
@@ -293,19 +297,4 @@ fn out_of_tunnel(remote: IpAddr) -> Vec<u64> {
         instruction(CALL, 0, 0, 0, SET_TUNNEL_KEY),
     ]);
     code
-}
-
-/// True if `bpf_l4_csum_replace` knows `BPF_F_IPV6`.
-fn knows_csum_ipv6() -> Result<bool> {
-    let code = [
-        instruction(MOV, 2, 0, 0, 50),
-        instruction(MOV, 3, 0, 0, 0),
-        instruction(MOV, 4, 0, 0, 1),
-        instruction(MOV, 5, 0, 0, 0x90),
-        instruction(CALL, 0, 0, 0, L4_CSUM_REPLACE),
-        instruction(EXIT, 0, 0, 0, 0),
-    ];
-    let program = sys::load_classifier(&code)
-        .context("cannot load a program: this needs root (CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON)")?;
-    Ok(sys::test_run(program.as_fd(), &[0; 128], &mut [0; 48], &mut [0; 256], 1, 0)?.verdict == 0)
 }

@@ -1,13 +1,11 @@
 //! How long a program takes. A run repeats on what the run before left of the packet; so the packet's first bytes are
 //! restored before each, and what that costs is told by the same run of a program that does nothing.
 
-use super::sys::{self, word};
-use super::{
-    ADD, CALL, CB, Datapath, EXIT, Input, LOAD_IMM64, LOAD_WORD, MOV, MOV_REG, PSEUDO_MAP_FD, STORE_WORD, TAIL_CALL,
-    context, instruction,
-};
+use super::skb::{SkBuff, word};
+use super::{ADD, CALL, CB, Datapath, Input, LOAD_WORD, MOV, MOV_REG, STORE_WORD, context, instruction};
 use anyhow::{Context, Result, ensure};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use rustnet_agent::bpf::sys::{self, TestRun};
+use std::os::fd::{AsFd, OwnedFd};
 
 /// The program that does nothing.
 pub const EMPTY: &str = "empty";
@@ -52,7 +50,7 @@ pub enum Vary {
 /// A packet and a program, ready to be run again and again.
 pub struct Timer {
     prelude: OwnedFd,
-    context: sys::SkBuff,
+    context: SkBuff,
     frame: Vec<u8>,
 }
 
@@ -64,7 +62,7 @@ impl Datapath {
             "a frame of {} bytes, {RESTORED} are needed",
             input.frame.len()
         );
-        let index = self.programs.keys().position(|name| name == program).context("no such program")?;
+        let jump = self.jump(program)?;
         let base = -i16::from(RESTORED);
         let at = |offset: u8| base + i16::from(offset);
         let mut code = vec![instruction(MOV_REG, 6, 1, 0, 0)];
@@ -103,15 +101,10 @@ impl Datapath {
             instruction(MOV, 4, 0, 0, u32::from(RESTORED)),
             instruction(MOV, 5, 0, 0, 0),
             instruction(CALL, 0, 0, 0, STORE_BYTES),
-            instruction(MOV_REG, 1, 6, 0, 0),
-            instruction(LOAD_IMM64, 2, PSEUDO_MAP_FD, 0, self.jumps.as_raw_fd().cast_unsigned()),
-            0,
-            instruction(MOV, 3, 0, 0, index as u32),
-            instruction(CALL, 0, 0, 0, TAIL_CALL),
-            instruction(MOV, 0, 0, 0, 99),
-            instruction(EXIT, 0, 0, 0, 0),
         ]);
-        let prelude = sys::load_classifier(&code).context("cannot load the program that restores the packet")?;
+        code.extend(jump);
+        let prelude =
+            sys::prog_load_sched_cls("rn_timer", &code).context("cannot load the program that restores the packet")?;
         Ok(Timer { prelude, context: context(input), frame: input.frame.to_vec() })
     }
 }
@@ -120,7 +113,8 @@ impl Timer {
     /// Runs it `repeat` times; nanoseconds for each, and the last verdict. Each call goes on where the last one ended.
     pub fn run(&mut self, repeat: u32) -> Result<(u32, i32)> {
         let mut out = vec![0; self.frame.len() + 256];
-        let ran = sys::test_run(self.prelude.as_fd(), &self.frame, &mut self.context, &mut out, repeat, 0)?;
+        let run = TestRun { packet: &self.frame, out: &mut out, context: &mut self.context, repeat, flags: 0 };
+        let ran = sys::test_run(self.prelude.as_fd(), run)?;
         let count = word::CB + 1;
         let done = self.context[count];
         // Only what tests may set goes back in.
@@ -131,6 +125,6 @@ impl Timer {
         }
         self.context[word::MARK] = 0;
         ensure!(done != 0, "the packet's control block was cleared");
-        Ok((ran.duration, ran.verdict))
+        Ok((ran.duration, ran.verdict.cast_signed()))
     }
 }

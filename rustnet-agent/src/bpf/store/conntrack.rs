@@ -111,6 +111,8 @@ where
 
 #[cfg(test)]
 pub mod build {
+    //! Tables for tests.
+
     use super::{Conntrack, CtEntry, Map, Table, Tuple};
     use crate::bpf::sys::{Layout, map_create};
     use bytemuck::Pod;

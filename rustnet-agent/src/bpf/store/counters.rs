@@ -36,7 +36,12 @@ impl Row {
 impl Counters {
     /// Opens the pin in `bpffs`.
     pub fn open(bpffs: &Path) -> Result<Self> {
-        Ok(Self { map: Map::open(bpffs, map::COUNTERS)?, cpus: possible_cpus()? })
+        Self::of(Map::open(bpffs, map::COUNTERS)?)
+    }
+
+    /// The counters of a map that is at hand.
+    pub fn of(map: Map<u32, Counter>) -> Result<Self> {
+        Ok(Self { map, cpus: possible_cpus()? })
     }
 
     /// All counters that are not zero, by reason, then hook.

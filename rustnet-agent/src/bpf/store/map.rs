@@ -113,6 +113,12 @@ impl<K: Pod, V: Pod> Map<K, V> {
         Ok(gone)
     }
 
+    /// Deletes every entry.
+    pub fn clear(&self) -> Result<()> {
+        let keys: Vec<K> = self.entries()?.iter().map(|entry| entry.0).collect();
+        self.delete_all(&keys).map(drop)
+    }
+
     /// Calls `visit` for each entry, reading in batches. Entries that change meanwhile may be seen or not.
     pub fn for_each(&self, mut visit: impl FnMut(&K, &V)) -> Result<()> {
         let mut count = BATCH.min(self.max_entries as usize).max(1);
@@ -266,6 +272,8 @@ mod tests {
             let keys: Vec<u32> = (9_990..10_010).collect();
             assert_eq!(map.delete_all(&keys).unwrap(), 10);
             assert_eq!(map.len().unwrap(), 9_991);
+            map.clear().unwrap();
+            assert!(map.is_empty().unwrap());
         }
     }
 

@@ -152,15 +152,12 @@ fn fill(d: &Datapath) -> Result<()> {
 /// Services `from..to`, each with three backends, all of which are the same pod.
 fn serve(d: &Datapath, from: u32, to: u32) -> Result<()> {
     let backend = |id| Backend { addr: Addr::from(IpAddr::V4(B4)), port: 8080, flags: 0, id };
-    let (mut keys, mut entries, mut slots, mut backends) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut entries, mut backends) = (Vec::new(), Vec::new());
     for n in from..to {
-        keys.push(SvcKey { vip: Ip4::from(Ipv4Addr::from(u32::from(VIPS) + n)), port: 80, proto: 17, scope: 0 });
-        entries.push(SvcEntry { first: n * 3, count: 3, id: n + 1, affinity: 0, flags: 0, pad: 0 });
-        for i in n * 3..n * 3 + 3 {
-            slots.push(i);
-            backends.push(backend(i + 1));
-        }
+        let key = SvcKey { vip: Ip4::from(Ipv4Addr::from(u32::from(VIPS) + n)), port: 80, proto: 17, scope: 0 };
+        entries.push((key, SvcEntry { first: n * 3, count: 3, id: n + 1, affinity: 0, flags: 0, pad: 0 }));
+        backends.extend((n * 3..n * 3 + 3).map(|i| (i, backend(i + 1))));
     }
-    d.table(map::BACKENDS)?.put_all(&slots, &backends)?;
-    d.table(map::SVC4)?.put_all(&keys, &entries)
+    d.table(map::BACKENDS)?.put_all(&backends)?;
+    d.table(map::SVC4)?.put_all(&entries)
 }
