@@ -29,7 +29,17 @@ pub fn demo(args: &Args) -> Result<ExitCode> {
 
 /// The benchmarks.
 pub fn bench(args: &Args) -> Result<ExitCode> {
-    play("bench", args, &[Need::Build, Need::Network, Need::Iperf, Need::KubeProxy])
+    let mut needs = vec![Need::Build, Need::Network];
+    if needs_kubernetes(&args.args) {
+        needs.extend([Need::ApiServer, Need::KubeProxy]);
+    }
+    play("bench", args, &needs)
+}
+
+/// kube-proxy, and the API server that it asks, are compared with by the group `network` alone.
+fn needs_kubernetes(args: &[String]) -> bool {
+    let named = |group: &str| args.iter().any(|a| a == group);
+    named("network") || named("all") || !["packets", "control", "cni"].into_iter().any(named)
 }
 
 fn play(name: &str, args: &Args, needs: &[Need]) -> Result<ExitCode> {
@@ -45,4 +55,25 @@ fn play(name: &str, args: &Args, needs: &[Need]) -> Result<ExitCode> {
     let program = test::prepare(Cmd::new(Profile::Release.built().join(name)), Profile::Release)?;
     // Replacing this process: Ctrl-C reaches the program alone, and its status is the command's.
     Err(program.args(&args.args).exec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::needs_kubernetes;
+
+    #[test]
+    fn kubernetes_is_built_only_for_the_group_that_compares_with_it() {
+        for (words, wanted) in [
+            (&[][..], true),
+            (&["--quick"], true),
+            (&["all"], true),
+            (&["network", "--rounds", "3"], true),
+            (&["packets", "network"], true),
+            (&["packets", "--runs", "5"], false),
+            (&["control", "cni"], false),
+        ] {
+            let words: Vec<String> = words.iter().map(ToString::to_string).collect();
+            assert_eq!(needs_kubernetes(&words), wanted, "{words:?}");
+        }
+    }
 }

@@ -84,8 +84,8 @@ fn main() -> Result<()> {
     }
     if args.wants(What::Network) {
         let extent = network::Extent {
-            rounds: args.size(args.rounds, 9, 3),
-            time: Duration::from_millis(args.size(args.turn, 400, 150)),
+            rounds: args.size(args.rounds, 25, 5),
+            time: Duration::from_millis(args.size(args.turn, 100, 50)),
             services: args.services,
             cpu: args.cpu.unwrap_or(cpus().saturating_sub(1)),
             only: args.only.clone(),

@@ -2,6 +2,7 @@
 //!
 //! Every case of a group gets a short turn, round by round; what counts is the ratio of two turns of one round.
 
+mod bare;
 mod bridge;
 mod kernel;
 mod ours;
@@ -9,6 +10,7 @@ mod traffic;
 
 use crate::stats::{Sorted, verdict};
 use anyhow::{Context, Result};
+use bare::{Bare, Hook};
 use bridge::Bridge;
 use kernel::{Hosts, Place};
 use ours::{FAR, NEAR, Ours, SERVICE_PORT, vips};
@@ -55,6 +57,9 @@ struct Group<'a> {
     title: &'static str,
     cases: Vec<Case<'a>>,
 }
+
+/// The kernel's default, whatever this machine's is: one that paces would measure its timers.
+const CONGESTION: &str = "cubic";
 
 const NEAR_GOALS: &[Goal] = &[
     Goal { test: Test::Rr, least: 0.97 },
@@ -106,7 +111,7 @@ impl<'a> Case<'a> {
 /// Builds all networks, measures and prints.
 pub fn run(extent: &Extent) -> Result<()> {
     println!(
-        "## Pod to pod (`cargo xtask bench network`)\n\n{} rounds of {} ms a case, both ends on CPU {}, {} services in the \
+        "## Pod to pod (`cargo xtask bench network`)\n\n{} rounds of {} ms a case, both ends on CPU {}, {CONGESTION}, {} services in the \
          tables of rustnet and kube-proxy. A \
          round's ratio is the case's median transaction (throughput for streams) against the first case's of the same round; what counts \
          is the median over the rounds.",
@@ -117,12 +122,16 @@ pub fn run(extent: &Extent) -> Result<()> {
     );
     let direct = kernel::direct()?;
     let hosts = Hosts::new()?;
+    let bare = [Bare::new(Hook::Clsact)?, Bare::new(Hook::Tcx)?];
     let native = Ours::start(Routing::Native, extent.services).context("rustnet, native routing")?;
     let vxlan = Ours::start(Routing::Vxlan, extent.services).context("rustnet, VXLAN")?;
     let bridge = present("bridge plugin", Bridge::start(None));
     let proxied = present("bridge plugin with kube-proxy", Bridge::start(Some(extent.services)));
-    let groups = groups(&direct, &hosts, [&native, &vxlan], [bridge.as_ref(), proxied.as_ref()])?;
+    let groups = groups(&direct, &hosts, &bare, [&native, &vxlan], [bridge.as_ref(), proxied.as_ref()])?;
     for case in groups.iter().flat_map(|g| &g.cases) {
+        for netns in [case.client, case.server] {
+            netns.sysctl("ipv4/tcp_congestion_control", CONGESTION)?;
+        }
         case.wait()?;
     }
     let wanted = |group: &Group<'_>, test: Test| title(group, test).contains(&extent.only);
@@ -171,12 +180,15 @@ fn present<T>(name: &str, started: Result<T>) -> Option<T> {
 fn groups<'a>(
     direct: &'a [Place; 2],
     hosts: &'a Hosts,
+    bare: &'a [Bare; 2],
     [native, vxlan]: [&'a Ours; 2],
     [bridge, proxied]: [Option<&'a Bridge>; 2],
 ) -> Result<Vec<Group<'a>>> {
     let mut near = vec![
         Case::places("direct veth pair", &direct[0], &direct[1]),
         Case::places("kernel routing", &hosts.routed[0], &hosts.routed[1]),
+        Case::places("redirect_peer alone, clsact", &bare[0].pods[0], &bare[0].pods[1]),
+        Case::places("redirect_peer alone, TCX", &bare[1].pods[0], &bare[1].pods[1]),
     ];
     let mut far = vec![Case::places("kernel routing", &hosts.routed[0], &hosts.routed[2])];
     let tunnel = Case::places("kernel VXLAN", &hosts.tunnelled[0], &hosts.tunnelled[1]);
