@@ -128,6 +128,8 @@ struct Reconciler {
     net_took: Duration,
     /// What the last look at the host's network found.
     state: Option<State>,
+    /// The network has been looked after since all nodes are known: the routes to them are there.
+    routed: bool,
     /// Why the network is not as it should be.
     net_error: Option<String>,
     plan_error: Option<String>,
@@ -180,6 +182,7 @@ impl Reconciler {
             net: Retry::now(),
             net_took: Duration::ZERO,
             state: None,
+            routed: false,
             net_error: None,
             plan_error: None,
             load_error: None,
@@ -206,6 +209,10 @@ impl Reconciler {
             self.index.handle(event);
             if node {
                 self.net_changed();
+            }
+            // The first time there is nothing to wait out, and readiness waits for it.
+            if !self.routed && self.index.has_synced(Kind::Node) {
+                self.net.due = Instant::now();
             }
         }
         self.health.queued();
@@ -347,7 +354,9 @@ impl Reconciler {
             peers: self.index.nodes().filter(|node| node.name.as_str() != self.config.node_name).collect(),
             complete: self.index.has_synced(Kind::Node),
         };
+        let complete = wanted.complete;
         let mut state = self.repairer.run(&wanted)?;
+        self.routed |= complete;
         let mut errors = std::mem::take(&mut state.errors);
         let mut done = std::mem::take(&mut state.changed);
         if let Some(kernel) = &mut self.kernel {
@@ -438,6 +447,9 @@ impl Reconciler {
         }
         if !self.index.synced() {
             return Some("starting: the source has not delivered everything".to_owned());
+        }
+        if !self.routed {
+            return Some("starting: the routes to the other nodes are not made".to_owned());
         }
         (self.plan_due && self.plan.due <= Instant::now()).then(|| "starting: changes wait to be applied".to_owned())
     }

@@ -111,7 +111,7 @@ async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
     let file = nodefile::read(&sandbox.run_dir).unwrap().unwrap();
     assert_eq!((file.mtu, file.not_ready), (1450, None));
     assert!(sandbox.dir.join("net.d/05-rustnet.conflist").exists());
-    wait_until("the route is there", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
+    assert!(ip("route show 10.1.2.0/24").contains("rn_vxlan"), "whoever is ready has its routes");
     assert!(peers(&sandbox.bpffs).unwrap().contains_key(&"10.1.2.0/24".parse().unwrap()));
     let links = link_ids(sandbox);
 
@@ -212,6 +212,23 @@ async fn services_follow_their_events_in(sandbox: &Sandbox) {
     agent.send([Event::Delete(ObjectRef { kind: Kind::Service, name })]).await;
     wait_until("the service is gone", || services(&sandbox.bpffs).unwrap().is_empty()).await;
     agent.stop().await;
+}
+
+#[test]
+fn whoever_is_ready_has_its_routes() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            // The network has been looked after, but the nodes come only now.
+            wait_until("the device is there", || command("ip", "link show rn_vxlan").status.success()).await;
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            assert!(ip("route show 10.1.2.0/24").contains("rn_vxlan"));
+            agent.stop().await;
+        });
+    });
 }
 
 #[test]
