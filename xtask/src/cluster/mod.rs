@@ -69,7 +69,7 @@ enum Verb {
     /// Restart, upgrade and remove rustnet in it under load, and count what is lost
     Trial {
         /// Which, in this order
-        #[arg(value_enum, default_values_t = [trial::Trial::Restart, trial::Trial::Delete, trial::Trial::Upgrade, trial::Trial::RollingUpdate])]
+        #[arg(value_enum, default_values_t = trial::DEFAULT)]
         trials: Vec<trial::Trial>,
     },
     /// Run kubectl against it

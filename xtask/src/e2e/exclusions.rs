@@ -28,7 +28,7 @@ const MORE_NODES: &str = "wants more nodes in more zones";
 const DISRUPTIVE: &str = "breaks components by ssh";
 
 /// All of them; the first that matches gives the reason.
-static ALL: [Exclusion; 36] = [
+static ALL: [Exclusion; 37] = [
     // What this cluster, machine or kernel cannot do, whatever the network.
     here("[Feature:LoadBalancer]", "no controller gives out load-balancer addresses"),
     here("[Feature:SCTPConnectivity]", "SCTP sockets, which not every kernel has"),
@@ -63,6 +63,7 @@ static ALL: [Exclusion; 36] = [
     rustnet("a basic SCTP service", NODE_PORTS),
     rustnet("different protocol for internal traffic on Type LoadBalancer", NODE_PORTS),
     rustnet("PublishNotReadyAddresses is true", NODE_PORTS),
+    rustnet("serve on different Service CIDRs", NODE_PORTS),
     rustnet("Local Pod and Node, to Pod", "rustnet: a host does not reach itself through a service yet"),
     rustnet("session affinity", AFFINITY),
     rustnet("HostPort", "rustnet: host ports are not served yet"),

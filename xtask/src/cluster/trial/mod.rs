@@ -21,6 +21,8 @@ use load::{Kind, Load, Stream, Tally};
 /// A thing done to the cluster while requests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Trial {
+    /// Nothing: the yardstick
+    Nothing,
     /// `kubectl rollout restart` of the agents
     Restart,
     /// Every agent's pod deleted at once
@@ -35,6 +37,8 @@ pub enum Trial {
     Uninstall,
 }
 
+/// Those that leave the cluster as it was.
+pub const DEFAULT: [Trial; 5] = [Trial::Nothing, Trial::Restart, Trial::Delete, Trial::Upgrade, Trial::RollingUpdate];
 /// How much traffic there has to be before and after: less would prove little.
 const REQUESTS: u64 = 100;
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -44,7 +48,10 @@ const SYSTEM: &str = "--namespace=rustnet-system";
 /// The command; an error when a request was lost.
 #[expect(clippy::print_stdout, reason = "the table is the command's result")]
 pub fn run(cluster: &Cluster, trials: &[Trial]) -> Result<()> {
-    ensure!(cluster.settings.network == Network::Rustnet, "only for clusters with rustnet");
+    let any = [Trial::Nothing, Trial::RollingUpdate];
+    if let Some(trial) = trials.iter().find(|it| cluster.settings.network != Network::Rustnet && !any.contains(it)) {
+        bail!("{trial:?}: only for clusters with rustnet");
+    }
     let file = cluster.dir.join("trial.yaml");
     fs::write(&file, include_str!("app.yaml"))?;
     let path = file.display().to_string();
@@ -68,7 +75,10 @@ pub fn run(cluster: &Cluster, trials: &[Trial]) -> Result<()> {
             lost += tally.lost;
         }
     }
-    cluster.ask(&["delete", "namespace", "trial", "--wait=false"])?;
+    // Without a network no pod ends.
+    if !trials.contains(&Trial::Uninstall) {
+        cluster.ask(&["delete", "namespace", "trial", "--timeout=120s"])?;
+    }
     if lost > 0 {
         bail!("{lost} requests were lost");
     }
@@ -110,6 +120,10 @@ fn under_load(streams: &[Stream], action: impl FnOnce() -> Result<()>) -> Result
 fn act(cluster: &Cluster, trial: Trial) -> Result<()> {
     let settled = || cluster.ask(&[SYSTEM, "rollout", "status", AGENT, "--timeout=120s"]).map(drop);
     match trial {
+        Trial::Nothing => {
+            thread::sleep(Duration::from_secs(10));
+            Ok(())
+        }
         Trial::Restart => {
             cluster.ask(&[SYSTEM, "rollout", "restart", AGENT])?;
             settled()
