@@ -1,12 +1,14 @@
-//! The only drop sink: a counter for each reason and hook, and a record in the ring buffer.
+//! The only drop sink: a counter for each reason and hook, and a record in the ring buffer; new flows are told there, too,
+//! where that is asked for.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::Address;
-use rustnet_common::drop::counter_index;
+use rustnet_common::drop::{DropReason, counter_index};
 use rustnet_common::event::Event;
 
 use crate::ctx::{Ctx, Skb};
-use crate::family::Family;
+use crate::family::{Family, V4, V6};
 use crate::maps;
 use crate::parse::Packet;
 
@@ -22,10 +24,28 @@ pub fn count<C: Ctx>(ctx: &C, reason: u8, hook: u8) {
     }
 }
 
-/// Counts and reports a packet that goes no further.
+/// Declares a family's sink as a function with global linkage, for the reason that the parser is one.
+macro_rules! global {
+    ($name:ident, $family:ty) => {
+        /// See [`report`].
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(skb: *mut __sk_buff, l3: u32, reason: u32, hook: u32) -> i32 {
+            report::<$family>(&Skb(skb), (l3 & 0x1f) as usize, reason as u8, hook as u8);
+            0
+        }
+    };
+}
+
+global!(rn_event4, V4);
+global!(rn_event6, V6);
+
+/// Reports a packet that goes no further, and counts it; or, without a reason, the first packet of a flow.
 #[inline(always)]
-pub fn drop<F: Family>(skb: &Skb, l3: usize, reason: u8, hook: u8) {
-    count(skb, reason, hook);
+fn report<F: Family>(skb: &Skb, l3: usize, reason: u8, hook: u8) {
+    if reason != DropReason::Forwarded as u8 {
+        count(skb, reason, hook);
+    }
     let Some(mut slot) = maps::rn_events.reserve_bytes(size_of::<Event>(), 0) else { return };
     let mut p = Packet::new(l3);
     // What could be read before the parser gave up is worth telling.

@@ -2,13 +2,16 @@
 
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config::NodeConfig;
+use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::Tuple;
 
 use crate::ctx::Skb;
+use crate::event::{rn_event4, rn_event6};
 use crate::maps::{self, Connections, Fragments, Peers, Scratch, Services};
 use crate::parse::{Header, Packet, rn_parse4, rn_parse6};
 use crate::rewrite::{Head, QuotedWriter, Writer, rn_rewrite4, rn_rewrite6};
 use crate::step::Packed;
+use crate::step::route::{rn_route4, rn_route6};
 
 /// Linux's AF_INET and AF_INET6.
 pub const AF_INET: u8 = 2;
@@ -30,6 +33,10 @@ pub trait Family: 'static {
     fn parse(skb: &Skb, p: &mut Packet<Self::A>) -> Packed;
     /// See [`crate::rewrite::translate`].
     fn rewrite(skb: &Skb, p: &Packet<Self::A>, to: &Tuple<Self::A>, ttl: u8) -> Packed;
+    /// See [`crate::event`].
+    fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8);
+    /// See [`crate::step::route::redirect`].
+    fn redirect(skb: &Skb, to: &Tuple<Self::A>, len: u32, output: bool) -> Packed;
     /// Connections of this family.
     fn connections() -> &'static Connections<Self::A>;
     /// Services of this family.
@@ -61,6 +68,14 @@ impl Family for V4 {
     #[inline(always)]
     fn rewrite(skb: &Skb, p: &Packet<Ip4>, to: &Tuple<Ip4>, ttl: u8) -> Packed {
         Packed::from_bits(rn_rewrite4(skb.raw(), p, to, u32::from(ttl)))
+    }
+    #[inline(always)]
+    fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8) {
+        rn_event4(skb.raw(), l3 as u32, u32::from(reason as u8), u32::from(hook));
+    }
+    #[inline(always)]
+    fn redirect(skb: &Skb, to: &Tuple<Ip4>, len: u32, output: bool) -> Packed {
+        Packed::from_bits(rn_route4(skb.raw(), to, len, u32::from(output)))
     }
     #[inline(always)]
     fn connections() -> &'static Connections<Ip4> {
@@ -100,6 +115,14 @@ impl Family for V6 {
     #[inline(always)]
     fn rewrite(skb: &Skb, p: &Packet<Ip6>, to: &Tuple<Ip6>, ttl: u8) -> Packed {
         Packed::from_bits(rn_rewrite6(skb.raw(), p, to, u32::from(ttl)))
+    }
+    #[inline(always)]
+    fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8) {
+        rn_event6(skb.raw(), l3 as u32, u32::from(reason as u8), u32::from(hook));
+    }
+    #[inline(always)]
+    fn redirect(skb: &Skb, to: &Tuple<Ip6>, len: u32, output: bool) -> Packed {
+        Packed::from_bits(rn_route6(skb.raw(), to, len, u32::from(output)))
     }
     #[inline(always)]
     fn connections() -> &'static Connections<Ip6> {

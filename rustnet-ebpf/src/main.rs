@@ -49,7 +49,7 @@ fn verdict<H: Hook, F: Sink>(skb: &Skb, l3: usize, result: Result<i32, Stop>) ->
         }
         Err(stop) => match stop.reason {
             DropReason::NoBackend | DropReason::UnknownPort | DropReason::TtlExceeded | DropReason::TooBig => {
-                F::drop(skb, l3, stop.reason, H::CODE);
+                F::report(skb, l3, stop.reason, H::CODE);
                 F::answer(skb, l3, stop, H::BACK)
             }
             DropReason::Forwarded
@@ -70,40 +70,28 @@ fn verdict<H: Hook, F: Sink>(skb: &Skb, l3: usize, result: Result<i32, Stop>) ->
             | DropReason::Policy
             | DropReason::Untracked
             | DropReason::LinkScope => {
-                F::drop(skb, l3, stop.reason, H::CODE);
+                F::report(skb, l3, stop.reason, H::CODE);
                 TC_ACT_SHOT
             }
         },
     }
 }
 
-/// What follows a drop. Functions with global linkage: the verifier proves each once, not once for every way that leads
+/// What follows a refusal. A function with global linkage: the verifier proves it once, not once for every way that leads
 /// to it, which made the programs a hundred times dearer to load.
 trait Sink: Family {
-    /// Counts and reports, see [`event::drop`].
-    fn drop(skb: &Skb, l3: usize, reason: DropReason, hook: u8);
     /// Answers, see [`step::reject::answer`].
     fn answer(skb: &Skb, l3: usize, stop: Stop, back: Back) -> i32;
 }
 
-/// Declares the global functions of a family.
+/// Declares the global function of a family.
 macro_rules! sink {
-    ($family:ident, $drop:ident, $answer:ident) => {
+    ($family:ident, $answer:ident) => {
         impl Sink for $family {
-            #[inline(always)]
-            fn drop(skb: &Skb, l3: usize, reason: DropReason, hook: u8) {
-                $drop(skb.raw(), l3 as u32, u32::from(reason as u8), u32::from(hook));
-            }
             #[inline(always)]
             fn answer(skb: &Skb, l3: usize, stop: Stop, back: Back) -> i32 {
                 $answer(skb.raw(), l3 as u32, u32::from(stop.reason as u8), stop.mtu, back as u32)
             }
-        }
-        #[unsafe(no_mangle)]
-        #[inline(never)]
-        extern "C" fn $drop(skb: *mut __sk_buff, l3: u32, reason: u32, hook: u32) -> i32 {
-            event::drop::<$family>(&Skb(skb), (l3 & 0x1f) as usize, reason as u8, hook as u8);
-            0
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -115,8 +103,8 @@ macro_rules! sink {
     };
 }
 
-sink!(V4, rn_drop4, rn_answer4);
-sink!(V6, rn_drop6, rn_answer6);
+sink!(V4, rn_answer4);
+sink!(V6, rn_answer6);
 
 /// A place in the kernel where packets pass.
 trait Hook {

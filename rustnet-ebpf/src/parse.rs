@@ -101,16 +101,15 @@ pub struct Packet<A> {
     l4: u16,
     /// Length of the IP packet by its own header.
     pub ip_len: u32,
+    /// What has to fit through a link: that length, or the length of one of the packets that a GSO frame stands for. 0 if
+    /// nobody can tell, or nobody cares because routers may cut it (IPv4 without "don't fragment").
+    pub unit: u32,
     /// TTL or hop limit.
     pub ttl: u8,
     /// TCP flags, 0 for others.
     pub tcp_flags: u8,
-    /// Length of the transport header by its own account: 8 for UDP, 0 where nothing is known.
-    pub l4_len: u8,
     /// See [`Kind`].
     pub kind: Kind,
-    /// Routers may cut it (IPv4 without "don't fragment"), so that it is never too big.
-    pub may_be_cut: bool,
     /// More fragments follow.
     more: bool,
     /// Fragment offset in units of 8 bytes.
@@ -129,11 +128,10 @@ impl<A: Address> Packet<A> {
             l3: l3 as u16,
             l4: 0,
             ip_len: 0,
+            unit: 0,
             ttl: 0,
             tcp_flags: 0,
-            l4_len: 0,
             kind: Kind::Flow,
-            may_be_cut: false,
             more: false,
             offset: 0,
             id: 0,
@@ -171,6 +169,8 @@ pub mod tcp {
     pub const ACK: u8 = 16;
 }
 
+/// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
+const GSO_BY_FRAGS: u32 = 0xffff;
 /// Largest offset of a transport header that is followed.
 const L4_MAX: usize = 0x1ff;
 /// IPv6 extension headers that are followed.
@@ -212,7 +212,7 @@ impl Header<Ip4> for Header4 {
         p.id = u32::from(h.id);
         p.offset = frag & 0x1fff;
         p.more = frag & 0x2000 != 0;
-        p.may_be_cut = frag & 0x4000 == 0;
+        p.unit = if frag & 0x4000 == 0 { 0 } else { total };
         Ok(l3 + header)
     }
 
@@ -241,6 +241,7 @@ impl Header<Ip6> for Header6 {
         if h.ver_flow.to_ne_bytes()[0] >> 4 != 6 || p.ip_len > ctx.len().wrapping_sub(l3 as u32) {
             return Err(DropReason::Malformed);
         }
+        p.unit = p.ip_len;
         p.tuple.src = h.src.by_word();
         p.tuple.dst = h.dst.by_word();
         p.ttl = h.hop_limit;
@@ -248,25 +249,25 @@ impl Header<Ip6> for Header6 {
         let mut l4 = l3 + size_of::<Self>();
         let mut offset = 0;
         for _ in 0..EXTENSIONS {
-            let (next, len) = match proto {
-                0 | 43 | 60 | 51 => {
-                    let e = at_pulled::<u16, C>(ctx, l4).ok_or(DropReason::Malformed)?;
-                    // SAFETY: `at_pulled` proved two bytes.
-                    let [next, words] = unsafe { e.read() }.to_ne_bytes();
-                    // The authentication header counts in words of four (RFC 4302), the others in words of eight.
-                    (next, if proto == 51 { (words as usize + 2) * 4 } else { (words as usize + 1) * 8 })
-                }
+            if !matches!(proto, 0 | 43 | 44 | 51 | 60) {
+                break;
+            }
+            // None of these headers is shorter than eight bytes.
+            let e = at_pulled::<[u32; 2], C>(ctx, l4).ok_or(DropReason::Malformed)?;
+            // SAFETY: `at_pulled` proved eight bytes.
+            let [first, id] = unsafe { e.read() };
+            let first = u32::from_be(first);
+            let (next, words) = ((first >> 24) as u8, (first >> 16) as usize & 0xff);
+            let len = match proto {
                 44 => {
-                    let f = at_pulled::<[u32; 2], C>(ctx, l4).ok_or(DropReason::Malformed)?;
-                    // SAFETY: `at_pulled` proved eight bytes.
-                    let [first, id] = unsafe { f.read() };
-                    let first = u32::from_be(first);
                     p.id = id;
                     offset = (first as u16) >> 3;
                     p.more = first & 1 != 0;
-                    ((first >> 24) as u8, 8)
+                    8
                 }
-                _ => break,
+                // The authentication header counts in words of four (RFC 4302), the others in words of eight.
+                51 => (words + 2) * 4,
+                _ => (words + 1) * 8,
             };
             proto = next;
             l4 += len;
@@ -359,6 +360,7 @@ fn read<F: Family, C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<F::A>) -> Result<(
     if p.offset != 0 {
         return later_fragment::<F>(p);
     }
+    let mut l4_len = 0;
     match p.tuple.proto {
         proto::TCP | proto::UDP | proto::SCTP => {
             let needed = match p.tuple.proto {
@@ -380,14 +382,21 @@ fn read<F: Family, C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<F::A>) -> Result<(
                 // SAFETY: `at_pulled` proved the two bytes.
                 let [offset, flags] = unsafe { flags.read() }.to_ne_bytes();
                 p.tcp_flags = flags;
-                p.l4_len = offset >> 4 << 2;
+                l4_len = offset >> 4 << 2;
             } else {
-                p.l4_len = needed as u8;
+                l4_len = needed as u8;
             }
         }
         proto::ICMP if !F::A::IS_V6 => icmp(ctx, l4, p, inside, 8, 0, |t| matches!(t, 3 | 4 | 5 | 11 | 12))?,
         proto::ICMPV6 if F::A::IS_V6 => icmp(ctx, l4, p, inside, 128, 129, |t| matches!(t, 1..=4))?,
         _ => {}
+    }
+    if p.unit != 0 {
+        match ctx.gso_size() {
+            0 => {}
+            GSO_BY_FRAGS => p.unit = 0,
+            payload => p.unit = payload + (l4 - l3) as u32 + u32::from(l4_len),
+        }
     }
     if p.more {
         let key = fragment_key(p);

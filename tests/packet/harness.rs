@@ -9,6 +9,7 @@ use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::CtEntry;
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::endpoint::Endpoint;
+use rustnet_common::event::Event;
 use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::names::{MARK_DONE, map};
 use rustnet_common::peer::{Peer, PeerKey, flags};
@@ -452,6 +453,7 @@ impl Lab {
     /// Runs a hook on raw bytes.
     pub fn raw(&self, code: u8, input: &Input<'_>) -> Result<Shot> {
         let mut before = self.datapath.counts()?;
+        self.datapath.events();
         let name = hook::NAMES[code as usize];
         let mut sum_is_right = true;
         let first = self.datapath.run(name, &Input { complete: self.sums_up && input.cut == 0, ..*input })?;
@@ -460,6 +462,7 @@ impl Lab {
         } else {
             sum_is_right = false;
             before = self.datapath.counts()?;
+            self.datapath.events();
             self.datapath.run(name, input)?.context("no sum was asked for")?
         };
         let mut counted = self.datapath.counts()?;
@@ -476,6 +479,7 @@ impl Lab {
             mark: output.mark,
             frame: output.frame,
             counted,
+            events: self.datapath.events(),
         })
     }
 
@@ -526,6 +530,7 @@ pub struct Shot {
     pub frame: Vec<u8>,
     /// By reason and hook.
     pub counted: BTreeMap<(u8, u8), u64>,
+    pub events: Vec<Event>,
 }
 
 impl Shot {
@@ -572,6 +577,10 @@ impl Shot {
         let name = reason.map_or("nothing", DropReason::name);
         ensure!(self.verdict == verdict, "verdict {}, not {verdict}; counted {counted:?}, not {name}", self.verdict);
         ensure!(self.counted == expected, "counted {counted:?}, not {name} once");
+        let told: Vec<(u8, u8, u32)> = self.events.iter().map(|e| (e.reason, e.hook, e.len)).collect();
+        let drop = reason.filter(|r| *r != DropReason::Forwarded);
+        let expected: Vec<_> = drop.map(|r| (r as u8, self.hook, self.sent.len() as u32)).into_iter().collect();
+        ensure!(told == expected, "reported (reason, hook, length) {told:?}, not {expected:?}");
         ensure!(self.mark == mark, "mark {:#x}, not {mark:#x}", self.mark);
         if self.frame != want {
             bail!("the frame is\n{}which should be\n{}", show(&self.frame, want), show(want, &self.frame));

@@ -1,10 +1,13 @@
 //! The connection table over a flow's life: states, both halves kept alive, evicted halves mended, port pairs reused.
 
-use crate::flows::{PORT, Proto, SERVED, from_a, from_b, later};
+use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, POD_A, POD_B, UPLINK, labs};
-use anyhow::{Context, Result, ensure};
+use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, OVERLAY, POD_A, POD_B, UPLINK, labs};
+use anyhow::{Context, Result, bail, ensure};
+use rustnet_common::config;
 use rustnet_common::conntrack::{ELSEWHERE, flags, state};
+use rustnet_common::drop::hook;
+use testkit::datapath::Input;
 
 /// A service flow from pod A to pod B: what is sent, and what the answer to it is.
 fn begin(lab: &Lab, net: Net, proto: Proto) -> Result<(Frame, Frame)> {
@@ -242,5 +245,41 @@ fn a_flow_finds_its_pod_again() -> Result<()> {
             lab.forget()?;
         }
         Ok(())
+    })
+}
+
+/// A new flow is told once, as its first packet was sent, where that is asked for.
+#[test]
+fn new_flows_are_told() -> Result<()> {
+    labs(|lab, net| {
+        lab.configure(|c| c.flags |= config::flags::FLOW_EVENTS)?;
+        each(|proto| {
+            lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
+            let ask = from_a(net, proto, (net.vip(1), 80));
+            let incoming = from_outside(proto, (net.far(), PORT), (net.b(), 81));
+            let routed = from_outside(proto, (net.routed(), PORT), (net.b(), 82));
+            let probe = from_host(net, proto, (net.b(), 83));
+            let host = from_host(net, proto, (net.vip(1), 80));
+            for (hook, ifindex, f) in [
+                (hook::FROM_POD, POD_A, &ask),
+                (hook::OVERLAY_IN, OVERLAY, &incoming),
+                (hook::UPLINK_IN, UPLINK, &routed),
+                (hook::TO_POD, POD_B, &probe),
+                (hook::UPLINK_OUT, UPLINK, &host),
+            ] {
+                let bytes = f.bytes();
+                let tunnel = (hook == hook::OVERLAY_IN).then_some(net.node2());
+                let input = Input { frame: &bytes, ifindex, tunnel, ..Input::default() };
+                let shot = lab.raw(hook, &input)?;
+                let [e] = shot.events[..] else { bail!("{:?} at {hook}", shot.events) };
+                let told =
+                    Flow { src: e.src.into(), sport: e.sport, dst: e.dst.into(), dport: e.dport, proto: e.proto };
+                ensure!(told == Flow::of(f), "{told:?} at {hook}");
+                ensure!((e.reason, e.hook, e.ifindex, e.len) == (0, hook, ifindex, bytes.len() as u32), "{e:?}");
+                ensure!(lab.half(told).is_ok(), "told before it is tracked");
+                ensure!(lab.raw(hook, &input)?.events.is_empty(), "told again at {hook}");
+            }
+            Ok(())
+        })
     })
 }

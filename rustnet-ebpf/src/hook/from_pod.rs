@@ -5,7 +5,7 @@
 use rustnet_common::addr::Address;
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::flags;
-use rustnet_common::drop::DropReason;
+use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer;
 use rustnet_common::tuple::{Tuple, proto};
 
@@ -28,27 +28,27 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     }
     let guard = source::pod_guard(skb)?;
     let verify = || source::verify_pod::<F>(p.tuple.src, guard);
-    if p.kind == Kind::Link {
-        verify()?;
-        // The stack has asked with an address of its own; whatever else it would forward.
-        return if matches!(route::of::<F>(p.tuple.dst), Route::Stack) {
-            Ok(STACK)
-        } else {
-            Err(DropReason::LinkScope.into())
-        };
-    }
     let mut way = Way::unchanged(p.tuple);
-    if p.kind == Kind::IcmpError {
+    let flow = matches!(p.kind, Kind::Flow | Kind::LaterFragment);
+    let mut known = flow && conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, verify)?;
+    if !known {
         verify()?;
-        let known = icmp::translate::<F, _>(skb, p, &mut way.to)?;
-        if !known && matches!(way.route::<F>(), Route::World) {
-            return Err(DropReason::Untracked.into());
+        if flow {
+            open::<F>(skb, p, config, &mut way).done()?;
+        } else if p.kind == Kind::IcmpError {
+            known = icmp::translate::<F, _>(skb, p, &mut way.to)?;
         }
-    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, verify)? {
-        verify()?;
-        open::<F>(skb, p, config, &mut way).done()?;
     }
-    forward::<F>(skb, p, &way.to, config, From::Ingress, way.route::<F>())
+    let route = way.route::<F>();
+    match (p.kind, &route) {
+        // The stack may have asked with an address of its own, but it would forward the rest.
+        (Kind::Link, Route::Pod(_) | Route::Tunnel(_) | Route::Direct | Route::World) => {
+            Err(DropReason::LinkScope.into())
+        }
+        // Nobody out there could tell what an error about an untranslated packet is about.
+        (Kind::IcmpError, Route::World) if !known => Err(DropReason::Untracked.into()),
+        _ => forward::<F>(skb, p, &way.to, config, From::Ingress, route),
+    }
 }
 
 /// The first packet of a flow.
@@ -82,7 +82,7 @@ fn try_open<F: Family>(
         }
         _ => {}
     }
-    conntrack::open::<F>(o, config)?;
+    conntrack::open::<F>(skb, p.l3(), hook::FROM_POD, o, config)?;
     *way = Way { to: o.half.to, out: o.half.out };
     Ok(())
 }

@@ -5,7 +5,7 @@
 
 use rustnet_common::addr::{Addr, Address};
 use rustnet_common::conntrack::ELSEWHERE;
-use rustnet_common::drop::DropReason;
+use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer::flags;
 
 use crate::ctx::{Ctx, Skb, config};
@@ -35,7 +35,7 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize, remote: &Addr) -> Result<i32, Sto
         // What is for the host's own stack needs no connection of ours.
         if source::endpoint(p.tuple.dst).is_some() {
             let o = conntrack::begin::<F, _>(skb, p, guard)?;
-            conntrack::open::<F>(o, config)?;
+            conntrack::open::<F>(skb, l3, hook::OVERLAY_IN, o, config)?;
             way.to = o.half.to;
         }
     }

@@ -3,6 +3,7 @@
 
 use rustnet_common::addr::Address;
 use rustnet_common::conntrack::flags;
+use rustnet_common::drop::hook;
 use rustnet_common::peer;
 
 use crate::ctx::{Ctx, Skb, config};
@@ -38,7 +39,7 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
         if route::peer::<F>(p.tuple.src).is_some_and(|p| p.flags & peer::flags::HOST != 0) {
             o.half.flags |= flags::FROM_HOST;
         }
-        conntrack::open::<F>(o, config)?;
+        conntrack::open::<F>(skb, l3, hook::TO_POD, o, config)?;
         // A collision may have cost the flow its source port.
         way.to = o.half.to;
     }

@@ -4,7 +4,7 @@
 //! the host asks of a service; pods' traffic arrives here finished and marked.
 
 use rustnet_common::conntrack::flags;
-use rustnet_common::drop::DropReason;
+use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::tuple::proto;
 
 use crate::ctx::{Ctx, Skb, config};
@@ -54,7 +54,7 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
         }
         verify()?;
         let o = conntrack::begin::<F, _>(skb, p, guard)?;
-        conntrack::open::<F>(o, config)?;
+        conntrack::open::<F>(skb, l3, hook::UPLINK_IN, o, config)?;
         way.to = o.half.to;
     }
     forward::<F>(skb, p, &way.to, config, From::Ingress, way.route::<F>())
@@ -79,7 +79,7 @@ pub fn run_out<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
             return Ok(STACK);
         }
         o.half.flags |= flags::FROM_HOST;
-        conntrack::open::<F>(o, config)?;
+        conntrack::open::<F>(skb, l3, hook::UPLINK_OUT, o, config)?;
         way.to = o.half.to;
     }
     forward::<F>(skb, p, &way.to, config, From::Egress, way.route::<F>())

@@ -35,7 +35,7 @@ pub trait Writer<A>: Sized {
 impl Writer<Ip4> for Header4 {
     #[inline(always)]
     fn store<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<Ip4>, to: &Tuple<Ip4>, old_ttl: u8, ttl: u8) -> Option<()> {
-        let h = at_pulled::<Self, C>(ctx, l3)?;
+        let h = at::<Self, C>(ctx, l3)?;
         let diff = Sum::default()
             .sub(from.src.word())
             .add(to.src.word())
@@ -43,7 +43,7 @@ impl Writer<Ip4> for Header4 {
             .add(to.dst.word())
             .sub16(u16::from(old_ttl) << 8)
             .add16(u16::from(ttl) << 8);
-        // SAFETY: `at_pulled` proved a whole header.
+        // SAFETY: `at` proved a whole header.
         unsafe {
             (*h).csum = csum::update((*h).csum, diff);
             (*h).ttl = ttl;
@@ -57,8 +57,8 @@ impl Writer<Ip4> for Header4 {
 impl Writer<Ip6> for Header6 {
     #[inline(always)]
     fn store<C: Ctx>(ctx: &C, l3: usize, _from: &Tuple<Ip6>, to: &Tuple<Ip6>, old_ttl: u8, ttl: u8) -> Option<()> {
-        let h = at_pulled::<Self, C>(ctx, l3)?;
-        // SAFETY: `at_pulled` proved a whole header.
+        let h = at::<Self, C>(ctx, l3)?;
+        // SAFETY: `at` proved a whole header.
         unsafe {
             (*h).hop_limit = ttl;
             (*h).src = to.src;

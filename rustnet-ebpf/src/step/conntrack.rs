@@ -5,7 +5,7 @@
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use rustnet_common::addr::Address;
-use rustnet_common::config::NodeConfig;
+use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::{CtEntry, flags, lifetime, state};
 use rustnet_common::drop::DropReason;
 use rustnet_common::hash::pick;
@@ -13,7 +13,7 @@ use rustnet_common::tuple::{Tuple, proto};
 
 use super::route::{self, Way};
 use super::{Packed, Stop, lb};
-use crate::ctx::{Ctx, jiffies, random};
+use crate::ctx::{Ctx, Skb, jiffies, random};
 use crate::family::Family;
 use crate::parse::{Kind, Packet, tcp};
 
@@ -174,10 +174,21 @@ fn has_ports<A: Address>(t: &Tuple<A>) -> bool {
     }
 }
 
-/// Opens a connection: the answering half first, for it must be unique, then the asking half.
+/// Opens the connection of the packet at `l3`: the answering half first, for it must be unique, then the asking half. Tells
+/// of it where that is asked for.
 #[inline(always)]
-pub fn open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(), DropReason> {
-    packed_open::<F>(o, config).done()
+pub fn open<F: Family>(
+    skb: &Skb,
+    l3: usize,
+    hook: u8,
+    o: &mut Opening<F::A>,
+    config: &NodeConfig,
+) -> Result<(), DropReason> {
+    packed_open::<F>(o, config).done()?;
+    if config.flags & config::flags::FLOW_EVENTS != 0 {
+        F::report(skb, l3, DropReason::Forwarded, hook);
+    }
+    Ok(())
 }
 
 #[inline(never)]

@@ -31,23 +31,6 @@ pub enum From {
     Egress,
 }
 
-/// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
-const GSO_BY_FRAGS: u32 = 0xffff;
-
-/// Length of the IP packet, or of one of those that a GSO frame stands for; 0 if nobody can tell, or nobody cares because
-/// it may be cut.
-#[inline(always)]
-fn segment_len<A: Address>(skb: &Skb, p: &Packet<A>) -> u32 {
-    if p.may_be_cut {
-        return 0;
-    }
-    match skb.gso_size() {
-        0 => p.ip_len,
-        GSO_BY_FRAGS => 0,
-        payload => payload + p.l4().wrapping_sub(p.l3()) as u32 + u32::from(p.l4_len),
-    }
-}
-
 /// Sends the packet on its way.
 #[inline(always)]
 pub fn forward<F: Family>(
@@ -83,7 +66,7 @@ pub fn forward<F: Family>(
         }
         Route::Tunnel(peer) => {
             let ttl = ttl()?;
-            if segment_len(skb, p) > config.overlay_mtu {
+            if p.unit > config.overlay_mtu {
                 return Err(Stop { reason: DropReason::TooBig, mtu: config.overlay_mtu });
             }
             change(ttl)?;
@@ -95,7 +78,7 @@ pub fn forward<F: Family>(
         }
         Route::Direct | Route::World => {
             let ttl = ttl()?;
-            let routed = route::redirect::<F>(skb, to, segment_len(skb, p), from == From::Egress).result()?;
+            let routed = route::redirect::<F>(skb, to, p.unit, from == From::Egress)?;
             if routed == NO_WAY {
                 // The stack finds no way either, and will tell the sender so.
                 return if from == From::Egress { Err(DropReason::NoRoute.into()) } else { Ok(STACK) };

@@ -1,9 +1,10 @@
 //! Where a destination lies. Contract: from an address to one [`Route`]; and for what the kernel's tables must answer, the
 //! redirect that follows from them.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated as helper;
-use rustnet_common::addr::Address;
+use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::conntrack::ELSEWHERE;
 use rustnet_common::drop::DropReason;
 use rustnet_common::peer::{Peer, flags};
@@ -11,7 +12,7 @@ use rustnet_common::tuple::Tuple;
 
 use super::{Packed, Stop, source};
 use crate::ctx::{Ctx, Skb};
-use crate::family::Family;
+use crate::family::{Family, V4, V6};
 
 /// Where a destination lies.
 pub enum Route {
@@ -122,10 +123,30 @@ const RET_FRAG_NEEDED: i64 = 8;
 
 /// Asks the kernel's tables for the way to `to.dst` and redirects there. `len` is checked against the path's MTU;
 /// `output` looks as a local sender would. [`NO_WAY`] when the kernel has none: its own stack shall say so.
-#[inline(never)]
-pub fn redirect<F: Family>(skb: &Skb, to: &Tuple<F::A>, len: u32, output: bool) -> Packed {
-    Packed::new(try_redirect::<F>(skb, to, len, output))
+#[inline(always)]
+pub fn redirect<F: Family>(skb: &Skb, to: &Tuple<F::A>, len: u32, output: bool) -> Result<i32, Stop> {
+    F::redirect(skb, to, len, output).result()
 }
+
+/// Declares a family's look-up as a function with global linkage, for the reason that the parser is one.
+macro_rules! global {
+    ($name:ident, $family:ty, $addr:ty) => {
+        /// See [`redirect`].
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(skb: *mut __sk_buff, to: *const Tuple<$addr>, len: u32, output: u32) -> u64 {
+            if to.is_null() {
+                return Packed::new(Err(DropReason::NoRoute.into())).bits();
+            }
+            // SAFETY: the callers in `family` pass a reference; the verifier checks its size.
+            let to = unsafe { &*to };
+            Packed::new(try_redirect::<$family>(&Skb(skb), to, len, output != 0)).bits()
+        }
+    };
+}
+
+global!(rn_route4, V4, Ip4);
+global!(rn_route6, V6, Ip6);
 
 /// The kernel's tables know no way.
 pub const NO_WAY: i32 = -1;

@@ -8,7 +8,7 @@ pub use timer::{EMPTY, Timer, Vary};
 
 use crate::dist;
 use anyhow::{Context, Result, bail};
-use aya::maps::Map;
+use aya::maps::{Map, MapData, RingBuf};
 use aya::programs::Program;
 use aya::{EbpfLoader, VerifierLogLevel};
 use bytemuck::Pod;
@@ -16,6 +16,7 @@ use rustnet_agent::bpf::probe;
 use rustnet_agent::bpf::store::Map as Table;
 use rustnet_agent::bpf::store::counters::Counters;
 use rustnet_agent::bpf::sys::{self, Layout, TestRun, instruction};
+use rustnet_common::event::Event;
 use rustnet_common::names;
 use skb::{CHECKSUM_COMPLETE, SkBuff, word};
 use std::collections::BTreeMap;
@@ -35,6 +36,7 @@ pub struct Datapath {
     programs: BTreeMap<String, OwnedFd>,
     maps: BTreeMap<String, OwnedFd>,
     facts: Vec<Fact>,
+    events: Mutex<RingBuf<MapData>>,
     jumps: OwnedFd,
     preludes: Mutex<BTreeMap<(String, Option<IpAddr>), OwnedFd>>,
 }
@@ -130,6 +132,7 @@ impl Datapath {
             };
             maps.insert(name.to_owned(), data.fd().as_fd().try_clone_to_owned()?);
         }
+        let events = ebpf.take_map(names::map::EVENTS).context("the object has no ring buffer")?;
         programs.insert(EMPTY.to_owned(), empty()?);
         let max_entries = programs.len() as u32;
         let layout = Layout { kind: PROG_ARRAY, key_size: 4, value_size: 4, max_entries, flags: 0 };
@@ -137,12 +140,25 @@ impl Datapath {
         for (i, program) in (0_u32..).zip(programs.values()) {
             sys::map_update(jumps.as_fd(), &i.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes())?;
         }
-        Ok(Self { programs, maps, facts, jumps, preludes: Mutex::default() })
+        Ok(Self {
+            programs,
+            maps,
+            facts,
+            events: Mutex::new(RingBuf::try_from(events)?),
+            jumps,
+            preludes: Mutex::default(),
+        })
     }
 
     /// What loading told of each program.
     pub fn facts(&self) -> &[Fact] {
         &self.facts
+    }
+
+    /// What the programs have reported since the last call.
+    pub fn events(&self) -> Vec<Event> {
+        let mut ring = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        std::iter::from_fn(|| ring.next().map(|item| bytemuck::pod_read_unaligned(&item))).collect()
     }
 
     /// A map as a table of plain values.
