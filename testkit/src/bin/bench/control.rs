@@ -146,8 +146,9 @@ fn write(node: &Node, extent: &Extent) -> Result<Times> {
             no_masquerade: Vec::new(),
             own_addresses: Vec::new(),
         });
-        events.into_iter().for_each(|event| index.handle(event));
-        Kind::REQUIRED.into_iter().for_each(|kind| index.handle(Event::Synced(kind)));
+        for event in events.into_iter().chain(Kind::REQUIRED.map(Event::Synced)) {
+            index.handle(event);
+        }
         let indexed = start.elapsed();
         let plan = planner.sync(&mut index, &mut maps, Duration::ZERO)?;
         let all = start.elapsed();
@@ -157,12 +158,13 @@ fn write(node: &Node, extent: &Extent) -> Result<Times> {
         let services = snapshot.services.values().filter(|entry| entry.count == ENDPOINTS).count();
         ensure!(services == extent.services as usize, "{services} services in the maps, not {}", extent.services);
         let raw = in_bulk(&bulk, &snapshot, extent.services)?;
-        times.index.push(indexed.as_secs_f64());
-        times.plan.push((all - indexed - written).as_secs_f64());
-        times.write.push(written.as_secs_f64());
-        times.all.push(all.as_secs_f64());
-        times.bulk.push(raw.as_secs_f64());
-        times.factor.push(all.as_secs_f64() / raw.as_secs_f64());
+        let [indexed, written, all, raw] = [indexed, written, all, raw].map(|t| t.as_secs_f64());
+        times.index.push(indexed);
+        times.plan.push(all - indexed - written);
+        times.write.push(written);
+        times.all.push(all);
+        times.bulk.push(raw);
+        times.factor.push(all / raw);
         if round == 0 {
             times.change = changes(&mut converter, &mut index, &mut planner, &mut maps, extent)?;
         }

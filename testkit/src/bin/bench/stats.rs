@@ -11,30 +11,30 @@ impl Sorted {
         Self(values)
     }
 
-    /// The value that a share of all does not exceed; not a number if there are none.
-    pub fn quantile(&self, share: f64) -> f64 {
+    /// The value that so many of a hundred do not exceed; not a number if there are none.
+    pub fn percentile(&self, of_hundred: usize) -> f64 {
         let last = self.0.len().saturating_sub(1);
-        self.0.get(((last as f64) * share).round() as usize).copied().unwrap_or(f64::NAN)
+        self.0.get((last * of_hundred + 50) / 100).copied().unwrap_or(f64::NAN)
     }
 
     /// The least.
     pub fn least(&self) -> f64 {
-        self.quantile(0.0)
+        self.percentile(0)
     }
 
     /// The median.
     pub fn median(&self) -> f64 {
-        self.quantile(0.5)
+        self.percentile(50)
     }
 
     /// The 99th percentile.
     pub fn p99(&self) -> f64 {
-        self.quantile(0.99)
+        self.percentile(99)
     }
 
     /// The greatest.
     pub fn greatest(&self) -> f64 {
-        self.quantile(1.0)
+        self.percentile(100)
     }
 
     /// Least, median and 99th percentile.

@@ -6,6 +6,7 @@ use super::ours::{FAR, NEAR, filler, service};
 use crate::plugins;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+use std::fmt::Write as _;
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -78,7 +79,7 @@ fn wire(fabric: &Fabric) -> Result<()> {
         let mut routes = String::new();
         for cidr in fabric.node(other.into()).pod_cidrs() {
             let via: IpAddr = if cidr.addr().is_ipv4() { v4.into() } else { v6.into() };
-            routes += &format!("route add {cidr} via {via}\n");
+            let _ = writeln!(routes, "route add {cidr} via {via}");
         }
         let netns = fabric.node(node).netns();
         netns.sysctl("ipv4/ip_forward", "1")?;
@@ -113,7 +114,7 @@ fn add_pod(node: &Node, name: &str, plugin: &Path) -> Result<BridgePod> {
     };
     let result = node.cni_exec(plugin, "ADD", &attachment, configuration(node).to_string().as_bytes())?;
     let ips = result["ips"].as_array().with_context(|| format!("no addresses in {result}"))?;
-    let address = |ip: &Value| Some(ip["address"].as_str()?.split('/').next()?.parse().ok()?);
+    let address = |ip: &Value| ip["address"].as_str()?.split('/').next()?.parse().ok();
     let addresses = ips.iter().map(address).collect::<Option<_>>().with_context(|| format!("strange: {result}"))?;
     Ok(BridgePod { netns, addresses })
 }

@@ -70,7 +70,7 @@ pub struct Hosts {
     pub routed: [Place; 3],
     /// A pod of each host; between them lies VXLAN.
     pub tunnelled: [Place; 2],
-    _hosts: [Holder; 2],
+    _routers: [Holder; 2],
 }
 
 /// The second octet of routed pods' addresses, and of tunnelled ones'.
@@ -121,7 +121,7 @@ impl Hosts {
                 pod(&hosts[0], "vxlan-pod-1", pod_address(TUNNELLED, 1, 1), TUNNEL_MTU)?,
                 pod(&hosts[1], "vxlan-pod-2", pod_address(TUNNELLED, 2, 2), TUNNEL_MTU)?,
             ],
-            _hosts: hosts,
+            _routers: hosts,
         })
     }
 }
