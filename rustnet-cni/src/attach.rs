@@ -46,16 +46,20 @@ impl Pins {
         Ok(Self { programs: [program(HOOKS[0].0)?, program(HOOKS[1].0)?], endpoints: Endpoints::open(bpffs)? })
     }
 
-    /// The messages that put the programs on a veth: the qdisc, then both filters.
+    /// The messages that put the programs on a veth: the qdisc, then both filters. The agent may have been there first,
+    /// for it mends what it finds in the records.
     pub fn attach(&self, index: u32) -> Vec<Message> {
-        let flags = NLM_F_CREATE | NLM_F_EXCL;
         let clsact = tcmsg(index, CLSACT_HANDLE, TC_H_CLSACT, 0);
-        let mut out =
-            vec![Message::new("add qdisc clsact", libc::RTM_NEWQDISC, flags, &clsact).text(TCA_KIND, "clsact")];
+        let mut out = vec![
+            Message::new("add qdisc clsact", libc::RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &clsact)
+                .text(TCA_KIND, "clsact")
+                .tolerate(&[libc::EEXIST]),
+        ];
         for ((name, parent), fd) in HOOKS.iter().zip(&self.programs) {
             let info = u32::from(names::TC_PRIORITY) << 16 | u32::from(ETH_P_ALL.to_be());
             let header = tcmsg(index, names::TC_HANDLE, *parent, info);
-            let m = Message::new(format!("attach {name}"), libc::RTM_NEWTFILTER, flags, &header).text(TCA_KIND, "bpf");
+            let m = Message::new(format!("attach {name}"), libc::RTM_NEWTFILTER, NLM_F_CREATE, &header);
+            let m = m.text(TCA_KIND, "bpf");
             out.push(m.nested(TCA_OPTIONS, |m| {
                 m.u32(TCA_BPF_FD, fd.as_raw_fd().cast_unsigned())
                     .text(TCA_BPF_NAME, name)
