@@ -139,8 +139,8 @@ impl Kernel {
         let interfaces: BTreeSet<u32> = state.host.links.iter().map(|link| link.index).collect();
         let recorded: BTreeSet<IpAddr> = state.endpoints.iter().flat_map(|e| e.addresses.iter().copied()).collect();
         let mut done = Vec::new();
-        for ip in endpoints::stale(before, &interfaces, &recorded) {
-            if self.endpoints.delete(ip)? {
+        for (ip, ifindex) in endpoints::stale(before, &interfaces, &recorded) {
+            if self.endpoints.delete(ip, ifindex)? {
                 done.push(format!("endpoint {ip} removed: it has neither interface nor record"));
             }
         }

@@ -94,19 +94,17 @@ where
             old.push((*key, other_half(entry)));
         }
     })?;
-    // The halves are refreshed apart from each other: one that is still in use keeps both.
-    let mut dead = HashSet::new();
+    // Both halves are looked at again, right before they go: they are refreshed apart from each other, so that one that is in
+    // use keeps both; and a client may use its port again while the table is read, which revives what was old then.
+    let is_dead = |key: &Tuple<A>| Ok(table.get(key)?.is_none_or(|half| expired(key.proto, half.state, half.seen)));
+    let mut deleted = 0;
     for (key, other) in old {
-        if dead.contains(&key) {
-            continue;
-        }
-        match table.get(&other)? {
-            Some(half) if !expired(other.proto, half.state, half.seen) => {}
-            _ => dead.extend([key, other]),
+        let dead: Result<bool> = is_dead(&key).and_then(|dead| Ok(dead && is_dead(&other)?));
+        if dead? {
+            deleted += usize::from(table.delete(&key)?) + usize::from(table.delete(&other)?);
         }
     }
-    let dead: Vec<_> = dead.into_iter().collect();
-    Ok(Swept { seen, deleted: table.delete_all(&dead)? })
+    Ok(Swept { seen, deleted })
 }
 
 #[cfg(test)]
@@ -141,6 +139,7 @@ mod tests {
     use rustnet_common::addr::Ip4;
     use rustnet_common::conntrack::CtEntry;
     use rustnet_common::tuple::{Tuple, proto};
+    use std::cell::Cell;
     use std::collections::{BTreeMap, BTreeSet};
     use std::net::Ipv4Addr;
 
@@ -168,6 +167,28 @@ mod tests {
         assert_eq!(swept, Swept { seen: 8, deleted: 2 });
         assert_eq!(ct.v4.get(&tuple(1, proto::TCP)).unwrap(), None);
         assert_eq!(ct.v4.len().unwrap(), 6);
+    }
+
+    #[test]
+    fn a_connection_that_is_used_again_while_the_table_is_read_stays() {
+        let revived = tuple(1, proto::UDP);
+        for which in [0, 1] {
+            let ct = tables();
+            add(&ct.v4, revived, 1, [10, 10]);
+            let looks = Cell::new(0);
+            let swept = ct.sweep(|_, _, seen| {
+                looks.set(looks.get() + 1);
+                // Both halves have been read by now.
+                if looks.get() == 2 {
+                    let mut seen = [10, 10];
+                    seen[which] = 90;
+                    add(&ct.v4, revived, 1, seen);
+                }
+                seen < 50
+            });
+            assert_eq!(swept.unwrap().deleted, 0);
+            assert_eq!(ct.v4.len().unwrap(), 2);
+        }
     }
 
     #[test]

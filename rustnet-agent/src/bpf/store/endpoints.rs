@@ -33,17 +33,22 @@ impl Endpoints {
         self.map.put(&ip.into(), endpoint)
     }
 
-    /// Removes a pod's entry; true when there was one.
-    pub fn delete(&self, ip: IpAddr) -> Result<bool> {
-        self.map.delete(&ip.into())
+    /// Removes a pod's entry if it still is for this interface: the address may be another pod's by now.
+    pub fn delete(&self, ip: IpAddr, ifindex: u32) -> Result<bool> {
+        let same = self.map.get(&ip.into())?.is_some_and(|now| now.ifindex == ifindex);
+        Ok(same && self.map.delete(&ip.into())?)
     }
 }
 
-/// The addresses whose interface is gone and that no record mentions: leftovers of a DEL that was cut short. An address
+/// The addresses (and their interfaces) whose interface is gone and that no record mentions: leftovers of a DEL that was cut short. An address
 /// with an interface but no record belongs to an ADD that is under way.
-pub fn stale(entries: &[(IpAddr, Endpoint)], interfaces: &BTreeSet<u32>, recorded: &BTreeSet<IpAddr>) -> Vec<IpAddr> {
+pub fn stale(
+    entries: &[(IpAddr, Endpoint)],
+    interfaces: &BTreeSet<u32>,
+    recorded: &BTreeSet<IpAddr>,
+) -> Vec<(IpAddr, u32)> {
     let gone = entries.iter().filter(|(ip, e)| !interfaces.contains(&e.ifindex) && !recorded.contains(ip));
-    gone.map(|(ip, _)| *ip).collect()
+    gone.map(|(ip, e)| (*ip, e.ifindex)).collect()
 }
 
 #[cfg(test)]
@@ -59,6 +64,6 @@ mod tests {
         let entries = [(ip(1), entry(1)), (ip(2), entry(2)), (ip(3), entry(3)), (ip(4), entry(4))];
         let interfaces = BTreeSet::from([1, 2]);
         let recorded = BTreeSet::from([ip(1), ip(3)]);
-        assert_eq!(stale(&entries, &interfaces, &recorded), [ip(4)]);
+        assert_eq!(stale(&entries, &interfaces, &recorded), [(ip(4), 4)]);
     }
 }
