@@ -5,6 +5,7 @@ pub mod backends;
 pub mod conntrack;
 pub mod counters;
 pub mod endpoints;
+mod fault;
 pub mod fill;
 pub mod map;
 pub mod node_config;

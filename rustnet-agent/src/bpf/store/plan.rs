@@ -12,9 +12,9 @@ use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
 use rustnet_common::service::{SvcEntry, SvcKey};
 
-use super::Map;
 use super::backends::Backends;
 use super::conntrack::Conntrack;
+use super::{Map, fault};
 use crate::plan::{Maps, Snapshot, VipKey, Write};
 
 /// The maps that the plan reads and writes.
@@ -116,6 +116,13 @@ impl Maps for BpfMaps {
     /// are one run, the backends of all first: nothing refers to a slot before its entry is written, so that no program can
     /// tell the difference, and a hundred thousand services cost a few dozen calls.
     fn apply(&mut self, writes: &[Write]) -> Result<()> {
+        if let Some(last) = fault::crash_after() {
+            return writes.chunks(1).try_for_each(|write| {
+                self.apply_run(write)?;
+                fault::written(last);
+                Ok(())
+            });
+        }
         writes.chunk_by(|a, b| rank(a) == rank(b)).try_for_each(|run| self.apply_run(run))
     }
 
