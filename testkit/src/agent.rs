@@ -8,7 +8,8 @@ use nix::sys::signal::Signal;
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 /// Where the agent answers `/readyz`, by default.
@@ -43,7 +44,7 @@ impl Node {
         if !extra.iter().any(|arg| *arg == "--kubeconfig" || *arg == "--manifests") {
             args.extend(["--manifests".to_owned(), path(plan.manifests.clone())]);
         }
-        args.extend(extra.iter().map(ToString::to_string));
+        args.extend(plan.agent.iter().chain(extra).map(ToString::to_string));
         args
     }
 
@@ -55,13 +56,18 @@ impl Node {
 
     /// Starts the agent without waiting for it.
     pub fn spawn_agent(&self, extra: &[&str]) -> Result<()> {
+        self.spawn_agent_of(&dist::find("rustnet-agent")?, &[], extra)
+    }
+
+    /// The same with a program of one's own (an agent of another build) and variables of its environment.
+    pub fn spawn_agent_of(&self, program: &Path, env: &[(&str, &str)], extra: &[&str]) -> Result<()> {
         let mut agent = self.agent();
         if agent.is_some() {
             bail!("{} already has an agent", self.name());
         }
         let log = OpenOptions::new().create(true).append(true).open(self.agent_log_path())?;
-        let mut command = self.netns().command(dist::find("rustnet-agent")?)?.args(self.agent_args(extra));
-        command.inner().stdin(std::process::Stdio::null());
+        let mut command = self.netns().command(program)?.args(self.agent_args(extra));
+        command.inner().stdin(std::process::Stdio::null()).envs(env.iter().copied());
         let command = command.stdout(log.try_clone()?).stderr(log);
         *agent = Some(Agent { process: command.spawn()? });
         Ok(())
@@ -106,6 +112,15 @@ impl Node {
         agent.process.signal(signal)?;
         agent.process.wait();
         Ok(())
+    }
+
+    /// Waits until the agent has ended by itself, and lets go of it.
+    pub fn wait_agent_ended(&self) -> Result<ExitStatus> {
+        let status = crate::wait::until(&format!("the agent of {} ends", self.name()), || {
+            self.agent().as_mut().and_then(|a| a.process.ended()).context("it runs")
+        })?;
+        self.agent().take();
+        Ok(status)
     }
 
     /// True while an agent runs.

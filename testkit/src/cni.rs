@@ -1,11 +1,20 @@
 //! The CNI protocol from the runtime's side, as cnitool and containerd speak it: the first configuration list of the
 //! directory, each plugin as a process with `CNI_*` variables and the configuration on standard input.
 
+use crate::netns::NsCommand;
 use crate::node::Node;
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::fmt;
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+/// Where distributions put the reference plugins.
+const PLUGIN_DIRS: [&str; 2] = ["/usr/lib/cni", "/opt/cni/bin"];
 
 /// A call for one interface of one container.
 #[derive(Clone, Debug)]
@@ -55,32 +64,60 @@ impl Node {
         serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", first.display()))
     }
 
+    /// The same list with `more` (an object) put over the configuration of its first plugin.
+    pub fn conflist_with(&self, more: &Value) -> Result<Value> {
+        let mut list = self.conflist()?;
+        for (key, value) in more.as_object().into_iter().flatten() {
+            list["plugins"][0][key] = value.clone();
+        }
+        Ok(list)
+    }
+
     /// Adds an interface by all plugins of the list; the last result.
-    pub fn cni_add(&self, attachment: &Attachment) -> Result<Value> {
-        let list = self.conflist()?;
+    pub fn cni_add(&self, list: &Value, attachment: &Attachment) -> Result<Value> {
         let mut result = None;
-        for plugin in plugins(&list)? {
-            result = Some(self.cni_call("ADD", attachment, &configuration(&list, plugin, result.as_ref()))?);
+        for plugin in plugins(list)? {
+            result = Some(self.cni_call("ADD", attachment, &configuration(list, plugin, result.as_ref()))?);
         }
         result.context("the CNI configuration has no plugins")
     }
 
     /// Checks an interface against the result of its addition.
-    pub fn cni_check(&self, attachment: &Attachment, result: &Value) -> Result<()> {
-        let list = self.conflist()?;
-        for plugin in plugins(&list)? {
-            self.cni_call("CHECK", attachment, &configuration(&list, plugin, Some(result)))?;
+    pub fn cni_check(&self, list: &Value, attachment: &Attachment, result: &Value) -> Result<()> {
+        for plugin in plugins(list)? {
+            self.cni_call("CHECK", attachment, &configuration(list, plugin, Some(result)))?;
         }
         Ok(())
     }
 
     /// Deletes an interface; plugins in reverse order.
-    pub fn cni_del(&self, attachment: &Attachment, result: Option<&Value>) -> Result<()> {
-        let list = self.conflist()?;
-        for plugin in plugins(&list)?.iter().rev() {
-            self.cni_call("DEL", attachment, &configuration(&list, plugin, result))?;
+    pub fn cni_del(&self, list: &Value, attachment: &Attachment, result: Option<&Value>) -> Result<()> {
+        for plugin in plugins(list)?.iter().rev() {
+            self.cni_call("DEL", attachment, &configuration(list, plugin, result))?;
         }
         Ok(())
+    }
+
+    /// Has the first plugin remove whatever belongs to none of the attachments.
+    pub fn cni_gc<'a>(&self, list: &Value, valid: impl IntoIterator<Item = &'a Attachment>) -> Result<()> {
+        let valid: Vec<Value> =
+            valid.into_iter().map(|a| json!({"containerID": a.container_id, "ifname": a.ifname})).collect();
+        let mut configuration = self.cni_configuration(list)?;
+        configuration["cniVersion"] = json!("1.1.0");
+        configuration["cni.dev/valid-attachments"] = json!(valid);
+        let nothing = Attachment {
+            container_id: String::new(),
+            netns: String::new(),
+            ifname: String::new(),
+            args: String::new(),
+        };
+        self.cni_call("GC", &nothing, &configuration).map(drop)
+    }
+
+    /// What the first plugin of a list gets.
+    pub fn cni_configuration(&self, list: &Value) -> Result<Value> {
+        let first = plugins(list)?.first().context("the CNI configuration has no plugins")?;
+        Ok(configuration(list, first, None))
     }
 
     /// Calls one plugin with a configuration of one's own making.
@@ -90,19 +127,49 @@ impl Node {
         self.cni_exec(&program, verb, attachment, configuration.to_string().as_bytes())
     }
 
-    /// Runs a plugin with any bytes on its standard input. Its error is a [`CniError`] where it follows the specification.
-    pub fn cni_exec(&self, program: &Path, verb: &str, attachment: &Attachment, stdin: &[u8]) -> Result<Value> {
+    /// Calls a plugin and kills it (SIGKILL) after a while. True if it was still running then.
+    pub fn cni_call_killed(
+        &self,
+        verb: &str,
+        attachment: &Attachment,
+        configuration: &Value,
+        after: Duration,
+    ) -> Result<bool> {
+        let name = configuration["type"].as_str().context("the configuration has no type")?;
+        let stdin = self.dir().join(format!("stdin-{}", attachment.container_id));
+        std::fs::write(&stdin, configuration.to_string())?;
+        let mut command = self.cni_command(&self.cni_bin_dir().join(name), verb, attachment)?;
+        command.inner().stdin(File::open(&stdin)?);
+        let mut process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        std::thread::sleep(after);
+        process.signal(Signal::SIGKILL)?;
+        let killed = process.wait().signal().is_some();
+        std::fs::remove_file(&stdin)?;
+        Ok(killed)
+    }
+
+    /// A plugin's process with its environment, as a runtime makes it.
+    fn cni_command(&self, program: &Path, verb: &str, attachment: &Attachment) -> Result<NsCommand> {
+        let mut path = self.cni_bin_dir().into_os_string();
+        for dir in PLUGIN_DIRS {
+            path.push(":");
+            path.push(dir);
+        }
         let mut command = self.netns().command(program)?;
         command.inner().env_clear();
-        let output = command
+        Ok(command
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", &attachment.container_id)
             .env("CNI_NETNS", &attachment.netns)
             .env("CNI_IFNAME", &attachment.ifname)
             .env("CNI_ARGS", &attachment.args)
-            .env("CNI_PATH", self.cni_bin_dir())
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .output(Some(stdin))?;
+            .env("CNI_PATH", path)
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"))
+    }
+
+    /// Runs a plugin with any bytes on its standard input. Its error is a [`CniError`] where it follows the specification.
+    pub fn cni_exec(&self, program: &Path, verb: &str, attachment: &Attachment, stdin: &[u8]) -> Result<Value> {
+        let output = self.cni_command(program, verb, attachment)?.output(Some(stdin))?;
         let answer: Option<Value> = serde_json::from_slice(&output.stdout).ok();
         if output.status.success() {
             return Ok(answer.unwrap_or(Value::Null));

@@ -60,11 +60,20 @@ pub struct Setup {
     pub mtu: u32,
     /// The nodes are known to each other by their IPv6 addresses first: the overlay runs over IPv6.
     pub ipv6_first: bool,
+    /// Arguments that every agent gets beside its own.
+    pub agent: &'static [&'static str],
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { nodes: 2, topology: Topology::Switched, routing: Routing::Vxlan, mtu: 1500, ipv6_first: false }
+        Self {
+            nodes: 2,
+            topology: Topology::Switched,
+            routing: Routing::Vxlan,
+            mtu: 1500,
+            ipv6_first: false,
+            agent: &[],
+        }
     }
 }
 
@@ -265,6 +274,7 @@ impl Fabric {
             v6: place.v6,
             pod_cidrs,
             routing: self.setup.routing,
+            agent: self.setup.agent,
             manifests: self.manifests.dir().to_owned(),
             run: self.dir.clone(),
         })?;

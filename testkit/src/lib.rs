@@ -8,7 +8,7 @@
 //! | [`fabric`] | nodes, routers, the world, wired together |
 //! | [`node`], [`agent`], [`pod`], [`cni`] | a node, its agent, its pods, the CNI protocol |
 //! | [`manifest`], [`apiserver`] | Kubernetes YAML for services, endpoint slices and nodes; a real control plane |
-//! | [`server`], [`client`], [`load`], [`icmp`] | real sockets: who answers, from where, how fast, what was lost |
+//! | [`server`], [`client`], [`load`], [`stream`], [`icmp`] | real sockets: who answers, from where, how fast, what was lost |
 //! | [`sniff`], [`packet`], [`check`] | captures, hand-made packets, and an independent check of every checksum |
 //! | [`datapath`] | the eBPF programs alone, run on single packets |
 //! | [`dist`] | where the built programs are |
@@ -35,6 +35,7 @@ pub mod pod;
 mod raw;
 pub mod server;
 pub mod sniff;
+pub mod stream;
 pub mod wait;
 
 pub use client::{Answers, Proto};

@@ -32,6 +32,8 @@ impl fmt::Display for Kind {
 /// What the traffic brought.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
+    /// What traffic it was.
+    pub about: String,
     /// Requests sent, numbered one by one.
     pub sent: usize,
     /// Answers by server.
@@ -47,7 +49,7 @@ pub struct Tally {
 impl Tally {
     /// An error unless there was traffic and nothing was lost.
     pub fn no_loss(&self) -> Result<()> {
-        if self.sent > 0 && self.lost == 0 { Ok(()) } else { bail!("{self}") }
+        if self.sent > 0 && self.lost == 0 { Ok(()) } else { bail!("{}: {self}", self.about) }
     }
 }
 
@@ -79,7 +81,11 @@ impl Load {
         let stop = Arc::new(AtomicBool::new(false));
         let done = Arc::new(AtomicUsize::new(0));
         let (stopped, counter) = (stop.clone(), done.clone());
-        let thread = from.thread(move || run(kind, proto, target, pause, &stopped, &counter))?;
+        let about = format!("{kind} {proto} of {} to {target}", from.name());
+        let thread = from.thread(move || {
+            let tally = run(kind, proto, target, pause, &stopped, &counter);
+            Tally { about, ..tally }
+        })?;
         Ok(Self { stop, done, thread: Some(thread) })
     }
 

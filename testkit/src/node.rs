@@ -22,6 +22,7 @@ pub(crate) struct Plan {
     pub v6: Ipv6Addr,
     pub pod_cidrs: Vec<IpNet>,
     pub routing: Routing,
+    pub agent: &'static [&'static str],
     pub manifests: PathBuf,
     pub run: Arc<RunDir>,
 }

@@ -5,6 +5,10 @@ use crate::raw::PacketSocket;
 use anyhow::{Context, Result, bail};
 use etherparse::{Ethernet2Header, PacketBuilder, PacketBuilderStep};
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+
+/// Length of an Ethernet header.
+const ETHERNET: usize = 14;
 
 /// Ends of a frame on the link.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +36,42 @@ pub fn udp(macs: Macs, from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Resu
     let mut frame = Vec::new();
     ip(macs, from.ip(), to.ip())?.udp(from.port(), to.port()).write(&mut frame, payload)?;
     Ok(frame)
+}
+
+/// A UDP datagram in fragments. `pieces` are ranges of the datagram with its header (8 bytes); all but the last begin and end
+/// at multiples of eight, and they may overlap.
+pub fn udp_fragments(
+    macs: Macs,
+    from: SocketAddr,
+    to: SocketAddr,
+    payload: &[u8],
+    id: u16,
+    pieces: &[Range<usize>],
+) -> Result<Vec<Vec<u8>>> {
+    let whole = udp(macs, from, to, payload)?;
+    let header = ETHERNET + if from.is_ipv4() { 20 } else { 40 };
+    let datagram = &whole[header..];
+    let fragment = |piece: &Range<usize>| -> Result<Vec<u8>> {
+        let bytes = datagram.get(piece.clone()).with_context(|| format!("{piece:?} is not in the datagram"))?;
+        let more = u16::from(piece.end < datagram.len());
+        let mut out = whole[..header].to_vec();
+        if from.is_ipv4() {
+            out[ETHERNET + 2..ETHERNET + 4].copy_from_slice(&((20 + bytes.len()) as u16).to_be_bytes());
+            out[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&id.to_be_bytes());
+            out[ETHERNET + 6..ETHERNET + 8].copy_from_slice(&(more << 13 | (piece.start / 8) as u16).to_be_bytes());
+            let (ip, _) = etherparse::Ipv4Header::from_slice(&out[ETHERNET..])?;
+            out[ETHERNET + 10..ETHERNET + 12].copy_from_slice(&ip.calc_header_checksum().to_be_bytes());
+        } else {
+            out[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&((8 + bytes.len()) as u16).to_be_bytes());
+            let next = std::mem::replace(&mut out[ETHERNET + 6], 44);
+            out.extend_from_slice(&[next, 0]);
+            out.extend_from_slice(&(piece.start as u16 | more).to_be_bytes());
+            out.extend_from_slice(&u32::from(id).to_be_bytes());
+        }
+        out.extend_from_slice(bytes);
+        Ok(out)
+    };
+    pieces.iter().map(fragment).collect()
 }
 
 /// The first segment of a TCP connection.

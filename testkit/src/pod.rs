@@ -21,9 +21,9 @@ pub struct Pod {
     attachment: Attachment,
     result: Value,
     addresses: Vec<IpAddr>,
-    netns_file: PathBuf,
+    list: Value,
     gone: bool,
-    holder: Holder,
+    sandbox: Sandbox,
     node: Node,
 }
 
@@ -37,33 +37,68 @@ impl Node {
 
     /// Adds a pod by the CNI binary, in which nothing listens.
     pub fn add_silent_pod(&self, name: &str) -> Result<Pod> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let cgroup = self.cgroup().map(PathBuf::from);
-        let holder = Holder::new(&format!("{}-{name}", self.netns().name()), Own { mounts: false, cgroup })?;
-        let netns_file = self.dir().join("netns").join(format!("{name}-{number}"));
-        self.netns().bind_netns(&holder, &netns_file)?;
-        let container_id = format!("{}{number:08x}", self.netns().name());
-        let attachment = Attachment {
-            args: format!(
-                "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={name};\
-                 K8S_POD_INFRA_CONTAINER_ID={container_id};K8S_POD_UID={container_id}"
-            ),
-            container_id,
-            netns: netns_file.display().to_string(),
-            ifname: "eth0".into(),
-        };
-        let added = self.cni_add(&attachment).and_then(|result| Ok((addresses(&result)?, result)));
-        let (addresses, result) = match added {
-            Ok(added) => added,
-            Err(e) => {
-                let _ = self.netns().unbind_netns(&netns_file);
-                return Err(e.context(format!("cannot add pod {name} to {}", self.name())));
-            }
-        };
+        self.add_pod_with(name, &Value::Null)
+    }
+
+    /// The same with a configuration of one's own: `more` (an object) is put over the installed one.
+    pub fn add_pod_with(&self, name: &str, more: &Value) -> Result<Pod> {
+        let sandbox = Sandbox::new(self, name)?;
+        let attachment = sandbox.attachment(name);
+        let list = self.conflist_with(more)?;
+        let added = self.cni_add(&list, &attachment);
+        let result = added.with_context(|| format!("cannot add pod {name} to {}", self.name()))?;
+        let addresses = addresses(&result)?;
         let node = self.clone();
         let (servers, gone) = (Vec::new(), false);
-        Ok(Pod { name: name.into(), servers, attachment, result, addresses, netns_file, gone, holder, node })
+        Ok(Pod { name: name.into(), servers, attachment, list, result, addresses, gone, sandbox, node })
+    }
+}
+
+/// What a runtime makes before it calls the CNI binary: a network namespace, bound to a file of its node.
+#[derive(Debug)]
+pub struct Sandbox {
+    node: Node,
+    holder: Holder,
+    file: PathBuf,
+    container_id: String,
+}
+
+impl Sandbox {
+    /// Makes one; gone when dropped.
+    pub fn new(node: &Node, name: &str) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let cgroup = node.cgroup().map(PathBuf::from);
+        let holder = Holder::new(&format!("{}-{name}", node.netns().name()), Own { mounts: false, cgroup })?;
+        let file = node.dir().join("netns").join(format!("{name}-{number}"));
+        node.netns().bind_netns(&holder, &file)?;
+        Ok(Self { node: node.clone(), holder, file, container_id: format!("{}{number:08x}", node.netns().name()) })
+    }
+
+    /// Its network namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.holder
+    }
+
+    /// What a runtime tells of the interface `eth0` of a pod in here.
+    pub fn attachment(&self, name: &str) -> Attachment {
+        let id = &self.container_id;
+        Attachment {
+            args: format!(
+                "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={name};\
+                 K8S_POD_INFRA_CONTAINER_ID={id};K8S_POD_UID={id}"
+            ),
+            container_id: id.clone(),
+            netns: self.file.display().to_string(),
+            ifname: "eth0".into(),
+        }
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        // The node may be gone before; its mounts went with it.
+        let _ = self.node.netns().unbind_netns(&self.file);
     }
 }
 
@@ -91,7 +126,7 @@ impl Pod {
 
     /// Its network namespace.
     pub fn netns(&self) -> &Netns {
-        &self.holder
+        self.sandbox.netns()
     }
 
     /// Its addresses, in the order of the CNI result.
@@ -131,7 +166,7 @@ impl Pod {
 
     /// Starts a server on another port.
     pub fn serve(&mut self, port: u16) -> Result<()> {
-        self.servers.push(Server::start(&self.holder, &self.name, port)?);
+        self.servers.push(Server::start(self.sandbox.netns(), &self.name, port)?);
         Ok(())
     }
 
@@ -142,22 +177,22 @@ impl Pod {
 
     /// Runs a program inside and gives its standard output.
     pub fn exec(&self, program: &str, args: &[&str]) -> Result<String> {
-        self.holder.exec(program, args)
+        self.netns().exec(program, args)
     }
 
     /// Runs a closure inside.
     pub fn run_in<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
-        self.holder.run(f)
+        self.netns().run(f)
     }
 
     /// Switches checksum offload of its interface. Without it, packets leave the pod with finished checksums.
     pub fn set_tx_checksum(&self, on: bool) -> Result<()> {
-        self.holder.run(|| crate::raw::set_tx_checksum("eth0", on))?
+        self.netns().run(|| crate::raw::set_tx_checksum("eth0", on))?
     }
 
     /// Runs CHECK.
     pub fn check(&self) -> Result<()> {
-        self.node.cni_check(&self.attachment, &self.result)
+        self.node.cni_check(&self.list, &self.attachment, &self.result)
     }
 
     /// The CNI call that made it.
@@ -175,9 +210,7 @@ impl Pod {
             bail!("{} is gone already", self.name);
         }
         self.servers.clear();
-        let deleted = self.node.cni_del(&self.attachment, Some(&self.result));
-        let unbound = self.node.netns().unbind_netns(&self.netns_file);
-        deleted.and(unbound)
+        self.node.cni_del(&self.list, &self.attachment, Some(&self.result))
     }
 }
 

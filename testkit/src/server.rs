@@ -6,8 +6,10 @@
 //! so that `curl` can be used by hand. A UDP datagram is echoed behind the same heading, whatever its size.
 
 use crate::netns::Netns;
+use crate::stream::ROOM;
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -42,7 +44,8 @@ impl Server {
             .run(|| std::io::Result::Ok((TcpListener::bind(address)?, UdpSocket::bind(address)?)))?
             .with_context(|| format!("{} cannot listen on {address}", netns.name()))?;
         tcp.set_nonblocking(true)?;
-        udp.set_nonblocking(true)?;
+        udp.set_read_timeout(Some(Duration::from_millis(TICK.into())))?;
+        setsockopt(&udp, sockopt::RcvBufForce, &ROOM)?;
         let stop = Arc::new(AtomicBool::new(false));
         let (tcp_stop, udp_stop) = (stop.clone(), stop.clone());
         let (tcp_name, udp_name) = (name.to_owned(), name.to_owned());
@@ -134,9 +137,6 @@ fn converse(stream: TcpStream, heading: &str, name: &str, stop: &AtomicBool) -> 
 fn answer_datagrams(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
     let mut buffer = vec![0; DATAGRAM];
     while !stop.load(Ordering::Relaxed) {
-        if !readable(socket.as_fd()) {
-            continue;
-        }
         // Errors of earlier answers (a client that is gone) are reported here and are not ours.
         if let Ok((len, client)) = socket.recv_from(&mut buffer) {
             let mut answer = heading(name, client).into_bytes();

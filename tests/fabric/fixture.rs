@@ -1,6 +1,6 @@
 //! The shared fabrics, and services made for one test.
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
@@ -14,6 +14,11 @@ use testkit::{Fabric, Netns, Node, Pod, Proto, Routing, Setup, Topology, wait};
 
 /// The port of the services.
 pub const SERVICE_PORT: u16 = 80;
+
+/// Tables so small that what is not given back is missed soon, and that a dump of them is quick.
+pub const SMALL_TABLES: &[&str] = &["--service-entries", "512", "--backend-entries", "4096", "--frag-entries", "512"];
+/// The slots for backends among them.
+pub const SMALL_BACKENDS: usize = 4096;
 
 /// Two nodes with agents and three pods: `a` and `b` on node 1, `c` on node 2; the world and each node run a server too.
 pub struct Net {
@@ -72,6 +77,14 @@ impl Net {
         let n = NUMBER.fetch_add(1, Ordering::Relaxed);
         let vips = [Ipv4Addr::new(10, 96, 1, n).into(), Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 1, n.into()).into()];
         TestService { net: self, service: Service::new(&format!("svc-{n}"), &vips, SERVICE_PORT, PORT) }
+    }
+}
+
+/// A figure of the environment, or the one that a claim is about.
+pub fn figure(variable: &str, usual: usize) -> Result<usize> {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().with_context(|| format!("{variable}={text} is no number")),
+        Err(_) => Ok(usual),
     }
 }
 

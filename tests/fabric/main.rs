@@ -5,11 +5,19 @@
 
 mod abuse;
 mod agent;
+mod churn;
 mod cleanup;
+mod cycles;
+mod delegated;
+mod emptied;
 mod fixture;
 mod flows;
+mod fragments;
 mod hosts;
+mod kills;
+mod limits;
 mod path;
 mod pods;
 mod refusal;
 mod services;
+mod state;

@@ -1,0 +1,91 @@
+//! A service that loses its last endpoint: from the first refusal on, a node refuses every new flow.
+
+use crate::fixture::{Net, endpoints, in_each_routing};
+use anyhow::{Context, Result, anyhow, ensure};
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU16, Ordering};
+use testkit::client::{Connection, ask, ask_udp, udp_from_port};
+use testkit::{Netns, Proto, wait};
+
+in_each_routing!(nobody_answers_after_the_first_refusal_on_a_node, a_udp_flow_goes_on_while_nobody_else_serves,);
+
+/// Who answers a request from a port that nobody used before; none if it is refused. Ports are counted, because a UDP flow of
+/// before cannot be told from a new one that has its port.
+fn fresh(from: &Netns, proto: Proto, target: SocketAddr) -> Result<Option<String>> {
+    static NEXT: AtomicU16 = AtomicU16::new(1100);
+    let port = NEXT.fetch_add(1, Ordering::Relaxed);
+    let asked = from.run(|| -> Result<String> {
+        Ok(match proto {
+            Proto::Tcp => Connection::open_from_port(port, target)?.ask("new")?.0,
+            Proto::Udp => ask_udp(&udp_from_port(port, target)?, "new")?.0,
+        })
+    })?;
+    match asked {
+        Ok(server) => Ok(Some(server)),
+        Err(e) if refused(&e) => Ok(None),
+        Err(e) => Err(e.context(format!("{proto} from port {port} to {target}"))),
+    }
+}
+
+fn refused(error: &anyhow::Error) -> bool {
+    error.chain().any(|e| {
+        let io = e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::ConnectionRefused);
+        io || e.to_string().starts_with("ECONNREFUSED")
+    })
+}
+
+/// Requests after the first refusal, of each kind.
+const MORE: usize = 25;
+
+fn nobody_answers_after_the_first_refusal_on_a_node(net: &Net) -> Result<()> {
+    let mut service = net.service(endpoints(&[&net.b]))?;
+    let clients = [net.a.netns(), net.c.netns(), net.node(1).netns(), net.node(2).netns()];
+    for _ in 0..3 {
+        for from in clients {
+            for target in service.targets() {
+                for proto in Proto::ALL {
+                    wait::until("served", || ask(from, proto, target, 2)?.only_by(&["b"]))?;
+                }
+            }
+        }
+        service.set(Vec::new())?;
+        for from in clients {
+            for target in service.targets() {
+                for proto in Proto::ALL {
+                    wait::until("the first refusal", || {
+                        fresh(from, proto, target)?.map_or(Ok(()), |server| Err(anyhow!("answered by {server}")))
+                    })?;
+                    for i in 1..=MORE {
+                        let answer = fresh(from, proto, target)?;
+                        let what =
+                            format!("{proto} request {i} after the first refusal of {target} to {}", from.name());
+                        ensure!(answer.is_none(), "{what}: answered by {answer:?}");
+                    }
+                }
+            }
+        }
+        service.set(endpoints(&[&net.b]))?;
+    }
+    Ok(())
+}
+
+/// What looks like an answer after the refusal: a UDP socket that has the port of a flow of before. A client's kernel gives
+/// ports at random, so that it happens to a new socket, too, as long as the old flow is remembered.
+fn a_udp_flow_goes_on_while_nobody_else_serves(net: &Net) -> Result<()> {
+    static NEXT: AtomicU16 = AtomicU16::new(24_500);
+    let mut service = net.service(endpoints(&[&net.b]))?;
+    for target in service.targets() {
+        let port = NEXT.fetch_add(1, Ordering::Relaxed);
+        let ask_again =
+            || net.a.run_in(|| -> Result<String> { Ok(ask_udp(&udp_from_port(port, target)?, "again")?.0) });
+        ensure!(ask_again()?? == "b");
+        service.set(Vec::new())?;
+        service.wait_known()?;
+        let again = ask_again()?.context("a flow of before")?;
+        ensure!(again == "b", "answered by {again}");
+        service.set(endpoints(&[&net.b]))?;
+        service.wait_known()?;
+    }
+    Ok(())
+}
