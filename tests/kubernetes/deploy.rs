@@ -169,7 +169,7 @@ fn a_real_api_server_accepts_every_object() -> Result<()> {
     with_server(&[], async |server| {
         let cluster = Cluster::new(&server)?;
         cluster.apply(&read("namespace.yaml")?).await?;
-        for object in objects()? {
+        for object in objects()?.into_iter().chain(documents(&read("uninstall/daemonset.yaml")?)?) {
             cluster.check(&object).await?;
         }
         Ok(())
@@ -206,6 +206,24 @@ fn kustomize_renders_everything() -> Result<()> {
         assert_eq!(container["image"], "rustnet:0.1.0");
     }
     assert_eq!(of("ClusterRoleBinding")?["subjects"][0]["namespace"], "rustnet-system");
+    Ok(())
+}
+
+#[test]
+fn the_cleanup_is_not_privileged_either_and_reaches_what_the_agent_installed() -> Result<()> {
+    let cleanup = documents(&read("uninstall/daemonset.yaml")?)?.pop().context("a DaemonSet")?;
+    let pod = &cleanup["spec"]["template"]["spec"];
+    let container = &pod["initContainers"][0];
+    assert_eq!(container["securityContext"]["privileged"], Value::Null);
+    assert_eq!(container["securityContext"]["capabilities"], json!({"drop": ["ALL"], "add": ["NET_ADMIN", "BPF"]}));
+    assert_eq!(pod["hostNetwork"], true);
+    let agent = daemon_set()?;
+    for argument in strings(&agent["spec"]["template"]["spec"]["containers"][0]["args"]) {
+        if ["--run-dir=", "--cni-bin-dir=", "--cni-conf-dir="].iter().any(|flag| argument.starts_with(flag)) {
+            let words: Vec<_> = strings(&container["command"]).into_iter().chain(strings(&container["args"])).collect();
+            assert!(words.contains(&argument), "{argument} is unknown to the cleanup: {words:?}");
+        }
+    }
     Ok(())
 }
 

@@ -42,7 +42,7 @@ pub fn build(profile: Profile, further: &[&str]) -> Result<()> {
     let mut cargo = Cmd::cargo().arg("build");
     cargo = match profile {
         Profile::Release => {
-            let packages = ["rustnet-agent", "rustnet-cni"].into_iter().chain(further.iter().copied());
+            let packages = ["rustnet-agent"].into_iter().chain(further.iter().copied());
             cargo.args(["--release", "--bins"]).args(packages.flat_map(|p| ["--package", p]))
         }
         // All that `cargo test` is going to want, so that each dependency is compiled once and with one set of features.
@@ -53,11 +53,21 @@ pub fn build(profile: Profile, further: &[&str]) -> Result<()> {
         Profile::Dev => "building the programs and the tests (dev)",
     });
     environment(cargo).dir(paths::root()).run()?;
+    if profile == Profile::Release {
+        static_cni()?;
+    }
     let dist = profile.dist();
     for program in PROGRAMS {
         cache::copy(&profile.built().join(program), &dist.join(program))?;
     }
     cache::copy(&paths::object(), &dist.join("rustnet.bpf.o"))
+}
+
+/// Links the CNI binary statically: it is copied to hosts whose C library may be older than the builder's, or another one. Only
+/// the link differs, so that nothing else is compiled for it.
+fn static_cni() -> Result<()> {
+    let cargo = Cmd::cargo().args(["rustc", "--release", "--package", "rustnet-cni", "--bin", "rustnet-cni"]);
+    cargo.args(["--", "-C", "target-feature=+crt-static"]).dir(paths::root()).run()
 }
 
 /// Tells the agent's build where the object is when that is not the usual place. Set only then: between a build with the

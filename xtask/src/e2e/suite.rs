@@ -66,11 +66,11 @@ pub fn run(cluster: &Cluster, focus: &str, skip: &str, procs: u8, dir: &Path) ->
     Ok(())
 }
 
-/// Finds results in ginkgo's output: a line of dashes, the test's name, whatever it said, and a line with a bullet.
+/// Finds results in ginkgo's output: a line with a bullet, and the test's name in the next.
 #[derive(Default)]
 struct Live {
-    after_dashes: bool,
-    name: String,
+    result: Option<&'static str>,
+    time: String,
     done: usize,
     all: String,
 }
@@ -82,25 +82,18 @@ impl Live {
             rest.split(' ').next().unwrap_or_default().clone_into(&mut self.all);
             return Some(line.to_owned());
         }
-        if line.starts_with("-----") {
-            self.after_dashes = true;
-            return None;
+        if let Some(result) = self.result.take() {
+            self.done += 1;
+            let name = line.replacen("[It] ", "", 1);
+            return Some(format!("{:>3}/{} {result} {name} ({})", self.done, self.all, self.time));
         }
-        let result = match line.trim_start_matches('S') {
+        self.result = match line {
             text if text.starts_with("• [FAILED]") => Some("FAILED "),
             text if text.starts_with("• [") => Some("passed "),
-            _ if line.starts_with("S [SKIPPED]") => Some("skipped"),
+            text if text.starts_with("S [SKIPPED]") => Some("skipped"),
             _ => None,
         };
-        if let Some(result) = result {
-            self.done += 1;
-            let time = line.rsplit_once('[').map_or("", |(_, rest)| rest.trim_end_matches(']'));
-            return Some(format!("{:>3}/{} {result} {} ({time})", self.done, self.all, self.name));
-        }
-        if self.after_dashes && line.starts_with("[sig-") {
-            line.clone_into(&mut self.name);
-        }
-        self.after_dashes = false;
+        line.rsplit_once('[').map_or("", |(_, rest)| rest.trim_end_matches(']')).clone_into(&mut self.time);
         None
     }
 }
@@ -111,12 +104,13 @@ mod tests {
 
     #[test]
     fn results_are_found_in_the_output() {
-        let output = "Will run 2 of 7144 specs\nSSS\n------------------------------\n[sig-network] a\n/path:1\n  STEP: x\n\
-                      • [5.1 seconds]\n------------------------------\nSS\n------------------------------\n[sig-network] b\n\
-                      • [FAILED] [7.2 seconds]\n";
+        let output = "Will run 2 of 7144 specs\nSSS\n------------------------------\n• [5.1 seconds]\n[sig-network] X [It] a\n\
+                      /path:1\n  STEP: x\n------------------------------\nSS\n------------------------------\n\
+                      • [FAILED] [7.2 seconds]\n[sig-network] X [It] b\n/path:2\n";
         let mut live = Live::default();
         let told: Vec<_> = output.lines().filter_map(|line| live.line(line)).collect();
-        let results = ["  1/2 passed  [sig-network] a (5.1 seconds)", "  2/2 FAILED  [sig-network] b (7.2 seconds)"];
+        let results =
+            ["  1/2 passed  [sig-network] X a (5.1 seconds)", "  2/2 FAILED  [sig-network] X b (7.2 seconds)"];
         assert_eq!(told[1..], results);
     }
 }
