@@ -4,7 +4,7 @@
 //! that forked, and test threads come and go. Directories and control groups are registered here and removed by whoever
 //! comes first: a `Drop`, the exit handler, or the next run, which sweeps up after a run that was killed.
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
@@ -24,6 +24,8 @@ struct Left {
     cgroups: Vec<PathBuf>,
     dirs: Vec<PathBuf>,
     counter: u32,
+    /// All has been removed: a thread that does not know yet must not begin anew.
+    over: bool,
 }
 
 static LEFT: Mutex<Option<Left>> = Mutex::new(None);
@@ -51,8 +53,10 @@ extern "C" fn at_exit() {
 /// Ends every process that was started here and removes every registered directory and control group. For a signal
 /// handling thread and for the end of the process; a `Drop` does the same for its own things.
 pub fn clean_up() {
-    let (pids, cgroups, dirs) =
-        with_left(|l| (std::mem::take(&mut l.pids), std::mem::take(&mut l.cgroups), std::mem::take(&mut l.dirs)));
+    let (pids, cgroups, dirs) = with_left(|l| {
+        l.over = true;
+        (std::mem::take(&mut l.pids), std::mem::take(&mut l.cgroups), std::mem::take(&mut l.dirs))
+    });
     for pid in &pids {
         let _ = kill(Pid::from_raw((*pid).cast_signed()), Signal::SIGKILL);
     }
@@ -95,9 +99,12 @@ pub(crate) fn make_dir(name: &str) -> Result<PathBuf> {
     let base = std::env::temp_dir();
     SWEPT.get_or_init(|| sweep(&base, |p| drop(std::fs::remove_dir_all(p))));
     let dir = base.join(name);
-    std::fs::create_dir(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    with_left(|l| l.dirs.push(dir.clone()));
-    Ok(dir)
+    with_left(|l| {
+        ensure!(!l.over, "everything is being taken down");
+        std::fs::create_dir(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        l.dirs.push(dir.clone());
+        Ok(dir)
+    })
 }
 
 pub(crate) fn remove_dir(path: &Path) {
@@ -111,9 +118,10 @@ pub(crate) fn make_cgroup(name: &str) -> Option<PathBuf> {
     let root = cgroup2_root()?;
     SWEPT.get_or_init(|| sweep(&root, remove_cgroup));
     let path = root.join(name);
-    std::fs::create_dir(&path).ok()?;
-    with_left(|l| l.cgroups.push(path.clone()));
-    Some(path)
+    with_left(|l| {
+        (!l.over && std::fs::create_dir(&path).is_ok()).then(|| l.cgroups.push(path.clone()))?;
+        Some(path)
+    })
 }
 
 pub(crate) fn drop_cgroup(path: &Path) {
@@ -216,12 +224,16 @@ impl Process {
     /// Starts it.
     pub fn spawn(mut command: Command) -> Result<Self> {
         let shown = format!("{command:?}");
-        let child = on_spawner(move || {
+        let mut child = on_spawner(move || {
             tie_to_us(&mut command);
             command.spawn()
         })?
         .with_context(|| format!("cannot start {shown}"))?;
-        with_left(|l| l.pids.insert(child.id()));
+        let over = with_left(|l| l.over || !l.pids.insert(child.id()));
+        if over {
+            let _ = child.kill().and_then(|()| child.wait());
+            bail!("cannot start {shown}: everything is being taken down");
+        }
         Ok(Self { child })
     }
 

@@ -3,16 +3,17 @@
 use crate::addresses::vips;
 use crate::examples;
 use crate::table;
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::time::Instant;
 use testkit::apiserver::ApiServer;
-use testkit::client::ask;
 use testkit::manifest::{Endpoint, Service};
 use testkit::pod::PORT;
 use testkit::server::Server;
-use testkit::{Fabric, Netns, Pod, Proto, wait};
+use testkit::{Fabric, Netns, Node, Pod, dist, wait};
 
 /// The port of the services.
 pub const SERVICE_PORT: u16 = 80;
@@ -31,6 +32,9 @@ pub struct Cluster<'a> {
     pub outside: Service,
     /// Backend: the first node's own address.
     pub host: Service,
+    /// Backend: the first pod. Nobody asks it while it has one: a UDP flow to a backend that is gone goes on when nothing else
+    /// serves, and some later request could have that flow's port.
+    pub unasked: Service,
     api: Option<&'a ApiServer>,
     _servers: Vec<Server>,
 }
@@ -55,7 +59,7 @@ fn start_agents(fabric: &Fabric, api: Option<&ApiServer>) -> Result<()> {
     let kubeconfig = api.map(|api| api.kubeconfig().display().to_string());
     let source: Vec<&str> = kubeconfig.iter().flat_map(|path| ["--kubeconfig", path]).collect();
     fabric.nodes().iter().try_for_each(|node| node.spawn_agent(&source))?;
-    fabric.nodes().iter().try_for_each(testkit::Node::wait_ready)
+    fabric.nodes().iter().try_for_each(Node::wait_ready)
 }
 
 impl<'a> Cluster<'a> {
@@ -96,23 +100,28 @@ impl<'a> Cluster<'a> {
             one: service("one", 2, pods.first().map(endpoints).unwrap_or_default()),
             outside: service("outside", 3, outside),
             host: service("host", 4, host),
+            unasked: service("unasked", 5, pods.first().map(endpoints).unwrap_or_default()),
             fabric,
             pods,
             api,
             _servers: servers,
         };
-        for service in cluster.services() {
-            cluster.apply(service)?;
-        }
+        let all = || cluster.services().into_iter().chain([&cluster.unasked]);
+        all().try_for_each(|service| cluster.write(service))?;
         for text in examples::texts(fabric)? {
             cluster.apply_text(&text)?;
         }
-        cluster.wait_until_known()?;
+        all().try_for_each(|service| cluster.wait_until_known(service))?;
         Ok(cluster)
     }
 
-    /// Writes a service and its slices where the agents see them.
+    /// Gives the agents a service and its slices, and waits until every node's maps have them.
     pub fn apply(&self, service: &Service) -> Result<()> {
+        self.write(service)?;
+        self.wait_until_known(service)
+    }
+
+    fn write(&self, service: &Service) -> Result<()> {
         match self.api {
             Some(api) => api.apply(&service.yaml(), "apply"),
             None => self.fabric.manifests().apply(service),
@@ -132,25 +141,17 @@ impl<'a> Cluster<'a> {
         start_agents(self.fabric, self.api)
     }
 
-    /// All services.
+    /// The services that everybody asks.
     pub fn services(&self) -> [&Service; 4] {
         [&self.mixed, &self.one, &self.outside, &self.host]
     }
 
-    /// The agents see a file when it is written; this waits until their maps have it, before rows are counted.
-    fn wait_until_known(&self) -> Result<()> {
-        for node in self.fabric.nodes() {
-            for service in self.services() {
-                for vip in &service.vips {
-                    wait::until(&format!("{} known on {}", service.name, node.name()), || {
-                        let pod = self.pods.iter().find(|p| p.node().name() == node.name());
-                        let from = pod.map_or(node.netns(), Pod::netns);
-                        ask(from, Proto::Udp, (*vip, SERVICE_PORT).into(), 1)?.all_answered()
-                    })?;
-                }
-            }
-        }
-        Ok(())
+    /// The agents see a file when it is written, and each node's own when it comes to it: rows are counted only once the maps
+    /// of all nodes have exactly these endpoints.
+    fn wait_until_known(&self, service: &Service) -> Result<()> {
+        self.fabric.nodes().iter().try_for_each(|node| {
+            wait::until(&format!("service {} known on {}", service.name, node.name()), || known(node, service))
+        })
     }
 
     /// A pod of each node, and each node's host.
@@ -171,7 +172,7 @@ impl<'a> Cluster<'a> {
     /// Commands that show the inside, for a person.
     pub fn hints(&self) -> Vec<String> {
         let mut lines = Vec::new();
-        let dist = testkit::dist::find("rustnet").map_or_else(|_| "rustnet".into(), |p| p.display().to_string());
+        let dist = dist::find("rustnet").map_or_else(|_| "rustnet".into(), |p| p.display().to_string());
         for node in self.fabric.nodes() {
             let (enter, bpffs, run) = (node.netns().enter_hint(), node.bpffs(), node.run_dir());
             let (bpffs, run) = (bpffs.display(), run.display());
@@ -192,4 +193,28 @@ impl<'a> Cluster<'a> {
         });
         lines
     }
+}
+
+/// An error unless the node's maps have exactly this service's endpoints, behind each of its addresses and ports.
+fn known(node: &Node, service: &Service) -> Result<()> {
+    let (bpffs, run_dir) = (node.bpffs().display().to_string(), node.run_dir().display().to_string());
+    let command = node.netns().command(dist::find("rustnet")?)?;
+    let text = command.args(["--bpffs", &bpffs, "--run-dir", &run_dir, "-o", "json", "services"]).text()?;
+    let entries: Vec<Value> = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let sockets = |list: &Value| -> BTreeSet<String> {
+        let backends = list.as_array().into_iter().flatten();
+        backends.map(|it| format!("{} {}", it["address"].as_str().unwrap_or_default(), it["port"])).collect()
+    };
+    for vip in &service.vips {
+        for port in &service.ports {
+            let entry = entries.iter().find(|it| {
+                it["vip"] == vip.to_string() && it["port"] == port.port && it["protocol"] == port.proto.to_string()
+            });
+            let of_family = service.endpoints.iter().filter(|it| it.ready && it.address.is_ipv4() == vip.is_ipv4());
+            let wanted = of_family.map(|it| format!("{} {}", it.address, port.target)).collect();
+            let there = entry.map(|it| sockets(&it["backends"]));
+            ensure!(there.as_ref() == Some(&wanted), "{vip} {} {}: {there:?}, not {wanted:?}", port.proto, port.port);
+        }
+    }
+    Ok(())
 }

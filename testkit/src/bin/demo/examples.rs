@@ -2,8 +2,9 @@
 
 use crate::addresses::family;
 use crate::cluster::Cluster;
+use crate::rows::enough;
 use crate::table::{self, Table};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -98,15 +99,13 @@ pub fn rows(cluster: &Cluster<'_>, requests: usize, table: &mut Table) -> Result
                     By::Nobody => answers.all_failed(ErrorKind::ConnectionRefused),
                     _ => answers.only_by(&serving),
                 };
-                let ask = || ask(pod.netns(), proto, target, requests * serving.len().max(1) * 2);
-                wait::until("the examples known", || {
-                    let answers = ask()?;
-                    if answers.errors.iter().any(|e| e.kind == ErrorKind::TimedOut) {
-                        bail!("{answers}")
-                    }
-                    Ok(())
-                })?;
-                let answers = ask()?;
+                let ask = |requests| ask(pod.netns(), proto, target, requests);
+                // What a row asks for is waited for: an agent comes to a file when it comes to it. Then it is counted.
+                let count = enough(requests, serving.len());
+                let probe = enough(1, serving.len());
+                // If it never comes, the row says so.
+                let _ = wait::until("the examples known", || judge(&ask(probe)?));
+                let answers = ask(count)?;
                 let what = format!("{} > {name}:{port}", pod.name());
                 table.answers(&what, family(vip), &proto.to_string(), &answers, judge(&answers));
             }

@@ -2,6 +2,7 @@
 
 use crate::addresses::family;
 use crate::cluster::{Cluster, SERVICE_PORT, endpoints};
+use crate::rows::enough;
 use crate::table::{self, Row, Table};
 use anyhow::{Result, anyhow};
 use std::net::SocketAddr;
@@ -10,7 +11,7 @@ use testkit::client::ask;
 use testkit::load::{Kind, Load};
 use testkit::manifest::Service;
 use testkit::pod::PORT;
-use testkit::{Netns, Pod, Proto, wait};
+use testkit::{Netns, Pod, Proto};
 
 /// Pause between two requests of one client.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -86,21 +87,18 @@ fn scale(cluster: &mut Cluster<'_>, requests: usize, table: &mut Table) -> Resul
         cluster.apply(&cluster.mixed)?;
         let names: Vec<&str> = backends.iter().map(|p| p.name()).collect();
         let from = cluster.pods.last().ok_or_else(|| anyhow!("no pods"))?.netns();
-        settled(from, &cluster.mixed, &names)?;
-        table.fact(&format!("{}: new connections go to {}", ["up", "down"][round], names.join(", ")), Ok(()));
+        let verdict = reached(from, &cluster.mixed, &names);
+        table.fact(&format!("{}: new connections go to {}", ["up", "down"][round], names.join(", ")), verdict);
         more(&streams, requests)?;
     }
     finish(streams, table)
 }
 
-/// Waits until new connections reach exactly these backends.
-fn settled(from: &Netns, service: &Service, names: &[&str]) -> Result<()> {
+/// New connections reach all of these backends and no other.
+fn reached(from: &Netns, service: &Service, names: &[&str]) -> Result<()> {
     for vip in &service.vips {
         for proto in Proto::ALL {
-            wait::until(&format!("service {} scaled", service.name), || {
-                let answers = ask(from, proto, SocketAddr::new(*vip, SERVICE_PORT), names.len() * 10)?;
-                answers.only_by(names)
-            })?;
+            ask(from, proto, SocketAddr::new(*vip, SERVICE_PORT), enough(1, names.len()))?.only_by(names)?;
         }
     }
     Ok(())
