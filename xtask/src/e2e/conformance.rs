@@ -26,7 +26,7 @@ fn page(runs: &[Run]) -> String {
          Written by `cargo xtask e2e --record DIR...` from the reports of real runs of `cargo xtask e2e`; not edited by hand.\n\
          The reference network is bridge, host-local and portmap with kube-proxy (nftables) in the same cluster.\n\n",
     );
-    text += "| Run | Kubernetes | Commit | Kernel | Date | Passed | Failed | Skipped | Not run |\n|---|---|---|---|---|---|---|---|---|\n";
+    text += "| Run | Kubernetes | Commit or image | Kernel | Date | Passed | Failed | Skipped | Not run |\n|---|---|---|---|---|---|---|---|---|\n";
     for run in runs {
         let counts = [Outcome::Passed, Outcome::Failed, Outcome::Skipped, Outcome::Excluded].map(|it| run.count(it));
         let [passed, failed, skipped, excluded] = counts;

@@ -51,7 +51,7 @@ pub struct Run {
     pub settings: Settings,
     /// `v1.34.4`.
     pub kubernetes: String,
-    /// The work tree.
+    /// The work tree, or the image that was given instead.
     pub commit: String,
     /// The kernel.
     pub kernel: String,
@@ -84,7 +84,11 @@ impl Run {
         Ok(Self {
             settings: cluster.settings.clone(),
             kubernetes: setup::kubernetes_version()?,
-            commit: said(Cmd::new("git").args(["rev-parse", "--short", "HEAD"]).dir(crate::paths::root())),
+            commit: match &cluster.settings.image {
+                // What it was made of, its maker knows.
+                Some(file) => file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+                None => said(Cmd::new("git").args(["describe", "--always", "--dirty"]).dir(crate::paths::root())),
+            },
             kernel: said(Cmd::new("uname").arg("-r")),
             date: said(Cmd::new("date").args(["-u", "+%F"])),
             tests,
