@@ -27,6 +27,8 @@ use testkit::{Fabric, Node, Proto, Setup, wait};
 const ENDPOINTS: u32 = 3;
 /// Seconds for a hundred thousand services, and the factor above bulk writes.
 const GOALS: (f64, f64) = (1.5, 3.0);
+/// Services that the goals speak of: all written, and remembered by an agent.
+pub const FULL: (u32, u32) = (100_000, 10_000);
 /// Milliseconds: 99 of 100 changes are in the map by then.
 const CHANGE_GOAL: f64 = 1.0;
 /// MiB of an agent that knows 10,000 services with five endpoints each.
@@ -72,6 +74,8 @@ pub fn run(extent: &Extent) -> Result<()> {
     );
     let row = |name: &str, unit: &str, values: Vec<f64>, digits: usize, goal: Option<(f64, f64)>| {
         let sorted = Sorted::new(values);
+        // Fewer services prove nothing.
+        let goal = goal.filter(|_| *services >= FULL.0);
         let (goal, word) = match goal {
             Some((goal, reached)) => (format!("{goal}"), verdict(reached <= goal)),
             None => (String::new(), ""),
@@ -271,7 +275,7 @@ fn memory(fabric: &Fabric, services: u32) -> Result<()> {
     let full = Memory::of(node)?;
     node.stop_agent()?;
     println!(
-        "\nMemory of rustnet-agent ({}), MiB:\n\n| | Resident | Of it its own | Most so far | Goal | |\n|---|---|---|---|---|---|",
+        "\nMemory of rustnet-agent ({}), MiB:\n\n| | Resident | Its share (Pss) | Most so far | Goal | |\n|---|---|---|---|---|---|",
         testkit::dist::find("rustnet-agent")?
             .parent()
             .and_then(Path::file_name)
@@ -279,10 +283,11 @@ fn memory(fabric: &Fabric, services: u32) -> Result<()> {
             .unwrap_or_default()
     );
     println!("| no services | {} | | |", empty.row());
+    let word = if services >= FULL.1 { verdict(full.resident <= MEMORY_GOAL) } else { "" };
     println!(
-        "| {services} services with 5 endpoints, from manifests, ready after {ready:.1} s | {} | {MEMORY_GOAL} | {} |",
+        "| {services} services with 5 endpoints, from manifests, ready after {ready:.1} s | {} | {MEMORY_GOAL} at {} | {word} |",
         full.row(),
-        verdict(full.resident <= MEMORY_GOAL)
+        FULL.1
     );
     Ok(())
 }

@@ -96,9 +96,9 @@ fn main() -> Result<()> {
     if args.wants(What::Control) {
         let extent = control::Extent {
             rounds: args.size(None, 5, 1),
-            services: args.size(None, 100_000, 10_000),
+            services: args.size(None, control::FULL.0, 10_000),
             changes: args.size(None, 2000, 200),
-            remembered: args.size(None, 10_000, 1000),
+            remembered: args.size(None, control::FULL.1, 1000),
         };
         control::run(&extent).context("control")?;
         println!();

@@ -58,8 +58,9 @@ struct Group<'a> {
     cases: Vec<Case<'a>>,
 }
 
-/// The kernel's default, whatever this machine's is: one that paces would measure its timers.
-const CONGESTION: &str = "cubic";
+/// Congestion control of all connections, whatever this machine's default is: one that paces would measure its timers. This one is
+/// in every kernel, and every network namespace may choose it.
+const CONGESTION: &str = "reno";
 
 const NEAR_GOALS: &[Goal] = &[
     Goal { test: Test::Rr, least: 0.97 },
@@ -114,7 +115,7 @@ pub fn run(extent: &Extent) -> Result<()> {
         "## Pod to pod (`cargo xtask bench network`)\n\n{} rounds of {} ms a case, both ends on CPU {}, {CONGESTION}, {} services in the \
          tables of rustnet and kube-proxy. A \
          round's ratio is the case's median transaction (throughput for streams) against the first case's of the same round; what counts \
-         is the median over the rounds. \"By the best\" compares the quickest transactions (best turns) of the whole run: on a busy \
+         is the median over the rounds. \"By the best\" compares the quickest hundredth of all transactions (the best turns): on a busy \
          machine the steadier figure.",
         extent.rounds,
         extent.time.as_millis(),
@@ -270,8 +271,10 @@ fn figures_of(test: Test, turns: &[Turn]) -> (String, String) {
     (format!("{:.0}", paces(1.0).median()), Sorted::new(each.collect()).three(2))
 }
 
-/// The pace of the quickest transaction of all, or of the best stream: what is left when nobody disturbs.
+/// The pace that one of a hundred transactions exceeds, or the best stream: what is left when hardly anybody disturbs.
 fn best(turns: &[Turn]) -> f64 {
-    let quickest = turns.iter().flat_map(Turn::each).min();
-    quickest.map_or_else(|| turns.iter().map(Turn::pace).fold(f64::NAN, f64::max), |ns| 1e9 / f64::from(*ns))
+    let mut each: Vec<u32> = turns.iter().flat_map(Turn::each).copied().collect();
+    each.sort_unstable();
+    let quick = each.get(each.len() / 100);
+    quick.map_or_else(|| turns.iter().map(Turn::pace).fold(f64::NAN, f64::max), |ns| 1e9 / f64::from(*ns))
 }

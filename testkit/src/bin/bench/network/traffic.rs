@@ -167,9 +167,9 @@ fn serve(test: Test, listener: &TcpListener, stop: &AtomicBool) -> Result<Option
 /// Reads to the end; bytes per second.
 #[expect(clippy::cast_precision_loss, reason = "a turn moves far fewer than 2^52 bytes")]
 fn drain(stream: &mut TcpStream) -> Result<f64> {
-    let mut buffer = vec![0; CHUNK];
-    let mut bytes = stream.read(&mut buffer)?;
     let start = Instant::now();
+    let mut buffer = vec![0; CHUNK];
+    let mut bytes = 0;
     loop {
         match stream.read(&mut buffer)? {
             0 => return Ok(bytes as f64 / start.elapsed().as_secs_f64()),
