@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use testkit::client::{Connection, ask, ask_udp, udp_from_port};
 use testkit::{Netns, Proto, wait};
 
-in_each_routing!(nobody_answers_after_the_first_refusal_on_a_node, a_udp_flow_goes_on_while_nobody_else_serves,);
+in_each_routing!(nobody_answers_after_the_first_refusal_on_a_node, a_udp_flow_ends_with_the_last_backend,);
 
 /// Who answers a request from a port that nobody used before; none if it is refused. Ports are counted, because a UDP flow of
 /// before cannot be told from a new one that has its port.
@@ -70,20 +70,27 @@ fn nobody_answers_after_the_first_refusal_on_a_node(net: &Net) -> Result<()> {
     Ok(())
 }
 
-/// What looks like an answer after the refusal: a UDP socket that has the port of a flow of before. A client's kernel gives
-/// ports at random, so that it happens to a new socket, too, as long as the old flow is remembered.
-fn a_udp_flow_goes_on_while_nobody_else_serves(net: &Net) -> Result<()> {
+/// A UDP flow of before is refused with the rest as soon as nobody serves (a client's kernel gives ports at random, so that a
+/// new socket may well have its port), and served again as soon as somebody does.
+fn a_udp_flow_ends_with_the_last_backend(net: &Net) -> Result<()> {
     static NEXT: AtomicU16 = AtomicU16::new(24_500);
     let mut service = net.service(endpoints(&[&net.b]))?;
     for target in service.targets() {
         let port = NEXT.fetch_add(1, Ordering::Relaxed);
-        let ask_again =
-            || net.a.run_in(|| -> Result<String> { Ok(ask_udp(&udp_from_port(port, target)?, "again")?.0) });
-        ensure!(ask_again()?? == "b");
+        let again = || {
+            net.a.run_in(|| match ask_udp(&udp_from_port(port, target)?, "again") {
+                Ok(answer) => Ok(Some(answer.0)),
+                Err(e) if refused(&e) => Ok(None),
+                Err(e) => Err(e),
+            })?
+        };
+        ensure!(again()?.as_deref() == Some("b"));
         service.set(Vec::new())?;
         service.wait_known()?;
-        let again = ask_again()?.context("a flow of before")?;
-        ensure!(again == "b", "answered by {again}");
+        ensure!(again()?.is_none(), "a flow of before outlives the last backend");
+        service.set(endpoints(&[&net.c]))?;
+        service.wait_known()?;
+        ensure!(again()?.as_deref() == Some("c"), "the flow finds the new backend");
         service.set(endpoints(&[&net.b]))?;
         service.wait_known()?;
     }

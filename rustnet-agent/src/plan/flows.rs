@@ -1,8 +1,9 @@
 //! UDP flows whose backend gets no new ones: which of them go on, and which are forgotten.
 //!
 //! UDP has no handshake that would fail and make a client try anew, so flows to a backend that no longer serves are forgotten
-//! as soon as anything else does. While it still serves (it terminates, or is meant for other nodes), or while nothing else
-//! does, they go on: the backend *lingers*. Its slot stays taken meanwhile, so that the next agent finds its id there.
+//! at once, as kube-proxy does: their next packet finds another backend, or is refused. While it still serves (it terminates,
+//! or is meant for other nodes) they go on: the backend *lingers*. Its slot stays taken meanwhile, so that the next agent
+//! finds its id there.
 
 use super::VipKey;
 use crate::index::Choice;
@@ -57,9 +58,6 @@ impl Flows {
             {
                 self.add_stray(target, older);
             }
-        }
-        if choice.backends.is_empty() && choice.serving.is_empty() {
-            return Vec::new();
         }
         let Some(lingering) = self.lingering.get_mut(&key) else {
             return Vec::new();

@@ -217,11 +217,11 @@ fn flows_of_udp_backends_that_are_gone_are_forgotten() {
     let plan = rig.handle(dns(&["10.244.1.3"])).sync();
     assert_eq!(shape(&plan), ["backends", "put service", "forget"]);
     assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![ids[0]])]);
-    // None left: flows stay, until there is somewhere to go.
+    // None left: what was answered a moment ago is refused.
     rig.handle(dns(&[])).sync();
-    assert_eq!(rig.maps.take_forgotten(), []);
-    rig.handle(dns(&["10.244.1.4"])).sync();
     assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![ids[1]])]);
+    rig.handle(dns(&["10.244.1.4"])).sync();
+    assert_eq!(rig.maps.take_forgotten(), []);
     // The service goes, and whatever may still lead to its backends.
     let last = rig.backends("10.96.0.53", 53, UDP)[0].id;
     let plan = rig.handle([gone(Kind::Service, "dns")]).sync();
@@ -257,10 +257,13 @@ fn flows_to_udp_backends_that_terminate_go_on_until_they_serve_no_more() {
 
 #[test]
 fn an_agent_that_starts_later_still_knows_whose_flows_to_forget() {
-    let mut rig = Rig::new(4);
+    let mut rig = Rig::new(5);
     rig.handle(dns(&["10.244.1.2", "10.244.1.3"])).sync();
     let ids: Vec<u32> = rig.backends("10.96.0.53", 53, UDP).iter().map(|b| b.id).collect();
-    rig.handle(dns(&[])).sync();
+    let slice = slice("dns-1", "dns", Family::V4).port("dns", 53, UDP).ready(&["10.244.1.9"]);
+    let draining = ["10.244.1.2", "10.244.1.3"].into_iter().fold(slice, |s, ip| s.endpoint(endpoint(ip).draining()));
+    rig.handle([draining.apply()]).sync();
+    assert_eq!(rig.maps.take_forgotten(), []);
     // Others would like the slots meanwhile, and do not get them.
     for last in [4, 5, 6, 7] {
         rig.handle(web(&[&format!("10.244.1.{last}")]));
