@@ -56,10 +56,7 @@ fn page(runs: &[Run]) -> String {
     failures(&mut text, runs);
     text += "\n## Skipped and not run, with the reason\n\n| Test | Reason |\n|---|---|\n";
     for name in names.iter().filter(|name| !ran(name)) {
-        let reasons: BTreeSet<&str> =
-            runs.iter().filter_map(|run| find(run, name)).map(|test| test.reason.as_str()).collect();
-        let reasons: Vec<&str> = reasons.into_iter().collect();
-        let _ = writeln!(text, "| {} | {} |", escape(name), escape(&reasons.join("; ")));
+        let _ = writeln!(text, "| {} | {} |", escape(name), escape(&reasons(runs, name)));
     }
     let partly =
         names.iter().filter(|name| ran(name) && runs.iter().any(|run| outcome(run, name) == Some(Outcome::Excluded)));
@@ -67,16 +64,21 @@ fn page(runs: &[Run]) -> String {
     if !partly.is_empty() {
         text += "\n## Not run for one network, with the reason\n\n| Test | Reason |\n|---|---|\n";
         for name in partly {
-            let reasons: BTreeSet<&str> = runs
-                .iter()
-                .filter_map(|run| find(run, name).filter(|test| test.outcome == Outcome::Excluded))
-                .map(|test| test.reason.as_str())
-                .collect();
-            let reasons: Vec<&str> = reasons.into_iter().collect();
-            let _ = writeln!(text, "| {} | {} |", escape(name), escape(&reasons.join("; ")));
+            let _ = writeln!(text, "| {} | {} |", escape(name), escape(&reasons(runs, name)));
         }
     }
     text
+}
+
+/// Why a test was skipped or not run. That the caller left it out is no reason beside a better one.
+fn reasons(runs: &[Run], name: &str) -> String {
+    let left_out = |test: &&Test| matches!(test.outcome, Outcome::Skipped | Outcome::Excluded);
+    let mut all: BTreeSet<&str> =
+        runs.iter().filter_map(|run| find(run, name)).filter(left_out).map(|test| test.reason.as_str()).collect();
+    if all.len() > 1 {
+        all.remove("--skip");
+    }
+    all.into_iter().collect::<Vec<_>>().join("; ")
 }
 
 fn failures(text: &mut String, runs: &[Run]) {
@@ -115,5 +117,7 @@ fn cell(outcome: Option<Outcome>) -> &'static str {
 }
 
 fn escape(text: &str) -> String {
-    text.replace('|', "\\|").replace("[sig-network] ", "")
+    // The page is for everybody, and the place of the cache is this machine's.
+    let cache = paths::cache().display().to_string();
+    text.replace('|', "\\|").replace("[sig-network] ", "").replace(&cache, "~/.cache/rustnet")
 }
