@@ -172,6 +172,26 @@ fn two_services_with_one_backend_and_one_client_port() -> Result<()> {
     })
 }
 
+/// A connection to the backend itself has just ended: its server may hold that pair of ports in TIME_WAIT, so that the next
+/// one, by the service, comes from another port.
+#[test]
+fn a_service_asked_after_its_backend_from_one_client_port() -> Result<()> {
+    labs(|lab, net| {
+        serve(lab, net, Proto::Tcp, net.vip(1), (net.b(), TARGET))?;
+        let direct = from_a(net, Proto::Tcp, (net.b(), TARGET));
+        lab.pod_sends(&direct)?.to_the_pod(&direct.hop())?;
+        let answer = direct.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+        for end in [direct.with_flags(FIN | ACK), answer.with_flags(FIN | ACK)] {
+            lab.pod_sends(&end)?.to_the_pod(&end.hop())?;
+        }
+        let ask = from_a(net, Proto::Tcp, (net.vip(1), VIP_PORT));
+        let shot = lab.pod_sends(&ask)?;
+        let port = lab.half(Flow::of(&ask))?.to.sport;
+        ensure!(port != PORT, "the backend sees the pair of ports again");
+        shot.to_the_pod(&ask.hop().between((net.a(), port), (net.b(), TARGET)))
+    })
+}
+
 /// The client asks the backend itself and its service, from one port.
 #[test]
 fn a_service_and_its_backend_from_one_client_port() -> Result<()> {

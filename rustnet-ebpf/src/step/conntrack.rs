@@ -218,7 +218,7 @@ fn try_open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(),
     o.half.out = 0;
     o.half.packets = 0;
     o.half.bytes = 0;
-    let mut claimed = claim::<F>(o, config);
+    let mut claimed = claim::<F>(o, config, !ports);
     if claimed == TAKEN && ports {
         // Another connection would get our answers (two VIPs with one backend, or two pods behind one address).
         // SAFETY: the callback has the signature that the helper wants, and `claimed` outlives the call.
@@ -246,9 +246,11 @@ const TAKEN: u32 = 1;
 /// The table takes nothing.
 const FULL: u32 = 2;
 
-/// Inserts the answering half of a connection that becomes `o.becomes`, unless its tuple belongs to a living one.
+/// Inserts the answering half of a connection that becomes `o.becomes`, unless its tuple belongs to another one. Even one that
+/// is closing counts, unless `hurry`: the far end may hold it in TIME_WAIT, and answers a SYN there with a detour at best
+/// (RFC 6191).
 #[inline(never)]
-fn claim<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> u32 {
+fn claim<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig, hurry: bool) -> u32 {
     if o.becomes != o.key {
         o.half.flags |= flags::NAT;
     }
@@ -262,7 +264,7 @@ fn claim<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> u32 {
         let old = unsafe { &*old };
         let silent = o.half.seen.wrapping_sub(old.seen);
         let free = old.to == o.half.to
-            || state::closing(old.state)
+            || (hurry && state::closing(old.state))
             || silent >= lifetime(o.answer.proto, old.state).wrapping_mul(config.hz);
         if !free {
             return TAKEN;
@@ -272,12 +274,12 @@ fn claim<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> u32 {
 }
 
 /// One round of the search for a source port: `bpf_loop` calls it until it gives 1. The verifier proves it once.
-extern "C" fn another_port<F: Family>(_round: u32, claimed: *mut c_void) -> u64 {
+extern "C" fn another_port<F: Family>(round: u32, claimed: *mut c_void) -> u64 {
     let (Some(scratch), Some(config)) = (F::scratch(), ctx::config()) else { return 1 };
     // SAFETY: as in `begin`; the caller's borrow of the same connection rests while the helper runs.
     let o = unsafe { &mut (*scratch).opening };
     o.becomes.sport = port(config, random());
-    let found = claim::<F>(o, config);
+    let found = claim::<F>(o, config, round >= TRIES / 2);
     // SAFETY: `try_open` passes a pointer to its own variable.
     unsafe { *claimed.cast::<u32>() = found };
     u64::from(found != TAKEN)
