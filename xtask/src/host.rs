@@ -36,11 +36,6 @@ impl Distro {
     }
 }
 
-/// The suite's code name, such as `bookworm`; empty where there is none.
-pub fn codename() -> String {
-    fs::read_to_string("/etc/os-release").ok().and_then(|text| field(&text, "VERSION_CODENAME")).unwrap_or_default()
-}
-
 /// One value; os-release values may stand in single or double quotes.
 fn field(text: &str, name: &str) -> Option<String> {
     text.lines().find_map(|line| {

@@ -2,20 +2,23 @@
 //! `tests/kubernetes`. The results stay in the user's cache under their version.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 
 use super::Work;
 use crate::cmd::{Cmd, is_executable, which};
 use crate::toolchain::parse_version;
-use crate::{cache, host, paths, ui};
+use crate::{cache, paths, ui};
 
 const CNITOOL: &str = "v1.2.3";
 /// Cluster DNS; its dependencies do not go together with those of Kubernetes, hence a module of its own.
 const COREDNS: &str = "v1.15.0";
 /// Renders the chart in tests.
 const HELM: &str = "v3.22.0";
+/// What a Go fetches that is older than [`OLDEST_GO`]: the proxy has Go itself, too, and the checksum database vouches for it.
+const FETCHED_GO: &str = "v0.0.1-go1.24.6";
 /// From this on Go fetches by itself the exact release that a go.mod asks for.
 const OLDEST_GO: (u32, u32) = (1, 21);
 
@@ -131,36 +134,74 @@ const FIXTURES: [Fixture; 2] = [
     Fixture { path: "test/images/agnhost/porter", name: "localhost.key" },
 ];
 
-/// Go, new enough; installed from packages where those are.
+/// Go, new enough: the machine's, a package's, or one that the package's fetches because it is too old itself.
 fn go(work: &mut Work) -> Result<PathBuf> {
     if let Some(go) = find_go() {
         return Ok(go);
     }
-    let candidate = work.package_version("golang-go");
-    if candidate.as_deref().and_then(parse_version) >= Some(OLDEST_GO) {
+    if any_go().is_none() {
+        ensure!(
+            work.package_version("golang-go").is_some(),
+            "Go is needed and there is no package golang-go\n  remedy: install Go {}.{} or newer from its own site",
+            OLDEST_GO.0,
+            OLDEST_GO.1
+        );
         work.install_packages(&["golang-go"])?;
-        return if work.dry_run {
-            Ok("go".into())
-        } else {
-            find_go().context("golang-go is installed, but there is no go")
-        };
+        if work.dry_run {
+            return Ok("go".into());
+        }
     }
-    let suite = host::codename();
-    bail!(
-        "Go {}.{} or newer is needed and not found; the package golang-go is {}\n  remedy: install Go from its own site, or on \
-         Debian add the suite {}-backports to the apt sources, then apt-get install -t {}-backports golang-go",
-        OLDEST_GO.0,
-        OLDEST_GO.1,
-        candidate.as_deref().unwrap_or("not available"),
-        suite,
-        suite
-    )
+    match find_go() {
+        Some(go) => Ok(go),
+        None => newer_go(work, &any_go().context("golang-go is installed, but there is no go")?),
+    }
+}
+
+fn any_go() -> Option<PathBuf> {
+    which("go").or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|go| is_executable(go)))
 }
 
 fn find_go() -> Option<PathBuf> {
-    let go = which("go").or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|g| is_executable(g)))?;
-    let version = Cmd::new(&go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").capture().ok()?;
-    (parse_version(&version) >= Some(OLDEST_GO)).then_some(go)
+    let old = any_go()?;
+    let version = Cmd::new(&old).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").capture().ok()?;
+    if parse_version(&version) >= Some(OLDEST_GO) {
+        return Some(old);
+    }
+    fetched_go(&old).ok().filter(|go| is_executable(go))
+}
+
+/// Where an old Go leaves the newer one that it fetches.
+fn fetched_go(old: &Path) -> Result<PathBuf> {
+    let modules = Cmd::new(old).args(["env", "GOMODCACHE"]).capture()?;
+    Ok(Path::new(modules.trim()).join(go_module()).join("bin/go"))
+}
+
+/// Go itself, as a module.
+fn go_module() -> String {
+    let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    format!("golang.org/toolchain@{FETCHED_GO}.linux-{arch}")
+}
+
+/// Fetches Go by an older one, and makes programs of its files: archives of modules know no modes.
+fn newer_go(work: &mut Work, old: &Path) -> Result<PathBuf> {
+    let fetch = Cmd::new(old)
+        .args(["mod", "download", &go_module()])
+        .env_remove("GOFLAGS")
+        .dir(&std::env::temp_dir())
+        .remedy("Go needs a module proxy that it can reach: go env GOPROXY");
+    work.step("fetching a newer Go from the module proxy", &fetch)?;
+    let go = fetched_go(old)?;
+    if work.dry_run {
+        return Ok(go);
+    }
+    let root = go.parent().and_then(Path::parent).context("Go has no directory")?;
+    let tools = fs::read_dir(root.join("pkg/tool"))?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    for dir in tools.into_iter().chain([root.join("bin")]) {
+        for file in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
+            fs::set_permissions(file?.path(), fs::Permissions::from_mode(0o555))?;
+        }
+    }
+    Ok(go)
 }
 
 fn module() -> PathBuf {
