@@ -187,7 +187,7 @@ fn newer_go(work: &mut Work, old: &Path) -> Result<PathBuf> {
     let fetch = Cmd::new(old)
         .args(["mod", "download", &go_module()])
         .env_remove("GOFLAGS")
-        .dir(&std::env::temp_dir())
+        .dir(std::env::temp_dir())
         .remedy("Go needs a module proxy that it can reach: go env GOPROXY");
     work.step("fetching a newer Go from the module proxy", &fetch)?;
     let go = fetched_go(old)?;
