@@ -1,7 +1,7 @@
 //! A service that loses its last endpoint: from the first refusal on, a node refuses every new flow.
 
 use crate::fixture::{Net, endpoints, in_each_routing};
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -77,12 +77,12 @@ fn a_udp_flow_ends_with_the_last_backend(net: &Net) -> Result<()> {
     let mut service = net.service(endpoints(&[&net.b]))?;
     for target in service.targets() {
         let port = NEXT.fetch_add(1, Ordering::Relaxed);
-        let again = || {
-            net.a.run_in(|| match ask_udp(&udp_from_port(port, target)?, "again") {
+        let again = || -> Result<Option<String>> {
+            match net.a.run_in(|| -> Result<_> { Ok(ask_udp(&udp_from_port(port, target)?, "again")?) })? {
                 Ok(answer) => Ok(Some(answer.0)),
                 Err(e) if refused(&e) => Ok(None),
                 Err(e) => Err(e),
-            })?
+            }
         };
         ensure!(again()?.as_deref() == Some("b"));
         service.set(Vec::new())?;
