@@ -9,5 +9,4 @@ mod delegate;
 mod gc;
 mod load;
 mod loopback;
-mod speed;
 mod verbs;
