@@ -84,6 +84,7 @@ fn a_udp_flow_ends_with_the_last_backend(net: &Net) -> Result<()> {
                 Err(e) => Err(e),
             }
         };
+        wait::until("b serves", || ask(net.a.netns(), Proto::Udp, target, 2)?.only_by(&["b"]))?;
         ensure!(again()?.as_deref() == Some("b"));
         service.set(Vec::new())?;
         service.wait_known()?;
@@ -92,7 +93,6 @@ fn a_udp_flow_ends_with_the_last_backend(net: &Net) -> Result<()> {
         service.wait_known()?;
         ensure!(again()?.as_deref() == Some("c"), "the flow finds the new backend");
         service.set(endpoints(&[&net.b]))?;
-        service.wait_known()?;
     }
     Ok(())
 }
