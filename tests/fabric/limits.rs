@@ -123,14 +123,18 @@ fn ports_for_masquerade_that_run_out_are_told_and_come_back() -> Result<()> {
                 ask_udp(socket, "still").with_context(|| format!("flow {i} to {target}, after the excess"))?;
             }
             // Connections: a port is free as soon as its connection is closed.
-            let open = |pod: &Pod| pod.run_in(|| TcpStream::connect_timeout(&target, SHORT))?.context("no connection");
+            // One that gives up keeps its port: only those that must fail may be short of time.
+            let open = |pod: &Pod, patience| {
+                pod.run_in(|| TcpStream::connect_timeout(&target, patience))?.context("no connection")
+            };
+            let patience = testkit::client::TIMEOUT;
             let mut connections = Vec::new();
             for _ in 0..PORTS {
-                connections.push(wait::until("a free port", || open(&net.a))?);
+                connections.push(wait::until("a free port", || open(&net.a, patience))?);
             }
-            ensure!(open(&net.b).is_err(), "one connection to {target} more than ports");
+            ensure!(open(&net.b, SHORT).is_err(), "one connection to {target} more than ports");
             drop(connections.pop());
-            wait::until("the port is free again", || open(&net.b))?;
+            wait::until("the port is free again", || open(&net.b, patience))?;
         }
         Ok(())
     })
