@@ -45,8 +45,10 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize, remote: &Addr) -> Result<i32, Sto
 /// What comes out of the tunnel is for a pod of this node or for its stack: never back into the tunnel.
 #[inline(always)]
 fn inwards<F: Family>(way: &Way<F::A>) -> Route {
-    let out = if way.out == 0 { route::pod(way.to.dst) } else { way.out };
-    if out == ELSEWHERE { Route::Stack } else { Route::Pod(out) }
+    match way.pod() {
+        ELSEWHERE => Route::Stack,
+        ifindex => Route::Pod(ifindex),
+    }
 }
 
 /// The egress hook, for one family.

@@ -44,11 +44,16 @@ impl<A: Address> Way<A> {
         Self { to: tuple, out: 0 }
     }
 
+    /// As [`pod`], from what the connection knows where it knows it.
+    #[inline(always)]
+    pub fn pod(&self) -> u32 {
+        if self.out == 0 { pod(self.to.dst) } else { self.out }
+    }
+
     /// Where it leads.
     #[inline(always)]
     pub fn route<F: Family<A = A>>(&self) -> Route {
-        match self.out {
-            0 => of::<F>(self.to.dst),
+        match self.pod() {
             ELSEWHERE => beyond::<F>(self.to.dst),
             ifindex => Route::Pod(ifindex),
         }
@@ -65,15 +70,6 @@ pub fn pod<A: Address>(dst: A) -> u32 {
 #[inline(always)]
 pub fn peer<F: Family>(addr: F::A) -> Option<&'static Peer> {
     F::peers().get(&Key::new(F::BITS, addr))
-}
-
-/// Finds where an address lies.
-#[inline(always)]
-pub fn of<F: Family>(dst: F::A) -> Route {
-    match pod(dst) {
-        ELSEWHERE => beyond::<F>(dst),
-        ifindex => Route::Pod(ifindex),
-    }
 }
 
 /// Finds where an address lies that no pod of this node has.
