@@ -21,6 +21,8 @@ use crate::parse::{Kind, Packet, tcp};
 
 /// Random source ports tried before a connection is refused: with 95 of 100 taken, five in a million searches fail.
 const TRIES: u32 = 256;
+/// Of these, the first that leave alone what merely is closing.
+const PATIENT_TRIES: u32 = 16;
 
 /// What proves that a packet's source address is genuine, remembered in the entry so that it is proved once a flow.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -279,7 +281,7 @@ extern "C" fn another_port<F: Family>(round: u32, claimed: *mut c_void) -> u64 {
     // SAFETY: as in `begin`; the caller's borrow of the same connection rests while the helper runs.
     let o = unsafe { &mut (*scratch).opening };
     o.becomes.sport = port(config, random());
-    let found = claim::<F>(o, config, round >= TRIES / 16);
+    let found = claim::<F>(o, config, round >= PATIENT_TRIES);
     // SAFETY: `try_open` passes a pointer to its own variable.
     unsafe { *claimed.cast::<u32>() = found };
     u64::from(found != TAKEN)

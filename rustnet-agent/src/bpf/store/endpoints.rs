@@ -40,8 +40,8 @@ impl Endpoints {
     }
 }
 
-/// The addresses (and their interfaces) whose interface is gone and that no record mentions: leftovers of a DEL that was cut short. An address
-/// with an interface but no record belongs to an ADD that is under way.
+/// The addresses, with their interfaces, whose interface is gone and that no record mentions: leftovers of a DEL that was cut
+/// short. An address with an interface but no record belongs to an ADD that is under way.
 pub fn stale(
     entries: &[(IpAddr, Endpoint)],
     interfaces: &BTreeSet<u32>,
