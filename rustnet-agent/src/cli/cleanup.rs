@@ -12,8 +12,8 @@ use rustnet_common::files::{ENDPOINTS_DIR, IPAM_DIR, NODE_FILE};
 use rustnet_common::names::{LINKS_DIR, PROGS_DIR, VETH_PREFIX, map};
 use serde::Serialize;
 
-use super::Places;
 use super::output::{Output, Usage, json, line};
+use super::{Places, kube_proxy};
 use crate::bpf::attach::Direction;
 use crate::install::{BINARY, CONFLIST, LOOPBACK, loopback_is_ours};
 use crate::net::netlink::Socket;
@@ -33,6 +33,12 @@ pub struct Args {
     /// Where the CNI configuration is installed [default: where the agent installed it]
     #[arg(long, value_name = "DIR")]
     cni_conf_dir: Option<PathBuf>,
+    /// Remove what kube-proxy left instead: its tables, its chains, the rules that lead to them, its device
+    #[arg(long, conflicts_with_all = ["cni_bin_dir", "cni_conf_dir"])]
+    kube_proxy: bool,
+    /// Only list what would go; exit code 1 if there is something
+    #[arg(long, requires = "kube_proxy")]
+    dry_run: bool,
 }
 
 /// What was done.
@@ -62,10 +68,17 @@ impl Report {
 }
 
 /// Removes; true if nothing failed.
-pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
-    if !args.yes {
-        confirm(places)?;
+pub fn run(find: impl Fn() -> Result<Places>, args: &Args, out: &Output) -> Result<bool> {
+    let unless_sure = |question: &str| if args.yes { Ok(()) } else { confirm(question) };
+    if args.kube_proxy {
+        return kube_proxy::run(args.dry_run, unless_sure, out);
     }
+    let places = &find()?;
+    unless_sure(&format!(
+        "This removes rustnet's programs, maps, devices, routes and files ({}, {}) and disconnects all its pods.",
+        places.bpffs.as_deref().unwrap_or(Path::new("pins unknown")).display(),
+        places.run_dir.display()
+    ))?;
     let alone = if places.run_dir.exists() { Some(exclude(places)?) } else { None };
     let mut report = clean(places, args);
     drop(alone);
@@ -94,12 +107,7 @@ fn exclude(places: &Places) -> Result<Presence> {
     })
 }
 
-fn confirm(places: &Places) -> Result<()> {
-    let question = format!(
-        "This removes rustnet's programs, maps, devices, routes and files ({}, {}) and disconnects all its pods.",
-        places.bpffs.as_deref().unwrap_or(Path::new("pins unknown")).display(),
-        places.run_dir.display()
-    );
+fn confirm(question: &str) -> Result<()> {
     if !std::io::stdin().is_terminal() {
         return Err(Usage(format!("{question} Say --yes to do it.")).into());
     }

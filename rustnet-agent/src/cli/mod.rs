@@ -5,6 +5,7 @@
 mod cleanup;
 mod ct;
 mod endpoints;
+mod kube_proxy;
 mod maps;
 mod monitor;
 mod nodes;
@@ -59,7 +60,7 @@ enum Command {
     Drops,
     /// Drops (and new flows, where the agent reports them) as they happen
     Monitor(monitor::Args),
-    /// Removes everything of rustnet's from this host, and nothing else
+    /// Removes everything of rustnet's from this host, or what kube-proxy left, and nothing else
     Cleanup(cleanup::Args),
     /// Prints a completion script
     Completions {
@@ -144,7 +145,7 @@ fn dispatch(cli: Cli) -> Result<bool> {
         Command::Maps => maps::run(&places()?, &out)?,
         Command::Drops => maps::drops(&places()?, &out)?,
         Command::Monitor(args) => monitor::run(&places()?, &args, &out)?,
-        Command::Cleanup(args) => return cleanup::run(&places()?, &args, &out),
+        Command::Cleanup(args) => return cleanup::run(places, &args, &out),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rustnet", &mut std::io::stdout());
         }

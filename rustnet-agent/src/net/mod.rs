@@ -5,14 +5,18 @@
 
 pub mod address;
 pub mod endpoints;
+pub mod iptables;
+pub mod kube_proxy;
 pub mod link;
 pub mod monitor;
 pub mod neighbour;
 pub mod netlink;
+pub mod nftables;
 pub mod overlay;
 pub mod plan;
 pub mod repair;
 pub mod route;
+pub mod sockets;
 pub mod sysctl;
 pub mod tc;
 pub mod uplink;

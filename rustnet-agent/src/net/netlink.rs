@@ -1,4 +1,4 @@
-//! A small blocking route-netlink socket: build a message, send it, wait for the answer or the kernel's refusal.
+//! A small blocking netlink socket: build a message, send it, wait for the answer or the kernel's refusal.
 //!
 //! Blocking, since a request takes microseconds, and usable in a thread that has entered another network namespace.
 
@@ -176,7 +176,7 @@ pub fn unless(result: Result<Vec<Reply>, Error>, harmless: &[i32]) -> Result<boo
     }
 }
 
-/// A route-netlink socket in the network namespace of the thread that opened it.
+/// A netlink socket in the network namespace of the thread that opened it.
 pub struct Socket {
     fd: OwnedFd,
     sequence: u32,
@@ -184,9 +184,14 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Opens a socket for requests.
+    /// Opens a socket for requests to route-netlink.
     pub fn open() -> Result<Self, Error> {
-        let fd = open(SockFlag::SOCK_CLOEXEC, 0)?;
+        Self::of(SockProtocol::NetlinkRoute)
+    }
+
+    /// Opens a socket for requests to another family of netlink.
+    pub fn of(protocol: SockProtocol) -> Result<Self, Error> {
+        let fd = open(protocol, SockFlag::SOCK_CLOEXEC, 0)?;
         explain_refusals(&fd);
         Ok(Self { fd, sequence: 0, buffer: vec![0; 1 << 16] })
     }
@@ -201,8 +206,39 @@ impl Socket {
         self.exchange(message, libc::NLM_F_DUMP as u16)
     }
 
-    fn exchange(&mut self, message: Message, flags: u16) -> Result<Vec<Reply>, Error> {
+    /// Sends requests between two messages that frame them (nfnetlink's transactions): all are carried out, or none.
+    pub fn transaction(&mut self, begin: Message, requests: Vec<Message>, end: Message) -> Result<(), Error> {
+        let first = self.next_sequence();
+        let mut bytes = begin.finish(first, 0);
+        let mut waiting = requests.len();
+        for request in requests {
+            bytes.extend(request.finish(self.next_sequence(), libc::NLM_F_ACK as u16));
+        }
+        let last = self.next_sequence();
+        bytes.extend(end.finish(last, 0));
+        send(self.fd.as_raw_fd(), &bytes, MsgFlags::empty())?;
+        let mut refused = None;
+        while waiting > 0 {
+            let n = recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::empty())?;
+            for (sequence, kind, body) in messages(&self.buffer[..n]) {
+                if i32::from(kind) != libc::NLMSG_ERROR || !(first..=last).contains(&sequence) {
+                    continue;
+                }
+                // Each request is answered, also when another one failed; about the frame only its failure is told.
+                waiting = if sequence == first || sequence == last { 0 } else { waiting.saturating_sub(1) };
+                refused = refused.or(refusal(body));
+            }
+        }
+        refused.map_or(Ok(()), |refusal| Err(refusal.into()))
+    }
+
+    fn next_sequence(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1).max(1);
+        self.sequence
+    }
+
+    fn exchange(&mut self, message: Message, flags: u16) -> Result<Vec<Reply>, Error> {
+        self.next_sequence();
         send(self.fd.as_raw_fd(), &message.finish(self.sequence, flags), MsgFlags::empty())?;
         let mut replies = Vec::new();
         loop {
@@ -236,8 +272,8 @@ fn explain_refusals(fd: &OwnedFd) {
     }
 }
 
-fn open(flags: SockFlag, groups: u32) -> Result<OwnedFd, Error> {
-    let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
+fn open(protocol: SockProtocol, flags: SockFlag, groups: u32) -> Result<OwnedFd, Error> {
+    let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
     // A dump of many thousand routes arrives faster than it is read.
     setsockopt(&fd, sockopt::RcvBuf, &(1 << 20))?;
     bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
@@ -253,7 +289,7 @@ pub struct Listener {
 impl Listener {
     /// Subscribes.
     pub fn open(groups: u32) -> Result<Self, Error> {
-        let fd = open(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, groups)?;
+        let fd = open(SockProtocol::NetlinkRoute, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, groups)?;
         Ok(Self { fd, buffer: vec![0; 1 << 16] })
     }
 

@@ -5,6 +5,7 @@
 mod attach;
 mod cleanup;
 mod cli;
+mod kube_proxy;
 mod load;
 mod net;
 mod reconcile;

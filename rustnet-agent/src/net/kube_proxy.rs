@@ -1,0 +1,163 @@
+//! What kube-proxy leaves on a host when it is gone, by its modes: tables of nftables; chains of iptables and the rules that
+//! lead to them; the device of IPVS. And the removal of that, and of nothing else.
+//!
+//! Names decide, each of them known: others have chains called `KUBE-...`, too. The kubelet's are `KUBE-FIREWALL`,
+//! `KUBE-MARK-DROP`, `KUBE-IPTABLES-HINT` and `KUBE-KUBELET-CANARY` (KEP-3178); kube-router's `KUBE-ROUTER-...`,
+//! `KUBE-POD-FW-...` and `KUBE-NWPLCY-...`.
+
+use anyhow::Result;
+
+use super::iptables;
+use super::link::{self, Link};
+use super::netlink::Socket;
+use super::nftables::{Chain, Family, Jump, Nftables, Removal, Table};
+
+/// Its table in nftables, in both families.
+const TABLE: &str = "kube-proxy";
+/// The device that bears all service addresses in IPVS mode.
+const DEVICE: &str = "kube-ipvs0";
+/// Where it serves metrics, on loopback, and its health, by default.
+pub const METRICS_PORT: u16 = 10249;
+/// See [`METRICS_PORT`].
+pub const HEALTH_PORT: u16 = 10256;
+/// The tables of iptables that it uses.
+const IPTABLES: [&str; 3] = ["filter", "nat", "mangle"];
+/// Its chains, of all versions; those from `KUBE-NODE-PORT` on are of IPVS mode.
+const CHAINS: [&str; 16] = [
+    "KUBE-SERVICES",
+    "KUBE-EXTERNAL-SERVICES",
+    "KUBE-NODEPORTS",
+    "KUBE-POSTROUTING",
+    "KUBE-MARK-MASQ",
+    "KUBE-FORWARD",
+    "KUBE-PROXY-FIREWALL",
+    "KUBE-PROXY-CANARY",
+    "KUBE-PORTALS-CONTAINER",
+    "KUBE-PORTALS-HOST",
+    "KUBE-NODE-PORT",
+    "KUBE-LOAD-BALANCER",
+    "KUBE-FIRE-WALL",
+    "KUBE-SOURCE-RANGES-FIREWALL",
+    "KUBE-IPVS-FILTER",
+    "KUBE-IPVS-OUT-FILTER",
+];
+/// Chains of one service or endpoint: these, and the begin of a hash in base 32.
+const PREFIXES: [&str; 6] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-EXT-", "KUBE-XLB-"];
+/// Length of that hash.
+const HASH: usize = 16;
+
+/// True if kube-proxy makes chains of this name, and nobody else does.
+pub fn is_its_chain(name: &str) -> bool {
+    let is_hash = |text: &str| text.len() == HASH && text.bytes().all(|b| matches!(b, b'A'..=b'Z' | b'2'..=b'7'));
+    CHAINS.contains(&name) || PREFIXES.iter().any(|prefix| name.strip_prefix(prefix).is_some_and(is_hash))
+}
+
+/// What is left of it in this network namespace.
+#[derive(Debug, Default)]
+pub struct Leftovers {
+    /// Its own tables.
+    pub tables: Vec<Table>,
+    /// Its chains in the tables of iptables-nft.
+    pub chains: Vec<Chain>,
+    /// Rules in others' chains that lead to its own.
+    pub jumps: Vec<Jump>,
+    /// Its device.
+    pub device: Option<Link>,
+    /// Its chains in iptables-legacy, as people write them.
+    pub legacy: Vec<String>,
+    /// Virtual servers of IPVS, whoever made them.
+    pub virtual_servers: usize,
+}
+
+impl Leftovers {
+    /// Looks for it.
+    pub fn find() -> Result<Self> {
+        let mut this = Self { device: link::by_name(&mut Socket::open()?, DEVICE)?, ..Self::default() };
+        if let Some(mut nftables) = Nftables::open()? {
+            this.tables = nftables.tables()?.into_iter().filter(|table| table.name == TABLE).collect();
+            let in_iptables = |table: &Table| IPTABLES.contains(&table.name.as_str());
+            this.chains = nftables.chains()?;
+            this.chains.retain(|chain| in_iptables(&chain.table) && is_its_chain(&chain.name));
+            if !this.chains.is_empty() {
+                this.jumps = nftables.jumps()?;
+                this.jumps.retain(|jump| {
+                    in_iptables(&jump.chain.table) && is_its_chain(&jump.to) && !is_its_chain(&jump.chain.name)
+                });
+            }
+        }
+        for family in Family::ALL {
+            let chains = iptables::legacy_chains(family)?.into_iter().filter(|(_, chain)| is_its_chain(chain));
+            this.legacy.extend(chains.map(|(table, chain)| format!("{family} {table} {chain}")));
+        }
+        this.virtual_servers = virtual_servers();
+        Ok(this)
+    }
+
+    /// True if there is nothing that [`Self::remove`] would remove.
+    pub fn is_empty(&self) -> bool {
+        self.tables.is_empty() && self.chains.is_empty() && self.jumps.is_empty() && self.device.is_none()
+    }
+
+    /// All that [`Self::remove`] would remove, as people name it.
+    pub fn names(&self) -> Vec<String> {
+        let tables = self.tables.iter().map(|table| format!("table {table}"));
+        let jumps = self.jumps.iter().map(|jump| format!("rule in {} that leads to {}", jump.chain, jump.to));
+        let chains = self.chains.iter().map(|chain| format!("chain {chain}"));
+        let device = self.device.iter().map(|link| format!("device {}", link.name));
+        tables.chain(jumps).chain(chains).chain(device).collect()
+    }
+
+    /// Removes it: what leads to its chains, what is in them, then the chains, so that no packet meets half of it.
+    pub fn remove(&self) -> Result<()> {
+        if let Some(mut nftables) = Nftables::open()? {
+            let mut removals: Vec<_> = self.tables.iter().map(Removal::Table).collect();
+            removals.extend(self.jumps.iter().map(Removal::Rule));
+            removals.extend(self.chains.iter().map(Removal::Rules));
+            removals.extend(self.chains.iter().map(Removal::Chain));
+            nftables.remove(&removals)?;
+        }
+        if let Some(device) = &self.device {
+            link::delete(&mut Socket::open()?, device.index)?;
+        }
+        Ok(())
+    }
+}
+
+/// Lines of `/proc/net/ip_vs` that are virtual servers; none where the kernel has no IPVS.
+fn virtual_servers() -> usize {
+    let text = std::fs::read_to_string("/proc/thread-self/net/ip_vs").unwrap_or_default();
+    text.lines().filter(|line| ["TCP ", "UDP ", "SCTP "].iter().any(|proto| line.starts_with(proto))).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_its_chain;
+
+    #[test]
+    fn its_chains_are_told_from_everybody_elses() {
+        for name in ["KUBE-SERVICES", "KUBE-SVC-NPX46M4PTMTKRN6Y", "KUBE-SEP-AAAAAAAAAAAAAA27", "KUBE-PROXY-CANARY"] {
+            assert!(is_its_chain(name), "{name}");
+        }
+        let others = [
+            // The kubelet's.
+            "KUBE-FIREWALL",
+            "KUBE-MARK-DROP",
+            "KUBE-IPTABLES-HINT",
+            "KUBE-KUBELET-CANARY",
+            // kube-router's.
+            "KUBE-ROUTER-INPUT",
+            "KUBE-POD-FW-AAAAAAAAAAAAAAAA",
+            "KUBE-NWPLCY-DEFAULT",
+            // People's.
+            "KUBE-SERVICES-EXTRA",
+            "KUBE-SVC-mine",
+            "KUBE-SVC-",
+            "KUBE-SVC-NPX46M4PTMTKRN6YX",
+            "DOCKER",
+            "INPUT",
+        ];
+        for name in others {
+            assert!(!is_its_chain(name), "{name}");
+        }
+    }
+}
