@@ -31,12 +31,23 @@ pub enum Routing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Network {
-    /// This work tree's, installed as users install it: `kubectl apply -k deploy/`
+    /// This work tree's, installed as users install it
     Rustnet,
     /// bridge, host-local, portmap and kube-proxy: the yardstick
     Reference,
     /// None: nodes stay not ready until somebody installs one
     None,
+}
+
+/// How rustnet gets into the cluster.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Install {
+    /// `kubectl apply -k` of an overlay over deploy/
+    #[default]
+    Kustomize,
+    /// `helm install` of deploy/helm/rustnet
+    Helm,
 }
 
 /// What `up` takes, and keeps beside the cluster.
@@ -60,16 +71,21 @@ pub struct Settings {
     /// An image of `cargo xtask image` to install, instead of one made of this work tree (rustnet)
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
+    /// What installs rustnet
+    #[arg(long, value_enum, default_value_t = Install::Kustomize)]
+    #[serde(default)]
+    pub install: Install,
 }
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { nodes, version, ip_family, routing, network, image } = self;
+        let Self { nodes, version, ip_family, routing, network, image, install } = self;
         let family = format!("{ip_family:?}").to_lowercase();
         let kind = match network {
             Network::Rustnet => {
                 let from = image.as_ref().map(|file| format!(" from {}", file.display())).unwrap_or_default();
-                format!("rustnet{from}, routing {}", format!("{routing:?}").to_lowercase())
+                let install = if *install == Install::Helm { " by Helm" } else { "" };
+                format!("rustnet{from}{install}, routing {}", format!("{routing:?}").to_lowercase())
             }
             Network::Reference => "the reference network".to_owned(),
             Network::None => "no network".to_owned(),

@@ -1,4 +1,5 @@
-//! rustnet as users install it: the image in every node, and `kubectl apply -k` of an overlay over `deploy/`.
+//! rustnet as users install it: the image in every node, and `kubectl apply -k` of an overlay over `deploy/`, or `helm
+//! install` of its chart.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -7,7 +8,8 @@ use anyhow::{Context, Result};
 
 use crate::cluster::init::CGROUP;
 use crate::cluster::layout::Cluster;
-use crate::cluster::settings::{NODES, PODS, Routing, SERVICES};
+use crate::cluster::settings::{Both, Install, NODES, PODS, Routing, SERVICES};
+use crate::cmd::Cmd;
 use crate::dist::{self, Profile};
 use crate::{ebpf, image, oci, paths};
 
@@ -29,12 +31,35 @@ pub fn image(cluster: &Cluster) -> PathBuf {
     cluster.settings.image.clone().unwrap_or_else(|| image::file(TAG))
 }
 
-/// Applies the overlay and waits until every agent is ready.
+/// Puts rustnet's objects into the cluster; a second time, it brings them up to date.
 pub fn install(cluster: &Cluster) -> Result<()> {
-    let dir = cluster.dir.join("overlay");
-    write_overlay(cluster, &dir, &tag(cluster)?)?;
-    cluster.kubectl()?.arg("apply").arg("-k").arg(&dir).capture()?;
+    let tag = tag(cluster)?;
+    match cluster.settings.install {
+        Install::Kustomize => {
+            let dir = cluster.dir.join("overlay");
+            write_overlay(cluster, &dir, &tag)?;
+            cluster.kubectl()?.arg("apply").arg("-k").arg(&dir).capture()?;
+        }
+        Install::Helm => helm(cluster, &tag)?,
+    }
     Ok(())
+}
+
+/// As the chart's documentation tells: the namespace with its label, and the release in it.
+fn helm(cluster: &Cluster, tag: &str) -> Result<()> {
+    let values = cluster.dir.join("values.yaml");
+    let config: String = config(cluster).lines().map(|line| format!("  {line}\n")).collect();
+    fs::write(&values, format!("image: {{tag: {tag:?}}}\nconfig:\n{config}paths: {{cgroup: {CGROUP}}}\n"))?;
+    let namespace = paths::root().join("deploy/namespace.yaml");
+    cluster.kubectl()?.args(["apply", "-f"]).arg(namespace).capture()?;
+    Cmd::new(paths::tools().join("helm"))
+        .args(["upgrade", "--install", "rustnet"])
+        .arg(paths::root().join("deploy/helm/rustnet"))
+        .args(["--namespace=rustnet-system", "--values"])
+        .arg(values)
+        .arg(format!("--kubeconfig={}", cluster.kubeconfig("admin")))
+        .capture()
+        .map(drop)
 }
 
 /// The overlay over `deploy/uninstall`.
@@ -76,17 +101,21 @@ fn write_overlay(cluster: &Cluster, dir: &Path, tag: &str) -> Result<()> {
         base = base.display()
     );
     fs::write(dir.join("kustomization.yaml"), kustomization)?;
+    fs::write(dir.join("config.yaml"), config(cluster)).context("writing the configuration of the agent")
+}
+
+/// The agent's configuration.
+fn config(cluster: &Cluster) -> String {
     let settings = &cluster.settings;
-    let list = |both| settings.joined(both);
+    let list = |both: Both<&'static str>| both.of(settings.ip_family);
     let routing = if settings.routing == Routing::Native { "native" } else { "vxlan" };
-    let config = format!(
+    format!(
         "apiServer: {}\nrouting: {routing}\nclusterPodCIDRs: {:?}\nserviceCIDRs: {:?}\nnodeCIDRs: {:?}\n",
         settings.api_server(),
         list(PODS),
         list(SERVICES),
         list(NODES)
-    );
-    fs::write(dir.join("config.yaml"), config).context("writing the configuration of the agent")
+    )
 }
 
 /// The way from one directory to another; kustomize takes no absolute one.
