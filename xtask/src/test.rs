@@ -1,8 +1,9 @@
 //! `test`: everything that `cargo test` needs, and then `cargo test`, whose own closing lines stay the last word.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::cmd::{Cmd, need_root};
 use crate::dist::{self, Profile};
@@ -31,7 +32,8 @@ pub struct Args {
 /// The command; returns the status of `cargo test`.
 pub fn run(args: &Args) -> Result<ExitCode> {
     need_root("test")?;
-    setup::ensure(&[Need::Build, Need::Network, Need::Cnitool, Need::ApiServer])?;
+    let needs = [Need::Build, Need::Network, Need::Cnitool, Need::ApiServer, Need::KubeProxy, Need::Cluster, Need::E2e];
+    setup::ensure(&needs)?;
     ebpf::build(&ebpf::Args::default())?;
     let profile = if args.release { Profile::Release } else { Profile::Dev };
     dist::build(profile, &[])?;
@@ -62,9 +64,16 @@ pub fn prepare(cmd: Cmd, profile: Profile) -> Result<Cmd> {
     Ok(dist::environment(cmd)
         .env("RUSTNET_DIST", profile.dist())
         .env("RUSTNET_KUBERNETES", &kubernetes)
+        .env("RUSTNET_XTASK", this_program()?)
         .env("RUSTNET_CNITOOL", paths::tools().join("cnitool"))
         .path_first(&[paths::tools()])
         .dir(paths::root()))
+}
+
+/// As it was called: what the link of the running process says is the file's former name once cargo has built it again.
+fn this_program() -> Result<PathBuf> {
+    let name = std::env::args_os().next().context("this program was started without a name")?;
+    std::path::absolute(name).context("where is this program?")
 }
 
 /// A child's status as ours; a child ended by a signal counts as a failure.
