@@ -9,6 +9,7 @@ mod ebpf;
 mod elf;
 mod host;
 mod image;
+mod kernels;
 mod lint;
 mod nets;
 mod oci;
@@ -65,6 +66,11 @@ enum Command {
     Lint(lint::Args),
     /// Measure, beside a direct link and other networks (needs root)
     Bench(play::Args),
+    /// Load, attach and test on other kernels, in QEMU (needs root)
+    Kernels(kernels::Args),
+    /// What `kernels` runs as the first process of a guest
+    #[command(hide = true)]
+    Guest(kernels::guest::Args),
     /// Remove what killed runs of tests and demo left behind (needs root)
     CleanNets(nets::Args),
 }
@@ -94,6 +100,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Test(args) => return test::run(&args),
         Command::Lint(args) => lint::run(&args)?,
         Command::Bench(args) => return play::bench(&args),
+        Command::Kernels(args) => kernels::run(&args)?,
+        Command::Guest(args) => return kernels::guest::run(&args),
         Command::CleanNets(args) => nets::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -242,7 +242,7 @@ fn header(kind: tar::EntryType, mode: u32, size: u64) -> tar::Header {
 }
 
 /// The shared libraries that a program needs, its loader among them; none for a static one.
-fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+pub fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let output = std::process::Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("running ldd")?;
     // A static program is no success to ldd, and prints no path.
     Ok(paths_of(&String::from_utf8_lossy(&output.stdout)))

@@ -4,7 +4,7 @@
 use std::fs;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
@@ -17,6 +17,8 @@ use crate::{paths, ui};
 const KERNEL_LIMIT: u32 = 1_000_000;
 /// Ours: a program near the kernel's limit is refused by the next kernel.
 const OUR_LIMIT: u32 = 50_000;
+/// Lines of a refusal that are shown.
+const LAST_WORDS: usize = 40;
 
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
@@ -28,10 +30,13 @@ const INFO: usize = 232;
 
 /// What the kernel says about a loaded program.
 #[derive(Debug, PartialEq, Eq)]
-struct Info {
-    verified: u32,
-    translated: u32,
-    machine_code: u32,
+pub struct Info {
+    /// Instructions that the verifier looked at.
+    pub verified: u32,
+    /// Bytes of the program as it runs.
+    pub translated: u32,
+    /// Bytes after compilation.
+    pub machine_code: u32,
 }
 
 /// Loads the object and lists its programs; an error when the kernel refuses it or a program is over our limit.
@@ -45,15 +50,10 @@ pub fn verify(object: &Path) -> Result<()> {
     mount(Some("bpf"), &dir, Some("bpf"), MsFlags::empty(), none)
         .context("mounting bpffs\n  remedy: a kernel with CONFIG_BPF_SYSCALL")?;
     ui::step("loading into this kernel");
-    let pins = dir.join("prog");
-    Cmd::new("bpftool").args(["prog", "loadall"]).args([object, &pins]).capture()?;
-    let mut names: Vec<_> = fs::read_dir(&pins)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
-    names.sort();
+    let programs = programs(object, &dir.join("prog"))?;
     println!("{:>12}  {:>12}  {:>12}  program", "verified", "instructions", "machine code");
     let mut over = Vec::new();
-    for pin in &names {
-        let name = pin.file_name().unwrap_or_default().to_string_lossy();
-        let info = info_of(pin).with_context(|| format!("asking the kernel about {name}"))?;
+    for (name, info) in &programs {
         println!("{:>12}  {:>12}  {:>12}  {name}", info.verified, info.translated / 8, info.machine_code);
         if info.verified > OUR_LIMIT {
             over.push(format!("{name} ({})", info.verified));
@@ -63,6 +63,25 @@ pub fn verify(object: &Path) -> Result<()> {
         return Ok(());
     }
     bail!("more than {OUR_LIMIT} verified instructions (the kernel refuses {KERNEL_LIMIT}): {}", over.join(", "))
+}
+
+/// Loads all programs of the object, pins them in a directory that is not there yet, and tells what the kernel says of each.
+pub fn programs(object: &Path, pins: &Path) -> Result<Vec<(String, Info)>> {
+    Cmd::new("bpftool").args(["prog", "loadall"]).args([object, pins]).capture()?;
+    let mut names: Vec<_> = fs::read_dir(pins)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
+    names.sort();
+    let info = |pin: &PathBuf| {
+        let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let info = info_of(pin).with_context(|| format!("asking the kernel about {name}"))?;
+        Ok((name, info))
+    };
+    names.iter().map(info).collect()
+}
+
+/// The end of a refusal: a verifier's log may have a hundred thousand lines, and its last ones say why.
+pub fn last_words(refusal: &str) -> Vec<&str> {
+    let lines: Vec<&str> = refusal.lines().collect();
+    lines[lines.len().saturating_sub(LAST_WORDS)..].to_vec()
 }
 
 fn info_of(pin: &Path) -> Result<Info> {

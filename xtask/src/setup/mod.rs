@@ -37,6 +37,8 @@ pub enum Need {
     Cluster,
     /// Kubernetes' own end-to-end tests.
     E2e,
+    /// Booting other kernels.
+    Kernels,
 }
 
 /// Options of `setup`.
@@ -62,6 +64,8 @@ enum Extra {
     KubeProxy,
     /// All that `cluster up` and `e2e` need: the rest of Kubernetes, containerd, CoreDNS, images (8 minutes on 2 cores)
     Cluster,
+    /// QEMU, which boots the kernels that `kernels` downloads
+    Kernels,
 }
 
 /// The command.
@@ -71,6 +75,7 @@ pub fn run(args: &Args) -> Result<()> {
         Extra::Kubernetes => vec![Need::ApiServer],
         Extra::KubeProxy => vec![Need::KubeProxy],
         Extra::Cluster => vec![Need::ApiServer, Need::KubeProxy, Need::Cluster, Need::E2e],
+        Extra::Kernels => vec![Need::Kernels],
     }));
     let start = Instant::now();
     let mut work = Work { dry_run: args.dry_run, force_linker: args.force_linker, ..Work::default() };
@@ -138,7 +143,7 @@ impl Work {
                     go::ensure_kubernetes(self, "ginkgo")?;
                     go::ensure_kubernetes(self, "e2e.test")?;
                 }
-                Need::Network | Need::Iperf => {}
+                Need::Network | Need::Iperf | Need::Kernels => {}
             }
         }
         Ok(())

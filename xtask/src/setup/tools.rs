@@ -29,7 +29,7 @@ const fn tool(name: &'static str, need: Need, debian: &'static [&'static str], p
 }
 
 /// All of them.
-static TOOLS: [Tool; 26] = [
+static TOOLS: [Tool; 31] = [
     tool("cc", Need::Build, &["build-essential"], "linking Rust programs"),
     tool("git", Need::Lint, &["git"], "listing tracked files"),
     tool("ip", Need::Network, &["iproute2"], "looking at links and routes"),
@@ -67,6 +67,11 @@ static TOOLS: [Tool; 26] = [
     tool("nc.openbsd", Need::Cluster, &["netcat-openbsd"], "the test images"),
     tool("iperf", Need::Cluster, &["iperf"], "the test images"),
     tool("socat", Need::Cluster, &["socat"], "the test images"),
+    tool("qemu-system-x86_64", Need::Kernels, &["qemu-system-x86"], "booting other kernels"),
+    tool("dpkg-deb", Need::Kernels, &["dpkg"], "unpacking kernels"),
+    tool("depmod", Need::Kernels, &["kmod"], "finding which modules need which"),
+    tool("xz", Need::Kernels, &["xz-utils"], "unpacking modules"),
+    tool("strip", Need::Kernels, &["binutils"], "keeping guests small"),
 ];
 
 /// Where distributions and people put CNI plugins.

@@ -1,0 +1,120 @@
+//! The tests that run in the guest: built as `cargo xtask test` builds them, so that nothing is compiled twice.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::guest_files::Step;
+use crate::cmd::Cmd;
+use crate::dist::{self, Profile};
+use crate::paths;
+
+/// A test program, and which of its tests run.
+struct Suite {
+    name: &'static str,
+    filters: &'static [&'static str],
+    /// Emulation is slow: tests of whole networks disturb each other when they run side by side.
+    threads: &'static str,
+}
+
+const SUITES: [Suite; 3] = [
+    Suite { name: "packet", filters: &[], threads: "2" },
+    Suite { name: "kernel", filters: &[], threads: "1" },
+    Suite { name: "fabric", filters: &["pods::", "services::", "path::"], threads: "1" },
+];
+
+/// A compiled one.
+pub struct Program {
+    name: String,
+    /// Where cargo left it.
+    pub path: PathBuf,
+}
+
+/// All of them.
+pub struct Tests {
+    /// In the order in which they run.
+    pub programs: Vec<Program>,
+}
+
+impl Program {
+    /// Its path in the guest.
+    pub fn in_guest(&self) -> String {
+        format!("/tests/{}", self.name)
+    }
+}
+
+/// Builds them, and the programs they start.
+pub fn build() -> Result<Tests> {
+    dist::build(Profile::Dev, &[])?;
+    let mut cargo = Cmd::cargo().args(["test", "--no-run", "--quiet", "--workspace", "--exclude", "rustnet-ebpf"]);
+    for suite in &SUITES {
+        cargo = cargo.args(["--test", suite.name]);
+    }
+    let messages = dist::environment(cargo.args(["--message-format", "json"])).dir(paths::root()).capture()?;
+    let find = |suite: &Suite| {
+        let path = messages.lines().find_map(|line| executable(line, suite.name));
+        let path = path.with_context(|| format!("cargo built no test program {}", suite.name))?;
+        Ok(Program { name: suite.name.into(), path })
+    };
+    Ok(Tests { programs: SUITES.iter().map(find).collect::<Result<_>>()? })
+}
+
+/// The test program of that name, if this message of cargo is about it.
+fn executable(message: &str, name: &str) -> Option<PathBuf> {
+    let message: Value = serde_json::from_str(message).ok()?;
+    let is_test = message["target"]["name"] == name && message["profile"]["test"] == true;
+    message["executable"].as_str().filter(|_| is_test).map(PathBuf::from)
+}
+
+/// What the guest shall run: all, or those of one name with one filter.
+pub fn steps(only: Option<&str>, filter: &[String]) -> Vec<Step> {
+    let wanted = SUITES.iter().filter(|suite| only.is_none_or(|only| only == suite.name));
+    wanted.map(|suite| suite.step(filter)).collect()
+}
+
+impl Suite {
+    fn step(&self, filter: &[String]) -> Step {
+        let filters = self.filters.iter().map(|f| (*f).to_owned());
+        let mut args: Vec<String> = if filter.is_empty() { filters.collect() } else { filter.to_vec() };
+        args.extend(["--test-threads".to_owned(), self.threads.to_owned()]);
+        let env = [
+            ("RUSTNET_DIST", "/dist"),
+            ("RUSTNET_ARTIFACTS", "/tmp/artifacts"),
+            ("RUST_BACKTRACE", "0"),
+            ("HOME", "/root"),
+        ];
+        Step {
+            name: self.name.into(),
+            program: format!("/tests/{}", self.name),
+            args,
+            env: env.map(|(k, v)| (k.into(), v.into())).into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn the_program_is_found_in_cargos_messages() {
+        let of = |test: bool| {
+            format!(
+                r#"{{"reason":"compiler-artifact","target":{{"name":"packet"}},"profile":{{"test":{test}}},"executable":"/t/packet-1"}}"#
+            )
+        };
+        assert_eq!(executable(&of(true), "packet"), Some("/t/packet-1".into()));
+        assert_eq!(executable(&of(false), "packet"), None);
+        assert_eq!(executable(&of(true), "fabric"), None);
+    }
+
+    #[test]
+    fn a_filter_replaces_the_usual_ones() {
+        let all = steps(None, &[]);
+        assert_eq!(all.len(), SUITES.len());
+        let one = steps(Some("fabric"), &["hosts".to_owned()]);
+        assert_eq!(one.len(), 1);
+        assert_eq!(one[0].args, ["hosts", "--test-threads", "1"]);
+    }
+}
