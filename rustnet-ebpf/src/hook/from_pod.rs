@@ -35,6 +35,8 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
         verify()?;
         if flow {
             open::<F>(skb, p, config, &mut way).done()?;
+            // From this frame, not from that of `open`: kernels that round frames up to 32 bytes (6.1) would count 544 bytes.
+            conntrack::tell::<F>(skb, p.l3(), hook::FROM_POD, config);
         } else if p.kind == Kind::IcmpError {
             known = icmp::translate::<F, _>(skb, p, &mut way.to)?;
         }
@@ -82,7 +84,7 @@ fn try_open<F: Family>(
         }
         _ => {}
     }
-    conntrack::open::<F>(skb, p.l3(), hook::FROM_POD, o, config)?;
+    conntrack::insert::<F>(o, config)?;
     *way = Way { to: o.half.to, out: o.half.out };
     Ok(())
 }
