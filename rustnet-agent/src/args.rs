@@ -5,7 +5,7 @@
 //! a type.
 
 use anyhow::{Context, bail};
-use clap::{Arg, ArgAction, Command};
+use clap::{Arg, ArgAction, ArgMatches, Command};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
@@ -218,6 +218,8 @@ pub enum Origin {
     Env,
     /// In this file.
     File(PathBuf),
+    /// The agent that runs here was told so.
+    Agent,
     /// Nowhere: the default.
     Default,
 }
@@ -229,7 +231,8 @@ impl Origin {
             Self::Flag => 0,
             Self::Env => 1,
             Self::File(_) => 2,
-            Self::Default => 3,
+            Self::Agent => 3,
+            Self::Default => 4,
         }
     }
 }
@@ -254,6 +257,7 @@ impl fmt::Display for Value {
             Origin::Flag => write!(f, "flag --{flag} (variable {env}, file key {key})"),
             Origin::Env => write!(f, "variable {env} (flag --{flag}, file key {key})"),
             Origin::File(path) => write!(f, "key {key} in {} (flag --{flag}, variable {env})", path.display()),
+            Origin::Agent => write!(f, "the running agent's {key} (flag --{flag}, variable {env})"),
             Origin::Default => write!(f, "default of flag --{flag} (variable {env}, file key {key})"),
         }
     }
@@ -284,20 +288,21 @@ impl Values {
         T: Into<OsString> + Clone,
     {
         let matches = command().try_get_matches_from(args).unwrap_or_else(|error| error.exit());
-        let flags = SETTINGS.iter().filter_map(|setting| {
-            let texts: Vec<String> = matches.get_many::<String>(setting.flag)?.cloned().collect();
-            Some((setting.flag, texts))
-        });
-        let config = matches.get_one::<String>("config").map(PathBuf::from);
-        let config = config.or_else(|| env("RUSTNET_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from));
-        let values = Self::layer(&flags.collect(), env, config.as_deref())?;
-        Ok(Self { values, prepare: matches.get_flag("prepare") })
+        let values = Given::of(&matches).gather(env, &BTreeMap::new())?;
+        Ok(Self { prepare: matches.get_flag("prepare"), ..values })
+    }
+
+    /// What somebody chose, by flag.
+    pub fn chosen(&self) -> BTreeMap<String, Vec<String>> {
+        let chosen = self.values.iter().filter(|(_, value)| value.origin.is_chosen());
+        chosen.map(|(flag, value)| ((*flag).to_owned(), value.texts.clone())).collect()
     }
 
     fn layer(
         flags: &BTreeMap<&'static str, Vec<String>>,
         env: &dyn Fn(&str) -> Option<OsString>,
         config: Option<&Path>,
+        agent: &BTreeMap<String, Vec<String>>,
     ) -> anyhow::Result<BTreeMap<&'static str, Value>> {
         let mut file = match config {
             Some(path) => read_file(path)?,
@@ -318,6 +323,8 @@ impl Values {
                 Some((vec![text], Origin::Env))
             } else if let (Some(texts), Some(path)) = (from_file, config) {
                 Some((texts, Origin::File(path.to_path_buf())))
+            } else if let Some(texts) = agent.get(setting.flag) {
+                Some((texts.clone(), Origin::Agent))
             } else if setting.default.is_empty() {
                 None
             } else {
@@ -335,37 +342,101 @@ impl Values {
     }
 }
 
+/// The settings on a command line: the agent's, or that of a command that looks at things as an agent would.
+#[derive(Clone, Debug, Default)]
+pub struct Given {
+    flags: BTreeMap<&'static str, Vec<String>>,
+    config: Option<PathBuf>,
+}
+
+impl Given {
+    /// Settings that every command has by other means; they are given by [`Self::set`].
+    const ELSEWHERE: [&str; 2] = ["bpffs", "run-dir"];
+
+    fn of(matches: &ArgMatches) -> Self {
+        let flags = SETTINGS.iter().filter_map(|setting| {
+            let texts: Vec<String> = matches.try_get_many::<String>(setting.flag).ok()??.cloned().collect();
+            Some((setting.flag, texts))
+        });
+        Self { flags: flags.collect(), config: matches.get_one::<String>("config").map(PathBuf::from) }
+    }
+
+    /// Gives a setting that the command line has no flag for.
+    pub fn set(&mut self, flag: &'static str, text: String) {
+        self.flags.insert(flag, vec![text]);
+    }
+
+    /// With these, the settings of the environment and of the file that either names with `--config`; where all are silent,
+    /// those of an agent (see [`Values::chosen`]).
+    ///
+    /// # Errors
+    /// See [`Values::gather`].
+    pub fn gather(
+        self,
+        env: &dyn Fn(&str) -> Option<OsString>,
+        agent: &BTreeMap<String, Vec<String>>,
+    ) -> anyhow::Result<Values> {
+        let from_env = || env("RUSTNET_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
+        let config = self.config.clone().or_else(from_env);
+        let values = Values::layer(&self.flags, env, config.as_deref(), agent)?;
+        Ok(Values { values, prepare: false })
+    }
+}
+
+impl clap::FromArgMatches for Given {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(Self::of(matches))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::of(matches);
+        Ok(())
+    }
+}
+
+impl clap::Args for Given {
+    fn augment_args(command: Command) -> Command {
+        let own = |setting: &&Setting| !Self::ELSEWHERE.contains(&setting.flag);
+        command.arg(config()).args(SETTINGS.iter().filter(own).map(argument))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+fn config() -> Arg {
+    Arg::new("config").long("config").value_name("FILE").help(
+        "YAML or JSON file with the same settings, in camelCase; flags and variables win over it [env: RUSTNET_CONFIG]",
+    )
+}
+
+fn argument(setting: &Setting) -> Arg {
+    let mut help = format!("{} [env: {}] [file: {}]", setting.help, setting.env(), setting.key);
+    if !setting.default.is_empty() {
+        help = format!("{help} [default: {}]", setting.default);
+    }
+    let arg =
+        Arg::new(setting.flag).long(setting.flag).value_name(setting.value).help(help).help_heading(setting.heading);
+    match setting.arity {
+        Arity::One => arg,
+        Arity::Many => arg.action(ArgAction::Append),
+        Arity::Switch => arg.num_args(0..=1).default_missing_value("true"),
+    }
+}
+
 /// The agent's command line.
 pub fn command() -> Command {
-    let config = Arg::new("config").long("config").value_name("FILE").help(
-        "YAML or JSON file with the same settings, in camelCase; flags and variables win over it [env: RUSTNET_CONFIG]",
-    );
     let prepare = Arg::new("prepare")
         .long("prepare")
         .action(ArgAction::SetTrue)
         .help("Only mount the BPF file system where it is missing, and end: for a privileged init container");
-    let settings = SETTINGS.iter().map(|setting| {
-        let mut help = format!("{} [env: {}] [file: {}]", setting.help, setting.env(), setting.key);
-        if !setting.default.is_empty() {
-            help = format!("{help} [default: {}]", setting.default);
-        }
-        let arg = Arg::new(setting.flag)
-            .long(setting.flag)
-            .value_name(setting.value)
-            .help(help)
-            .help_heading(setting.heading);
-        match setting.arity {
-            Arity::One => arg,
-            Arity::Many => arg.action(ArgAction::Append),
-            Arity::Switch => arg.num_args(0..=1).default_missing_value("true"),
-        }
-    });
     Command::new("rustnet-agent")
         .about("The node agent of rustnet: keeps this node's eBPF tables, links and routes as Kubernetes asks")
         .version(env!("CARGO_PKG_VERSION"))
-        .arg(config)
+        .arg(config())
         .arg(prepare)
-        .args(settings)
+        .args(SETTINGS.iter().map(argument))
 }
 
 /// Reads the file: scalars and sequences of scalars as text, by key.

@@ -5,6 +5,7 @@
 
 use crate::args::{Origin, Value, Values};
 use ipnet::IpNet;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -67,6 +68,8 @@ pub struct Config {
     pub log_format: LogFormat,
     /// Only prepare the host, and end.
     pub prepare: bool,
+    /// What somebody chose, by flag: the text of each setting that is not at its default.
+    pub chosen: BTreeMap<String, Vec<String>>,
 }
 
 /// Where Services, EndpointSlices and Nodes come from.
@@ -221,6 +224,7 @@ impl Config {
                 _ => Err("is not a log format; give text or json".to_owned()),
             }),
             prepare: values.prepare,
+            chosen: values.chosen(),
         };
         config.check_together(&mut read);
         if read.problems.is_empty() { Ok(config) } else { Err(Refused(read.problems)) }

@@ -5,6 +5,7 @@ pub mod bpf;
 pub mod cli;
 pub mod config;
 pub mod ct_gc;
+pub mod doctor;
 pub mod health;
 pub mod http;
 pub mod index;

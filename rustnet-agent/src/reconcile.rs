@@ -4,7 +4,7 @@
 //! forwards packets. Killing the agent at any point leaves a state that works.
 
 mod kernel;
-mod node;
+pub mod node;
 pub mod presence;
 
 use std::collections::{BTreeSet, HashMap};

@@ -35,7 +35,7 @@ pub fn is_bpffs(dir: &Path) -> Result<bool> {
 }
 
 /// The longest prefix of `dir` that exists.
-fn nearest_existing(dir: &Path) -> PathBuf {
+pub fn nearest_existing(dir: &Path) -> PathBuf {
     dir.ancestors().find(|d| d.exists()).unwrap_or(Path::new("/")).to_owned()
 }
 

@@ -106,10 +106,21 @@ impl Load<'_> {
     }
 }
 
+/// Where the kernel tells its types.
+const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+/// True if the object needs the kernel's BTF, and there is none.
+pub fn lacks_btf(object: &[u8]) -> Result<bool> {
+    Ok(needs_btf(&Object::parse(object).context("parsing the eBPF object")?))
+}
+
 /// Only relocations against the kernel's own types need the kernel's BTF.
+fn needs_btf(object: &Object) -> bool {
+    object.has_btf_relocations() && !Path::new(VMLINUX).exists()
+}
+
 fn check_btf(object: &Object) -> Result<()> {
-    const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
-    if object.has_btf_relocations() && !Path::new(VMLINUX).exists() {
+    if needs_btf(object) {
         bail!("this kernel has no BTF ({VMLINUX} is missing): use one built with CONFIG_DEBUG_INFO_BTF=y");
     }
     Ok(())

@@ -3,6 +3,9 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, Result, bail};
+use aya::maps::MapType;
+use aya::programs::ProgramType;
+use aya::sys::{BpfHelper, is_helper_supported, is_map_supported, is_program_supported};
 use nix::time::{ClockId, clock_getres};
 
 use super::remedy;
@@ -66,8 +69,8 @@ pub fn age(now: u32, seen: u32) -> u32 {
     if ticks > MASK / 2 { 0 } else { ticks }
 }
 
-/// The message for a kernel refusing the object altogether, by the rights that are missing.
-pub fn missing_rights(effective: u64) -> Option<String> {
+/// The capabilities among those that the agent needs which are not in `effective`.
+pub fn missing_capabilities(effective: u64) -> Vec<&'static str> {
     const NET_ADMIN: u32 = 12;
     const SYS_ADMIN: u32 = 21;
     const PERFMON: u32 = 38;
@@ -78,26 +81,96 @@ pub fn missing_rights(effective: u64) -> Option<String> {
         ("CAP_BPF", has(BPF) || has(SYS_ADMIN)),
         ("CAP_PERFMON", has(PERFMON) || has(SYS_ADMIN)),
     ];
-    let missing: Vec<_> = wanted.iter().filter(|w| !w.1).map(|w| w.0).collect();
-    (!missing.is_empty()).then(|| {
-        format!(
-            "this process lacks {}: run it as root, or add them to the container's securityContext.capabilities (see deploy/)",
-            missing.join(", ")
-        )
-    })
+    wanted.iter().filter(|w| !w.1).map(|w| w.0).collect()
+}
+
+/// What to do about missing capabilities.
+pub const RIGHTS_REMEDY: &str =
+    "run it as root, or add them to the container's securityContext.capabilities (see deploy/)";
+
+/// The effective capabilities of this thread, a bit each.
+pub fn effective_capabilities() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/thread-self/status").context("reading this process's capabilities")?;
+    let effective = status.lines().find_map(|l| l.strip_prefix("CapEff:")).map(str::trim);
+    effective.and_then(|hex| u64::from_str_radix(hex, 16).ok()).context("no CapEff in /proc status")
 }
 
 /// Fails by name of what is missing when this process may not load programs.
 pub fn check_rights() -> Result<()> {
-    let status = std::fs::read_to_string("/proc/thread-self/status").context("reading this process's capabilities")?;
-    let effective = status.lines().find_map(|l| l.strip_prefix("CapEff:")).map(str::trim);
-    let effective = effective.and_then(|hex| u64::from_str_radix(hex, 16).ok()).context("no CapEff in /proc status")?;
-    missing_rights(effective).map_or(Ok(()), |message| bail!(message))
+    let missing = missing_capabilities(effective_capabilities()?);
+    anyhow::ensure!(missing.is_empty(), "this process lacks {}: {RIGHTS_REMEDY}", missing.join(", "));
+    Ok(())
+}
+
+/// The oldest kernel that has all that the programs call: `bpf_loop` came with it.
+pub const OLDEST_KERNEL: (u32, u32) = (5, 17);
+/// The oldest kernel that rustnet is made for: TCX came with it.
+pub const AIMED_AT_KERNEL: (u32, u32) = (6, 6);
+
+/// Major and minor version out of a kernel's release, such as `6.18.44-cloud`.
+pub fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+/// What the programs need and this kernel lacks: program type, map types, helpers. Each is tried.
+pub fn missing_features() -> Result<Vec<String>> {
+    let classifier = ProgramType::SchedClassifier;
+    if !is_program_supported(classifier).context("trying classifiers")? {
+        return Ok(vec!["classifiers (CONFIG_NET_CLS_BPF)".to_owned()]);
+    }
+    let maps = [
+        ("hash", MapType::Hash),
+        ("LRU hash", MapType::LruHash),
+        ("LPM trie", MapType::LpmTrie),
+        ("array", MapType::Array),
+        ("per-CPU array", MapType::PerCpuArray),
+        ("ring buffer", MapType::RingBuf),
+    ];
+    let helpers = [
+        ("bpf_fib_lookup", BpfHelper::BPF_FUNC_fib_lookup),
+        ("bpf_jiffies64", BpfHelper::BPF_FUNC_jiffies64),
+        ("bpf_loop", BpfHelper::BPF_FUNC_loop),
+        ("bpf_redirect_neigh", BpfHelper::BPF_FUNC_redirect_neigh),
+        ("bpf_redirect_peer", BpfHelper::BPF_FUNC_redirect_peer),
+        ("bpf_ringbuf_reserve", BpfHelper::BPF_FUNC_ringbuf_reserve),
+        ("bpf_skb_adjust_room", BpfHelper::BPF_FUNC_skb_adjust_room),
+        ("bpf_skb_change_tail", BpfHelper::BPF_FUNC_skb_change_tail),
+        ("bpf_skb_set_tunnel_key", BpfHelper::BPF_FUNC_skb_set_tunnel_key),
+    ];
+    let mut missing = Vec::new();
+    for (name, kind) in maps {
+        if !is_map_supported(kind).with_context(|| format!("trying a {name} map"))? {
+            missing.push(format!("{name} maps"));
+        }
+    }
+    for (name, helper) in helpers {
+        if !is_helper_supported(classifier, helper).with_context(|| format!("trying {name}"))? {
+            missing.push(name.to_owned());
+        }
+    }
+    Ok(missing)
+}
+
+/// True if this kernel has TCX. Without it, classifiers on a clsact qdisc do the same.
+pub fn has_tcx() -> Result<bool> {
+    let prog = sys::prog_load_sched_cls("rn_probe", &csum_probe())
+        .map_err(|e| anyhow::anyhow!("loading a probe program: {e}: {}", remedy(&e)))?;
+    // No device has this index: a kernel that knows TCX looks for it, another one refuses before.
+    match sys::link_create_tcx(prog.as_fd(), u32::MAX >> 1, sys::TCX_INGRESS) {
+        Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        Err(e) => bail!("trying TCX: {e}: {}", remedy(&e)),
+        Ok(_) => Ok(true),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{age, hz, hz_of_tick, l4_csum_ipv6, missing_rights};
+    use super::{
+        AIMED_AT_KERNEL, age, effective_capabilities, has_tcx, hz, hz_of_tick, l4_csum_ipv6, missing_capabilities,
+        missing_features, version,
+    };
 
     #[test]
     fn ticks_of_all_usual_kernels() {
@@ -121,10 +194,24 @@ mod tests {
 
     #[test]
     fn rights_are_named() {
-        assert_eq!(missing_rights(1 << 12 | 1 << 21), None);
-        assert_eq!(missing_rights(1 << 12 | 1 << 38 | 1 << 39), None);
-        let text = missing_rights(1 << 39).unwrap();
-        assert!(text.contains("CAP_NET_ADMIN") && text.contains("CAP_PERFMON") && !text.contains("CAP_BPF,"), "{text}");
+        assert!(missing_capabilities(1 << 12 | 1 << 21).is_empty());
+        assert!(missing_capabilities(1 << 12 | 1 << 38 | 1 << 39).is_empty());
+        assert_eq!(missing_capabilities(1 << 39), ["CAP_NET_ADMIN", "CAP_PERFMON"]);
+        assert_eq!(missing_capabilities(effective_capabilities().unwrap()), Vec::<&str>::new(), "tests run as root");
+    }
+
+    #[test]
+    fn this_kernel_is_found_good() {
+        assert_eq!(missing_features().unwrap(), Vec::<String>::new());
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(has_tcx().unwrap(), version(&release).unwrap() >= AIMED_AT_KERNEL);
+    }
+
+    #[test]
+    fn versions_of_all_distributions() {
+        for (release, want) in [("6.18.44-fc-v595\n", Some((6, 18))), ("5.17-rc1", Some((5, 17))), ("nonsense", None)] {
+            assert_eq!(version(release), want, "{release}");
+        }
     }
 
     #[test]

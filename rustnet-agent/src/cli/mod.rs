@@ -4,6 +4,7 @@
 
 mod cleanup;
 mod ct;
+mod doctor;
 mod endpoints;
 mod kube_proxy;
 mod maps;
@@ -45,6 +46,8 @@ struct Cli {
 enum Command {
     /// Is everything in its place? Exit code 1 if not
     Status(status::Args),
+    /// What keeps rustnet from working here, and the remedies; takes the agent's settings. Exit code 1 if there is a cross
+    Doctor(Box<doctor::Args>),
     /// Virtual addresses and their backends
     Services(services::Args),
     /// This node's pods
@@ -79,6 +82,8 @@ enum CtCommand {
 struct Places {
     /// `None`: nothing says where that agent pins.
     bpffs: Option<PathBuf>,
+    /// `bpffs` was given, rather than found out.
+    bpffs_is_given: bool,
     run_dir: PathBuf,
     agent: Option<AgentFile>,
 }
@@ -89,7 +94,7 @@ impl Places {
         let known = agent.as_ref().map(|agent| agent.bpffs.clone());
         // The default run directory goes with the default pins; another one must not lead to another agent's.
         let default = (run_dir == Path::new(DEFAULT_RUN_DIR)).then(|| DEFAULT_BPFFS.into());
-        Ok(Self { bpffs: bpffs.or(known).or(default), run_dir, agent })
+        Ok(Self { bpffs_is_given: bpffs.is_some(), bpffs: bpffs.or(known).or(default), run_dir, agent })
     }
 
     fn bpffs(&self) -> Result<&Path> {
@@ -138,6 +143,7 @@ fn dispatch(cli: Cli) -> Result<bool> {
     let places = || Places::find(cli.bpffs.clone(), cli.run_dir.clone());
     match cli.command {
         Command::Status(args) => return status::run(places, &args, &out),
+        Command::Doctor(args) => return doctor::run(places, *args, &out),
         Command::Services(args) => services::run(&places()?, &args, &out)?,
         Command::Endpoints => endpoints::run(&places()?, &out)?,
         Command::Nodes => nodes::run(&places()?, &out)?,

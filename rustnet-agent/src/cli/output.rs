@@ -6,6 +6,8 @@ use anyhow::Result;
 use comfy_table::{ContentArrangement, Table};
 use serde::Serialize;
 
+use crate::doctor::finding;
+
 /// How to print.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
@@ -71,6 +73,16 @@ impl Output {
             Mark::Bad => ("Failed", 31),
         };
         if self.colour { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() }
+    }
+
+    /// A sign for a mark of the doctor's, coloured on a terminal.
+    pub fn sign(&self, mark: finding::Mark) -> String {
+        let (sign, colour) = match mark {
+            finding::Mark::Ok => ("✓", 32),
+            finding::Mark::Warning => ("!", 33),
+            finding::Mark::Bad => ("✗", 31),
+        };
+        if self.colour { format!("\x1b[{colour}m{sign}\x1b[0m") } else { sign.to_owned() }
     }
 }
 

@@ -45,10 +45,13 @@ pub struct Args {
 
 /// One thing that can be well or not.
 #[derive(Clone, Debug, Serialize)]
-struct Line {
-    name: String,
-    status: Mark,
-    detail: String,
+pub struct Line {
+    /// What it is.
+    pub name: String,
+    /// How it stands.
+    pub status: Mark,
+    /// In words.
+    pub detail: String,
 }
 
 #[derive(Serialize)]
@@ -60,11 +63,11 @@ struct Report {
 /// Prints the status; true if nothing is bad.
 pub fn run(find: impl Fn() -> Result<Places>, args: &Args, out: &Output) -> Result<bool> {
     let end = Instant::now() + Duration::from_secs(args.wait.unwrap_or(0));
-    let mut report = check(&find()?);
+    let mut report = Report::of(check(&find()?));
     while !report.ok && Instant::now() < end {
         sleep(Duration::from_millis(200));
         // An agent that starts for the first time tells only now where it pins.
-        report = check(&find()?);
+        report = Report::of(check(&find()?));
     }
     if args.brief {
         report.checks.retain(|line| line.status != Mark::Ok);
@@ -86,7 +89,14 @@ pub fn run(find: impl Fn() -> Result<Places>, args: &Args, out: &Output) -> Resu
     Ok(report.ok)
 }
 
-fn check(places: &Places) -> Report {
+impl Report {
+    fn of(checks: Vec<Line>) -> Self {
+        Self { ok: checks.iter().all(|line| line.status != Mark::Bad), checks }
+    }
+}
+
+/// All lines.
+pub fn check(places: &Places) -> Vec<Line> {
     let mut checks = vec![agent(places), node(places), pins(places)];
     // Without pins, all that follows would say the same.
     if checks[2].status == Mark::Ok {
@@ -99,8 +109,7 @@ fn check(places: &Places) -> Report {
         }
         checks.push(line("Packets", packets(places)));
     }
-    let ok = checks.iter().all(|line| line.status != Mark::Bad);
-    Report { ok, checks }
+    checks
 }
 
 fn line(name: &str, result: Result<(Mark, String)>) -> Line {

@@ -13,7 +13,10 @@ const LLADDR: u16 = 2;
 /// `NUD_PERMANENT`.
 const PERMANENT: u16 = 0x80;
 
-/// A permanent neighbour.
+/// `NUD_REACHABLE`, `NUD_STALE`, `NUD_DELAY`, `NUD_PROBE`: somebody has answered.
+const LEARNT: u16 = 0x02 | 0x04 | 0x08 | 0x10;
+
+/// A neighbour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Neighbour {
     /// The interface.
@@ -36,13 +39,20 @@ fn ndmsg(family: u8, ifindex: u32, state: u16) -> [u8; 12] {
 /// All permanent neighbours, both families.
 pub fn list(socket: &mut Socket) -> Result<Vec<Neighbour>> {
     let replies = socket.dump(Message::new(libc::RTM_GETNEIGH, 0, &ndmsg(0, 0, 0))).context("listing neighbours")?;
-    Ok(replies.iter().filter_map(|reply| parse(&reply.body)).collect())
+    Ok(replies.iter().filter_map(|reply| parse(&reply.body, PERMANENT)).collect())
 }
 
-fn parse(body: &[u8]) -> Option<Neighbour> {
+/// All neighbours whose MAC the kernel has learnt, both families.
+pub fn learnt(socket: &mut Socket) -> Result<Vec<Neighbour>> {
+    let replies = socket.dump(Message::new(libc::RTM_GETNEIGH, 0, &ndmsg(0, 0, 0))).context("listing neighbours")?;
+    Ok(replies.iter().filter_map(|reply| parse(&reply.body, LEARNT)).collect())
+}
+
+/// A neighbour in one of these states.
+fn parse(body: &[u8], states: u16) -> Option<Neighbour> {
     let (head, rest) = body.split_at_checked(12)?;
     let find = |wanted| attributes(rest).find(|(kind, _)| *kind == wanted).map(|(_, v)| v);
-    if u16::from_ne_bytes([head[8], head[9]]) & PERMANENT == 0 {
+    if u16::from_ne_bytes([head[8], head[9]]) & states == 0 {
         return None;
     }
     let mac = find(LLADDR)?.try_into().ok()?;

@@ -64,19 +64,25 @@ pub fn relax(root: &Path) -> Result<Vec<String>> {
     Ok(changed)
 }
 
+impl Sysctl {
+    /// The value that it has and must not have; `None` where it may stay as it is.
+    pub fn wrong(&self, root: &Path) -> Result<Option<String>> {
+        let path = root.join(&self.path);
+        let old = match fs::read_to_string(&path) {
+            Ok(old) => old.trim().to_owned(),
+            Err(e) if self.optional && e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e).with_context(|| format!("reading {}", path.display())),
+        };
+        Ok((old != self.want && !self.also.contains(&old.as_str())).then_some(old))
+    }
+}
+
 /// Sets what differs; returns what was set, as `path: old -> new`.
 pub fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<String>> {
     let mut changed = Vec::new();
     for sysctl in wanted {
+        let Some(old) = sysctl.wrong(root)? else { continue };
         let path: PathBuf = root.join(&sysctl.path);
-        let old = match fs::read_to_string(&path) {
-            Ok(old) => old.trim().to_owned(),
-            Err(e) if sysctl.optional && e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(e).with_context(|| format!("reading {}", path.display())),
-        };
-        if old == sysctl.want || sysctl.also.contains(&old.as_str()) {
-            continue;
-        }
         fs::write(&path, sysctl.want).with_context(|| {
             format!(
                 "setting {} to {}: is it mounted read-only? Name a writable /proc/sys/net by --sysctl-dir, or set it on the host",

@@ -17,7 +17,7 @@ const SEED: u32 = 0x7275_7374;
 /// First port that is not reserved for servers (RFC 6335).
 const FIRST_PORT: u16 = 1024;
 /// Kubernetes' node ports, as by default.
-const NODE_PORTS: (u16, u16) = (30_000, 32_767);
+pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
 
 /// The larger free part of the ports outside of those that the host's own connections use and of the node ports: there, the
 /// masquerade collides with nothing.
@@ -104,6 +104,16 @@ pub fn pod_cidrs(config: &Config, own: Option<&Node>) -> Vec<IpNet> {
     }
 }
 
+/// MTU of the pods' interfaces, where packets to other nodes can have `room` octets.
+pub fn mtu(config: &Config, room: u32) -> Result<u32> {
+    let mtu = config.mtu.unwrap_or(room);
+    anyhow::ensure!(
+        mtu <= room,
+        "mtu {mtu} does not fit: packets to other nodes can have {room} octets; set mtu to that or less, or to auto"
+    );
+    Ok(mtu)
+}
+
 /// What the CNI binary must know, or why pods cannot be connected.
 pub fn file(config: &Config, state: &State, own: Option<&Node>) -> Result<NodeFile> {
     let pod_cidrs = pod_cidrs(config, own);
@@ -117,12 +127,7 @@ pub fn file(config: &Config, state: &State, own: Option<&Node>) -> Result<NodeFi
             anyhow::bail!(conflict);
         }
     }
-    let room = state.overlay.map_or_else(|| state.uplink_mtu(), |(_, mtu)| mtu);
-    let mtu = config.mtu.unwrap_or(room);
-    anyhow::ensure!(
-        mtu <= room,
-        "mtu {mtu} does not fit: packets to other nodes can have {room} octets; set mtu to that or less, or to auto"
-    );
+    let mtu = mtu(config, state.overlay.map_or_else(|| state.uplink_mtu(), |(_, mtu)| mtu))?;
     Ok(NodeFile { version: NodeFile::VERSION, node_name: name.clone(), pod_cidrs, mtu, not_ready: None })
 }
 

@@ -1,5 +1,6 @@
 //! How the `rustnet` command finds an agent's state: a file beside `node.json`, and a lock that lives as long as an agent.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, create_dir_all};
 use std::path::{Path, PathBuf};
 
@@ -37,6 +38,9 @@ pub struct AgentFile {
     /// Where it installed the CNI configuration.
     #[serde(default)]
     pub cni_conf_dir: Option<PathBuf>,
+    /// What it was told, by flag; what is missing was at its default.
+    #[serde(default)]
+    pub settings: BTreeMap<String, Vec<String>>,
 }
 
 impl AgentFile {
@@ -54,6 +58,7 @@ impl AgentFile {
             health_addr: config.health_addr,
             cni_bin_dir: config.cni_bin_dir.clone(),
             cni_conf_dir: config.cni_conf_dir.clone(),
+            settings: config.chosen.clone(),
         }
     }
 
@@ -76,6 +81,11 @@ impl AgentFile {
         text.push('\n');
         write_atomic(&run_dir.join(FILE), text.as_bytes(), 0o644).map(drop)
     }
+}
+
+/// True if an agent serves a run directory.
+pub fn is_served(run_dir: &Path) -> bool {
+    run_dir.join(LOCK).exists() && matches!(Presence::exclude(run_dir), Ok(None))
 }
 
 /// Says, as long as it lives, that an agent serves a run directory. Two agents may: one is the other's successor.
@@ -111,17 +121,21 @@ fn lock(run_dir: &Path, how: FlockArg) -> Result<Flock<File>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{AgentFile, Presence};
+    use super::{AgentFile, Presence, is_served};
+    use std::collections::BTreeMap;
 
     #[test]
     fn cleanup_is_kept_out_while_any_agent_lives() {
         let dir = tempfile::tempdir().unwrap();
+        assert!(!is_served(dir.path()) && !is_served(std::path::Path::new("/nonexistent")));
         let one = Presence::announce(dir.path()).unwrap();
         let two = Presence::announce(dir.path()).unwrap();
         drop(one);
         assert!(Presence::exclude(dir.path()).unwrap().is_none());
+        assert!(is_served(dir.path()));
         drop(two);
         assert!(Presence::exclude(dir.path()).unwrap().is_some());
+        assert!(!is_served(dir.path()));
     }
 
     #[test]
@@ -136,6 +150,7 @@ mod tests {
             health_addr: "127.0.0.1:1".parse().ok(),
             cni_bin_dir: None,
             cni_conf_dir: Some("/c".into()),
+            settings: BTreeMap::from([("node-name".into(), vec!["n1".into()])]),
         };
         file.write(dir.path()).unwrap();
         assert_eq!(AgentFile::read(dir.path()).unwrap(), Some(file));

@@ -9,7 +9,7 @@ mod backoff;
 mod client;
 mod node_status;
 
-pub use client::{Connection, connect};
+pub use client::{Connection, connect, connection, settings};
 pub use node_status::NodeStatus;
 
 use self::backoff::Backoff;
@@ -363,7 +363,7 @@ impl Debug for Trouble<'_> {
 }
 
 /// An error with its causes, each once: the outermost alone often says only "error trying to connect".
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

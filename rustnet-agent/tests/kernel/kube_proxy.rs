@@ -139,9 +139,10 @@ fn more_chains_than_fit_into_one_transaction_go() {
         names.sort();
         names.dedup();
         assert!(names.len() > 2000, "{}", names.len());
-        let chains: String = names.iter().map(|name| format!(" chain {name} {{ counter; }}\n")).collect();
+        let chains: Vec<_> = names.iter().map(|name| format!(" chain {name} {{ counter; }}\n")).collect();
         let jump = |name| format!("add rule ip nat KUBE-SERVICES tcp dport 80 jump {name}\n");
-        let jumps: String = names.iter().map(jump).collect();
+        let jumps: Vec<_> = names.iter().map(jump).collect();
+        let (chains, jumps) = (chains.concat(), jumps.concat());
         load(sandbox, &format!("table ip nat {{\n chain KUBE-SERVICES {{ }}\n{chains}}}\n{jumps}"));
         let done = sandbox.rustnet("cleanup --kube-proxy --yes");
         assert!(done.status.success(), "{}", said(&done));

@@ -61,6 +61,16 @@ impl Answers {
 /// # Errors
 /// A kubeconfig or service account that is missing or broken.
 pub async fn connect(source: &KubeSource) -> anyhow::Result<Connection> {
+    let config = settings(source).await?;
+    tracing::info!(server = %config.cluster_url, "API server");
+    connection(&config)
+}
+
+/// Where the API server is and how to talk to it, from kubeconfig or service account.
+///
+/// # Errors
+/// A kubeconfig or service account that is missing or broken.
+pub async fn settings(source: &KubeSource) -> anyhow::Result<Config> {
     let mut config = if let Some(path) = &source.kubeconfig {
         let shown = path.display();
         let file = Kubeconfig::read_from(path)
@@ -76,11 +86,14 @@ pub async fn connect(source: &KubeSource) -> anyhow::Result<Connection> {
     if let Some(url) = &source.api_server {
         config.cluster_url = url.parse().with_context(|| format!("{url}: not a URL; check --api-server"))?;
     }
-    tracing::info!(server = %config.cluster_url, "API server");
-    connection(&config)
+    Ok(config)
 }
 
-fn connection(config: &Config) -> anyhow::Result<Connection> {
+/// A connection with these settings.
+///
+/// # Errors
+/// Certificates or credentials that cannot be used.
+pub fn connection(config: &Config) -> anyhow::Result<Connection> {
     let mut connector = HttpConnector::new();
     connector.enforce_http(false);
     connector.set_nodelay(true);

@@ -1,0 +1,119 @@
+//! `rustnet doctor`: prints the preflight's groups, each check with a tick, an exclamation mark or a cross, and the remedies.
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::output::{self, Output, json, line};
+use super::{Places, status};
+use crate::args::Given;
+use crate::config::Config;
+use crate::doctor::finding::{Finding, Group, Level, Mark};
+use crate::doctor::{self, Stage};
+
+/// Options.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only what must hold before the agent runs: for init containers. A cross is then what it cannot run with, and nothing else
+    #[arg(long)]
+    pre: bool,
+    #[command(flatten)]
+    settings: Given,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    ok: bool,
+    groups: Vec<Shown<'a>>,
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    name: &'a str,
+    checks: Vec<Check<'a>>,
+}
+
+impl<'a> Shown<'a> {
+    fn of(group: &'a Group, stage: Stage) -> Self {
+        let check = |it: &'a Finding| Check {
+            name: &it.what,
+            status: it.level.mark(stage),
+            detail: &it.detail,
+            hint: &it.hint,
+        };
+        Self { name: group.name, checks: group.findings.iter().map(check).collect() }
+    }
+}
+
+#[derive(Serialize)]
+struct Check<'a> {
+    name: &'a str,
+    status: Mark,
+    detail: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    hint: &'a str,
+}
+
+/// Checks; true if there is no cross.
+pub fn run(find: impl Fn() -> Result<Places>, args: Args, out: &Output) -> Result<bool> {
+    let places = find()?;
+    let stage = if args.pre { Stage::Before } else { Stage::Beside };
+    let mut given = args.settings;
+    if let Some(bpffs) = places.bpffs.as_ref().filter(|_| places.bpffs_is_given) {
+        given.set("bpffs", bpffs.display().to_string());
+    }
+    if places.run_dir != std::path::Path::new(rustnet_common::names::DEFAULT_RUN_DIR) {
+        given.set("run-dir", places.run_dir.display().to_string());
+    }
+    // Beside an agent, what it was told is what counts; before it, that would be its predecessor.
+    let told = places.agent.as_ref().filter(|_| stage == Stage::Beside).map(|agent| agent.settings.clone());
+    let env = |name: &str| std::env::var_os(name);
+    let in_pod = env("KUBERNETES_SERVICE_HOST").is_some_and(|host| !host.is_empty());
+    let groups = match Config::validate(&given.gather(&env, &told.unwrap_or_default())?, in_pod) {
+        Ok(config) => {
+            let mut groups = doctor::examine(&config, stage);
+            if stage == Stage::Beside {
+                groups.push(agent(&places));
+            }
+            groups
+        }
+        Err(refused) => doctor::without_config(&refused),
+    };
+    print(&groups, stage, out)
+}
+
+/// What `rustnet status` finds.
+fn agent(places: &Places) -> Group {
+    let lines = status::check(places);
+    let wrong = lines.iter().filter(|line| line.status != output::Mark::Ok).map(|line| {
+        let level = if line.status == output::Mark::Bad { Level::Fault } else { Level::Warning };
+        Finding::new(level, &line.name, &line.detail).hint("the agent's log says why; `rustnet status` shows the whole")
+    });
+    let mut findings: Vec<_> = wrong.collect();
+    if findings.is_empty() {
+        findings.push(Finding::ok("status", format!("ready; all {} lines of `rustnet status` are well", lines.len())));
+    }
+    Group::new("Agent", findings)
+}
+
+fn print(groups: &[Group], stage: Stage, out: &Output) -> Result<bool> {
+    let groups: Vec<_> = groups.iter().map(|group| Shown::of(group, stage)).collect();
+    let all = || groups.iter().flat_map(|group| &group.checks);
+    let count = |mark| all().filter(|check| check.status == mark).count();
+    let (warnings, crosses) = (count(Mark::Warning), count(Mark::Bad));
+    if out.is_json() {
+        json(&Report { ok: crosses == 0, groups })?;
+        return Ok(crosses == 0);
+    }
+    let width = all().map(|check| check.name.chars().count()).max().unwrap_or(0);
+    for group in &groups {
+        line(group.name)?;
+        for check in &group.checks {
+            line(&format!("  {} {:width$}  {}", out.sign(check.status), check.name, check.detail))?;
+            if !check.hint.is_empty() {
+                line(&format!("    {:width$}  -> {}", "", check.hint))?;
+            }
+        }
+    }
+    line(&format!("{} checks, {warnings} warnings, {crosses} crosses", all().count()))?;
+    Ok(crosses == 0)
+}

@@ -1,0 +1,201 @@
+//! Rights of the process, features of the kernel, and the file systems that programs and groups of processes are in.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
+use super::finding::{Finding, Level};
+use crate::bpf::{fs, load, object, probe};
+use crate::config::Config;
+
+/// Where the kernel says whether it compiles programs.
+const JIT: &str = "/proc/sys/net/core/bpf_jit_enable";
+
+/// What was found; `Err` where it could not be.
+pub struct Facts {
+    /// Effective capabilities.
+    pub capabilities: Result<u64>,
+    /// `uname -r`.
+    pub release: String,
+    /// What the programs need and the kernel lacks.
+    pub missing: Result<Vec<String>>,
+    /// It has TCX.
+    pub tcx: Result<bool>,
+    /// The programs need the kernel's BTF, and it is not there.
+    pub lacks_btf: Result<bool>,
+    /// `net.core.bpf_jit_enable`; `None` where this namespace does not show it.
+    pub jit: Option<String>,
+    /// Where pins go, and whether that is on a BPF file system.
+    pub bpffs: Option<(PathBuf, Result<bool>)>,
+    /// The configured cgroup directory, and whether it is one of version 2.
+    pub cgroup: Option<(PathBuf, Result<bool>)>,
+}
+
+/// Looks.
+pub fn gather(config: Option<&Config>) -> Facts {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    Facts {
+        capabilities: probe::effective_capabilities(),
+        release: release.trim().to_owned(),
+        missing: probe::missing_features(),
+        tcx: probe::has_tcx(),
+        lacks_btf: object::embedded().and_then(load::lacks_btf),
+        jit: std::fs::read_to_string(JIT).ok().map(|text| text.trim().to_owned()),
+        bpffs: config.map(|it| (it.bpffs.clone(), fs::is_bpffs(&fs::nearest_existing(&it.bpffs)))),
+        cgroup: config.map(|it| (it.cgroup.clone(), is_cgroup2(&it.cgroup))),
+    }
+}
+
+fn is_cgroup2(dir: &Path) -> Result<bool> {
+    let stat = statfs(dir).with_context(|| format!("looking at {}", dir.display()))?;
+    Ok(stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
+/// Judges.
+pub fn check(facts: &Facts) -> Vec<Finding> {
+    let mut found = vec![capabilities(&facts.capabilities), version(&facts.release)];
+    // Without rights every trial fails, and says nothing of the kernel.
+    if facts.capabilities.as_ref().is_ok_and(|it| probe::missing_capabilities(*it).is_empty()) {
+        found.extend([features(&facts.missing), tcx(&facts.tcx)]);
+    }
+    found.extend([btf(&facts.lacks_btf), jit(facts.jit.as_deref())]);
+    found.extend(facts.bpffs.as_ref().map(|(dir, is)| bpffs(dir, is)));
+    found.extend(facts.cgroup.as_ref().map(|(dir, is)| cgroup(dir, is)));
+    found
+}
+
+fn capabilities(effective: &Result<u64>) -> Finding {
+    let what = "capabilities";
+    match effective {
+        Err(error) => Finding::unknown(what, error),
+        Ok(effective) => {
+            let missing = probe::missing_capabilities(*effective);
+            if missing.is_empty() {
+                return Finding::ok(what, "CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON");
+            }
+            Finding::new(Level::Fatal, what, format!("this process lacks {}", missing.join(", ")))
+                .hint(probe::RIGHTS_REMEDY)
+        }
+    }
+}
+
+fn version(release: &str) -> Finding {
+    let (what, name) = ("version", |(major, minor)| format!("{major}.{minor}"));
+    let (oldest, aim) = (probe::OLDEST_KERNEL, probe::AIMED_AT_KERNEL);
+    match probe::version(release) {
+        Some(version) if version < oldest => {
+            Finding::new(Level::Fatal, what, format!("{release}, but at least {} is needed", name(oldest)))
+                .hint(format!("boot a newer kernel, {} or later if you can", name(aim)))
+        }
+        Some(version) if version < aim => {
+            Finding::new(Level::Warning, what, format!("{release}, older than any that rustnet is tried with"))
+                .hint(format!("boot a kernel {} or later", name(aim)))
+        }
+        _ => Finding::ok(what, release),
+    }
+}
+
+fn features(missing: &Result<Vec<String>>) -> Finding {
+    let what = "BPF features";
+    match missing {
+        Err(error) => Finding::new(Level::Fatal, what, format!("cannot be tried: {error:#}"))
+            .hint("let the process call bpf(2): capabilities, seccomp profile, kernel lockdown"),
+        Ok(missing) if missing.is_empty() => Finding::ok(what, "all that the programs need"),
+        Ok(missing) => Finding::new(Level::Fatal, what, format!("this kernel lacks {}", missing.join(", ")))
+            .hint("boot a newer kernel, or one that is built with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF"),
+    }
+}
+
+fn tcx(tcx: &Result<bool>) -> Finding {
+    match tcx {
+        Err(error) => Finding::unknown("TCX", error),
+        Ok(true) => Finding::ok("TCX", "there"),
+        // The agent falls back by itself; nothing need be done.
+        Ok(false) => Finding::ok("TCX", "not there (before 6.6): classifiers on a clsact qdisc are used"),
+    }
+}
+
+fn btf(lacks: &Result<bool>) -> Finding {
+    match lacks {
+        Err(error) => Finding::new(Level::Fatal, "BTF", format!("{error:#}")).hint("use a build with its eBPF object"),
+        Ok(true) => Finding::new(Level::Fatal, "BTF", "the kernel tells no types (/sys/kernel/btf/vmlinux is missing)")
+            .hint("boot a kernel built with CONFIG_DEBUG_INFO_BTF=y"),
+        Ok(false) => Finding::ok("BTF", "there, or not needed"),
+    }
+}
+
+fn jit(value: Option<&str>) -> Finding {
+    match value {
+        Some("0") => Finding::new(Level::Warning, "JIT", "off: every packet's programs are interpreted")
+            .hint("sysctl -w net.core.bpf_jit_enable=1"),
+        None => Finding::ok("JIT", "not shown in this network namespace"),
+        Some(_) => Finding::ok("JIT", "on"),
+    }
+}
+
+fn bpffs(dir: &Path, is: &Result<bool>) -> Finding {
+    let (what, shown) = ("BPF file system", dir.display());
+    match is {
+        Err(error) => Finding::unknown(what, error),
+        Ok(true) => Finding::ok(what, format!("{shown} is on one")),
+        Ok(false) => Finding::new(Level::Fatal, what, format!("{shown} is not on one")).hint(
+            "`mount -t bpf bpf /sys/fs/bpf` on the host, or run `rustnet-agent --prepare` with all privileges first",
+        ),
+    }
+}
+
+fn cgroup(dir: &Path, is: &Result<bool>) -> Finding {
+    let (what, shown) = ("cgroup v2", dir.display());
+    match is {
+        Ok(true) => Finding::ok(what, format!("{shown} is one")),
+        // No program is attached to it yet: worth a word, not a cross.
+        Ok(false) | Err(_) => Finding::new(Level::Warning, what, format!("{shown} is not mounted as cgroup2"))
+            .hint("boot with systemd.unified_cgroup_hierarchy=1, or name the mount with --cgroup"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::{assert_only, assert_well};
+    use super::*;
+
+    fn good() -> Facts {
+        Facts {
+            capabilities: Ok(1 << 12 | 1 << 38 | 1 << 39),
+            release: "6.18.44-cloud".into(),
+            missing: Ok(Vec::new()),
+            tcx: Ok(true),
+            lacks_btf: Ok(false),
+            jit: Some("1".into()),
+            bpffs: Some(("/sys/fs/bpf/rustnet".into(), Ok(true))),
+            cgroup: Some(("/sys/fs/cgroup".into(), Ok(true))),
+        }
+    }
+
+    #[test]
+    fn a_good_kernel() {
+        assert_well(&check(&good()));
+        assert_well(&check(&Facts { tcx: Ok(false), jit: None, ..good() }));
+        assert_well(&check(&gather(None)));
+    }
+
+    #[test]
+    fn one_fault_at_a_time() {
+        let no = || Some(("/sys/fs/bpf/rustnet".into(), Ok(false)));
+        let missing = || Ok(vec!["bpf_loop".to_owned()]);
+        for (facts, level, detail, hint) in [
+            (Facts { capabilities: Ok(1 << 12), ..good() }, Level::Fatal, "CAP_BPF, CAP_PERFMON", "securityContext"),
+            (Facts { release: "5.10.0-32".into(), ..good() }, Level::Fatal, "at least 5.17", "newer kernel"),
+            (Facts { release: "6.1.0-18".into(), ..good() }, Level::Warning, "older", "6.6"),
+            (Facts { missing: missing(), ..good() }, Level::Fatal, "lacks bpf_loop", "CONFIG_BPF_SYSCALL"),
+            (Facts { missing: Err(anyhow::anyhow!("EPERM")), ..good() }, Level::Fatal, "EPERM", "seccomp"),
+            (Facts { lacks_btf: Ok(true), ..good() }, Level::Fatal, "vmlinux", "CONFIG_DEBUG_INFO_BTF"),
+            (Facts { jit: Some("0".into()), ..good() }, Level::Warning, "interpreted", "bpf_jit_enable=1"),
+            (Facts { bpffs: no(), ..good() }, Level::Fatal, "is not on one", "mount -t bpf"),
+            (Facts { cgroup: no(), ..good() }, Level::Warning, "cgroup2", "--cgroup"),
+        ] {
+            assert_only(&check(&facts), level, detail, hint);
+        }
+    }
+}

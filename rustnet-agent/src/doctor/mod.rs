@@ -1,0 +1,69 @@
+//! The preflight: what on this node keeps rustnet, or the pods, from working, and the remedy of each.
+//!
+//! One file a group of checks. Each gathers its facts (the only part that looks at the host) and judges them (pure, and tested
+//! with one fault at a time). Nothing is changed, and no packet is sent but to the API server.
+
+pub mod api;
+pub mod cni;
+pub mod finding;
+pub mod kernel;
+pub mod kube_proxy;
+pub mod mtu;
+pub mod nodes;
+pub mod ports;
+pub mod ranges;
+pub mod sysctls;
+
+use crate::config::{Config, Refused};
+use crate::net::netlink::Socket;
+use crate::net::uplink::Host;
+use finding::{Finding, Group, Level, split_remedy};
+
+/// When the checks are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Before the agent starts: only what can be known without it.
+    Before,
+    /// Beside a running agent.
+    Beside,
+}
+
+/// All groups that need a configuration, in the order in which they are told.
+pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
+    let host = Socket::open().map_err(anyhow::Error::from).and_then(|mut socket| Host::observe(&mut socket));
+    let host = match host {
+        Ok(host) => host,
+        Err(error) => return vec![Group::new("Host", vec![Finding::unknown("network", &error)])],
+    };
+    let cluster = api::gather(config);
+    let mut groups = vec![
+        Group::new("Configuration", vec![Finding::ok("settings", format!("node {}", config.node_name))]),
+        Group::new("Kernel", kernel::check(&kernel::gather(Some(config)))),
+        Group::new("Host settings", sysctls::check(&sysctls::gather(config, &host), stage)),
+        Group::new("Ports", ports::check(&ports::gather(config))),
+        Group::new("CNI", cni::check(&cni::gather(config), stage)),
+        Group::new("kube-proxy", kube_proxy::check(&kube_proxy::gather())),
+        Group::new("API server", api::check(&cluster.api)),
+        Group::new("Nodes", nodes::check(&nodes::gather(config, &host, cluster.nodes.as_ref()))),
+        Group::new("Address ranges", ranges::check(config, &host, cluster.nodes.as_deref().unwrap_or_default())),
+        Group::new("MTU", mtu::check(&mtu::gather(config, &host, cluster.nodes.as_deref().unwrap_or_default()))),
+    ];
+    groups.retain(|group| !group.findings.is_empty());
+    groups
+}
+
+/// What can be told when the settings are refused: why, and what does not depend on them.
+pub fn without_config(refused: &Refused) -> Vec<Group> {
+    let problem = |text: &String| {
+        let (detail, hint) = split_remedy(text);
+        Finding::new(Level::Fatal, "settings", detail).hint(hint)
+    };
+    let unchecked = "the rest was not checked for want of settings";
+    let rest = Finding::new(Level::Warning, "not checked", unchecked).hint("mend these first, then run this again");
+    let problems = refused.0.iter().map(problem).chain([rest]).collect();
+    vec![
+        Group::new("Configuration", problems),
+        Group::new("Kernel", kernel::check(&kernel::gather(None))),
+        Group::new("kube-proxy", kube_proxy::check(&kube_proxy::gather())),
+    ]
+}

@@ -1,0 +1,232 @@
+//! Ports: the agent's own, the overlay's, those of Kubernetes' components, and the node ports.
+//!
+//! A component's port that the component has is as it should be; free is as well, for the component may not run here or not yet.
+
+use anyhow::Result;
+use rustnet_common::names::OVERLAY_DEV;
+
+use super::finding::{Finding, Level};
+use crate::config::{Config, Routing};
+use crate::net::link;
+use crate::net::netlink::Socket;
+use crate::net::sockets::{self, Listener, Owner, Proto};
+use crate::reconcile::{node, presence};
+
+/// Kubernetes' components: port, name, and the programs that may have it besides (distributions put several into one).
+const COMPONENTS: [(u16, &str); 6] = [
+    (6443, "kube-apiserver"),
+    (2379, "etcd"),
+    (2380, "etcd"),
+    (10250, "kubelet"),
+    (10259, "kube-scheduler"),
+    (10257, "kube-controller-manager"),
+];
+/// Programs that are several components in one.
+const ALL_IN_ONE: [&str; 6] = ["k3s", "rke2", "k0s", "microk8s", "kubelite", "hyperkube"];
+/// The agent's program.
+const AGENT: &str = "rustnet-agent";
+
+/// What was found.
+pub struct Facts {
+    /// All listeners.
+    pub listeners: Result<Vec<Listener>>,
+    /// An agent serves the run directory.
+    pub agent_here: bool,
+    /// The agent's own ports: what they are for, the setting, the port.
+    pub own: Vec<(&'static str, &'static str, u16)>,
+    /// The overlay's port; `None` without overlay.
+    pub overlay: Option<u16>,
+    /// VXLAN devices: name and port.
+    pub vxlans: Vec<(String, u16)>,
+    /// Ports of the host's own connections, first and last.
+    pub local: Result<(u16, u16)>,
+}
+
+/// Looks.
+pub fn gather(config: &Config) -> Facts {
+    let own =
+        [("agent health", "health-addr", config.health_addr), ("agent metrics", "metrics-addr", config.metrics_addr)];
+    let links = Socket::open().map_err(anyhow::Error::from).and_then(|mut socket| link::list(&mut socket));
+    let vxlans = links.unwrap_or_default().into_iter().filter_map(|link| Some((link.name, link.vxlan?.port)));
+    Facts {
+        listeners: sockets::listeners(),
+        agent_here: presence::is_served(&config.run_dir),
+        own: own.into_iter().filter_map(|(what, flag, addr)| Some((what, flag, addr?.port()))).collect(),
+        overlay: (config.routing != Routing::Native).then_some(config.overlay_port),
+        vxlans: vxlans.collect(),
+        local: node::local_ports(),
+    }
+}
+
+/// Judges.
+pub fn check(facts: &Facts) -> Vec<Finding> {
+    let listeners = match &facts.listeners {
+        Ok(listeners) => listeners,
+        Err(error) => return vec![Finding::unknown("ports", error)],
+    };
+    let tcp = |port| listeners.iter().find(move |it| it.proto == Proto::Tcp && it.port == port);
+    let mut found = Vec::new();
+    for (what, flag, port) in &facts.own {
+        found.push(own(what, flag, *port, tcp(*port), facts.agent_here));
+    }
+    found.extend(facts.overlay.map(|port| overlay(port, listeners, &facts.vxlans)));
+    for (port, component) in COMPONENTS {
+        found.push(self::component(port, component, tcp(port)));
+    }
+    found.push(local_range(&facts.local));
+    found.extend(inside_node_ports(listeners));
+    found
+}
+
+fn name(owner: &Owner) -> String {
+    match owner {
+        Owner::Kernel => "the kernel".to_owned(),
+        Owner::Process(name) => name.clone(),
+        Owner::Hidden => "a process that cannot be seen from here".to_owned(),
+    }
+}
+
+fn own(what: &str, flag: &str, port: u16, there: Option<&Listener>, agent_here: bool) -> Finding {
+    let what = format!("{what}, TCP {port}");
+    match there.map(|it| &it.owner) {
+        None => Finding::ok(what, "free"),
+        Some(Owner::Process(name)) if name == AGENT => Finding::ok(what, AGENT),
+        Some(Owner::Hidden) if agent_here => Finding::ok(what, "in use, and an agent runs here"),
+        Some(owner) => Finding::new(Level::Fault, what, format!("taken by {}", name(owner)))
+            .hint(format!("free the port, or give the agent another one with --{flag}")),
+    }
+}
+
+fn overlay(port: u16, listeners: &[Listener], vxlans: &[(String, u16)]) -> Finding {
+    let what = format!("overlay, UDP {port}");
+    let hint = "remove it, or give all agents another --overlay-port";
+    if let Some((name, _)) = vxlans.iter().find(|(name, of)| *of == port && name != OVERLAY_DEV) {
+        return Finding::new(Level::Fault, what, format!("taken by the VXLAN device {name}")).hint(hint);
+    }
+    if vxlans.iter().any(|(name, of)| name == OVERLAY_DEV && *of == port) {
+        return Finding::ok(what, OVERLAY_DEV);
+    }
+    match listeners.iter().find(|it| it.proto == Proto::Udp && it.port == port) {
+        None => Finding::ok(what, "free"),
+        Some(it) => Finding::new(Level::Fault, what, format!("taken by {}", name(&it.owner))).hint(hint),
+    }
+}
+
+fn component(port: u16, component: &str, there: Option<&Listener>) -> Finding {
+    let what = format!("{component}, TCP {port}");
+    match there.map(|it| &it.owner) {
+        None => Finding::ok(what, "free"),
+        Some(Owner::Process(name)) if name == component || ALL_IN_ONE.contains(&name.as_str()) => {
+            Finding::ok(what, name)
+        }
+        // Containers do not see the host's processes: that something serves there is what one expects.
+        Some(Owner::Hidden) => Finding::ok(what, "in use"),
+        Some(owner) => Finding::new(Level::Warning, what, format!("taken by {}", name(owner)))
+            .hint(format!("if {component} is to run here, stop that or give it another port")),
+    }
+}
+
+fn local_range(local: &Result<(u16, u16)>) -> Finding {
+    let (what, (first, last)) = ("node ports", node::NODE_PORTS);
+    match local {
+        Err(error) => Finding::unknown(what, error),
+        Ok((from, to)) if *from <= last && first <= *to => Finding::new(
+            Level::Warning,
+            what,
+            format!("the host's own connections use ports {from}-{to}, which overlap {first}-{last}"),
+        )
+        .hint("sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\""),
+        Ok((from, to)) => Finding::ok(what, format!("{first}-{last} apart from the host's own {from}-{to}")),
+    }
+}
+
+/// Servers of the host on ports that Kubernetes may give to Services.
+fn inside_node_ports(listeners: &[Listener]) -> Option<Finding> {
+    let (first, last) = node::NODE_PORTS;
+    let inside = |it: &&Listener| it.proto == Proto::Tcp && (first..=last).contains(&it.port) && !it.addr.is_loopback();
+    let mut names: Vec<_> =
+        listeners.iter().filter(inside).map(|it| format!("{} ({})", it.port, name(&it.owner))).collect();
+    names.dedup();
+    (!names.is_empty()).then(|| {
+        Finding::new(Level::Warning, "node ports in use", names.join(", "))
+            .hint("move these servers: a Service with such a node port would get their clients")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::{assert_only, assert_well};
+    use super::*;
+    use std::net::Ipv4Addr;
+
+    fn listener(proto: Proto, port: u16, owner: Owner) -> Listener {
+        Listener { proto, addr: Ipv4Addr::UNSPECIFIED.into(), port, owner }
+    }
+
+    fn process(port: u16, name: &str) -> Listener {
+        listener(Proto::Tcp, port, Owner::Process(name.into()))
+    }
+
+    fn facts(listeners: Vec<Listener>) -> Facts {
+        Facts {
+            listeners: Ok(listeners),
+            agent_here: false,
+            own: vec![("agent health", "health-addr", 9879), ("agent metrics", "metrics-addr", 9962)],
+            overlay: Some(8472),
+            vxlans: Vec::new(),
+            local: Ok((32_768, 60_999)),
+        }
+    }
+
+    #[test]
+    fn free_ports_and_working_nodes_are_well() {
+        assert_well(&check(&facts(Vec::new())));
+        let mut node: Vec<_> = COMPONENTS.iter().map(|(port, name)| process(*port, name)).collect();
+        node.extend([process(9879, AGENT), process(9962, AGENT), listener(Proto::Udp, 8472, Owner::Kernel)]);
+        let vxlans = vec![(OVERLAY_DEV.to_owned(), 8472)];
+        assert_well(&check(&Facts { vxlans, ..facts(node) }));
+        // From a container beside an agent.
+        let hidden = [9879, 9962, 6443, 10250].map(|port| listener(Proto::Tcp, port, Owner::Hidden));
+        assert_well(&check(&Facts { agent_here: true, ..facts(hidden.into()) }));
+        assert_well(&check(&facts(vec![process(10250, "k3s")])));
+    }
+
+    #[test]
+    fn one_fault_at_a_time() {
+        let flannel = vec![("flannel.1".to_owned(), 8472)];
+        for (facts, level, detail, hint) in [
+            (facts(vec![process(9879, "nginx")]), Level::Fault, "taken by nginx", "--health-addr"),
+            (facts(vec![listener(Proto::Tcp, 9962, Owner::Hidden)]), Level::Fault, "cannot be seen", "--metrics-addr"),
+            (facts(vec![process(2380, "nginx")]), Level::Warning, "taken by nginx", "etcd"),
+            (facts(vec![process(10250, "etcd")]), Level::Warning, "taken by etcd", "kubelet"),
+            (Facts { vxlans: flannel, ..facts(Vec::new()) }, Level::Fault, "flannel.1", "--overlay-port"),
+            (
+                facts(vec![listener(Proto::Udp, 8472, Owner::Process("socat".into()))]),
+                Level::Fault,
+                "socat",
+                "--overlay-port",
+            ),
+            (
+                Facts { local: Ok((1024, 65_535)), ..facts(Vec::new()) },
+                Level::Warning,
+                "1024-65535",
+                "ip_local_port_range",
+            ),
+            (facts(vec![process(30_080, "nginx")]), Level::Warning, "30080 (nginx)", "move"),
+            (
+                Facts { listeners: Err(anyhow::anyhow!("EACCES")), ..facts(Vec::new()) },
+                Level::Warning,
+                "not checked",
+                "root",
+            ),
+        ] {
+            assert_only(&check(&facts), level, detail, hint);
+        }
+    }
+
+    #[test]
+    fn native_routing_has_no_overlay() {
+        let socket = listener(Proto::Udp, 8472, Owner::Process("socat".into()));
+        assert_well(&check(&Facts { overlay: None, ..facts(vec![socket]) }));
+    }
+}
