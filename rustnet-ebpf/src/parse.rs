@@ -175,6 +175,8 @@ const GSO_BY_FRAGS: u32 = 0xffff;
 const L4_MAX: usize = 0x1ff;
 /// IPv6 extension headers that are followed.
 const EXTENSIONS: usize = 6;
+/// The IPv6 extension header of fragments.
+const FRAGMENT: u8 = 44;
 
 /// A family's IP header.
 pub trait Header<A>: Copy {
@@ -183,7 +185,7 @@ pub trait Header<A>: Copy {
 
     /// Reads the header of a packet that an ICMP error quotes: cut short, so that its lengths mean nothing. Sets addresses
     /// and protocol, gives the offset of the transport header; `None` for what cannot be told (later fragments, IPv6
-    /// extension headers).
+    /// extension headers other than that of a first fragment).
     fn quoted<C: Ctx>(ctx: &C, l3: usize, out: &mut Tuple<A>) -> Option<usize>;
 }
 
@@ -249,7 +251,7 @@ impl Header<Ip6> for Header6 {
         let mut l4 = l3 + size_of::<Self>();
         let mut offset = 0;
         for _ in 0..EXTENSIONS {
-            if !matches!(proto, 0 | 43 | 44 | 51 | 60) {
+            if !matches!(proto, 0 | 43 | FRAGMENT | 51 | 60) {
                 break;
             }
             // None of these headers is shorter than eight bytes.
@@ -259,7 +261,7 @@ impl Header<Ip6> for Header6 {
             let first = u32::from_be(first);
             let (next, words) = ((first >> 24) as u8, (first >> 16) as usize & 0xff);
             let len = match proto {
-                44 => {
+                FRAGMENT => {
                     p.id = id;
                     offset = (first as u16) >> 3;
                     p.more = first & 1 != 0;
@@ -282,23 +284,35 @@ impl Header<Ip6> for Header6 {
         p.tuple.proto = proto;
         p.offset = offset;
         match proto {
-            0 | 43 | 44 | 51 | 60 if offset == 0 => Err(DropReason::Unparsable),
+            0 | 43 | FRAGMENT | 51 | 60 if offset == 0 => Err(DropReason::Unparsable),
             _ => Ok(l4),
         }
     }
 
     #[inline(always)]
     fn quoted<C: Ctx>(ctx: &C, l3: usize, out: &mut Tuple<Ip6>) -> Option<usize> {
+        // Before the header: making bytes readable moves all others.
+        let next = at_pulled::<u32, C>(ctx, l3 + size_of::<Self>())?;
+        // SAFETY: `at_pulled` proved four bytes.
+        let next = u32::from_be(unsafe { next.read() });
         let h = at_pulled::<Self, C>(ctx, l3)?;
         // SAFETY: as in `network`.
         let h = unsafe { &*h };
-        if h.ver_flow.to_ne_bytes()[0] >> 4 != 6 || matches!(h.next, 0 | 43 | 44 | 51 | 60) {
+        if h.ver_flow.to_ne_bytes()[0] >> 4 != 6 {
+            return None;
+        }
+        let (proto, fragment) = match h.next {
+            FRAGMENT if (next as u16) >> 3 != 0 => return None,
+            FRAGMENT => ((next >> 24) as u8, 8),
+            proto => (proto, 0),
+        };
+        if matches!(proto, 0 | 43 | FRAGMENT | 51 | 60) {
             return None;
         }
         out.src = h.src.by_word();
         out.dst = h.dst.by_word();
-        out.proto = h.next;
-        Some(l3 + size_of::<Self>())
+        out.proto = proto;
+        Some(l3 + size_of::<Self>() + fragment)
     }
 }
 

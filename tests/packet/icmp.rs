@@ -40,6 +40,7 @@ fn error(packet: &Frame, src: IpAddr, kind: (u8, u8, u32), quote: usize) -> Fram
         (f.smac, f.dmac) = (MAC_OUT, MAC_HOST);
         f.l4 = L4::Icmp { kind: kind.0, code: kind.1, rest: kind.2 };
         f.payload = bytes;
+        f.piece = None;
         f.ttl = 60;
     })
 }
@@ -57,7 +58,8 @@ fn translated(before: &Frame, from_quoted: &Frame, to_quoted: &Frame, src: IpAdd
         _ => 0..0,
     };
     for i in checksum {
-        let at = i + if to_quoted.is_v6() { 40 } else { 20 + to_quoted.options.len() };
+        let fragment = if to_quoted.piece.is_some() { 8 } else { 0 };
+        let at = i + if to_quoted.is_v6() { 40 + fragment } else { 20 + to_quoted.options.len() };
         new[at] = old[at];
     }
     new.truncate(len);
@@ -100,6 +102,29 @@ fn about_masqueraded_packets() -> Result<()> {
                 Ok(())
             })
         })
+    })
+}
+
+/// What is said of a datagram's first fragment concerns the flow; the others bear no ports, and the error about them goes
+/// nowhere that it could belong to.
+#[test]
+fn about_fragments_of_masqueraded_datagrams() -> Result<()> {
+    labs(|lab, net| {
+        let to = (net.world(), 443);
+        let sent = from_a(net, Proto::Udp, to).map(|f| f.payload = vec![7; 3000]);
+        let left = sent.hop().between((net.node(), PORT), to);
+        let (sent, left) = (sent.pieces(5, &[1200, 2400]), left.pieces(5, &[1200, 2400]));
+        for (piece, want) in sent.iter().zip(&left) {
+            lab.pod_sends(piece)?.onto_wire(want)?;
+        }
+        for kind in kinds(net) {
+            let e = error(&left[0], net.router(), kind, 600);
+            let want = translated(&e, &left[0], &sent[0].hop(), net.router()).hop();
+            lab.uplink_in(&e)?.to_the_pod(&want).with_context(|| format!("{kind:?}"))?;
+            let e = error(&left[1], net.router(), kind, 600);
+            lab.uplink_in(&e)?.to_stack(&e).with_context(|| format!("{kind:?} about the second"))?;
+        }
+        Ok(())
     })
 }
 
