@@ -4,6 +4,7 @@
 //! Killing an agent that is not alive does no harm: forwarding goes on from the pins.
 
 use crate::metrics::Metrics;
+use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
@@ -13,6 +14,9 @@ pub const TICK_LIMIT: Duration = Duration::from_mins(1);
 /// A change that has waited for this long is stuck; kube-proxy's default, too.
 pub const QUEUE_LIMIT: Duration = Duration::from_mins(2);
 
+/// How reasons begin that every start has for a moment.
+pub const STARTING: &str = "starting: ";
+
 /// The agent's state of health. One for the process, shared by all tasks.
 #[derive(Debug)]
 pub struct Health {
@@ -20,6 +24,24 @@ pub struct Health {
     pub metrics: Metrics,
     state: Mutex<State>,
     readiness: watch::Sender<Result<(), String>>,
+    problems: watch::Sender<BTreeSet<String>>,
+}
+
+/// Hears of every change of [`Health::complaints`].
+pub struct Changes {
+    readiness: watch::Receiver<Result<(), String>>,
+    problems: watch::Receiver<BTreeSet<String>>,
+}
+
+impl Changes {
+    /// Waits for one that was not waited for yet.
+    pub async fn changed(&mut self) {
+        // The senders live as long as the process.
+        let _ = tokio::select! {
+            changed = self.readiness.changed() => changed,
+            changed = self.problems.changed() => changed,
+        };
+    }
 }
 
 #[derive(Debug)]
@@ -32,8 +54,8 @@ struct State {
 impl Default for Health {
     fn default() -> Self {
         let state = State { last_tick: Instant::now(), queued_since: None, last_sync: SystemTime::now() };
-        let readiness = watch::Sender::new(Err("starting: nothing has been applied yet".to_owned()));
-        Self { metrics: Metrics::default(), state: Mutex::new(state), readiness }
+        let readiness = watch::Sender::new(Err(format!("{STARTING}nothing has been applied yet")));
+        Self { metrics: Metrics::default(), state: Mutex::new(state), readiness, problems: watch::Sender::default() }
     }
 }
 
@@ -65,6 +87,26 @@ impl Health {
     /// They cannot, for this reason.
     pub fn set_not_ready(&self, why: impl Into<String>) {
         self.change(Err(why.into()));
+    }
+
+    /// What is wrong with this node's network although the agent is ready.
+    pub fn set_problems(&self, problems: BTreeSet<String>) {
+        self.problems.send_if_modified(|now| {
+            let changed = *now != problems;
+            *now = problems;
+            changed
+        });
+    }
+
+    /// What people must know of this node's network: problems, and why the agent is not ready, unless it merely starts.
+    pub fn complaints(&self) -> BTreeSet<String> {
+        let why = self.readiness().err().filter(|why| !why.starts_with(STARTING));
+        self.problems.borrow().iter().cloned().chain(why).collect()
+    }
+
+    /// Hears of what changes from now on.
+    pub fn changes(&self) -> Changes {
+        Changes { readiness: self.readiness.subscribe(), problems: self.problems.subscribe() }
     }
 
     /// `Ok` when ready; else the reason why not.
@@ -157,6 +199,19 @@ mod tests {
         let first = health.state().queued_since;
         health.queued();
         assert_eq!(health.state().queued_since, first);
+    }
+
+    #[tokio::test]
+    async fn complaints_are_problems_and_lasting_reasons() {
+        let health = Health::default();
+        let mut changes = health.changes();
+        assert!(health.complaints().is_empty(), "it merely starts");
+        health.set_not_ready("no pod range");
+        health.set_problems(["two nodes have one address".to_owned()].into());
+        changes.changed().await;
+        assert_eq!(Vec::from_iter(health.complaints()), ["no pod range", "two nodes have one address"]);
+        health.set_ready();
+        assert_eq!(Vec::from_iter(health.complaints()), ["two nodes have one address"]);
     }
 
     #[tokio::test]

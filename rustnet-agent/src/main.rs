@@ -6,7 +6,7 @@
 use anyhow::Context as _;
 use rustnet_agent::config::{Config, LogFormat, Source};
 use rustnet_agent::health::Health;
-use rustnet_agent::source::kube::{KubeSource, NodeStatus};
+use rustnet_agent::source::kube::{KubeSource, NodeStatus, reports};
 use rustnet_agent::source::{Event, kube, manifests};
 use rustnet_agent::{bpf, http, install, reconcile};
 use std::io::IsTerminal as _;
@@ -69,8 +69,10 @@ async fn run(config: Arc<Config>) -> anyhow::Result<()> {
             tokio::spawn(http::serve(router, addr, flag, shutdown.clone()));
         }
     }
-    for path in install::binary(&config)? {
-        tracing::info!(path = %path.display(), "CNI binary installed");
+    // One of an earlier version works with what is pinned: that this one cannot be put there yet is told, and tried again.
+    match install::binary(&config) {
+        Ok(written) => written.iter().for_each(|path| tracing::info!(path = %path.display(), "CNI binary installed")),
+        Err(error) => tracing::error!("{error:#}"),
     }
     let (sender, events) = mpsc::channel(EVENTS);
     start_source(&config, sender, &health, &shutdown).await?;
@@ -94,6 +96,8 @@ async fn start_source(
             let connection = kube::connect(server).await?;
             let node_status = NodeStatus::new(&config.node_name);
             tokio::spawn(node_status.clone().run(connection.client.clone(), Arc::clone(health), shutdown.clone()));
+            let (client, name) = (connection.client.clone(), config.node_name.as_str().into());
+            tokio::spawn(reports::run(client, name, Arc::clone(health), shutdown.clone()));
             tokio::spawn(KubeSource::new(connection, health.metrics.clone(), node_status).run(events));
         }
     }

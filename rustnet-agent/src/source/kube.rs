@@ -8,6 +8,7 @@
 mod backoff;
 mod client;
 mod node_status;
+pub mod reports;
 
 pub use client::{Connection, connect, connection, settings};
 pub use node_status::NodeStatus;
