@@ -5,6 +5,7 @@
 mod attach;
 mod cleanup;
 mod cli;
+mod doctor;
 mod kube_proxy;
 mod load;
 mod net;

@@ -1,0 +1,250 @@
+//! `rustnet doctor` on a real kernel: facts that are read from it, and one fault at a time.
+
+use std::fs;
+use std::net::{TcpListener, UdpSocket};
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount, umount};
+use serde_json::Value;
+
+use crate::reconcile::{Agent, block_on, node, synced};
+use crate::sandbox::{self, Sandbox, ip, uplink};
+
+/// The flags of an agent of this sandbox, and the sandbox made ready for it.
+fn settings(sandbox: &Sandbox) -> String {
+    let dir = |name: &str| {
+        let dir = sandbox.dir.join(name);
+        fs::create_dir_all(&dir).unwrap();
+        dir.display().to_string()
+    };
+    if !Path::new(&sandbox.bpffs).exists() {
+        rustnet_agent::bpf::fs::prepare(&sandbox.bpffs).unwrap();
+    }
+    let cgroup = if Path::new("/sys/fs/cgroup/unified").exists() { "/sys/fs/cgroup/unified" } else { "/sys/fs/cgroup" };
+    format!(
+        "--bpffs {} doctor --node-name n1 --manifests {} --uplink eth0 --cgroup {cgroup} --cni-conf-dir {} --cni-bin-dir {}",
+        sandbox.bpffs.display(),
+        dir("manifests"),
+        dir("net.d"),
+        dir("bin"),
+    )
+}
+
+/// Two Nodes, and this host is the first.
+fn nodes(sandbox: &Sandbox) {
+    let text: String = [(1, "n1"), (2, "n2")]
+        .map(|(i, name)| {
+            format!(
+                "apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nspec: {{podCIDRs: [10.1.{i}.0/24]}}\n\
+                 status: {{addresses: [{{type: InternalIP, address: 192.0.2.{i}}}]}}\n---\n"
+            )
+        })
+        .concat();
+    fs::create_dir_all(sandbox.dir.join("manifests")).unwrap();
+    fs::write(sandbox.dir.join("manifests/nodes.yaml"), text).unwrap();
+}
+
+/// Everything that is not well: group, check, status, detail, hint.
+fn wrong(sandbox: &Sandbox, args: &str) -> Vec<[String; 5]> {
+    let out = sandbox.rustnet(&format!("-o json {args}"));
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap_or_else(|e| {
+        panic!("{e}: {}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
+    });
+    let mut wrong = Vec::new();
+    for group in report["groups"].as_array().unwrap() {
+        for check in group["checks"].as_array().unwrap() {
+            let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+            let fields = [&group["name"], &check["name"], &check["status"], &check["detail"], &check["hint"]].map(text);
+            assert_eq!(fields[2] == "ok", fields[4].is_empty(), "what is not well has a hint: {fields:?}");
+            if fields[2] != "ok" {
+                wrong.push(fields);
+            }
+        }
+    }
+    let crosses = wrong.iter().any(|it| it[2] == "bad");
+    assert_eq!((out.status.code(), &report["ok"]), (Some(i32::from(crosses)), &Value::Bool(!crosses)), "{wrong:#?}");
+    wrong
+}
+
+/// One fault makes one finding.
+fn only(sandbox: &Sandbox, args: &str, want: [&str; 5]) {
+    let wrong = wrong(sandbox, args);
+    assert_eq!(wrong.len(), 1, "{want:?}: {wrong:#?}");
+    for (found, want) in wrong[0].iter().zip(want) {
+        assert!(found.contains(want), "{want:?} is not in {found:?} of {wrong:#?}");
+    }
+}
+
+#[test]
+fn a_good_host_is_well_before_the_agent_and_beside_it() {
+    sandbox::run(|sandbox| {
+        uplink();
+        nodes(sandbox);
+        let args = settings(sandbox);
+        assert_eq!(wrong(sandbox, &format!("{args} --pre")), Vec::<[String; 5]>::new());
+        let text = String::from_utf8(sandbox.rustnet(&format!("{args} --pre")).stdout).unwrap();
+        assert!(text.starts_with("Configuration\n  ✓ settings ") && !text.contains('\x1b'), "{text}");
+        assert!(text.ends_with(" checks, 0 warnings, 0 crosses\n"), "{text}");
+        // Beside an agent, no settings are needed: it has told them.
+        block_on(async {
+            let net_d = sandbox.dir.join("net.d");
+            let agent = Agent::start(sandbox.config(&[&format!("--cni-conf-dir={}", net_d.display())]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            // The test's agent serves no probes, and this machine's cgroup directory may be of version 1.
+            let known = |it: &[String; 5]| it[3].contains("serves no probes") || it[1] == "cgroup v2";
+            let found = wrong(sandbox, "doctor");
+            assert!(found.iter().all(known), "{found:#?}");
+            fs::remove_file(net_d.join("05-rustnet.conflist")).unwrap();
+            assert!(wrong(sandbox, "doctor").iter().any(|it| it[0] == "CNI" && it[2] == "bad"));
+            agent.stop().await;
+        });
+    });
+}
+
+#[test]
+fn one_fault_at_a_time_of_ports_and_networks() {
+    sandbox::run(|sandbox| {
+        uplink();
+        nodes(sandbox);
+        let pre = format!("{} --pre", settings(sandbox));
+        let me = std::env::current_exe().unwrap().file_name().unwrap().to_string_lossy().into_owned();
+
+        let taken = TcpListener::bind("127.0.0.1:9879").unwrap();
+        only(sandbox, &pre, ["Ports", "agent health", "warning", &me, "--health-addr"]);
+        drop(taken);
+        let taken = TcpListener::bind("[::]:10250").unwrap();
+        only(sandbox, &pre, ["Ports", "kubelet", "warning", &me, "kubelet"]);
+        drop(taken);
+        let taken = TcpListener::bind("0.0.0.0:30080").unwrap();
+        only(sandbox, &pre, ["Ports", "node ports", "warning", "30080", "move"]);
+        drop(taken);
+        let taken = UdpSocket::bind("0.0.0.0:8472").unwrap();
+        only(sandbox, &pre, ["Ports", "overlay", "warning", &me, "--overlay-port"]);
+        drop(taken);
+        ip("link add flannel.1 type vxlan id 1 dstport 8472 dev eth0");
+        ip("link set flannel.1 addrgenmode none");
+        ip("link set flannel.1 up");
+        only(sandbox, &pre, ["Ports", "overlay", "warning", "flannel.1", "--overlay-port"]);
+        ip("link del flannel.1");
+
+        fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535").unwrap();
+        only(sandbox, &pre, ["Ports", "node ports", "warning", "1024-65535", "ip_local_port_range"]);
+        fs::write("/proc/sys/net/ipv4/ip_local_port_range", "32768 60999").unwrap();
+
+        ip("addr add 10.1.1.77/24 dev far");
+        let ranges = format!("{pre} --cluster-pod-cidrs 10.1.0.0/16");
+        only(sandbox, &ranges, ["Address ranges", "overlap", "warning", "the network of far 10.1.1.0/24", "apart"]);
+        ip("addr del 10.1.1.77/24 dev far");
+
+        ip("route add 192.0.2.2 dev eth0 mtu 1400");
+        only(sandbox, &pre, ["MTU", "ways", "warning", "n2 (192.0.2.2) 1400", "--mtu 1350"]);
+        ip("route del 192.0.2.2 dev eth0");
+        only(sandbox, &format!("{pre} --mtu 1500"), ["MTU", "pods", "warning", "does not fit", "set mtu"]);
+        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "every fault was undone");
+    });
+}
+
+#[test]
+fn one_fault_at_a_time_of_file_systems_and_settings() {
+    sandbox::run(|sandbox| {
+        uplink();
+        nodes(sandbox);
+        let args = settings(sandbox);
+        let pre = format!("{args} --pre");
+
+        let other = pre.replace(&sandbox.bpffs.display().to_string(), &sandbox.dir.join("net.d").display().to_string());
+        only(sandbox, &other, ["Kernel", "BPF file system", "bad", "is not on one", "mount -t bpf"]);
+        let cgroup = format!("{} --cgroup /proc", pre.split(" --cgroup").next().unwrap());
+        only(sandbox, &format!("{cgroup} --pre"), ["Kernel", "cgroup v2", "warning", "/proc", "--cgroup"]);
+
+        let net_d = sandbox.dir.join("net.d");
+        fs::write(net_d.join("00-other.conf"), r#"{"name":"other","type":"bridge"}"#).unwrap();
+        only(sandbox, &pre, ["CNI", "00-other.conf", "warning", "network other", "Multus"]);
+        fs::write(net_d.join("00-other.conf"), "{").unwrap();
+        only(sandbox, &pre, ["CNI", "00-other.conf", "warning", "the runtime stops", "mend"]);
+        fs::remove_file(net_d.join("00-other.conf")).unwrap();
+
+        let read_only = |dir: &Path| {
+            mount(Some(dir), dir, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+            mount(None::<&str>, dir, None::<&str>, flags, None::<&str>).unwrap();
+        };
+        let bin = sandbox.dir.join("bin");
+        read_only(&bin);
+        only(sandbox, &pre, ["CNI", "binary directory", "bad", "Read-only", "--cni-bin-dir"]);
+        umount(&bin).unwrap();
+
+        // What the agent wants to set and cannot; what it can set is well.
+        fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
+        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
+        let sysctls = Path::new("/proc/sys/net");
+        fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+        fs::write("/proc/sys/net/ipv6/conf/eth0/accept_ra", "2").unwrap();
+        read_only(sysctls);
+        only(sandbox, &pre, ["Host settings", "ipv4.ip_forward", "warning", "read-only", "net.ipv4.ip_forward=1"]);
+        umount(sysctls).unwrap();
+        let absent = format!("{pre} --sysctl-dir /nonexistent");
+        only(sandbox, &absent, ["Host settings", "sysctl directory", "bad", "does not exist", "--sysctl-dir"]);
+        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "every fault was undone");
+    });
+}
+
+#[test]
+fn leftovers_of_kube_proxy_are_named_until_they_are_gone() {
+    sandbox::run(|sandbox| {
+        uplink();
+        nodes(sandbox);
+        let pre = format!("{} --pre", settings(sandbox));
+        for args in ["add table ip6 kube-proxy", "add table ip nat", "add chain ip nat KUBE-SERVICES"] {
+            assert!(sandbox::command("nft", args).status.success(), "{args}");
+        }
+        let want =
+            ["kube-proxy", "leftovers", "warning", "table ip6 kube-proxy, chain ip nat KUBE-SERVICES", "--dry-run"];
+        only(sandbox, &pre, want);
+        let running = TcpListener::bind("127.0.0.1:10249").unwrap();
+        only(sandbox, &pre, want);
+        drop(running);
+        assert!(sandbox.rustnet("cleanup --kube-proxy --yes").status.success());
+        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
+    });
+}
+
+#[test]
+fn without_rights_the_capabilities_are_named() {
+    sandbox::run(|sandbox| {
+        uplink();
+        nodes(sandbox);
+        let pre = settings(sandbox);
+        let command = env!("CARGO_BIN_EXE_rustnet");
+        let run_dir = sandbox.run_dir.display();
+        let out = sandbox::command(
+            "setpriv",
+            &format!("--bounding-set -all --inh-caps -all -- {command} --run-dir {run_dir} {pre} --pre"),
+        );
+        let text = String::from_utf8(out.stdout).unwrap();
+        assert_eq!(out.status.code(), Some(1), "{text}{}", String::from_utf8_lossy(&out.stderr));
+        assert!(text.contains("this process lacks CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON"), "{text}");
+        assert!(
+            text.contains("not checked: opening a netfilter socket")
+                || text.contains("not checked: asking for nftables"),
+            "{text}"
+        );
+        assert!(text.trim_end().ends_with("1 crosses"), "what needs rights is unchecked, not wrong: {text}");
+    });
+}
+
+#[test]
+fn refused_settings_are_crosses_and_the_kernel_is_checked_all_the_same() {
+    sandbox::run(|sandbox| {
+        let overlap = "--cluster-pod-cidrs 10.96.0.0/12 --service-cidrs 10.96.0.0/16";
+        let found = wrong(sandbox, &format!("doctor --pre --node-name n1 --manifests /m {overlap}"));
+        let [range, rest] = &found[..] else { panic!("{found:#?}") };
+        assert_eq!(
+            (range[0].as_str(), range[2].as_str(), range[4].as_str()),
+            ("Configuration", "bad", "give them ranges apart")
+        );
+        assert_eq!(rest[2], "warning");
+    });
+}
