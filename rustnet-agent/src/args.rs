@@ -142,7 +142,14 @@ pub static SETTINGS: &[Setting] = &[
     ),
     one(NODE, "cni-bin-dir", "cniBinDir", "DIR", "", "Install the CNI binary here; it is copied from beside the agent"),
     one(NODE, "cni-conf-dir", "cniConfDir", "DIR", "", "Install the CNI configuration here once the agent is ready"),
-    one(NETWORK, "routing", "routing", "MODE", "vxlan", "How pods of other nodes are reached: vxlan or native"),
+    one(
+        NETWORK,
+        "routing",
+        "routing",
+        "MODE",
+        "vxlan",
+        "Reach pods of other nodes by vxlan, native or direct-and-vxlan",
+    ),
     one(NETWORK, "overlay-port", "overlayPort", "PORT", "8472", "UDP port of the overlay; the same on all nodes"),
     one(NETWORK, "vni", "vni", "NUMBER", "1", "Network identifier of the overlay; the same on all nodes"),
     one(

@@ -97,6 +97,27 @@ pub enum Routing {
     Vxlan,
     /// By the kernel's routes, between nodes of one network segment.
     Native,
+    /// By the kernel's routes to nodes of this node's segment, in VXLAN to all others.
+    DirectAndVxlan,
+}
+
+impl Routing {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Vxlan, Self::Native, Self::DirectAndVxlan];
+
+    /// As users write it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Vxlan => "vxlan",
+            Self::Native => "native",
+            Self::DirectAndVxlan => "direct-and-vxlan",
+        }
+    }
+
+    /// Whether some nodes may be reached through the overlay.
+    pub const fn has_overlay(self) -> bool {
+        !matches!(self, Self::Native)
+    }
 }
 
 /// Shape of the log's lines.
@@ -184,10 +205,11 @@ impl Config {
             cgroup: read.required("cgroup", "give a directory", directory),
             sysctl_dir: read.required("sysctl-dir", "give a directory", directory),
             uplinks: read.list("uplink", device),
-            routing: read.required("routing", "give vxlan or native", |text| match text {
-                "vxlan" => Ok(Routing::Vxlan),
-                "native" => Ok(Routing::Native),
-                _ => Err("is not a routing mode; give vxlan or native".to_owned()),
+            routing: read.required("routing", "give a routing mode", |text| {
+                let found = Routing::ALL.into_iter().find(|routing| routing.word() == text);
+                found.ok_or_else(|| {
+                    format!("is not a routing mode; give one of {}", Routing::ALL.map(Routing::word).join(", "))
+                })
             }),
             overlay_port: read.required("overlay-port", "give a UDP port", |text| number(text, 1, 65_535)),
             vni: read.required("vni", "give a number", |text| number(text, 1, (1 << 24) - 1)),

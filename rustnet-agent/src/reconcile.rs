@@ -16,15 +16,15 @@ use rustnet_common::files::NodeFile;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use crate::config::{Config, Routing};
+use crate::config::Config;
 use crate::ct_gc::Collector;
-use crate::health::Health;
+use crate::health::{Health, STARTING};
 use crate::index::{Index, Settings};
 use crate::model::{Node, ObjectName};
 use crate::net::monitor::Monitor;
 use crate::net::overlay::mac_of;
 use crate::net::repair::{Repairer, State, Wanted, underlay};
-use crate::net::uplink::Host;
+use crate::net::uplink::{Host, networks};
 use crate::plan::Planner;
 use crate::source::{Event, Kind, Object};
 use crate::{install, nodefile, podfile};
@@ -166,6 +166,7 @@ impl Reconciler {
             tunnel_family: underlay(&uplinks),
             no_masquerade: config.non_masquerade_cidrs.clone(),
             own_addresses: host.own_addresses(),
+            links: networks(&uplinks),
         };
         Ok(Self {
             config,
@@ -347,7 +348,11 @@ impl Reconciler {
         let own_pod_cidrs = node::pod_cidrs(&self.config, own);
         let wanted = Wanted {
             uplinks: &self.config.uplinks,
-            overlay: (self.config.routing == Routing::Vxlan)
+            routing: self.config.routing,
+            overlay: self
+                .config
+                .routing
+                .has_overlay()
                 .then(|| (self.config.overlay_port, mac_of(&self.config.node_name))),
             own,
             own_pod_cidrs: &own_pod_cidrs,
@@ -372,11 +377,7 @@ impl Reconciler {
         for what in done {
             tracing::info!("{what}");
         }
-        let addresses = state.host.own_addresses();
-        if self.state.as_ref().is_none_or(|old| old.host.own_addresses() != addresses) {
-            self.index.set_own_addresses(addresses);
-            self.plan_due = true;
-        }
+        self.plan_due |= self.index.set_own_addresses(state.host.own_addresses(), networks(&state.uplinks));
         self.state = Some(state);
         self.problems_due.get_or_insert_with(Instant::now);
         Ok(errors)
@@ -416,6 +417,7 @@ impl Reconciler {
             now.extend(planner.problems(&self.index).iter().map(ToString::to_string));
         }
         now.extend(self.state.iter().flat_map(|state| state.problems.iter().cloned()));
+        self.health.set_problems(self.of_this_node());
         for problem in now.difference(&self.problems) {
             tracing::warn!("{problem}");
         }
@@ -423,6 +425,14 @@ impl Reconciler {
             tracing::info!("resolved: {problem}");
         }
         self.problems = now;
+    }
+
+    /// What of all that only this node can tell people.
+    fn of_this_node(&self) -> BTreeSet<String> {
+        let subject = format!("Node {}", self.config.node_name);
+        let objects = self.index.problems();
+        let own = objects.iter().filter(|problem| *problem.subject == *subject).map(ToString::to_string);
+        own.chain(self.state.iter().flat_map(|state| state.problems.iter().cloned())).collect()
     }
 
     /// Tells the probes and the CNI binary how things are.
@@ -443,15 +453,15 @@ impl Reconciler {
             return Some(error.clone());
         }
         if self.kernel.is_none() || self.state.is_none() {
-            return Some("starting: the programs are not loaded".to_owned());
+            return Some(format!("{STARTING}the programs are not loaded"));
         }
         if !self.index.synced() {
-            return Some("starting: the source has not delivered everything".to_owned());
+            return Some(format!("{STARTING}the source has not delivered everything"));
         }
         if !self.routed {
-            return Some("starting: the routes to the other nodes are not made".to_owned());
+            return Some(format!("{STARTING}the routes to the other nodes are not made"));
         }
-        (self.plan_due && self.plan.due <= Instant::now()).then(|| "starting: changes wait to be applied".to_owned())
+        (self.plan_due && self.plan.due <= Instant::now()).then(|| format!("{STARTING}changes wait to be applied"))
     }
 
     /// Writes `node.json`, and then the CNI configuration, whose presence makes the runtime call.
@@ -467,6 +477,9 @@ impl Reconciler {
         };
         if self.published.as_ref() == Some(&file) {
             return Ok(());
+        }
+        for path in install::binary(&self.config)? {
+            tracing::info!(path = %path.display(), "CNI binary installed");
         }
         nodefile::write(&self.config.run_dir, &file)?;
         if let Some(path) = install::conflist(&self.config)? {

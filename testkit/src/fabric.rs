@@ -2,7 +2,7 @@
 //!
 //! Switched: all nodes on one segment, `172.18.0.0/24` and `fd00:18::/64`, node N at `.1N` and `::1N`. Routed: each node in
 //! a segment of its own behind a router, `172.18.N.0/24` and `fd00:18:0:N::/64`, and between the routers a core whose MTU
-//! can be smaller. In both, the world (`192.0.2.10`, `2001:db8:2::10`) lies behind the switch, which routes, and knows
+//! can be smaller. Mixed: the first two nodes so, the others thus. In all, the world (`192.0.2.10`, `2001:db8:2::10`) lies behind the switch, which routes, and knows
 //! nothing of pods.
 
 use crate::janitor;
@@ -26,6 +26,22 @@ pub enum Topology {
         /// MTU between the routers.
         core_mtu: u32,
     },
+    /// Nodes 1 and 2 on one segment, each other behind its own router.
+    Mixed {
+        /// MTU between the routers, and between them and the segment.
+        core_mtu: u32,
+    },
+}
+
+impl Topology {
+    /// MTU between the segment or router of node `n` and the rest, if there is a router before it.
+    fn behind_router(self, n: u8) -> Option<u32> {
+        match self {
+            Self::Switched => None,
+            Self::Routed { core_mtu } => Some(core_mtu),
+            Self::Mixed { core_mtu } => (n > 2).then_some(core_mtu),
+        }
+    }
 }
 
 /// How pods of other nodes are reached.
@@ -35,6 +51,8 @@ pub enum Routing {
     Vxlan,
     /// By routes.
     Native,
+    /// By routes on one segment, in VXLAN beyond.
+    DirectAndVxlan,
 }
 
 impl Routing {
@@ -43,6 +61,7 @@ impl Routing {
         match self {
             Self::Vxlan => "vxlan",
             Self::Native => "native",
+            Self::DirectAndVxlan => "direct-and-vxlan",
         }
     }
 }
@@ -146,9 +165,9 @@ fn decimal_looking(n: u8) -> Result<u16> {
 
 impl Place {
     fn of(n: u8, topology: Topology) -> Result<Self> {
-        let (subnet, last4, last6) = match topology {
-            Topology::Switched => (0, 10 + n, decimal_looking(n)?),
-            Topology::Routed { .. } => (n, 11, 0x11),
+        let (subnet, last4, last6) = match topology.behind_router(n) {
+            None => (0, 10 + n, decimal_looking(n)?),
+            Some(_) => (n, 11, 0x11),
         };
         let v6 = |last| Ipv6Addr::new(0xfd00, 0x18, 0, subnet.into(), 0, 0, 0, last);
         Ok(Self {
@@ -184,7 +203,7 @@ impl Fabric {
         for n in 1..=setup.nodes {
             let node = fabric.new_node(&prefix, n)?;
             fabric.nodes.push(node);
-            if let Topology::Routed { core_mtu } = setup.topology {
+            if let Some(core_mtu) = setup.topology.behind_router(n) {
                 let router = named(&format!("r{n}"))?;
                 forwarding(&router)?;
                 fabric.wire_router(n, &router, core_mtu)?;
@@ -209,9 +228,12 @@ impl Fabric {
 
     /// The switch's bridge and the link to the world.
     fn wire_switch(&self) -> Result<()> {
+        let segment = "addr add 172.18.0.1/24 dev br0\naddr add fd00:18::1/64 dev br0 nodad\n";
+        let core = "addr add 172.31.0.254/24 dev br0\naddr add fd00:31::254/64 dev br0 nodad\n";
         let addresses = match self.setup.topology {
-            Topology::Switched => "addr add 172.18.0.1/24 dev br0\naddr add fd00:18::1/64 dev br0 nodad\n",
-            Topology::Routed { .. } => "addr add 172.31.0.254/24 dev br0\naddr add fd00:31::254/64 dev br0 nodad\n",
+            Topology::Switched => segment.to_owned(),
+            Topology::Routed { .. } => core.to_owned(),
+            Topology::Mixed { .. } => [segment, core].concat(),
         };
         let world = self.world.pid();
         self.switch.ip(&format!(
@@ -246,8 +268,18 @@ impl Fabric {
             place.gateway6
         ))?;
         self.switch.ip(&format!("route add fd00:18:0:{n:x}::/64 via fd00:31::{n}\n"))?;
+        if self.setup.routing == Routing::Native {
+            // Routers between the nodes have to know the pods then.
+            let cidrs = &self.nodes[usize::from(n) - 1].pod_cidrs().to_vec();
+            let routes = |hops: [String; 2]| -> String {
+                let hop = |cidr: &IpNet| &hops[usize::from(cidr.addr().is_ipv6())];
+                cidrs.iter().map(|cidr| format!("route add {cidr} via {}\n", hop(cidr))).collect()
+            };
+            self.switch.ip(&routes([format!("172.31.0.{n}"), format!("fd00:31::{n}")]))?;
+            router.ip(&routes([place.v4.to_string(), place.v6.to_string()]))?;
+        }
         for other in 1..=self.setup.nodes {
-            if other != n {
+            if other != n && self.setup.topology.behind_router(other).is_some() {
                 router.ip(&format!(
                     "route add 172.18.{other}.0/24 via 172.31.0.{other}\n\
                      route add fd00:18:0:{other:x}::/64 via fd00:31::{other}\n"
@@ -286,7 +318,7 @@ impl Fabric {
     fn wire_node(&self, n: u8) -> Result<()> {
         let place = Place::of(n, self.setup.topology)?;
         let node = self.nodes[usize::from(n) - 1].netns();
-        if self.setup.topology == Topology::Switched {
+        if self.setup.topology.behind_router(n).is_none() {
             let mtu = self.setup.mtu;
             self.switch.ip(&format!(
                 "link add n{n} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}\nlink set n{n} master br0 up\n",
@@ -302,7 +334,7 @@ impl Fabric {
 
     /// Plugs another host into the switch, at `172.18.0.LAST` and `fd00:18::LAST`.
     pub fn add_host(&self, name: &str, last: u8) -> Result<Holder> {
-        if self.setup.topology != Topology::Switched {
+        if matches!(self.setup.topology, Topology::Routed { .. }) {
             bail!("a routed fabric has no room for another host");
         }
         let prefix = self.switch.name().trim_end_matches("-sw");

@@ -164,6 +164,7 @@ pub fn shared(routing: Routing) -> Result<&'static Net> {
     let slot = match routing {
         Routing::Vxlan => &VXLAN,
         Routing::Native => &NATIVE,
+        Routing::DirectAndVxlan => return Err(anyhow!("no fabric of this routing is shared")),
     };
     let net = slot.get_or_init(|| Net::start(Setup { routing, ..Setup::default() }).map_err(|e| format!("{e:#}")));
     net.as_ref().map_err(|e| anyhow!("the shared fabric did not start: {e}"))

@@ -16,6 +16,7 @@ mod fragments;
 mod hosts;
 mod kills;
 mod limits;
+mod mixed;
 mod path;
 mod pods;
 mod refusal;

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use testkit::client::{Connection, ask_sized};
 use testkit::icmp::{Ping, Reply, TIME_EXCEEDED};
 use testkit::pod::PORT;
-use testkit::{Pod, Proto, Setup};
+use testkit::{Pod, Proto, Routing, Setup};
 
 in_each_routing!(
     a_traceroute_between_pods_finds_the_node,
@@ -31,14 +31,14 @@ fn a_traceroute_between_pods_finds_the_node(net: &Net) -> Result<()> {
 }
 
 /// A megabyte each way.
-fn transfer(from: &Pod, target: SocketAddr) -> Result<()> {
+pub fn transfer(from: &Pod, target: SocketAddr) -> Result<()> {
     let mut connection = Connection::open_in(from.netns(), target)?;
     connection.upload(1 << 20)?;
     connection.download(1 << 20)?;
     Ok(())
 }
 
-fn transfers(net: &Net) -> Result<()> {
+pub fn transfers(net: &Net) -> Result<()> {
     for pod in [&net.b, &net.c] {
         let service = net.service(endpoints(&[pod]))?;
         for address in pod.addresses() {
@@ -94,6 +94,22 @@ fn a_packet_too_big_for_the_pods_link_is_told(net: &Net) -> Result<()> {
 #[test]
 fn a_narrow_core_lets_everything_through_vxlan() -> Result<()> {
     observed(&Net::start(narrow())?, transfers)
+}
+
+/// Here a router between the nodes says what fits, and its words are for the pods: to the address that they called.
+#[test]
+fn a_narrow_core_lets_everything_through_native_routes() -> Result<()> {
+    observed(&Net::start(Setup { routing: Routing::Native, ..narrow() })?, |net| {
+        transfers(net)?;
+        let service = net.service(endpoints(&[&net.c]))?;
+        let pods = net.c.addresses().iter().copied();
+        for target in pods.chain(world()).map(|ip| SocketAddr::new(ip, PORT)).chain(service.targets()) {
+            // What was told of a datagram comes too late for it.
+            let _ = ask_sized(net.a.netns(), Proto::Udp, target, 2, 8000)?;
+            ask_sized(net.a.netns(), Proto::Udp, target, 5, 8000)?.all_answered()?;
+        }
+        Ok(())
+    })
 }
 
 #[test]

@@ -102,7 +102,7 @@ fn bad_values_are_refused_with_origin_and_remedy() {
         ("run-dir", "runDir", "x", "begin it with /"),
         ("uplink", "uplink", "a/b", "ip link"),
         ("uplink", "uplink", "abcdefghijklmnop", "ip link"),
-        ("routing", "routing", "geneve", "vxlan or native"),
+        ("routing", "routing", "geneve", "vxlan, native, direct-and-vxlan"),
         ("overlay-port", "overlayPort", "0", "1 to 65535"),
         ("overlay-port", "overlayPort", "65536", "1 to 65535"),
         ("overlay-port", "overlayPort", "-1", "1 to 65535"),

@@ -15,7 +15,7 @@ use crate::net::neighbour;
 use crate::net::netlink::Socket;
 use crate::net::overlay::mac_of;
 use crate::net::repair::underlay;
-use crate::net::uplink::Host;
+use crate::net::uplink::{Host, networks};
 use crate::source::{Event, Kind, Object};
 
 /// A Node, with what only an API server tells of it.
@@ -71,6 +71,7 @@ fn problems(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<String> {
         tunnel_family: underlay(&uplinks),
         no_masquerade: config.non_masquerade_cidrs.clone(),
         own_addresses: host.own_addresses(),
+        links: networks(&uplinks),
     });
     index.handle(Event::Restart(Kind::Node));
     for known in nodes {

@@ -72,7 +72,7 @@ fn networks(host: &Host) -> impl Iterator<Item = (&str, IpNet)> {
 
 /// Routes of others to networks that no device is in. In native routing they may be what leads to the pods.
 fn routes<'a>(config: &Config, host: &'a Host) -> Vec<(&'a str, IpNet)> {
-    if config.routing != Routing::Vxlan {
+    if config.routing == Routing::Native {
         return Vec::new();
     }
     let on_link: Vec<_> = networks(host).map(|(_, net)| net).collect();

@@ -37,6 +37,8 @@ pub struct Settings {
     pub no_masquerade: Vec<IpNet>,
     /// Addresses of this node's interfaces, beside those that its Node object names.
     pub own_addresses: Vec<IpAddr>,
+    /// Networks that this node's uplinks are in.
+    pub links: Vec<IpNet>,
 }
 
 /// All that the sources told, and what should be in the maps because of it.
@@ -107,12 +109,14 @@ impl Index {
         }
     }
 
-    /// Replaces the addresses of this node's interfaces.
-    pub fn set_own_addresses(&mut self, addresses: Vec<IpAddr>) {
-        if self.settings.own_addresses != addresses {
-            self.settings.own_addresses = addresses;
+    /// Replaces the addresses of this node's interfaces, and the networks of its uplinks. Returns whether that is news.
+    pub fn set_own_addresses(&mut self, addresses: Vec<IpAddr>, links: Vec<IpNet>) -> bool {
+        let new = self.settings.own_addresses != addresses || self.settings.links != links;
+        if new {
+            (self.settings.own_addresses, self.settings.links) = (addresses, links);
             self.own_node_changed();
         }
+        new
     }
 
     /// True once every required kind has been delivered in full, at least once.

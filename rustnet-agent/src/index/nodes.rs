@@ -97,8 +97,15 @@ struct Table {
 impl Table {
     fn add_other(&mut self, node: &Node, settings: &Settings) {
         let name: Arc<str> = node.name.as_str().into();
-        let far_end = node.address(settings.tunnel_family);
-        if settings.routing == Routing::Vxlan && far_end.is_none() && !node.addresses.is_empty() {
+        let overlay = settings.routing.has_overlay();
+        let far_end = node.address(settings.tunnel_family).filter(|_| overlay);
+        let direct = |family| match settings.routing {
+            Routing::Vxlan => None,
+            Routing::Native => node.address(family),
+            Routing::DirectAndVxlan => node.on_link(family, &settings.links),
+        };
+        let tunnelled = || node.pod_cidrs.iter().any(|cidr| direct(Family::of(cidr.addr())).is_none());
+        if overlay && far_end.is_none() && !node.addresses.is_empty() && tunnelled() {
             self.problem(&name, "status.addresses", format!(
                 "no {} InternalIP, between which the overlay is spanned, so that its pods cannot be reached; give it one, or \
                  choose the other family for the overlay",
@@ -108,22 +115,18 @@ impl Table {
         for ip in &node.addresses {
             let covered = settings.no_masquerade.iter().any(|cidr| cidr.contains(ip));
             let no_masq = if covered { flags::NO_MASQ } else { 0 };
-            let peer = match (settings.routing, far_end) {
-                (Routing::Vxlan, Some(far_end)) => {
-                    peer(Some(far_end), identity::NODE, flags::NODE | flags::TUNNEL | no_masq)
-                }
-                (Routing::Vxlan, None) | (Routing::Native, _) => peer(Some(*ip), identity::NODE, flags::NODE | no_masq),
+            let (node, tunnel) = match far_end.filter(|_| direct(Family::of(*ip)).is_none()) {
+                Some(far_end) => (far_end, flags::TUNNEL),
+                None => (*ip, 0),
             };
+            let peer = peer(Some(node), identity::NODE, flags::NODE | tunnel | no_masq);
             self.add_address(&name, "status.addresses", *ip, peer);
         }
         for cidr in &node.pod_cidrs {
             let family = Family::of(cidr.addr());
-            let peer = match settings.routing {
-                Routing::Vxlan => far_end.map(|ip| peer(Some(ip), identity::POD, flags::POD | flags::TUNNEL)),
-                Routing::Native => node.address(family).map(|ip| peer(Some(ip), identity::POD, flags::POD)),
-            };
-            if let Some(peer) = peer {
-                self.add_range(node, *cidr, peer);
+            let way = direct(family).map(|ip| (ip, 0)).or_else(|| far_end.map(|ip| (ip, flags::TUNNEL)));
+            if let Some((ip, tunnel)) = way {
+                self.add_range(node, *cidr, peer(Some(ip), identity::POD, flags::POD | tunnel));
             } else if settings.routing == Routing::Native && !node.addresses.is_empty() {
                 let message =
                     format!("no {family} InternalIP to route {cidr} to; give it one, or no {family} pod range");

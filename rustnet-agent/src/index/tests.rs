@@ -23,6 +23,7 @@ fn settings(routing: Routing) -> Settings {
         tunnel_family: Family::V4,
         no_masquerade: Vec::new(),
         own_addresses: Vec::new(),
+        links: Vec::new(),
     }
 }
 
@@ -286,7 +287,7 @@ fn an_address_of_this_node_is_never_claimed() {
     );
     // It comes and goes with the address.
     it.take_dirty_services();
-    it.set_own_addresses(vec![ip("172.18.0.99")]);
+    it.set_own_addresses(vec![ip("172.18.0.99")], Vec::new());
     let mut dirty = it.take_dirty_services();
     dirty.sort();
     assert_eq!(dirty, [VipKey::wildcard(ip("172.18.0.99")), key("172.18.0.99", 80, TCP)]);
@@ -400,6 +401,36 @@ fn peers_in_native_routing() {
     assert_eq!(got["10.244.2.0/24"], entry("172.18.0.12", identity::POD, peer::POD));
     assert_eq!(got["fd00:244:0:2::/64"], entry("fd00:18::12", identity::POD, peer::POD));
     assert_eq!(problems, [""; 0]);
+}
+
+#[test]
+fn peers_in_direct_and_vxlan_routing() {
+    let mut settings = settings(Routing::DirectAndVxlan);
+    settings.links = vec!["172.18.0.11/24".parse().unwrap(), "fd00:18::11/64".parse().unwrap()];
+    let far = node("n3", &["172.18.3.13", "fd00:18::13"], &["10.244.3.0/24", "fd00:244:0:3::/64"]).apply();
+    let (got, problems) = peers(settings.clone(), three_nodes().into_iter().chain([far.clone()]));
+    let (node, pod, tunnel) = (identity::NODE, identity::POD, peer::TUNNEL);
+    for (prefix, want) in [
+        ("172.18.0.12/32", entry("172.18.0.12", node, peer::NODE)),
+        ("10.244.2.0/24", entry("172.18.0.12", pod, peer::POD)),
+        ("fd00:244:0:2::/64", entry("fd00:18::12", pod, peer::POD)),
+        ("172.18.3.13/32", entry("172.18.3.13", node, peer::NODE | tunnel)),
+        ("10.244.3.0/24", entry("172.18.3.13", pod, peer::POD | tunnel)),
+        // By family: what is on the link is reached there.
+        ("fd00:18::13/128", entry("fd00:18::13", node, peer::NODE)),
+        ("fd00:244:0:3::/64", entry("fd00:18::13", pod, peer::POD)),
+    ] {
+        assert_eq!(got[prefix], want, "{prefix}");
+    }
+    assert_eq!(problems, [""; 0]);
+    // Once the networks of the uplinks are known, and when they change.
+    let mut it = Index::new(Settings { links: Vec::new(), ..settings.clone() });
+    it.handle(far);
+    assert_eq!(it.desired_peers()[&"fd00:244:0:3::/64".parse().unwrap()].flags, peer::POD | tunnel);
+    it.take_peers_dirty();
+    assert!(it.set_own_addresses(Vec::new(), settings.links.clone()) && it.take_peers_dirty());
+    assert_eq!(it.desired_peers()[&"fd00:244:0:3::/64".parse().unwrap()].flags, peer::POD);
+    assert!(!it.set_own_addresses(Vec::new(), settings.links));
 }
 
 #[test]

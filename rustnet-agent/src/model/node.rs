@@ -27,4 +27,10 @@ impl Node {
     pub fn address(&self, family: Family) -> Option<IpAddr> {
         self.addresses.iter().copied().find(|ip| Family::of(*ip) == family)
     }
+
+    /// Its first address of a family inside one of these networks: reached without a router from who is in it.
+    pub fn on_link(&self, family: Family, links: &[IpNet]) -> Option<IpAddr> {
+        let of_family = self.addresses.iter().copied().filter(|ip| Family::of(*ip) == family);
+        of_family.into_iter().find(|ip| links.iter().any(|net| net.contains(ip)))
+    }
 }

@@ -11,7 +11,8 @@ use super::link::Link;
 use super::neighbour::Neighbour;
 use super::route::{LAST_METRIC, PROTOCOL, Route, Target};
 use super::uplink::{Host, Uplink};
-use crate::model::Node;
+use crate::config::Routing;
+use crate::model::{Family, Node};
 use rustnet_common::files::EndpointFile;
 
 /// All that routes follow from.
@@ -22,6 +23,8 @@ pub struct Facts<'a> {
     pub own_pod_cidrs: &'a [IpNet],
     /// The other nodes.
     pub peers: Vec<&'a Node>,
+    /// How pods of other nodes are reached.
+    pub routing: Routing,
     /// Index of the overlay device; `None` in native routing.
     pub overlay: Option<u32>,
     /// The devices towards the other nodes.
@@ -70,12 +73,13 @@ impl Facts<'_> {
         }
         for peer in &self.peers {
             for cidr in peer.pod_cidrs.iter().filter(|cidr| !self.is_own(cidr)) {
-                match self.overlay {
-                    Some(oif) => {
-                        let target = Target::Via { oif, gateway: None };
-                        desired.routes.push(ours(*cidr, target, self.source(*cidr), 0));
-                    }
-                    None => self.add_native(&mut desired, peer, *cidr),
+                match self.target(peer, *cidr) {
+                    Some(target) => desired.routes.push(ours(*cidr, target, self.source(*cidr), 0)),
+                    None => desired.problems.push(format!(
+                        "node {}: none of its addresses is on a link of this node's uplinks, so no route to its pods {cidr} is \
+                         made: let the routers between the nodes know the range, or use --routing vxlan or direct-and-vxlan",
+                        peer.name
+                    )),
                 }
             }
         }
@@ -102,22 +106,20 @@ impl Facts<'_> {
             .or_else(|| self.uplinks.iter().flat_map(|u| &u.addresses).map(IpNet::addr).find(same))
     }
 
-    fn add_native(&self, desired: &mut Desired, peer: &Node, cidr: IpNet) {
-        let same_family = peer.addresses.iter().filter(|ip| ip.is_ipv4() == cidr.addr().is_ipv4());
-        let hop = same_family.copied().find_map(|ip| {
-            let on_link = |u: &&Uplink| u.addresses.iter().any(|net| net.contains(&ip));
-            self.uplinks.iter().find(on_link).map(|uplink| (ip, uplink.ifindex))
-        });
-        match hop {
-            Some((gateway, oif)) => {
-                let target = Target::Via { oif, gateway: Some(gateway) };
-                desired.routes.push(ours(cidr, target, self.source(cidr), 0));
-            }
-            None => desired.problems.push(format!(
-                "node {}: none of its addresses is on a link of this node's uplinks, so no route to its pods {cidr} is made: let the \
-                 routers between the nodes know the range, or use --routing vxlan",
-                peer.name
-            )),
+    /// Where packets for a range of another node's pods go.
+    fn target(&self, peer: &Node, cidr: IpNet) -> Option<Target> {
+        let direct = || {
+            let family = Family::of(cidr.addr());
+            self.uplinks.iter().find_map(|uplink| {
+                let gateway = peer.on_link(family, &uplink.addresses)?;
+                Some(Target::Via { oif: uplink.ifindex, gateway: Some(gateway) })
+            })
+        };
+        let tunnel = || self.overlay.map(|oif| Target::Via { oif, gateway: None });
+        match self.routing {
+            Routing::Vxlan => tunnel(),
+            Routing::Native => direct(),
+            Routing::DirectAndVxlan => direct().or_else(tunnel),
         }
     }
 

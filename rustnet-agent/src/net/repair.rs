@@ -17,12 +17,15 @@ use super::plan::Facts;
 use super::route::Target;
 use super::uplink::{Host, Uplink};
 use super::{endpoints, neighbour, route, sysctl};
+use crate::config::Routing;
 use crate::model::{Family, Node};
 
 /// What there should be, from configuration and cluster.
 pub struct Wanted<'a> {
     /// Names of the uplinks; empty for the default route's.
     pub uplinks: &'a [String],
+    /// How pods of other nodes are reached.
+    pub routing: Routing,
     /// Port and MAC of the overlay; `None` in native routing.
     pub overlay: Option<(u16, [u8; 6])>,
     /// This node's own object, once known.
@@ -125,6 +128,7 @@ impl Repairer {
             own: wanted.own,
             own_pod_cidrs: wanted.own_pod_cidrs,
             peers: wanted.peers.clone(),
+            routing: wanted.routing,
             overlay: state.overlay.map(|(index, _)| index),
             uplinks: &state.uplinks,
             endpoints: &state.endpoints,

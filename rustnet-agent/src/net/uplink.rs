@@ -23,6 +23,11 @@ pub struct Uplink {
     pub addresses: Vec<IpNet>,
 }
 
+/// The networks that these devices are in: who is there is reached without a router.
+pub fn networks(uplinks: &[Uplink]) -> Vec<IpNet> {
+    uplinks.iter().flat_map(|uplink| &uplink.addresses).copied().collect()
+}
+
 /// What the host looks like.
 #[derive(Clone, Debug, Default)]
 pub struct Host {

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Routing};
+use crate::config::Config;
 use crate::install::write_atomic;
 
 /// Name of the file in the run directory.
@@ -27,7 +27,7 @@ pub struct AgentFile {
     pub node_name: String,
     /// Where it pins.
     pub bpffs: PathBuf,
-    /// `vxlan` or `native`.
+    /// The word of its routing mode.
     pub routing: String,
     /// Where it answers probes.
     #[serde(default)]
@@ -46,15 +46,11 @@ pub struct AgentFile {
 impl AgentFile {
     /// What to write for a configuration.
     pub fn of(config: &Config) -> Self {
-        let routing = match config.routing {
-            Routing::Vxlan => "vxlan",
-            Routing::Native => "native",
-        };
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node_name: config.node_name.clone(),
             bpffs: config.bpffs.clone(),
-            routing: routing.to_owned(),
+            routing: config.routing.word().to_owned(),
             health_addr: config.health_addr,
             cni_bin_dir: config.cni_bin_dir.clone(),
             cni_conf_dir: config.cni_conf_dir.clone(),

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use rustnet_agent::config::Routing;
 use rustnet_agent::model::{Node, ObjectName};
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::overlay::{self, Change, Spec, mac_of};
@@ -37,6 +38,7 @@ fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], complete: bool) -> Sta
     let own = own();
     let wanted = Wanted {
         uplinks: &["eth0".to_owned()],
+        routing: if vxlan { Routing::Vxlan } else { Routing::Native },
         overlay: vxlan.then(|| (8472, mac_of("n1"))),
         own: Some(&own),
         own_pod_cidrs: &own.pod_cidrs,
@@ -148,6 +150,7 @@ fn a_route_in_the_place_is_named_and_left() {
         let peer = peer();
         let wanted = Wanted {
             uplinks: &[],
+            routing: Routing::Vxlan,
             overlay: Some((8472, mac_of("n1"))),
             own: Some(&own),
             own_pod_cidrs: &own.pod_cidrs,
@@ -203,6 +206,7 @@ fn a_missing_uplink_is_named() {
     sandbox::run(|sandbox| {
         let wanted = Wanted {
             uplinks: &["eth9".to_owned()],
+            routing: Routing::Native,
             overlay: None,
             own: None,
             own_pod_cidrs: &[],

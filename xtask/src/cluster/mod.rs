@@ -41,7 +41,7 @@ use crate::cmd::need_root;
 use crate::test::exit_code;
 pub use layout::{Cluster, program};
 pub use process::tail;
-pub use settings::{Network, Routing, SERVICES, Settings};
+pub use settings::{Network, SERVICES, Settings};
 
 use layout::Node;
 

@@ -19,12 +19,25 @@ pub enum Family {
 
 /// How rustnet carries packets between nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Routing {
     /// In a tunnel
     Vxlan,
     /// By plain routes
     Native,
+    /// By plain routes where no router is between, else in a tunnel
+    DirectAndVxlan,
+}
+
+impl Routing {
+    /// As rustnet's configuration has it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Vxlan => "vxlan",
+            Self::Native => "native",
+            Self::DirectAndVxlan => "direct-and-vxlan",
+        }
+    }
 }
 
 /// Which network the pods get.
@@ -85,7 +98,7 @@ impl fmt::Display for Settings {
             Network::Rustnet => {
                 let from = image.as_ref().map(|file| format!(" from {}", file.display())).unwrap_or_default();
                 let install = if *install == Install::Helm { " by Helm" } else { "" };
-                format!("rustnet{from}{install}, routing {}", format!("{routing:?}").to_lowercase())
+                format!("rustnet{from}{install}, routing {}", routing.word())
             }
             Network::Reference => "the reference network".to_owned(),
             Network::None => "no network".to_owned(),

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use super::report::{Outcome, Run, Test};
-use crate::cluster::{Network, Routing};
+use crate::cluster::Network;
 use crate::{paths, ui};
 
 /// Writes the page from kept runs.
@@ -95,8 +95,7 @@ fn failures(text: &mut String, runs: &[Run]) {
 
 fn title(run: &Run) -> String {
     match (run.settings.network, run.settings.routing) {
-        (Network::Rustnet, Routing::Vxlan) => "rustnet, vxlan".into(),
-        (Network::Rustnet, Routing::Native) => "rustnet, native".into(),
+        (Network::Rustnet, routing) => format!("rustnet, {}", routing.word()),
         (Network::Reference, _) => "reference".into(),
         (Network::None, _) => "no network".into(),
     }

@@ -1,6 +1,7 @@
 //! Tests of [`super`]: from facts to routes, and from what is to what should be.
 
 use super::{Desired, Facts, Host, LAST_METRIC, Link, Neighbour, Node, PROTOCOL, Route, Target, Uplink};
+use crate::config::Routing;
 use crate::model::ObjectName;
 use ipnet::IpNet;
 use rustnet_common::files::EndpointFile;
@@ -46,13 +47,14 @@ fn veth() -> Link {
     Link { index: 7, name: "rnv1".into(), flags: libc::IFF_UP as u32, ..Link::default() }
 }
 
-fn desired(overlay: Option<u32>, peer: &Node) -> Desired {
+fn desired(routing: Routing, peer: &Node) -> Desired {
     let own = node("n1", &["192.0.2.1", "2001:db8::1"], &["10.1.1.0/24"]);
     let facts = Facts {
         own: Some(&own),
         own_pod_cidrs: &own.pod_cidrs,
         peers: vec![peer],
-        overlay,
+        routing,
+        overlay: routing.has_overlay().then_some(9),
         uplinks: &[uplink()],
         endpoints: &[endpoint()],
     };
@@ -78,7 +80,7 @@ fn unreachable() -> Route {
 fn vxlan_routes_lead_to_the_overlay_with_the_nodes_address_as_source() {
     let peer = node("n2", &["198.51.100.2"], &["10.1.2.0/24", "fd00:2::/64"]);
     let want = [unreachable(), via("10.1.2.0/24", 9, None, "192.0.2.1"), via("fd00:2::/64", 9, None, "2001:db8::1")];
-    assert_eq!(desired(Some(9), &peer).routes, want);
+    assert_eq!(desired(Routing::Vxlan, &peer).routes, want);
 }
 
 #[test]
@@ -89,19 +91,32 @@ fn native_routes_lead_to_the_node_on_the_link() {
         via("10.1.2.0/24", 2, Some("192.0.2.2"), "192.0.2.1"),
         via("fd00:2::/64", 2, Some("2001:db8::2"), "2001:db8::1"),
     ];
-    assert_eq!(desired(None, &peer).routes, want);
+    assert_eq!(desired(Routing::Native, &peer).routes, want);
 }
 
 #[test]
 fn native_routing_names_nodes_that_are_not_on_the_link() {
-    let desired = desired(None, &node("n2", &["198.51.100.2"], &["10.1.2.0/24"]));
+    let desired = desired(Routing::Native, &node("n2", &["198.51.100.2"], &["10.1.2.0/24"]));
     assert_eq!(desired.routes, [unreachable()]);
     assert!(desired.problems[0].contains("node n2") && desired.problems[0].contains("10.1.2.0/24"), "{desired:?}");
 }
 
 #[test]
+fn direct_and_vxlan_leads_to_the_node_on_the_link_and_to_others_through_the_overlay() {
+    let peer = node("n2", &["198.51.100.2", "2001:db8::2"], &["10.1.2.0/24", "fd00:2::/64"]);
+    let want = [
+        unreachable(),
+        via("10.1.2.0/24", 9, None, "192.0.2.1"),
+        via("fd00:2::/64", 2, Some("2001:db8::2"), "2001:db8::1"),
+    ];
+    let desired = desired(Routing::DirectAndVxlan, &peer);
+    assert_eq!(desired.routes, want);
+    assert!(desired.problems.is_empty(), "{desired:?}");
+}
+
+#[test]
 fn a_range_that_is_also_ours_gets_no_route() {
-    let desired = desired(Some(9), &node("n2", &["192.0.2.2"], &["10.1.0.0/16"]));
+    let desired = desired(Routing::Vxlan, &node("n2", &["192.0.2.2"], &["10.1.0.0/16"]));
     assert_eq!(desired.routes, [unreachable()]);
 }
 
@@ -112,6 +127,7 @@ fn pods_without_their_veth_get_nothing() {
         own: Some(&own),
         own_pod_cidrs: &[],
         peers: vec![],
+        routing: Routing::Native,
         overlay: None,
         uplinks: &[],
         endpoints: &[endpoint()],
@@ -124,7 +140,7 @@ fn pods_without_their_veth_get_nothing() {
 
 #[test]
 fn changes_add_what_is_missing_and_touch_only_what_is_ours() {
-    let desired = desired(Some(9), &node("n2", &["192.0.2.2"], &["10.1.2.0/24"]));
+    let desired = desired(Routing::Vxlan, &node("n2", &["192.0.2.2"], &["10.1.2.0/24"]));
     let ip: IpAddr = "10.1.1.5".parse().unwrap();
     let pod_route = Route { source: None, ..via("10.1.1.5/32", 7, None, "192.0.2.1") };
     let neighbour = Neighbour { ifindex: 7, ip, mac: [2, 0, 0, 0, 0, 7] };

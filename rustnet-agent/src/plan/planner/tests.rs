@@ -73,6 +73,7 @@ fn synced_index() -> Index {
         tunnel_family: Family::V4,
         no_masquerade: Vec::new(),
         own_addresses: Vec::new(),
+        links: Vec::new(),
     });
     for kind in Kind::REQUIRED {
         index.handle(Event::Synced(kind));
@@ -188,6 +189,7 @@ fn before_everything_is_known_nothing_is_written_or_pruned() {
         tunnel_family: Family::V4,
         no_masquerade: Vec::new(),
         own_addresses: Vec::new(),
+        links: Vec::new(),
     });
     rig.restart().handle(web(&["10.244.1.2"])).handle([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]);
     assert_eq!(rig.sync(), Plan::default());

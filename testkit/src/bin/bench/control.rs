@@ -149,6 +149,7 @@ fn write(node: &Node, extent: &Extent) -> Result<Times> {
             tunnel_family: Family::V4,
             no_masquerade: Vec::new(),
             own_addresses: Vec::new(),
+            links: Vec::new(),
         });
         for event in events.into_iter().chain(Kind::REQUIRED.map(Event::Synced)) {
             index.handle(event);

@@ -47,6 +47,8 @@ enum Mode {
     Vxlan,
     /// By routes
     Native,
+    /// By routes on one segment, in VXLAN beyond
+    DirectAndVxlan,
 }
 
 impl From<Mode> for Routing {
@@ -54,6 +56,7 @@ impl From<Mode> for Routing {
         match mode {
             Mode::Vxlan => Self::Vxlan,
             Mode::Native => Self::Native,
+            Mode::DirectAndVxlan => Self::DirectAndVxlan,
         }
     }
 }

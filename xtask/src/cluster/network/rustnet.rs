@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::cluster::init::CGROUP;
 use crate::cluster::layout::Cluster;
-use crate::cluster::settings::{Both, Install, NODES, PODS, Routing, SERVICES};
+use crate::cluster::settings::{Both, Install, NODES, PODS, SERVICES};
 use crate::cmd::Cmd;
 use crate::dist::{self, Profile};
 use crate::{ebpf, image, oci, paths};
@@ -48,8 +48,8 @@ pub fn install(cluster: &Cluster) -> Result<()> {
 /// As the chart's documentation tells: the namespace with its label, and the release in it.
 fn helm(cluster: &Cluster, tag: &str) -> Result<()> {
     let values = cluster.dir.join("values.yaml");
-    let config: String = config(cluster).lines().map(|line| format!("  {line}\n")).collect();
-    fs::write(&values, format!("image: {{tag: {tag:?}}}\nconfig:\n{config}paths: {{cgroup: {CGROUP}}}\n"))?;
+    let config = config(cluster).replace('\n', "\n  ");
+    fs::write(&values, format!("image: {{tag: {tag:?}}}\npaths: {{cgroup: {CGROUP}}}\nconfig:\n  {config}\n"))?;
     let namespace = paths::root().join("deploy/namespace.yaml");
     cluster.kubectl()?.args(["apply", "-f"]).arg(namespace).capture()?;
     Cmd::new(paths::tools().join("helm"))
@@ -108,10 +108,10 @@ fn write_overlay(cluster: &Cluster, dir: &Path, tag: &str) -> Result<()> {
 fn config(cluster: &Cluster) -> String {
     let settings = &cluster.settings;
     let list = |both: Both<&'static str>| both.of(settings.ip_family);
-    let routing = if settings.routing == Routing::Native { "native" } else { "vxlan" };
     format!(
-        "apiServer: {}\nrouting: {routing}\nclusterPodCIDRs: {:?}\nserviceCIDRs: {:?}\nnodeCIDRs: {:?}\n",
+        "apiServer: {}\nrouting: {}\nclusterPodCIDRs: {:?}\nserviceCIDRs: {:?}\nnodeCIDRs: {:?}\n",
         settings.api_server(),
+        settings.routing.word(),
         list(PODS),
         list(SERVICES),
         list(NODES)
