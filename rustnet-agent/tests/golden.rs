@@ -178,12 +178,17 @@ fn settings(text: &str) -> anyhow::Result<Settings> {
         tunnel_family: Family::V4,
         no_masquerade: Vec::new(),
         own_addresses: Vec::new(),
+        links: Vec::new(),
     };
     for line in text.lines().filter(|line| !line.is_empty()) {
         let (name, value) = line.split_once(": ").with_context(|| format!("{line:?} is no setting"))?;
         match (name, value) {
             ("node", name) => settings.node_name = name.into(),
-            ("routing", "native") => settings.routing = Routing::Native,
+            ("routing", word) => {
+                let routing = Routing::ALL.into_iter().find(|routing| routing.word() == word);
+                settings.routing = routing.context("no such routing")?;
+            }
+            ("link", net) => settings.links.push(net.parse()?),
             ("tunnel", "IPv6") => settings.tunnel_family = Family::V6,
             ("no masquerade", range) => settings.no_masquerade.push(range.parse()?),
             ("own address", addr) => settings.own_addresses.push(addr.parse()?),

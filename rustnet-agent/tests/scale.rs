@@ -32,6 +32,7 @@ fn synced() -> Index {
         tunnel_family: Family::V4,
         no_masquerade: Vec::new(),
         own_addresses: Vec::new(),
+        links: Vec::new(),
     });
     for kind in Kind::REQUIRED {
         index.handle(Event::Synced(kind));

@@ -187,6 +187,7 @@ impl Plane {
             tunnel_family: Family::V4,
             no_masquerade: Vec::new(),
             own_addresses: Vec::new(),
+            links: Vec::new(),
         };
         let maps = MemoryMaps::new(65_536);
         Ok(Self { index: Index::new(settings), planner: Planner::adopt(&maps)?, maps, start: Instant::now() })

@@ -7,7 +7,7 @@ mod oracle;
 use cluster::{Cluster, Object, Ref};
 use oracle::{Key, Table, expected, serving};
 use proptest::prelude::*;
-use proptest::sample::Index as Pick;
+use proptest::sample::{Index as Pick, select};
 use rustnet_agent::config::Routing;
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::Family;
@@ -241,12 +241,13 @@ impl World {
 }
 
 fn settings() -> impl Strategy<Value = Settings> {
-    (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(vxlan, v4, no_masquerade)| Settings {
+    (select(&Routing::ALL[..]), any::<bool>(), any::<bool>()).prop_map(|(routing, v4, no_masquerade)| Settings {
         node_name: "n1".into(),
-        routing: if vxlan { Routing::Vxlan } else { Routing::Native },
+        routing,
         tunnel_family: if v4 { Family::V4 } else { Family::V6 },
         no_masquerade: if no_masquerade { vec!["172.18.0.0/24".parse().unwrap()] } else { Vec::new() },
         own_addresses: vec!["192.0.2.1".parse().unwrap()],
+        links: vec!["172.18.0.12/30".parse().unwrap(), "fd00:18::/124".parse().unwrap()],
     })
 }
 

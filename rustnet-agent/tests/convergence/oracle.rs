@@ -250,12 +250,21 @@ pub fn serving(cluster: &Cluster, settings: &Settings, (vip, port, protocol): Ke
 fn peers(cluster: &Cluster, settings: &Settings) -> BTreeMap<IpNet, Peer> {
     let mut table: BTreeMap<IpNet, Peer> = BTreeMap::new();
     let mut ranges: Vec<IpNet> = Vec::new();
-    let vxlan = settings.routing == Routing::Vxlan;
     let is_own = |node: &Node| *node.name == *settings.node_name;
     let first = |node: &Node, v6: bool| {
         node.addresses.iter().map(|addr| addr.parse::<IpAddr>().unwrap()).find(|addr| addr.is_ipv6() == v6)
     };
-    let tunnel = |node: &Node| first(node, settings.tunnel_family == Family::V6).filter(|_| vxlan);
+    let tunnel =
+        |node: &Node| first(node, settings.tunnel_family == Family::V6).filter(|_| settings.routing != Routing::Native);
+    let on_link = |node: &Node, v6: bool| {
+        let mut addresses = node.addresses.iter().map(|addr| addr.parse::<IpAddr>().unwrap());
+        addresses.find(|ip| ip.is_ipv6() == v6 && settings.links.iter().any(|net| net.contains(ip)))
+    };
+    let direct = |node: &Node, v6: bool| match settings.routing {
+        Routing::Vxlan => None,
+        Routing::Native => first(node, v6),
+        Routing::DirectAndVxlan => on_link(node, v6),
+    };
     for ip in &settings.own_addresses {
         table.insert((*ip).into(), (None, peer::identity::HOST, peer::flags::HOST));
     }
@@ -263,23 +272,25 @@ fn peers(cluster: &Cluster, settings: &Settings) -> BTreeMap<IpNet, Peer> {
     for node in nodes(cluster) {
         for ip in node.addresses.iter().map(|addr| addr.parse::<IpAddr>().unwrap()) {
             let no_masq = settings.no_masquerade.iter().any(|range| range.contains(&ip));
+            let far_end = if direct(node, ip.is_ipv6()).is_some() { None } else { tunnel(node) };
             let flags = peer::flags::NODE
-                | if tunnel(node).is_some() { peer::flags::TUNNEL } else { 0 }
+                | if far_end.is_some() { peer::flags::TUNNEL } else { 0 }
                 | if no_masq { peer::flags::NO_MASQ } else { 0 };
-            let other = (Some(tunnel(node).unwrap_or(ip)), peer::identity::NODE, flags);
+            let other = (Some(far_end.unwrap_or(ip)), peer::identity::NODE, flags);
             let value = if is_own(node) { (None, peer::identity::HOST, peer::flags::HOST) } else { other };
             table.entry(ip.into()).or_insert(value);
         }
     }
     for node in nodes(cluster) {
         for cidr in node.cidrs.iter().map(|cidr| cidr.parse::<IpNet>().unwrap()) {
-            let far_end = if vxlan { tunnel(node) } else { first(node, cidr.addr().is_ipv6()) };
+            let direct = direct(node, cidr.addr().is_ipv6());
+            let far_end = direct.or_else(|| tunnel(node));
             let overlaps = ranges.iter().any(|other| other.contains(&cidr) || cidr.contains(other));
             if overlaps || (!is_own(node) && far_end.is_none()) {
                 continue;
             }
             ranges.push(cidr);
-            let flags = peer::flags::POD | if vxlan { peer::flags::TUNNEL } else { 0 };
+            let flags = peer::flags::POD | if direct.is_none() { peer::flags::TUNNEL } else { 0 };
             let value = if is_own(node) {
                 (None, peer::identity::POD, peer::flags::LOCAL_PODS)
             } else {
