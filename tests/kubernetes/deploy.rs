@@ -5,6 +5,7 @@ use super::server::kubernetes;
 use anyhow::{Context as _, Result, ensure};
 use rustnet_agent::args::SETTINGS;
 use rustnet_agent::config::{Config, Source};
+use rustnet_agent::doctor::api::RIGHTS;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -56,6 +57,19 @@ fn the_agent_is_not_privileged_and_each_capability_has_its_reason() -> Result<()
     for capability in capabilities {
         let at = lines.iter().position(|line| *line == format!("- {capability}")).context("a line of its own")?;
         assert!(lines[at - 1].starts_with('#'), "{capability} has no reason above it");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_preflight_looks_with_the_agents_settings_rights_and_mounts() -> Result<()> {
+    let set = daemon_set()?;
+    let pod = &set["spec"]["template"]["spec"];
+    let (mount, preflight, agent) = (&pod["initContainers"][0], &pod["initContainers"][1], &pod["containers"][0]);
+    assert_eq!((&mount["name"], &preflight["name"]), (&json!("mount-bpffs"), &json!("preflight")));
+    assert_eq!(preflight["command"], json!(["/opt/rustnet/rustnet", "doctor", "--pre"]));
+    for same in ["args", "env", "image", "securityContext", "volumeMounts"] {
+        assert_eq!(preflight[same], agent[same], "{same}");
     }
     Ok(())
 }
@@ -161,6 +175,19 @@ fn the_agents_rights_are_the_documented_ones() -> Result<()> {
         "networking.k8s.io/networkpolicies: get list watch",
     ];
     assert_eq!(rights, want);
+    for (group, resource, subresource, verbs) in RIGHTS {
+        let slash = if subresource.is_empty() { "" } else { "/" };
+        for verb in verbs {
+            let granted = |right: &&String| {
+                let of = right.strip_prefix(&format!("{group}/{resource}{slash}{subresource}: "));
+                of.is_some_and(|verbs| verbs.split(' ').any(|it| it == *verb))
+            };
+            assert!(
+                rights.iter().any(|right| granted(&right)),
+                "the doctor asks for {verb} {resource}{slash}{subresource}"
+            );
+        }
+    }
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 
 mod cluster;
 mod deploy;
+mod doctor;
 mod kube_source;
 mod relay;
 mod server;

@@ -1,0 +1,87 @@
+//! The preflight against a real API server: how far it gets, and what the agent may do there.
+
+use super::cluster::{Cluster, with_server};
+use super::server::{ADMIN, AGENT, Server, User};
+use anyhow::{Context as _, Result};
+use rustnet_agent::config::KubeSource;
+use rustnet_agent::doctor::api::{Facts, Reached, ask, check};
+use rustnet_agent::doctor::finding::Level;
+use std::net::{Ipv4Addr, TcpListener};
+
+const RBAC: &str = include_str!("../../deploy/rbac.yaml");
+const NAMESPACE: &str = include_str!("../../deploy/namespace.yaml");
+const NODE: &str = r"
+apiVersion: v1
+kind: Node
+metadata: {name: n1, labels: {kubernetes.io/hostname: n1}}
+spec: {podCIDRs: [10.244.1.0/24]}
+status: {nodeInfo: {systemUUID: 1-2-3}, addresses: [{type: InternalIP, address: 172.18.0.11}]}
+";
+
+/// Somebody whom the server does not know.
+const NOBODY: User = User { name: "nobody", groups: "", token: "token-of-nobody" };
+
+async fn facts(server: &Server, user: User, url: &str) -> Result<Facts> {
+    let source = KubeSource { kubeconfig: Some(server.kubeconfig(user, url)?), api_server: None };
+    Ok(ask(&source).await.api)
+}
+
+/// What is not well, by level and words.
+fn wrong(facts: &Facts) -> Vec<(Level, String)> {
+    let findings = check(facts).into_iter().filter(|it| it.level != Level::Ok);
+    findings.map(|it| (it.level, format!("{}: {} -> {}", it.what, it.detail, it.hint))).collect()
+}
+
+#[test]
+fn rights_are_complete_with_the_shipped_role_and_named_without() -> Result<()> {
+    with_server(&[], async |server| {
+        let (cluster, url) = (Cluster::new(&server)?, format!("https://{}", Server::address()));
+        cluster.apply(NODE).await?;
+
+        let without = facts(&server, AGENT, &url).await?;
+        let said = wrong(&without);
+        let [(level, text)] = &said[..] else { panic!("{said:?}") };
+        assert_eq!(*level, Level::Fault);
+        for right in ["list services", "watch endpointslices", "patch nodes,", "patch nodes/status"] {
+            assert!(text.contains(right), "{right}: {text}");
+        }
+
+        cluster.apply(NAMESPACE).await?;
+        cluster.apply(RBAC).await?;
+        let source = KubeSource { kubeconfig: Some(server.kubeconfig(AGENT, &url)?), api_server: None };
+        // The server hears of new roles by a watch of its own.
+        let mut told = ask(&source).await;
+        while told.api.missing.as_ref().is_ok_and(|missing| !missing.is_empty()) {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            told = ask(&source).await;
+        }
+        assert_eq!(wrong(&told.api), Vec::new(), "{:?}", told.api);
+        let nodes = told.nodes.ok().context("nodes")?;
+        let [node] = &nodes[..] else { panic!("{nodes:?}") };
+        assert_eq!((node.host_name.as_deref(), node.node.name.as_str()), (Some("n1"), "n1"));
+        Ok(())
+    })
+}
+
+#[test]
+fn names_connections_certificates_and_identities_are_told_apart() -> Result<()> {
+    with_server(&[], async |server| {
+        let url = format!("https://{}", Server::address());
+        let reached = async |user, url: &str| facts(&server, user, url).await.map(|facts| facts.reached);
+        assert!(matches!(reached(ADMIN, &url).await?, Reached::Answer(version) if version.starts_with('v')));
+        assert!(matches!(reached(ADMIN, "https://server.invalid:6443").await?, Reached::Dns(_)));
+        let closed = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+        assert!(matches!(reached(ADMIN, &format!("https://{closed}")).await?, Reached::Connect(_)));
+        let unauthorised = reached(NOBODY, &url).await?;
+        assert!(matches!(unauthorised, Reached::Unauthorised(_)), "{unauthorised:?}");
+
+        // Somebody else answers there, without a certificate.
+        let other = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let at = other.local_addr()?;
+        let closes = std::thread::spawn(move || other.incoming().take(2).for_each(drop));
+        let tls = reached(ADMIN, &format!("https://{at}")).await?;
+        assert!(matches!(tls, Reached::Tls(_)), "{tls:?}");
+        closes.join().ok().context("the other server")?;
+        Ok(())
+    })
+}
