@@ -5,7 +5,8 @@ use anyhow::{Result, ensure};
 use std::time::Duration;
 use testkit::client::ask;
 use testkit::load::{Kind, Load};
-use testkit::{Proto, Routing, Setup, wait};
+use testkit::manifest::Service;
+use testkit::{Fabric, Proto, Routing, Setup, wait};
 
 const PAUSE: Duration = Duration::from_millis(1);
 
@@ -147,4 +148,28 @@ fn deleted_routes_come_back() -> Result<()> {
             Ok(())
         })
     })
+}
+
+/// It lives on, says what is wrong, and no runtime is told that there is a network; once it can, it goes on by itself.
+#[test]
+fn a_directory_that_cannot_be_written_is_told_and_waited_for() -> Result<()> {
+    let fabric = Fabric::build(Setup { nodes: 1, ..Setup::default() })?;
+    let node = fabric.node(1);
+    let bin = node.cni_bin_dir();
+    std::fs::remove_dir_all(&bin)?;
+    std::fs::write(&bin, "in the way")?;
+    node.spawn_agent(&[])?;
+    let ready = || node.http_get("127.0.0.1:9879".parse()?, "/readyz");
+    wait::until("the agent names the directory", || {
+        let answer = ready()?;
+        ensure!(answer.contains("503") && answer.contains("--cni-bin-dir"), "{answer}");
+        Ok(())
+    })?;
+    ensure!(node.agent_runs(), "the agent ended");
+    ensure!(!node.cni_conf_dir().join("05-rustnet.conflist").exists(), "a network without its plugin");
+    std::fs::remove_file(&bin)?;
+    // What wakes the agent is any change, or the next look at the host's network.
+    fabric.manifests().apply(&Service::new("any", &["10.96.9.9".parse()?], 80, 80))?;
+    node.wait_ready()?;
+    node.add_pod("a")?.check()
 }

@@ -17,8 +17,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-const RBAC: &str = include_str!("../../deploy/rbac.yaml");
-const NAMESPACE: &str = include_str!("../../deploy/namespace.yaml");
+pub const RBAC: &str = include_str!("../../deploy/rbac.yaml");
+pub const NAMESPACE: &str = include_str!("../../deploy/namespace.yaml");
 
 const NODES: &str = r#"
 apiVersion: v1
@@ -137,11 +137,11 @@ ports: [{name: http, port: 8000}]
 endpoints: [{addresses: ["fd00:244:0:1::5"], nodeName: n1}]
 "#;
 
-fn yaml(parts: &[&str]) -> String {
+pub fn yaml(parts: &[&str]) -> String {
     parts.join("\n---\n")
 }
 
-fn direct() -> String {
+pub fn direct() -> String {
     format!("https://{}", Server::address())
 }
 

@@ -9,4 +9,5 @@ mod deploy;
 mod doctor;
 mod kube_source;
 mod relay;
+mod reports;
 mod server;

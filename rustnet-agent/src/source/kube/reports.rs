@@ -10,7 +10,7 @@ use crate::health::Health;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Client;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -18,20 +18,20 @@ use tokio::sync::watch;
 const CONTROLLER: &str = "rustnet-agent";
 /// Longest note that the API server takes.
 const NOTE: usize = 1024;
+/// So many texts are known again when they come again.
+const TEXTS: usize = 64;
 /// What comes and goes faster is not told one by one.
 const PAUSE: Duration = Duration::from_secs(2);
 
 /// Publishes whatever [`Health::complaints`] says newly, or no longer, until shutdown.
 pub async fn run(client: Client, node_name: Arc<str>, health: Arc<Health>, mut shutdown: watch::Receiver<bool>) {
-    let reporter = Reporter { controller: CONTROLLER.to_owned(), instance: Some(node_name.to_string()) };
-    let recorder = Recorder::new(client, reporter);
-    let node = reference(&node_name);
+    let mut reports =
+        Reports { client, node: reference(&node_name), told: BTreeSet::new(), recorders: BTreeMap::new() };
     let work = async {
-        let mut told = BTreeSet::new();
         let mut backoff = Backoff::default();
         let mut changes = health.changes();
         loop {
-            let pause = match tell(&recorder, &node, &mut told, health.complaints()).await {
+            let pause = match reports.tell(health.complaints()).await {
                 Ok(()) => {
                     backoff = Backoff::default();
                     changes.changed().await;
@@ -51,21 +51,38 @@ pub async fn run(client: Client, node_name: Arc<str>, health: Arc<Health>, mut s
     }
 }
 
-async fn tell(
-    recorder: &Recorder,
-    node: &ObjectReference,
-    told: &mut BTreeSet<String>,
-    now: BTreeSet<String>,
-) -> Result<(), kube::Error> {
-    for text in now.difference(&told.clone()) {
-        recorder.publish(&event(EventType::Warning, "NetworkProblem", text), node).await?;
-        told.insert(text.clone());
+struct Reports {
+    client: Client,
+    node: ObjectReference,
+    /// What was told and is still so.
+    told: BTreeSet<String>,
+    /// One for each text: a recorder takes events that differ in nothing else for repetitions of the first.
+    recorders: BTreeMap<String, Recorder>,
+}
+
+impl Reports {
+    async fn tell(&mut self, now: BTreeSet<String>) -> Result<(), kube::Error> {
+        for text in now.difference(&self.told.clone()) {
+            self.publish(EventType::Warning, "NetworkProblem", text).await?;
+            self.told.insert(text.clone());
+        }
+        for text in self.told.clone().difference(&now) {
+            self.publish(EventType::Normal, "NetworkProblemSolved", text).await?;
+            self.told.remove(text);
+        }
+        Ok(())
     }
-    for text in told.clone().difference(&now) {
-        recorder.publish(&event(EventType::Normal, "NetworkProblemSolved", text), node).await?;
-        told.remove(text);
+
+    async fn publish(&mut self, type_: EventType, reason: &str, text: &str) -> Result<(), kube::Error> {
+        if self.recorders.len() > TEXTS {
+            self.recorders.clear();
+        }
+        let recorder = self.recorders.entry(text.to_owned()).or_insert_with(|| {
+            let reporter = Reporter { controller: CONTROLLER.to_owned(), instance: self.node.name.clone() };
+            Recorder::new(self.client.clone(), reporter)
+        });
+        recorder.publish(&event(type_, reason, text), &self.node).await
     }
-    Ok(())
 }
 
 fn event(type_: EventType, reason: &str, text: &str) -> Event {
