@@ -114,6 +114,8 @@ fn print(groups: &[Group], stage: Stage, out: &Output) -> Result<bool> {
             }
         }
     }
-    line(&format!("{} checks, {warnings} warnings, {crosses} crosses", all().count()))?;
+    let some = |n: usize, one: &str, many: &str| format!("{n} {}", if n == 1 { one } else { many });
+    let warnings = some(warnings, "warning", "warnings");
+    line(&format!("{} checks, {warnings}, {}", all().count(), some(crosses, "cross", "crosses")))?;
     Ok(crosses == 0)
 }

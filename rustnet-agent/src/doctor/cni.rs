@@ -13,11 +13,14 @@ use crate::install::{BINARY, CONFLIST};
 /// What runtimes take for a configuration.
 const SUFFIXES: [&str; 3] = ["conf", "conflist", "json"];
 
+/// A configuration: its file, and the name of its network or what is wrong with it.
+pub type Configuration = (String, Result<String>);
+
 /// What was found.
 #[derive(Default)]
 pub struct Facts {
-    /// Each configuration in the order of the runtime: its file, and the name of its network.
-    pub configurations: Option<Result<Vec<(String, Result<String>)>>>,
+    /// All of them in the order of the runtime.
+    pub configurations: Option<Result<Vec<Configuration>>>,
     /// The configuration directory, and whether it can be written.
     pub conf_dir: Option<(PathBuf, Result<()>)>,
     /// The binary directory, and whether it can be written.
@@ -45,7 +48,7 @@ fn writable(dir: &Path) -> Result<()> {
 }
 
 /// The files that a runtime reads, in its order.
-fn configurations(dir: &Path) -> Result<Vec<(String, Result<String>)>> {
+fn configurations(dir: &Path) -> Result<Vec<Configuration>> {
     let entries = match std::fs::read_dir(dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.with_context(|| format!("reading {}", dir.display()))?,
@@ -84,8 +87,10 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
         Some(Err(error)) => found.push(Finding::unknown("configurations", error)),
         Some(Ok(all)) => found.extend(order(all, stage)),
     }
-    found.extend(facts.conf_dir.as_ref().map(|dir| directory("configuration directory", "cni-conf-dir", dir)));
-    found.extend(facts.bin_dir.as_ref().map(|dir| directory("binary directory", "cni-bin-dir", dir)));
+    found.extend(
+        facts.conf_dir.as_ref().map(|dir| directory(Level::Fault, "configuration directory", "cni-conf-dir", dir)),
+    );
+    found.extend(facts.bin_dir.as_ref().map(|dir| directory(Level::Fatal, "binary directory", "cni-bin-dir", dir)));
     if let (Some((dir, _)), Stage::Beside, false) = (&facts.bin_dir, stage, facts.binary) {
         let missing = format!("{BINARY} is not in {}: no pod can be added", dir.display());
         found.push(Finding::new(Level::Fault, "binary", missing).hint("restart the agent, which puts it there"));
@@ -93,7 +98,7 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
     found
 }
 
-fn order(all: &[(String, Result<String>)], stage: Stage) -> Vec<Finding> {
+fn order(all: &[Configuration], stage: Stage) -> Vec<Finding> {
     let mut found = Vec::new();
     for (file, network) in all.iter().filter(|(file, _)| file.as_str() < CONFLIST) {
         found.push(match network {
@@ -125,10 +130,11 @@ fn order(all: &[(String, Result<String>)], stage: Stage) -> Vec<Finding> {
     found
 }
 
-fn directory(what: &str, flag: &str, (dir, writable): &(PathBuf, Result<()>)) -> Finding {
+/// Without the configuration the agent runs, and tries on; without the binary it does not start.
+fn directory(level: Level, what: &str, flag: &str, (dir, writable): &(PathBuf, Result<()>)) -> Finding {
     match writable {
         Ok(()) => Finding::ok(what, format!("{} can be written", dir.display())),
-        Err(error) => Finding::new(Level::Fatal, what, format!("{} cannot be written: {error:#}", dir.display()))
+        Err(error) => Finding::new(level, what, format!("{} cannot be written: {error:#}", dir.display()))
             .hint(format!("check --{flag} and the mount behind it: it must be writable")),
     }
 }
@@ -169,7 +175,7 @@ mod tests {
             (facts(&[]), Level::Fault, "is missing", "not ready"),
             (Facts { binary: false, ..facts(&[OURS]) }, Level::Fault, BINARY, "restart"),
             (Facts { bin_dir: read_only(), ..facts(&[OURS]) }, Level::Fatal, "EROFS", "--cni-bin-dir"),
-            (Facts { conf_dir: read_only(), ..facts(&[OURS]) }, Level::Fatal, "EROFS", "--cni-conf-dir"),
+            (Facts { conf_dir: read_only(), ..facts(&[OURS]) }, Level::Fault, "EROFS", "--cni-conf-dir"),
             (Facts { configurations: Some(Err(anyhow::anyhow!("EIO"))), ..facts(&[]) }, Level::Warning, "EIO", "root"),
         ] {
             assert_only(&check(&facts, Stage::Beside), level, detail, hint);

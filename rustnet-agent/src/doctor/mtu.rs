@@ -8,7 +8,7 @@ use rustnet_common::names::VETH_PREFIX;
 
 use super::finding::{Finding, Level, split_remedy};
 use super::nodes::KnownNode;
-use crate::config::{Config, Routing};
+use crate::config::Config;
 use crate::net::overlay::overhead;
 use crate::net::repair::underlay;
 use crate::net::uplink::{Host, Uplink};
@@ -35,7 +35,7 @@ pub struct Facts {
 pub fn gather(config: &Config, host: &Host, nodes: &[KnownNode]) -> Facts {
     let uplinks = host.uplinks(&config.uplinks);
     let known: &[Uplink] = uplinks.as_deref().unwrap_or_default();
-    let overhead = if config.routing == Routing::Native { 0 } else { overhead(underlay(known)) };
+    let overhead = if config.routing.has_overlay() { overhead(underlay(known)) } else { 0 };
     let smallest = known.iter().map(|it| it.mtu).min().unwrap_or(0);
     let veths = host.links.iter().filter(|link| link.name.starts_with(VETH_PREFIX));
     let family = underlay(known);

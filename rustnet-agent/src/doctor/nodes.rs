@@ -8,7 +8,7 @@ use anyhow::Result;
 use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 
 use super::finding::{Finding, Level, split_remedy};
-use crate::config::{Config, Routing};
+use crate::config::Config;
 use crate::index::{Index, Settings};
 use crate::model::Node;
 use crate::net::neighbour;
@@ -58,7 +58,7 @@ pub fn gather(config: &Config, host: &Host, nodes: Result<&Vec<KnownNode>, &Stri
         own_addresses: host.own_addresses(),
         own_macs: outside.filter_map(|it| it.mac.as_slice().try_into().ok()).filter(|mac| *mac != [0; 6]).collect(),
         neighbours: neighbours.unwrap_or_default().into_iter().map(|it| (it.ip, it.ifindex, it.mac)).collect(),
-        overlay: config.routing != Routing::Native,
+        overlay: config.routing.has_overlay(),
     }
 }
 

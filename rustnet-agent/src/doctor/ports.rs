@@ -2,17 +2,19 @@
 //!
 //! A component's port that the component has is as it should be; free is as well, for the component may not run here or not yet.
 
+use std::net::SocketAddr;
+
 use anyhow::Result;
 use rustnet_common::names::OVERLAY_DEV;
 
 use super::finding::{Finding, Level};
-use crate::config::{Config, Routing};
+use crate::config::Config;
 use crate::net::link;
 use crate::net::netlink::Socket;
 use crate::net::sockets::{self, Listener, Owner, Proto};
 use crate::reconcile::{node, presence};
 
-/// Kubernetes' components: port, name, and the programs that may have it besides (distributions put several into one).
+/// Kubernetes' components: port and program.
 const COMPONENTS: [(u16, &str); 6] = [
     (6443, "kube-apiserver"),
     (2379, "etcd"),
@@ -32,8 +34,8 @@ pub struct Facts {
     pub listeners: Result<Vec<Listener>>,
     /// An agent serves the run directory.
     pub agent_here: bool,
-    /// The agent's own ports: what they are for, the setting, the port.
-    pub own: Vec<(&'static str, &'static str, u16)>,
+    /// What the agent serves: what it is for, the setting, the address.
+    pub own: Vec<(&'static str, &'static str, SocketAddr)>,
     /// The overlay's port; `None` without overlay.
     pub overlay: Option<u16>,
     /// VXLAN devices: name and port.
@@ -51,8 +53,8 @@ pub fn gather(config: &Config) -> Facts {
     Facts {
         listeners: sockets::listeners(),
         agent_here: presence::is_served(&config.run_dir),
-        own: own.into_iter().filter_map(|(what, flag, addr)| Some((what, flag, addr?.port()))).collect(),
-        overlay: (config.routing != Routing::Native).then_some(config.overlay_port),
+        own: own.into_iter().filter_map(|(what, flag, addr)| Some((what, flag, addr?))).collect(),
+        overlay: config.routing.has_overlay().then_some(config.overlay_port),
         vxlans: vxlans.collect(),
         local: node::local_ports(),
     }
@@ -66,8 +68,12 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     };
     let tcp = |port| listeners.iter().find(move |it| it.proto == Proto::Tcp && it.port == port);
     let mut found = Vec::new();
-    for (what, flag, port) in &facts.own {
-        found.push(own(what, flag, *port, tcp(*port), facts.agent_here));
+    for (what, flag, addr) in &facts.own {
+        let in_the_way = |it: &&Listener| {
+            let same_address = it.addr == addr.ip() || it.addr.is_unspecified() || addr.ip().is_unspecified();
+            it.proto == Proto::Tcp && it.port == addr.port() && same_address
+        };
+        found.push(own(what, flag, addr.port(), listeners.iter().find(in_the_way), facts.agent_here));
     }
     found.extend(facts.overlay.map(|port| overlay(port, listeners, &facts.vxlans)));
     for (port, component) in COMPONENTS {
@@ -171,7 +177,10 @@ mod tests {
         Facts {
             listeners: Ok(listeners),
             agent_here: false,
-            own: vec![("agent health", "health-addr", 9879), ("agent metrics", "metrics-addr", 9962)],
+            own: vec![
+                ("agent health", "health-addr", (Ipv4Addr::LOCALHOST, 9879).into()),
+                ("agent metrics", "metrics-addr", (Ipv4Addr::UNSPECIFIED, 9962).into()),
+            ],
             overlay: Some(8472),
             vxlans: Vec::new(),
             local: Ok((32_768, 60_999)),
@@ -189,6 +198,8 @@ mod tests {
         let hidden = [9879, 9962, 6443, 10250].map(|port| listener(Proto::Tcp, port, Owner::Hidden));
         assert_well(&check(&Facts { agent_here: true, ..facts(hidden.into()) }));
         assert_well(&check(&facts(vec![process(10250, "k3s")])));
+        let elsewhere = Listener { addr: [192, 0, 2, 1].into(), ..process(9879, "nginx") };
+        assert_well(&check(&facts(vec![elsewhere])));
     }
 
     #[test]

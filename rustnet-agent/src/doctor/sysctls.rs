@@ -7,7 +7,7 @@ use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 
 use super::Stage;
 use super::finding::{Finding, Level};
-use crate::config::{Config, Routing};
+use crate::config::Config;
 use crate::net::sysctl::{self, Sysctl};
 use crate::net::uplink::Host;
 
@@ -41,7 +41,7 @@ pub fn gather(config: &Config, host: &Host) -> Facts {
     let uplinks: Vec<_> = host.uplinks(&config.uplinks).unwrap_or_default().into_iter().map(|it| it.name).collect();
     let veths: Vec<_> =
         host.links.iter().map(|it| it.name.clone()).filter(|name| name.starts_with(VETH_PREFIX)).collect();
-    let wanted = sysctl::wanted(&uplinks, (config.routing != Routing::Native).then_some(OVERLAY_DEV), &veths);
+    let wanted = sysctl::wanted(&uplinks, config.routing.has_overlay().then_some(OVERLAY_DEV), &veths);
     let looked = wanted.len();
     let wrong = wanted.into_iter().filter_map(|sysctl| {
         let value = sysctl.wrong(dir).transpose()?;

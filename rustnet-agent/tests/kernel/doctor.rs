@@ -231,7 +231,7 @@ fn without_rights_the_capabilities_are_named() {
                 || text.contains("not checked: asking for nftables"),
             "{text}"
         );
-        assert!(text.trim_end().ends_with("1 crosses"), "what needs rights is unchecked, not wrong: {text}");
+        assert!(text.trim_end().ends_with(", 1 cross"), "what needs rights is unchecked, not wrong: {text}");
     });
 }
 

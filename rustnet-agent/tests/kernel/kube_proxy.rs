@@ -168,6 +168,10 @@ fn chains_of_the_older_iptables_are_found_and_left_to_its_own_tool() {
     sandbox::run(|sandbox| {
         for args in ["-t nat -N KUBE-SERVICES", "-t nat -A OUTPUT -j KUBE-SERVICES", "-N KUBE-FIREWALL"] {
             let out = command("iptables-legacy", args);
+            if !out.status.success() && !std::path::Path::new("/proc/thread-self/net/ip_tables_names").exists() {
+                eprintln!("this kernel has no iptables-legacy (CONFIG_IP_NF_IPTABLES_LEGACY): nothing to find");
+                return;
+            }
             assert!(out.status.success(), "{}", said(&out));
         }
         let out = command("ip6tables-legacy", "-N KUBE-FORWARD");
