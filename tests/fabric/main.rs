@@ -17,6 +17,7 @@ mod hosts;
 mod kills;
 mod limits;
 mod mixed;
+mod nodes;
 mod path;
 mod pods;
 mod refusal;
