@@ -19,6 +19,9 @@ const JUNIT: &str = "junit.xml";
 pub fn run(cluster: &Cluster, focus: &str, skip: &str, procs: u8, dir: &Path) -> Result<()> {
     let mut log = File::create(dir.join("log"))?;
     let _ = std::fs::remove_file(dir.join(REPORT)); // of an earlier run
+    // The tests leave things behind there.
+    let scratch = dir.join("tmp");
+    std::fs::create_dir_all(&scratch)?;
     let kubectl = program("kubectl")?;
     let path = Path::new(&kubectl).parent().context("kubectl has a directory")?.display().to_string();
     let mut ginkgo = Command::new("nsenter")
@@ -43,6 +46,7 @@ pub fn run(cluster: &Cluster, focus: &str, skip: &str, procs: u8, dir: &Path) ->
         .env_clear()
         .env("PATH", format!("{path}:/usr/sbin:/usr/bin:/sbin:/bin"))
         .env("HOME", dir)
+        .env("TMPDIR", &scratch)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log.try_clone()?)
@@ -59,6 +63,7 @@ pub fn run(cluster: &Cluster, focus: &str, skip: &str, procs: u8, dir: &Path) ->
         }
     }
     ginkgo.wait()?;
+    std::fs::remove_dir_all(&scratch)?;
     if !dir.join(REPORT).is_file() {
         let tail = cluster::tail(&dir.join("log"), 20);
         anyhow::bail!("ginkgo left no report; the end of {}:\n{tail}", dir.join("log").display());
