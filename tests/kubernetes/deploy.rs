@@ -163,7 +163,7 @@ fn the_agents_rights_are_the_documented_ones() -> Result<()> {
     }
     rights.sort();
     let want = [
-        "/events: create",
+        "/events: create patch",
         "/namespaces: get list watch",
         "/nodes/status: patch",
         "/nodes: get list watch",
@@ -171,7 +171,7 @@ fn the_agents_rights_are_the_documented_ones() -> Result<()> {
         "/pods: get list watch",
         "/services: get list watch",
         "discovery.k8s.io/endpointslices: get list watch",
-        "events.k8s.io/events: create",
+        "events.k8s.io/events: create patch",
         "networking.k8s.io/networkpolicies: get list watch",
     ];
     assert_eq!(rights, want);

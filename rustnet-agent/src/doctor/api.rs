@@ -22,12 +22,13 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// Nodes a page.
 const PAGE: u32 = 500;
 /// What the agent does: API group, resource, subresource, verbs. `deploy/rbac.yaml` allows it.
-pub const RIGHTS: [(&str, &str, &str, &[&str]); 5] = [
+pub const RIGHTS: [(&str, &str, &str, &[&str]); 6] = [
     ("", "services", "", &["list", "watch"]),
     ("discovery.k8s.io", "endpointslices", "", &["list", "watch"]),
     ("", "nodes", "", &["get", "list", "watch", "patch"]),
     ("", "nodes", "status", &["patch"]),
     ("", "pods", "", &["list", "watch"]),
+    ("events.k8s.io", "events", "", &["create", "patch"]),
 ];
 
 /// How far a request got.

@@ -87,10 +87,8 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
         Some(Err(error)) => found.push(Finding::unknown("configurations", error)),
         Some(Ok(all)) => found.extend(order(all, stage)),
     }
-    found.extend(
-        facts.conf_dir.as_ref().map(|dir| directory(Level::Fault, "configuration directory", "cni-conf-dir", dir)),
-    );
-    found.extend(facts.bin_dir.as_ref().map(|dir| directory(Level::Fatal, "binary directory", "cni-bin-dir", dir)));
+    found.extend(facts.conf_dir.as_ref().map(|dir| directory("configuration directory", "cni-conf-dir", dir)));
+    found.extend(facts.bin_dir.as_ref().map(|dir| directory("binary directory", "cni-bin-dir", dir)));
     if let (Some((dir, _)), Stage::Beside, false) = (&facts.bin_dir, stage, facts.binary) {
         let missing = format!("{BINARY} is not in {}: no pod can be added", dir.display());
         found.push(Finding::new(Level::Fault, "binary", missing).hint("restart the agent, which puts it there"));
@@ -130,11 +128,11 @@ fn order(all: &[Configuration], stage: Stage) -> Vec<Finding> {
     found
 }
 
-/// Without the configuration the agent runs, and tries on; without the binary it does not start.
-fn directory(level: Level, what: &str, flag: &str, (dir, writable): &(PathBuf, Result<()>)) -> Finding {
+/// The agent runs nevertheless, and tries on: what an earlier one has put there may still do.
+fn directory(what: &str, flag: &str, (dir, writable): &(PathBuf, Result<()>)) -> Finding {
     match writable {
         Ok(()) => Finding::ok(what, format!("{} can be written", dir.display())),
-        Err(error) => Finding::new(level, what, format!("{} cannot be written: {error:#}", dir.display()))
+        Err(error) => Finding::new(Level::Fault, what, format!("{} cannot be written: {error:#}", dir.display()))
             .hint(format!("check --{flag} and the mount behind it: it must be writable")),
     }
 }
@@ -174,7 +172,7 @@ mod tests {
             (facts(&[(CONFLIST, Err("has no plugins"))]), Level::Fault, "no plugins", "writes it anew"),
             (facts(&[]), Level::Fault, "is missing", "not ready"),
             (Facts { binary: false, ..facts(&[OURS]) }, Level::Fault, BINARY, "restart"),
-            (Facts { bin_dir: read_only(), ..facts(&[OURS]) }, Level::Fatal, "EROFS", "--cni-bin-dir"),
+            (Facts { bin_dir: read_only(), ..facts(&[OURS]) }, Level::Fault, "EROFS", "--cni-bin-dir"),
             (Facts { conf_dir: read_only(), ..facts(&[OURS]) }, Level::Fault, "EROFS", "--cni-conf-dir"),
             (Facts { configurations: Some(Err(anyhow::anyhow!("EIO"))), ..facts(&[]) }, Level::Warning, "EIO", "root"),
         ] {

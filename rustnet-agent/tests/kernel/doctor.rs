@@ -173,7 +173,7 @@ fn one_fault_at_a_time_of_file_systems_and_settings() {
         };
         let bin = sandbox.dir.join("bin");
         read_only(&bin);
-        only(sandbox, &pre, ["CNI", "binary directory", "bad", "Read-only", "--cni-bin-dir"]);
+        only(sandbox, &pre, ["CNI", "binary directory", "warning", "Read-only", "--cni-bin-dir"]);
         umount(&bin).unwrap();
 
         // What the agent wants to set and cannot; what it can set is well.
