@@ -58,7 +58,12 @@ static TOOLS: [Tool; 31] = [
     tool("containerd", Need::Cluster, &["containerd"], "the container runtime of each node"),
     tool("runc", Need::Cluster, &["runc"], "what containerd starts containers with"),
     tool("conntrack", Need::Cluster, &["conntrack"], "kube-proxy of the reference network"),
-    tool("iptables", Need::Network, &["iptables"], "rules of older tools in tests, host ports of the reference network"),
+    tool(
+        "iptables",
+        Need::Network,
+        &["iptables"],
+        "rules of older tools in tests, host ports of the reference network",
+    ),
     tool("curl", Need::Cluster, &["curl"], "asking components whether they are ready; in the test images, too"),
     tool("busybox", Need::Cluster, &["busybox"], "the shell of the test images"),
     tool("dash", Need::Cluster, &["dash"], "the test images"),
