@@ -4,7 +4,7 @@
 
 use rustnet_common::addr::Address;
 use rustnet_common::config::{self, NodeConfig};
-use rustnet_common::conntrack::flags;
+use rustnet_common::conntrack::{CtEntry, flags};
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer;
 use rustnet_common::tuple::{Tuple, proto};
@@ -12,7 +12,7 @@ use rustnet_common::tuple::{Tuple, proto};
 use crate::ctx::{Skb, config};
 use crate::family::Family;
 use crate::parse::{self, Kind, Packet};
-use crate::step::conntrack;
+use crate::step::conntrack::{self, Opening};
 use crate::step::forward::{From, STACK, forward};
 use crate::step::route::{self, Route, Way};
 use crate::step::{Packed, Stop, icmp, lb, source};
@@ -34,9 +34,11 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     if !known {
         verify()?;
         if flow {
-            open::<F>(skb, p, config, &mut way).done()?;
-            // From this frame, not from that of `open`: kernels that round frames up to 32 bytes (6.1) would count 544 bytes.
-            conntrack::tell::<F>(skb, p.l3(), hook::FROM_POD, config);
+            let o = conntrack::begin::<F, _>(skb, p, guard)?;
+            lead::<F>(p, config, o).done()?;
+            // Not from within `lead`: kernels that round frames up to 32 bytes (6.1) would count more than 512 of them.
+            conntrack::open::<F>(skb, p.l3(), hook::FROM_POD, o, config)?;
+            way = Way { to: o.half.to, out: o.half.out };
         } else if p.kind == Kind::IcmpError {
             known = icmp::translate::<F, _>(skb, p, &mut way.to)?;
         }
@@ -53,21 +55,14 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     }
 }
 
-/// The first packet of a flow.
+/// Where a new flow is to be led: to a backend, out in the node's name, or where it asks for.
 #[inline(never)]
-fn open<F: Family>(skb: &Skb, p: &Packet<F::A>, config: &NodeConfig, way: &mut Way<F::A>) -> Packed {
-    Packed::new(try_open::<F>(skb, p, config, way).map(|()| 0).map_err(Stop::from))
+fn lead<F: Family>(p: &Packet<F::A>, config: &NodeConfig, o: &mut Opening<F::A>) -> Packed {
+    Packed::new(try_lead::<F>(p, config, &mut o.half).map(|()| 0).map_err(Stop::from))
 }
 
 #[inline(always)]
-fn try_open<F: Family>(
-    skb: &Skb,
-    p: &Packet<F::A>,
-    config: &NodeConfig,
-    way: &mut Way<F::A>,
-) -> Result<(), DropReason> {
-    let o = conntrack::begin::<F, _>(skb, p, source::pod_guard(skb)?)?;
-    let half = &mut o.half;
+fn try_lead<F: Family>(p: &Packet<F::A>, config: &NodeConfig, half: &mut CtEntry<F::A>) -> Result<(), DropReason> {
     if lb::select::<F>(&p.tuple, config, half)? && half.to.dst == half.to.src {
         // A pod would not accept a packet from its own address: the node's stands in for it.
         half.to.src = F::node(config);
@@ -84,8 +79,6 @@ fn try_open<F: Family>(
         }
         _ => {}
     }
-    conntrack::insert::<F>(o, config)?;
-    *way = Way { to: o.half.to, out: o.half.out };
     Ok(())
 }
 

@@ -190,23 +190,11 @@ pub fn open<F: Family>(
     o: &mut Opening<F::A>,
     config: &NodeConfig,
 ) -> Result<(), DropReason> {
-    insert::<F>(o, config)?;
-    tell::<F>(skb, l3, hook, config);
-    Ok(())
-}
-
-/// The part of [`open`] that opens.
-#[inline(always)]
-pub fn insert<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(), DropReason> {
-    packed_open::<F>(o, config).done()
-}
-
-/// The part of [`open`] that tells.
-#[inline(always)]
-pub fn tell<F: Family>(skb: &Skb, l3: usize, hook: u8, config: &NodeConfig) {
+    packed_open::<F>(o, config).done()?;
     if config.flags & config::flags::FLOW_EVENTS != 0 {
         F::report(skb, l3, DropReason::Forwarded, hook);
     }
+    Ok(())
 }
 
 #[inline(never)]
