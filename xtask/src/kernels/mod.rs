@@ -66,11 +66,12 @@ pub fn run(args: &Args) -> Result<()> {
     guest_files::write(&files, &tests, &steps)?;
     let mut report = Report::default();
     for kernel in &kernels {
-        report.columns.push(Column::new(kernel));
+        let dir = dir.join(kernel.line.name);
+        report.columns.push(Column::new(kernel, &dir));
         let column = report.columns.last_mut().context("a column was just added")?;
         let start = Instant::now();
         ui::step(&format!("{} ({})", kernel.release, kernel.version));
-        let booted = qemu::boot(kernel, &files, &dir.join(kernel.line.name), |message| {
+        let booted = qemu::boot(kernel, &files, &dir, |message| {
             tell(&message, start);
             column.take(message);
         });

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -32,6 +33,8 @@ pub struct Column {
     text: Vec<String>,
     trouble: Option<String>,
     time: Duration,
+    /// Where logs go.
+    dir: PathBuf,
 }
 
 /// What became of one test program.
@@ -42,6 +45,7 @@ struct Outcome {
     counts: Option<Counts>,
     millis: u64,
     text: Vec<String>,
+    log: PathBuf,
 }
 
 /// As the last line of a test program says.
@@ -53,7 +57,7 @@ struct Counts {
 
 impl Column {
     /// An empty one.
-    pub fn new(kernel: &Kernel) -> Self {
+    pub fn new(kernel: &Kernel, dir: &Path) -> Self {
         Self {
             release: kernel.release.clone(),
             version: kernel.version.clone(),
@@ -63,6 +67,7 @@ impl Column {
             text: Vec::new(),
             trouble: None,
             time: Duration::ZERO,
+            dir: dir.to_owned(),
         }
     }
 
@@ -80,7 +85,11 @@ impl Column {
             Message::End { name, success, millis } => {
                 let text = std::mem::take(&mut self.text);
                 let counts = text.iter().rev().find_map(|line| counts(line));
-                self.steps.push(Outcome { name, success, counts, millis, text });
+                let log = self.dir.join(format!("{name}.log"));
+                if let Err(error) = fs::write(&log, text.join("\n") + "\n") {
+                    ui::warn(&format!("writing {}: {error}", log.display()));
+                }
+                self.steps.push(Outcome { name, success, counts, millis, text, log });
             }
             Message::Kernel(_) | Message::Trouble(_) | Message::Done => {}
         }
@@ -103,7 +112,13 @@ impl Column {
             all.push(format!("{}: no program was loaded", self.release));
         }
         for step in self.steps.iter().filter(|step| !step.held()) {
-            all.push(format!("{}: {} failed:\n    {}", self.release, step.name, last(&step.text)));
+            all.push(format!(
+                "{}: {} failed; all it said is in {}\n    {}",
+                self.release,
+                step.name,
+                step.log.display(),
+                step.why()
+            ));
         }
         all
     }
@@ -121,6 +136,14 @@ impl Outcome {
     /// A test program that ran nothing has shown nothing.
     fn held(&self) -> bool {
         self.success && self.counts.is_some_and(|counts| counts.passed > 0 && counts.failed == 0)
+    }
+
+    /// The beginning of what a test program tells of its failures, or the end of what it said.
+    fn why(&self) -> String {
+        match self.text.iter().position(|line| line == "failures:") {
+            Some(at) => self.text[at..].iter().take(LAST_LINES).cloned().collect::<Vec<_>>().join("\n    "),
+            None => last(&self.text),
+        }
     }
 
     fn text(&self) -> String {
@@ -240,6 +263,7 @@ mod tests {
             text: Vec::new(),
             trouble: None,
             time: Duration::from_secs(60),
+            dir: tempfile::tempdir().unwrap().keep(),
         }
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::guest_files::Step;
+use super::guest_files::{OBJECT, Step};
 use crate::cmd::Cmd;
 use crate::dist::{self, Profile};
 use crate::paths;
@@ -79,6 +79,7 @@ impl Suite {
         let mut args: Vec<String> = if filter.is_empty() { filters.collect() } else { filter.to_vec() };
         args.extend(["--test-threads".to_owned(), self.threads.to_owned()]);
         let env = [
+            ("RUSTNET_BPF_OBJECT", OBJECT),
             ("RUSTNET_DIST", "/dist"),
             ("RUSTNET_ARTIFACTS", "/tmp/artifacts"),
             ("RUST_BACKTRACE", "0"),
