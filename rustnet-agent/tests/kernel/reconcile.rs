@@ -1,12 +1,10 @@
 //! The whole loop: from events to maps, hooks and routes; restarts; repair; readiness.
 
 use std::future::Future;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use rustnet_agent::bpf::attach::link_path;
+use rustnet_agent::bpf::attach::Direction;
 use rustnet_agent::bpf::store::{BpfMaps, peers, services};
-use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Config;
 use rustnet_agent::health::Health;
 use rustnet_agent::model::{
@@ -18,7 +16,7 @@ use rustnet_agent::{nodefile, reconcile};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use crate::sandbox::{self, Sandbox, command, ip, uplink};
+use crate::sandbox::{self, Sandbox, command, ip, on_hook, uplink};
 
 /// An agent without its source and its HTTP endpoints.
 pub struct Agent {
@@ -92,13 +90,17 @@ fn from_start_to_ready_to_restart() {
 }
 
 fn link_ids(sandbox: &Sandbox) -> Vec<(u32, u32)> {
-    let info = |program| {
-        let path = link_path(&sandbox.bpffs, program, None);
-        let info = sys::link_info(sys::obj_get(&path).expect(program).as_fd()).unwrap();
-        assert_ne!(info.ifindex, 0, "{program} hangs on nothing");
-        (info.id, info.prog_id)
+    use Direction::{Egress, Ingress};
+    let hooks = [
+        ("uplink_in", "eth0", Ingress),
+        ("uplink_out", "eth0", Egress),
+        ("overlay_in", "rn_vxlan", Ingress),
+        ("overlay_out", "rn_vxlan", Egress),
+    ];
+    let there = |(program, device, direction): (&str, &str, Direction)| {
+        on_hook(&sandbox.bpffs, program, device, direction).unwrap_or_else(|| panic!("{program} hangs on nothing"))
     };
-    ["uplink_in", "uplink_out", "overlay_in", "overlay_out"].map(info).to_vec()
+    hooks.map(there).to_vec()
 }
 
 async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
@@ -120,8 +122,8 @@ async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
     wait_until("the route is back", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
     ip("link del rn_vxlan");
     let hooks_back = || {
-        let path = link_path(&sandbox.bpffs, "overlay_in", None);
-        sys::link_info(sys::obj_get(&path).unwrap().as_fd()).unwrap().ifindex != 0
+        on_hook(&sandbox.bpffs, "overlay_in", "rn_vxlan", Direction::Ingress).is_some()
+            && on_hook(&sandbox.bpffs, "overlay_out", "rn_vxlan", Direction::Egress).is_some()
     };
     wait_until("the device is back", || command("ip", "link show rn_vxlan").status.success() && hooks_back()).await;
     wait_until("its route is back", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;

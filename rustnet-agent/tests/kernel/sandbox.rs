@@ -1,12 +1,17 @@
 //! A network namespace, a mount namespace and a BPF file system for one test; all gone when its thread ends.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use rustnet_agent::bpf::attach::{Direction, link_path};
+use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Config;
+use rustnet_agent::net::netlink::Socket;
+use rustnet_agent::net::{link, tc};
 
 /// What a test works with.
 pub struct Sandbox {
@@ -56,6 +61,24 @@ pub fn uplink() {
     ip("addr add 192.0.2.1/24 dev eth0");
     ip("addr add 2001:db8::1/64 dev eth0 nodad");
     ip("route add default via 192.0.2.254");
+}
+
+/// Whether this kernel has TCX. Before 6.6 devices get filters on a clsact qdisc instead.
+pub fn has_tcx() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
+    let mut numbers = release.split('.').map(|n| n.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 6)
+}
+
+/// The link (without TCX: the device) and the program on the hook of a device.
+pub fn on_hook(bpffs: &Path, program: &str, device: &str, direction: Direction) -> Option<(u32, u32)> {
+    if has_tcx() {
+        let info = sys::link_info(sys::obj_get(&link_path(bpffs, program, None)).ok()?.as_fd()).expect("a link");
+        return (info.ifindex != 0).then_some((info.id, info.prog_id));
+    }
+    let mut socket = Socket::open().expect("a netlink socket");
+    let index = link::by_name(&mut socket, device).expect("a list of links")?.index;
+    Some((index, tc::filter_prog_id(&mut socket, index, direction).expect("a list of filters")?))
 }
 
 /// Index of an interface of this thread's namespace.
