@@ -32,7 +32,7 @@ pub const LINES: [Line; 3] = [
 /// The package that depends on a suite's present kernel. The kind for virtual machines is the smallest.
 const PACKAGE: &str = "linux-image-cloud-amd64";
 /// What is a module in Debian's kernels, and not in every developer's.
-const MODULES: [&str; 6] = ["veth", "vxlan", "sch_ingress", "cls_bpf", "8021q", "sctp"];
+const MODULES: [&str; 7] = ["veth", "vxlan", "bridge", "sch_ingress", "cls_bpf", "8021q", "sctp"];
 /// Debian's keys, as its own package has them.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Names another mirror.

@@ -67,8 +67,6 @@ fn mounts() -> Result<()> {
         ("devtmpfs", "/dev"),
         ("cgroup2", "/sys/fs/cgroup"),
         ("bpf", "/sys/fs/bpf"),
-        ("tmpfs", "/tmp"),
-        ("tmpfs", "/run"),
     ];
     for (kind, at) in all {
         fs::create_dir_all(at).with_context(|| format!("making {at}"))?;
