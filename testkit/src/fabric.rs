@@ -273,7 +273,7 @@ impl Fabric {
             let cidrs = &self.nodes[usize::from(n) - 1].pod_cidrs().to_vec();
             let routes = |hops: [String; 2]| -> String {
                 let hop = |cidr: &IpNet| &hops[usize::from(cidr.addr().is_ipv6())];
-                cidrs.iter().map(|cidr| format!("route add {cidr} via {}\n", hop(cidr))).collect()
+                cidrs.iter().fold(String::new(), |batch, cidr| batch + &format!("route add {cidr} via {}\n", hop(cidr)))
             };
             self.switch.ip(&routes([format!("172.31.0.{n}"), format!("fd00:31::{n}")]))?;
             router.ip(&routes([place.v4.to_string(), place.v6.to_string()]))?;

@@ -55,6 +55,13 @@ impl Cluster {
         }
     }
 
+    /// Writes down what it is, for later commands.
+    pub fn keep(&self) -> Result<()> {
+        fs::create_dir_all(&self.dir)?;
+        let file = self.dir.join("settings.json");
+        fs::write(&file, serde_json::to_string(&self.settings)?).with_context(|| format!("writing {}", file.display()))
+    }
+
     /// Its nodes.
     pub fn nodes(&self) -> Vec<Node> {
         (1..=self.settings.nodes).map(|number| Node { name: format!("n{number}"), number }).collect()

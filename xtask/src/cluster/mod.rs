@@ -12,6 +12,7 @@
 //! | `images` | what containers run |
 //! | `network` | rustnet, or the reference to compare with |
 //! | `relay` | the API server for this machine's own shells |
+//! | `lifecycle` | nodes that reboot, come and go |
 //! | `up`, `down`, `status`, `trial` | the commands |
 
 mod cgroup;
@@ -20,6 +21,7 @@ mod down;
 mod images;
 mod init;
 mod layout;
+mod lifecycle;
 mod network;
 mod node;
 mod pki;
@@ -66,6 +68,17 @@ enum Verb {
     Down,
     /// Tell what runs and what does not
     Status,
+    /// End everything on a node at once, and start it again
+    Reboot {
+        /// n1, n2...
+        node: String,
+    },
+    /// Add nodes, or remove the last ones
+    Scale {
+        /// How many there shall be
+        #[arg(value_parser = clap::value_parser!(u8).range(1..=9))]
+        nodes: u8,
+    },
     /// Restart, upgrade and remove rustnet in it under load, and count what is lost
     Trial {
         /// Which, in this order
@@ -115,6 +128,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         Verb::Down => down(name)?,
         Verb::Status => status::run(name)?,
+        Verb::Reboot { node } => {
+            let cluster = running(name)?;
+            lifecycle::reboot(&cluster, &find(&cluster, node)?)?;
+        }
+        Verb::Scale { nodes } => drop(lifecycle::scale(&running(name)?, *nodes)?),
         Verb::Trial { trials } => trial::run(&running(name)?, trials)?,
         Verb::Kubectl { args } => return Ok(exit_code(running(name)?.kubectl()?.args(args).status()?.code())),
         Verb::Exec { place, command } => return exec(&running(name)?, place, command),

@@ -9,17 +9,29 @@ use super::layout::Cluster;
 use super::settings::{CONTROL_PLANE, KUBERNETES, address};
 use crate::cmd::Cmd;
 
-/// Makes all of them, once.
+/// Makes what is missing.
 pub fn make(cluster: &Cluster) -> Result<()> {
     let dir = cluster.dir.join("pki");
     let done = dir.join("done");
-    if done.exists() {
-        return Ok(());
+    if !done.exists() {
+        fs::create_dir_all(&dir)?;
+        components(cluster, &dir)?;
+        fs::write(done, "")?;
     }
-    fs::create_dir_all(&dir)?;
+    for node in cluster.nodes().iter().filter(|node| !dir.join(format!("{}.crt", node.name)).exists()) {
+        let addresses = node.address().of(cluster.settings.ip_family);
+        let mut names = vec![format!("DNS:{}", node.name)];
+        names.extend(addresses.iter().map(|it| format!("IP:{it}")));
+        certificate(&dir, &node.name, &format!("/O=system:nodes/CN=system:node:{}", node.name), &names)?;
+    }
+    Ok(())
+}
+
+/// The authority, and those of the control plane.
+fn components(cluster: &Cluster, dir: &Path) -> Result<()> {
     // Without a configuration of ours, the system's would have its say.
     fs::write(dir.join("openssl.cnf"), "[req]\ndistinguished_name = dn\n[dn]\n")?;
-    authority(&dir)?;
+    authority(dir)?;
     let control_plane = address(CONTROL_PLANE).of(cluster.settings.ip_family);
     let services = KUBERNETES.of(cluster.settings.ip_family);
     let mut names = vec!["IP:127.0.0.1".to_owned(), "DNS:localhost".to_owned()];
@@ -27,7 +39,7 @@ pub fn make(cluster: &Cluster) -> Result<()> {
     names.extend(services.iter().map(|it| format!("IP:{it}")));
     names
         .extend(["", ".default", ".default.svc", ".default.svc.cluster.local"].map(|it| format!("DNS:kubernetes{it}")));
-    certificate(&dir, "apiserver", "/CN=kube-apiserver", &names)?;
+    certificate(dir, "apiserver", "/CN=kube-apiserver", &names)?;
     for (name, subject) in [
         ("kubelet-client", "/O=system:masters/CN=kube-apiserver-kubelet"),
         ("front-proxy", "/CN=front-proxy"),
@@ -36,18 +48,10 @@ pub fn make(cluster: &Cluster) -> Result<()> {
         ("scheduler", "/CN=system:kube-scheduler"),
         ("proxy", "/CN=system:kube-proxy"),
     ] {
-        certificate(&dir, name, subject, &[])?;
+        certificate(dir, name, subject, &[])?;
     }
-    for node in cluster.nodes() {
-        let addresses = node.address().of(cluster.settings.ip_family);
-        let mut names = vec![format!("DNS:{}", node.name)];
-        names.extend(addresses.iter().map(|it| format!("IP:{it}")));
-        certificate(&dir, &node.name, &format!("/O=system:nodes/CN=system:node:{}", node.name), &names)?;
-    }
-    openssl(&dir, &["genrsa", "-out", "accounts.key", "2048"])?;
-    openssl(&dir, &["rsa", "-in", "accounts.key", "-pubout", "-out", "accounts.pub"])?;
-    fs::write(done, "")?;
-    Ok(())
+    openssl(dir, &["genrsa", "-out", "accounts.key", "2048"])?;
+    openssl(dir, &["rsa", "-in", "accounts.key", "-pubout", "-out", "accounts.pub"])
 }
 
 /// Writes the kubeconfigs. `outside` is where the API server is reached from this machine itself.

@@ -1,7 +1,6 @@
 //! `up`: brings a cluster to work, whatever of it runs already.
 
 use std::fs;
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -36,17 +35,18 @@ pub fn run(name: &str, settings: &Settings) -> Result<()> {
         );
     }
     network::prepare(&cluster)?;
-    let test_images = images::ensure()?;
+    images::ensure()?;
     let start = Instant::now();
     ui::step(&format!("starting {settings}"));
-    fs::create_dir_all(&cluster.dir)?;
-    fs::write(cluster.dir.join("settings.json"), serde_json::to_string(settings)?)?;
-    steps(&cluster, test_images)?;
+    cluster.keep()?;
+    complete(&cluster)?;
     ui::step(&format!("the cluster is up, after {}", ui::seconds(start.elapsed())));
     Ok(())
 }
 
-fn steps(cluster: &Cluster, test_images: PathBuf) -> Result<()> {
+/// Starts what does not run, and waits until all of it works.
+pub fn complete(cluster: &Cluster) -> Result<()> {
+    let test_images = images::ensure()?;
     wires::make(cluster)?;
     pki::make(cluster)?;
     let outside = relay::start(cluster)?;
@@ -67,7 +67,9 @@ fn steps(cluster: &Cluster, test_images: PathBuf) -> Result<()> {
         };
         let loads: Vec<_> = nodes.iter().zip(&runtimes).map(|pair| scope.spawn(move || load(pair))).collect();
         let control = control_plane(cluster, &etcd, &apiserver);
-        let kubelets = control.and_then(|()| kubelets(cluster, &nodes));
+        // A kubelet ends when its runtime is not there in its first moment.
+        let runtimes = control.and_then(|()| runtimes.iter().try_for_each(|runtime| runtime.wait(cluster, PATIENCE)));
+        let kubelets = runtimes.and_then(|()| kubelets(cluster, &nodes));
         for load in loads {
             load.join().map_err(|_| anyhow!("loading images panicked"))??;
         }

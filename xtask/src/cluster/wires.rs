@@ -40,6 +40,17 @@ pub fn remove(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// Removes one, and the switch's end of its link, which would go some time later by itself.
+pub fn unplug(cluster: &Cluster, name: &str) -> Result<()> {
+    ip(&["-n", &cluster.netns("sw"), "link", "del", &port(name)])?;
+    ip(&["netns", "del", &cluster.netns(name)])
+}
+
+/// The switch's end of a link.
+fn port(name: &str) -> String {
+    format!("p-{name}")
+}
+
 /// The names of the network namespaces that are there.
 pub fn all(cluster: &str) -> Vec<String> {
     let entries = fs::read_dir("/run/netns").into_iter().flatten().flatten();
@@ -78,7 +89,7 @@ fn plug(cluster: &Cluster, name: &str, own: Both<String>) -> Result<bool> {
         return Ok(false);
     }
     add(cluster, name)?;
-    let (netns, switch, port) = (cluster.netns(name), cluster.netns("sw"), format!("p-{name}"));
+    let (netns, switch, port) = (cluster.netns(name), cluster.netns("sw"), port(name));
     ip(&["-n", &netns, "link", "add", "eth0", "type", "veth", "peer", "name", &port, "netns", &switch])?;
     sysctls(cluster, name, &[("ipv6/conf/all/accept_ra", "0"), ("ipv6/conf/default/accept_ra", "0")])?;
     addresses(cluster, name, "eth0", own)?;

@@ -89,6 +89,11 @@ impl Load {
     }
 }
 
+/// One request on a connection of its own.
+pub fn once(stream: &Stream) -> Result<String> {
+    wires::inside(&stream.from, || ask(stream, &mut None))?
+}
+
 fn run(stream: &Stream, stop: &AtomicBool, done: &AtomicU64) -> Tally {
     let mut tally = Tally::default();
     let mut open = None;

@@ -1,6 +1,7 @@
 //! `cluster trial`: what rustnet's own restart, upgrade and removal cost the traffic, counted request by request. An
 //! ordinary application's rolling update beside it.
 
+mod crowd;
 mod load;
 mod uninstall;
 
@@ -14,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::layout::{Cluster, Node};
 use super::settings::Network;
-use super::{node, wait, wires};
+use super::{lifecycle, node, wait, wires};
 use crate::{image, ui};
 use load::{Kind, Load, Stream, Tally};
 
@@ -31,6 +32,12 @@ pub enum Trial {
     Upgrade,
     /// A rolling update of the application itself
     RollingUpdate,
+    /// The last node reboots: what the others carry goes on, and afterwards its pods are back
+    Reboot,
+    /// Another node comes, gets pods, and goes
+    Nodes,
+    /// A hundred pods at once on the first node, and their end
+    Crowd,
     /// The agents removed: forwarding goes on
     Remove,
     /// All of rustnet removed from the nodes, as `deploy/uninstall` tells; no traffic survives that
@@ -63,6 +70,10 @@ pub fn run(cluster: &Cluster, trials: &[Trial]) -> Result<()> {
         if *trial == Trial::Uninstall {
             uninstall::run(cluster)?;
             println!("== Uninstall\n   nothing is left on {} nodes", cluster.settings.nodes);
+            continue;
+        }
+        if *trial == Trial::Crowd {
+            println!("== Crowd\n   {}", crowd::run(cluster)?);
             continue;
         }
         let streams = streams(cluster, *trial)?;
@@ -166,17 +177,64 @@ fn act(cluster: &Cluster, trial: Trial) -> Result<()> {
             thread::sleep(Duration::from_secs(10));
             Ok(())
         }
-        Trial::Uninstall => bail!("not a trial under load"),
+        Trial::Reboot => {
+            let nodes = cluster.nodes();
+            lifecycle::reboot(cluster, nodes.last().context("no node")?)?;
+            everywhere(cluster)
+        }
+        Trial::Nodes => {
+            let larger = lifecycle::scale(cluster, cluster.settings.nodes + 1)?;
+            everywhere(&larger)?;
+            lifecycle::scale(&larger, cluster.settings.nodes).map(drop)
+        }
+        Trial::Uninstall | Trial::Crowd => bail!("not a trial under load"),
     }
+}
+
+/// Waits until every pod of the trial runs, those of nodes that were away too, and clients of all nodes reach the service and
+/// each server. What the API server says of a node's pods is old for a while after that came back: all of it is asked anew.
+fn everywhere(cluster: &Cluster) -> Result<()> {
+    let mut result = Ok(());
+    wait::until(Duration::from_mins(4), || {
+        result = all_reached(cluster);
+        result.is_ok()
+    });
+    result
+}
+
+fn all_reached(cluster: &Cluster) -> Result<()> {
+    for what in ["daemonset/client", "deployment/web"] {
+        cluster.ask(&["--namespace=trial", "rollout", "status", what, "--timeout=60s"])?;
+    }
+    let format = "jsonpath={range .items[*]}{range .status.podIPs[*]}{.ip} {end}{end}";
+    let text = cluster.ask(&["--namespace=trial", "get", "pods", "--selector=app=web", "-o", format])?;
+    let servers: Vec<IpAddr> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let mut targets: Vec<SocketAddr> = servers.into_iter().map(|ip| SocketAddr::new(ip, 8080)).collect();
+    targets.extend(services(cluster)?.into_iter().map(|ip| SocketAddr::new(ip, 80)));
+    for node in cluster.nodes() {
+        let client = pod(cluster, "client", &node)?;
+        for to in &targets {
+            let stream = Stream { name: client.name.clone(), from: client.netns.clone(), kind: Kind::NewTcp, to: *to };
+            load::once(&stream).with_context(|| format!("{} does not reach {to}", stream.name))?;
+        }
+    }
+    Ok(())
+}
+
+/// The addresses of the trial's service.
+fn services(cluster: &Cluster) -> Result<Vec<IpAddr>> {
+    let text = cluster.ask(&["--namespace=trial", "get", "service", "web", "-o", "jsonpath={.spec.clusterIPs[*]}"])?;
+    text.split_whitespace().map(str::parse).collect::<Result<_, _>>().map_err(Into::into)
 }
 
 fn streams(cluster: &Cluster, trial: Trial) -> Result<Vec<Stream>> {
     let nodes = cluster.nodes();
     let client = pod(cluster, "client", &nodes[0])?;
-    let far = nodes.last().context("no node")?;
+    // Where a node goes away, only what the others carry can go on.
+    let away = trial == Trial::Reboot;
+    let far = if away { &nodes[0] } else { nodes.last().context("no node")? };
     let server = pod(cluster, "web", far)?;
-    let text = cluster.ask(&["--namespace=trial", "get", "service", "web", "-o", "jsonpath={.spec.clusterIPs[*]}"])?;
-    let services: Vec<IpAddr> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let services = if away { Vec::new() } else { services(cluster)? };
     let mut streams = Vec::new();
     let mut add = |name: String, from: &Path, kinds: &[Kind], to: SocketAddr| {
         let stream = |kind: &Kind| Stream { name: name.clone(), from: from.to_owned(), kind: *kind, to };
