@@ -85,6 +85,7 @@ impl Suite {
         args.extend(["--test-threads".to_owned(), self.threads.to_owned()]);
         let env = [
             ("RUSTNET_BPF_OBJECT", OBJECT),
+            ("RUSTNET_DEADLINE", "300"),
             ("RUSTNET_DIST", "/dist"),
             ("RUSTNET_ARTIFACTS", "/tmp/artifacts"),
             ("RUST_BACKTRACE", "0"),
