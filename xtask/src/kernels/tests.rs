@@ -26,7 +26,7 @@ const SUITES: [Suite; 3] = [
         filters: &["attach::", "cleanup::", "cli::", "load::", "net::", "reconcile::", "store::"],
         threads: "1",
     },
-    Suite { name: "fabric", filters: &["pods::", "services::", "path::"], threads: "1" },
+    Suite { name: "fabric", filters: &["pods::", "services::vxlan::", "path::vxlan::"], threads: "1" },
 ];
 
 /// A compiled one.
