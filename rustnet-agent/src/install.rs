@@ -81,6 +81,8 @@ pub fn conflist_text(config: &Config) -> String {
         "name": NETWORK,
         "plugins": [{
             "type": BINARY,
+            // Runtimes hand over what pods' annotations say of bandwidth only to those who ask.
+            "capabilities": { "bandwidth": true },
             "bpffs": config.bpffs,
             "runDir": config.run_dir,
         }],

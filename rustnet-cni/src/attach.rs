@@ -214,7 +214,7 @@ fn bpf(cmd: u32, attr: &mut Attr) -> io::Result<i32> {
 }
 
 /// `struct tcmsg`.
-fn tcmsg(index: u32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
+pub fn tcmsg(index: u32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
     let mut h = [0; 20];
     for (i, v) in [index, handle, parent, info].into_iter().enumerate() {
         h[4 + 4 * i..8 + 4 * i].copy_from_slice(&v.to_ne_bytes());

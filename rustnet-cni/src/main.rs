@@ -13,6 +13,7 @@ mod ipam;
 mod link;
 mod netlink;
 mod netns;
+mod shape;
 mod state;
 mod types;
 

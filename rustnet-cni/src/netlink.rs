@@ -107,9 +107,14 @@ pub struct Refused {
 }
 
 impl Refused {
+    /// A refusal without the kernel's own words.
+    pub fn new(what: impl Into<String>, errno: i32) -> Self {
+        Self { what: what.into(), errno, hint: String::new() }
+    }
+
     /// The kernel accepted a request and did not answer as it should.
     pub fn unexpected(what: String) -> Self {
-        Self { what, errno: libc::EPROTO, hint: String::new() }
+        Self::new(what, libc::EPROTO)
     }
 }
 
@@ -249,11 +254,8 @@ impl Socket {
             out.resize(out.len().next_multiple_of(4), 0);
             steps.push((what, tolerated));
         }
-        let broken = |what: &str, e: &io::Error| Refused {
-            what: format!("netlink {what}"),
-            errno: e.raw_os_error().unwrap_or(libc::EIO),
-            hint: String::new(),
-        };
+        let broken =
+            |what: &str, e: &io::Error| Refused::new(format!("netlink {what}"), e.raw_os_error().unwrap_or(libc::EIO));
         self.send(&out).map_err(|e| broken("send", &e))?;
 
         let mut refused: Option<Refused> = None;

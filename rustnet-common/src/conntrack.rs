@@ -26,8 +26,8 @@ pub struct CtEntry<A> {
     pub ifindex: u32,
     /// Id of the chosen backend, 0 where no service was involved.
     pub backend: u32,
-    /// Interface of the pod of this node that this half leads to, [`ELSEWHERE`], or 0 until looked up. Looked up once a
-    /// second, for that look-up would be a fifth of what an established flow costs.
+    /// Interface of the pod of this node that this half leads to, with [`QUEUED`]; [`ELSEWHERE`]; or 0 until looked up. Looked up
+    /// once a second, for that look-up would be a fifth of what an established flow costs.
     pub out: u32,
     /// What was verified together with `ifindex`, in memory order: a pod's MAC, or the last bytes of a tunnel's far end.
     pub guard: [u16; 3],
@@ -41,6 +41,10 @@ pub struct CtEntry<A> {
 
 /// [`CtEntry::out`] of a half that leads to no pod of this node.
 pub const ELSEWHERE: u32 = u32::MAX;
+
+/// Added to the interface in [`CtEntry::out`] if packets have to pass its queue
+/// ([`QUEUED`](crate::endpoint::flags::QUEUED)). Interface indices are positive and signed, so that the bit is free.
+pub const QUEUED: u32 = 1 << 31;
 
 /// Bits of [`CtEntry::flags`].
 pub mod flags {

@@ -66,6 +66,42 @@ pub struct EndpointFile {
     /// UID of the pod.
     #[serde(default)]
     pub pod_uid: String,
+    /// The limits of its bandwidth.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub bandwidth: Bandwidth,
+}
+
+/// The limits of an interface's bandwidth, as the pod sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Bandwidth {
+    /// For what the pod receives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<Limit>,
+    /// For what it sends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Limit>,
+}
+
+impl Bandwidth {
+    /// True if there are none.
+    pub fn is_unlimited(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// What the programs must know of it: [`crate::endpoint::Endpoint::flags`].
+    pub fn endpoint_flags(&self) -> u16 {
+        if self.ingress.is_some() { crate::endpoint::flags::QUEUED } else { 0 }
+    }
+}
+
+/// A limit of bandwidth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// Bits a second.
+    pub rate: u64,
+    /// Bits that may pass at once after a pause.
+    pub burst: u64,
 }
 
 /// Path of the file of one interface. Container ids and interface names are validated by the CNI binary: no slashes.

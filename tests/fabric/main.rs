@@ -5,6 +5,7 @@
 
 mod abuse;
 mod agent;
+mod bandwidth;
 mod churn;
 mod cleanup;
 mod cycles;

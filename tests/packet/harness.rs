@@ -39,6 +39,8 @@ pub const POD_A: u32 = 21;
 pub const POD_B: u32 = 22;
 /// Largest packet that fits into the overlay.
 pub const OVERLAY_MTU: usize = 1450;
+/// MTU of pod B's interface.
+pub const POD_B_MTU: usize = 1420;
 /// MTU of the route to [`Net::narrow`].
 pub const NARROW_MTU: usize = 1400;
 /// Ticks in a second, as the programs are told. So many that no test lasts one: `seen` moves only where a test moves it.
@@ -56,7 +58,7 @@ const LINKS: &str = "\
     link add eth0 index 10 type veth peer name peer0
     link add rn_vxlan index 11 type veth peer name peer1
     link add rnva index 21 type veth peer name peera
-    link add rnvb index 22 type veth peer name peerb
+    link add rnvb index 22 mtu 1420 type veth peer name peerb
     link set eth0 up
     link set peer0 up
     link set rn_vxlan up
@@ -327,7 +329,12 @@ impl Lab {
     }
 
     pub fn put_endpoint(&self, ip: IpAddr, ifindex: u32, mac: [u8; 6]) -> Result<()> {
-        let value = Endpoint { ifindex, identity: 0, mac, host_mac: MAC_HOST, flags: 0, pad: 0 };
+        self.put_endpoint_with(ip, ifindex, mac, 0)
+    }
+
+    /// The same with flags.
+    pub fn put_endpoint_with(&self, ip: IpAddr, ifindex: u32, mac: [u8; 6], flags: u16) -> Result<()> {
+        let value = Endpoint { ifindex, identity: 0, mac, host_mac: MAC_HOST, flags, pad: 0 };
         self.datapath.table(map::ENDPOINTS)?.put(&Addr::from(ip), &value)
     }
 
@@ -539,9 +546,19 @@ impl Shot {
         self.ended(REDIRECT, 0, Some(DropReason::Forwarded), &want.bytes(), usize::MAX)
     }
 
+    /// Redirected to the host's end of a pod's veth, whose queue it passes, marked as done for the hook there.
+    pub fn into_the_queue(&self, want: &Frame) -> Result<()> {
+        self.onto_wire(want)
+    }
+
     /// Redirected to a device, marked as done for the hook there, changed into `want`.
     pub fn onto_wire(&self, want: &Frame) -> Result<()> {
         self.ended(REDIRECT, MARK_DONE, Some(DropReason::Forwarded), &want.bytes(), usize::MAX)
+    }
+
+    /// Left to the stack as `want`, not counted, and marked as done for the hook that it meets after.
+    pub fn done_to_stack(&self, want: &Frame) -> Result<()> {
+        self.ended(STACK, MARK_DONE, None, &want.bytes(), usize::MAX)
     }
 
     /// Left to the stack as `want`, not counted.
@@ -558,9 +575,7 @@ impl Shot {
     pub fn answered(&self, reason: DropReason, want: &Frame) -> Result<()> {
         let bytes = want.bytes();
         let kept = if matches!(want.l4, L4::Icmp { .. }) { ETHERNET + want.payload.len() } else { bytes.len() };
-        // Into a pod leads no other hook; whatever goes out or up meets one more.
-        let mark = if self.hook == hook::FROM_POD { 0 } else { MARK_DONE };
-        self.ended(REDIRECT, mark, Some(reason), &bytes, kept)
+        self.ended(REDIRECT, MARK_DONE, Some(reason), &bytes, kept)
     }
 
     /// `kept`: how much of the frame that was sent is still in it.

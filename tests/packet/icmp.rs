@@ -4,7 +4,8 @@
 use crate::flows::{PORT, Proto, from_a, from_host, from_outside, later};
 use crate::frame::{Frame, L4};
 use crate::harness::{
-    Flow, MAC_A, MAC_B, MAC_HOST, MAC_OUT, NARROW_MTU, Net, OVERLAY_MTU, POD_A, REDIRECT, UPLINK, labs,
+    Flow, MAC_A, MAC_B, MAC_HOST, MAC_OUT, NARROW_MTU, Net, OVERLAY_MTU, POD_A, POD_B, POD_B_MTU, REDIRECT, UPLINK,
+    labs,
 };
 use crate::services::icmp_error;
 use anyhow::{Context, Result, ensure};
@@ -440,6 +441,27 @@ fn what_does_not_fit_is_told() -> Result<()> {
                     .with_context(|| format!("to {}", dst.0))?;
             }
             Ok(())
+        })
+    })
+}
+
+/// Into the queue of a limited pod goes what its interface takes.
+#[test]
+fn what_does_not_fit_a_limited_pods_interface() -> Result<()> {
+    labs(|lab, net| {
+        lab.put_endpoint_with(net.b(), POD_B, MAC_B, rustnet_common::endpoint::flags::QUEUED)?;
+        each(|proto| {
+            let dst = at(proto, net.b(), 80);
+            let fits = sized(net, proto, dst, POD_B_MTU);
+            lab.pod_sends(&fits)?.into_the_queue(&fits.hop())?;
+            let f = sized(net, proto, dst, POD_B_MTU + 1);
+            lab.pod_sends(&f)?.answered(DropReason::TooBig, &too_big(net, &f, POD_B_MTU))?;
+            // The stack cuts what may be cut, and is the hop.
+            let f = f.map(|f| f.may_be_cut = true);
+            match net {
+                Net::V4 => lab.pod_sends(&f)?.done_to_stack(&f),
+                Net::V6 => lab.pod_sends(&f)?.answered(DropReason::TooBig, &too_big(net, &f, POD_B_MTU)),
+            }
         })
     })
 }

@@ -3,6 +3,7 @@
 //!
 //! Needs root and `cargo xtask build-ebpf`.
 
+mod bandwidth;
 mod flows;
 mod frame;
 mod harness;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use anyhow::Result;
-use rustnet_common::files::EndpointFile;
+use rustnet_common::files::{Bandwidth, EndpointFile, Limit};
 use serde::Serialize;
 
 use super::Places;
@@ -23,6 +23,8 @@ struct Row {
     ifindex: u32,
     mac: String,
     identity: u32,
+    /// In bits, for what the pod receives and what it sends.
+    bandwidth: Bandwidth,
     /// False where only the record has it: the programs do not know the pod.
     in_map: bool,
 }
@@ -57,6 +59,7 @@ pub fn run(places: &Places, out: &Output) -> Result<()> {
             address,
             pod: names.get(&address).cloned(),
             container_id: record.as_ref().map(|r| r.container_id.clone()),
+            bandwidth: record.as_ref().map(|r| r.bandwidth).unwrap_or_default(),
             interface: record.map(|r| r.host_ifname),
             ifindex: endpoint.ifindex,
             mac: mac(endpoint.mac),
@@ -71,11 +74,14 @@ pub fn run(places: &Places, out: &Output) -> Result<()> {
         mac: record.mac.clone(),
         identity: 0,
         in_map: false,
+        bandwidth: record.bandwidth,
         container_id: Some(record.container_id),
         interface: Some(record.host_ifname),
     }));
     rows.sort_by_key(|row| row.address);
-    out.print(&rows, &["ADDRESS", "POD", "INTERFACE", "IFINDEX", "MAC", "STATE"], || rows.iter().map(line).collect())
+    out.print(&rows, &["ADDRESS", "POD", "INTERFACE", "IFINDEX", "MAC", "INGRESS", "EGRESS", "STATE"], || {
+        rows.iter().map(line).collect()
+    })
 }
 
 fn line(row: &Row) -> Vec<String> {
@@ -91,8 +97,19 @@ fn line(row: &Row) -> Vec<String> {
         or_dash(&row.interface),
         row.ifindex.to_string(),
         row.mac.clone(),
+        rate(row.bandwidth.ingress),
+        rate(row.bandwidth.egress),
         state.to_owned(),
     ]
+}
+
+/// A limit with the largest unit that holds it exactly, as in the pods' annotations.
+fn rate(limit: Option<Limit>) -> String {
+    let Some(Limit { rate, .. }) = limit else { return "-".to_owned() };
+    let fits = |(unit, _): &(u64, &str)| rate.is_multiple_of(*unit);
+    let units = [(1_000_000_000, "Gbit/s"), (1_000_000, "Mbit/s"), (1_000, "kbit/s")];
+    let (unit, name) = units.into_iter().find(fits).unwrap_or((1, "bit/s"));
+    format!("{} {name}", rate / unit)
 }
 
 fn mac(mac: [u8; 6]) -> String {

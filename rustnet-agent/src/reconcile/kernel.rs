@@ -164,7 +164,8 @@ fn lost(before: &[(IpAddr, Endpoint)], state: &State) -> Vec<(IpAddr, Endpoint)>
         // An entry that leads to another living interface is newer than the record.
         let lives = |index: &u32| state.host.links.iter().any(|l| l.index == *index);
         for ip in record.addresses.iter().filter(|ip| !known.get(ip).is_some_and(lives)) {
-            out.push((*ip, Endpoint { ifindex: record.ifindex, identity: 0, mac, host_mac, flags: 0, pad: 0 }));
+            let flags = record.bandwidth.endpoint_flags();
+            out.push((*ip, Endpoint { ifindex: record.ifindex, identity: 0, mac, host_mac, flags, pad: 0 }));
         }
     }
     out

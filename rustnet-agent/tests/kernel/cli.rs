@@ -35,6 +35,7 @@ fn every_command_tells_what_the_maps_hold() {
         ip("link add rnv1 type veth peer name pod");
         ip("link set rnv1 up");
         sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        sandbox.limit(serde_json::json!({ "ingress": { "rate": 1_500_000, "burst": 1_048_576 } }));
         block_on(async {
             let agent = Agent::start(sandbox.config(&[]));
             agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
@@ -59,7 +60,9 @@ fn tell(sandbox: &Sandbox) {
 
     let endpoints = json(sandbox, "endpoints");
     assert_eq!((&endpoints[0]["address"], &endpoints[0]["pod"]), (&"10.1.1.5".into(), &"default/web-0".into()));
-    assert!(text(sandbox, "endpoints").contains("02:00:00:00:00:07"));
+    assert_eq!(endpoints[0]["bandwidth"], serde_json::json!({ "ingress": { "rate": 1_500_000, "burst": 1_048_576 } }));
+    let shown = text(sandbox, "endpoints");
+    assert!(shown.contains("02:00:00:00:00:07") && shown.contains("1500 kbit/s"), "{shown}");
 
     let nodes = json(sandbox, "nodes");
     let row = |prefix: &str| nodes.as_array().unwrap().iter().find(|n| n["prefix"] == prefix).unwrap().clone();

@@ -308,19 +308,22 @@ fn a_node_without_a_pod_range_is_told_to_the_cni_binary() {
 #[test]
 fn leftover_endpoints_are_removed_and_lost_ones_put_back() {
     use rustnet_agent::bpf::store::endpoints::Endpoints;
-    use rustnet_common::endpoint::Endpoint as Entry;
+    use rustnet_common::endpoint::{Endpoint as Entry, flags};
     sandbox::run(|sandbox| {
         uplink();
         ip("link add rnv1 type veth peer name pod");
         ip("link set rnv1 up");
         let ifindex = sandbox::ifindex("rnv1");
         sandbox.record("rnv1", ifindex, "10.1.1.5");
+        sandbox.limit(serde_json::json!({ "ingress": { "rate": 1_000_000, "burst": 1_000_000 } }));
         block_on(async {
             let agent = Agent::start(sandbox.config(&[]));
             agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
             agent.send(synced()).await;
             agent.ready().await;
             let endpoints = Endpoints::open(&sandbox.bpffs).unwrap();
+            let limited = endpoints.read().unwrap().iter().all(|(_, entry)| entry.flags == flags::QUEUED);
+            assert!(limited, "the limit is forgotten: {:?}", endpoints.read().unwrap());
             let addresses = || {
                 let all = endpoints.read().unwrap().into_iter();
                 all.map(|(ip, entry)| (ip.to_string(), entry.ifindex)).collect::<Vec<_>>()

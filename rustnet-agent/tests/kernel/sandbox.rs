@@ -119,6 +119,15 @@ impl Sandbox {
         self.write_record("0123456789abcdef", veth, ifindex, address, ["default", "web-0", "u"]);
     }
 
+    /// Puts limits of bandwidth into the record that [`Self::record`] wrote.
+    pub fn limit(&self, bandwidth: serde_json::Value) {
+        let path = self.run_dir.join("endpoints/0123456789abcdef@eth0.json");
+        let text = std::fs::read(&path).expect("a record");
+        let mut record: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        record["bandwidth"] = bandwidth;
+        std::fs::write(path, record.to_string()).expect("a record");
+    }
+
     /// Writes the record of a pod whose name the runtime did not tell.
     pub fn nameless_record(&self, container: &str, veth: &str, ifindex: u32, address: &str) {
         self.write_record(container, veth, ifindex, address, ["", "", ""]);

@@ -14,13 +14,15 @@ use crate::ipam::local::{self, Pool};
 use crate::link::{self, Link, Mac, Veth};
 use crate::netlink::{Message, Refused, Socket};
 use crate::netns::Netns;
+use crate::shape;
 use crate::state;
+use crate::types::bandwidth;
 use crate::types::conf::Attachment;
 use crate::types::error::{Error, code};
 use crate::types::result::{AddResult, Interface, Ip, Route};
 use ipnet::IpNet;
 use rustnet_common::endpoint::Endpoint;
-use rustnet_common::files::{EndpointFile, NodeFile};
+use rustnet_common::files::{Bandwidth, EndpointFile, NodeFile};
 use serde_json::{Map, Value};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -29,6 +31,8 @@ use std::os::fd::AsFd;
 pub fn run(call: &Call) -> Result<Value, Error> {
     let conf = &call.conf;
     let node = state::load_node(&conf.run_dir)?;
+    let mtu = conf.mtu.unwrap_or(node.mtu);
+    let bandwidth = bandwidth::parse(conf.bandwidth.as_ref(), mtu)?;
     let pins = Pins::open(&conf.bpffs)?;
     let delegate = Delegate::find(conf, &call.env.path)?;
     if delegate.is_none() {
@@ -39,10 +43,18 @@ pub fn run(call: &Call) -> Result<Value, Error> {
     let mut host = Socket::open().map_err(|e| Error::io("netlink socket", &e))?;
     let mut pod = netns.inside(Socket::open).map_err(|e| Error::io(format!("enter {path}"), &e))?;
 
-    let veth = create_veth(call, &node, &netns, &mut host)?;
+    let veth = create_veth(call, mtu, &netns, &mut host)?;
     let attachment = Attachment { container_id: call.env.container_id.clone(), ifname: call.env.ifname.clone() };
-    let mut setup =
-        Setup { call, node: &node, pins: &pins, delegate: delegate.as_ref(), netns: &netns, attachment, veth };
+    let mut setup = Setup {
+        call,
+        node: &node,
+        pins: &pins,
+        delegate: delegate.as_ref(),
+        netns: &netns,
+        attachment,
+        bandwidth,
+        veth,
+    };
     let done = setup.finish(&mut host, &mut pod);
     done.map_err(|e| match setup.undo(&mut host) {
         Ok(()) => e,
@@ -59,12 +71,11 @@ struct Pair {
     mtu: u32,
 }
 
-fn create_veth(call: &Call, node: &NodeFile, netns: &Netns, host: &mut Socket) -> Result<Pair, Error> {
+fn create_veth(call: &Call, mtu: u32, netns: &Netns, host: &mut Socket) -> Result<Pair, Error> {
     let env = &call.env;
     let random = || link::random_mac().map_err(|e| Error::io("random MAC address", &e));
     let name = link::host_name(&env.container_id, &env.ifname);
     let pod_mac = call.conf.mac.map_or_else(random, Ok)?;
-    let mtu = call.conf.mtu.unwrap_or(node.mtu);
     let v = Veth { host: &name, pod: &env.ifname, netns: netns.as_fd(), host_mac: random()?, pod_mac, mtu };
     let made = link::create_veth(host, &v).map_err(|e| exists(call, &name, e))?;
     fault::point("veth").map_err(|e| match link::delete(host, made.index) {
@@ -96,6 +107,7 @@ struct Setup<'a> {
     delegate: Option<&'a Delegate<'a>>,
     netns: &'a Netns,
     attachment: Attachment,
+    bandwidth: Bandwidth,
     veth: Pair,
 }
 
@@ -111,7 +123,7 @@ impl Setup<'_> {
             identity: 0,
             mac: self.veth.pod_mac,
             host_mac: self.veth.host_mac,
-            flags: 0,
+            flags: self.bandwidth.endpoint_flags(),
             pad: 0,
         };
         for ip in &ips {
@@ -119,6 +131,7 @@ impl Setup<'_> {
             put.map_err(|e| Error::io(format!("write {ip} to the endpoints map"), &e))?;
         }
         fault::point("map")?;
+        self.limit(host, pod)?;
         host.run(self.host_side(&result))?;
         fault::point("host")?;
         self.pod_side(pod, &result)?;
@@ -165,7 +178,14 @@ impl Setup<'_> {
             pod_namespace: env.pod.namespace.clone(),
             pod_name: env.pod.name.clone(),
             pod_uid: env.pod.uid.clone(),
+            bandwidth: self.bandwidth,
         }
+    }
+
+    /// Each limit on the end that sends what it is for, while both are down.
+    fn limit(&self, host: &mut Socket, pod: &mut Socket) -> Result<(), Error> {
+        let to_pod = self.bandwidth.ingress.map_or(Ok(()), |limit| shape::add(host, self.veth.host.index, limit));
+        to_pod.and_then(|()| self.bandwidth.egress.map_or(Ok(()), |l| shape::add(pod, self.veth.pod_index, l)))
     }
 
     /// The programs go on before the device is up; then routes and neighbours. A delegated IPAM's gateway is an address of

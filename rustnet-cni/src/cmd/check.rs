@@ -7,9 +7,12 @@ use crate::ipam::local::Pool;
 use crate::link::{self, Link};
 use crate::netlink::Socket;
 use crate::netns::Netns;
+use crate::shape;
+use crate::state;
 use crate::types::conf::{Attachment, parse_mac};
 use crate::types::error::{Error, code};
 use crate::types::result::{AddResult, Interface};
+use rustnet_common::files::Limit;
 use std::net::IpAddr;
 
 /// Fails with what has changed, the first thing found.
@@ -50,6 +53,11 @@ pub fn run(call: &Call) -> Result<(), Error> {
     }
     check_pod(&mut pod, &pod_link, &ips)?;
     check_host(&mut host, &host_link, &ips)?;
+    let attachment = Attachment { container_id: env.container_id.clone(), ifname: env.ifname.clone() };
+    // The limits that ADD kept. Without its record nothing is known of any.
+    let bandwidth = state::read_record(&conf.run_dir, &attachment)?.map(|r| r.bandwidth).unwrap_or_default();
+    check_limit(&mut host, &host_link, bandwidth.ingress)?;
+    check_limit(&mut pod, &pod_link, bandwidth.egress)?;
 
     let map = Endpoints::open(&conf.bpffs)?;
     for ip in &ips {
@@ -58,12 +66,15 @@ pub fn run(call: &Call) -> Result<(), Error> {
             Some(e) if (e.ifindex, e.mac, e.host_mac) != (host_link.index, pod_link.mac, host_link.mac) => {
                 return Err(changed(format!("the endpoints map has another interface for {ip}")));
             }
+            Some(e) if e.flags != bandwidth.endpoint_flags() => {
+                return Err(changed(format!("the endpoints map has other flags for {ip}")));
+            }
             Some(_) => {}
         }
     }
     match Delegate::find(conf, &env.path)? {
         Some(delegate) => delegate.check(),
-        None => check_leases(call, &prev),
+        None => check_leases(call, &attachment, &prev),
     }
 }
 
@@ -115,9 +126,16 @@ fn check_host(host: &mut Socket, link: &Link, ips: &[IpAddr]) -> Result<(), Erro
     }
 }
 
-fn check_leases(call: &Call, prev: &AddResult) -> Result<(), Error> {
-    let owner = Attachment { container_id: call.env.container_id.clone(), ifname: call.env.ifname.clone() };
-    let held = Pool::new(&call.conf.run_dir).held_by(&owner)?;
+fn check_limit(socket: &mut Socket, link: &Link, limit: Option<Limit>) -> Result<(), Error> {
+    let Some(limit) = limit else { return Ok(()) };
+    match shape::wrong(socket, link.index, limit)? {
+        None => Ok(()),
+        Some(what) => Err(changed(format!("the bandwidth of {} {what}", link.name))),
+    }
+}
+
+fn check_leases(call: &Call, owner: &Attachment, prev: &AddResult) -> Result<(), Error> {
+    let held = Pool::new(&call.conf.run_dir).held_by(owner)?;
     match prev.ips.iter().find(|ip| !held.contains(&ip.address.addr())) {
         None => Ok(()),
         Some(ip) => Err(changed(format!("{} is not leased to this container", ip.address.addr()))),

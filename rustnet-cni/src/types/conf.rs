@@ -29,6 +29,8 @@ pub struct NetConf {
     pub dns: Dns,
     /// MAC address that the runtime wants for the pod.
     pub mac: Option<[u8; 6]>,
+    /// The bandwidth that the runtime wants for the pod, as it came: only ADD reads it, by [`super::bandwidth`].
+    pub bandwidth: Option<Value>,
     /// ADD's result as it came: only CHECK reads it, so that nothing in it can keep a pod from going.
     pub prev_result: Option<Value>,
     /// The attachments that GC is to keep; `None` when the runtime did not say.
@@ -117,6 +119,7 @@ impl NetConf {
             mtu: raw.mtu,
             dns: if runtime.dns.is_empty() { raw.dns } else { runtime.dns },
             mac: runtime.mac,
+            bandwidth: runtime.bandwidth,
             prev_result: raw.prev_result,
             valid_attachments: raw.valid_attachments,
             stdin,
@@ -157,6 +160,7 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
 struct Runtime {
     dns: Dns,
     mac: Option<[u8; 6]>,
+    bandwidth: Option<Value>,
 }
 
 impl Runtime {
@@ -188,12 +192,12 @@ impl Runtime {
             }
             Some(_) => return Err(wrong("mac")),
         };
-        Ok(Self { dns, mac })
+        Ok(Self { dns, mac, bandwidth: take(map, "bandwidth").cloned() })
     }
 }
 
 /// A member by name without regard to case, null being the same as absent.
-fn take<'a>(map: &'a serde_json::Map<String, Value>, key: &str) -> Option<&'a Value> {
+pub(super) fn take<'a>(map: &'a serde_json::Map<String, Value>, key: &str) -> Option<&'a Value> {
     map.iter().find(|(k, v)| k.eq_ignore_ascii_case(key) && !v.is_null()).map(|(_, v)| v)
 }
 

@@ -1,5 +1,6 @@
 //! The CNI protocol's own types: versions, the error object, the network configuration, the result.
 
+pub mod bandwidth;
 pub mod conf;
 pub mod error;
 pub mod result;

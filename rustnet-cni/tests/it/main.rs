@@ -1,6 +1,7 @@
 //! The real binary on a real kernel: each test has a mount and a network namespace of its own, which vanish with it.
 
 mod bad_input;
+mod bandwidth;
 mod cnitool;
 mod common;
 #[cfg(debug_assertions)]

@@ -5,6 +5,7 @@ use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Addr, Address};
 use rustnet_common::config::NodeConfig;
+use rustnet_common::conntrack::QUEUED;
 use rustnet_common::drop::DropReason;
 use rustnet_common::names::MARK_DONE;
 use rustnet_common::tuple::Tuple;
@@ -54,15 +55,24 @@ pub fn forward<F: Family>(
             change(p.ttl)?;
             Ok(STACK)
         }
-        Route::Pod(ifindex) => {
+        Route::Pod(ifindex) if from == From::Ingress && ifindex & QUEUED == 0 => {
             change(ttl()?)?;
-            if from == From::Ingress {
-                return Ok(redirect_peer(ifindex));
+            Ok(redirect_peer(ifindex))
+        }
+        Route::Pod(out) => {
+            // Through the veth and its queue: the pod's bandwidth is limited, or this is an egress hook, which cannot reach
+            // the other side at once.
+            let ttl = ttl()?;
+            let redirected = route::redirect_queued::<F>(skb, out & !QUEUED, to, p.unit, from == From::Ingress)?;
+            if redirected != NO_WAY {
+                change(ttl)?;
+                done(skb);
+                return Ok(redirected);
             }
-            // An egress hook cannot reach the other side at once: by the veth, with the MAC of the neighbour table.
+            // The stack cuts it, counts its own hop, and sends the pieces out of the same veth, each with the mark.
+            change(p.ttl)?;
             done(skb);
-            // SAFETY: no parameters are passed.
-            Ok(unsafe { helper::bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) } as i32)
+            Ok(STACK)
         }
         Route::Tunnel(peer) => {
             let ttl = ttl()?;
@@ -146,13 +156,11 @@ impl Back {
 #[inline(always)]
 pub fn answer(skb: &Skb, back: Back, config: &NodeConfig) -> Result<i32, Stop> {
     let ifindex = skb.ifindex();
-    if back != Back::Pod {
-        // What goes out, or up, passes another hook of ours.
-        done(skb);
-    }
+    // It passes another hook of ours.
+    done(skb);
     match back {
-        Back::Pod => Ok(redirect_peer(ifindex)),
-        Back::Uplink => Ok(redirect(ifindex, 0)),
+        // Into the pod, too, by the veth: its bandwidth may be limited.
+        Back::Pod | Back::Uplink => Ok(redirect(ifindex, 0)),
         Back::Host => Ok(redirect(ifindex, BPF_F_INGRESS.into())),
         Back::Tunnel => {
             let mut remote = Addr::UNSPECIFIED;
@@ -165,7 +173,7 @@ pub fn answer(skb: &Skb, back: Back, config: &NodeConfig) -> Result<i32, Stop> {
     }
 }
 
-/// Into the pod behind a host-side veth, without passing the host's queue.
+/// Into the pod behind a host-side veth, without passing its queue.
 #[inline(always)]
 fn redirect_peer(ifindex: u32) -> i32 {
     // SAFETY: no pointers are involved.

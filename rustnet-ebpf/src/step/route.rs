@@ -5,8 +5,9 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::conntrack::ELSEWHERE;
+use rustnet_common::conntrack::{ELSEWHERE, QUEUED};
 use rustnet_common::drop::DropReason;
+use rustnet_common::endpoint;
 use rustnet_common::peer::{Peer, flags};
 use rustnet_common::tuple::Tuple;
 
@@ -16,7 +17,7 @@ use crate::family::{Family, V4, V6};
 
 /// Where a destination lies.
 pub enum Route {
-    /// A pod of this node, behind this interface.
+    /// A pod of this node, behind this interface; with [`QUEUED`] if packets have to pass its queue.
     Pod(u32),
     /// Behind the overlay.
     Tunnel(&'static Peer),
@@ -55,15 +56,19 @@ impl<A: Address> Way<A> {
     pub fn route<F: Family<A = A>>(&self) -> Route {
         match self.pod() {
             ELSEWHERE => beyond::<F>(self.to.dst),
-            ifindex => Route::Pod(ifindex),
+            out => Route::Pod(out),
         }
     }
 }
 
-/// Interface of the pod of this node that has the address, or [`ELSEWHERE`].
+/// Interface of the pod of this node that has the address, with [`QUEUED`] if packets have to pass its queue; or [`ELSEWHERE`].
 #[inline(always)]
 pub fn pod<A: Address>(dst: A) -> u32 {
-    source::endpoint(dst).map_or(ELSEWHERE, |ep| ep.ifindex)
+    match source::endpoint(dst) {
+        None => ELSEWHERE,
+        Some(ep) if ep.flags & endpoint::flags::QUEUED != 0 => ep.ifindex | QUEUED,
+        Some(ep) => ep.ifindex,
+    }
 }
 
 /// What is known of an address that is no pod of this node.
@@ -116,6 +121,7 @@ const FIB_OUTPUT: u32 = 2;
 const RET_SUCCESS: i64 = 0;
 const RET_NO_NEIGH: i64 = 7;
 const RET_FRAG_NEEDED: i64 = 8;
+const MTU_FRAG_NEEDED: i64 = 1;
 
 /// Asks the kernel's tables for the way to `to.dst` and redirects there. `len` is checked against the path's MTU;
 /// `output` looks as a local sender would. [`NO_WAY`] when the kernel has none: its own stack shall say so.
@@ -177,9 +183,47 @@ fn try_redirect<F: Family>(skb: &Skb, to: &Tuple<F::A>, len: u32, output: bool) 
         _ => return Ok(NO_WAY),
     }
     // The family may change on the way: an IPv4 route can have an IPv6 next hop (RFC 5549).
-    let mut hop = NextHop { family: u32::from(fib.family), addr: fib.dst };
+    Ok(by_neighbour(fib.ifindex, fib.family, fib.dst))
+}
+
+/// Redirects out of an interface, to the MAC that the neighbour table has for the next hop.
+#[inline(always)]
+fn by_neighbour(ifindex: u32, family: u8, addr: [u32; 4]) -> i32 {
+    let mut hop = NextHop { family: u32::from(family), addr };
     // SAFETY: `hop` has the layout and the size of the kernel's structure.
-    let verdict =
-        unsafe { helper::bpf_redirect_neigh(fib.ifindex, (&raw mut hop).cast(), size_of::<NextHop>() as i32, 0) };
-    Ok(verdict as i32)
+    unsafe { helper::bpf_redirect_neigh(ifindex, (&raw mut hop).cast(), size_of::<NextHop>() as i32, 0) as i32 }
+}
+
+/// Redirects to the pod `to.dst` out of the host's end of its veth, through the queue there, whatever the kernel's routes say:
+/// the pod is its own next hop. `len` is checked against the veth's MTU; for a packet of length 0, which may be cut, the size that
+/// it has. [`NO_WAY`] if it has to be cut, and `cuts` says that the caller sees to that.
+#[inline(always)]
+pub fn redirect_queued<F: Family>(
+    skb: &Skb,
+    ifindex: u32,
+    to: &Tuple<F::A>,
+    len: u32,
+    cuts: bool,
+) -> Result<i32, Stop> {
+    packed_queued::<F>(skb, ifindex, to, len, cuts).result()
+}
+
+/// A function of its own for the sake of its stack frame.
+#[inline(never)]
+fn packed_queued<F: Family>(skb: &Skb, ifindex: u32, to: &Tuple<F::A>, len: u32, cuts: bool) -> Packed {
+    Packed::new(try_queued::<F>(skb, ifindex, to.dst, len, cuts))
+}
+
+#[inline(always)]
+fn try_queued<F: Family>(skb: &Skb, ifindex: u32, dst: F::A, len: u32, cuts: bool) -> Result<i32, Stop> {
+    // In: nothing, so that the packet itself is measured, unless it stands for several; out: the MTU.
+    let mut mtu = 0;
+    // SAFETY: `mtu` is the word that the helper wants.
+    let rc = unsafe { helper::bpf_check_mtu(skb.raw().cast(), ifindex, &raw mut mtu, 0, 0) };
+    match rc {
+        _ if rc < 0 => Err(DropReason::NoRoute.into()),
+        MTU_FRAG_NEEDED if len == 0 && cuts => Ok(NO_WAY),
+        _ if len > mtu || (len == 0 && rc == MTU_FRAG_NEEDED) => Err(Stop { reason: DropReason::TooBig, mtu }),
+        _ => Ok(by_neighbour(ifindex, F::AF, dst.words())),
+    }
 }

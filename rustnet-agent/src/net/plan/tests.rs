@@ -4,7 +4,7 @@ use super::{Desired, Facts, Host, LAST_METRIC, Link, Neighbour, Node, PROTOCOL, 
 use crate::config::Routing;
 use crate::model::ObjectName;
 use ipnet::IpNet;
-use rustnet_common::files::EndpointFile;
+use rustnet_common::files::{Bandwidth, EndpointFile};
 use std::net::IpAddr;
 
 fn net(text: &str) -> IpNet {
@@ -40,6 +40,7 @@ fn endpoint() -> EndpointFile {
         pod_namespace: String::new(),
         pod_name: String::new(),
         pod_uid: String::new(),
+        bandwidth: Bandwidth::default(),
     }
 }
 

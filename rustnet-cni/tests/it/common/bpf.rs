@@ -11,6 +11,7 @@ use std::path::Path;
 
 const MAP_CREATE: u32 = 0;
 const MAP_LOOKUP_ELEM: u32 = 1;
+const MAP_UPDATE_ELEM: u32 = 2;
 const MAP_DELETE_ELEM: u32 = 3;
 const MAP_GET_NEXT_KEY: u32 = 4;
 const PROG_LOAD: u32 = 5;
@@ -88,6 +89,13 @@ pub fn entries(map: &OwnedFd) -> Vec<(IpAddr, Endpoint)> {
         out.push((next.into(), value));
         key = Some(next);
     }
+}
+
+/// Writes an entry.
+pub fn put(map: &OwnedFd, ip: IpAddr, value: &Endpoint) {
+    let key: EndpointKey = Addr::from(ip);
+    let attr = Attr::new().u32(0, map.as_raw_fd().cast_unsigned()).ptr(8, &raw const key);
+    attr.ptr(16, std::ptr::from_ref(value)).call(MAP_UPDATE_ELEM).expect("entry");
 }
 
 /// Deletes an entry.
