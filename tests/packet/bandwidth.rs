@@ -26,14 +26,14 @@ fn from_the_same_node() -> Result<()> {
     limited(|lab, net| {
         each(&ALL, |proto| {
             let ask = from_a(net, proto, (net.b(), 80));
-            lab.pod_sends(&ask)?.into_the_queue(&ask.hop())?;
+            lab.pod_sends(&ask)?.by_the_queue(&ask.hop())?;
             ensure!(lab.half(Flow::of(&ask))?.out == POD_B | QUEUED, "{:#x}", lab.half(Flow::of(&ask))?.out);
             // The other way there is no queue.
             let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
             lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
             ensure!(lab.half(Flow::of(&answer))?.out == POD_A);
             let more = later(&ask);
-            lab.pod_sends(&more)?.into_the_queue(&more.hop())
+            lab.pod_sends(&more)?.by_the_queue(&more.hop())
         })
     })
 }
@@ -46,12 +46,12 @@ fn from_elsewhere() -> Result<()> {
                 let arrives =
                     |f: &Frame| if remote == net.far() { lab.overlay_in(net.node2(), f) } else { lab.uplink_in(f) };
                 let ask = from_outside(proto, (remote, PORT), (net.b(), 80));
-                arrives(&ask)?.into_the_queue(&ask.hop())?;
-                arrives(&later(&ask))?.into_the_queue(&later(&ask).hop())?;
+                arrives(&ask)?.by_the_queue(&ask.hop())?;
+                arrives(&later(&ask))?.by_the_queue(&later(&ask).hop())?;
                 // Answers to what the pod asked.
                 let ask = from_b(net, proto, (remote, 81));
                 lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
-                arrives(&ask.reply())?.into_the_queue(&ask.reply().hop())?;
+                arrives(&ask.reply())?.by_the_queue(&ask.reply().hop())?;
                 // A pod beside.
                 let beside = from_outside(proto, (remote, PORT), (net.a(), 80));
                 arrives(&beside)?.to_the_pod(&beside.hop())?;
@@ -67,19 +67,19 @@ fn by_services_masquerade_and_hairpin() -> Result<()> {
         each(&SERVED, |proto| {
             lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
             let ask = from_a(net, proto, (net.vip(1), 80));
-            lab.pod_sends(&ask)?.into_the_queue(&ask.hop().between((net.a(), PORT), (net.b(), 8080)))?;
+            lab.pod_sends(&ask)?.by_the_queue(&ask.hop().between((net.a(), PORT), (net.b(), 8080)))?;
 
             // To itself, under the node's address.
             let hairpin = from_b(net, proto, (net.vip(1), 80));
             let arrives = hairpin.hop().between((net.node(), PORT), (net.b(), 8080));
-            lab.pod_sends(&hairpin)?.into_the_queue(&arrives)?;
+            lab.pod_sends(&hairpin)?.by_the_queue(&arrives)?;
             let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
             let back = answer.hop().between((net.vip(1), 80), (net.b(), PORT));
-            lab.pod_sends(&answer)?.into_the_queue(&back)?;
+            lab.pod_sends(&answer)?.by_the_queue(&back)?;
 
             // The host asks; it is no router.
             let host = from_host(net, proto, (net.vip(1), 80)).map(|f| f.set_ports(PORT + 1, 80));
-            lab.uplink_out(&host)?.into_the_queue(&host.between((net.node(), PORT + 1), (net.b(), 8080)))?;
+            lab.uplink_out(&host)?.by_the_queue(&host.between((net.node(), PORT + 1), (net.b(), 8080)))?;
 
             // The world answers.
             ensure!(SNAT.contains(&PORT), "the port is kept");
@@ -87,7 +87,7 @@ fn by_services_masquerade_and_hairpin() -> Result<()> {
             let leaves = out.hop().between((net.node(), PORT), (net.world(), 82));
             lab.pod_sends(&out)?.onto_wire(&leaves)?;
             let answer = leaves.reply().map(|f| f.ttl = 60);
-            lab.uplink_in(&answer)?.into_the_queue(&answer.hop().between((net.world(), 82), (net.b(), PORT)))
+            lab.uplink_in(&answer)?.by_the_queue(&answer.hop().between((net.world(), 82), (net.b(), PORT)))
         })
     })
 }
@@ -114,7 +114,7 @@ fn an_established_flow_learns_of_it() -> Result<()> {
         lab.put_endpoint_with(net.b(), POD_B, MAC_B, flags::QUEUED)?;
         lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
         lab.age(Flow::of(&ask), 1)?;
-        lab.pod_sends(&ask)?.into_the_queue(&ask.hop())?;
+        lab.pod_sends(&ask)?.by_the_queue(&ask.hop())?;
         lab.put_endpoint(net.b(), POD_B, MAC_B)?;
         lab.age(Flow::of(&ask), 1)?;
         lab.pod_sends(&ask)?.to_the_pod(&ask.hop())

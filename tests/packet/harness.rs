@@ -547,7 +547,7 @@ impl Shot {
     }
 
     /// Redirected to the host's end of a pod's veth, whose queue it passes, marked as done for the hook there.
-    pub fn into_the_queue(&self, want: &Frame) -> Result<()> {
+    pub fn by_the_queue(&self, want: &Frame) -> Result<()> {
         self.onto_wire(want)
     }
 

@@ -453,7 +453,7 @@ fn what_does_not_fit_a_limited_pods_interface() -> Result<()> {
         each(|proto| {
             let dst = at(proto, net.b(), 80);
             let fits = sized(net, proto, dst, POD_B_MTU);
-            lab.pod_sends(&fits)?.into_the_queue(&fits.hop())?;
+            lab.pod_sends(&fits)?.by_the_queue(&fits.hop())?;
             let f = sized(net, proto, dst, POD_B_MTU + 1);
             lab.pod_sends(&f)?.answered(DropReason::TooBig, &too_big(net, &f, POD_B_MTU))?;
             // The stack cuts what may be cut, and is the hop.
