@@ -17,6 +17,7 @@ mod fragments;
 mod hosts;
 mod kills;
 mod limits;
+mod masquerade;
 mod mixed;
 mod nodes;
 mod path;
