@@ -35,6 +35,8 @@ const PACKAGE: &str = "linux-image-cloud-amd64";
 const MODULES: [&str; 7] = ["veth", "vxlan", "bridge", "sch_ingress", "cls_bpf", "8021q", "sctp"];
 /// Debian's keys, as its own package has them.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// The file in the cache that holds release and version; written last.
+const NAMES: &str = "release";
 /// Names another mirror.
 const MIRROR: &str = "RUSTNET_DEBIAN_MIRROR";
 
@@ -72,19 +74,22 @@ impl Line {
         self.cached(&dir).with_context(|| format!("{} does not hold what was just put there", dir.display()))
     }
 
-    /// The kernel in the cache, whole.
-    pub fn present(&'static self) -> Option<Kernel> {
-        self.cached(&self.dir())
+    /// The release of the kernel in the cache; quick, for it compares no checksum of large files.
+    pub fn release(&self) -> Option<String> {
+        let names = fs::read_to_string(self.dir().join(NAMES)).ok()?;
+        names.split_whitespace().next().map(str::to_owned)
     }
 
     fn dir(&self) -> PathBuf {
         let mut key = cache::Key::default();
-        MODULES.iter().for_each(|module| key.text("module", module));
+        for module in MODULES {
+            key.text("module", module);
+        }
         paths::cache().join("kernels").join(format!("{}-{}", self.name, key.finish()))
     }
 
     fn cached(&'static self, dir: &Path) -> Option<Kernel> {
-        let [names, image, modules] = ["release", "vmlinuz", "modules.cpio"].map(|name| dir.join(name));
+        let [names, image, modules] = [NAMES, "vmlinuz", "modules.cpio"].map(|name| dir.join(name));
         if ![&names, &image, &modules].into_iter().all(|file| cache::holds(file)) {
             return None;
         }
@@ -110,7 +115,7 @@ impl Line {
         fs::write(&names, format!("{release} {version}\n")).with_context(|| format!("writing {}", names.display()))?;
         cache::store(image, &dir.join("vmlinuz"))?;
         cache::store(&archive, &dir.join("modules.cpio"))?;
-        cache::store(&names, &dir.join("release"))
+        cache::store(&names, &dir.join(NAMES))
     }
 }
 

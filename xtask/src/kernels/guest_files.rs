@@ -59,7 +59,9 @@ pub fn write(file: &Path, tests: &Tests, steps: &[Step]) -> Result<()> {
     let object = paths::object();
     files.archive.file(OBJECT, &fs::read(&object).with_context(|| format!("reading {}", object.display()))?, 0o644);
     files.archive.file(STEPS, &serde_json::to_vec(steps)?, 0o644);
-    ["/mnt", "/root", "/etc", "/run", "/tmp", MODULES].into_iter().for_each(|dir| files.archive.dir(dir));
+    for dir in ["/mnt", "/root", "/etc", "/run", "/tmp", MODULES] {
+        files.archive.dir(dir);
+    }
     let bytes = files.archive.finish();
     ui::detail(&format!("the guest's files: {} MB", bytes.len() / 1_000_000));
     fs::write(file, bytes).with_context(|| format!("writing {}", file.display()))

@@ -87,7 +87,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn list() {
     for line in &LINES {
-        let present = line.present().map_or("not downloaded".to_owned(), |k| format!("{} in the cache", k.release));
+        let present = line.release().map_or("not downloaded".to_owned(), |release| format!("{release} in the cache"));
         println!("{:7} {:19} {present}; {}", line.name, line.suite, line.why);
     }
 }
@@ -99,7 +99,8 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Line>> {
     }
     let find = |name: &String| {
         let is = |line: &&Line| line.name == name || line.suite == name;
-        let begins = |line: &&'static Line| line.present().is_some_and(|k| k.release.starts_with(&format!("{name}.")));
+        let begins =
+            |line: &&'static Line| line.release().is_some_and(|release| release.starts_with(&format!("{name}.")));
         let found = LINES.iter().find(is).or_else(|| LINES.iter().find(begins));
         found.with_context(|| format!("--kernel {name}: `cargo xtask kernels --list` tells which there are"))
     };
