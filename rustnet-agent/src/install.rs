@@ -176,7 +176,7 @@ mod tests {
         assert_eq!(plugin["type"], "rustnet-cni");
         assert_eq!(plugin["bpffs"], "/sys/fs/bpf/one");
         assert_eq!(plugin["runDir"], "/run/one");
-        assert_eq!(plugin.get("capabilities"), None, "nothing is promised that is not kept");
+        assert_eq!(plugin["capabilities"], json!({ "bandwidth": true }), "nothing more is promised than is kept");
         assert_eq!(std::fs::metadata(&path).expect("meta").mode() & 0o777, 0o644);
         assert_eq!(names(&dir.path().join("net.d")), [CONFLIST], "nothing temporary is left");
     }
