@@ -24,7 +24,7 @@ fn ranges_that_know_the_pods_see_their_addresses() -> Result<()> {
             for known in world() {
                 seen(net.fabric.world(), "world", pod, known, pod.address_like(known)?)?;
             }
-            for other in stranger.addresses()? {
+            for other in Stranger::addresses()? {
                 seen(&stranger.host, "stranger", pod, other, pod.node().address_like(other))?;
             }
         }
@@ -40,7 +40,7 @@ fn without_masquerade_all_see_the_pods_addresses() -> Result<()> {
         for known in world() {
             seen(net.fabric.world(), "world", &net.a, known, net.a.address_like(known)?)?;
         }
-        for other in stranger.addresses()? {
+        for other in Stranger::addresses()? {
             seen(&stranger.host, "stranger", &net.a, other, net.a.address_like(other)?)?;
         }
         Ok(())
@@ -59,7 +59,7 @@ impl Stranger {
         Ok(Self { _server: Server::start(&host, "stranger", PORT)?, host })
     }
 
-    fn addresses(&self) -> Result<[IpAddr; 2]> {
+    fn addresses() -> Result<[IpAddr; 2]> {
         Ok(["172.18.0.99".parse()?, "fd00:18::99".parse()?])
     }
 }

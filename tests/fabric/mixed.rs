@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use std::net::{IpAddr, SocketAddr};
 use testkit::client::ask;
 use testkit::pod::PORT;
-use testkit::sniff::{Capture, Sniffer};
+use testkit::sniff::{Capture, Frame, Sniffer};
 use testkit::{Pod, Proto, Routing, Setup, Topology, check};
 
 #[test]
@@ -68,9 +68,9 @@ fn answered(from: &Pod, by: &Pod, target: SocketAddr) -> Result<()> {
 }
 
 fn in_tunnel(capture: &Capture) -> bool {
-    capture.frames().iter().filter_map(|frame| frame.headers()).any(|h| h.dport == check::VXLAN_PORT)
+    capture.frames().iter().filter_map(Frame::headers).any(|h| h.dport == check::VXLAN_PORT)
 }
 
 fn plain(capture: &Capture, pod: &Pod) -> bool {
-    capture.frames().iter().filter_map(|frame| frame.headers()).any(|h| pod.addresses().contains(&h.dst))
+    capture.frames().iter().filter_map(Frame::headers).any(|h| pod.addresses().contains(&h.dst))
 }
