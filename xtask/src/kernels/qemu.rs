@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -29,7 +30,15 @@ pub fn boot(kernel: &Kernel, files: &Path, dir: &Path, mut on: impl FnMut(Messag
 }
 
 fn start(kernel: &Kernel, initrd: &Path, console: &Path) -> Result<Guest> {
-    let child = Command::new("qemu-system-x86_64")
+    let mut qemu = Command::new("qemu-system-x86_64");
+    // SAFETY: one async-signal-safe system call without pointers; a killed xtask leaves no guest behind.
+    unsafe {
+        qemu.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+    let child = qemu
         // Emulated: /dev/kvm inside of a virtual machine may be there and not work. Without cmpxchg16b, whose flags QEMU 7.2
         // gets wrong at times: 6.12 then ends in its memory allocator.
         .args(["-machine", "pc", "-accel", "tcg", "-cpu", "max,cx16=off", "-smp", "2", "-m", "3072"])
