@@ -108,7 +108,7 @@ fn last_lines(console: &PathBuf) -> String {
     let text = fs::read(console).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
     let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
     let last = lines[lines.len().saturating_sub(LAST_LINES)..].join("\n    ");
-    format!("the guest failed; the end of {}:\n    {last}\n", console.display())
+    format!("the guest failed\n    the end of {}:\n    {last}\n", console.display())
 }
 
 /// Archives one behind the other, which the kernel unpacks in that order.

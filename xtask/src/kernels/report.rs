@@ -113,7 +113,7 @@ impl Column {
         }
         for step in self.steps.iter().filter(|step| !step.held()) {
             all.push(format!(
-                "{}: {} failed; all it said is in {}\n    {}",
+                "{}: {} failed\n    all it said is in {}\n    {}",
                 self.release,
                 step.name,
                 step.log.display(),
