@@ -242,6 +242,11 @@ impl Origin {
             Self::Default => 4,
         }
     }
+
+    /// Whether somebody chose the value.
+    fn is_chosen(&self) -> bool {
+        *self != Self::Default
+    }
 }
 
 /// The text of one setting, with its origin.
