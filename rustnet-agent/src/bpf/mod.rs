@@ -19,7 +19,9 @@ pub fn remedy(error: &std::io::Error) -> &'static str {
         }
         Some(libc::ENOSYS) => "this kernel has no bpf(2): it must be built with CONFIG_BPF_SYSCALL",
         Some(libc::ENOMEM) => "the kernel has no memory for it: choose smaller maps",
-        Some(libc::EINVAL) => "this kernel does not know the feature: Linux 6.1 is the oldest that works",
+        Some(libc::EINVAL) => {
+            "this kernel does not know the feature: Linux 6.1 is the oldest that rustnet is tried with"
+        }
         Some(libc::ENOENT) => "it does not exist",
         _ => "see the kernel's message",
     }
