@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde::Serialize;
 
-use super::output::{self, Output, json, line};
+use super::output::{Output, json, line};
 use super::{Places, status};
 use crate::args::Given;
 use crate::config::Config;
@@ -84,8 +84,8 @@ pub fn run(find: impl Fn() -> Result<Places>, args: Args, out: &Output) -> Resul
 /// What `rustnet status` finds.
 fn agent(places: &Places) -> Group {
     let lines = status::check(places);
-    let wrong = lines.iter().filter(|line| line.status != output::Mark::Ok).map(|line| {
-        let level = if line.status == output::Mark::Bad { Level::Fault } else { Level::Warning };
+    let wrong = lines.iter().filter(|line| line.status != Mark::Ok).map(|line| {
+        let level = if line.status == Mark::Bad { Level::Fault } else { Level::Warning };
         Finding::new(level, &line.name, &line.detail).hint("the agent's log says why; `rustnet status` shows the whole")
     });
     let mut findings: Vec<_> = wrong.collect();

@@ -6,7 +6,7 @@ use anyhow::Result;
 use comfy_table::{ContentArrangement, Table};
 use serde::Serialize;
 
-use crate::doctor::finding;
+use crate::doctor::finding::Mark;
 
 /// How to print.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -26,18 +26,6 @@ pub struct Usage(pub String);
 pub struct Output {
     format: Format,
     colour: bool,
-}
-
-/// How a line of a status stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mark {
-    /// As it should be.
-    Ok,
-    /// Works, but not as it should.
-    Warning,
-    /// Does not work.
-    Bad,
 }
 
 impl Output {
@@ -67,22 +55,21 @@ impl Output {
 
     /// A word for a mark, coloured on a terminal.
     pub fn mark(&self, mark: Mark) -> String {
-        let (word, colour) = match mark {
-            Mark::Ok => ("Ok", 32),
-            Mark::Warning => ("Warning", 33),
-            Mark::Bad => ("Failed", 31),
-        };
-        if self.colour { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() }
+        self.coloured(mark, ["Ok", "Warning", "Failed"])
     }
 
-    /// A sign for a mark of the doctor's, coloured on a terminal.
-    pub fn sign(&self, mark: finding::Mark) -> String {
-        let (sign, colour) = match mark {
-            finding::Mark::Ok => ("✓", 32),
-            finding::Mark::Warning => ("!", 33),
-            finding::Mark::Bad => ("✗", 31),
+    /// A sign for a mark, coloured on a terminal.
+    pub fn sign(&self, mark: Mark) -> String {
+        self.coloured(mark, ["✓", "!", "✗"])
+    }
+
+    fn coloured(&self, mark: Mark, [ok, warning, bad]: [&str; 3]) -> String {
+        let (text, colour) = match mark {
+            Mark::Ok => (ok, 32),
+            Mark::Warning => (warning, 33),
+            Mark::Bad => (bad, 31),
         };
-        if self.colour { format!("\x1b[{colour}m{sign}\x1b[0m") } else { sign.to_owned() }
+        if self.colour { format!("\x1b[{colour}m{text}\x1b[0m") } else { text.to_owned() }
     }
 }
 

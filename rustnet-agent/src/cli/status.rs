@@ -15,7 +15,7 @@ use rustnet_common::names::{LINKS_DIR, PROGRAMS, map};
 use serde::Serialize;
 
 use super::maps::percent;
-use super::output::{Mark, Output, json, line as print, thousands};
+use super::output::{Output, json, line as print, thousands};
 use super::{Places, endpoints};
 use crate::bpf::attach::Direction;
 use crate::bpf::load::{CLOCK, program_path};
@@ -23,6 +23,7 @@ use crate::bpf::store::counters::Counters;
 use crate::bpf::store::endpoints::Endpoints;
 use crate::bpf::store::fill;
 use crate::bpf::sys;
+use crate::doctor::finding::Mark;
 use crate::net::netlink::Socket;
 use crate::net::{link, tc};
 use crate::nodefile;

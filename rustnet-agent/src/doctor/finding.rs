@@ -17,15 +17,15 @@ pub enum Level {
     Fatal,
 }
 
-/// The three marks that people see.
+/// The three marks that people see, here and in `rustnet status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mark {
-    /// A tick.
+    /// A tick: as it should be.
     Ok,
-    /// An exclamation mark.
+    /// An exclamation mark: works, but not as it should.
     Warning,
-    /// A cross.
+    /// A cross: does not work.
     Bad,
 }
 
