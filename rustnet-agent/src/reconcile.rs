@@ -19,11 +19,11 @@ use tokio::time::{Instant, sleep_until};
 use crate::config::Config;
 use crate::ct_gc::Collector;
 use crate::health::{Health, STARTING};
-use crate::index::{Index, Settings};
+use crate::index::Index;
 use crate::model::{Node, ObjectName};
 use crate::net::monitor::Monitor;
 use crate::net::overlay::mac_of;
-use crate::net::repair::{Repairer, State, Wanted, underlay};
+use crate::net::repair::{Repairer, State, Wanted};
 use crate::net::uplink::{Host, networks};
 use crate::plan::Planner;
 use crate::source::{Event, Kind, Object};
@@ -160,14 +160,7 @@ impl Reconciler {
                 }
             }
         };
-        let settings = Settings {
-            node_name: config.node_name.as_str().into(),
-            routing: config.routing,
-            tunnel_family: underlay(&uplinks),
-            no_masquerade: config.non_masquerade_cidrs.clone(),
-            own_addresses: host.own_addresses(),
-            links: networks(&uplinks),
-        };
+        let settings = node::index_settings(&config, &host, &uplinks);
         Ok(Self {
             config,
             health,
@@ -324,6 +317,7 @@ impl Reconciler {
         let began = Instant::now();
         let result = self.mend_network();
         self.net_took = began.elapsed();
+        // Files are looked after like devices and routes: what somebody deleted is put back.
         self.published = None;
         let error = match result {
             Ok(errors) => (!errors.is_empty()).then(|| errors.join("; ")),

@@ -9,13 +9,13 @@ use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 
 use super::finding::{Finding, Level, split_remedy};
 use crate::config::Config;
-use crate::index::{Index, Settings};
+use crate::index::Index;
 use crate::model::Node;
 use crate::net::neighbour;
 use crate::net::netlink::Socket;
 use crate::net::overlay::mac_of;
-use crate::net::repair::underlay;
-use crate::net::uplink::{Host, networks};
+use crate::net::uplink::Host;
+use crate::reconcile::node::index_settings;
 use crate::source::{Event, Kind, Object};
 
 /// A Node, with what only an API server tells of it.
@@ -65,14 +65,7 @@ pub fn gather(config: &Config, host: &Host, nodes: Result<&Vec<KnownNode>, &Stri
 /// What the agent will say of these Nodes.
 fn problems(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<String> {
     let uplinks = host.uplinks(&config.uplinks).unwrap_or_default();
-    let mut index = Index::new(Settings {
-        node_name: config.node_name.as_str().into(),
-        routing: config.routing,
-        tunnel_family: underlay(&uplinks),
-        no_masquerade: config.non_masquerade_cidrs.clone(),
-        own_addresses: host.own_addresses(),
-        links: networks(&uplinks),
-    });
+    let mut index = Index::new(index_settings(config, host, &uplinks));
     index.handle(Event::Restart(Kind::Node));
     for known in nodes {
         index.handle(Event::Apply(Object::Node(Arc::clone(&known.node))));

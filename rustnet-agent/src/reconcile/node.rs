@@ -9,8 +9,10 @@ use rustnet_common::config::{NodeConfig, flags};
 use rustnet_common::files::NodeFile;
 
 use crate::config::{Config, Role};
+use crate::index::Settings;
 use crate::model::{Family, Node};
 use crate::net::repair::{State, underlay};
+use crate::net::uplink::{Host, Uplink, networks};
 
 /// Seed of the flow hash: the same in the whole cluster, so that all nodes choose alike.
 const SEED: u32 = 0x7275_7374;
@@ -18,6 +20,18 @@ const SEED: u32 = 0x7275_7374;
 const FIRST_PORT: u16 = 1024;
 /// Kubernetes' node ports, as by default.
 pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
+
+/// What the index is told of this host.
+pub fn index_settings(config: &Config, host: &Host, uplinks: &[Uplink]) -> Settings {
+    Settings {
+        node_name: config.node_name.as_str().into(),
+        routing: config.routing,
+        tunnel_family: underlay(uplinks),
+        no_masquerade: config.non_masquerade_cidrs.clone(),
+        own_addresses: host.own_addresses(),
+        links: networks(uplinks),
+    }
+}
 
 /// The larger free part of the ports outside of those that the host's own connections use and of the node ports: there, the
 /// masquerade collides with nothing.
