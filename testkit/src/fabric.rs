@@ -2,8 +2,8 @@
 //!
 //! Switched: all nodes on one segment, `172.18.0.0/24` and `fd00:18::/64`, node N at `.1N` and `::1N`. Routed: each node in
 //! a segment of its own behind a router, `172.18.N.0/24` and `fd00:18:0:N::/64`, and between the routers a core whose MTU
-//! can be smaller. Mixed: the first two nodes so, the others thus. In all, the world (`192.0.2.10`, `2001:db8:2::10`) lies behind the switch, which routes, and knows
-//! nothing of pods.
+//! can be smaller. Mixed: the first two nodes so, the others thus. In all, the world (`192.0.2.10`, `2001:db8:2::10`) lies behind
+//! the switch, which routes, and knows nothing of pods.
 
 use crate::janitor;
 use crate::manifest::{Manifests, node_yaml};
@@ -11,6 +11,7 @@ use crate::netns::{Holder, Netns, Own};
 use crate::node::{Node, Plan};
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
+use rustnet_agent::config::Routing;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -40,28 +41,6 @@ impl Topology {
             Self::Switched => None,
             Self::Routed { core_mtu } => Some(core_mtu),
             Self::Mixed { core_mtu } => (n > 2).then_some(core_mtu),
-        }
-    }
-}
-
-/// How pods of other nodes are reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Routing {
-    /// In VXLAN.
-    Vxlan,
-    /// By routes.
-    Native,
-    /// By routes on one segment, in VXLAN beyond.
-    DirectAndVxlan,
-}
-
-impl Routing {
-    /// The word of the agent's flag.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Vxlan => "vxlan",
-            Self::Native => "native",
-            Self::DirectAndVxlan => "direct-and-vxlan",
         }
     }
 }

@@ -39,7 +39,8 @@ pub mod stream;
 pub mod wait;
 
 pub use client::{Answers, Proto};
-pub use fabric::{Fabric, Routing, Setup, Topology};
+pub use fabric::{Fabric, Setup, Topology};
 pub use netns::Netns;
 pub use node::Node;
 pub use pod::Pod;
+pub use rustnet_agent::config::Routing;

@@ -1,12 +1,13 @@
 //! A node: its namespaces, its directories, and its place in the fabric.
 
 use crate::agent::Agent;
-use crate::fabric::{Routing, RunDir};
+use crate::fabric::RunDir;
 use crate::janitor;
 use crate::netns::{Holder, Netns, Own};
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 use nix::mount::{MsFlags, mount};
+use rustnet_agent::config::Routing;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
