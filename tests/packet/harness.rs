@@ -1,233 +1,35 @@
 //! One node without an agent: the programs, their maps, and a network namespace with the devices and routes that they ask
-//! the kernel about. [`lab`] gives one to each test; [`Shot`] holds what became of a packet, to be compared as a whole.
+//! the kernel about. [`lab`] gives one to each test.
 
-use crate::frame::{Frame, L4};
-use anyhow::{Context, Result, anyhow, bail, ensure};
+mod addresses;
+mod connections;
+mod shot;
+
+pub use addresses::*;
+pub use connections::{Flow, Half};
+use connections::{Plain, entry, flow, half, tuple};
+pub use shot::{REDIRECT, SHOT, STACK, Shot};
+
+use crate::frame::Frame;
+use anyhow::{Context, Result, anyhow, ensure};
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::backend::Backend;
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::CtEntry;
-use rustnet_common::drop::{DropReason, hook};
+use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
-use rustnet_common::event::Event;
 use rustnet_common::frag::{FragKey, FragPorts};
-use rustnet_common::names::{MARK_DONE, map};
+use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey, flags};
 use rustnet_common::service::{SvcEntry, SvcKey, scope};
 use rustnet_common::tuple::Tuple;
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use testkit::check;
 use testkit::datapath::{Datapath, Input};
 use testkit::netns::{Holder, Own};
-
-/// Verdict: whoever comes next, then the stack.
-pub const STACK: i32 = -1;
-/// Verdict: dropped.
-pub const SHOT: i32 = 2;
-/// Verdict: where the helper said.
-pub const REDIRECT: i32 = 7;
-
-const ETHERNET: usize = 14;
-
-pub const UPLINK: u32 = 10;
-pub const OVERLAY: u32 = 11;
-pub const POD_A: u32 = 21;
-pub const POD_B: u32 = 22;
-/// Largest packet that fits into the overlay.
-pub const OVERLAY_MTU: usize = 1450;
-/// MTU of pod B's interface.
-pub const POD_B_MTU: usize = 1420;
-/// MTU of the route to [`Net::narrow`].
-pub const NARROW_MTU: usize = 1400;
-/// Ticks in a second, as the programs are told. So many that no test lasts one: `seen` moves only where a test moves it.
-pub const HZ: u32 = 100_000;
-pub const SNAT: std::ops::RangeInclusive<u16> = 20_000..=59_999;
-
-pub const MAC_A: [u8; 6] = [2, 0, 0, 0, 0x0a, 1];
-pub const MAC_B: [u8; 6] = [2, 0, 0, 0, 0x0b, 1];
-/// The host's end of each pod's veth, as pods see it.
-pub const MAC_HOST: [u8; 6] = [2, 0, 0, 0, 0xff, 1];
-/// Whoever is out there.
-pub const MAC_OUT: [u8; 6] = [2, 0, 0, 0, 0xee, 1];
-
-const LINKS: &str = "\
-    link add eth0 index 10 type veth peer name peer0
-    link add rn_vxlan index 11 type veth peer name peer1
-    link add rnva index 21 type veth peer name peera
-    link add rnvb index 22 mtu 1420 type veth peer name peerb
-    link set eth0 up
-    link set peer0 up
-    link set rn_vxlan up
-    link set peer1 up
-    link set rnva up
-    link set peera up
-    link set rnvb up
-    link set peerb up
-    addr add 172.18.0.11/24 dev eth0
-    addr add fd00:18::11/64 dev eth0 nodad
-    route add default via 172.18.0.1 dev eth0
-    route add default via fd00:18::1 dev eth0
-    route add 10.244.3.0/24 via 172.18.0.13 dev eth0
-    route add fd00:244:0:3::/64 via fd00:18::13 dev eth0
-    route add 10.244.4.0/24 via 172.18.0.13 dev eth0 mtu lock 1400
-    route add fd00:244:0:4::/64 via fd00:18::13 dev eth0 mtu lock 1400
-    route add unreachable 203.0.113.0/24
-    route add unreachable 2001:db8:dead::/48";
-
-/// An IP family, and the addresses that all tests share.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Net {
-    V4,
-    V6,
-}
-
-/// Both.
-pub const BOTH: [Net; 2] = [Net::V4, Net::V6];
-
-impl Net {
-    pub fn ip(self, v4: [u8; 4], v6: &str) -> IpAddr {
-        match self {
-            Self::V4 => IpAddr::from(v4),
-            Self::V6 => v6.parse().unwrap_or_else(|e| panic!("{v6}: {e}")),
-        }
-    }
-    /// Pod A of this node.
-    pub fn a(self) -> IpAddr {
-        self.ip([10, 244, 1, 10], "fd00:244:0:1::10")
-    }
-    /// Pod B of this node.
-    pub fn b(self) -> IpAddr {
-        self.ip([10, 244, 1, 11], "fd00:244:0:1::11")
-    }
-    /// An address of this node's range that no pod has.
-    pub fn nobody(self) -> IpAddr {
-        self.ip([10, 244, 1, 99], "fd00:244:0:1::99")
-    }
-    /// A pod of node 2, behind the overlay.
-    pub fn far(self) -> IpAddr {
-        self.ip([10, 244, 2, 20], "fd00:244:0:2::20")
-    }
-    /// A pod of node 3, reached by the kernel's routes.
-    pub fn routed(self) -> IpAddr {
-        self.ip([10, 244, 3, 30], "fd00:244:0:3::30")
-    }
-    /// The same, over a narrow link.
-    pub fn narrow(self) -> IpAddr {
-        self.ip([10, 244, 4, 40], "fd00:244:0:4::40")
-    }
-    /// This node.
-    pub fn node(self) -> IpAddr {
-        self.ip([172, 18, 0, 11], "fd00:18::11")
-    }
-    /// Node 2.
-    pub fn node2(self) -> IpAddr {
-        self.ip([172, 18, 0, 12], "fd00:18::12")
-    }
-    /// A router of the world.
-    pub fn router(self) -> IpAddr {
-        self.ip([198, 51, 100, 1], "2001:db8:99::1")
-    }
-    /// A host of the world.
-    pub fn world(self) -> IpAddr {
-        self.ip([192, 0, 2, 10], "2001:db8:2::10")
-    }
-    /// An address to which the kernel knows that there is no way.
-    pub fn unreachable(self) -> IpAddr {
-        self.ip([203, 0, 113, 5], "2001:db8:dead::5")
-    }
-    /// A virtual address.
-    pub fn vip(self, n: u8) -> IpAddr {
-        self.ip([10, 96, 0, n], &format!("fd00:96::{n:x}"))
-    }
-    /// An address of the family from sixteen bytes.
-    fn of(addr: IpAddr) -> Self {
-        if addr.is_ipv4() { Self::V4 } else { Self::V6 }
-    }
-}
-
-/// A flow in one direction: the connection table's key as plain values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Flow {
-    pub src: IpAddr,
-    pub sport: u16,
-    pub dst: IpAddr,
-    pub dport: u16,
-    pub proto: u8,
-}
-
-impl Flow {
-    pub fn of(frame: &Frame) -> Self {
-        let (sport, dport) = frame.ports();
-        Self { src: frame.src, sport, dst: frame.dst, dport, proto: frame.proto() }
-    }
-    pub fn reversed(self) -> Self {
-        Self { src: self.dst, sport: self.dport, dst: self.src, dport: self.sport, proto: self.proto }
-    }
-    fn net(self) -> Net {
-        Net::of(self.src)
-    }
-}
-
-/// Half of a connection, as plain values.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Half {
-    pub to: Flow,
-    pub flags: u16,
-    pub state: u8,
-    pub seen: u32,
-    pub ifindex: u32,
-    pub guard: [u8; 6],
-    pub backend: u32,
-    pub out: u32,
-    pub packets: u64,
-    pub bytes: u64,
-}
-
-/// Conversions between the tables' types and the tests'.
-trait Plain: Address + bytemuck::Pod + Ord {
-    fn from_ip(ip: IpAddr) -> Self;
-    fn ip(self) -> IpAddr;
-}
-impl Plain for Ip4 {
-    fn from_ip(ip: IpAddr) -> Self {
-        Self::from_addr(Addr::from(ip))
-    }
-    fn ip(self) -> IpAddr {
-        IpAddr::V4(self.into())
-    }
-}
-impl Plain for Ip6 {
-    fn from_ip(ip: IpAddr) -> Self {
-        Addr::from(ip)
-    }
-    fn ip(self) -> IpAddr {
-        IpAddr::V6(self.into())
-    }
-}
-
-fn tuple<A: Plain>(f: &Flow) -> Tuple<A> {
-    let (src, dst) = (A::from_ip(f.src), A::from_ip(f.dst));
-    Tuple { src, dst, sport: f.sport, dport: f.dport, proto: f.proto, pad: 0, pad2: 0 }
-}
-
-fn flow<A: Plain>(t: &Tuple<A>) -> Flow {
-    Flow { src: t.src.ip(), sport: t.sport, dst: t.dst.ip(), dport: t.dport, proto: t.proto }
-}
-
-fn half<A: Plain>(e: &CtEntry<A>) -> Half {
-    let CtEntry { to, flags, state, seen, ifindex, backend, out, packets, bytes, .. } = *e;
-    Half { to: flow(&to), flags, state, seen, ifindex, guard: bytemuck::cast(e.guard), backend, out, packets, bytes }
-}
-
-fn entry<A: Plain>(h: &Half) -> CtEntry<A> {
-    let Half { flags, state, seen, ifindex, guard, backend, out, packets, bytes, .. } = *h;
-    let (to, guard) = (tuple(&h.to), bytemuck::cast(guard));
-    CtEntry { to, flags, state, pad: 0, seen, ifindex, backend, out, guard, pad2: [0; 3], packets, bytes }
-}
 
 /// The node.
 pub struct Lab {
@@ -524,103 +326,4 @@ impl Lab {
     pub fn overlay_out(&self, frame: &Frame) -> Result<Shot> {
         self.shoot(hook::OVERLAY_OUT, OVERLAY, frame)
     }
-}
-
-/// What became of a packet.
-#[derive(Debug)]
-pub struct Shot {
-    hook: u8,
-    sum_is_right: bool,
-    sent: Vec<u8>,
-    pub verdict: i32,
-    pub mark: u32,
-    pub frame: Vec<u8>,
-    /// By reason and hook.
-    pub counted: BTreeMap<(u8, u8), u64>,
-    pub events: Vec<Event>,
-}
-
-impl Shot {
-    /// Redirected into a pod, changed into `want`.
-    pub fn to_the_pod(&self, want: &Frame) -> Result<()> {
-        self.ended(REDIRECT, 0, Some(DropReason::Forwarded), &want.bytes(), usize::MAX)
-    }
-
-    /// Redirected to the host's end of a pod's veth, whose queue it passes, marked as done for the hook there.
-    pub fn by_the_queue(&self, want: &Frame) -> Result<()> {
-        self.onto_wire(want)
-    }
-
-    /// Redirected to a device, marked as done for the hook there, changed into `want`.
-    pub fn onto_wire(&self, want: &Frame) -> Result<()> {
-        self.ended(REDIRECT, MARK_DONE, Some(DropReason::Forwarded), &want.bytes(), usize::MAX)
-    }
-
-    /// Left to the stack as `want`, not counted, and marked as done for the hook that it meets after.
-    pub fn done_to_stack(&self, want: &Frame) -> Result<()> {
-        self.ended(STACK, MARK_DONE, None, &want.bytes(), usize::MAX)
-    }
-
-    /// Left to the stack as `want`, not counted.
-    pub fn to_stack(&self, want: &Frame) -> Result<()> {
-        self.ended(STACK, 0, None, &want.bytes(), usize::MAX)
-    }
-
-    /// Dropped unchanged, counted once.
-    pub fn dropped(&self, reason: DropReason) -> Result<()> {
-        self.ended(SHOT, 0, Some(reason), &self.sent, usize::MAX)
-    }
-
-    /// Refused for `reason`, and the sender told so by `want`.
-    pub fn answered(&self, reason: DropReason, want: &Frame) -> Result<()> {
-        let bytes = want.bytes();
-        let kept = if matches!(want.l4, L4::Icmp { .. }) { ETHERNET + want.payload.len() } else { bytes.len() };
-        self.ended(REDIRECT, MARK_DONE, Some(reason), &bytes, kept)
-    }
-
-    /// `kept`: how much of the frame that was sent is still in it.
-    fn ended(&self, verdict: i32, mark: u32, reason: Option<DropReason>, want: &[u8], kept: usize) -> Result<()> {
-        let counted: Vec<String> = self
-            .counted
-            .iter()
-            .map(|((r, h), n)| {
-                let name = DropReason::from_code(*r).map_or("?", DropReason::name);
-                format!("{n} x {name} at {}", hook::NAMES.get(*h as usize).unwrap_or(&"?"))
-            })
-            .collect();
-        let expected: BTreeMap<_, _> = reason.map(|r| ((r as u8, self.hook), 1)).into_iter().collect();
-        let name = reason.map_or("nothing", DropReason::name);
-        ensure!(self.verdict == verdict, "verdict {}, not {verdict}; counted {counted:?}, not {name}", self.verdict);
-        ensure!(self.counted == expected, "counted {counted:?}, not {name} once");
-        let told: Vec<(u8, u8, u32)> = self.events.iter().map(|e| (e.reason, e.hook, e.len)).collect();
-        let drop = reason.filter(|r| *r != DropReason::Forwarded);
-        let expected: Vec<_> = drop.map(|r| (r as u8, self.hook, self.sent.len() as u32)).into_iter().collect();
-        ensure!(told == expected, "reported (reason, hook, length) {told:?}, not {expected:?}");
-        ensure!(self.mark == mark, "mark {:#x}, not {mark:#x}", self.mark);
-        if self.frame != want {
-            bail!("the frame is\n{}which should be\n{}", show(&self.frame, want), show(want, &self.frame));
-        }
-        // A frame that was cut has lost its device's sum, and the kernel knows.
-        if !self.sum_is_right && self.sent.len() <= kept {
-            bail!("the device's sum of the whole packet (CHECKSUM_COMPLETE) is wrong now");
-        }
-        if reason != Some(DropReason::Malformed) && self.verdict == REDIRECT {
-            check::checksums(&self.frame, false).context("of the frame that comes out")?;
-        }
-        Ok(())
-    }
-}
-
-/// Hexadecimal, sixteen bytes a line, with a mark before each byte that differs from `other`.
-fn show(bytes: &[u8], other: &[u8]) -> String {
-    let mut text = String::new();
-    for (line, chunk) in bytes.chunks(16).enumerate() {
-        let _ = write!(text, "  {:4}:", line * 16);
-        for (i, b) in chunk.iter().enumerate() {
-            let mark = if other.get(line * 16 + i) == Some(b) { ' ' } else { '>' };
-            let _ = write!(text, " {mark}{b:02x}");
-        }
-        text.push('\n');
-    }
-    text
 }
