@@ -24,6 +24,9 @@ pub enum Direction {
 }
 
 impl Direction {
+    /// In and out.
+    pub const BOTH: [Self; 2] = [Self::Ingress, Self::Egress];
+
     fn tcx(self) -> u32 {
         match self {
             Self::Ingress => sys::TCX_INGRESS,
@@ -41,8 +44,6 @@ pub enum Outcome {
     Swapped,
     /// Nothing of ours was there.
     Attached,
-    /// The kernel has no TCX; a netlink filter does it.
-    Filter,
 }
 
 /// Where a hook's link is pinned: the program's name, and for further uplinks the device's name behind it.
@@ -63,7 +64,8 @@ pub struct Device<'a> {
     pub ifindex: u32,
 }
 
-/// Has `prog` on the TCX hook of a device, by the link pinned at `path` if it lives and is of this device.
+/// Has `prog` on the TCX hook of a device, by the link pinned at `path` if it lives and is of this device; without TCX, in a
+/// filter.
 pub fn device_hook(
     socket: &mut Socket,
     path: &Path,
@@ -80,9 +82,8 @@ pub fn device_hook(
             Ok(Outcome::Attached)
         }
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            tc::set_filter(socket, device.ifindex, direction, prog, &name_of(path))
-                .with_context(|| format!("attaching to {} without TCX", device.name))?;
-            Ok(Outcome::Filter)
+            filter(socket, device.ifindex, direction, prog, &name_of(path))
+                .with_context(|| format!("attaching to {} without TCX", device.name))
         }
         Err(e) => Err(anyhow::anyhow!("attaching {} to {}: {e}: {}", name_of(path), device.name, remedy(&e))),
     }
@@ -126,12 +127,13 @@ pub fn pod_hooks(
     from_pod: BorrowedFd<'_>,
     to_pod: BorrowedFd<'_>,
 ) -> Result<Outcome> {
-    let one = pod_hook(socket, ifindex, Direction::Ingress, from_pod, names::PROGRAMS[0])?;
-    let two = pod_hook(socket, ifindex, Direction::Egress, to_pod, names::PROGRAMS[1])?;
+    let one = filter(socket, ifindex, Direction::Ingress, from_pod, names::PROGRAMS[0])?;
+    let two = filter(socket, ifindex, Direction::Egress, to_pod, names::PROGRAMS[1])?;
     Ok(if one == Outcome::Unchanged { two } else { one })
 }
 
-fn pod_hook(
+/// Has `prog` in our filter on a device.
+fn filter(
     socket: &mut Socket,
     ifindex: u32,
     direction: Direction,
@@ -139,8 +141,8 @@ fn pod_hook(
     name: &str,
 ) -> Result<Outcome> {
     let wanted = sys::prog_id(prog).context("asking for a program's id")?;
-    let there = tc::filter_prog_id(socket, ifindex, direction)?;
-    if there == Some(wanted) {
+    let there = tc::filter(socket, ifindex, direction)?;
+    if there.as_ref().is_some_and(|filter| filter.prog_id == wanted) {
         return Ok(Outcome::Unchanged);
     }
     tc::set_filter(socket, ifindex, direction, prog, name)?;

@@ -184,7 +184,7 @@ fn devices(socket: &mut Socket) -> Result<Vec<String>> {
             removed.extend(link::delete(socket, device.index)?.then(|| format!("device {}", device.name)));
             continue;
         }
-        for direction in [Direction::Ingress, Direction::Egress] {
+        for direction in Direction::BOTH {
             if tc::remove_filter(socket, device.index, direction)? {
                 removed.push(format!("classifier on {}", device.name));
             }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustnet_common::drop::DropReason;
-use rustnet_common::names::{LINKS_DIR, PROGRAMS, map};
+use rustnet_common::names::{LINKS_DIR, PROGRAMS, VETH_PREFIX, map};
 use serde::Serialize;
 
 use super::maps::percent;
@@ -191,10 +191,11 @@ fn check_pins(bpffs: &Path) -> (Mark, String) {
     }
 }
 
-/// The links, and whether their devices live.
+/// The links, and whether their devices live; without TCX, the filters in place of them.
 fn hooks(places: &Places) -> Result<(Mark, String)> {
     let dir = places.bpffs()?.join(LINKS_DIR);
-    let links = link::list(&mut Socket::open()?)?;
+    let mut socket = Socket::open()?;
+    let links = link::list(&mut socket)?;
     let (mut alive, mut dead) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
         let path = entry?.path();
@@ -207,11 +208,19 @@ fn hooks(places: &Places) -> Result<(Mark, String)> {
             None => dead.push(format!("{name} (its device is gone)")),
         }
     }
+    for device in links.iter().filter(|link| !link.name.starts_with(VETH_PREFIX)) {
+        for direction in Direction::BOTH {
+            if let Some(filter) = tc::filter(&mut socket, device.index, direction)? {
+                let name = format!("{} (filter on {})", filter.name, device.name);
+                if device.is_up() { &mut alive } else { &mut dead }.push(name);
+            }
+        }
+    }
     alive.sort();
     Ok(if !dead.is_empty() {
         (Mark::Bad, dead.join(", "))
     } else if alive.is_empty() {
-        (Mark::Warning, "no TCX links: a kernel before 6.6, or the agent has not attached anything".to_owned())
+        (Mark::Bad, "neither links nor filters: nothing is attached to the uplink; the agent's log says why".to_owned())
     } else {
         (Mark::Ok, alive.join(" "))
     })
@@ -254,9 +263,9 @@ fn classifiers(places: &Places) -> Result<(Mark, String)> {
         pods += 1;
         for ((program, direction), pinned) in hooks.into_iter().zip(pinned) {
             let what = || format!("{program} on {} (pod {})", record.host_ifname, names[ip]);
-            match tc::filter_prog_id(&mut socket, record.ifindex, direction)? {
+            match tc::filter(&mut socket, record.ifindex, direction)? {
                 None => missing.push(what()),
-                Some(id) if id != pinned => other.push(what()),
+                Some(filter) if filter.prog_id != pinned => other.push(what()),
                 Some(_) => {}
             }
         }

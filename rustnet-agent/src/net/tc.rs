@@ -66,8 +66,17 @@ pub fn set_filter(
     Ok(())
 }
 
-/// Id of the program that our classifier on a device runs; `None` when there is no such classifier (or no device).
-pub fn filter_prog_id(socket: &mut Socket, ifindex: u32, direction: Direction) -> Result<Option<u32>> {
+/// A classifier of ours on a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filter {
+    /// The name it was given: a program's.
+    pub name: String,
+    /// Id of the program that it runs.
+    pub prog_id: u32,
+}
+
+/// Our classifier on a device; `None` when there is no such classifier (or no device).
+pub fn filter(socket: &mut Socket, ifindex: u32, direction: Direction) -> Result<Option<Filter>> {
     let dump = Message::new(libc::RTM_GETTFILTER, 0, &tcmsg(ifindex, 0, parent(direction), 0));
     let filters = match socket.dump(dump) {
         Ok(filters) => filters,
@@ -84,23 +93,23 @@ fn is_our_name(name: &str) -> bool {
         .any(|program| name.strip_prefix(program).is_some_and(|rest| rest.is_empty() || rest.starts_with('_')))
 }
 
-/// The program of a filter, if the filter has our priority, handle, type and name: others use the first handle, too.
-fn ours(body: &[u8]) -> Option<u32> {
+/// A filter, if it has our priority, handle, type and one of our names: others use the first handle, too.
+fn ours(body: &[u8]) -> Option<Filter> {
     let (head, rest) = body.split_at_checked(20)?;
     if number(&head[8..])? != TC_HANDLE || number(&head[16..])? != info() {
         return None;
     }
     let kind = attributes(rest).find(|(kind, _)| *kind == KIND).map(|(_, v)| text(v));
     let options = attributes(rest).find(|(kind, _)| *kind == OPTIONS)?.1;
-    let id = attributes(options).find(|(kind, _)| *kind == BPF_ID).and_then(|(_, v)| number(v))?;
+    let prog_id = attributes(options).find(|(kind, _)| *kind == BPF_ID).and_then(|(_, v)| number(v))?;
     let name = attributes(options).find(|(kind, _)| *kind == BPF_NAME).map(|(_, v)| text(v))?;
-    (kind.as_deref() == Some("bpf") && is_our_name(&name)).then_some(id)
+    (kind.as_deref() == Some("bpf") && is_our_name(&name)).then_some(Filter { name, prog_id })
 }
 
 /// Removes our classifier from a device; true when it was there. The qdisc stays: removing it loses packets, and it may
 /// carry filters of others.
 pub fn remove_filter(socket: &mut Socket, ifindex: u32, direction: Direction) -> Result<bool> {
-    if filter_prog_id(socket, ifindex, direction)?.is_none() {
+    if filter(socket, ifindex, direction)?.is_none() {
         return Ok(false);
     }
     let body = tcmsg(ifindex, TC_HANDLE, parent(direction), info());

@@ -45,7 +45,7 @@ impl Host {
         Ok(Self { links: link::list(socket)?, addresses: address::list(socket)?, routes: route::list(socket)? })
     }
 
-    /// The uplinks of these names; without names, the device of the default route.
+    /// The uplinks of these names, each once; without names, the device of the default route.
     pub fn uplinks(&self, names: &[String]) -> Result<Vec<Uplink>> {
         if names.is_empty() {
             let Some(link) = self.default_device() else {
@@ -53,7 +53,15 @@ impl Host {
             };
             return Ok(vec![self.uplink(link)]);
         }
-        names.iter().map(|name| self.named(name)).collect()
+        let mut found: Vec<Uplink> = Vec::new();
+        for name in names {
+            let uplink = self.named(name)?;
+            // A device takes a program once.
+            if !found.contains(&uplink) {
+                found.push(uplink);
+            }
+        }
+        Ok(found)
     }
 
     fn named(&self, name: &str) -> Result<Uplink> {
@@ -140,6 +148,8 @@ mod tests {
         assert_eq!((found[0].name.as_str(), found[0].ifindex), ("eth0", 2));
         assert_eq!(found[0].addresses, ["192.0.2.9/24".parse().unwrap(), "2001:db8::9/64".parse::<IpNet>().unwrap()]);
         assert_eq!(host().uplinks(&["eth1".into()]).unwrap()[0].ifindex, 3);
+        let twice = host().uplinks(&["eth1".into(), "eth0".into(), "eth1".into()]).unwrap();
+        assert_eq!(twice.iter().map(|it| it.ifindex).collect::<Vec<_>>(), [3, 2]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::EndpointFile;
-use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGRAMS};
+use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGRAMS, VETH_PREFIX};
 
 use crate::bpf::attach::{self, Device, Direction, Outcome};
 use crate::bpf::load::{CLOCK, Load, Programs};
@@ -23,9 +23,9 @@ use crate::bpf::{load, object, pin, probe};
 use crate::config::Config;
 use crate::metrics::{HookCount, KernelStats, MapFill};
 use crate::net::endpoints::parse_mac;
-use crate::net::link;
 use crate::net::netlink::Socket;
 use crate::net::repair::State;
+use crate::net::{link, tc};
 
 /// Programs and stores.
 pub struct Kernel {
@@ -83,13 +83,14 @@ impl Kernel {
         let hooks = device_hooks(state);
         for hook in &hooks {
             match self.device_hook(socket, hook) {
-                Ok(Outcome::Unchanged | Outcome::Filter) => {}
+                Ok(Outcome::Unchanged) => {}
                 Ok(outcome) => done.push(format!("{} on {}: {}", hook.program, hook.device, word(outcome))),
                 Err(e) => errors.push(format!("{e:#}")),
             }
         }
         if errors.is_empty() {
             done.extend(self.drop_other_links(&hooks)?);
+            done.extend(drop_other_filters(socket, &hooks, state)?);
         }
         for record in &state.endpoints {
             let hooks = self.pod_hooks(socket, record, state);
@@ -201,12 +202,25 @@ fn device_hooks(state: &State) -> Vec<Hook<'_>> {
     hooks
 }
 
+/// Removes our filters from devices that need none. Where there is TCX, no device but the pods' needs one.
+fn drop_other_filters(socket: &mut Socket, hooks: &[Hook<'_>], state: &State) -> Result<Vec<String>> {
+    let mut done = Vec::new();
+    for device in state.host.links.iter().filter(|link| !link.name.starts_with(VETH_PREFIX)) {
+        for direction in Direction::BOTH {
+            let wanted = hooks.iter().any(|hook| hook.ifindex == device.index && hook.direction == direction);
+            if !wanted && tc::remove_filter(socket, device.index, direction)? {
+                done.push(format!("classifier removed from {}: it is no uplink any more", device.name));
+            }
+        }
+    }
+    Ok(done)
+}
+
 fn word(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Unchanged => "unchanged",
         Outcome::Swapped => "program swapped",
         Outcome::Attached => "program attached",
-        Outcome::Filter => "program attached as a filter",
     }
 }
 

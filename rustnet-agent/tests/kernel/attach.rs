@@ -34,21 +34,19 @@ fn a_device_hook_is_attached_once_and_swapped_in_place() {
         let id =
             |programs: &rustnet_agent::bpf::load::Programs| sys::prog_id(programs.get("uplink_in").unwrap()).unwrap();
         let there = || on_hook(&sandbox.bpffs, "uplink_in", "eth0", Direction::Ingress);
-        // A filter tells nothing of what was there before.
-        let outcome = |with_tcx| if has_tcx() { with_tcx } else { Outcome::Filter };
-        assert_eq!(hook(&old), outcome(Outcome::Attached));
+        assert_eq!(hook(&old), Outcome::Attached);
         let (place, prog) = there().unwrap();
         assert_eq!(prog, id(&old));
-        assert_eq!(hook(&old), outcome(Outcome::Unchanged));
+        assert_eq!(hook(&old), Outcome::Unchanged);
         assert_eq!(there(), Some((place, id(&old))));
-        assert_eq!(hook(&new), outcome(Outcome::Swapped));
+        assert_eq!(hook(&new), Outcome::Swapped);
         assert_eq!(there(), Some((place, id(&new))), "the link stays");
 
         // The device goes and comes back: a pin is dead.
         ip("link del eth0");
         assert_eq!(there(), None);
         uplink();
-        assert_eq!(hook(&new), outcome(Outcome::Attached));
+        assert_eq!(hook(&new), Outcome::Attached);
         let (again, prog) = there().unwrap();
         assert_ne!(again, place);
         assert_eq!(prog, id(&new));
@@ -66,12 +64,10 @@ fn a_link_of_another_device_is_replaced() {
             let device = Device { name, ifindex: index(&mut socket, name) };
             let prog = programs.get("uplink_in").unwrap();
             let done = device_hook(&mut socket, &path, &device, Direction::Ingress, prog).unwrap();
+            assert_eq!(done, outcome);
+            assert!(on_hook(&sandbox.bpffs, "uplink_in", name, Direction::Ingress).is_some());
             if has_tcx() {
-                assert_eq!(done, outcome);
                 assert_eq!(link_info(&path).ifindex, device.ifindex);
-            } else {
-                assert_eq!(done, Outcome::Filter);
-                assert!(on_hook(&sandbox.bpffs, "uplink_in", name, Direction::Ingress).is_some());
             }
         }
     });
@@ -94,8 +90,8 @@ fn pod_hooks_are_filters_that_are_replaced_by_handle() {
 
         let ids = [("from_pod", Direction::Ingress), ("to_pod", Direction::Egress)];
         for (name, direction) in ids {
-            let there = tc::filter_prog_id(&mut socket, veth, direction).unwrap();
-            assert_eq!(there, sys::prog_id(new.get(name).unwrap()).ok(), "{name}");
+            let there = tc::filter(&mut socket, veth, direction).unwrap().unwrap();
+            assert_eq!((&*there.name, there.prog_id), (name, sys::prog_id(new.get(name).unwrap()).unwrap()));
         }
         let shown = sandbox::command("tc", "filter show dev rnv1 ingress");
         let shown = String::from_utf8(shown.stdout).unwrap();
@@ -118,7 +114,7 @@ fn foreign_filters_are_not_ours() {
         assert!(std::process::Command::new("tc").args(args).status().unwrap().success());
         let mut socket = Socket::open().unwrap();
         let veth = index(&mut socket, "rnv1");
-        assert_eq!(tc::filter_prog_id(&mut socket, veth, Direction::Ingress).unwrap(), None);
+        assert_eq!(tc::filter(&mut socket, veth, Direction::Ingress).unwrap(), None);
         assert!(!tc::remove_filter(&mut socket, veth, Direction::Ingress).unwrap());
     });
 }

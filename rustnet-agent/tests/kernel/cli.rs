@@ -78,7 +78,7 @@ fn tell(sandbox: &Sandbox) {
 
     let status = json(sandbox, "status");
     assert_eq!(status["ok"], true, "{status:#}");
-    let hooks = if sandbox::has_tcx() { "uplink_in" } else { "no TCX links" };
+    let hooks = if sandbox::has_tcx() { "uplink_in" } else { "uplink_in (filter on eth0)" };
     assert!(text(sandbox, "status").contains(hooks));
 }
 

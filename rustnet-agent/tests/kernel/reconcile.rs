@@ -1,15 +1,20 @@
 //! The whole loop: from events to maps, hooks and routes; restarts; repair; readiness.
 
 use std::future::Future;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use rustnet_agent::bpf::attach::Direction;
+use rustnet_agent::bpf::attach::{Direction, link_path};
+use rustnet_agent::bpf::load::program_path;
 use rustnet_agent::bpf::store::{BpfMaps, peers, services};
+use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Config;
 use rustnet_agent::health::Health;
 use rustnet_agent::model::{
     Condition, Endpoint, EndpointSlice, Family, Node, ObjectName, Service, ServicePort, TargetPort,
 };
+use rustnet_agent::net::netlink::Socket;
+use rustnet_agent::net::{link, tc};
 use rustnet_agent::plan::Maps;
 use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
 use rustnet_agent::{nodefile, reconcile};
@@ -153,6 +158,49 @@ async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
     assert!(!peers(&sandbox.bpffs).unwrap().contains_key(&"10.1.2.0/24".parse().unwrap()));
     wait_until("the route is gone", || ip("route show 10.1.2.0/24").is_empty()).await;
     next.stop().await;
+}
+
+#[test]
+fn a_device_that_is_no_uplink_any_more_is_let_go() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add eth1 type veth peer name far1");
+        ip("link set eth1 up");
+        ip("link set far1 up");
+        ip("addr add 198.51.100.1/24 dev eth1");
+        let run = |uplinks: &'static [&'static str]| {
+            block_on(async move {
+                let agent = Agent::start(sandbox.config(uplinks));
+                agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+                agent.send(synced()).await;
+                agent.ready().await;
+                agent.stop().await;
+            });
+        };
+        run(&["--uplink=eth0"]);
+        // The other way round, and one of them twice.
+        run(&["--uplink=eth1", "--uplink=eth0", "--uplink=eth1"]);
+        let mut socket = Socket::open().unwrap();
+        let index = |socket: &mut Socket, name| link::by_name(socket, name).unwrap().unwrap().index;
+        let (eth0, far1) = (index(&mut socket, "eth0"), index(&mut socket, "far1"));
+        // Filters of ours, as a kernel without TCX has them; on a kernel with it they are as good as any.
+        let program = sys::obj_get(&program_path(&sandbox.bpffs, "uplink_in")).unwrap();
+        for direction in Direction::BOTH {
+            tc::set_filter(&mut socket, eth0, direction, program.as_fd(), "uplink_in").unwrap();
+            tc::set_filter(&mut socket, far1, direction, program.as_fd(), "not_ours").unwrap();
+        }
+        run(&["--uplink=eth1"]);
+        for direction in Direction::BOTH {
+            assert_eq!(tc::filter(&mut socket, eth0, direction).unwrap(), None);
+        }
+        let others = command("tc", "filter show dev far1 ingress");
+        assert!(String::from_utf8_lossy(&others.stdout).contains("not_ours"), "{others:?}");
+        assert!(on_hook(&sandbox.bpffs, "uplink_in", "eth1", Direction::Ingress).is_some());
+        let path = link_path(&sandbox.bpffs, "uplink_in", None);
+        if let Ok(link) = sys::obj_get(&path) {
+            assert_eq!(sys::link_info(link.as_fd()).unwrap().ifindex, index(&mut socket, "eth1"));
+        }
+    });
 }
 
 /// Service default/web, 10.96.0.10:80, with so many ready endpoints.

@@ -78,7 +78,7 @@ pub fn on_hook(bpffs: &Path, program: &str, device: &str, direction: Direction) 
     }
     let mut socket = Socket::open().expect("a netlink socket");
     let index = link::by_name(&mut socket, device).expect("a list of links")?.index;
-    Some((index, tc::filter_prog_id(&mut socket, index, direction).expect("a list of filters")?))
+    Some((index, tc::filter(&mut socket, index, direction).expect("a list of filters")?.prog_id))
 }
 
 /// Index of an interface of this thread's namespace.
@@ -101,7 +101,6 @@ impl Sandbox {
         let mut args: Vec<String> = vec![
             "rustnet-agent".into(),
             "--node-name=n1".into(),
-            "--uplink=eth0".into(),
             "--routing=vxlan".into(),
             "--health-addr=off".into(),
             "--metrics-addr=off".into(),
@@ -111,6 +110,9 @@ impl Sandbox {
             "--cgroup=/sys/fs/cgroup".into(),
         ];
         args.extend(extra.iter().map(|s| (*s).to_owned()));
+        if !args.iter().any(|arg| arg.starts_with("--uplink=")) {
+            args.push("--uplink=eth0".into());
+        }
         Config::load(args, &|_| None).expect("a configuration")
     }
 
