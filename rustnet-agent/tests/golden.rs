@@ -172,14 +172,7 @@ fn count(writes: &[Write]) -> String {
 }
 
 fn settings(text: &str) -> anyhow::Result<Settings> {
-    let mut settings = Settings {
-        node_name: "n1".into(),
-        routing: Routing::Vxlan,
-        tunnel_family: Family::V4,
-        no_masquerade: Vec::new(),
-        own_addresses: Vec::new(),
-        links: Vec::new(),
-    };
+    let mut settings = Settings::new("n1", Routing::Vxlan);
     for line in text.lines().filter(|line| !line.is_empty()) {
         let (name, value) = line.split_once(": ").with_context(|| format!("{line:?} is no setting"))?;
         match (name, value) {

@@ -3,7 +3,6 @@
 
 use rustnet_agent::config::Routing;
 use rustnet_agent::index::{Index, Settings};
-use rustnet_agent::model::Family;
 use rustnet_agent::plan::{Maps, MemoryMaps, Plan, Planner, Snapshot, Write};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind};
@@ -26,14 +25,7 @@ impl Maps for NoMaps {
 }
 
 fn synced() -> Index {
-    let mut index = Index::new(Settings {
-        node_name: "n1".into(),
-        routing: Routing::Vxlan,
-        tunnel_family: Family::V4,
-        no_masquerade: Vec::new(),
-        own_addresses: Vec::new(),
-        links: Vec::new(),
-    });
+    let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
     for kind in Kind::REQUIRED {
         index.handle(Event::Synced(kind));
     }

@@ -12,7 +12,6 @@ use kube::api::{
 use rustnet_agent::config::{self, Routing};
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::metrics::Metrics;
-use rustnet_agent::model::Family;
 use rustnet_agent::plan::{MemoryMaps, Planner};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::kube::{Connection, KubeSource, NodeStatus, connect};
@@ -181,16 +180,8 @@ struct Plane {
 
 impl Plane {
     fn new() -> Result<Self> {
-        let settings = Settings {
-            node_name: NODE.into(),
-            routing: Routing::Vxlan,
-            tunnel_family: Family::V4,
-            no_masquerade: Vec::new(),
-            own_addresses: Vec::new(),
-            links: Vec::new(),
-        };
         let maps = MemoryMaps::new(65_536);
-        Ok(Self { index: Index::new(settings), planner: Planner::adopt(&maps)?, maps, start: Instant::now() })
+        Ok(Self { index: Index::new(Settings::new(NODE, Routing::Vxlan)), planner: Planner::adopt(&maps)?, maps, start: Instant::now() })
     }
 
     fn sync(&mut self) -> Result<()> {

@@ -41,6 +41,20 @@ pub struct Settings {
     pub links: Vec<IpNet>,
 }
 
+impl Settings {
+    /// A node of whose host nothing is known yet.
+    pub fn new(node_name: &str, routing: Routing) -> Self {
+        Self {
+            node_name: node_name.into(),
+            routing,
+            tunnel_family: Family::V4,
+            no_masquerade: Vec::new(),
+            own_addresses: Vec::new(),
+            links: Vec::new(),
+        }
+    }
+}
+
 /// All that the sources told, and what should be in the maps because of it.
 #[derive(Debug)]
 pub struct Index {

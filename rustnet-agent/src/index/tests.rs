@@ -17,14 +17,7 @@ const VIP4: &str = "10.96.0.10";
 const VIP6: &str = "fd00:96::10";
 
 fn settings(routing: Routing) -> Settings {
-    Settings {
-        node_name: "n1".into(),
-        routing,
-        tunnel_family: Family::V4,
-        no_masquerade: Vec::new(),
-        own_addresses: Vec::new(),
-        links: Vec::new(),
-    }
+    Settings::new("n1", routing)
 }
 
 fn index(events: impl IntoIterator<Item = Event>) -> Index {

@@ -67,14 +67,7 @@ impl Rig {
 }
 
 fn synced_index() -> Index {
-    let mut index = Index::new(Settings {
-        node_name: "n1".into(),
-        routing: Routing::Vxlan,
-        tunnel_family: Family::V4,
-        no_masquerade: Vec::new(),
-        own_addresses: Vec::new(),
-        links: Vec::new(),
-    });
+    let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
     for kind in Kind::REQUIRED {
         index.handle(Event::Synced(kind));
     }
@@ -183,14 +176,7 @@ fn before_everything_is_known_nothing_is_written_or_pruned() {
     rig.handle(web(&["10.244.1.2"])).handle(dns(&["10.244.1.3"])).sync();
     let mut index = synced_index();
     std::mem::swap(&mut rig.index, &mut index);
-    rig.index = Index::new(Settings {
-        node_name: "n1".into(),
-        routing: Routing::Vxlan,
-        tunnel_family: Family::V4,
-        no_masquerade: Vec::new(),
-        own_addresses: Vec::new(),
-        links: Vec::new(),
-    });
+    rig.index = Index::new(Settings::new("n1", Routing::Vxlan));
     rig.restart().handle(web(&["10.244.1.2"])).handle([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]);
     assert_eq!(rig.sync(), Plan::default());
     let plan = rig.handle([Event::Synced(Kind::Node)]).sync();

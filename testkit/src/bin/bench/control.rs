@@ -9,7 +9,6 @@ use rustnet_agent::bpf::store::backends::Backends;
 use rustnet_agent::bpf::store::{BpfMaps, Map};
 use rustnet_agent::config::{MapSizes, Routing};
 use rustnet_agent::index::{Index, Settings};
-use rustnet_agent::model::Family;
 use rustnet_agent::plan::{Maps, Planner, Snapshot, Write};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind};
@@ -143,14 +142,7 @@ fn write(node: &Node, extent: &Extent) -> Result<Times> {
         let mut maps = Timed { maps: load(&own, extent.services)?, took: Duration::ZERO };
         let mut planner = Planner::adopt(&maps)?;
         let start = Instant::now();
-        let mut index = Index::new(Settings {
-            node_name: "n1".into(),
-            routing: Routing::Vxlan,
-            tunnel_family: Family::V4,
-            no_masquerade: Vec::new(),
-            own_addresses: Vec::new(),
-            links: Vec::new(),
-        });
+        let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
         for event in events.into_iter().chain(Kind::REQUIRED.map(Event::Synced)) {
             index.handle(event);
         }
