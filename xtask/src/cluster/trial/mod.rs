@@ -1,6 +1,7 @@
 //! `cluster trial`: what rustnet's own restart, upgrade and removal cost the traffic, counted request by request. An
 //! ordinary application's rolling update beside it.
 
+mod bandwidth;
 mod crowd;
 mod load;
 mod uninstall;
@@ -38,6 +39,8 @@ pub enum Trial {
     Nodes,
     /// A hundred pods at once on the first node, and their end
     Crowd,
+    /// Limits by annotations, which containerd hands to the plugin
+    Bandwidth,
     /// The agents removed: forwarding goes on
     Remove,
     /// All of rustnet removed from the nodes, as `deploy/uninstall` tells; no traffic survives that
@@ -67,13 +70,8 @@ pub fn run(cluster: &Cluster, trials: &[Trial]) -> Result<()> {
     cluster.ask(&["--namespace=trial", "rollout", "status", "daemonset/client", "--timeout=120s"])?;
     let mut lost = 0;
     for trial in trials {
-        if *trial == Trial::Uninstall {
-            uninstall::run(cluster)?;
-            println!("== Uninstall\n   nothing is left on {} nodes", cluster.settings.nodes);
-            continue;
-        }
-        if *trial == Trial::Crowd {
-            println!("== Crowd\n   {}", crowd::run(cluster)?);
+        if let Some(run) = apart(*trial) {
+            println!("== {trial:?}\n   {}", run(cluster)?);
             continue;
         }
         let streams = streams(cluster, *trial)?;
@@ -94,6 +92,16 @@ pub fn run(cluster: &Cluster, trials: &[Trial]) -> Result<()> {
         bail!("{lost} requests were lost");
     }
     Ok(())
+}
+
+/// A trial that is not about requests lost meanwhile; it returns what to tell of it.
+fn apart(trial: Trial) -> Option<fn(&Cluster) -> Result<String>> {
+    match trial {
+        Trial::Crowd => Some(crowd::run),
+        Trial::Bandwidth => Some(bandwidth::run),
+        Trial::Uninstall => Some(uninstall::run),
+        _ => None,
+    }
 }
 
 fn line(stream: &Stream, tally: &Tally) -> String {
@@ -187,7 +195,7 @@ fn act(cluster: &Cluster, trial: Trial) -> Result<()> {
             everywhere(&larger)?;
             lifecycle::scale(&larger, cluster.settings.nodes).map(drop)
         }
-        Trial::Uninstall | Trial::Crowd => bail!("not a trial under load"),
+        Trial::Uninstall | Trial::Crowd | Trial::Bandwidth => bail!("not a trial under load"),
     }
 }
 

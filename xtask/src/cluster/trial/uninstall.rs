@@ -6,8 +6,8 @@ use crate::cluster::layout::{Cluster, Node};
 use crate::cluster::network::rustnet;
 use crate::cluster::node;
 
-/// Removes the agents, then what they left on every node, then the objects; an error if anything stays.
-pub fn run(cluster: &Cluster) -> Result<()> {
+/// Removes the agents, then what they left on every node, then the objects; an error if anything stays. Returns what to tell.
+pub fn run(cluster: &Cluster) -> Result<String> {
     let system = "--namespace=rustnet-system";
     cluster.ask(&[
         system,
@@ -29,7 +29,7 @@ pub fn run(cluster: &Cluster) -> Result<()> {
     for kind in ["clusterrole/rustnet-agent", "clusterrolebinding/rustnet-agent"] {
         cluster.ask(&["delete", kind])?;
     }
-    Ok(())
+    Ok(format!("nothing is left on {} nodes", cluster.settings.nodes))
 }
 
 /// Pins, devices, routes, hooks on the uplink, files: one line each.
