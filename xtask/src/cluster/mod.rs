@@ -84,6 +84,8 @@ enum Verb {
         /// Which, in this order
         #[arg(value_enum, default_values_t = trial::DEFAULT)]
         trials: Vec<trial::Trial>,
+        #[command(flatten)]
+        other: trial::Other,
     },
     /// Run kubectl against it
     #[command(disable_help_flag = true)]
@@ -133,7 +135,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             lifecycle::reboot(&cluster, &find(&cluster, node)?)?;
         }
         Verb::Scale { nodes } => drop(lifecycle::scale(&running(name)?, *nodes)?),
-        Verb::Trial { trials } => trial::run(&running(name)?, trials)?,
+        Verb::Trial { trials, other } => trial::run(&running(name)?, trials, other)?,
         Verb::Kubectl { args } => return Ok(exit_code(running(name)?.kubectl()?.args(args).status()?.code())),
         Verb::Exec { place, command } => return exec(&running(name)?, place, command),
         Verb::NodeInit { node } => {

@@ -110,7 +110,7 @@ fn kubelets(cluster: &Cluster, nodes: &[Node]) -> Result<()> {
 }
 
 /// Loads an image file into a node, unless this very file is there.
-fn load(cluster: &Cluster, node: &Node, file: &std::path::Path) -> Result<()> {
+pub fn load(cluster: &Cluster, node: &Node, file: &std::path::Path) -> Result<()> {
     let mut key = cache::Key::default();
     let meta = file.metadata().with_context(|| format!("{} is missing", file.display()))?;
     key.text(&file.display().to_string(), &format!("{:?} {}", meta.modified()?, meta.len()));

@@ -33,16 +33,17 @@ pub fn image(cluster: &Cluster) -> PathBuf {
 
 /// Puts rustnet's objects into the cluster; a second time, it brings them up to date.
 pub fn install(cluster: &Cluster) -> Result<()> {
-    let tag = tag(cluster)?;
     match cluster.settings.install {
-        Install::Kustomize => {
-            let dir = cluster.dir.join("overlay");
-            write_overlay(cluster, &dir, &tag)?;
-            cluster.kubectl()?.arg("apply").arg("-k").arg(&dir).capture()?;
-        }
-        Install::Helm => helm(cluster, &tag)?,
+        Install::Kustomize => apply(cluster, &image(cluster), &paths::root().join("deploy")),
+        Install::Helm => helm(cluster, &tag(&image(cluster))?),
     }
-    Ok(())
+}
+
+/// Installs an image by an overlay over a `deploy/`, which may be another version's.
+pub fn apply(cluster: &Cluster, image: &Path, deploy: &Path) -> Result<()> {
+    let dir = cluster.dir.join("overlay");
+    write_overlay(cluster, &dir, &tag(image)?, deploy)?;
+    cluster.kubectl()?.arg("apply").arg("-k").arg(&dir).capture().map(drop)
 }
 
 /// As the chart's documentation tells: the namespace with its label, and the release in it.
@@ -69,15 +70,15 @@ pub fn uninstall(cluster: &Cluster) -> Result<PathBuf> {
     let kustomization = format!(
         "{HEADER}resources: [{}]\nimages: [{{name: rustnet, newTag: {:?}}}]\n",
         relative(&dir.canonicalize()?, &paths::root().join("deploy/uninstall").canonicalize()?).display(),
-        tag(cluster)?
+        tag(&image(cluster))?
     );
     fs::write(dir.join("kustomization.yaml"), kustomization)?;
     Ok(dir)
 }
 
-/// The tag of the cluster's image.
-fn tag(cluster: &Cluster) -> Result<String> {
-    let names = oci::names(&image(cluster))?;
+/// The tag of an image in a file.
+fn tag(file: &Path) -> Result<String> {
+    let names = oci::names(file)?;
     let tag = names.iter().find_map(|name| name.strip_prefix(image::NAME)?.strip_prefix(':'));
     tag.map(str::to_owned).context("the image is not called rustnet:TAG")
 }
@@ -85,9 +86,10 @@ fn tag(cluster: &Cluster) -> Result<String> {
 const HEADER: &str = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: rustnet-system\n";
 
 /// What a user of `deploy/` writes, too: the image's tag, and this cluster's addresses in the configuration.
-fn write_overlay(cluster: &Cluster, dir: &Path, tag: &str) -> Result<()> {
+fn write_overlay(cluster: &Cluster, dir: &Path, tag: &str, deploy: &Path) -> Result<()> {
     fs::create_dir_all(dir)?;
-    let base = relative(&dir.canonicalize()?, &paths::root().join("deploy").canonicalize()?);
+    let deploy = deploy.canonicalize().with_context(|| format!("{} is not there", deploy.display()))?;
+    let base = relative(&dir.canonicalize()?, &deploy);
     let kustomization = format!(
         "{HEADER}resources: [{base}]\n\
          images: [{{name: rustnet, newTag: {tag:?}}}]\n\

@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::layout::{Cluster, Node};
+use super::network::rustnet;
 use super::settings::Network;
-use super::{lifecycle, node, wait, wires};
-use crate::{image, ui};
+use super::{lifecycle, node, up, wait, wires};
+use crate::{image, paths, ui};
 use load::{Kind, Load, Stream, Tally};
 
 /// A thing done to the cluster while requests run.
@@ -47,6 +48,17 @@ pub enum Trial {
     Uninstall,
 }
 
+/// Another version to upgrade to.
+#[derive(clap::Args, Debug)]
+pub struct Other {
+    /// For `upgrade`: the image of another version, made by its `cargo xtask image`, instead of this one by another name
+    #[arg(long = "other", value_name = "FILE")]
+    image: Option<PathBuf>,
+    /// That version's deploy/, if it differs from this one's
+    #[arg(long = "other-deploy", value_name = "DIR", requires = "image")]
+    deploy: Option<PathBuf>,
+}
+
 /// Those that leave the cluster as it was.
 pub const DEFAULT: [Trial; 5] = [Trial::Nothing, Trial::Restart, Trial::Delete, Trial::Upgrade, Trial::RollingUpdate];
 /// How much traffic there has to be before and after: less would prove little.
@@ -57,10 +69,13 @@ const SYSTEM: &str = "--namespace=rustnet-system";
 
 /// The command; an error when a request was lost.
 #[expect(clippy::print_stdout, reason = "the table is the command's result")]
-pub fn run(cluster: &Cluster, trials: &[Trial]) -> Result<()> {
+pub fn run(cluster: &Cluster, trials: &[Trial], other: &Other) -> Result<()> {
     let any = [Trial::Nothing, Trial::RollingUpdate];
     if let Some(trial) = trials.iter().find(|it| cluster.settings.network != Network::Rustnet && !any.contains(it)) {
         bail!("{trial:?}: only for clusters with rustnet");
+    }
+    if let Some(image) = &other.image {
+        cluster.nodes().iter().try_for_each(|node| up::load(cluster, node, image))?;
     }
     let file = cluster.dir.join("trial.yaml");
     fs::write(&file, include_str!("app.yaml"))?;
@@ -77,7 +92,7 @@ pub fn run(cluster: &Cluster, trials: &[Trial]) -> Result<()> {
         let streams = streams(cluster, *trial)?;
         let start = Instant::now();
         println!("== {trial:?}");
-        let tallies = under_load(&streams, || act(cluster, *trial))?;
+        let tallies = under_load(&streams, || act(cluster, *trial, other))?;
         println!("   done after {}", ui::seconds(start.elapsed()));
         for (stream, tally) in streams.iter().zip(&tallies) {
             println!("   {}", line(stream, tally));
@@ -136,7 +151,7 @@ fn under_load(streams: &[Stream], action: impl FnOnce() -> Result<()>) -> Result
     Ok(tallies)
 }
 
-fn act(cluster: &Cluster, trial: Trial) -> Result<()> {
+fn act(cluster: &Cluster, trial: Trial, other: &Other) -> Result<()> {
     let settled = || cluster.ask(&[SYSTEM, "rollout", "status", AGENT, "--timeout=120s"]).map(drop);
     match trial {
         Trial::Nothing => {
@@ -152,6 +167,14 @@ fn act(cluster: &Cluster, trial: Trial) -> Result<()> {
             settled()
         }
         Trial::Upgrade => {
+            if let Some(image) = &other.image {
+                // As users go from one release to another: its objects and its image.
+                let ours = paths::root().join("deploy");
+                rustnet::apply(cluster, image, other.deploy.as_ref().unwrap_or(&ours))?;
+                settled()?;
+                rustnet::apply(cluster, &rustnet::image(cluster), &ours)?;
+                return settled();
+            }
             let present =
                 cluster.ask(&[SYSTEM, "get", AGENT, "-o", "jsonpath={.spec.template.spec.containers[0].image}"])?;
             // The same programs by another name: what differs between versions is not this trial's subject.
