@@ -236,6 +236,7 @@ enforceNodeAllocatable: []
 protectKernelDefaults: true
 oomScoreAdj: 0
 failSwapOn: false
+staticPodPath: /etc/kubernetes/manifests
 authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {clientCAFile: @PKI@ca.crt}}
 authorization: {mode: Webhook}
 tlsCertFile: @PKI@@NODE@.crt

@@ -28,6 +28,8 @@ const TUNABLES: [(&str, &str); 6] = [
     ("kernel/keys/root_maxbytes", "25000000"),
 ];
 
+/// The directory on a node's disk whose manifests its kubelet runs without being told by the API server.
+pub const STATIC_PODS: &str = "manifests";
 /// Where the node's own control group of the unified hierarchy is found by the same path on every node.
 pub const CGROUP: &str = "/run/node-cgroup";
 
@@ -70,8 +72,9 @@ fn furnish(cluster: &Cluster, node: &Node) -> Result<()> {
         ("kubelet", "var/lib/kubelet"),
         ("pods", "var/log/pods"),
         ("containers", "var/log/containers"),
+        (STATIC_PODS, "etc/kubernetes/manifests"),
     ] {
-        let kept = dir.join("data").join(name);
+        let kept = cluster.disk(node).join(name);
         make_dir(&kept)?;
         bind(&kept, &root.join(path))?;
     }

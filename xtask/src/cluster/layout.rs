@@ -92,6 +92,11 @@ impl Cluster {
         self.dir.join(&node.name)
     }
 
+    /// What stays of a node when it reboots.
+    pub fn disk(&self, node: &Node) -> PathBuf {
+        self.node_dir(node).join("data")
+    }
+
     /// Keys and certificates.
     pub fn pki(&self, file: &str) -> String {
         self.dir.join("pki").join(file).display().to_string()

@@ -114,7 +114,7 @@ pub fn load(cluster: &Cluster, node: &Node, file: &std::path::Path) -> Result<()
     let mut key = cache::Key::default();
     let meta = file.metadata().with_context(|| format!("{} is missing", file.display()))?;
     key.text(&file.display().to_string(), &format!("{:?} {}", meta.modified()?, meta.len()));
-    let loaded = cluster.node_dir(node).join("data").join(format!("loaded-{}", key.finish()));
+    let loaded = cluster.disk(node).join(format!("loaded-{}", key.finish()));
     if loaded.exists() {
         return Ok(());
     }

@@ -4,6 +4,7 @@
 mod bandwidth;
 mod crowd;
 mod load;
+mod static_pod;
 mod uninstall;
 
 use std::fs;
@@ -40,6 +41,8 @@ pub enum Trial {
     Nodes,
     /// A hundred pods at once on the first node, and their end
     Crowd,
+    /// A node joins that has a static pod, which starts before the node has a network
+    StaticPod,
     /// Limits by annotations, which containerd hands to the plugin
     Bandwidth,
     /// The agents removed: forwarding goes on
@@ -114,6 +117,7 @@ fn apart(trial: Trial) -> Option<fn(&Cluster) -> Result<String>> {
     match trial {
         Trial::Crowd => Some(crowd::run),
         Trial::Bandwidth => Some(bandwidth::run),
+        Trial::StaticPod => Some(static_pod::run),
         Trial::Uninstall => Some(uninstall::run),
         _ => None,
     }
@@ -218,7 +222,7 @@ fn act(cluster: &Cluster, trial: Trial, other: &Other) -> Result<()> {
             everywhere(&larger)?;
             lifecycle::scale(&larger, cluster.settings.nodes).map(drop)
         }
-        Trial::Uninstall | Trial::Crowd | Trial::Bandwidth => bail!("not a trial under load"),
+        Trial::Uninstall | Trial::Crowd | Trial::Bandwidth | Trial::StaticPod => bail!("not a trial under load"),
     }
 }
 
