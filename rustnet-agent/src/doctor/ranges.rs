@@ -19,7 +19,8 @@ pub fn check(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<Finding> 
     };
     let mut found = Vec::new();
     for (device, net) in networks(host) {
-        found.extend(conflict(Level::Fault, Role::Nodes, &format!("the network of {device}"), net));
+        let finding = conflict(Level::Fault, Role::Nodes, &format!("the network of {device}"), net);
+        found.extend(finding.map(|finding| if of_pods(config, net) { former(finding, device) } else { finding }));
     }
     for (device, net) in routes(config, host) {
         found.extend(conflict(Level::Warning, Role::Nodes, &format!("the route by {device} to"), net));
@@ -50,6 +51,18 @@ pub fn check(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<Finding> 
         found.push(Finding::ok("ranges", detail));
     }
     found
+}
+
+/// Whether a network is a part of the pods' ranges, as one node's share of them is.
+fn of_pods(config: &Config, net: IpNet) -> bool {
+    config.cluster_pod_cidrs.iter().chain(&config.pod_cidrs).any(|range| range.contains(&net))
+}
+
+/// What is most likely then.
+fn former(finding: Finding, device: &str) -> Finding {
+    finding.hint(format!(
+        "give them ranges apart; if {device} is the former network's, delete it when its last pod has gone: ip link delete {device}"
+    ))
 }
 
 fn is_ours(device: &str) -> bool {
@@ -142,7 +155,6 @@ mod tests {
                 Level::Fault,
                 "the network of eth0 10.96.5.0/24 overlaps service range",
             ),
-            (host(&[("cni0", "10.244.1.1/24")], &[]), vec![], Level::Fault, "cni0 10.244.1.0/24 overlaps pod range"),
             (host(&[], &[("wg0", "10.244.0.0/15")]), vec![], Level::Warning, "the route by wg0 to 10.244.0.0/15"),
             (
                 none(),
@@ -159,6 +171,13 @@ mod tests {
         ] {
             assert_only(&check(&config(), &host, &nodes), level, detail, "ranges apart");
         }
+    }
+
+    #[test]
+    fn a_former_networks_bridge_is_told_as_that() {
+        let host = host(&[("cni0", "10.244.1.1/24")], &[]);
+        let detail = "cni0 10.244.1.0/24 overlaps pod range";
+        assert_only(&check(&config(), &host, &[]), Level::Fault, detail, "ip link delete cni0");
     }
 
     #[test]

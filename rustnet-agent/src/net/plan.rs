@@ -159,6 +159,8 @@ impl Desired {
         for route in &self.routes {
             match there.get(&route.key()) {
                 Some(same) if *same == route => {}
+                // The kernel takes no second one, and it does what ours would: a network of before, or routes made by hand.
+                None if host.routes.iter().any(|r| r.key() == route.key() && r.target == route.target) => {}
                 other => changes.add.push((*route, other.is_some())),
             }
         }

@@ -166,3 +166,17 @@ fn changes_add_what_is_missing_and_touch_only_what_is_ours() {
     host.routes = vec![unreachable(), desired.routes[1], pod_route];
     assert!(desired.changes(&host, &[neighbour]).is_empty());
 }
+
+#[test]
+fn anothers_route_that_leads_the_same_way_is_left_to_do_its_work() {
+    let desired = desired(Routing::Native, &node("n2", &["192.0.2.2"], &["10.1.2.0/24"]));
+    let missing = |route: Route| {
+        let host = Host { routes: vec![unreachable(), route], ..Host::default() };
+        desired.changes(&host, &[]).add.iter().any(|(add, _)| *add == desired.routes[1])
+    };
+    let theirs = Route { protocol: 4, source: None, ..desired.routes[1] };
+    assert!(!missing(theirs));
+    // Beside one of a higher metric there is room for ours, which comes first.
+    assert!(missing(Route { metric: 100, ..theirs }));
+    assert!(missing(Route { target: Target::Via { oif: 2, gateway: Some([192, 0, 2, 3].into()) }, ..theirs }));
+}
