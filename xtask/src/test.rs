@@ -60,7 +60,7 @@ fn cargo_test(args: &Args) -> Cmd {
 
 /// Tells a program of the test bench where everything is.
 pub fn prepare(cmd: Cmd, profile: Profile) -> Result<Cmd> {
-    let kubernetes = setup::kubernetes_dir()?;
+    let kubernetes = setup::Kubernetes::default().programs()?;
     Ok(dist::environment(cmd)
         .env("RUSTNET_DIST", profile.dist())
         .env("RUSTNET_KUBERNETES", &kubernetes)

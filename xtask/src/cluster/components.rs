@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use super::layout::{Cluster, Node, program};
+use super::layout::{Cluster, Node};
 use super::process::Processes;
 use super::settings::{CONTROL_PLANE, DNS, Family, PODS, SERVICES, address};
 use super::{node, wait};
@@ -72,7 +72,7 @@ impl Component {
 /// The store.
 pub fn etcd(cluster: &Cluster) -> Result<Component> {
     let argv = vec![
-        program("etcd")?,
+        cluster.program("etcd")?,
         format!("--data-dir={}", cluster.dir.join("etcd").display()),
         // A cluster of this kind does not outlive its machine.
         "--unsafe-no-fsync".into(),
@@ -91,7 +91,7 @@ pub fn apiserver(cluster: &Cluster) -> Result<Component> {
     let own = address(CONTROL_PLANE).of(family).swap_remove(0);
     let any = if family == Family::Ipv6 { "::" } else { "0.0.0.0" };
     let argv = vec![
-        program("kube-apiserver")?,
+        cluster.program("kube-apiserver")?,
         "--etcd-servers=http://127.0.0.1:2379".into(),
         format!("--advertise-address={own}"),
         format!("--bind-address={any}"),
@@ -129,7 +129,7 @@ pub fn apiserver(cluster: &Cluster) -> Result<Component> {
 pub fn controller_manager(cluster: &Cluster) -> Result<Component> {
     let pki = |file: &str| cluster.pki(file);
     let argv = vec![
-        program("kube-controller-manager")?,
+        cluster.program("kube-controller-manager")?,
         format!("--kubeconfig={}", cluster.kubeconfig("controller-manager")),
         "--leader-elect=false".into(),
         "--use-service-account-credentials=true".into(),
@@ -148,7 +148,7 @@ pub fn controller_manager(cluster: &Cluster) -> Result<Component> {
 /// The scheduler.
 pub fn scheduler(cluster: &Cluster) -> Result<Component> {
     let argv = vec![
-        program("kube-scheduler")?,
+        cluster.program("kube-scheduler")?,
         format!("--kubeconfig={}", cluster.kubeconfig("scheduler")),
         "--leader-elect=false".into(),
         "--bind-address=127.0.0.1".into(),
@@ -179,7 +179,7 @@ pub fn kubelet(cluster: &Cluster, node: &Node) -> Result<Component> {
         .replace("@DNS@", dns);
     fs::write(&file, text)?;
     let argv = vec![
-        program("kubelet")?,
+        cluster.program("kubelet")?,
         format!("--config={}", file.display()),
         format!("--kubeconfig={}", cluster.kubeconfig(&node.name)),
         format!("--hostname-override={}", node.name),
@@ -237,6 +237,8 @@ protectKernelDefaults: true
 oomScoreAdj: 0
 failSwapOn: false
 staticPodPath: /etc/kubernetes/manifests
+# Machines that have the older control groups, too.
+failCgroupV1: false
 authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {clientCAFile: @PKI@ca.crt}}
 authorization: {mode: Webhook}
 tlsCertFile: @PKI@@NODE@.crt

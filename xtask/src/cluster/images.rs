@@ -7,15 +7,13 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result};
 
-use super::layout::program;
 use crate::cmd::{Cmd, which};
 use crate::oci::{self, Blob, Image, Layer};
+use crate::setup::Kubernetes;
 use crate::{cache, paths, ui};
 
-/// Where images of the tests come from, by name.
+/// Where images of the tests come from, by name. Of their versions, those that the tests of every pinned Kubernetes name.
 const E2E: &str = "registry.k8s.io/e2e-test-images/";
-/// The version of agnhost that the tests of the pinned Kubernetes name.
-pub const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.56";
 /// What the cluster's DNS runs.
 pub const COREDNS: &str = "registry.k8s.io/coredns/coredns:local";
 /// Applets that Debian's busybox does worse than the real thing, or that no container should have.
@@ -40,39 +38,40 @@ const TOOLS: [&str; 14] = [
 /// Which programs of the tests' images come from Kubernetes.
 const PROGRAMS: [&str; 3] = ["pause", "agnhost", "regression-issue-74839"];
 /// Changes when the recipe below does.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 /// The file with all of them; made when it is missing or the programs have changed.
-pub fn ensure() -> Result<PathBuf> {
+pub fn ensure(kubernetes: Kubernetes) -> Result<PathBuf> {
+    let programs = kubernetes.programs()?;
     let mut key = cache::Key::default();
     key.text("recipe", RECIPE);
     for name in PROGRAMS {
         // Written by setup, and changed with the program.
-        let stamp = PathBuf::from(program(name)?).with_extension("stamp");
+        let stamp = programs.join(name).with_extension("stamp");
         key.text(
             name,
             &fs::read_to_string(&stamp)
                 .with_context(|| format!("{} is missing: cargo xtask setup --with cluster", stamp.display()))?,
         );
     }
-    let dir = paths::cache().join("images");
+    let dir = programs.with_file_name("images");
     let file = dir.join(format!("cluster-{}.tar", key.finish()));
     if !file.is_file() {
         let _ = fs::remove_dir_all(&dir); // of earlier programs
         let progress = ui::Progress::start("making the images of the cluster and its tests");
-        oci::write(&file, &all()?)?;
+        oci::write(&file, &all(&programs)?)?;
         progress.done();
     }
     Ok(file)
 }
 
-fn all() -> Result<Vec<Image>> {
+fn all(programs: &Path) -> Result<Vec<Image>> {
     let base = base()?;
     let tools = tools()?;
-    let agnhost = agnhost()?;
-    let pause = one("/pause", Path::new(&program("pause")?))?;
+    let agnhost = agnhost(programs)?;
+    let pause = one("/pause", &programs.join("pause"))?;
     let coredns = one("/coredns", &paths::tools().join("coredns"))?;
-    let regression = one("/regression-issue-74839", Path::new(&program("regression-issue-74839")?))?;
+    let regression = one("/regression-issue-74839", &programs.join("regression-issue-74839"))?;
     let e2e = |names: &[&str]| names.iter().map(|name| format!("{E2E}{name}")).collect::<Vec<_>>();
     let shell = [&base, &tools];
     Ok(vec![
@@ -80,26 +79,41 @@ fn all() -> Result<Vec<Image>> {
             &[&pause],
             &["/pause"],
             &[],
-            vec!["registry.k8s.io/pause:3.10".into(), "registry.k8s.io/pause:3.10.1".into()],
+            ["3.10", "3.10.1", "3.10.2"].map(|tag| format!("registry.k8s.io/pause:{tag}")).into(),
         ),
         image(&[&coredns], &["/coredns"], &[], vec![COREDNS.into()]),
         // It runs CoreDNS, too, where tests want a name server of their own.
-        image(&[&base, &tools, &agnhost, &coredns], &["/agnhost"], &["pause"], vec![AGNHOST.into()]),
-        image(&[&base, &regression], &["/regression-issue-74839"], &[], e2e(&["regression-issue-74839:1.2"])),
+        image(
+            &[&base, &tools, &agnhost, &coredns],
+            &["/agnhost"],
+            &["pause"],
+            e2e(&["agnhost:2.56", "agnhost:2.63.0"]),
+        ),
+        image(
+            &[&base, &regression],
+            &["/regression-issue-74839"],
+            &[],
+            e2e(&["regression-issue-74839:1.2", "regression-issue-74839:1.4"]),
+        ),
         image(&[&base], &[], &["sh"], e2e(&["busybox:1.37.0-1"])),
         image(
             &shell,
             &[],
             &["sh"],
-            [e2e(&["jessie-dnsutils:1.7"]), vec!["registry.k8s.io/build-image/distroless-iptables:v0.7.14".into()]]
-                .concat(),
+            [
+                e2e(&["jessie-dnsutils:1.7", "glibc-dns-testing:2.0.0"]),
+                ["v0.7.14", "v0.9.6"]
+                    .map(|tag| format!("registry.k8s.io/build-image/distroless-iptables:{tag}"))
+                    .into(),
+            ]
+            .concat(),
         ),
         // Web servers: what they serve is of no interest, and their versions only have to differ.
         image(
             &[&base, &tools, &agnhost],
             &[],
             &["/agnhost", "netexec", "--http-port=80", "--udp-port=-1"],
-            e2e(&["nginx:1.14-4", "nginx:1.15-4", "httpd:2.4.38-4", "httpd:2.4.39-4"]),
+            e2e(&["nginx:1.14-4", "nginx:1.15-4", "nginx:1.27-0", "httpd:2.4.38-4", "httpd:2.4.39-4"]),
         ),
     ])
 }
@@ -175,12 +189,12 @@ fn extensions() -> Vec<PathBuf> {
     files
 }
 
-fn agnhost() -> Result<Rc<Blob>> {
+fn agnhost(programs: &Path) -> Result<Rc<Blob>> {
     let mut layer = Layer::new();
-    layer.file("/agnhost", Path::new(&program("agnhost")?), 0o755)?;
+    layer.file("/agnhost", &programs.join("agnhost"), 0o755)?;
     layer.link("/agnhost-2", "agnhost")?;
     for file in ["localhost.crt", "localhost.key"] {
-        layer.file(&format!("/{file}"), Path::new(&program(file)?), 0o644)?;
+        layer.file(&format!("/{file}"), &programs.join(file), 0o644)?;
     }
     layer.finish()
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::settings::{Both, Settings, address};
 use crate::cmd::Cmd;
-use crate::{paths, setup};
+use crate::paths;
 
 /// A cluster, running or not.
 #[derive(Clone, Debug)]
@@ -107,20 +107,20 @@ impl Cluster {
         self.dir.join(format!("{of}.kubeconfig")).display().to_string()
     }
 
+    /// A program of Kubernetes that setup built.
+    pub fn program(&self, name: &str) -> Result<String> {
+        Ok(self.settings.version.programs()?.join(name).display().to_string())
+    }
+
     /// kubectl as the administrator.
     pub fn kubectl(&self) -> Result<Cmd> {
-        Ok(Cmd::new(program("kubectl")?).arg("--kubeconfig").arg(self.kubeconfig("admin")))
+        Ok(Cmd::new(self.program("kubectl")?).arg("--kubeconfig").arg(self.kubeconfig("admin")))
     }
 
     /// What kubectl prints.
     pub fn ask(&self, args: &[&str]) -> Result<String> {
         self.kubectl()?.args(args).capture()
     }
-}
-
-/// A program of Kubernetes that setup built.
-pub fn program(name: &str) -> Result<String> {
-    Ok(setup::kubernetes_dir()?.join(name).display().to_string())
 }
 
 fn dir(name: &str) -> PathBuf {

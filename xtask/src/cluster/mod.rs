@@ -41,7 +41,7 @@ use clap::Parser;
 
 use crate::cmd::need_root;
 use crate::test::exit_code;
-pub use layout::{Cluster, program};
+pub use layout::Cluster;
 pub use process::tail;
 pub use settings::{Network, SERVICES, Settings};
 

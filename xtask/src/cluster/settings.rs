@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::setup::Kubernetes;
+
 /// Address families of pods, services and nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -69,9 +71,9 @@ pub struct Settings {
     /// How many nodes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=9))]
     pub nodes: u8,
-    /// The version of Kubernetes: one that tests/kubernetes pins
-    #[arg(long, default_value = "1.34")]
-    pub version: String,
+    /// The version of Kubernetes
+    #[arg(long, value_enum, default_value_t)]
+    pub version: Kubernetes,
     /// Address families of pods, services and nodes
     #[arg(long, value_enum, default_value_t = Family::Dual)]
     pub ip_family: Family,
@@ -103,7 +105,7 @@ impl fmt::Display for Settings {
             Network::Reference => "the reference network".to_owned(),
             Network::None => "no network".to_owned(),
         };
-        write!(f, "Kubernetes {version}, {nodes} nodes, {family}, {kind}")
+        write!(f, "Kubernetes {}, {nodes} nodes, {family}, {kind}", version.word())
     }
 }
 

@@ -19,13 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// The command.
 pub fn run(name: &str, settings: &Settings) -> Result<()> {
     ensure!(name.len() <= 12 && name.starts_with(|c: char| c.is_ascii_lowercase()), "--name: a short word, please");
-    setup::ensure(&[Need::Build, Need::Network, Need::ApiServer, Need::KubeProxy, Need::Cluster])?;
-    let pinned = setup::kubernetes_version()?;
-    ensure!(
-        pinned == format!("v{}", settings.version) || pinned.starts_with(&format!("v{}.", settings.version)),
-        "--version {}: tests/kubernetes pins {pinned}",
-        settings.version
-    );
+    let needs = [Need::Build, Need::Network, Need::ApiServer, Need::KubeProxy, Need::Cluster];
+    setup::ensure_with(settings.version, &needs)?;
     let cluster = Cluster::new(name, settings.clone());
     if let Some(present) = Cluster::find(name)? {
         ensure!(
@@ -35,7 +30,7 @@ pub fn run(name: &str, settings: &Settings) -> Result<()> {
         );
     }
     network::prepare(&cluster)?;
-    images::ensure()?;
+    images::ensure(settings.version)?;
     let start = Instant::now();
     ui::step(&format!("starting {settings}"));
     cluster.keep()?;
@@ -46,7 +41,7 @@ pub fn run(name: &str, settings: &Settings) -> Result<()> {
 
 /// Starts what does not run, and waits until all of it works.
 pub fn complete(cluster: &Cluster) -> Result<()> {
-    let test_images = images::ensure()?;
+    let test_images = images::ensure(cluster.settings.version)?;
     wires::make(cluster)?;
     pki::make(cluster)?;
     let outside = relay::start(cluster)?;
@@ -162,7 +157,7 @@ fn each<T>(nodes: &[Node], make: impl Fn(&Node) -> Result<T>) -> Result<Vec<T>> 
 
 /// What a shell needs to use the cluster.
 pub fn environment(cluster: &Cluster) -> Result<String> {
-    let kubectl = super::layout::program("kubectl")?;
+    let kubectl = cluster.program("kubectl")?;
     let dir = std::path::Path::new(&kubectl).parent().context("kubectl has a directory")?.display();
     Ok(format!("export KUBECONFIG={}\nexport PATH={dir}:$PATH", cluster.kubeconfig("admin")))
 }

@@ -59,11 +59,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return conformance::write(&args.record).map(|()| ExitCode::SUCCESS);
     }
     need_root("e2e")?;
-    setup::ensure(&[Need::Cluster, Need::E2e])?;
     let dir = args.report.clone().unwrap_or_else(|| paths::target().join("e2e"));
     std::fs::create_dir_all(&dir).with_context(|| format!("making the directory {}", dir.display()))?;
     let dir = dir.canonicalize()?;
     let present = Cluster::find(&args.name)?;
+    let version = present.as_ref().map_or(args.settings.version, |cluster| cluster.settings.version);
+    setup::ensure_with(version, &[Need::Cluster, Need::E2e])?;
     let ours = present.is_none();
     if ours {
         cluster::up(&args.name, &args.settings)?;

@@ -12,7 +12,6 @@ use serde_json::Value;
 use super::{exclusions, suite};
 use crate::cluster::{Cluster, Settings};
 use crate::cmd::Cmd;
-use crate::setup;
 
 /// Where the circumstances of a run are kept, beside its report.
 const KEPT: &str = "run.json";
@@ -83,7 +82,7 @@ impl Run {
         let said = |cmd: Cmd| cmd.capture().map(|text| text.trim().to_owned()).unwrap_or_default();
         Ok(Self {
             settings: cluster.settings.clone(),
-            kubernetes: setup::kubernetes_version()?,
+            kubernetes: cluster.settings.version.version()?,
             commit: match &cluster.settings.image {
                 // What it was made of, its maker knows.
                 Some(file) => file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),

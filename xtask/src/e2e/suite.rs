@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
-use crate::cluster::{self, Cluster, program};
+use crate::cluster::{self, Cluster};
 use crate::ui;
 
 /// What ginkgo writes beside its log.
@@ -22,16 +22,16 @@ pub fn run(cluster: &Cluster, focus: &str, skip: &str, procs: u8, dir: &Path) ->
     // The tests leave things behind there.
     let scratch = dir.join("tmp");
     std::fs::create_dir_all(&scratch)?;
-    let kubectl = program("kubectl")?;
+    let kubectl = cluster.program("kubectl")?;
     let path = Path::new(&kubectl).parent().context("kubectl has a directory")?.display().to_string();
     let mut ginkgo = Command::new("nsenter")
         .arg(format!("--net={}", cluster.netns_file("sw").display()))
-        .arg(program("ginkgo")?)
+        .arg(cluster.program("ginkgo")?)
         .args(["-v", "--no-color", "--timeout=4h", &format!("--procs={procs}")])
         .args([&format!("--focus={focus}"), &format!("--skip={skip}")])
         .args([&format!("--json-report={REPORT}"), &format!("--junit-report={JUNIT}")])
         .arg(format!("--output-dir={}", dir.display()))
-        .arg(program("e2e.test")?)
+        .arg(cluster.program("e2e.test")?)
         .arg("--")
         .arg(format!("--kubeconfig={}", cluster.kubeconfig("inside")))
         .arg(format!("--kubectl-path={kubectl}"))

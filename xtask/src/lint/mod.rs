@@ -108,7 +108,7 @@ fn manifests() -> Result<()> {
     if !paths::root().join("deploy/kustomization.yaml").is_file() {
         bail!("deploy/kustomization.yaml is missing");
     }
-    let built = setup::kubernetes_dir()?.join("kubectl");
+    let built = setup::Kubernetes::default().programs()?.join("kubectl");
     let Some(kubectl) = Some(built).filter(|k| is_executable(k)).or_else(|| which("kubectl")) else {
         ui::warn("no kubectl here: `kubectl kustomize deploy` was not tried");
         return Ok(());

@@ -4,6 +4,7 @@
 mod apt;
 mod bpf;
 mod go;
+mod kubernetes;
 mod tools;
 
 use std::time::Instant;
@@ -13,7 +14,7 @@ use anyhow::{Result, bail};
 use crate::cmd::Cmd;
 use crate::ui;
 
-pub use go::{kubernetes_dir, kubernetes_version};
+pub use kubernetes::Kubernetes;
 pub use tools::cargo_deny;
 
 /// What a command needs.
@@ -50,6 +51,9 @@ pub struct Args {
     /// Install this too (tests and the demo with --api-server ask for it themselves)
     #[arg(long, value_name = "WHAT")]
     with: Vec<Extra>,
+    /// The version of Kubernetes
+    #[arg(long, value_enum, default_value_t)]
+    kubernetes: Kubernetes,
     /// Build bpf-linker for the present toolchain's LLVM even when there is one
     #[arg(long)]
     force_linker: bool,
@@ -78,7 +82,8 @@ pub fn run(args: &Args) -> Result<()> {
         Extra::Kernels => vec![Need::Kernels],
     }));
     let start = Instant::now();
-    let mut work = Work { dry_run: args.dry_run, force_linker: args.force_linker, ..Work::default() };
+    let mut work =
+        Work { dry_run: args.dry_run, force_linker: args.force_linker, kubernetes: args.kubernetes, ..Work::default() };
     work.all(&needs)?;
     let time = ui::seconds(start.elapsed());
     match (work.done, args.dry_run) {
@@ -91,7 +96,12 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// Installs what is missing of `needs`; silent when nothing is.
 pub fn ensure(needs: &[Need]) -> Result<()> {
-    Work::default().all(needs)
+    ensure_with(Kubernetes::default(), needs)
+}
+
+/// The same with this version of Kubernetes.
+pub fn ensure_with(kubernetes: Kubernetes, needs: &[Need]) -> Result<()> {
+    Work { kubernetes, ..Work::default() }.all(needs)
 }
 
 /// One run of setup.
@@ -99,6 +109,8 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
 struct Work {
     dry_run: bool,
     force_linker: bool,
+    /// The version of its programs.
+    kubernetes: Kubernetes,
     /// Installation steps taken, or named in a dry run.
     done: usize,
     /// Whether the package lists have been refreshed.
@@ -123,25 +135,25 @@ impl Work {
                 Need::Lint => tools::ensure_cargo_deny(self)?,
                 Need::Cnitool => go::ensure_cnitool(self)?,
                 Need::ApiServer => {
-                    go::ensure_kubernetes(self, "kube-apiserver")?;
-                    go::ensure_kubernetes(self, "kubectl")?;
-                    go::ensure_kubernetes(self, "etcd")?;
+                    kubernetes::ensure(self, "kube-apiserver")?;
+                    kubernetes::ensure(self, "kubectl")?;
+                    kubernetes::ensure(self, "etcd")?;
                     go::ensure_helm(self)?;
                 }
-                Need::KubeProxy => go::ensure_kubernetes(self, "kube-proxy")?,
+                Need::KubeProxy => kubernetes::ensure(self, "kube-proxy")?,
                 Need::Cluster => {
                     for program in ["kube-controller-manager", "kube-scheduler", "kubelet"] {
-                        go::ensure_kubernetes(self, program)?;
+                        kubernetes::ensure(self, program)?;
                     }
                     for program in ["pause", "agnhost", "regression-issue-74839"] {
-                        go::ensure_kubernetes(self, program)?;
+                        kubernetes::ensure(self, program)?;
                     }
-                    go::ensure_fixtures(self)?;
+                    kubernetes::ensure_fixtures(self)?;
                     go::ensure_coredns(self)?;
                 }
                 Need::E2e => {
-                    go::ensure_kubernetes(self, "ginkgo")?;
-                    go::ensure_kubernetes(self, "e2e.test")?;
+                    kubernetes::ensure(self, "ginkgo")?;
+                    kubernetes::ensure(self, "e2e.test")?;
                 }
                 Need::Network | Need::Iperf | Need::Kernels => {}
             }

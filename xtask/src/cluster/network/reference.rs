@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{Peer, peers};
 use crate::cache;
 use crate::cluster::components::{Component, Place, curl};
-use crate::cluster::layout::{Cluster, Node, program};
+use crate::cluster::layout::{Cluster, Node};
 use crate::cluster::settings::PODS;
 use crate::cluster::{node, wires::ip};
 
@@ -101,7 +101,7 @@ pub fn kube_proxy(cluster: &Cluster, node: &Node) -> Result<Component> {
     Ok(Component {
         name: format!("{}.kube-proxy", node.name),
         place: Place::Node(node.clone()),
-        argv: vec![program("kube-proxy")?, format!("--config={}", file.display()), "--v=2".into()],
+        argv: vec![cluster.program("kube-proxy")?, format!("--config={}", file.display()), "--v=2".into()],
         ready: curl("http://127.0.0.1:10256/healthz"),
     })
 }
