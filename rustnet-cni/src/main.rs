@@ -76,7 +76,7 @@ fn run(get: &dyn Fn(&str) -> Option<OsString>, version: &mut Version) -> Result<
         *version = *v;
     }
     let env = Env::read(verb, get)?;
-    let call = Call { env, conf: NetConf::parse(stdin)? };
+    let call = Call { env, conf: NetConf::parse(stdin, matches!(verb, Verb::Del | Verb::Gc))? };
     require_version(verb, call.conf.version)?;
     if call.conf.loopback {
         return cmd::loopback::run(verb, &call);

@@ -238,6 +238,10 @@ impl Span {
         (first <= end).then_some(Self { v4, first, last: end })
     }
 
+    fn size(self) -> u128 {
+        (self.last - self.first).saturating_add(1)
+    }
+
     fn ip(self, n: u128) -> IpAddr {
         if self.v4 { IpAddr::V4((n as u32).into()) } else { IpAddr::V6(Ipv6Addr::from(n)) }
     }
@@ -254,8 +258,7 @@ impl Span {
 
     /// The first address behind `after` that is not used. At most one step more than there are used ones.
     fn free(self, after: Option<IpAddr>, used: &HashSet<IpAddr>) -> Option<IpAddr> {
-        let size = (self.last - self.first).saturating_add(1);
-        let steps = size.min(used.len() as u128 + 1);
+        let steps = self.size().min(used.len() as u128 + 1);
         let mut ip = self.first_after(after);
         for _ in 0..steps {
             if !used.contains(&ip) {
@@ -268,7 +271,8 @@ impl Span {
 }
 
 fn exhausted(range: &IpNet) -> Error {
-    Error::new(code::EXHAUSTED, format!("no address is free in {range}"))
+    let size = Span::of(range).map_or(0, Span::size);
+    Error::new(code::EXHAUSTED, format!("no address is free in {range}: all {size} are taken"))
         .details("delete pods of this node, or give the node a larger podCIDR")
 }
 

@@ -1,7 +1,7 @@
 //! The network configuration as it comes on standard input: validated once, unknown members ignored.
 
 use super::error::{Error, code};
-use super::result::{Dns, null_is_default};
+use super::result::Dns;
 use super::version::Version;
 use rustnet_common::names;
 use serde::Deserialize;
@@ -59,13 +59,20 @@ struct Raw {
     bpffs: Option<PathBuf>,
     run_dir: Option<PathBuf>,
     ipam: Option<Ipam>,
-    mtu: Option<u32>,
-    #[serde(deserialize_with = "null_is_default")]
-    dns: Dns,
-    runtime_config: Option<serde_json::Map<String, Value>>,
+    #[serde(flatten)]
+    pod: Pod,
     prev_result: Option<Value>,
     #[serde(rename = "cni.dev/valid-attachments")]
     valid_attachments: Option<Vec<Attachment>>,
+}
+
+/// What only matters to a pod that is being made: as it came, so that nothing in it can keep one from going.
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct Pod {
+    mtu: Value,
+    dns: Value,
+    runtime_config: Value,
 }
 
 #[derive(Deserialize)]
@@ -85,11 +92,10 @@ pub fn version_of(stdin: &[u8]) -> Result<Version, Error> {
 }
 
 impl NetConf {
-    /// Reads and validates a configuration.
-    pub fn parse(stdin: Vec<u8>) -> Result<Self, Error> {
+    /// Reads and validates a configuration. With `removal`, for a verb that takes pods away, what describes a pod is ignored.
+    pub fn parse(stdin: Vec<u8>, removal: bool) -> Result<Self, Error> {
         let version = version_of(&stdin)?;
-        let raw: Raw = serde_json::from_value(object(&stdin)?)
-            .map_err(|e| Error::new(code::DECODE, format!("the network configuration cannot be read: {e}")))?;
+        let raw: Raw = serde_json::from_value(object(&stdin)?).map_err(unreadable)?;
         let name = raw.name.filter(|n| !n.is_empty()).ok_or_else(|| {
             Error::new(code::CONFIG, "the network configuration has no name").details("set \"name\" in it")
         })?;
@@ -100,15 +106,12 @@ impl NetConf {
         if !is_identifier(&name) {
             return Err(Error::new(code::CONFIG, format!("network name {name:?} is invalid")).details(IDENTIFIER_RULE));
         }
-        if let Some(mtu) = raw.mtu.filter(|m| !(68..=65535).contains(m)) {
-            return Err(Error::new(code::CONFIG, format!("mtu {mtu} is invalid")).details("allowed are 68 to 65535"));
-        }
         let ipam = raw.ipam.and_then(|i| i.kind).filter(|k| !matches!(k.as_str(), "" | "rustnet" | "rustnet-cni"));
         if let Some(kind) = ipam.as_deref().filter(|k| k.contains('/') || *k == "." || *k == "..") {
             return Err(Error::new(code::CONFIG, format!("ipam type {kind:?} is invalid"))
                 .details("it is the name of a binary in CNI_PATH, not a path"));
         }
-        let runtime = Runtime::parse(&raw.runtime_config.unwrap_or_default())?;
+        let wishes = if removal { Wishes::default() } else { raw.pod.wishes()? };
         Ok(Self {
             version,
             name,
@@ -116,10 +119,10 @@ impl NetConf {
             bpffs: absolute("bpffs", raw.bpffs, names::DEFAULT_BPFFS)?,
             run_dir: absolute("runDir", raw.run_dir, names::DEFAULT_RUN_DIR)?,
             ipam,
-            mtu: raw.mtu,
-            dns: if runtime.dns.is_empty() { raw.dns } else { runtime.dns },
-            mac: runtime.mac,
-            bandwidth: runtime.bandwidth,
+            mtu: wishes.mtu,
+            dns: wishes.dns,
+            mac: wishes.mac,
+            bandwidth: wishes.bandwidth,
             prev_result: raw.prev_result,
             valid_attachments: raw.valid_attachments,
             stdin,
@@ -155,18 +158,29 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     parts.next().is_none().then_some(mac)
 }
 
-/// `runtimeConfig`, as far as it concerns us. Its keys come in the specification's spelling and in Go's, hence the
-/// look-up without regard to case; capabilities that are not ours are ignored.
-struct Runtime {
+/// How a pod is to be.
+#[derive(Default)]
+struct Wishes {
+    mtu: Option<u32>,
     dns: Dns,
     mac: Option<[u8; 6]>,
     bandwidth: Option<Value>,
 }
 
-impl Runtime {
-    fn parse(map: &serde_json::Map<String, Value>) -> Result<Self, Error> {
+impl Pod {
+    /// `runtimeConfig` as far as it concerns us. Its keys come in the specification's spelling and in Go's, hence the
+    /// look-up without regard to case; capabilities that are not ours are ignored.
+    fn wishes(self) -> Result<Wishes, Error> {
+        let mtu: Option<u32> = serde_json::from_value(self.mtu).map_err(unreadable)?;
+        if let Some(mtu) = mtu.filter(|m| !(68..=65535).contains(m)) {
+            return Err(Error::new(code::CONFIG, format!("mtu {mtu} is invalid")).details("allowed are 68 to 65535"));
+        }
+        let own: Option<Dns> = serde_json::from_value(self.dns).map_err(unreadable)?;
+        let runtime: Option<serde_json::Map<String, Value>> =
+            serde_json::from_value(self.runtime_config).map_err(unreadable)?;
+        let map = runtime.unwrap_or_default();
         let wrong = |what: &str| Error::new(code::DECODE, format!("runtimeConfig.{what} has the wrong type"));
-        let dns = match take(map, "dns") {
+        let dns = match take(&map, "dns") {
             None => Dns::default(),
             Some(Value::Object(dns)) => {
                 let list = |key: &str| -> Result<Vec<String>, Error> {
@@ -182,7 +196,7 @@ impl Runtime {
             }
             Some(_) => return Err(wrong("dns")),
         };
-        let mac = match take(map, "mac") {
+        let mac = match take(&map, "mac") {
             None => None,
             Some(Value::String(s)) if s.is_empty() => None,
             Some(Value::String(s)) => {
@@ -192,13 +206,19 @@ impl Runtime {
             }
             Some(_) => return Err(wrong("mac")),
         };
-        Ok(Self { dns, mac, bandwidth: take(map, "bandwidth").cloned() })
+        let dns = if dns.is_empty() { own.unwrap_or_default() } else { dns };
+        Ok(Wishes { mtu, dns, mac, bandwidth: take(&map, "bandwidth").cloned() })
     }
 }
 
 /// A member by name without regard to case, null being the same as absent.
 pub(super) fn take<'a>(map: &'a serde_json::Map<String, Value>, key: &str) -> Option<&'a Value> {
     map.iter().find(|(k, v)| k.eq_ignore_ascii_case(key) && !v.is_null()).map(|(_, v)| v)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
+fn unreadable(error: serde_json::Error) -> Error {
+    Error::new(code::DECODE, format!("the network configuration cannot be read: {error}"))
 }
 
 fn object(stdin: &[u8]) -> Result<Value, Error> {
@@ -231,7 +251,7 @@ mod tests {
     }
 
     fn parse_text(text: &str) -> Result<NetConf, (u32, String)> {
-        NetConf::parse(text.as_bytes().to_vec()).map_err(|e| (e.code, e.to_string()))
+        NetConf::parse(text.as_bytes().to_vec(), false).map_err(|e| (e.code, e.to_string()))
     }
 
     #[test]
@@ -351,6 +371,23 @@ mod tests {
             [json!([]), json!("x"), json!({ "dns": 7 }), json!({ "dns": { "Servers": "x" } }), json!({ "mac": 7 })]
         {
             assert_eq!(parse(&conf(rc.clone())).expect_err("wrong type").0, 6, "{rc}");
+        }
+    }
+
+    #[test]
+    fn what_describes_a_pod_keeps_none_from_going() {
+        for (key, value) in [
+            ("mtu", json!(60)),
+            ("mtu", json!("big")),
+            ("dns", json!(7)),
+            ("runtimeConfig", json!([])),
+            ("runtimeConfig", json!({ "mac": "01:00:5e:00:00:01" })),
+            ("runtimeConfig", json!({ "mac": 7, "dns": 7 })),
+        ] {
+            let text = json!({ "cniVersion": "1.0.0", "name": "a", "ipam": { "type": "host-local" }, key: value });
+            parse(&text).expect_err("a pod cannot be made so");
+            let c = NetConf::parse(text.to_string().into_bytes(), true).expect("but removed");
+            assert_eq!((c.name.as_str(), c.ipam.as_deref(), c.mac), ("a", Some("host-local"), None), "{text}");
         }
     }
 

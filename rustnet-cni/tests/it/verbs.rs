@@ -321,11 +321,34 @@ fn a_full_pool_is_named_and_undone() {
     }
     let before = node.traces();
     let msg = Call::of("ADD", &node.conf("1.1.0"), "c5", &ns[5]).run().failure(101);
-    assert!(msg.contains("10.244.1.0/29"), "{msg}");
+    // The kubelet's event of the pod carries it.
+    for part in ["10.244.1.0/29", "all 5 are taken", "delete pods", "larger podCIDR"] {
+        assert!(msg.contains(part), "{part}: {msg}");
+    }
     assert_eq!(node.traces(), before);
     assert_eq!(Call::new("STATUS", &node.conf("1.1.0")).run().success(), Value::Null);
     node.del("c2");
     node.add("c5", &ns[5]);
+}
+
+/// What a runtime or an administrator has spoilt meanwhile: the pod goes, and leaves nothing.
+#[test]
+fn a_configuration_that_makes_no_pod_removes_one() {
+    let node = Node::new();
+    let (before, ns) = (node.traces(), netns("a"));
+    for (key, value) in [
+        ("runtimeConfig", json!({ "mac": "01:00:5e:00:00:01" })),
+        ("runtimeConfig", json!({ "mac": "rubbish", "dns": 7 })),
+        ("mtu", json!(1)),
+    ] {
+        node.add("c1", &ns);
+        let mut conf = node.conf("1.1.0");
+        conf[key] = value;
+        for _ in 0..2 {
+            assert_eq!(Call::of("DEL", &conf, "c1", &ns).run().success(), Value::Null, "{conf}");
+        }
+        assert_eq!(node.traces(), before, "{conf}");
+    }
 }
 
 #[test]
