@@ -75,33 +75,31 @@ async fn run(config: Arc<Config>) -> anyhow::Result<()> {
         Err(error) => tracing::error!("{error:#}"),
     }
     let (sender, events) = mpsc::channel(EVENTS);
-    start_source(&config, sender, &health, &shutdown).await?;
+    start_source(&config, sender, &health, &shutdown);
     tokio::spawn(trim_after_first_sync(Arc::clone(&health)));
     reconcile::run(config, events, health, shutdown).await?;
     tracing::info!("stopped; forwarding goes on");
     Ok(())
 }
 
-async fn start_source(
-    config: &Config,
-    events: mpsc::Sender<Event>,
-    health: &Arc<Health>,
-    shutdown: &watch::Receiver<bool>,
-) -> anyhow::Result<()> {
+fn start_source(config: &Config, events: mpsc::Sender<Event>, health: &Arc<Health>, shutdown: &watch::Receiver<bool>) {
     match &config.source {
         Source::Manifests(dir) => {
             tokio::spawn(manifests::run(dir.clone(), events));
         }
         Source::Kube(server) => {
-            let connection = kube::connect(server).await?;
-            let node_status = NodeStatus::new(&config.node_name);
-            tokio::spawn(node_status.clone().run(connection.client.clone(), Arc::clone(health), shutdown.clone()));
-            let (client, name) = (connection.client.clone(), config.node_name.as_str().into());
-            tokio::spawn(reports::run(client, name, Arc::clone(health), shutdown.clone()));
-            tokio::spawn(KubeSource::new(connection, health.metrics.clone(), node_status).run(events));
+            let (server, name): (_, Arc<str>) = (server.clone(), config.node_name.as_str().into());
+            let (health, shutdown) = (Arc::clone(health), shutdown.clone());
+            tokio::spawn(async move {
+                let Some(connection) = kube::connect_in_time(&server, &events).await else { return };
+                let node_status = NodeStatus::new(&name);
+                let client = connection.client.clone();
+                tokio::spawn(node_status.clone().run(client.clone(), Arc::clone(&health), shutdown.clone()));
+                tokio::spawn(reports::run(client, name, Arc::clone(&health), shutdown));
+                tokio::spawn(KubeSource::new(connection, health.metrics.clone(), node_status).run(events));
+            });
         }
     }
-    Ok(())
 }
 
 /// The first SIGTERM or SIGINT asks everything to end; the second ends the process at once, which is as safe.

@@ -8,16 +8,18 @@ pub mod node;
 pub mod presence;
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustnet_common::files::NodeFile;
+use rustnet_common::files::{IPAM_DIR, NodeFile};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use crate::config::Config;
 use crate::ct_gc::Collector;
+use crate::doctor::cni;
 use crate::health::{Health, STARTING};
 use crate::index::Index;
 use crate::model::{Node, ObjectName};
@@ -26,6 +28,7 @@ use crate::net::overlay::mac_of;
 use crate::net::repair::{Repairer, State, Wanted};
 use crate::net::uplink::{Host, networks};
 use crate::plan::Planner;
+use crate::source::kube::API_SERVER;
 use crate::source::{Event, Kind, Object};
 use crate::{install, nodefile, podfile};
 use kernel::{Kernel, Stats};
@@ -371,6 +374,9 @@ impl Reconciler {
         for what in done {
             tracing::info!("{what}");
         }
+        let leased = |ip: &IpAddr| self.config.run_dir.join(IPAM_DIR).join(ip.to_string()).exists();
+        state.problems.extend(node::outsiders(&self.config.node_name, &state.endpoints, &own_pod_cidrs, leased));
+        state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni::instead_of_ours(dir)));
         self.plan_due |= self.index.set_own_addresses(state.host.own_addresses(), networks(&state.uplinks));
         self.state = Some(state);
         self.problems_due.get_or_insert_with(Instant::now);
@@ -423,10 +429,9 @@ impl Reconciler {
 
     /// What of all that only this node can tell people.
     fn of_this_node(&self) -> BTreeSet<String> {
-        let subject = format!("Node {}", self.config.node_name);
-        let objects = self.index.problems();
-        let own = objects.iter().filter(|problem| *problem.subject == *subject).map(ToString::to_string);
-        own.chain(self.state.iter().flat_map(|state| state.problems.iter().cloned())).collect()
+        let objects = self.index.problems_of_this_node(API_SERVER);
+        let state = self.state.iter().flat_map(|state| state.problems.iter().cloned());
+        objects.iter().map(ToString::to_string).chain(state).collect()
     }
 
     /// Tells the probes and the CNI binary how things are.
@@ -450,7 +455,11 @@ impl Reconciler {
             return Some(format!("{STARTING}the programs are not loaded"));
         }
         if !self.index.synced() {
-            return Some(format!("{STARTING}the source has not delivered everything"));
+            let why = self.index.problems_of_this_node(API_SERVER).into_iter().find(|it| *it.subject == *API_SERVER);
+            return Some(match why {
+                Some(why) => why.to_string(),
+                None => format!("{STARTING}the source has not delivered everything"),
+            });
         }
         if !self.routed {
             return Some(format!("{STARTING}the routes to the other nodes are not made"));

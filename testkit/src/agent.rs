@@ -41,7 +41,7 @@ impl Node {
             args.extend([flag.to_owned(), value]);
         }
         // Another source takes the place of the manifests.
-        if !extra.iter().any(|arg| *arg == "--kubeconfig" || *arg == "--manifests") {
+        if !extra.iter().any(|arg| ["--kubeconfig", "--api-server", "--manifests"].contains(arg)) {
             args.extend(["--manifests".to_owned(), path(plan.manifests.clone())]);
         }
         args.extend(plan.agent.iter().chain(extra).map(ToString::to_string));

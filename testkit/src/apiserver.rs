@@ -68,7 +68,8 @@ pub struct Server {
     url: String,
     arguments: Vec<String>,
     api: Option<Process>,
-    _etcd: Process,
+    store: Store,
+    etcd: Option<Process>,
 }
 
 impl Server {
@@ -94,8 +95,16 @@ impl Server {
         ];
         arguments.extend(options.arguments);
         let url = format!("https://{}", SocketAddr::new(*advertised, PORT));
-        let etcd = etcd(netns, options.store, dir)?;
-        Ok(Self { netns: netns.clone(), dir: dir.to_owned(), url, arguments, api: None, _etcd: etcd })
+        let etcd = Some(etcd(netns, options.store, dir)?);
+        Ok(Self { netns: netns.clone(), dir: dir.to_owned(), url, arguments, api: None, store: options.store, etcd })
+    }
+
+    /// Puts an empty store in the place of the one there is, and ends the API server, which is not made for that.
+    pub fn renew_store(&mut self) -> Result<()> {
+        (self.api, self.etcd) = (None, None);
+        std::fs::remove_dir_all(self.dir.join("etcd")).context("cannot remove the store's data")?;
+        self.etcd = Some(etcd(&self.netns, self.store, &self.dir)?);
+        Ok(())
     }
 
     /// Starts the API server and waits until it is ready.

@@ -19,7 +19,7 @@ use rustnet_agent::source::{Event, Kind, Object};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use testkit::netns::{Holder, Own};
 use tokio::sync::{mpsc, watch};
@@ -59,14 +59,20 @@ pub fn with_absent_server<F: Future<Output = Result<()>>>(test: impl FnOnce(Serv
     })
 }
 
-fn with_namespace(test: impl FnOnce(&testkit::Netns) -> Result<()>) -> Result<()> {
+/// Held while there is a server.
+pub fn one_at_a_time() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn with_namespace(test: impl FnOnce(&testkit::Netns) -> Result<()>) -> Result<()> {
+    let _one = one_at_a_time();
     let holder = Holder::new(&format!("rn{}-kubernetes", std::process::id()), Own::default())?;
     test(&holder)
 }
 
-fn block_on(test: impl Future<Output = Result<()>>) -> Result<()> {
+/// Runs a future in this thread, and so in its namespace.
+pub fn block_on<T>(test: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test)
 }
 
@@ -181,7 +187,12 @@ struct Plane {
 impl Plane {
     fn new() -> Result<Self> {
         let maps = MemoryMaps::new(65_536);
-        Ok(Self { index: Index::new(Settings::new(NODE, Routing::Vxlan)), planner: Planner::adopt(&maps)?, maps, start: Instant::now() })
+        Ok(Self {
+            index: Index::new(Settings::new(NODE, Routing::Vxlan)),
+            planner: Planner::adopt(&maps)?,
+            maps,
+            start: Instant::now(),
+        })
     }
 
     fn sync(&mut self) -> Result<()> {

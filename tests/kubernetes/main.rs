@@ -4,10 +4,12 @@
 //! where it needs broken connections, a relay in front of it ([`relay`]). Programs are looked for where `cargo xtask setup`
 //! puts them; a missing one fails the test and says so.
 
+mod badinput;
 mod cluster;
 mod deploy;
 mod doctor;
 mod kube_source;
 mod relay;
 mod reports;
+mod rig;
 mod server;

@@ -40,7 +40,8 @@ fn problems_of_this_node_are_events_on_its_object() -> Result<()> {
     })
 }
 
-async fn events(server: &Server) -> Result<Vec<Event>> {
+/// What the agent has told.
+pub async fn events(server: &Server) -> Result<Vec<Event>> {
     let events = Api::<Event>::namespaced(server.client(ADMIN)?, "default").list(&ListParams::default()).await?;
     let ours = |event: &Event| event.reporting_controller.as_deref() == Some("rustnet-agent");
     Ok(events.items.into_iter().filter(ours).collect())

@@ -68,6 +68,21 @@ impl Server {
         self.server.stop_api();
     }
 
+    /// Puts an empty store in the place of the one there is; the API server is to be started again.
+    pub fn renew_store(&mut self) -> Result<()> {
+        self.server.renew_store()
+    }
+
+    /// Runs kubectl as [`ADMIN`].
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        self.server.kubectl(args)
+    }
+
+    /// Where its certificate is, which is its own authority.
+    pub fn authority(&self) -> PathBuf {
+        self.dir.path().join("server.crt")
+    }
+
     /// The server's address; it can be had only inside the namespace.
     pub fn address() -> SocketAddr {
         (Ipv4Addr::LOCALHOST, PORT).into()

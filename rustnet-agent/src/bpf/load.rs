@@ -74,9 +74,16 @@ pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
 }
 
 impl Load<'_> {
-    /// Prepares the directory, compares the maps, loads the programs.
+    /// Prepares the directory, compares the maps, loads the programs. A kernel that is too old is named with what it refuses.
     pub fn run(&self) -> Result<Programs> {
         probe::check_rights()?;
+        self.load_all().map_err(|error| match probe::too_old(&probe::release()) {
+            Some(why) => error.context(why),
+            None => error,
+        })
+    }
+
+    fn load_all(&self) -> Result<Programs> {
         fs::prepare(self.bpffs)?;
         let object = Object::parse(self.object).context("parsing the eBPF object")?;
         check_btf(&object)?;

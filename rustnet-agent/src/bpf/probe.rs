@@ -113,6 +113,18 @@ pub fn version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
+/// What this kernel calls itself.
+pub fn release() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
+/// What to say of a kernel of this release if it is older than any that has what the programs call.
+pub fn too_old(release: &str) -> Option<String> {
+    let (major, minor) = OLDEST_KERNEL;
+    let old = version(release)? < OLDEST_KERNEL;
+    old.then(|| format!("kernel {release} is older than {major}.{minor}, which rustnet needs: boot a newer one"))
+}
+
 /// What the programs need and this kernel lacks: program type, map types, helpers. Each is tried.
 pub fn missing_features() -> Result<Vec<String>> {
     let classifier = ProgramType::SchedClassifier;
@@ -169,7 +181,7 @@ pub fn has_tcx() -> Result<bool> {
 mod tests {
     use super::{
         age, effective_capabilities, has_tcx, hz, hz_of_tick, l4_csum_ipv6, missing_capabilities, missing_features,
-        version,
+        too_old, version,
     };
 
     #[test]
@@ -205,6 +217,13 @@ mod tests {
         assert_eq!(missing_features().unwrap(), Vec::<String>::new());
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
         assert_eq!(has_tcx().unwrap(), version(&release).unwrap() >= (6, 6), "TCX came with 6.6");
+    }
+
+    #[test]
+    fn old_kernels_are_named() {
+        assert_eq!(too_old("5.17.0"), None);
+        assert_eq!(too_old(""), None);
+        assert!(too_old("5.10.0-32").unwrap().contains("kernel 5.10.0-32 is older than 5.17"));
     }
 
     #[test]

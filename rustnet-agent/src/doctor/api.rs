@@ -13,7 +13,7 @@ use super::finding::{Finding, Level};
 use super::nodes::KnownNode;
 use crate::config::{Config, KubeSource, Source};
 use crate::source::convert::Converter;
-use crate::source::kube::{self as source, Connection};
+use crate::source::kube::{self as source, Connection, Failure};
 use crate::source::manifests::{Catalog, scan};
 use crate::source::{Event, Object};
 
@@ -261,20 +261,15 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
                 "this service address needs a proxy: give --api-server (apiServer) an address that every node reaches";
             return fault("connection", error.clone(), hint);
         }
-        Reached::Connect(error) => {
-            return fault("connection", error.clone(), "check --api-server, firewalls, and whether the server runs");
-        }
-        Reached::Tls(error) => {
-            let hint = "check that the address is the API server's, its certificate names it, and the authority is the cluster's";
-            return fault("TLS", format!("{server} {error}"), hint);
-        }
+        Reached::Connect(error) => return fault("connection", error.clone(), Failure::Unreachable.remedy()),
+        Reached::Tls(error) => return fault("TLS", format!("{server} {error}"), Failure::Trust.remedy()),
         Reached::Unauthorised(error) => {
-            return fault("identity", format!("{server} {error}"), "give a valid token or client certificate (401)");
+            return fault("identity", format!("{server} {error} (401)"), Failure::Credentials.remedy());
         }
         Reached::Forbidden(error) => {
-            return fault("rights", format!("{server} {error}"), "apply deploy/rbac.yaml, or bind its role (403)");
+            return fault("rights", format!("{server} {error} (403)"), Failure::Rights.remedy());
         }
-        Reached::Server(error) => return fault("server", format!("{server} {error}"), "see the API server's own log"),
+        Reached::Server(error) => return fault("server", format!("{server} {error}"), Failure::Server.remedy()),
         Reached::Answer(_) => {}
     }
     let mut found = vec![Finding::ok("reached", format!("{server} {}", words(&facts.reached)))];
@@ -286,7 +281,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     found.push(match &facts.missing {
         Ok(missing) if missing.is_empty() => Finding::ok("rights", "all that the agent needs"),
         Ok(missing) => Finding::new(Level::Fault, "rights", format!("may not {}", missing.join(", ")))
-            .hint("apply deploy/rbac.yaml, or bind its role to this account"),
+            .hint(Failure::Rights.remedy()),
         Err(error) => Finding::new(Level::Warning, "rights", format!("not checked: {error}"))
             .hint("let the account create selfsubjectaccessreviews, as system:basic-user does"),
     });
@@ -323,8 +318,8 @@ mod tests {
             (with(Reached::Connect), Level::Fault, "why", "firewalls"),
             (by_service(with(Reached::Connect)), Level::Fault, "why", "service address"),
             (with(Reached::Tls), Level::Fault, "why", "certificate"),
-            (with(Reached::Unauthorised), Level::Fault, "why", "401"),
-            (with(Reached::Forbidden), Level::Fault, "why", "403"),
+            (with(Reached::Unauthorised), Level::Fault, "401", "token"),
+            (with(Reached::Forbidden), Level::Fault, "403", "rbac.yaml"),
             (with(Reached::Server), Level::Fault, "why", "log"),
             (by_service(answer()), Level::Warning, "leads nowhere", "apiServer"),
             (

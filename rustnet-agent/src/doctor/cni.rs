@@ -8,7 +8,7 @@ use nix::unistd::{AccessFlags, access};
 use super::Stage;
 use super::finding::{Finding, Level};
 use crate::config::Config;
-use crate::install::{BINARY, CONFLIST};
+use crate::install::{BINARY, CONFLIST, NETWORK};
 
 /// What runtimes take for a configuration.
 const SUFFIXES: [&str; 3] = ["conf", "conflist", "json"];
@@ -96,22 +96,36 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
     found
 }
 
+/// What the runtime takes in place of our configuration, or stops at: a line each. One that names our network calls it.
+pub fn instead_of_ours(dir: &Path) -> Vec<String> {
+    let all = match configurations(dir) {
+        Ok(all) => all,
+        Err(error) => return vec![format!("{error:#}; check --cni-conf-dir and the mount behind it")],
+    };
+    let calls_us = |file: &str| {
+        let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
+        [NETWORK, BINARY].iter().any(|name| text.contains(&format!("\"{name}\"")))
+    };
+    let others: Vec<_> = all.into_iter().filter(|(file, _)| !calls_us(file)).collect();
+    let line = |it: Finding| format!("{}: {}; {}", dir.join(it.what).display(), it.detail, it.hint);
+    before_ours(&others).map(line).collect()
+}
+
+fn before_ours(all: &[Configuration]) -> impl Iterator<Item = Finding> {
+    all.iter().filter(|(file, _)| file.as_str() < CONFLIST).map(|(file, network)| match network {
+        Ok(network) => {
+            Finding::new(Level::Warning, file, format!("network {network} comes before {CONFLIST}: pods get that one"))
+                .hint("remove it, unless it is a plugin that calls rustnet itself (Multus)")
+        }
+        Err(error) => {
+            Finding::new(Level::Fault, file, format!("{error:#}: the runtime stops at it, before {CONFLIST}"))
+                .hint("mend it or remove it")
+        }
+    })
+}
+
 fn order(all: &[Configuration], stage: Stage) -> Vec<Finding> {
-    let mut found = Vec::new();
-    for (file, network) in all.iter().filter(|(file, _)| file.as_str() < CONFLIST) {
-        found.push(match network {
-            Ok(network) => Finding::new(
-                Level::Warning,
-                file,
-                format!("network {network} comes before {CONFLIST}: pods get that one"),
-            )
-            .hint("remove it, unless it is a plugin that calls rustnet itself (Multus)"),
-            Err(error) => {
-                Finding::new(Level::Fault, file, format!("{error:#}: the runtime stops at it, before {CONFLIST}"))
-                    .hint("mend it or remove it")
-            }
-        });
-    }
+    let mut found: Vec<_> = before_ours(all).collect();
     match all.iter().find(|(file, _)| file == CONFLIST) {
         Some((file, Err(error))) => {
             found.push(
@@ -178,6 +192,25 @@ mod tests {
         ] {
             assert_only(&check(&facts, Stage::Beside), level, detail, hint);
         }
+    }
+
+    #[test]
+    fn only_what_does_not_call_us_is_instead_of_us() {
+        let dir = tempfile::tempdir().expect("dir");
+        for (name, text) in [
+            ("00-multus.conf", r#"{"name":"multus","type":"multus","clusterNetwork":"rustnet"}"#),
+            ("01-other.conf", r#"{"name":"other","type":"bridge"}"#),
+            ("02-broken.conf", "{"),
+            ("05-rustnet.conflist", r#"{"name":"rustnet","plugins":[{"type":"rustnet-cni"}]}"#),
+            ("10-late.conf", r#"{"name":"late","type":"bridge"}"#),
+        ] {
+            std::fs::write(dir.path().join(name), text).expect("written");
+        }
+        let told = instead_of_ours(dir.path());
+        let [other, broken] = &told[..] else { panic!("{told:?}") };
+        assert!(other.contains("01-other.conf: network other comes before") && other.contains("remove it"), "{other}");
+        assert!(broken.contains("02-broken.conf: is not JSON") && broken.contains("mend it"), "{broken}");
+        assert!(instead_of_ours(&dir.path().join("absent")).is_empty());
     }
 
     #[test]

@@ -34,10 +34,9 @@ pub struct Facts {
 
 /// Looks.
 pub fn gather(config: Option<&Config>) -> Facts {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Facts {
         capabilities: probe::effective_capabilities(),
-        release: release.trim().to_owned(),
+        release: probe::release(),
         missing: probe::missing_features(),
         tcx: probe::has_tcx(),
         lacks_btf: object::embedded().and_then(load::lacks_btf),

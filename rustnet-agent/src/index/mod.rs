@@ -188,6 +188,15 @@ impl Index {
         self.pods.values().map(|pod| &**pod)
     }
 
+    /// What of it concerns this node: its own object, another one that is at odds with it, and, with this subject, its source.
+    pub fn problems_of_this_node(&self, source: &str) -> Vec<Problem> {
+        let subject = format!("Node {}", self.settings.node_name);
+        let mut own = self.problems();
+        own.retain(|problem| *problem.subject == *subject || *problem.subject == *source);
+        own.extend(self.nodes.conflicts_with_own(&self.settings));
+        own
+    }
+
     /// All that is wrong with the input at present.
     pub fn problems(&self) -> Vec<Problem> {
         let mut all: Vec<Problem> = self.reports.values().chain(self.problems.values()).flatten().cloned().collect();

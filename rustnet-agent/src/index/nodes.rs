@@ -54,8 +54,13 @@ impl Nodes {
         self.table(settings).problems
     }
 
+    /// Those of other nodes with this one: each of the two may hold the other for the wrong one, and both have to tell.
+    pub fn conflicts_with_own(&self, settings: &Settings) -> Vec<Problem> {
+        self.table(settings).with_own
+    }
+
     fn table(&self, settings: &Settings) -> Table {
-        let mut table = Table::default();
+        let mut table = Table { own: Arc::clone(&settings.node_name), ..Table::default() };
         let is_own = |node: &Node| node.name.as_str() == &*settings.node_name;
         // What this machine really has comes first, whatever a Node object says.
         for ip in &settings.own_addresses {
@@ -88,10 +93,14 @@ impl Nodes {
 /// The peers table while it is being made.
 #[derive(Default)]
 struct Table {
+    /// Name of this node.
+    own: Arc<str>,
     peers: BTreeMap<IpNet, Peer>,
     address_owner: BTreeMap<IpAddr, Arc<str>>,
     ranges: Ranges,
     problems: Vec<Problem>,
+    /// Those of other nodes that are at odds with this one.
+    with_own: Vec<Problem>,
 }
 
 impl Table {
@@ -140,7 +149,8 @@ impl Table {
             Some(owner) if owner == name => {}
             Some(owner) => {
                 let message = format!("{ip} belongs to node {owner}; give each node addresses of its own");
-                self.problem(name, field, message);
+                let with_own = *owner == self.own;
+                self.conflict(name, field, message, with_own);
             }
             None => {
                 self.address_owner.insert(ip, Arc::clone(name));
@@ -154,11 +164,18 @@ impl Table {
         if let Some((range, owner)) = self.ranges.overlapping(&cidr) {
             let message =
                 format!("{cidr} overlaps {range} of node {owner}, it is left out; give each node a range of its own");
-            self.problem(&name, "spec.podCIDRs", message);
+            self.conflict(&name, "spec.podCIDRs", message, owner == self.own);
         } else {
             self.ranges.insert(cidr, name);
             // A single-address range cannot displace a node's own address.
             self.peers.entry(cidr).or_insert(peer);
+        }
+    }
+
+    fn conflict(&mut self, node: &str, field: &str, message: String, with_own: bool) {
+        self.problem(node, field, message);
+        if with_own {
+            self.with_own.extend(self.problems.last().cloned());
         }
     }
 

@@ -3,7 +3,7 @@
 use super::{Choice, DesiredBackend, Index, Settings};
 use crate::config::Routing;
 use crate::model::build::{endpoint, ip, node, service, slice};
-use crate::model::{Condition, EndpointSlice, Family, ObjectName};
+use crate::model::{Condition, EndpointSlice, Family, ObjectName, Problem};
 use crate::plan::VipKey;
 use crate::source::{Event, Kind, ObjectRef};
 use rustnet_common::backend::flags::{LOCAL, TERMINATING};
@@ -324,7 +324,7 @@ fn synced_means_all_required_kinds() {
 #[test]
 fn problems_go_when_their_cause_goes() {
     let subject = "Service default/web".into();
-    let bad = crate::model::Problem::new(&subject, "spec", "bad");
+    let bad = Problem::new(&subject, "spec", "bad");
     let reference = ObjectRef { kind: Kind::Service, name: ObjectName::namespaced("default", "web") };
     let mut it = index([]);
     it.handle(service("web", &[VIP4]).tcp(80).apply());
@@ -471,6 +471,30 @@ fn of_two_nodes_with_one_address_or_range_the_older_has_it() {
              range of its own",
         ]
     );
+}
+
+/// Each of two nodes may hold the other for the wrong one: then nobody would tell, if only the wrong one did.
+#[test]
+fn a_node_tells_of_others_that_are_at_odds_with_it() {
+    let mut it = Index::new(settings(Routing::Vxlan));
+    for event in [
+        node("n1", &["172.18.0.11"], &["10.244.1.0/24"]).created(1).apply(),
+        node("n2", &["172.18.0.11"], &["10.244.1.0/25"]).created(2).apply(),
+        node("n3", &["172.18.0.13"], &["10.244.3.0/24"]).created(2).apply(),
+        node("n4", &["172.18.0.13"], &["10.244.3.0/25"]).created(3).apply(),
+    ] {
+        it.handle(event);
+    }
+    let report = |subject: &str| Problem::new(&subject.into(), "", "down");
+    let problems = [report("watch of Node"), report("server")].into();
+    it.handle(Event::Report { origin: "watch of Node".into(), problems });
+    let own: Vec<_> = it.problems_of_this_node("server").iter().map(ToString::to_string).collect();
+    assert_eq!(own.len(), 3, "{own:?}");
+    for part in
+        ["server: down", "n2: status.addresses: 172.18.0.11 belongs to node n1", "overlaps 10.244.1.0/24 of node n1"]
+    {
+        assert!(own.iter().any(|it| it.contains(part)), "{part}: {own:?}");
+    }
 }
 
 #[test]

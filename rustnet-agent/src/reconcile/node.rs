@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use ipnet::IpNet;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::config::{NodeConfig, flags};
-use rustnet_common::files::NodeFile;
+use rustnet_common::files::{EndpointFile, NodeFile};
 
 use crate::config::{Config, Role};
 use crate::index::Settings;
@@ -118,6 +118,25 @@ pub fn pod_cidrs(config: &Config, own: Option<&Node>) -> Vec<IpNet> {
     }
 }
 
+/// What to say of pods that have been given addresses before the ranges became others; `leased` tells whether we gave one.
+pub fn outsiders(
+    node: &str,
+    endpoints: &[EndpointFile],
+    ranges: &[IpNet],
+    leased: impl Fn(&IpAddr) -> bool,
+) -> Option<String> {
+    let is_outside = |ip: &&IpAddr| !ranges.iter().any(|range| range.contains(*ip)) && leased(ip);
+    let known = !ranges.is_empty() && endpoints.iter().flat_map(|it| &it.addresses).any(|ip| is_outside(&ip));
+    let ranges = ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    // The same while one pod after the other goes, so that it is told once.
+    known.then(|| {
+        format!(
+            "Node {node}: pods have addresses outside of its pod ranges ({ranges}), other nodes do not find them; delete those \
+             that `rustnet endpoints` shows with others, so that they are made anew"
+        )
+    })
+}
+
 /// MTU of the pods' interfaces, where packets to other nodes can have `room` octets.
 pub fn mtu(config: &Config, room: u32) -> Result<u32> {
     let mtu = config.mtu.unwrap_or(room);
@@ -153,7 +172,7 @@ pub fn local_ports() -> Result<(u16, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Address, Ip4, IpAddr, NodeConfig, keep_addresses, parse_port_range, snat_ports};
+    use super::{Address, Ip4, IpAddr, NodeConfig, keep_addresses, outsiders, parse_port_range, snat_ports};
     use bytemuck::Zeroable;
 
     #[test]
@@ -183,6 +202,23 @@ mod tests {
         assert!(config == with(one));
         keep_addresses(&mut config, &NodeConfig::zeroed(), &[one]);
         assert!(config == with(one), "a new map holds zeros");
+    }
+
+    #[test]
+    fn only_addresses_that_we_gave_can_be_outside() {
+        let pod = serde_json::from_value(serde_json::json!({
+            "containerId": "c", "ifname": "eth0", "netns": "", "network": "n", "hostIfname": "rnv1", "ifindex": 1,
+            "mac": "", "addresses": ["10.244.1.2", "fd00::2"],
+        }));
+        let pods = [pod.expect("a record")];
+        let told = |ranges: &[&str], leased| {
+            let ranges: Vec<_> = ranges.iter().map(|range| range.parse().expect("a range")).collect();
+            outsiders("n1", &pods, &ranges, |_| leased)
+        };
+        assert_eq!(told(&["10.244.1.0/24", "fd00::/64"], true), None);
+        assert_eq!(told(&["10.244.7.0/24"], false), None, "another IPAM's");
+        assert_eq!(told(&[], true), None, "nothing is known");
+        assert!(told(&["10.244.7.0/24"], true).expect("outside").contains("(10.244.7.0/24)"));
     }
 
     #[test]

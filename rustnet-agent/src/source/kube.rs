@@ -7,13 +7,17 @@
 
 mod backoff;
 mod client;
+mod failure;
 mod node_status;
 pub mod reports;
+mod store;
 
-pub use client::{Connection, connect, connection, settings};
+pub use client::{Connection, connect, connect_in_time, connection, settings};
+pub use failure::Failure;
 pub use node_status::NodeStatus;
 
 use self::backoff::Backoff;
+use self::store::Store;
 use super::convert::{self, BadName, Converter};
 use super::{Event, Kind};
 use crate::metrics::Metrics;
@@ -28,6 +32,7 @@ use std::fmt::{self, Debug};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
+use tokio::sync::watch;
 
 /// Objects of headless services and those that another proxy takes care of are not ours (kube-proxy's selector).
 const OURS: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
@@ -35,6 +40,8 @@ const OURS: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/servi
 const PAGE: u32 = 250;
 /// Spread of the new lists after a 410, which all nodes get at once.
 const RELIST_SPREAD: Duration = Duration::from_secs(2);
+/// What problems with the server as a whole are about. They concern this node, whatever the others have.
+pub const API_SERVER: &str = "API server";
 /// While the same failure goes on, it is logged this often.
 const REMIND: Duration = Duration::from_mins(1);
 
@@ -44,13 +51,14 @@ pub struct KubeSource {
     connection: Connection,
     metrics: Metrics,
     node_status: NodeStatus,
+    store: Arc<Store>,
     watch_seconds: Option<u32>,
 }
 
 impl KubeSource {
     /// A source on this API server. `node_status` hears of this node's object.
     pub fn new(connection: Connection, metrics: Metrics, node_status: NodeStatus) -> Self {
-        Self { connection, metrics, node_status, watch_seconds: None }
+        Self { connection, metrics, node_status, store: Arc::default(), watch_seconds: None }
     }
 
     /// Ends each watch request after this time, to begin the next where it stopped. The default is near five minutes.
@@ -63,18 +71,24 @@ impl KubeSource {
     pub async fn run(self, events: Sender<Event>) {
         let streaming = self.server_streams(&events).await;
         let Some(streaming) = streaming else { return };
-        tokio::join!(
-            Follower::new::<Service>(&self, &events, streaming).follow::<Service>(),
-            Follower::new::<EndpointSlice>(&self, &events, streaming).follow::<EndpointSlice>(),
-            Follower::new::<Node>(&self, &events, streaming).follow::<Node>(),
-            Follower::new::<Pod>(&self, &events, streaming).follow::<Pod>(),
-        );
+        let kinds = async {
+            tokio::join!(
+                Follower::new::<Service>(&self, &events, streaming).follow::<Service>(),
+                Follower::new::<EndpointSlice>(&self, &events, streaming).follow::<EndpointSlice>(),
+                Follower::new::<Node>(&self, &events, streaming).follow::<Node>(),
+                Follower::new::<Pod>(&self, &events, streaming).follow::<Pod>(),
+            )
+        };
+        tokio::select! {
+            _ = kinds => {}
+            () = self.store.follow(&self.connection) => {}
+        }
     }
 
     /// Waits for the server and asks whether it knows streaming lists: an older one would ignore the wish and never say
     /// where the list ends. `None`: the receiver is gone.
     async fn server_streams(&self, events: &Sender<Event>) -> Option<bool> {
-        let mut trouble = Trouble::new("API server", events);
+        let mut trouble = Trouble::new("API server's version", events);
         let mut backoff = Backoff::default();
         loop {
             match self.connection.client.apiserver_version().await {
@@ -84,7 +98,7 @@ impl KubeSource {
                     tracing::info!(version = version.git_version, streaming_lists = streaming, "API server reached");
                     return Some(streaming);
                 }
-                Err(error) => trouble.note(&chain(&error)).await,
+                Err(error) => trouble.note(&chain(&error), Failure::of(&error)).await,
             }
             tokio::select! {
                 () = tokio::time::sleep(backoff.next()) => {}
@@ -169,6 +183,8 @@ struct Follower<'a> {
     converter: Converter,
     trouble: Trouble<'a>,
     backoff: Backoff,
+    /// Tells that the store is another one.
+    replaced: watch::Receiver<()>,
     /// The list has begun, but nothing of it has arrived: a server that cannot be reached must not look like a relist.
     restarting: bool,
     closed: bool,
@@ -197,6 +213,7 @@ impl<'a> Follower<'a> {
             converter: Converter::new(),
             trouble: Trouble::new(&format!("watch of {}", K::KIND), events),
             backoff: Backoff::default(),
+            replaced: source.store.replacements(),
             restarting: false,
             closed: false,
         }
@@ -224,6 +241,8 @@ impl<'a> Follower<'a> {
                     self.trouble.over().await;
                     continue;
                 }
+                // A sender that is gone tells nothing more.
+                Ok(()) = self.replaced.changed() => return self.pause(backoff::spread(RELIST_SPREAD)).await,
                 () = self.events.closed() => { self.closed = true; return }
             };
             let error = match item {
@@ -245,16 +264,20 @@ impl<'a> Follower<'a> {
                 // An ordinary part of a watch's life.
                 Next::Relist => tracing::info!(kind = %self.kind, error = chain(&error), "listing anew"),
                 Next::Page => tracing::info!(kind = %self.kind, error = chain(&error), "no streaming lists: paging"),
-                Next::Resume => self.trouble.note(&chain(&error)).await,
+                Next::Resume => self.trouble.note(&chain(&error), Failure::of_watch(&error)).await,
             }
             self.paging |= next == Next::Page;
-            tokio::select! {
-                () = tokio::time::sleep(delay) => {}
-                () = self.events.closed() => self.closed = true,
-            }
+            self.pause(delay).await;
             if next != Next::Resume {
                 return;
             }
+        }
+    }
+
+    async fn pause(&mut self, delay: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            () = self.events.closed() => self.closed = true,
         }
     }
 
@@ -279,6 +302,7 @@ impl<'a> Follower<'a> {
                 return self.send(Event::Synced(self.kind)).await;
             }
             Apply(object) | InitApply(object) => {
+                self.source.store.saw(object.meta().resource_version.as_deref());
                 object.seen(&self.source.node_status);
                 object.convert(&mut self.converter)
             }
@@ -329,7 +353,7 @@ impl<'a> Trouble<'a> {
         Self { origin: origin.into(), events, now: None }
     }
 
-    async fn note(&mut self, what: &str) {
+    async fn note(&mut self, what: &str, failure: Failure) {
         let now = Instant::now();
         let since = match &mut self.now {
             Some((old, _, logged)) if old == what && now.duration_since(*logged) < REMIND => return,
@@ -339,19 +363,22 @@ impl<'a> Trouble<'a> {
         let lasting = now.duration_since(since).as_secs();
         tracing::warn!(origin = %self.origin, error = what, lasting_s = lasting, "failed, trying on; the last known state stays");
         self.now = Some((what.to_owned(), since, now));
-        self.report(Some(what)).await;
+        let stays = "the last known state stays";
+        let detail = Problem::new(&self.origin, "", format!("{what}; {stays}, trying on"));
+        let (words, remedy) = (failure.words(), failure.remedy());
+        // The same for all kinds and for every time, so that it is told once.
+        let whole = Problem::new(&API_SERVER.into(), "", format!("{words}; {remedy}; {stays}"));
+        self.report([detail, whole].into()).await;
     }
 
     async fn over(&mut self) {
         if let Some((_, since, _)) = self.now.take() {
             tracing::info!(origin = %self.origin, lasted_s = since.elapsed().as_secs(), "works again");
-            self.report(None).await;
+            self.report(Box::default()).await;
         }
     }
 
-    async fn report(&self, what: Option<&str>) {
-        let problem = |what| Problem::new(&self.origin, "", format!("{what}; the last known state stays, trying on"));
-        let problems = what.map(problem).into_iter().collect();
+    async fn report(&self, problems: Box<[Problem]>) {
         // Without a receiver there is nobody to tell; the next event ends the source.
         let _ = self.events.send(Event::Report { origin: Arc::clone(&self.origin), problems }).await;
     }

@@ -1,22 +1,32 @@
 //! The connection to the API server.
 //!
+//! Tokens are rotated, certificates renewed and kubeconfigs rewritten while the agent runs: a token's file is read for each
+//! request, and everything is read again once the server refuses who asks (401) or cannot be reached.
+//!
 //! Dead connections are noticed by TCP keep-alive: a watch is silent for minutes, and a node that lost its server without
 //! a word would serve endpoints that are long gone.
 
+use super::API_SERVER;
+use super::backoff::Backoff;
 use crate::config::KubeSource;
-use crate::source::Kind;
+use crate::model::Problem;
+use crate::source::{Event, Kind};
 use anyhow::Context;
-use axum::http::Request;
+use axum::body::{Bytes, HttpBody};
+use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderValue, Request, Response, StatusCode};
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use kube::client::{Body, ConfigExt as _};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
-use tower::{BoxError, ServiceBuilder};
+use tokio::sync::mpsc::Sender;
+use tower::{BoxError, Service, ServiceBuilder, ServiceExt as _, service_fn};
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// A silent connection is probed after this, then every [`PROBE_INTERVAL`], and given up after [`PROBES`].
@@ -35,15 +45,30 @@ pub struct Connection {
 
 /// Tells of successful answers, by the kind that was asked for.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Answers(Arc<[Notify; Kind::ALL.len()]>);
+pub(super) struct Answers(Arc<Told>);
+
+#[derive(Debug, Default)]
+struct Told {
+    kinds: [Notify; Kind::ALL.len()],
+    any: Notify,
+}
 
 impl Answers {
     /// For waiting until the server has begun to answer a request for this kind.
     pub(super) fn of(&self, kind: Kind) -> &Notify {
-        &self.0[kind as usize]
+        &self.0.kinds[kind as usize]
+    }
+
+    /// The same for any kind.
+    pub(super) fn any(&self) -> &Notify {
+        &self.0.any
     }
 
     fn note(&self, path: &str) {
+        // Kinds are asked for in all namespaces.
+        if path.contains("/namespaces/") {
+            return;
+        }
         let resource = path.rsplit('/').next().unwrap_or_default();
         let kind = match resource {
             "services" => Kind::Service,
@@ -53,6 +78,7 @@ impl Answers {
             _ => return,
         };
         self.of(kind).notify_one();
+        self.any().notify_one();
     }
 }
 
@@ -63,7 +89,47 @@ impl Answers {
 pub async fn connect(source: &KubeSource) -> anyhow::Result<Connection> {
     let config = settings(source).await?;
     tracing::info!(server = %config.cluster_url, "API server");
-    connection(&config)
+    let (answers, namespace) = (Answers::default(), config.default_namespace.clone());
+    let current = Arc::new(Mutex::new(way(config, answers.clone())?));
+    let (source, told) = (Arc::new(source.clone()), answers.clone());
+    let service = service_fn(move |request: Request<Body>| {
+        let (current, source, told) = (Arc::clone(&current), Arc::clone(&source), told.clone());
+        async move {
+            let now = current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let answer = now.oneshot(request).await;
+            // Whoever asked comes again, after a pause, and is sent by the new way.
+            if answer.as_ref().map_or(true, |answer| answer.status() == StatusCode::UNAUTHORIZED) {
+                match settings(&source).await.and_then(|config| way(config, told)) {
+                    Ok(new) => *current.lock().unwrap_or_else(PoisonError::into_inner) = new,
+                    Err(error) => tracing::warn!("{error:#}; what was read before is used on"),
+                }
+            }
+            answer
+        }
+    });
+    Ok(Connection { client: Client::new(service, namespace), answers })
+}
+
+/// The same, tried until it can be had: a kubeconfig may come later than the agent, or be mended. `None`: the receiver of
+/// events is gone.
+pub async fn connect_in_time(source: &KubeSource, events: &Sender<Event>) -> Option<Connection> {
+    let mut backoff = Backoff::default();
+    loop {
+        let (result, origin) = (connect(source).await, "credentials".into());
+        let problem = |error| Problem::new(&API_SERVER.into(), "", format!("{error:#}; it is read again"));
+        let (connection, problems) = match result {
+            Ok(connection) => (Some(connection), Box::default()),
+            Err(error) => (None, [problem(error)].into()),
+        };
+        events.send(Event::Report { origin, problems }).await.ok()?;
+        if connection.is_some() {
+            return connection;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next()) => {}
+            () = events.closed() => return None,
+        }
+    }
 }
 
 /// Where the API server is and how to talk to it, from kubeconfig or service account.
@@ -89,11 +155,30 @@ pub async fn settings(source: &KubeSource) -> anyhow::Result<Config> {
     Ok(config)
 }
 
-/// A connection with these settings.
+/// A connection with these settings, for good.
 ///
 /// # Errors
 /// Certificates or credentials that cannot be used.
 pub fn connection(config: &Config) -> anyhow::Result<Connection> {
+    let answers = Answers::default();
+    let client = Client::new(way(config.clone(), answers.clone())?, config.default_namespace.clone());
+    Ok(Connection { client, answers })
+}
+
+/// Sends requests to the server of these settings, as whom they say. `told` hears what was answered.
+fn way(
+    mut config: Config,
+    told: Answers,
+) -> anyhow::Result<
+    impl Service<
+        Request<Body>,
+        Response = Response<impl HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static>,
+        Error = BoxError,
+        Future: Send,
+    > + Clone
+    + Send
+    + 'static,
+> {
     let mut connector = HttpConnector::new();
     connector.enforce_http(false);
     connector.set_nodelay(true);
@@ -106,29 +191,42 @@ pub fn connection(config: &Config) -> anyhow::Result<Connection> {
         .rustls_https_connector_with_connector(connector)
         .context("the API server's certificate authority, or the client's certificate or key, cannot be used")?;
     let http: HttpClient<_, Body> = HttpClient::builder(TokioExecutor::new()).build(connector);
-    let answers = Answers::default();
-    let told = answers.clone();
-    let service = ServiceBuilder::new()
+    let auth = &mut config.auth_info;
+    // kube reads it once a minute only, and takes a line's end for a part of the token.
+    let token_file = if auth.token.is_none() { auth.token_file.take().map(PathBuf::from) } else { None };
+    Ok(ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer().context("the API server's credentials cannot be used")?)
         .map_err(BoxError::from)
-        .service_fn(move |request: Request<Body>| {
-            let (path, answer, told) = (request.uri().path().to_owned(), http.request(request), told.clone());
+        .service_fn(move |mut request: Request<Body>| {
+            let (http, told, token_file) = (http.clone(), told.clone(), token_file.clone());
             async move {
-                let answer = answer.await?;
+                if let Some(path) = token_file {
+                    request.headers_mut().insert(AUTHORIZATION, bearer(&path)?);
+                }
+                let path = request.uri().path().to_owned();
+                let answer = http.request(request).await?;
                 if answer.status().is_success() {
                     told.note(&path);
                 }
                 Ok::<_, BoxError>(answer)
             }
-        });
-    Ok(Connection { client: Client::new(service, config.default_namespace.clone()), answers })
+        }))
+}
+
+/// What a token's file proves now.
+fn bearer(path: &Path) -> anyhow::Result<HeaderValue> {
+    let shown = path.display();
+    let token = std::fs::read_to_string(path).with_context(|| format!("{shown}: cannot read the token"))?;
+    let mut value = HeaderValue::try_from(format!("Bearer {}", token.trim()))
+        .with_context(|| format!("{shown}: holds no token, but something else"))?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::PathBuf;
 
     async fn refused(source: KubeSource) -> String {
         match connect(&source).await {

@@ -25,8 +25,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// Publishes whatever [`Health::complaints`] says newly, or no longer, until shutdown.
 pub async fn run(client: Client, node_name: Arc<str>, health: Arc<Health>, mut shutdown: watch::Receiver<bool>) {
-    let mut reports =
-        Reports { client, node: reference(&node_name), told: BTreeSet::new(), recorders: BTreeMap::new() };
+    let (due, told, recorders) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+    let mut reports = Reports { client, node: reference(&node_name), due, told, recorders };
     let work = async {
         let mut backoff = Backoff::default();
         let mut changes = health.changes();
@@ -54,6 +54,8 @@ pub async fn run(client: Client, node_name: Arc<str>, health: Arc<Health>, mut s
 struct Reports {
     client: Client,
     node: ObjectReference,
+    /// What is to be told, though it may be over by now: that the server was away is news when it is back.
+    due: BTreeSet<String>,
     /// What was told and is still so.
     told: BTreeSet<String>,
     /// One for each text: a recorder takes events that differ in nothing else for repetitions of the first.
@@ -62,9 +64,11 @@ struct Reports {
 
 impl Reports {
     async fn tell(&mut self, now: BTreeSet<String>) -> Result<(), kube::Error> {
-        for text in now.difference(&self.told.clone()) {
-            self.publish(EventType::Warning, "NetworkProblem", text).await?;
-            self.told.insert(text.clone());
+        self.due.extend(now.difference(&self.told).take(TEXTS.saturating_sub(self.due.len())).cloned());
+        while let Some(text) = self.due.first().cloned() {
+            self.publish(EventType::Warning, "NetworkProblem", &text).await?;
+            self.due.remove(&text);
+            self.told.insert(text);
         }
         for text in self.told.clone().difference(&now) {
             self.publish(EventType::Normal, "NetworkProblemSolved", text).await?;
