@@ -302,7 +302,9 @@ impl<'a> Follower<'a> {
                 return self.send(Event::Synced(self.kind)).await;
             }
             Apply(object) | InitApply(object) => {
-                self.source.store.saw(object.meta().resource_version.as_deref());
+                if self.kind == Store::KIND {
+                    self.source.store.saw(object.meta().resource_version.as_deref());
+                }
                 object.seen(&self.source.node_status);
                 object.convert(&mut self.converter)
             }

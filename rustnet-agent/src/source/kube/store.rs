@@ -3,10 +3,13 @@
 //! A watch that is resumed there may stay silent until the new store's versions have passed the old one's, and what is gone
 //! nobody tells. Hence the store is asked whenever a watch has been answered: one that is behind what was seen of it, or
 //! whose `kubernetes` Service is another one, is another store, and every kind is listed anew.
+//!
+//! Only versions of Services are compared: other kinds may be in stores of their own (`--etcd-servers-overrides`).
 
 use super::backoff::Backoff;
 use super::chain;
 use super::client::Connection;
+use crate::source::Kind;
 use k8s_openapi::api::core::v1::Service;
 use kube::Api;
 use kube::api::ListParams;
@@ -44,12 +47,15 @@ impl Default for Store {
 }
 
 impl Store {
+    /// The kind that is asked for, and whose versions count.
+    pub(super) const KIND: Kind = Kind::Service;
+
     /// Hears of every replacement from now on.
     pub(super) fn replacements(&self) -> watch::Receiver<()> {
         self.replaced.subscribe()
     }
 
-    /// An object of this version was delivered.
+    /// An object of that kind and of this version was delivered.
     pub(super) fn saw(&self, version: Option<&str>) {
         if let Some(version) = version.and_then(|text| text.parse().ok()) {
             let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
