@@ -13,20 +13,28 @@ use crate::paths;
 /// A test program, and which of its tests run.
 struct Suite {
     name: &'static str,
+    /// Whose: several packages may have one of that name.
+    package: &'static str,
     filters: &'static [&'static str],
     /// Emulation is slow: tests of whole networks disturb each other when they run side by side.
     threads: &'static str,
 }
 
 const SUITES: [Suite; 3] = [
-    Suite { name: "packet", filters: &[], threads: "2" },
+    Suite { name: "packet", package: "rustnet-tests", filters: &[], threads: "2" },
     // Without those that are about the rules of kube-proxy, and need its tools.
     Suite {
         name: "kernel",
+        package: "rustnet-agent",
         filters: &["attach::", "cleanup::", "cli::", "load::", "net::", "reconcile::", "store::"],
         threads: "1",
     },
-    Suite { name: "fabric", filters: &["pods::", "services::vxlan::", "path::vxlan::"], threads: "1" },
+    Suite {
+        name: "fabric",
+        package: "rustnet-tests",
+        filters: &["pods::", "services::vxlan::", "path::vxlan::"],
+        threads: "1",
+    },
 ];
 
 /// A compiled one.
@@ -58,17 +66,20 @@ pub fn build() -> Result<Tests> {
     }
     let messages = dist::environment(cargo.args(["--message-format", "json"])).dir(paths::root()).capture()?;
     let find = |suite: &Suite| {
-        let path = messages.lines().find_map(|line| executable(line, suite.name));
+        let path = messages.lines().find_map(|line| executable(line, suite));
         let path = path.with_context(|| format!("cargo built no test program {}", suite.name))?;
         Ok(Program { name: suite.name.into(), path })
     };
     Ok(Tests { programs: SUITES.iter().map(find).collect::<Result<_>>()? })
 }
 
-/// The test program of that name, if this message of cargo is about it.
-fn executable(message: &str, name: &str) -> Option<PathBuf> {
+/// The test program of a suite, if this message of cargo is about it.
+fn executable(message: &str, suite: &Suite) -> Option<PathBuf> {
     let message: Value = serde_json::from_str(message).ok()?;
-    let is_test = message["target"]["name"] == name && message["profile"]["test"] == true;
+    // `path+file:///work/rustnet-agent#0.1.0`, or `path+file:///work/tests#rustnet-tests@0.1.0` where the directory is called otherwise.
+    let id = message["package_id"].as_str()?;
+    let is_its = [format!("/{}#", suite.package), format!("#{}@", suite.package)].iter().any(|part| id.contains(part));
+    let is_test = is_its && message["target"]["name"] == suite.name && message["profile"]["test"] == true;
     message["executable"].as_str().filter(|_| is_test).map(PathBuf::from)
 }
 
@@ -106,14 +117,18 @@ mod test {
 
     #[test]
     fn the_program_is_found_in_cargos_messages() {
-        let of = |test: bool| {
+        let of = |package: &str, target: &str, test: bool| {
             format!(
-                r#"{{"reason":"compiler-artifact","target":{{"name":"packet"}},"profile":{{"test":{test}}},"executable":"/t/packet-1"}}"#
+                r#"{{"reason":"compiler-artifact","package_id":"path+file:///w/{package}","target":{{"name":"{target}"}},"profile":{{"test":{test}}},"executable":"/t/x-1"}}"#
             )
         };
-        assert_eq!(executable(&of(true), "packet"), Some("/t/packet-1".into()));
-        assert_eq!(executable(&of(false), "packet"), None);
-        assert_eq!(executable(&of(true), "fabric"), None);
+        let [packet, kernel, _] = &SUITES;
+        let (tests, agent, testkit) = ("tests#rustnet-tests@0.1.0", "rustnet-agent#0.1.0", "testkit#0.1.0");
+        assert_eq!(executable(&of(tests, "packet", true), packet), Some("/t/x-1".into()));
+        assert_eq!(executable(&of(tests, "packet", false), packet), None);
+        assert_eq!(executable(&of(tests, "fabric", true), packet), None);
+        assert_eq!(executable(&of(agent, "kernel", true), kernel), Some("/t/x-1".into()));
+        assert_eq!(executable(&of(testkit, "kernel", true), kernel), None, "another package's of the same name");
     }
 
     #[test]
