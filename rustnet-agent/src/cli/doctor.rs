@@ -16,6 +16,9 @@ pub struct Args {
     /// Only what must hold before the agent runs: for init containers. A cross is then what it cannot run with, and nothing else
     #[arg(long)]
     pre: bool,
+    /// End with 0 whatever is found: for init containers before an agent, which waits for the remedies by itself and tells its Node
+    #[arg(long)]
+    warn_only: bool,
     #[command(flatten)]
     settings: Given,
 }
@@ -53,7 +56,7 @@ struct Check<'a> {
     hint: &'a str,
 }
 
-/// Checks; true if there is no cross.
+/// Checks; true if there is no cross, or crosses are not to count.
 pub fn run(find: impl Fn() -> Result<Places>, args: Args, out: &Output) -> Result<bool> {
     let places = find()?;
     let stage = if args.pre { Stage::Before } else { Stage::Beside };
@@ -78,7 +81,7 @@ pub fn run(find: impl Fn() -> Result<Places>, args: Args, out: &Output) -> Resul
         }
         Err(refused) => doctor::without_config(&refused),
     };
-    print(&groups, stage, out)
+    Ok(print(&groups, stage, out)? || args.warn_only)
 }
 
 /// What `rustnet status` finds.

@@ -246,5 +246,9 @@ fn refused_settings_are_crosses_and_the_kernel_is_checked_all_the_same() {
             ("Configuration", "bad", "give them ranges apart")
         );
         assert_eq!(rest[2], "warning");
+        let refused = format!("doctor --pre --warn-only --node-name n1 --manifests /m {overlap}");
+        let out = sandbox.rustnet(&refused);
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert!(out.status.success() && text.contains("give them ranges apart") && text.contains("1 cross"), "{text}");
     });
 }
