@@ -3,6 +3,7 @@
 pub mod args;
 pub mod bpf;
 pub mod cli;
+pub mod cni_order;
 pub mod config;
 pub mod ct_gc;
 pub mod doctor;

@@ -19,7 +19,6 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::config::Config;
 use crate::ct_gc::Collector;
-use crate::doctor::cni;
 use crate::health::{Health, STARTING};
 use crate::index::Index;
 use crate::model::{Node, ObjectName};
@@ -30,7 +29,7 @@ use crate::net::uplink::{Host, networks};
 use crate::plan::Planner;
 use crate::source::kube::API_SERVER;
 use crate::source::{Event, Kind, Object};
-use crate::{install, nodefile, podfile};
+use crate::{cni_order, install, nodefile, podfile};
 use kernel::{Kernel, Stats};
 use presence::{AgentFile, Presence};
 
@@ -376,7 +375,7 @@ impl Reconciler {
         }
         let leased = |ip: &IpAddr| self.config.run_dir.join(IPAM_DIR).join(ip.to_string()).exists();
         state.problems.extend(node::outsiders(&self.config.node_name, &state.endpoints, &own_pod_cidrs, leased));
-        state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni::instead_of_ours(dir)));
+        state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni_order::instead_of_ours(dir)));
         self.plan_due |= self.index.set_own_addresses(state.host.own_addresses(), networks(&state.uplinks));
         self.state = Some(state);
         self.problems_due.get_or_insert_with(Instant::now);

@@ -2,19 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::unistd::{AccessFlags, access};
 
 use super::Stage;
 use super::finding::{Finding, Level};
+use crate::cni_order::{Configuration, Rival, before_ours, configurations};
 use crate::config::Config;
-use crate::install::{BINARY, CONFLIST, NETWORK};
-
-/// What runtimes take for a configuration.
-const SUFFIXES: [&str; 3] = ["conf", "conflist", "json"];
-
-/// A configuration: its file, and the name of its network or what is wrong with it.
-pub type Configuration = (String, Result<String>);
+use crate::install::{BINARY, CONFLIST};
 
 /// What was found.
 #[derive(Default)]
@@ -47,38 +42,6 @@ fn writable(dir: &Path) -> Result<()> {
     access(there, AccessFlags::W_OK | AccessFlags::X_OK).with_context(|| there.display().to_string())
 }
 
-/// The files that a runtime reads, in its order.
-fn configurations(dir: &Path) -> Result<Vec<Configuration>> {
-    let entries = match std::fs::read_dir(dir) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.with_context(|| format!("reading {}", dir.display()))?,
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        let path = entry.with_context(|| format!("reading {}", dir.display()))?.path();
-        let suffix = path.extension().and_then(|it| it.to_str()).unwrap_or_default();
-        if SUFFIXES.contains(&suffix) {
-            names.extend(path.file_name().map(|it| it.to_string_lossy().into_owned()));
-        }
-    }
-    names.sort();
-    Ok(names.into_iter().map(|name| (name.clone(), network(&dir.join(name)))).collect())
-}
-
-/// The name of the network of a configuration.
-fn network(path: &Path) -> Result<String> {
-    let text = std::fs::read(path).context("cannot be read")?;
-    let value: serde_json::Value = serde_json::from_slice(&text).context("is not JSON")?;
-    let is_list = path.extension().is_some_and(|it| it == "conflist");
-    if is_list && value["plugins"].as_array().is_none_or(Vec::is_empty) {
-        bail!("has no plugins");
-    }
-    if !is_list && value["type"].as_str().is_none_or(str::is_empty) {
-        bail!("has no type");
-    }
-    Ok(value["name"].as_str().unwrap_or("without a name").to_owned())
-}
-
 /// Judges.
 pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
     let mut found = Vec::new();
@@ -96,36 +59,13 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
     found
 }
 
-/// What the runtime takes in place of our configuration, or stops at: a line each. One that names our network calls it.
-pub fn instead_of_ours(dir: &Path) -> Vec<String> {
-    let all = match configurations(dir) {
-        Ok(all) => all,
-        Err(error) => return vec![format!("{error:#}; check --cni-conf-dir and the mount behind it")],
-    };
-    let calls_us = |file: &str| {
-        let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
-        [NETWORK, BINARY].iter().any(|name| text.contains(&format!("\"{name}\"")))
-    };
-    let others: Vec<_> = all.into_iter().filter(|(file, _)| !calls_us(file)).collect();
-    let line = |it: Finding| format!("{}: {}; {}", dir.join(it.what).display(), it.detail, it.hint);
-    before_ours(&others).map(line).collect()
-}
-
-fn before_ours(all: &[Configuration]) -> impl Iterator<Item = Finding> {
-    all.iter().filter(|(file, _)| file.as_str() < CONFLIST).map(|(file, network)| match network {
-        Ok(network) => {
-            Finding::new(Level::Warning, file, format!("network {network} comes before {CONFLIST}: pods get that one"))
-                .hint("remove it, unless it is a plugin that calls rustnet itself (Multus)")
-        }
-        Err(error) => {
-            Finding::new(Level::Fault, file, format!("{error:#}: the runtime stops at it, before {CONFLIST}"))
-                .hint("mend it or remove it")
-        }
-    })
+fn finding(rival: Rival<'_>) -> Finding {
+    let level = if rival.is_broken { Level::Fault } else { Level::Warning };
+    Finding::new(level, rival.file, rival.what).hint(rival.remedy)
 }
 
 fn order(all: &[Configuration], stage: Stage) -> Vec<Finding> {
-    let mut found: Vec<_> = before_ours(all).collect();
+    let mut found: Vec<_> = before_ours(all).map(finding).collect();
     match all.iter().find(|(file, _)| file == CONFLIST) {
         Some((file, Err(error))) => {
             found.push(
@@ -195,49 +135,9 @@ mod tests {
     }
 
     #[test]
-    fn only_what_does_not_call_us_is_instead_of_us() {
+    fn nothing_is_written_to_see_whether_it_can_be() {
         let dir = tempfile::tempdir().expect("dir");
-        for (name, text) in [
-            ("00-multus.conf", r#"{"name":"multus","type":"multus","clusterNetwork":"rustnet"}"#),
-            ("01-other.conf", r#"{"name":"other","type":"bridge"}"#),
-            ("02-broken.conf", "{"),
-            ("05-rustnet.conflist", r#"{"name":"rustnet","plugins":[{"type":"rustnet-cni"}]}"#),
-            ("10-late.conf", r#"{"name":"late","type":"bridge"}"#),
-        ] {
-            std::fs::write(dir.path().join(name), text).expect("written");
-        }
-        let told = instead_of_ours(dir.path());
-        let [other, broken] = &told[..] else { panic!("{told:?}") };
-        assert!(other.contains("01-other.conf: network other comes before") && other.contains("remove it"), "{other}");
-        assert!(broken.contains("02-broken.conf: is not JSON") && broken.contains("mend it"), "{broken}");
-        assert!(instead_of_ours(&dir.path().join("absent")).is_empty());
-    }
-
-    #[test]
-    fn files_are_read_as_runtimes_do() {
-        let dir = tempfile::tempdir().expect("dir");
-        for (name, text) in [
-            ("20-list.conflist", r#"{"name":"a","plugins":[{"type":"bridge"}]}"#),
-            ("10-one.conf", r#"{"name":"b","type":"bridge"}"#),
-            ("05-empty.conflist", r#"{"name":"c","plugins":[]}"#),
-            ("04-typeless.json", r#"{"name":"d"}"#),
-            ("03-broken.conf", "{"),
-            ("README", "x"),
-            ("99-off.conf.bak", "{"),
-        ] {
-            std::fs::write(dir.path().join(name), text).expect("written");
-        }
-        let read: Vec<_> =
-            configurations(dir.path()).expect("read").into_iter().map(|(file, net)| (file, net.ok())).collect();
-        let want = [
-            ("03-broken.conf", None),
-            ("04-typeless.json", None),
-            ("05-empty.conflist", None),
-            ("10-one.conf", Some("b")),
-            ("20-list.conflist", Some("a")),
-        ];
-        assert_eq!(read, want.map(|(file, net)| (file.to_owned(), net.map(str::to_owned))));
-        assert!(configurations(&dir.path().join("absent")).expect("none").is_empty());
+        std::fs::write(dir.path().join("README"), "x").expect("written");
         assert!(writable(&dir.path().join("absent/below")).is_ok());
         assert!(writable(&dir.path().join("README/below")).is_err());
         assert!(writable(Path::new("/proc/sys/net")).is_ok() || writable(Path::new("/proc/sys")).is_err());
