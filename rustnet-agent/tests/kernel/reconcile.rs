@@ -47,7 +47,7 @@ impl Agent {
     }
 
     pub async fn ready(&self) {
-        let wait = tokio::time::timeout(std::time::Duration::from_secs(30), self.health.wait_ready());
+        let wait = tokio::time::timeout(sandbox::deadline(), self.health.wait_ready());
         assert!(wait.await.is_ok(), "not ready: {:?}", self.health.readiness());
     }
 
@@ -64,7 +64,7 @@ pub fn block_on(future: impl Future<Output = ()>) {
 
 /// Lets the loop turn until `done`.
 pub async fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
+    let end = tokio::time::Instant::now() + sandbox::deadline();
     while !done() {
         assert!(tokio::time::Instant::now() < end, "timed out waiting until {what}");
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;

@@ -86,9 +86,16 @@ pub fn ifindex(name: &str) -> u32 {
     ip(&format!("-o link show {name}")).split(':').next().and_then(|n| n.trim().parse().ok()).expect("an index")
 }
 
-/// Waits until `done`, for at most half a minute: a loaded machine is no failure.
+/// How long anything may take before it counts as broken; `RUSTNET_DEADLINE` says it for machines a hundred times slower,
+/// emulated ones, in seconds.
+pub fn deadline() -> Duration {
+    let told = std::env::var("RUSTNET_DEADLINE").ok().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs(told.unwrap_or(30))
+}
+
+/// Waits until `done`: a loaded machine is no failure.
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + deadline();
     while !done() {
         assert!(Instant::now() < end, "timed out waiting until {what}");
         std::thread::sleep(Duration::from_millis(5));
