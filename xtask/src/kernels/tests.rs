@@ -76,7 +76,7 @@ pub fn build() -> Result<Tests> {
 /// The test program of a suite, if this message of cargo is about it.
 fn executable(message: &str, suite: &Suite) -> Option<PathBuf> {
     let message: Value = serde_json::from_str(message).ok()?;
-    // `path+file:///work/rustnet-agent#0.1.0`, or `path+file:///work/tests#rustnet-tests@0.1.0` where the directory is called otherwise.
+    // `path+file:///src/rustnet-agent#0.1.0`, or `path+file:///src/tests#rustnet-tests@0.1.0` where the directory has another name.
     let id = message["package_id"].as_str()?;
     let is_its = [format!("/{}#", suite.package), format!("#{}@", suite.package)].iter().any(|part| id.contains(part));
     let is_test = is_its && message["target"]["name"] == suite.name && message["profile"]["test"] == true;
