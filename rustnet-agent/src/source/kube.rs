@@ -302,9 +302,7 @@ impl<'a> Follower<'a> {
                 return self.send(Event::Synced(self.kind)).await;
             }
             Apply(object) | InitApply(object) => {
-                if self.kind == Store::KIND {
-                    self.source.store.saw(object.meta().resource_version.as_deref());
-                }
+                self.source.store.saw(self.kind, object.meta().resource_version.as_deref());
                 object.seen(&self.source.node_status);
                 object.convert(&mut self.converter)
             }

@@ -47,17 +47,15 @@ impl Default for Store {
 }
 
 impl Store {
-    /// The kind that is asked for, and whose versions count.
-    pub(super) const KIND: Kind = Kind::Service;
-
     /// Hears of every replacement from now on.
     pub(super) fn replacements(&self) -> watch::Receiver<()> {
         self.replaced.subscribe()
     }
 
-    /// An object of that kind and of this version was delivered.
-    pub(super) fn saw(&self, version: Option<&str>) {
-        if let Some(version) = version.and_then(|text| text.parse().ok()) {
+    /// An object of this kind and version was delivered.
+    pub(super) fn saw(&self, kind: Kind, version: Option<&str>) {
+        let counts = kind == Kind::Service;
+        if let Some(version) = version.filter(|_| counts).and_then(|text| text.parse().ok()) {
             let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
             seen.version = seen.version.max(version);
         }
@@ -131,13 +129,24 @@ mod tests {
     fn what_is_delivered_during_the_question_is_no_proof() {
         let store = Store::default();
         let replaced = store.replacements();
-        store.saw(Some("5"));
+        store.saw(Kind::Service, Some("5"));
         let before = sight(5, "");
-        store.saw(Some("9"));
+        store.saw(Kind::Service, Some("9"));
         store.compare(&before, sight(7, "a"));
         assert!(!replaced.has_changed().unwrap());
         store.compare(&sight(9, "a"), sight(7, ""));
         assert!(replaced.has_changed().unwrap());
         assert_eq!(*store.seen.lock().unwrap(), sight(7, ""), "the new store's versions count");
+    }
+
+    #[test]
+    fn versions_of_other_kinds_prove_nothing() {
+        let store = Store::default();
+        let replaced = store.replacements();
+        store.saw(Kind::Service, Some("5"));
+        store.saw(Kind::Pod, Some("900"));
+        let before = store.seen.lock().unwrap().clone();
+        store.compare(&before, sight(7, "a"));
+        assert!(!replaced.has_changed().unwrap(), "pods may be in a store of their own");
     }
 }
