@@ -104,7 +104,7 @@ pub fn check_rights() -> Result<()> {
 
 /// The oldest kernel that has all that the programs call: `bpf_loop` came with it.
 pub const OLDEST_KERNEL: (u32, u32) = (5, 17);
-/// The oldest kernel that all programs and tests were run on; see docs/kernels.md.
+/// The oldest kernel that rustnet was tried on; see docs/kernels.md.
 pub const OLDEST_TRIED_KERNEL: (u32, u32) = (6, 1);
 
 /// Major and minor version out of a kernel's release, such as `6.18.44-cloud`.

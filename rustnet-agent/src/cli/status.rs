@@ -211,8 +211,12 @@ fn hooks(places: &Places) -> Result<(Mark, String)> {
     for device in links.iter().filter(|link| !link.name.starts_with(VETH_PREFIX)) {
         for direction in Direction::BOTH {
             if let Some(filter) = tc::filter(&mut socket, device.index, direction)? {
-                let name = format!("{} (filter on {})", filter.name, device.name);
-                if device.is_up() { &mut alive } else { &mut dead }.push(name);
+                let place = format!("filter on {}", device.name);
+                if device.is_up() {
+                    alive.push(format!("{} ({place})", filter.name));
+                } else {
+                    dead.push(format!("{} ({place}, which is down)", filter.name));
+                }
             }
         }
     }
