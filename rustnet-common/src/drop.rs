@@ -37,45 +37,43 @@ reasons! {
     /// Lengths that contradict each other, headers beyond the end of the packet.
     Malformed = 1, "malformed", "the sender builds broken packets: capture at the pod and look at the IP header";
     /// More extension headers, or other ones, than the parser follows.
-    Unparsable = 2, "unparsable", "an IPv6 extension header chain longer than six, or one that hides the transport header";
+    InvalidExthdr = 2, "invalid_exthdr", "an IPv6 extension header chain longer than six, or one that hides the transport header";
     /// A source address or MAC that is not the pod's own.
     Spoofed = 3, "spoofed", "the sender uses an address that is not its own";
     /// A tunnel packet whose sender is not the node that owns the inner source.
-    TunnelSource = 4, "tunnel_source", "the peer table does not know this sender: compare Node addresses with `rustnet nodes`";
+    UnknownSender = 4, "unknown_sender", "the peer table does not know this sender: compare Node addresses with `rustnet nodes`";
     /// A tunnel packet sent by a pod.
-    PodTunnel = 5, "pod_tunnel", "a pod sends to the overlay's port";
+    EncapProhibited = 5, "encap_prohibited", "a pod sends to the overlay's port";
     /// A service without endpoints, refused.
     NoBackend = 6, "no_backend", "the service has no ready endpoint: kubectl get endpointslices";
     /// A port that the VIP does not have, refused.
-    UnknownPort = 7, "unknown_port", "the service has no such port: kubectl get service";
+    NoServicePort = 7, "no_service_port", "the service has no such port: kubectl get service";
     /// Policy Local without an endpoint here.
     NoLocalBackend = 8, "no_local_backend", "internalTrafficPolicy is Local and no endpoint is on this node";
     /// A service entry that points outside `rn_backends`.
-    BadBackend = 9, "bad_backend", "maps disagree: restart the agent and report this";
+    BackendLookupFailed = 9, "backend_lookup_failed", "maps disagree: restart the agent and report this";
     /// No free port or connection slot was found.
-    NatExhausted = 10, "nat_exhausted", "too many connections to one destination: widen the masquerade port range";
+    NatNoMapping = 10, "nat_no_mapping", "too many connections to one destination: widen the masquerade port range";
     /// The connection table took no entry.
-    CtFull = 11, "ct_full", "raise the size of the connection table";
+    CtCreateFailed = 11, "ct_create_failed", "raise the size of the connection table";
     /// A later fragment whose first was never seen.
-    FragmentUnknown = 12, "fragment_unknown", "fragments arrived before their first: look for reordering or loss";
+    FragNotFound = 12, "frag_not_found", "fragments arrived before their first: look for reordering or loss";
     /// Its hop limit ended here; the sender was told.
     TtlExceeded = 13, "ttl_exceeded", "a routing loop, or a traceroute";
     /// Larger than the path; the sender was told.
-    TooBig = 14, "too_big", "the sender did not learn the path MTU: are ICMP messages filtered?";
+    FragNeeded = 14, "frag_needed", "the sender did not learn the path MTU: are ICMP messages filtered?";
     /// A VIP asked from outside the cluster.
-    VipFromOutside = 15, "vip_from_outside", "cluster addresses are not served to outside clients";
+    IsClusterIp = 15, "is_cluster_ip", "cluster addresses are not served to outside clients";
     /// The route look-up said no.
-    NoRoute = 16, "no_route", "ip route get, in the host's network namespace";
+    NoFib = 16, "no_fib", "ip route get, in the host's network namespace";
     /// A helper refused to change the packet.
-    Rewrite = 17, "rewrite", "report this, with a capture";
+    WriteError = 17, "write_error", "report this, with a capture";
     /// The host asked a VIP whose backend is the host itself; only the socket path can serve it.
-    HostLoop = 18, "host_loop", "use the endpoint's own address from the host";
-    /// A policy does not allow it.
-    Policy = 19, "policy", "no policy allows this connection";
+    HostHairpin = 18, "host_hairpin", "use the endpoint's own address from the host";
     /// An ICMP error that quotes no connection of ours.
-    Untracked = 20, "untracked", "an ICMP error about a connection that is unknown or long over";
+    IcmpUnrelated = 20, "icmp_unrelated", "an ICMP error about a connection that is unknown or long over";
     /// Neighbour discovery for somebody beyond the link (RFC 4861).
-    LinkScope = 21, "link_scope", "neighbour discovery is not forwarded: the sender's routes put a far address on its link";
+    NdNotForwarded = 21, "nd_not_forwarded", "neighbour discovery is not forwarded: the sender's routes put a far address on its link";
 }
 
 /// Directions that `rn_counters` tells apart; see [`counter_index`].

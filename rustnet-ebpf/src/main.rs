@@ -48,28 +48,27 @@ fn verdict<H: Hook, F: Sink>(skb: &Skb, l3: usize, result: Result<i32, Stop>) ->
             action
         }
         Err(stop) => match stop.reason {
-            DropReason::NoBackend | DropReason::UnknownPort | DropReason::TtlExceeded | DropReason::TooBig => {
+            DropReason::NoBackend | DropReason::NoServicePort | DropReason::TtlExceeded | DropReason::FragNeeded => {
                 F::report(skb, l3, stop.reason, H::CODE);
                 F::answer(skb, l3, stop, H::BACK)
             }
             DropReason::Forwarded
             | DropReason::Malformed
-            | DropReason::Unparsable
+            | DropReason::InvalidExthdr
             | DropReason::Spoofed
-            | DropReason::TunnelSource
-            | DropReason::PodTunnel
+            | DropReason::UnknownSender
+            | DropReason::EncapProhibited
             | DropReason::NoLocalBackend
-            | DropReason::BadBackend
-            | DropReason::NatExhausted
-            | DropReason::CtFull
-            | DropReason::FragmentUnknown
-            | DropReason::VipFromOutside
-            | DropReason::NoRoute
-            | DropReason::Rewrite
-            | DropReason::HostLoop
-            | DropReason::Policy
-            | DropReason::Untracked
-            | DropReason::LinkScope => {
+            | DropReason::BackendLookupFailed
+            | DropReason::NatNoMapping
+            | DropReason::CtCreateFailed
+            | DropReason::FragNotFound
+            | DropReason::IsClusterIp
+            | DropReason::NoFib
+            | DropReason::WriteError
+            | DropReason::HostHairpin
+            | DropReason::IcmpUnrelated
+            | DropReason::NdNotForwarded => {
                 F::report(skb, l3, stop.reason, H::CODE);
                 TC_ACT_SHOT
             }

@@ -274,7 +274,7 @@ impl Header<Ip6> for Header6 {
             proto = next;
             l4 += len;
             if l4 > L4_MAX {
-                return Err(DropReason::Unparsable);
+                return Err(DropReason::InvalidExthdr);
             }
             if offset != 0 {
                 // What follows belongs to the middle of a datagram.
@@ -284,7 +284,7 @@ impl Header<Ip6> for Header6 {
         p.tuple.proto = proto;
         p.offset = offset;
         match proto {
-            0 | 43 | FRAGMENT | 51 | 60 if offset == 0 => Err(DropReason::Unparsable),
+            0 | 43 | FRAGMENT | 51 | 60 if offset == 0 => Err(DropReason::InvalidExthdr),
             _ => Ok(l4),
         }
     }
@@ -464,7 +464,7 @@ fn later_fragment<F: Family>(p: &mut Packet<F::A>) -> Result<(), DropReason> {
     if p.tuple.proto == proto::TCP && p.offset < 3 {
         return Err(DropReason::Malformed);
     }
-    let ports = F::fragments().get_ptr(fragment_key(p)).ok_or(DropReason::FragmentUnknown)?;
+    let ports = F::fragments().get_ptr(fragment_key(p)).ok_or(DropReason::FragNotFound)?;
     // SAFETY: map values stay valid for this run; both ports are read at once below.
     let ports = unsafe { ports.read() };
     p.tuple.sport = ports.sport;

@@ -77,7 +77,7 @@ fn a_tunnel_packet_of_a_pod_goes_nowhere(net: &Net) -> Result<()> {
     let macs = macs(&net.a)?;
     let victim = Sniffer::start(net.c.netns(), "eth0")?;
     let wire = Sniffer::start(net.node(2).netns(), "eth0")?;
-    let before = net.node(1).counter(DropReason::PodTunnel)?;
+    let before = net.node(1).counter(DropReason::EncapProhibited)?;
     for (target, inner_to) in net.node(2).addresses().into_iter().zip(net.c.addresses()) {
         let inner_from = SocketAddr::new(net.b.address_like(*inner_to)?, 4446);
         let inner = udp(
@@ -90,7 +90,7 @@ fn a_tunnel_packet_of_a_pod_goes_nowhere(net: &Net) -> Result<()> {
         let outer = udp(macs, from, SocketAddr::new(target, VXLAN_PORT), &vxlan(1, &inner))?;
         send(net.a.netns(), "eth0", [outer.as_slice()])?;
     }
-    counted(net, DropReason::PodTunnel, before, 2)?;
+    counted(net, DropReason::EncapProhibited, before, 2)?;
     victim.none("a smuggled packet arrived", |h| h.sport == 4446)?;
     wire.none("a pod's tunnel packet is on the wire", |h| h.sport == 40_000 && h.dport == VXLAN_PORT)
 }

@@ -106,12 +106,12 @@ fn fragments_arrive_whose_first_came_first(net: &Net) -> Result<()> {
 fn fragments_before_their_first_are_counted_and_the_rest_goes_on(net: &Net) -> Result<()> {
     each_way(net, |_, target| {
         let client = Client::new(&net.a, target)?;
-        let before = net.node(1).counter(DropReason::FragmentUnknown)?;
+        let before = net.node(1).counter(DropReason::FragNotFound)?;
         client.send('a', &[40..LEN, 0..40], &[])?;
         client.send('b', &[16..64, 64..LEN], &[])?;
         client.works('c')?;
         wait::until("the drops are counted", || {
-            let now = net.node(1).counter(DropReason::FragmentUnknown)?;
+            let now = net.node(1).counter(DropReason::FragNotFound)?;
             ensure!(now >= before + 3, "{now} fragments without a first, {before} before");
             Ok(())
         })

@@ -111,13 +111,13 @@ fn ports_for_masquerade_that_run_out_are_told_and_come_back() -> Result<()> {
                 })?;
                 sockets.push(socket);
             }
-            let before = node.counter(DropReason::NatExhausted)?;
+            let before = node.counter(DropReason::NatNoMapping)?;
             let excess = net.b.run_in(|| connected_udp(target))??;
             excess.set_read_timeout(Some(SHORT))?;
             for _ in 0..5 {
                 ensure!(ask_udp(&excess, "excess").is_err(), "one flow to {target} more than ports");
             }
-            let counted = node.counter(DropReason::NatExhausted)? - before;
+            let counted = node.counter(DropReason::NatNoMapping)? - before;
             ensure!(counted == 5, "{counted} of 5 drops counted");
             for (i, socket) in sockets.iter().enumerate() {
                 socket.set_read_timeout(Some(testkit::client::TIMEOUT))?;
@@ -153,12 +153,12 @@ fn the_last_ports_for_masquerade_are_found() -> Result<()> {
             while held.len() < 190 {
                 held.push(Connection::open_in(net.a.netns(), target)?);
             }
-            let before = node.counter(DropReason::NatExhausted)?;
+            let before = node.counter(DropReason::NatNoMapping)?;
             for i in 0..100 {
                 let mut one = Connection::open_in(net.b.netns(), target)?;
                 one.ask("one more").with_context(|| format!("connection {i}"))?;
             }
-            let dropped = node.counter(DropReason::NatExhausted)? - before;
+            let dropped = node.counter(DropReason::NatNoMapping)? - before;
             ensure!(dropped == 0, "{dropped} packets of 100 new connections found no port, with 10 of 200 free");
         }
         Ok(())

@@ -46,14 +46,14 @@ fn a_service_without_endpoints_refuses(net: &Net) -> Result<()> {
 }
 
 fn an_unknown_port_refuses(net: &Net) -> Result<()> {
-    let before = net.node(1).counter(DropReason::UnknownPort)?;
+    let before = net.node(1).counter(DropReason::NoServicePort)?;
     let service = net.service(endpoints(&[&net.b]))?;
     for target in service.targets() {
         for from in [net.a.netns(), net.c.netns(), net.node(1).netns()] {
             refused(from, SocketAddr::new(target.ip(), SERVICE_PORT + 1))?;
         }
     }
-    ensure!(net.node(1).counter(DropReason::UnknownPort)? >= before + 24, "refusals are not counted");
+    ensure!(net.node(1).counter(DropReason::NoServicePort)? >= before + 24, "refusals are not counted");
     Ok(())
 }
 

@@ -98,7 +98,7 @@ fn without_an_interface_there_is_no_way() -> Result<()> {
     labs(|lab, net| {
         let ask = from_outside(Proto::Udp, (net.far(), PORT), (net.b(), 80));
         lab.put_endpoint_with(net.b(), 99, MAC_B, flags::QUEUED)?;
-        lab.overlay_in(net.node2(), &ask)?.dropped(DropReason::NoRoute)
+        lab.overlay_in(net.node2(), &ask)?.dropped(DropReason::NoFib)
     })
 }
 

@@ -45,7 +45,7 @@ fn a_vlan_tag_in_the_frame() -> Result<()> {
         lab.uplink_out(&f)?.to_stack(&f)?;
         // No answer of ours can be made out of a tagged frame: dropped, and counted as what it is.
         let f = from_a(net, Proto::Udp, (net.vip(1), 81)).map(|f| f.vlan = Some(100));
-        lab.pod_sends(&f)?.dropped(DropReason::UnknownPort)
+        lab.pod_sends(&f)?.dropped(DropReason::NoServicePort)
     })
 }
 
@@ -67,7 +67,7 @@ fn ipv4_options_of_every_length() -> Result<()> {
             for proto in [Proto::Udp, Proto::Sctp] {
                 let f = from_a(net, proto, (net.vip(1), 81)).map(options);
                 lab.pod_sends(&f)?
-                    .answered(DropReason::UnknownPort, &port_unreachable(&f))
+                    .answered(DropReason::NoServicePort, &port_unreachable(&f))
                     .with_context(|| format!("a refusal that quotes {words} words of options"))?;
             }
         }
@@ -117,7 +117,7 @@ fn ipv6_extension_headers() -> Result<()> {
                 f.extensions = chain.iter().map(|k| extension(*k, 0)).collect();
             });
             lab.pod_sends(&f)?
-                .answered(DropReason::UnknownPort, &port_unreachable(&f))
+                .answered(DropReason::NoServicePort, &port_unreachable(&f))
                 .with_context(|| format!("a refusal that quotes {chain:?}"))?;
         }
         Ok(())
@@ -134,14 +134,14 @@ fn longer_chains_are_refused() -> Result<()> {
         serve(lab, net)?;
         for words in [0, 2] {
             let f = from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.extensions = vec![extension(60, words); 7]);
-            lab.pod_sends(&f)?.dropped(DropReason::Unparsable)?;
+            lab.pod_sends(&f)?.dropped(DropReason::InvalidExthdr)?;
             // What comes from outside may be the host's own, and its stack knows better.
             lab.uplink_in(&f)?.to_stack(&f)?;
             lab.uplink_out(&f)?.to_stack(&f)?;
         }
         // One header, longer than any offset that is followed.
         let f = from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.extensions = vec![extension(60, 60)]);
-        lab.pod_sends(&f)?.dropped(DropReason::Unparsable)?;
+        lab.pod_sends(&f)?.dropped(DropReason::InvalidExthdr)?;
         ensure!(lab.halves()? == 0);
         Ok(())
     })
@@ -220,16 +220,16 @@ fn a_later_fragment_without_its_first() -> Result<()> {
         serve(lab, net)?;
         let whole = datagram(&from_a(net, Proto::Udp, (net.vip(1), 80)));
         let [first, later] = whole.pieces(20, &[1440]).try_into().map_err(|_| anyhow::anyhow!("two pieces"))?;
-        lab.pod_sends(&later)?.dropped(DropReason::FragmentUnknown)?;
+        lab.pod_sends(&later)?.dropped(DropReason::FragNotFound)?;
         lab.pod_sends(&first)?.to_the_pod(&arrived(net, &first))?;
         lab.pod_sends(&later)?.to_the_pod(&arrived(net, &later))?;
         // Of another datagram, of another sender, of another protocol: not this one's.
         let other = whole.pieces(21, &[1440]).remove(1);
-        lab.pod_sends(&other)?.dropped(DropReason::FragmentUnknown)?;
+        lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
         let other = later.map(|f| (f.src, f.smac) = (net.b(), MAC_B));
-        lab.pod_sends(&other)?.dropped(DropReason::FragmentUnknown)?;
+        lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
         let other = later.map(|f| f.l4 = L4::Sctp { sport: 1, dport: 2, crc: true });
-        lab.pod_sends(&other)?.dropped(DropReason::FragmentUnknown)?;
+        lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
         // At the uplink it may be the host's.
         let other = from_outside(Proto::Udp, (net.world(), 1), (net.node(), 2));
         let later = datagram(&other).pieces(22, &[1440]).remove(1);
@@ -270,8 +270,8 @@ fn a_repeated_first_fragment() -> Result<()> {
         lab.pod_sends(&to_service[0])?.to_the_pod(&arrived(net, &to_service[0]))?;
         let elsewhere = datagram(&from_a(net, Proto::Udp, (net.vip(1), 81))).pieces(40, &[1440]);
         let shot = lab.pod_sends(&elsewhere[0])?;
-        ensure!(shot.counted.keys().eq([&(DropReason::UnknownPort as u8, hook::FROM_POD)]), "{shot:?}");
-        lab.pod_sends(&elsewhere[1])?.dropped(DropReason::UnknownPort)
+        ensure!(shot.counted.keys().eq([&(DropReason::NoServicePort as u8, hook::FROM_POD)]), "{shot:?}");
+        lab.pod_sends(&elsewhere[1])?.dropped(DropReason::NoServicePort)
     })
 }
 

@@ -315,7 +315,7 @@ fn about_nothing_that_we_know() -> Result<()> {
         // A pod sends one into the world, where masquerade cannot tell whose it is.
         let unknown = from_outside(Proto::Udp, (net.world(), 1), (net.a(), 2));
         let e = error(&unknown, net.a(), kinds(net)[0], 1000).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
-        lab.pod_sends(&e)?.dropped(DropReason::Untracked)?;
+        lab.pod_sends(&e)?.dropped(DropReason::IcmpUnrelated)?;
         // To another pod it may.
         let unknown = from_outside(Proto::Udp, (net.b(), 1), (net.a(), 2));
         let e = error(&unknown, net.a(), kinds(net)[0], 1000).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
@@ -437,7 +437,7 @@ fn what_does_not_fit_is_told() -> Result<()> {
                 ensure!(shot.verdict == REDIRECT && shot.counted.len() == 1, "{mtu} bytes to {dst:?}: {shot:?}");
                 let f = sized(net, proto, dst, mtu + 1);
                 lab.pod_sends(&f)?
-                    .answered(DropReason::TooBig, &too_big(net, &f, mtu))
+                    .answered(DropReason::FragNeeded, &too_big(net, &f, mtu))
                     .with_context(|| format!("to {}", dst.0))?;
             }
             Ok(())
@@ -455,12 +455,12 @@ fn what_does_not_fit_a_limited_pods_interface() -> Result<()> {
             let fits = sized(net, proto, dst, POD_B_MTU);
             lab.pod_sends(&fits)?.by_the_queue(&fits.hop())?;
             let f = sized(net, proto, dst, POD_B_MTU + 1);
-            lab.pod_sends(&f)?.answered(DropReason::TooBig, &too_big(net, &f, POD_B_MTU))?;
+            lab.pod_sends(&f)?.answered(DropReason::FragNeeded, &too_big(net, &f, POD_B_MTU))?;
             // The stack cuts what may be cut, and is the hop.
             let f = f.map(|f| f.may_be_cut = true);
             match net {
                 Net::V4 => lab.pod_sends(&f)?.done_to_stack(&f),
-                Net::V6 => lab.pod_sends(&f)?.answered(DropReason::TooBig, &too_big(net, &f, POD_B_MTU)),
+                Net::V6 => lab.pod_sends(&f)?.answered(DropReason::FragNeeded, &too_big(net, &f, POD_B_MTU)),
             }
         })
     })
@@ -472,11 +472,11 @@ fn what_does_not_fit_on_the_way_to_a_service() -> Result<()> {
     labs(|lab, net| {
         lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), 8080)])?;
         let f = sized(net, Proto::Tcp, (net.vip(1), 80), OVERLAY_MTU + 1);
-        lab.pod_sends(&f)?.answered(DropReason::TooBig, &too_big(net, &f, OVERLAY_MTU))?;
+        lab.pod_sends(&f)?.answered(DropReason::FragNeeded, &too_big(net, &f, OVERLAY_MTU))?;
         // And of an established flow.
         let ask = from_a(net, Proto::Tcp, (net.vip(1), 80));
         lab.pod_sends(&ask)?.onto_wire(&ask.hop().between((net.a(), PORT), (net.far(), 8080)))?;
-        lab.pod_sends(&f)?.answered(DropReason::TooBig, &too_big(net, &f, OVERLAY_MTU))
+        lab.pod_sends(&f)?.answered(DropReason::FragNeeded, &too_big(net, &f, OVERLAY_MTU))
     })
 }
 
@@ -500,7 +500,7 @@ fn segments_are_measured_one_by_one() -> Result<()> {
                 }
                 let input = Input { frame: &bytes, ifindex: POD_A, gso_size: gso as u32, ..Input::default() };
                 let shot = lab.raw(hook::FROM_POD, &input)?;
-                let reason = if fits { DropReason::Forwarded } else { DropReason::TooBig };
+                let reason = if fits { DropReason::Forwarded } else { DropReason::FragNeeded };
                 ensure!(
                     shot.counted.keys().eq([&(reason as u8, hook::FROM_POD)]),
                     "{proto:?}, {l4} bytes of header, {options} of options, {gso} of payload: {:?}",
@@ -550,10 +550,10 @@ fn what_concerns_the_link() -> Result<()> {
             }
             for dst in [net.b(), net.far(), net.routed(), net.world()] {
                 let f = message(net.a(), dst);
-                lab.pod_sends(&f)?.dropped(DropReason::LinkScope).with_context(|| format!("to {dst}"))?;
+                lab.pod_sends(&f)?.dropped(DropReason::NdNotForwarded).with_context(|| format!("to {dst}"))?;
             }
-            lab.uplink_in(&message(net.router(), net.a()))?.dropped(DropReason::LinkScope).context("from outside")?;
-            lab.overlay_in(net.node2(), &message(net.far(), net.b()))?.dropped(DropReason::TunnelSource)?;
+            lab.uplink_in(&message(net.router(), net.a()))?.dropped(DropReason::NdNotForwarded).context("from outside")?;
+            lab.overlay_in(net.node2(), &message(net.far(), net.b()))?.dropped(DropReason::UnknownSender)?;
         }
         ensure!(lab.halves()? == 0);
         Ok(())
@@ -572,7 +572,7 @@ fn what_may_be_cut_is_sent_on() -> Result<()> {
                 match net {
                     Net::V4 => shot.onto_wire(&f.hop())?,
                     // IPv6 routers never cut.
-                    Net::V6 => shot.answered(DropReason::TooBig, &too_big(net, &f, mtu))?,
+                    Net::V6 => shot.answered(DropReason::FragNeeded, &too_big(net, &f, mtu))?,
                 }
             }
             Ok(())

@@ -253,7 +253,7 @@ fn headers_that_lie() -> Result<()> {
             drop("extension length", at(&f, &[(55, words)]), DropReason::Malformed)?;
         }
         for words in [60, 100, 255] {
-            drop("extension length beyond what is followed", at(&f, &[(55, words)]), DropReason::Unparsable)?;
+            drop("extension length beyond what is followed", at(&f, &[(55, words)]), DropReason::InvalidExthdr)?;
         }
         ensure!(lab.halves()? == 0);
         Ok(())

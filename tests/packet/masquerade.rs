@@ -95,7 +95,7 @@ fn a_protocol_without_ports() -> Result<()> {
         lab.pod_sends(&a)?.onto_wire(&leaves)?;
         let answer = leaves.reply();
         lab.uplink_in(&answer)?.to_the_pod(&answer.hop().map(|f| f.dst = net.a()))?;
-        lab.pod_sends(&esp(from_b(net, Proto::Udp, (net.world(), 0))))?.dropped(DropReason::NatExhausted)
+        lab.pod_sends(&esp(from_b(net, Proto::Udp, (net.world(), 0))))?.dropped(DropReason::NatNoMapping)
     })
 }
 
@@ -110,7 +110,7 @@ fn the_range_exhausted_and_reclaimed() -> Result<()> {
             lab.pod_sends(f)?.onto_wire(&f.hop().map(|f| f.src = net.node()))?;
         }
         let third = from_b(net, Proto::Tcp, to);
-        lab.pod_sends(&third)?.dropped(DropReason::NatExhausted)?;
+        lab.pod_sends(&third)?.dropped(DropReason::NatNoMapping)?;
         ensure!(lab.connections(net)?.len() == 4, "a refused flow is tracked");
         // One that ended is soon reused.
         let reset = flows[0].hop().map(|f| f.src = net.node()).reply().with_flags(crate::frame::RST);
@@ -154,10 +154,10 @@ fn a_silent_flow_gives_its_port_away() -> Result<()> {
         let a = from_a(net, Proto::Udp, to).map(|f| f.set_ports(30_000, 53));
         lab.pod_sends(&a)?.onto_wire(&a.hop().map(|f| f.src = net.node()))?;
         let b = from_b(net, Proto::Udp, to);
-        lab.pod_sends(&b)?.dropped(DropReason::NatExhausted)?;
+        lab.pod_sends(&b)?.dropped(DropReason::NatNoMapping)?;
         let answer = Flow::of(&a.map(|f| f.src = net.node())).reversed();
         lab.age(answer, 59)?;
-        lab.pod_sends(&b)?.dropped(DropReason::NatExhausted)?;
+        lab.pod_sends(&b)?.dropped(DropReason::NatNoMapping)?;
         lab.age(answer, 1)?;
         lab.pod_sends(&b)?.onto_wire(&b.hop().between((net.node(), 30_000), to))?;
         let now = lab.half(answer)?;

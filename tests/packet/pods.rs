@@ -171,7 +171,7 @@ fn link_local_and_multicast_are_the_stacks() -> Result<()> {
         } {
             let f = from_a(net, Proto::Udp, (dst, 5353));
             lab.pod_sends(&f)?.to_stack(&f)?;
-            lab.overlay_in(net.node2(), &f)?.dropped(DropReason::TunnelSource)?;
+            lab.overlay_in(net.node2(), &f)?.dropped(DropReason::UnknownSender)?;
             lab.overlay_out(&f)?.to_stack(&f)?;
             lab.to_pod(POD_A, &f)?.to_stack(&f)?;
         }

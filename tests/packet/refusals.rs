@@ -57,7 +57,7 @@ fn a_known_flow_claimed_by_another_pod() -> Result<()> {
             lab.pod_sends(&answer)?.dropped(DropReason::Spoofed).context("an answer in B's name")?;
             let outside = good.reply();
             lab.uplink_in(&outside)?.dropped(DropReason::Spoofed).context("an answer in B's name from outside")?;
-            lab.overlay_in(net.node2(), &outside)?.dropped(DropReason::TunnelSource).context("and from a tunnel")?;
+            lab.overlay_in(net.node2(), &outside)?.dropped(DropReason::UnknownSender).context("and from a tunnel")?;
             let after = lab.half(Flow::of(&good))?;
             ensure!(after == before, "{after:?} is not {before:?}");
             Ok(())
@@ -103,20 +103,20 @@ fn a_tunnel_from_the_wrong_node() -> Result<()> {
             let f = from_outside(proto, (net.far(), PORT), (net.b(), 80));
             for remote in [node3, net.node(), net.world()] {
                 lab.overlay_in(remote, &f)?
-                    .dropped(DropReason::TunnelSource)
+                    .dropped(DropReason::UnknownSender)
                     .with_context(|| format!("from {remote}"))?;
             }
             // Sources that no tunnel brings.
             for src in [net.a(), net.node(), net.world(), net.routed(), net.vip(1)] {
                 let f = f.map(|f| f.src = src);
                 lab.overlay_in(net.node2(), &f)?
-                    .dropped(DropReason::TunnelSource)
+                    .dropped(DropReason::UnknownSender)
                     .with_context(|| format!("as {src}"))?;
             }
             ensure!(lab.halves()? == 0);
             // A known flow that suddenly comes from another node.
             lab.overlay_in(net.node2(), &f)?.to_the_pod(&f.hop())?;
-            lab.overlay_in(node3, &later(&f))?.dropped(DropReason::TunnelSource)?;
+            lab.overlay_in(node3, &later(&f))?.dropped(DropReason::UnknownSender)?;
             lab.overlay_in(net.node2(), &later(&f))?.to_the_pod(&later(&f).hop())?;
             lab.forget()
         })
@@ -135,7 +135,7 @@ fn a_tunnel_over_the_other_family() -> Result<()> {
             Some(other.node2()),
         )?;
         let f = from_outside(Proto::Tcp, (net.far(), PORT), (net.b(), 80));
-        lab.overlay_in(net.node2(), &f)?.dropped(DropReason::TunnelSource)?;
+        lab.overlay_in(net.node2(), &f)?.dropped(DropReason::UnknownSender)?;
         lab.overlay_in(other.node2(), &f)?.to_the_pod(&f.hop())?;
         let answer = f.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
         lab.pod_sends(&answer)?.onto_wire(&answer.hop())
@@ -148,7 +148,7 @@ fn no_tunnel_at_all() -> Result<()> {
     labs(|lab, net| {
         let bytes = from_outside(Proto::Udp, (net.far(), 1), (net.b(), 80)).bytes();
         let input = Input { frame: &bytes, ifindex: crate::harness::OVERLAY, ..Input::default() };
-        lab.raw(hook::OVERLAY_IN, &input)?.dropped(DropReason::TunnelSource)
+        lab.raw(hook::OVERLAY_IN, &input)?.dropped(DropReason::UnknownSender)
     })
 }
 
@@ -171,12 +171,12 @@ fn tunnel_packets_of_a_pod() -> Result<()> {
     labs(|lab, net| {
         for node in [net.node(), net.node2()] {
             let f = from_a(net, Proto::Udp, (node, 8472));
-            lab.pod_sends(&f)?.dropped(DropReason::PodTunnel).with_context(|| format!("to {node}"))?;
+            lab.pod_sends(&f)?.dropped(DropReason::EncapProhibited).with_context(|| format!("to {node}"))?;
         }
         ensure!(lab.connections(net)?.is_empty());
         // By way of a service neither.
         lab.serve(net.vip(1), 80, 17, 0, &[(net.node2(), 8472)])?;
-        lab.pod_sends(&from_a(net, Proto::Udp, (net.vip(1), 80)))?.dropped(DropReason::PodTunnel)?;
+        lab.pod_sends(&from_a(net, Proto::Udp, (net.vip(1), 80)))?.dropped(DropReason::EncapProhibited)?;
         // To the same port of a pod, and by TCP, it may.
         let f = from_a(net, Proto::Udp, (net.b(), 8472));
         lab.pod_sends(&f)?.to_the_pod(&f.hop())?;
@@ -243,7 +243,7 @@ fn the_hosts_way_into_the_overlay() -> Result<()> {
             }
             for dst in [net.a(), net.world(), net.routed(), net.node(), net.nobody()] {
                 let f = from_host(net, proto, (dst, 80));
-                lab.overlay_out(&f)?.dropped(DropReason::NoRoute).with_context(|| format!("to {dst}"))?;
+                lab.overlay_out(&f)?.dropped(DropReason::NoFib).with_context(|| format!("to {dst}"))?;
             }
             Ok(())
         })

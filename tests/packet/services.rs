@@ -123,7 +123,7 @@ fn the_host_asks_a_service() -> Result<()> {
             }
             // A backend that is the host itself: the stack would route it back to here for ever.
             serve(lab, net, proto, net.vip(5), (net.node(), TARGET))?;
-            lab.uplink_out(&from_host(net, proto, (net.vip(5), VIP_PORT)))?.dropped(DropReason::HostLoop)
+            lab.uplink_out(&from_host(net, proto, (net.vip(5), VIP_PORT)))?.dropped(DropReason::HostHairpin)
         })
     })
 }
@@ -276,7 +276,7 @@ fn no_endpoints_or_no_such_port_is_refused() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
             lab.serve(net.vip(1), VIP_PORT, proto.number(net), 0, &[])?;
-            for (port, reason) in [(VIP_PORT, DropReason::NoBackend), (81, DropReason::UnknownPort)] {
+            for (port, reason) in [(VIP_PORT, DropReason::NoBackend), (81, DropReason::NoServicePort)] {
                 let ask = from_a(net, proto, (net.vip(1), port));
                 lab.pod_sends(&ask)?.answered(reason, &refusal(&ask))?;
                 // The way back to a pod leads by its own door, to the host by its own stack.
@@ -295,7 +295,7 @@ fn echo_to_a_virtual_address_is_refused() -> Result<()> {
     labs(|lab, net| {
         serve(lab, net, Proto::Tcp, net.vip(1), (net.b(), TARGET))?;
         let ask = from_a(net, Proto::Echo, (net.vip(1), 0));
-        lab.pod_sends(&ask)?.answered(DropReason::UnknownPort, &port_unreachable(&ask))
+        lab.pod_sends(&ask)?.answered(DropReason::NoServicePort, &port_unreachable(&ask))
     })
 }
 
@@ -427,7 +427,7 @@ fn entries_that_contradict_each_other_are_counted() -> Result<()> {
                 17,
                 &SvcEntry { first, count: 3, id: 1, affinity: 0, flags: 0, pad: 0 },
             )?;
-            lab.pod_sends(&ask)?.dropped(DropReason::BadBackend)?;
+            lab.pod_sends(&ask)?.dropped(DropReason::BackendLookupFailed)?;
         }
         ensure!(lab.halves()? == 0);
         Ok(())
@@ -442,7 +442,7 @@ fn a_virtual_address_asked_from_outside_is_dropped() -> Result<()> {
                 serve(lab, net, proto, net.vip(1), (net.b(), TARGET))?;
             }
             let ask = from_outside(proto, (net.world(), PORT), (net.vip(1), VIP_PORT));
-            lab.uplink_in(&ask)?.dropped(DropReason::VipFromOutside)?;
+            lab.uplink_in(&ask)?.dropped(DropReason::IsClusterIp)?;
         }
         ensure!(lab.halves()? == 0);
         Ok(())

@@ -47,10 +47,10 @@ pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     match (p.kind, &route) {
         // The stack may have asked with an address of its own, but it would forward the rest.
         (Kind::Link, Route::Pod(_) | Route::Tunnel(_) | Route::Direct | Route::World) => {
-            Err(DropReason::LinkScope.into())
+            Err(DropReason::NdNotForwarded.into())
         }
         // Nobody out there could tell what an error about an untranslated packet is about.
-        (Kind::IcmpError, Route::World) if !known => Err(DropReason::Untracked.into()),
+        (Kind::IcmpError, Route::World) if !known => Err(DropReason::IcmpUnrelated.into()),
         _ => forward::<F>(skb, p, &way.to, config, From::Ingress, route),
     }
 }
@@ -75,7 +75,7 @@ fn try_lead<F: Family>(p: &Packet<F::A>, config: &NodeConfig, half: &mut CtEntry
             half.flags |= flags::MASQ;
         }
         Route::Stack | Route::Direct | Route::Tunnel(_) if tunnels::<F>(&half.to, config) => {
-            return Err(DropReason::PodTunnel);
+            return Err(DropReason::EncapProhibited);
         }
         _ => {}
     }

@@ -22,7 +22,7 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize, remote: &Addr) -> Result<i32, Sto
     let Some(config) = config() else { return Ok(STACK) };
     let p = parse::packet::<F>(skb, l3)?;
     if p.kind == Kind::Link || p.tuple.dst.is_link_scope() {
-        return Err(DropReason::TunnelSource.into());
+        return Err(DropReason::UnknownSender.into());
     }
     let guard = source::tunnel_guard(skb.ifindex(), remote);
     let verify = || source::verify_tunnel::<F>(p.tuple.src, remote);
@@ -65,9 +65,9 @@ pub fn run_out<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
             if set_tunnel(skb, &peer.node, config) {
                 Ok(STACK)
             } else {
-                Err(DropReason::Rewrite.into())
+                Err(DropReason::WriteError.into())
             }
         }
-        _ => Err(DropReason::NoRoute.into()),
+        _ => Err(DropReason::NoFib.into()),
     }
 }

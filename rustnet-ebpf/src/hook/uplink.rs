@@ -31,7 +31,7 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
     // Not ours to judge: fragments for the host, headers that its stack may well understand.
     let Ok(p) = parse::packet::<F>(skb, l3) else { return Ok(STACK) };
     if p.kind == Kind::Link {
-        return if source::endpoint(p.tuple.dst).is_none() { Ok(STACK) } else { Err(DropReason::LinkScope.into()) };
+        return if source::endpoint(p.tuple.dst).is_none() { Ok(STACK) } else { Err(DropReason::NdNotForwarded.into()) };
     }
     if p.tuple.proto == proto::UDP && p.tuple.dport == config.overlay_port {
         return Ok(STACK);
@@ -48,7 +48,7 @@ pub fn run_in<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
         if source::endpoint(p.tuple.dst).is_none() {
             if lb::is_vip::<F>(p.tuple.dst) {
                 // The stack would send it back to where it came from, and round it would go.
-                return Err(DropReason::VipFromOutside.into());
+                return Err(DropReason::IsClusterIp.into());
             }
             return Ok(STACK);
         }

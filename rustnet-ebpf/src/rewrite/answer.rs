@@ -104,7 +104,7 @@ fn pseudo<A: Address>(src: A, dst: A, proto: u8, len: u16) -> Sum {
 #[inline(always)]
 pub fn answer<F: Family>(skb: &Skb, p: &Packet<F::A>, what: Answer, node: F::A) -> Result<(), DropReason> {
     if p.l3() != ETH_LEN {
-        return Err(DropReason::Unparsable);
+        return Err(DropReason::InvalidExthdr);
     }
     let made = match what {
         Answer::Reset => reset::<F>(skb, p),
@@ -115,7 +115,7 @@ pub fn answer<F: Family>(skb: &Skb, p: &Packet<F::A>, what: Answer, node: F::A) 
         Answer::TooBig(mtu) if F::A::IS_V6 => error::<F>(skb, p, node, [2, 0], mtu),
         Answer::TooBig(mtu) => error::<F>(skb, p, node, [3, 4], mtu),
     };
-    made.and_then(|()| swap_macs(skb)).ok_or(DropReason::Rewrite)
+    made.and_then(|()| swap_macs(skb)).ok_or(DropReason::WriteError)
 }
 
 /// Back to where it came from, on the link layer too.

@@ -103,7 +103,7 @@ macro_rules! global {
             ttl: u32,
         ) -> u64 {
             if p.is_null() || to.is_null() {
-                return Packed::new(Err(DropReason::Rewrite.into())).bits();
+                return Packed::new(Err(DropReason::WriteError.into())).bits();
             }
             // SAFETY: the callers in `family` pass references; the verifier checks sizes.
             let (p, to) = unsafe { (&*p, &*to) };
@@ -118,7 +118,7 @@ global!(rn_rewrite6, V6, Ip6);
 #[inline(always)]
 fn change<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, to: &Tuple<F::A>, ttl: u8) -> Result<(), DropReason> {
     let from = &p.tuple;
-    F::Header::store(ctx, p.l3(), from, to, p.ttl, ttl).ok_or(DropReason::Rewrite)?;
+    F::Header::store(ctx, p.l3(), from, to, p.ttl, ttl).ok_or(DropReason::WriteError)?;
     if *to == *from {
         return Ok(());
     }
@@ -142,7 +142,7 @@ fn change<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, to: &Tuple<F::A>, ttl: u
         }
     };
     if from.proto == proto::UDP {
-        let field = at_pulled::<u16, C>(ctx, offset).ok_or(DropReason::Rewrite)?;
+        let field = at_pulled::<u16, C>(ctx, offset).ok_or(DropReason::WriteError)?;
         // SAFETY: `at_pulled` proved two bytes.
         if unsafe { field.read() } == 0 {
             // The sender computed none (RFC 768), and none is made up here.
@@ -161,10 +161,10 @@ fn change<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, to: &Tuple<F::A>, ttl: u
         }
     }
     if pseudo && !ctx.l4_checksum(offset, addresses(from, to), true, zero_is_none, F::A::IS_V6) {
-        return Err(DropReason::Rewrite);
+        return Err(DropReason::WriteError);
     }
     if moved && !ctx.l4_checksum(offset, ports(from, to), false, zero_is_none, F::A::IS_V6) {
-        return Err(DropReason::Rewrite);
+        return Err(DropReason::WriteError);
     }
     Ok(())
 }
@@ -180,7 +180,7 @@ fn no_checksum<A: Address, C: Ctx>(ctx: &C, from: &Tuple<A>, to: &Tuple<A>) {
 /// Stores both ports.
 #[inline(always)]
 fn store_ports<A, C: Ctx>(ctx: &C, l4: usize, to: &Tuple<A>) -> Result<(), DropReason> {
-    let p = at::<[u16; 2], C>(ctx, l4).ok_or(DropReason::Rewrite)?;
+    let p = at::<[u16; 2], C>(ctx, l4).ok_or(DropReason::WriteError)?;
     // SAFETY: `at` proved four bytes.
     unsafe { p.write([to.sport.to_be(), to.dport.to_be()]) };
     Ok(())
@@ -189,7 +189,7 @@ fn store_ports<A, C: Ctx>(ctx: &C, l4: usize, to: &Tuple<A>) -> Result<(), DropR
 /// Stores the identifier of an ICMP echo.
 #[inline(always)]
 fn store_id<C: Ctx>(ctx: &C, l4: usize, id: u16) -> Result<(), DropReason> {
-    let p = at::<[u16; 3], C>(ctx, l4).ok_or(DropReason::Rewrite)?;
+    let p = at::<[u16; 3], C>(ctx, l4).ok_or(DropReason::WriteError)?;
     // SAFETY: `at` proved six bytes.
     unsafe { (*p)[2] = id.to_be() };
     Ok(())

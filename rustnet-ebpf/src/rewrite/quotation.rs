@@ -50,7 +50,7 @@ impl QuotedWriter<Ip6> for Header6 {
 #[inline(always)]
 pub fn quotation<F: Family, C: Ctx>(ctx: &C, l4: usize, q: &Quotation<F::A>) -> Result<(), DropReason> {
     let (from, to) = (&q.quoted, &q.becomes);
-    let mut diff = F::Header::requote(ctx, q.l3 as usize & QUOTED_MAX, from, to).ok_or(DropReason::Rewrite)?;
+    let mut diff = F::Header::requote(ctx, q.l3 as usize & QUOTED_MAX, from, to).ok_or(DropReason::WriteError)?;
     if from.sport != to.sport || from.dport != to.dport {
         let ports_at = q.l4 as usize & QUOTED_MAX;
         match from.proto {
@@ -60,7 +60,7 @@ pub fn quotation<F: Family, C: Ctx>(ctx: &C, l4: usize, q: &Quotation<F::A>) -> 
         diff = Sum(diff.0 + ports(from, to).0);
     }
     if diff != Sum::default() && !ctx.l4_checksum(l4 + ICMP_CSUM, diff, false, false, F::A::IS_V6) {
-        return Err(DropReason::Rewrite);
+        return Err(DropReason::WriteError);
     }
     Ok(())
 }

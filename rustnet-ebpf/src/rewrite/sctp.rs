@@ -24,7 +24,7 @@ pub fn translate<A: Address, C: Ctx>(ctx: &C, p: &Packet<A>, to: &Tuple<A>) -> R
     let old = u32::from(from.sport) << 16 | u32::from(from.dport);
     let new = u32::from(to.sport) << 16 | u32::from(to.dport);
     ctx.sum_changed(super::ports(from, to));
-    let field = at_pulled::<u32, C>(ctx, l4 + CRC).ok_or(DropReason::Rewrite)?;
+    let field = at_pulled::<u32, C>(ctx, l4 + CRC).ok_or(DropReason::WriteError)?;
     // SAFETY: `at_pulled` proved four bytes.
     let crc = unsafe { field.read() };
     // A sender leaves 0 where the device is to compute it.

@@ -148,7 +148,7 @@ pub fn begin<F: Family, C: Ctx>(
     packet: &Packet<F::A>,
     guard: Guard,
 ) -> Result<&'static mut Opening<F::A>, DropReason> {
-    let scratch = F::scratch().ok_or(DropReason::CtFull)?;
+    let scratch = F::scratch().ok_or(DropReason::CtCreateFailed)?;
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and nobody else borrows the field.
     let o = unsafe { &mut (*scratch).opening };
     o.key = packet.tuple;
@@ -228,8 +228,8 @@ fn try_open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(),
     }
     match claimed {
         CLAIMED => {}
-        TAKEN => return Err(DropReason::NatExhausted),
-        _ => return Err(DropReason::CtFull),
+        TAKEN => return Err(DropReason::NatNoMapping),
+        _ => return Err(DropReason::CtCreateFailed),
     }
     o.half.to = o.becomes;
     o.half.flags &= !flags::REPLY;
@@ -238,7 +238,7 @@ fn try_open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(),
     o.half.out = out;
     o.half.packets = packets;
     o.half.bytes = bytes;
-    F::connections().insert(&o.key, &o.half, BPF_ANY.into()).map_err(|_| DropReason::CtFull)
+    F::connections().insert(&o.key, &o.half, BPF_ANY.into()).map_err(|_| DropReason::CtCreateFailed)
 }
 
 /// What [`claim`] gives: the answering half is in.

@@ -50,7 +50,7 @@ pub fn forward<F: Family>(
     let change = |ttl| rewrite::translate::<F>(skb, p, to, ttl);
     // What can still refuse the packet comes before `change`: an answer quotes the packet as it was sent.
     match route {
-        Route::Stack if from == From::Egress => Err(DropReason::HostLoop.into()),
+        Route::Stack if from == From::Egress => Err(DropReason::HostHairpin.into()),
         Route::Stack => {
             change(p.ttl)?;
             Ok(STACK)
@@ -77,12 +77,12 @@ pub fn forward<F: Family>(
         Route::Tunnel(peer) => {
             let ttl = ttl()?;
             if p.unit > config.overlay_mtu {
-                return Err(Stop { reason: DropReason::TooBig, mtu: config.overlay_mtu });
+                return Err(Stop { reason: DropReason::FragNeeded, mtu: config.overlay_mtu });
             }
             change(ttl)?;
             done(skb);
             if !set_tunnel(skb, &peer.node, config) {
-                return Err(DropReason::Rewrite.into());
+                return Err(DropReason::WriteError.into());
             }
             Ok(redirect(config.overlay, 0))
         }
@@ -91,7 +91,7 @@ pub fn forward<F: Family>(
             let routed = route::redirect::<F>(skb, to, p.unit, from == From::Egress)?;
             if routed == NO_WAY {
                 // The stack finds no way either, and will tell the sender so.
-                return if from == From::Egress { Err(DropReason::NoRoute.into()) } else { Ok(STACK) };
+                return if from == From::Egress { Err(DropReason::NoFib.into()) } else { Ok(STACK) };
             }
             change(ttl)?;
             done(skb);
@@ -166,7 +166,7 @@ pub fn answer(skb: &Skb, back: Back, config: &NodeConfig) -> Result<i32, Stop> {
             let mut remote = Addr::UNSPECIFIED;
             source::tunnel_remote(skb, &mut remote);
             if !set_tunnel(skb, &remote, config) {
-                return Err(DropReason::Rewrite.into());
+                return Err(DropReason::WriteError.into());
             }
             Ok(redirect(ifindex, 0))
         }

@@ -31,7 +31,7 @@ pub fn is_service<F: Family>(t: &Tuple<F::A>) -> bool {
 pub fn select<F: Family>(t: &Tuple<F::A>, config: &NodeConfig, half: &mut CtEntry<F::A>) -> Result<bool, DropReason> {
     let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope: scope::CLUSTER };
     let Some(entry) = F::services().get_ptr(key) else {
-        return if is_vip::<F>(t.dst) { Err(DropReason::UnknownPort) } else { Ok(false) };
+        return if is_vip::<F>(t.dst) { Err(DropReason::NoServicePort) } else { Ok(false) };
     };
     // SAFETY: the value stays valid for this run; an update by user space replaces the whole element.
     let (first, count, svc_flags) = unsafe { ((*entry).first, (*entry).count, (*entry).flags) };
@@ -43,9 +43,9 @@ pub fn select<F: Family>(t: &Tuple<F::A>, config: &NodeConfig, half: &mut CtEntr
         });
     }
     let index = first.wrapping_add(hash::pick(hash::flow(t, config.seed), count));
-    let b = maps::rn_backends.get(index).ok_or(DropReason::BadBackend)?;
+    let b = maps::rn_backends.get(index).ok_or(DropReason::BackendLookupFailed)?;
     if b.id == 0 {
-        return Err(DropReason::BadBackend);
+        return Err(DropReason::BackendLookupFailed);
     }
     half.to.dst = F::A::from_addr(b.addr);
     half.to.dport = b.port;

@@ -15,7 +15,7 @@ use rustnet_common::drop::DropReason;
 pub struct Stop {
     /// The reason.
     pub reason: DropReason,
-    /// For [`DropReason::TooBig`]: what would fit.
+    /// For [`DropReason::FragNeeded`]: what would fit.
     pub mtu: u32,
 }
 

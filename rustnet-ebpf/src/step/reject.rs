@@ -26,10 +26,10 @@ fn try_answer<F: Family>(skb: &Skb, l3: usize, stop: Stop, back: Back) -> Option
     let p = parse::packet::<F>(skb, l3).ok()?;
     let is_tcp = p.tuple.proto == proto::TCP;
     let what = match stop.reason {
-        DropReason::NoBackend | DropReason::UnknownPort if is_tcp => Answer::Reset,
-        DropReason::NoBackend | DropReason::UnknownPort => Answer::PortUnreachable,
+        DropReason::NoBackend | DropReason::NoServicePort if is_tcp => Answer::Reset,
+        DropReason::NoBackend | DropReason::NoServicePort => Answer::PortUnreachable,
         DropReason::TtlExceeded => Answer::TimeExceeded,
-        DropReason::TooBig => Answer::TooBig(stop.mtu),
+        DropReason::FragNeeded => Answer::TooBig(stop.mtu),
         _ => return None,
     };
     if p.kind != Kind::Flow || p.tcp_flags & tcp::RST != 0 {

@@ -138,7 +138,7 @@ macro_rules! global {
         #[inline(never)]
         pub extern "C" fn $name(skb: *mut __sk_buff, to: *const Tuple<$addr>, len: u32, output: u32) -> u64 {
             if to.is_null() {
-                return Packed::new(Err(DropReason::NoRoute.into())).bits();
+                return Packed::new(Err(DropReason::NoFib.into())).bits();
             }
             // SAFETY: the callers in `family` pass a reference; the verifier checks its size.
             let to = unsafe { &*to };
@@ -179,7 +179,7 @@ fn try_redirect<F: Family>(skb: &Skb, to: &Tuple<F::A>, len: u32, output: bool) 
     };
     match rc {
         RET_SUCCESS | RET_NO_NEIGH => {}
-        RET_FRAG_NEEDED => return Err(Stop { reason: DropReason::TooBig, mtu: u32::from(fib.tot_len) }),
+        RET_FRAG_NEEDED => return Err(Stop { reason: DropReason::FragNeeded, mtu: u32::from(fib.tot_len) }),
         _ => return Ok(NO_WAY),
     }
     // The family may change on the way: an IPv4 route can have an IPv6 next hop (RFC 5549).
@@ -221,9 +221,9 @@ fn try_queued<F: Family>(skb: &Skb, ifindex: u32, dst: F::A, len: u32, cuts: boo
     // SAFETY: `mtu` is the word that the helper wants.
     let rc = unsafe { helper::bpf_check_mtu(skb.raw().cast(), ifindex, &raw mut mtu, 0, 0) };
     match rc {
-        _ if rc < 0 => Err(DropReason::NoRoute.into()),
+        _ if rc < 0 => Err(DropReason::NoFib.into()),
         MTU_FRAG_NEEDED if len == 0 && cuts => Ok(NO_WAY),
-        _ if len > mtu || (len == 0 && rc == MTU_FRAG_NEEDED) => Err(Stop { reason: DropReason::TooBig, mtu }),
+        _ if len > mtu || (len == 0 && rc == MTU_FRAG_NEEDED) => Err(Stop { reason: DropReason::FragNeeded, mtu }),
         _ => Ok(by_neighbour(ifindex, F::AF, dst.words())),
     }
 }

@@ -96,6 +96,6 @@ pub fn tunnel_guard(ifindex: u32, remote: &Addr) -> Guard {
 pub fn verify_tunnel<F: Family>(src: F::A, remote: &Addr) -> Result<(), DropReason> {
     match route::peer::<F>(src) {
         Some(p) if p.flags & flags::TUNNEL != 0 && p.node == *remote => Ok(()),
-        _ => Err(DropReason::TunnelSource),
+        _ => Err(DropReason::UnknownSender),
     }
 }
