@@ -190,8 +190,8 @@ pub static SETTINGS: &[Setting] = &[
     one(NETWORK, "snat-ports", "snatPorts", "auto|FIRST-LAST", "auto", "Source ports that masquerade may use"),
     one(TABLES, "service-entries", "serviceEntries", "NUMBER", "65536", "Size of each service table"),
     one(TABLES, "backend-entries", "backendEntries", "NUMBER", "262144", "Size of the backend table"),
-    one(TABLES, "ct4-entries", "ct4Entries", "NUMBER", "131072", "Size of the IPv4 connection table"),
-    one(TABLES, "ct6-entries", "ct6Entries", "NUMBER", "131072", "Size of the IPv6 connection table"),
+    one(TABLES, "ct-tcp-entries", "ctTcpEntries", "NUMBER", "65536", "Size of the TCP connection table of each family"),
+    one(TABLES, "ct-any-entries", "ctAnyEntries", "NUMBER", "32768", "Size of the connection table of all other protocols, of each family"),
     one(TABLES, "frag-entries", "fragEntries", "NUMBER", "8192", "Size of each table of first fragments"),
     one(TABLES, "endpoint-entries", "endpointEntries", "NUMBER", "4096", "Size of the table of this node's pods"),
     one(TABLES, "peer-entries", "peerEntries", "NUMBER", "65536", "Size of each table of other nodes and their ranges"),
@@ -363,7 +363,7 @@ pub struct Given {
 
 impl Given {
     /// Settings that every command has by other means; they are given by [`Self::set`].
-    const ELSEWHERE: [&str; 2] = ["bpffs", "run-dir"];
+    const NOT_LOCAL: [&str; 2] = ["bpffs", "run-dir"];
 
     fn of(matches: &ArgMatches) -> Self {
         let flags = SETTINGS.iter().filter_map(|setting| {
@@ -408,7 +408,7 @@ impl clap::FromArgMatches for Given {
 
 impl clap::Args for Given {
     fn augment_args(command: Command) -> Command {
-        let own = |setting: &&Setting| !Self::ELSEWHERE.contains(&setting.flag);
+        let own = |setting: &&Setting| !Self::NOT_LOCAL.contains(&setting.flag);
         command.arg(config()).args(SETTINGS.iter().filter(own).map(argument))
     }
 

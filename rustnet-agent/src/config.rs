@@ -142,10 +142,10 @@ pub struct MapSizes {
     pub services: u32,
     /// `rn_backends`.
     pub backends: u32,
-    /// `rn_ct4`.
-    pub ct4: u32,
-    /// `rn_ct6`.
-    pub ct6: u32,
+    /// `rn_ct4_tcp`, `rn_ct6_tcp`, each.
+    pub ct_tcp: u32,
+    /// `rn_ct4_any`, `rn_ct6_any`, each.
+    pub ct_any: u32,
     /// `rn_frag4`, `rn_frag6`, each.
     pub frags: u32,
     /// `rn_endpoints`.
@@ -159,8 +159,8 @@ impl Default for MapSizes {
         Self {
             services: 65_536,
             backends: 262_144,
-            ct4: 131_072,
-            ct6: 131_072,
+            ct_tcp: 65_536,
+            ct_any: 32_768,
             frags: 8192,
             endpoints: 4096,
             peers: 65_536,
@@ -234,8 +234,8 @@ impl Config {
             maps: MapSizes {
                 services: read.entries("service-entries"),
                 backends: read.entries("backend-entries"),
-                ct4: read.entries("ct4-entries"),
-                ct6: read.entries("ct6-entries"),
+                ct_tcp: read.entries("ct-tcp-entries"),
+                ct_any: read.entries("ct-any-entries"),
                 frags: read.entries("frag-entries"),
                 endpoints: read.entries("endpoint-entries"),
                 peers: read.entries("peer-entries"),

@@ -61,28 +61,28 @@ impl Collector {
     }
 }
 
-/// True if one half of a connection has been silent for too long. `now`: the low 31 bits of jiffies.
-pub fn expired(now: u32, hz: u32, proto: u8, state: u8, seen: u32) -> bool {
+/// True if one entry of a connection has been silent for too long. `now`: the low 31 bits of jiffies.
+pub fn expired(now: u32, hz: u32, proto: u8, state: u64, seen: u32) -> bool {
     u64::from(age(now, seen)) > u64::from(lifetime(proto, state)) * u64::from(hz)
 }
 
 #[cfg(test)]
 mod tests {
     use super::expired;
-    use rustnet_common::conntrack::state::{ANSWERED, RST};
+    use rustnet_common::conntrack::state::{ANSWERED, ESTABLISHED, RST};
     use rustnet_common::tuple::proto::{TCP, UDP};
 
     #[test]
     fn each_kind_has_its_time() {
         let hz = 250;
-        let now = 10_000 * hz;
+        let now = 100_000 * hz;
         let seen = |seconds_ago: u32| now - seconds_ago * hz;
-        assert!(!expired(now, hz, UDP, ANSWERED, seen(60)));
-        assert!(expired(now, hz, UDP, ANSWERED, seen(61)));
-        assert!(expired(now, hz, TCP, 0, seen(61)), "never answered");
-        assert!(!expired(now, hz, TCP, ANSWERED, seen(8000)));
-        assert!(expired(now, hz, TCP, ANSWERED, seen(8001)));
-        assert!(expired(now, hz, TCP, ANSWERED | RST, seen(11)));
+        assert!(!expired(now, hz, UDP, ANSWERED, seen(120)));
+        assert!(expired(now, hz, UDP, ANSWERED, seen(121)));
+        assert!(expired(now, hz, TCP, 0, seen(121)), "never answered");
+        assert!(!expired(now, hz, TCP, ANSWERED | ESTABLISHED, seen(86_400)));
+        assert!(expired(now, hz, TCP, ANSWERED | ESTABLISHED, seen(86_401)));
+        assert!(expired(now, hz, TCP, ANSWERED | ESTABLISHED | RST, seen(11)));
     }
 
     #[test]

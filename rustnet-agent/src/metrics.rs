@@ -318,7 +318,7 @@ mod tests {
         }
 
         fn maps(&self) -> Vec<MapFill> {
-            vec![MapFill { name: "rn_ct4", used: 7, max: 131_072 }]
+            vec![MapFill { name: "rn_ct4_tcp", used: 7, max: 131_072 }]
         }
     }
 
@@ -356,8 +356,8 @@ mod tests {
             "rustnet_drop_packets_total{reason=\"no_backend\",hook=\"from_pod\"} 2",
             "rustnet_drop_bytes_total{reason=\"spoofed\",hook=\"overlay_in\"} 60",
             "rustnet_forward_packets_total{hook=\"from_pod\"} 10",
-            "rustnet_map_entries{map=\"rn_ct4\"} 7",
-            "rustnet_map_max_entries{map=\"rn_ct4\"} 131072",
+            "rustnet_map_entries{map=\"rn_ct4_tcp\"} 7",
+            "rustnet_map_max_entries{map=\"rn_ct4_tcp\"} 131072",
             "# EOF",
         ] {
             assert!(lines.iter().any(|line| line == want), "{want} is missing in\n{}", lines.join("\n"));

@@ -45,8 +45,15 @@ pub trait Address: Copy + PartialEq {
     fn from_addr(addr: Addr) -> Self;
     /// The four 32-bit words of the address, as loaded from memory (an IPv4 address is word 0, the others are 0).
     fn words(self) -> [u32; 4];
-    /// Link-local or multicast: such packets never leave their link, so the stack may have them as they are.
+    /// The address as numbers of which any two addresses differ, for an order that has no meaning of its own.
+    fn order(self) -> (u64, u64);
+    /// Link-local unicast (IPv6), multicast or limited broadcast: packets to such an address never leave their link.
     fn is_link_scope(self) -> bool;
+    /// An address that no packet on a wire may have as its source: loopback, unspecified, multicast, broadcast, and an
+    /// IPv4-mapped address in an IPv6 header (RFC 1122, 3.2.1.3; RFC 4291, 2.5; RFC 6890).
+    fn is_martian_source(self) -> bool;
+    /// An address that no packet on a wire may have as its destination: loopback, unspecified, IPv4-mapped.
+    fn is_martian_destination(self) -> bool;
 }
 
 impl Ip4 {
@@ -97,8 +104,21 @@ impl Address for Ip4 {
         [self.word(), 0, 0, 0]
     }
     #[inline(always)]
+    fn order(self) -> (u64, u64) {
+        (u64::from(self.word()), 0)
+    }
+    #[inline(always)]
     fn is_link_scope(self) -> bool {
-        u32::from_be(self.word()) >= 0xe000_0000
+        let word = u32::from_be(self.word());
+        word >> 28 == 0xe || word == u32::MAX
+    }
+    #[inline(always)]
+    fn is_martian_source(self) -> bool {
+        self.is_link_scope() || self.is_martian_destination()
+    }
+    #[inline(always)]
+    fn is_martian_destination(self) -> bool {
+        matches!(u32::from_be(self.word()) >> 24, 0 | 127)
     }
 }
 
@@ -159,9 +179,24 @@ impl Address for Ip6 {
         unsafe { self.words }
     }
     #[inline(always)]
+    fn order(self) -> (u64, u64) {
+        let w = self.words();
+        (u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3]))
+    }
+    #[inline(always)]
     fn is_link_scope(self) -> bool {
         let first = u32::from_be(self.words()[0]);
         first >> 24 == 0xff || first >> 22 == 0xfe80 >> 6
+    }
+    #[inline(always)]
+    fn is_martian_source(self) -> bool {
+        u32::from_be(self.words()[0]) >> 24 == 0xff || self.is_martian_destination()
+    }
+    #[inline(always)]
+    fn is_martian_destination(self) -> bool {
+        let w = self.words();
+        // ::, ::1 and ::ffff:0:0/96.
+        w[0] | w[1] == 0 && (self.is_v4() || (w[2] == 0 && matches!(u32::from_be(w[3]), 0 | 1)))
     }
 }
 

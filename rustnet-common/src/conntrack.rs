@@ -1,56 +1,95 @@
-//! `rn_ct4/6`: one table for connections and for every address translation.
+//! `rn_ct4_tcp`, `rn_ct4_any`, `rn_ct6_tcp`, `rn_ct6_any`: one table for connections and for every address translation.
 //!
-//! A connection has two halves: the key of each is the tuple of one direction *as it arrives*, its value says what that
-//! direction becomes (`to`). Hence each half holds all that is needed to rebuild the other: the other half's key is
-//! `to.reversed()`, and its `to` is `key.reversed()`. An LRU eviction of one half is mended by the next packet of the other.
+//! The key is the tuple in canonical order ([`Tuple::canonical`]): both directions of a flow have the same.
+//! A flow that nothing translates has one entry. A translated flow has two, one per direction, for its tuples before and after
+//! translation differ. Each of the two serves only the packets of its own direction ([`flags::SWAPPED`] says which that is), and
+//! holds all that is needed to rebuild the other: the other entry serves `to.reversed()`, and its `to` is that packet's tuple
+//! reversed.
+//!
+//! Two translated flows can want one key for opposite directions. The second of them stands in slot [`SLOT_CONTESTED`].
 
-use crate::addr::{Ip4, Ip6};
+use crate::addr::{Address, Ip4, Ip6};
 use crate::shared_type;
 use crate::tuple::Tuple;
 
-/// Value of `rn_ct4/6`: one half of a connection.
+/// [`Tuple::pad`] of a key whose regular place belongs to a flow of the opposite direction.
+pub const SLOT_CONTESTED: u8 = 1;
+
+/// Value of the connection tables: a flow, or one direction of a translated flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct CtEntry<A> {
-    /// What a packet of this half becomes; equal to the key where nothing is translated.
+    /// What a packet becomes. Of a flow that nothing translates, the tuple of its first packet.
     pub to: Tuple<A>,
     /// See [`flags`].
     pub flags: u16,
-    /// See [`state`]; the same in both halves.
-    pub state: u8,
-    /// Zero.
-    pub pad: u8,
-    /// Low 32 bits of jiffies when this connection was last seen; refreshed once a second.
+    /// Generation of the policy that allowed this flow. Zero until policies exist.
+    pub policy: u16,
+    /// Low 32 bits of jiffies when this connection was last seen; refreshed once per second.
     pub seen: u32,
-    /// Interface whose source address was verified for this half; 0 until one was.
-    pub ifindex: u32,
+    /// See [`state`]; changed by atomic operations only, the same in both entries of a translated flow. Programs have atomic
+    /// operations on words of 64 bits.
+    pub state: u64,
     /// Id of the chosen backend, 0 where no service was involved.
     pub backend: u32,
-    /// Interface of the pod of this node that this half leads to, with [`QUEUED`]; [`ELSEWHERE`]; or 0 until looked up. Looked up
-    /// once a second, for that look-up would be a fifth of what an established flow costs.
-    pub out: u32,
-    /// What was verified together with `ifindex`, in memory order: a pod's MAC, or the last bytes of a tunnel's far end.
-    pub guard: [u16; 3],
-    /// Zero.
-    pub pad2: [u16; 3],
-    /// Packets of this half.
-    pub packets: u64,
-    /// Bytes of this half (frames, as the hook saw them).
-    pub bytes: u64,
+    /// Identity of the peer that policy judged. Zero until policies exist.
+    pub identity: u32,
+    /// Who speaks. Of a flow that nothing translates: the opener, then the other side. Of one direction of a translated flow: its
+    /// sender, then its receiver.
+    pub sides: [Side; 2],
 }
 
-/// [`CtEntry::out`] of a half that leads to no pod of this node.
-pub const ELSEWHERE: u32 = u32::MAX;
+impl<A: Address> CtEntry<A> {
+    /// The tuple that the entry was made for: of the original direction, or of the one direction that it serves. `key` is the
+    /// entry's own.
+    pub fn tuple(&self, key: &Tuple<A>) -> Tuple<A> {
+        if self.flags & flags::SWAPPED != 0 { key.reversed() } else { Tuple { pad: 0, ..*key } }
+    }
 
-/// Added to the interface in [`CtEntry::out`] if packets have to pass its queue
-/// ([`QUEUED`](crate::endpoint::flags::QUEUED)). Interface indices are positive and signed, so that the bit is free.
-pub const QUEUED: u32 = 1 << 31;
+    /// True if the entry serves packets of this tuple, whose key it has.
+    pub fn serves(&self, tuple: &Tuple<A>) -> bool {
+        self.flags & flags::NAT == 0 || (self.flags & flags::SWAPPED != 0) == tuple.is_swapped()
+    }
+}
+
+/// One side of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Side {
+    /// Bytes that it sent (frames, as the hook saw them).
+    pub bytes: u64,
+    /// What was verified of its source: the MAC of a pod, the far end of the tunnel (all 16 bytes, IPv4 as mapped),
+    /// [`SOURCE_OUTSIDE`] or [`SOURCE_HOST`]. Zero until it has sent.
+    pub source: [u64; 2],
+    /// Packets that it sent.
+    pub packets: u32,
+    /// Interface of the pod of this node that it is, with [`VIA_QDISC`]; [`NOT_LOCAL`]; or 0 until looked up. An
+    /// interface index is never used again before the next boot, so that it is the generation of an endpoint, too: where it
+    /// changes, another pod has got the address.
+    pub ifindex: u32,
+    /// TCP: the sequence number after the last byte that it sent.
+    pub seq_end: u32,
+    /// TCP: the highest acknowledgement number that it sent.
+    pub ack: u32,
+}
+
+/// [`Side::source`] of a packet that came in by an uplink.
+pub const SOURCE_OUTSIDE: [u64; 2] = [u64::MAX, 1];
+/// [`Side::source`] of a packet of this node's own stack.
+pub const SOURCE_HOST: [u64; 2] = [u64::MAX, 2];
+
+/// [`Side::ifindex`] of a side that is no pod of this node.
+pub const NOT_LOCAL: u32 = u32::MAX;
+
+/// Added to the interface in [`Side::ifindex`] if packets have to traverse its qdisc
+/// ([`VIA_QDISC`](crate::endpoint::flags::VIA_QDISC)). Interface indices are positive and signed, so that the bit is free.
+pub const VIA_QDISC: u32 = 1 << 31;
 
 /// Bits of [`CtEntry::flags`].
 pub mod flags {
-    /// This half is the answering direction.
+    /// This entry serves the reply direction of a translated flow.
     pub const REPLY: u16 = 1;
-    /// `to` differs from the key.
+    /// `to` differs from the packet's tuple.
     pub const NAT: u16 = 2;
     /// A pod that reaches itself through a VIP; policy does not apply.
     pub const HAIRPIN: u16 = 4;
@@ -58,32 +97,91 @@ pub mod flags {
     pub const MASQ: u16 = 8;
     /// Opened by this node's host.
     pub const FROM_HOST: u16 = 16;
+    /// The tuple that this entry was made for is the canonical one reversed. With [`NAT`] only packets of that direction are
+    /// served; without, packets of that direction are the original direction, and others the reply direction.
+    pub const SWAPPED: u16 = 32;
 }
 
 /// Bits of [`CtEntry::state`].
 pub mod state {
-    /// The answering side has spoken.
-    pub const ANSWERED: u8 = 1;
-    /// FIN from the opening side.
-    pub const FIN_ORIG: u8 = 2;
-    /// FIN from the answering side.
-    pub const FIN_REPLY: u8 = 4;
-    /// RST from either side.
-    pub const RST: u8 = 8;
-    /// Either side is closing for good: both FINs, or a RST.
-    pub const fn closing(state: u8) -> bool {
+    /// The reply direction has been seen.
+    pub const ANSWERED: u64 = 1;
+    /// FIN from the opener.
+    pub const FIN_ORIG: u64 = 2;
+    /// FIN from the other side.
+    pub const FIN_REPLY: u64 = 4;
+    /// A RST from either side, with a sequence number that its receiver accepts.
+    pub const RST: u64 = 8;
+    /// TCP: the opener has sent an ACK after the answer; the handshake is over.
+    pub const ESTABLISHED: u64 = 16;
+    /// The receiver of a FIN has acknowledged something since.
+    pub const FIN_ACKED: u64 = 32;
+
+    /// True if the connection ends for good: both FINs, or a RST.
+    pub const fn is_closing(state: u64) -> bool {
         state & RST != 0 || state & (FIN_ORIG | FIN_REPLY) == FIN_ORIG | FIN_REPLY
     }
 }
 
-/// Seconds that a connection may stay silent before it is collected (Cilium's defaults).
-pub const fn lifetime(proto: u8, state: u8) -> u32 {
+/// Seconds that a connection may stay silent before it is collected.
+///
+/// The values are netfilter's (`nf_conntrack_tcp_timeout_*`), with the two that kube-proxy sets: 86,400 s established, 3,600 s
+/// half-closed with the FIN acknowledged. UDP has RFC 4787's two minutes (REQ-5), whether answered or not.
+pub const fn lifetime(proto: u8, state: u64) -> u32 {
+    use crate::tuple::proto::{ICMP, ICMPV6, SCTP, TCP, UDP};
     match proto {
-        crate::tuple::proto::TCP if state::closing(state) => 10,
-        crate::tuple::proto::TCP if state & state::ANSWERED != 0 => 8000,
-        _ => 60,
+        TCP if state::is_closing(state) => 10,
+        TCP if state & (state::FIN_ORIG | state::FIN_REPLY) != 0 => {
+            if state & state::FIN_ACKED != 0 {
+                3600
+            } else {
+                120
+            }
+        }
+        TCP if state & state::ESTABLISHED != 0 => 86_400,
+        TCP if state & state::ANSWERED != 0 => 60,
+        TCP | UDP => 120,
+        SCTP => 210,
+        ICMP | ICMPV6 => 30,
+        _ => 600,
     }
 }
 
-shared_type!(CtEntry<Ip4>, 64);
-shared_type!(CtEntry<Ip6>, 88);
+/// Ticks since `then`, for clocks of 32 bits that wrap. A time that lies ahead, read by another CPU a moment later, counts as now.
+#[inline(always)]
+pub const fn elapsed(now: u32, then: u32) -> u32 {
+    let age = now.wrapping_sub(then);
+    if age > i32::MAX as u32 { 0 } else { age }
+}
+
+shared_type!(Side, 40);
+shared_type!(CtEntry<Ip4>, 120);
+shared_type!(CtEntry<Ip6>, 144);
+
+#[cfg(test)]
+mod tests {
+    use super::state::{ANSWERED, ESTABLISHED, FIN_ACKED, FIN_ORIG, FIN_REPLY, RST};
+    use super::{elapsed, lifetime};
+    use crate::tuple::proto::{SCTP, TCP, UDP};
+
+    #[test]
+    fn each_state_has_its_lifetime() {
+        assert_eq!(lifetime(TCP, 0), 120, "SYN without an answer");
+        assert_eq!(lifetime(TCP, ANSWERED), 60, "SYN and SYN|ACK, nothing more");
+        assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED), 86_400);
+        assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED | FIN_ORIG), 120);
+        assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED | FIN_REPLY | FIN_ACKED), 3600);
+        assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED | FIN_ORIG | FIN_REPLY | FIN_ACKED), 10);
+        assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED | RST), 10);
+        assert_eq!(lifetime(UDP, 0), 120);
+        assert_eq!(lifetime(UDP, ANSWERED), 120);
+        assert_eq!(lifetime(SCTP, ANSWERED), 210);
+    }
+
+    #[test]
+    fn a_time_ahead_counts_as_now() {
+        assert_eq!(elapsed(10, 4), 6);
+        assert_eq!(elapsed(10, 11), 0);
+        assert_eq!(elapsed(3, 0xffff_fffe), 5);
+    }
+}

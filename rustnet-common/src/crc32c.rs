@@ -3,7 +3,7 @@
 /// The polynomial, lowest power in the highest bit.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 /// Doublings of a length in bytes below 16,384.
-const POWERS: usize = 14;
+pub const POWERS: usize = 14;
 
 /// Products with x^(8 * 2^n), for n from 0, of each hexadecimal digit in each of its eight places.
 static PRODUCTS: [[[u32; 16]; 8]; POWERS] = products();
@@ -42,17 +42,20 @@ const fn multiply(mut a: u32, b: u32) -> u32 {
 /// from memory. Lengths from 16,384 are taken modulo that: no frame on a wire is so long.
 #[inline(always)]
 pub fn first_word(diff: u32, len: u32) -> u32 {
-    let mut value = u32::from_le(diff);
-    for (n, products) in PRODUCTS.iter().enumerate() {
-        let mut product = 0;
-        for (place, digits) in products.iter().enumerate() {
-            product ^= digits[(value >> (place * 4) & 15) as usize];
-        }
-        // Without a branch: the verifier would follow every combination of them.
-        let taken = ((len << (31 - n)).cast_signed() >> 31).cast_unsigned();
-        value ^= (value ^ product) & taken;
+    (0..POWERS).fold(u32::from_le(diff), |value, n| step(value, len, n))
+}
+
+/// Round `n` of [`first_word`], from 0 to below [`POWERS`]; the first value is `diff` in little-endian order.
+#[inline(always)]
+pub fn step(value: u32, len: u32, n: usize) -> u32 {
+    let Some(products) = PRODUCTS.get(n) else { return value };
+    let mut product = 0;
+    for (place, digits) in products.iter().enumerate() {
+        product ^= digits[(value >> (place * 4) & 15) as usize];
     }
-    value
+    // Without a branch: the verifier would follow every combination of them.
+    let taken = ((len << (31 - n)).cast_signed() >> 31).cast_unsigned();
+    value ^ (value ^ product) & taken
 }
 
 #[cfg(test)]

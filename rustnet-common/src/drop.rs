@@ -68,12 +68,20 @@ reasons! {
     NoFib = 16, "no_fib", "ip route get, in the host's network namespace";
     /// A helper refused to change the packet.
     WriteError = 17, "write_error", "report this, with a capture";
-    /// The host asked a VIP whose backend is the host itself; only the socket path can serve it.
+    /// The host asked a VIP whose backend is the host itself.
     HostHairpin = 18, "host_hairpin", "use the endpoint's own address from the host";
     /// An ICMP error that quotes no connection of ours.
     IcmpUnrelated = 20, "icmp_unrelated", "an ICMP error about a connection that is unknown or long over";
-    /// Neighbour discovery for somebody beyond the link (RFC 4861).
-    NdNotForwarded = 21, "nd_not_forwarded", "neighbour discovery is not forwarded: the sender's routes put a far address on its link";
+    /// Neighbour discovery or multicast beyond its link (RFC 4861).
+    NdNotForwarded = 21, "nd_not_forwarded", "neighbour discovery and multicast are not forwarded: the sender's routes put a far address on its link";
+    /// A frame with a VLAN tag from a pod or out of the tunnel.
+    VlanFiltered = 22, "vlan_filtered", "pods have no VLANs: the sender builds tagged frames";
+    /// A frame from a pod that is neither IPv4 nor IPv6.
+    UnsupportedL2 = 23, "unsupported_l2", "only IP is forwarded; a pod's neighbours are permanent, so that it needs no ARP";
+    /// An IPv4 source route option or an IPv6 type 0 routing header (RFC 5095, RFC 7126).
+    SourceRoute = 24, "source_route", "source routes are refused: capture at the sender";
+    /// An address that no packet on a wire may have.
+    Martian = 25, "martian", "a loopback, multicast or IPv4-mapped address where none can be";
 }
 
 /// Directions that `rn_counters` tells apart; see [`counter_index`].

@@ -26,8 +26,8 @@ pub struct Endpoint {
 
 /// Bits of [`Endpoint::flags`].
 pub mod flags {
-    /// What is sent to the pod has to pass the queue of the host-side veth: its bandwidth is limited.
-    pub const QUEUED: u16 = 1;
+    /// Packets to the pod traverse the qdisc of the host-side veth: its bandwidth is limited.
+    pub const VIA_QDISC: u16 = 1;
 }
 
 shared_type!(Endpoint, 24);

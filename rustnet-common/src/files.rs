@@ -91,7 +91,7 @@ impl Bandwidth {
 
     /// What the programs must know of it: [`crate::endpoint::Endpoint::flags`].
     pub fn endpoint_flags(&self) -> u16 {
-        if self.ingress.is_some() { crate::endpoint::flags::QUEUED } else { 0 }
+        if self.ingress.is_some() { crate::endpoint::flags::VIA_QDISC } else { 0 }
     }
 }
 

@@ -23,15 +23,13 @@ pub const TC_PRIORITY: u16 = 1;
 /// Handle of our classifiers; with it, a replace swaps the program atomically.
 pub const TC_HANDLE: u32 = 1;
 
-/// Mark of a packet that has passed its steps on this node: the next hook clears it and lets the packet be.
-pub const MARK_DONE: u32 = 0x0100_0000;
-/// The bits of the mark that are ours.
-pub const MARK_MASK: u32 = 0x0100_0000;
+/// Mark of a packet that a hook of this node has processed: the next hook clears it and passes the packet unchanged.
+pub const MARK_PROCESSED: u32 = 0x0100_0000;
 
 /// Program names, one for each hook.
 pub const PROGRAMS: [&str; 6] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out"];
 
-/// Map names; each is pinned as a file of its own name.
+/// Map names; each is pinned as a file of its own name. A map whose shape changes gets a new name.
 pub mod map {
     /// Services, IPv4.
     pub const SVC4: &str = "rn_svc4";
@@ -39,14 +37,18 @@ pub mod map {
     pub const SVC6: &str = "rn_svc6";
     /// Backends of all services.
     pub const BACKENDS: &str = "rn_backends";
-    /// Connections, IPv4.
-    pub const CT4: &str = "rn_ct4";
-    /// Connections, IPv6.
-    pub const CT6: &str = "rn_ct6";
+    /// TCP connections, IPv4.
+    pub const CT4_TCP: &str = "rn_ct4_tcp";
+    /// Flows of all other protocols, IPv4.
+    pub const CT4_ANY: &str = "rn_ct4_any";
+    /// TCP connections, IPv6.
+    pub const CT6_TCP: &str = "rn_ct6_tcp";
+    /// Flows of all other protocols, IPv6.
+    pub const CT6_ANY: &str = "rn_ct6_any";
     /// First fragments, IPv4.
-    pub const FRAG4: &str = "rn_frag4";
+    pub const FRAG4: &str = "rn_frag4_v2";
     /// First fragments, IPv6.
-    pub const FRAG6: &str = "rn_frag6";
+    pub const FRAG6: &str = "rn_frag6_v2";
     /// Pods of this node.
     pub const ENDPOINTS: &str = "rn_endpoints";
     /// Everything else, IPv4.
@@ -60,6 +62,8 @@ pub mod map {
     /// The node's settings.
     pub const CONFIG: &str = "rn_config";
     /// All of them.
-    pub const ALL: [&str; 13] =
-        [SVC4, SVC6, BACKENDS, CT4, CT6, FRAG4, FRAG6, ENDPOINTS, PEERS4, PEERS6, COUNTERS, EVENTS, CONFIG];
+    pub const ALL: [&str; 15] = [
+        SVC4, SVC6, BACKENDS, CT4_TCP, CT4_ANY, CT6_TCP, CT6_ANY, FRAG4, FRAG6, ENDPOINTS, PEERS4, PEERS6, COUNTERS, EVENTS,
+        CONFIG,
+    ];
 }

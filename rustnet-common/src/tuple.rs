@@ -19,7 +19,7 @@ pub struct Tuple<A> {
     pub dport: u16,
     /// IP protocol number.
     pub proto: u8,
-    /// Zero.
+    /// In a key of the connection table, its slot: 0, or [`SLOT_CONTESTED`](crate::conntrack::SLOT_CONTESTED). Else zero.
     pub pad: u8,
     /// Zero.
     pub pad2: u16,
@@ -60,6 +60,51 @@ impl<A: Address> Tuple<A> {
     pub fn reversed(&self) -> Self {
         Self { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, proto: self.proto, pad: 0, pad2: 0 }
     }
+
+    /// True if the canonical form of this tuple is the tuple reversed.
+    #[inline(always)]
+    pub fn is_swapped(&self) -> bool {
+        let (s, d) = (self.src.order(), self.dst.order());
+        if s == d { self.sport > self.dport } else { s > d }
+    }
+
+    /// [`Tuple::is_swapped`] of the tuple reversed.
+    #[inline(always)]
+    pub fn is_reverse_swapped(&self) -> bool {
+        let (s, d) = (self.src.order(), self.dst.order());
+        if s == d { self.dport > self.sport } else { d > s }
+    }
+
+    /// The form that both directions of a flow have in common: the smaller (address, port) is the source.
+    #[inline(always)]
+    #[must_use]
+    pub fn canonical(&self) -> Self {
+        if self.is_swapped() { self.reversed() } else { Self { pad: 0, pad2: 0, ..*self } }
+    }
+
+    /// Stores the canonical form of this tuple reversed, field by field: copies of whole tuples cost the kernel side stack.
+    /// Returns [`Tuple::is_reverse_swapped`].
+    #[inline(always)]
+    pub fn store_reverse_canonical(&self, out: &mut Self) -> bool {
+        let is_swapped = self.is_reverse_swapped();
+        if is_swapped {
+            (out.src, out.dst, out.sport, out.dport) = (self.src, self.dst, self.sport, self.dport);
+        } else {
+            (out.src, out.dst, out.sport, out.dport) = (self.dst, self.src, self.dport, self.sport);
+        }
+        (out.proto, out.pad, out.pad2) = (self.proto, 0, 0);
+        is_swapped
+    }
+
+    /// True if `other` is this tuple reversed.
+    #[inline(always)]
+    pub fn is_reverse_of(&self, other: &Self) -> bool {
+        self.src == other.dst
+            && self.dst == other.src
+            && self.sport == other.dport
+            && self.dport == other.sport
+            && self.proto == other.proto
+    }
 }
 
 /// IP protocol numbers that the datapath knows.
@@ -70,10 +115,14 @@ pub mod proto {
     pub const TCP: u8 = 6;
     /// UDP (RFC 768).
     pub const UDP: u8 = 17;
+    /// DCCP (RFC 4340).
+    pub const DCCP: u8 = 33;
     /// ICMPv6 (RFC 4443).
     pub const ICMPV6: u8 = 58;
     /// SCTP (RFC 9260).
     pub const SCTP: u8 = 132;
+    /// UDP-Lite (RFC 3828).
+    pub const UDPLITE: u8 = 136;
 
     /// The name that Kubernetes and people use.
     pub const fn name(proto: u8) -> &'static str {
@@ -85,5 +134,35 @@ pub mod proto {
             SCTP => "SCTP",
             _ => "other",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Address, Ip4, Ip6, Tuple};
+
+    fn check<A: Address + core::fmt::Debug>(addresses: [A; 3]) {
+        for src in addresses {
+            for dst in addresses {
+                for (sport, dport) in [(1, 2), (2, 1), (7, 7)] {
+                    let t = Tuple { src, dst, sport, dport, proto: 6, pad: 0, pad2: 0 };
+                    let back = t.reversed();
+                    assert!(t.canonical() == back.canonical(), "{t:?}");
+                    assert!(!t.canonical().is_swapped());
+                    assert_eq!(t.is_reverse_swapped(), back.is_swapped());
+                    let mut stored = Tuple { pad: 1, ..t };
+                    assert_eq!(t.store_reverse_canonical(&mut stored), back.is_swapped());
+                    assert!(stored == back.canonical() && stored.pad == 0, "{t:?}");
+                    assert!(t.is_reverse_of(&back) && t.is_reverse_of(&t) == (t == back), "{t:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn both_directions_have_one_canonical_form() {
+        check([Ip4 { ip: [10, 0, 0, 1] }, Ip4 { ip: [10, 0, 0, 2] }, Ip4 { ip: [9, 200, 0, 1] }]);
+        let v6 = |last, first| Ip6 { ip: [first, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last] };
+        check([v6(1, 0xfd), v6(2, 0xfd), v6(1, 0x20)]);
     }
 }

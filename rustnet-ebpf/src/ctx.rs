@@ -2,12 +2,10 @@
 //!
 //! This is the one gate through which packet memory is reached: [`at`] proves the bounds that the verifier wants to see.
 
+use aya_ebpf::Global;
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated as helper;
-use rustnet_common::config::NodeConfig;
 use rustnet_common::csum::Sum;
-
-use crate::maps;
 
 /// What a step may ask of a packet, whatever the hook's context is.
 pub trait Ctx: Copy {
@@ -21,16 +19,18 @@ pub trait Ctx: Copy {
     fn ifindex(&self) -> u32;
     /// Makes the first `len` bytes readable and writable directly; all pointers are void afterwards.
     fn pull(&self, len: u32) -> bool;
+    /// Copies `len` bytes (1 to 64) at `offset` of the packet to the beginning of `to`; false if they are not all there.
+    fn load(&self, offset: u32, to: &mut [u8; 64], len: u32) -> bool;
     /// Payload of one segment when the frame stands for several (GSO), else 0.
     fn gso_size(&self) -> u32;
     /// Applies a difference to the L4 checksum at `offset`. `pseudo` says that the difference is of the pseudo header;
     /// `zero_is_none` that a checksum of 0 means "none" (UDP). All pointers are void afterwards.
-    fn l4_checksum(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool;
+    fn l4_csum_replace(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool;
     /// Says that the packet's bytes changed by a difference that no checksum among them takes back. For devices that
     /// deliver a sum of the whole packet (`CHECKSUM_COMPLETE`): the receiver would report broken hardware.
-    fn sum_changed(&self, diff: Sum);
+    fn update_csum(&self, diff: Sum);
     /// Says what the packet's bytes sum up to now, from the IP header on.
-    fn sum_becomes(&self, sum: Sum);
+    fn set_csum(&self, sum: Sum);
 }
 
 /// A pointer to a `T` at `offset`, if the packet reaches so far.
@@ -56,6 +56,10 @@ pub fn at_pulled<T, C: Ctx>(ctx: &C, offset: usize) -> Option<*mut T> {
 #[derive(Clone, Copy)]
 pub struct Skb(pub *mut __sk_buff);
 
+/// 1 where the kernel knows `BPF_F_IPV6` for `bpf_l4_csum_replace` (6.16 and later); set by the loader.
+#[unsafe(no_mangle)]
+pub static L4_CSUM_IPV6: Global<u32> = Global::new(0);
+
 const BPF_F_PSEUDO_HDR: u64 = 0x10;
 const BPF_F_MARK_MANGLED_0: u64 = 0x20;
 const BPF_F_IPV6: u64 = 0x80;
@@ -74,7 +78,7 @@ impl Skb {
     fields! {
         /// The packet's mark.
         mark;
-        /// Whom the link layer says the packet is for.
+        /// `skb->pkt_type`: PACKET_HOST, PACKET_OTHERHOST and so on.
         pkt_type;
         /// Non-zero if a VLAN tag was taken off by the device.
         vlan_present;
@@ -91,7 +95,7 @@ impl Skb {
 
     /// Says that the packet is for this host, whatever its MAC.
     #[inline(always)]
-    pub fn accept(&self) {
+    pub fn set_packet_host(&self) {
         const PACKET_HOST: u32 = 0;
         if self.pkt_type() != PACKET_HOST {
             // SAFETY: no pointers but the context. The only failure is a packet type that may not be changed.
@@ -136,7 +140,13 @@ impl Ctx for Skb {
         len <= self.len() && unsafe { helper::bpf_skb_pull_data(self.0, len) } == 0
     }
     #[inline(always)]
-    fn l4_checksum(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool {
+    fn load(&self, offset: u32, to: &mut [u8; 64], len: u32) -> bool {
+        let len = masked::<63>(len.wrapping_sub(1) as usize) as u32 + 1;
+        // SAFETY: `len` is at most the length of the array; the helper checks it against the packet.
+        unsafe { helper::bpf_skb_load_bytes(self.0.cast(), offset, to.as_mut_ptr().cast(), len) == 0 }
+    }
+    #[inline(always)]
+    fn l4_csum_replace(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool {
         let mut flags = 0;
         if pseudo {
             flags |= BPF_F_PSEUDO_HDR;
@@ -145,23 +155,23 @@ impl Ctx for Skb {
             flags |= BPF_F_MARK_MANGLED_0;
         }
         // Without this flag the helper breaks CHECKSUM_COMPLETE for IPv6; kernels before 6.16 do not know it.
-        if v6 && maps::L4_CSUM_IPV6.load() != 0 {
+        if v6 && L4_CSUM_IPV6.load() != 0 {
             flags |= BPF_F_IPV6;
         }
         // SAFETY: the helper checks the offset against the packet. Size 0 in the flags means "`to` is a difference".
         unsafe { helper::bpf_l4_csum_replace(self.0, offset as u32, 0, u64::from(diff.fold32()), flags) == 0 }
     }
     #[inline(always)]
-    fn sum_changed(&self, diff: Sum) {
+    fn update_csum(&self, diff: Sum) {
         // SAFETY: no pointers but the context. Fails where the device delivered no sum, and then there is nothing to do.
         let _ = unsafe { helper::bpf_csum_update(self.0, diff.fold32()) };
     }
     #[inline(always)]
-    fn sum_becomes(&self, sum: Sum) {
+    fn set_csum(&self, sum: Sum) {
         // SAFETY: as above; a difference of nothing reads the sum.
         let now = unsafe { helper::bpf_csum_update(self.0, 0) };
         if now >= 0 {
-            self.sum_changed(sum.sub(now as u32));
+            self.update_csum(sum.sub(now as u32));
         }
     }
 }
@@ -190,29 +200,30 @@ fn pointer<const OFFSET: usize>(skb: *mut __sk_buff) -> usize {
     }
 }
 
-/// Bounds an offset into a packet to less than 512 for the verifier's eyes. By assembly, because the compiler takes a mask
-/// away as soon as it can prove it needless, on grounds that the verifier cannot follow.
+/// Bounds an offset into a packet to less than 512 for the verifier's eyes.
 #[inline(always)]
 pub fn bounded(offset: usize) -> usize {
+    masked::<511>(offset)
+}
+
+/// Bounds a number by a mask for the verifier's eyes. By assembly, because the compiler takes a mask away as soon as it can
+/// prove it needless, on grounds that the verifier cannot follow.
+#[inline(always)]
+pub fn masked<const MASK: u32>(number: usize) -> usize {
     #[cfg(target_arch = "bpf")]
     {
-        let mut out = offset as u64;
+        let mut out = number as u64;
         // SAFETY: arithmetic on a register.
         unsafe {
-            core::arch::asm!("{out} &= 511", out = inout(reg) out, options(pure, nomem, nostack, preserves_flags));
+            core::arch::asm!("{out} &= {mask}", mask = const MASK, out = inout(reg) out,
+                options(pure, nomem, nostack, preserves_flags));
         }
         out as usize
     }
     #[cfg(not(target_arch = "bpf"))]
     {
-        offset & 511
+        number & MASK as usize
     }
-}
-
-/// The node's settings, or nothing before the agent has written them.
-#[inline(always)]
-pub fn config() -> Option<&'static NodeConfig> {
-    maps::rn_config.get(0)
 }
 
 /// Timer ticks, low 32 bits. Costs nothing, unlike the clocks.
@@ -227,4 +238,65 @@ pub fn jiffies() -> u32 {
 pub fn random() -> u32 {
     // SAFETY: no arguments, no effects.
     unsafe { helper::bpf_get_prandom_u32() as u32 }
+}
+
+/// Returns the pointer as it is, in a way that the compiler cannot merge with another `N`.
+#[inline(always)]
+pub fn distinct<const N: u32, T>(pointer: *mut T) -> *mut T {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut out = pointer as u64;
+        // SAFETY: the register keeps its value.
+        unsafe {
+            if N == 0 {
+                core::arch::asm!("{out} = {out}", out = inout(reg) out, options(pure, nomem, nostack, preserves_flags));
+            } else {
+                core::arch::asm!("{out} = {out}", "{out} = {out}", out = inout(reg) out,
+                    options(pure, nomem, nostack, preserves_flags));
+            }
+        }
+        out as *mut T
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        pointer
+    }
+}
+
+/// Sets bits of a word that other CPUs write at the same time. By assembly: the compiler has no such operation for this target.
+///
+/// # Safety
+/// `word` is an aligned word of a map's value.
+#[inline(always)]
+pub unsafe fn atomic_or(word: *mut u64, bits: u64) {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: see above.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({word} + 0) |= {bits}", word = in(reg) word, bits = in(reg) bits,
+            options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: see above.
+    unsafe {
+        *word |= bits;
+    }
+}
+
+/// Clears the bits of a word that are 0 in `bits`; see [`atomic_or`].
+///
+/// # Safety
+/// As for [`atomic_or`].
+#[inline(always)]
+pub unsafe fn atomic_and(word: *mut u64, bits: u64) {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: see above.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({word} + 0) &= {bits}", word = in(reg) word, bits = in(reg) bits,
+            options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: see above.
+    unsafe {
+        *word &= bits;
+    }
 }

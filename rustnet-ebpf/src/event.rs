@@ -1,5 +1,5 @@
-//! The only drop sink: a counter for each reason and hook, and a record in the ring buffer; new flows are told there, too,
-//! where that is asked for.
+//! The only drop sink: a counter for each reason and hook, and a record in the ring buffer. New flows are recorded there,
+//! too, if `FLOW_EVENTS` is set. Counters are exact; records are limited, so that one pod cannot fill the ring for all.
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated as helper;
@@ -9,8 +9,10 @@ use rustnet_common::event::Event;
 
 use crate::ctx::{Ctx, Skb};
 use crate::family::{Family, V4, V6};
+use crate::limit::{self, Bucket};
 use crate::maps;
-use crate::parse::Packet;
+use crate::packet::Packet;
+use crate::parse::Parse;
 
 /// Counts a packet.
 #[inline(always)]
@@ -24,15 +26,28 @@ pub fn count<C: Ctx>(ctx: &C, reason: u8, hook: u8) {
     }
 }
 
+/// Reports of one family.
+pub trait Report: Family {
+    /// Counts a packet that is dropped and records it, or records the first packet of a flow ([`DropReason::Forwarded`]).
+    fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8);
+}
+
 /// Declares a family's sink as a function with global linkage, for the reason that the parser is one.
 macro_rules! global {
     ($name:ident, $family:ty) => {
-        /// See [`report`].
+        /// See [`Report::report`].
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $name(skb: *mut __sk_buff, l3: u32, reason: u32, hook: u32) -> i32 {
-            report::<$family>(&Skb(skb), (l3 & 0x1f) as usize, reason as u8, hook as u8);
+            report::<$family>(&Skb(skb), (l3 & 0x7f) as usize, reason as u8, hook as u8);
             0
+        }
+
+        impl Report for $family {
+            #[inline(always)]
+            fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8) {
+                $name(skb.raw(), l3 as u32, u32::from(reason as u8), u32::from(hook));
+            }
         }
     };
 }
@@ -42,13 +57,16 @@ global!(rn_event6, V6);
 
 /// Reports a packet that goes no further, and counts it; or, without a reason, the first packet of a flow.
 #[inline(always)]
-fn report<F: Family>(skb: &Skb, l3: usize, reason: u8, hook: u8) {
+fn report<F: Parse<Skb>>(skb: &Skb, l3: usize, reason: u8, hook: u8) {
     if reason != DropReason::Forwarded as u8 {
         count(skb, reason, hook);
     }
+    if !limit::take(Bucket::Events) {
+        return;
+    }
     let Some(mut slot) = maps::rn_events.reserve_bytes(size_of::<Event>(), 0) else { return };
     let mut p = Packet::new(l3);
-    // What could be read before the parser gave up is worth telling.
+    // A packet that cannot be parsed is recorded with the fields read so far.
     let _ = F::parse(skb, &mut p);
     let t = &p.tuple;
     // SAFETY: no arguments.

@@ -1,54 +1,45 @@
-//! IPv4 and IPv6 behind one trait, so that every step exists once.
+//! IPv4 and IPv6 behind one trait, so that every step exists once. Types, constants and maps; the steps that a family
+//! needs are traits of their own, declared where the step is.
 
+use aya_ebpf::btf_maps::lpm_trie::Key;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config::NodeConfig;
-use rustnet_common::drop::DropReason;
-use rustnet_common::tuple::Tuple;
+use rustnet_common::peer::Peer;
 
-use crate::ctx::Skb;
-use crate::event::{rn_event4, rn_event6};
 use crate::maps::{self, Connections, Fragments, Peers, Scratch, Services};
-use crate::parse::{Header, Packet, rn_parse4, rn_parse6};
-use crate::rewrite::{Head, QuotedWriter, Writer, rn_rewrite4, rn_rewrite6};
-use crate::step::Packed;
-use crate::step::route::{rn_route4, rn_route6};
-
-/// Linux's AF_INET and AF_INET6.
-pub const AF_INET: u8 = 2;
-/// See [`AF_INET`].
-pub const AF_INET6: u8 = 10;
+use crate::wire::{Header4, Header6};
 
 /// An IP family: its address type, its header, its maps.
 pub trait Family: 'static {
     /// The address type.
     type A: Address + 'static;
     /// The fixed part of the IP header.
-    type Header: Header<Self::A> + Writer<Self::A> + QuotedWriter<Self::A> + Head<Self::A>;
+    type Header: Copy;
     /// AF_INET or AF_INET6.
     const AF: u8;
     /// Bits of an address.
     const BITS: u32 = Self::A::LEN as u32 * 8;
 
-    /// The parser, see [`crate::parse::packet`].
-    fn parse(skb: &Skb, p: &mut Packet<Self::A>) -> Packed;
-    /// See [`crate::rewrite::translate`].
-    fn rewrite(skb: &Skb, p: &Packet<Self::A>, to: &Tuple<Self::A>, ttl: u8) -> Packed;
-    /// See [`crate::event`].
-    fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8);
-    /// See [`crate::step::route::redirect`].
-    fn redirect(skb: &Skb, to: &Tuple<Self::A>, len: u32, output: bool) -> Packed;
-    /// Connections of this family.
-    fn connections() -> &'static Connections<Self::A>;
-    /// Services of this family.
+    /// Its TCP connections.
+    fn tcp_connections() -> &'static Connections<Self::A>;
+    /// Its flows of other protocols, apart from TCP: bursts of short flows must not evict idle connections.
+    fn other_connections() -> &'static Connections<Self::A>;
+    /// Its services.
     fn services() -> &'static Services<Self::A>;
-    /// Peers of this family.
+    /// Its peers.
     fn peers() -> &'static Peers<Self::A>;
-    /// First fragments of this family.
+    /// Its first fragments.
     fn fragments() -> &'static Fragments<Self::A>;
-    /// This CPU's room beside the stack.
+    /// This CPU's scratch memory.
     fn scratch() -> Option<*mut Scratch<Self::A>>;
     /// The node's own address.
     fn node(config: &NodeConfig) -> Self::A;
+
+    /// What is known of an address that is no pod of this node.
+    #[inline(always)]
+    fn peer(addr: Self::A) -> Option<&'static Peer> {
+        Self::peers().get(&Key::new(Self::BITS, addr))
+    }
 }
 
 /// IPv4.
@@ -56,96 +47,45 @@ pub enum V4 {}
 /// IPv6.
 pub enum V6 {}
 
-impl Family for V4 {
-    type A = Ip4;
-    type Header = crate::parse::Header4;
-    const AF: u8 = AF_INET;
+/// Implements [`Family`] for one family.
+macro_rules! family {
+    ($family:ident, $addr:ident, $header:ident, $af:literal, $tcp:ident, $any:ident, $svc:ident, $peers:ident, $frag:ident, $scratch:ident, $node:ident) => {
+        impl Family for $family {
+            type A = $addr;
+            type Header = $header;
+            const AF: u8 = $af;
 
-    #[inline(always)]
-    fn parse(skb: &Skb, p: &mut Packet<Ip4>) -> Packed {
-        Packed::from_bits(rn_parse4(skb.raw(), p))
-    }
-    #[inline(always)]
-    fn rewrite(skb: &Skb, p: &Packet<Ip4>, to: &Tuple<Ip4>, ttl: u8) -> Packed {
-        Packed::from_bits(rn_rewrite4(skb.raw(), p, to, u32::from(ttl)))
-    }
-    #[inline(always)]
-    fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8) {
-        rn_event4(skb.raw(), l3 as u32, u32::from(reason as u8), u32::from(hook));
-    }
-    #[inline(always)]
-    fn redirect(skb: &Skb, to: &Tuple<Ip4>, len: u32, output: bool) -> Packed {
-        Packed::from_bits(rn_route4(skb.raw(), to, len, u32::from(output)))
-    }
-    #[inline(always)]
-    fn connections() -> &'static Connections<Ip4> {
-        &maps::rn_ct4
-    }
-    #[inline(always)]
-    fn services() -> &'static Services<Ip4> {
-        &maps::rn_svc4
-    }
-    #[inline(always)]
-    fn peers() -> &'static Peers<Ip4> {
-        &maps::rn_peers4
-    }
-    #[inline(always)]
-    fn fragments() -> &'static Fragments<Ip4> {
-        &maps::rn_frag4
-    }
-    #[inline(always)]
-    fn scratch() -> Option<*mut Scratch<Ip4>> {
-        maps::rn_scratch4.get_ptr_mut(0)
-    }
-    #[inline(always)]
-    fn node(config: &NodeConfig) -> Ip4 {
-        config.node4
-    }
+            #[inline(always)]
+            fn tcp_connections() -> &'static Connections<$addr> {
+                &maps::$tcp
+            }
+            #[inline(always)]
+            fn other_connections() -> &'static Connections<$addr> {
+                &maps::$any
+            }
+            #[inline(always)]
+            fn services() -> &'static Services<$addr> {
+                &maps::$svc
+            }
+            #[inline(always)]
+            fn peers() -> &'static Peers<$addr> {
+                &maps::$peers
+            }
+            #[inline(always)]
+            fn fragments() -> &'static Fragments<$addr> {
+                &maps::$frag
+            }
+            #[inline(always)]
+            fn scratch() -> Option<*mut Scratch<$addr>> {
+                maps::$scratch.get_ptr_mut(0)
+            }
+            #[inline(always)]
+            fn node(config: &NodeConfig) -> $addr {
+                config.$node
+            }
+        }
+    };
 }
 
-impl Family for V6 {
-    type A = Ip6;
-    type Header = crate::parse::Header6;
-    const AF: u8 = AF_INET6;
-
-    #[inline(always)]
-    fn parse(skb: &Skb, p: &mut Packet<Ip6>) -> Packed {
-        Packed::from_bits(rn_parse6(skb.raw(), p))
-    }
-    #[inline(always)]
-    fn rewrite(skb: &Skb, p: &Packet<Ip6>, to: &Tuple<Ip6>, ttl: u8) -> Packed {
-        Packed::from_bits(rn_rewrite6(skb.raw(), p, to, u32::from(ttl)))
-    }
-    #[inline(always)]
-    fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8) {
-        rn_event6(skb.raw(), l3 as u32, u32::from(reason as u8), u32::from(hook));
-    }
-    #[inline(always)]
-    fn redirect(skb: &Skb, to: &Tuple<Ip6>, len: u32, output: bool) -> Packed {
-        Packed::from_bits(rn_route6(skb.raw(), to, len, u32::from(output)))
-    }
-    #[inline(always)]
-    fn connections() -> &'static Connections<Ip6> {
-        &maps::rn_ct6
-    }
-    #[inline(always)]
-    fn services() -> &'static Services<Ip6> {
-        &maps::rn_svc6
-    }
-    #[inline(always)]
-    fn peers() -> &'static Peers<Ip6> {
-        &maps::rn_peers6
-    }
-    #[inline(always)]
-    fn fragments() -> &'static Fragments<Ip6> {
-        &maps::rn_frag6
-    }
-    #[inline(always)]
-    fn scratch() -> Option<*mut Scratch<Ip6>> {
-        maps::rn_scratch6.get_ptr_mut(0)
-    }
-    #[inline(always)]
-    fn node(config: &NodeConfig) -> Ip6 {
-        config.node6
-    }
-}
+family!(V4, Ip4, Header4, 2, rn_ct4_tcp, rn_ct4_any, rn_svc4_v2, rn_peers4, rn_frag4_v2, rn_scratch4, node4);
+family!(V6, Ip6, Header6, 10, rn_ct6_tcp, rn_ct6_any, rn_svc6_v2, rn_peers6, rn_frag6_v2, rn_scratch6, node6);

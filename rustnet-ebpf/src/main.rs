@@ -1,5 +1,7 @@
-//! The kernel side of rustnet: one function per hook. Each finds the family, runs the hook's steps, and turns their result
-//! into a verdict in one place, [`verdict`].
+//! The kernel side of rustnet: one function per hook. Each finds the family, runs the hook's steps, and maps their result to a
+//! verdict in one place, [`verdict`].
+//!
+//! A packet passes: hook -> parse -> classify (conntrack, icmp, source) -> decide (plan) -> execute (exec, rewrite).
 #![no_std]
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
@@ -21,36 +23,42 @@ mod ctx;
 mod event;
 mod family;
 mod hook;
+mod limit;
 mod maps;
+mod outcome;
+mod packet;
 mod parse;
 mod rewrite;
 mod step;
+mod wire;
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use rustnet_common::addr::{Addr, Address};
 use rustnet_common::drop::{DropReason, hook as hooks};
 
 use crate::ctx::{Skb, jiffies};
-use crate::family::{Family, V4, V6};
-use crate::parse::{ETH_P_IP, ETH_P_IPV6};
-use crate::step::forward::{Back, STACK};
-use crate::step::{Packed, Stop};
+use crate::event::Report;
+use crate::family::{V4, V6};
+use crate::hook::Steps;
+use crate::outcome::{Dropped, PackedResult};
+use crate::step::exec::{ReplyPath, TO_STACK};
+use crate::step::tunnel::{self, Tunnel};
+use crate::wire::{ETH_LEN, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6};
 
-/// Turns the result of a hook into what the kernel shall do; the one place where a drop or an answer is decided.
+/// Maps a hook's result to a verdict. This is the only place that drops or rejects.
 #[inline(always)]
-fn verdict<H: Hook, F: Sink>(skb: &Skb, l3: usize, result: Result<i32, Stop>) -> i32 {
+fn verdict<H: Hook, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Dropped>) -> i32 {
     match result {
-        Ok(STACK) => STACK,
+        Ok(TO_STACK) => TO_STACK,
         Ok(action) => {
             event::count(skb, DropReason::Forwarded as u8, H::CODE);
             action
         }
-        Err(stop) => match stop.reason {
+        Err(dropped) => match dropped.reason {
             DropReason::NoBackend | DropReason::NoServicePort | DropReason::TtlExceeded | DropReason::FragNeeded => {
-                F::report(skb, l3, stop.reason, H::CODE);
-                F::answer(skb, l3, stop, H::BACK)
+                F::report(skb, l3, dropped.reason, H::CODE);
+                F::reject(skb, l3, dropped, H::REPLY_PATH)
             }
             DropReason::Forwarded
             | DropReason::Malformed
@@ -68,140 +76,166 @@ fn verdict<H: Hook, F: Sink>(skb: &Skb, l3: usize, result: Result<i32, Stop>) ->
             | DropReason::WriteError
             | DropReason::HostHairpin
             | DropReason::IcmpUnrelated
-            | DropReason::NdNotForwarded => {
-                F::report(skb, l3, stop.reason, H::CODE);
+            | DropReason::NdNotForwarded
+            | DropReason::VlanFiltered
+            | DropReason::UnsupportedL2
+            | DropReason::SourceRoute
+            | DropReason::Martian => {
+                F::report(skb, l3, dropped.reason, H::CODE);
                 TC_ACT_SHOT
             }
         },
     }
 }
 
-/// What follows a refusal. A function with global linkage: the verifier proves it once, not once for every way that leads
-/// to it, which made the programs a hundred times dearer to load.
-trait Sink: Family {
-    /// Answers, see [`step::reject::answer`].
-    fn answer(skb: &Skb, l3: usize, stop: Stop, back: Back) -> i32;
+/// Rejections of one family. A function with global linkage: the verifier checks it once, not once per path that reaches it.
+trait Reject: Steps + Report {
+    /// See [`step::reject::reject`].
+    fn reject(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> i32;
 }
 
 /// Declares the global function of a family.
-macro_rules! sink {
-    ($family:ident, $answer:ident) => {
-        impl Sink for $family {
+macro_rules! global {
+    ($family:ident, $name:ident) => {
+        impl Reject for $family {
             #[inline(always)]
-            fn answer(skb: &Skb, l3: usize, stop: Stop, back: Back) -> i32 {
-                $answer(skb.raw(), l3 as u32, u32::from(stop.reason as u8), stop.mtu, back as u32)
+            fn reject(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> i32 {
+                $name(skb.raw(), l3 as u32, u32::from(dropped.reason as u8), dropped.mtu, path as u32)
             }
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $answer(skb: *mut __sk_buff, l3: u32, reason: u32, mtu: u32, back: u32) -> i32 {
+        extern "C" fn $name(skb: *mut __sk_buff, l3: u32, reason: u32, mtu: u32, path: u32) -> i32 {
             let Some(reason) = DropReason::from_code(reason as u8) else { return TC_ACT_SHOT };
-            let back = Back::from_code(back);
-            step::reject::answer::<$family>(&Skb(skb), (l3 & 0x1f) as usize, Stop { reason, mtu }, back)
+            let path = ReplyPath::from_code(path);
+            step::reject::reject::<$family>(&Skb(skb), (l3 & 0x7f) as usize, Dropped { reason, mtu }, path)
         }
     };
 }
 
-sink!(V4, rn_answer4);
-sink!(V6, rn_answer6);
+global!(V4, rn_reject4);
+global!(V6, rn_reject6);
 
 /// A place in the kernel where packets pass.
 trait Hook {
     /// Its code in counters and events.
     const CODE: u8;
-    /// Where answers of ours go from here.
-    const BACK: Back;
-    /// Runs its steps; `remote` is the tunnel's far end where there is one.
-    fn run<F: Family>(skb: &Skb, l3: usize, remote: &Addr) -> Result<i32, Stop>;
+    /// Where rejections go from here.
+    const REPLY_PATH: ReplyPath;
+    /// The sender may send nothing but untagged IP: other frames are dropped. Elsewhere they are the stack's.
+    const IS_IP_ONLY: bool;
+    /// Runs its steps; `tunnel` is where the packet came from if it came through one.
+    fn run<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dropped>;
 }
 
 /// One family's part of a hook: a function of its own, so that it has a stack frame of its own.
 #[inline(never)]
-fn steps<H: Hook, F: Sink>(skb: &Skb, l3: usize, remote: &Addr) -> Packed {
-    Packed::new(H::run::<F>(skb, l3, remote))
+fn steps<H: Hook, F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> PackedResult {
+    PackedResult::new(H::run::<F>(skb, l3, tunnel))
 }
 
 #[inline(always)]
-fn one_family<H: Hook, F: Sink>(skb: &Skb, l3: usize, remote: &Addr) -> i32 {
-    verdict::<H, F>(skb, l3, steps::<H, F>(skb, l3, remote).result())
+fn one_family<H: Hook, F: Reject>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> i32 {
+    verdict::<H, F>(skb, l3, steps::<H, F>(skb, l3, tunnel).result())
 }
 
-/// Runs a hook for the packet's family. What is not IP (ARP above all) is the stack's.
+/// Runs a hook for the packet's family.
 #[inline(always)]
-fn dispatch<H: Hook>(skb: &Skb, remote: &Addr) -> i32 {
-    match parse::ethernet(skb) {
-        Some((l3, ETH_P_IP)) => one_family::<H, V4>(skb, l3, remote),
-        Some((l3, ETH_P_IPV6)) => one_family::<H, V6>(skb, l3, remote),
-        _ => STACK,
+fn dispatch<H: Hook>(skb: &Skb, tunnel: &Tunnel) -> i32 {
+    let ethertype = parse::ethertype(skb);
+    if H::IS_IP_ONLY
+        && let Some(reason) = refuse_frame(skb, ethertype)
+    {
+        return verdict::<H, V4>(skb, ETH_LEN, Err(reason.into()));
+    }
+    match ethertype {
+        Some(ETH_P_IP) => one_family::<H, V4>(skb, ETH_LEN, tunnel),
+        Some(ETH_P_IPV6) => one_family::<H, V6>(skb, ETH_LEN, tunnel),
+        _ => TO_STACK,
+    }
+}
+
+/// Why a frame is refused that may be nothing but untagged IP.
+#[inline(always)]
+fn refuse_frame(skb: &Skb, ethertype: Option<u16>) -> Option<DropReason> {
+    if skb.vlan_present() != 0 {
+        return Some(DropReason::VlanFiltered);
+    }
+    match ethertype {
+        Some(ETH_P_IP | ETH_P_IPV6) => None,
+        Some(ETH_P_8021Q | ETH_P_8021AD) => Some(DropReason::VlanFiltered),
+        Some(_) => Some(DropReason::UnsupportedL2),
+        None => Some(DropReason::Malformed),
     }
 }
 
 /// Declares the type of a hook.
 macro_rules! hook {
-    ($type:ident, $code:expr, $back:expr, $run:path $(, $remote:ident)?) => {
+    ($type:ident, $code:expr, $path:expr, $ip_only:literal, $run:path $(, $tunnel:ident)?) => {
         enum $type {}
         impl Hook for $type {
             const CODE: u8 = $code;
-            const BACK: Back = $back;
+            const REPLY_PATH: ReplyPath = $path;
+            const IS_IP_ONLY: bool = $ip_only;
             #[inline(always)]
-            fn run<F: Family>(skb: &Skb, l3: usize, _remote: &Addr) -> Result<i32, Stop> {
-                $(let $remote = _remote;)?
-                $run(skb, l3 $(, $remote)?)
+            fn run<F: Steps>(skb: &Skb, l3: usize, _tunnel: &Tunnel) -> Result<i32, Dropped> {
+                $(let $tunnel = _tunnel;)?
+                $run(skb, l3 $(, $tunnel)?)
             }
         }
     };
 }
 
-hook!(FromPod, hooks::FROM_POD, Back::Pod, hook::from_pod::run::<F>);
-hook!(ToPod, hooks::TO_POD, Back::Host, hook::to_pod::run::<F>);
-hook!(UplinkIn, hooks::UPLINK_IN, Back::Uplink, hook::uplink::run_in::<F>);
-hook!(UplinkOut, hooks::UPLINK_OUT, Back::Host, hook::uplink::run_out::<F>);
-hook!(OverlayIn, hooks::OVERLAY_IN, Back::Tunnel, hook::overlay::run_in::<F>, remote);
-hook!(OverlayOut, hooks::OVERLAY_OUT, Back::Host, hook::overlay::run_out::<F>);
+hook!(FromPod, hooks::FROM_POD, ReplyPath::Pod, true, hook::from_pod::run::<F>);
+hook!(ToPod, hooks::TO_POD, ReplyPath::Host, false, hook::to_pod::run::<F>);
+hook!(UplinkIn, hooks::UPLINK_IN, ReplyPath::Uplink, false, hook::uplink::run_in::<F>);
+hook!(UplinkOut, hooks::UPLINK_OUT, ReplyPath::Host, false, hook::uplink::run_out::<F>);
+hook!(OverlayIn, hooks::OVERLAY_IN, ReplyPath::Tunnel, true, hook::overlay::run_in::<F>, tunnel);
+hook!(OverlayOut, hooks::OVERLAY_OUT, ReplyPath::Host, false, hook::overlay::run_out::<F>);
 
 /// TC ingress of a pod's host-side veth.
 #[classifier]
 pub fn from_pod(ctx: TcContext) -> i32 {
-    dispatch::<FromPod>(&Skb(ctx.skb.skb), &Addr::UNSPECIFIED)
+    dispatch::<FromPod>(&Skb(ctx.skb.skb), &Tunnel::NONE)
 }
 
 /// TC egress of a pod's host-side veth.
 #[classifier]
 pub fn to_pod(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if hook::done(&skb) { STACK } else { dispatch::<ToPod>(&skb, &Addr::UNSPECIFIED) }
+    if hook::take_processed_mark(&skb) { TO_STACK } else { dispatch::<ToPod>(&skb, &Tunnel::NONE) }
 }
 
 /// TC ingress of the uplink.
 #[classifier]
 pub fn uplink_in(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if hook::done(&skb) { STACK } else { dispatch::<UplinkIn>(&skb, &Addr::UNSPECIFIED) }
+    if hook::take_processed_mark(&skb) { TO_STACK } else { dispatch::<UplinkIn>(&skb, &Tunnel::NONE) }
 }
 
 /// TC egress of the uplink.
 #[classifier]
 pub fn uplink_out(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if hook::done(&skb) { STACK } else { dispatch::<UplinkOut>(&skb, &Addr::UNSPECIFIED) }
+    if hook::take_processed_mark(&skb) { TO_STACK } else { dispatch::<UplinkOut>(&skb, &Tunnel::NONE) }
 }
 
 /// TC ingress of the overlay device.
 #[classifier]
 pub fn overlay_in(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    let mut remote = Addr::UNSPECIFIED;
-    step::source::tunnel_remote(&skb, &mut remote);
+    let mut from = Tunnel::NONE;
+    tunnel::read(&skb, &mut from);
     // The inner frame bears the sender's idea of our MAC; what comes out of the tunnel is for this host all the same.
-    skb.accept();
-    dispatch::<OverlayIn>(&skb, &remote)
+    skb.set_packet_host();
+    dispatch::<OverlayIn>(&skb, &from)
 }
 
-/// TC egress of the overlay device.
+/// TC egress of the overlay device. The mark stays on: the outer packet needs no steps at the uplink either.
 #[classifier]
 pub fn overlay_out(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if hook::done(&skb) { STACK } else { dispatch::<OverlayOut>(&skb, &Addr::UNSPECIFIED) }
+    if hook::is_processed(&skb) { TO_STACK } else { dispatch::<OverlayOut>(&skb, &Tunnel::NONE) }
 }
 
 /// Attached nowhere: run by the agent through `BPF_PROG_TEST_RUN` to read the clock that connections are stamped with.
@@ -217,7 +251,7 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// Without it the kernel lends no GPL-only helper.
+/// The kernel refuses GPL-only helpers to programs without this license string.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,11 +1,10 @@
 //! All maps, by the names that people type. Sizes are defaults; the agent sets them at load.
 #![allow(non_upper_case_globals, reason = "these are the names that bpftool shows")]
 
-use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
-use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::backend::Backend;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::CtEntry;
@@ -16,9 +15,7 @@ use rustnet_common::peer::Peer;
 use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::tuple::Tuple;
 
-use crate::parse::Packet;
-use crate::step::conntrack::Opening;
-use crate::step::icmp::Quotation;
+use crate::packet::{Flow, InnerPacket, NewConnection, Packet};
 
 const GROWS: usize = BPF_F_NO_PREALLOC as usize;
 const MMAP: usize = BPF_F_MMAPABLE as usize;
@@ -26,7 +23,7 @@ const MMAP: usize = BPF_F_MMAPABLE as usize;
 /// A map of services of one family.
 pub type Services<A> = HashMap<SvcKey<A>, SvcEntry, 65536, GROWS>;
 /// A map of connections of one family.
-pub type Connections<A> = LruHashMap<Tuple<A>, CtEntry<A>, 131_072>;
+pub type Connections<A> = LruHashMap<Tuple<A>, CtEntry<A>, 65_536>;
 /// A map of first fragments of one family.
 pub type Fragments<A> = LruHashMap<FragKey<A>, FragPorts, 8192>;
 /// A map of peers of one family.
@@ -38,28 +35,62 @@ pub type Peers<A> = LpmTrie<A, Peer, 16384>;
 pub struct Scratch<A> {
     /// The packet in hand.
     pub packet: Packet<A>,
+    /// What its connection says of it.
+    pub flow: Flow<A>,
+    /// A key in another slot, while it is looked up.
+    pub slot_key: Tuple<A>,
     /// The connection that is being opened.
-    pub opening: Opening<A>,
+    pub connection: NewConnection<A>,
     /// The packet that an ICMP error quotes.
-    pub quotation: Quotation<A>,
+    pub inner: InnerPacket<A>,
 }
+/// A token bucket, see [`crate::limit`].
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Tokens {
+    /// Jiffies when it was last filled.
+    pub filled: u32,
+    /// Tokens taken since.
+    pub taken: u32,
+}
+/// A destination for which no source port was found a moment ago.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct NatFull {
+    /// Hash of source and destination.
+    pub destination: u32,
+    /// Jiffies when the search failed.
+    pub since: u32,
+}
+/// Elements of `rn_nat_full`, a power of two.
+pub const NAT_FULL_SLOTS: u32 = 256;
+
+/// Token buckets there are.
+const BUCKETS: usize = 2;
+
 /// A map of one element a CPU.
 pub type Scratches<A> = PerCpuArray<Scratch<A>, 1>;
 
 #[btf_map]
-pub static rn_svc4: Services<Ip4> = Services::new();
+pub static rn_svc4_v2: Services<Ip4> = Services::new();
 #[btf_map]
-pub static rn_svc6: Services<Ip6> = Services::new();
+pub static rn_svc6_v2: Services<Ip6> = Services::new();
 #[btf_map]
-pub static rn_backends: Array<Backend, 262_144, MMAP> = Array::new();
+pub static rn_backends_v2: Array<Backend, 262_144, MMAP> = Array::new();
 #[btf_map]
-pub static rn_ct4: Connections<Ip4> = Connections::new();
+pub static rn_backend_ids: Array<u32, 262_144, MMAP> = Array::new();
 #[btf_map]
-pub static rn_ct6: Connections<Ip6> = Connections::new();
+pub static rn_ct4_tcp: Connections<Ip4> = Connections::new();
 #[btf_map]
-pub static rn_frag4: Fragments<Ip4> = Fragments::new();
+pub static rn_ct4_any: Connections<Ip4> = Connections::new();
 #[btf_map]
-pub static rn_frag6: Fragments<Ip6> = Fragments::new();
+pub static rn_ct6_tcp: Connections<Ip6> = Connections::new();
+#[btf_map]
+pub static rn_ct6_any: Connections<Ip6> = Connections::new();
+#[btf_map]
+pub static rn_frag4_v2: Fragments<Ip4> = Fragments::new();
+#[btf_map]
+pub static rn_frag6_v2: Fragments<Ip6> = Fragments::new();
 #[btf_map]
 pub static rn_endpoints: HashMap<EndpointKey, Endpoint, 4096, GROWS> = HashMap::new();
 #[btf_map]
@@ -74,9 +105,25 @@ pub static rn_scratch6: Scratches<Ip6> = Scratches::new();
 pub static rn_counters: PerCpuArray<Counter, { COUNTERS as usize }> = PerCpuArray::new();
 #[btf_map]
 pub static rn_events: RingBuf<(), 262_144> = RingBuf::new();
+/// Destinations without a free source port, by hash; not pinned.
+#[btf_map]
+pub static rn_nat_full: Array<NatFull, { NAT_FULL_SLOTS as usize }> = Array::new();
+/// See [`crate::limit`]; not pinned.
+#[btf_map]
+pub static rn_limits: PerCpuArray<Tokens, BUCKETS> = PerCpuArray::new();
 #[btf_map]
 pub static rn_config: Array<NodeConfig, 1> = Array::new();
 
-/// 1 where the kernel knows `BPF_F_IPV6` for `bpf_l4_csum_replace` (6.16 and later); set by the loader.
-#[unsafe(no_mangle)]
-pub static L4_CSUM_IPV6: Global<u32> = Global::new(0);
+/// The node's settings; `None` before the agent has written them.
+#[inline(always)]
+pub fn config() -> Option<&'static NodeConfig> {
+    rn_config.get(0)
+}
+
+/// The pod of this node that has the address.
+#[inline(always)]
+pub fn endpoint<A: Address>(addr: A) -> Option<&'static Endpoint> {
+    let p = rn_endpoints.get_ptr(addr.to_addr())?;
+    // SAFETY: map values stay valid for this run of the program.
+    Some(unsafe { &*p })
+}

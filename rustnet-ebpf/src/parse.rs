@@ -1,173 +1,19 @@
-//! From bytes to a [`Packet`]: Ethernet, one optional VLAN tag, IPv4 with options, IPv6 with extension headers, the ports
-//! of TCP, UDP and SCTP, the identifier of ICMP echo, and fragments. Reads only; believes no length field unchecked.
+//! From bytes to a [`Packet`]: Ethernet, IPv4 with options, IPv6 with extension headers, the ports of TCP, UDP and SCTP, the
+//! identifier of ICMP echo, and fragments. Reads only, and checks each length field against the frame.
 
 use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::cty::c_void;
+use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::drop::DropReason;
 use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::tuple::{Tuple, proto};
 
-use crate::ctx::{Ctx, Skb, at_pulled, bounded};
+use crate::ctx::{Ctx, Skb, at_pulled, bounded, masked};
 use crate::family::{Family, V4, V6};
-use crate::step::{Packed, Stop};
-
-/// Length of an Ethernet header.
-pub const ETH_LEN: usize = 14;
-/// Length of an 802.1Q tag.
-const VLAN_LEN: usize = 4;
-/// EtherTypes, network order as `__sk_buff::protocol` has them.
-pub const ETH_P_IP: u16 = 0x0800_u16.to_be();
-/// See [`ETH_P_IP`].
-pub const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
-const ETH_P_8021Q: u16 = 0x8100_u16.to_be();
-const ETH_P_8021AD: u16 = 0x88a8_u16.to_be();
-
-/// An Ethernet header.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Ethernet {
-    /// Destination MAC.
-    pub dst: [u8; 6],
-    /// Source MAC.
-    pub src: [u8; 6],
-    /// EtherType, network order.
-    pub ethertype: u16,
-}
-
-/// An IPv4 header without options (RFC 791).
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Header4 {
-    /// Version and header length in words.
-    pub ver_ihl: u8,
-    /// Type of service.
-    pub tos: u8,
-    /// Total length, network order.
-    pub total: u16,
-    /// Identification.
-    pub id: u16,
-    /// Flags and fragment offset, network order.
-    pub frag: u16,
-    /// Time to live.
-    pub ttl: u8,
-    /// Protocol.
-    pub proto: u8,
-    /// Header checksum, memory order.
-    pub csum: u16,
-    /// Source.
-    pub src: Ip4,
-    /// Destination.
-    pub dst: Ip4,
-}
-
-/// An IPv6 header (RFC 8200).
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Header6 {
-    /// Version, traffic class, flow label.
-    pub ver_flow: u32,
-    /// Payload length, network order.
-    pub payload: u16,
-    /// Next header.
-    pub next: u8,
-    /// Hop limit.
-    pub hop_limit: u8,
-    /// Source.
-    pub src: Ip6,
-    /// Destination.
-    pub dst: Ip6,
-}
-
-/// What a packet is to the steps that follow.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Kind {
-    /// A transport header is there (or a protocol without one).
-    Flow,
-    /// A later fragment: the tuple has the ports of the first, the packet has none.
-    LaterFragment,
-    /// An ICMP error that quotes another packet.
-    IcmpError,
-    /// Neighbour discovery and the like (ICMPv6 133-137): of the link, never forwarded.
-    Link,
-}
-
-/// A parsed packet.
-#[repr(C)]
-pub struct Packet<A> {
-    /// The flow, as this packet shows it.
-    pub tuple: Tuple<A>,
-    l3: u16,
-    l4: u16,
-    /// Length of the IP packet by its own header.
-    pub ip_len: u32,
-    /// What has to fit through a link: that length, or the length of one of the packets that a GSO frame stands for. 0 if
-    /// nobody can tell, or nobody cares because routers may cut it (IPv4 without "don't fragment").
-    pub unit: u32,
-    /// TTL or hop limit.
-    pub ttl: u8,
-    /// TCP flags, 0 for others.
-    pub tcp_flags: u8,
-    /// See [`Kind`].
-    pub kind: Kind,
-    /// More fragments follow.
-    more: bool,
-    /// Fragment offset in units of 8 bytes.
-    offset: u16,
-    /// The fragment's identification, as it stands on the wire, if it is one.
-    id: u32,
-}
-
-impl<A: Address> Packet<A> {
-    /// A packet of which nothing is known but where its IP header is. Parsing fills it in place: results of this size
-    /// would be copied, byte by byte, at each return.
-    #[inline(always)]
-    pub fn new(l3: usize) -> Self {
-        Self {
-            tuple: Tuple { src: A::UNSPECIFIED, dst: A::UNSPECIFIED, sport: 0, dport: 0, proto: 0, pad: 0, pad2: 0 },
-            l3: l3 as u16,
-            l4: 0,
-            ip_len: 0,
-            unit: 0,
-            ttl: 0,
-            tcp_flags: 0,
-            kind: Kind::Flow,
-            more: false,
-            offset: 0,
-            id: 0,
-        }
-    }
-
-    /// True for a first fragment: checksums are over more than there is.
-    #[inline(always)]
-    pub fn first_of_many(&self) -> bool {
-        self.more
-    }
-
-    /// Offset of the IP header.
-    #[inline(always)]
-    pub fn l3(&self) -> usize {
-        bounded(self.l3 as usize)
-    }
-
-    /// Offset of the transport header.
-    #[inline(always)]
-    pub fn l4(&self) -> usize {
-        bounded(self.l4 as usize)
-    }
-}
-
-/// Bits of the TCP flags byte.
-pub mod tcp {
-    /// FIN.
-    pub const FIN: u8 = 1;
-    /// SYN.
-    pub const SYN: u8 = 2;
-    /// RST.
-    pub const RST: u8 = 4;
-    /// ACK.
-    pub const ACK: u8 = 16;
-}
+use crate::outcome::{Dropped, PackedResult};
+use crate::packet::{Kind, Packet};
+use crate::wire::{Ethernet, Header4, Header6, ICMP_LEN, Tcp, tcp};
 
 /// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
 const GSO_BY_FRAGS: u32 = 0xffff;
@@ -177,32 +23,41 @@ const L4_MAX: usize = 0x1ff;
 const EXTENSIONS: usize = 6;
 /// The IPv6 extension header of fragments.
 const FRAGMENT: u8 = 44;
+/// The IPv6 routing header; its type 0 is a source route (RFC 5095).
+const ROUTING: u8 = 43;
+/// IPv4 options that are source routes: loose and strict (RFC 791, 3.1).
+const LSRR: u8 = 131;
+/// See [`LSRR`].
+const SSRR: u8 = 137;
+/// Bytes of the longest IPv4 options.
+const OPTIONS_MAX: usize = 40;
 
 /// A family's IP header.
-pub trait Header<A>: Copy {
+pub trait ReadHeader<A>: Copy {
     /// Reads the header at `l3`; sets all that is not the transport header's, and gives the offset of that one.
-    fn network<C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<A>) -> Result<usize, DropReason>;
+    fn network<C: Options>(ctx: &C, l3: usize, p: &mut Packet<A>) -> Result<usize, DropReason>;
 
     /// Reads the header of a packet that an ICMP error quotes: cut short, so that its lengths mean nothing. Sets addresses
     /// and protocol, gives the offset of the transport header; `None` for what cannot be told (later fragments, IPv6
     /// extension headers other than that of a first fragment).
-    fn quoted<C: Ctx>(ctx: &C, l3: usize, out: &mut Tuple<A>) -> Option<usize>;
+    fn inner<C: Ctx>(ctx: &C, l3: usize, out: &mut Tuple<A>) -> Option<usize>;
 }
 
-impl Header<Ip4> for Header4 {
+impl ReadHeader<Ip4> for Header4 {
     #[inline(always)]
-    fn network<C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<Ip4>) -> Result<usize, DropReason> {
+    fn network<C: Options>(ctx: &C, l3: usize, p: &mut Packet<Ip4>) -> Result<usize, DropReason> {
         let h = at_pulled::<Self, C>(ctx, l3).ok_or(DropReason::Malformed)?;
         // SAFETY: `at_pulled` proved that a whole header lies there; IP headers are 4-byte aligned (NET_IP_ALIGN), and
         // BPF loads need no more.
         let h = unsafe { &*h };
         let header = ((h.ver_ihl & 0xf) as usize) * 4;
-        let total = u32::from(u16::from_be(h.total));
-        if h.ver_ihl >> 4 != 4
-            || header < size_of::<Self>()
-            || (total as usize) < header
-            || total > ctx.len().wrapping_sub(l3 as u32)
-        {
+        let present = ctx.len().wrapping_sub(l3 as u32);
+        let total = match u16::from_be(h.total) {
+            // BIG TCP: more than the field can hold (ip_len of the frame, linux/ip.h iph_totlen()).
+            0 if ctx.gso_size() != 0 => present,
+            total => u32::from(total),
+        };
+        if h.ver_ihl >> 4 != 4 || header < size_of::<Self>() || (total as usize) < header || total > present {
             return Err(DropReason::Malformed);
         }
         let frag = u16::from_be(h.frag);
@@ -214,12 +69,15 @@ impl Header<Ip4> for Header4 {
         p.id = u32::from(h.id);
         p.offset = frag & 0x1fff;
         p.more = frag & 0x2000 != 0;
-        p.unit = if frag & 0x4000 == 0 { 0 } else { total };
+        p.mtu_len = if frag & 0x4000 == 0 { 0 } else { total };
+        if header > size_of::<Self>() && ctx.has_source_route((l3 + size_of::<Self>()) as u32, (header - size_of::<Self>()) as u32) {
+            return Err(DropReason::SourceRoute);
+        }
         Ok(l3 + header)
     }
 
     #[inline(always)]
-    fn quoted<C: Ctx>(ctx: &C, l3: usize, out: &mut Tuple<Ip4>) -> Option<usize> {
+    fn inner<C: Ctx>(ctx: &C, l3: usize, out: &mut Tuple<Ip4>) -> Option<usize> {
         let h = at_pulled::<Self, C>(ctx, l3)?;
         // SAFETY: as in `network`.
         let h = unsafe { &*h };
@@ -233,25 +91,34 @@ impl Header<Ip4> for Header4 {
     }
 }
 
-impl Header<Ip6> for Header6 {
+impl ReadHeader<Ip6> for Header6 {
     #[inline(always)]
-    fn network<C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<Ip6>) -> Result<usize, DropReason> {
+    fn network<C: Options>(ctx: &C, l3: usize, p: &mut Packet<Ip6>) -> Result<usize, DropReason> {
         let h = at_pulled::<Self, C>(ctx, l3).ok_or(DropReason::Malformed)?;
         // SAFETY: see the IPv4 header.
         let h = unsafe { &*h };
-        p.ip_len = u32::from(u16::from_be(h.payload)) + size_of::<Self>() as u32;
-        if h.ver_flow.to_ne_bytes()[0] >> 4 != 6 || p.ip_len > ctx.len().wrapping_sub(l3 as u32) {
+        let present = ctx.len().wrapping_sub(l3 as u32);
+        p.ip_len = match u16::from_be(h.payload) {
+            // BIG TCP, see the IPv4 header.
+            0 if ctx.gso_size() != 0 => present,
+            payload => u32::from(payload) + size_of::<Self>() as u32,
+        };
+        if h.ver_flow.to_ne_bytes()[0] >> 4 != 6 || p.ip_len > present {
             return Err(DropReason::Malformed);
         }
-        p.unit = p.ip_len;
+        p.mtu_len = p.ip_len;
         p.tuple.src = h.src.by_word();
         p.tuple.dst = h.dst.by_word();
         p.ttl = h.hop_limit;
+        if p.tuple.src.is_v4() || p.tuple.dst.is_v4() {
+            // An IPv4-mapped address is none of the wire (RFC 4942, 2.2), and would pass for the pod that has the IPv4 one.
+            return Err(DropReason::Martian);
+        }
         let mut proto = h.next;
         let mut l4 = l3 + size_of::<Self>();
         let mut offset = 0;
         for _ in 0..EXTENSIONS {
-            if !matches!(proto, 0 | 43 | FRAGMENT | 51 | 60) {
+            if !matches!(proto, 0 | ROUTING | FRAGMENT | 51 | 60) {
                 break;
             }
             // None of these headers is shorter than eight bytes.
@@ -260,6 +127,9 @@ impl Header<Ip6> for Header6 {
             let [first, id] = unsafe { e.read() };
             let first = u32::from_be(first);
             let (next, words) = ((first >> 24) as u8, (first >> 16) as usize & 0xff);
+            if proto == ROUTING && (first >> 8) & 0xff == 0 {
+                return Err(DropReason::SourceRoute);
+            }
             let len = match proto {
                 FRAGMENT => {
                     p.id = id;
@@ -284,13 +154,13 @@ impl Header<Ip6> for Header6 {
         p.tuple.proto = proto;
         p.offset = offset;
         match proto {
-            0 | 43 | FRAGMENT | 51 | 60 if offset == 0 => Err(DropReason::InvalidExthdr),
+            0 | ROUTING | FRAGMENT | 51 | 60 if offset == 0 => Err(DropReason::InvalidExthdr),
             _ => Ok(l4),
         }
     }
 
     #[inline(always)]
-    fn quoted<C: Ctx>(ctx: &C, l3: usize, out: &mut Tuple<Ip6>) -> Option<usize> {
+    fn inner<C: Ctx>(ctx: &C, l3: usize, out: &mut Tuple<Ip6>) -> Option<usize> {
         // Before the header: making bytes readable moves all others.
         let next = at_pulled::<u32, C>(ctx, l3 + size_of::<Self>())?;
         // SAFETY: `at_pulled` proved four bytes.
@@ -306,7 +176,7 @@ impl Header<Ip6> for Header6 {
             FRAGMENT => ((next >> 24) as u8, 8),
             proto => (proto, 0),
         };
-        if matches!(proto, 0 | 43 | FRAGMENT | 51 | 60) {
+        if matches!(proto, 0 | ROUTING | FRAGMENT | 51 | 60) {
             return None;
         }
         out.src = h.src.by_word();
@@ -316,63 +186,162 @@ impl Header<Ip6> for Header6 {
     }
 }
 
-/// Offset of the IP header, behind Ethernet and at most one VLAN tag, and the EtherType there (network order).
+/// True if `len` bytes of IPv4 options at `offset` hold a source route, or cannot be read.
 #[inline(always)]
-pub fn ethernet<C: Ctx>(ctx: &C) -> Option<(usize, u16)> {
+fn has_source_route<C: Ctx>(ctx: &C, offset: u32, len: u32) -> bool {
+    let mut walk = OptionWalk { bytes: [0; 64], at: 0, len, has_source_route: 0 };
+    if !ctx.load(offset, &mut walk.bytes, len) {
+        return true;
+    }
+    // SAFETY: the callback has the signature that the helper wants, and `walk` outlives the call.
+    unsafe { helper::bpf_loop(OPTIONS_MAX as u32, next_option as *mut c_void, (&raw mut walk).cast(), 0) };
+    walk.has_source_route != 0
+}
+
+/// A walk over IPv4 options.
+#[repr(C)]
+struct OptionWalk {
+    bytes: [u8; 64],
+    at: u32,
+    len: u32,
+    has_source_route: u32,
+}
+
+/// One option: `bpf_loop` calls it until it returns 1. The verifier checks it once, not once per chain of options.
+#[inline(never)]
+extern "C" fn next_option(_round: u32, walk: *mut c_void) -> u64 {
+    // SAFETY: `has_source_route` passes a pointer to its own variable.
+    let walk = unsafe { &mut *walk.cast::<OptionWalk>() };
+    // SAFETY: the mask keeps the offset inside the array.
+    let byte = |at: u32| unsafe { walk.bytes.as_ptr().add(masked::<63>(at as usize)).read() };
+    if walk.at >= walk.len {
+        return 1;
+    }
+    match byte(walk.at) {
+        // The end of the list.
+        0 => 1,
+        1 => {
+            walk.at += 1;
+            0
+        }
+        LSRR | SSRR => {
+            walk.has_source_route = 1;
+            1
+        }
+        _ => {
+            let len = u32::from(byte(walk.at + 1));
+            walk.at += if len < 2 { 2 } else { len };
+            0
+        }
+    }
+}
+
+/// The EtherType of the frame, network order.
+#[inline(always)]
+pub fn ethertype<C: Ctx>(ctx: &C) -> Option<u16> {
     let eth = at_pulled::<Ethernet, C>(ctx, 0)?;
     // SAFETY: `at_pulled` proved a whole Ethernet header.
-    let ethertype = unsafe { (*eth).ethertype };
-    if ethertype != ETH_P_8021Q && ethertype != ETH_P_8021AD {
-        return Some((ETH_LEN, ethertype));
-    }
-    let tag = at_pulled::<[u16; 2], C>(ctx, ETH_LEN)?;
-    // SAFETY: `at_pulled` proved four bytes.
-    Some((ETH_LEN + VLAN_LEN, unsafe { (*tag)[1] }))
+    Some(unsafe { (*eth).ethertype })
 }
 
-/// Reads the packet whose IP header is at `l3`.
-#[inline(always)]
-pub fn packet<F: Family>(skb: &Skb, l3: usize) -> Result<&'static Packet<F::A>, DropReason> {
-    let scratch = F::scratch().ok_or(DropReason::Malformed)?;
-    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and each parses one packet.
-    let p = unsafe { &mut (*scratch).packet };
-    *p = Packet::new(l3);
-    F::parse(skb, p).done()?;
-    Ok(p)
+/// The look at IPv4 options, a function of each context.
+pub trait Options: Ctx {
+    /// True if `len` bytes of options at `offset` hold a source route.
+    fn has_source_route(&self, offset: u32, len: u32) -> bool;
 }
 
-/// Declares a family's parser as a function with global linkage: the verifier proves it once, and what follows starts
-/// from one state instead of one for each chain of headers there can be.
-macro_rules! global {
-    ($name:ident, $family:ty, $addr:ty) => {
-        /// The parser of one family.
+/// Declares that function with global linkage, for the reason that the parser is one.
+macro_rules! options {
+    ($name:ident, $ctx:ident, $raw:ty) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $name(skb: *mut __sk_buff, p: *mut Packet<$addr>) -> u64 {
-            if p.is_null() {
-                return Packed::new(Err(DropReason::Malformed.into())).bits();
+        extern "C" fn $name(ctx: *mut $raw, offset: u32, len: u32) -> u32 {
+            u32::from(has_source_route(&$ctx(ctx), offset, len))
+        }
+
+        impl Options for $ctx {
+            #[inline(always)]
+            fn has_source_route(&self, offset: u32, len: u32) -> bool {
+                $name(self.raw(), offset, len) != 0
             }
-            // SAFETY: the callers in this file pass a packet of their own; the verifier checks its size.
-            let p = unsafe { &mut *p };
-            let l3 = p.l3();
-            Packed::new(read::<$family, _>(&Skb(skb), l3, p).map(|()| 0).map_err(Stop::from)).bits()
         }
     };
 }
 
-global!(rn_parse4, V4, Ip4);
-global!(rn_parse6, V6, Ip6);
+options!(rn_options, Skb, __sk_buff);
+
+/// A family's parser for packets of a context.
+pub trait Parse<C: Ctx>: Family {
+    /// Fills in `p`, of which the offset of the IP header is known.
+    fn parse(ctx: &C, p: &mut Packet<Self::A>) -> PackedResult;
+}
+
+/// Reads the packet whose IP header is at `l3`.
+#[inline(always)]
+pub fn packet<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<&'static Packet<F::A>, DropReason> {
+    let scratch = F::scratch().ok_or(DropReason::Malformed)?;
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and each parses one packet.
+    let p = unsafe { &mut (*scratch).packet };
+    *p = Packet::new(l3);
+    F::parse(ctx, p).into_unit()?;
+    Ok(p)
+}
+
+/// Declares a parser as a function with global linkage: the verifier proves it once, and what follows starts from one state
+/// instead of one for each chain of headers there can be. BTF has the type of the context, so that each context needs its own.
+macro_rules! global {
+    ($name:ident, $family:ty, $addr:ty, $ctx:ident, $raw:ty) => {
+        /// The parser of one family and context.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(ctx: *mut $raw, p: *mut Packet<$addr>) -> u64 {
+            if p.is_null() {
+                return PackedResult::new(Err(DropReason::Malformed.into())).bits();
+            }
+            // SAFETY: the only caller is below and passes a packet of its own; the verifier checks its size.
+            let p = unsafe { &mut *p };
+            let l3 = p.l3();
+            PackedResult::new(read::<$family, _>(&$ctx(ctx), l3, p).map(|()| 0).map_err(Dropped::from)).bits()
+        }
+
+        impl Parse<$ctx> for $family {
+            #[inline(always)]
+            fn parse(ctx: &$ctx, p: &mut Packet<$addr>) -> PackedResult {
+                PackedResult::from_bits($name(ctx.raw(), p))
+            }
+        }
+    };
+}
+
+global!(rn_parse4, V4, Ip4, Skb, __sk_buff);
+global!(rn_parse6, V6, Ip6, Skb, __sk_buff);
 
 /// Reads the packet whose IP header is at `l3`. Offsets are passed by value: what stands behind `p` the verifier does not
 /// keep track of.
 #[inline(always)]
-fn read<F: Family, C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<F::A>) -> Result<(), DropReason> {
+fn read<F: Family<Header: ReadHeader<F::A>>, C: Options>(
+    ctx: &C,
+    l3: usize,
+    p: &mut Packet<F::A>,
+) -> Result<(), DropReason> {
+    transport::<F, C>(ctx, l3, p)?;
+    p.is_swapped = p.tuple.is_swapped();
+    p.key = if p.is_swapped { p.tuple.reversed() } else { p.tuple };
+    Ok(())
+}
+
+#[inline(always)]
+fn transport<F: Family<Header: ReadHeader<F::A>>, C: Options>(
+    ctx: &C,
+    l3: usize,
+    p: &mut Packet<F::A>,
+) -> Result<(), DropReason> {
     let l4 = bounded(F::Header::network(ctx, l3, p)?);
     // Bytes of the transport header that are inside the packet by the IP header's own count.
     let inside = (p.ip_len as usize).wrapping_sub(l4 - l3);
     p.l4 = l4 as u16;
     if p.offset != 0 {
-        return later_fragment::<F>(p);
+        return later_fragment::<F>(p, ctx.ifindex());
     }
     let mut l4_len = 0;
     match p.tuple.proto {
@@ -382,7 +351,7 @@ fn read<F: Family, C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<F::A>) -> Result<(
                 proto::UDP => 8,
                 _ => 12,
             };
-            if inside < needed || inside > 0xffff {
+            if (inside as isize) < needed as isize {
                 return Err(DropReason::Malformed);
             }
             let ports = at_pulled::<u32, C>(ctx, l4).ok_or(DropReason::Malformed)?;
@@ -391,12 +360,7 @@ fn read<F: Family, C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<F::A>) -> Result<(
             p.tuple.sport = (ports >> 16) as u16;
             p.tuple.dport = ports as u16;
             if p.tuple.proto == proto::TCP {
-                // Two bytes at once: the verifier draws no bound from a comparison for a single one.
-                let flags = at_pulled::<u16, C>(ctx, l4 + 12).ok_or(DropReason::Malformed)?;
-                // SAFETY: `at_pulled` proved the two bytes.
-                let [offset, flags] = unsafe { flags.read() }.to_ne_bytes();
-                p.tcp_flags = flags;
-                l4_len = offset >> 4 << 2;
+                l4_len = tcp_header(ctx, l4, inside, p)?;
             } else {
                 l4_len = needed as u8;
             }
@@ -405,20 +369,31 @@ fn read<F: Family, C: Ctx>(ctx: &C, l3: usize, p: &mut Packet<F::A>) -> Result<(
         proto::ICMPV6 if F::A::IS_V6 => icmp(ctx, l4, p, inside, 128, 129, |t| matches!(t, 1..=4))?,
         _ => {}
     }
-    if p.unit != 0 {
+    if p.mtu_len != 0 {
         match ctx.gso_size() {
             0 => {}
-            GSO_BY_FRAGS => p.unit = 0,
-            payload => p.unit = payload + (l4 - l3) as u32 + u32::from(l4_len),
+            GSO_BY_FRAGS => p.mtu_len = 0,
+            payload => p.mtu_len = payload + (l4 - l3) as u32 + u32::from(l4_len),
         }
     }
-    if p.more {
-        let key = fragment_key(p);
-        let ports = FragPorts { sport: p.tuple.sport, dport: p.tuple.dport };
-        // A full table only costs later fragments; the LRU makes room for the next.
-        let _ = F::fragments().insert(key, ports, 0);
-    }
     Ok(())
+}
+
+/// Reads the TCP header at `l4`; returns its length.
+#[inline(always)]
+fn tcp_header<A, C: Ctx>(ctx: &C, l4: usize, inside: usize, p: &mut Packet<A>) -> Result<u8, DropReason> {
+    let h = at_pulled::<Tcp, C>(ctx, l4).ok_or(DropReason::Malformed)?;
+    // SAFETY: `at_pulled` proved a whole TCP header; two bytes at once, since the verifier draws no bound from a
+    // comparison for a single one.
+    let (seq, ack, offset_flags) = unsafe { ((*h).seq, (*h).ack, (*h).offset_flags) };
+    let [offset, flags] = offset_flags.to_ne_bytes();
+    let header = offset >> 4 << 2;
+    p.tcp_flags = flags;
+    p.seq = u32::from_be(seq);
+    p.ack = u32::from_be(ack);
+    let control = u32::from(flags & tcp::SYN != 0) + u32::from(flags & tcp::FIN != 0);
+    p.seq_end = p.seq.wrapping_add((inside as u32).wrapping_sub(u32::from(header))).wrapping_add(control);
+    Ok(header)
 }
 
 /// ICMP and ICMPv6: echo is a flow by its identifier, errors quote another packet.
@@ -432,7 +407,7 @@ fn icmp<A, C: Ctx>(
     reply: u8,
     is_error: impl Fn(u8) -> bool,
 ) -> Result<(), DropReason> {
-    if !(8..=0xffff).contains(&inside) {
+    if (inside as isize) < ICMP_LEN as isize {
         return Err(DropReason::Malformed);
     }
     let h = at_pulled::<[u16; 3], C>(ctx, l4).ok_or(DropReason::Malformed)?;
@@ -443,8 +418,8 @@ fn icmp<A, C: Ctx>(
         p.tuple.sport = u16::from_be(id);
     } else if kind == reply {
         p.tuple.dport = u16::from_be(id);
-    } else if request == 128 && (133..=137).contains(&kind) {
-        p.kind = Kind::Link;
+    } else if request == 128 && matches!(kind, 130..=137 | 143) {
+        p.kind = Kind::LinkLocal;
     } else if is_error(kind) {
         p.kind = Kind::IcmpError;
     }
@@ -453,20 +428,38 @@ fn icmp<A, C: Ctx>(
 
 /// The key under which a datagram's ports are remembered.
 #[inline(always)]
-fn fragment_key<A: Address>(p: &Packet<A>) -> FragKey<A> {
-    FragKey { src: p.tuple.src, dst: p.tuple.dst, id: p.id, proto: u32::from(p.tuple.proto) }
+fn fragment_key<A: Address>(p: &Packet<A>, ifindex: u32) -> FragKey<A> {
+    let proto = if A::IS_V6 { 0 } else { u32::from(p.tuple.proto) };
+    FragKey { src: p.tuple.src, dst: p.tuple.dst, id: p.id, proto, ifindex }
+}
+
+/// Remembers the ports of a first fragment for the later ones. Called once the packet's source is verified: one that is
+/// dropped must not name the ports of another sender's fragments.
+#[inline(always)]
+pub fn remember_ports<F: Family>(p: &Packet<F::A>, ifindex: u32) {
+    if p.is_first_fragment() {
+        let ports = FragPorts { sport: p.tuple.sport, dport: p.tuple.dport, proto: p.tuple.proto, pad: [0; 3] };
+        // A full table only costs later fragments; the LRU makes room for the next.
+        let _ = F::fragments().insert(fragment_key(p, ifindex), ports, 0);
+    }
 }
 
 /// A later fragment has the ports of the first, which came before it.
 #[inline(always)]
-fn later_fragment<F: Family>(p: &mut Packet<F::A>) -> Result<(), DropReason> {
+fn later_fragment<F: Family>(p: &mut Packet<F::A>, ifindex: u32) -> Result<(), DropReason> {
     // RFC 3128: a second fragment that overlaps the TCP header could rewrite what policy saw.
-    if p.tuple.proto == proto::TCP && p.offset < 3 {
+    let overlaps = |proto| proto == proto::TCP && p.offset < 3;
+    if overlaps(p.tuple.proto) {
         return Err(DropReason::Malformed);
     }
-    let ports = F::fragments().get_ptr(fragment_key(p)).ok_or(DropReason::FragNotFound)?;
-    // SAFETY: map values stay valid for this run; both ports are read at once below.
+    let ports = F::fragments().get_ptr(fragment_key(p, ifindex)).ok_or(DropReason::FragNotFound)?;
+    // SAFETY: map values stay valid for this run; all fields are read at once below.
     let ports = unsafe { ports.read() };
+    if overlaps(ports.proto) {
+        return Err(DropReason::Malformed);
+    }
+    // Of IPv6, the fragment header names the first extension header, if any, of what was cut.
+    p.tuple.proto = ports.proto;
     p.tuple.sport = ports.sport;
     p.tuple.dport = ports.dport;
     p.kind = Kind::LaterFragment;

@@ -74,7 +74,7 @@ fn established_flows_survive_a_flood(net: &Net) -> Result<()> {
 }
 
 fn small(routing: Routing) -> Setup {
-    Setup { routing, agent: &["--ct4-entries", "1024", "--ct6-entries", "1024"], ..Setup::default() }
+    Setup { routing, agent: &["--ct-tcp-entries", "1024", "--ct-any-entries", "1024"], ..Setup::default() }
 }
 
 #[test]

@@ -24,7 +24,7 @@ pub fn snapshot(node: &Node) -> Result<Snapshot> {
     node.netns().run(|| BpfMaps::open(&node.bpffs())?.snapshot())?
 }
 
-/// Connection entries of a node, both halves and both families.
+/// Connection entries of a node, both families.
 pub fn connections(node: &Node) -> Result<usize> {
     node.netns().run(|| {
         let all = Conntrack::open(&node.bpffs())?;
@@ -36,9 +36,16 @@ pub fn connections(node: &Node) -> Result<usize> {
 pub fn forget_connections(node: &Node) -> Result<usize> {
     node.netns().run(|| {
         let all = Conntrack::open(&node.bpffs())?;
-        let four: Vec<_> = all.v4.entries()?.into_iter().map(|(key, _)| key).collect();
-        let six: Vec<_> = all.v6.entries()?.into_iter().map(|(key, _)| key).collect();
-        Ok(all.v4.delete_all(&four)? + all.v6.delete_all(&six)?)
+        let mut deleted = 0;
+        for table in all.v4.both() {
+            let keys: Vec<_> = table.entries()?.into_iter().map(|(key, _)| key).collect();
+            deleted += table.delete_all(&keys)?;
+        }
+        for table in all.v6.both() {
+            let keys: Vec<_> = table.entries()?.into_iter().map(|(key, _)| key).collect();
+            deleted += table.delete_all(&keys)?;
+        }
+        Ok(deleted)
     })?
 }
 
@@ -97,7 +104,14 @@ impl State {
             let endpoints = Endpoints::open(&bpffs)?.read()?;
             all.insert("endpoint", endpoints.iter().map(|(ip, e)| format!("{ip} {e:?}")).collect());
             let connections = Conntrack::open(&bpffs)?;
-            all.insert("connection", &keys(&connections.v4)? | &keys(&connections.v6)?);
+            let mut lines = BTreeSet::new();
+            for table in connections.v4.both() {
+                lines.extend(keys(table)?);
+            }
+            for table in connections.v6.both() {
+                lines.extend(keys(table)?);
+            }
+            all.insert("connection", lines);
             let four = Map::<FragKey<Ip4>, FragPorts>::open(&bpffs, map::FRAG4)?;
             let six = Map::<FragKey<Ip6>, FragPorts>::open(&bpffs, map::FRAG6)?;
             all.insert("fragment", &keys(&four)? | &keys(&six)?);

@@ -5,14 +5,14 @@ use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_b, from_host, from_out
 use crate::frame::Frame;
 use crate::harness::{Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, SNAT, labs};
 use anyhow::{Context, Result, ensure};
-use rustnet_common::conntrack::QUEUED;
+use rustnet_common::conntrack::VIA_QDISC;
 use rustnet_common::drop::DropReason;
 use rustnet_common::endpoint::flags;
 
 /// On a node where pod B is limited.
 fn limited(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
     labs(|lab, net| {
-        lab.put_endpoint_with(net.b(), POD_B, MAC_B, flags::QUEUED)?;
+        lab.put_endpoint_with(net.b(), POD_B, MAC_B, flags::VIA_QDISC)?;
         test(lab, net)
     })
 }
@@ -27,7 +27,7 @@ fn from_the_same_node() -> Result<()> {
         each(&ALL, |proto| {
             let ask = from_a(net, proto, (net.b(), 80));
             lab.pod_sends(&ask)?.by_the_queue(&ask.hop())?;
-            ensure!(lab.half(Flow::of(&ask))?.out == POD_B | QUEUED, "{:#x}", lab.half(Flow::of(&ask))?.out);
+            ensure!(lab.half(Flow::of(&ask))?.out == POD_B | VIA_QDISC, "{:#x}", lab.half(Flow::of(&ask))?.out);
             // The other way there is no queue.
             let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
             lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
@@ -97,7 +97,7 @@ fn by_services_masquerade_and_hairpin() -> Result<()> {
 fn without_an_interface_there_is_no_way() -> Result<()> {
     labs(|lab, net| {
         let ask = from_outside(Proto::Udp, (net.far(), PORT), (net.b(), 80));
-        lab.put_endpoint_with(net.b(), 99, MAC_B, flags::QUEUED)?;
+        lab.put_endpoint_with(net.b(), 99, MAC_B, flags::VIA_QDISC)?;
         lab.overlay_in(net.node2(), &ask)?.dropped(DropReason::NoFib)
     })
 }
@@ -111,7 +111,7 @@ fn an_established_flow_learns_of_it() -> Result<()> {
         let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
         lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
         ensure!(lab.half(Flow::of(&ask))?.guard == MAC_A);
-        lab.put_endpoint_with(net.b(), POD_B, MAC_B, flags::QUEUED)?;
+        lab.put_endpoint_with(net.b(), POD_B, MAC_B, flags::VIA_QDISC)?;
         lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
         lab.age(Flow::of(&ask), 1)?;
         lab.pod_sends(&ask)?.by_the_queue(&ask.hop())?;

@@ -6,29 +6,30 @@ mod connections;
 mod shot;
 
 pub use addresses::*;
-pub use connections::{Flow, Half};
-use connections::{Plain, entry, flow, half, tuple};
+pub use connections::{Flow, Half, source_of_mac};
+use connections::{Plain, change, flow, half, tuple};
 pub use shot::{REDIRECT, SHOT, STACK, Shot};
 
 use crate::frame::Frame;
 use anyhow::{Context, Result, anyhow, ensure};
+use bytemuck::Pod;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::backend::Backend;
 use rustnet_common::config::{self, NodeConfig};
-use rustnet_common::conntrack::CtEntry;
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED};
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey, flags};
 use rustnet_common::service::{SvcEntry, SvcKey, scope};
-use rustnet_common::tuple::Tuple;
+use rustnet_common::tuple::{Tuple, proto};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use testkit::check;
-use testkit::datapath::{Datapath, Input};
+use testkit::datapath::{Datapath, Input, Table};
 use testkit::netns::{Holder, Own};
 
 /// The node.
@@ -60,6 +61,11 @@ pub fn labs(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> 
     lab(|lab| BOTH.into_iter().try_for_each(|net| test(lab, net).with_context(|| format!("{net:?}"))))
 }
 
+/// The connection tables of a family: TCP, then all other protocols.
+fn tables<A: Address>() -> [&'static str; 2] {
+    if A::IS_V6 { [map::CT6_TCP, map::CT6_ANY] } else { [map::CT4_TCP, map::CT4_ANY] }
+}
+
 impl Lab {
     fn new() -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -68,7 +74,7 @@ impl Lab {
         netns.ip(LINKS)?;
         netns.sysctl("ipv4/ip_forward", "1")?;
         netns.sysctl("ipv6/conf/all/forwarding", "1")?;
-        let small = [map::CT4, map::CT6, map::FRAG4, map::FRAG6, map::SVC4, map::SVC6, map::BACKENDS];
+        let small = [map::CT4_TCP, map::CT4_ANY, map::CT6_TCP, map::CT6_ANY, map::FRAG4, map::FRAG6, map::SVC4, map::SVC6, map::BACKENDS];
         let datapath = Datapath::load(&small.map(|name| (name, 1024)))?;
         let sums_up = datapath.sums_up()?;
         Ok(Self { datapath, netns, sums_up, backends: AtomicU32::new(0) })
@@ -191,50 +197,81 @@ impl Lab {
         }
     }
 
-    /// The connection table of a family.
+    /// The connection tables of a family: each entry by the direction that it was made for.
     pub fn connections(&self, net: Net) -> Result<BTreeMap<Flow, Half>> {
-        Ok(match net {
-            Net::V4 => {
-                let t = self.datapath.table::<Tuple<Ip4>, CtEntry<Ip4>>(map::CT4)?;
-                t.entries()?.iter().map(|(k, v)| (flow(k), half(v))).collect()
-            }
-            Net::V6 => {
-                let t = self.datapath.table::<Tuple<Ip6>, CtEntry<Ip6>>(map::CT6)?;
-                t.entries()?.iter().map(|(k, v)| (flow(k), half(v))).collect()
-            }
-        })
-    }
-
-    /// One half of a connection.
-    pub fn half(&self, key: Flow) -> Result<Half> {
-        let found = match key.net() {
-            Net::V4 => self.datapath.table(map::CT4)?.get(&tuple::<Ip4>(&key))?.map(|e| half::<Ip4>(&e)),
-            Net::V6 => self.datapath.table(map::CT6)?.get(&tuple::<Ip6>(&key))?.map(|e| half::<Ip6>(&e)),
-        };
-        found.ok_or_else(|| anyhow!("no connection {key:?}"))
-    }
-
-    pub fn put_half(&self, key: Flow, half: &Half) -> Result<()> {
-        match key.net() {
-            Net::V4 => self.datapath.table(map::CT4)?.put(&tuple::<Ip4>(&key), &entry::<Ip4>(half)),
-            Net::V6 => self.datapath.table(map::CT6)?.put(&tuple::<Ip6>(&key), &entry::<Ip6>(half)),
+        match net {
+            Net::V4 => self.rows::<Ip4>(),
+            Net::V6 => self.rows::<Ip6>(),
         }
     }
 
-    /// Changes one half of a connection.
-    pub fn change_half(&self, key: Flow, change: impl FnOnce(&mut Half)) -> Result<()> {
-        let mut half = self.half(key)?;
-        change(&mut half);
-        self.put_half(key, &half)
+    fn rows<A: Plain>(&self) -> Result<BTreeMap<Flow, Half>>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+    {
+        let mut rows = BTreeMap::new();
+        for name in tables::<A>() {
+            for (key, entry) in self.datapath.table::<Tuple<A>, CtEntry<A>>(name)?.entries()? {
+                let tuple = entry.tuple(&key);
+                rows.insert(flow(&tuple), half(&entry, &tuple));
+            }
+        }
+        Ok(rows)
     }
 
-    /// Evicts one half of a connection.
-    pub fn evict(&self, key: Flow) -> Result<()> {
-        let was = match key.net() {
-            Net::V4 => self.datapath.table::<_, CtEntry<Ip4>>(map::CT4)?.delete(&tuple::<Ip4>(&key))?,
-            Net::V6 => self.datapath.table::<_, CtEntry<Ip6>>(map::CT6)?.delete(&tuple::<Ip6>(&key))?,
+    /// The entry that serves a direction, with its key.
+    fn find<A: Plain>(&self, f: &Flow) -> Result<(Table<Tuple<A>, CtEntry<A>>, Tuple<A>, CtEntry<A>)>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+    {
+        let wanted = tuple::<A>(f);
+        let table = self.datapath.table(tables::<A>()[usize::from(f.proto != proto::TCP)])?;
+        for pad in [0, SLOT_CONTESTED] {
+            let key = Tuple { pad, ..wanted.canonical() };
+            if let Some(entry) = table.get(&key)?.filter(|entry: &CtEntry<A>| entry.serves(&wanted)) {
+                return Ok((table, key, entry));
+            }
+        }
+        Err(anyhow!("no connection {f:?}"))
+    }
+
+    /// One direction of a connection.
+    pub fn half(&self, f: Flow) -> Result<Half> {
+        Ok(match f.net() {
+            Net::V4 => half(&self.find::<Ip4>(&f)?.2, &tuple(&f)),
+            Net::V6 => half(&self.find::<Ip6>(&f)?.2, &tuple(&f)),
+        })
+    }
+
+    /// Changes one direction of a connection.
+    pub fn change_half(&self, f: Flow, edit: impl FnOnce(&mut Half)) -> Result<()> {
+        let mut changed = self.half(f)?;
+        edit(&mut changed);
+        match f.net() {
+            Net::V4 => self.write::<Ip4>(&f, &changed),
+            Net::V6 => self.write::<Ip6>(&f, &changed),
+        }
+    }
+
+    fn write<A: Plain>(&self, f: &Flow, changed: &Half) -> Result<()>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+    {
+        let (table, key, mut entry) = self.find::<A>(f)?;
+        change(&mut entry, &tuple(f), changed);
+        table.put(&key, &entry)
+    }
+
+    /// Evicts the entry that serves a direction.
+    pub fn evict(&self, f: Flow) -> Result<()> {
+        let was = match f.net() {
+            Net::V4 => self.find::<Ip4>(&f).and_then(|(table, key, _)| table.delete(&key))?,
+            Net::V6 => self.find::<Ip6>(&f).and_then(|(table, key, _)| table.delete(&key))?,
         };
-        ensure!(was, "no connection {key:?}");
+        ensure!(was, "no connection {f:?}");
         Ok(())
     }
 
@@ -250,11 +287,16 @@ impl Lab {
 
     /// Forgets all connections.
     pub fn forget(&self) -> Result<()> {
-        self.datapath.table::<Tuple<Ip4>, CtEntry<Ip4>>(map::CT4)?.clear()?;
-        self.datapath.table::<Tuple<Ip6>, CtEntry<Ip6>>(map::CT6)?.clear()
+        for name in tables::<Ip4>() {
+            self.datapath.table::<Tuple<Ip4>, CtEntry<Ip4>>(name)?.clear()?;
+        }
+        for name in tables::<Ip6>() {
+            self.datapath.table::<Tuple<Ip6>, CtEntry<Ip6>>(name)?.clear()?;
+        }
+        Ok(())
     }
 
-    /// Connections there are, both families, both halves.
+    /// Entries of both families.
     pub fn halves(&self) -> Result<usize> {
         Ok(self.connections(Net::V4)?.len() + self.connections(Net::V6)?.len())
     }

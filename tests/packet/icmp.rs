@@ -449,7 +449,7 @@ fn what_does_not_fit_is_told() -> Result<()> {
 #[test]
 fn what_does_not_fit_a_limited_pods_interface() -> Result<()> {
     labs(|lab, net| {
-        lab.put_endpoint_with(net.b(), POD_B, MAC_B, rustnet_common::endpoint::flags::QUEUED)?;
+        lab.put_endpoint_with(net.b(), POD_B, MAC_B, rustnet_common::endpoint::flags::VIA_QDISC)?;
         each(|proto| {
             let dst = at(proto, net.b(), 80);
             let fits = sized(net, proto, dst, POD_B_MTU);

@@ -5,7 +5,7 @@ use crate::frame::Frame;
 use crate::harness::{Flow, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::{DropReason, hook};
-use rustnet_common::names::MARK_DONE;
+use rustnet_common::names::MARK_PROCESSED;
 use testkit::datapath::Input;
 
 fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
@@ -208,7 +208,7 @@ fn what_an_earlier_hook_has_done_is_let_through() -> Result<()> {
             (hook::UPLINK_IN, crate::harness::UPLINK, from_outside(Proto::Udp, (net.world(), 1), (net.vip(1), 80))),
         ] {
             let bytes = f.bytes();
-            let input = Input { frame: &bytes, ifindex, mark: MARK_DONE | foreign_bits, ..Input::default() };
+            let input = Input { frame: &bytes, ifindex, mark: MARK_PROCESSED | foreign_bits, ..Input::default() };
             let shot = lab.raw(code, &input)?;
             ensure!(shot.mark == foreign_bits, "mark {:#x}: ours goes, others' stays", shot.mark);
             ensure!(
@@ -226,7 +226,7 @@ fn what_an_earlier_hook_has_done_is_let_through() -> Result<()> {
 fn a_pods_mark_is_no_pass() -> Result<()> {
     labs(|lab, net| {
         let bytes = from_a(net, Proto::Udp, (net.b(), 80)).map(|f| f.src = net.world()).bytes();
-        let input = Input { frame: &bytes, ifindex: POD_A, mark: MARK_DONE, ..Input::default() };
+        let input = Input { frame: &bytes, ifindex: POD_A, mark: MARK_PROCESSED, ..Input::default() };
         let shot = lab.raw(hook::FROM_POD, &input)?;
         ensure!(shot.verdict == crate::harness::SHOT, "{shot:?}");
         Ok(())

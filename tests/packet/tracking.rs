@@ -5,7 +5,7 @@ use crate::frame::{ACK, FIN, Frame, RST, SYN};
 use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, OVERLAY, POD_A, POD_B, UPLINK, labs};
 use anyhow::{Context, Result, bail, ensure};
 use rustnet_common::config;
-use rustnet_common::conntrack::{ELSEWHERE, flags, state};
+use rustnet_common::conntrack::{NOT_LOCAL, flags, state};
 use rustnet_common::drop::hook;
 use testkit::datapath::Input;
 
@@ -132,14 +132,14 @@ fn states_of_a_tcp_connection() -> Result<()> {
                 b.state
             );
         }
-        ensure!(state::closing(lab.half(key)?.state));
+        ensure!(state::is_closing(lab.half(key)?.state));
         // Either side's reset ends it.
         for by_answer in [false, true] {
             lab.forget()?;
             lab.pod_sends(&ask)?.to_the_pod(&there(net, &ask))?;
             let f = if by_answer { &answer } else { &ask }.with_flags(RST | ACK);
             lab.pod_sends(&f)?.to_the_pod(&if by_answer { back(net, &f) } else { there(net, &f) })?;
-            ensure!(state::closing(lab.half(key)?.state) && state::closing(lab.half(answer_key)?.state));
+            ensure!(state::is_closing(lab.half(key)?.state) && state::is_closing(lab.half(answer_key)?.state));
         }
         Ok(())
     })
@@ -240,7 +240,7 @@ fn a_flow_finds_its_pod_again() -> Result<()> {
             // No hop on the way to the stack, which will say that there is no such host.
             let as_sent = there(net, &later(&ask)).map(|f| f.ttl += 1);
             lab.pod_sends(&later(&ask))?.to_stack(&as_sent)?;
-            ensure!(lab.half(key)?.out == ELSEWHERE);
+            ensure!(lab.half(key)?.out == NOT_LOCAL);
             lab.put_endpoint(net.b(), POD_B, MAC_B)?;
             lab.forget()?;
         }

@@ -74,7 +74,7 @@ fn build_command(toolchain: &Toolchain, target: &Path) -> Cmd {
         .env("CARGO_TARGET_DIR", target)
         .dir(paths::root())
         .remedy(
-            "mend what the compiler names above; \"Invalid bitcode\" or \"Unknown attribute\" there mean a bpf-linker made for \
+            "fix what the compiler names above; \"Invalid bitcode\" or \"Unknown attribute\" there mean a bpf-linker made for \
              another LLVM: cargo xtask setup --force-linker",
         )
 }

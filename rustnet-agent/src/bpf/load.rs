@@ -56,14 +56,16 @@ pub fn program_path(bpffs: &Path, name: &str) -> PathBuf {
 
 /// Map sizes of the configuration, by map name.
 pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
-    use names::map::{BACKENDS, CT4, CT6, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6, SVC4, SVC6};
-    let MapSizes { services, backends, ct4, ct6, frags, endpoints, peers } = *maps;
+    use names::map::{BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6, SVC4, SVC6};
+    let MapSizes { services, backends, ct_tcp, ct_any, frags, endpoints, peers } = *maps;
     let sizes = [
         (SVC4, services),
         (SVC6, services),
         (BACKENDS, backends),
-        (CT4, ct4),
-        (CT6, ct6),
+        (CT4_TCP, ct_tcp),
+        (CT4_ANY, ct_any),
+        (CT6_TCP, ct_tcp),
+        (CT6_ANY, ct_any),
         (FRAG4, frags),
         (FRAG6, frags),
         (ENDPOINTS, endpoints),
@@ -164,8 +166,8 @@ mod tests {
 
     #[test]
     fn sizes_carry_the_maps_names() {
-        let sizes = sizes(&MapSizes { ct4: 77, ..MapSizes::default() });
-        assert_eq!(sizes["rn_ct4"], 77);
+        let sizes = sizes(&MapSizes { ct_tcp: 77, ..MapSizes::default() });
+        assert_eq!(sizes["rn_ct4_tcp"], 77);
         assert!(sizes.keys().all(|name| rustnet_common::names::map::ALL.contains(&name.as_str())));
     }
 

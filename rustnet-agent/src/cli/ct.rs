@@ -1,4 +1,4 @@
-//! `rustnet ct list`: connections as the programs track them, from `rn_ct4/6`.
+//! `rustnet ct list`: connections as the programs track them, from the connection tables.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
@@ -37,7 +37,7 @@ pub struct Args {
     /// Only connections whose backend has this number (see `rustnet services`)
     #[arg(long)]
     backend: Option<u32>,
-    /// The answering halves as well
+    /// The reply direction of translated flows as well
     #[arg(long)]
     all: bool,
     /// At most so many
@@ -51,7 +51,7 @@ struct Row {
     protocol: &'static str,
     src: SocketAddr,
     dst: SocketAddr,
-    /// What the packets become, where that is something else.
+    /// What the packets become, if that is something else.
     translated: Option<Ends>,
     state: Vec<&'static str>,
     flags: Vec<&'static str>,
@@ -75,12 +75,16 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
     let clock = clock(places)?;
     let tables = Conntrack::open(places.bpffs()?)?;
     let mut rows = Vec::new();
-    read::<Ip4>(&tables.v4, args, &clock, &mut rows)?;
-    read::<Ip6>(&tables.v6, args, &clock, &mut rows)?;
+    for table in tables.v4.both() {
+        read::<Ip4>(table, args, &clock, &mut rows)?;
+    }
+    for table in tables.v6.both() {
+        read::<Ip6>(table, args, &clock, &mut rows)?;
+    }
     rows.sort_by_key(|row| (row.idle_seconds, row.src, row.dst));
     let found = rows.len();
     rows.truncate(args.limit);
-    let header = ["PROTOCOL", "SOURCE", "DESTINATION", "BECOMES", "STATE", "IDLE", "BACKEND", "PACKETS", "FLAGS"];
+    let header = ["PROTOCOL", "SOURCE", "DESTINATION", "TRANSLATED", "STATE", "IDLE", "BACKEND", "PACKETS", "FLAGS"];
     out.print(&rows, &header, || rows.iter().map(line).collect())?;
     if found > rows.len() {
         eprintln!("{} of {found} connections shown: raise --limit, or filter", rows.len());
@@ -118,34 +122,36 @@ pub fn ends<A: Address>(tuple: &Tuple<A>) -> Ends {
 }
 
 fn row<A: Address>(key: &Tuple<A>, entry: &CtEntry<A>, clock: &Clock) -> Row {
-    let (src, dst) = ends(key);
-    let becomes = ends(&entry.to);
+    let (src, dst) = ends(&entry.tuple(key));
+    let translated = (entry.flags & flags::NAT != 0).then(|| ends(&entry.to));
+    let sender = &entry.sides[0];
     let idle = u64::from(age(clock.now, entry.seen) / clock.hz);
     Row {
         protocol: proto::name(key.proto),
         src,
         dst,
-        translated: (becomes != (src, dst)).then_some(becomes),
+        translated,
         state: states(key.proto, entry.state),
         flags: flag_names(entry.flags),
         idle_seconds: idle,
         expires_in_seconds: u64::from(lifetime(key.proto, entry.state)).saturating_sub(idle),
         backend: entry.backend,
-        packets: entry.packets,
-        bytes: entry.bytes,
+        packets: u64::from(sender.packets),
+        bytes: sender.bytes,
         proto: key.proto,
     }
 }
 
-fn states(protocol: u8, bits: u8) -> Vec<&'static str> {
+fn states(protocol: u8, bits: u64) -> Vec<&'static str> {
     let names = [(state::FIN_ORIG, "fin"), (state::FIN_REPLY, "fin-reply"), (state::RST, "reset")];
     let mut out: Vec<_> = names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
     out.insert(
         0,
-        match (protocol, bits & state::ANSWERED != 0) {
-            (proto::TCP, true) => "established",
-            (_, true) => "answered",
-            (_, false) => "unanswered",
+        match (protocol, bits) {
+            (proto::TCP, bits) if bits & state::ESTABLISHED != 0 => "established",
+            (proto::TCP, bits) if bits & state::ANSWERED != 0 => "syn-received",
+            (_, bits) if bits & state::ANSWERED != 0 => "answered",
+            _ => "unanswered",
         },
     );
     out
@@ -174,13 +180,13 @@ impl Args {
 }
 
 fn line(row: &Row) -> Vec<String> {
-    let becomes = row.translated.map_or_else(|| "-".to_owned(), |becomes| change((row.src, row.dst), becomes));
+    let translated = row.translated.map_or_else(|| "-".to_owned(), |ends| change((row.src, row.dst), ends));
     let or_dash = |words: &[&str]| if words.is_empty() { "-".to_owned() } else { words.join(",") };
     vec![
         row.protocol.to_owned(),
         row.src.to_string(),
         row.dst.to_string(),
-        becomes,
+        translated,
         or_dash(&row.state),
         span(row.idle_seconds),
         if row.backend == 0 { "-".to_owned() } else { row.backend.to_string() },
@@ -222,7 +228,7 @@ mod tests {
     use super::{Clock, protocol, row, states};
     use bytemuck::Zeroable;
     use rustnet_common::addr::Ip4;
-    use rustnet_common::conntrack::{CtEntry, state};
+    use rustnet_common::conntrack::{CtEntry, flags, state};
     use rustnet_common::tuple::{Tuple, proto};
     use std::net::Ipv4Addr;
 
@@ -239,15 +245,18 @@ mod tests {
         let (src, dst) = (Ipv4Addr::new(10, 0, 0, 2).into(), Ipv4Addr::new(10, 96, 0, 1).into());
         let key: Tuple<Ip4> = Tuple { src, dst, sport: 4000, dport: 80, proto: proto::TCP, ..Tuple::zeroed() };
         let to = Tuple { dst: Ipv4Addr::new(10, 0, 1, 9).into(), dport: 8080, ..key };
-        let entry = CtEntry { to, state: state::ANSWERED, seen: 500, backend: 7, ..CtEntry::zeroed() };
-        let line = super::line(&row(&key, &entry, &Clock { now: 1500, hz: 100 }));
-        let want = ["TCP", "10.0.0.2:4000", "10.96.0.1:80", "10.0.1.9:8080", "established", "10s", "7", "0", "-"];
+        let state = state::ANSWERED | state::ESTABLISHED;
+        let flags = flags::NAT | if key.is_swapped() { flags::SWAPPED } else { 0 };
+        let entry = CtEntry { to, state, flags, seen: 500, backend: 7, ..CtEntry::zeroed() };
+        let line = super::line(&row(&key.canonical(), &entry, &Clock { now: 1500, hz: 100 }));
+        let want = ["TCP", "10.0.0.2:4000", "10.96.0.1:80", "10.0.1.9:8080", "established", "10s", "7", "0", "nat"];
         assert_eq!(line, want);
     }
 
     #[test]
     fn closing_states_are_listed() {
-        assert_eq!(states(proto::TCP, state::ANSWERED | state::FIN_ORIG), ["established", "fin"]);
+        assert_eq!(states(proto::TCP, state::ANSWERED | state::ESTABLISHED | state::FIN_ORIG), ["established", "fin"]);
+        assert_eq!(states(proto::TCP, state::ANSWERED), ["syn-received"]);
         assert_eq!(states(proto::UDP, 0), ["unanswered"]);
     }
 }

@@ -12,7 +12,7 @@ use k8s_openapi::jiff::Timestamp;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::time::{ClockId, clock_gettime};
 use rustnet_common::addr::Address;
-use rustnet_common::conntrack::CtEntry;
+use rustnet_common::conntrack::{CtEntry, flags};
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::event::Event;
 use rustnet_common::names::map;
@@ -23,8 +23,7 @@ use super::Places;
 use super::ct::{Ends, change, ends};
 use super::endpoints::{self, by_address};
 use super::output::{Output, line};
-use crate::bpf::store::Map as Table;
-use crate::bpf::store::conntrack::Conntrack;
+use crate::bpf::store::conntrack::{Conntrack, Tables};
 
 /// Pods come and go: their names are read again this often.
 const NAMES_PERIOD: Duration = Duration::from_secs(1);
@@ -145,7 +144,7 @@ fn row(event: &Event, names: &Names, connections: &Conntrack) -> Result<Row> {
 
 /// What a new flow becomes, as the connection table says; nothing once it is over.
 fn translated(event: &Event, connections: &Conntrack) -> Result<Option<Ends>> {
-    fn find<A: Address>(table: &Table<Tuple<A>, CtEntry<A>>, event: &Event) -> Result<Option<Ends>>
+    fn find<A: Address + Ord>(tables: &Tables<A>, event: &Event) -> Result<Option<Ends>>
     where
         Tuple<A>: Pod,
         CtEntry<A>: Pod,
@@ -153,8 +152,8 @@ fn translated(event: &Event, connections: &Conntrack) -> Result<Option<Ends>> {
         let Event { sport, dport, proto, .. } = *event;
         let (src, dst) = (A::from_addr(event.src), A::from_addr(event.dst));
         let key = Tuple { src, dst, sport, dport, proto, pad: 0, pad2: 0 };
-        let entry = table.get(&key)?;
-        Ok(entry.map(|entry| ends(&entry.to)).filter(|becomes| *becomes != ends(&key)))
+        let translated = tables.find(&key)?.filter(|(_, entry)| entry.flags & flags::NAT != 0);
+        Ok(translated.map(|(_, entry)| ends(&entry.to)))
     }
     if IpAddr::from(event.src).is_ipv4() { find(&connections.v4, event) } else { find(&connections.v6, event) }
 }
@@ -186,7 +185,7 @@ fn text(row: &Row) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Conntrack, CtEntry, Event, Instant, Names, Tuple, proto, row, text};
+    use super::{Conntrack, CtEntry, Event, flags, Instant, Names, Tuple, proto, row, text};
     use crate::bpf::store::conntrack::build::tables;
     use bytemuck::Zeroable;
     use rustnet_common::addr::{Addr, Ip4};
@@ -227,7 +226,8 @@ mod tests {
         let key: Tuple<Ip4> =
             Tuple { src: CLIENT.into(), dst: VIP.into(), sport: 4000, dport: 80, proto: proto::TCP, ..Tuple::zeroed() };
         let to = Tuple { dst: Ipv4Addr::new(10, 0, 1, 9).into(), dport: 8080, ..key };
-        tables.v4.put(&key, &CtEntry { to, ..CtEntry::zeroed() }).unwrap();
+        let flags = flags::NAT | if key.is_swapped() { flags::SWAPPED } else { 0 };
+        tables.v4.tcp.put(&key.canonical(), &CtEntry { to, flags, ..CtEntry::zeroed() }).unwrap();
         let (plain, json) = shown(&event(0), &tables);
         assert_eq!(plain, "from_pod flow TCP shop/web-0 (10.0.0.2:4000) -> 10.96.0.1:80 => 10.0.1.9:8080 74 B");
         assert_eq!(json["translated"], serde_json::json!(["10.0.0.2:4000", "10.0.1.9:8080"]));

@@ -81,7 +81,7 @@ fn another_size_in_the_configuration_is_refused_with_the_way_back() {
         bigger.sizes.insert(map::CT4.to_owned(), 8192);
         let error = format!("{:#}", bigger.run().err().unwrap());
         assert!(
-            error.contains("rn_ct4") && error.contains("4096 entries") && error.contains("8192 entries"),
+            error.contains("rn_ct4_tcp") && error.contains("4096 entries") && error.contains("8192 entries"),
             "{error}"
         );
         assert!(error.contains("set the map sizes back"), "{error}");

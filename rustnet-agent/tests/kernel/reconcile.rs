@@ -316,10 +316,10 @@ fn pinned_maps_of_another_shape_keep_the_agent_from_getting_ready() {
             let before = BpfMaps::open(&sandbox.bpffs).unwrap().snapshot().unwrap();
             let links = link_ids(sandbox);
 
-            let agent = Agent::start(sandbox.config(&["--ct4-entries=777"]));
+            let agent = Agent::start(sandbox.config(&["--ct-tcp-entries=777"]));
             agent.send(synced()).await;
             wait_until("the refusal is known", || {
-                agent.health.readiness().is_err_and(|why| why.contains("rn_ct4") && why.contains("777"))
+                agent.health.readiness().is_err_and(|why| why.contains("rn_ct4_tcp") && why.contains("777"))
             })
             .await;
             agent.stop().await;
@@ -370,7 +370,7 @@ fn leftover_endpoints_are_removed_and_lost_ones_put_back() {
             agent.send(synced()).await;
             agent.ready().await;
             let endpoints = Endpoints::open(&sandbox.bpffs).unwrap();
-            let limited = endpoints.read().unwrap().iter().all(|(_, entry)| entry.flags == flags::QUEUED);
+            let limited = endpoints.read().unwrap().iter().all(|(_, entry)| entry.flags == flags::VIA_QDISC);
             assert!(limited, "the limit is forgotten: {:?}", endpoints.read().unwrap());
             let addresses = || {
                 let all = endpoints.read().unwrap().into_iter();

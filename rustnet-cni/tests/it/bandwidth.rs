@@ -44,7 +44,7 @@ fn each_limit_is_a_queue_on_the_end_that_sends() {
     let (rate, burst, latency) = root(Some("a"), "eth0").expect("a queue for what it sends");
     assert!(rate == 10_000_000_000 && near(burst, 250_000_000) && near(latency, 25_000), "{rate} {burst} {latency}");
 
-    assert!(bpf::entries(&node.map).iter().all(|(_, e)| e.flags == flags::QUEUED));
+    assert!(bpf::entries(&node.map).iter().all(|(_, e)| e.flags == flags::VIA_QDISC));
     let record = fs::read(node.run.join("endpoints/c1@eth0.json")).expect("record");
     let record: Value = serde_json::from_slice(&record).expect("JSON");
     let want = json!({ "ingress": { "rate": 8_000_000, "burst": 800_000 },
@@ -73,7 +73,7 @@ fn each_limit_is_a_queue_on_the_end_that_sends() {
 #[test]
 fn a_limit_for_one_way_leaves_the_other_alone() {
     let node = Node::new();
-    for (way, other, flags) in [("ingress", "egress", flags::QUEUED), ("egress", "ingress", 0)] {
+    for (way, other, flags) in [("ingress", "egress", flags::VIA_QDISC), ("egress", "ingress", 0)] {
         let ns = netns(way);
         let mut conf = node.conf("1.1.0");
         // As containerd writes what was not asked for.

@@ -1,21 +1,72 @@
-//! One file a hook (or pair of hooks): which steps run, in which order. No hook writes a packet byte.
+//! One file per hook or pair of hooks. Each classifies its packets and lists the steps that follow, in order. No hook writes a
+//! packet byte.
 
 pub mod from_pod;
 pub mod overlay;
 pub mod to_pod;
 pub mod uplink;
 
-use rustnet_common::names::MARK_DONE;
+use rustnet_common::config::NodeConfig;
+use rustnet_common::drop::DropReason;
+use rustnet_common::names::MARK_PROCESSED;
 
 use crate::ctx::Skb;
+use crate::event::Report;
+use crate::outcome::Dropped;
+use crate::packet::{Class, Flow, Packet, Source};
+use crate::parse::Parse;
+use crate::rewrite::Rewrite;
+use crate::step::exec::{self, Egress};
+use crate::step::fib::Routed;
+use crate::step::icmp::Icmp;
+use crate::step::nat::Nat;
+use crate::step::plan::{self, Origin};
+use crate::step::admit::{self, Create};
+use crate::step::conntrack::Track;
+use crate::step::reject::Rejecting;
+use crate::step::source::Verify;
 
-/// True if an earlier hook of this node is done with the packet; takes the mark off.
+/// Everything that hooks ask of a family.
+pub trait Steps: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting {}
+impl<F: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting> Steps for F {}
+
+/// True if an earlier hook on this node has processed the packet.
 #[inline(always)]
-pub fn done(skb: &Skb) -> bool {
-    let mark = skb.mark();
-    if mark & MARK_DONE == 0 {
-        return false;
+pub fn is_processed(skb: &Skb) -> bool {
+    skb.mark() & MARK_PROCESSED != 0
+}
+
+/// As [`is_processed`]; clears the mark.
+#[inline(always)]
+pub fn take_processed_mark(skb: &Skb) -> bool {
+    let is_processed = is_processed(skb);
+    if is_processed {
+        skb.set_mark(skb.mark() & !MARK_PROCESSED);
     }
-    skb.set_mark(mark & !MARK_DONE);
-    true
+    is_processed
+}
+
+/// Decides and executes: plans the packet, finds its way, opens the connection of a new flow, translates and sends.
+#[inline(always)]
+pub fn forward<F: Steps>(
+    skb: &Skb,
+    p: &Packet<F::A>,
+    flow: &mut Flow<F::A>,
+    source: Source,
+    origin: Origin,
+    config: &NodeConfig,
+    hook: u8,
+) -> Result<i32, Dropped> {
+    let action = plan::plan::<F>(p, &flow.to, origin, config)?;
+    let egress = exec::resolve::<F>(skb, p, &flow.to.tuple, action, origin)?;
+    if egress.0 == Egress::Unrouted {
+        // Not translated, not tracked: the stack gets the packet as its sender sent it. A known flow that is translated must
+        // not leave so by a way of the stack's own.
+        if flow.class != Class::New && flow.to.tuple != p.tuple {
+            return Err(DropReason::NoFib.into());
+        }
+    } else if flow.class == Class::New && p.is_flow() {
+        admit::admit::<F>(skb, p, config, source, hook)?;
+    }
+    exec::send::<F>(skb, p, &flow.to.tuple, action, egress, config)
 }

@@ -1,72 +1,79 @@
 //! `overlay_in` and `overlay_out`: the VXLAN device.
 //!
-//! In: packets of other nodes and of their pods; the far end of the tunnel must be the node that owns the inner source.
-//! Out: what the host's stack routes to other nodes' pods gets its tunnel; pods' traffic arrives here finished and marked.
+//! In: packets of other nodes and of their pods. The far end of the tunnel must be the node that owns the inner source. They
+//! go to pods of this node or to its stack, and nowhere else.
+//! Out: what the host's stack routes to other nodes' pods gets its tunnel; pod traffic reaches this hook already translated and
+//! carries the processed mark.
 
-use rustnet_common::addr::{Addr, Address};
-use rustnet_common::conntrack::ELSEWHERE;
+use rustnet_common::addr::Address;
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer::flags;
 
-use crate::ctx::{Ctx, Skb, config};
-use crate::family::Family;
-use crate::parse::{self, Kind};
-use crate::step::conntrack;
-use crate::step::forward::{From, STACK, forward, set_tunnel};
-use crate::step::route::{self, Route, Way};
-use crate::step::{Stop, icmp, source};
+use super::{Steps, forward};
+use crate::ctx::Skb;
+use crate::maps;
+use crate::outcome::Dropped;
+use crate::packet::{Class, Kind};
+use crate::parse;
+use crate::step::exec::{self, TO_STACK};
+use crate::step::plan::{self, Origin};
+use crate::step::tunnel::{self, Tunnel};
+use crate::step::{conntrack, icmp, source};
 
-/// The ingress hook, for one family. `remote` is the tunnel's far end.
+/// The ingress hook, for one family.
 #[inline(always)]
-pub fn run_in<F: Family>(skb: &Skb, l3: usize, remote: &Addr) -> Result<i32, Stop> {
-    let Some(config) = config() else { return Ok(STACK) };
-    let p = parse::packet::<F>(skb, l3)?;
-    if p.kind == Kind::Link || p.tuple.dst.is_link_scope() {
+pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dropped> {
+    let Some(config) = maps::config() else { return Ok(TO_STACK) };
+    let p = parse::packet::<F, _>(skb, l3)?;
+    if p.kind == Kind::LinkLocal || p.tuple.dst.is_link_scope() {
         return Err(DropReason::UnknownSender.into());
     }
-    let guard = source::tunnel_guard(skb.ifindex(), remote);
-    let verify = || source::verify_tunnel::<F>(p.tuple.src, remote);
-    let mut way = Way::unchanged(p.tuple);
-    if p.kind == Kind::IcmpError {
+    let source = source::of_tunnel(tunnel);
+    if tunnel.id != config.vni {
+        // The connection remembers the far end, not the network.
+        return Err(DropReason::UnknownSender.into());
+    }
+    let verify = || source::verify_tunnel::<F>(p.tuple.src, tunnel);
+    let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
+    let flow = if p.kind == Kind::IcmpError {
         verify()?;
-        icmp::translate::<F, _>(skb, p, &mut way.to)?;
-    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, verify)? {
-        verify()?;
-        // What is for the host's own stack needs no connection of ours.
-        if source::endpoint(p.tuple.dst).is_some() {
-            let o = conntrack::begin::<F, _>(skb, p, guard)?;
-            conntrack::open::<F>(skb, l3, hook::OVERLAY_IN, o, config)?;
-            way.to = o.half.to;
+        let flow = icmp::relate::<F, _>(skb, p)?;
+        if flow.class == Class::New && is_for_pod() {
+            return Err(DropReason::IcmpUnrelated.into());
         }
-    }
-    forward::<F>(skb, p, &way.to, config, From::Ingress, inwards::<F>(&way))
-}
-
-/// What comes out of the tunnel is for a pod of this node or for its stack: never back into the tunnel.
-#[inline(always)]
-fn inwards<F: Family>(way: &Way<F::A>) -> Route {
-    match way.pod() {
-        ELSEWHERE => Route::Stack,
-        ifindex => Route::Pod(ifindex),
-    }
+        flow
+    } else {
+        let flow = conntrack::lookup::<F, _>(skb, p, source, verify)?;
+        if flow.class == Class::New {
+            verify()?;
+            if !is_for_pod() {
+                // Packets for the host's own stack need no connection of ours.
+                plan::plan::<F>(p, &flow.to, Origin::Tunnel, config)?;
+                return Ok(TO_STACK);
+            }
+        }
+        flow
+    };
+    forward::<F>(skb, p, flow, source, Origin::Tunnel, config, hook::OVERLAY_IN)
 }
 
 /// The egress hook, for one family.
 #[inline(always)]
-pub fn run_out<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
-    let Some(config) = config() else { return Ok(STACK) };
-    let p = parse::packet::<F>(skb, l3)?;
+pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
+    let Some(config) = maps::config() else { return Ok(TO_STACK) };
+    let p = parse::packet::<F, _>(skb, l3)?;
     if p.tuple.dst.is_link_scope() {
         // The device's own multicast listener reports: without a tunnel they go nowhere.
-        return Ok(STACK);
+        return Ok(TO_STACK);
     }
-    match route::peer::<F>(p.tuple.dst) {
+    match F::peer(p.tuple.dst) {
         Some(peer) if peer.flags & flags::TUNNEL != 0 => {
-            if set_tunnel(skb, &peer.node, config) {
-                Ok(STACK)
-            } else {
-                Err(DropReason::WriteError.into())
+            if !tunnel::set(skb, &peer.node, config) {
+                return Err(DropReason::WriteError.into());
             }
+            // The outer packet is this node's own and asks no service: the uplink's hook has nothing to do with it.
+            exec::mark_processed(skb);
+            Ok(TO_STACK)
         }
         _ => Err(DropReason::NoFib.into()),
     }

@@ -4,45 +4,39 @@
 use rustnet_common::addr::Address;
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::hook;
-use rustnet_common::peer;
 
-use crate::ctx::{Ctx, Skb, config};
-use crate::family::Family;
-use crate::parse::{self, Kind};
+use super::Steps;
+use crate::ctx::Skb;
+use crate::maps;
+use crate::outcome::Dropped;
+use crate::packet::{Class, Kind};
+use crate::parse;
 use crate::rewrite;
-use crate::step::conntrack::{self, Guard};
-use crate::step::forward::STACK;
-use crate::step::route::{self, Way};
-use crate::step::{Stop, icmp};
+use crate::step::exec::TO_STACK;
+use crate::step::{admit, conntrack, icmp, source};
 
 /// The hook, for one family.
 #[inline(always)]
-pub fn run<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
-    let Some(config) = config() else { return Ok(STACK) };
-    let p = parse::packet::<F>(skb, l3)?;
-    if p.tuple.dst.is_link_scope() {
-        return Ok(STACK);
+pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
+    let Some(config) = maps::config() else { return Ok(TO_STACK) };
+    let p = parse::packet::<F, _>(skb, l3)?;
+    if p.kind == Kind::LinkLocal || p.tuple.dst.is_link_scope() {
+        return Ok(TO_STACK);
     }
-    let mut way = Way::unchanged(p.tuple);
-    match p.kind {
-        Kind::Link => return Ok(STACK),
-        Kind::IcmpError => {
-            icmp::translate::<F, _>(skb, p, &mut way.to)?;
-            rewrite::translate::<F>(skb, p, &way.to, p.ttl)?;
-            return Ok(STACK);
+    let flow = if p.kind == Kind::IcmpError {
+        // The stack's own errors may be about packets that were never tracked, for example those without a route.
+        icmp::relate::<F, _>(skb, p)?
+    } else {
+        let flow = conntrack::lookup::<F, _>(skb, p, source::HOST, || Ok(()))?;
+        if flow.class == Class::New {
+            if source::is_host::<F>(p.tuple.src) {
+                flow.flags |= flags::FROM_HOST;
+            }
+            // A collision may cost the flow its source port.
+            admit::admit::<F>(skb, p, config, source::HOST, hook::TO_POD)?;
         }
-        Kind::Flow | Kind::LaterFragment => {}
-    }
-    let guard = Guard::none(skb.ifindex());
-    if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, || Ok(()))? {
-        let o = conntrack::begin::<F, _>(skb, p, guard)?;
-        if route::peer::<F>(p.tuple.src).is_some_and(|p| p.flags & peer::flags::HOST != 0) {
-            o.half.flags |= flags::FROM_HOST;
-        }
-        conntrack::open::<F>(skb, l3, hook::TO_POD, o, config)?;
-        // A collision may have cost the flow its source port.
-        way.to = o.half.to;
-    }
-    rewrite::translate::<F>(skb, p, &way.to, p.ttl)?;
-    Ok(STACK)
+        flow
+    };
+    rewrite::translate::<F>(skb, p, &flow.to.tuple, p.ttl)?;
+    Ok(TO_STACK)
 }

@@ -1,86 +1,109 @@
 //! `uplink_in` and `uplink_out`: the node's own interface.
 //!
 //! In: answers to masqueraded flows, traffic routed straight to pods (native mode, neighbours of the cluster). Out: what
-//! the host asks of a service; pods' traffic arrives here finished and marked.
+//! the host asks of a service; pod traffic reaches this hook already translated and carries the processed mark.
 
+use rustnet_common::addr::Address;
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::tuple::proto;
 
-use crate::ctx::{Ctx, Skb, config};
-use crate::family::Family;
-use crate::parse::{self, Kind};
-use crate::step::conntrack::{self, Guard};
-use crate::step::forward::{From, STACK, forward};
-use crate::step::route::Way;
-use crate::step::{Stop, icmp, lb, source};
-
-/// A frame with a VLAN tag belongs to another device than the one we are attached to.
-#[inline(always)]
-fn foreign(skb: &Skb, l3: usize) -> bool {
-    l3 != parse::ETH_LEN || (skb.vlan_present() != 0 && skb.vlan_tci() & 0xfff != 0)
-}
+use super::{Steps, forward};
+use crate::ctx::Skb;
+use crate::maps;
+use crate::outcome::Dropped;
+use crate::packet::{Class, Kind};
+use crate::parse;
+use crate::step::exec::TO_STACK;
+use crate::step::plan::Origin;
+use crate::step::{conntrack, icmp, lb, source};
 
 /// The ingress hook, for one family.
 #[inline(always)]
-pub fn run_in<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
-    let Some(config) = config() else { return Ok(STACK) };
-    if foreign(skb, l3) {
-        return Ok(STACK);
+pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
+    let Some(config) = maps::config() else { return Ok(TO_STACK) };
+    if is_vlan_tagged(skb) {
+        return Ok(TO_STACK);
     }
-    // Not ours to judge: fragments for the host, headers that its stack may well understand.
-    let Ok(p) = parse::packet::<F>(skb, l3) else { return Ok(STACK) };
-    if p.kind == Kind::Link {
-        return if source::endpoint(p.tuple.dst).is_none() { Ok(STACK) } else { Err(DropReason::NdNotForwarded.into()) };
+    // Fragments for the host, headers that its stack may well understand: the stack judges them.
+    let Ok(p) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
+    let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
+    if p.kind == Kind::LinkLocal {
+        return if is_for_pod() { Err(DropReason::NdNotForwarded.into()) } else { Ok(TO_STACK) };
     }
-    if p.tuple.proto == proto::UDP && p.tuple.dport == config.overlay_port {
-        return Ok(STACK);
+    if p.tuple.proto == proto::UDP
+        && p.tuple.dport == config.overlay_port
+        && config.overlay != 0
+        && source::is_host::<F>(p.tuple.dst)
+    {
+        // The kernel's tunnel socket takes it. Only nodes send such packets.
+        return if source::is_node::<F>(p.tuple.src) { Ok(TO_STACK) } else { Err(DropReason::UnknownSender.into()) };
     }
-    let guard = Guard::none(skb.ifindex());
-    let verify = || source::verify_outside::<F>(p.tuple.src);
-    let mut way = Way::unchanged(p.tuple);
-    if p.kind == Kind::IcmpError {
-        verify()?;
-        if !icmp::translate::<F, _>(skb, p, &mut way.to)? {
-            return Ok(STACK);
+    let verify = || F::verify_outside(p);
+    let flow = if p.kind == Kind::IcmpError {
+        if let Err(reason) = verify() {
+            return if is_for_pod() { Err(reason.into()) } else { Ok(TO_STACK) };
         }
-    } else if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, verify)? {
-        if source::endpoint(p.tuple.dst).is_none() {
-            if lb::is_vip::<F>(p.tuple.dst) {
-                // The stack would send it back to where it came from, and round it would go.
-                return Err(DropReason::IsClusterIp.into());
+        let flow = icmp::relate::<F, _>(skb, p)?;
+        if flow.class == Class::New {
+            return if is_for_pod() { Err(DropReason::IcmpUnrelated.into()) } else { Ok(TO_STACK) };
+        }
+        flow
+    } else {
+        let flow = conntrack::lookup::<F, _>(skb, p, source::OUTSIDE, verify)?;
+        if flow.class == Class::New {
+            if !is_for_pod() {
+                // The stack would send a VIP's packet back to where it came from, and it would circle.
+                return if lb::is_vip::<F>(p.tuple.dst) { Err(DropReason::IsClusterIp.into()) } else { Ok(TO_STACK) };
             }
-            return Ok(STACK);
+            verify()?;
         }
-        verify()?;
-        let o = conntrack::begin::<F, _>(skb, p, guard)?;
-        conntrack::open::<F>(skb, l3, hook::UPLINK_IN, o, config)?;
-        way.to = o.half.to;
-    }
-    forward::<F>(skb, p, &way.to, config, From::Ingress, way.route::<F>())
+        flow
+    };
+    forward::<F>(skb, p, flow, source::OUTSIDE, Origin::Uplink, config, hook::UPLINK_IN)
 }
 
-/// The egress hook, for one family: the host's way to a service where no socket program translates it.
+/// The egress hook, for one family: the host's way to a service.
 #[inline(always)]
-pub fn run_out<F: Family>(skb: &Skb, l3: usize) -> Result<i32, Stop> {
-    let Some(config) = config() else { return Ok(STACK) };
-    if foreign(skb, l3) {
-        return Ok(STACK);
+pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
+    let Some(config) = maps::config() else { return Ok(TO_STACK) };
+    if is_vlan_tagged(skb) {
+        return Ok(TO_STACK);
     }
-    let Ok(p) = parse::packet::<F>(skb, l3) else { return Ok(STACK) };
-    if !matches!(p.kind, Kind::Flow | Kind::LaterFragment) || !lb::is_vip::<F>(p.tuple.dst) {
-        return Ok(STACK);
+    let Ok(p) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
+    if p.kind == Kind::LinkLocal || !lb::is_vip::<F>(p.tuple.dst) {
+        return Ok(TO_STACK);
     }
-    let guard = Guard::none(skb.ifindex());
-    let mut way = Way::unchanged(p.tuple);
-    if !conntrack::lookup::<F, _>(skb, p, config, guard, &mut way, || Ok(()))? {
-        let o = conntrack::begin::<F, _>(skb, p, guard)?;
-        if !lb::select::<F>(&p.tuple, config, &mut o.half)? {
-            return Ok(STACK);
+    let flow = if p.kind == Kind::IcmpError {
+        let flow = icmp::relate::<F, _>(skb, p)?;
+        if flow.class == Class::New {
+            return Ok(TO_STACK);
         }
-        o.half.flags |= flags::FROM_HOST;
-        conntrack::open::<F>(skb, l3, hook::UPLINK_OUT, o, config)?;
-        way.to = o.half.to;
-    }
-    forward::<F>(skb, p, &way.to, config, From::Egress, way.route::<F>())
+        flow
+    } else {
+        let flow = conntrack::lookup::<F, _>(skb, p, source::HOST, || Ok(()))?;
+        if flow.class == Class::New {
+            let Some(backend) = lb::select::<F>(&p.tuple, config.seed)? else { return Ok(TO_STACK) };
+            flow.to.tuple.dst = F::A::from_addr(backend.addr);
+            flow.to.tuple.dport = backend.port;
+            flow.backend = backend.id;
+            flow.flags |= flags::FROM_HOST;
+            let node = F::node(config);
+            if node != F::A::UNSPECIFIED {
+                // The host's own connections are not tracked. With a port that the host does not use, one of them to the same
+                // backend cannot have the same tuple; with the node's address, other nodes know the sender.
+                flow.to.tuple.src = node;
+                flow.flags |= flags::MASQ;
+            }
+        }
+        flow
+    };
+    forward::<F>(skb, p, flow, source::HOST, Origin::Host, config, hook::UPLINK_OUT)
+}
+
+/// True if the device took off a VLAN tag: the frame belongs to another device than the one we are attached to. A tag for
+/// priority alone (VLAN 0) does not count.
+#[inline(always)]
+fn is_vlan_tagged(skb: &Skb) -> bool {
+    skb.vlan_present() != 0 && skb.vlan_tci() & 0xfff != 0
 }

@@ -1,295 +1,427 @@
-//! Connection tracking. Contract: [`lookup`] finds what a packet of a known connection becomes, with one look-up; [`open`]
-//! makes both halves of a new one, choosing another source port where the answer could not be told apart.
+//! Connection tracking. Contract: [`lookup`] classifies a packet with one look-up in the usual case, and keeps its connection up
+//! to date. What it cannot assign to a living connection is [`Class::New`].
 //!
 //! Nothing here decides where a packet goes or changes it.
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated as helper;
-use rustnet_common::addr::Address;
-use rustnet_common::config::{self, NodeConfig};
-use rustnet_common::conntrack::{CtEntry, flags, lifetime, state};
+use aya_ebpf::bindings::BPF_NOEXIST;
+use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, Side, VIA_QDISC, elapsed, flags, state};
 use rustnet_common::drop::DropReason;
-use rustnet_common::hash;
 use rustnet_common::tuple::{Tuple, proto};
 
-use super::route::{self, Way};
-use super::{Packed, Stop, lb};
-use crate::ctx::{self, Ctx, Skb, jiffies, random};
-use crate::family::Family;
-use crate::parse::{Kind, Packet, tcp};
+use super::table::Placed;
+use super::{lb, route, table};
+use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
+use crate::family::{Family, V4, V6};
+use crate::maps;
+use crate::packet::{Class, Flow, Kind, Packet, Source};
+use crate::parse;
+use crate::wire::tcp;
 
-/// Random source ports tried before a connection is refused: with 95 of 100 taken, five in a million searches fail.
-const TRIES: u32 = 256;
-/// Of these, the first that leave alone what merely is closing.
-const PATIENT_TRIES: u32 = 16;
-
-/// What proves that a packet's source address is genuine, remembered in the entry so that it is proved once a flow.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Guard {
-    /// The interface it came in by.
-    pub ifindex: u32,
-    /// The pod's MAC, or the end of a tunnel's far address.
-    pub bytes: [u16; 3],
-}
-
-impl Guard {
-    /// For hooks that trust their source.
-    #[inline(always)]
-    pub fn none(ifindex: u32) -> Self {
-        Self { ifindex, bytes: [0; 3] }
-    }
-}
-
-/// Finds the connection of a packet, counts the packet, and keeps both halves alive; `way` becomes what the packet is to
-/// become. `verify` is called when the packet does not come from where this half was last seen to come from; its error
-/// ends the packet.
+/// Classifies a packet of a flow. Calls `verify` where a connection remembers another source than this; returns its error. The
+/// source of a packet that is [`Class::New`] is for the caller to verify.
 #[inline(always)]
-pub fn lookup<F: Family, C: Ctx>(
+pub fn lookup<F: Track, C: Ctx>(
     ctx: &C,
-    packet: &Packet<F::A>,
-    config: &NodeConfig,
-    guard: Guard,
-    way: &mut Way<F::A>,
+    p: &Packet<F::A>,
+    source: Source,
     verify: impl Fn() -> Result<(), DropReason>,
-) -> Result<bool, DropReason> {
-    let Some(entry) = F::connections().get_ptr_mut(&packet.tuple) else { return Ok(false) };
-    // SAFETY: a map value stays valid for this run of the program even if it is evicted; counters may lose a race.
-    let e = unsafe { &mut *entry };
-    let tcp_flags = packet.tcp_flags;
-    if tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN && state::closing(e.state) {
-        // The port pair is used again: forget the old connection by opening a new one over it.
-        return Ok(false);
-    }
-    if e.ifindex != guard.ifindex || e.guard != guard.bytes {
+) -> Result<&'static mut Flow<F::A>, DropReason> {
+    let flow = flow::<F>(&p.tuple)?;
+    if F::lookup(p, source, ctx.len(), false) {
         verify()?;
-        e.ifindex = guard.ifindex;
-        e.guard = guard.bytes;
+        F::lookup(p, source, ctx.len(), true);
     }
-    e.packets = e.packets.wrapping_add(1);
-    e.bytes = e.bytes.wrapping_add(u64::from(ctx.len()));
-    let reply = e.flags & flags::REPLY != 0;
-    let mut new = e.state;
-    if reply {
-        new |= state::ANSWERED;
+    if flow.class != Class::New {
+        parse::remember_ports::<F>(p, ctx.ifindex());
     }
-    if tcp_flags & tcp::FIN != 0 && packet.kind == Kind::Flow {
-        new |= if reply { state::FIN_REPLY } else { state::FIN_ORIG };
+    Ok(flow)
+}
+
+/// Fills in the flow in this CPU's scratch memory, which is a new one as yet. True if the source has to be verified first.
+#[inline(always)]
+fn classify<F: Track>(p: &Packet<F::A>, source: Source, len: u32, is_verified: bool) -> bool {
+    let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else { return false };
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and the hook does not use its borrow
+    // while this runs.
+    let flow = unsafe { &mut (*scratch).flow };
+    let entry = table::find::<F>(&p.key, p.is_swapped);
+    if entry.is_null() {
+        return false;
     }
-    if tcp_flags & tcp::RST != 0 {
-        new |= state::RST;
-    }
+    // SAFETY: a map value stays readable and writable for this run of the program, even if another CPU deletes it. Fields
+    // are accessed through raw pointers, for other CPUs write them, too; counters may lose a race, `state` is atomic.
+    let (e_flags, old, seen) = unsafe { ((*entry).flags, state_of(entry), (*entry).seen) };
+    let is_nat = e_flags & flags::NAT != 0;
+    let is_reply = is_reply(e_flags, p.is_swapped);
+    // SAFETY: see above; the index is 0 or 1.
+    let (sender, receiver) = unsafe {
+        let sides = (&raw mut (*entry).sides).cast::<Side>();
+        let first = masked::<1>(usize::from(is_reply && !is_nat));
+        (sides.add(first), sides.add(first ^ 1))
+    };
     let now = jiffies();
-    if now.wrapping_sub(e.seen) >= config.hz || new != e.state || e.out == 0 {
-        if e.backend == 0 && new & state::ANSWERED == 0 && lb::is_service::<F>(&packet.tuple) {
-            // The flow is older than the service it asks for (or than our knowledge of it) and nobody has answered: it
-            // would be sent into the void for as long as its sender persists.
-            return Ok(false);
+    let is_due = elapsed(now, seen) >= config.hz;
+    // SAFETY: see above.
+    let (bytes, ifindex) = unsafe { ((*sender).source, (*sender).ifindex) };
+    let is_moved = (ifindex ^ source.ifindex) & !VIA_QDISC != 0;
+    if is_moved || bytes != source.bytes || (is_due && source.ifindex == NOT_LOCAL) {
+        // What holds for new flows holds for known ones, too: peers may have changed since.
+        if !is_verified {
+            return true;
         }
-        e.seen = now;
-        e.state = new;
-        e.out = route::pod(e.to.dst);
-        mend::<F>(&packet.tuple, e);
-    }
-    *way = Way { to: e.to, out: e.out };
-    Ok(true)
-}
-
-/// Brings the other half up to date, and makes it anew if it was evicted.
-#[inline(never)]
-fn mend<F: Family>(key: &Tuple<F::A>, e: &CtEntry<F::A>) {
-    let other_key = e.to.reversed();
-    let back = key.reversed();
-    if let Some(other) = F::connections().get_ptr_mut(&other_key) {
-        // SAFETY: see `lookup`.
-        let other = unsafe { &mut *other };
-        if other.to == back {
-            other.seen = e.seen;
-            other.state = e.state;
-            return;
+        if is_moved && is_local(ifindex) {
+            // Another pod has the address now. The connections of the one before are none of its own.
+            F::forget(p);
+            return false;
+        }
+        // SAFETY: see above.
+        unsafe {
+            (*sender).source = source.bytes;
+            if is_moved {
+                (*sender).ifindex =
+                    if source.ifindex == NOT_LOCAL { NOT_LOCAL } else { route::local_pod(p.tuple.src) };
+            }
         }
     }
-    let half = CtEntry {
-        to: back,
-        flags: e.flags ^ flags::REPLY,
-        state: e.state,
-        pad: 0,
-        seen: e.seen,
-        ifindex: 0,
-        backend: e.backend,
-        out: 0,
-        guard: [0; 3],
-        pad2: [0; 3],
-        packets: 0,
-        bytes: 0,
-    };
-    // A failure leaves this half alone, which still carries its own direction; the next second tries again.
-    let _ = F::connections().insert(&other_key, &half, BPF_ANY.into());
+    // SAFETY: see above.
+    let backend = unsafe { (*entry).backend };
+    let tcp_flags = p.tcp_flags;
+    if tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+        && (state::is_closing(old) || (!is_reply && backend != 0 && !lb::is_backend(backend)))
+    {
+        // The port pair is used again, or the backend has left the service: this SYN opens another connection.
+        F::forget(p);
+        return false;
+    }
+    // SAFETY: see above.
+    unsafe {
+        (*sender).packets = (*sender).packets.wrapping_add(1);
+        (*sender).bytes = (*sender).bytes.wrapping_add(u64::from(len));
+    }
+    let mut set = u64::from(is_reply) * state::ANSWERED;
+    if p.tuple.proto == proto::TCP && p.kind == Kind::Flow {
+        if tcp_flags & tcp::RST == 0 {
+            // SAFETY: see above.
+            unsafe { track(sender, p) };
+            set |= progress(old, tcp_flags, is_reply);
+            if old & state::RST != 0 {
+                // The connection goes on: the receiver of the RST has not accepted it.
+                // SAFETY: see above.
+                unsafe { atomic_and(&raw mut (*entry).state, !state::RST) };
+            }
+        } else if F::is_reset_acceptable(p) {
+            set |= state::RST;
+        }
+    }
+    // SAFETY: see above.
+    let known = unsafe { (*receiver).ifindex };
+    if (is_due || set & !old != 0 || known == 0) && !F::refresh(p, set, now) {
+        F::forget(p);
+        return false;
+    }
+    // SAFETY: see above.
+    unsafe {
+        if is_nat {
+            flow.to.tuple = (*entry).to;
+        }
+        flow.to.egress = (*receiver).ifindex;
+    }
+    flow.class = if is_reply { Class::Reply } else { Class::Original };
+    flow.flags = e_flags;
+    flow.backend = backend;
+    false
 }
 
-/// A connection to be opened.
-#[repr(C)]
-pub struct Opening<A> {
-    /// The tuple as the first packet shows it.
-    pub key: Tuple<A>,
-    /// The half under construction. Callers set `to` (whose source port [`open`] may change), `flags` (NAT is set by
-    /// [`open`]) and `backend`.
-    pub half: CtEntry<A>,
-    /// What the asking half becomes, while its source port is sought.
-    becomes: Tuple<A>,
-    /// The answering half's key.
-    answer: Tuple<A>,
-}
-
-/// Begins to open the connection of a packet: as it stands, without translation.
+/// The flow in this CPU's scratch memory, as a new one.
 #[inline(always)]
-pub fn begin<F: Family, C: Ctx>(
-    ctx: &C,
-    packet: &Packet<F::A>,
-    guard: Guard,
-) -> Result<&'static mut Opening<F::A>, DropReason> {
+pub fn flow<F: Family>(tuple: &Tuple<F::A>) -> Result<&'static mut Flow<F::A>, DropReason> {
     let scratch = F::scratch().ok_or(DropReason::CtCreateFailed)?;
-    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and nobody else borrows the field.
-    let o = unsafe { &mut (*scratch).opening };
-    o.key = packet.tuple;
-    o.half = CtEntry {
-        to: packet.tuple,
-        flags: 0,
-        state: 0,
-        pad: 0,
-        seen: jiffies(),
-        ifindex: guard.ifindex,
-        backend: 0,
-        out: 0,
-        guard: guard.bytes,
-        pad2: [0; 3],
-        packets: 1,
-        bytes: u64::from(ctx.len()),
-    };
-    Ok(o)
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and this is the only borrow of the field.
+    let flow = unsafe { &mut (*scratch).flow };
+    flow.reset(tuple);
+    Ok(flow)
 }
 
-/// True for protocols whose source port can be changed.
+/// True if a side is a pod of this node.
 #[inline(always)]
-fn has_ports<A: Address>(t: &Tuple<A>) -> bool {
-    match t.proto {
-        proto::TCP | proto::UDP | proto::SCTP => true,
-        // Of ICMP only the asking half of echo.
-        proto::ICMP | proto::ICMPV6 => t.dport == 0 && t.sport != 0,
-        _ => false,
-    }
-}
-
-/// Opens the connection of the packet at `l3`: the answering half first, for it must be unique, then the asking half. Tells
-/// of it where that is asked for.
-#[inline(always)]
-pub fn open<F: Family>(
-    skb: &Skb,
-    l3: usize,
-    hook: u8,
-    o: &mut Opening<F::A>,
-    config: &NodeConfig,
-) -> Result<(), DropReason> {
-    packed_open::<F>(o, config).done()?;
-    if config.flags & config::flags::FLOW_EVENTS != 0 {
-        F::report(skb, l3, DropReason::Forwarded, hook);
-    }
-    Ok(())
-}
-
-#[inline(never)]
-fn packed_open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Packed {
-    Packed::new(try_open::<F>(o, config).map(|()| 0).map_err(Stop::from))
+fn is_local(ifindex: u32) -> bool {
+    ifindex != 0 && ifindex != NOT_LOCAL
 }
 
 #[inline(always)]
-fn try_open<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig) -> Result<(), DropReason> {
-    let ports = has_ports(&o.key);
-    if o.half.flags & flags::MASQ != 0 && ports && !(config.snat_min..=config.snat_max).contains(&o.half.to.sport) {
-        // From the flow's hash: a connection that was evicted gets its port again.
-        o.half.to.sport = port(config, hash::flow(&o.key, config.seed));
-    }
-    let (ifindex, guard, out) = (o.half.ifindex, o.half.guard, o.half.out);
-    let (packets, bytes) = (o.half.packets, o.half.bytes);
-    o.becomes = o.half.to;
-    // The half becomes the answering one for as long as its place is sought.
-    o.half.to = o.key.reversed();
-    o.half.flags |= flags::REPLY;
-    o.half.ifindex = 0;
-    o.half.guard = [0; 3];
-    o.half.out = 0;
-    o.half.packets = 0;
-    o.half.bytes = 0;
-    let mut claimed = claim::<F>(o, config, !ports);
-    if claimed == TAKEN && ports {
-        // Another connection would get our answers (two VIPs with one backend, or two pods behind one address).
-        // SAFETY: the callback has the signature that the helper wants, and `claimed` outlives the call.
-        unsafe { helper::bpf_loop(TRIES, another_port::<F> as *mut c_void, (&raw mut claimed).cast(), 0) };
-    }
-    match claimed {
-        CLAIMED => {}
-        TAKEN => return Err(DropReason::NatNoMapping),
-        _ => return Err(DropReason::CtCreateFailed),
-    }
-    o.half.to = o.becomes;
-    o.half.flags &= !flags::REPLY;
-    o.half.ifindex = ifindex;
-    o.half.guard = guard;
-    o.half.out = out;
-    o.half.packets = packets;
-    o.half.bytes = bytes;
-    F::connections().insert(&o.key, &o.half, BPF_ANY.into()).map_err(|_| DropReason::CtCreateFailed)
+unsafe fn state_of<A>(entry: *mut CtEntry<A>) -> u64 {
+    // SAFETY: callers pass a map value; an aligned word is read in one piece.
+    unsafe { (&raw const (*entry).state).read_volatile() }
 }
 
-/// What [`claim`] gives: the answering half is in.
-const CLAIMED: u32 = 0;
-/// Another connection has that tuple.
-const TAKEN: u32 = 1;
-/// The table takes nothing.
-const FULL: u32 = 2;
+/// True if a packet goes the way of the reply.
+#[inline(always)]
+fn is_reply(e_flags: u16, is_swapped: bool) -> bool {
+    let (is_reply_entry, is_nat) = (e_flags & flags::REPLY, e_flags / flags::NAT & 1);
+    let is_opposite = (e_flags / flags::SWAPPED & 1) ^ u16::from(is_swapped);
+    (is_nat & is_reply_entry) | (!is_nat & is_opposite) != 0
+}
 
-/// Inserts the answering half of a connection that becomes `o.becomes`, unless its tuple belongs to another one. Even one that
-/// is closing counts, unless `hurry`: the far end may hold it in TIME_WAIT, and answers a SYN there with a detour at best
-/// (RFC 6191).
-#[inline(never)]
-fn claim<F: Family>(o: &mut Opening<F::A>, config: &NodeConfig, hurry: bool) -> u32 {
-    if o.becomes != o.key {
-        o.half.flags |= flags::NAT;
-    }
-    o.answer = o.becomes.reversed();
-    if F::connections().insert(&o.answer, &o.half, BPF_NOEXIST.into()).is_ok() {
-        return CLAIMED;
-    }
-    // None: the table is full beyond what its LRU can free, or the entry went away just now.
-    if let Some(old) = F::connections().get_ptr_mut(&o.answer) {
-        // SAFETY: see `lookup`.
-        let old = unsafe { &*old };
-        let silent = o.half.seen.wrapping_sub(old.seen);
-        let free = old.to == o.half.to
-            || (hurry && state::closing(old.state))
-            || silent >= lifetime(o.answer.proto, old.state).wrapping_mul(config.hz);
-        if !free {
-            return TAKEN;
+/// Bits of the state that a segment without RST sets. Without branches: they would double what the verifier looks at.
+#[inline(always)]
+fn progress(old: u64, tcp_flags: u8, is_reply: bool) -> u64 {
+    let (fin, syn, ack) = (tcp_flags & 1, tcp_flags >> 1 & 1, tcp_flags >> 4 & 1);
+    let reply = u64::from(is_reply);
+    let other_fin = old >> (2 - reply) & 1;
+    let answered = old & state::ANSWERED;
+    (u64::from(fin) * state::FIN_ORIG) << reply
+        | (other_fin & u64::from(ack)) * state::FIN_ACKED
+        | (answered & u64::from(ack & !syn) & !reply) * state::ESTABLISHED
+}
+
+const _: () = assert!(tcp::FIN == 1 && tcp::SYN == 2 && tcp::ACK == 16);
+const _: () = assert!(state::ANSWERED == 1 && state::FIN_ORIG == 2 && state::FIN_REPLY == 4);
+
+/// Follows the sequence numbers of a sender.
+#[inline(always)]
+unsafe fn track<A>(sender: *mut Side, p: &Packet<A>) {
+    // SAFETY: callers pass a side of a map value.
+    unsafe {
+        let is_first = (*sender).packets == 1;
+        if is_first || p.seq_end.wrapping_sub((*sender).seq_end) as i32 > 0 {
+            (*sender).seq_end = p.seq_end;
+        }
+        if p.tcp_flags & tcp::ACK != 0 && (is_first || p.ack.wrapping_sub((*sender).ack) as i32 > 0) {
+            (*sender).ack = p.ack;
         }
     }
-    if F::connections().insert(&o.answer, &o.half, BPF_ANY.into()).is_ok() { CLAIMED } else { FULL }
 }
 
-/// One round of the search for a source port: `bpf_loop` calls it until it gives 1. The verifier proves it once.
-extern "C" fn another_port<F: Family>(round: u32, claimed: *mut c_void) -> u64 {
-    let (Some(scratch), Some(config)) = (F::scratch(), ctx::config()) else { return 1 };
-    // SAFETY: as in `begin`; the caller's borrow of the same connection rests while the helper runs.
-    let o = unsafe { &mut (*scratch).opening };
-    o.becomes.sport = port(config, random());
-    let found = claim::<F>(o, config, round >= PATIENT_TRIES);
-    // SAFETY: `try_open` passes a pointer to its own variable.
-    unsafe { *claimed.cast::<u32>() = found };
-    u64::from(found != TAKEN)
+/// The steps of tracking of one family, functions with global linkage for the reason that the parser is one. Those that are not
+/// needed for each packet find its entry again.
+pub trait Track: Family {
+    /// See [`classify`].
+    fn lookup(p: &Packet<Self::A>, source: Source, len: u32, is_verified: bool) -> bool;
+    /// Once per second and at each change of state: looks up the receiver again, sets bits of the state, and brings the other
+    /// direction up to date. False if the connection is over: its receiver was replaced, its other direction belongs to another
+    /// flow, or the packet asks for a service that the flow bypasses.
+    fn refresh(p: &Packet<Self::A>, set: u64, now: u32) -> bool;
+    /// Forgets the packet's connection, which is over.
+    fn forget(p: &Packet<Self::A>);
+    /// True if the receiver of a RST accepts it: between what it has acknowledged and what the sender has sent (RFC 5961, 3.2;
+    /// netfilter checks the same window). Before an answer there is nothing to compare with.
+    fn is_reset_acceptable(p: &Packet<Self::A>) -> bool;
 }
 
-/// The port of those set aside for translation that a number stands for.
+/// Declares the functions of a family.
+macro_rules! global {
+    ($family:ident, $addr:ident, $lookup:ident, $refresh:ident, $forget:ident, $reset:ident) => {
+        impl Track for $family {
+            #[inline(always)]
+            fn lookup(p: &Packet<$addr>, source: Source, len: u32, is_verified: bool) -> bool {
+                let verified = if is_verified { VERIFIED } else { 0 };
+                $lookup(p, source.ifindex, source.bytes[0], source.bytes[1], len | verified) != 0
+            }
+            #[inline(always)]
+            fn refresh(p: &Packet<$addr>, set: u64, now: u32) -> bool {
+                $refresh(p, set, now) != 0
+            }
+            #[inline(always)]
+            fn forget(p: &Packet<$addr>) {
+                $forget(p);
+            }
+            #[inline(always)]
+            fn is_reset_acceptable(p: &Packet<$addr>) -> bool {
+                $reset(p) != 0
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $lookup(p: *const Packet<$addr>, ifindex: u32, source: u64, source2: u64, len: u32) -> u32 {
+            let source = Source { ifindex, bytes: [source, source2] };
+            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
+            u32::from(unsafe { p.as_ref() }.is_some_and(|p| {
+                classify::<$family>(p, source, len & !VERIFIED, len & VERIFIED != 0)
+            }))
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $refresh(p: *const Packet<$addr>, set: u64, now: u32) -> u32 {
+            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
+            u32::from(unsafe { p.as_ref() }.is_some_and(|p| refresh::<$family>(p, set, now)))
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $forget(p: *const Packet<$addr>) -> u32 {
+            // SAFETY: see above.
+            unsafe { p.as_ref() }.map_or(0, |p| {
+                forget::<$family>(p);
+                1
+            })
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $reset(p: *const Packet<$addr>) -> u32 {
+            // SAFETY: see above.
+            u32::from(unsafe { p.as_ref() }.is_none_or(is_reset_acceptable::<$family>))
+        }
+    };
+}
+
+/// Added to a frame's length if its source is verified: functions have five parameters.
+const VERIFIED: u32 = 1 << 31;
+
+global!(V4, Ip4, rn_ct_lookup4, rn_ct_refresh4, rn_ct_forget4, rn_ct_reset4);
+global!(V6, Ip6, rn_ct_lookup6, rn_ct_refresh6, rn_ct_forget6, rn_ct_reset6);
+
 #[inline(always)]
-fn port(config: &NodeConfig, number: u32) -> u16 {
-    let span = u32::from(config.snat_max.wrapping_sub(config.snat_min)) + 1;
-    config.snat_min.wrapping_add(hash::pick(number, span) as u16)
+fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
+    let entry = table::find::<F>(&p.key, p.is_swapped);
+    if entry.is_null() {
+        return true;
+    }
+    // SAFETY: see `lookup`.
+    let (sender, acked) = unsafe {
+        if state_of(entry) & state::ANSWERED == 0 {
+            return true;
+        }
+        if (*entry).flags & flags::NAT != 0 {
+            let Some(key) = scratch_key::<F>() else { return true };
+            let other = counterpart::<F>(&(*entry).to, key);
+            if other.is_null() {
+                return true;
+            }
+            ((*entry).sides[0].seq_end, (*other).sides[0].ack)
+        } else if ((*entry).flags & flags::SWAPPED != 0) == p.is_swapped {
+            ((*entry).sides[0].seq_end, (*entry).sides[1].ack)
+        } else {
+            ((*entry).sides[1].seq_end, (*entry).sides[0].ack)
+        }
+    };
+    p.seq.wrapping_sub(acked) <= sender.wrapping_sub(acked)
 }
+
+/// The entry of a translated flow's other direction, found by what this direction becomes; null if it was evicted. Leaves its key
+/// in `key`.
+#[inline(always)]
+fn counterpart<F: Family>(to: &Tuple<F::A>, key: &mut Tuple<F::A>) -> *mut CtEntry<F::A> {
+    let is_swapped = to.store_reverse_canonical(key);
+    table::find::<F>(key, is_swapped)
+}
+
+/// Room for the key of the other direction.
+#[inline(always)]
+fn scratch_key<F: Family>() -> Option<&'static mut Tuple<F::A>> {
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and a connection is opened only after
+    // the steps of this file are done with the field.
+    F::scratch().map(|scratch| unsafe { &mut (*scratch).connection.reply_key })
+}
+
+#[inline(always)]
+fn refresh<F: Placed>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
+    let entry = table::find::<F>(&p.key, p.is_swapped);
+    if entry.is_null() {
+        // Evicted since the look-up; the packet itself goes on.
+        return true;
+    }
+    // SAFETY: see `lookup`.
+    unsafe {
+        let e_flags = (*entry).flags;
+        let is_nat = e_flags & flags::NAT != 0;
+        let is_reply = !is_nat && (e_flags & flags::SWAPPED != 0) != p.is_swapped;
+        if !is_nat
+            && (*entry).backend == 0
+            && (is_reply || (state_of(entry) | set) & state::ANSWERED == 0)
+            && lb::is_service::<F>(&p.tuple)
+        {
+            // The flow is older than the service that it asks for, and nothing has answered; or the entry was opened by the
+            // address that is a VIP now. Either way the packet would miss the service.
+            return false;
+        }
+        let receiver = if is_reply { &raw mut (*entry).sides[0] } else { &raw mut (*entry).sides[1] };
+        let dst = if is_nat { (*entry).to.dst } else { p.tuple.dst };
+        let local = route::local_pod(dst);
+        if is_local((*receiver).ifindex) && ((*receiver).ifindex ^ local) & !VIA_QDISC != 0 {
+            return false;
+        }
+        (*receiver).ifindex = local;
+        (*entry).seen = now;
+        if set != 0 {
+            atomic_or(&raw mut (*entry).state, set);
+        }
+        if !is_nat {
+            return true;
+        }
+        let Some(key) = scratch_key::<F>() else { return true };
+        let other = counterpart::<F>(&(*entry).to, key);
+        if other.is_null() {
+            restore::<F>(entry, &p.tuple);
+            return true;
+        }
+        if !p.tuple.is_reverse_of(&(*other).to) {
+            return false;
+        }
+        (*other).seen = now;
+        atomic_or(&raw mut (*other).state, state_of(entry));
+        true
+    }
+}
+
+/// Inserts the entry of the other direction again after an eviction. `tuple` is that of a packet of this direction.
+#[inline(always)]
+unsafe fn restore<F: Placed>(entry: *mut CtEntry<F::A>, tuple: &Tuple<F::A>) {
+    let Some(scratch) = F::scratch() else { return };
+    // SAFETY: `refresh` passes a map value; scratch memory belongs to this CPU.
+    unsafe {
+        let c = &mut (*scratch).connection;
+        let is_swapped = (*entry).to.store_reverse_canonical(&mut c.reply_key);
+        let swapped = if is_swapped { flags::SWAPPED } else { 0 };
+        let other = &mut c.reply;
+        (other.to.src, other.to.dst) = (tuple.dst, tuple.src);
+        (other.to.sport, other.to.dport) = (tuple.dport, tuple.sport);
+        (other.to.proto, other.to.pad, other.to.pad2) = (tuple.proto, 0, 0);
+        other.flags = ((*entry).flags ^ flags::REPLY) & !flags::SWAPPED | swapped;
+        other.policy = (*entry).policy;
+        other.state = state_of(entry);
+        other.seen = (*entry).seen;
+        other.backend = (*entry).backend;
+        other.identity = (*entry).identity;
+        other.sides[0] = NOTHING_SENT;
+        other.sides[1] = NOTHING_SENT;
+        other.sides[0].ifindex = (*entry).sides[1].ifindex;
+        other.sides[1].ifindex = (*entry).sides[0].ifindex;
+        // A failure leaves this direction alone, which still serves its packets; the next second tries again.
+        c.reply_key.pad = F::place(&c.reply_key, is_swapped).slot;
+        let _ = table::insert::<F>(&c.reply_key, &c.reply, BPF_NOEXIST.into());
+    }
+}
+
+/// Deletes the entry that serves a packet, and that of its other direction.
+#[inline(always)]
+fn forget<F: Placed>(p: &Packet<F::A>) {
+    let entry = table::find::<F>(&p.key, p.is_swapped);
+    let Some(key) = scratch_key::<F>() else { return };
+    if entry.is_null() {
+        return;
+    }
+    // SAFETY: see `lookup`.
+    unsafe {
+        if (*entry).flags & flags::NAT != 0 {
+            let other = counterpart::<F>(&(*entry).to, key);
+            if !other.is_null() && p.tuple.is_reverse_of(&(*other).to) {
+                delete::<F>(key, (*other).flags & flags::SWAPPED != 0);
+            }
+        }
+    }
+    *key = p.key;
+    delete::<F>(key, p.is_swapped);
+}
+
+/// Deletes the entry that serves packets of the key in one direction.
+#[inline(always)]
+fn delete<F: Placed>(key: &mut Tuple<F::A>, is_swapped: bool) {
+    let place = F::place(key, is_swapped);
+    if place.is_taken {
+        key.pad = place.slot;
+        table::delete::<F>(key);
+    }
+}
+
+/// A side that has sent nothing yet.
+pub const NOTHING_SENT: Side = Side { bytes: 0, source: [0; 2], packets: 0, ifindex: 0, seq_end: 0, ack: 0 };

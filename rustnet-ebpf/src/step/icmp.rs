@@ -1,90 +1,119 @@
-//! ICMP errors belong to the connection they quote. Contract: finds that connection, lets `rewrite` translate the quotation
-//! back into what its sender once sent, and says what the error's own addresses become.
+//! ICMP errors belong to the connection they quote. Contract: finds that connection, lets `rewrite` translate the inner packet
+//! back into what its sender once sent, and returns what the error's own addresses become.
 //!
-//! The quoted packet went one way, the error goes the other: its connection half is the quoted tuple reversed, exactly the
-//! half that an answer would have taken. So one rule serves service, masquerade and plain flows, in both directions.
+//! The inner packet went one way, the error goes the other: the entry that serves it is the one that serves an answer. So one
+//! rule holds for service, masquerade and plain flows, in both directions.
 
-use rustnet_common::addr::Address;
+use aya_ebpf::bindings::__sk_buff;
+use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
-use rustnet_common::tuple::{Tuple, proto};
+use rustnet_common::tuple::proto;
 
-use super::{Packed, Stop};
-use crate::ctx::{Ctx, at_pulled};
-use crate::family::Family;
-use crate::parse::{Header, Packet};
-use crate::rewrite;
+use super::{conntrack, table};
+use crate::ctx::{Ctx, Skb, at_pulled};
+use crate::family::{Family, V4, V6};
+use crate::outcome::{Dropped, PackedResult};
+use crate::packet::{Class, Flow, InnerPacket, Packet, Translation};
+use crate::parse::ReadHeader;
+use crate::rewrite::{self, WriteInner};
+use crate::wire::ICMP_LEN;
 
-/// Length of an ICMP header.
-const ICMP_LEN: usize = 8;
+/// ICMP errors of one family and context.
+pub trait Icmp<C: Ctx>: Family {
+    /// Relates the error to its flow: 1 in the result if it is known. `to` becomes what the error's own addresses become.
+    fn relate(ctx: &C, p: &Packet<Self::A>, to: &mut Translation<Self::A>) -> PackedResult;
+}
 
-/// Translates an ICMP error; `out` becomes its own new tuple. False when it quotes nothing we know.
+/// Declares a family's function with global linkage, for the reason that the parser is one.
+macro_rules! global {
+    ($name:ident, $family:ty, $addr:ty, $ctx:ident, $raw:ty) => {
+        impl Icmp<$ctx> for $family {
+            #[inline(always)]
+            fn relate(ctx: &$ctx, p: &Packet<$addr>, to: &mut Translation<$addr>) -> PackedResult {
+                PackedResult::from_bits($name(ctx.raw(), p, to))
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(ctx: *mut $raw, p: *const Packet<$addr>, to: *mut Translation<$addr>) -> u64 {
+            // SAFETY: the only caller is above and passes references; the verifier checks sizes.
+            let related = match unsafe { (p.as_ref(), to.as_mut()) } {
+                (Some(p), Some(to)) => try_relate::<$family, _>(&$ctx(ctx), p, to),
+                _ => Ok(false),
+            };
+            PackedResult::new(related.map(i32::from).map_err(Dropped::from)).bits()
+        }
+    };
+}
+
+global!(rn_icmp4, V4, Ip4, Skb, __sk_buff);
+global!(rn_icmp6, V6, Ip6, Skb, __sk_buff);
+
+/// Classifies an ICMP error, and translates the packet inside: [`Class::Related`] if it quotes a known flow, else
+/// [`Class::New`].
 #[inline(always)]
-pub fn translate<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, out: &mut Tuple<F::A>) -> Result<bool, DropReason> {
-    match packed_translate::<F, C>(ctx, p, out).result() {
-        Ok(known) => Ok(known != 0),
-        Err(stop) => Err(stop.reason),
+pub fn relate<F: Icmp<C>, C: Ctx>(ctx: &C, p: &Packet<F::A>) -> Result<&'static mut Flow<F::A>, DropReason> {
+    let flow = conntrack::flow::<F>(&p.tuple)?;
+    if F::relate(ctx, p, &mut flow.to).result().map_err(|dropped| dropped.reason)? != 0 {
+        flow.class = Class::Related;
     }
-}
-
-#[inline(never)]
-fn packed_translate<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, out: &mut Tuple<F::A>) -> Packed {
-    Packed::new(try_translate::<F, C>(ctx, p, out).map(i32::from).map_err(Stop::from))
+    Ok(flow)
 }
 
 #[inline(always)]
-fn try_translate<F: Family, C: Ctx>(ctx: &C, p: &Packet<F::A>, out: &mut Tuple<F::A>) -> Result<bool, DropReason> {
-    let Some(q) = quoted::<F, C>(ctx, p.l4() + ICMP_LEN) else { return Ok(false) };
-    q.answer = q.quoted.reversed();
-    let Some(entry) = F::connections().get_ptr(&q.answer) else { return Ok(false) };
-    // SAFETY: map values stay valid for this run of the program.
-    let entry = unsafe { &*entry };
-    if entry.flags & flags::NAT == 0 {
+fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Ctx>(
+    ctx: &C,
+    p: &Packet<F::A>,
+    to: &mut Translation<F::A>,
+) -> Result<bool, DropReason> {
+    let Some(q) = read_inner::<F, C>(ctx, p.l4() + ICMP_LEN) else { return Ok(false) };
+    if p.tuple.dst != q.tuple.src {
+        // An error goes to the sender of what it quotes; else it would carry a quotation to a third party
+        // (netfilter: nf_conntrack_inet_error).
+        return Ok(false);
+    }
+    let is_swapped = q.tuple.store_reverse_canonical(&mut q.key);
+    let entry = table::find::<F>(&q.key, is_swapped);
+    if entry.is_null() {
+        return Ok(false);
+    }
+    // SAFETY: map values stay readable for this run of the program.
+    let (entry_flags, entry_to) = unsafe { ((*entry).flags, &(*entry).to) };
+    if entry_flags & flags::NAT == 0 {
         return Ok(true);
     }
-    q.becomes = entry.to.reversed();
-    out.dst = q.becomes.src;
-    if p.tuple.src == q.quoted.dst {
-        // The far end itself complains; a router on the way keeps its own address.
-        out.src = q.becomes.dst;
+    q.translated = entry_to.reversed();
+    to.tuple.dst = q.translated.src;
+    if p.tuple.src == q.tuple.dst {
+        // The far end itself sends the error; a router on the way keeps its own address.
+        to.tuple.src = q.translated.dst;
     }
-    rewrite::quotation::<F, C>(ctx, p.l4(), q)?;
+    rewrite::inner::<F, C>(ctx, p.l4(), q)?;
     Ok(true)
 }
 
-/// The packet that an error quotes, and what it becomes.
-#[repr(C)]
-pub struct Quotation<A> {
-    /// Its tuple.
-    pub quoted: Tuple<A>,
-    /// What that becomes.
-    pub becomes: Tuple<A>,
-    /// Key of the connection's half: the tuple reversed.
-    answer: Tuple<A>,
-    /// Offset of its IP header.
-    pub l3: u32,
-    /// Offset of its transport header.
-    pub l4: u32,
-}
-
-/// Reads the quotation at `l3`: at least the first eight bytes of its transport header are there (RFC 792).
+/// Reads the inner packet at `l3`: at least the first eight bytes of its transport header are there (RFC 792).
 #[inline(always)]
-fn quoted<F: Family, C: Ctx>(ctx: &C, l3: usize) -> Option<&'static mut Quotation<F::A>> {
+fn read_inner<F: Family<Header: ReadHeader<F::A>>, C: Ctx>(
+    ctx: &C,
+    l3: usize,
+) -> Option<&'static mut InnerPacket<F::A>> {
     let scratch = F::scratch()?;
-    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and nobody else borrows the field.
-    let q = unsafe { &mut (*scratch).quotation };
-    let l4 = F::Header::quoted(ctx, l3, &mut q.quoted)?;
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and this is the only borrow of the field.
+    let q = unsafe { &mut (*scratch).inner };
+    let l4 = F::Header::inner(ctx, l3, &mut q.tuple)?;
     q.l3 = l3 as u32;
     q.l4 = l4 as u32;
-    q.quoted.sport = 0;
-    q.quoted.dport = 0;
-    match q.quoted.proto {
+    q.tuple.sport = 0;
+    q.tuple.dport = 0;
+    match q.tuple.proto {
         proto::TCP | proto::UDP | proto::SCTP => {
             let ports = at_pulled::<[u16; 2], C>(ctx, l4)?;
             // SAFETY: `at_pulled` proved four bytes.
             let [sport, dport] = unsafe { ports.read() };
-            q.quoted.sport = u16::from_be(sport);
-            q.quoted.dport = u16::from_be(dport);
+            q.tuple.sport = u16::from_be(sport);
+            q.tuple.dport = u16::from_be(dport);
         }
         proto::ICMP | proto::ICMPV6 => {
             let h = at_pulled::<[u16; 3], C>(ctx, l4)?;
@@ -92,8 +121,8 @@ fn quoted<F: Family, C: Ctx>(ctx: &C, l3: usize) -> Option<&'static mut Quotatio
             let h = unsafe { h.read() };
             let id = u16::from_be(h[2]);
             match (F::A::IS_V6, h[0].to_ne_bytes()[0]) {
-                (false, 8) | (true, 128) => q.quoted.sport = id,
-                (false, 0) | (true, 129) => q.quoted.dport = id,
+                (false, 8) | (true, 128) => q.tuple.sport = id,
+                (false, 0) | (true, 129) => q.tuple.dport = id,
                 _ => return None,
             }
         }

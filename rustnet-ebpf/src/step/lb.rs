@@ -1,9 +1,7 @@
-//! Service load-balancing. Contract: from what a packet asks for to the backend that shall have it, or the reason why none
-//! does. The choice depends on the flow's hash alone, so that any node, or this one after it forgot, chooses alike.
+//! Service load-balancing. Contract: returns the backend of a flow, or the reason why it gets none. The choice depends on the
+//! flow's hash alone, so that every node, and this one after an eviction, chooses alike.
 
-use rustnet_common::addr::Address;
-use rustnet_common::config::NodeConfig;
-use rustnet_common::conntrack::CtEntry;
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::drop::DropReason;
 use rustnet_common::hash;
 use rustnet_common::service::{SvcKey, flags, scope};
@@ -26,15 +24,29 @@ pub fn is_service<F: Family>(t: &Tuple<F::A>) -> bool {
     F::services().get_ptr(key).is_some()
 }
 
-/// Chooses the backend of a new flow and sends the flow there; false if it asks for no service.
+/// True if the backend still serves its service port.
 #[inline(always)]
-pub fn select<F: Family>(t: &Tuple<F::A>, config: &NodeConfig, half: &mut CtEntry<F::A>) -> Result<bool, DropReason> {
+pub fn is_backend(backend_id: u32) -> bool {
+    backend(backend_id).is_some()
+}
+
+/// The backend with this id, while it serves.
+#[inline(always)]
+fn backend(backend_id: u32) -> Option<&'static Backend> {
+    let b = maps::rn_backends_v2.get(id::slot_of(backend_id))?;
+    if b.id == backend_id { Some(b) } else { None }
+}
+
+/// Chooses the backend of a new flow by its hash; `None` if it asks for no service.
+#[inline(always)]
+pub fn select<F: Family>(t: &Tuple<F::A>, seed: u32) -> Result<Option<&'static Backend>, DropReason> {
     let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope: scope::CLUSTER };
     let Some(entry) = F::services().get_ptr(key) else {
-        return if is_vip::<F>(t.dst) { Err(DropReason::NoServicePort) } else { Ok(false) };
+        return if is_vip::<F>(t.dst) { Err(DropReason::NoServicePort) } else { Ok(None) };
     };
-    // SAFETY: the value stays valid for this run; an update by user space replaces the whole element.
-    let (first, count, svc_flags) = unsafe { ((*entry).first, (*entry).count, (*entry).flags) };
+    // SAFETY: the value stays readable for this run. The kernel may hand the element out again after an update; then the
+    // service of the backend is another one, see below.
+    let (first, count, service, svc_flags) = unsafe { ((*entry).first, (*entry).count, (*entry).id, (*entry).flags) };
     if count == 0 {
         return Err(if svc_flags & flags::DROP_EMPTY != 0 {
             DropReason::NoLocalBackend
@@ -42,13 +54,10 @@ pub fn select<F: Family>(t: &Tuple<F::A>, config: &NodeConfig, half: &mut CtEntr
             DropReason::NoBackend
         });
     }
-    let index = first.wrapping_add(hash::pick(hash::flow(t, config.seed), count));
-    let b = maps::rn_backends.get(index).ok_or(DropReason::BackendLookupFailed)?;
-    if b.id == 0 {
-        return Err(DropReason::BackendLookupFailed);
+    let index = first.wrapping_add(hash::pick(hash::flow(t, seed), count));
+    let found = maps::rn_backend_ids.get(index).and_then(|backend_id| backend(*backend_id));
+    match found {
+        Some(b) if b.service == service => Ok(Some(b)),
+        _ => Err(DropReason::BackendLookupFailed),
     }
-    half.to.dst = F::A::from_addr(b.addr);
-    half.to.dport = b.port;
-    half.backend = b.id;
-    Ok(true)
 }

@@ -1,40 +1,54 @@
-//! Real refusals. Contract: from the reason why a packet goes no further to the answer its sender gets, if it gets one.
-//! No answer is ever given to an ICMP error, to a later fragment, or to a reset (RFC 1122, 3.2.2; RFC 4443, 2.4).
+//! Rejections. Contract: from the reason why a packet goes no further to the answer that its sender gets, if it gets one. An ICMP
+//! error, a later fragment and a reset never get one (RFC 1122, 3.2.2; RFC 4443, 2.4). ICMP errors are limited.
 
 use aya_ebpf::bindings::TC_ACT_SHOT;
-use rustnet_common::config::NodeConfig;
+use rustnet_common::addr::Address;
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
-use super::Stop;
-use super::forward::{self, Back};
+use super::exec::{self, ReplyPath};
 use crate::ctx::Skb;
-use crate::family::Family;
-use crate::parse::{self, Kind, tcp};
-use crate::rewrite::{self, Answer};
+use crate::limit::{self, Bucket};
+use crate::maps;
+use crate::outcome::Dropped;
+use crate::packet::Kind;
+use crate::parse::{self, Parse};
+use crate::rewrite::{self, BuildHeader, Rejection};
+use crate::wire::tcp;
 
-/// Answers the sender of the packet in hand if the reason wants it and the packet is of a kind that gets answers; the
-/// verdict is to drop it otherwise.
+/// What this step asks of a family.
+pub trait Rejecting: Parse<Skb, Header: BuildHeader<Self::A>> {}
+impl<F: Parse<Skb, Header: BuildHeader<F::A>>> Rejecting for F {}
+
+/// Rejects the packet in hand if the reason asks for it and the packet may be answered; else the verdict is to drop it.
 #[inline(always)]
-pub fn answer<F: Family>(skb: &Skb, l3: usize, stop: Stop, back: Back) -> i32 {
-    try_answer::<F>(skb, l3, stop, back).unwrap_or(TC_ACT_SHOT)
+pub fn reject<F: Rejecting>(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> i32 {
+    try_reject::<F>(skb, l3, dropped, path).unwrap_or(TC_ACT_SHOT)
 }
 
 #[inline(always)]
-fn try_answer<F: Family>(skb: &Skb, l3: usize, stop: Stop, back: Back) -> Option<i32> {
-    let config: &NodeConfig = crate::ctx::config()?;
-    let p = parse::packet::<F>(skb, l3).ok()?;
+fn try_reject<F: Rejecting>(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> Option<i32> {
+    let config = maps::config()?;
+    let p = parse::packet::<F, _>(skb, l3).ok()?;
     let is_tcp = p.tuple.proto == proto::TCP;
-    let what = match stop.reason {
-        DropReason::NoBackend | DropReason::NoServicePort if is_tcp => Answer::Reset,
-        DropReason::NoBackend | DropReason::NoServicePort => Answer::PortUnreachable,
-        DropReason::TtlExceeded => Answer::TimeExceeded,
-        DropReason::FragNeeded => Answer::TooBig(stop.mtu),
+    let what = match dropped.reason {
+        DropReason::NoBackend | DropReason::NoServicePort if is_tcp => Rejection::Reset,
+        DropReason::NoBackend | DropReason::NoServicePort => Rejection::PortUnreachable,
+        DropReason::TtlExceeded => Rejection::TimeExceeded,
+        DropReason::FragNeeded if dropped.mtu != 0 => Rejection::TooBig(dropped.mtu),
         _ => return None,
     };
     if p.kind != Kind::Flow || p.tcp_flags & tcp::RST != 0 {
         return None;
     }
-    rewrite::answer::<F>(skb, p, what, F::node(config)).ok()?;
-    forward::answer(skb, back, config).ok()
+    if what != Rejection::Reset && !limit::take(Bucket::IcmpErrors) {
+        return None;
+    }
+    // The host refuses a packet that comes in with an address of its own as a martian.
+    let router = if path == ReplyPath::Host { p.tuple.dst } else { F::node(config) };
+    if matches!(what, Rejection::TimeExceeded | Rejection::TooBig(_)) && router == F::A::UNSPECIFIED {
+        return None;
+    }
+    rewrite::reject::<F>(skb, p, what, router).ok()?;
+    exec::send_back(skb, path, config).ok()
 }

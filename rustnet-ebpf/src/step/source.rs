@@ -1,101 +1,135 @@
-//! Source verification. Contract: tells whether a packet may bear the source address it bears, at the hook where it came in.
+//! Source verification. Contract: decides whether a packet's source address is valid at the hook where it arrived. The
+//! connection remembers what identifies the source; a packet that brings the same again needs no look-up.
 
-use aya_ebpf::helpers::generated as helper;
-use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::conntrack::{NOT_LOCAL, SOURCE_HOST, SOURCE_OUTSIDE};
 use rustnet_common::drop::DropReason;
-use rustnet_common::endpoint::Endpoint;
 use rustnet_common::peer::flags;
 
-use super::conntrack::Guard;
-use super::route;
-use crate::ctx::{Ctx, Skb, at_pulled};
-use crate::family::Family;
+use super::lb;
+use super::tunnel::Tunnel;
+use crate::ctx::{Ctx, at_pulled};
+use crate::family::{Family, V4, V6};
 use crate::maps;
-use crate::parse::Ethernet;
+use crate::outcome::PackedResult;
+use crate::packet::{Packet, Source};
+use crate::wire::Ethernet;
 
-/// The guard of a packet that a pod sends: interface and MAC.
+/// This node's own stack, whose addresses need no proof.
+pub const HOST: Source = Source { ifindex: NOT_LOCAL, bytes: SOURCE_HOST };
+/// Whatever comes in by an uplink.
+pub const OUTSIDE: Source = Source { ifindex: NOT_LOCAL, bytes: SOURCE_OUTSIDE };
+
+/// The pod behind the interface of this hook, with the MAC that it sends from.
 #[inline(always)]
-pub fn pod_guard<C: Ctx>(ctx: &C) -> Result<Guard, DropReason> {
+pub fn of_pod<C: Ctx>(ctx: &C) -> Result<Source, DropReason> {
     let eth = at_pulled::<Ethernet, C>(ctx, 0).ok_or(DropReason::Malformed)?;
     // SAFETY: `at_pulled` proved an Ethernet header; the source MAC is at an even address.
-    let bytes = unsafe { core::ptr::addr_of!((*eth).src).cast::<[u16; 3]>().read() };
-    Ok(Guard { ifindex: ctx.ifindex(), bytes })
+    let mac = unsafe { core::ptr::addr_of!((*eth).src).cast::<[u16; 3]>().read() };
+    Ok(Source { ifindex: ctx.ifindex(), bytes: [pack(mac), 0] })
 }
 
-/// A pod of this node.
+/// The far end of a tunnel, all of it.
 #[inline(always)]
-pub fn endpoint<A: Address>(addr: A) -> Option<&'static Endpoint> {
-    let p = maps::rn_endpoints.get_ptr(addr.to_addr())?;
-    // SAFETY: map values stay valid for this run of the program.
-    Some(unsafe { &*p })
+pub fn of_tunnel(tunnel: &Tunnel) -> Source {
+    let w = tunnel.remote.words();
+    Source {
+        ifindex: NOT_LOCAL,
+        bytes: [u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3])],
+    }
 }
 
-/// A pod sends from its own interface, with its own address and MAC.
 #[inline(always)]
-pub fn verify_pod<F: Family>(src: F::A, guard: Guard) -> Result<(), DropReason> {
-    let ep = endpoint(src).ok_or(DropReason::Spoofed)?;
+fn pack(mac: [u16; 3]) -> u64 {
+    u64::from(mac[0]) << 32 | u64::from(mac[1]) << 16 | u64::from(mac[2])
+}
+
+/// The proofs that take several look-ups.
+pub trait Verify: Family {
+    /// A pod sends from its own interface, with its own address and MAC.
+    fn verify_pod(p: &Packet<Self::A>, source: Source) -> Result<(), DropReason>;
+    /// By an uplink comes no address of this node, of its pods, of a Service, or of a pod that is reached through the tunnel.
+    /// Nodes whose packets to pods take the tunnel talk to this host without it, but not to pods. The kernel refuses martians in
+    /// its own path (`ip_route_input_slow`), which redirected packets do not take.
+    fn verify_outside(p: &Packet<Self::A>) -> Result<(), DropReason>;
+}
+
+/// Declares a family's proofs as functions with global linkage, for the reason that the parser is one.
+macro_rules! global {
+    ($family:ident, $addr:ident, $pod:ident, $outside:ident) => {
+        impl Verify for $family {
+            #[inline(always)]
+            fn verify_pod(p: &Packet<$addr>, source: Source) -> Result<(), DropReason> {
+                PackedResult::from_bits($pod(p, source.ifindex, source.bytes[0])).into_unit()
+            }
+            #[inline(always)]
+            fn verify_outside(p: &Packet<$addr>) -> Result<(), DropReason> {
+                PackedResult::from_bits($outside(p)).into_unit()
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $pod(p: *const Packet<$addr>, ifindex: u32, mac: u64) -> u64 {
+            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
+            let verified = match unsafe { p.as_ref() } {
+                Some(p) if is_from_pod(p.tuple.src, ifindex, mac) => Ok(0),
+                _ => Err(DropReason::Spoofed.into()),
+            };
+            PackedResult::new(verified).bits()
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $outside(p: *const Packet<$addr>) -> u64 {
+            // SAFETY: see above.
+            let verified = match unsafe { p.as_ref() } {
+                Some(p) if p.tuple.src.is_martian_source() => Err(DropReason::Martian.into()),
+                Some(p) if !is_forged_outside::<$family>(p.tuple.src, p.tuple.dst) => Ok(0),
+                _ => Err(DropReason::Spoofed.into()),
+            };
+            PackedResult::new(verified).bits()
+        }
+    };
+}
+
+global!(V4, Ip4, rn_from_pod4, rn_from_outside4);
+global!(V6, Ip6, rn_from_pod6, rn_from_outside6);
+
+#[inline(always)]
+fn is_from_pod<A: Address>(src: A, ifindex: u32, packed_mac: u64) -> bool {
+    let Some(ep) = maps::endpoint(src) else { return false };
     let m = ep.mac;
     let mac = [u16::from_ne_bytes([m[0], m[1]]), u16::from_ne_bytes([m[2], m[3]]), u16::from_ne_bytes([m[4], m[5]])];
-    if ep.ifindex == guard.ifindex && mac == guard.bytes { Ok(()) } else { Err(DropReason::Spoofed) }
+    ep.ifindex == ifindex && pack(mac) == packed_mac
 }
 
-/// Nobody outside may use an address of this node or of its pods.
 #[inline(always)]
-pub fn verify_outside<F: Family>(src: F::A) -> Result<(), DropReason> {
-    let own = match route::peer::<F>(src) {
-        Some(p) => p.flags & (flags::HOST | flags::LOCAL_PODS) != 0,
-        None => false,
-    };
-    if own { Err(DropReason::Spoofed) } else { Ok(()) }
+fn is_forged_outside<F: Family>(src: F::A, dst: F::A) -> bool {
+    match F::peer(src) {
+        Some(peer) if peer.flags & (flags::HOST | flags::LOCAL_PODS) != 0 => true,
+        Some(peer) if peer.flags & flags::TUNNEL == 0 => false,
+        Some(peer) => peer.flags & flags::NODE == 0 || maps::endpoint(dst).is_some(),
+        None => lb::is_vip::<F>(src),
+    }
 }
 
-/// `struct bpf_tunnel_key` without the near end: the size that all kernels take.
-#[repr(C)]
-pub struct TunnelKey {
-    /// Network identifier.
-    pub id: u32,
-    /// Far end: word 0 in host order for IPv4, network order words for IPv6.
-    pub remote: [u32; 4],
-    /// Type of service.
-    pub tos: u8,
-    /// TTL of the outer header.
-    pub ttl: u8,
-    /// Unused.
-    pub ext: u16,
-    /// Flow label.
-    pub label: u32,
-}
-
-/// The far end is IPv6 (`BPF_F_TUNINFO_IPV6`).
-pub const TUNINFO_IPV6: u64 = 1;
-
-/// The far end of the tunnel that the packet came through.
-#[inline(never)]
-pub fn tunnel_remote(skb: &Skb, out: &mut Addr) {
-    let mut key = TunnelKey { id: 0, remote: [0; 4], tos: 0, ttl: 0, ext: 0, label: 0 };
-    let (p, len) = ((&raw mut key).cast(), size_of::<TunnelKey>() as u32);
-    // SAFETY: `key` has the size that is passed. The helper refuses to read an IPv6 tunnel as an IPv4 one.
-    *out = if unsafe { helper::bpf_skb_get_tunnel_key(skb.raw(), p, len, 0) } == 0 {
-        Ip4::from_word(key.remote[0].to_be()).to_addr()
-    } else {
-        // SAFETY: as above.
-        unsafe { helper::bpf_skb_get_tunnel_key(skb.raw(), p, len, TUNINFO_IPV6) };
-        Ip6::from_words(key.remote)
-    };
-}
-
-/// The guard of a packet out of the tunnel: the end of the far address (all of it for IPv4).
+/// Out of the tunnel comes only what the node at its far end owns.
 #[inline(always)]
-pub fn tunnel_guard(ifindex: u32, remote: &Addr) -> Guard {
-    let w = remote.words();
-    Guard { ifindex, bytes: [w[3] as u16, (w[3] >> 16) as u16, (w[2] >> 16) as u16] }
-}
-
-/// What comes out of the tunnel comes from the node that owns the inner source.
-#[inline(always)]
-pub fn verify_tunnel<F: Family>(src: F::A, remote: &Addr) -> Result<(), DropReason> {
-    match route::peer::<F>(src) {
-        Some(p) if p.flags & flags::TUNNEL != 0 && p.node == *remote => Ok(()),
+pub fn verify_tunnel<F: Family>(src: F::A, tunnel: &Tunnel) -> Result<(), DropReason> {
+    match F::peer(src) {
+        Some(p) if p.flags & flags::TUNNEL != 0 && p.node == tunnel.remote => Ok(()),
         _ => Err(DropReason::UnknownSender),
     }
 }
+
+/// True if an address of the underlay is that of another node: only nodes send tunnel packets.
+#[inline(always)]
+pub fn is_node<F: Family>(src: F::A) -> bool {
+    F::peer(src).is_some_and(|peer| peer.flags & flags::NODE != 0)
+}
+
+/// True if the address is this node's own.
+#[inline(always)]
+pub fn is_host<F: Family>(addr: F::A) -> bool {
+    F::peer(addr).is_some_and(|peer| peer.flags & flags::HOST != 0)
+}
+

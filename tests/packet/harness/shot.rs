@@ -4,7 +4,7 @@ use crate::frame::{Frame, L4};
 use anyhow::{Context, Result, bail, ensure};
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::event::Event;
-use rustnet_common::names::MARK_DONE;
+use rustnet_common::names::MARK_PROCESSED;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use testkit::check;
@@ -45,12 +45,12 @@ impl Shot {
 
     /// Redirected to a device, marked as done for the hook there, changed into `want`.
     pub fn onto_wire(&self, want: &Frame) -> Result<()> {
-        self.ended(REDIRECT, MARK_DONE, Some(DropReason::Forwarded), &want.bytes(), usize::MAX)
+        self.ended(REDIRECT, MARK_PROCESSED, Some(DropReason::Forwarded), &want.bytes(), usize::MAX)
     }
 
     /// Left to the stack as `want`, not counted, and marked as done for the hook that it meets after.
     pub fn done_to_stack(&self, want: &Frame) -> Result<()> {
-        self.ended(STACK, MARK_DONE, None, &want.bytes(), usize::MAX)
+        self.ended(STACK, MARK_PROCESSED, None, &want.bytes(), usize::MAX)
     }
 
     /// Left to the stack as `want`, not counted.
@@ -67,7 +67,7 @@ impl Shot {
     pub fn answered(&self, reason: DropReason, want: &Frame) -> Result<()> {
         let bytes = want.bytes();
         let kept = if matches!(want.l4, L4::Icmp { .. }) { ETHERNET + want.payload.len() } else { bytes.len() };
-        self.ended(REDIRECT, MARK_DONE, Some(reason), &bytes, kept)
+        self.ended(REDIRECT, MARK_PROCESSED, Some(reason), &bytes, kept)
     }
 
     /// `kept`: how much of the frame that was sent is still in it.

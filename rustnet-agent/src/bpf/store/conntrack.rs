@@ -1,32 +1,40 @@
-//! `rn_ct4/6`: read, swept and forgotten by user space; written by the programs.
+//! The connection tables: read, swept and flushed by user space; written by the programs.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::hash::Hash;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::Result;
+use bytemuck::Pod;
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::conntrack::CtEntry;
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, flags};
 use rustnet_common::names::map;
-use rustnet_common::tuple::Tuple;
+use rustnet_common::tuple::{Tuple, proto};
 
 use super::Map;
 
-/// Connections of one family.
-type Table<A> = Map<Tuple<A>, CtEntry<A>>;
+/// Connections of one family and kind of protocol.
+pub type Table<A> = Map<Tuple<A>, CtEntry<A>>;
 
-/// Both connection tables.
+/// Connections of one family.
+pub struct Tables<A> {
+    /// TCP.
+    pub tcp: Table<A>,
+    /// All other protocols.
+    pub any: Table<A>,
+}
+
+/// All connection tables.
 pub struct Conntrack {
-    /// `rn_ct4`.
-    pub v4: Table<Ip4>,
-    /// `rn_ct6`.
-    pub v6: Table<Ip6>,
+    /// `rn_ct4_tcp`, `rn_ct4_any`.
+    pub v4: Tables<Ip4>,
+    /// `rn_ct6_tcp`, `rn_ct6_any`.
+    pub v6: Tables<Ip6>,
 }
 
 /// What a sweep found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Entries there were, both halves counted.
+    /// Entries there were; a translated flow has two.
     pub seen: usize,
     /// Entries deleted.
     pub deleted: usize,
@@ -42,66 +50,136 @@ impl std::ops::Add for Swept {
 impl Conntrack {
     /// Opens the pins in `bpffs`.
     pub fn open(bpffs: &Path) -> Result<Self> {
-        Ok(Self { v4: Map::open(bpffs, map::CT4)?, v6: Map::open(bpffs, map::CT6)? })
+        Ok(Self {
+            v4: Tables { tcp: Map::open(bpffs, map::CT4_TCP)?, any: Map::open(bpffs, map::CT4_ANY)? },
+            v6: Tables { tcp: Map::open(bpffs, map::CT6_TCP)?, any: Map::open(bpffs, map::CT6_ANY)? },
+        })
     }
 
-    /// Deletes both halves of each connection of a protocol whose backend is in that protocol's set.
-    pub fn forget(&self, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept> {
-        Ok(forget(&self.v4, backends)? + forget(&self.v6, backends)?)
+    /// Deletes the connections of a protocol whose backend is in that protocol's set.
+    pub fn flush(&self, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept> {
+        Ok(self.v4.flush(backends)? + self.v6.flush(backends)?)
     }
 
-    /// Deletes connections of which both halves have expired. `expired` decides for one half.
-    pub fn sweep(&self, expired: impl Fn(u8, u8, u32) -> bool) -> Result<Swept> {
-        Ok(sweep(&self.v4, &expired)? + sweep(&self.v6, &expired)?)
+    /// Deletes connections that have expired in all their directions. `expired` decides for one entry.
+    pub fn sweep(&self, expired: impl Fn(u8, u64, u32) -> bool) -> Result<Swept> {
+        let four = sweep(&self.v4.tcp, &expired)? + sweep(&self.v4.any, &expired)?;
+        Ok(four + sweep(&self.v6.tcp, &expired)? + sweep(&self.v6.any, &expired)?)
     }
 }
 
-/// The key of the other half of a connection.
-pub fn other_half<A: Address>(entry: &CtEntry<A>) -> Tuple<A> {
-    entry.to.reversed()
-}
-
-fn forget<A>(table: &Table<A>, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept>
+impl<A: Address + Ord> Tables<A>
 where
-    A: Address + Eq + Hash,
-    Tuple<A>: bytemuck::Pod,
-    CtEntry<A>: bytemuck::Pod,
+    Tuple<A>: Pod,
+    CtEntry<A>: Pod,
 {
-    let mut seen = 0;
-    let mut keys = HashSet::new();
+    /// Both tables.
+    pub fn both(&self) -> [&Table<A>; 2] {
+        [&self.tcp, &self.any]
+    }
+
+    /// The entry that serves packets of a tuple, with its key.
+    pub fn find(&self, tuple: &Tuple<A>) -> Result<Option<(Tuple<A>, CtEntry<A>)>> {
+        find(if tuple.proto == proto::TCP { &self.tcp } else { &self.any }, tuple)
+    }
+
+    /// Entries in both tables.
+    pub fn len(&self) -> Result<usize> {
+        Ok(self.tcp.len()? + self.any.len()?)
+    }
+
+    /// True if both tables are empty.
+    pub fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    fn flush(&self, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept> {
+        // Twice: a packet of one direction can restore the other while the table is read.
+        let mut swept = Swept::default();
+        for table in self.both() {
+            swept = swept + flush(table, backends)?;
+            swept.deleted += flush(table, backends)?.deleted;
+        }
+        Ok(swept)
+    }
+}
+
+fn find<A: Address>(table: &Table<A>, tuple: &Tuple<A>) -> Result<Option<(Tuple<A>, CtEntry<A>)>>
+where
+    Tuple<A>: Pod,
+    CtEntry<A>: Pod,
+{
+    for pad in [0, SLOT_CONTESTED] {
+        let key = Tuple { pad, ..tuple.canonical() };
+        if let Some(entry) = table.get(&key)?.filter(|entry| entry.serves(tuple)) {
+            return Ok(Some((key, entry)));
+        }
+    }
+    Ok(None)
+}
+
+/// The entry of a translated flow's other direction, with its key.
+fn counterpart<A: Address>(
+    table: &Table<A>,
+    key: &Tuple<A>,
+    entry: &CtEntry<A>,
+) -> Result<Option<(Tuple<A>, CtEntry<A>)>>
+where
+    Tuple<A>: Pod,
+    CtEntry<A>: Pod,
+{
+    if entry.flags & flags::NAT == 0 {
+        return Ok(None);
+    }
+    let back = entry.tuple(key).reversed();
+    Ok(find(table, &entry.to.reversed())?.filter(|(_, other)| other.to == back))
+}
+
+fn flush<A>(table: &Table<A>, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept>
+where
+    A: Address,
+    Tuple<A>: Pod,
+    CtEntry<A>: Pod,
+{
+    let mut swept = Swept::default();
+    // The reply direction first: a packet of the original direction restores it with the backend that is asked for now.
+    let (mut replies, mut originals) = (Vec::new(), Vec::new());
     table.for_each(|key, entry| {
-        seen += 1;
+        swept.seen += 1;
         if backends.get(&key.proto).is_some_and(|ids| ids.contains(&entry.backend)) {
-            keys.insert(*key);
-            keys.insert(other_half(entry));
+            if entry.flags & flags::REPLY != 0 { replies.push(*key) } else { originals.push(*key) }
         }
     })?;
-    let keys: Vec<_> = keys.into_iter().collect();
-    Ok(Swept { seen, deleted: table.delete_all(&keys)? })
+    swept.deleted = table.delete_all(&replies)? + table.delete_all(&originals)?;
+    Ok(swept)
 }
 
-fn sweep<A>(table: &Table<A>, expired: impl Fn(u8, u8, u32) -> bool) -> Result<Swept>
+fn sweep<A>(table: &Table<A>, expired: impl Fn(u8, u64, u32) -> bool) -> Result<Swept>
 where
-    A: Address + Eq + Hash,
-    Tuple<A>: bytemuck::Pod,
-    CtEntry<A>: bytemuck::Pod,
+    A: Address,
+    Tuple<A>: Pod,
+    CtEntry<A>: Pod,
 {
     let mut seen = 0;
     let mut old = Vec::new();
     table.for_each(|key, entry| {
         seen += 1;
         if expired(key.proto, entry.state, entry.seen) {
-            old.push((*key, other_half(entry)));
+            old.push(*key);
         }
     })?;
-    // Both halves are looked at again, right before they go: they are refreshed apart from each other, so that one that is in
-    // use keeps both; and a client may use its port again while the table is read, which revives what was old then.
-    let is_dead = |key: &Tuple<A>| Ok(table.get(key)?.is_none_or(|half| expired(key.proto, half.state, half.seen)));
+    // Entries are read again right before they go: those of a translated flow are refreshed apart from each other, so that one
+    // that is in use keeps both; and a client may use its port again while the table is read, which revives what was old then.
+    let is_dead = |key: &Tuple<A>, entry: &CtEntry<A>| expired(key.proto, entry.state, entry.seen);
     let mut deleted = 0;
-    for (key, other) in old {
-        let dead: Result<bool> = is_dead(&key).and_then(|dead| Ok(dead && is_dead(&other)?));
-        if dead? {
-            deleted += usize::from(table.delete(&key)?) + usize::from(table.delete(&other)?);
+    for key in old {
+        let Some(entry) = table.get(&key)?.filter(|entry| is_dead(&key, entry)) else { continue };
+        let other = counterpart(table, &key, &entry)?;
+        if other.as_ref().is_none_or(|(key, entry)| is_dead(key, entry)) {
+            deleted += usize::from(table.delete(&key)?);
+            if let Some((key, _)) = other {
+                deleted += usize::from(table.delete(&key)?);
+            }
         }
     }
     Ok(Swept { seen, deleted })
@@ -111,7 +189,7 @@ where
 pub mod build {
     //! Tables for tests.
 
-    use super::{Conntrack, CtEntry, Map, Table, Tuple};
+    use super::{Conntrack, CtEntry, Map, Table, Tables, Tuple};
     use crate::bpf::sys::{Layout, map_create};
     use bytemuck::Pod;
 
@@ -127,17 +205,17 @@ pub mod build {
 
     /// Empty tables, pinned nowhere.
     pub fn tables() -> Conntrack {
-        Conntrack { v4: table(), v6: table() }
+        Conntrack { v4: Tables { tcp: table(), any: table() }, v6: Tables { tcp: table(), any: table() } }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::build::tables;
-    use super::{Map, Swept};
+    use super::{Conntrack, Swept, Tables};
     use bytemuck::Zeroable;
     use rustnet_common::addr::Ip4;
-    use rustnet_common::conntrack::CtEntry;
+    use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, flags};
     use rustnet_common::tuple::{Tuple, proto};
     use std::cell::Cell;
     use std::collections::{BTreeMap, BTreeSet};
@@ -148,16 +226,26 @@ mod tests {
         Tuple { src, dst, sport, dport: 80, proto, ..Tuple::zeroed() }
     }
 
-    /// A connection translated to 10.0.1.9:8080; the halves were seen at the times given.
-    fn add(table: &Map<Tuple<Ip4>, CtEntry<Ip4>>, orig: Tuple<Ip4>, backend: u32, seen: [u32; 2]) {
+    fn put(tables: &Tables<Ip4>, tuple: &Tuple<Ip4>, entry: CtEntry<Ip4>) {
+        let table = if tuple.proto == proto::TCP { &tables.tcp } else { &tables.any };
+        let swapped = if tuple.is_swapped() { flags::SWAPPED } else { 0 };
+        table.put(&tuple.canonical(), &CtEntry { flags: entry.flags | swapped, ..entry }).unwrap();
+    }
+
+    /// A connection translated to 10.0.1.9:8080; its entries were seen at the times given.
+    fn add(tables: &Tables<Ip4>, orig: Tuple<Ip4>, backend: u32, seen: [u32; 2]) {
         let to = Tuple { dst: Ipv4Addr::new(10, 0, 1, 9).into(), dport: 8080, ..orig };
-        let half = |to, seen| CtEntry { to, seen, backend, ..CtEntry::zeroed() };
-        table.put(&orig, &half(to, seen[0])).unwrap();
-        table.put(&to.reversed(), &half(orig.reversed(), seen[1])).unwrap();
+        let entry = |to, seen, flags| CtEntry { to, seen, backend, flags, ..CtEntry::zeroed() };
+        put(tables, &orig, entry(to, seen[0], flags::NAT));
+        put(tables, &to.reversed(), entry(orig.reversed(), seen[1], flags::NAT | flags::REPLY));
+    }
+
+    fn is_there(ct: &Conntrack, tuple: &Tuple<Ip4>) -> bool {
+        ct.v4.find(tuple).unwrap().is_some()
     }
 
     #[test]
-    fn a_sweep_deletes_pairs_of_which_both_halves_are_old() {
+    fn a_sweep_deletes_pairs_of_which_both_entries_are_old() {
         let ct = tables();
         add(&ct.v4, tuple(1, proto::TCP), 1, [10, 10]);
         add(&ct.v4, tuple(2, proto::TCP), 1, [10, 90]);
@@ -165,8 +253,20 @@ mod tests {
         add(&ct.v4, tuple(4, proto::TCP), 1, [90, 90]);
         let swept = ct.sweep(|_, _, seen| seen < 50).unwrap();
         assert_eq!(swept, Swept { seen: 8, deleted: 2 });
-        assert_eq!(ct.v4.get(&tuple(1, proto::TCP)).unwrap(), None);
+        assert!(!is_there(&ct, &tuple(1, proto::TCP)));
         assert_eq!(ct.v4.len().unwrap(), 6);
+    }
+
+    #[test]
+    fn a_sweep_deletes_old_flows_that_nothing_translates() {
+        let ct = tables();
+        for (sport, seen) in [(1, 10), (2, 90)] {
+            let t = tuple(sport, proto::UDP);
+            put(&ct.v4, &t, CtEntry { to: t, seen, ..CtEntry::zeroed() });
+        }
+        assert_eq!(ct.sweep(|_, _, seen| seen < 50).unwrap(), Swept { seen: 2, deleted: 1 });
+        assert!(is_there(&ct, &tuple(2, proto::UDP).reversed()), "one entry serves both directions");
+        assert!(!is_there(&ct, &tuple(1, proto::UDP)));
     }
 
     #[test]
@@ -178,7 +278,7 @@ mod tests {
             let looks = Cell::new(0);
             let swept = ct.sweep(|_, _, seen| {
                 looks.set(looks.get() + 1);
-                // Both halves have been read by now.
+                // Both entries have been read by now.
                 if looks.get() == 2 {
                     let mut seen = [10, 10];
                     seen[which] = 90;
@@ -192,22 +292,39 @@ mod tests {
     }
 
     #[test]
-    fn a_half_whose_other_was_evicted_goes_when_old() {
+    fn an_entry_whose_counterpart_was_evicted_goes_when_old() {
         let ct = tables();
         add(&ct.v4, tuple(1, proto::UDP), 1, [10, 10]);
-        ct.v4.delete(&tuple(1, proto::UDP)).unwrap();
+        ct.v4.any.delete(&tuple(1, proto::UDP).canonical()).unwrap();
         assert_eq!(ct.sweep(|_, _, _| true).unwrap(), Swept { seen: 1, deleted: 1 });
     }
 
+    /// Another flow has the key of the counterpart, in the opposite direction: it is none of this connection.
     #[test]
-    fn forgetting_takes_both_halves_of_the_named_backends_and_protocol() {
+    fn a_contested_key_is_told_apart_by_its_slot() {
+        let ct = tables();
+        let orig = tuple(1, proto::TCP);
+        add(&ct.v4, orig, 1, [10, 10]);
+        let reply = Tuple { src: Ipv4Addr::new(10, 0, 1, 9).into(), sport: 8080, dst: orig.src, dport: 1, ..orig };
+        let direct = reply.reversed();
+        let key = Tuple { pad: SLOT_CONTESTED, ..direct.canonical() };
+        let swapped = if direct.is_swapped() { flags::SWAPPED } else { 0 };
+        let to = Tuple { sport: 20_000, ..direct };
+        ct.v4.tcp.put(&key, &CtEntry { to, seen: 90, flags: flags::NAT | swapped, ..CtEntry::zeroed() }).unwrap();
+        let (found, entry) = ct.v4.find(&direct).unwrap().unwrap();
+        assert!(found.pad == SLOT_CONTESTED && entry.to == to);
+        assert_eq!(ct.sweep(|_, _, seen| seen < 50).unwrap(), Swept { seen: 3, deleted: 2 });
+        assert!(is_there(&ct, &direct));
+    }
+
+    #[test]
+    fn flushing_takes_all_entries_of_the_named_backends_and_protocol() {
         let ct = tables();
         add(&ct.v4, tuple(1, proto::UDP), 7, [0, 0]);
         add(&ct.v4, tuple(2, proto::UDP), 8, [0, 0]);
         add(&ct.v4, tuple(3, proto::TCP), 7, [0, 0]);
-        let swept = ct.forget(&BTreeMap::from([(proto::UDP, BTreeSet::from([7]))])).unwrap();
+        let swept = ct.flush(&BTreeMap::from([(proto::UDP, BTreeSet::from([7]))])).unwrap();
         assert_eq!(swept, Swept { seen: 6, deleted: 2 });
-        assert_eq!(ct.v4.get(&tuple(1, proto::UDP)).unwrap(), None);
-        assert!(ct.v4.get(&tuple(3, proto::TCP)).unwrap().is_some());
+        assert!(!is_there(&ct, &tuple(1, proto::UDP)) && is_there(&ct, &tuple(3, proto::TCP)));
     }
 }

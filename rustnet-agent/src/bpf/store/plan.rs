@@ -97,7 +97,7 @@ impl BpfMaps {
                         backends.entry(*proto).or_default().extend(ids);
                     }
                 }
-                self.conntrack.forget(&backends).map(drop)
+                self.conntrack.flush(&backends).map(drop)
             }
         }
     }

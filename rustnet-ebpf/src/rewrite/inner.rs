@@ -5,21 +5,21 @@ use rustnet_common::csum::{self, Sum};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
-use super::{ICMP_CSUM, addresses, ports, store_id, store_ports};
+use super::field::{ICMP_CSUM, addresses, ports, store_id, store_ports};
 use crate::ctx::{Ctx, at_pulled};
 use crate::family::Family;
-use crate::parse::{Header4, Header6};
-use crate::step::icmp::Quotation;
+use crate::packet::InnerPacket;
+use crate::wire::{Header4, Header6};
 
 /// How a quoted header changes, and by how much that changes the sum over it.
-pub trait QuotedWriter<A>: Sized {
+pub trait WriteInner<A>: Sized {
     /// Stores the addresses of `to` at `l3`; gives the difference of the sum over the header.
-    fn requote<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<A>, to: &Tuple<A>) -> Option<Sum>;
+    fn rewrite_inner<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<A>, to: &Tuple<A>) -> Option<Sum>;
 }
 
-impl QuotedWriter<Ip4> for Header4 {
+impl WriteInner<Ip4> for Header4 {
     #[inline(always)]
-    fn requote<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<Ip4>, to: &Tuple<Ip4>) -> Option<Sum> {
+    fn rewrite_inner<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<Ip4>, to: &Tuple<Ip4>) -> Option<Sum> {
         let h = at_pulled::<Self, C>(ctx, l3)?;
         // SAFETY: `at_pulled` proved a whole header.
         unsafe {
@@ -32,9 +32,9 @@ impl QuotedWriter<Ip4> for Header4 {
     }
 }
 
-impl QuotedWriter<Ip6> for Header6 {
+impl WriteInner<Ip6> for Header6 {
     #[inline(always)]
-    fn requote<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<Ip6>, to: &Tuple<Ip6>) -> Option<Sum> {
+    fn rewrite_inner<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<Ip6>, to: &Tuple<Ip6>) -> Option<Sum> {
         let h = at_pulled::<Self, C>(ctx, l3)?;
         // SAFETY: `at_pulled` proved a whole header.
         unsafe {
@@ -48,22 +48,26 @@ impl QuotedWriter<Ip6> for Header6 {
 /// Makes the quoted packet what `to` says, and the checksum of the error at `l4` right. The quoted transport checksum
 /// stays: a quotation is cut short, nobody can verify it.
 #[inline(always)]
-pub fn quotation<F: Family, C: Ctx>(ctx: &C, l4: usize, q: &Quotation<F::A>) -> Result<(), DropReason> {
-    let (from, to) = (&q.quoted, &q.becomes);
-    let mut diff = F::Header::requote(ctx, q.l3 as usize & QUOTED_MAX, from, to).ok_or(DropReason::WriteError)?;
+pub fn inner<F: Family<Header: WriteInner<F::A>>, C: Ctx>(
+    ctx: &C,
+    l4: usize,
+    q: &InnerPacket<F::A>,
+) -> Result<(), DropReason> {
+    let (from, to) = (&q.tuple, &q.translated);
+    let mut diff = F::Header::rewrite_inner(ctx, q.l3 as usize & INNER_MAX, from, to).ok_or(DropReason::WriteError)?;
     if from.sport != to.sport || from.dport != to.dport {
-        let ports_at = q.l4 as usize & QUOTED_MAX;
+        let ports_at = q.l4 as usize & INNER_MAX;
         match from.proto {
             proto::ICMP | proto::ICMPV6 => store_id(ctx, ports_at, to.sport | to.dport)?,
             _ => store_ports(ctx, ports_at, to)?,
         }
         diff = Sum(diff.0 + ports(from, to).0);
     }
-    if diff != Sum::default() && !ctx.l4_checksum(l4 + ICMP_CSUM, diff, false, false, F::A::IS_V6) {
+    if diff != Sum::default() && !ctx.l4_csum_replace(l4 + ICMP_CSUM, diff, false, false, F::A::IS_V6) {
         return Err(DropReason::WriteError);
     }
     Ok(())
 }
 
 /// Offsets into a quotation are below this: the verifier forgets the bound of what was stored in a map.
-const QUOTED_MAX: usize = 0x3ff;
+const INNER_MAX: usize = 0x3ff;

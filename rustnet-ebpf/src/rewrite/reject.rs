@@ -1,21 +1,22 @@
-//! Answers of our own: the packet in hand becomes a TCP reset or an ICMP error to its sender.
+//! Rejections: the packet in hand becomes a TCP reset or an ICMP error to its sender.
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::bindings::bpf_adj_room_mode::{BPF_ADJ_ROOM_MAC, BPF_ADJ_ROOM_NET};
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::csum::Sum;
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
-use super::TCP_CSUM;
+use super::field::TCP_CSUM;
 use crate::ctx::{Ctx, Skb, at, at_pulled, bounded};
 use crate::family::Family;
-use crate::parse::{ETH_LEN, Ethernet, Header4, Header6, Packet, tcp};
+use crate::packet::Packet;
+use crate::wire::{ETH_LEN, Ethernet, Header4, Header6, ICMP_LEN, TCP_LEN, Tcp, tcp};
 
-/// What the sender is told.
+/// What the sender gets.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub enum Rejection {
     /// A TCP reset (RFC 9293, 3.5.2), in the name of the destination.
     Reset,
     /// ICMP port unreachable, in the name of the destination.
@@ -27,26 +28,24 @@ pub enum Answer {
 }
 
 const TTL: u8 = 64;
-const ICMP_LEN: usize = 8;
-const TCP_LEN: usize = 20;
 /// Bytes of the transport header that an error quotes: what a receiver needs, and enough that a checksum which the
 /// hardware has yet to fill in stays inside the packet.
 const QUOTED_L4: usize = 28;
 /// Words of the longest quotation: any IPv4 header, an IPv6 header with 92 bytes of extension headers.
 const QUOTED_WORDS: usize = 40;
 
-/// How a family writes the header of an answer.
-pub trait Head<A>: Copy {
+/// How a family writes the header of a rejection.
+pub trait BuildHeader<A>: Copy {
     /// A header from `src` to `dst` in front of `payload` bytes.
-    fn head(src: A, dst: A, proto: u8, payload: u16) -> Self;
+    fn build(src: A, dst: A, proto: u8, payload: u16) -> Self;
 
     /// The sum over the header.
     fn sum(&self) -> Sum;
 }
 
-impl Head<Ip4> for Header4 {
+impl BuildHeader<Ip4> for Header4 {
     #[inline(always)]
-    fn head(src: Ip4, dst: Ip4, proto: u8, payload: u16) -> Self {
+    fn build(src: Ip4, dst: Ip4, proto: u8, payload: u16) -> Self {
         let total = payload + size_of::<Self>() as u16;
         let csum = Sum::default()
             .add16(0x4500)
@@ -77,9 +76,9 @@ impl Head<Ip4> for Header4 {
     }
 }
 
-impl Head<Ip6> for Header6 {
+impl BuildHeader<Ip6> for Header6 {
     #[inline(always)]
-    fn head(src: Ip6, dst: Ip6, proto: u8, payload: u16) -> Self {
+    fn build(src: Ip6, dst: Ip6, proto: u8, payload: u16) -> Self {
         Self { ver_flow: 0x6000_0000_u32.to_be(), payload: payload.to_be(), next: proto, hop_limit: TTL, src, dst }
     }
 
@@ -100,20 +99,23 @@ fn pseudo<A: Address>(src: A, dst: A, proto: u8, len: u16) -> Sum {
     Sum::default().add_addr(src).add_addr(dst).add16(u16::from(proto)).add16(len)
 }
 
-/// Turns the packet into an answer to its sender, with the MACs swapped. `node` speaks for this node.
+/// Turns the packet into a rejection to its sender, with the MACs swapped. `router` is the source of errors that a router
+/// sends.
 #[inline(always)]
-pub fn answer<F: Family>(skb: &Skb, p: &Packet<F::A>, what: Answer, node: F::A) -> Result<(), DropReason> {
-    if p.l3() != ETH_LEN {
-        return Err(DropReason::InvalidExthdr);
-    }
+pub fn reject<F: Family<Header: BuildHeader<F::A>>>(
+    skb: &Skb,
+    p: &Packet<F::A>,
+    what: Rejection,
+    router: F::A,
+) -> Result<(), DropReason> {
     let made = match what {
-        Answer::Reset => reset::<F>(skb, p),
-        Answer::PortUnreachable if F::A::IS_V6 => error::<F>(skb, p, p.tuple.dst, [1, 4], 0),
-        Answer::PortUnreachable => error::<F>(skb, p, p.tuple.dst, [3, 3], 0),
-        Answer::TimeExceeded if F::A::IS_V6 => error::<F>(skb, p, node, [3, 0], 0),
-        Answer::TimeExceeded => error::<F>(skb, p, node, [11, 0], 0),
-        Answer::TooBig(mtu) if F::A::IS_V6 => error::<F>(skb, p, node, [2, 0], mtu),
-        Answer::TooBig(mtu) => error::<F>(skb, p, node, [3, 4], mtu),
+        Rejection::Reset => reset::<F>(skb, p),
+        Rejection::PortUnreachable if F::A::IS_V6 => error::<F>(skb, p, p.tuple.dst, [1, 4], 0),
+        Rejection::PortUnreachable => error::<F>(skb, p, p.tuple.dst, [3, 3], 0),
+        Rejection::TimeExceeded if F::A::IS_V6 => error::<F>(skb, p, router, [3, 0], 0),
+        Rejection::TimeExceeded => error::<F>(skb, p, router, [11, 0], 0),
+        Rejection::TooBig(mtu) if F::A::IS_V6 => error::<F>(skb, p, router, [2, 0], mtu),
+        Rejection::TooBig(mtu) => error::<F>(skb, p, router, [3, 4], mtu),
     };
     made.and_then(|()| swap_macs(skb)).ok_or(DropReason::WriteError)
 }
@@ -140,46 +142,36 @@ fn trim(skb: &Skb, len: usize) -> Option<()> {
     if unsafe { helper::bpf_skb_change_tail(skb.raw(), len as u32, 0) } == 0 { Some(()) } else { None }
 }
 
-/// A TCP header without options, as words of 16 bits and two numbers.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Tcp {
-    sport: u16,
-    dport: u16,
-    seq: u32,
-    ack: u32,
-    offset_flags: u16,
-    window: u16,
-    csum: u16,
-    urgent: u16,
-}
-
 /// The reset that closes what the packet wants: it takes its sequence number from the packet's acknowledgement, or
 /// acknowledges all of the packet.
 #[inline(always)]
-fn reset<F: Family>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
-    let t = at_pulled::<Tcp, _>(skb, p.l4())?;
-    // SAFETY: `at_pulled` proved a whole TCP header.
-    let t = unsafe { t.read() };
-    let header = ((u16::from_be(t.offset_flags) >> 12) as u32) * 4;
+fn reset<F: Family<Header: BuildHeader<F::A>>>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
     let (seq, ack, flags) = if p.tcp_flags & tcp::ACK != 0 {
-        (t.ack, 0, tcp::RST)
+        (p.ack.to_be(), 0, tcp::RST)
     } else {
-        let payload = p.ip_len.wrapping_sub(p.l4().wrapping_sub(p.l3()) as u32).wrapping_sub(header);
-        let control = u32::from(p.tcp_flags & tcp::SYN != 0) + u32::from(p.tcp_flags & tcp::FIN != 0);
-        (0, u32::from_be(t.seq).wrapping_add(payload).wrapping_add(control).to_be(), tcp::RST | tcp::ACK)
+        (0, p.seq_end.to_be(), tcp::RST | tcp::ACK)
     };
     let ip = size_of::<F::Header>();
-    trim(skb, ETH_LEN + ip + TCP_LEN)?;
+    // Options and extension headers go with their room, not by a shorter packet alone: the kernel refuses to cut into a
+    // transport header whose checksum is left to a device.
+    trim(skb, p.l4() + TCP_LEN)?;
+    let extra = p.l4().wrapping_sub(ETH_LEN + ip);
+    if extra != 0 {
+        // SAFETY: the helper checks the length against the packet, and moves what stands in front.
+        let rc = unsafe { helper::bpf_skb_adjust_room(skb.raw(), -(extra as i32), BPF_ADJ_ROOM_NET, 0) };
+        if rc != 0 {
+            return None;
+        }
+    }
     let offset_flags = 5 << 12 | u16::from(flags);
     let pseudo = pseudo(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16);
     let whole = pseudo.add16(p.tuple.dport).add16(p.tuple.sport).add(seq).add(ack).add16(offset_flags);
     let h = at_pulled::<F::Header, _>(skb, ETH_LEN)?;
-    let head = F::Header::head(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16);
+    let header = F::Header::build(p.tuple.dst, p.tuple.src, proto::TCP, TCP_LEN as u16);
     // A transport whose checksum is right sums up to the complement of its pseudo header.
-    let sum = head.sum().add(u32::from(pseudo.finish()));
+    let sum = header.sum().add(u32::from(pseudo.finish()));
     // SAFETY: `at_pulled` proved a whole IP header.
-    unsafe { h.write(head) };
+    unsafe { h.write(header) };
     let t = at_pulled::<Tcp, _>(skb, ETH_LEN + ip)?;
     // SAFETY: `at_pulled` proved a whole TCP header.
     unsafe {
@@ -197,16 +189,22 @@ fn reset<F: Family>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
     }
     // For all others the rest of the way to the finished checksum; the helper leaves out just the frames that a device will
     // finish, which a program cannot tell by itself.
-    if !skb.l4_checksum(ETH_LEN + ip + TCP_CSUM, Sum(pseudo.0 + whole.0), false, false, F::A::IS_V6) {
+    if !skb.l4_csum_replace(ETH_LEN + ip + TCP_CSUM, Sum(pseudo.0 + whole.0), false, false, F::A::IS_V6) {
         return None;
     }
-    skb.sum_becomes(sum);
+    skb.set_csum(sum);
     Some(())
 }
 
 /// An ICMP error that quotes the packet.
 #[inline(always)]
-fn error<F: Family>(skb: &Skb, p: &Packet<F::A>, src: F::A, kind: [u8; 2], rest: u32) -> Option<()> {
+fn error<F: Family<Header: BuildHeader<F::A>>>(
+    skb: &Skb,
+    p: &Packet<F::A>,
+    src: F::A,
+    kind: [u8; 2],
+    rest: u32,
+) -> Option<()> {
     let icmp = if F::A::IS_V6 { proto::ICMPV6 } else { proto::ICMP };
     let ip = size_of::<F::Header>();
     let limit = p.l4().wrapping_sub(p.l3()) + QUOTED_L4;
@@ -233,14 +231,14 @@ fn error<F: Family>(skb: &Skb, p: &Packet<F::A>, src: F::A, kind: [u8; 2], rest:
     let head = [u16::from_be_bytes(kind), 0, (rest >> 16) as u16, rest as u16];
     let csum = sum.add16(head[0]).add16(head[2]).add16(head[3]).finish();
     let h = at::<F::Header, _>(skb, ETH_LEN)?;
-    let outer = F::Header::head(src, dst, icmp, payload);
+    let outer = F::Header::build(src, dst, icmp, payload);
     let whole = outer.sum().add(u32::from(pseudo.finish()));
     // SAFETY: `at` proved a whole IP header.
     unsafe { h.write(outer) };
     let h = at::<[u16; 4], _>(skb, ETH_LEN + ip)?;
     // SAFETY: `at` proved the eight bytes of an ICMP header.
     unsafe { h.write([head[0].to_be(), csum, head[2].to_be(), head[3].to_be()]) };
-    skb.sum_becomes(whole);
+    skb.set_csum(whole);
     Some(())
 }
 

@@ -1,0 +1,319 @@
+//! Admission of new flows. Contract: the one place that opens connections. It reserves the tuple of the answers, choosing another
+//! source port where the answers could not be told apart, and inserts the entries.
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::cty::c_void;
+use aya_ebpf::helpers::generated as helper;
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::config::{self, NodeConfig};
+use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, Side, elapsed, flags, lifetime, state};
+use rustnet_common::drop::DropReason;
+use rustnet_common::hash;
+use rustnet_common::tuple::{Tuple, proto};
+
+use super::conntrack::NOTHING_SENT;
+use super::table::{self, Placed};
+use super::route;
+use crate::ctx::{Ctx, Skb, jiffies, random};
+use crate::event::Report;
+use crate::family::{Family, V4, V6};
+use crate::maps;
+use crate::outcome::{Dropped, PackedResult};
+use crate::packet::{Flow, NewConnection, Packet, Source};
+use crate::parse;
+
+/// Random source ports tried before a connection is refused: with 95 of 100 taken, two in a million searches fail.
+const TRIES: u32 = 256;
+/// As many for a destination where such a search has failed within a second: a search costs more than a packet.
+const TRIES_WHEN_FULL: u32 = 8;
+/// Of these, the first that leave alone connections which merely are closing.
+const KEEP_CLOSING_TRIES: u32 = 16;
+
+/// Opens the connection of a new flow, as the flow in this CPU's scratch memory says; its source port may change. Emits a flow
+/// event if `FLOW_EVENTS` is set.
+#[inline(always)]
+pub fn admit<F: Report + Create>(
+    skb: &Skb,
+    p: &Packet<F::A>,
+    config: &NodeConfig,
+    source: Source,
+    hook: u8,
+) -> Result<(), DropReason> {
+    if F::create(p, source, skb.len()).result().map_err(|dropped| dropped.reason)? == NEEDS_PAIR {
+        F::create_pair().into_unit()?;
+    }
+    parse::remember_ports::<F>(p, skb.ifindex());
+    if config.flags & config::flags::FLOW_EVENTS != 0 {
+        F::report(skb, p.l3(), DropReason::Forwarded, hook);
+    }
+    Ok(())
+}
+
+/// Creation of connections of one family.
+pub trait Create: Family {
+    /// Inserts the entry of a packet's flow, or returns [`NEEDS_PAIR`]. `len` is the length of its frame.
+    fn create(p: &Packet<Self::A>, source: Source, len: u32) -> PackedResult;
+    /// Inserts both entries of the flow that [`Create::create`] was called for.
+    fn create_pair() -> PackedResult;
+}
+
+/// The flow is translated: each direction needs an entry of its own.
+const NEEDS_PAIR: i32 = 1;
+
+/// Declares a family's creation as a function with global linkage, for the reason that the parser is one.
+macro_rules! global {
+    ($family:ident, $addr:ident, $name:ident, $pair:ident) => {
+        impl Create for $family {
+            #[inline(always)]
+            fn create(p: &Packet<$addr>, source: Source, len: u32) -> PackedResult {
+                PackedResult::from_bits($name(p, source.ifindex, source.bytes[0], source.bytes[1], len))
+            }
+            #[inline(always)]
+            fn create_pair() -> PackedResult {
+                PackedResult::from_bits($pair())
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $pair() -> u64 {
+            PackedResult::new(create_pair::<$family>().map(|()| 0).map_err(Dropped::from)).bits()
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(p: *const Packet<$addr>, ifindex: u32, source: u64, source2: u64, len: u32) -> u64 {
+            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
+            let created = match unsafe { p.as_ref() } {
+                Some(p) => create::<$family>(p, Source { ifindex, bytes: [source, source2] }, len),
+                None => Err(DropReason::CtCreateFailed),
+            };
+            PackedResult::new(created.map_err(Dropped::from)).bits()
+        }
+    };
+}
+
+global!(V4, Ip4, rn_ct_create4, rn_ct_pair4);
+global!(V6, Ip6, rn_ct_create6, rn_ct_pair6);
+
+/// Fills in the connection in this CPU's scratch memory.
+#[inline(always)]
+fn prepare<A: Address>(c: &mut NewConnection<A>, flow: &Flow<A>, p: &Packet<A>, source: Source, len: u32) {
+    let local = if source.ifindex == NOT_LOCAL { NOT_LOCAL } else { route::local_pod(p.tuple.src) };
+    let egress = if flow.to.egress == 0 { route::local_pod(flow.to.tuple.dst) } else { flow.to.egress };
+    c.tuple = p.tuple;
+    c.key = p.key;
+    c.original.to = flow.to.tuple;
+    c.original.flags = flow.flags | if p.is_swapped { flags::SWAPPED } else { 0 };
+    c.original.policy = 0;
+    c.original.seen = jiffies();
+    c.original.state = 0;
+    c.original.backend = flow.backend;
+    c.original.identity = 0;
+    c.original.sides[0] = Side {
+        bytes: u64::from(len),
+        source: source.bytes,
+        packets: 1,
+        ifindex: local,
+        seq_end: p.seq_end,
+        ack: p.ack,
+    };
+    c.original.sides[1] = Side { ifindex: egress, ..NOTHING_SENT };
+}
+
+/// True for protocols whose source port can be changed.
+#[inline(always)]
+fn has_ports<A: Address>(t: &Tuple<A>) -> bool {
+    match t.proto {
+        proto::TCP | proto::UDP | proto::SCTP => true,
+        // Of ICMP only the request of an echo.
+        proto::ICMP | proto::ICMPV6 => t.dport == 0 && t.sport != 0,
+        _ => false,
+    }
+}
+
+#[inline(always)]
+fn create<F: Placed>(p: &Packet<F::A>, source: Source, len: u32) -> Result<i32, DropReason> {
+    let scratch = F::scratch().ok_or(DropReason::CtCreateFailed)?;
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and the hook does not use its borrow of
+    // the flow while this runs.
+    let (c, flow) = unsafe { (&mut (*scratch).connection, &(*scratch).flow) };
+    prepare(c, flow, p, source, len);
+    let place = F::place(&c.key, p.is_swapped);
+    if place.is_taken {
+        // Another CPU opened this flow a moment ago.
+        return Ok(0);
+    }
+    c.key.pad = place.slot;
+    if c.original.to != c.tuple || place.is_contested {
+        return Ok(NEEDS_PAIR);
+    }
+    // One entry for both directions.
+    if table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into()) { Ok(0) } else { Err(DropReason::CtCreateFailed) }
+}
+
+#[inline(always)]
+fn create_pair<F: Reserve>() -> Result<(), DropReason> {
+    let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else {
+        return Err(DropReason::CtCreateFailed);
+    };
+    // SAFETY: see `create`.
+    let (c, flow) = unsafe { (&mut (*scratch).connection, &mut (*scratch).flow) };
+    let ports = has_ports(&c.tuple);
+    if ports && c.original.flags & flags::MASQ != 0 && !is_snat_port(config, c.original.to.sport) {
+        // From the flow's hash: a connection that was evicted gets its port again.
+        c.original.to.sport = port(config, hash::flow(&c.tuple, config.seed));
+    }
+    c.original.flags |= flags::NAT;
+    c.reply = c.original;
+    c.reply.to = c.tuple.reversed();
+    c.reply.sides = [Side { ifindex: c.original.sides[1].ifindex, ..NOTHING_SENT }, Side {
+        ifindex: c.original.sides[0].ifindex,
+        ..NOTHING_SENT
+    }];
+    let mut reservation = if c.original.to == c.tuple {
+        // Not translated for a reason of its own: only another source port sets its answers apart.
+        Reservation::TAKEN
+    } else {
+        F::reserve(!ports)
+    };
+    if reservation == Reservation::TAKEN && ports {
+        reservation = search::<F>(c, config, reservation);
+    }
+    match reservation {
+        Reservation::RESERVED => {}
+        Reservation::TAKEN => return Err(DropReason::NatNoMapping),
+        _ => return Err(DropReason::CtCreateFailed),
+    }
+    flow.to.tuple.sport = c.original.to.sport;
+    if table::insert::<F>(&c.key, &c.original, BPF_ANY.into()) { Ok(()) } else { Err(DropReason::CtCreateFailed) }
+}
+
+/// Results of [`reserve`], as the callback of a helper can hand them on.
+struct Reservation;
+
+impl Reservation {
+    /// The entry of the reply direction is in.
+    const RESERVED: u32 = 0;
+    /// Another connection has that tuple.
+    const TAKEN: u32 = 1;
+    /// The table takes nothing.
+    const FULL: u32 = 2;
+}
+
+/// Reservations of one family.
+trait Reserve: Placed {
+    /// See [`reserve`].
+    fn reserve(reuse_closing: bool) -> u32;
+}
+
+/// Declares a family's function with global linkage, for the reason that the parser is one.
+macro_rules! global {
+    ($family:ident, $name:ident) => {
+        impl Reserve for $family {
+            #[inline(always)]
+            fn reserve(reuse_closing: bool) -> u32 {
+                $name(u32::from(reuse_closing))
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(reuse_closing: u32) -> u32 {
+            reserve::<$family>(reuse_closing != 0)
+        }
+    };
+}
+
+global!(V4, rn_ct_reserve4);
+global!(V6, rn_ct_reserve6);
+
+/// Inserts the entry of the reply direction, unless its tuple belongs to another connection. A closing connection counts, too,
+/// unless `reuse_closing`: the far end may hold it in TIME_WAIT, and delays a SYN there (RFC 6191).
+#[inline(always)]
+fn reserve<F: Placed>(reuse_closing: bool) -> u32 {
+    let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else { return Reservation::FULL };
+    // SAFETY: as in `create`; the callers do not use their borrows while this runs.
+    let c = unsafe { &mut (*scratch).connection };
+    let is_swapped = c.original.to.store_reverse_canonical(&mut c.reply_key);
+    let swapped = if is_swapped { flags::SWAPPED } else { 0 };
+    c.reply.flags = (c.original.flags & !flags::SWAPPED) | flags::REPLY | swapped;
+    let place = F::place(&c.reply_key, is_swapped);
+    c.reply_key.pad = place.slot;
+    let mut how = BPF_NOEXIST;
+    if place.is_taken {
+        let entry = table::get::<F>(&c.reply_key);
+        if !entry.is_null() && !is_reusable(c, entry, config, reuse_closing) {
+            return Reservation::TAKEN;
+        }
+        how = BPF_ANY;
+    }
+    if table::insert::<F>(&c.reply_key, &c.reply, how.into()) { Reservation::RESERVED } else { Reservation::FULL }
+}
+
+/// True if the entry of a reply direction belongs to this very connection, or to one that is over.
+#[inline(always)]
+fn is_reusable<A: Address>(
+    c: &NewConnection<A>,
+    entry: *const CtEntry<A>,
+    config: &NodeConfig,
+    reuse_closing: bool,
+) -> bool {
+    // SAFETY: a map value stays readable for this run of the program.
+    let (to, old_state, seen) = unsafe { (&(*entry).to, (*entry).state, (*entry).seen) };
+    *to == c.reply.to
+        || (reuse_closing && state::is_closing(old_state))
+        || elapsed(c.original.seen, seen) >= lifetime(c.reply_key.proto, old_state).wrapping_mul(config.hz)
+}
+
+/// Searches a source port for which the answers can be told apart.
+#[inline(always)]
+fn search<F: Reserve>(c: &mut NewConnection<F::A>, config: &NodeConfig, mut reservation: u32) -> u32 {
+    let towards = Tuple { sport: 0, ..c.original.to };
+    let number = hash::flow(&towards, config.seed);
+    let full = maps::rn_nat_full.get_ptr_mut(number & (maps::NAT_FULL_SLOTS - 1));
+    // SAFETY: an array's element; two words that another CPU may write in between only cost a longer or shorter search.
+    let is_full = full.is_some_and(|full| unsafe {
+        (*full).destination == number && elapsed(c.original.seen, (*full).since) < config.hz
+    });
+    let tries = if is_full { TRIES_WHEN_FULL } else { TRIES };
+    // SAFETY: the callback has the signature that the helper wants, and `reservation` outlives the call.
+    unsafe { helper::bpf_loop(tries, try_random_port::<F> as *mut c_void, (&raw mut reservation).cast(), 0) };
+    if reservation == Reservation::TAKEN
+        && !is_full
+        && let Some(full) = full
+    {
+        // SAFETY: see above.
+        unsafe { *full = maps::NatFull { destination: number, since: c.original.seen } };
+    }
+    reservation
+}
+
+/// One round of [`search`]: `bpf_loop` calls it until it returns 1. The verifier checks it once.
+extern "C" fn try_random_port<F: Reserve>(round: u32, reservation: *mut c_void) -> u64 {
+    let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else { return 1 };
+    // SAFETY: as in `create`; the caller does not use its borrow while the helper runs.
+    let c = unsafe { &mut (*scratch).connection };
+    c.original.to.sport = port(config, random());
+    let found = F::reserve(round >= KEEP_CLOSING_TRIES);
+    // SAFETY: `search` passes a pointer to its own variable.
+    unsafe { *reservation.cast::<u32>() = found };
+    u64::from(found != Reservation::TAKEN)
+}
+
+/// True for ports that translation may use.
+#[inline(always)]
+fn is_snat_port(config: &NodeConfig, port: u16) -> bool {
+    (config.snat_min..=config.snat_max).contains(&port) && port != config.overlay_port
+}
+
+/// Maps a number to a port that translation may use: the SNAT range without the overlay's port, whose packets the kernel's
+/// tunnel socket takes.
+#[inline(always)]
+fn port(config: &NodeConfig, number: u32) -> u16 {
+    let span = u32::from(config.snat_max.wrapping_sub(config.snat_min)) + 1;
+    let port = config.snat_min.wrapping_add(hash::pick(number, span) as u16);
+    match port {
+        port if port != config.overlay_port => port,
+        last if last == config.snat_max => config.snat_min,
+        port => port.wrapping_add(1),
+    }
+}
+

@@ -1,0 +1,198 @@
+//! The kernel's routes and neighbours. Contract: arms a redirect to where they lead, or says why there is none. Changes nothing.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::generated as helper;
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::drop::DropReason;
+use rustnet_common::tuple::Tuple;
+
+use crate::ctx::{Ctx, Skb};
+use crate::family::{Family, V4, V6};
+use crate::outcome::{Dropped, PackedResult};
+
+/// `struct bpf_fib_lookup` (uapi/linux/bpf.h), with its unions as plain words.
+#[repr(C)]
+struct FibLookup {
+    family: u8,
+    l4_protocol: u8,
+    sport: u16,
+    dport: u16,
+    /// In: length to check against the MTU; out: the MTU.
+    tot_len: u16,
+    /// In: the interface to look from; out: the one to leave by.
+    ifindex: u32,
+    tos: u32,
+    src: [u32; 4],
+    /// In: the destination; out: the next hop.
+    dst: [u32; 4],
+    vlan: u32,
+    macs: [u16; 6],
+}
+
+/// `struct bpf_redir_neigh`.
+#[repr(C)]
+struct NextHop {
+    family: u32,
+    addr: [u32; 4],
+}
+
+const BPF_FIB_LOOKUP_OUTPUT: u32 = 2;
+const RET_SUCCESS: i64 = 0;
+const RET_UNSUPP_LWT: i64 = 6;
+const RET_NO_NEIGH: i64 = 7;
+const RET_FRAG_NEEDED: i64 = 8;
+const MTU_FRAG_NEEDED: i64 = 1;
+
+/// What the kernel's tables say.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Fib {
+    /// The redirect is armed: the verdict of the program.
+    Redirect(i32),
+    /// The tables lead nowhere, or to this host: its own stack decides.
+    NoRoute,
+    /// The packet exceeds this MTU, and may be fragmented.
+    NeedsFragmentation(u32),
+}
+
+impl Fib {
+    /// No verdict of a redirect is negative.
+    const NO_ROUTE: i32 = -1;
+
+    /// An MTU, below [`Self::NO_ROUTE`].
+    #[inline(always)]
+    fn needs_fragmentation(mtu: u32) -> i32 {
+        Self::NO_ROUTE.wrapping_sub((mtu & 0xffff) as i32)
+    }
+
+    #[inline(always)]
+    fn from_code(code: i32) -> Self {
+        match code {
+            Self::NO_ROUTE => Self::NoRoute,
+            mtu if mtu < 0 => Self::NeedsFragmentation(Self::NO_ROUTE.wrapping_sub(mtu) as u32),
+            verdict => Self::Redirect(verdict),
+        }
+    }
+}
+
+/// The kernel's routes for packets of one family.
+pub trait Routed: Family {
+    /// See [`redirect`].
+    fn fib(skb: &Skb, to: &Tuple<Self::A>, mtu_len: u32, is_output: bool) -> PackedResult;
+}
+
+/// Arms a redirect along the kernel's route to `to.dst`. `mtu_len` is checked against the path's MTU, 0 if the packet may be
+/// fragmented; `is_output` looks as a local sender would.
+#[inline(always)]
+pub fn redirect<F: Routed>(skb: &Skb, to: &Tuple<F::A>, mtu_len: u32, is_output: bool) -> Result<Fib, Dropped> {
+    F::fib(skb, to, mtu_len, is_output).result().map(Fib::from_code)
+}
+
+/// Declares a family's look-up as a function with global linkage, for the reason that the parser is one.
+macro_rules! global {
+    ($name:ident, $family:ty, $addr:ty) => {
+        /// See [`redirect`].
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(skb: *mut __sk_buff, to: *const Tuple<$addr>, mtu_len: u32, is_output: u32) -> u64 {
+            if to.is_null() {
+                return PackedResult::new(Err(DropReason::NoFib.into())).bits();
+            }
+            // SAFETY: the only caller is below and passes a reference; the verifier checks its size.
+            let to = unsafe { &*to };
+            PackedResult::new(try_redirect::<$family>(&Skb(skb), to, mtu_len, is_output != 0)).bits()
+        }
+
+        impl Routed for $family {
+            #[inline(always)]
+            fn fib(skb: &Skb, to: &Tuple<$addr>, mtu_len: u32, is_output: bool) -> PackedResult {
+                PackedResult::from_bits($name(skb.raw(), to, mtu_len, u32::from(is_output)))
+            }
+        }
+    };
+}
+
+global!(rn_fib4, V4, Ip4);
+global!(rn_fib6, V6, Ip6);
+
+#[inline(always)]
+fn try_redirect<F: Family>(skb: &Skb, to: &Tuple<F::A>, mtu_len: u32, is_output: bool) -> Result<i32, Dropped> {
+    let mut fib = FibLookup {
+        family: F::AF,
+        l4_protocol: to.proto,
+        sport: to.sport.to_be(),
+        dport: to.dport.to_be(),
+        tot_len: mtu_len as u16,
+        ifindex: skb.ifindex(),
+        tos: 0,
+        src: to.src.words(),
+        dst: to.dst.words(),
+        vlan: 0,
+        macs: [0; 6],
+    };
+    // SAFETY: `fib` has the layout and the size of the kernel's structure.
+    let rc = unsafe {
+        helper::bpf_fib_lookup(
+            skb.raw().cast(),
+            (&raw mut fib).cast(),
+            size_of::<FibLookup>() as i32,
+            if is_output { BPF_FIB_LOOKUP_OUTPUT } else { 0 },
+        )
+    };
+    match rc {
+        // The family may change on the way: an IPv4 route can have an IPv6 next hop (RFC 5549).
+        RET_SUCCESS | RET_NO_NEIGH => Ok(redirect_neigh(fib.ifindex, fib.family, fib.dst)),
+        RET_FRAG_NEEDED if mtu_len == 0 => Ok(Fib::needs_fragmentation(u32::from(fib.tot_len))),
+        RET_FRAG_NEEDED => Err(Dropped { reason: DropReason::FragNeeded, mtu: u32::from(fib.tot_len) }),
+        RET_UNSUPP_LWT => Err(DropReason::NoFib.into()),
+        _ => Ok(Fib::NO_ROUTE),
+    }
+}
+
+/// Redirects out of an interface, to the MAC that the neighbour table has for the next hop.
+#[inline(always)]
+fn redirect_neigh(ifindex: u32, family: u8, addr: [u32; 4]) -> i32 {
+    let mut hop = NextHop { family: u32::from(family), addr };
+    // SAFETY: `hop` has the layout and the size of the kernel's structure.
+    unsafe { helper::bpf_redirect_neigh(ifindex, (&raw mut hop).cast(), size_of::<NextHop>() as i32, 0) as i32 }
+}
+
+/// Arms a redirect to the pod `dst` through the qdisc of the host's veth `ifindex`; the pod is its own next hop. `mtu_len` is
+/// checked against the veth's MTU. Where it is 0 and the packet exceeds the MTU, the caller fragments if `can_fragment`.
+#[inline(always)]
+pub fn redirect_via_qdisc<F: Family>(
+    skb: &Skb,
+    ifindex: u32,
+    dst: &F::A,
+    mtu_len: u32,
+    can_fragment: bool,
+) -> Result<Fib, Dropped> {
+    packed_via_qdisc::<F>(skb, ifindex, dst, mtu_len, can_fragment).result().map(Fib::from_code)
+}
+
+/// A function of its own for the sake of its stack frame.
+#[inline(never)]
+fn packed_via_qdisc<F: Family>(skb: &Skb, ifindex: u32, dst: &F::A, mtu_len: u32, can_fragment: bool) -> PackedResult {
+    PackedResult::new(try_via_qdisc::<F>(skb, ifindex, *dst, mtu_len, can_fragment))
+}
+
+#[inline(always)]
+fn try_via_qdisc<F: Family>(
+    skb: &Skb,
+    ifindex: u32,
+    dst: F::A,
+    mtu_len: u32,
+    can_fragment: bool,
+) -> Result<i32, Dropped> {
+    // In: 0, so that the helper measures the packet itself, unless it stands for several; out: the MTU.
+    let mut mtu = 0;
+    // SAFETY: `mtu` is the word that the helper wants.
+    let rc = unsafe { helper::bpf_check_mtu(skb.raw().cast(), ifindex, &raw mut mtu, 0, 0) };
+    match rc {
+        _ if rc < 0 => Err(DropReason::NoFib.into()),
+        MTU_FRAG_NEEDED if mtu_len == 0 && can_fragment => Ok(Fib::needs_fragmentation(mtu)),
+        _ if mtu_len > mtu || (mtu_len == 0 && rc == MTU_FRAG_NEEDED) => {
+            Err(Dropped { reason: DropReason::FragNeeded, mtu })
+        }
+        _ => Ok(redirect_neigh(ifindex, F::AF, dst.words())),
+    }
+}

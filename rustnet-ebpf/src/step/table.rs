@@ -1,0 +1,142 @@
+//! The connection tables. Contract: finds the entry that serves a packet, and the place for a new one. The only step that knows
+//! of the two tables of a family and of the slots of a key ([`rustnet_common::conntrack`]).
+
+use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, flags};
+use rustnet_common::tuple::{Tuple, proto};
+
+use crate::ctx::distinct;
+use crate::family::{Family, V4, V6};
+
+/// The entry that serves packets of the key in one direction; null if there is none.
+#[inline(always)]
+pub fn find<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
+    let entry = get::<F>(key);
+    if !entry.is_null() && serves(entry, is_swapped) {
+        return entry;
+    }
+    // Rare with an entry, usual without: then the flow is new.
+    let other = second::<F>(key);
+    if !other.is_null() && serves(other, is_swapped) {
+        return other;
+    }
+    core::ptr::null_mut()
+}
+
+/// What both slots of a key hold for packets of one direction.
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// An entry serves them, in this slot.
+    pub is_taken: bool,
+    /// The slot of that entry, or the slot for a new one.
+    pub slot: u8,
+    /// An entry of the opposite direction has the same key: a flow that nothing translates would take its packets.
+    pub is_contested: bool,
+}
+
+/// Places of one family.
+pub trait Placed: Family {
+    /// Finds the place of an entry that serves packets of the key in one direction.
+    fn place(key: &Tuple<Self::A>, is_swapped: bool) -> Place;
+}
+
+/// Declares a family's function with global linkage, for the reason that the parser is one. Bit 0 of its result: taken; bit 1:
+/// contested; above: the slot.
+macro_rules! global {
+    ($family:ident, $addr:ident, $name:ident) => {
+        impl Placed for $family {
+            #[inline(always)]
+            fn place(key: &Tuple<$addr>, is_swapped: bool) -> Place {
+                let bits = $name(key, u32::from(is_swapped));
+                Place { is_taken: bits & 1 != 0, slot: (bits >> 8 & 1) as u8, is_contested: bits & 2 != 0 }
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(key: *const Tuple<$addr>, is_swapped: u32) -> u32 {
+            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
+            let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
+            let place = find_place::<$family>(key, is_swapped != 0);
+            u32::from(place.is_taken) | u32::from(place.is_contested) << 1 | u32::from(place.slot) << 8
+        }
+    };
+}
+
+global!(V4, Ip4, rn_ct_place4);
+global!(V6, Ip6, rn_ct_place6);
+
+#[inline(always)]
+fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
+    let mut place = Place { is_taken: false, slot: 0, is_contested: false };
+    let entry = get::<F>(key);
+    if !entry.is_null() {
+        if serves(entry, is_swapped) {
+            place.is_taken = true;
+            return place;
+        }
+        place.is_contested = true;
+        place.slot = SLOT_CONTESTED;
+    }
+    let other = second::<F>(key);
+    if !other.is_null() {
+        if serves(other, is_swapped) {
+            place.is_taken = true;
+            place.slot = SLOT_CONTESTED;
+        } else {
+            place.is_contested = true;
+        }
+    }
+    place
+}
+
+/// The entry in the second slot of a key.
+#[inline(never)]
+fn second<F: Family>(key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
+    let Some(scratch) = F::scratch() else { return core::ptr::null_mut() };
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and this is the only use of the field.
+    let slot_key = unsafe { &mut (*scratch).slot_key };
+    *slot_key = *key;
+    slot_key.pad = SLOT_CONTESTED;
+    get::<F>(slot_key)
+}
+
+/// True if an entry serves packets of this direction.
+#[inline(always)]
+pub fn serves<A>(entry: *const CtEntry<A>, is_swapped: bool) -> bool {
+    // SAFETY: callers pass the value of a map, which stays readable for this run of the program.
+    let flags = unsafe { (*entry).flags };
+    flags & flags::NAT == 0 || (flags & flags::SWAPPED != 0) == is_swapped
+}
+
+/// The entry under exactly this key, or null.
+#[inline(always)]
+pub fn get<F: Family>(key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
+    // Two call sites: with one, the kernel could not tell which map is meant, and would not inline the look-up.
+    let found = if key.proto == proto::TCP {
+        distinct::<0, _>(F::tcp_connections().get_ptr_mut(key).unwrap_or(core::ptr::null_mut()))
+    } else {
+        distinct::<1, _>(F::other_connections().get_ptr_mut(key).unwrap_or(core::ptr::null_mut()))
+    };
+    found
+}
+
+/// Inserts an entry; `flags` are those of `bpf_map_update_elem`.
+#[inline(always)]
+pub fn insert<F: Family>(key: &Tuple<F::A>, entry: &CtEntry<F::A>, flags: u64) -> bool {
+    if key.proto == proto::TCP {
+        F::tcp_connections().insert(key, entry, flags).is_ok()
+    } else {
+        F::other_connections().insert(key, entry, flags).is_ok()
+    }
+}
+
+/// Deletes the entry under exactly this key.
+#[inline(always)]
+pub fn delete<F: Family>(key: &Tuple<F::A>) {
+    // An entry that another CPU or the kernel removed first is as good as deleted.
+    let _ = if key.proto == proto::TCP {
+        F::tcp_connections().remove(key)
+    } else {
+        F::other_connections().remove(key)
+    };
+}

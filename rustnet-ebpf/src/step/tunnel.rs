@@ -1,0 +1,78 @@
+//! Tunnel metadata of a packet. Contract: reads and writes the far end and the network identifier that the overlay device
+//! takes from, or gives to, the outer headers.
+
+use aya_ebpf::helpers::generated as helper;
+use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
+use rustnet_common::config::NodeConfig;
+
+use crate::ctx::Skb;
+
+/// `struct bpf_tunnel_key` without the near end: the size that all kernels take.
+#[repr(C)]
+struct TunnelKey {
+    id: u32,
+    /// Far end: word 0 in host order for IPv4, network order words for IPv6.
+    remote: [u32; 4],
+    tos: u8,
+    ttl: u8,
+    ext: u16,
+    label: u32,
+}
+
+/// The far end is IPv6.
+const BPF_F_TUNINFO_IPV6: u64 = 1;
+const BPF_F_ZERO_CSUM_TX: u64 = 2;
+
+/// The tunnel that a packet came through.
+#[derive(Clone, Copy)]
+pub struct Tunnel {
+    /// The far end, IPv4 as mapped; unspecified if the packet came through no tunnel.
+    pub remote: Addr,
+    /// The network identifier (VNI).
+    pub id: u32,
+}
+
+impl Tunnel {
+    /// No tunnel.
+    pub const NONE: Self = Self { remote: Addr::UNSPECIFIED, id: 0 };
+}
+
+/// Reads the tunnel that the packet came through.
+#[inline(never)]
+pub fn read(skb: &Skb, out: &mut Tunnel) {
+    let mut key = TunnelKey { id: 0, remote: [0; 4], tos: 0, ttl: 0, ext: 0, label: 0 };
+    let (p, len) = ((&raw mut key).cast(), size_of::<TunnelKey>() as u32);
+    // SAFETY: `key` has the size that is passed. The helper refuses to read an IPv6 tunnel as an IPv4 one.
+    out.remote = if unsafe { helper::bpf_skb_get_tunnel_key(skb.raw(), p, len, 0) } == 0 {
+        Ip4::from_word(key.remote[0].to_be()).to_addr()
+    } else {
+        // SAFETY: as above.
+        unsafe { helper::bpf_skb_get_tunnel_key(skb.raw(), p, len, BPF_F_TUNINFO_IPV6) };
+        match Ip6::from_words(key.remote) {
+            // The device listens on sockets of both families; the IPv4 one is read above. A mapped address here is forged.
+            mapped if mapped.is_v4() => Addr::UNSPECIFIED,
+            remote => remote,
+        }
+    };
+    out.id = key.id;
+}
+
+/// Sets the tunnel that the packet leaves by.
+#[inline(never)]
+pub fn set(skb: &Skb, node: &Addr, config: &NodeConfig) -> bool {
+    let words = node.words();
+    let v4 = node.is_v4();
+    let mut key = TunnelKey {
+        id: config.vni,
+        remote: if v4 { [u32::from_be(words[3]), 0, 0, 0] } else { words },
+        tos: 0,
+        ttl: 64,
+        ext: 0,
+        label: 0,
+    };
+    let flags = if v4 { BPF_F_ZERO_CSUM_TX } else { BPF_F_TUNINFO_IPV6 | BPF_F_ZERO_CSUM_TX };
+    // SAFETY: `key` has the size that is passed; the near end is left to the kernel by leaving it out.
+    unsafe {
+        helper::bpf_skb_set_tunnel_key(skb.raw(), (&raw mut key).cast(), size_of::<TunnelKey>() as u32, flags) == 0
+    }
+}
