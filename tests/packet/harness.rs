@@ -128,7 +128,7 @@ impl Lab {
             snat_min: *SNAT.start(),
             snat_max: *SNAT.end(),
             flags: config::flags::MASQUERADE,
-            vni: 1,
+            vni: VNI,
             hz: HZ,
             seed: 7,
         };
@@ -362,7 +362,9 @@ impl Lab {
     /// A frame comes out of the tunnel from `node`.
     pub fn overlay_in(&self, node: IpAddr, frame: &Frame) -> Result<Shot> {
         let bytes = frame.bytes();
-        self.raw(hook::OVERLAY_IN, &Input { frame: &bytes, ifindex: OVERLAY, tunnel: Some(node), ..Input::default() })
+        let input =
+            Input { frame: &bytes, ifindex: OVERLAY, tunnel: Some(node), vni: VNI, ..Input::default() };
+        self.raw(hook::OVERLAY_IN, &input)
     }
 
     pub fn overlay_out(&self, frame: &Frame) -> Result<Shot> {

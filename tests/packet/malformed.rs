@@ -4,7 +4,7 @@
 use crate::flows::{ALL, PORT, Proto, from_a, from_b, from_host, from_outside, later};
 use crate::frame::{Frame, L4, transport_sum};
 use crate::harness::{
-    BOTH, Lab, MAC_A, MAC_HOST, Net, OVERLAY, POD_A, POD_B, REDIRECT, SHOT, STACK, UPLINK, lab, labs,
+    BOTH, Lab, MAC_A, MAC_HOST, Net, OVERLAY, POD_A, POD_B, REDIRECT, SHOT, STACK, UPLINK, VNI, lab, labs,
 };
 use anyhow::{Context, Result, bail, ensure};
 use etherparse::checksum::Sum16BitWords;
@@ -123,7 +123,7 @@ fn judge(lab: &Lab, case: &Case, frame: &[u8]) -> Result<i32> {
     // The kernel wants an IP header to begin with.
     whole.resize(len.max(64), 0);
     let cut = if whole.len() == len { 0 } else { len as u32 };
-    let input = Input { frame: &whole, ifindex: case.ifindex, tunnel: case.tunnel, cut, ..Input::default() };
+    let input = Input { frame: &whole, ifindex: case.ifindex, tunnel: case.tunnel, vni: VNI, cut, ..Input::default() };
     let out = lab.datapath().run(hook::NAMES[case.hook as usize], &input)?.context("no sum was asked for")?;
     match out.verdict {
         SHOT => {}

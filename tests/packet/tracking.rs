@@ -2,7 +2,7 @@
 
 use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, OVERLAY, POD_A, POD_B, UPLINK, labs};
+use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, OVERLAY, POD_A, POD_B, UPLINK, VNI, labs};
 use anyhow::{Context, Result, bail, ensure};
 use rustnet_common::config;
 use rustnet_common::conntrack::{NOT_LOCAL, flags, state};
@@ -269,7 +269,7 @@ fn new_flows_are_told() -> Result<()> {
             ] {
                 let bytes = f.bytes();
                 let tunnel = (hook == hook::OVERLAY_IN).then_some(net.node2());
-                let input = Input { frame: &bytes, ifindex, tunnel, ..Input::default() };
+                let input = Input { frame: &bytes, ifindex, tunnel, vni: VNI, ..Input::default() };
                 let shot = lab.raw(hook, &input)?;
                 let [e] = shot.events[..] else { bail!("{:?} at {hook}", shot.events) };
                 let told =

@@ -67,6 +67,10 @@ pub struct Input<'a> {
     pub gso_size: u32,
     /// The tunnel's far end, for a frame that came out of one.
     pub tunnel: Option<IpAddr>,
+    /// That tunnel's network identifier (VNI).
+    pub vni: u32,
+    /// The VLAN tag that the device took off the frame, as a TCI: `skb->vlan_tci` of the kernel, not a byte of the frame.
+    pub vlan: Option<u16>,
     /// If not 0, the frame is cut to this length inside the kernel, which runs nothing on an IP packet that is handed in
     /// with less than its header.
     pub cut: u32,
@@ -173,7 +177,7 @@ impl Datapath {
         let mut frame = vec![0; OUT];
         let flags = if input.complete { CHECKSUM_COMPLETE } else { 0 };
         let run = TestRun { packet: input.frame, out: &mut frame, context: &mut context, repeat: 1, flags };
-        let ran = if input.tunnel.is_none() && input.cut == 0 {
+        let ran = if input.tunnel.is_none() && input.vlan.is_none() && input.cut == 0 {
             sys::test_run(self.program(program)?.as_fd(), run)
         } else {
             let mut preludes = self.preludes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -213,7 +217,8 @@ impl Datapath {
         Ok(rows.iter().map(|row| ((row.reason as u8, row.hook), row.count.packets)).collect())
     }
 
-    /// A program that does what a run cannot: cuts the frame to the length in `cb[0]`, gives it a tunnel; then `program`.
+    /// A program that does what a run cannot: cuts the frame to the length in `cb[0]`, gives it the VLAN tag in `cb[1]` and
+    /// a tunnel with the VNI in `cb[2]`; then `program`, which finds these words empty.
     fn prelude(&self, program: &str, tunnel: Option<IpAddr>) -> Result<OwnedFd> {
         let mut code = vec![
             instruction(MOV_REG, 6, 1, 0, 0),
@@ -221,8 +226,16 @@ impl Datapath {
             instruction(JUMP_IF_ZERO, 2, 0, 2, 0),
             instruction(MOV, 3, 0, 0, 0),
             instruction(CALL, 0, 0, 0, CHANGE_TAIL),
+            instruction(LOAD_WORD, 3, 6, CB + 4, 0),
+            instruction(JUMP_IF_ZERO, 3, 0, 4, 0),
+            instruction(MOV_REG, 1, 6, 0, 0),
+            instruction(MOV, 2, 0, 0, ETH_P_8021Q),
+            instruction(AND, 3, 0, 0, 0xffff),
+            instruction(CALL, 0, 0, 0, VLAN_PUSH),
         ];
         code.extend(tunnel.map(out_of_tunnel).unwrap_or_default());
+        code.push(instruction(MOV, 2, 0, 0, 0));
+        code.extend([CB, CB + 4, CB + 8].map(|word| instruction(STORE_REG, 6, 2, word, 0)));
         code.extend(self.jump(program)?);
         sys::prog_load_sched_cls("rn_prelude", &code).with_context(|| format!("cannot load the prelude to {program}"))
     }
@@ -258,6 +271,9 @@ fn context(input: &Input<'_>) -> SkBuff {
     context[word::MARK] = input.mark;
     context[word::IFINDEX] = input.ifindex;
     context[word::CB] = input.cut;
+    // A tag of 0 is a tag as well, so that its presence needs a bit of its own.
+    context[word::CB + 1] = input.vlan.map_or(0, |tci| TAGGED | u32::from(tci));
+    context[word::CB + 2] = input.vni;
     if input.gso_size != 0 {
         context[word::GSO_SIZE] = input.gso_size;
         context[word::GSO_SEGS] = (input.frame.len() as u32).div_ceil(input.gso_size);
@@ -272,16 +288,23 @@ const CB: i16 = 48;
 const MOV: u8 = 0xb7;
 const MOV_REG: u8 = 0xbf;
 const ADD: u8 = 0x07;
+const AND: u8 = 0x57;
 const STORE_WORD: u8 = 0x62;
+const STORE_REG: u8 = 0x63;
 const LOAD_WORD: u8 = 0x61;
 const LOAD_IMM64: u8 = 0x18;
 const JUMP_IF_ZERO: u8 = 0x15;
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 const TAIL_CALL: u32 = 12;
+const VLAN_PUSH: u32 = 18;
 const SET_TUNNEL_KEY: u32 = 21;
 const CHANGE_TAIL: u32 = 38;
 const PSEUDO_MAP_FD: u8 = 1;
+/// The protocol of an 802.1Q tag, as the helper takes it: network order.
+const ETH_P_8021Q: u32 = 0x8100_u16.to_be() as u32;
+/// Set in `cb[1]` if the frame gets a tag.
+const TAGGED: u32 = 1 << 16;
 
 /// Instructions that give the packet a tunnel whose far end is `remote`. The kernel reads the far end from where a sender
 /// states the near end.
@@ -301,6 +324,8 @@ fn out_of_tunnel(remote: IpAddr) -> Vec<u64> {
     for word in 0..(KEY / 4) as i16 {
         code.push(instruction(STORE_WORD, 10, 0, BASE + word * 4, 0));
     }
+    code.push(instruction(LOAD_WORD, 2, 6, CB + 8, 0));
+    code.push(instruction(STORE_REG, 10, 2, BASE, 0));
     // The near end stands behind the identifier, the far end, three small fields and the label.
     for (i, word) in (0_i16..).zip(words) {
         code.push(instruction(STORE_WORD, 10, 0, BASE + NEAR_END + i * 4, word));

@@ -2,7 +2,7 @@
 //! restored before each, and what that costs is told by the same run of a program that does nothing.
 
 use super::skb::{SkBuff, word};
-use super::{ADD, CALL, CB, Datapath, Input, LOAD_WORD, MOV, MOV_REG, STORE_WORD, context, instruction};
+use super::{ADD, AND, CALL, CB, Datapath, Input, LOAD_WORD, MOV, MOV_REG, STORE_REG, STORE_WORD, context, instruction};
 use anyhow::{Context, Result, ensure};
 use rustnet_agent::bpf::sys::{self, TestRun};
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,10 +14,8 @@ pub const EMPTY: &str = "empty";
 const RESTORED: u8 = 96;
 const STORE_BYTES: u32 = 9;
 const LOAD_CONTEXT: u8 = LOAD_WORD;
-const STORE_CONTEXT: u8 = 0x63;
 const STORE_HALF: u8 = 0x6b;
 const STORE_BYTE: u8 = 0x73;
-const AND: u8 = 0x57;
 const SHIFT_RIGHT: u8 = 0x77;
 const MULTIPLY: u8 = 0x27;
 const SWAP_32: (u8, u32) = (0xdc, 32);
@@ -73,7 +71,7 @@ impl Datapath {
         let count = CB + 4;
         code.push(instruction(LOAD_CONTEXT, 7, 6, count, 0));
         code.push(instruction(ADD, 7, 0, 0, 1));
-        code.push(instruction(STORE_CONTEXT, 6, 7, count, 0));
+        code.push(instruction(STORE_REG, 6, 7, count, 0));
         if let Vary::Flow { port, host } | Vary::FlowAndAddress { port, host, .. } = vary {
             code.push(instruction(STORE_HALF, 10, 7, at(port), 0));
             code.push(instruction(MOV_REG, 8, 7, 0, 0));

@@ -6,6 +6,8 @@ pub const UPLINK: u32 = 10;
 pub const OVERLAY: u32 = 11;
 pub const POD_A: u32 = 21;
 pub const POD_B: u32 = 22;
+/// Network identifier of the overlay.
+pub const VNI: u32 = 1;
 /// Largest packet that fits into the overlay.
 pub const OVERLAY_MTU: usize = 1450;
 /// MTU of pod B's interface.
