@@ -362,8 +362,7 @@ impl Lab {
     /// A frame comes out of the tunnel from `node`.
     pub fn overlay_in(&self, node: IpAddr, frame: &Frame) -> Result<Shot> {
         let bytes = frame.bytes();
-        let input =
-            Input { frame: &bytes, ifindex: OVERLAY, tunnel: Some(node), vni: VNI, ..Input::default() };
+        let input = Input { frame: &bytes, ifindex: OVERLAY, tunnel: Some(node), vni: VNI, ..Input::default() };
         self.raw(hook::OVERLAY_IN, &input)
     }
 

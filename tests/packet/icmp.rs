@@ -552,7 +552,9 @@ fn what_concerns_the_link() -> Result<()> {
                 let f = message(net.a(), dst);
                 lab.pod_sends(&f)?.dropped(DropReason::NdNotForwarded).with_context(|| format!("to {dst}"))?;
             }
-            lab.uplink_in(&message(net.router(), net.a()))?.dropped(DropReason::NdNotForwarded).context("from outside")?;
+            lab.uplink_in(&message(net.router(), net.a()))?
+                .dropped(DropReason::NdNotForwarded)
+                .context("from outside")?;
             lab.overlay_in(net.node2(), &message(net.far(), net.b()))?.dropped(DropReason::UnknownSender)?;
         }
         ensure!(lab.halves()? == 0);

@@ -5,6 +5,7 @@
 
 mod bandwidth;
 mod flows;
+mod forged;
 mod frame;
 mod harness;
 mod headers;

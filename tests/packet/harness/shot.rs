@@ -21,7 +21,7 @@ const ETHERNET: usize = 14;
 /// What became of a packet.
 #[derive(Debug)]
 pub struct Shot {
-    pub(super) hook: u8,
+    pub hook: u8,
     pub(super) sum_is_right: bool,
     pub(super) sent: Vec<u8>,
     pub verdict: i32,
