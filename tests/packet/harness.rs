@@ -185,6 +185,26 @@ impl Lab {
         Ok(ids)
     }
 
+    /// A service's backend is gone for good, and its place may soon be another's.
+    pub fn withdraw(&self, id: u32) -> Result<()> {
+        let none = Backend { addr: Addr::UNSPECIFIED, port: 0, flags: 0, id: 0 };
+        self.datapath.table(map::BACKENDS)?.put(&(id - 1000), &none)
+    }
+
+    /// What the table says of a service.
+    pub fn service(&self, vip: IpAddr, port: u16, proto: u8) -> Result<SvcEntry> {
+        let scope = scope::CLUSTER;
+        let found = match vip {
+            IpAddr::V4(_) => {
+                self.datapath.table(map::SVC4)?.get(&SvcKey { vip: Ip4::from_ip(vip), port, proto, scope })?
+            }
+            IpAddr::V6(_) => {
+                self.datapath.table(map::SVC6)?.get(&SvcKey { vip: Ip6::from_ip(vip), port, proto, scope })?
+            }
+        };
+        found.with_context(|| format!("no service at {vip}, port {port}"))
+    }
+
     pub fn put_service(&self, vip: IpAddr, port: u16, proto: u8, entry: &SvcEntry) -> Result<()> {
         let scope = scope::CLUSTER;
         match vip {

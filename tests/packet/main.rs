@@ -15,4 +15,5 @@ mod masquerade;
 mod pods;
 mod refusals;
 mod services;
+mod states;
 mod tracking;

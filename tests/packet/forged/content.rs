@@ -23,12 +23,13 @@ fn fragments_in_another_pods_name() -> Result<()> {
         lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
         each(&[net.vip(1), net.world()], |dst| {
             let becomes = |f: &Frame| {
-                f.hop().map(|f| match dst == net.vip(1) {
-                    true => {
+                f.hop().map(|f| {
+                    if dst == net.vip(1) {
                         f.dst = net.b();
                         f.set_ports(PORT, 8080);
+                    } else {
+                        f.src = net.node();
                     }
-                    false => f.src = net.node(),
                 })
             };
             let whole = from_a(net, Proto::Udp, (dst, 80));
@@ -258,21 +259,12 @@ fn source_routed_packets() -> Result<()> {
         let pad = |kind| (kind, vec![0, 0, 1, 4, 0, 0, 0, 0]);
         let chains = [vec![], vec![pad(0)], vec![pad(60)], vec![pad(0), pad(60)]];
         let chains = chains.map(|chain| [chain, vec![(43, header.clone())]].concat());
-        let routed: Vec<Box<dyn Fn(&Frame) -> Frame>> = match net {
-            Net::V4 => source_routes()
-                .into_iter()
-                .map(|o| -> Box<dyn Fn(&Frame) -> Frame> {
-                    Box::new(move |f: &Frame| f.map(|f| f.options.clone_from(&o)))
-                })
-                .collect(),
-            Net::V6 => chains
-                .into_iter()
-                .map(|c| -> Box<dyn Fn(&Frame) -> Frame> {
-                    Box::new(move |f: &Frame| f.map(|f| f.extensions.clone_from(&c)))
-                })
-                .collect(),
+        let routed: Vec<_> = match net {
+            Net::V4 => source_routes().into_iter().map(|options| (options, Vec::new())).collect(),
+            Net::V6 => chains.into_iter().map(|chain| (Vec::new(), chain)).collect(),
         };
-        for (i, route) in routed.iter().enumerate() {
+        for (i, headers) in routed.iter().enumerate() {
+            let route = |f: &Frame| f.map(|f| (f.options, f.extensions) = headers.clone());
             each(&[net.b(), net.far(), net.routed(), net.world(), net.vip(1)], |dst| {
                 lab.forget()?;
                 let f = from_a(net, Proto::Udp, (dst, 80));
