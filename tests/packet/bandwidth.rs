@@ -3,7 +3,7 @@
 
 use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
 use crate::frame::Frame;
-use crate::harness::{Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, SNAT, labs};
+use crate::harness::{source_of_mac, Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, SNAT, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::VIA_QDISC;
 use rustnet_common::drop::DropReason;
@@ -110,7 +110,7 @@ fn an_established_flow_learns_of_it() -> Result<()> {
         lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
         let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
         lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
-        ensure!(lab.half(Flow::of(&ask))?.guard == MAC_A);
+        ensure!(lab.half(Flow::of(&ask))?.source == source_of_mac(MAC_A));
         lab.put_endpoint_with(net.b(), POD_B, MAC_B, flags::VIA_QDISC)?;
         lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
         lab.age(Flow::of(&ask), 1)?;

@@ -56,6 +56,13 @@ pub fn lab(test: impl FnOnce(&Lab) -> Result<()> + Send) -> Result<()> {
     result?
 }
 
+/// As [`lab`], on a new node that no other test gets afterwards: for what a reset of the maps does not undo.
+pub fn lab_apart(test: impl FnOnce(&Lab) -> Result<()> + Send) -> Result<()> {
+    let lab = Lab::new()?;
+    lab.reset()?;
+    lab.netns.run(|| test(&lab))?
+}
+
 /// As [`lab`], once for each family.
 pub fn labs(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
     lab(|lab| BOTH.into_iter().try_for_each(|net| test(lab, net).with_context(|| format!("{net:?}"))))
@@ -107,6 +114,11 @@ impl Lab {
             self.put_peer(net.narrow(), Some((24, 64)), flags::POD, None)?;
         }
         Ok(())
+    }
+
+    /// Changes the node's devices and routes by a batch of `ip`. No reset takes that back.
+    pub fn ip(&self, batch: &str) -> Result<()> {
+        self.netns.ip(batch)
     }
 
     /// The programs.

@@ -33,7 +33,7 @@ fn kinds(net: Net) -> Vec<(u8, u8, u32)> {
 }
 
 /// An error from `src` to whoever sent `packet`, which is quoted in full up to `quote` bytes.
-fn error(packet: &Frame, src: IpAddr, kind: (u8, u8, u32), quote: usize) -> Frame {
+pub fn error(packet: &Frame, src: IpAddr, kind: (u8, u8, u32), quote: usize) -> Frame {
     let mut bytes = packet.ip_bytes();
     bytes.truncate(quote);
     packet.map(|f| {
@@ -48,7 +48,7 @@ fn error(packet: &Frame, src: IpAddr, kind: (u8, u8, u32), quote: usize) -> Fram
 
 /// The error `before`, once what it quotes and its own ends are translated back: quoted is `packet`.
 /// The quoted checksum of the transport stays what it was; nobody can verify it.
-fn translated(before: &Frame, from_quoted: &Frame, to_quoted: &Frame, src: IpAddr) -> Frame {
+pub fn translated(before: &Frame, from_quoted: &Frame, to_quoted: &Frame, src: IpAddr) -> Frame {
     let (old, mut new) = (from_quoted.ip_bytes(), to_quoted.ip_bytes());
     let len = before.payload.len();
     let checksum = match &to_quoted.l4 {

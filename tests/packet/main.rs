@@ -3,6 +3,7 @@
 //!
 //! Needs root and `cargo xtask build-ebpf`.
 
+mod answers;
 mod bandwidth;
 mod flows;
 mod forged;

@@ -232,7 +232,7 @@ fn a_backend_asked_directly_after_its_service_from_one_client_port() -> Result<(
 }
 
 /// A reset that refuses `asked`, built from RFC 9293, 3.5.2 alone.
-fn reset(asked: &Frame) -> Frame {
+pub fn reset(asked: &Frame) -> Frame {
     let L4::Tcp { sport, dport, seq, ack, flags, .. } = asked.l4 else { panic!("not TCP") };
     let len = asked.payload.len() as u32 + u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
     let (seq, ack, flags) = if flags & ACK != 0 { (ack, 0, RST) } else { (0, seq.wrapping_add(len), RST | ACK) };

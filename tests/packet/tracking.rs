@@ -1,4 +1,4 @@
-//! The connection table over a flow's life: states, both halves kept alive, evicted halves mended, port pairs reused.
+//! The connection table over a flow's life: states, both halves kept alive, evicted halves restored, port pairs reused.
 
 use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, RST, SYN};
@@ -32,7 +32,7 @@ fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
 }
 
 #[test]
-fn an_evicted_half_is_mended() -> Result<()> {
+fn an_evicted_half_is_restored() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
             for forwards in [true, false] {
@@ -45,17 +45,17 @@ fn an_evicted_half_is_mended() -> Result<()> {
                 let more = if forwards { later(&ask) } else { later(&answer) };
                 let want = if forwards { there(net, &more) } else { back(net, &more) };
                 lab.pod_sends(&more)?.to_the_pod(&want)?;
-                ensure!(lab.half(gone).is_err(), "mended at once: every packet pays for it");
+                ensure!(lab.half(gone).is_err(), "restored at once: every packet pays for it");
                 lab.age(left, 1)?;
                 lab.pod_sends(&more)?.to_the_pod(&want)?;
-                let mended = lab.half(gone)?;
+                let restored = lab.half(gone)?;
                 ensure!(
-                    (mended.to, mended.flags, mended.state, mended.backend)
+                    (restored.to, restored.flags, restored.state, restored.backend)
                         == (before.to, before.flags, before.state, before.backend),
-                    "{mended:?} was {before:?}"
+                    "{restored:?} was {before:?}"
                 );
-                ensure!((mended.ifindex, mended.guard, mended.packets) == (0, [0; 6], 0), "{mended:?}");
-                ensure!(mended.seen == lab.half(left)?.seen, "halves of different age");
+                ensure!((restored.source, restored.packets) == ([0, 0], 0), "{restored:?}");
+                ensure!(restored.seen == lab.half(left)?.seen, "halves of different age");
                 // And the other direction goes on.
                 let (f, want) = if forwards {
                     (later(&answer), back(net, &later(&answer)))
@@ -109,16 +109,18 @@ fn states_of_a_tcp_connection() -> Result<()> {
         let ask = from_a(net, Proto::Tcp, (net.vip(1), 80));
         let answer = there(net, &ask).reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
         let (key, answer_key) = (Flow::of(&ask), Flow::of(&answer));
-        let steps: [(&Frame, u8, u8); 8] = [
+        let open = state::ANSWERED | state::ESTABLISHED;
+        let closing = open | state::FIN_ORIG | state::FIN_ACKED;
+        let steps: [(&Frame, u8, u64); 8] = [
             (&ask, SYN, 0),
             // A repeated SYN of a connection that is not closing is a retransmission.
             (&ask, SYN, 0),
             (&answer, SYN | ACK, state::ANSWERED),
-            (&ask, ACK, state::ANSWERED),
-            (&ask, FIN | ACK, state::ANSWERED | state::FIN_ORIG),
-            (&answer, ACK, state::ANSWERED | state::FIN_ORIG),
-            (&answer, FIN | ACK, state::ANSWERED | state::FIN_ORIG | state::FIN_REPLY),
-            (&ask, ACK, state::ANSWERED | state::FIN_ORIG | state::FIN_REPLY),
+            (&ask, ACK, open),
+            (&ask, FIN | ACK, open | state::FIN_ORIG),
+            (&answer, ACK, closing),
+            (&answer, FIN | ACK, closing | state::FIN_REPLY),
+            (&ask, ACK, closing | state::FIN_REPLY),
         ];
         for (i, (f, tcp, want)) in steps.into_iter().enumerate() {
             let f = f.with_flags(tcp);

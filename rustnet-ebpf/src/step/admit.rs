@@ -25,7 +25,7 @@ use crate::parse;
 /// Random source ports tried before a connection is refused: with 95 of 100 taken, two in a million searches fail.
 const TRIES: u32 = 256;
 /// As many for a destination where such a search has failed within a second: a search costs more than a packet.
-const TRIES_WHEN_FULL: u32 = 8;
+const TRIES_WHEN_FULL: u32 = 16;
 /// Of these, the first that leave alone connections which merely are closing.
 const KEEP_CLOSING_TRIES: u32 = 16;
 
@@ -176,7 +176,7 @@ fn create_pair<F: Reserve>() -> Result<(), DropReason> {
         F::reserve(!ports)
     };
     if reservation == Reservation::TAKEN && ports {
-        reservation = search::<F>(c, config, reservation);
+        reservation = search_port::<F>(c, config, reservation);
     }
     match reservation {
         Reservation::RESERVED => {}
@@ -265,7 +265,7 @@ fn is_reusable<A: Address>(
 
 /// Searches a source port for which the answers can be told apart.
 #[inline(always)]
-fn search<F: Reserve>(c: &mut NewConnection<F::A>, config: &NodeConfig, mut reservation: u32) -> u32 {
+fn search_port<F: Reserve>(c: &mut NewConnection<F::A>, config: &NodeConfig, reservation: u32) -> u32 {
     let towards = Tuple { sport: 0, ..c.original.to };
     let number = hash::flow(&towards, config.seed);
     let full = maps::rn_nat_full.get_ptr_mut(number & (maps::NAT_FULL_SLOTS - 1));
@@ -273,29 +273,39 @@ fn search<F: Reserve>(c: &mut NewConnection<F::A>, config: &NodeConfig, mut rese
     let is_full = full.is_some_and(|full| unsafe {
         (*full).destination == number && elapsed(c.original.seen, (*full).since) < config.hz
     });
-    let tries = if is_full { TRIES_WHEN_FULL } else { TRIES };
-    // SAFETY: the callback has the signature that the helper wants, and `reservation` outlives the call.
-    unsafe { helper::bpf_loop(tries, try_random_port::<F> as *mut c_void, (&raw mut reservation).cast(), 0) };
-    if reservation == Reservation::TAKEN
+    let (tries, keep_closing) = if is_full { (TRIES_WHEN_FULL, 0) } else { (TRIES, KEEP_CLOSING_TRIES) };
+    let mut search = Search { reservation, keep_closing };
+    // SAFETY: the callback has the signature that the helper wants, and `search` outlives the call.
+    unsafe { helper::bpf_loop(tries, try_random_port::<F> as *mut c_void, (&raw mut search).cast(), 0) };
+    if search.reservation == Reservation::TAKEN
         && !is_full
         && let Some(full) = full
     {
         // SAFETY: see above.
         unsafe { *full = maps::NatFull { destination: number, since: c.original.seen } };
     }
-    reservation
+    search.reservation
 }
 
-/// One round of [`search`]: `bpf_loop` calls it until it returns 1. The verifier checks it once.
-extern "C" fn try_random_port<F: Reserve>(round: u32, reservation: *mut c_void) -> u64 {
+/// A search for a source port.
+#[repr(C)]
+struct Search {
+    /// See [`Reservation`].
+    reservation: u32,
+    /// Rounds that leave alone connections which merely are closing.
+    keep_closing: u32,
+}
+
+/// One round of a [`Search`]: `bpf_loop` calls it until it returns 1. The verifier checks it once.
+extern "C" fn try_random_port<F: Reserve>(round: u32, search: *mut c_void) -> u64 {
     let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else { return 1 };
+    // SAFETY: `search_port` passes a pointer to its own variable.
+    let search = unsafe { &mut *search.cast::<Search>() };
     // SAFETY: as in `create`; the caller does not use its borrow while the helper runs.
     let c = unsafe { &mut (*scratch).connection };
     c.original.to.sport = port(config, random());
-    let found = F::reserve(round >= KEEP_CLOSING_TRIES);
-    // SAFETY: `search` passes a pointer to its own variable.
-    unsafe { *reservation.cast::<u32>() = found };
-    u64::from(found != Reservation::TAKEN)
+    search.reservation = F::reserve(round >= search.keep_closing);
+    u64::from(search.reservation != Reservation::TAKEN)
 }
 
 /// True for ports that translation may use.
