@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
+use rustnet_common::backend::id;
 
 pub use self::ranges::Role;
 use self::text::{Reader, boolean, cidr, device, directory, listen, log_level, node_name, number, snat_ports, source};
@@ -138,9 +139,9 @@ pub enum LogFormat {
 /// Entries of each map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapSizes {
-    /// `rn_svc4`, `rn_svc6`, each.
+    /// `rn_svc4_v2`, `rn_svc6_v2`, each.
     pub services: u32,
-    /// `rn_backends`.
+    /// `rn_backend_ids`, `rn_backends_v2`, each.
     pub backends: u32,
     /// `rn_ct4_tcp`, `rn_ct6_tcp`, each.
     pub ct_tcp: u32,
@@ -233,7 +234,7 @@ impl Config {
             snat_ports: read.required("snat-ports", "give auto or a range", snat_ports),
             maps: MapSizes {
                 services: read.entries("service-entries"),
-                backends: read.entries("backend-entries"),
+                backends: read.entries_up_to("backend-entries", id::MAX_SLOTS),
                 ct_tcp: read.entries("ct-tcp-entries"),
                 ct_any: read.entries("ct-any-entries"),
                 frags: read.entries("frag-entries"),

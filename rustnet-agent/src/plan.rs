@@ -6,12 +6,13 @@ mod ids;
 mod memory;
 mod planner;
 mod ranges;
+mod slots;
 
 pub use memory::MemoryMaps;
 pub use planner::{GRACE, Plan, Planner};
 
 use ipnet::IpNet;
-use rustnet_common::backend::Backend;
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 use std::collections::BTreeMap;
@@ -22,12 +23,17 @@ use std::net::IpAddr;
 /// either its old backends or its new ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Write {
-    /// Plain stores to `rn_backends[first..]`. No service refers to these slots yet.
+    /// Plain stores to `rn_backends_v2`, each to the slot of its id. A slot that services refer to keeps all but the flags.
     Backends {
-        /// Index of the first slot.
-        first: u32,
         /// What to store.
         backends: Vec<Backend>,
+    },
+    /// Plain stores to `rn_backend_ids[first..]`. No service refers to this range yet, and all the backends are written.
+    BackendIds {
+        /// Index of the first id.
+        first: u32,
+        /// What to store.
+        ids: Vec<u32>,
     },
     /// Adds or flips a service.
     PutService {
@@ -52,6 +58,11 @@ pub enum Write {
     DeletePeer {
         /// Its prefix.
         prefix: IpNet,
+    },
+    /// Frees slots of `rn_backends_v2`. No service has referred to them for a grace period.
+    ClearBackends {
+        /// The ids that the slots hold.
+        ids: Vec<u32>,
     },
     /// Deletes the connection entries of a protocol whose backend is in the list. Idempotent.
     ForgetFlows {
@@ -100,13 +111,27 @@ impl fmt::Display for VipKey {
 /// What the maps hold, read back at start.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
-    /// `rn_svc4` and `rn_svc6`.
+    /// Services of both families.
     pub services: BTreeMap<VipKey, SvcEntry>,
-    /// `rn_backends`, from index 0 to the highest slot in use at least. Slots that no service refers to are welcome:
-    /// their ids are not given out again soon.
+    /// `rn_backend_ids`, from index 0 to the last that was ever written at least.
+    pub ids: Vec<u32>,
+    /// `rn_backends_v2`, from index 0 to the last that was ever written at least. Slots that no service refers to are
+    /// welcome: their ids are not given out again soon.
     pub backends: Vec<Backend>,
-    /// `rn_peers4` and `rn_peers6`.
+    /// Peers of both families.
     pub peers: BTreeMap<IpNet, Peer>,
+}
+
+impl Snapshot {
+    /// The backends that a service leads to, in order; `None` in place of each id that leads to no backend of it.
+    pub fn backends_of(&self, entry: &SvcEntry) -> impl Iterator<Item = Option<&Backend>> + use<'_> {
+        let SvcEntry { first, count, id: service, .. } = *entry;
+        (0..count).map(move |i| {
+            let id = *self.ids.get(first.checked_add(i)? as usize)?;
+            let backend = self.backends.get(id::slot_of(id) as usize)?;
+            (id != 0 && backend.id == id && backend.service == service).then_some(backend)
+        })
+    }
 }
 
 /// The maps, as the plan sees them.
@@ -115,13 +140,13 @@ pub trait Maps {
     fn snapshot(&self) -> anyhow::Result<Snapshot>;
     /// Applies writes in order. After an error some prefix of them is in effect; take a new snapshot and adopt it.
     fn apply(&mut self, writes: &[Write]) -> anyhow::Result<()>;
-    /// Slots of `rn_backends`.
+    /// Slots of `rn_backend_ids` and of `rn_backends_v2`, each.
     fn backend_capacity(&self) -> u32;
-    /// Entries that `rn_svc4` and `rn_svc6` can hold, each.
+    /// Services of either family that the maps can hold.
     fn service_capacity(&self) -> u32 {
         u32::MAX
     }
-    /// Entries that `rn_peers4` and `rn_peers6` can hold, each.
+    /// Peers of either family that the maps can hold.
     fn peer_capacity(&self) -> u32 {
         u32::MAX
     }

@@ -212,8 +212,16 @@ impl Reconciler {
             }
         }
         self.health.queued();
-        self.plan_due = true;
+        self.want_plan();
         self.problems_due.get_or_insert_with(|| Instant::now() + PROBLEMS_PERIOD);
+    }
+
+    /// Something changed: apply it at once, or after a failure when its time has come.
+    fn want_plan(&mut self) {
+        if self.plan_error.is_none() {
+            self.plan.due = self.plan.due.min(Instant::now());
+        }
+        self.plan_due = true;
     }
 
     /// Tells the `rustnet` command the names of this node's pods. Without them it shows less, so that failing is no trouble.
@@ -376,7 +384,9 @@ impl Reconciler {
         let leased = |ip: &IpAddr| self.config.run_dir.join(IPAM_DIR).join(ip.to_string()).exists();
         state.problems.extend(node::outsiders(&self.config.node_name, &state.endpoints, &own_pod_cidrs, leased));
         state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni_order::instead_of_ours(dir)));
-        self.plan_due |= self.index.set_own_addresses(state.host.own_addresses(), networks(&state.uplinks));
+        if self.index.set_own_addresses(state.host.own_addresses(), networks(&state.uplinks)) {
+            self.want_plan();
+        }
         self.state = Some(state);
         self.problems_due.get_or_insert_with(Instant::now);
         Ok(errors)

@@ -12,7 +12,7 @@ use rustnet_agent::model::Family;
 use rustnet_agent::plan::{GRACE, MemoryMaps, Planner, Write};
 use rustnet_agent::source::manifests::{Catalog, scan};
 use rustnet_agent::source::{Event, Kind};
-use rustnet_common::backend::flags as backend;
+use rustnet_common::backend::{flags as backend, id};
 use rustnet_common::peer::{Peer, flags as peer, identity};
 use rustnet_common::service::flags as service;
 use std::collections::BTreeMap;
@@ -75,7 +75,7 @@ impl Node {
         self.peers(&mut text)?;
         writeln!(text, "writes: {}", count(&plan.writes))?;
         let forgotten = self.maps.take_forgotten().into_iter().flat_map(|(_, ids)| ids);
-        let forgotten: Vec<String> = forgotten.map(|id| id.to_string()).collect();
+        let forgotten: Vec<String> = forgotten.map(short).collect();
         if !forgotten.is_empty() {
             writeln!(text, "forgotten: flows to {}", forgotten.join(", "))?;
         }
@@ -111,7 +111,7 @@ impl Node {
             writeln!(text)?;
             for b in self.maps.backends(entry) {
                 let target = std::net::SocketAddr::new(IpAddr::from(b.addr), b.port);
-                write!(text, "    {target} id {}", b.id)?;
+                write!(text, "    {target} id {}", short(b.id))?;
                 for (bit, name) in [(backend::LOCAL, "local"), (backend::TERMINATING, "terminating")] {
                     if b.flags & bit != 0 {
                         write!(text, " {name}")?;
@@ -150,12 +150,19 @@ impl Node {
     }
 }
 
+/// A backend's id: slot and generation.
+fn short(id: u32) -> String {
+    format!("{}.{}", id::slot_of(id), id::generation_of(id))
+}
+
 /// How many writes of each sort, in order of their first.
 fn count(writes: &[Write]) -> String {
     let mut counts: Vec<(&str, usize)> = Vec::new();
     for write in writes {
         let sort = match write {
             Write::Backends { .. } => "backends",
+            Write::BackendIds { .. } => "backend ids",
+            Write::ClearBackends { .. } => "clear backends",
             Write::PutService { .. } => "put service",
             Write::DeleteService { .. } => "delete service",
             Write::PutPeer { .. } => "put peer",

@@ -59,9 +59,13 @@ fn slice(converter: &mut Converter, n: u32, part: u32, endpoints: impl Iterator<
     converter.slice(&serde_json::from_value(object).unwrap()).unwrap()
 }
 
-fn backends(plan: &Plan) -> usize {
-    let of = |write: &Write| if let Write::Backends { backends, .. } = write { backends.len() } else { 0 };
-    plan.writes.iter().map(of).sum()
+/// Backends and ids that are written.
+fn written(plan: &Plan) -> (usize, usize) {
+    plan.writes.iter().fold((0, 0), |(backends, ids), write| match write {
+        Write::Backends { backends: more } => (backends + more.len(), ids),
+        Write::BackendIds { ids: more, .. } => (backends, ids + more.len()),
+        _ => (backends, ids),
+    })
 }
 
 /// Resident memory of this process in KiB.
@@ -81,14 +85,14 @@ fn ten_thousand_endpoints_in_one_service() {
         index.handle(slice(&mut converter, 0, part, part * 1000..(part + 1) * 1000));
     }
     let plan = planner.sync(&mut index, &mut maps, Duration::ZERO).unwrap();
-    assert_eq!(backends(&plan), 10_000);
+    assert_eq!(written(&plan), (10_000, 10_000));
     let before: Vec<_> = maps.held().backends.clone();
     // One endpoint goes: 9,999 keep their ids.
     index.handle(slice(&mut converter, 0, 3, 3001..4000));
     let began = Instant::now();
     let plan = planner.sync(&mut index, &mut maps, Duration::from_secs(1)).unwrap();
     println!("one of 10,000 endpoints goes: planned and applied in {:?}", began.elapsed());
-    assert_eq!((plan.writes.len(), backends(&plan)), (2, 9_999));
+    assert_eq!((plan.writes.len(), written(&plan)), (2, (0, 9_999)));
     let entry = maps.held().services.values().find(|entry| entry.count > 0).unwrap();
     let after = maps.backends(entry);
     let stayed: Vec<_> = before.iter().filter(|b| b.addr != before[3000].addr).copied().collect();
@@ -115,13 +119,13 @@ fn one_change_among_a_hundred_thousand_services() {
     let began = Instant::now();
     let plan = planner.sync(&mut index, &mut NoMaps, Duration::ZERO).unwrap();
     println!("{SERVICES} services x 3 backends: planned in {:?}, {} MiB", began.elapsed(), (resident() - empty) / 1024);
-    assert_eq!(backends(&plan), SERVICES as usize * 3);
+    assert_eq!(written(&plan), (SERVICES as usize * 3, SERVICES as usize * 3));
     drop(plan);
     index.handle(slice(&mut converter, SERVICES / 2, 0, 0..4));
     let began = Instant::now();
     let plan = planner.sync(&mut index, &mut NoMaps, Duration::from_secs(1)).unwrap();
     println!("one service of them changes: planned in {:?}", began.elapsed());
-    assert_eq!((plan.writes.len(), backends(&plan)), (2, 4));
+    assert_eq!((plan.writes.len(), written(&plan)), (3, (4, 4)));
     let began = Instant::now();
     assert_eq!(planner.sync(&mut index, &mut NoMaps, Duration::from_secs(2)).unwrap().writes, []);
     println!("nothing changes: planned in {:?}", began.elapsed());
@@ -137,7 +141,7 @@ fn ten_thousand_services_with_five_endpoints() {
         index.handle(slice(&mut converter, n, 0, n * 5..n * 5 + 5));
     }
     let plan = planner.sync(&mut index, &mut NoMaps, Duration::ZERO).unwrap();
-    assert_eq!(backends(&plan), 50_000);
+    assert_eq!(written(&plan), (50_000, 50_000));
     drop(plan);
     println!("10,000 services x 5 endpoints: {} KiB resident for index and plan", resident().saturating_sub(empty));
 }

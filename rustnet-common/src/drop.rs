@@ -50,7 +50,7 @@ reasons! {
     NoServicePort = 7, "no_service_port", "the service has no such port: kubectl get service";
     /// Policy Local without an endpoint here.
     NoLocalBackend = 8, "no_local_backend", "internalTrafficPolicy is Local and no endpoint is on this node";
-    /// A service entry that points outside `rn_backends`.
+    /// A service entry that leads to no backend of that service.
     BackendLookupFailed = 9, "backend_lookup_failed", "maps disagree: restart the agent and report this";
     /// No free port or connection slot was found.
     NatNoMapping = 10, "nat_no_mapping", "too many connections to one destination: widen the masquerade port range";

@@ -32,11 +32,13 @@ pub const PROGRAMS: [&str; 6] = ["from_pod", "to_pod", "uplink_in", "uplink_out"
 /// Map names; each is pinned as a file of its own name. A map whose shape changes gets a new name.
 pub mod map {
     /// Services, IPv4.
-    pub const SVC4: &str = "rn_svc4";
+    pub const SVC4: &str = "rn_svc4_v2";
     /// Services, IPv6.
-    pub const SVC6: &str = "rn_svc6";
-    /// Backends of all services.
-    pub const BACKENDS: &str = "rn_backends";
+    pub const SVC6: &str = "rn_svc6_v2";
+    /// Ids of the backends of all services: a range for each service.
+    pub const BACKEND_IDS: &str = "rn_backend_ids";
+    /// Backends of all services, by slot.
+    pub const BACKENDS: &str = "rn_backends_v2";
     /// TCP connections, IPv4.
     pub const CT4_TCP: &str = "rn_ct4_tcp";
     /// Flows of all other protocols, IPv4.
@@ -62,8 +64,28 @@ pub mod map {
     /// The node's settings.
     pub const CONFIG: &str = "rn_config";
     /// All of them.
-    pub const ALL: [&str; 15] = [
-        SVC4, SVC6, BACKENDS, CT4_TCP, CT4_ANY, CT6_TCP, CT6_ANY, FRAG4, FRAG6, ENDPOINTS, PEERS4, PEERS6, COUNTERS, EVENTS,
-        CONFIG,
+    pub const ALL: [&str; 16] = [
+        SVC4, SVC6, BACKEND_IDS, BACKENDS, CT4_TCP, CT4_ANY, CT6_TCP, CT6_ANY, FRAG4, FRAG6, ENDPOINTS, PEERS4, PEERS6,
+        COUNTERS, EVENTS, CONFIG,
     ];
+}
+
+/// Names of maps of an earlier shape. No map of another shape ever gets one of these.
+pub mod v1 {
+    /// Services, IPv4.
+    pub const SVC4: &str = "rn_svc4";
+    /// Services, IPv6.
+    pub const SVC6: &str = "rn_svc6";
+    /// Backends of all services, side by side.
+    pub const BACKENDS: &str = "rn_backends";
+    /// Connections, IPv4.
+    pub const CT4: &str = "rn_ct4";
+    /// Connections, IPv6.
+    pub const CT6: &str = "rn_ct6";
+    /// First fragments, IPv4.
+    pub const FRAG4: &str = "rn_frag4";
+    /// First fragments, IPv6.
+    pub const FRAG6: &str = "rn_frag6";
+    /// All of them.
+    pub const ALL: [&str; 7] = [SVC4, SVC6, BACKENDS, CT4, CT6, FRAG4, FRAG6];
 }

@@ -87,12 +87,12 @@ fn held(node: &Node) -> Result<Wanted> {
             wildcards.insert(key.ip);
             continue;
         }
-        let range = entry.first as usize..(entry.first + entry.count) as usize;
-        let slots = snapshot.backends.get(range).with_context(|| format!("{key} points outside: {entry:?}"))?;
-        for slot in slots {
-            ensure!(slot.id != 0 && ids.insert(slot.id), "{key} has a slot without an id of its own: {slot:?}");
+        let backends: Option<Vec<_>> = snapshot.backends_of(entry).collect();
+        let backends = backends.with_context(|| format!("{key} leads to what is no backend of it: {entry:?}"))?;
+        for backend in &backends {
+            ensure!(ids.insert(backend.id), "{key} shares a backend: {backend:?}");
         }
-        let backends = slots.iter().map(|b: &rustnet_common::backend::Backend| (IpAddr::from(b.addr), b.port));
+        let backends = backends.into_iter().map(|b| (IpAddr::from(b.addr), b.port));
         out.insert((key.ip, key.port, key.proto), backends.collect());
     }
     for (ip, ..) in out.keys() {

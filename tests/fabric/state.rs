@@ -90,15 +90,15 @@ impl State {
         files.remove(&node.run_dir().join("pods.json").display().to_string());
         tree(&node.bpffs_from_outside(), &mut files)?;
         all.insert("file", files);
-        let Snapshot { services, backends, peers } = snapshot(node)?;
+        let snapshot = snapshot(node)?;
         let mut lines = BTreeSet::new();
-        for (key, entry) in &services {
-            let range = entry.first as usize..(entry.first + entry.count) as usize;
-            let backends = backends.get(range).with_context(|| format!("{key} points outside: {entry:?}"))?;
+        for (key, entry) in &snapshot.services {
+            let backends: Option<Vec<_>> = snapshot.backends_of(entry).collect();
+            let backends = backends.with_context(|| format!("{key} leads to what is no backend of it: {entry:?}"))?;
             lines.insert(format!("{key} {entry:?} {backends:?}"));
         }
         all.insert("service", lines);
-        all.insert("peer", peers.iter().map(|(prefix, peer)| format!("{prefix} {peer:?}")).collect());
+        all.insert("peer", snapshot.peers.iter().map(|(prefix, peer)| format!("{prefix} {peer:?}")).collect());
         node.netns().run(|| -> Result<()> {
             let bpffs = node.bpffs();
             let endpoints = Endpoints::open(&bpffs)?.read()?;

@@ -14,7 +14,7 @@ use crate::frame::Frame;
 use anyhow::{Context, Result, anyhow, ensure};
 use bytemuck::Pod;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
-use rustnet_common::backend::Backend;
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED};
 use rustnet_common::drop::hook;
@@ -81,8 +81,10 @@ impl Lab {
         netns.ip(LINKS)?;
         netns.sysctl("ipv4/ip_forward", "1")?;
         netns.sysctl("ipv6/conf/all/forwarding", "1")?;
-        let small = [map::CT4_TCP, map::CT4_ANY, map::CT6_TCP, map::CT6_ANY, map::FRAG4, map::FRAG6, map::SVC4, map::SVC6, map::BACKENDS];
-        let datapath = Datapath::load(&small.map(|name| (name, 1024)))?;
+        let flows = [map::CT4_TCP, map::CT4_ANY, map::CT6_TCP, map::CT6_ANY, map::FRAG4, map::FRAG6];
+        let services = [map::SVC4, map::SVC6, map::BACKEND_IDS, map::BACKENDS];
+        let small: Vec<_> = flows.into_iter().chain(services).map(|name| (name, 1024)).collect();
+        let datapath = Datapath::load(&small)?;
         let sums_up = datapath.sums_up()?;
         Ok(Self { datapath, netns, sums_up, backends: AtomicU32::new(0) })
     }
@@ -98,9 +100,10 @@ impl Lab {
         d.table::<PeerKey<Ip4>, Peer>(map::PEERS4)?.clear()?;
         d.table::<PeerKey<Ip6>, Peer>(map::PEERS6)?.clear()?;
         d.table::<Addr, Endpoint>(map::ENDPOINTS)?.clear()?;
-        let none = Backend { addr: Addr::UNSPECIFIED, port: 0, flags: 0, id: 0 };
+        let none = Backend::cleared(0);
         for used in 0..self.backends.swap(0, Ordering::Relaxed) {
             d.table(map::BACKENDS)?.put(&used, &none)?;
+            d.table(map::BACKEND_IDS)?.put(&used, &0_u32)?;
         }
         self.configure(|_| {})?;
         for net in BOTH {
@@ -182,14 +185,18 @@ impl Lab {
     /// Writes a service; gives the backends' ids.
     pub fn serve(&self, vip: IpAddr, port: u16, proto: u8, flags: u16, to: &[(IpAddr, u16)]) -> Result<Vec<u32>> {
         let first = self.backends.fetch_add(to.len() as u32, Ordering::Relaxed);
+        let service = 1 + first;
         let mut ids = Vec::new();
         for (i, (ip, port)) in to.iter().enumerate() {
-            let index = first + i as u32;
-            let value = Backend { addr: Addr::from(*ip), port: *port, flags: 0, id: 1000 + index };
-            self.datapath.table(map::BACKENDS)?.put(&index, &value)?;
-            ids.push(value.id);
+            // The ids do not stand in the order of the slots.
+            let (index, slot) = (first + i as u32, first + (to.len() - 1 - i) as u32);
+            let id = id::make(slot, 1 + index);
+            let value = Backend { addr: Addr::from(*ip), port: *port, flags: 0, id, service, pad: 0 };
+            self.datapath.table(map::BACKENDS)?.put(&slot, &value)?;
+            self.datapath.table(map::BACKEND_IDS)?.put(&index, &id)?;
+            ids.push(id);
         }
-        let entry = SvcEntry { first, count: to.len() as u32, id: 1, affinity: 0, flags, pad: 0 };
+        let entry = SvcEntry { first, count: to.len() as u32, id: service, affinity: 0, flags, pad: 0 };
         self.put_service(vip, port, proto, &entry)?;
         let wildcard =
             SvcEntry { first: 0, count: 0, id: 0, affinity: 0, flags: rustnet_common::service::flags::VIP, pad: 0 };
@@ -199,7 +206,7 @@ impl Lab {
 
     /// A service's backend is gone for good, and its place may soon be another's.
     pub fn withdraw(&self, id: u32) -> Result<()> {
-        let none = Backend { addr: Addr::UNSPECIFIED, port: 0, flags: 0, id: 0 };
+        let none = Backend::cleared(0);
         self.datapath.table(map::BACKENDS)?.put(&(id - 1000), &none)
     }
 

@@ -4,8 +4,10 @@ use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_b, from_host, from_out
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
 use crate::harness::{Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_B, SNAT, labs};
 use anyhow::{Context, Result, ensure};
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
+use rustnet_common::names::map;
 use rustnet_common::service::{self, SvcEntry};
 use std::net::IpAddr;
 
@@ -431,6 +433,32 @@ fn entries_that_contradict_each_other_are_counted() -> Result<()> {
         }
         ensure!(lab.halves()? == 0);
         Ok(())
+    })
+}
+
+/// The entry or the range may be another one's by the time it is read.
+#[test]
+fn a_backend_of_another_id_or_service_gets_no_flow() -> Result<()> {
+    labs(|lab, net| {
+        let id = serve(lab, net, Proto::Udp, net.vip(1), (net.b(), TARGET))?;
+        let (index, slot) = (0_u32, id::slot_of(id));
+        let table = lab.datapath().table::<u32, Backend>(map::BACKENDS)?;
+        let good = table.get(&slot)?.context("the backend")?;
+        let ask = from_a(net, Proto::Udp, (net.vip(1), VIP_PORT));
+        for other in [
+            Backend::cleared(id),
+            Backend { id: id::next(slot, id), ..good },
+            Backend { service: good.service + 1, ..good },
+        ] {
+            table.put(&slot, &other)?;
+            lab.pod_sends(&ask)?.dropped(DropReason::BackendLookupFailed)?;
+        }
+        table.put(&slot, &good)?;
+        lab.datapath().table(map::BACKEND_IDS)?.put(&index, &id::next(slot, id))?;
+        lab.pod_sends(&ask)?.dropped(DropReason::BackendLookupFailed)?;
+        ensure!(lab.halves()? == 0);
+        lab.datapath().table(map::BACKEND_IDS)?.put(&index, &id)?;
+        lab.pod_sends(&ask)?.to_the_pod(&ask.hop().between((net.a(), PORT), (net.b(), TARGET)))
     })
 }
 

@@ -56,11 +56,12 @@ pub fn program_path(bpffs: &Path, name: &str) -> PathBuf {
 
 /// Map sizes of the configuration, by map name.
 pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
-    use names::map::{BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6, SVC4, SVC6};
+    use names::map::{BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6, SVC4, SVC6};
     let MapSizes { services, backends, ct_tcp, ct_any, frags, endpoints, peers } = *maps;
     let sizes = [
         (SVC4, services),
         (SVC6, services),
+        (BACKEND_IDS, backends),
         (BACKENDS, backends),
         (CT4_TCP, ct_tcp),
         (CT4_ANY, ct_any),

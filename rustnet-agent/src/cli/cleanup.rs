@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use rustnet_common::files::{ENDPOINTS_DIR, IPAM_DIR, NODE_FILE};
-use rustnet_common::names::{LINKS_DIR, PROGS_DIR, VETH_PREFIX, map};
+use rustnet_common::names::{LINKS_DIR, PROGS_DIR, VETH_PREFIX, map, v1};
 use serde::Serialize;
 
 use super::output::{Output, Usage, json, line};
@@ -165,7 +165,7 @@ fn pins(bpffs: &Path) -> Result<Vec<String>> {
         }
         remove_empty_dir(&dir)?;
     }
-    for name in map::ALL {
+    for name in map::ALL.into_iter().chain(v1::ALL) {
         let path = bpffs.join(name);
         removed.extend(remove_file(&path)?.then(|| path.display().to_string()));
     }

@@ -1,4 +1,4 @@
-//! `rustnet services`: what the programs will do with a virtual address, from `rn_svc4/6` and `rn_backends`.
+//! `rustnet services`: what the programs will do with a virtual address, from the maps of services and backends.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::Places;
 use super::output::Output;
 use crate::bpf::store;
-use crate::bpf::store::backends::Backends;
+use crate::bpf::store::backends::{Access, Backends};
 use crate::plan::VipKey;
 
 /// Options.
@@ -31,7 +31,7 @@ struct Service {
     affinity_seconds: u32,
     drop_when_empty: bool,
     backends: Vec<ServiceBackend>,
-    /// Slots that the entry points to and that hold no backend: the maps disagree.
+    /// Ids that the entry points to and that are of no backend of it: the maps disagree.
     missing: u32,
 }
 
@@ -47,17 +47,16 @@ struct ServiceBackend {
 
 /// Prints the services.
 pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
-    let array = Backends::open(places.bpffs()?, false)?;
+    let backends = Backends::open(places.bpffs()?, Access::Read)?;
     let all = store::services(places.bpffs()?)?;
     let wanted =
         all.iter().filter(|(key, entry)| entry.flags & flags::VIP == 0 && args.vip.is_none_or(|vip| vip == key.ip));
-    let services: Vec<_> = wanted.map(|(key, entry)| read(key, entry, &array)).collect();
+    let services: Vec<_> = wanted.map(|(key, entry)| read(key, entry, &backends)).collect();
     out.print(&services, &["VIP", "PROTOCOL", "ID", "AFFINITY", "BACKENDS"], || services.iter().map(row).collect())
 }
 
-fn read(key: &VipKey, entry: &SvcEntry, array: &Backends) -> Service {
-    let slots = (0..entry.count).map(|i| entry.first.checked_add(i).and_then(|slot| array.get(slot)));
-    let backends: Vec<_> = slots.flatten().filter(|b| b.id != 0).map(|b| backend(&b)).collect();
+fn read(key: &VipKey, entry: &SvcEntry, all: &Backends) -> Service {
+    let backends: Vec<_> = all.of(entry).flatten().map(|b| backend(&b)).collect();
     Service {
         vip: key.ip,
         port: key.port,

@@ -116,7 +116,7 @@ fn bad_values_are_refused_with_origin_and_remedy() {
         ("snat-ports", "snatPorts", "80-2000", "61000-65535"),
         ("snat-ports", "snatPorts", "5000-5010", "61000-65535"),
         ("ct-tcp-entries", "ctTcpEntries", "0", "16 to"),
-        ("backend-entries", "backendEntries", "4294967296", "16 to"),
+        ("backend-entries", "backendEntries", "1048577", "16 to 1048576"),
         ("cni-bin-dir", "cniBinDir", "bin", "begin it with /"),
         ("health-addr", "healthAddr", "localhost", "127.0.0.1:9879"),
         ("metrics-addr", "metricsAddr", "9962", "or off"),

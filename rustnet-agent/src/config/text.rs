@@ -50,7 +50,12 @@ impl Reader<'_> {
 
     pub(super) fn entries(&mut self, flag: &'static str) -> u32 {
         // The kernel refuses maps beyond its memory; beyond 2^26 entries it is a slip of the finger.
-        self.required(flag, "give a number", |text| number(text, 16, 1 << 26))
+        self.entries_up_to(flag, 1 << 26)
+    }
+
+    /// For a map whose entries are named by numbers of a limited size.
+    pub(super) fn entries_up_to(&mut self, flag: &'static str, most: u32) -> u32 {
+        self.required(flag, "give a number", |text| number(text, 16, most))
     }
 
     pub(super) fn list<T>(&mut self, flag: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {

@@ -2,9 +2,9 @@
 
 use super::{GRACE, Maps, Snapshot, VipKey, Write};
 use anyhow::{Context, bail, ensure};
-use rustnet_common::backend::Backend;
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::service::SvcEntry;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// The maps of one node, for tests of everything above them.
@@ -13,22 +13,25 @@ pub struct MemoryMaps {
     held: Snapshot,
     capacity: u32,
     now: Duration,
-    /// When a slot was last let go of.
+    /// When an index of `rn_backend_ids` was last let go of.
     let_go: BTreeMap<u32, Duration>,
-    /// Steps until the crash; a range of backends counts one a slot.
+    /// When the last entry let go of a backend, by slot; or when the slot was cleared after that.
+    unused: BTreeMap<u32, Duration>,
+    /// Steps until the crash; backends and ids count one each.
     steps_left: Option<usize>,
     /// Flows that were to be forgotten, in order.
     forgotten: Vec<(u8, Vec<u32>)>,
 }
 
 impl MemoryMaps {
-    /// Empty maps with this many slots for backends.
+    /// Empty maps with this much room for ids and for backends.
     pub fn new(capacity: u32) -> Self {
         Self {
             held: Snapshot::default(),
             capacity,
             now: Duration::ZERO,
             let_go: BTreeMap::new(),
+            unused: BTreeMap::new(),
             steps_left: None,
             forgotten: Vec::new(),
         }
@@ -44,7 +47,7 @@ impl MemoryMaps {
         self.now = now;
     }
 
-    /// Fail after this many steps. One write is one step, but a range of backends is one step for each slot.
+    /// Fail after this many steps. One write is one step, but each backend and each id is one, too.
     pub fn crash_after(&mut self, steps: usize) {
         self.steps_left = Some(steps);
     }
@@ -65,8 +68,13 @@ impl MemoryMaps {
     }
 
     /// The backends that an entry leads to.
-    pub fn backends(&self, entry: &SvcEntry) -> &[Backend] {
-        self.held.backends.get(entry.first as usize..end_of(entry) as usize).unwrap_or_default()
+    pub fn backends(&self, entry: &SvcEntry) -> Vec<Backend> {
+        self.found(entry).copied().collect()
+    }
+
+    /// Maps made up by a test may hold entries of any length.
+    fn found(&self, entry: &SvcEntry) -> impl Iterator<Item = &Backend> + use<'_> {
+        self.held.backends_of(entry).take(self.capacity as usize).flatten()
     }
 
     fn step(&mut self) -> anyhow::Result<()> {
@@ -76,61 +84,135 @@ impl MemoryMaps {
         Ok(())
     }
 
-    fn user_of(&self, slot: u32) -> Option<VipKey> {
-        self.held.services.iter().find(|(_, e)| slot >= e.first && slot - e.first < e.count).map(|(key, _)| *key)
+    fn user_of(&self, index: u32) -> Option<VipKey> {
+        self.held.services.iter().find(|(_, e)| index >= e.first && index - e.first < e.count).map(|(key, _)| *key)
     }
 
-    fn store(&mut self, first: u32, backends: &[Backend]) -> anyhow::Result<()> {
-        ensure!(!backends.is_empty(), "an empty range of backends is written at {first}");
-        let end = first.checked_add(backends.len() as u32).filter(|end| *end <= self.capacity);
-        let end = end.with_context(|| format!("{} backends at {first} exceed the array", backends.len()))?;
-        for (key, entry) in &self.held.services {
-            let apart = entry.count == 0 || entry.first >= end || end_of(entry) <= first;
-            ensure!(apart, "slots {first}..{end} are written while {key} leads there");
-        }
-        for (slot, since) in self.let_go.range(first..end) {
-            ensure!(self.now >= *since + GRACE, "slot {slot} is written too soon after it was let go of");
-        }
-        if self.held.backends.len() < end as usize {
-            self.held.backends.resize(end as usize, bytemuck::Zeroable::zeroed());
-        }
-        for (slot, backend) in (first..end).zip(backends) {
-            self.step()?;
-            ensure!(backend.id != 0, "backend without an id at {slot}");
+    /// Slots that an entry leads to.
+    fn used(&self) -> BTreeSet<u32> {
+        self.held.services.values().flat_map(|entry| self.found(entry)).map(|b| id::slot_of(b.id)).collect()
+    }
+
+    fn rested(&self, slot: u32, what: &str) -> anyhow::Result<()> {
+        let rested = self.unused.get(&slot).is_none_or(|since| self.now >= *since + GRACE);
+        ensure!(rested, "slot {slot} is {what} too soon");
+        Ok(())
+    }
+
+    fn store(&mut self, backends: &[Backend]) -> anyhow::Result<()> {
+        ensure!(!backends.is_empty(), "no backends are written");
+        for backend in backends {
+            let slot = id::slot_of(backend.id);
+            ensure!(slot < self.capacity, "slot {slot} exceeds the array");
+            ensure!(id::generation_of(backend.id) > 0, "backend without an id at {slot}");
+            if self.held.backends.len() <= slot as usize {
+                self.held.backends.resize(slot as usize + 1, bytemuck::Zeroable::zeroed());
+            }
+            let held = self.held.backends[slot as usize];
+            if held.id == 0 {
+                let next = id::next(slot, held.last_id());
+                ensure!(backend.id == next, "slot {slot} gets the id {:#x}, not {next:#x}", backend.id);
+                self.rested(slot, "written")?;
+            } else {
+                let changed = Backend { flags: backend.flags, ..held };
+                ensure!(changed == *backend, "slot {slot} is in use: {held:?} becomes {backend:?}");
+                ensure!(held != *backend, "slot {slot} is written, but it holds that already");
+            }
+            if let Err(crash) = self.step() {
+                // The service is written last.
+                let service = if held.id == 0 { held.last_id() } else { held.service };
+                self.held.backends[slot as usize] = Backend { service, ..*backend };
+                return Err(crash);
+            }
             self.held.backends[slot as usize] = *backend;
         }
         Ok(())
     }
 
-    fn put(&mut self, key: VipKey, entry: SvcEntry) -> anyhow::Result<()> {
-        let slots = entry.first as usize..entry.first as usize + entry.count as usize;
-        let written = self.held.backends.get(slots.clone());
-        let written = written.with_context(|| format!("{key} leads to {slots:?}, beyond what was written"))?;
-        ensure!(written.iter().all(|b| b.id != 0), "{key} leads to slots that were never written");
-        let mut ids: Vec<u32> = written.iter().map(|b| b.id).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        ensure!(ids.len() == slots.len(), "{key} has two backends of one id");
-        for (other, held) in self.held.services.iter().filter(|(other, _)| **other != key) {
-            let apart =
-                held.count == 0 || entry.count == 0 || held.first >= end_of(&entry) || entry.first >= end_of(held);
-            ensure!(apart, "{key} and {other} share slots");
+    fn store_ids(&mut self, first: u32, ids: &[u32]) -> anyhow::Result<()> {
+        ensure!(!ids.is_empty(), "an empty range of ids is written at {first}");
+        let end = first.checked_add(ids.len() as u32).filter(|end| *end <= self.capacity);
+        let end = end.with_context(|| format!("{} ids at {first} exceed the array", ids.len()))?;
+        for (key, entry) in &self.held.services {
+            let apart = entry.count == 0 || entry.first >= end || end_of(entry) <= first;
+            ensure!(apart, "ids {first}..{end} are written while {key} leads there");
         }
-        let old = self.held.services.insert(key, entry);
-        self.let_go_of(old);
+        for (index, since) in self.let_go.range(first..end) {
+            ensure!(self.now >= *since + GRACE, "id {index} is written too soon after it was let go of");
+        }
+        for id in ids {
+            let written = self.held.backends.get(id::slot_of(*id) as usize);
+            ensure!(written.is_some_and(|b| b.id == *id), "id {id:#x} is written before its backend");
+        }
+        if self.held.ids.len() < end as usize {
+            self.held.ids.resize(end as usize, 0);
+        }
+        for (index, id) in (first..end).zip(ids) {
+            self.step()?;
+            self.held.ids[index as usize] = *id;
+        }
         Ok(())
     }
 
-    fn let_go_of(&mut self, entry: Option<SvcEntry>) {
-        for slot in entry.iter().flat_map(|e| e.first..end_of(e).min(self.capacity)) {
-            if self.user_of(slot).is_none() {
-                self.let_go.insert(slot, self.now);
+    fn put(&mut self, key: VipKey, entry: SvcEntry) -> anyhow::Result<()> {
+        let backends: Option<Vec<&Backend>> = self.held.backends_of(&entry).collect();
+        let backends =
+            backends.with_context(|| format!("{key} leads to ids that are of no backend of it: {entry:?}"))?;
+        let ids: BTreeSet<u32> = backends.iter().map(|b| b.id).collect();
+        ensure!(ids.len() == backends.len(), "{key} has two backends of one id");
+        ensure!(ids.is_empty() || entry.id != 0, "{key} has backends, but no id");
+        for (other, held) in self.held.services.iter().filter(|(other, _)| **other != key) {
+            let apart =
+                held.count == 0 || entry.count == 0 || held.first >= end_of(&entry) || entry.first >= end_of(held);
+            ensure!(apart, "{key} and {other} share a range of ids");
+            ensure!(held.id != entry.id || key.is_wildcard() || other.is_wildcard(), "{key} and {other} share an id");
+        }
+        let before = self.used();
+        let old = self.held.services.insert(key, entry);
+        self.let_go_of(old, &before);
+        Ok(())
+    }
+
+    fn delete(&mut self, key: VipKey) -> anyhow::Result<()> {
+        let before = self.used();
+        let old = self.held.services.remove(&key);
+        ensure!(old.is_some(), "{key} is deleted, but it is not there");
+        self.let_go_of(old, &before);
+        Ok(())
+    }
+
+    /// An entry is gone; `before`: the slots that were in use while it was there.
+    fn let_go_of(&mut self, entry: Option<SvcEntry>, before: &BTreeSet<u32>) {
+        for index in entry.iter().flat_map(|e| e.first..end_of(e).min(self.capacity)) {
+            if self.user_of(index).is_none() {
+                self.let_go.insert(index, self.now);
             }
         }
+        let after = self.used();
+        self.unused.extend(before.difference(&after).map(|slot| (*slot, self.now)));
+    }
+
+    fn clear(&mut self, ids: &[u32]) -> anyhow::Result<()> {
+        ensure!(!ids.is_empty(), "no backends are cleared");
+        let used = self.used();
+        for id in ids {
+            let slot = id::slot_of(*id);
+            let held = self.held.backends.get(slot as usize).copied();
+            ensure!(held.is_some_and(|b| b.id != 0), "slot {slot} is cleared, but it is free");
+            ensure!(!used.contains(&slot), "slot {slot} is cleared while an entry leads there");
+            self.rested(slot, "cleared")?;
+            if let Err(crash) = self.step() {
+                self.held.backends[slot as usize].service = *id;
+                return Err(crash);
+            }
+            self.held.backends[slot as usize] = Backend::cleared(*id);
+            self.unused.insert(slot, self.now);
+        }
+        Ok(())
     }
 }
 
-/// The slot behind an entry's last one; maps made up by a test may hold anything.
+/// The index behind an entry's last one; maps made up by a test may hold anything.
 fn end_of(entry: &SvcEntry) -> u32 {
     entry.first.saturating_add(entry.count)
 }
@@ -143,20 +225,15 @@ impl Maps for MemoryMaps {
     fn apply(&mut self, writes: &[Write]) -> anyhow::Result<()> {
         for write in writes {
             match write {
-                Write::Backends { first, backends } => {
-                    self.store(*first, backends)?;
-                    continue;
-                }
+                Write::Backends { .. } | Write::BackendIds { .. } | Write::ClearBackends { .. } => {}
                 _ => self.step()?,
             }
             match write {
-                Write::Backends { .. } => {}
+                Write::Backends { backends } => self.store(backends)?,
+                Write::BackendIds { first, ids } => self.store_ids(*first, ids)?,
+                Write::ClearBackends { ids } => self.clear(ids)?,
                 Write::PutService { key, entry } => self.put(*key, *entry)?,
-                Write::DeleteService { key } => {
-                    let old = self.held.services.remove(key);
-                    ensure!(old.is_some(), "{key} is deleted, but it is not there");
-                    self.let_go_of(old);
-                }
+                Write::DeleteService { key } => self.delete(*key)?,
                 Write::PutPeer { prefix, peer } => {
                     if self.held.peers.insert(*prefix, *peer) == Some(*peer) {
                         bail!("peer {prefix} is written, but it is there already");
@@ -176,5 +253,84 @@ impl Maps for MemoryMaps {
 
     fn backend_capacity(&self) -> u32 {
         self.capacity
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Backend, GRACE, MemoryMaps, SvcEntry, VipKey, Write, id};
+    use crate::model::build::ip;
+    use crate::plan::Maps;
+    use std::time::Duration;
+
+    fn backend(slot: u32, generation: u32, service: u32) -> Backend {
+        let addr = ip("10.244.1.2").into();
+        Backend { addr, port: 8080, flags: 0, id: id::make(slot, generation), service, pad: 0 }
+    }
+
+    fn store(backend: Backend) -> Write {
+        Write::Backends { backends: vec![backend] }
+    }
+
+    fn range(first: u32, slots: &[u32]) -> Write {
+        Write::BackendIds { first, ids: slots.iter().map(|slot| id::make(*slot, 1)).collect() }
+    }
+
+    fn put(port: u16, first: u32, count: u32, id: u32) -> Write {
+        let key = VipKey { ip: ip("10.96.0.1"), port, proto: 6, scope: 0 };
+        Write::PutService { key, entry: SvcEntry { first, count, id, affinity: 0, flags: 0, pad: 0 } }
+    }
+
+    fn clear(slot: u32) -> Write {
+        Write::ClearBackends { ids: vec![id::make(slot, 1)] }
+    }
+
+    /// One service with two backends, and a third that nothing leads to.
+    fn maps() -> MemoryMaps {
+        let mut maps = MemoryMaps::new(16);
+        let backends = [0, 1, 2].map(|slot| backend(slot, 1, 1));
+        maps.apply(&[Write::Backends { backends: backends.to_vec() }, range(0, &[0, 1]), put(80, 0, 2, 1)]).unwrap();
+        maps
+    }
+
+    #[test]
+    fn orders_that_would_hurt_a_reader_are_refused() {
+        for (write, why) in [
+            (range(4, &[3]), "before its backend"),
+            (range(1, &[2]), "while 10.96.0.1:80/TCP leads there"),
+            (put(80, 4, 1, 1), "of no backend of it"),
+            (put(81, 0, 1, 1), "share a range"),
+            (put(81, 0, 1, 2), "of no backend of it"),
+            (put(81, 0, 0, 1), "share an id"),
+            (clear(0), "while an entry leads there"),
+            (clear(3), "it is free"),
+            (store(Backend { port: 1, ..backend(0, 1, 1) }), "in use"),
+            (store(backend(0, 2, 1)), "in use"),
+            (store(backend(0, 1, 1)), "holds that already"),
+            (store(backend(3, 2, 1)), "gets the id"),
+            (store(backend(16, 1, 1)), "exceeds the array"),
+        ] {
+            let error = maps().apply(std::slice::from_ref(&write)).unwrap_err().to_string();
+            assert!(error.contains(why), "{write:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_was_let_go_of_rests_before_it_is_cleared_and_before_it_is_written() {
+        let mut maps = maps();
+        let mut at = |now: Duration, write: Write| {
+            maps.set_now(now);
+            maps.apply(&[write]).map_err(|error| error.to_string())
+        };
+        at(Duration::ZERO, range(2, &[1, 2])).unwrap();
+        at(Duration::ZERO, put(80, 2, 2, 1)).unwrap();
+        let short = GRACE - Duration::from_millis(1);
+        assert!(at(short, range(0, &[2])).unwrap_err().contains("too soon"));
+        assert!(at(short, clear(0)).unwrap_err().contains("cleared too soon"));
+        at(GRACE, range(0, &[2])).unwrap();
+        at(GRACE, clear(0)).unwrap();
+        assert!(at(GRACE + short, store(backend(0, 2, 1))).unwrap_err().contains("written too soon"));
+        assert!(at(2 * GRACE, store(backend(0, 1, 1))).unwrap_err().contains("gets the id"));
+        at(2 * GRACE, store(backend(0, 2, 1))).unwrap();
     }
 }

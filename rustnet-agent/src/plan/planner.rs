@@ -1,18 +1,20 @@
 //! The plan: what the maps hold, compared with what the index wants.
 //!
-//! Order of writes: peers; each service's backends, then its entry; wildcard entries; deletions the other way round; and
-//! before the peers' deletions the flows to forget, as by then no packet makes them anew. A range of backends is never rewritten while an entry points to it: a change writes a new range and flips
-//! the entry.
+//! Order of writes: peers; each service's backends, then the range of their ids, then its entry; wildcard entries; deletions
+//! the other way round, a backend's value no sooner than a grace period after; and before the peers' deletions the flows to
+//! forget, as by then no packet makes them anew. A range of ids is never rewritten while an entry points to it: a change
+//! writes a new range and flips the entry. Of a backend that an entry leads to only the flags ever change.
 
-use super::flows::{Flows, Parked};
+use super::flows::Flows;
 use super::ids::Ids;
 use super::ranges::Ranges;
+use super::slots::Slots;
 use super::{Maps, Snapshot, VipKey, Write};
 use crate::index::{Choice, DesiredBackend, DesiredService, Index};
 use crate::model::Problem;
 use ipnet::IpNet;
 use rustnet_common::addr::Addr;
-use rustnet_common::backend::Backend;
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 use rustnet_common::tuple::proto::UDP;
@@ -21,7 +23,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a freed range of backends waits before it is written again. A program that read the old entry is done with it in
+/// How long what is freed waits before it is written again, and a backend before its slot is cleared. A program that read the old entry is done with it in
 /// microseconds; this also covers one that was interrupted.
 pub const GRACE: Duration = Duration::from_millis(100);
 
@@ -30,7 +32,7 @@ pub const GRACE: Duration = Duration::from_millis(100);
 pub struct Plan {
     /// The writes, in order.
     pub writes: Vec<Write>,
-    /// Something waits for slots that are free at this time: plan again then, even if no event came.
+    /// Something waits for this time: plan again then, even if no event came.
     pub retry_at: Option<Duration>,
 }
 
@@ -38,15 +40,18 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct Planner {
     services: HashMap<VipKey, SvcEntry>,
-    /// Entries read back whose range is not to be trusted (out of bounds, shared, or with slots never written), and the slots
-    /// of it that nobody else has.
-    damaged: BTreeMap<VipKey, Vec<u32>>,
-    slots: Vec<Backend>,
+    /// Entries read back that are not to be trusted: a range out of bounds or shared, ids of no backend of theirs.
+    damaged: BTreeMap<VipKey, Held>,
+    /// `rn_backend_ids`, and who has which range of it.
+    ids: Vec<u32>,
     ranges: Ranges,
+    /// `rn_backends_v2`.
+    slots: Slots,
     service_ids: Ids,
-    backend_ids: Ids,
     peers: BTreeMap<IpNet, Peer>,
     flows: Flows,
+    /// Backends read back whose service is gone.
+    orphans: Vec<u32>,
     /// What did not fit, and why.
     failed: BTreeMap<VipKey, Box<str>>,
     peers_failed: Option<Box<str>>,
@@ -57,6 +62,15 @@ pub struct Planner {
     compare_all: bool,
     /// Writes were refused: what the maps hold is not known.
     lost_track: bool,
+}
+
+/// What packets may be led into by a damaged entry, and nobody else has: it is not touched until the entry is mended.
+#[derive(Debug, Default)]
+struct Held {
+    /// First and length.
+    ranges: Vec<(u32, u32)>,
+    /// Ids.
+    backends: Vec<u32>,
 }
 
 /// How much fits.
@@ -88,52 +102,88 @@ impl Planner {
         Ok(Self::from_snapshot(maps.snapshot()?, room))
     }
 
-    fn from_snapshot(snapshot: Snapshot, room: Capacity) -> Self {
-        let Snapshot { services, backends: slots, peers } = snapshot;
+    fn from_snapshot(mut snapshot: Snapshot, room: Capacity) -> Self {
+        snapshot.ids.truncate(room.backends as usize);
+        snapshot.backends.truncate(room.backends as usize);
+        let mut seen = HashSet::new();
+        for (_, entry) in snapshot.services.iter_mut().filter(|(key, _)| !key.is_wildcard()) {
+            if !seen.insert(entry.id) {
+                // It gets another one, and backends of its own.
+                entry.id = 0;
+            }
+        }
         let mut ranges = Ranges::new(room.backends, GRACE);
         let mut damaged = BTreeMap::new();
-        for (key, entry) in services.iter().filter(|(_, entry)| entry.count > 0) {
-            let end = entry.first as usize + entry.count as usize;
-            let written = slots.get(entry.first as usize..end).is_some_and(|slots| slots.iter().all(|b| b.id != 0));
-            if key.is_wildcard() || !written || !ranges.claim(entry.first, entry.count) {
-                damaged.insert(*key, Vec::new());
+        // By slot: whether an entry leads there.
+        let mut referred = vec![false; snapshot.backends.len()];
+        for (key, entry) in snapshot.services.iter().filter(|(_, entry)| entry.count > 0) {
+            let claimed = ranges.claim(entry.first, entry.count);
+            if key.is_wildcard() || !claimed || !refer(entry, &snapshot, &mut referred) {
+                let ranges = if claimed { vec![(entry.first, entry.count)] } else { Vec::new() };
+                damaged.insert(*key, Held { ranges, backends: Vec::new() });
             }
         }
-        // Packets may still be led into the range of a damaged entry: nothing else is written there until it is mended.
         for (key, held) in &mut damaged {
-            let SvcEntry { first, count, .. } = services[key];
-            let end = first.saturating_add(count).min(room.backends);
-            held.extend((first..end).filter(|slot| ranges.claim(*slot, 1)));
-        }
-        // All else that was ever written may have been let go of a moment ago.
-        let (unused, live): (Vec<_>, Vec<_>) =
-            (0..).zip(&slots).filter(|(_, backend)| backend.id != 0).partition(|(slot, _)| ranges.claim(*slot, 1));
-        let live: HashSet<u32> = live.into_iter().map(|(_, backend)| backend.id).collect();
-        let mut flows = Flows::default();
-        for (slot, backend) in unused {
-            // What merely moved to another range is no stray.
-            if live.contains(&backend.id) {
-                ranges.retire(slot, 1);
-            } else {
-                flows.add_stray((backend.addr, backend.port), Parked { id: backend.id, slot });
+            let entry = &snapshot.services[key];
+            let end = entry.first.saturating_add(entry.count).min(room.backends);
+            if held.ranges.is_empty() {
+                held.ranges.extend((entry.first..end).map(|slot| (slot, 1)).filter(|(slot, _)| ranges.claim(*slot, 1)));
             }
+            // Beyond the end there is nothing, however much the entry claims.
+            let within = SvcEntry { count: end.saturating_sub(entry.first), ..*entry };
+            let backends = snapshot.backends_of(&within).flatten();
+            let unused = backends.filter(|b| !std::mem::replace(&mut referred[id::slot_of(b.id) as usize], true));
+            held.backends.extend(unused.map(|b| b.id));
         }
+        let Snapshot { services, ids, backends, peers } = snapshot;
+        // All else that was ever written may have been let go of a moment ago.
+        ranges.retire_free_below(ids.len() as u32);
+        let last = services.values().map(|entry| entry.id).max().unwrap_or(0);
+        // Those that the last agent's death left without a service bear the number of their slot's last backend.
+        let has_service =
+            |(slot, b): &(u32, &Backend)| b.id != 0 && (b.service < id::MAX_SLOTS || id::slot_of(b.service) != *slot);
+        let last = (0..).zip(&backends).filter(has_service).map(|(_, b)| b.service).max().unwrap_or(0).max(last);
         let count = |v4: bool| services.keys().filter(|key| key.ip.is_ipv4() == v4).count() as u32;
-        Self {
+        let mut planner = Self {
             count: [count(true), count(false)],
-            service_ids: Ids::after(services.values().map(|entry| entry.id).max().unwrap_or(0)),
-            backend_ids: Ids::after(slots.iter().map(|b| b.id).max().unwrap_or(0)),
+            service_ids: Ids::after(last),
             services: services.into_iter().collect(),
             damaged,
-            slots,
+            ids,
             ranges,
+            slots: Slots::new(backends, room.backends, GRACE),
             peers,
-            flows,
+            flows: Flows::default(),
+            orphans: Vec::new(),
             failed: BTreeMap::new(),
             peers_failed: None,
             room,
             compare_all: true,
             lost_track: false,
+        };
+        planner.find_strays(&referred);
+        planner
+    }
+
+    /// Backends that no entry leads to: an earlier agent let them linger, or died before it forgot their flows or cleared
+    /// their slots.
+    fn find_strays(&mut self, referred: &[bool]) {
+        let strays =
+            |(slot, referred): (u32, &bool)| if *referred { None } else { self.slots.get(slot).map(|b| (slot, *b)) };
+        let strays: Vec<(u32, Backend)> = (0..).zip(referred).filter_map(strays).filter(|(_, b)| b.id != 0).collect();
+        if strays.is_empty() {
+            return;
+        }
+        let keys: HashMap<u32, VipKey> = self.services.iter().map(|(key, entry)| (entry.id, *key)).collect();
+        for (slot, backend) in strays {
+            match keys.get(&backend.service).filter(|key| !key.is_wildcard()) {
+                _ if id::slot_of(backend.id) != slot => self.slots.leave(slot),
+                Some(key) if key.proto == UDP => {
+                    self.orphans.extend(self.flows.found(*key, (backend.addr, backend.port), backend.id));
+                }
+                Some(_) => self.slots.leave(slot),
+                None => self.orphans.push(backend.id),
+            }
         }
     }
 
@@ -154,7 +204,7 @@ impl Planner {
 
     /// The writes that lead from what the maps hold to what the index wants. They are taken as applied.
     pub fn plan(&mut self, index: &mut Index, now: Duration) -> Plan {
-        let released = self.ranges.tick(now);
+        let released = self.ranges.tick(now) | self.slots.tick(now);
         if !index.synced() {
             return Plan::default();
         }
@@ -176,8 +226,8 @@ impl Planner {
         };
         self.plan_services(keys, index, &mut draft);
         if self.compare_all {
-            let strays = self.flows.take_strays();
-            self.forget(strays, &mut draft);
+            let orphans = std::mem::take(&mut self.orphans);
+            self.forget(orphans, &mut draft);
             self.compare_all = false;
         }
         // Entries that were deleted made room for some that did not fit.
@@ -193,10 +243,23 @@ impl Planner {
             draft.forget.dedup();
             writes.push(Write::ForgetFlows { proto: UDP, backends: draft.forget });
         }
+        let ids = self.slots.clear(now);
+        if !ids.is_empty() {
+            writes.push(Write::ClearBackends { ids });
+        }
         writes.extend(stale_peers);
-        let waits = !self.failed.is_empty() && self.ranges.held() > 0;
-        let retry_at = waits.then(|| self.ranges.next_release().unwrap_or(now + GRACE));
-        Plan { writes, retry_at }
+        Plan { writes, retry_at: self.retry_at(now) }
+    }
+
+    /// When slots are to be cleared, or are free for what did not fit.
+    fn retry_at(&self, now: Duration) -> Option<Duration> {
+        let mut times = vec![self.slots.next_clear(now)];
+        if !self.failed.is_empty() {
+            let released = || self.ranges.next_release().unwrap_or(now + GRACE);
+            times.push((self.ranges.held() > 0).then(released));
+            times.push(self.slots.next_free(now));
+        }
+        times.into_iter().flatten().min()
     }
 
     /// What did not fit into the maps.
@@ -246,8 +309,8 @@ impl Planner {
     fn put(&mut self, key: VipKey, desired: DesiredService, choice: &Choice, draft: &mut Draft) -> Result<(), String> {
         let backends = &choice.backends;
         let old = self.services.get(&key).copied();
-        let trusted = !self.damaged.contains_key(&key);
-        let same = trusted && old.is_some_and(|entry| equal(self.slots_of(entry), backends));
+        let trusted = old.filter(|_| !self.damaged.contains_key(&key));
+        let same = trusted.filter(|entry| self.leads_to(entry, backends));
         let family = usize::from(key.ip.is_ipv6());
         if old.is_none() && self.count[family] >= self.room.services {
             let full = self.room.services;
@@ -255,31 +318,31 @@ impl Planner {
                 "all {full} entries of the service map are taken, it is left out; raise service-entries"
             ));
         }
-        let (first, count) = match old {
-            Some(entry) if same => (entry.first, entry.count),
-            _ if backends.is_empty() => (0, 0),
-            _ => {
+        let first = match same {
+            Some(entry) => entry.first,
+            None if backends.is_empty() => 0,
+            None => {
+                self.check_slots(key, trusted.as_ref(), backends, old.is_some())?;
                 let count = backends.len() as u32;
-                let Some(first) = self.ranges.alloc(count) else {
-                    return Err(self.no_room(key, count, old.is_some()));
-                };
-                (first, count)
+                self.ranges.alloc(count).ok_or_else(|| self.no_range(key, count, old.is_some()))?
             }
         };
-        if !same {
-            self.write_backends(key, old.filter(|_| trusted), first, backends, draft);
-        }
-        if key.proto == UDP {
-            let gone = self.flows.settle(key, choice);
-            self.forget(gone, draft);
-        }
         let id = match old {
             _ if key.is_wildcard() => 0,
             Some(entry) if entry.id != 0 => entry.id,
             _ => self.service_ids.take(|| self.services.values().map(|entry| entry.id).collect()),
         };
+        let count = backends.len() as u32;
         let entry = SvcEntry { first, count, id, affinity: desired.affinity, flags: desired.flags, pad: 0 };
-        self.release_damaged(&key);
+        match same {
+            Some(entry) => self.write_flags(&entry, backends, draft),
+            None => self.write_backends(key, trusted, &entry, backends, draft),
+        }
+        if key.proto == UDP {
+            let gone = self.flows.settle(key, choice);
+            self.forget(gone, draft);
+        }
+        self.release_damaged(&key, draft);
         if old == Some(entry) {
             return Ok(());
         }
@@ -291,59 +354,89 @@ impl Planner {
         Ok(())
     }
 
-    /// Writes a new range, in which a backend that the old one had too keeps its id, and lets go of the old one.
+    /// The backends of an entry stay; their flags may be others.
+    fn write_flags(&mut self, entry: &SvcEntry, backends: &[DesiredBackend], draft: &mut Draft) {
+        let mut changed = Vec::new();
+        for (id, desired) in range(&self.ids, entry).iter().zip(backends) {
+            if self.slots.backend(*id).is_some_and(|backend| backend.flags != desired.flags) {
+                changed.extend(self.slots.set_flags(*id, desired.flags));
+            }
+        }
+        if !changed.is_empty() {
+            draft.puts.push(Write::Backends { backends: changed });
+        }
+    }
+
+    /// Writes the backends and the range of ids of a new entry, in which a backend that the old one had too keeps its id, and
+    /// lets go of the old one's.
     fn write_backends(
         &mut self,
         key: VipKey,
         old: Option<SvcEntry>,
-        first: u32,
+        entry: &SvcEntry,
         backends: &[DesiredBackend],
         draft: &mut Draft,
     ) {
         // One that lingered has flows by the id it had.
         let is_udp = key.proto == UDP;
         let mut known = if is_udp { self.flows.take(&key) } else { BTreeMap::new() };
-        if let Some(entry) = old {
-            let slots = (entry.first..).zip(self.slots_of(entry));
-            known.extend(slots.map(|(slot, b)| ((b.addr, b.port), Parked { id: b.id, slot })));
+        let mut gone = Vec::new();
+        for id in old.iter().flat_map(|entry| range(&self.ids, entry)) {
+            if let Some(b) = self.slots.backend(*id) {
+                gone.extend(known.insert((b.addr, b.port), *id));
+            }
         }
-        let (ids, slots, ranges) = (&mut self.backend_ids, &self.slots, &mut self.ranges);
-        let written: Vec<Backend> = backends
-            .iter()
-            .map(|b| {
-                let addr = Addr::from(b.addr);
-                let id = match known.remove(&(addr, b.port)) {
-                    Some(Parked { id, slot }) => {
-                        if is_udp {
-                            ranges.retire(slot, 1);
-                        }
-                        id
-                    }
-                    None => ids.take(|| slots.iter().map(|b| b.id).collect()),
-                };
-                Backend { addr, port: b.port, flags: b.flags, id }
-            })
-            .collect();
+        let mut written = Vec::new();
+        let mut ids = Vec::with_capacity(backends.len());
+        for &DesiredBackend { addr, port, flags } in backends {
+            let addr = Addr::from(addr);
+            if let Some(id) = known.remove(&(addr, port)) {
+                ids.push(id);
+                if self.slots.backend(id).is_some_and(|backend| backend.flags != flags) {
+                    written.extend(self.slots.set_flags(id, flags));
+                }
+            } else if let Some(backend) =
+                self.slots.add(Backend { addr, port, flags, id: 0, service: entry.id, pad: 0 })
+            {
+                ids.push(backend.id);
+                written.push(backend);
+            }
+        }
+        debug_assert_eq!(ids.len(), backends.len(), "there was room");
         if is_udp {
             self.flows.leave(key, known);
-        } else if let Some(entry) = old {
-            ranges.retire(entry.first, entry.count);
+            self.forget(gone, draft);
+        } else {
+            self.leave(known.into_values().chain(gone));
+        }
+        if let Some(entry) = old {
+            self.ranges.retire(entry.first, entry.count);
         }
         if !written.is_empty() {
-            let at = first as usize..first as usize + written.len();
-            if self.slots.len() < at.end {
-                self.slots.resize(at.end, bytemuck::Zeroable::zeroed());
+            draft.puts.push(Write::Backends { backends: written });
+        }
+        if !ids.is_empty() {
+            let at = entry.first as usize..entry.first as usize + ids.len();
+            if self.ids.len() < at.end {
+                self.ids.resize(at.end, 0);
             }
-            self.slots[at].copy_from_slice(&written);
-            draft.puts.push(Write::Backends { first, backends: written });
+            self.ids[at].copy_from_slice(&ids);
+            draft.puts.push(Write::BackendIds { first: entry.first, ids });
         }
     }
 
     /// The flows of these backends are to be forgotten, and their slots are free.
-    fn forget(&mut self, gone: impl IntoIterator<Item = Parked>, draft: &mut Draft) {
-        for Parked { id, slot } in gone {
+    fn forget(&mut self, gone: impl IntoIterator<Item = u32>, draft: &mut Draft) {
+        for id in gone {
             draft.forget.push(id);
-            self.ranges.retire(slot, 1);
+            self.slots.leave(id::slot_of(id));
+        }
+    }
+
+    /// The slots of these backends are free, flows to them go on.
+    fn leave(&mut self, gone: impl IntoIterator<Item = u32>) {
+        for id in gone {
+            self.slots.leave(id::slot_of(id));
         }
     }
 
@@ -352,19 +445,31 @@ impl Planner {
         let Some(entry) = self.services.remove(&key) else {
             return;
         };
-        if key.proto == UDP {
-            // Else a service that comes back at this address would find flows to whatever served it then.
-            let trusted = !self.damaged.contains_key(&key);
-            draft.forget.extend(self.slots_of(entry).iter().map(|b| b.id).filter(|_| trusted));
-            let lingering = self.flows.take(&key);
-            self.forget(lingering.into_values(), draft);
-        }
+        let lingering = self.flows.take(&key);
+        self.forget(lingering.into_values(), draft);
         self.count[usize::from(key.ip.is_ipv6())] -= 1;
-        if !self.release_damaged(&key) {
-            self.ranges.retire(entry.first, entry.count);
+        if !self.release_damaged(&key, draft) {
+            self.release(&key, [(entry.first, entry.count)], range(&self.ids, &entry).to_vec(), draft);
         }
         let writes = if key.is_wildcard() { &mut draft.wildcard_deletes } else { &mut draft.deletes };
         writes.push(Write::DeleteService { key });
+    }
+
+    /// No entry has this any more.
+    fn release(
+        &mut self,
+        key: &VipKey,
+        ranges: impl IntoIterator<Item = (u32, u32)>,
+        backends: Vec<u32>,
+        draft: &mut Draft,
+    ) {
+        ranges.into_iter().for_each(|(first, len)| self.ranges.retire(first, len));
+        if key.proto == UDP {
+            // Else a service that comes back at this address would find flows to whatever served it then.
+            self.forget(backends, draft);
+        } else {
+            self.leave(backends);
+        }
     }
 
     /// Adds the puts to `writes`; gives the deletions, which come last.
@@ -398,38 +503,88 @@ impl Planner {
     }
 
     /// An entry that was damaged is replaced or deleted. False if it was not.
-    fn release_damaged(&mut self, key: &VipKey) -> bool {
-        let Some(slots) = self.damaged.remove(key) else {
+    fn release_damaged(&mut self, key: &VipKey, draft: &mut Draft) -> bool {
+        let Some(Held { ranges, backends }) = self.damaged.remove(key) else {
             return false;
         };
-        for slot in slots {
-            self.ranges.retire(slot, 1);
-        }
+        self.release(key, ranges, backends, draft);
         true
     }
 
-    /// The backends of an entry that is trusted.
-    fn slots_of(&self, entry: SvcEntry) -> &[Backend] {
-        let first = entry.first as usize;
-        self.slots.get(first..first + entry.count as usize).unwrap_or_default()
+    /// True if an entry leads to these addresses and ports, in this order.
+    fn leads_to(&self, entry: &SvcEntry, backends: &[DesiredBackend]) -> bool {
+        entry.count as usize == backends.len()
+            && range(&self.ids, entry).iter().zip(backends).all(|(id, desired)| {
+                let backend = self.slots.backend(*id);
+                backend.is_some_and(|b| b.port == desired.port && IpAddr::from(b.addr) == desired.addr)
+            })
     }
 
-    fn no_room(&self, key: VipKey, count: u32, had: bool) -> String {
+    /// Refuses a set of backends of which the new ones do not all get a slot.
+    fn check_slots(
+        &self,
+        key: VipKey,
+        old: Option<&SvcEntry>,
+        backends: &[DesiredBackend],
+        had: bool,
+    ) -> Result<(), String> {
+        let (free, waiting) = (self.slots.room(), self.slots.waiting());
+        if backends.len() <= free as usize {
+            return Ok(());
+        }
+        let had_ids = old.iter().flat_map(|entry| range(&self.ids, entry)).chain(self.flows.of(&key));
+        let known: HashSet<(Addr, u16)> =
+            had_ids.filter_map(|id| self.slots.backend(*id)).map(|b| (b.addr, b.port)).collect();
+        let new = backends.iter().filter(|b| !known.contains(&(Addr::from(b.addr), b.port))).count();
+        if new <= free as usize {
+            return Ok(());
+        }
+        Err(format!(
+            "{key} needs {new} slots in rn_backends_v2, of {} there are {free} free and {waiting} about to be: {}; raise \
+             backend-entries",
+            self.room.backends,
+            outcome(had)
+        ))
+    }
+
+    fn no_range(&self, key: VipKey, count: u32, had: bool) -> String {
         let ((free, longest), held) = (self.ranges.room(), self.ranges.held());
-        let outcome = if had { "its last good backends stay" } else { "it is left out" };
         format!(
-            "{key} needs {count} slots side by side in rn_backends, of {} there are {free} free (longest run {longest}) and \
-             {held} about to be: {outcome}; raise backend-entries",
-            self.room.backends
+            "{key} needs {count} slots next to each other in rn_backend_ids, of {} there are {free} free (longest run {longest}) \
+             and {held} about to be: {}; raise backend-entries",
+            self.room.backends,
+            outcome(had)
         )
     }
 }
 
-fn equal(slots: &[Backend], backends: &[DesiredBackend]) -> bool {
-    slots.len() == backends.len()
-        && slots.iter().zip(backends).all(|(slot, backend)| {
-            IpAddr::from(slot.addr) == backend.addr && slot.port == backend.port && slot.flags == backend.flags
-        })
+/// What becomes of a service that does not fit.
+fn outcome(had: bool) -> &'static str {
+    if had { "its last good backends stay" } else { "it is left out" }
+}
+
+/// The ids in an entry's range; none if it is out of bounds.
+fn range<'a>(ids: &'a [u32], entry: &SvcEntry) -> &'a [u32] {
+    let first = entry.first as usize;
+    ids.get(first..first + entry.count as usize).unwrap_or_default()
+}
+
+/// True if all ids in an entry's range are of backends of its own that no other entry has; those are marked then.
+fn refer(entry: &SvcEntry, snapshot: &Snapshot, referred: &mut [bool]) -> bool {
+    let mut marked = 0;
+    for backend in snapshot.backends_of(entry) {
+        match backend.map(|b| &mut referred[id::slot_of(b.id) as usize]) {
+            Some(mark) if !*mark => *mark = true,
+            _ => break,
+        }
+        marked += 1;
+    }
+    let sound = marked == entry.count && entry.id != 0;
+    if !sound {
+        let marked = snapshot.backends_of(&SvcEntry { count: marked, ..*entry });
+        marked.flatten().for_each(|b| referred[id::slot_of(b.id) as usize] = false);
+    }
+    sound
 }
 
 #[cfg(test)]

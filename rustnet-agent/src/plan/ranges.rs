@@ -1,4 +1,4 @@
-//! Who has which slots of `rn_backends`: first fit, with a quarantine for freed ranges.
+//! Who has which slots of `rn_backend_ids`: first fit, with a quarantine for freed ranges.
 //!
 //! First fit keeps the array dense at its low end, so that little of it is ever touched. A freed range may still be read by
 //! a program that loaded the old service entry; it is reused only after a grace period, counted from the first call of
@@ -83,6 +83,17 @@ impl Ranges {
     pub fn retire(&mut self, first: u32, len: u32) {
         if len > 0 {
             self.held.push_back(Held { first, len, since: None });
+        }
+    }
+
+    /// Lets go of all that is free below a slot, as if it had been in use until now.
+    pub fn retire_free_below(&mut self, end: u32) {
+        let runs: Vec<(u32, u32)> =
+            self.free.range(..end).map(|(first, len)| (*first, (*len).min(end - first))).collect();
+        for (first, len) in runs {
+            if self.claim(first, len) {
+                self.retire(first, len);
+            }
         }
     }
 
@@ -204,6 +215,17 @@ mod tests {
         assert!(!ranges.claim(u32::MAX, 2));
         assert!(ranges.claim(0, 4));
         assert_eq!(ranges.room(), (3, 3));
+    }
+
+    #[test]
+    fn what_is_free_below_a_slot_waits() {
+        let mut ranges = Ranges::new(10, GRACE);
+        assert!(ranges.claim(2, 2));
+        ranges.retire_free_below(7);
+        assert_eq!((ranges.room(), ranges.held()), ((3, 3), 5));
+        ranges.tick(ms(0));
+        ranges.tick(ms(100));
+        assert_eq!((ranges.room(), ranges.held()), ((8, 6), 0));
     }
 
     #[test]

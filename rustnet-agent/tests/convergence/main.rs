@@ -11,7 +11,7 @@ use proptest::sample::{Index as Pick, select};
 use rustnet_agent::config::Routing;
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::Family;
-use rustnet_agent::plan::{GRACE, MemoryMaps, Planner};
+use rustnet_agent::plan::{GRACE, MemoryMaps, Planner, Write};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind};
 use rustnet_common::tuple::proto::UDP;
@@ -268,7 +268,7 @@ proptest! {
         // Nothing is left to do, for this agent and for the next one.
         world.restart(1);
         let plan = world.planner.plan(&mut world.index, world.now);
-        let harmless = |write: &_| matches!(write, rustnet_agent::plan::Write::ForgetFlows { .. });
+        let harmless = |write: &_| matches!(write, Write::ForgetFlows { .. } | Write::ClearBackends { .. });
         prop_assert!(plan.writes.iter().all(harmless), "{:?}", plan.writes);
     }
 
@@ -287,11 +287,17 @@ proptest! {
         world.sync().unwrap();
         prop_assert_eq!(world.maps.held().services.len(), 0);
         prop_assert_eq!(world.table(), expected(&world.cluster, &world.settings));
+        // Each backend is cleared in the end.
+        for _ in 0..3 {
+            world.now += GRACE;
+            world.sync().unwrap();
+        }
+        prop_assert!(world.maps.held().backends.iter().all(|b| b.id == 0), "{:?}", world.maps.held().backends);
         // One service that needs the whole array gets it, once every slot has had its time.
         for object in cluster::of_every_slot(SLOTS) {
             world.index.handle(object);
         }
-        for _ in 0..3 {
+        for _ in 0..5 {
             world.now += GRACE;
             world.sync().unwrap();
         }

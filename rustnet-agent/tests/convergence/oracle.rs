@@ -14,14 +14,15 @@ use std::net::IpAddr;
 pub type Key = (IpAddr, u16, u8);
 /// Address, port, flags.
 type Backend = (IpAddr, u16, u16);
+/// Flags, affinity, backends in order.
+type Entry = (u16, u32, Vec<Backend>);
 /// Far end, identity, flags.
 type Peer = (Option<IpAddr>, u32, u16);
 
 /// What packets meet, without the numbers that the plan is free to choose.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Table {
-    /// Flags, affinity, backends in order.
-    services: BTreeMap<Key, (u16, u32, Vec<Backend>)>,
+    services: BTreeMap<Key, Entry>,
     peers: BTreeMap<IpNet, Peer>,
 }
 
@@ -44,16 +45,23 @@ impl Table {
         self.services.contains_key(&key)
     }
 
-    /// Each entry is as it was before or as it is after.
+    /// Each entry is as it was before or as it is after. The flags of a backend may be the new ones before its service's entry
+    /// is: they change in place.
     pub fn is_old_or_new(&self, old: &Self, new: &Self) {
         let keys: BTreeSet<_> = [self, old, new].into_iter().flat_map(|table| table.services.keys()).collect();
         for key in keys {
             let (is, was, will) = (self.services.get(key), old.services.get(key), new.services.get(key));
-            assert!(is == was || is == will, "{key:?}: {is:?} is neither {was:?} nor {will:?}");
+            let same = |other| targets(is) == targets(other);
+            assert!(same(was) || same(will), "{key:?}: {is:?} is neither {was:?} nor {will:?}");
+            let has = |backend| [was, will].into_iter().flatten().any(|(.., all)| all.contains(backend));
+            assert!(
+                is.is_none_or(|(.., all)| all.iter().all(has)),
+                "{key:?}: flags of {is:?} are not of {was:?} or {will:?}"
+            );
             // A wildcard refuses what has no entry: it must not come before the ports do.
             let wildcard = (key.0, 0, 0);
             let new = self.services.contains_key(&wildcard) && !old.services.contains_key(&wildcard);
-            assert!(!new || is == will, "{key:?} is refused for a moment");
+            assert!(!new || same(will), "{key:?} is refused for a moment");
         }
         let prefixes: BTreeSet<_> = [self, old, new].into_iter().flat_map(|table| table.peers.keys()).collect();
         for prefix in prefixes {
@@ -61,6 +69,11 @@ impl Table {
             assert!(is == was || is == will, "{prefix}: {is:?} is neither {was:?} nor {will:?}");
         }
     }
+}
+
+/// An entry without the flags of its backends.
+fn targets(entry: Option<&Entry>) -> Option<(u16, u32, Vec<(IpAddr, u16)>)> {
+    entry.map(|(flags, affinity, all)| (*flags, *affinity, all.iter().map(|(ip, port, _)| (*ip, *port)).collect()))
 }
 
 /// What the maps should hold.
@@ -108,7 +121,7 @@ fn own_addresses(cluster: &Cluster, settings: &Settings) -> BTreeSet<IpAddr> {
     settings.own_addresses.iter().copied().chain(named).collect()
 }
 
-fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, (u16, u32, Vec<Backend>)> {
+fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
     let own = own_addresses(cluster, settings);
     let mut all: Vec<&Service> =
         cluster.values().filter_map(|o| if let Object::Service(s) = o { Some(s) } else { None }).collect();

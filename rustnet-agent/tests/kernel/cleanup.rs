@@ -1,6 +1,10 @@
 //! Cleanup removes everything of ours and nothing else, and only when no agent would put it back.
 
 use std::fs;
+use std::os::fd::AsFd;
+
+use rustnet_agent::bpf::sys::{self, Layout};
+use rustnet_common::names::v1;
 
 use crate::reconcile::{Agent, block_on, node, synced, web};
 use crate::sandbox::{self, Sandbox, ip, names, uplink};
@@ -42,6 +46,10 @@ fn cleanup_leaves_nothing_of_ours_and_all_of_others() {
             agent.stop().await;
         });
         assert_ne!(host(), before);
+        // What an earlier release left.
+        let layout = Layout { kind: 1, key_size: 8, value_size: 20, max_entries: 16, flags: 0 };
+        let old = sys::map_create(v1::SVC4, layout).unwrap();
+        sys::obj_pin(&sandbox.bpffs.join(v1::SVC4), old.as_fd()).unwrap();
         fs::create_dir_all(sandbox.run_dir.join("ipam")).unwrap();
         fs::write(sandbox.run_dir.join("ipam/10.1.1.5"), "").unwrap();
         clean(sandbox);
@@ -63,7 +71,7 @@ fn clean(sandbox: &Sandbox) {
     let report: serde_json::Value = serde_json::from_str(&text).unwrap();
     let removed: Vec<_> = report["removed"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
     let hook = if sandbox::has_tcx() { "link/uplink_in" } else { "classifier on eth0" };
-    for part in ["rn_svc4", "prog/from_pod", hook, "device rn_vxlan", "device rnv1", "05-rustnet.conflist"] {
+    for part in ["rn_svc4_v2", "prog/from_pod", hook, "device rn_vxlan", "device rnv1", "05-rustnet.conflist"] {
         assert!(removed.iter().any(|what| what.contains(part)), "{part} is missing in {removed:?}");
     }
 }

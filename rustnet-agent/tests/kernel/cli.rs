@@ -70,7 +70,7 @@ fn tell(sandbox: &Sandbox) {
     assert_eq!(row("192.0.2.1/32")["kind"], "this host");
 
     let maps = json(sandbox, "maps");
-    assert_eq!((&maps[0]["name"], &maps[0]["used"]), (&"rn_svc4".into(), &2.into()));
+    assert_eq!((&maps[0]["name"], &maps[0]["used"]), (&"rn_svc4_v2".into(), &2.into()));
     assert_eq!(json(sandbox, "ct list"), Value::Array(vec![]));
     assert!(text(sandbox, "ct list --proto tcp --port 80").starts_with("PROTOCOL"));
     assert_eq!(json(sandbox, "drops"), Value::Array(vec![]));
@@ -212,6 +212,6 @@ fn exit_codes_tell_wrong_usage_from_trouble() {
         let out = sandbox.rustnet(&format!("--bpffs {} services", sandbox.bpffs.display()));
         let error = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(1));
-        assert!(error.contains("rn_backends"), "{error}");
+        assert!(error.contains("rn_backend_ids"), "{error}");
     });
 }

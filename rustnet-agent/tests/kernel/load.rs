@@ -65,10 +65,10 @@ fn pinned_maps_of_another_layout_are_refused_intact() {
         sys::obj_pin(&sandbox.bpffs.join(map::SVC4), old.fd()).unwrap();
 
         let error = format!("{:#}", load(sandbox).run().err().unwrap());
-        assert!(error.contains("rn_svc4 is pinned as hash, key 12 B, value 8 B, 16 entries"), "{error}");
+        assert!(error.contains("rn_svc4_v2 is pinned as hash, key 12 B, value 8 B, 16 entries"), "{error}");
         assert!(error.contains("wanted as hash, key 8 B, value 20 B"), "{error}");
         assert!(error.contains("cleanup"), "{error}");
-        assert_eq!(names(&sandbox.bpffs), ["link", "prog", "rn_svc4"], "nothing new was pinned");
+        assert_eq!(names(&sandbox.bpffs), ["link", "prog", "rn_svc4_v2"], "nothing new was pinned");
         assert_eq!(old.get(&[1; 12]).unwrap(), Some(77));
     });
 }
@@ -78,7 +78,7 @@ fn another_size_in_the_configuration_is_refused_with_the_way_back() {
     sandbox::run(|sandbox| {
         load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
         let mut bigger = load(sandbox);
-        bigger.sizes.insert(map::CT4.to_owned(), 8192);
+        bigger.sizes.insert(map::CT4_TCP.to_owned(), 8192);
         let error = format!("{:#}", bigger.run().err().unwrap());
         assert!(
             error.contains("rn_ct4_tcp") && error.contains("4096 entries") && error.contains("8192 entries"),

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use rustnet_agent::bpf::store::BpfMaps;
 use rustnet_agent::plan::{Maps, VipKey, Write};
 use rustnet_common::addr::Addr;
-use rustnet_common::backend::Backend;
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 
@@ -21,8 +21,13 @@ fn entry(first: u32, count: u32) -> SvcEntry {
     SvcEntry { first, count, id: 1 + first, affinity: 0, flags: 0, pad: 0 }
 }
 
-fn backend(id: u32) -> Backend {
-    Backend { addr: IpAddr::from([10, 1, 0, 1]).into(), port: 8080, flags: 0, id }
+/// The first backend of a slot.
+fn backend(slot: u32, service: u32) -> Backend {
+    Backend { addr: IpAddr::from([10, 1, 0, 1]).into(), port: 8080, flags: 0, id: id::make(slot, 1), service, pad: 0 }
+}
+
+fn ids(backends: &[Backend]) -> Vec<u32> {
+    backends.iter().map(|b| b.id).collect()
 }
 
 fn peer(node: &str) -> Peer {
@@ -36,12 +41,15 @@ fn writes_of_both_families_are_read_back_and_deleted() {
         let mut maps = BpfMaps::open(&sandbox.bpffs).unwrap();
         let (four, six) = (vip("10.96.0.1", 80), vip("fd00:96::1", 80));
         let (net4, net6): (IpNet, IpNet) = ("10.1.2.0/24".parse().unwrap(), "fd00:2::/64".parse().unwrap());
+        let (two, one) = (vec![backend(20, 11), backend(0, 11)], vec![backend(3, 13)]);
         let writes = [
             Write::PutPeer { prefix: net4, peer: peer("192.0.2.2") },
             Write::PutPeer { prefix: net6, peer: peer("2001:db8::2") },
-            Write::Backends { first: 10, backends: vec![backend(1), backend(2)] },
+            Write::Backends { backends: two.clone() },
+            Write::BackendIds { first: 10, ids: ids(&two) },
             Write::PutService { key: four, entry: entry(10, 2) },
-            Write::Backends { first: 12, backends: vec![backend(3)] },
+            Write::Backends { backends: one.clone() },
+            Write::BackendIds { first: 12, ids: ids(&one) },
             Write::PutService { key: six, entry: entry(12, 1) },
             Write::PutService { key: VipKey::wildcard(four.ip), entry: SvcEntry { flags: 2, ..entry(0, 0) } },
         ];
@@ -50,18 +58,21 @@ fn writes_of_both_families_are_read_back_and_deleted() {
         assert_eq!(snapshot.services.len(), 3);
         assert_eq!(snapshot.services[&four], entry(10, 2));
         assert_eq!(snapshot.services[&six], entry(12, 1));
-        assert_eq!(snapshot.backends.len(), 13);
-        assert_eq!(snapshot.backends[10..], [backend(1), backend(2), backend(3)]);
+        assert_eq!((snapshot.ids.len(), snapshot.backends.len()), (13, 21));
+        assert_eq!(snapshot.backends_of(&entry(10, 2)).flatten().copied().collect::<Vec<_>>(), two);
+        assert_eq!(snapshot.backends_of(&entry(12, 1)).flatten().copied().collect::<Vec<_>>(), one);
         assert_eq!(snapshot.peers.len(), 2);
         assert_eq!((snapshot.peers[&net4], snapshot.peers[&net6]), (peer("192.0.2.2"), peer("2001:db8::2")));
 
         maps.apply(&[
             Write::DeleteService { key: four },
             Write::DeleteService { key: vip("10.96.0.9", 1) },
+            Write::ClearBackends { ids: ids(&two) },
             Write::DeletePeer { prefix: net6 },
         ])
         .unwrap();
         let snapshot = maps.snapshot().unwrap();
+        assert_eq!((snapshot.backends[0], snapshot.backends[3]), (Backend::cleared(two[1].id), one[0]));
         assert_eq!(snapshot.services.len(), 2);
         assert_eq!(snapshot.peers.keys().collect::<Vec<_>>(), [&net4]);
         assert_eq!((maps.backend_capacity(), maps.service_capacity(), maps.peer_capacity()), (4096, 4096, 4096));
@@ -74,12 +85,19 @@ fn backends_beyond_the_array_are_refused_before_their_service_is_written() {
         load(sandbox).run().unwrap();
         let mut maps = BpfMaps::open(&sandbox.bpffs).unwrap();
         let key = vip("10.96.0.1", 80);
-        let writes = [
-            Write::Backends { first: 4095, backends: vec![backend(1), backend(2)] },
-            Write::PutService { key, entry: entry(4095, 2) },
-        ];
-        assert!(maps.apply(&writes).unwrap_err().to_string().contains("4096 slots"));
-        assert!(maps.snapshot().unwrap().services.is_empty());
+        let backends = vec![backend(4094, 4096), backend(4095, 4096)];
+        let put = Write::PutService { key, entry: entry(4095, 2) };
+        for writes in [
+            vec![Write::Backends { backends: vec![backend(4096, 1)] }, put.clone()],
+            vec![
+                Write::Backends { backends: backends.clone() },
+                Write::BackendIds { first: 4095, ids: ids(&backends) },
+                put,
+            ],
+        ] {
+            assert!(maps.apply(&writes).unwrap_err().to_string().contains("4096 slots"));
+            assert!(maps.snapshot().unwrap().services.is_empty());
+        }
     });
 }
 
@@ -89,15 +107,20 @@ fn backends_beyond_the_array_are_refused_before_their_service_is_written() {
 fn a_hundred_thousand_services() {
     sandbox::run(|sandbox| {
         let mut load = load(sandbox);
-        load.sizes.extend([("rn_svc4".to_owned(), 131_072), ("rn_backends".to_owned(), 524_288)]);
+        load.sizes.extend([
+            ("rn_svc4_v2".to_owned(), 131_072),
+            ("rn_backend_ids".to_owned(), 524_288),
+            ("rn_backends_v2".to_owned(), 524_288),
+        ]);
         load.run().unwrap();
         let mut maps = BpfMaps::open(&sandbox.bpffs).unwrap();
         let writes: Vec<Write> = (0..100_000_u32)
             .flat_map(|i| {
                 let ip = IpAddr::from([10, 96 + (i >> 16) as u8, (i >> 8) as u8, i as u8]);
                 let key = VipKey { ip, port: 80, proto: 6, scope: 0 };
-                let backends = (0..3).map(|b| backend(i * 3 + b + 1)).collect();
-                [Write::Backends { first: i * 3, backends }, Write::PutService { key, entry: entry(i * 3, 3) }]
+                let backends: Vec<_> = (0..3).map(|b| backend(i * 3 + b, 1 + i * 3)).collect();
+                let ids = Write::BackendIds { first: i * 3, ids: ids(&backends) };
+                [Write::Backends { backends }, ids, Write::PutService { key, entry: entry(i * 3, 3) }]
             })
             .collect();
         let start = std::time::Instant::now();

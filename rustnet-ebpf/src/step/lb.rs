@@ -34,7 +34,7 @@ pub fn is_backend(backend_id: u32) -> bool {
 #[inline(always)]
 fn backend(backend_id: u32) -> Option<&'static Backend> {
     let b = maps::rn_backends_v2.get(id::slot_of(backend_id))?;
-    if b.id == backend_id { Some(b) } else { None }
+    if b.id == backend_id && backend_id != 0 { Some(b) } else { None }
 }
 
 /// Chooses the backend of a new flow by its hash; `None` if it asks for no service.

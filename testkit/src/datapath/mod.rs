@@ -13,7 +13,7 @@ use aya::programs::Program;
 use aya::{EbpfLoader, VerifierLogLevel};
 use bytemuck::Pod;
 use rustnet_agent::bpf::probe;
-use rustnet_agent::bpf::store::Map as Table;
+pub use rustnet_agent::bpf::store::Map as Table;
 use rustnet_agent::bpf::store::counters::Counters;
 use rustnet_agent::bpf::sys::{self, Layout, TestRun, instruction};
 use rustnet_common::event::Event;
@@ -169,6 +169,16 @@ impl Datapath {
     pub fn table<K: Pod, V: Pod>(&self, name: &str) -> Result<Table<K, V>> {
         let map = self.maps.get(name).with_context(|| format!("the object has no map {name}"))?;
         Table::from_fd(map.try_clone()?, name)
+    }
+
+    /// Writes zeros to all elements of a per-CPU array of words of 64 bits.
+    pub fn clear_percpu(&self, name: &str, elements: u32) -> Result<()> {
+        let map = self.maps.get(name).with_context(|| format!("the object has no map {name}"))?;
+        let cpus = aya::util::nr_cpus().map_err(|(what, e)| anyhow::anyhow!("{what}: {e}"))?;
+        for i in 0..elements {
+            sys::map_update(map.as_fd(), &i.to_ne_bytes(), &vec![0; cpus * 8])?;
+        }
+        Ok(())
     }
 
     /// Runs a program once. Nothing comes out if the program spoiled the sum of a frame with [`Input::complete`].

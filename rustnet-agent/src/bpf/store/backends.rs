@@ -1,84 +1,199 @@
-//! `rn_backends` as plain memory: the map is mapped into this process, so that a new range costs no system call.
+//! `rn_backends_v2` and `rn_backend_ids` as plain memory: both maps are mapped into this process, so that a new range costs no
+//! system call.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use bytemuck::Pod;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use rustnet_common::backend::Backend;
-use rustnet_common::names::map::BACKENDS;
+use rustnet_common::backend::{Backend, id};
+use rustnet_common::names::map::{BACKEND_IDS, BACKENDS};
+use rustnet_common::service::SvcEntry;
 
 use super::Map;
 
-/// The array of backends.
+/// Whether a view may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// For the command.
+    Read,
+    /// For the agent.
+    Write,
+}
+
+/// The backends of all services.
 pub struct Backends {
-    memory: NonNull<Backend>,
+    ids: Memory<u32>,
+    slots: Memory<Backend>,
+}
+
+impl Backends {
+    /// Maps both arrays that are pinned in `bpffs`.
+    pub fn open(bpffs: &Path, access: Access) -> Result<Self> {
+        Self::from_maps(&Map::open(bpffs, BACKEND_IDS)?, &Map::open(bpffs, BACKENDS)?, access)
+    }
+
+    /// Maps arrays that are at hand.
+    pub fn from_maps(ids: &Map<u32, u32>, slots: &Map<u32, Backend>, access: Access) -> Result<Self> {
+        Ok(Self { ids: Memory::new(ids, access)?, slots: Memory::new(slots, access)? })
+    }
+
+    /// Ids and slots, each.
+    pub fn capacity(&self) -> u32 {
+        self.ids.capacity.min(self.slots.capacity).min(id::MAX_SLOTS)
+    }
+
+    /// Stores each backend to the slot of its id. A slot that is in use keeps all but the flags, so that a program that reads
+    /// it meanwhile sees nothing else; a free one may be written piece by piece, as no service refers to it.
+    pub fn store(&mut self, backends: &[Backend]) -> Result<()> {
+        for backend in backends {
+            let slot = id::slot_of(backend.id);
+            let held = self.slots.get(slot).with_context(|| self.too_small(BACKENDS, slot))?;
+            let same = Backend { flags: backend.flags, ..held } == *backend;
+            ensure!(
+                same || held.id == 0,
+                "slot {slot} of {BACKENDS} is in use: {held:?} cannot become {backend:?}; restart the agent and report this"
+            );
+            // SAFETY: `get` has shown that the slot lies inside of the mapping.
+            let held = unsafe { self.slots.at(slot) }.as_ptr();
+            // The agent may die between any two stores. An id without its service is a backend of nobody; the id that the slot
+            // had last is kept until the new one stands there.
+            // SAFETY: as above; only this process writes there.
+            unsafe {
+                (&raw mut (*held).addr).write_volatile(backend.addr);
+                (&raw mut (*held).port).write_volatile(backend.port);
+                (&raw mut (*held).flags).write_volatile(backend.flags);
+                AtomicU32::from_ptr(&raw mut (*held).id).store(backend.id, Ordering::Release);
+                AtomicU32::from_ptr(&raw mut (*held).service).store(backend.service, Ordering::Release);
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores a range of ids. No service refers to it yet; the backends are there already.
+    pub fn store_ids(&mut self, first: u32, ids: &[u32]) -> Result<()> {
+        let end = first as usize + ids.len();
+        if end > self.ids.capacity as usize {
+            bail!(self.too_small(BACKEND_IDS, end as u32 - 1));
+        }
+        for (index, id) in (first..).zip(ids) {
+            // SAFETY: the index is below the capacity, hence inside of the mapping.
+            unsafe { AtomicU32::from_ptr(self.ids.at(index).as_ptr()) }.store(*id, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Frees the slots of these ids, to which no service refers.
+    pub fn clear(&mut self, ids: &[u32]) -> Result<()> {
+        for last in ids {
+            let slot = id::slot_of(*last);
+            ensure!(slot < self.slots.capacity, self.too_small(BACKENDS, slot));
+            // SAFETY: the slot is below the capacity, hence inside of the mapping.
+            let held = unsafe { self.slots.at(slot) }.as_ptr();
+            // SAFETY: as above; only this process writes there.
+            unsafe {
+                AtomicU32::from_ptr(&raw mut (*held).service).store(*last, Ordering::Release);
+                AtomicU32::from_ptr(&raw mut (*held).id).store(0, Ordering::Release);
+                held.write_volatile(Backend::cleared(*last));
+            }
+        }
+        Ok(())
+    }
+
+    /// The backends that a service leads to, in order; `None` in place of each id that leads to no backend of it.
+    pub fn of(&self, entry: &SvcEntry) -> impl Iterator<Item = Option<Backend>> {
+        (0..entry.count).map(|i| {
+            let id = self.ids.get(entry.first.checked_add(i)?)?;
+            let backend = self.slots.get(id::slot_of(id))?;
+            (id != 0 && backend.id == id && backend.service == entry.id).then_some(backend)
+        })
+    }
+
+    /// All ids up to the last that was ever written.
+    pub fn ids(&self) -> Vec<u32> {
+        self.ids.up_to_last(|id| *id != 0)
+    }
+
+    /// All slots up to the last that ever had a backend.
+    pub fn slots(&self) -> Vec<Backend> {
+        self.slots.up_to_last(|backend| backend.last_id() != 0)
+    }
+
+    /// Ids that were ever written, or that stand before such; and slots that hold a backend.
+    pub fn used(&self) -> (u32, u32) {
+        let slots = (0..self.slots.capacity).filter(|slot| self.slots.get(*slot).is_some_and(|b| b.id != 0));
+        (self.ids.end(|id| *id != 0), slots.count() as u32)
+    }
+
+    fn too_small(&self, name: &str, index: u32) -> String {
+        let needed = u64::from(index) + 1;
+        let capacity = self.capacity();
+        format!("{name} has {capacity} slots, {needed} are needed: raise backend-entries in the configuration")
+    }
+}
+
+/// An array map in this process's memory.
+struct Memory<T> {
+    start: NonNull<T>,
     length: NonZeroUsize,
     capacity: u32,
 }
 
 // SAFETY: the mapping belongs to this value alone and is not tied to a thread.
-unsafe impl Send for Backends {}
+unsafe impl<T: Send> Send for Memory<T> {}
 
-impl Backends {
-    /// Maps `<bpffs>/rn_backends`. Read-only views are for the command.
-    pub fn open(bpffs: &Path, write: bool) -> Result<Self> {
-        Self::from_map(&Map::open(bpffs, BACKENDS)?, write)
-    }
+impl<T: Pod> Memory<T> {
+    /// From one element to the next: the kernel rounds the size of a value up to eight bytes.
+    const STRIDE: usize = size_of::<T>().next_multiple_of(8);
 
-    /// Maps an array that is at hand.
-    pub fn from_map(map: &Map<u32, Backend>, write: bool) -> Result<Self> {
-        let bytes = map.max_entries() as usize * size_of::<Backend>();
-        let length = NonZeroUsize::new(bytes.next_multiple_of(page_size())).context("rn_backends has no entries")?;
-        let protection = if write { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
+    fn new(map: &Map<u32, T>, access: Access) -> Result<Self> {
+        let (name, capacity) = (map.name(), map.max_entries());
+        let bytes = capacity as usize * Self::STRIDE;
+        let length = NonZeroUsize::new(bytes.next_multiple_of(page_size()));
+        let length = length.with_context(|| format!("{name} has no entries"))?;
+        let protection = match access {
+            Access::Read => ProtFlags::PROT_READ,
+            Access::Write => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+        };
         // SAFETY: a new mapping at an address of the kernel's choice; it overlaps nothing.
-        let memory = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, map.fd(), 0) }
-            .with_context(|| format!("mapping {BACKENDS} (was it made without BPF_F_MMAPABLE?)"))?;
-        Ok(Self { memory: memory.cast(), length, capacity: map.max_entries() })
+        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, map.fd(), 0) }
+            .with_context(|| format!("mapping {name} (was it made without BPF_F_MMAPABLE?)"))?;
+        Ok(Self { start: start.cast(), length, capacity })
     }
 
-    /// Slots.
-    pub fn capacity(&self) -> u32 {
-        self.capacity
+    /// Where an element lies.
+    ///
+    /// # Safety
+    /// The index must be below the capacity.
+    unsafe fn at(&self, index: u32) -> NonNull<T> {
+        // SAFETY: by the caller's promise the result lies inside of the mapping, which is aligned to a page.
+        unsafe { self.start.byte_add(index as usize * Self::STRIDE) }
     }
 
-    /// Stores `backends` from slot `first` on. A slot is not written in one piece: no service may refer to it yet.
-    pub fn store(&mut self, first: u32, backends: &[Backend]) -> Result<()> {
-        let end = first as usize + backends.len();
-        if end > self.capacity as usize {
-            bail!(
-                "{BACKENDS} has {} slots, {end} are needed: raise backend-entries in the configuration",
-                self.capacity
-            );
-        }
-        for (i, backend) in backends.iter().enumerate() {
-            // SAFETY: `first + i` is below the capacity, hence inside the mapping. Volatile, since the kernel reads it.
-            unsafe { self.memory.add(first as usize + i).write_volatile(*backend) };
-        }
-        // The service entry that will point here must not become visible before the slots.
-        fence(Ordering::Release);
-        Ok(())
+    /// The element; `None` beyond the end.
+    fn get(&self, index: u32) -> Option<T> {
+        // SAFETY: the index is below the capacity. Volatile, since the agent may write while the command reads.
+        (index < self.capacity).then(|| unsafe { self.at(index).read_volatile() })
     }
 
-    /// The backend in a slot; `None` beyond the end.
-    pub fn get(&self, slot: u32) -> Option<Backend> {
-        // SAFETY: the slot is below the capacity, hence inside the mapping.
-        (slot < self.capacity).then(|| unsafe { self.memory.add(slot as usize).read_volatile() })
+    /// The index behind the last element of this kind.
+    fn end(&self, wanted: impl Fn(&T) -> bool) -> u32 {
+        (0..self.capacity).rev().find(|index| self.get(*index).is_some_and(|it| wanted(&it))).map_or(0, |last| last + 1)
     }
 
-    /// All slots up to the last that holds a backend.
-    pub fn used(&self) -> Vec<Backend> {
-        let last = (0..self.capacity).rev().find(|slot| self.get(*slot).is_some_and(|b| b.id != 0));
-        last.map_or_else(Vec::new, |last| (0..=last).filter_map(|slot| self.get(slot)).collect())
+    /// All elements up to the last of this kind.
+    fn up_to_last(&self, wanted: impl Fn(&T) -> bool) -> Vec<T> {
+        (0..self.end(wanted)).filter_map(|index| self.get(index)).collect()
     }
 }
 
-impl Drop for Backends {
+impl<T> Drop for Memory<T> {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `from_map` with this length, and nothing refers to it any more.
-        let result = unsafe { munmap(self.memory.cast(), self.length.get()) };
+        // SAFETY: the mapping was made by `new` with this length, and nothing refers to it any more.
+        let result = unsafe { munmap(self.start.cast(), self.length.get()) };
         debug_assert!(result.is_ok(), "munmap of our own mapping");
     }
 }
@@ -90,37 +205,79 @@ fn page_size() -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{BACKENDS, Backend, Backends, Map};
+    use super::{Access, BACKEND_IDS, BACKENDS, Backend, Backends, Map, Pod, SvcEntry, id};
     use crate::bpf::sys::{Layout, map_create};
     use std::net::IpAddr;
 
-    fn array_of(max_entries: u32) -> Map<u32, Backend> {
-        let layout = Layout { kind: 2, key_size: 4, value_size: 24, max_entries, flags: 1 << 10 };
-        Map::from_fd(map_create(BACKENDS, layout).unwrap(), BACKENDS).unwrap()
+    const ARRAY: u32 = 2;
+    const MMAPABLE: u32 = 1 << 10;
+
+    fn array_of<T: Pod>(name: &str, max_entries: u32) -> Map<u32, T> {
+        let layout =
+            Layout { kind: ARRAY, key_size: 4, value_size: size_of::<T>() as u32, max_entries, flags: MMAPABLE };
+        Map::from_fd(map_create(name, layout).unwrap(), name).unwrap()
+    }
+
+    fn maps(max_entries: u32) -> (Map<u32, u32>, Map<u32, Backend>) {
+        (array_of(BACKEND_IDS, max_entries), array_of(BACKENDS, max_entries))
     }
 
     fn backend(id: u32) -> Backend {
-        Backend { addr: IpAddr::from([10, 0, 0, 1]).into(), port: 80, flags: 0, id }
+        Backend { addr: IpAddr::from([10, 0, 0, 1]).into(), port: 80, flags: 0, id, service: 7, pad: 0 }
+    }
+
+    fn entry(first: u32, count: u32, id: u32) -> SvcEntry {
+        SvcEntry { first, count, id, affinity: 0, flags: 0, pad: 0 }
     }
 
     #[test]
     fn plain_stores_are_what_the_kernel_reads() {
-        let map = array_of(1000);
-        let mut array = Backends::from_map(&map, true).unwrap();
-        assert!(array.used().is_empty());
-        array.store(997, &[backend(1), backend(2), backend(3)]).unwrap();
-        assert_eq!(map.get(&998).unwrap(), Some(backend(2)));
-        assert_eq!(array.used().len(), 1000);
-        assert_eq!(Backends::from_map(&map, false).unwrap().get(999), Some(backend(3)));
-        assert_eq!(array.get(1000), None);
+        let (ids, slots) = maps(1000);
+        let mut both = Backends::from_maps(&ids, &slots, Access::Write).unwrap();
+        assert_eq!((both.ids(), both.slots(), both.used()), (Vec::new(), Vec::new(), (0, 0)));
+        let three: Vec<u32> = [997, 3, 999].map(|slot| id::make(slot, 1)).to_vec();
+        both.store(&three.iter().map(|id| backend(*id)).collect::<Vec<_>>()).unwrap();
+        both.store_ids(500, &three).unwrap();
+        assert_eq!(slots.get(&3).unwrap(), Some(backend(three[1])));
+        assert_eq!((ids.get(&501).unwrap(), ids.get(&502).unwrap()), (Some(three[1]), Some(three[2])));
+        assert_eq!((both.ids().len(), both.slots().len(), both.used()), (503, 1000, (503, 3)));
+
+        let view = Backends::from_maps(&ids, &slots, Access::Read).unwrap();
+        let found = |entry| view.of(&entry).map(|b| b.map(|b| b.id)).collect::<Vec<_>>();
+        assert_eq!(found(entry(500, 3, 7)), three.iter().map(|id| Some(*id)).collect::<Vec<_>>());
+        // Another service's, never written, beyond the end.
+        assert_eq!(found(entry(500, 1, 8)), [None]);
+        assert_eq!(found(entry(503, 1, 7)), [None]);
+        assert_eq!(found(entry(u32::MAX, 2, 7)), [None, None]);
     }
 
     #[test]
-    fn stores_beyond_the_end_are_refused_whole() {
-        let map = array_of(16);
-        let mut array = Backends::from_map(&map, true).unwrap();
-        let text = array.store(15, &[backend(1), backend(2)]).unwrap_err().to_string();
-        assert!(text.contains("16 slots") && text.contains("backend-entries"), "{text}");
-        assert!(array.used().is_empty());
+    fn a_slot_in_use_keeps_all_but_its_flags() {
+        let (ids, slots) = maps(16);
+        let mut both = Backends::from_maps(&ids, &slots, Access::Write).unwrap();
+        let first = backend(id::make(5, 1));
+        both.store(&[first]).unwrap();
+        both.store(&[Backend { flags: 3, ..first }]).unwrap();
+        assert_eq!(slots.get(&5).unwrap(), Some(Backend { flags: 3, ..first }));
+        for other in [Backend { port: 81, ..first }, backend(id::make(5, 2)), Backend { service: 8, ..first }] {
+            assert!(both.store(&[other]).unwrap_err().to_string().contains("slot 5"), "{other:?}");
+        }
+        both.clear(&[first.id]).unwrap();
+        assert_eq!(slots.get(&5).unwrap(), Some(Backend::cleared(first.id)));
+        assert_eq!((both.slots().len(), both.used()), (6, (0, 0)));
+        both.store(&[backend(id::make(5, 2))]).unwrap();
+        assert_eq!(slots.get(&5).unwrap(), Some(backend(id::make(5, 2))));
+    }
+
+    #[test]
+    fn stores_beyond_the_end_are_refused() {
+        let (ids, slots) = maps(16);
+        let mut both = Backends::from_maps(&ids, &slots, Access::Write).unwrap();
+        let id = id::make(16, 1);
+        for text in [both.store(&[backend(id)]), both.store_ids(15, &[id, id]), both.clear(&[id])] {
+            let text = text.unwrap_err().to_string();
+            assert!(text.contains("16 slots, 17 are needed") && text.contains("backend-entries"), "{text}");
+        }
+        assert_eq!(both.used(), (0, 0));
     }
 }

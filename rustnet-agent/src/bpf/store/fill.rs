@@ -14,7 +14,7 @@ use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::tuple::Tuple;
 
 use super::Map;
-use super::backends::Backends;
+use super::backends::{Access, Backends};
 
 /// One map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,10 +29,12 @@ pub struct Fill {
 
 /// Counts the entries of all maps that fill up.
 pub fn read(bpffs: &Path) -> Result<Vec<Fill>> {
+    let [ids, slots] = backends(bpffs)?;
     Ok(vec![
         count::<SvcKey<Ip4>, SvcEntry>(bpffs, map::SVC4)?,
         count::<SvcKey<Ip6>, SvcEntry>(bpffs, map::SVC6)?,
-        backends(bpffs)?,
+        ids,
+        slots,
         count::<Tuple<Ip4>, CtEntry<Ip4>>(bpffs, map::CT4_TCP)?,
         count::<Tuple<Ip4>, CtEntry<Ip4>>(bpffs, map::CT4_ANY)?,
         count::<Tuple<Ip6>, CtEntry<Ip6>>(bpffs, map::CT6_TCP)?,
@@ -50,8 +52,10 @@ fn count<K: Pod, V: Pod>(bpffs: &Path, name: &'static str) -> Result<Fill> {
     Ok(Fill { name, used: map.len()? as u64, max: u64::from(map.max_entries()) })
 }
 
-/// Slots up to the last that was ever used: what is behind is free for sure.
-fn backends(bpffs: &Path) -> Result<Fill> {
-    let array = Backends::open(bpffs, false)?;
-    Ok(Fill { name: map::BACKENDS, used: array.used().len() as u64, max: u64::from(array.capacity()) })
+/// Ids up to the last that was ever written, since what is behind is free for sure; and slots that hold a backend.
+fn backends(bpffs: &Path) -> Result<[Fill; 2]> {
+    let arrays = Backends::open(bpffs, Access::Read)?;
+    let (ids, slots) = arrays.used();
+    let fill = |name, used: u32| Fill { name, used: u64::from(used), max: u64::from(arrays.capacity()) };
+    Ok([fill(map::BACKEND_IDS, ids), fill(map::BACKENDS, slots)])
 }

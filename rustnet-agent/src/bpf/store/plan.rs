@@ -12,7 +12,7 @@ use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
 use rustnet_common::service::{SvcEntry, SvcKey};
 
-use super::backends::Backends;
+use super::backends::{Access, Backends};
 use super::conntrack::Conntrack;
 use super::{Map, fault};
 use crate::plan::{Maps, Snapshot, VipKey, Write};
@@ -35,7 +35,7 @@ impl BpfMaps {
             svc6: Map::open(bpffs, map::SVC6)?,
             peers4: Map::open(bpffs, map::PEERS4)?,
             peers6: Map::open(bpffs, map::PEERS6)?,
-            backends: Backends::open(bpffs, true)?,
+            backends: Backends::open(bpffs, Access::Write)?,
             conntrack: Conntrack::open(bpffs)?,
         })
     }
@@ -66,10 +66,15 @@ impl BpfMaps {
 
     fn apply_run(&mut self, run: &[Write]) -> Result<()> {
         match &run[0] {
-            Write::Backends { .. } | Write::PutService { .. } => {
+            Write::Backends { .. } | Write::BackendIds { .. } | Write::PutService { .. } => {
                 for write in run {
-                    if let Write::Backends { first, backends } = write {
-                        self.backends.store(*first, backends)?;
+                    if let Write::Backends { backends } = write {
+                        self.backends.store(backends)?;
+                    }
+                }
+                for write in run {
+                    if let Write::BackendIds { first, ids } = write {
+                        self.backends.store_ids(*first, ids)?;
                     }
                 }
                 self.put_services(&pick(run, |w| match w {
@@ -90,6 +95,10 @@ impl BpfMaps {
                     pick(run, |w| if let Write::DeletePeer { prefix } = w { Some(peer_key(prefix)) } else { None });
                 delete(&keys, &self.peers4, &self.peers6)
             }
+            Write::ClearBackends { .. } => run.iter().try_for_each(|write| match write {
+                Write::ClearBackends { ids } => self.backends.clear(ids),
+                _ => Ok(()),
+            }),
             Write::ForgetFlows { .. } => {
                 let mut backends: BTreeMap<u8, BTreeSet<u32>> = BTreeMap::new();
                 for write in run {
@@ -107,14 +116,15 @@ impl Maps for BpfMaps {
     fn snapshot(&self) -> Result<Snapshot> {
         Ok(Snapshot {
             services: services_of(&self.svc4, &self.svc6)?,
-            backends: self.backends.used(),
+            ids: self.backends.ids(),
+            backends: self.backends.slots(),
             peers: peers_of(&self.peers4, &self.peers6)?,
         })
     }
 
-    /// Runs of writes of one kind go in one batch; the order of the runs is kept. Backends and the entries that flip to them
-    /// are one run, the backends of all first: nothing refers to a slot before its entry is written, so that no program can
-    /// tell the difference, and a hundred thousand services cost a few dozen calls.
+    /// Runs of writes of one kind go in one batch; the order of the runs is kept. Backends, their ids and the entries that
+    /// flip to them are one run, the backends of all first, then all ids: nothing refers to a new slot or range before its
+    /// entry is written, so that no program sees the difference, and a hundred thousand services cost a few dozen calls.
     fn apply(&mut self, writes: &[Write]) -> Result<()> {
         if let Some(last) = fault::crash_after() {
             return writes.chunks(1).try_for_each(|write| {
@@ -142,11 +152,12 @@ impl Maps for BpfMaps {
 /// Writes of one rank may go together.
 fn rank(write: &Write) -> u8 {
     match write {
-        Write::Backends { .. } | Write::PutService { .. } => 0,
+        Write::Backends { .. } | Write::BackendIds { .. } | Write::PutService { .. } => 0,
         Write::DeleteService { .. } => 1,
         Write::PutPeer { .. } => 2,
         Write::DeletePeer { .. } => 3,
         Write::ForgetFlows { .. } => 4,
+        Write::ClearBackends { .. } => 5,
     }
 }
 
@@ -216,7 +227,7 @@ fn peers_of(four: &Peers<Ip4>, six: &Peers<Ip6>) -> Result<BTreeMap<IpNet, Peer>
     Ok(out)
 }
 
-/// Reads `rn_svc4` and `rn_svc6`, for the command.
+/// Reads the services of both families, for the command.
 pub fn services(bpffs: &Path) -> Result<BTreeMap<VipKey, SvcEntry>> {
     services_of(&Map::open(bpffs, map::SVC4)?, &Map::open(bpffs, map::SVC6)?)
 }

@@ -7,7 +7,7 @@ use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{EndpointSlice, Family, ObjectName};
 use crate::plan::{Maps, MemoryMaps, Snapshot, VipKey, Write};
 use crate::source::{Event, Kind, ObjectRef};
-use rustnet_common::backend::Backend;
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::service::SvcEntry;
 use rustnet_common::tuple::proto::{TCP, UDP};
 use std::time::Duration;
@@ -57,7 +57,16 @@ impl Rig {
     }
 
     fn backends(&self, vip: &str, port: u16, proto: u8) -> Vec<Backend> {
-        self.maps.backends(&self.entry(vip, port, proto)).to_vec()
+        self.maps.backends(&self.entry(vip, port, proto))
+    }
+
+    /// Lets the grace period pass, and the next one, until nothing waits any more.
+    fn settle(&mut self) -> Vec<&'static str> {
+        let mut done = Vec::new();
+        for _ in 0..5 {
+            done.extend(shape(&self.wait().sync()));
+        }
+        done
     }
 
     fn addresses(&self, vip: &str, port: u16, proto: u8) -> Vec<String> {
@@ -97,6 +106,8 @@ fn gone(kind: Kind, name: &str) -> Event {
 fn shape(plan: &Plan) -> Vec<&'static str> {
     let name = |write: &Write| match write {
         Write::Backends { .. } => "backends",
+        Write::BackendIds { .. } => "ids",
+        Write::ClearBackends { .. } => "clear",
         Write::PutService { key, .. } if key.is_wildcard() => "put wildcard",
         Write::PutService { .. } => "put service",
         Write::DeleteService { key } if key.is_wildcard() => "delete wildcard",
@@ -113,11 +124,12 @@ fn backends_then_entry_then_wildcard_and_deletion_the_other_way_round() {
     let mut rig = Rig::new(64);
     let n2 = node("n2", &["172.18.0.12"], &["10.244.2.0/24"]).apply();
     let plan = rig.handle(web(&["10.244.1.2"])).handle([n2]).sync();
-    assert_eq!(shape(&plan), ["put peer", "put peer", "backends", "put service", "put wildcard"]);
+    assert_eq!(shape(&plan), ["put peer", "put peer", "backends", "ids", "put service", "put wildcard"]);
     let n2 = Event::Delete(ObjectRef { kind: Kind::Node, name: ObjectName::cluster("n2") });
     let plan = rig.handle([gone(Kind::Service, "web"), n2]).sync();
     assert_eq!(shape(&plan), ["delete wildcard", "delete service", "delete peer", "delete peer"]);
     assert_eq!(rig.maps.held().services.len(), 0);
+    assert_eq!(rig.settle(), ["clear"]);
 }
 
 #[test]
@@ -147,7 +159,8 @@ fn a_changed_set_gets_a_new_range_and_backends_keep_their_ids() {
     rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
     let (before, entry) = (rig.backends(VIP, 80, TCP), rig.entry(VIP, 80, TCP));
     let plan = rig.handle(web(&["10.244.1.3", "10.244.1.4"])).sync();
-    assert_eq!(shape(&plan), ["backends", "put service"]);
+    assert_eq!(shape(&plan), ["backends", "ids", "put service"]);
+    assert!(matches!(&plan.writes[0], Write::Backends { backends } if backends.len() == 1), "{plan:?}");
     let (after, now) = (rig.backends(VIP, 80, TCP), rig.entry(VIP, 80, TCP));
     assert_eq!(now.id, entry.id);
     assert!(now.first >= entry.first + entry.count);
@@ -155,7 +168,55 @@ fn a_changed_set_gets_a_new_range_and_backends_keep_their_ids() {
     assert!(before.iter().all(|b| b.id != after[1].id));
     // A backend that comes back is a new one: what remembers the old id must not meet it by chance.
     rig.handle(web(&["10.244.1.2"])).sync();
-    assert!(rig.backends(VIP, 80, TCP)[0].id > after[1].id);
+    assert_eq!(id::slot_of(rig.backends(VIP, 80, TCP)[0].id), 3);
+    // The slots of those that are gone are cleared, each with the last id it had.
+    assert_eq!(rig.settle(), ["clear", "clear"]);
+    let cleared = [before[0], before[1], after[1]].map(|b| Backend::cleared(b.id));
+    assert_eq!(rig.maps.held().backends[..3], cleared);
+}
+
+#[test]
+fn a_slot_gets_its_next_generation_also_from_another_agent() {
+    let mut rig = Rig::new(2);
+    rig.handle(web(&["10.244.1.2"])).sync();
+    for round in 2..7 {
+        rig.handle(web(&[])).sync();
+        rig.settle();
+        if round % 2 == 0 {
+            rig.restart().settle();
+        }
+        rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
+        let mut ids = [0, 1].map(|i| rig.backends(VIP, 80, TCP)[i].id);
+        ids.sort_by_key(|id| id::slot_of(*id));
+        assert_eq!(ids, [id::make(0, round), id::make(1, round - 1)]);
+    }
+}
+
+#[test]
+fn flags_change_in_place() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
+    let (entry, before) = (rig.entry(VIP, 80, TCP), rig.backends(VIP, 80, TCP));
+    let slice = slice("web-1", "web", Family::V4).tcp(8080);
+    let draining = ["10.244.1.2", "10.244.1.3"].into_iter().fold(slice, |s, ip| s.endpoint(endpoint(ip).draining()));
+    let plan = rig.handle([draining.apply()]).sync();
+    assert_eq!(shape(&plan), ["backends"]);
+    assert_eq!(rig.entry(VIP, 80, TCP), entry);
+    let flags = rustnet_common::backend::flags::TERMINATING;
+    let changed: Vec<_> = before.iter().map(|b| Backend { flags, ..*b }).collect();
+    assert_eq!(rig.backends(VIP, 80, TCP), changed);
+}
+
+#[test]
+fn a_backend_is_cleared_only_once_everything_is_known_again() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
+    rig.handle(web(&["10.244.1.3"])).sync();
+    rig.index = Index::new(Settings::new("n1", Routing::Vxlan));
+    rig.restart();
+    assert_eq!(rig.settle(), <[&str; 0]>::default());
+    rig.handle(web(&["10.244.1.3"])).handle(Kind::REQUIRED.map(Event::Synced));
+    assert_eq!(rig.settle(), ["clear"]);
 }
 
 #[test]
@@ -167,7 +228,10 @@ fn ids_survive_a_restart_and_are_not_given_again_after_it() {
     rig.restart().handle(web(&["10.244.1.3", "10.244.1.4"])).sync();
     let after = rig.backends(VIP, 80, TCP);
     assert_eq!(after[0].id, web_before[1].id);
-    assert!(after[1].id > dns_before.id && after[1].id > web_before[1].id);
+    assert_eq!(id::slot_of(after[1].id), 3);
+    assert!(rig.maps.take_forgotten().iter().all(|(_, ids)| !ids.contains(&after[1].id)));
+    assert!(rig.handle(dns(&["10.244.1.9"])).sync().writes.len() > 1);
+    assert!(rig.entry("10.96.0.53", 53, UDP).id > dns_before.id);
 }
 
 #[test]
@@ -203,7 +267,7 @@ fn flows_of_udp_backends_that_are_gone_are_forgotten() {
     rig.handle(dns(&["10.244.1.2", "10.244.1.3"])).sync();
     let ids: Vec<u32> = rig.backends("10.96.0.53", 53, UDP).iter().map(|b| b.id).collect();
     let plan = rig.handle(dns(&["10.244.1.3"])).sync();
-    assert_eq!(shape(&plan), ["backends", "put service", "forget"]);
+    assert_eq!(shape(&plan), ["ids", "put service", "forget"]);
     assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![ids[0]])]);
     // None left: what was answered a moment ago is refused.
     rig.handle(dns(&[])).sync();
@@ -284,7 +348,7 @@ fn a_backend_that_turns_from_ready_to_draining_is_not_gone() {
     let before = rig.backends("10.96.0.53", 53, UDP);
     let draining = slice("dns-1", "dns", Family::V4).port("dns", 53, UDP).endpoint(endpoint("10.244.1.2").draining());
     let plan = rig.handle([draining.apply()]).sync();
-    assert_eq!(shape(&plan), ["backends", "put service"]);
+    assert_eq!(shape(&plan), ["backends"]);
     assert_eq!(rig.backends("10.96.0.53", 53, UDP)[0].id, before[0].id);
 }
 
@@ -300,7 +364,7 @@ fn a_crash_before_flows_were_forgotten_is_made_good_at_the_next_start() {
     rig.maps.mend();
     let plan = rig.restart().sync();
     assert_eq!(shape(&plan), ["forget"]);
-    // The one that stayed has been copied to the new range, and is no stray.
+    // The one that stayed is no stray.
     assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![ids[0]])]);
 }
 
@@ -329,7 +393,7 @@ fn a_full_array_keeps_the_last_good_state_of_that_service_only() {
     let problems = rig.planner.problems(&rig.index);
     assert_eq!(
         problems[0].to_string(),
-        "Service default/web: 10.96.0.10:80/TCP needs 4 slots side by side in rn_backends, of 6 there are 3 free (longest \
+        "Service default/web: 10.96.0.10:80/TCP needs 4 slots next to each other in rn_backend_ids, of 6 there are 3 free (longest \
          run 3) and 0 about to be: its last good backends stay; raise backend-entries"
     );
     // It shrinks: it fits again, and the complaint is gone.
@@ -347,9 +411,25 @@ fn what_waits_for_slots_gets_them_without_another_event() {
     assert_eq!(plan.writes, []);
     assert!(plan.retry_at.is_some());
     assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.4", "10.244.1.5"]);
+    // The ids are free before the backends are: those are cleared first.
     let plan = rig.wait().sync();
-    assert_eq!((shape(&plan), plan.retry_at), (vec!["backends", "put service"], None));
+    assert_eq!(shape(&plan), ["clear"]);
+    let problem = rig.planner.problems(&rig.index)[0].to_string();
+    assert!(problem.ends_with(
+        "needs 2 slots in rn_backends_v2, of 4 there are 0 free and 2 about to be: its last good backends stay; raise \
+         backend-entries"
+    ), "{problem}");
+    // By the times that the plans give, and no event.
+    let (mut next, mut done) = (plan.retry_at, Vec::new());
+    while let Some(at) = next {
+        rig.now = at;
+        let plan = rig.sync();
+        next = plan.retry_at;
+        done.extend(shape(&plan));
+    }
+    assert_eq!(done, ["backends", "ids", "put service", "clear"]);
     assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.6", "10.244.1.7"]);
+    assert_eq!(rig.planner.problems(&rig.index), []);
 }
 
 #[test]
@@ -359,8 +439,7 @@ fn slots_of_deleted_services_are_used_again() {
         rig.handle(web(&["10.244.1.2", "10.244.1.3", "10.244.1.4"])).sync();
         assert_eq!(rig.entry(VIP, 80, TCP).count, 3, "round {round}");
         rig.handle([gone(Kind::Service, "web")]).sync();
-        rig.wait().sync();
-        rig.wait().sync();
+        assert_eq!(rig.settle(), ["clear"]);
     }
 }
 
@@ -421,8 +500,14 @@ fn a_full_peers_map_keeps_what_fits() {
 
 #[test]
 fn damaged_maps_are_mended() {
-    let good = Backend { addr: ip("10.244.1.2").into(), port: 8080, flags: 0, id: 7 };
-    let never: Backend = bytemuck::Zeroable::zeroed();
+    let backend = |slot, service| Backend {
+        addr: ip("10.244.1.2").into(),
+        port: 8080,
+        flags: 0,
+        id: id::make(slot, 3),
+        service,
+        pad: 0,
+    };
     let entry = |first, count, id| SvcEntry { first, count, id, affinity: 0, flags: 0, pad: 0 };
     for (what, web_entry, dns_entry) in [
         ("beyond what was written", entry(2, 5, 1), entry(0, 1, 2)),
@@ -430,8 +515,18 @@ fn damaged_maps_are_mended() {
         ("never written", entry(1, 1, 1), entry(0, 0, 2)),
         ("shared", entry(0, 1, 1), entry(0, 1, 2)),
         ("without an id", entry(0, 1, 0), entry(9, 0, 0)),
+        ("another service's backend", entry(0, 1, 2), entry(5, 0, 1)),
+        ("an id of an earlier backend", entry(3, 1, 1), entry(0, 0, 2)),
+        ("one backend twice", entry(5, 2, 1), entry(0, 0, 2)),
+        ("two services of one id", entry(0, 1, 1), entry(5, 1, 1)),
+        ("a slot with the id of another", entry(7, 1, 1), entry(0, 0, 2)),
     ] {
-        let mut held = Snapshot { backends: vec![good, never], ..Snapshot::default() };
+        let (good, other) = (backend(0, 1), backend(4, 1));
+        let mut held = Snapshot {
+            ids: vec![good.id, 0, good.id, id::make(0, 2), 0, other.id, other.id, id::make(2, 1)],
+            backends: vec![good, Backend::cleared(0), backend(9, 1), Backend::cleared(id::make(3, 7)), other],
+            ..Snapshot::default()
+        };
         held.services.insert(key(VIP, 80, TCP), web_entry);
         held.services.insert(key("10.96.0.53", 53, UDP), dns_entry);
         held.services.insert(VipKey::wildcard(ip(VIP)), entry(1, 1, 9));
@@ -439,19 +534,44 @@ fn damaged_maps_are_mended() {
         rig.maps = MemoryMaps::with(held, 64);
         rig.restart().handle(web(&["10.244.1.2"])).handle(dns(&["10.244.1.3"]));
         rig.wait().sync();
-        rig.wait().sync();
+        rig.settle();
         assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"], "{what}");
         assert_eq!(rig.addresses("10.96.0.53", 53, UDP), ["10.244.1.3"], "{what}");
         assert_eq!(rig.maps.held().services[&VipKey::wildcard(ip(VIP))].count, 0, "{what}");
-        assert_ne!(rig.entry(VIP, 80, TCP).id, rig.entry("10.96.0.53", 53, UDP).id, "{what}");
         assert_eq!(rig.sync().writes, [], "{what}");
+        // What nobody has is cleared.
+        let left = rig.maps.held().backends.iter().filter(|b| b.id != 0).count();
+        assert_eq!(left, 2, "{what}: {:?}", rig.maps.held());
     }
 }
 
 #[test]
+fn two_services_of_one_id_get_different_ones() {
+    let mut rig = Rig::new(64);
+    rig.handle(web(&["10.244.1.2"])).handle(dns(&["10.244.1.3"])).sync();
+    let mut held = rig.maps.held().clone();
+    let id = held.services[&key(VIP, 80, TCP)].id;
+    held.services.get_mut(&key("10.96.0.53", 53, UDP)).unwrap().id = id;
+    rig.maps = MemoryMaps::with(held, 64);
+    rig.restart().sync();
+    rig.settle();
+    assert_ne!(rig.entry(VIP, 80, TCP).id, rig.entry("10.96.0.53", 53, UDP).id);
+    assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"]);
+    assert_eq!(rig.addresses("10.96.0.53", 53, UDP), ["10.244.1.3"]);
+}
+
+#[test]
 fn a_smaller_array_than_the_one_read_back() {
-    let backend = |id| Backend { addr: ip("10.244.1.2").into(), port: 8080, flags: 0, id };
-    let mut held = Snapshot { backends: (1..=8).map(backend).collect(), ..Snapshot::default() };
+    let backend = |slot| Backend {
+        addr: ip("10.244.1.2").into(),
+        port: 8080,
+        flags: 0,
+        id: id::make(slot, 1),
+        service: 1,
+        pad: 0,
+    };
+    let backends: Vec<Backend> = (0..8).map(backend).collect();
+    let mut held = Snapshot { ids: backends.iter().map(|b| b.id).collect(), backends, ..Snapshot::default() };
     held.services.insert(key(VIP, 80, TCP), SvcEntry { first: 6, count: 1, id: 1, affinity: 0, flags: 0, pad: 0 });
     let room = Capacity { services: 8, backends: 4, peers: 8 };
     let mut planner = Planner::from_snapshot(held, room);
@@ -461,8 +581,53 @@ fn a_smaller_array_than_the_one_read_back() {
     }
     // What lies in the part that is left may have been let go of just now.
     let mut plan = planner.plan(&mut index, Duration::ZERO);
+    let mut writes = std::mem::take(&mut plan.writes);
     while let Some(wait) = plan.retry_at {
         plan = planner.plan(&mut index, wait);
+        writes.append(&mut plan.writes);
     }
-    assert!(matches!(plan.writes[0], Write::Backends { first: 0, .. }), "{plan:?}");
+    assert!(writes.contains(&Write::BackendIds { first: 0, ids: vec![id::make(0, 2)] }), "{writes:?}");
+}
+
+/// Whatever the write after which the agent dies: the next one knows each backend and each slot.
+#[test]
+fn a_crash_between_any_two_writes() {
+    for after in 0.. {
+        let mut rig = Rig::new(8);
+        rig.handle(web(&["10.244.1.2", "10.244.1.3"])).handle(dns(&["10.244.1.4", "10.244.1.5"])).sync();
+        let (web_before, dns_before) = (rig.backends(VIP, 80, TCP), rig.backends("10.96.0.53", 53, UDP));
+        rig.handle(web(&["10.244.1.3", "10.244.1.6"])).handle(dns(&["10.244.1.5", "10.244.1.7"]));
+        rig.maps.crash_after(after);
+        let mut crashed = false;
+        for _ in 0..3 {
+            rig.now += GRACE;
+            rig.maps.set_now(rig.now);
+            crashed |= rig.planner.sync(&mut rig.index, &mut rig.maps, rig.now).is_err();
+            if crashed {
+                break;
+            }
+        }
+        rig.maps.mend();
+        rig.restart().sync();
+        rig.settle();
+        assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.3", "10.244.1.6"], "after {after}");
+        assert_eq!(rig.addresses("10.96.0.53", 53, UDP), ["10.244.1.5", "10.244.1.7"], "after {after}");
+        // Those that stay keep their ids, flows of the one that goes are forgotten.
+        assert_eq!(rig.backends(VIP, 80, TCP)[0], web_before[1], "after {after}");
+        assert_eq!(rig.backends("10.96.0.53", 53, UDP)[0], dns_before[1], "after {after}");
+        let forgotten: Vec<u32> = rig.maps.take_forgotten().into_iter().flat_map(|(_, ids)| ids).collect();
+        assert!(forgotten.contains(&dns_before[0].id), "after {after}: {forgotten:?}");
+        // Four slots are in use, and of the others none is lost.
+        assert_eq!(rig.maps.held().backends.iter().filter(|b| b.id != 0).count(), 4, "after {after}");
+        rig.handle([gone(Kind::Service, "dns")]).handle(web(&[])).sync();
+        rig.settle();
+        let many: Vec<String> = (10..18).map(|n| format!("10.244.1.{n}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        rig.handle(web(&many)).sync();
+        assert_eq!(rig.addresses(VIP, 80, TCP), many, "after {after}: {:?}", rig.planner.problems(&rig.index));
+        if !crashed {
+            assert!(after > 10, "{after} writes");
+            return;
+        }
+    }
 }

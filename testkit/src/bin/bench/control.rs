@@ -5,7 +5,7 @@ use crate::stats::{Sorted, verdict};
 use anyhow::{Context, Result, ensure};
 use rustnet_agent::bpf::load::{Load, sizes};
 use rustnet_agent::bpf::object;
-use rustnet_agent::bpf::store::backends::Backends;
+use rustnet_agent::bpf::store::backends::{Access, Backends};
 use rustnet_agent::bpf::store::{BpfMaps, Map};
 use rustnet_agent::config::{MapSizes, Routing};
 use rustnet_agent::index::{Index, Settings};
@@ -173,7 +173,7 @@ fn write(node: &Node, extent: &Extent) -> Result<Times> {
 fn in_bulk(bpffs: &Path, snapshot: &Snapshot, services: u32) -> Result<Duration> {
     drop(load(bpffs, services)?);
     let svc: Map<SvcKey<Ip4>, SvcEntry> = Map::open(bpffs, map::SVC4)?;
-    let mut backends = Backends::open(bpffs, true)?;
+    let mut backends = Backends::open(bpffs, Access::Write)?;
     let entries: Vec<(SvcKey<Ip4>, SvcEntry)> = snapshot
         .services
         .iter()
@@ -183,7 +183,8 @@ fn in_bulk(bpffs: &Path, snapshot: &Snapshot, services: u32) -> Result<Duration>
         })
         .collect();
     let start = Instant::now();
-    backends.store(0, &snapshot.backends)?;
+    backends.store(&snapshot.backends)?;
+    backends.store_ids(0, &snapshot.ids)?;
     svc.put_all(&entries)?;
     Ok(start.elapsed())
 }

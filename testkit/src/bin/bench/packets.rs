@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use etherparse::PacketBuilder;
 use rustnet_common::addr::{Addr, Ip4, Ip6};
-use rustnet_common::backend::Backend;
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::config::NodeConfig;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::names::map;
@@ -37,7 +37,7 @@ pub fn run(runs: u32, repeat: u32) -> Result<()> {
 }
 
 fn measure(runs: u32, repeat: u32) -> Result<()> {
-    let sizes = [(map::SVC4, 131_072), (map::BACKENDS, 524_288)];
+    let sizes = [(map::SVC4, 131_072), (map::BACKEND_IDS, 524_288), (map::BACKENDS, 524_288)];
     let datapath = Datapath::load(&sizes)?;
     println!("| Program | Verified instructions | Machine code, bytes | Load, ms |\n|---|---|---|---|");
     for fact in datapath.facts() {
@@ -143,21 +143,34 @@ fn fill(d: &Datapath) -> Result<()> {
     let node = Addr::from(IpAddr::V4(Ipv4Addr::new(172, 18, 0, 12)));
     let peer = Peer { node, identity: 0, flags: flags::POD | flags::TUNNEL, pad: 0 };
     d.table(map::PEERS4)?.put(&PeerKey { prefix_len: 24, data: Ip4::from(FAR4) }, &peer)?;
-    let b6 = Backend { addr: Addr::from(IpAddr::V6(B6)), port: 8080, flags: 0, id: 1 };
+    let b6 = Backend {
+        addr: Addr::from(IpAddr::V6(B6)),
+        port: 8080,
+        flags: 0,
+        id: id::make(500_000, 1),
+        service: 500_000,
+        pad: 0,
+    };
     d.table(map::BACKENDS)?.put(&500_000_u32, &b6)?;
-    let entry = SvcEntry { first: 500_000, count: 1, id: 1, affinity: 0, flags: 0, pad: 0 };
+    d.table(map::BACKEND_IDS)?.put(&500_000_u32, &b6.id)?;
+    let entry = SvcEntry { first: 500_000, count: 1, id: b6.service, affinity: 0, flags: 0, pad: 0 };
     d.table(map::SVC6)?.put(&SvcKey { vip: Ip6::from(VIP6), port: 80, proto: 17, scope: 0 }, &entry)
 }
 
 /// Services `from..to`, each with three backends, all of which are the same pod.
 fn serve(d: &Datapath, from: u32, to: u32) -> Result<()> {
-    let backend = |id| Backend { addr: Addr::from(IpAddr::V4(B4)), port: 8080, flags: 0, id };
-    let (mut entries, mut backends) = (Vec::new(), Vec::new());
+    let addr = Addr::from(IpAddr::V4(B4));
+    let (mut entries, mut backends, mut ids) = (Vec::new(), Vec::new(), Vec::new());
     for n in from..to {
         let key = SvcKey { vip: Ip4::from(Ipv4Addr::from(u32::from(VIPS) + n)), port: 80, proto: 17, scope: 0 };
         entries.push((key, SvcEntry { first: n * 3, count: 3, id: n + 1, affinity: 0, flags: 0, pad: 0 }));
-        backends.extend((n * 3..n * 3 + 3).map(|i| (i, backend(i + 1))));
+        for slot in n * 3..n * 3 + 3 {
+            let id = id::make(slot, 1);
+            backends.push((slot, Backend { addr, port: 8080, flags: 0, id, service: n + 1, pad: 0 }));
+            ids.push((slot, id));
+        }
     }
     d.table(map::BACKENDS)?.put_all(&backends)?;
+    d.table(map::BACKEND_IDS)?.put_all(&ids)?;
     d.table(map::SVC4)?.put_all(&entries)
 }

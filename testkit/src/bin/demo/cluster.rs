@@ -178,7 +178,7 @@ impl<'a> Cluster<'a> {
             let (bpffs, run) = (bpffs.display(), run.display());
             lines.push(format!("{}:", node.name()));
             lines.push(format!("  {enter} {dist} --bpffs {bpffs} --run-dir {run} status"));
-            lines.push(format!("  {enter} bpftool map dump pinned {bpffs}/rn_svc4"));
+            lines.push(format!("  {enter} bpftool map dump pinned {bpffs}/{}", rustnet_common::names::map::SVC4));
             lines.push(format!("  {enter} ip route"));
             lines.push(format!("  tail -f {}", node.agent_log_path().display()));
         }
