@@ -90,7 +90,7 @@ impl Lab {
     }
 
     /// Brings the maps to what every test begins with.
-    fn reset(&self) -> Result<()> {
+    pub fn reset(&self) -> Result<()> {
         let d = &self.datapath;
         self.forget()?;
         d.table::<FragKey<Ip4>, FragPorts>(map::FRAG4)?.clear()?;

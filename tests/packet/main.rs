@@ -8,6 +8,7 @@ mod bandwidth;
 mod flows;
 mod forged;
 mod frame;
+mod fuzz;
 mod harness;
 mod headers;
 mod icmp;

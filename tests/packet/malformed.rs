@@ -261,16 +261,16 @@ fn headers_that_lie() -> Result<()> {
 }
 
 /// A generator that gives the same numbers on every machine (xorshift64*).
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
-    fn below(&mut self, n: usize) -> usize {
+    pub fn below(&mut self, n: usize) -> usize {
         ((self.next() >> 32) as usize * n) >> 32
     }
 }
@@ -322,7 +322,7 @@ fn transport(frame: &[u8]) -> Option<(usize, u16)> {
     Some((at, if sum == 0 && proto == 17 { 0xffff } else { sum }))
 }
 
-fn mutate(random: &mut Random, original: &[u8]) -> Vec<u8> {
+pub fn mutate(random: &mut Random, original: &[u8]) -> Vec<u8> {
     const BYTES: [u8; 8] = [0, 1, 0x7f, 0x80, 0xff, 0x45, 0x60, 44];
     let mut frame = original.to_vec();
     for _ in 0..=random.below(4) {
