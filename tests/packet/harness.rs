@@ -65,7 +65,12 @@ pub fn lab_apart(test: impl FnOnce(&Lab) -> Result<()> + Send) -> Result<()> {
 
 /// As [`lab`], once for each family.
 pub fn labs(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
-    lab(|lab| BOTH.into_iter().try_for_each(|net| test(lab, net).with_context(|| format!("{net:?}"))))
+    lab(|lab| {
+        BOTH.into_iter().try_for_each(|net| {
+            lab.forget()?;
+            test(lab, net).with_context(|| format!("{net:?}"))
+        })
+    })
 }
 
 /// The connection tables of a family: TCP, then all other protocols.
@@ -234,6 +239,25 @@ impl Lab {
                 self.datapath.table(map::SVC6)?.put(&SvcKey { vip: Ip6::from_ip(vip), port, proto, scope }, entry)
             }
         }
+    }
+
+    /// Takes a service away.
+    pub fn drop_service(&self, vip: IpAddr, port: u16, proto: u8) -> Result<()> {
+        let scope = scope::CLUSTER;
+        for (port, proto) in [(port, proto), (0, 0)] {
+            let was = match vip {
+                IpAddr::V4(_) => {
+                    let key = SvcKey { vip: Ip4::from_ip(vip), port, proto, scope };
+                    self.datapath.table::<_, SvcEntry>(map::SVC4)?.delete(&key)?
+                }
+                IpAddr::V6(_) => {
+                    let key = SvcKey { vip: Ip6::from_ip(vip), port, proto, scope };
+                    self.datapath.table::<_, SvcEntry>(map::SVC6)?.delete(&key)?
+                }
+            };
+            ensure!(was, "no service at {vip}, port {port}");
+        }
+        Ok(())
     }
 
     /// The connection tables of a family: each entry by the direction that it was made for.

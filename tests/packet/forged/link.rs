@@ -318,6 +318,8 @@ fn class_e_is_unicast() -> Result<()> {
         let f = from_outside(Proto::Udp, (far, 1), (pod, 80));
         lab.overlay_in(net.node2(), &f)?.to_the_pod(&f.hop()).context("out of the tunnel")?;
         let f = crate::flows::from_host(net, Proto::Udp, (far, 80));
-        lab.overlay_out(&f)?.to_stack(&f).context("into the tunnel")
+        let shot = lab.overlay_out(&f)?;
+        ensure!(shot.verdict == STACK && shot.frame == f.bytes(), "into the tunnel: {shot:?}");
+        Ok(())
     })
 }

@@ -3,7 +3,7 @@
 use super::{dropped_as, each, no_trace, ports_of};
 use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_outside, later};
 use crate::frame::{Frame, L4};
-use crate::harness::{Lab, Net, STACK, labs};
+use crate::harness::{Net, STACK, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::DropReason;
 use std::net::IpAddr;
@@ -34,7 +34,12 @@ fn martian_sources() -> Result<()> {
         each(&martians(net), |src| {
             each(&ALL, |proto| {
                 let f = from_outside(proto, (src, 53), (net.a(), PORT));
-                lab.uplink_in(&f)?.dropped(DropReason::Martian)?;
+                let shot = lab.uplink_in(&f)?;
+                match src {
+                    // The stack drops it before it asks for a way.
+                    IpAddr::V6(a) if a.to_ipv4_mapped().is_some() && shot.verdict == STACK => shot.to_stack(&f)?,
+                    _ => shot.dropped(DropReason::Martian)?,
+                }
                 // What a pod or another node sends has to be its own anyway: either reason is true.
                 let f = from_a(net, proto, (net.b(), 80)).map(|f| f.src = src);
                 dropped_as(&lab.pod_sends(&f)?, &[DropReason::Spoofed, DropReason::Martian]).context("by a pod")?;
@@ -48,7 +53,11 @@ fn martian_sources() -> Result<()> {
                 f.l4 = L4::Icmp { kind: if net == Net::V4 { 3 } else { 1 }, code: 1, rest: 0 };
                 f.payload = about.ip_bytes();
             });
-            dropped_as(&lab.uplink_in(&f)?, &[DropReason::Martian, DropReason::IcmpUnrelated]).context("an error")
+            let shot = lab.uplink_in(&f)?;
+            match src {
+                IpAddr::V6(a) if a.to_ipv4_mapped().is_some() && shot.verdict == STACK => shot.to_stack(&f),
+                _ => dropped_as(&shot, &[DropReason::Martian, DropReason::IcmpUnrelated]).context("an error"),
+            }
         })?;
         no_trace(lab)
     })
@@ -111,27 +120,9 @@ fn a_flow_from_outside_is_no_way_to_a_younger_service() -> Result<()> {
             lab.pod_sends(&ask)?.to_the_pod(&ask.hop().between((net.a(), PORT), (net.b(), 8053)))?;
             lab.forget()?;
             // For the protocol that comes next, the address is nothing special again.
-            unserve(lab, vip)
+            lab.drop_service(vip, 53, proto.number(net))
         })
     })
-}
-
-fn unserve(lab: &Lab, vip: IpAddr) -> Result<()> {
-    use rustnet_common::addr::{Addr, Address, Ip4};
-    use rustnet_common::service::{SvcEntry, SvcKey};
-    let d = lab.datapath();
-    let keys = [(53, 6), (53, 17), (53, 132), (0, 0)];
-    for (port, proto) in keys {
-        if vip.is_ipv4() {
-            let vip = Ip4::from_addr(Addr::from(vip));
-            let key = SvcKey { vip, port, proto, scope: 0 };
-            d.table::<SvcKey<Ip4>, SvcEntry>(rustnet_common::names::map::SVC4)?.delete(&key)?;
-        } else {
-            let key = SvcKey { vip: Addr::from(vip), port, proto, scope: 0 };
-            d.table::<SvcKey<Addr>, SvcEntry>(rustnet_common::names::map::SVC6)?.delete(&key)?;
-        }
-    }
-    Ok(())
 }
 
 /// What belongs into the tunnel does not come without it: plain IP with the source of a remote pod, or of a node behind the

@@ -82,6 +82,10 @@ fn martian(ip: IpAddr) -> bool {
     }
 }
 
+fn is_mapped(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(a) if a.to_ipv4_mapped().is_some())
+}
+
 fn link(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(a) => a.is_multicast() || a == Ipv4Addr::BROADCAST,
@@ -226,6 +230,8 @@ impl Model {
             return match (from, to) {
                 // Without ports there may be no first, which only the stack can say.
                 _ if matches!(seen.kind, Kind::Later) || seen.deep => Ok(()),
+                // These the stack drops before it asks for a way.
+                _ if seen.source_route || is_mapped(t.src) || is_mapped(t.dst) => Ok(()),
                 (_, Place::Pod(..)) => Err("a packet for a pod goes past the checks"),
                 (_, Place::Vip) if matches!(seen.kind, Kind::Flow) => {
                     Err("a packet for a service goes past the checks")
@@ -235,6 +241,10 @@ impl Model {
                 (Place::Tunnel(_, false), Place::Host) => Err("a remote pod speaks to the host without the tunnel"),
                 _ => Ok(()),
             };
+        }
+        if out.verdict == STACK && matches!(seen.kind, Kind::Error(_)) && !matches!(to, Place::Pod(..)) {
+            // About a flow of this node, but for another machine: the stack forwards it.
+            return self.passed(case, seen, out).map(drop);
         }
         if out.verdict == STACK {
             return Err("a packet for the host is changed");
@@ -257,6 +267,7 @@ impl Model {
         let Some(to) = self.passed(case, seen, out)? else { return Ok(()) };
         match self.place(to.dst) {
             Place::Pod(..) if out.mark == 0 => Ok(()),
+            Place::World | Place::Routed if matches!(seen.kind, Kind::Error(_)) => Ok(()),
             _ => Err("the uplink's packet leaves again"),
         }
     }
