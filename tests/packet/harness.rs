@@ -68,6 +68,7 @@ pub fn labs(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> 
     lab(|lab| {
         BOTH.into_iter().try_for_each(|net| {
             lab.forget()?;
+            lab.configure(|_| {})?;
             test(lab, net).with_context(|| format!("{net:?}"))
         })
     })

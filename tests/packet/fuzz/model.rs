@@ -229,7 +229,7 @@ impl Model {
             let to_overlay = t.proto == 17 && t.dport == 8472 && matches!(seen.kind, Kind::Flow);
             return match (from, to) {
                 // Without ports there may be no first, which only the stack can say.
-                _ if matches!(seen.kind, Kind::Later) || seen.deep => Ok(()),
+                _ if matches!(seen.kind, Kind::Later) || seen.deep || seen.listener => Ok(()),
                 // These the stack drops before it asks for a way.
                 _ if seen.source_route || is_mapped(t.src) || is_mapped(t.dst) => Ok(()),
                 (_, Place::Pod(..)) => Err("a packet for a pod goes past the checks"),
@@ -345,7 +345,7 @@ impl Model {
         if !known {
             if case.hook == hook::FROM_POD {
                 self.may_become(from, to, sent)?;
-            } else if to != from {
+            } else if to != from && !self.is_set_apart(from, to) {
                 return Err("a packet is translated without a connection that says so");
             }
         }
@@ -362,6 +362,13 @@ impl Model {
             self.fragments.insert(key(case, seen), Some(from));
         }
         Ok(to)
+    }
+
+    /// A flow from outside whose answers would go the way of another flow that a pod has opened gets another source port.
+    fn is_set_apart(&self, from: Tuple, to: Tuple) -> bool {
+        let back = from.reversed();
+        let other = self.table.get(&back).is_some_and(|t| *t != back) || self.maybe.contains(&back);
+        other && SNAT.contains(&to.sport) && to == Tuple { sport: to.sport, ..from }
     }
 
     /// The rules of a new flow of a pod: a service's backend, and the node's address where one is lent.
