@@ -69,7 +69,7 @@ pub fn expired(now: u32, hz: u32, proto: u8, state: u64, seen: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::expired;
-    use rustnet_common::conntrack::state::{ANSWERED, ESTABLISHED, RST};
+    use rustnet_common::conntrack::state::{ANSWERED, ESTABLISHED, RST_ORIG};
     use rustnet_common::tuple::proto::{TCP, UDP};
 
     #[test]
@@ -82,7 +82,7 @@ mod tests {
         assert!(expired(now, hz, TCP, 0, seen(121)), "never answered");
         assert!(!expired(now, hz, TCP, ANSWERED | ESTABLISHED, seen(86_400)));
         assert!(expired(now, hz, TCP, ANSWERED | ESTABLISHED, seen(86_401)));
-        assert!(expired(now, hz, TCP, ANSWERED | ESTABLISHED | RST, seen(11)));
+        assert!(expired(now, hz, TCP, ANSWERED | ESTABLISHED | RST_ORIG, seen(11)));
     }
 
     #[test]

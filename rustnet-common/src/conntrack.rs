@@ -59,7 +59,7 @@ pub struct Side {
     /// Bytes that it sent (frames, as the hook saw them).
     pub bytes: u64,
     /// What was verified of its source: the MAC of a pod, the far end of the tunnel (all 16 bytes, IPv4 as mapped),
-    /// [`SOURCE_OUTSIDE`] or [`SOURCE_HOST`]. Zero until it has sent.
+    /// [`SOURCE_OUTSIDE`], [`SOURCE_HOST`] or [`SOURCE_NONE`].
     pub source: [u64; 2],
     /// Packets that it sent.
     pub packets: u32,
@@ -73,6 +73,8 @@ pub struct Side {
     pub ack: u32,
 }
 
+/// [`Side::source`] of a side that has sent nothing yet: no packet matches it.
+pub const SOURCE_NONE: [u64; 2] = [u64::MAX, 0];
 /// [`Side::source`] of a packet that came in by an uplink.
 pub const SOURCE_OUTSIDE: [u64; 2] = [u64::MAX, 1];
 /// [`Side::source`] of a packet of this node's own stack.
@@ -110,16 +112,18 @@ pub mod state {
     pub const FIN_ORIG: u64 = 2;
     /// FIN from the other side.
     pub const FIN_REPLY: u64 = 4;
-    /// A RST from either side, with a sequence number that its receiver accepts.
-    pub const RST: u64 = 8;
+    /// A RST from the opener, with a sequence number that its receiver accepts, and nothing but RSTs from it since.
+    pub const RST_ORIG: u64 = 8;
     /// TCP: the opener has sent an ACK after the answer; the handshake is over.
     pub const ESTABLISHED: u64 = 16;
     /// The receiver of a FIN has acknowledged something since.
     pub const FIN_ACKED: u64 = 32;
+    /// As [`RST_ORIG`], from the other side.
+    pub const RST_REPLY: u64 = 64;
 
     /// True if the connection ends for good: both FINs, or a RST.
     pub const fn is_closing(state: u64) -> bool {
-        state & RST != 0 || state & (FIN_ORIG | FIN_REPLY) == FIN_ORIG | FIN_REPLY
+        state & (RST_ORIG | RST_REPLY) != 0 || state & (FIN_ORIG | FIN_REPLY) == FIN_ORIG | FIN_REPLY
     }
 }
 
@@ -160,7 +164,7 @@ shared_type!(CtEntry<Ip6>, 144);
 
 #[cfg(test)]
 mod tests {
-    use super::state::{ANSWERED, ESTABLISHED, FIN_ACKED, FIN_ORIG, FIN_REPLY, RST};
+    use super::state::{ANSWERED, ESTABLISHED, FIN_ACKED, FIN_ORIG, FIN_REPLY, RST_ORIG, RST_REPLY};
     use super::{elapsed, lifetime};
     use crate::tuple::proto::{SCTP, TCP, UDP};
 
@@ -172,7 +176,8 @@ mod tests {
         assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED | FIN_ORIG), 120);
         assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED | FIN_REPLY | FIN_ACKED), 3600);
         assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED | FIN_ORIG | FIN_REPLY | FIN_ACKED), 10);
-        assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED | RST), 10);
+        assert_eq!(lifetime(TCP, ANSWERED | ESTABLISHED | RST_ORIG), 10);
+        assert_eq!(lifetime(TCP, RST_REPLY), 10);
         assert_eq!(lifetime(UDP, 0), 120);
         assert_eq!(lifetime(UDP, ANSWERED), 120);
         assert_eq!(lifetime(SCTP, ANSWERED), 210);

@@ -339,6 +339,9 @@ fn transport<F: Family<Header: ReadHeader<F::A>>, C: Options>(
     let l4 = bounded(F::Header::network(ctx, l3, p)?);
     // Bytes of the transport header that are inside the packet by the IP header's own count.
     let inside = (p.ip_len as usize).wrapping_sub(l4 - l3);
+    if (inside as isize) < 0 {
+        return Err(DropReason::Malformed);
+    }
     p.l4 = l4 as u16;
     if p.offset != 0 {
         return later_fragment::<F>(p, ctx.ifindex());

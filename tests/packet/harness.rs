@@ -111,6 +111,9 @@ impl Lab {
             d.table(map::BACKENDS)?.put(&used, &none)?;
             d.table(map::BACKEND_IDS)?.put(&used, &0_u32)?;
         }
+        for slot in 0..256_u32 {
+            d.table::<u32, u64>("rn_nat_full")?.put(&slot, &0)?;
+        }
         self.configure(|_| {})?;
         for net in BOTH {
             self.put_endpoint(net.a(), POD_A, MAC_A)?;
@@ -367,6 +370,8 @@ impl Lab {
 
     /// Runs a hook on raw bytes.
     pub fn raw(&self, code: u8, input: &Input<'_>) -> Result<Shot> {
+        // A second of this clock is longer than a test: the limits of errors and records would be used up.
+        self.datapath.clear_percpu("rn_limits", 2)?;
         let mut before = self.datapath.counts()?;
         self.datapath.events();
         let name = hook::NAMES[code as usize];

@@ -4,6 +4,7 @@
 //! the host asks of a service; pod traffic reaches this hook already translated and carries the processed mark.
 
 use rustnet_common::addr::Address;
+use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::tuple::proto;
@@ -12,7 +13,7 @@ use super::{Steps, forward};
 use crate::ctx::Skb;
 use crate::maps;
 use crate::outcome::Dropped;
-use crate::packet::{Class, Kind};
+use crate::packet::{Class, Kind, Packet};
 use crate::parse;
 use crate::step::exec::TO_STACK;
 use crate::step::plan::Origin;
@@ -31,13 +32,9 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     if p.kind == Kind::LinkLocal {
         return if is_for_pod() { Err(DropReason::NdNotForwarded.into()) } else { Ok(TO_STACK) };
     }
-    if p.tuple.proto == proto::UDP
-        && p.tuple.dport == config.overlay_port
-        && config.overlay != 0
-        && source::is_host::<F>(p.tuple.dst)
-    {
-        // The kernel's tunnel socket takes it. Only nodes send such packets.
-        return if source::is_node::<F>(p.tuple.src) { Ok(TO_STACK) } else { Err(DropReason::UnknownSender.into()) };
+    if is_from_node::<F>(p, config) {
+        // The kernel's tunnel socket takes it; the hook of the overlay device decides on what is inside.
+        return Ok(TO_STACK);
     }
     let verify = || F::verify_outside(p);
     let flow = if p.kind == Kind::IcmpError {
@@ -53,14 +50,42 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         let flow = conntrack::lookup::<F, _>(skb, p, source::OUTSIDE, verify)?;
         if flow.class == Class::New {
             if !is_for_pod() {
-                // The stack would send a VIP's packet back to where it came from, and it would circle.
-                return if lb::is_vip::<F>(p.tuple.dst) { Err(DropReason::IsClusterIp.into()) } else { Ok(TO_STACK) };
+                return not_for_pods::<F>(p, config);
             }
             verify()?;
         }
         flow
     };
     forward::<F>(skb, p, flow, source::OUTSIDE, Origin::Uplink, config, hook::UPLINK_IN)
+}
+
+/// True for a tunnel packet of another node.
+#[inline(always)]
+fn is_from_node<F: Steps>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
+    is_tunnel_packet(p, config) && source::is_node::<F>(p.tuple.src) && maps::endpoint(p.tuple.dst).is_none()
+}
+
+#[inline(always)]
+fn is_tunnel_packet<A: Address>(p: &Packet<A>, config: &NodeConfig) -> bool {
+    p.tuple.proto == proto::UDP && p.tuple.dport == config.overlay_port && config.overlay != 0
+}
+
+/// What is neither for a pod of this node nor of a known flow is the stack's, but for what only a forger sends.
+#[inline(always)]
+fn not_for_pods<F: Steps>(p: &Packet<F::A>, config: &NodeConfig) -> Result<i32, Dropped> {
+    if lb::is_vip::<F>(p.tuple.dst) {
+        // The stack would send it back to where it came from, and it would circle.
+        return Err(DropReason::IsClusterIp.into());
+    }
+    if is_tunnel_packet(p, config) {
+        // The tunnel's socket would take it, whatever the address.
+        return Err(DropReason::UnknownSender.into());
+    }
+    match F::verify_outside(p) {
+        Err(DropReason::Spoofed) => Err(DropReason::Spoofed.into()),
+        // Martians and link-local sources are for the stack to judge: DHCP and neighbour discovery have such.
+        _ => Ok(TO_STACK),
+    }
 }
 
 /// The egress hook, for one family: the host's way to a service.

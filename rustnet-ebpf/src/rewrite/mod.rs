@@ -135,8 +135,8 @@ fn change<F: Family<Header: WriteHeader<F::A>>, C: Ctx>(
         proto::UDP => (p.l4() + UDP_CSUM, true, true),
         // Both sum up the pseudo header, too; their ports are not translated.
         proto::UDPLITE | proto::DCCP => (p.l4() + UDP_CSUM, true, false),
-        proto::ICMPV6 => (p.l4() + ICMP_CSUM, true, false),
-        proto::ICMP => (p.l4() + ICMP_CSUM, false, false),
+        proto::ICMPV6 if F::A::IS_V6 => (p.l4() + ICMP_CSUM, true, false),
+        proto::ICMP if !F::A::IS_V6 => (p.l4() + ICMP_CSUM, false, false),
         proto::SCTP => {
             sctp::translate(ctx, p, to)?;
             no_checksum(ctx, from, to);

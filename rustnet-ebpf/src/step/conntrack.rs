@@ -5,7 +5,7 @@
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use rustnet_common::addr::{Ip4, Ip6};
-use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, Side, VIA_QDISC, elapsed, flags, state};
+use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, SOURCE_NONE, Side, VIA_QDISC, elapsed, flags, state};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
@@ -100,18 +100,19 @@ fn classify<F: Track>(p: &Packet<F::A>, source: Source, len: u32, is_verified: b
         (*sender).bytes = (*sender).bytes.wrapping_add(u64::from(len));
     }
     let mut set = u64::from(is_reply) * state::ANSWERED;
+    let reset = if is_reply { state::RST_REPLY } else { state::RST_ORIG };
     if p.tuple.proto == proto::TCP && p.kind == Kind::Flow {
         if tcp_flags & tcp::RST == 0 {
             // SAFETY: see above.
             unsafe { track(sender, p) };
             set |= progress(old, tcp_flags, is_reply);
-            if old & state::RST != 0 {
-                // The connection goes on: the receiver of the RST has not accepted it.
+            if old & reset != 0 {
+                // The sender goes on: the RST before was none of its own.
                 // SAFETY: see above.
-                unsafe { atomic_and(&raw mut (*entry).state, !state::RST) };
+                unsafe { atomic_and(&raw mut (*entry).state, !reset) };
             }
         } else if F::is_reset_acceptable(p) {
-            set |= state::RST;
+            set |= reset;
         }
     }
     // SAFETY: see above.
@@ -205,7 +206,7 @@ pub trait Track: Family {
     /// Forgets the packet's connection, which is over.
     fn forget(p: &Packet<Self::A>);
     /// True if the receiver of a RST accepts it: between what it has acknowledged and what the sender has sent (RFC 5961, 3.2;
-    /// netfilter checks the same window). Before an answer there is nothing to compare with.
+    /// netfilter checks the same window).
     fn is_reset_acceptable(p: &Packet<Self::A>) -> bool;
 }
 
@@ -276,25 +277,26 @@ fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
     if entry.is_null() {
         return true;
     }
-    // SAFETY: see `lookup`.
-    let (sender, acked) = unsafe {
-        if state_of(entry) & state::ANSWERED == 0 {
-            return true;
-        }
-        if (*entry).flags & flags::NAT != 0 {
+    // SAFETY: see `classify`.
+    unsafe {
+        let (own, other) = if (*entry).flags & flags::NAT != 0 {
             let Some(key) = scratch_key::<F>() else { return true };
             let other = counterpart::<F>(&(*entry).to, key);
             if other.is_null() {
                 return true;
             }
-            ((*entry).sides[0].seq_end, (*other).sides[0].ack)
+            (&raw const (*entry).sides[0], &raw const (*other).sides[0])
         } else if ((*entry).flags & flags::SWAPPED != 0) == p.is_swapped {
-            ((*entry).sides[0].seq_end, (*entry).sides[1].ack)
+            (&raw const (*entry).sides[0], &raw const (*entry).sides[1])
         } else {
-            ((*entry).sides[1].seq_end, (*entry).sides[0].ack)
+            (&raw const (*entry).sides[1], &raw const (*entry).sides[0])
+        };
+        if state_of(entry) & state::ANSWERED == 0 {
+            // Of a SYN that was not answered (RFC 9293, 3.10.7.3), the acknowledgement counts.
+            return if p.tcp_flags & tcp::ACK != 0 { p.ack == (*other).seq_end } else { p.seq == (*own).seq_end };
         }
-    };
-    p.seq.wrapping_sub(acked) <= sender.wrapping_sub(acked)
+        p.seq.wrapping_sub((*other).ack) <= (*own).seq_end.wrapping_sub((*other).ack)
+    }
 }
 
 /// The entry of a translated flow's other direction, found by what this direction becomes; null if it was evicted. Leaves its key
@@ -320,7 +322,7 @@ fn refresh<F: Placed>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
         // Evicted since the look-up; the packet itself goes on.
         return true;
     }
-    // SAFETY: see `lookup`.
+    // SAFETY: see `classify`.
     unsafe {
         let e_flags = (*entry).flags;
         let is_nat = e_flags & flags::NAT != 0;
@@ -400,7 +402,7 @@ fn forget<F: Placed>(p: &Packet<F::A>) {
     if entry.is_null() {
         return;
     }
-    // SAFETY: see `lookup`.
+    // SAFETY: see `classify`.
     unsafe {
         if (*entry).flags & flags::NAT != 0 {
             let other = counterpart::<F>(&(*entry).to, key);
@@ -424,4 +426,4 @@ fn delete<F: Placed>(key: &mut Tuple<F::A>, is_swapped: bool) {
 }
 
 /// A side that has sent nothing yet.
-pub const NOTHING_SENT: Side = Side { bytes: 0, source: [0; 2], packets: 0, ifindex: 0, seq_end: 0, ack: 0 };
+pub const NOTHING_SENT: Side = Side { bytes: 0, source: SOURCE_NONE, packets: 0, ifindex: 0, seq_end: 0, ack: 0 };

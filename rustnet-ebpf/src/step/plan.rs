@@ -66,6 +66,7 @@ pub fn plan<F: Family>(
     if origin == Origin::Pod
         && to.tuple.proto == proto::UDP
         && to.tuple.dport == config.overlay_port
+        && config.overlay != 0
         && route != Route::Pod
     {
         // Whoever receives it could take it for a packet of this node's tunnel.

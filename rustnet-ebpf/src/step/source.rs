@@ -82,7 +82,10 @@ macro_rules! global {
         extern "C" fn $outside(p: *const Packet<$addr>) -> u64 {
             // SAFETY: see above.
             let verified = match unsafe { p.as_ref() } {
-                Some(p) if p.tuple.src.is_martian_source() => Err(DropReason::Martian.into()),
+                // A link-local source cannot come from beyond the link, nor be answered there.
+                Some(p) if p.tuple.src.is_martian_source() || p.tuple.src.is_link_scope() => {
+                    Err(DropReason::Martian.into())
+                }
                 Some(p) if !is_forged_outside::<$family>(p.tuple.src, p.tuple.dst) => Ok(0),
                 _ => Err(DropReason::Spoofed.into()),
             };

@@ -4,7 +4,7 @@
 use super::packet::{Kind, L2, Quoted, Seen, Tuple, read, same, sums_are_right, write};
 use crate::harness::{MAC_A, MAC_B, NARROW_MTU, Net, POD_A, POD_B, REDIRECT, SHOT, SNAT, STACK, VNI};
 use rustnet_common::drop::hook;
-use rustnet_common::names::MARK_DONE;
+use rustnet_common::names::MARK_PROCESSED;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use testkit::datapath::Output;
@@ -214,9 +214,9 @@ impl Model {
             (Place::Pod(..), _) => Err("a packet for a pod goes elsewhere"),
             (Place::Host | Place::Nobody, STACK) => Ok(()),
             (Place::Host | Place::Nobody, _) => Err("a packet for the host goes elsewhere"),
-            (Place::Tunnel(..) | Place::Routed | Place::World, REDIRECT) if out.mark == MARK_DONE => Ok(()),
+            (Place::Tunnel(..) | Place::Routed | Place::World, REDIRECT) if out.mark == MARK_PROCESSED => Ok(()),
             // The kernel knows no way: its stack says so, of the packet as it was sent. Or it has to cut the packet first.
-            (Place::Routed | Place::World, STACK) if to == t || out.mark == MARK_DONE => Ok(()),
+            (Place::Routed | Place::World, STACK) if to == t || out.mark == MARK_PROCESSED => Ok(()),
             (Place::Vip, _) => Err("a packet for a service leaves untranslated"),
             _ => Err("a packet of a pod goes where it should not"),
         }
@@ -339,7 +339,7 @@ impl Model {
 
     fn flow(&mut self, case: &Case, seen: &Seen, to: Tuple, out: &Output) -> Result<Tuple, Broken> {
         let from = seen.tuple;
-        let sent = out.verdict == REDIRECT || out.mark == MARK_DONE;
+        let sent = out.verdict == REDIRECT || out.mark == MARK_PROCESSED;
         let known = self.table.get(&from) == Some(&to)
             || self.maybe.iter().any(|m| to == m.reversed() && self.may_become(*m, from.reversed(), true).is_ok());
         if !known {
@@ -459,7 +459,7 @@ impl Model {
         let Some(answer) = *answer else { return Err("an answer is malformed") };
         let (t, a) = (seen.tuple, answer.tuple);
         let node = net_of(t.src).node();
-        if out.mark != MARK_DONE || a.dst != t.src {
+        if out.mark != MARK_PROCESSED || a.dst != t.src {
             return Err("an answer goes to another than who has asked");
         }
         let vip = self.place(t.dst) == Place::Vip;
