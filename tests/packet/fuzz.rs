@@ -352,7 +352,7 @@ impl Maker {
         if matches!(f.l4, L4::Other(RAW)) {
             case.bytes =
                 if self.one_in(4) { mutate(&mut self.random, &f.payload) } else { std::mem::take(&mut f.payload) };
-            return (case, f, false);
+            return (apart(case), f, false);
         }
         if self.one_in(2) {
             let before = f.clone();
@@ -380,12 +380,16 @@ impl Maker {
             }
             true
         };
-        // With equal MACs, an answer looks like a packet that was sent on.
-        if case.bytes[..6] == case.bytes[6..12] {
-            case.bytes[0] ^= 4;
-        }
-        (case, f, plain)
+        (apart(case), f, plain)
     }
+}
+
+/// With equal MACs, an answer looks like a packet that was sent on.
+fn apart(mut case: Case) -> Case {
+    if case.bytes[..6] == case.bytes[6..12] {
+        case.bytes[0] ^= 4;
+    }
+    case
 }
 
 /// Marks a frame that is given by its bytes alone.
