@@ -215,8 +215,7 @@ impl Lab {
 
     /// A service's backend is gone for good, and its place may soon be another's.
     pub fn withdraw(&self, id: u32) -> Result<()> {
-        let none = Backend::cleared(0);
-        self.datapath.table(map::BACKENDS)?.put(&(id - 1000), &none)
+        self.datapath.table(map::BACKENDS)?.put(&id::slot_of(id), &Backend::cleared(id))
     }
 
     /// What the table says of a service.

@@ -36,16 +36,17 @@ fn there_and_back(lab: &Lab, net: Net, proto: Proto, decorate: impl Fn(&mut Fram
 fn a_vlan_tag_in_the_frame() -> Result<()> {
     labs(|lab, net| {
         serve(lab, net)?;
-        each(|proto| there_and_back(lab, net, proto, |f| f.vlan = Some(0)))?;
-        each(|proto| there_and_back(lab, net, proto, |f| f.vlan = Some(100)))?;
         // On the uplink it belongs to another device.
         let f = from_outside(Proto::Udp, (net.world(), 1), (net.vip(1), 80)).map(|f| f.vlan = Some(100));
         lab.uplink_in(&f)?.to_stack(&f)?;
         let f = from_host(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.vlan = Some(100));
         lab.uplink_out(&f)?.to_stack(&f)?;
-        // No answer of ours can be made out of a tagged frame: dropped, and counted as what it is.
-        let f = from_a(net, Proto::Udp, (net.vip(1), 81)).map(|f| f.vlan = Some(100));
-        lab.pod_sends(&f)?.dropped(DropReason::NoServicePort)
+        // A pod has no business with tags.
+        for tag in [0, 100] {
+            let f = from_a(net, Proto::Udp, (net.vip(1), 80)).map(|f| f.vlan = Some(tag));
+            lab.pod_sends(&f)?.dropped(DropReason::VlanFiltered)?;
+        }
+        Ok(())
     })
 }
 
@@ -82,6 +83,10 @@ fn extension(kind: u8, words: u8) -> (u8, Vec<u8>) {
         if kind == 51 { (2 + 2 * words, 16 + 8 * words as usize) } else { (words, 8 + 8 * words as usize) };
     let mut bytes = vec![0; len];
     bytes[1] = count;
+    if kind == 43 {
+        // Segment routing: type 0 is refused (RFC 5095).
+        bytes[2] = 4;
+    }
     if matches!(kind, 0 | 60) {
         // PadN over the rest.
         (bytes[2], bytes[3]) = (1, len as u8 - 4);
@@ -228,8 +233,11 @@ fn a_later_fragment_without_its_first() -> Result<()> {
         lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
         let other = later.map(|f| (f.src, f.smac) = (net.b(), MAC_B));
         lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
-        let other = later.map(|f| f.l4 = L4::Sctp { sport: 1, dport: 2, crc: true });
-        lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
+        if net == Net::V4 {
+            // IPv6 fragments are identified without their protocol (RFC 8200, 4.5).
+            let other = later.map(|f| f.l4 = L4::Sctp { sport: 1, dport: 2, crc: true });
+            lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
+        }
         // At the uplink it may be the host's.
         let other = from_outside(Proto::Udp, (net.world(), 1), (net.node(), 2));
         let later = datagram(&other).pieces(22, &[1440]).remove(1);
@@ -269,13 +277,25 @@ fn a_repeated_first_fragment() -> Result<()> {
         let to_service = datagram(&from_a(net, Proto::Udp, (net.vip(1), 80))).pieces(40, &[1440]);
         lab.pod_sends(&to_service[0])?.to_the_pod(&arrived(net, &to_service[0]))?;
         let elsewhere = datagram(&from_a(net, Proto::Udp, (net.vip(1), 81))).pieces(40, &[1440]);
+        // One that is refused names no ports.
         let shot = lab.pod_sends(&elsewhere[0])?;
         ensure!(shot.counted.keys().eq([&(DropReason::NoServicePort as u8, hook::FROM_POD)]), "{shot:?}");
-        lab.pod_sends(&elsewhere[1])?.dropped(DropReason::NoServicePort)
+        lab.pod_sends(&to_service[1])?.to_the_pod(&arrived(net, &to_service[1]))?;
+        // One that passes names those of its datagram.
+        let direct = datagram(&from_a(net, Proto::Udp, (net.b(), 81)));
+        for ports in [(1000, 81), (1001, 82)] {
+            let pieces = direct.map(|f| f.set_ports(ports.0, ports.1)).pieces(41, &[1440]);
+            lab.pod_sends(&pieces[0])?.to_the_pod(&pieces[0].hop())?;
+            lab.pod_sends(&pieces[1])?.to_the_pod(&pieces[1].hop())?;
+            let flow = Flow { sport: ports.0, dport: ports.1, ..Flow::of(&direct) };
+            ensure!(lab.half(flow)?.packets == 2, "{ports:?}");
+        }
+        Ok(())
     })
 }
 
-/// Non-IP frames are never ours, wherever they turn up; frames that hold no more than a header neither.
+/// Frames that are not IP are the stack's, but those of pods and out of the tunnel, where nothing else comes from. So are
+/// frames that hold no more than a header.
 #[test]
 fn what_is_not_ip() -> Result<()> {
     labs(|lab, _| {
@@ -292,6 +312,12 @@ fn what_is_not_ip() -> Result<()> {
                 (hook::OVERLAY_OUT, crate::harness::OVERLAY),
             ] {
                 let shot = lab.raw(code, &Input { frame: &frame, ifindex, ..Input::default() })?;
+                if matches!(code, hook::FROM_POD | hook::OVERLAY_IN) {
+                    let reason =
+                        if frame.len() == 60 { DropReason::UnsupportedL2 } else { DropReason::VlanFiltered };
+                    shot.dropped(reason)?;
+                    continue;
+                }
                 ensure!(shot.verdict == crate::harness::STACK && shot.counted.is_empty(), "{shot:?}");
                 ensure!(shot.frame == frame, "changed");
             }

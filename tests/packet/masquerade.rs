@@ -32,7 +32,8 @@ fn there_and_back() -> Result<()> {
             let more = later(&ask);
             lab.pod_sends(&more)?.onto_wire(&more.hop().between((net.node(), PORT), to))?;
             let half = lab.half(Flow::of(&ask))?;
-            ensure!(half.flags == flags::NAT | flags::MASQ && half.state == state::ANSWERED, "{half:?}");
+            let state = if proto == Proto::Tcp { state::ANSWERED | state::ESTABLISHED } else { state::ANSWERED };
+            ensure!(half.flags == flags::NAT | flags::MASQ && half.state == state, "{half:?}");
             Ok(())
         })
     })
@@ -113,7 +114,7 @@ fn the_range_exhausted_and_reclaimed() -> Result<()> {
         lab.pod_sends(&third)?.dropped(DropReason::NatNoMapping)?;
         ensure!(lab.connections(net)?.len() == 4, "a refused flow is tracked");
         // One that ended is soon reused.
-        let reset = flows[0].hop().map(|f| f.src = net.node()).reply().with_flags(crate::frame::RST);
+        let reset = crate::services::reset(&flows[0].hop().map(|f| f.src = net.node()));
         lab.uplink_in(&reset)?.to_the_pod(&reset.hop().map(|f| f.dst = net.a()))?;
         lab.pod_sends(&third)?.onto_wire(&third.hop().between((net.node(), 30_000), to))?;
         Ok(())
@@ -156,7 +157,7 @@ fn a_silent_flow_gives_its_port_away() -> Result<()> {
         let b = from_b(net, Proto::Udp, to);
         lab.pod_sends(&b)?.dropped(DropReason::NatNoMapping)?;
         let answer = Flow::of(&a.map(|f| f.src = net.node())).reversed();
-        lab.age(answer, 59)?;
+        lab.age(answer, 119)?;
         lab.pod_sends(&b)?.dropped(DropReason::NatNoMapping)?;
         lab.age(answer, 1)?;
         lab.pod_sends(&b)?.onto_wire(&b.hop().between((net.node(), 30_000), to))?;

@@ -3,7 +3,7 @@
 use crate::flows::{ALL, Proto, from_a, from_b, from_outside, later};
 use crate::harness::{Flow, Half, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, labs, source_of_mac};
 use anyhow::{Context, Result, ensure};
-use rustnet_common::conntrack::{flags, state};
+use rustnet_common::conntrack::{SOURCE_NONE, flags, state};
 use rustnet_common::drop::DropReason;
 
 /// Protocols, and a name for the failure's text.
@@ -36,7 +36,7 @@ fn same_node() -> Result<()> {
                 to: key.reversed(),
                 flags: flags::REPLY,
                 ifindex: POD_B,
-                source: [0, 0],
+                source: SOURCE_NONE,
                 out: POD_A,
                 packets: 0,
                 bytes: 0,
@@ -57,6 +57,7 @@ fn same_node() -> Result<()> {
 
             let more = later(&ask);
             lab.pod_sends(&more)?.to_the_pod(&more.hop())?;
+            there.seen = lab.half(key)?.seen;
             there.packets += 1;
             if proto == Proto::Tcp {
                 there.state |= state::ESTABLISHED;
@@ -166,14 +167,14 @@ fn pods_reach_each_other_before_the_agent_has_written_its_settings() -> Result<(
 }
 
 #[test]
-fn link_local_and_multicast_are_the_stacks() -> Result<()> {
+fn link_local_and_multicast_go_nowhere() -> Result<()> {
     labs(|lab, net| {
         for dst in match net {
             Net::V4 => vec![net.ip([224, 0, 0, 251], ""), net.ip([255, 255, 255, 255], "")],
             Net::V6 => vec![net.ip([0; 4], "ff02::fb"), net.ip([0; 4], "fe80::1")],
         } {
             let f = from_a(net, Proto::Udp, (dst, 5353));
-            lab.pod_sends(&f)?.to_stack(&f)?;
+            lab.pod_sends(&f)?.dropped(DropReason::NdNotForwarded)?;
             lab.overlay_in(net.node2(), &f)?.dropped(DropReason::UnknownSender)?;
             lab.overlay_out(&f)?.to_stack(&f)?;
             lab.to_pod(POD_A, &f)?.to_stack(&f)?;

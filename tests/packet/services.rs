@@ -441,7 +441,8 @@ fn entries_that_contradict_each_other_are_counted() -> Result<()> {
 fn a_backend_of_another_id_or_service_gets_no_flow() -> Result<()> {
     labs(|lab, net| {
         let id = serve(lab, net, Proto::Udp, net.vip(1), (net.b(), TARGET))?;
-        let (index, slot) = (0_u32, id::slot_of(id));
+        let slot = id::slot_of(id);
+        let index = lab.service(net.vip(1), VIP_PORT, Proto::Udp.number(net))?.first;
         let table = lab.datapath().table::<u32, Backend>(map::BACKENDS)?;
         let good = table.get(&slot)?.context("the backend")?;
         let ask = from_a(net, Proto::Udp, (net.vip(1), VIP_PORT));

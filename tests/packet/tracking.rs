@@ -1,11 +1,12 @@
 //! The connection table over a flow's life: states, both halves kept alive, evicted halves restored, port pairs reused.
 
 use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
-use crate::frame::{ACK, FIN, Frame, RST, SYN};
+use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
 use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, OVERLAY, POD_A, POD_B, UPLINK, VNI, labs};
+use crate::services::reset;
 use anyhow::{Context, Result, bail, ensure};
 use rustnet_common::config;
-use rustnet_common::conntrack::{NOT_LOCAL, flags, state};
+use rustnet_common::conntrack::{NOT_LOCAL, SOURCE_NONE, flags, state};
 use rustnet_common::drop::hook;
 use testkit::datapath::Input;
 
@@ -37,6 +38,8 @@ fn an_evicted_half_is_restored() -> Result<()> {
         each(|proto| {
             for forwards in [true, false] {
                 let (ask, answer) = begin(lab, net, proto)?;
+                // The third segment of the handshake changes the state.
+                lab.pod_sends(&later(&ask))?.to_the_pod(&there(net, &later(&ask)))?;
                 let (key, answer_key) = (Flow::of(&ask), Flow::of(&answer));
                 let (gone, left) = if forwards { (answer_key, key) } else { (key, answer_key) };
                 let before = lab.half(gone)?;
@@ -54,7 +57,7 @@ fn an_evicted_half_is_restored() -> Result<()> {
                         == (before.to, before.flags, before.state, before.backend),
                     "{restored:?} was {before:?}"
                 );
-                ensure!((restored.source, restored.packets) == ([0, 0], 0), "{restored:?}");
+                ensure!((restored.source, restored.packets) == (SOURCE_NONE, 0), "{restored:?}");
                 ensure!(restored.seen == lab.half(left)?.seen, "halves of different age");
                 // And the other direction goes on.
                 let (f, want) = if forwards {
@@ -139,7 +142,9 @@ fn states_of_a_tcp_connection() -> Result<()> {
         for by_answer in [false, true] {
             lab.forget()?;
             lab.pod_sends(&ask)?.to_the_pod(&there(net, &ask))?;
-            let f = if by_answer { &answer } else { &ask }.with_flags(RST | ACK);
+            // A refusal acknowledges the SYN; who gives up before an answer goes on from it (RFC 9293, 3.10.7).
+            let f = if by_answer { reset(&there(net, &ask)) } else { ask.with_flags(RST).map(|f| if let L4::Tcp { seq, .. } = &mut f.l4 { *seq += 1 }) };
+            let f = if by_answer { f.map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64)) } else { f };
             lab.pod_sends(&f)?.to_the_pod(&if by_answer { back(net, &f) } else { there(net, &f) })?;
             ensure!(state::is_closing(lab.half(key)?.state) && state::is_closing(lab.half(answer_key)?.state));
         }
@@ -222,21 +227,23 @@ fn a_full_table() -> Result<()> {
     })
 }
 
-/// Where a flow leads is looked up once a second: a pod that has moved to another interface is found again, and one that
-/// is gone is the stack's to speak for.
+/// Where a flow leads is looked up once per second: another pod with the address is none of this flow's, and an address that no
+/// pod has is the stack's to speak for.
 #[test]
-fn a_flow_finds_its_pod_again() -> Result<()> {
+fn a_flow_loses_its_pod() -> Result<()> {
     labs(|lab, net| {
         for proto in SERVED {
             let (ask, answer) = begin(lab, net, proto)?;
             let (key, back_key) = (Flow::of(&ask), Flow::of(&answer));
             ensure!((lab.half(key)?.out, lab.half(back_key)?.out) == (POD_B, POD_A));
+            lab.pod_sends(&later(&ask))?.to_the_pod(&there(net, &later(&ask)))?;
             lab.put_endpoint(net.b(), UPLINK, MAC_B)?;
             lab.pod_sends(&later(&ask))?;
             ensure!(lab.half(key)?.out == POD_B, "looked up for each packet");
             lab.age(key, 1)?;
             lab.pod_sends(&later(&ask))?.to_the_pod(&there(net, &later(&ask)))?;
-            ensure!(lab.half(key)?.out == UPLINK, "{proto:?} still leads to {}", lab.half(key)?.out);
+            let half = lab.half(key)?;
+            ensure!(half.out == UPLINK && half.packets == 1, "{proto:?}: not opened again: {half:?}");
             lab.drop_endpoint(net.b())?;
             lab.age(key, 1)?;
             // No hop on the way to the stack, which will say that there is no such host.

@@ -38,8 +38,11 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     }
     let verify = || F::verify_outside(p);
     let flow = if p.kind == Kind::IcmpError {
-        if let Err(reason) = verify() {
-            return if is_for_pod() { Err(reason.into()) } else { Ok(TO_STACK) };
+        match verify() {
+            Ok(()) => {}
+            // Link-local routers speak so to the host.
+            Err(DropReason::Martian) if !is_for_pod() => return Ok(TO_STACK),
+            Err(reason) => return Err(reason.into()),
         }
         let flow = icmp::relate::<F, _>(skb, p)?;
         if flow.class == Class::New {

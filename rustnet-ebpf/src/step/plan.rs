@@ -78,8 +78,8 @@ pub fn plan<F: Family>(
         // Through the veth where the pod's bandwidth is limited, and from egress hooks, which cannot reach its other side.
         Route::Pod if is_host || egress & VIA_QDISC != 0 => Target::PodQdisc,
         Route::Pod => Target::Pod,
-        // Nothing that a tunnel brings is forwarded to another node or to the world.
-        Route::Tunnel | Route::Direct | Route::World if origin == Origin::Tunnel => {
+        // What comes from other nodes or from outside is for this node: it is no router between them.
+        Route::Tunnel | Route::Direct | Route::World if matches!(origin, Origin::Tunnel | Origin::Uplink) => {
             return Err(DropReason::NoFib.into());
         }
         Route::Tunnel => Target::Tunnel,
