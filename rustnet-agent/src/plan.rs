@@ -23,12 +23,14 @@ use std::net::IpAddr;
 /// either its old backends or its new ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Write {
-    /// Plain stores to `rn_backends_v2`, each to the slot of its id. A slot that services refer to keeps all but the flags.
+    /// Plain stores to `rn_backends_v2`, each to the slot of its id. A slot that services refer to
+    /// keeps all but the flags.
     Backends {
         /// What to store.
         backends: Vec<Backend>,
     },
-    /// Plain stores to `rn_backend_ids[first..]`. No service refers to this range yet, and all the backends are written.
+    /// Plain stores to `rn_backend_ids[first..]`. No service refers to this range yet, and all the
+    /// backends are written.
     BackendIds {
         /// Index of the first id.
         first: u32,
@@ -115,15 +117,16 @@ pub struct Snapshot {
     pub services: BTreeMap<VipKey, SvcEntry>,
     /// `rn_backend_ids`, from index 0 to the last that was ever written at least.
     pub ids: Vec<u32>,
-    /// `rn_backends_v2`, from index 0 to the last that was ever written at least. Slots that no service refers to are
-    /// welcome: their ids are not given out again soon.
+    /// `rn_backends_v2`, from index 0 to the last that was ever written at least. Slots that no
+    /// service refers to are welcome: their ids are not given out again soon.
     pub backends: Vec<Backend>,
     /// Peers of both families.
     pub peers: BTreeMap<IpNet, Peer>,
 }
 
 impl Snapshot {
-    /// The backends that a service leads to, in order; `None` in place of each id that leads to no backend of it.
+    /// The backends that a service leads to, in order; `None` in place of each id that leads to no
+    /// backend of it.
     pub fn backends_of(&self, entry: &SvcEntry) -> impl Iterator<Item = Option<&Backend>> + use<'_> {
         let SvcEntry { first, count, id: service, .. } = *entry;
         (0..count).map(move |i| {

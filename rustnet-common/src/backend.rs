@@ -1,11 +1,13 @@
-//! `rn_backends_v2`: everything that a service can lead to, by slot; and `rn_backend_ids`: which of it a service leads to.
+//! `rn_backends_v2`: everything that a service can lead to, by slot; and `rn_backend_ids`: which of
+//! it a service leads to.
 
 use crate::addr::{Addr, Address};
 use crate::shared_type;
 
 /// One backend of one service port: the value of `rn_backends_v2` at [`id::slot_of`] its id.
 ///
-/// A program that holds an id reads the slot and compares: another id there means that the backend is gone.
+/// A program that holds an id reads the slot and compares: another id there means that the backend
+/// is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Backend {
@@ -15,11 +17,11 @@ pub struct Backend {
     pub port: u16,
     /// See [`flags`].
     pub flags: u16,
-    /// Number of (service port, endpoint) for as long as the endpoint belongs to the service; see [`id`]. 0: the slot is
-    /// free.
+    /// Number of (service port, endpoint) for as long as the endpoint belongs to the service; see
+    /// [`id`]. 0: the slot is free.
     pub id: u32,
-    /// [`SvcEntry::id`](crate::service::SvcEntry::id) of the service port. In a free slot: the id that the slot had last, so
-    /// that its next backend gets the next generation.
+    /// [`SvcEntry::id`](crate::service::SvcEntry::id) of the service port. In a free slot: the id
+    /// that the slot had last, so that its next backend gets the next generation.
     pub service: u32,
     /// Zero.
     pub pad: u32,
@@ -45,7 +47,8 @@ pub mod flags {
     pub const TERMINATING: u16 = 2;
 }
 
-/// Backend ids: the slot in the lower 20 bits, above it the slot's generation, from 1 to 4095. An id is never 0.
+/// Backend ids: the slot in the lower 20 bits, above it the slot's generation, from 1 to 4095. An
+/// id is never 0.
 pub mod id {
     /// Bits of the slot.
     pub const SLOT_BITS: u32 = 20;
@@ -54,8 +57,8 @@ pub mod id {
     /// The last generation; 1 follows it.
     pub const MAX_GENERATION: u32 = u32::MAX >> SLOT_BITS;
 
-    /// The id of a slot's backend of this generation. Bits of either that have no room are left out; generation 0 counts
-    /// as 1.
+    /// The id of a slot's backend of this generation. Bits of either that have no room are left
+    /// out; generation 0 counts as 1.
     pub const fn make(slot: u32, generation: u32) -> u32 {
         let generation = generation & MAX_GENERATION;
         (slot & (MAX_SLOTS - 1)) | (if generation == 0 { 1 } else { generation }) << SLOT_BITS
@@ -72,7 +75,8 @@ pub mod id {
         id >> SLOT_BITS
     }
 
-    /// The id of the same slot's next backend. After `last` 0, the slot never had one, it is the first.
+    /// The id of the same slot's next backend. After `last` 0, the slot never had one, it is the
+    /// first.
     pub const fn next(slot: u32, last: u32) -> u32 {
         make(slot, generation_of(last) + 1)
     }

@@ -3,8 +3,8 @@
 use crate::addr::{Ip4, Ip6};
 use crate::shared_type;
 
-/// Key of `rn_svc4_v2` and `rn_svc6_v2`. The key with port 0 and protocol 0 says "this address is a VIP of ours", so that an unknown
-/// port of it can be refused.
+/// Key of `rn_svc4_v2` and `rn_svc6_v2`. The key with port 0 and protocol 0 says "this address is a
+/// VIP of ours", so that an unknown port of it can be refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(Hash, PartialOrd, Ord))]
 #[repr(C)]
@@ -25,7 +25,8 @@ pub mod scope {
     pub const CLUSTER: u8 = 0;
 }
 
-/// Value of `rn_svc4_v2` and `rn_svc6_v2`: a range of `rn_backend_ids`. One update of this entry flips a service to its new backends.
+/// Value of `rn_svc4_v2` and `rn_svc6_v2`: a range of `rn_backend_ids`. One update of this entry
+/// flips a service to its new backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct SvcEntry {
@@ -33,7 +34,8 @@ pub struct SvcEntry {
     pub first: u32,
     /// Backends in the range; 0 means reject (or drop, see [`flags::DROP_EMPTY`]).
     pub count: u32,
-    /// Stable number of the service port, for affinity and for people; its backends bear it. 0 in wildcard entries.
+    /// Stable number of the service port, for affinity and for people; its backends bear it. 0 in
+    /// wildcard entries.
     pub id: u32,
     /// Session affinity in seconds; 0 is none.
     pub affinity: u32,

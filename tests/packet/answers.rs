@@ -287,31 +287,6 @@ fn resets_of_segments_with_options() -> Result<()> {
     })
 }
 
-/// The same as a sender's stack hands it over, which has noted where the transport header begins: the kernel cuts nothing off
-/// before that place.
-#[test]
-fn resets_of_segments_with_options_from_a_stack() -> Result<()> {
-    labs(|lab, net| {
-        lab.serve(net.vip(1), 80, 6, 0, &[])?;
-        let ask = from_a(net, Proto::Tcp, (net.vip(1), 80));
-        for f in decorated(net, &ask).into_iter().chain([ask]) {
-            let host = f.map(|f| {
-                (f.smac, f.dmac) = (MAC_HOST, crate::harness::MAC_OUT);
-                f.src = net.node();
-            });
-            for (code, ifindex, f) in [(hook::FROM_POD, POD_A, &f), (hook::UPLINK_OUT, UPLINK, &host)] {
-                let (bytes, header) = (f.bytes(), if net == Net::V4 { 20 } else { 40 });
-                let between = f.options.len() + f.extensions.iter().map(|(_, b)| b.len()).sum::<usize>();
-                let transport = Some((14 + header + between) as u16);
-                lab.raw(code, &Input { frame: &bytes, ifindex, transport, ..Input::default() })?
-                    .answered(DropReason::NoBackend, &reset(f))
-                    .with_context(|| format!("{between} bytes in between, at {}", hook::NAMES[code as usize]))?;
-            }
-        }
-        Ok(())
-    })
-}
-
 /// A datagram of UDP-Lite, whose checksum covers its first bytes only (0: all of it), or of DCCP.
 fn covered(net: Net, proto: u8, coverage: usize, src: IpAddr, dst: IpAddr) -> Frame {
     let mut l4 = [&PORT.to_be_bytes()[..], &443_u16.to_be_bytes()].concat();

@@ -375,9 +375,7 @@ impl Lab {
         self.datapath.events();
         let name = hook::NAMES[code as usize];
         let mut sum_is_right = true;
-        let first = self
-            .datapath
-            .run(name, &Input { complete: self.sums_up && input.cut == 0 && input.transport.is_none(), ..*input })?;
+        let first = self.datapath.run(name, &Input { complete: self.sums_up && input.cut == 0, ..*input })?;
         let output = if let Some(output) = first {
             output
         } else {

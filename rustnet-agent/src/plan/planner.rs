@@ -1,9 +1,10 @@
 //! The plan: what the maps hold, compared with what the index wants.
 //!
-//! Order of writes: peers; each service's backends, then the range of their ids, then its entry; wildcard entries; deletions
-//! the other way round, a backend's value no sooner than a grace period after; and before the peers' deletions the flows to
-//! forget, as by then no packet makes them anew. A range of ids is never rewritten while an entry points to it: a change
-//! writes a new range and flips the entry. Of a backend that an entry leads to only the flags ever change.
+//! Order of writes: peers; each service's backends, then the range of their ids, then its entry;
+//! wildcard entries; deletions the other way round, a backend's value no sooner than a grace period
+//! after; and before the peers' deletions the flows to forget, as by then no packet makes them
+//! again. A range of ids is never rewritten while an entry points to it: a change writes a new
+//! range and flips the entry. Of a backend that an entry leads to only the flags ever change.
 
 use super::flows::Flows;
 use super::ids::Ids;
@@ -23,8 +24,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long what is freed waits before it is written again, and a backend before its slot is cleared. A program that read the old entry is done with it in
-/// microseconds; this also covers one that was interrupted.
+/// How long what is freed waits before it is written again, and a backend before its slot is
+/// cleared. A program that read the old entry is done with it in microseconds; this also covers one
+/// that was interrupted.
 pub const GRACE: Duration = Duration::from_millis(100);
 
 /// What to do next.
@@ -40,7 +42,8 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct Planner {
     services: HashMap<VipKey, SvcEntry>,
-    /// Entries read back that are not to be trusted: a range out of bounds or shared, ids of no backend of theirs.
+    /// Entries read back that are not to be trusted: a range out of bounds or shared, ids of no
+    /// backend of theirs.
     damaged: BTreeMap<VipKey, Held>,
     /// `rn_backend_ids`, and who has which range of it.
     ids: Vec<u32>,
@@ -64,7 +67,8 @@ pub struct Planner {
     lost_track: bool,
 }
 
-/// What packets may be led into by a damaged entry, and nobody else has: it is not touched until the entry is mended.
+/// What a damaged entry may lead packets into, and no other entry has: it stays as it is until that
+/// entry is replaced.
 #[derive(Debug, Default)]
 struct Held {
     /// First and length.
@@ -139,7 +143,8 @@ impl Planner {
         // All else that was ever written may have been let go of a moment ago.
         ranges.retire_free_below(ids.len() as u32);
         let last = services.values().map(|entry| entry.id).max().unwrap_or(0);
-        // Those that the last agent's death left without a service bear the number of their slot's last backend.
+        // Those that the last agent's death left without a service bear the number of their slot's
+        // last backend.
         let has_service =
             |(slot, b): &(u32, &Backend)| b.id != 0 && (b.service < id::MAX_SLOTS || id::slot_of(b.service) != *slot);
         let last = (0..).zip(&backends).filter(has_service).map(|(_, b)| b.service).max().unwrap_or(0).max(last);
@@ -165,8 +170,8 @@ impl Planner {
         planner
     }
 
-    /// Backends that no entry leads to: an earlier agent let them linger, or died before it forgot their flows or cleared
-    /// their slots.
+    /// Backends that no entry leads to: an earlier agent let them linger, or died before it forgot
+    /// their flows or cleared their slots.
     fn find_strays(&mut self, referred: &[bool]) {
         let strays =
             |(slot, referred): (u32, &bool)| if *referred { None } else { self.slots.get(slot).map(|b| (slot, *b)) };
@@ -367,8 +372,8 @@ impl Planner {
         }
     }
 
-    /// Writes the backends and the range of ids of a new entry, in which a backend that the old one had too keeps its id, and
-    /// lets go of the old one's.
+    /// Writes the backends and the range of ids of a new entry, in which a backend that the old one
+    /// had too keeps its id, and lets go of the old one's.
     fn write_backends(
         &mut self,
         key: VipKey,
@@ -465,7 +470,8 @@ impl Planner {
     ) {
         ranges.into_iter().for_each(|(first, len)| self.ranges.retire(first, len));
         if key.proto == UDP {
-            // Else a service that comes back at this address would find flows to whatever served it then.
+            // Else a service that comes back at this address would find flows to whatever served it
+            // then.
             self.forget(backends, draft);
         } else {
             self.leave(backends);
@@ -569,7 +575,8 @@ fn range<'a>(ids: &'a [u32], entry: &SvcEntry) -> &'a [u32] {
     ids.get(first..first + entry.count as usize).unwrap_or_default()
 }
 
-/// True if all ids in an entry's range are of backends of its own that no other entry has; those are marked then.
+/// True if all ids in an entry's range are of backends of its own that no other entry has; those
+/// are marked then.
 fn refer(entry: &SvcEntry, snapshot: &Snapshot, referred: &mut [bool]) -> bool {
     let mut marked = 0;
     for backend in snapshot.backends_of(entry) {

@@ -1,8 +1,10 @@
-//! Which backend has which slot of `rn_backends_v2`: its id for life, and what becomes of the slot after it.
+//! Which backend has which slot of `rn_backends_v2`: its id for life, and what becomes of the slot
+//! after it.
 //!
-//! A slot goes from free to used, to left (no entry refers to its backend any more, but a program may have read one that did),
-//! to cleared, and back to free. Each step takes a grace period, counted from the first call of [`Slots::tick`] after it: by
-//! then the write that made the step has been applied. Slots that never had a backend go first, then the one that is free for
+//! A slot goes from free to used, to left (no entry refers to its backend any more, but a program
+//! may have read one that did), to cleared, and back to free. Each step takes a grace period,
+//! counted from the first call of [`Slots::tick`] after it: by then the write that made the step
+//! has been applied. Slots that never had a backend go first, then the one that is free for
 //! longest, with the next generation: what remembers an old id finds out for as long as possible.
 
 use rustnet_common::backend::{Backend, id};
@@ -131,7 +133,8 @@ impl Slots {
         ids
     }
 
-    /// When the next slot is to be cleared; nothing waits for that if `None`. `now` is the time of the last tick.
+    /// When the next slot is to be cleared; nothing waits for that if `None`. `now` is the time of
+    /// the last tick.
     pub fn next_clear(&self, now: Duration) -> Option<Duration> {
         self.left.0.front().map(|(_, since)| since.unwrap_or(now) + self.grace)
     }
@@ -227,7 +230,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is done: no two backends have one slot, none is used again too early, no id comes twice.
+        /// Whatever is done: no two backends have one slot, none is used again too early, no id
+        /// comes twice.
         #[test]
         fn never_twice_and_never_lost(steps in prop::collection::vec((0u32..6, any::<prop::sample::Index>()), 1..300)) {
             const SLOTS: u32 = 16;

@@ -45,14 +45,13 @@ impl Table {
         self.services.contains_key(&key)
     }
 
-    /// Each entry is as it was before or as it is after. The flags of a backend may be the new ones before its service's entry
-    /// is: they change in place.
+    /// Each entry is as it was before or as it is after. The flags of a backend may be the new ones
+    /// before its service's entry is: they change in place.
     pub fn is_old_or_new(&self, old: &Self, new: &Self) {
         let keys: BTreeSet<_> = [self, old, new].into_iter().flat_map(|table| table.services.keys()).collect();
         for key in keys {
             let (is, was, will) = (self.services.get(key), old.services.get(key), new.services.get(key));
-            let same = |other| targets(is) == targets(other);
-            assert!(same(was) || same(will), "{key:?}: {is:?} is neither {was:?} nor {will:?}");
+            assert!(alike(is, was) || alike(is, will), "{key:?}: {is:?} is neither {was:?} nor {will:?}");
             let has = |backend| [was, will].into_iter().flatten().any(|(.., all)| all.contains(backend));
             assert!(
                 is.is_none_or(|(.., all)| all.iter().all(has)),
@@ -61,7 +60,7 @@ impl Table {
             // A wildcard refuses what has no entry: it must not come before the ports do.
             let wildcard = (key.0, 0, 0);
             let new = self.services.contains_key(&wildcard) && !old.services.contains_key(&wildcard);
-            assert!(!new || same(will), "{key:?} is refused for a moment");
+            assert!(!new || alike(is, will), "{key:?} is refused for a moment");
         }
         let prefixes: BTreeSet<_> = [self, old, new].into_iter().flat_map(|table| table.peers.keys()).collect();
         for prefix in prefixes {
@@ -71,9 +70,11 @@ impl Table {
     }
 }
 
-/// An entry without the flags of its backends.
-fn targets(entry: Option<&Entry>) -> Option<(u16, u32, Vec<(IpAddr, u16)>)> {
-    entry.map(|(flags, affinity, all)| (*flags, *affinity, all.iter().map(|(ip, port, _)| (*ip, *port)).collect()))
+/// True if two entries are alike but for the flags of their backends.
+fn alike(a: Option<&Entry>, b: Option<&Entry>) -> bool {
+    let (Some(a), Some(b)) = (a, b) else { return a == b };
+    let targets = |entry: &Entry| entry.2.iter().map(|(ip, port, _)| (*ip, *port)).collect::<Vec<_>>();
+    (a.0, a.1) == (b.0, b.1) && targets(a) == targets(b)
 }
 
 /// What the maps should hold.

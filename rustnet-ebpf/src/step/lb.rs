@@ -44,8 +44,9 @@ pub fn select<F: Family>(t: &Tuple<F::A>, seed: u32) -> Result<Option<&'static B
     let Some(entry) = F::services().get_ptr(key) else {
         return if is_vip::<F>(t.dst) { Err(DropReason::NoServicePort) } else { Ok(None) };
     };
-    // SAFETY: the value stays readable for this run. The kernel may hand the element out again after an update; then the
-    // service of the backend is another one, see below.
+    // SAFETY: the entry lies in a map, whose memory stays mapped for this run. User space may
+    // replace the entry, and the kernel may give its memory to another key at once: the backend's
+    // service, compared below, shows that.
     let (first, count, service, svc_flags) = unsafe { ((*entry).first, (*entry).count, (*entry).id, (*entry).flags) };
     if count == 0 {
         return Err(if svc_flags & flags::DROP_EMPTY != 0 {

@@ -71,9 +71,6 @@ pub struct Input<'a> {
     pub vni: u32,
     /// The VLAN tag that the device took off the frame, as a TCI: `skb->vlan_tci` of the kernel, not a byte of the frame.
     pub vlan: Option<u16>,
-    /// Offset of the transport header, as the stack that sent the packet noted it in the skb: the kernel's helpers respect it.
-    /// At least that of a packet without options. Excludes the other extras.
-    pub transport: Option<u16>,
     /// If not 0, the frame is cut to this length inside the kernel, which runs nothing on an IP packet that is handed in
     /// with less than its header.
     pub cut: u32,
@@ -190,10 +187,7 @@ impl Datapath {
         let mut frame = vec![0; OUT];
         let flags = if input.complete { CHECKSUM_COMPLETE } else { 0 };
         let run = TestRun { packet: input.frame, out: &mut frame, context: &mut context, repeat: 1, flags };
-        let ran = if let Some(at) = input.transport {
-            let (prelude, short) = self.with_transport(program, input.frame, usize::from(at))?;
-            sys::test_run(prelude.as_fd(), TestRun { packet: &short, ..run })
-        } else if input.tunnel.is_none() && input.vlan.is_none() && input.cut == 0 {
+        let ran = if input.tunnel.is_none() && input.vlan.is_none() && input.cut == 0 {
             sys::test_run(self.program(program)?.as_fd(), run)
         } else {
             let mut preludes = self.preludes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -256,46 +250,6 @@ impl Datapath {
         sys::prog_load_sched_cls("rn_prelude", &code).with_context(|| format!("cannot load the prelude to {program}"))
     }
 
-    /// A program that notes the offset of the transport header in the skb and goes on with `program`, and the frame to run it on.
-    /// The helper that makes room for a tunnel's headers notes the offset behind an outer IP header; making more room in front of
-    /// that moves it on. So the frame begins without the bytes that these rooms take, and gets them back from the program.
-    fn with_transport(&self, program: &str, frame: &[u8], at: usize) -> Result<(OwnedFd, Vec<u8>)> {
-        const ETHERNET: usize = 14;
-        const FIRST: usize = 4;
-        let is_v6 = frame.get(12) == Some(&0x86);
-        let (plain, encap) = if is_v6 { (ETHERNET + 40, ENCAP_IPV6) } else { (ETHERNET + 20, ENCAP_IPV4) };
-        let more = at.checked_sub(plain).filter(|more| more % 4 == 0).context("no place for a transport header")?;
-        let taken = frame.get(ETHERNET..ETHERNET + FIRST + more).context("a frame without room for its headers")?;
-        let mut code = vec![instruction(MOV_REG, 6, 1, 0, 0)];
-        for (len, flags) in [(FIRST, encap | ENCAP_UDP), (more, 0)] {
-            code.extend([
-                instruction(MOV_REG, 1, 6, 0, 0),
-                instruction(MOV, 2, 0, 0, len as u32),
-                instruction(MOV, 3, 0, 0, ROOM_BEHIND_MAC),
-                instruction(MOV, 4, 0, 0, flags),
-                instruction(CALL, 0, 0, 0, ADJUST_ROOM),
-            ]);
-        }
-        let base = -(taken.len().next_multiple_of(8) as i16);
-        for (i, word) in (0_i16..).zip(taken.chunks_exact(4)) {
-            let word = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
-            code.push(instruction(STORE_WORD, 10, 0, base + i * 4, word));
-        }
-        code.extend([
-            instruction(MOV_REG, 1, 6, 0, 0),
-            instruction(MOV, 2, 0, 0, ETHERNET as u32),
-            instruction(MOV_REG, 3, 10, 0, 0),
-            instruction(ADD, 3, 0, 0, i32::from(base).cast_unsigned()),
-            instruction(MOV, 4, 0, 0, taken.len() as u32),
-            instruction(MOV, 5, 0, 0, 0),
-            instruction(CALL, 0, 0, 0, STORE_BYTES),
-        ]);
-        code.extend(self.jump(program)?);
-        let prelude = sys::prog_load_sched_cls("rn_prelude", &code)
-            .with_context(|| format!("cannot load the prelude to {program} with a transport header"))?;
-        Ok((prelude, [&frame[..ETHERNET], &frame[ETHERNET + taken.len()..]].concat()))
-    }
-
     /// Instructions that go on with a program. Register 6 has the packet.
     fn jump(&self, program: &str) -> Result<[u64; 7]> {
         let index = self.programs.keys().position(|name| name == program).context("no such program")?;
@@ -353,17 +307,9 @@ const JUMP_IF_ZERO: u8 = 0x15;
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 const TAIL_CALL: u32 = 12;
-const STORE_BYTES: u32 = 9;
 const VLAN_PUSH: u32 = 18;
 const SET_TUNNEL_KEY: u32 = 21;
 const CHANGE_TAIL: u32 = 38;
-const ADJUST_ROOM: u32 = 50;
-/// `BPF_ADJ_ROOM_MAC`.
-const ROOM_BEHIND_MAC: u32 = 1;
-/// `BPF_F_ADJ_ROOM_ENCAP_L3_IPV4`, `BPF_F_ADJ_ROOM_ENCAP_L3_IPV6`, `BPF_F_ADJ_ROOM_ENCAP_L4_UDP`.
-const ENCAP_IPV4: u32 = 2;
-const ENCAP_IPV6: u32 = 4;
-const ENCAP_UDP: u32 = 16;
 const PSEUDO_MAP_FD: u8 = 1;
 /// The protocol of an 802.1Q tag, as the helper takes it: network order.
 const ETH_P_8021Q: u32 = 0x8100_u16.to_be() as u32;

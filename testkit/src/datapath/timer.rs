@@ -2,10 +2,7 @@
 //! restored before each, and what that costs is told by the same run of a program that does nothing.
 
 use super::skb::{SkBuff, word};
-use super::{
-    ADD, AND, CALL, CB, Datapath, Input, LOAD_WORD, MOV, MOV_REG, STORE_BYTES, STORE_REG, STORE_WORD, context,
-    instruction,
-};
+use super::{ADD, AND, CALL, CB, Datapath, Input, LOAD_WORD, MOV, MOV_REG, STORE_REG, STORE_WORD, context, instruction};
 use anyhow::{Context, Result, ensure};
 use rustnet_agent::bpf::sys::{self, TestRun};
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,6 +12,7 @@ pub const EMPTY: &str = "empty";
 
 /// Bytes that are restored: all headers, and four bytes at least of what follows.
 const RESTORED: u8 = 96;
+const STORE_BYTES: u32 = 9;
 const LOAD_CONTEXT: u8 = LOAD_WORD;
 const STORE_HALF: u8 = 0x6b;
 const STORE_BYTE: u8 = 0x73;

@@ -1,5 +1,5 @@
-//! `rn_backends_v2` and `rn_backend_ids` as plain memory: both maps are mapped into this process, so that a new range costs no
-//! system call.
+//! `rn_backends_v2` and `rn_backend_ids` as plain memory: both maps are mapped into this process,
+//! so that a new range costs no system call.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -46,8 +46,9 @@ impl Backends {
         self.ids.capacity.min(self.slots.capacity).min(id::MAX_SLOTS)
     }
 
-    /// Stores each backend to the slot of its id. A slot that is in use keeps all but the flags, so that a program that reads
-    /// it meanwhile sees nothing else; a free one may be written piece by piece, as no service refers to it.
+    /// Stores each backend to the slot of its id. A slot that is in use keeps all but the flags, so
+    /// that a program that reads it meanwhile sees nothing else; a free one may be written piece by
+    /// piece, as no service refers to it.
     pub fn store(&mut self, backends: &[Backend]) -> Result<()> {
         for backend in backends {
             let slot = id::slot_of(backend.id);
@@ -59,8 +60,8 @@ impl Backends {
             );
             // SAFETY: `get` has shown that the slot lies inside of the mapping.
             let held = unsafe { self.slots.at(slot) }.as_ptr();
-            // The agent may die between any two stores. An id without its service is a backend of nobody; the id that the slot
-            // had last is kept until the new one stands there.
+            // The agent may die between any two stores. An id without its service is no service's
+            // backend; the id that the slot had last is kept until the new one stands there.
             // SAFETY: as above; only this process writes there.
             unsafe {
                 (&raw mut (*held).addr).write_volatile(backend.addr);
@@ -80,7 +81,7 @@ impl Backends {
             bail!(self.too_small(BACKEND_IDS, end as u32 - 1));
         }
         for (index, id) in (first..).zip(ids) {
-            // SAFETY: the index is below the capacity, hence inside of the mapping.
+            // SAFETY: the index is below the capacity, so it lies inside of the mapping.
             unsafe { AtomicU32::from_ptr(self.ids.at(index).as_ptr()) }.store(*id, Ordering::Release);
         }
         Ok(())
@@ -91,7 +92,7 @@ impl Backends {
         for last in ids {
             let slot = id::slot_of(*last);
             ensure!(slot < self.slots.capacity, self.too_small(BACKENDS, slot));
-            // SAFETY: the slot is below the capacity, hence inside of the mapping.
+            // SAFETY: the slot is below the capacity, so it lies inside of the mapping.
             let held = unsafe { self.slots.at(slot) }.as_ptr();
             // SAFETY: as above; only this process writes there.
             unsafe {
@@ -103,7 +104,8 @@ impl Backends {
         Ok(())
     }
 
-    /// The backends that a service leads to, in order; `None` in place of each id that leads to no backend of it.
+    /// The backends that a service leads to, in order; `None` in place of each id that leads to no
+    /// backend of it.
     pub fn of(&self, entry: &SvcEntry) -> impl Iterator<Item = Option<Backend>> {
         (0..entry.count).map(|i| {
             let id = self.ids.get(entry.first.checked_add(i)?)?;
@@ -169,13 +171,15 @@ impl<T: Pod> Memory<T> {
     /// # Safety
     /// The index must be below the capacity.
     unsafe fn at(&self, index: u32) -> NonNull<T> {
-        // SAFETY: by the caller's promise the result lies inside of the mapping, which is aligned to a page.
+        // SAFETY: by the caller's promise the result lies inside of the mapping, which is aligned
+        // to a page.
         unsafe { self.start.byte_add(index as usize * Self::STRIDE) }
     }
 
     /// The element; `None` beyond the end.
     fn get(&self, index: u32) -> Option<T> {
-        // SAFETY: the index is below the capacity. Volatile, since the agent may write while the command reads.
+        // SAFETY: the index is below the capacity. Volatile, since the agent may write while the
+        // command reads.
         (index < self.capacity).then(|| unsafe { self.at(index).read_volatile() })
     }
 
@@ -192,7 +196,8 @@ impl<T: Pod> Memory<T> {
 
 impl<T> Drop for Memory<T> {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` with this length, and nothing refers to it any more.
+        // SAFETY: the mapping was made by `new` with this length, and nothing refers to it any
+        // more.
         let result = unsafe { munmap(self.start.cast(), self.length.get()) };
         debug_assert!(result.is_ok(), "munmap of our own mapping");
     }

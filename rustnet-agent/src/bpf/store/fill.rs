@@ -52,7 +52,8 @@ fn count<K: Pod, V: Pod>(bpffs: &Path, name: &'static str) -> Result<Fill> {
     Ok(Fill { name, used: map.len()? as u64, max: u64::from(map.max_entries()) })
 }
 
-/// Ids up to the last that was ever written, since what is behind is free for sure; and slots that hold a backend.
+/// Ids up to the last that was ever written, since what is behind is free for sure; and slots that
+/// hold a backend.
 fn backends(bpffs: &Path) -> Result<[Fill; 2]> {
     let arrays = Backends::open(bpffs, Access::Read)?;
     let (ids, slots) = arrays.used();

@@ -122,9 +122,10 @@ impl Maps for BpfMaps {
         })
     }
 
-    /// Runs of writes of one kind go in one batch; the order of the runs is kept. Backends, their ids and the entries that
-    /// flip to them are one run, the backends of all first, then all ids: nothing refers to a new slot or range before its
-    /// entry is written, so that no program sees the difference, and a hundred thousand services cost a few dozen calls.
+    /// Runs of writes of one kind go in one batch; the order of the runs is kept. Backends, their
+    /// ids and the entries that flip to them are one run, the backends of all first, then all ids:
+    /// nothing refers to a new slot or range before its entry is written, so that no program sees
+    /// the difference, and a hundred thousand services cost a few dozen calls.
     fn apply(&mut self, writes: &[Write]) -> Result<()> {
         if let Some(last) = fault::crash_after() {
             return writes.chunks(1).try_for_each(|write| {

@@ -539,7 +539,7 @@ fn damaged_maps_are_mended() {
         assert_eq!(rig.addresses("10.96.0.53", 53, UDP), ["10.244.1.3"], "{what}");
         assert_eq!(rig.maps.held().services[&VipKey::wildcard(ip(VIP))].count, 0, "{what}");
         assert_eq!(rig.sync().writes, [], "{what}");
-        // What nobody has is cleared.
+        // What no entry has is cleared.
         let left = rig.maps.held().backends.iter().filter(|b| b.id != 0).count();
         assert_eq!(left, 2, "{what}: {:?}", rig.maps.held());
     }
@@ -589,7 +589,7 @@ fn a_smaller_array_than_the_one_read_back() {
     assert!(writes.contains(&Write::BackendIds { first: 0, ids: vec![id::make(0, 2)] }), "{writes:?}");
 }
 
-/// Whatever the write after which the agent dies: the next one knows each backend and each slot.
+/// Whatever the write after which the agent dies: the next one finds each backend and each slot.
 #[test]
 fn a_crash_between_any_two_writes() {
     for after in 0.. {
