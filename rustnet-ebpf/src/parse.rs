@@ -368,6 +368,8 @@ fn transport<F: Family<Header: ReadHeader<F::A>>, C: Options>(
                 l4_len = needed as u8;
             }
         }
+        // Long enough for the checksum, which covers the addresses.
+        proto::UDPLITE | proto::DCCP if (inside as isize) < 8 => return Err(DropReason::Malformed),
         proto::ICMP if !F::A::IS_V6 => icmp(ctx, l4, p, inside, 8, 0, |t| matches!(t, 3 | 4 | 5 | 11 | 12))?,
         proto::ICMPV6 if F::A::IS_V6 => icmp(ctx, l4, p, inside, 128, 129, |t| matches!(t, 1..=4))?,
         _ => {}

@@ -331,6 +331,71 @@ fn checksums_of_rare_protocols() -> Result<()> {
     })
 }
 
+/// A packet of a rare protocol that ends before its checksum, with bytes behind the IP packet: these stay what they are.
+#[test]
+fn rare_protocols_cut_short() -> Result<()> {
+    labs(|lab, net| {
+        for proto in [136, 33] {
+            for len in 0..8 {
+                lab.forget()?;
+                let f = from_a(net, Proto::Udp, (net.world(), 0)).map(|f| {
+                    (f.l4, f.payload, f.padding) = (L4::Other(proto), vec![0xa5; len], 20);
+                });
+                let shot = lab.pod_sends(&f)?;
+                if shot.verdict != SHOT {
+                    let left = f.hop().map(|f| f.src = net.node());
+                    shot.onto_wire(&left).with_context(|| format!("protocol {proto}, {len} bytes"))?;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// IPv6 extension headers that reach beyond their packet: whatever stands there is not what a receiver reads.
+#[test]
+fn extension_headers_beyond_the_packet() -> Result<()> {
+    labs(|lab, net| {
+        if net == Net::V4 {
+            return Ok(());
+        }
+        for kind in [0, 43, 51, 60] {
+            for words in [5, 10, 30] {
+                let header = [vec![50, words, 1, 4], vec![0; 20]].concat();
+                for dst in [net.b(), net.far(), net.world()] {
+                    let f = from_a(net, Proto::Udp, (dst, 0)).map(|f| {
+                        (f.l4, f.payload, f.padding) = (L4::Other(kind), header.clone(), 300);
+                    });
+                    let bytes = f.bytes();
+                    lab.raw(hook::FROM_POD, &Input { frame: &bytes, ifindex: POD_A, ..Input::default() })?
+                        .dropped(DropReason::Malformed)
+                        .with_context(|| format!("header {kind} of {words} words to {dst}"))?;
+                }
+            }
+        }
+        ensure!(lab.halves()? == 0, "tracked");
+        Ok(())
+    })
+}
+
+/// ICMPv6 in IPv4 is a protocol without a checksum that anybody knows: its bytes stay.
+#[test]
+fn icmp_of_the_other_family() -> Result<()> {
+    labs(|lab, net| {
+        let proto = if net == Net::V4 { 58 } else { 1 };
+        let payload = [&[128, 0, 0x12, 0x34, 0, 7, 0, 1][..], b"as it is"].concat();
+        let f = from_a(net, Proto::Udp, (net.world(), 0)).map(|f| (f.l4, f.payload) = (L4::Other(proto), payload));
+        let bytes = f.bytes();
+        let shot = lab.raw(hook::FROM_POD, &Input { frame: &bytes, ifindex: POD_A, ..Input::default() })?;
+        if shot.verdict == SHOT {
+            return Ok(());
+        }
+        let left = f.hop().map(|f| f.src = net.node()).bytes();
+        ensure!(shot.frame == left, "the frame is\n{:02x?}, not\n{left:02x?}", shot.frame);
+        Ok(())
+    })
+}
+
 /// Sends a frame again and again; gives how often it was answered.
 fn burst(lab: &Lab, code: u8, ifindex: u32, f: &Frame, reason: DropReason) -> Result<u64> {
     let bytes = f.bytes();

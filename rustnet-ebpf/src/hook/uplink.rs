@@ -65,7 +65,10 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
 /// True for a tunnel packet of another node.
 #[inline(always)]
 fn is_from_node<F: Steps>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
-    is_tunnel_packet(p, config) && source::is_node::<F>(p.tuple.src) && maps::endpoint(p.tuple.dst).is_none()
+    is_tunnel_packet(p, config)
+        && (p.tuple.dst == F::node(config)
+            || (maps::endpoint(p.tuple.dst).is_none() && !lb::is_vip::<F>(p.tuple.dst)))
+        && source::is_node::<F>(p.tuple.src)
 }
 
 #[inline(always)]

@@ -160,6 +160,25 @@ fn errors_to_another_than_the_quoted_sender() -> Result<()> {
     })
 }
 
+/// An error at the uplink about what a remote pod or another node has sent to a pod here: it is for its own node, and this one
+/// does not carry a stranger's packet into the tunnel.
+#[test]
+fn errors_do_not_enter_the_tunnel() -> Result<()> {
+    labs(|lab, net| {
+        each(&[net.far(), net.node2()], |remote| {
+            each(&SERVED, |proto| {
+                let sent = from_outside(proto, (remote, PORT), (net.b(), 80));
+                lab.overlay_in(net.node2(), &sent)?.to_the_pod(&sent.hop())?;
+                each(&[net.router(), net.routed(), net.ip([169, 254, 1, 1], "fe80::1")], |src| {
+                    let shot = lab.uplink_in(&error(&sent, src, remote))?;
+                    ensure!(shot.verdict != crate::harness::REDIRECT, "sent on, counted {:?}", shot.counted);
+                    Ok(())
+                })
+            })
+        })
+    })
+}
+
 /// Errors that quote nothing known enter no pod, from wherever.
 #[test]
 fn errors_about_nothing() -> Result<()> {

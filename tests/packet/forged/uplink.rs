@@ -212,6 +212,8 @@ fn the_overlays_port_of_pods_and_services() -> Result<()> {
         lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
         let to = |src: IpAddr, dst: IpAddr| from_outside(Proto::Udp, (src, PORT), (dst, 8472));
         lab.uplink_in(&to(net.world(), net.vip(1)))?.dropped(DropReason::IsClusterIp)?;
+        let shot = lab.uplink_in(&to(net.node2(), net.vip(1)))?;
+        dropped_as(&shot, &[DropReason::IsClusterIp, DropReason::Spoofed]).context("of another node")?;
         each(&[net.a(), net.nobody(), net.node(), net.far(), net.node2(), net.vip(1)], |src| {
             lab.uplink_in(&to(src, net.b()))?.dropped(DropReason::Spoofed)
         })?;

@@ -190,6 +190,8 @@ fn transport(f: &[u8], mut seen: Seen, offset: usize) -> Option<Seen> {
     let l4 = f.get(seen.l4..seen.end)?;
     let icmp = if seen.tuple.src.is_ipv6() { 58 } else { 1 };
     match proto {
+        // Their checksum covers the addresses: without it the packet cannot be translated.
+        33 | 136 if l4.len() < 8 => return None,
         6 | 17 | 132 => {
             let least = [(6, 20), (17, 8), (132, 12)].iter().find(|p| p.0 == proto)?.1;
             if l4.len() < least {
@@ -402,6 +404,10 @@ pub fn sums_are_right(frame: &[u8]) -> bool {
     let L2::Ip(seen) = read(frame) else { return is_right };
     let Some(seen) = *seen else { return is_right };
     let Some(l4) = frame.get(seen.l4..seen.end) else { return is_right };
+    if matches!((seen.tuple.proto, seen.tuple.src.is_ipv6()), (58, false) | (1, true)) {
+        // ICMP of the other family has no meaning here, and no checksum that a router would know.
+        return seen.tuple.src.is_ipv6() || sum(&frame[14..seen.l4]) == 0;
+    }
     if !is_right {
         // What goes to the overlay's port need not hold a frame, which the check asks for.
         return (seen.tuple.proto, seen.tuple.dport) == (17, 8472)
