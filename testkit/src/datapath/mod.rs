@@ -1,9 +1,11 @@
 //! The kernel side alone: the eBPF object loaded without pins or agent, its maps as plain Rust values, its programs run on
 //! single packets through `BPF_PROG_TEST_RUN`. What the packet tests and the benchmarks stand on.
 
+mod shape;
 mod skb;
 mod timer;
 
+pub use shape::{Service, Shape, service_sizes};
 pub use timer::{EMPTY, Timer, Vary};
 
 use crate::dist;
@@ -23,7 +25,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 /// The program that tells the time.
@@ -36,6 +38,7 @@ pub struct Datapath {
     programs: BTreeMap<String, OwnedFd>,
     maps: BTreeMap<String, OwnedFd>,
     facts: Vec<Fact>,
+    shape: Shape,
     events: Mutex<RingBuf<MapData>>,
     jumps: OwnedFd,
     preludes: Mutex<BTreeMap<(String, Option<IpAddr>), OwnedFd>>,
@@ -99,8 +102,12 @@ pub fn object_path() -> PathBuf {
 impl Datapath {
     /// Loads the object with maps of the given sizes, the object's own for those that are not named.
     pub fn load(sizes: &[(&str, u32)]) -> Result<Self> {
-        let path = object_path();
-        let object = std::fs::read(&path)
+        Self::load_object(&object_path(), sizes)
+    }
+
+    /// Loads an object of this or an earlier release; sizes of maps that it does not have are ignored.
+    pub fn load_object(path: &Path, sizes: &[(&str, u32)]) -> Result<Self> {
+        let object = std::fs::read(path)
             .with_context(|| format!("cannot read {}: run `cargo xtask build-ebpf`", path.display()))?;
         // The helper's flag of that name came with 6.16; the tests' machine is newer, and a wrong checksum would tell.
         let csum_ipv6 = u32::from(probe::l4_csum_ipv6()?);
@@ -136,6 +143,7 @@ impl Datapath {
             };
             maps.insert(name.to_owned(), data.fd().as_fd().try_clone_to_owned()?);
         }
+        let shape = Shape::detect(maps.keys().map(String::as_str));
         let events = ebpf.take_map(names::map::EVENTS).context("the object has no ring buffer")?;
         programs.insert(EMPTY.to_owned(), empty()?);
         let max_entries = programs.len() as u32;
@@ -148,6 +156,7 @@ impl Datapath {
             programs,
             maps,
             facts,
+            shape,
             events: Mutex::new(RingBuf::try_from(events)?),
             jumps,
             preludes: Mutex::default(),
@@ -157,6 +166,11 @@ impl Datapath {
     /// What loading told of each program.
     pub fn facts(&self) -> &[Fact] {
         &self.facts
+    }
+
+    /// The shape of the object's service maps.
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 
     /// What the programs have reported since the last call.

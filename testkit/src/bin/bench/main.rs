@@ -10,6 +10,7 @@ mod stats;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -29,6 +30,9 @@ struct Args {
     /// packets: packets in a run
     #[arg(long)]
     repeat: Option<u32>,
+    /// packets: an eBPF object of another release, measured in turn with this one; a relative path starts at the work tree
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
     /// network: turns of each case
     #[arg(long)]
     rounds: Option<usize>,
@@ -79,7 +83,12 @@ fn main() -> Result<()> {
     let args = Args::parse();
     println!("{}\n", machine());
     if args.wants(What::Packets) {
-        packets::run(args.size(args.runs, 40, 5), args.size(args.repeat, 200_000, 20_000)).context("packets")?;
+        let extent = packets::Extent {
+            runs: args.size(args.runs, 40, 5),
+            repeat: args.size(args.repeat, 200_000, 20_000),
+            baseline: args.baseline.clone(),
+        };
+        packets::run(&extent).context("packets")?;
         println!();
     }
     if args.wants(What::Network) {

@@ -1,16 +1,18 @@
-//! Nanoseconds for a packet by `BPF_PROG_TEST_RUN`, above a program that does nothing.
+//! Nanoseconds per packet by `BPF_PROG_TEST_RUN`, above a program that does nothing; on request next to another object's
+//! programs, in turn with them.
 
+use crate::stats::Sorted;
 use anyhow::{Context, Result, ensure};
 use etherparse::PacketBuilder;
 use rustnet_common::addr::{Addr, Ip4, Ip6};
-use rustnet_common::backend::{Backend, id};
 use rustnet_common::config::NodeConfig;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey, flags};
-use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::tuple::proto;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use testkit::datapath::{Datapath, EMPTY, Input, Timer, Vary};
+use std::path::PathBuf;
+use testkit::datapath::{Datapath, EMPTY, Input, Service, Timer, Vary, object_path, service_sizes};
 use testkit::netns::{Holder, Own};
 
 const POD: u32 = 21;
@@ -22,115 +24,238 @@ const A6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 0, 1, 0, 0, 0, 0x10);
 const B4: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 200);
 const B6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 0, 1, 0, 0, 0, 0x200);
 const FAR4: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 20);
+const FAR6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 0, 2, 0, 0, 0, 0x20);
+const NODE4: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 11);
+const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x18, 0, 0, 0, 0, 0, 0x11);
+/// The first of 65,536 addresses out in the world (RFC 2544 sets them aside for benchmarks).
+const WORLD: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
 const VIPS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 0);
 const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 1);
+/// First backend of the IPv6 service, behind those of all others.
+const BACKEND6: u32 = 500_000;
+/// Backends of each service.
+const BACKENDS: u32 = 3;
 /// Offsets in a frame of the first address's last byte, the destination, and the source port.
 const HOST4: u8 = 29;
 const TO4: u8 = 30;
 const PORT4: u8 = 34;
+/// All ports that masquerade can have, and so few that they are soon taken.
+const ALL_PORTS: (u16, u16) = (1024, 65_535);
+const FEW_PORTS: (u16, u16) = (20_000, 21_023);
+/// `TC_ACT_REDIRECT` and `TC_ACT_SHOT`.
+const REDIRECT: i32 = 7;
+const SHOT: i32 = 2;
+/// Packets that fill the connection table, so that each new flow evicts an old one.
+const FILL: u32 = 150_000;
+/// A refused flow takes so many times as long as others that fewer packets have to do.
+const SLOW: u32 = 10;
 
-/// Measures all and prints it.
-pub fn run(runs: u32, repeat: u32) -> Result<()> {
-    let netns = Holder::new(&format!("rn{}-bench", std::process::id()), Own::default())?;
-    netns.ip("link add rnva index 21 type veth peer name peera\nlink set rnva up\nlink set peera up")?;
-    netns.run(|| measure(runs, repeat))?
+/// What to measure.
+pub struct Extent {
+    /// Runs of each measurement.
+    pub runs: u32,
+    /// Packets in a run.
+    pub repeat: u32,
+    /// Another object whose programs are measured in turn with these.
+    pub baseline: Option<PathBuf>,
 }
 
-fn measure(runs: u32, repeat: u32) -> Result<()> {
-    let sizes = [(map::SVC4, 131_072), (map::BACKEND_IDS, 524_288), (map::BACKENDS, 524_288)];
-    let datapath = Datapath::load(&sizes)?;
-    println!("| Program | Verified instructions | Machine code, bytes | Load, ms |\n|---|---|---|---|");
-    for fact in datapath.facts() {
-        println!("| {} | {} | {} | {:.1} |", fact.program, fact.verified, fact.jited, fact.millis);
-    }
-    fill(&datapath)?;
+/// An object under measurement.
+struct Side {
+    name: &'static str,
+    datapath: Datapath,
+}
 
-    let udp4 = |to: Ipv4Addr, port: u16| -> Result<Vec<u8>> {
-        let mut out = Vec::new();
-        let step = PacketBuilder::ethernet2(MAC, MAC_HOST).ipv4(A4.octets(), to.octets(), 64);
-        step.udp(40_000, port).write(&mut out, &[7; 64])?;
-        Ok(out)
-    };
-    let udp6 = |to: Ipv6Addr, port: u16| -> Result<Vec<u8>> {
-        let mut out = Vec::new();
-        let step = PacketBuilder::ethernet2(MAC, MAC_HOST).ipv6(A6.octets(), to.octets(), 64);
-        step.udp(40_000, port).write(&mut out, &[7; 64])?;
-        Ok(out)
-    };
-    let vip4 = Ipv4Addr::from(u32::from(VIPS) + 1);
-    let flow = Vary::Flow { port: PORT4, host: HOST4 };
-    let any = Vary::FlowAndAddress { port: PORT4, host: HOST4, to: TO4, first: u32::from(VIPS) };
-    let one = Vary::Nothing;
+/// A row of the table.
+struct Case {
+    name: &'static str,
+    /// Services in the tables.
+    services: u32,
+    frame: Vec<u8>,
+    vary: Vary,
+    /// Packets before the measurement.
+    warm: u32,
+    /// What the program must return.
+    verdict: i32,
+}
 
-    println!(
-        "\n| from_pod, UDP, one packet | Services | Least, ns | Median, ns | Above empty, ns |\n|---|---|---|---|---|"
-    );
-    let mut services = 0;
-    let rows: [(&str, u32, Vec<u8>, Vary); 11] = [
-        ("established, to a pod here, IPv4", 10, udp4(B4, 80)?, one),
-        ("established, to a pod here, IPv6", 10, udp6(B6, 80)?, one),
-        ("established, to a pod behind the overlay, IPv4", 10, udp4(FAR4, 80)?, one),
-        ("established, to a service, IPv4", 10, udp4(vip4, 80)?, one),
-        ("established, to a service, IPv6", 10, udp6(VIP6, 80)?, one),
-        ("new, to a pod here, IPv4", 10, udp4(B4, 80)?, flow),
-        ("new, to one service, IPv4", 10, udp4(vip4, 80)?, flow),
-        ("new, to one service, IPv4", 10_000, udp4(vip4, 80)?, flow),
-        ("established, to a service, IPv4", 100_000, udp4(vip4, 80)?, one),
-        ("new, to one service, IPv4", 100_000, udp4(vip4, 80)?, flow),
-        ("new, to any of 65,536 services, IPv4", 100_000, udp4(vip4, 80)?, any),
-    ];
-    for (name, wanted, frame, vary) in rows {
-        while services < wanted {
-            serve(&datapath, services, wanted)?;
-            services = wanted;
+/// Measures all and prints it.
+pub fn run(extent: &Extent) -> Result<()> {
+    let netns = Holder::new(&format!("rn{}-bench", std::process::id()), Own::default())?;
+    netns.ip("link add rnva index 21 type veth peer name peera\nlink set rnva up\nlink set peera up")?;
+    // The way into the world. No packet takes it: a run performs no redirect.
+    netns.ip("addr add 172.18.0.11/24 dev rnva\nroute add default via 172.18.0.1 dev rnva")?;
+    netns.sysctl("ipv4/ip_forward", "1")?;
+    netns.run(|| measure(extent))?
+}
+
+fn measure(extent: &Extent) -> Result<()> {
+    let sides = load(extent)?;
+    println!("| Object | Program | Verified instructions | Machine code, bytes | Load, ms |\n|---|---|---|---|---|");
+    for side in &sides {
+        for fact in side.datapath.facts() {
+            let name = side.name;
+            println!("| {name} | {} | {} | {} | {:.1} |", fact.program, fact.verified, fact.jited, fact.millis);
         }
-        let input = Input { frame: &frame, ifindex: POD, ..Input::default() };
-        let mut empty = datapath.timer(EMPTY, &input, vary)?;
-        let mut timer = datapath.timer("from_pod", &input, vary)?;
-        // Opens the flow, or fills the table so that each new one evicts an old one.
-        let (_, verdict) = timer.run(if vary == one { 1 } else { 150_000 })?;
-        ensure!(verdict == 7, "{name}: verdict {verdict}");
-        let (base, own) = interleaved(&mut empty, &mut timer, runs, repeat).context(name)?;
-        let (least, median) = (own[0], own[own.len() / 2]);
-        println!("| {name} | {services} | {least} | {median} | {} |", i64::from(least) - i64::from(base[0]));
     }
-    let frame = udp4(B4, 80)?;
-    let input = Input { frame: &frame, ifindex: POD, ..Input::default() };
-    let mut empty = datapath.timer(EMPTY, &input, one)?;
-    let mut all: Vec<u32> = (0..runs).map(|_| empty.run(repeat).map(|r| r.0)).collect::<Result<_>>()?;
-    all.sort_unstable();
-    println!("| (the empty program, which restores the packet, too) | | {} | {} | 0 |", all[0], all[all.len() / 2]);
+    let mut columns: Vec<String> = sides.iter().map(|side| format!("{}: least / median", side.name)).collect();
+    if sides.len() > 1 {
+        columns.push("Ratio: of the least / median of the rounds".to_owned());
+    }
+    println!("\n| from_pod, UDP, ns per packet above empty | Services | {} |", columns.join(" | "));
+    println!("|---|---|{}", "---|".repeat(columns.len()));
+    let mut services = 0;
+    for case in led()? {
+        if services < case.services {
+            for side in &sides {
+                serve(&side.datapath, services, case.services)?;
+            }
+            services = case.services;
+        }
+        row(&sides, &case, extent)?;
+    }
+    drop(sides);
+    // With empty tables: what is refused evicts nothing.
+    let sides = load(extent)?;
+    for (case, ports) in [(refused()?, FEW_PORTS), (accepted()?, ALL_PORTS)] {
+        for side in &sides {
+            configure(&side.datapath, ports)?;
+        }
+        row(&sides, &case, extent)?;
+    }
+    println!("\nEmpty is a program that only restores the packet, as is done for each of the others, too.");
     Ok(())
 }
 
-/// Turn by turn, so that both see the same machine; sorted.
-fn interleaved(a: &mut Timer, b: &mut Timer, runs: u32, repeat: u32) -> Result<(Vec<u32>, Vec<u32>)> {
-    let (mut of_a, mut of_b) = (Vec::new(), Vec::new());
-    for _ in 0..runs.max(1) {
-        of_a.push(a.run(repeat)?.0);
-        of_b.push(b.run(repeat)?.0);
-    }
-    of_a.sort_unstable();
-    of_b.sort_unstable();
-    Ok((of_a, of_b))
+/// The baseline, if there is one, and the object of this work tree, both filled.
+fn load(extent: &Extent) -> Result<Vec<Side>> {
+    let objects = extent.baseline.iter().map(|path| ("baseline", path.clone()));
+    let sizes = service_sizes(131_072, 524_288);
+    let sides = objects.chain([("this tree", object_path())]).map(|(name, path)| {
+        let datapath = Datapath::load_object(&path, &sizes)?;
+        fill(&datapath).with_context(|| format!("filling the maps of {}", path.display()))?;
+        Ok(Side { name, datapath })
+    });
+    sides.collect()
 }
 
-fn fill(d: &Datapath) -> Result<()> {
+/// Flows within the cluster.
+fn led() -> Result<Vec<Case>> {
+    let vip4 = Ipv4Addr::from(u32::from(VIPS) + 1);
+    let established =
+        |name, services, frame| Case { name, services, frame, vary: Vary::Nothing, warm: 1, verdict: REDIRECT };
+    let flow = Vary::Flow { port: PORT4, host: HOST4 };
+    let any = Vary::FlowAndAddress { port: PORT4, host: HOST4, to: TO4, first: u32::from(VIPS) };
+    let new = |name, services, frame, vary| Case { name, services, frame, vary, warm: FILL, verdict: REDIRECT };
+    Ok(vec![
+        established("established, to a pod here, IPv4", 10, udp4(B4, 80)?),
+        established("established, to a pod here, IPv6", 10, udp6(B6, 80)?),
+        established("established, to a pod behind the overlay, IPv4", 10, udp4(FAR4, 80)?),
+        established("established, to a pod behind the overlay, IPv6", 10, udp6(FAR6, 80)?),
+        established("established, to a service, IPv4", 10, udp4(vip4, 80)?),
+        established("established, to a service, IPv6", 10, udp6(VIP6, 80)?),
+        new("new, to a pod here, IPv4", 10, udp4(B4, 80)?, flow),
+        new("new, to one service, IPv4", 10, udp4(vip4, 80)?, flow),
+        new("new, to one service, IPv4", 10_000, udp4(vip4, 80)?, flow),
+        established("established, to a service, IPv4", 100_000, udp4(vip4, 80)?),
+        new("new, to one service, IPv4", 100_000, udp4(vip4, 80)?, flow),
+        new("new, to any of 65,536 services, IPv4", 100_000, udp4(vip4, 80)?, any),
+    ])
+}
+
+/// New flows to one server outside, all of whose ports are taken.
+fn refused() -> Result<Case> {
+    let vary = Vary::Flow { port: PORT4, host: HOST4 };
+    let name = "new, masqueraded, all ports taken: refused, IPv4";
+    Ok(Case { name, services: 0, frame: udp4(WORLD, 53)?, vary, warm: FILL / SLOW, verdict: SHOT })
+}
+
+/// New flows to many servers outside.
+fn accepted() -> Result<Case> {
+    let vary = Vary::FlowAndAddress { port: PORT4, host: HOST4, to: TO4, first: u32::from(WORLD) };
+    let name = "new, masqueraded, to any of 65,536 servers: accepted, IPv4";
+    Ok(Case { name, services: 0, frame: udp4(WORLD, 53)?, vary, warm: FILL, verdict: REDIRECT })
+}
+
+fn udp4(to: Ipv4Addr, port: u16) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    let step = PacketBuilder::ethernet2(MAC, MAC_HOST).ipv4(A4.octets(), to.octets(), 64);
+    step.udp(40_000, port).write(&mut out, &[7; 64])?;
+    Ok(out)
+}
+
+fn udp6(to: Ipv6Addr, port: u16) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    let step = PacketBuilder::ethernet2(MAC, MAC_HOST).ipv6(A6.octets(), to.octets(), 64);
+    step.udp(40_000, port).write(&mut out, &[7; 64])?;
+    Ok(out)
+}
+
+/// Measures a case on all sides, turn by turn so that they see the same machine, and prints it.
+fn row(sides: &[Side], case: &Case, extent: &Extent) -> Result<()> {
+    let name = case.name;
+    let input = Input { frame: &case.frame, ifindex: POD, ..Input::default() };
+    let first = sides.first().context("nothing to measure")?;
+    let mut empty = first.datapath.timer(EMPTY, &input, case.vary)?;
+    let timer = |side: &Side| side.datapath.timer("from_pod", &input, case.vary);
+    let mut timers: Vec<Timer> = sides.iter().map(timer).collect::<Result<_>>()?;
+    for (timer, side) in timers.iter_mut().zip(sides) {
+        timer.run(case.warm)?;
+        let verdict = timer.run(1)?.1;
+        ensure!(verdict == case.verdict, "{}: {name}: verdict {verdict}, not {}", side.name, case.verdict);
+    }
+    let repeat = if case.verdict == SHOT { extent.repeat.div_ceil(SLOW) } else { extent.repeat };
+    let mut base = Vec::new();
+    let mut own: Vec<Vec<f64>> = vec![Vec::new(); sides.len()];
+    for _ in 0..extent.runs.max(1) {
+        base.push(f64::from(empty.run(extent.repeat)?.0));
+        for (timer, times) in timers.iter_mut().zip(&mut own) {
+            let (took, verdict) = timer.run(repeat)?;
+            ensure!(verdict == case.verdict, "{name}: verdict {verdict} in the end, not {}", case.verdict);
+            times.push(f64::from(took));
+        }
+    }
+    // The machine may change its pace from round to round: compared are runs of the same one.
+    let paired = match &own[..] {
+        [before, now] => {
+            let rounds = base.iter().zip(before).zip(now).map(|((base, before), now)| (now - base) / (before - base));
+            Some(Sorted::new(rounds.collect()).median())
+        }
+        _ => None,
+    };
+    let base = Sorted::new(base);
+    let above = |times: Vec<f64>| {
+        let times = Sorted::new(times);
+        (times.least() - base.least(), times.median() - base.median())
+    };
+    let own: Vec<(f64, f64)> = own.into_iter().map(above).collect();
+    let mut columns: Vec<String> = own.iter().map(|(least, median)| format!("{least:.0} / {median:.0}")).collect();
+    if let (Some(paired), [before, now]) = (paired, &own[..]) {
+        columns.push(format!("{:.2} / {paired:.2}", now.0 / before.0));
+    }
+    println!("| {name} | {} | {} |", case.services, columns.join(" | "));
+    Ok(())
+}
+
+fn configure(d: &Datapath, (snat_min, snat_max): (u16, u16)) -> Result<()> {
     let config = NodeConfig {
-        node4: Ip4::from(Ipv4Addr::new(172, 18, 0, 11)),
-        node6: Ip6::from(Ipv6Addr::new(0xfd00, 0x18, 0, 0, 0, 0, 0, 0x11)),
-        uplink_mtu: 1500,
+        node4: Ip4::from(NODE4),
+        node6: Ip6::from(NODE6),
         overlay_mtu: 1450,
         overlay: POD,
         overlay_port: 8472,
-        snat_min: 1024,
-        snat_max: 65_535,
+        snat_min,
+        snat_max,
         vni: 1,
         hz: 1000,
         flags: rustnet_common::config::flags::MASQUERADE,
         ..bytemuck::Zeroable::zeroed()
     };
-    d.table(map::CONFIG)?.put(&0_u32, &config)?;
+    d.table(map::CONFIG)?.put(&0_u32, &config)
+}
+
+fn fill(d: &Datapath) -> Result<()> {
+    configure(d, ALL_PORTS)?;
     let endpoint = Endpoint { ifindex: POD, identity: 0, mac: MAC, host_mac: MAC_HOST, flags: 0, pad: 0 };
     let table = d.table::<Addr, Endpoint>(map::ENDPOINTS)?;
     for i in 0..16 {
@@ -143,34 +268,20 @@ fn fill(d: &Datapath) -> Result<()> {
     let node = Addr::from(IpAddr::V4(Ipv4Addr::new(172, 18, 0, 12)));
     let peer = Peer { node, identity: 0, flags: flags::POD | flags::TUNNEL, pad: 0 };
     d.table(map::PEERS4)?.put(&PeerKey { prefix_len: 24, data: Ip4::from(FAR4) }, &peer)?;
-    let b6 = Backend {
-        addr: Addr::from(IpAddr::V6(B6)),
-        port: 8080,
-        flags: 0,
-        id: id::make(500_000, 1),
-        service: 500_000,
-        pad: 0,
-    };
-    d.table(map::BACKENDS)?.put(&500_000_u32, &b6)?;
-    d.table(map::BACKEND_IDS)?.put(&500_000_u32, &b6.id)?;
-    let entry = SvcEntry { first: 500_000, count: 1, id: b6.service, affinity: 0, flags: 0, pad: 0 };
-    d.table(map::SVC6)?.put(&SvcKey { vip: Ip6::from(VIP6), port: 80, proto: 17, scope: 0 }, &entry)
+    d.table(map::PEERS6)?.put(&PeerKey { prefix_len: 64, data: Ip6::from(FAR6) }, &peer)?;
+    let backends = vec![(B6, 8080).into()];
+    d.serve(&[Service { vip: VIP6.into(), port: 80, proto: proto::UDP, id: u32::MAX, first: BACKEND6, backends }])
 }
 
 /// Services `from..to`, each with three backends, all of which are the same pod.
 fn serve(d: &Datapath, from: u32, to: u32) -> Result<()> {
-    let addr = Addr::from(IpAddr::V4(B4));
-    let (mut entries, mut backends, mut ids) = (Vec::new(), Vec::new(), Vec::new());
-    for n in from..to {
-        let key = SvcKey { vip: Ip4::from(Ipv4Addr::from(u32::from(VIPS) + n)), port: 80, proto: 17, scope: 0 };
-        entries.push((key, SvcEntry { first: n * 3, count: 3, id: n + 1, affinity: 0, flags: 0, pad: 0 }));
-        for slot in n * 3..n * 3 + 3 {
-            let id = id::make(slot, 1);
-            backends.push((slot, Backend { addr, port: 8080, flags: 0, id, service: n + 1, pad: 0 }));
-            ids.push((slot, id));
-        }
-    }
-    d.table(map::BACKENDS)?.put_all(&backends)?;
-    d.table(map::BACKEND_IDS)?.put_all(&ids)?;
-    d.table(map::SVC4)?.put_all(&entries)
+    let service = |n: u32| Service {
+        vip: Ipv4Addr::from(u32::from(VIPS) + n).into(),
+        port: 80,
+        proto: proto::UDP,
+        id: n + 1,
+        first: n * BACKENDS,
+        backends: vec![(B4, 8080).into(); BACKENDS as usize],
+    };
+    d.serve(&(from..to).map(service).collect::<Vec<_>>())
 }
