@@ -140,6 +140,19 @@ impl Cmd {
         self.command().status().map_err(|e| self.not_started(&e))
     }
 
+    /// Runs with standard output and standard error in one pipe, hands its end to `read`, and returns the status.
+    pub fn status_with(&self, read: impl FnOnce(std::io::PipeReader) -> Result<()>) -> Result<ExitStatus> {
+        let (output, into) = std::io::pipe().context("making a pipe")?;
+        let errors = into.try_clone().context("making a pipe")?;
+        let mut command = self.command();
+        let mut child = command.stdout(into).stderr(errors).spawn().map_err(|e| self.not_started(&e))?;
+        // The command holds the writing ends: without them gone, the output would never end.
+        drop(command);
+        let copied = read(output);
+        let status = child.wait().with_context(|| format!("waiting for {self}"))?;
+        copied.map(|()| status)
+    }
+
     /// Runs silently and returns standard output; an error, with standard error in it, when it does not succeed.
     pub fn capture(&self) -> Result<String> {
         let stdin = match &self.stdin {

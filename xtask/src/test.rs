@@ -1,7 +1,11 @@
-//! `test`: everything that `cargo test` needs, and then `cargo test`, whose own closing lines stay the last word.
+//! `test`: everything that `cargo test` needs, then `cargo test`, and a table of tiers. With `--long`, the campaigns instead.
 
+mod long;
+mod table;
+
+use std::io::{IsTerminal, Write, stdout};
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{ExitCode, ExitStatus};
 
 use anyhow::{Context, Result};
 
@@ -9,12 +13,16 @@ use crate::cmd::{Cmd, need_root};
 use crate::dist::{self, Profile};
 use crate::setup::{self, Need};
 use crate::{ebpf, paths, ui};
+use table::{Counter, Table};
 
 /// Options of `test`.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Run only tests whose name holds this
+    /// Run only tests whose name holds this; with --long, only campaigns
     filter: Option<String>,
+    /// Run the campaigns, which take hours, instead of the tests (docs/testing.md)
+    #[arg(long, conflicts_with_all = ["package", "test", "harness"])]
+    long: bool,
     /// Run only the tests of this package (rustnet-tests: those that cross crates)
     #[arg(short, long)]
     package: Option<String>,
@@ -29,17 +37,41 @@ pub struct Args {
     harness: Vec<String>,
 }
 
-/// The command; returns the status of `cargo test`.
+/// The command; returns the status of `cargo test`, or failure if a campaign failed.
+#[expect(clippy::print_stdout, reason = "the table is the command's result")]
 pub fn run(args: &Args) -> Result<ExitCode> {
     need_root("test")?;
-    let needs = [Need::Build, Need::Network, Need::Cnitool, Need::ApiServer, Need::KubeProxy, Need::Cluster, Need::E2e];
+    let needs = needs(args);
     setup::ensure(&needs)?;
     ebpf::build(&ebpf::Args::default())?;
     let profile = if args.release { Profile::Release } else { Profile::Dev };
     dist::build(profile, &[])?;
+    if args.long {
+        return long::run(args.filter.as_deref(), profile);
+    }
     ui::step("cargo test");
-    let status = prepare(cargo_test(args), profile)?.status()?;
+    let (status, table) = counted(&prepare(cargo_test(args), profile)?, stdout())?;
+    print!("\n{table}");
     Ok(exit_code(status.code()))
+}
+
+/// What has to be installed: all, or what the one package needs whose tests run without Kubernetes.
+fn needs(args: &Args) -> Vec<Need> {
+    let kubernetes = [Need::ApiServer, Need::KubeProxy, Need::Cluster, Need::E2e];
+    let is_local = matches!(args.test.as_deref(), Some("packet" | "fabric" | "it"));
+    let needs = [Need::Build, Need::Network, Need::Cnitool];
+    needs.into_iter().chain(kubernetes.into_iter().filter(|_| !is_local)).collect()
+}
+
+/// Runs tests, copies what they print to `to`, and counts it. Both streams go through one pipe, so that they stay in order.
+fn counted(cargo: &Cmd, to: impl Write) -> Result<(ExitStatus, Table)> {
+    let colour = if stdout().is_terminal() { "always" } else { "never" };
+    let cargo = cargo.clone();
+    let cargo =
+        if std::env::var_os("CARGO_TERM_COLOR").is_some() { cargo } else { cargo.env("CARGO_TERM_COLOR", colour) };
+    let mut counter = Counter::default();
+    let status = cargo.status_with(|output| counter.copy(output, to))?;
+    Ok((status, counter.table()))
 }
 
 fn cargo_test(args: &Args) -> Cmd {

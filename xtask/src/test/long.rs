@@ -1,0 +1,149 @@
+//! The long tier: campaigns that take from minutes to hours. Each runs the code of a normal test, or of another command, with
+//! the figures that a claim needs. A failed one does not keep the others from running.
+
+use std::io::stdout;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+
+use super::table::{Row, Table};
+use super::{counted, prepare, this_program};
+use crate::cmd::Cmd;
+use crate::dist::Profile;
+use crate::{paths, ui};
+
+/// One campaign.
+struct Campaign {
+    name: &'static str,
+    work: Work,
+}
+
+/// What a campaign runs.
+enum Work {
+    /// Tests of one program whose names hold the filter, the ignored ones, too.
+    Tests { program: &'static str, filter: &'static str, env: &'static [(&'static str, &'static str)] },
+    /// A command of xtask.
+    Command(&'static [&'static str]),
+}
+
+/// All of them, the shortest first.
+const CAMPAIGNS: [Campaign; 7] = [
+    Campaign {
+        name: "pods",
+        work: Work::Tests {
+            program: "fabric",
+            filter: "pods_come_and_go_and_leave_nothing",
+            env: &[("RUSTNET_CYCLES", "2000")],
+        },
+    },
+    Campaign {
+        name: "kills",
+        work: Work::Tests {
+            program: "fabric",
+            filter: "kills_lose_no_packet",
+            env: &[("RUSTNET_KILLS", "30"), ("RUSTNET_PACKETS", "1000000"), ("RUSTNET_FLOWS", "50000")],
+        },
+    },
+    Campaign {
+        name: "services",
+        work: Work::Tests {
+            program: "fabric",
+            filter: "changes_of_services_disturb_no_other_and_leave_nothing",
+            env: &[("RUSTNET_CHANGES", "10000")],
+        },
+    },
+    Campaign {
+        name: "fuzz",
+        work: Work::Tests {
+            program: "packet",
+            filter: "random_",
+            env: &[("RUSTNET_FUZZ", "10000000"), ("RUSTNET_MUTANTS", "10000000")],
+        },
+    },
+    Campaign { name: "kernels", work: Work::Command(&["kernels"]) },
+    Campaign { name: "e2e-vxlan", work: Work::Command(&["e2e", "--routing", "vxlan", "--report", "target/e2e/vxlan"]) },
+    Campaign {
+        name: "e2e-native",
+        work: Work::Command(&["e2e", "--routing", "native", "--report", "target/e2e/native"]),
+    },
+];
+
+/// Runs those whose names hold the filter, and prints the table; failure if one of them failed.
+#[expect(clippy::print_stdout, reason = "the table is the command's result")]
+pub fn run(filter: Option<&str>, profile: Profile) -> Result<ExitCode> {
+    let wanted: Vec<&Campaign> =
+        CAMPAIGNS.iter().filter(|it| filter.is_none_or(|part| it.name.contains(part))).collect();
+    let names = CAMPAIGNS.map(|it| it.name).join(", ");
+    ensure!(!wanted.is_empty(), "no campaign's name holds {}\n  remedy: one of {names}", filter.unwrap_or_default());
+    let mut table = Table::default();
+    for campaign in wanted {
+        ui::step(&format!("campaign {}", campaign.name));
+        let start = Instant::now();
+        let mut row = campaign.run(profile)?;
+        row.time = start.elapsed();
+        table.rows.push(row);
+    }
+    print!("\n{table}");
+    Ok(if table.sum("").failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Campaign {
+    fn run(&self, profile: Profile) -> Result<Row> {
+        let mut row = Row { name: self.name.to_owned(), ..Row::default() };
+        match self.work {
+            Work::Tests { .. } => {
+                let (status, table) = counted(&prepare(self.command(profile)?, profile)?, stdout())?;
+                row = Row { name: row.name, ..table.sum("") };
+                // A filter that matches nothing has shown nothing; nor has a program that did not build.
+                if (!status.success() && row.failed == 0) || row.passed + row.failed == 0 {
+                    row.failed += 1;
+                }
+            }
+            Work::Command(_) => {
+                if self.command(profile)?.status()?.success() {
+                    row.passed = 1;
+                } else {
+                    row.failed = 1;
+                }
+            }
+        }
+        Ok(row)
+    }
+
+    fn command(&self, profile: Profile) -> Result<Cmd> {
+        match self.work {
+            Work::Tests { program, filter, env } => {
+                let mut cargo = Cmd::cargo().args(["test", "--package", "rustnet-tests", "--test", program]);
+                if profile == Profile::Release {
+                    cargo = cargo.arg("--release");
+                }
+                let cargo = cargo.args(["--", filter, "--include-ignored", "--nocapture"]);
+                Ok(env.iter().fold(cargo, |cargo, (key, value)| cargo.env(key, value)))
+            }
+            Work::Command(args) => Ok(Cmd::new(this_program()?).args(args).dir(paths::root())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_every_test_of_a_campaign_exists() {
+        let mut names = CAMPAIGNS.map(|it| it.name);
+        names.sort_unstable();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
+        for campaign in &CAMPAIGNS {
+            let Work::Tests { program, filter, env } = campaign.work else { continue };
+            let dir = paths::root().join("tests").join(program);
+            let files = std::fs::read_dir(dir).unwrap().map(|entry| std::fs::read_to_string(entry.unwrap().path()));
+            let sources: String = files.filter_map(Result::ok).collect();
+            let is_test = sources.split("fn ").any(|text| text.split('(').next().unwrap_or_default().contains(filter));
+            assert!(is_test, "{}: no test of {program} holds {filter}", campaign.name);
+            let used = env.iter().filter(|(key, _)| sources.contains(key)).count();
+            assert!(used > 0, "{}: {program} reads none of {env:?}", campaign.name);
+        }
+    }
+}
