@@ -13,25 +13,13 @@ use rustnet_common::names;
 use super::{pin, remedy, sys};
 use crate::net::netlink::Socket;
 use crate::net::tc;
+pub use crate::net::tc::Direction;
 
-/// Which way packets go past a hook, seen from the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// Into the host.
-    Ingress,
-    /// Out of the host.
-    Egress,
-}
-
-impl Direction {
-    /// In and out.
-    pub const BOTH: [Self; 2] = [Self::Ingress, Self::Egress];
-
-    fn tcx(self) -> u32 {
-        match self {
-            Self::Ingress => sys::TCX_INGRESS,
-            Self::Egress => sys::TCX_EGRESS,
-        }
+/// The attach type of a TCX hook.
+fn tcx(direction: Direction) -> u32 {
+    match direction {
+        Direction::Ingress => sys::TCX_INGRESS,
+        Direction::Egress => sys::TCX_EGRESS,
     }
 }
 
@@ -76,7 +64,7 @@ pub fn device_hook(
     if let Some(outcome) = adopt(path, device, direction, prog)? {
         return Ok(outcome);
     }
-    match sys::link_create_tcx(prog, device.ifindex, direction.tcx()) {
+    match sys::link_create_tcx(prog, device.ifindex, tcx(direction)) {
         Ok(link) => {
             pin::replace(path, link.as_fd())?;
             Ok(Outcome::Attached)
@@ -102,7 +90,7 @@ fn adopt(path: &Path, device: &Device<'_>, direction: Direction, prog: BorrowedF
         Err(e) => anyhow::bail!("opening {}: {e}: {}", path.display(), remedy(&e)),
     };
     let info = sys::link_info(link.as_fd()).with_context(|| format!("{} is not a link", path.display()))?;
-    if info.ifindex != device.ifindex || info.attach_type != direction.tcx() {
+    if info.ifindex != device.ifindex || info.attach_type != tcx(direction) {
         pin::remove(path)?;
         return Ok(None);
     }

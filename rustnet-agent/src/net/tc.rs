@@ -7,7 +7,20 @@ use anyhow::{Context, Result};
 use rustnet_common::names::{PROGRAMS, TC_HANDLE, TC_PRIORITY};
 
 use super::netlink::{CREATE, Message, Socket, attributes, number, text, unless};
-use crate::bpf::attach::Direction;
+
+/// Which way packets go past a hook, seen from the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Into the host.
+    Ingress,
+    /// Out of the host.
+    Egress,
+}
+
+impl Direction {
+    /// In and out.
+    pub const BOTH: [Self; 2] = [Self::Ingress, Self::Egress];
+}
 
 /// `TCA_KIND`, `TCA_OPTIONS`.
 const KIND: u16 = 1;
