@@ -7,13 +7,14 @@ mod backends;
 mod nodes;
 mod relist;
 mod services;
+mod vip;
 
 pub use backends::{Choice, DesiredBackend};
 pub use services::DesiredService;
+pub use vip::VipKey;
 
 use crate::config::Routing;
 use crate::model::{Family, Node, ObjectName, Pod, Problem, ServicePort};
-use crate::plan::VipKey;
 use crate::source::{Event, Kind, Object, ObjectRef};
 use ipnet::IpNet;
 use nodes::Nodes;

@@ -1,8 +1,8 @@
 //! Services and their slices: who claims which virtual address, and which entries a change touches.
 
 use super::backends::{Choice, Place, choose};
+use super::vip::VipKey;
 use crate::model::{EndpointSlice, Family, ObjectName, Problem, Service, ServicePort};
-use crate::plan::VipKey;
 use rustnet_common::service::{flags, scope};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;

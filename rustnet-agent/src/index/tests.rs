@@ -1,10 +1,10 @@
 //! Events in, desired entries and peers out.
 
+use super::VipKey;
 use super::{Choice, DesiredBackend, Index, Settings};
 use crate::config::Routing;
 use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{Condition, EndpointSlice, Family, ObjectName, Problem};
-use crate::plan::VipKey;
 use crate::source::{Event, Kind, ObjectRef};
 use rustnet_common::backend::flags::{LOCAL, TERMINATING};
 use rustnet_common::peer::{Peer, flags as peer, identity};

@@ -1,0 +1,39 @@
+//! What services are known by.
+
+use std::fmt;
+use std::net::IpAddr;
+
+/// Key of a service, whatever its family. Port 0 and protocol 0 is the wildcard entry of a virtual address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VipKey {
+    /// The virtual address.
+    pub ip: IpAddr,
+    /// Port, host order.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// One of `rustnet_common::service::scope`.
+    pub scope: u8,
+}
+
+impl VipKey {
+    /// The wildcard entry of an address.
+    pub const fn wildcard(ip: IpAddr) -> Self {
+        Self { ip, port: 0, proto: 0, scope: rustnet_common::service::scope::CLUSTER }
+    }
+
+    /// True for the wildcard entry of an address.
+    pub const fn is_wildcard(&self) -> bool {
+        self.port == 0 && self.proto == 0
+    }
+}
+
+impl fmt::Display for VipKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_wildcard() {
+            return write!(f, "{} (whole address)", self.ip);
+        }
+        let proto = rustnet_common::tuple::proto::name(self.proto);
+        write!(f, "{}/{proto}", std::net::SocketAddr::new(self.ip, self.port))
+    }
+}
