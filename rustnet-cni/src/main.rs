@@ -6,6 +6,7 @@
 //! One file a verb in `cmd`; `types` is the protocol, `state` the files, `link` and `attach` the kernel.
 
 mod attach;
+mod call;
 mod cmd;
 mod env;
 mod fault;
@@ -17,6 +18,7 @@ mod shape;
 mod state;
 mod types;
 
+use call::Call;
 use env::{Env, Verb};
 use serde_json::Value;
 use std::ffi::OsString;
@@ -29,21 +31,13 @@ use types::version::Version;
 /// More than any configuration; a runaway writer is cut off here.
 const STDIN_MAX: u64 = 16 << 20;
 
-/// Everything one call is about.
-pub struct Call {
-    /// The environment.
-    pub env: Env,
-    /// The configuration.
-    pub conf: NetConf,
-}
-
 fn main() -> ExitCode {
     let get = |name: &str| std::env::var_os(name);
     let mut version = Version::LATEST;
     let (out, exit) = match run(&get, &mut version) {
         Ok(None) => return ExitCode::SUCCESS,
         Ok(Some(out)) => (out, ExitCode::SUCCESS),
-        Err(e) => (e.to_json(version), ExitCode::FAILURE),
+        Err(e) => (e.to_json(version.as_str()), ExitCode::FAILURE),
     };
     match writeln!(std::io::stdout(), "{out}") {
         Ok(()) => exit,

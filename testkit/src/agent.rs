@@ -1,8 +1,7 @@
 //! The agent of a node: started, stopped, killed, and its log.
 
 use crate::dist;
-use crate::janitor::Process;
-use crate::node::Node;
+use crate::node::{Agent, Node};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use std::fs::OpenOptions;
@@ -14,12 +13,6 @@ use std::time::Duration;
 
 /// Where the agent answers `/readyz`, by default.
 const HEALTH: &str = "127.0.0.1:9879";
-
-/// A running agent.
-#[derive(Debug)]
-pub(crate) struct Agent {
-    process: Process,
-}
 
 impl Node {
     /// The agent's arguments, as [`Node::start_agent`] gives them.

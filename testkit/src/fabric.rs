@@ -5,7 +5,7 @@
 //! can be smaller. Mixed: the first two nodes so, the others thus. In all, the world (`192.0.2.10`, `2001:db8:2::10`) lies behind
 //! the switch, which routes, and knows nothing of pods.
 
-use crate::janitor;
+use crate::janitor::{self, RunDir};
 use crate::manifest::{Manifests, node_yaml};
 use crate::netns::{Holder, Netns, Own};
 use crate::node::{Node, Plan};
@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use rustnet_agent::config::Routing;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// How nodes reach each other.
@@ -72,22 +72,6 @@ impl Default for Setup {
             ipv6_first: false,
             agent: &[],
         }
-    }
-}
-
-/// A directory of one run; removed when dropped.
-#[derive(Debug)]
-pub(crate) struct RunDir(PathBuf);
-
-impl RunDir {
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for RunDir {
-    fn drop(&mut self) {
-        janitor::remove_dir(&self.0);
     }
 }
 
@@ -165,7 +149,7 @@ impl Fabric {
             bail!("a fabric has 1 to 200 nodes, not {}", setup.nodes);
         }
         let prefix = janitor::unique_prefix();
-        let dir = Arc::new(RunDir(janitor::make_dir(&prefix)?));
+        let dir = Arc::new(RunDir::make(&prefix)?);
         let manifests = Manifests::new(dir.path().join("manifests"));
         std::fs::create_dir(manifests.dir())?;
         let named = |name: &str| -> Result<Holder> {

@@ -268,6 +268,28 @@ impl Drop for Process {
     }
 }
 
+/// A directory of one run; removed when dropped.
+#[derive(Debug)]
+pub(crate) struct RunDir(PathBuf);
+
+impl RunDir {
+    /// Makes one whose name begins with `prefix`.
+    pub fn make(prefix: &str) -> Result<Self> {
+        Ok(Self(make_dir(prefix)?))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        remove_dir(&self.0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

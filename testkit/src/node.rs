@@ -1,8 +1,6 @@
 //! A node: its namespaces, its directories, and its place in the fabric.
 
-use crate::agent::Agent;
-use crate::fabric::RunDir;
-use crate::janitor;
+use crate::janitor::{self, Process, RunDir};
 use crate::netns::{Holder, Netns, Own};
 use anyhow::{Context, Result};
 use ipnet::IpNet;
@@ -51,6 +49,12 @@ struct Inner {
 /// A node. Cheap to clone; it ends with its last clone, and pods hold one.
 #[derive(Clone, Debug)]
 pub struct Node(Arc<Inner>);
+
+/// A running agent; `agent.rs` starts and stops it.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    pub process: Process,
+}
 
 impl Node {
     pub(crate) fn new(plan: Plan) -> Result<Self> {

@@ -6,8 +6,8 @@
 //! programs would let its packets through.
 
 use super::detach::find_and_remove;
-use crate::Call;
 use crate::attach::Pins;
+use crate::call::Call;
 use crate::fault;
 use crate::ipam::delegate::Delegate;
 use crate::ipam::local::{self, Pool};

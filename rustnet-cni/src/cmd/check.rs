@@ -1,7 +1,7 @@
 //! CHECK: is the pod's network still what ADD made?
 
-use crate::Call;
 use crate::attach::{Endpoints, missing_filters};
+use crate::call::Call;
 use crate::ipam::delegate::Delegate;
 use crate::ipam::local::Pool;
 use crate::link::{self, Link};

@@ -3,7 +3,7 @@
 //! containerd runs a plugin of that name before the network's own and starts no pod without it; where no other package
 //! brings one, this binary is installed under that name as well. It needs nothing of the agent's.
 
-use crate::Call;
+use crate::call::Call;
 use crate::env::Verb;
 use crate::link::{self, Link};
 use crate::netlink::Socket;

@@ -1,7 +1,7 @@
 //! STATUS: would ADD work now? Asked every few seconds, so it looks at files and pins only.
 
-use crate::Call;
 use crate::attach::Pins;
+use crate::call::Call;
 use crate::ipam::delegate::Delegate;
 use crate::ipam::local;
 use crate::state;

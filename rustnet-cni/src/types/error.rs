@@ -1,6 +1,5 @@
 //! The error object that a runtime reads from standard output.
 
-use super::version::Version;
 use serde_json::{Value, json};
 use std::fmt;
 
@@ -74,8 +73,8 @@ impl Error {
     }
 
     /// The object to print.
-    pub fn to_json(&self, version: Version) -> Value {
-        let mut v = json!({ "cniVersion": version.as_str(), "code": self.code, "msg": self.msg });
+    pub fn to_json(&self, version: &str) -> Value {
+        let mut v = json!({ "cniVersion": version, "code": self.code, "msg": self.msg });
         if !self.details.is_empty() {
             v["details"] = Value::from(self.details.clone());
         }

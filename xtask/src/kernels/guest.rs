@@ -15,8 +15,9 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::Pid;
 
-use super::guest_files::{MODULES, OBJECT, PATH, STEPS, Step};
+use super::guest_files::{MODULES, PATH, STEPS};
 use super::protocol::Message;
+use super::step::{OBJECT, Step};
 use crate::verify;
 
 /// The port after the console.

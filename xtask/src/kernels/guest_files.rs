@@ -4,9 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
 
 use super::cpio::Archive;
+use super::step::{OBJECT, Step};
 use super::tests::Tests;
 use crate::cmd::{Cmd, which};
 use crate::dist::{self, Profile};
@@ -14,8 +14,6 @@ use crate::{oci, paths, ui};
 
 /// Where commands are looked up in the guest.
 pub const PATH: &str = "/bin";
-/// The kernel-side object.
-pub const OBJECT: &str = "/rustnet.bpf.o";
 /// What is to be run, as JSON.
 pub const STEPS: &str = "/steps";
 /// Modules, in the order of their names.
@@ -23,19 +21,6 @@ pub const MODULES: &str = "/modules";
 
 /// What tests call.
 const COMMANDS: [&str; 6] = ["bpftool", "ip", "tc", "sleep", "ping", "nsenter"];
-
-/// A program that the guest runs.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Step {
-    /// One word.
-    pub name: String,
-    /// Its path in the guest.
-    pub program: String,
-    /// Its arguments.
-    pub args: Vec<String>,
-    /// Its environment, beside `PATH`.
-    pub env: Vec<(String, String)>,
-}
 
 /// Writes the archive of everything but modules.
 pub fn write(file: &Path, tests: &Tests, steps: &[Step]) -> Result<()> {

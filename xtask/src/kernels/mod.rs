@@ -8,6 +8,7 @@ mod guest_files;
 mod protocol;
 mod qemu;
 mod report;
+mod step;
 mod tests;
 
 use std::time::Instant;

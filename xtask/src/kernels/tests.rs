@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::guest_files::{OBJECT, Step};
+use super::step::{OBJECT, Step};
 use crate::cmd::Cmd;
 use crate::dist::{self, Profile};
 use crate::paths;

@@ -2,6 +2,7 @@
 //! checks run, also after one has failed, so that one run tells everything.
 
 mod files;
+mod layers;
 
 use anyhow::{Result, bail};
 
@@ -39,12 +40,13 @@ pub fn run(args: &Args) -> Result<()> {
         ];
         Cmd::cargo().args(fix).dir(paths::root()).run()?;
     }
-    let checks: [(&str, Check); 6] = [
+    let checks: [(&str, Check); 7] = [
         ("rustfmt", format),
         ("clippy", clippy_host),
         ("clippy, kernel side", clippy_kernel),
         ("cargo deny", deny),
         ("manifests", manifests),
+        ("layers", layers::check),
         ("tracked files", files::check),
     ];
     let mut failed = Vec::new();
