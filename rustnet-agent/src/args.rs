@@ -188,6 +188,14 @@ pub static SETTINGS: &[Setting] = &[
         "Ranges outside the cluster that see the pods' own addresses",
     ),
     one(NETWORK, "snat-ports", "snatPorts", "auto|FIRST-LAST", "auto", "Source ports that masquerade may use"),
+    one(
+        NETWORK,
+        "packet-mark",
+        "packetMark",
+        "VALUE/MASK",
+        "0x1052/0x107f",
+        "Mark of packets between two of rustnet's programs on a node: the bits in MASK are its own and hold VALUE",
+    ),
     one(TABLES, "service-entries", "serviceEntries", "NUMBER", "65536", "Size of each service table"),
     one(
         TABLES,

@@ -8,15 +8,22 @@ mod text;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
 use rustnet_common::backend::id;
+use rustnet_common::config::mark;
 
 pub use self::ranges::Role;
-use self::text::{Reader, boolean, cidr, device, directory, listen, log_level, node_name, number, snat_ports, source};
+use self::text::{
+    Reader, boolean, cidr, device, directory, listen, log_level, node_name, number, packet_mark, snat_ports, source,
+};
 use crate::args::Values;
+
+/// Kubernetes' node ports, as by default.
+pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
 
 /// Everything the agent was told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +64,8 @@ pub struct Config {
     pub masquerade: bool,
     /// Source ports that masquerade may use, both ends included; `None`: the agent chooses.
     pub snat_ports: Option<(u16, u16)>,
+    /// Mark of packets that have passed their steps on this node.
+    pub packet_mark: PacketMark,
     /// Sizes of the maps.
     pub maps: MapSizes,
     /// Where the CNI binary is installed; `None`: it is not.
@@ -124,6 +133,27 @@ impl Routing {
     /// Whether some nodes may be reached through the overlay.
     pub const fn has_overlay(self) -> bool {
         !matches!(self, Self::Native)
+    }
+}
+
+/// Bits of packets' marks, and what they hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PacketMark {
+    /// The mark: not 0, and within the mask.
+    pub value: u32,
+    /// The bits that are compared.
+    pub mask: u32,
+}
+
+impl Default for PacketMark {
+    fn default() -> Self {
+        Self { value: mark::DEFAULT, mask: mark::DEFAULT_MASK }
+    }
+}
+
+impl fmt::Display for PacketMark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}/{:#x}", self.value, self.mask)
     }
 }
 
@@ -232,6 +262,7 @@ impl Config {
             non_masquerade_cidrs: read.list("non-masquerade-cidrs", cidr),
             masquerade: read.required("masquerade", "give true or false", boolean),
             snat_ports: read.required("snat-ports", "give auto or a range", snat_ports),
+            packet_mark: read.required("packet-mark", "give a value and a mask", packet_mark),
             maps: MapSizes {
                 services: read.entries("service-entries"),
                 backends: read.entries_up_to("backend-entries", id::MAX_SLOTS),

@@ -368,8 +368,9 @@ impl Reconciler {
         self.routed |= complete;
         let mut errors = std::mem::take(&mut state.errors);
         let mut done = std::mem::take(&mut state.changed);
+        let local_ports = node::local_ports()?;
         if let Some(kernel) = &mut self.kernel {
-            let mut config = node::config(&self.config, &state, own, kernel.hz, node::local_ports()?);
+            let mut config = node::config(&self.config, &state, own, kernel.hz, local_ports);
             if own.is_none() {
                 node::keep_addresses(&mut config, &kernel.config.read()?, &state.host.own_addresses());
             }
@@ -383,6 +384,7 @@ impl Reconciler {
         }
         let leased = |ip: &IpAddr| self.config.run_dir.join(IPAM_DIR).join(ip.to_string()).exists();
         state.problems.extend(node::outsiders(&self.config.node_name, &state.endpoints, &own_pod_cidrs, leased));
+        state.problems.extend(node::shared_ports(&self.config, local_ports));
         state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni_order::instead_of_ours(dir)));
         if self.index.set_own_addresses(state.host.own_addresses(), networks(&state.uplinks)) {
             self.want_plan();

@@ -13,17 +13,19 @@ pub struct NodeConfig {
     pub node6: Ip6,
     /// The tunnel's near end; unspecified lets the kernel choose.
     pub tunnel_src: Addr,
-    /// Interface index of the uplink.
-    pub uplink: u32,
+    /// Bits of a packet's mark that are rustnet's: [`NodeConfig::mark`] is compared with these bits and no others. Programs
+    /// before `rn_svc4_v2` never read this word, which was the uplink's interface index.
+    pub mark_mask: u32,
     /// Interface index of the overlay device, 0 in native routing.
     pub overlay: u32,
-    /// MTU of the uplink.
-    pub uplink_mtu: u32,
+    /// What these bits hold in a packet that has passed its steps on this node: the next hook clears them and does no more. 0 means
+    /// that no packet counts as marked. Programs before `rn_svc4_v2` never read this word, which was the uplink's MTU.
+    pub mark: u32,
     /// Largest IP packet that fits into the overlay.
     pub overlay_mtu: u32,
     /// UDP port of the overlay, host order.
     pub overlay_port: u16,
-    /// First port that masquerade may use.
+    /// First port that masquerade may use. Programs skip [`NodeConfig::overlay_port`] where it lies in the range.
     pub snat_min: u16,
     /// Last port that masquerade may use.
     pub snat_max: u16,
@@ -37,6 +39,37 @@ pub struct NodeConfig {
     pub seed: u32,
 }
 
+impl NodeConfig {
+    /// True if an earlier hook of this node has marked a packet with this mark.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_marked(&self, mark: u32) -> bool {
+        self.mark != 0 && mark & self.mark_mask == self.mark
+    }
+
+    /// A packet's mark with rustnet's bits set, the others as they were.
+    #[inline(always)]
+    #[must_use]
+    pub const fn marked(&self, mark: u32) -> u32 {
+        (mark & !self.mark_mask) | self.mark
+    }
+
+    /// A packet's mark with rustnet's bits cleared, the others as they were.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unmarked(&self, mark: u32) -> u32 {
+        mark & !self.mark_mask
+    }
+}
+
+/// The mark and its bits unless a setting names others: the bits and the value that docs/adr/0006 explains.
+pub mod mark {
+    /// Value of [`NodeConfig::mark`](super::NodeConfig::mark).
+    pub const DEFAULT: u32 = 0x1052;
+    /// Value of [`NodeConfig::mark_mask`](super::NodeConfig::mark_mask).
+    pub const DEFAULT_MASK: u32 = 0x107f;
+}
+
 /// Bits of [`NodeConfig::flags`].
 pub mod flags {
     /// Pods that talk to the world get this node's address.
@@ -46,3 +79,54 @@ pub mod flags {
 }
 
 shared_type!(NodeConfig, 72);
+const _: () = assert!(core::mem::offset_of!(NodeConfig, mark_mask) == 36);
+const _: () = assert!(core::mem::offset_of!(NodeConfig, mark) == 44);
+
+#[cfg(all(test, feature = "user"))]
+mod tests {
+    use super::NodeConfig;
+    use super::mark::{DEFAULT, DEFAULT_MASK};
+
+    fn config(mark: u32, mark_mask: u32) -> NodeConfig {
+        NodeConfig { mark_mask, mark, ..bytemuck::Zeroable::zeroed() }
+    }
+
+    #[test]
+    fn only_all_bits_of_the_mark_make_a_marked_packet() {
+        let it = config(DEFAULT, DEFAULT_MASK);
+        assert!(it.is_marked(DEFAULT) && it.is_marked(DEFAULT | 0xffff_ef80));
+        for bit in 0..32 {
+            assert!(!it.is_marked(1 << bit), "bit {bit}");
+            let changed = DEFAULT ^ (1 << bit);
+            assert_eq!(it.is_marked(changed), DEFAULT_MASK & (1 << bit) == 0, "bit {bit}");
+        }
+        assert!(!it.is_marked(0) && !it.is_marked(DEFAULT_MASK) && !it.is_marked(u32::MAX));
+        assert!(!config(0, 0).is_marked(0), "a new map holds zeros");
+    }
+
+    #[test]
+    fn bits_of_others_stay() {
+        let it = config(DEFAULT, DEFAULT_MASK);
+        for foreign in [0, 0x4000, 0x000c_0000, 0xffff_ef80] {
+            assert_eq!(it.marked(foreign), foreign | DEFAULT);
+            assert_eq!(it.unmarked(it.marked(foreign)), foreign);
+        }
+    }
+
+    /// Marks that others give to packets as a whole: none of them passes for ours.
+    #[test]
+    fn no_well_known_mark_passes_for_ours() {
+        let it = config(DEFAULT, DEFAULT_MASK);
+        let mullvad = 0x6d6f_6c65;
+        let wg_quick = 51_820;
+        let istio = [0x539, 0x111, 0x1337];
+        let app_mesh = 0x1e77_00ce;
+        let tailscale = [0x4_0000, 0x8_0000];
+        let kubernetes = [0x4000, 0x8000, 0x2000];
+        let cilium = [0x200, 0x300, 0x400, 0xa00, 0xb00, 0xc00, 0xd00, 0xe00, 0xf00, 0x1e00, 0x3d00];
+        let all = [&[mullvad, wg_quick, app_mesh][..], &istio, &tailscale, &kubernetes, &cilium].concat();
+        for mark in all {
+            assert!(!it.is_marked(mark), "{mark:#x}");
+        }
+    }
+}

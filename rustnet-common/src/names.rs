@@ -23,8 +23,6 @@ pub const TC_PRIORITY: u16 = 1;
 /// Handle of our classifiers; with it, a replace swaps the program atomically.
 pub const TC_HANDLE: u32 = 1;
 
-/// Mark of a packet that a hook of this node has processed: the next hook clears it and passes the packet unchanged.
-pub const MARK_PROCESSED: u32 = 0x0100_0000;
 
 /// Program names, one for each hook.
 pub const PROGRAMS: [&str; 6] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out"];

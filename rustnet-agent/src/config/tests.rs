@@ -33,11 +33,21 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(config.run_dir, PathBuf::from(rustnet_common::names::DEFAULT_RUN_DIR));
     assert_eq!((config.routing, config.overlay_port, config.vni), (Routing::Vxlan, 8472, 1));
     assert_eq!((config.mtu, config.snat_ports, config.masquerade), (None, None, true));
+    assert_eq!(config.packet_mark, PacketMark::default());
     assert_eq!(config.maps, MapSizes::default());
     assert_eq!(config.health_addr, "127.0.0.1:9879".parse().ok());
     assert_eq!(config.metrics_addr, "0.0.0.0:9962".parse().ok());
     assert_eq!((config.cni_bin_dir, config.cni_conf_dir), (None, None));
     assert!(config.uplinks.is_empty());
+}
+
+#[test]
+fn a_mark_is_hexadecimal_or_decimal() {
+    for text in ["0x52000000/0xff000000", "1375731712/0xff000000"] {
+        let config = load(&[&format!("--packet-mark={text}")], &[], None).expect("good");
+        assert_eq!(config.packet_mark, PacketMark { value: 0x5200_0000, mask: 0xff00_0000 });
+        assert_eq!(config.packet_mark.to_string(), "0x52000000/0xff000000");
+    }
 }
 
 #[test]
@@ -115,6 +125,12 @@ fn bad_values_are_refused_with_origin_and_remedy() {
         ("snat-ports", "snatPorts", "65535-1024", "61000-65535"),
         ("snat-ports", "snatPorts", "80-2000", "61000-65535"),
         ("snat-ports", "snatPorts", "5000-5010", "61000-65535"),
+        ("snat-ports", "snatPorts", "20000-40000", "node ports (30000-32767)"),
+        ("packet-mark", "packetMark", "0x10", "0x1052/0x107f"),
+        ("packet-mark", "packetMark", "x/0xff", "0x1052/0x107f"),
+        ("packet-mark", "packetMark", "0x1/0x1ffffffff", "0x1052/0x107f"),
+        ("packet-mark", "packetMark", "0/0xff", "other than 0"),
+        ("packet-mark", "packetMark", "0x101/0xff", "0x101/0x1ff"),
         ("ct-tcp-entries", "ctTcpEntries", "0", "16 to"),
         ("backend-entries", "backendEntries", "1048577", "16 to 1048576"),
         ("cni-bin-dir", "cniBinDir", "bin", "begin it with /"),

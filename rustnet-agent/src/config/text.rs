@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 
-use super::{KubeSource, LogFormat, Routing, Source};
+use super::{KubeSource, LogFormat, NODE_PORTS, PacketMark, Routing, Source};
 use crate::args::{Value, Values};
 
 /// Reads values and collects what is wrong with them. A refused value is replaced by its type's default, which never
@@ -82,6 +82,7 @@ macro_rules! fallback {
 
 fallback!(
     String => Self::new(), PathBuf => Self::new(), Routing => Self::Vxlan, LogFormat => Self::Text, bool => false, u16 => 0, u32 => 0,
+    PacketMark => Self::default(),
 );
 
 impl<T> Fallback for Option<T> {
@@ -189,7 +190,35 @@ pub(super) fn snat_ports(text: &str) -> Result<Option<(u16, u16)>, String> {
     let (first, last) = text.split_once('-').ok_or_else(wrong)?;
     let first: u16 = first.trim().parse().map_err(|_| wrong())?;
     let last: u16 = last.trim().parse().map_err(|_| wrong())?;
-    if first < 1024 || last < first || last - first < 63 { Err(wrong()) } else { Ok(Some((first, last))) }
+    if first < 1024 || last < first || last - first < 63 {
+        return Err(wrong());
+    }
+    let (from, to) = NODE_PORTS;
+    if first <= to && from <= last {
+        return Err(format!(
+            "has node ports ({from}-{to}) in it; give a range below or above them, such as 61000-65535"
+        ));
+    }
+    Ok(Some((first, last)))
+}
+
+/// `VALUE/MASK`, as iptables and `ip rule` take marks.
+pub(super) fn packet_mark(text: &str) -> Result<PacketMark, String> {
+    let number = |text: &str| match text.trim().strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None => text.trim().parse().ok(),
+    };
+    let parts = text.split_once('/').and_then(|(value, mask)| Some((number(value)?, number(mask)?)));
+    let Some((value, mask)) = parts else {
+        return Err(format!("is not a mark; give a value and a mask, for example {}", PacketMark::default()));
+    };
+    if value == 0 {
+        return Err("marks packets with 0, as unmarked ones are; give a value other than 0".to_owned());
+    }
+    if value & !mask != 0 {
+        return Err(format!("has a value outside its mask; give {value:#x}/{:#x}, or another value", mask | value));
+    }
+    Ok(PacketMark { value, mask })
 }
 
 pub(super) fn listen(text: &str) -> Result<Option<SocketAddr>, String> {

@@ -8,6 +8,7 @@ pub mod cni;
 pub mod finding;
 pub mod kernel;
 pub mod kube_proxy;
+pub mod mark;
 pub mod mtu;
 pub mod nodes;
 pub mod ports;
@@ -41,6 +42,7 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Group::new("Kernel", kernel::check(&kernel::gather(Some(config)))),
         Group::new("Host settings", sysctls::check(&sysctls::gather(config, &host), stage)),
         Group::new("Ports", ports::check(&ports::gather(config))),
+        Group::new("Packet mark", mark::check(&mark::gather(config))),
         Group::new("CNI", cni::check(&cni::gather(config), stage)),
         Group::new("kube-proxy", kube_proxy::check(&kube_proxy::gather())),
         Group::new("API server", api::check(&cluster.api)),

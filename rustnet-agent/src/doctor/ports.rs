@@ -8,7 +8,7 @@ use anyhow::Result;
 use rustnet_common::names::OVERLAY_DEV;
 
 use super::finding::{Finding, Level};
-use crate::config::Config;
+use crate::config::{Config, NODE_PORTS};
 use crate::net::link;
 use crate::net::netlink::Socket;
 use crate::net::sockets::{self, Listener, Owner, Proto};
@@ -42,6 +42,8 @@ pub struct Facts {
     pub vxlans: Vec<(String, u16)>,
     /// Ports of the host's own connections, first and last.
     pub local: Result<(u16, u16)>,
+    /// The agent chooses ports for masquerade.
+    pub is_masquerade_chosen: bool,
 }
 
 /// Looks.
@@ -57,6 +59,7 @@ pub fn gather(config: &Config) -> Facts {
         overlay: config.routing.has_overlay().then_some(config.overlay_port),
         vxlans: vxlans.collect(),
         local: node::local_ports(),
+        is_masquerade_chosen: config.masquerade && config.snat_ports.is_none(),
     }
 }
 
@@ -80,6 +83,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
         found.push(self::component(port, component, tcp(port)));
     }
     found.push(local_range(&facts.local));
+    found.extend(facts.local.as_ref().ok().filter(|_| facts.is_masquerade_chosen).map(|local| masquerade(*local)));
     found.extend(inside_node_ports(listeners));
     found
 }
@@ -133,7 +137,7 @@ fn component(port: u16, component: &str, there: Option<&Listener>) -> Finding {
 }
 
 fn local_range(local: &Result<(u16, u16)>) -> Finding {
-    let (what, (first, last)) = ("node ports", node::NODE_PORTS);
+    let (what, (first, last)) = ("node ports", NODE_PORTS);
     match local {
         Err(error) => Finding::unknown(what, error),
         Ok((from, to)) if *from <= last && first <= *to => Finding::new(
@@ -141,14 +145,29 @@ fn local_range(local: &Result<(u16, u16)>) -> Finding {
             what,
             format!("the host's own connections use ports {from}-{to}, which overlap {first}-{last}"),
         )
-        .hint("sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\""),
+        .hint(node::PORT_RANGE_REMEDY),
         Ok((from, to)) => Finding::ok(what, format!("{first}-{last} apart from the host's own {from}-{to}")),
     }
 }
 
+/// Ports that pods get out in the world.
+fn masquerade(local: (u16, u16)) -> Finding {
+    let (what, ports) = ("masquerade ports", node::snat_ports(local));
+    let (first, last) = (ports.first, ports.last);
+    if ports.shared == 0 {
+        return Finding::ok(what, format!("{first}-{last}"));
+    }
+    let least = node::SNAT_PORTS;
+    let detail = format!(
+        "{} of {first}-{last} are the host's own, too: net.ipv4.ip_local_port_range {}-{} leaves fewer than {least}",
+        ports.shared, local.0, local.1
+    );
+    Finding::new(Level::Warning, what, detail).hint(node::PORT_RANGE_REMEDY)
+}
+
 /// Servers of the host on ports that Kubernetes may give to Services.
 fn inside_node_ports(listeners: &[Listener]) -> Option<Finding> {
-    let (first, last) = node::NODE_PORTS;
+    let (first, last) = NODE_PORTS;
     let inside = |it: &&Listener| it.proto == Proto::Tcp && (first..=last).contains(&it.port) && !it.addr.is_loopback();
     let mut names: Vec<_> =
         listeners.iter().filter(inside).map(|it| format!("{} ({})", it.port, name(&it.owner))).collect();
@@ -184,7 +203,22 @@ mod tests {
             overlay: Some(8472),
             vxlans: Vec::new(),
             local: Ok((32_768, 60_999)),
+            is_masquerade_chosen: true,
         }
+    }
+
+    #[test]
+    fn a_host_that_leaves_masquerade_too_few_ports_is_named() {
+        let all = Facts { local: Ok((1024, 65_535)), ..facts(Vec::new()) };
+        let findings = check(&all);
+        let wrong: Vec<_> = findings.iter().filter(|it| it.level != Level::Ok).collect();
+        let [node_ports, masquerade] = wrong[..] else { panic!("{wrong:#?}") };
+        assert!(node_ports.detail.contains("30000-32767"), "{node_ports:?}");
+        assert_eq!((masquerade.level, masquerade.what.as_str()), (Level::Warning, "masquerade ports"));
+        assert!(masquerade.detail.contains("8192 of 57344-65535"), "{masquerade:?}");
+        assert!(masquerade.hint.contains("ip_local_port_range"), "{masquerade:?}");
+        // Ports that a setting names are as asked for.
+        assert_only(&check(&Facts { is_masquerade_chosen: false, ..all }), Level::Warning, "1024-65535", "sysctl");
     }
 
     #[test]
@@ -218,9 +252,9 @@ mod tests {
                 "--overlay-port",
             ),
             (
-                Facts { local: Ok((1024, 65_535)), ..facts(Vec::new()) },
+                Facts { local: Ok((30_000, 60_999)), ..facts(Vec::new()) },
                 Level::Warning,
-                "1024-65535",
+                "30000-60999",
                 "ip_local_port_range",
             ),
             (facts(vec![process(30_080, "nginx")]), Level::Warning, "30080 (nginx)", "move"),

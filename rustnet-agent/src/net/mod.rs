@@ -16,6 +16,7 @@ pub mod overlay;
 pub mod plan;
 pub mod repair;
 pub mod route;
+pub mod rule;
 pub mod sockets;
 pub mod sysctl;
 pub mod tc;

@@ -8,7 +8,7 @@ use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::config::{NodeConfig, flags};
 use rustnet_common::files::{EndpointFile, NodeFile};
 
-use crate::config::{Config, Role};
+use crate::config::{Config, NODE_PORTS, Role};
 use crate::index::Settings;
 use crate::model::{Family, Node};
 use crate::net::repair::{State, underlay};
@@ -18,8 +18,10 @@ use crate::net::uplink::{Host, Uplink, networks};
 const SEED: u32 = 0x7275_7374;
 /// First port that is not reserved for servers (RFC 6335).
 const FIRST_PORT: u16 = 1024;
-/// Kubernetes' node ports, as by default.
-pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
+/// Ports that masquerade gets at least, for each server and protocol.
+pub const SNAT_PORTS: u32 = 8192;
+/// What to do where the host leaves fewer.
+pub const PORT_RANGE_REMEDY: &str = "sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\"";
 
 /// What the index is told of this host.
 pub fn index_settings(config: &Config, host: &Host, uplinks: &[Uplink]) -> Settings {
@@ -33,22 +35,61 @@ pub fn index_settings(config: &Config, host: &Host, uplinks: &[Uplink]) -> Setti
     }
 }
 
-/// The larger free part of the ports outside of those that the host's own connections use and of the node ports: there, the
-/// masquerade collides with nothing.
-pub fn snat_ports(local: (u16, u16)) -> (u16, u16) {
-    let mut taken = [local, NODE_PORTS];
-    taken.sort_unstable();
-    let mut best = (FIRST_PORT, FIRST_PORT);
-    let mut next = u32::from(FIRST_PORT);
-    for (first, last) in taken.into_iter().chain([(u16::MAX, u16::MAX)]) {
-        // The end of the ports is free itself; the others are not.
-        let end = if first == u16::MAX { u32::from(u16::MAX) + 1 } else { u32::from(first) };
-        if end > next && end - next > u32::from(best.1 - best.0) + 1 {
-            best = (next as u16, (end - 1) as u16);
-        }
-        next = next.max(u32::from(last) + 1);
+/// Ports that masquerade may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SnatPorts {
+    /// First port.
+    pub first: u16,
+    /// Last port.
+    pub last: u16,
+    /// How many of them the host's own connections use, too.
+    pub shared: u32,
+}
+
+impl SnatPorts {
+    /// How many there are.
+    pub fn count(self) -> u32 {
+        u32::from(self.last) - u32::from(self.first) + 1
     }
-    best
+}
+
+/// Chooses ports for masquerade: outside the node ports, and outside the host's own ports `local` if that leaves
+/// [`SNAT_PORTS`]. Else the range has [`SNAT_PORTS`] ports and shares as few as possible with the host. Programs skip the
+/// overlay's port, wherever it lies.
+pub fn snat_ports(local: (u16, u16)) -> SnatPorts {
+    // Without what follows, a host that uses nearly all ports would leave one for all connections of all pods to a server.
+    let sections = [(FIRST_PORT, NODE_PORTS.0 - 1), (NODE_PORTS.1 + 1, u16::MAX)];
+    let choices = sections.into_iter().flat_map(|section| [below(section, local), above(section, local)]);
+    let best = choices.max_by_key(|it| (std::cmp::Reverse(it.shared), it.count()));
+    best.unwrap_or(SnatPorts { first: FIRST_PORT, last: NODE_PORTS.0 - 1, shared: 0 })
+}
+
+/// Ports of a section below the host's, and as many of the host's as it takes.
+fn below((first, end): (u16, u16), local: (u16, u16)) -> SnatPorts {
+    let free = u32::from(local.0.clamp(first, end) - first) + u32::from(local.0 > end);
+    let count = free.max(SNAT_PORTS);
+    SnatPorts { first, last: (u32::from(first) + count - 1) as u16, shared: count - free }
+}
+
+/// Ports of a section above the host's, and as many of the host's as it takes.
+fn above((start, last): (u16, u16), local: (u16, u16)) -> SnatPorts {
+    let free = u32::from(last - local.1.clamp(start, last)) + u32::from(local.1 < start);
+    let count = free.max(SNAT_PORTS);
+    SnatPorts { first: (u32::from(last) + 1 - count) as u16, last, shared: count - free }
+}
+
+/// What to say if masquerade has to share ports with the host.
+pub fn shared_ports(config: &Config, local: (u16, u16)) -> Option<String> {
+    let SnatPorts { first, last, shared } = snat_ports(local);
+    let is_chosen = config.masquerade && config.snat_ports.is_none();
+    (is_chosen && shared > 0).then(|| {
+        format!(
+            "masquerade uses ports {first}-{last}, and {shared} of them are the host's own, too: net.ipv4.ip_local_port_range is \
+             {}-{}, which leaves fewer than {SNAT_PORTS}. Connections of pods and of the host to the same server can get the same \
+             port; {PORT_RANGE_REMEDY}",
+            local.0, local.1
+        )
+    })
 }
 
 /// Parses `/proc/sys/net/ipv4/ip_local_port_range`.
@@ -71,17 +112,17 @@ pub fn node_address(state: &State, own: Option<&Node>, family: Family) -> Option
 
 /// What the programs must know.
 pub fn config(config: &Config, state: &State, own: Option<&Node>, hz: u32, local_ports: (u16, u16)) -> NodeConfig {
-    let uplink_mtu = state.uplink_mtu();
-    let (overlay, overlay_mtu) = state.overlay.unwrap_or((0, uplink_mtu));
-    let (snat_min, snat_max) = config.snat_ports.unwrap_or_else(|| snat_ports(local_ports));
+    let (overlay, overlay_mtu) = state.overlay.unwrap_or((0, state.uplink_mtu()));
+    let chosen = snat_ports(local_ports);
+    let (snat_min, snat_max) = config.snat_ports.unwrap_or((chosen.first, chosen.last));
     let address = |family| node_address(state, own, family).map(Addr::from);
     NodeConfig {
         node4: address(Family::V4).map_or(Ip4::UNSPECIFIED, Ip4::from_addr),
         node6: address(Family::V6).map_or(Ip6::UNSPECIFIED, Ip6::from_addr),
         tunnel_src: address(underlay(&state.uplinks)).unwrap_or(Addr::UNSPECIFIED),
-        uplink: state.uplinks.first().map_or(0, |u| u.ifindex),
+        mark_mask: config.packet_mark.mask,
         overlay,
-        uplink_mtu,
+        mark: config.packet_mark.value,
         overlay_mtu,
         overlay_port: config.overlay_port,
         snat_min,
@@ -172,21 +213,68 @@ pub fn local_ports() -> Result<(u16, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Address, Ip4, IpAddr, NodeConfig, keep_addresses, outsiders, parse_port_range, snat_ports};
+    use super::{
+        Address, Config, Ip4, IpAddr, NODE_PORTS, NodeConfig, SNAT_PORTS, SnatPorts, keep_addresses, outsiders,
+        parse_port_range, shared_ports, snat_ports,
+    };
     use bytemuck::Zeroable;
 
-    #[test]
-    fn the_larger_free_part_is_taken() {
-        assert_eq!(snat_ports((32_768, 60_999)), (1024, 29_999));
-        assert_eq!(snat_ports((1024, 29_999)), (32_768, 65_535));
-        assert_eq!(snat_ports((1024, 60_999)), (61_000, 65_535));
-        assert_eq!(snat_ports((2000, 65_535)), (1024, 1999));
-        assert_eq!(snat_ports((10_000, 20_000)), (32_768, 65_535));
+    fn ports(local: (u16, u16)) -> (u16, u16, u32) {
+        let SnatPorts { first, last, shared } = snat_ports(local);
+        (first, last, shared)
     }
 
     #[test]
-    fn a_host_that_uses_all_ports_leaves_one() {
-        assert_eq!(snat_ports((1024, 65_535)), (1024, 1024));
+    fn the_largest_free_part_is_taken() {
+        assert_eq!(ports((32_768, 60_999)), (1024, 29_999, 0));
+        assert_eq!(ports((1024, 29_999)), (32_768, 65_535, 0));
+        assert_eq!(ports((10_000, 20_000)), (32_768, 65_535, 0));
+        assert_eq!(ports((1024, 57_343)), (57_344, 65_535, 0));
+    }
+
+    #[test]
+    fn a_host_that_leaves_too_few_ports_shares_as_few_as_possible() {
+        assert_eq!(ports((1024, 65_535)), (57_344, 65_535, 8192));
+        assert_eq!(ports((1024, 60_999)), (57_344, 65_535, 3656));
+        assert_eq!(ports((2000, 65_535)), (1024, 9215, 7216));
+    }
+
+    #[test]
+    fn no_choice_of_the_host_leaves_too_few_ports_or_takes_node_ports() {
+        let ends = (0..=65_535_u16).step_by(1111).chain([1023, 1024, 29_999, 30_000, 32_767, 32_768, 65_535]);
+        let ends: Vec<u16> = ends.collect();
+        let all = ends.iter().flat_map(|first| ends.iter().map(|last| (*first, *last))).filter(|(a, b)| a <= b);
+        for local in all {
+            let it = snat_ports(local);
+            let inside = |port: &u16| (local.0..=local.1).contains(port);
+            let overlap = |(first, last): (u16, u16)| (first..=last).filter(inside).count() as u32;
+            assert!(it.first >= 1024 && it.count() >= SNAT_PORTS, "{local:?} {it:?}");
+            assert!(it.last < NODE_PORTS.0 || it.first > NODE_PORTS.1, "{local:?} {it:?}");
+            assert_eq!(overlap((it.first, it.last)), it.shared, "{local:?} {it:?}");
+            if it.shared > 0 {
+                let windows = [(1024, 29_999), (32_768, 65_535)].into_iter().flat_map(|(first, last): (u16, u16)| {
+                    let width = (SNAT_PORTS - 1) as u16;
+                    (first..=last - width).step_by(512).chain([last - width]).map(move |port| (port, port + width))
+                });
+                let least = windows.map(overlap).min();
+                assert_eq!(least, Some(it.shared), "{local:?} {it:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn shared_ports_are_a_problem_unless_a_setting_names_ports() {
+        let load = |args: &[&str]| {
+            let all = ["rustnet-agent", "--node-name=n1", "--manifests=/m"].iter().chain(args).copied();
+            Config::load(all, &|_| None).expect("a configuration")
+        };
+        let problem = shared_ports(&load(&[]), (1024, 65_535)).expect("a problem");
+        for part in ["net.ipv4.ip_local_port_range is 1024-65535", "ports 57344-65535", "; sysctl -w"] {
+            assert!(problem.contains(part), "{part:?} is not in {problem}");
+        }
+        assert_eq!(shared_ports(&load(&[]), (32_768, 60_999)), None);
+        assert_eq!(shared_ports(&load(&["--snat-ports=20000-29999"]), (1024, 65_535)), None);
+        assert_eq!(shared_ports(&load(&["--masquerade=false"]), (1024, 65_535)), None);
     }
 
     #[test]

@@ -129,9 +129,24 @@ fn one_fault_at_a_time_of_ports_and_networks() {
         only(sandbox, &pre, ["Ports", "overlay", "warning", "flannel.1", "--overlay-port"]);
         ip("link del flannel.1");
 
+        fs::write("/proc/sys/net/ipv4/ip_local_port_range", "30000 60999").unwrap();
+        only(sandbox, &pre, ["Ports", "node ports", "warning", "30000-60999", "ip_local_port_range"]);
         fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535").unwrap();
-        only(sandbox, &pre, ["Ports", "node ports", "warning", "1024-65535", "ip_local_port_range"]);
+        let names: Vec<String> = wrong(sandbox, &pre).into_iter().map(|it| it[1].clone()).collect();
+        assert_eq!(names, ["node ports", "masquerade ports"]);
         fs::write("/proc/sys/net/ipv4/ip_local_port_range", "32768 60999").unwrap();
+
+        ip("rule add fwmark 0x40000/0xff0000 table 52");
+        ip("-6 rule add not fwmark 51820 table 51820");
+        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "rules for other bits");
+        ip("-6 rule add fwmark 0x1052 table 52 priority 77");
+        only(sandbox, &pre, ["Packet mark", "packet mark", "warning", "ip rule 77 (fwmark 0x1052", "--packet-mark"]);
+        let other = format!("{pre} --packet-mark 0x2a000000/0xff000000");
+        assert_eq!(wrong(sandbox, &other), Vec::<[String; 5]>::new());
+        ip("link add calia type veth peer name other");
+        only(sandbox, &other, ["Packet mark", "packet mark", "warning", "Calico", "--packet-mark"]);
+        ip("link del calia");
+        ip("-6 rule del priority 77");
 
         ip("addr add 10.1.1.77/24 dev far");
         let ranges = format!("{pre} --cluster-pod-cidrs 10.1.0.0/16");

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rustnet_agent::bpf::attach::{Direction, link_path};
 use rustnet_agent::bpf::load::program_path;
+use rustnet_agent::bpf::store::node_config::NodeConfigStore;
 use rustnet_agent::bpf::store::{BpfMaps, peers, services};
 use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Config;
@@ -91,6 +92,26 @@ fn from_start_to_ready_to_restart() {
     sandbox::run(|sandbox| {
         uplink();
         block_on(from_start_to_ready_to_restart_in(sandbox));
+    });
+}
+
+#[test]
+fn a_host_that_uses_all_ports_is_a_problem_of_the_node_and_masquerade_works() {
+    sandbox::run(|sandbox| {
+        uplink();
+        std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535").unwrap();
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&["--packet-mark=0x2a000000/0xff000000"]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let is_named = |it: &String| it.contains("ip_local_port_range is 1024-65535") && it.contains("sysctl -w");
+            wait_until("the ports are a problem", || agent.health.complaints().iter().any(is_named)).await;
+            let config = NodeConfigStore::open(&sandbox.bpffs).unwrap().read().unwrap();
+            assert_eq!((config.snat_min, config.snat_max), (57_344, 65_535));
+            assert_eq!((config.mark, config.mark_mask), (0x2a00_0000, 0xff00_0000));
+            agent.stop().await;
+        });
     });
 }
 

@@ -241,6 +241,8 @@ fn configure(d: &Datapath, (snat_min, snat_max): (u16, u16)) -> Result<()> {
     let config = NodeConfig {
         node4: Ip4::from(NODE4),
         node6: Ip6::from(NODE6),
+        mark: rustnet_common::config::mark::DEFAULT,
+        mark_mask: rustnet_common::config::mark::DEFAULT_MASK,
         overlay_mtu: 1450,
         overlay: POD,
         overlay_port: 8472,
