@@ -177,7 +177,7 @@ fn big_tcp_has_no_length() -> Result<()> {
             big_passes(lab, hook::UPLINK_IN, UPLINK, &big, &arrives, 0).with_context(|| format!("form {i}, in"))?;
             let big = form(&sized(&later(&ask), 3000));
             let leaves = big.hop().map(|f| f.src = net.node());
-            let mark = rustnet_common::names::MARK_PROCESSED;
+            let mark = rustnet_common::config::mark::DEFAULT;
             big_passes(lab, hook::FROM_POD, POD_A, &big, &leaves, mark).with_context(|| format!("form {i}, out"))?;
         }
         // Without segments it is no such frame.

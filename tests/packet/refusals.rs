@@ -5,7 +5,7 @@ use crate::frame::Frame;
 use crate::harness::{Flow, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::{DropReason, hook};
-use rustnet_common::names::MARK_PROCESSED;
+use rustnet_common::config::mark::DEFAULT as MARK_PROCESSED;
 use testkit::datapath::Input;
 
 fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {

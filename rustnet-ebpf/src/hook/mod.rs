@@ -8,10 +8,10 @@ pub mod uplink;
 
 use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::DropReason;
-use rustnet_common::names::MARK_PROCESSED;
 
 use crate::ctx::Skb;
 use crate::event::Report;
+use crate::maps;
 use crate::outcome::Dropped;
 use crate::packet::{Class, Flow, Packet, Source};
 use crate::parse::Parse;
@@ -33,15 +33,17 @@ impl<F: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Na
 /// True if an earlier hook on this node has processed the packet.
 #[inline(always)]
 pub fn is_processed(skb: &Skb) -> bool {
-    skb.mark() & MARK_PROCESSED != 0
+    maps::config().is_some_and(|config| config.is_marked(skb.mark()))
 }
 
 /// As [`is_processed`]; clears the mark.
 #[inline(always)]
 pub fn take_processed_mark(skb: &Skb) -> bool {
-    let is_processed = is_processed(skb);
+    let Some(config) = maps::config() else { return false };
+    let mark = skb.mark();
+    let is_processed = config.is_marked(mark);
     if is_processed {
-        skb.set_mark(skb.mark() & !MARK_PROCESSED);
+        skb.set_mark(config.unmarked(mark));
     }
     is_processed
 }

@@ -72,7 +72,7 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
                 return Err(DropReason::WriteError.into());
             }
             // The outer packet is this node's own and asks no service: the uplink's hook has nothing to do with it.
-            exec::mark_processed(skb);
+            exec::mark_processed(skb, config);
             Ok(TO_STACK)
         }
         _ => Err(DropReason::NoFib.into()),

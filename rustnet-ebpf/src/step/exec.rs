@@ -5,7 +5,6 @@ use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::DropReason;
-use rustnet_common::names::MARK_PROCESSED;
 use rustnet_common::tuple::Tuple;
 
 use super::fib::{self, Fib, Routed};
@@ -76,7 +75,7 @@ pub fn send<F: Rewrite>(
         Target::Stack => return Ok(TO_STACK),
         // Straight into the pod: no hook of ours follows.
         Target::Pod => return Ok(redirect_peer(action.ifindex)),
-        Target::PodQdisc | Target::Routed | Target::Tunnel => mark_processed(skb),
+        Target::PodQdisc | Target::Routed | Target::Tunnel => mark_processed(skb, config),
     }
     if action.target != Target::Tunnel {
         return Ok(verdict);
@@ -89,8 +88,8 @@ pub fn send<F: Rewrite>(
 
 /// Marks the packet as processed on this node; the next hook passes it.
 #[inline(always)]
-pub fn mark_processed(skb: &Skb) {
-    skb.set_mark(skb.mark() | MARK_PROCESSED);
+pub fn mark_processed(skb: &Skb, config: &NodeConfig) {
+    skb.set_mark(config.marked(skb.mark()));
 }
 
 /// Where a rejection goes: back to where the packet came from.
@@ -124,7 +123,7 @@ impl ReplyPath {
 pub fn send_back(skb: &Skb, path: ReplyPath, config: &NodeConfig) -> Result<i32, Dropped> {
     let ifindex = skb.ifindex();
     // It passes another hook of ours.
-    mark_processed(skb);
+    mark_processed(skb, config);
     match path {
         // Into the pod, too, by the veth: its bandwidth may be limited.
         ReplyPath::Pod | ReplyPath::Uplink => Ok(redirect(ifindex, 0)),
