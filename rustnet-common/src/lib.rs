@@ -19,6 +19,7 @@ pub mod names;
 pub mod peer;
 pub mod service;
 pub mod tuple;
+pub mod v1;
 
 #[cfg(feature = "user")]
 pub mod files;
