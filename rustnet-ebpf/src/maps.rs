@@ -14,6 +14,7 @@ use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::peer::Peer;
 use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::tuple::Tuple;
+use rustnet_common::v1;
 
 use crate::packet::{Flow, InnerPacket, NewConnection, Packet};
 
@@ -24,6 +25,10 @@ const MMAP: usize = BPF_F_MMAPABLE as usize;
 pub type Services<A> = HashMap<SvcKey<A>, SvcEntry, 65536, GROWS>;
 /// A map of connections of one family.
 pub type Connections<A> = LruHashMap<Tuple<A>, CtEntry<A>, 65_536>;
+/// The same before an upgrade of another size.
+pub type OldConnections<A> = LruHashMap<Tuple<A>, CtEntry<A>, 1>;
+/// Connections of one family in the shape of v1.
+pub type V1Connections<A> = LruHashMap<Tuple<A>, v1::CtEntry<A>, 1>;
 /// A map of first fragments of one family.
 pub type Fragments<A> = LruHashMap<FragKey<A>, FragPorts, 8192>;
 /// A map of peers of one family.
@@ -105,6 +110,20 @@ pub static rn_scratch6: Scratches<Ip6> = Scratches::new();
 pub static rn_counters: PerCpuArray<Counter, { COUNTERS as usize }> = PerCpuArray::new();
 #[btf_map]
 pub static rn_events: RingBuf<(), 262_144> = RingBuf::new();
+/// The connection tables before an upgrade, of the shape of v1, and of the present shape; see [`crate::step::migrate`]. One
+/// entry where there is no upgrade.
+#[btf_map]
+pub static rn_ct4: V1Connections<Ip4> = V1Connections::new();
+#[btf_map]
+pub static rn_ct6: V1Connections<Ip6> = V1Connections::new();
+#[btf_map]
+pub static rn_ct4_tcp_old: OldConnections<Ip4> = OldConnections::new();
+#[btf_map]
+pub static rn_ct4_any_old: OldConnections<Ip4> = OldConnections::new();
+#[btf_map]
+pub static rn_ct6_tcp_old: OldConnections<Ip6> = OldConnections::new();
+#[btf_map]
+pub static rn_ct6_any_old: OldConnections<Ip6> = OldConnections::new();
 /// Destinations without a free source port, by hash; not pinned.
 #[btf_map]
 pub static rn_nat_full: Array<NatFull, { NAT_FULL_SLOTS as usize }> = Array::new();

@@ -12,8 +12,9 @@ use rustnet_common::hash;
 use rustnet_common::tuple::{Tuple, proto};
 
 use super::conntrack::NOTHING_SENT;
-use super::table::{self, Placed};
+use super::migrate::{self, Old};
 use super::route;
+use super::table::{self, Placed};
 use crate::ctx::{Ctx, Skb, jiffies, random};
 use crate::event::Report;
 use crate::family::{Family, V4, V6};
@@ -131,7 +132,7 @@ fn has_ports<A: Address>(t: &Tuple<A>) -> bool {
 }
 
 #[inline(always)]
-fn create<F: Placed>(p: &Packet<F::A>, source: Source, len: u32) -> Result<i32, DropReason> {
+fn create<F: Placed + Old>(p: &Packet<F::A>, source: Source, len: u32) -> Result<i32, DropReason> {
     let scratch = F::scratch().ok_or(DropReason::CtCreateFailed)?;
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and the hook does not use its borrow of
     // the flow while this runs.
@@ -147,7 +148,13 @@ fn create<F: Placed>(p: &Packet<F::A>, source: Source, len: u32) -> Result<i32, 
         return Ok(NEEDS_PAIR);
     }
     // One entry for both directions.
-    if table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into()) { Ok(0) } else { Err(DropReason::CtCreateFailed) }
+    if !table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into()) {
+        return Err(DropReason::CtCreateFailed);
+    }
+    if migrate::is_migrating() {
+        migrate::mirror::<F>(false);
+    }
+    Ok(0)
 }
 
 #[inline(always)]
@@ -184,7 +191,13 @@ fn create_pair<F: Reserve>() -> Result<(), DropReason> {
         _ => return Err(DropReason::CtCreateFailed),
     }
     flow.to.tuple.sport = c.original.to.sport;
-    if table::insert::<F>(&c.key, &c.original, BPF_ANY.into()) { Ok(()) } else { Err(DropReason::CtCreateFailed) }
+    if !table::insert::<F>(&c.key, &c.original, BPF_ANY.into()) {
+        return Err(DropReason::CtCreateFailed);
+    }
+    if migrate::is_migrating() {
+        migrate::mirror::<F>(true);
+    }
+    Ok(())
 }
 
 /// Results of [`reserve`], as the callback of a helper can hand them on.
@@ -200,7 +213,7 @@ impl Reservation {
 }
 
 /// Reservations of one family.
-trait Reserve: Placed {
+trait Reserve: Placed + Old {
     /// See [`reserve`].
     fn reserve(reuse_closing: bool) -> u32;
 }
@@ -228,7 +241,7 @@ global!(V6, rn_ct_reserve6);
 /// Inserts the entry of the reply direction, unless its tuple belongs to another connection. A closing connection counts, too,
 /// unless `reuse_closing`: the far end may hold it in TIME_WAIT, and delays a SYN there (RFC 6191).
 #[inline(always)]
-fn reserve<F: Placed>(reuse_closing: bool) -> u32 {
+fn reserve<F: Placed + Old>(reuse_closing: bool) -> u32 {
     let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else { return Reservation::FULL };
     // SAFETY: as in `create`; the callers do not use their borrows while this runs.
     let c = unsafe { &mut (*scratch).connection };
@@ -237,6 +250,9 @@ fn reserve<F: Placed>(reuse_closing: bool) -> u32 {
     c.reply.flags = (c.original.flags & !flags::SWAPPED) | flags::REPLY | swapped;
     let place = F::place(&c.reply_key, is_swapped);
     c.reply_key.pad = place.slot;
+    if migrate::is_migrating() && migrate::is_reply_taken::<F>(c) {
+        return Reservation::TAKEN;
+    }
     let mut how = BPF_NOEXIST;
     if place.is_taken {
         let entry = table::get::<F>(&c.reply_key);

@@ -9,6 +9,7 @@ use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, SOURCE_NONE, Side, VIA_QDISC
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
+use super::migrate::{self, Old};
 use super::table::Placed;
 use super::{lb, route, table};
 use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
@@ -40,12 +41,15 @@ pub fn lookup<F: Track, C: Ctx>(
 
 /// Fills in the flow in this CPU's scratch memory, which is a new one as yet. True if the source has to be verified first.
 #[inline(always)]
-fn classify<F: Track>(p: &Packet<F::A>, source: Source, len: u32, is_verified: bool) -> bool {
+fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32, is_verified: bool) -> bool {
     let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else { return false };
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and the hook does not use its borrow
     // while this runs.
     let flow = unsafe { &mut (*scratch).flow };
-    let entry = table::find::<F>(&p.key, p.is_swapped);
+    let mut entry = table::find::<F>(&p.key, p.is_swapped);
+    if migrate::is_migrating() && entry.is_null() && migrate::adopt::<F>(p) {
+        entry = table::find::<F>(&p.key, p.is_swapped);
+    }
     if entry.is_null() {
         return false;
     }
@@ -316,7 +320,7 @@ fn scratch_key<F: Family>() -> Option<&'static mut Tuple<F::A>> {
 }
 
 #[inline(always)]
-fn refresh<F: Placed>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
+fn refresh<F: Placed + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
     let entry = table::find::<F>(&p.key, p.is_swapped);
     if entry.is_null() {
         // Evicted since the look-up; the packet itself goes on.
@@ -346,6 +350,9 @@ fn refresh<F: Placed>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
         (*entry).seen = now;
         if set != 0 {
             atomic_or(&raw mut (*entry).state, set);
+        }
+        if migrate::is_migrating() {
+            migrate::touch::<F>(p, state_of(entry), now);
         }
         if !is_nat {
             return true;
@@ -396,7 +403,10 @@ unsafe fn restore<F: Placed>(entry: *mut CtEntry<F::A>, tuple: &Tuple<F::A>) {
 
 /// Deletes the entry that serves a packet, and that of its other direction.
 #[inline(always)]
-fn forget<F: Placed>(p: &Packet<F::A>) {
+fn forget<F: Placed + Old>(p: &Packet<F::A>) {
+    if migrate::is_migrating() {
+        migrate::forget::<F>(p);
+    }
     let entry = table::find::<F>(&p.key, p.is_swapped);
     let Some(key) = scratch_key::<F>() else { return };
     if entry.is_null() {

@@ -1,0 +1,250 @@
+//! Upgrades under traffic. Contract: while the hooks of a node are swapped one by one, programs before and after the upgrade run
+//! side by side on tables of their own. Programs loaded with [`MIGRATE`] take flows over from the old table that they do not
+//! know, and write each flow that they open, refresh or forget into the old table, too. Without it all of this is dead code,
+//! which the verifier removes.
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, Side, flags, state};
+use rustnet_common::tuple::{Tuple, proto};
+use rustnet_common::v1;
+
+use super::table::{self, Placed};
+use crate::ctx::atomic_or;
+use crate::family::{Family, V4, V6};
+use crate::maps::{self, OldConnections, V1Connections};
+use crate::packet::{NewConnection, Packet};
+
+/// What the old tables are; set by the loader: 0 for none, or [`FROM_V1`], [`FROM_OTHER_SIZE`].
+#[unsafe(no_mangle)]
+pub static MIGRATE: Global<u32> = Global::new(0);
+
+/// `rn_ct4` and `rn_ct6`, of the shape that [`v1`] describes.
+const FROM_V1: u32 = 1;
+/// `rn_ct4_tcp_old` and so on, of the present shape and another size.
+const FROM_OTHER_SIZE: u32 = 2;
+
+/// True if there are old tables.
+#[inline(always)]
+pub fn is_migrating() -> bool {
+    MIGRATE.load() != 0
+}
+
+/// The old tables of a family.
+pub trait Old: Family {
+    /// Of v1.
+    fn v1() -> &'static V1Connections<Self::A>;
+    /// Of the present shape: TCP, then all other protocols.
+    fn old() -> [&'static OldConnections<Self::A>; 2];
+}
+
+impl Old for V4 {
+    #[inline(always)]
+    fn v1() -> &'static V1Connections<Ip4> {
+        &maps::rn_ct4
+    }
+    #[inline(always)]
+    fn old() -> [&'static OldConnections<Ip4>; 2] {
+        [&maps::rn_ct4_tcp_old, &maps::rn_ct4_any_old]
+    }
+}
+
+impl Old for V6 {
+    #[inline(always)]
+    fn v1() -> &'static V1Connections<Ip6> {
+        &maps::rn_ct6
+    }
+    #[inline(always)]
+    fn old() -> [&'static OldConnections<Ip6>; 2] {
+        [&maps::rn_ct6_tcp_old, &maps::rn_ct6_any_old]
+    }
+}
+
+/// Takes the flow of a packet over from the old table; false if that does not know it either.
+#[inline(never)]
+pub fn adopt<F: Old + Placed>(p: &Packet<F::A>) -> bool {
+    let Some(scratch) = F::scratch() else { return false };
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and no connection is being opened yet.
+    let c = unsafe { &mut (*scratch).connection };
+    match MIGRATE.load() {
+        FROM_V1 => adopt_v1::<F>(c, p),
+        _ => adopt_old::<F>(c, p),
+    }
+}
+
+#[inline(always)]
+fn adopt_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bool {
+    let Some(half) = F::v1().get_ptr(&p.tuple) else { return false };
+    // SAFETY: a map value stays readable for this run of the program.
+    let half = unsafe { &*half };
+    let is_nat = half.flags & v1::flags::NAT != 0;
+    let is_reply = half.flags & v1::flags::REPLY != 0;
+    let entry = &mut c.original;
+    // One entry of an untranslated flow serves both directions, and has the opener's tuple.
+    let is_swapped = p.is_swapped != (!is_nat && is_reply);
+    entry.to = if is_nat {
+        half.to
+    } else if is_reply {
+        p.tuple.reversed()
+    } else {
+        p.tuple
+    };
+    entry.flags = half.flags & if is_nat { v1::flags::ALL } else { !v1::flags::REPLY };
+    if is_swapped {
+        entry.flags |= flags::SWAPPED;
+    }
+    entry.policy = 0;
+    entry.seen = half.seen;
+    entry.state = state_of_v1(p.tuple.proto, half.state);
+    entry.backend = half.backend;
+    entry.identity = 0;
+    // Interfaces of 0 are looked up, and sources verified, at the next packet; the refresh then restores the other direction.
+    entry.sides = [UNKNOWN; 2];
+    c.key = p.key;
+    let place = F::place(&c.key, p.is_swapped);
+    c.key.pad = place.slot;
+    place.is_taken || table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into())
+}
+
+/// A side of which nothing is known.
+const UNKNOWN: Side = super::conntrack::NOTHING_SENT;
+
+/// A state of v1, which did not track the handshake's end.
+#[inline(always)]
+fn state_of_v1(protocol: u8, old: u8) -> u64 {
+    let old = u64::from(old);
+    let mut new = old & (state::ANSWERED | state::FIN_ORIG | state::FIN_REPLY | state::RST_ORIG);
+    if protocol == proto::TCP && old & state::ANSWERED != 0 {
+        new |= state::ESTABLISHED;
+    }
+    new
+}
+
+/// The inverse of [`state_of_v1`].
+#[inline(always)]
+fn state_to_v1(new: u64) -> u8 {
+    let reset = if new & (state::RST_ORIG | state::RST_REPLY) != 0 { state::RST_ORIG } else { 0 };
+    (new & (state::ANSWERED | state::FIN_ORIG | state::FIN_REPLY) | reset) as u8
+}
+
+#[inline(always)]
+fn adopt_old<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bool {
+    c.key = p.key;
+    for slot in [0, SLOT_CONTESTED] {
+        c.key.pad = slot;
+        let Some(entry) = old::<F>(p.tuple.proto).get_ptr(&c.key) else { continue };
+        if !table::serves(entry, p.is_swapped) {
+            continue;
+        }
+        // SAFETY: a map value stays readable for this run of the program.
+        c.original = unsafe { *entry };
+        let place = F::place(&p.key, p.is_swapped);
+        c.key.pad = place.slot;
+        return place.is_taken || table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into());
+    }
+    false
+}
+
+#[inline(always)]
+fn old<F: Old>(protocol: u8) -> &'static OldConnections<F::A> {
+    let [tcp, any] = F::old();
+    if protocol == proto::TCP { tcp } else { any }
+}
+
+/// True if a flow of the old table already has the answers that a connection under construction wants.
+#[inline(never)]
+pub fn is_reply_taken<F: Old>(c: &NewConnection<F::A>) -> bool {
+    if MIGRATE.load() == FROM_V1 {
+        let reply = c.original.to.reversed();
+        return F::v1().get_ptr(&reply).is_some_and(|half| {
+            // SAFETY: a map value stays readable for this run of the program.
+            unsafe { (*half).to != c.reply.to }
+        });
+    }
+    old::<F>(c.key.proto).get_ptr(&c.reply_key).is_some_and(|entry| {
+        // SAFETY: see above.
+        unsafe { (*entry).to != c.reply.to }
+    })
+}
+
+/// Writes the connection that was opened a moment ago into the old table.
+#[inline(never)]
+pub fn mirror<F: Old>(is_pair: bool) {
+    let Some(scratch) = F::scratch() else { return };
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and its creator is done with it.
+    let c = unsafe { &mut (*scratch).connection };
+    // What the old table does not take, its programs open again.
+    if MIGRATE.load() == FROM_V1 {
+        let (to, back) = (c.original.to, c.tuple.reversed());
+        let _ = F::v1().insert(&c.tuple, &half(&c.original, to, 0), BPF_ANY.into());
+        let reply = to.reversed();
+        let _ = F::v1().insert(&reply, &half(&c.original, back, v1::flags::REPLY), BPF_ANY.into());
+        return;
+    }
+    let _ = old::<F>(c.key.proto).insert(&c.key, &c.original, BPF_ANY.into());
+    if is_pair {
+        let _ = old::<F>(c.key.proto).insert(&c.reply_key, &c.reply, BPF_ANY.into());
+    }
+}
+
+#[inline(always)]
+fn half<A: Address>(entry: &CtEntry<A>, to: Tuple<A>, reply: u16) -> v1::CtEntry<A> {
+    v1::CtEntry {
+        to,
+        flags: (entry.flags & v1::flags::ALL & !v1::flags::REPLY) | reply,
+        state: state_to_v1(entry.state),
+        pad: 0,
+        seen: entry.seen,
+        ifindex: 0,
+        backend: entry.backend,
+        out: 0,
+        guard: [0; 3],
+        pad2: [0; 3],
+        packets: 0,
+        bytes: 0,
+    }
+}
+
+/// Keeps the packet's connection alive in the old table.
+#[inline(never)]
+pub fn touch<F: Old>(p: &Packet<F::A>, entry_state: u64, now: u32) {
+    if MIGRATE.load() == FROM_V1 {
+        let Some(one) = F::v1().get_ptr_mut(&p.tuple) else { return };
+        // SAFETY: a map value stays writable for this run of the program.
+        unsafe {
+            (*one).seen = now;
+            (*one).state |= state_to_v1(entry_state);
+            let other = (*one).to.reversed();
+            if let Some(other) = F::v1().get_ptr_mut(&other) {
+                (*other).seen = now;
+                (*other).state |= state_to_v1(entry_state);
+            }
+        }
+        return;
+    }
+    if let Some(entry) = old::<F>(p.tuple.proto).get_ptr_mut(&p.key) {
+        // SAFETY: see above.
+        unsafe {
+            (*entry).seen = now;
+            atomic_or(&raw mut (*entry).state, entry_state);
+        }
+    }
+}
+
+/// Deletes the packet's connection from the old table.
+#[inline(never)]
+pub fn forget<F: Old>(p: &Packet<F::A>) {
+    if MIGRATE.load() == FROM_V1 {
+        if let Some(one) = F::v1().get_ptr(&p.tuple) {
+            // SAFETY: a map value stays readable for this run of the program.
+            let other = unsafe { (*one).to.reversed() };
+            let _ = F::v1().remove(&other);
+        }
+        let _ = F::v1().remove(&p.tuple);
+        return;
+    }
+    let _ = old::<F>(p.tuple.proto).remove(&p.key);
+}
+
+const _: () = assert!(FROM_V1 != FROM_OTHER_SIZE && v1::flags::ALL & flags::SWAPPED == 0);
