@@ -11,6 +11,7 @@ use libc::{
     RT_TABLE_MAIN, RTA_DST, RTA_GATEWAY, RTA_OIF, RTN_UNICAST, RTPROT_STATIC,
 };
 use rustnet_common::names;
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
@@ -23,6 +24,10 @@ const IF_OPER_UP: u8 = 6;
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET_CONF: u16 = 1;
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
+const IPV4_DEVCONF_ARP_IGNORE: u16 = 19;
+const IPV4_DEVCONF_ARP_ACCEPT: u16 = 21;
+/// `arp_ignore`: no answer to any ARP request, and so no neighbour entry for its sender.
+const ARP_IGNORE_ALL: u32 = 8;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 const IFA_F_NODAD: u8 = 2;
@@ -84,12 +89,12 @@ pub fn host_name(container_id: &str, ifname: &str) -> String {
 /// A locally administered unicast MAC address.
 ///
 /// Set explicitly at creation, since udev replaces the kernel's random ones a moment later.
-pub fn random_mac() -> std::io::Result<Mac> {
+pub fn random_mac() -> io::Result<Mac> {
     let mut mac = [0; 6];
     // SAFETY: the pointer and the length describe `mac`.
     let n = unsafe { libc::getrandom(mac.as_mut_ptr().cast(), mac.len(), 0) };
     if n != 6 {
-        return Err(std::io::Error::last_os_error());
+        return Err(io::Error::last_os_error());
     }
     mac[0] = (mac[0] & 0xfc) | 0x02;
     Ok(mac)
@@ -163,15 +168,35 @@ fn parse(reply: &Reply) -> Option<Link> {
     })
 }
 
-/// What the host's end needs before it is up: no IPv6 addresses of its own, no reverse-path filter (a reply that the
-/// datapath has given a service's address has no route back), and the attachment's name in the alias.
+/// Settings that the host's end needs before it is up: no IPv6 addresses of its own, no
+/// reverse-path filter (a reply that the datapath has given a service's address has no route back),
+/// no ARP (all its neighbours are permanent), and the attachment's name in the alias. See
+/// [`refuse_router_advertisements`] for the setting that netlink cannot change.
 pub fn prepare_host(index: u32, alias: &str) -> Vec<Message> {
-    let filter = Message::new("turn off the veth's rp_filter", libc::RTM_NEWLINK, 0, &ifinfomsg(index, 0, 0))
+    let filter = Message::new("turn off the veth's rp_filter and ARP", libc::RTM_NEWLINK, 0, &ifinfomsg(index, 0, 0))
         .nested(IFLA_AF_SPEC, |m| {
-            m.nested(AF_INET as u16, |m| m.nested(IFLA_INET_CONF, |m| m.u32(IPV4_DEVCONF_RP_FILTER, 0)))
+            m.nested(AF_INET as u16, |m| {
+                m.nested(IFLA_INET_CONF, |m| {
+                    m.u32(IPV4_DEVCONF_RP_FILTER, 0)
+                        .u32(IPV4_DEVCONF_ARP_IGNORE, ARP_IGNORE_ALL)
+                        .u32(IPV4_DEVCONF_ARP_ACCEPT, 0)
+                })
+            })
         });
     let filter = if alias.len() <= IFALIAS_MAX { filter.attr(IFLA_IFALIAS, alias.as_bytes()) } else { filter };
     vec![filter, no_ipv6_autoconf(index)]
+}
+
+/// Stops the host from accepting router advertisements that the pod sends (CVE-2020-13401). Many
+/// hosts have `accept_ra=2` as the default for new devices, because they forward and have a default
+/// route from advertisements.
+///
+/// Works in the network namespace of the calling thread. A kernel without IPv6 has no such setting.
+pub fn refuse_router_advertisements(name: &str) -> io::Result<()> {
+    match std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0") {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
 }
 
 /// Stops the kernel from making link-local addresses.

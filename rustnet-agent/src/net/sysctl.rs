@@ -31,8 +31,15 @@ pub fn wanted(uplinks: &[String], overlay: Option<&str>, veths: &[String]) -> Ve
     out.push(sysctl("ipv6/conf/all/forwarding".into(), "1", &[], true));
     // No reverse-path filter where the programs verify sources: what they let through can bear a VIP, whose route leads
     // elsewhere, and even the loose filter refuses that on a device without an address of its own. See also `relax`.
-    let devices = overlay.into_iter().chain(veths.iter().map(String::as_str));
-    out.extend(devices.map(|dev| sysctl(format!("ipv4/conf/{dev}/rp_filter"), "0", &[], true)));
+    for dev in overlay.into_iter().chain(veths.iter().map(String::as_str)) {
+        out.push(sysctl(format!("ipv4/conf/{dev}/rp_filter"), "0", &[], true));
+        // A second line behind the programs, which drop such frames of pods. A pod must not add
+        // routes to the host by router advertisements (CVE-2020-13401), nor neighbours by ARP: all
+        // neighbours of a pod's veth are permanent.
+        out.push(sysctl(format!("ipv6/conf/{dev}/accept_ra"), "0", &[], true));
+        out.push(sysctl(format!("ipv4/conf/{dev}/arp_ignore"), "8", &[], true));
+        out.push(sysctl(format!("ipv4/conf/{dev}/arp_accept"), "0", &[], true));
+    }
     out
 }
 
@@ -111,6 +118,10 @@ mod tests {
         put("ipv4/ip_forward", "0\n");
         put("ipv4/conf/rn_vxlan/rp_filter", "0\n");
         put("ipv4/conf/rnv1/rp_filter", "1\n");
+        put("ipv4/conf/rnv1/arp_ignore", "0\n");
+        put("ipv4/conf/rnv1/arp_accept", "1\n");
+        put("ipv6/conf/rnv1/accept_ra", "2\n");
+        put("ipv6/conf/rn_vxlan/accept_ra", "1\n");
         put("ipv6/conf/eth0/accept_ra", "0\n");
         put("ipv6/conf/eth1/accept_ra", "1\n");
         let uplinks = ["eth0".to_owned(), "eth1".to_owned()];
@@ -119,7 +130,15 @@ mod tests {
         let changed = apply(root.path(), &all).unwrap();
         assert_eq!(
             changed,
-            ["ipv6.conf.eth1.accept_ra: 1 -> 2", "ipv4.ip_forward: 0 -> 1", "ipv4.conf.rnv1.rp_filter: 1 -> 0"]
+            [
+                "ipv6.conf.eth1.accept_ra: 1 -> 2",
+                "ipv4.ip_forward: 0 -> 1",
+                "ipv6.conf.rn_vxlan.accept_ra: 1 -> 0",
+                "ipv4.conf.rnv1.rp_filter: 1 -> 0",
+                "ipv6.conf.rnv1.accept_ra: 2 -> 0",
+                "ipv4.conf.rnv1.arp_ignore: 0 -> 8",
+                "ipv4.conf.rnv1.arp_accept: 1 -> 0",
+            ]
         );
         assert!(apply(root.path(), &all).unwrap().is_empty());
     }

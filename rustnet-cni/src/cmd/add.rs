@@ -132,6 +132,9 @@ impl Setup<'_> {
         }
         fault::point("map")?;
         self.limit(host, pod)?;
+        let name = &self.veth.host.name;
+        link::refuse_router_advertisements(name)
+            .map_err(|e| Error::io(format!("write 0 to net.ipv6.conf.{name}.accept_ra"), &e))?;
         host.run(self.host_side(&result))?;
         fault::point("host")?;
         self.pod_side(pod, &result)?;

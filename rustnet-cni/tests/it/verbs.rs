@@ -57,7 +57,15 @@ fn add_makes_what_the_result_says() {
     let link = &ip_json(&["link", "show", &host])[0];
     assert_eq!(link["address"], r["interfaces"][0]["mac"]);
     assert_eq!(link["inet6_addr_gen_mode"], "none");
-    assert_eq!(fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{host}/rp_filter")).expect("sysctl").trim(), "0");
+    for (sysctl, value) in [
+        ("ipv4/.../rp_filter", "0"),
+        ("ipv4/.../arp_ignore", "8"),
+        ("ipv4/.../arp_accept", "0"),
+        ("ipv6/.../accept_ra", "0"),
+    ] {
+        let path = format!("/proc/sys/net/{}", sysctl.replace("...", &format!("conf/{host}")));
+        assert_eq!(fs::read_to_string(&path).expect(&path).trim(), value, "{path}");
+    }
     for (family, ip) in [("-4", v4), ("-6", v6)] {
         let route = ip_json(&[family, "route", "show", "dev", &host, &ip.to_string()]);
         assert_eq!(route[0]["dst"], json!(ip), "{route}");

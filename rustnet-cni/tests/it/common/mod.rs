@@ -175,9 +175,15 @@ impl Node {
         }
         mount("bpf", BPFFS, "bpf", 0);
         ip(&["link", "set", "lo", "up"]);
-        // As many distributions have it: new devices filter by reverse path.
-        let sysctls =
-            [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1"), ("ipv4/conf/default/rp_filter", "1")];
+        // As many hosts have it: new devices filter by reverse path, and accept router
+        // advertisements.
+        let sysctls = [
+            ("ipv4/ip_forward", "1"),
+            ("ipv6/conf/all/forwarding", "1"),
+            ("ipv4/conf/default/rp_filter", "1"),
+            ("ipv4/conf/default/arp_accept", "1"),
+            ("ipv6/conf/default/accept_ra", "2"),
+        ];
         for (sysctl, value) in sysctls {
             fs::write(format!("/proc/sys/net/{sysctl}"), value).expect(sysctl);
         }
