@@ -364,21 +364,33 @@ impl Reconciler {
             complete: self.index.has_synced(Kind::Node),
         };
         let complete = wanted.complete;
-        let mut state = self.repairer.run(&wanted)?;
-        self.routed |= complete;
-        let mut errors = std::mem::take(&mut state.errors);
-        let mut done = std::mem::take(&mut state.changed);
+        let mut state = self.repairer.prepare(&wanted)?;
+        let mut errors = Vec::new();
+        let mut done = Vec::new();
+        let mut is_overlay_verified = false;
         let local_ports = node::local_ports()?;
         if let Some(kernel) = &mut self.kernel {
             let mut config = node::config(&self.config, &state, own, kernel.hz, local_ports);
             if own.is_none() {
                 node::keep_addresses(&mut config, &kernel.config.read()?, &state.host.own_addresses());
             }
-            let (attached, failed) = kernel.attach(self.repairer.socket(), &config, &state)?;
-            done.extend(attached);
-            errors.extend(failed);
-            done.extend(kernel.mend_endpoints(&endpoints.unwrap_or_default(), &state)?);
+            match kernel.attach(self.repairer.socket(), &config, &state) {
+                Ok(attached) => {
+                    done.extend(attached.done);
+                    errors.extend(attached.errors);
+                    is_overlay_verified = attached.is_overlay_verified;
+                }
+                Err(error) => errors.push(format!("{error:#}")),
+            }
+            match kernel.mend_endpoints(&endpoints.unwrap_or_default(), &state) {
+                Ok(changed) => done.extend(changed),
+                Err(error) => errors.push(format!("{error:#}")),
+            }
         }
+        self.repairer.connect(&mut state, &wanted, is_overlay_verified);
+        self.routed |= complete && !state.overlay_down;
+        errors.extend(std::mem::take(&mut state.errors));
+        done.extend(std::mem::take(&mut state.changed));
         for what in done {
             tracing::info!("{what}");
         }

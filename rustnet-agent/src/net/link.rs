@@ -25,8 +25,9 @@ mod attr {
 const SKIP_STATS: u32 = 8;
 /// `IN6_ADDR_GEN_MODE_NONE`.
 const ADDR_GEN_NONE: u8 = 1;
-/// Flags that we set on the overlay device: up, and no neighbour resolution on it.
-const UP_NOARP: u32 = (libc::IFF_UP | libc::IFF_NOARP) as u32;
+/// The flag of the overlay device while it is down: no neighbour resolution.
+const NOARP: u32 = libc::IFF_NOARP as u32;
+const UP: u32 = libc::IFF_UP as u32;
 
 /// What of a VXLAN device concerns us.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,7 +66,7 @@ pub struct Link {
 impl Link {
     /// Administratively up.
     pub fn is_up(&self) -> bool {
-        self.flags & libc::IFF_UP as u32 != 0
+        self.flags & UP != 0
     }
 }
 
@@ -191,27 +192,33 @@ pub fn create_vxlan(socket: &mut Socket, name: &str, vxlan: &Vxlan, mac: [u8; 6]
     }
 }
 
-/// Brings the overlay device into shape and up: MAC, MTU, no link-local address, no neighbour resolution.
-pub fn configure(socket: &mut Socket, index: u32, mac: [u8; 6], mtu: u32, port: u16) -> Result<()> {
+/// Sets MAC and MTU of the overlay device, and turns off link-local addresses and neighbour
+/// resolution. Leaves it up or down.
+pub fn configure(socket: &mut Socket, index: u32, mac: [u8; 6], mtu: u32) -> Result<()> {
     let quiet = Message::new(libc::RTM_SETLINK, 0, &ifinfomsg(index, 0, 0))
         .nested(attr::AF_SPEC, |m| m.nested(libc::AF_INET6 as u16, |m| m.u8(attr::INET6_ADDR_GEN_MODE, ADDR_GEN_NONE)));
     // A host without IPv6 makes no link-local addresses either.
     unless(socket.request(quiet), &[libc::EAFNOSUPPORT, libc::EINVAL, libc::EOPNOTSUPP])
         .context("switching off IPv6 address generation")?;
-    let shape = Message::new(libc::RTM_SETLINK, 0, &ifinfomsg(index, UP_NOARP, UP_NOARP));
-    match socket.request(shape.attr(attr::ADDRESS, &mac).u32(attr::MTU, mtu)) {
+    let shape = Message::new(libc::RTM_SETLINK, 0, &ifinfomsg(index, NOARP, NOARP));
+    let done = socket.request(shape.attr(attr::ADDRESS, &mac).u32(attr::MTU, mtu));
+    done.map(drop).with_context(|| format!("setting up interface {index}"))
+}
+
+/// Sets the overlay device up, which opens its socket.
+pub fn raise(socket: &mut Socket, index: u32, port: u16) -> Result<()> {
+    match socket.request(Message::new(libc::RTM_SETLINK, 0, &ifinfomsg(index, UP, UP))) {
         Ok(_) => Ok(()),
-        // The socket is opened when the device goes up.
         Err(e) if matches!(e.errno(), Some(libc::EADDRINUSE | libc::EEXIST | libc::ENOTUNIQ)) => {
             Err(e).with_context(|| port_taken(port))
         }
-        Err(e) => Err(e).with_context(|| format!("setting up interface {index}")),
+        Err(e) => Err(e).with_context(|| format!("setting interface {index} up")),
     }
 }
 
-/// True if the flags are those that [`configure`] sets.
+/// True if the device is as [`configure`] leaves it, whether up or down.
 pub fn is_configured(link: &Link) -> bool {
-    link.flags & UP_NOARP == UP_NOARP && link.no_link_local
+    link.flags & NOARP != 0 && link.no_link_local
 }
 
 /// Deletes an interface; false when it was gone.

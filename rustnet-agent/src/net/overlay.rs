@@ -67,23 +67,36 @@ impl Spec {
     }
 }
 
-/// Has the overlay device as wanted; its index, and what it took.
-pub fn ensure(socket: &mut Socket, spec: &Spec) -> Result<(u32, Change)> {
+/// The overlay device after [`ensure`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ensured {
+    /// Index.
+    pub index: u32,
+    /// What it took.
+    pub change: Change,
+    /// True if the device was up before, and stays up. A new device is down: its socket accepts
+    /// tunnel packets of any sender as soon as the device is up, so that the program that verifies
+    /// them must be attached before. See [`link::raise`].
+    pub is_up: bool,
+}
+
+/// Makes or changes the overlay device so that it is as wanted. Never sets it up.
+pub fn ensure(socket: &mut Socket, spec: &Spec) -> Result<Ensured> {
     let there = link::by_name(socket, OVERLAY_DEV)?;
     let change = spec.needs(there.as_ref());
-    let index = match (change, there) {
-        (Change::None, Some(link)) => return Ok((link.index, change)),
-        (Change::Configured, Some(link)) => link.index,
+    let (index, is_up) = match (change, there) {
+        (Change::None, Some(link)) => return Ok(Ensured { index: link.index, change, is_up: link.is_up() }),
+        (Change::Configured, Some(link)) => (link.index, link.is_up()),
         (_, there) => {
             if let Some(link) = there {
                 link::delete(socket, link.index)?;
             }
             link::create_vxlan(socket, OVERLAY_DEV, &spec.vxlan(), spec.mac, spec.mtu)?;
-            link::by_name(socket, OVERLAY_DEV)?.map(|link| link.index).unwrap_or_default()
+            (link::by_name(socket, OVERLAY_DEV)?.map(|link| link.index).unwrap_or_default(), false)
         }
     };
-    link::configure(socket, index, spec.mac, spec.mtu, spec.port)?;
-    Ok((index, change))
+    link::configure(socket, index, spec.mac, spec.mtu)?;
+    Ok(Ensured { index, change, is_up })
 }
 
 /// Removes the overlay device; true when it was there.
@@ -112,7 +125,7 @@ mod tests {
         let good = Link {
             mtu: 1450,
             mac: spec.mac.to_vec(),
-            flags: (libc::IFF_UP | libc::IFF_NOARP) as u32,
+            flags: libc::IFF_NOARP as u32,
             no_link_local: true,
             vxlan: Some(spec.vxlan()),
             ..Link::default()

@@ -12,7 +12,7 @@ use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 
 use super::link::{self, Link};
 use super::netlink::Socket;
-use super::overlay::{self, Change, Spec};
+use super::overlay::{self, Change, Ensured, Spec};
 use super::plan::Facts;
 use super::route::Target;
 use super::uplink::{Host, Uplink};
@@ -47,6 +47,8 @@ pub struct State {
     pub uplinks: Vec<Uplink>,
     /// Index and MTU of the overlay device.
     pub overlay: Option<(u32, u32)>,
+    /// True while the overlay device is down, because nothing verifies yet what comes out of it.
+    pub overlay_down: bool,
     /// The pods' records.
     pub endpoints: Vec<EndpointFile>,
     /// What was changed, for the log.
@@ -82,8 +84,9 @@ impl Repairer {
         &mut self.socket
     }
 
-    /// Looks and mends. Fails only when it cannot look, or finds no uplink.
-    pub fn run(&mut self, wanted: &Wanted<'_>) -> Result<State> {
+    /// Observes the host, prepares the overlay device and the sysctls. Fails only when it cannot
+    /// observe, or finds no uplink.
+    pub fn prepare(&mut self, wanted: &Wanted<'_>) -> Result<State> {
         let host = Host::observe(&mut self.socket)?;
         let uplinks = host.uplinks(wanted.uplinks)?;
         let mut state = State { host, uplinks, ..State::default() };
@@ -103,18 +106,32 @@ impl Repairer {
                 Err(e) => state.errors.push(format!("{e:#}")),
             }
         }
-        if wanted.overlay.is_none() || state.overlay.is_some() {
-            self.routes(&mut state, wanted);
-        }
         Ok(state)
+    }
+
+    /// Sets the overlay device up if it is down and `is_verified`, then routes and neighbours.
+    /// `is_verified`: `overlay_in` is attached, so that no tunnel packet gets past it. Until then
+    /// there are no routes through a device that is down.
+    pub fn connect(&mut self, state: &mut State, wanted: &Wanted<'_>, is_verified: bool) {
+        if let (Some((index, _)), Some((port, _)), true, true) =
+            (state.overlay, wanted.overlay, state.overlay_down, is_verified)
+        {
+            let done = link::raise(&mut self.socket, index, port);
+            state.overlay_down = done.is_err();
+            state.note(done.map(|()| true), || format!("{OVERLAY_DEV}: up"));
+        }
+        if wanted.overlay.is_none() || (state.overlay.is_some() && !state.overlay_down) {
+            self.routes(state, wanted);
+        }
     }
 
     fn overlay(&mut self, state: &mut State, port: u16, mac: [u8; 6]) {
         let Some(uplink_mtu) = state.uplinks.iter().map(|u| u.mtu).min() else { return };
         let mtu = uplink_mtu.saturating_sub(overlay::overhead(underlay(&state.uplinks)));
         match overlay::ensure(&mut self.socket, &Spec { port, mtu, mac }) {
-            Ok((index, change)) => {
+            Ok(Ensured { index, change, is_up }) => {
                 state.overlay = Some((index, mtu));
+                state.overlay_down = !is_up;
                 if change != Change::None {
                     state.changed.push(format!("{OVERLAY_DEV}: {}", word(change)));
                 }

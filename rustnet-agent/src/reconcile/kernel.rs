@@ -42,6 +42,16 @@ pub struct Kernel {
     pub hz: u32,
 }
 
+/// The result of [`Kernel::attach`].
+pub struct Attached {
+    /// What was changed, for the log.
+    pub done: Vec<String>,
+    /// What failed.
+    pub errors: Vec<String>,
+    /// `overlay_in` is on the overlay device, which may be up from now on.
+    pub is_overlay_verified: bool,
+}
+
 impl Kernel {
     /// Loads the programs beside those that run, and opens the maps.
     pub fn load(config: &Config) -> Result<Self> {
@@ -63,13 +73,8 @@ impl Kernel {
         self.programs.get(CLOCK)?.try_clone_to_owned().context("the clock program")
     }
 
-    /// Writes the programs' settings, pins the programs and has them on all hooks. Returns what was done, and what failed.
-    pub fn attach(
-        &mut self,
-        socket: &mut Socket,
-        config: &NodeConfig,
-        state: &State,
-    ) -> Result<(Vec<String>, Vec<String>)> {
+    /// Writes the programs' settings, pins the programs and has them on all hooks.
+    pub fn attach(&mut self, socket: &mut Socket, config: &NodeConfig, state: &State) -> Result<Attached> {
         // Settings first: a program must not run without them.
         let mut done = Vec::new();
         if self.config.write(config)? {
@@ -81,10 +86,15 @@ impl Kernel {
         }
         let mut errors = Vec::new();
         let hooks = device_hooks(state);
+        let mut is_overlay_verified = false;
         for hook in &hooks {
             match self.device_hook(socket, hook) {
-                Ok(Outcome::Unchanged) => {}
-                Ok(outcome) => done.push(format!("{} on {}: {}", hook.program, hook.device, word(outcome))),
+                Ok(outcome) => {
+                    is_overlay_verified |= hook.program == hook::NAMES[usize::from(hook::OVERLAY_IN)];
+                    if outcome != Outcome::Unchanged {
+                        done.push(format!("{} on {}: {}", hook.program, hook.device, word(outcome)));
+                    }
+                }
                 Err(e) => errors.push(format!("{e:#}")),
             }
         }
@@ -100,7 +110,7 @@ impl Kernel {
                 Err(e) => errors.push(format!("{e:#}")),
             }
         }
-        Ok((done, errors))
+        Ok(Attached { done, errors, is_overlay_verified })
     }
 
     fn device_hook(&self, socket: &mut Socket, hook: &Hook<'_>) -> Result<Outcome> {

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use rustnet_agent::config::Routing;
 use rustnet_agent::model::{Node, ObjectName};
+use rustnet_agent::net::link;
 use rustnet_agent::net::netlink::Socket;
-use rustnet_agent::net::overlay::{self, Change, Spec, mac_of};
+use rustnet_agent::net::overlay::{self, Change, Ensured, Spec, mac_of};
 use rustnet_agent::net::repair::{Repairer, State, Wanted};
 
 use crate::sandbox::{self, Sandbox, command, ip, uplink};
@@ -34,6 +35,18 @@ fn peer() -> Node {
     node("n2", &["192.0.2.2", "2001:db8::2"], &["10.1.2.0/24", "fd00:2::/64"])
 }
 
+fn repairer(sandbox: &Sandbox) -> Repairer {
+    Repairer::new(&sandbox.run_dir, Path::new(SYSCTLS)).unwrap()
+}
+
+/// Both halves, as if the programs had been attached in between.
+fn run(sandbox: &Sandbox, wanted: &Wanted<'_>) -> State {
+    let mut repairer = repairer(sandbox);
+    let mut state = repairer.prepare(wanted).unwrap();
+    repairer.connect(&mut state, wanted, true);
+    state
+}
+
 fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], complete: bool) -> State {
     let own = own();
     let wanted = Wanted {
@@ -45,7 +58,7 @@ fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], complete: bool) -> Sta
         peers: peers.iter().collect(),
         complete,
     };
-    let state = Repairer::new(&sandbox.run_dir, Path::new(SYSCTLS)).unwrap().run(&wanted).unwrap();
+    let state = run(sandbox, &wanted);
     assert!(state.errors.is_empty(), "{:?}", state.errors);
     state
 }
@@ -55,28 +68,81 @@ fn the_overlay_device_is_made_kept_and_mended() {
     sandbox::run(|_| {
         let mut socket = Socket::open().unwrap();
         let mut ensure = || overlay::ensure(&mut socket, &SPEC).unwrap();
-        let (index, change) = ensure();
-        assert_eq!(change, Change::Created);
-        assert_eq!(ensure(), (index, Change::None));
+        let Ensured { index, change, is_up } = ensure();
+        assert_eq!((change, is_up), (Change::Created, false));
+        assert_eq!(ensure(), Ensured { index, change: Change::None, is_up: false });
         let shown = ip("-d link show dev rn_vxlan");
         for part in
             ["external", "dstport 8472", "nolearning", "mtu 1450", "NOARP", "addrgenmode none", "02:00:00:00:00:01"]
         {
             assert!(shown.contains(part), "{part} is missing in {shown}");
         }
-        for mess in ["mtu 1400", "down", "arp on", "address 02:00:00:00:00:09", "addrgenmode eui64"] {
-            ip(&format!("link set rn_vxlan {mess}"));
-            assert_eq!(ensure(), (index, Change::Configured), "{mess}");
-            assert_eq!(ensure().1, Change::None, "{mess}");
+        for is_up in [false, true] {
+            if is_up {
+                ip("link set rn_vxlan up");
+            }
+            for mess in ["mtu 1400", "arp on", "address 02:00:00:00:00:09", "addrgenmode eui64"] {
+                ip(&format!("link set rn_vxlan {mess}"));
+                assert_eq!(ensure(), Ensured { index, change: Change::Configured, is_up }, "{mess}");
+                assert_eq!(ensure(), Ensured { index, change: Change::None, is_up }, "{mess}");
+            }
         }
         ip("link del rn_vxlan");
-        assert_eq!(ensure().1, Change::Created);
+        assert_eq!(ensure().change, Change::Created);
         ip("link del rn_vxlan");
         ip("link add rn_vxlan type vxlan id 7 dstport 4789");
-        assert_eq!(ensure().1, Change::Replaced);
-        assert_eq!(ensure().1, Change::None);
+        ip("link set rn_vxlan up");
+        let replaced = ensure();
+        assert_eq!((replaced.change, replaced.is_up), (Change::Replaced, false));
+        assert_eq!(ensure().change, Change::None);
         assert!(overlay::remove(&mut socket).unwrap());
         assert!(!overlay::remove(&mut socket).unwrap());
+    });
+}
+
+/// A VXLAN device that is up takes tunnel packets of any sender. Where the programs cannot be
+/// loaded, or not attached, it has to stay down.
+#[test]
+fn the_overlay_device_is_down_until_its_packets_are_verified() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let (own, peer) = (own(), peer());
+        let wanted = Wanted {
+            uplinks: &["eth0".to_owned()],
+            routing: Routing::Vxlan,
+            overlay: Some((8472, mac_of("n1"))),
+            own: Some(&own),
+            own_pod_cidrs: &own.pod_cidrs,
+            peers: vec![&peer],
+            complete: true,
+        };
+        let is_up = || ip("link show rn_vxlan").contains(",UP");
+        let mut repairer = repairer(sandbox);
+        let mut look = |is_verified| {
+            let mut state = repairer.prepare(&wanted).unwrap();
+            assert!(state.overlay.is_some());
+            repairer.connect(&mut state, &wanted, is_verified);
+            assert!(state.errors.is_empty(), "{:?}", state.errors);
+            state
+        };
+        for _ in 0..2 {
+            assert!(look(false).overlay_down && !is_up());
+            assert!(!ip("route show").contains("rn_vxlan"));
+        }
+        assert!(!look(true).overlay_down && is_up());
+        assert!(ip("route show").contains("10.1.2.0/24 dev rn_vxlan"));
+        // An agent that comes back and has yet to load its programs: those of the last one are
+        // attached.
+        assert!(!look(false).overlay_down && is_up());
+        // It comes up again only with its program.
+        ip("link set rn_vxlan down");
+        assert!(look(false).overlay_down && !is_up());
+        assert!(look(true).changed.contains(&"rn_vxlan: up".to_owned()) && is_up());
+        // The same for a device that takes the place of another one.
+        ip("link del rn_vxlan");
+        ip("link add rn_vxlan type vxlan id 7 dstport 4789");
+        ip("link set rn_vxlan up");
+        assert!(look(false).overlay_down && !is_up());
     });
 }
 
@@ -86,7 +152,9 @@ fn a_taken_port_is_an_error_that_says_so() {
         ip("link add other type vxlan external dstport 8472");
         ip("link set other up");
         let mut socket = Socket::open().unwrap();
-        let error = format!("{:#}", overlay::ensure(&mut socket, &SPEC).unwrap_err());
+        let made = overlay::ensure(&mut socket, &SPEC);
+        let error = made.and_then(|made| link::raise(&mut socket, made.index, SPEC.port)).unwrap_err();
+        let error = format!("{error:#}");
         assert!(error.contains("8472") && error.contains("--overlay-port"), "{error}");
     });
 }
@@ -157,7 +225,7 @@ fn a_route_in_the_place_is_named_and_left() {
             peers: vec![&peer],
             complete: true,
         };
-        let state = Repairer::new(&sandbox.run_dir, Path::new(SYSCTLS)).unwrap().run(&wanted).unwrap();
+        let state = run(sandbox, &wanted);
         assert!(
             state.errors[0].contains("10.1.2.0/24") && state.errors[0].contains("another program"),
             "{:?}",
@@ -196,6 +264,8 @@ fn sysctls_of_this_namespace_are_set_again() {
         assert_eq!(read("ipv4/ip_forward").trim(), "1");
         assert_eq!(read("ipv6/conf/all/forwarding").trim(), "1");
         assert_eq!(read("ipv4/conf/rn_vxlan/rp_filter").trim(), "0");
+        assert_eq!(read("ipv4/conf/rn_vxlan/arp_ignore").trim(), "8");
+        assert_eq!(read("ipv6/conf/rn_vxlan/accept_ra").trim(), "0");
         fs::write("/proc/sys/net/ipv4/conf/rn_vxlan/rp_filter", "1").unwrap();
         assert_eq!(repair(sandbox, true, &[], true).changed, ["ipv4.conf.rn_vxlan.rp_filter: 1 -> 0"]);
     });
@@ -213,7 +283,7 @@ fn a_missing_uplink_is_named() {
             peers: vec![],
             complete: false,
         };
-        let error = Repairer::new(&sandbox.run_dir, Path::new(SYSCTLS)).unwrap().run(&wanted).unwrap_err().to_string();
+        let error = repairer(sandbox).prepare(&wanted).unwrap_err().to_string();
         assert!(error.contains("eth9"), "{error}");
         assert!(command("ip", "link show rn_vxlan").stdout.is_empty());
     });
