@@ -87,6 +87,15 @@ pub struct Fabric {
     dir: Arc<RunDir>,
 }
 
+/// A host that is no member of the cluster, and the router between it and the nodes.
+#[derive(Debug)]
+pub struct Outsider {
+    /// The host.
+    pub host: Holder,
+    /// Its router; the leg towards the host is called `out`.
+    pub router: Holder,
+}
+
 /// The world's addresses.
 pub const WORLD: (Ipv4Addr, Ipv6Addr) =
     (Ipv4Addr::new(192, 0, 2, 10), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 0x10));
@@ -312,6 +321,41 @@ impl Fabric {
              route add default via 172.18.0.1\nroute add default via fd00:18::1\n"
         ))?;
         Ok(host)
+    }
+
+    /// Plugs a router into the switch, at `172.18.0.LAST` and `fd00:18::LAST`, and a host behind
+    /// it, at `198.51.100.LAST` and `2001:db8:66::LAST`. The switch has a route back. The router
+    /// has routes to the pods of the nodes on the switch, as in native routing, and forwards
+    /// packets with any source.
+    pub fn add_outsider(&self, name: &str, last: u8) -> Result<Outsider> {
+        let router = self.add_host(&format!("{name}-r"), last)?;
+        forwarding(&router)?;
+        for key in ["all", "default", "eth0"] {
+            router.sysctl(&format!("ipv4/conf/{key}/rp_filter"), "0")?;
+        }
+        let prefix = self.switch.name().trim_end_matches("-sw");
+        let host = Holder::new(&format!("{prefix}-{name}"), Own::default())?;
+        quiet(&host)?;
+        router.ip(&format!(
+            "link add out type veth peer name eth0 netns {}\n\
+             addr add 198.51.100.1/24 dev out\naddr add 2001:db8:66::1/64 dev out nodad\nlink set out up\n",
+            host.pid()
+        ))?;
+        host.ip(&format!(
+            "addr add 198.51.100.{last}/24 dev eth0\naddr add 2001:db8:66::{last}/64 dev eth0 nodad\nlink set eth0 up\n\
+             route add default via 198.51.100.1\nroute add default via 2001:db8:66::1\n"
+        ))?;
+        self.switch.ip(&format!(
+            "route add 198.51.100.0/24 via 172.18.0.{last}\nroute add 2001:db8:66::/64 via fd00:18::{last}\n"
+        ))?;
+        for (n, node) in (1..).zip(&self.nodes) {
+            if self.setup.topology.behind_router(n).is_none() {
+                for cidr in node.pod_cidrs() {
+                    router.ip(&format!("route add {cidr} via {}\n", node.address_like(cidr.addr())))?;
+                }
+            }
+        }
+        Ok(Outsider { host, router })
     }
 
     /// The directory of this run; removed at the end.

@@ -229,6 +229,12 @@ impl Netns {
         })
     }
 
+    /// Runs a closure inside as the user "nobody", without any capability: what a process of an
+    /// ordinary container may do, less raw sockets.
+    pub fn run_unprivileged<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        self.run(|| crate::raw::drop_privileges().and_then(|()| f()))?
+    }
+
     /// Runs a closure inside that may outlive the caller.
     pub fn thread<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<Result<T>>> {
         let netns = self.clone();

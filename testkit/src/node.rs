@@ -5,6 +5,7 @@ use crate::netns::{Holder, Netns, Own};
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 use nix::mount::{MsFlags, mount};
+use rustnet_agent::bpf::store::counters::Counters;
 use rustnet_agent::config::Routing;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -162,42 +163,12 @@ impl Node {
 
     /// The value of a counter: packets by reason name, over all hooks.
     pub fn counter(&self, reason: rustnet_common::drop::DropReason) -> Result<u64> {
-        let path = self.bpffs().join(rustnet_common::names::map::COUNTERS);
-        let text = self.netns().command("bpftool")?.args(["-j", "map", "dump", "pinned"]).args([path]).text()?;
-        counter_sum(&text, reason as u32)
+        self.counters(&[reason])
     }
-}
 
-/// Adds up the per-CPU values of one reason in a dump of `rn_counters`.
-fn counter_sum(dump: &str, reason: u32) -> Result<u64> {
-    let elements: serde_json::Value = serde_json::from_str(dump).context("bpftool printed no JSON")?;
-    let hooks = rustnet_common::drop::HOOKS;
-    let wanted = u64::from(reason * hooks)..u64::from((reason + 1) * hooks);
-    let mut sum = 0;
-    for element in elements.as_array().into_iter().flatten() {
-        // With BTF, bpftool repeats the element in readable form.
-        let element = element.get("formatted").unwrap_or(element);
-        if element["key"].as_u64().is_some_and(|key| wanted.contains(&key)) {
-            let values = element["values"].as_array().into_iter().flatten();
-            sum += values.filter_map(|v| v["value"]["packets"].as_u64()).sum::<u64>();
-        }
-    }
-    Ok(sum)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn adds_up_counters() -> Result<()> {
-        let dump = r#"[{"key":["0x08"],"formatted":{"key":8,"values":[{"cpu":0,"value":{"packets":2,"bytes":9}},
-            {"cpu":1,"value":{"packets":3,"bytes":9}}]}},
-            {"formatted":{"key":15,"values":[{"cpu":0,"value":{"packets":10,"bytes":9}}]}},
-            {"formatted":{"key":16,"values":[{"cpu":0,"value":{"packets":100,"bytes":9}}]}}]"#;
-        assert_eq!(counter_sum(dump, 1)?, 15);
-        assert_eq!(counter_sum(dump, 2)?, 100);
-        assert_eq!(counter_sum(dump, 3)?, 0);
-        Ok(())
+    /// The sum of several counters.
+    pub fn counters(&self, reasons: &[rustnet_common::drop::DropReason]) -> Result<u64> {
+        let rows = Counters::open(&self.bpffs_from_outside())?.read()?;
+        Ok(rows.iter().filter(|row| reasons.contains(&row.reason)).map(|row| row.count.packets).sum())
     }
 }

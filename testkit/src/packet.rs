@@ -1,10 +1,12 @@
 //! Hand-made packets: built by etherparse, sent as they are through a packet socket.
 
-use crate::netns::Netns;
+use crate::netns::{Netns, panic_text};
 use crate::raw::PacketSocket;
 use anyhow::{Context, Result, bail};
 use etherparse::{Ethernet2Header, PacketBuilder, PacketBuilderStep};
-use std::net::{IpAddr, SocketAddr};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 
 /// Length of an Ethernet header.
@@ -92,6 +94,103 @@ pub fn echo(macs: Macs, from: IpAddr, to: IpAddr) -> Result<Vec<u8>> {
     Ok(frame)
 }
 
+/// Kinds of packets that [`probe`] makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// A datagram.
+    Udp,
+    /// The first segment of a connection; it has data as well.
+    Tcp,
+    /// An echo request; the ports are of no use.
+    Echo,
+}
+
+impl Probe {
+    /// All kinds.
+    pub const ALL: [Self; 3] = [Self::Udp, Self::Tcp, Self::Echo];
+}
+
+/// A packet of any kind that carries a payload.
+pub fn probe(kind: Probe, macs: Macs, from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Result<Vec<u8>> {
+    let mut frame = Vec::new();
+    let step = ip(macs, from.ip(), to.ip())?;
+    match (kind, from) {
+        (Probe::Udp, _) => step.udp(from.port(), to.port()).write(&mut frame, payload)?,
+        (Probe::Tcp, _) => step.tcp(from.port(), to.port(), 1, 65_535).syn().write(&mut frame, payload)?,
+        (Probe::Echo, SocketAddr::V4(_)) => step.icmpv4_echo_request(78, 1).write(&mut frame, payload)?,
+        (Probe::Echo, SocketAddr::V6(_)) => step.icmpv6_echo_request(78, 1).write(&mut frame, payload)?,
+    }
+    Ok(frame)
+}
+
+/// An ICMP message of any type: `rest` is the second word of its header.
+pub fn icmp(macs: Macs, from: IpAddr, to: IpAddr, kind: u8, code: u8, rest: u32, body: &[u8]) -> Result<Vec<u8>> {
+    let mut frame = Vec::new();
+    let step = ip(macs, from, to)?;
+    match from {
+        IpAddr::V4(_) => step.icmpv4_raw(kind, code, rest.to_be_bytes()).write(&mut frame, body)?,
+        IpAddr::V6(_) => step.icmpv6_raw(kind, code, rest.to_be_bytes()).write(&mut frame, body)?,
+    }
+    Ok(frame)
+}
+
+/// "Port unreachable" about the IP packet in a frame.
+pub fn port_unreachable(macs: Macs, from: IpAddr, to: IpAddr, about: &[u8]) -> Result<Vec<u8>> {
+    let (kind, code) = if from.is_ipv4() { (3, 3) } else { (1, 4) };
+    icmp(macs, from, to, kind, code, 0, about.get(ETHERNET..).context("no Ethernet frame")?)
+}
+
+/// A message of neighbour or router discovery, with the hop limit 255 that receivers demand (RFC
+/// 4861, 7.1).
+pub fn discovery(macs: Macs, from: Ipv6Addr, to: Ipv6Addr, kind: u8, rest: u32, body: &[u8]) -> Result<Vec<u8>> {
+    let mut frame = Vec::new();
+    let step = ethernet(macs).ipv6(from.octets(), to.octets(), 255);
+    step.icmpv6_raw(kind, 0, rest.to_be_bytes()).write(&mut frame, body)?;
+    Ok(frame)
+}
+
+/// A frame of any `EtherType`.
+pub fn other(macs: Macs, ethertype: u16, payload: &[u8]) -> Vec<u8> {
+    [&macs.to[..], &macs.from, &ethertype.to_be_bytes(), payload].concat()
+}
+
+/// An ARP packet (RFC 826): operation 1 is a request, 2 a reply.
+pub fn arp(macs: Macs, operation: u8, sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
+    let ends = [&macs.from[..], &sender.octets(), &[0; 6], &target.octets()].concat();
+    other(macs, 0x0806, &[&[0, 1, 8, 0, 6, 4, 0, operation][..], &ends].concat())
+}
+
+/// A frame with VLAN tags, the outermost first: `EtherType` and tag control information of each.
+pub fn tagged(frame: &[u8], tags: &[(u16, u16)]) -> Vec<u8> {
+    let tag = |(kind, tci): &(u16, u16)| [kind.to_be_bytes(), tci.to_be_bytes()].concat();
+    [&frame[..12], &tags.iter().flat_map(tag).collect::<Vec<u8>>(), &frame[12..]].concat()
+}
+
+/// A packet with a source route through `via`: loose, by an IPv4 option (RFC 791, 3.1), or by an
+/// IPv6 routing header of type 0 (RFC 5095). The frame must be one of [`probe`].
+pub fn source_routed(frame: &[u8], via: IpAddr) -> Result<Vec<u8>> {
+    let mut out = frame.to_vec();
+    match via {
+        IpAddr::V4(via) => {
+            out[ETHERNET] += 2;
+            let total = u16::from_be_bytes([out[ETHERNET + 2], out[ETHERNET + 3]]) + 8;
+            out[ETHERNET + 2..ETHERNET + 4].copy_from_slice(&total.to_be_bytes());
+            let option = [&[131, 7, 4][..], &via.octets(), &[0]].concat();
+            out.splice(ETHERNET + 20..ETHERNET + 20, option);
+            let (ip, _) = etherparse::Ipv4Header::from_slice(&out[ETHERNET..])?;
+            out[ETHERNET + 10..ETHERNET + 12].copy_from_slice(&ip.calc_header_checksum().to_be_bytes());
+        }
+        IpAddr::V6(via) => {
+            let payload = u16::from_be_bytes([out[ETHERNET + 4], out[ETHERNET + 5]]) + 24;
+            out[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&payload.to_be_bytes());
+            let next = std::mem::replace(&mut out[ETHERNET + 6], 43);
+            let header = [&[next, 2, 0, 1, 0, 0, 0, 0][..], &via.octets()].concat();
+            out.splice(ETHERNET + 40..ETHERNET + 40, header);
+        }
+    }
+    Ok(out)
+}
+
 /// What a VXLAN sender would put into its datagram (RFC 7348, 5).
 pub fn vxlan(vni: u32, inner: &[u8]) -> Vec<u8> {
     let mut payload = vec![0x08, 0, 0, 0];
@@ -100,12 +199,46 @@ pub fn vxlan(vni: u32, inner: &[u8]) -> Vec<u8> {
     payload
 }
 
-/// Sends frames out of an interface of a namespace.
+/// A socket that sends frames out of an interface.
+pub struct RawPort(PacketSocket);
+
+impl RawPort {
+    /// Opens one.
+    pub fn open(netns: &Netns, interface: &str) -> Result<Self> {
+        netns.run(|| Self::open_here(interface))?
+    }
+
+    /// Opens one as the calling thread, with its privileges and in its namespace.
+    pub fn open_here(interface: &str) -> Result<Self> {
+        PacketSocket::open_to_send(interface).map(Self)
+    }
+
+    /// Sends frames. All calls send on one CPU: between virtual interfaces, frames of one CPU stay
+    /// in order, also those of different senders.
+    pub fn send<'a>(&self, frames: impl IntoIterator<Item = &'a [u8]> + Send) -> Result<()> {
+        std::thread::scope(|scope| {
+            let sending = scope.spawn(|| {
+                stay_on_one_cpu()?;
+                frames.into_iter().try_for_each(|frame| self.0.send(frame))
+            });
+            sending.join().unwrap_or_else(|panic| bail!("a sender panicked: {}", panic_text(&*panic)))
+        })
+    }
+}
+
+/// Sends frames out of an interface of a namespace, as [`RawPort::send`] does.
 pub fn send<'a>(from: &Netns, interface: &str, frames: impl IntoIterator<Item = &'a [u8]> + Send) -> Result<()> {
-    from.run(|| {
-        let socket = PacketSocket::open(interface)?;
-        frames.into_iter().try_for_each(|frame| socket.send(frame))
-    })?
+    RawPort::open(from, interface)?.send(frames)
+}
+
+/// Binds the calling thread to the first CPU that the process may use.
+pub fn stay_on_one_cpu() -> Result<()> {
+    let myself = Pid::from_raw(0);
+    let allowed = sched_getaffinity(myself).context("cannot read the CPU affinity")?;
+    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap_or_default());
+    let mut one = CpuSet::new();
+    one.set(first.context("no CPU is allowed")?)?;
+    sched_setaffinity(myself, &one).context("cannot set the CPU affinity")
 }
 
 /// The MAC address of an interface.
@@ -142,10 +275,23 @@ mod tests {
             let (from, to): (SocketAddr, SocketAddr) = (from.parse()?, to.parse()?);
             for frame in [udp(macs, from, to, b"abc")?, tcp_syn(macs, from, to)?, echo(macs, from.ip(), to.ip())?] {
                 crate::check::checksums(&frame, false)?;
+                crate::check::checksums(&port_unreachable(macs, to.ip(), from.ip(), &frame)?, false)?;
+                crate::check::checksums(&source_routed(&frame, to.ip())?, false)?;
+            }
+            for kind in Probe::ALL {
+                crate::check::checksums(&probe(kind, macs, from, to, b"abc")?, false)?;
             }
         }
         assert!(udp(macs, "10.0.0.1:1".parse()?, "[fd00::2]:2".parse()?, b"").is_err());
         Ok(())
+    }
+
+    #[test]
+    fn tags_stand_between_the_addresses_and_the_ethertype() {
+        let macs = Macs { from: [1; 6], to: [2; 6] };
+        let frame = tagged(&other(macs, 0x0800, b"x"), &[(0x88a8, 7), (0x8100, 0x2064)]);
+        let tags = [0x88, 0xa8, 0, 7, 0x81, 0, 0x20, 0x64, 8, 0, b'x'];
+        assert_eq!(frame, [&[2; 6][..], &[1; 6], &tags].concat());
     }
 
     #[test]

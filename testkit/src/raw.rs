@@ -20,6 +20,9 @@ pub(crate) struct Received {
     pub outgoing: bool,
     /// True when the transport checksum is still to be filled in (`CHECKSUM_PARTIAL`).
     pub partial: bool,
+    /// The tag control information of an outer VLAN tag, which the kernel keeps apart from the
+    /// bytes.
+    pub vlan: Option<u16>,
 }
 
 /// `tpacket_auxdata` of linux/if_packet.h.
@@ -36,15 +39,30 @@ struct AuxData {
 
 /// `TP_STATUS_CSUMNOTREADY` of linux/if_packet.h.
 const CHECKSUM_NOT_READY: u32 = 1 << 3;
+/// `TP_STATUS_VLAN_VALID` of linux/if_packet.h.
+const VLAN_VALID: u32 = 1 << 4;
 
 fn size<T>() -> libc::socklen_t {
     size_of::<T>() as libc::socklen_t
 }
 
 impl PacketSocket {
+    /// Opens a socket that receives all frames of the interface.
     pub fn open(interface: &str) -> Result<Self> {
+        let socket = Self::bound(interface, (libc::ETH_P_ALL as u16).to_be())?;
+        socket.option(libc::SOL_PACKET, libc::PACKET_AUXDATA, 1)?;
+        socket.option(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20)?;
+        Ok(socket)
+    }
+
+    /// Opens a socket that only sends and receives nothing, so that no thread has to read it.
+    pub fn open_to_send(interface: &str) -> Result<Self> {
+        Self::bound(interface, 0)
+    }
+
+    /// `protocol`: an `EtherType` in network order.
+    fn bound(interface: &str, protocol: u16) -> Result<Self> {
         let index = nix::net::if_::if_nametoindex(interface).with_context(|| format!("no interface {interface}"))?;
-        let protocol = (libc::ETH_P_ALL as u16).to_be();
         // SAFETY: plain system call; the descriptor is checked before it is owned.
         let fd = unsafe {
             let fd = libc::socket(
@@ -66,10 +84,7 @@ impl PacketSocket {
         if unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size::<libc::sockaddr_ll>()) } != 0 {
             return Err(Error::last_os_error()).with_context(|| format!("cannot bind to {interface}"));
         }
-        let socket = Self { fd };
-        socket.option(libc::SOL_PACKET, libc::PACKET_AUXDATA, 1)?;
-        socket.option(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20)?;
-        Ok(socket)
+        Ok(Self { fd })
     }
 
     fn option(&self, level: i32, name: i32, value: i32) -> Result<()> {
@@ -109,7 +124,7 @@ impl PacketSocket {
         // SAFETY: every pointer in the message refers to a live local of the length told.
         let len = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &raw mut message, libc::MSG_TRUNC) };
         let wire_len = usize::try_from(len).ok()?;
-        let mut partial = false;
+        let (mut partial, mut vlan) = (false, None);
         // SAFETY: the kernel filled the control buffer; the macros walk it within `msg_controllen`, and the data of this
         // type of message is the structure read, possibly unaligned.
         unsafe {
@@ -118,12 +133,13 @@ impl PacketSocket {
                 if (*header).cmsg_level == libc::SOL_PACKET && (*header).cmsg_type == libc::PACKET_AUXDATA {
                     let aux: AuxData = libc::CMSG_DATA(header).cast::<AuxData>().read_unaligned();
                     partial = aux.status & CHECKSUM_NOT_READY != 0;
+                    vlan = (aux.status & VLAN_VALID != 0).then_some(aux.vlan_tci);
                 }
                 header = libc::CMSG_NXTHDR(&raw const message, header);
             }
         }
         let len = wire_len.min(buffer.len());
-        Some(Received { len, wire_len, outgoing: from.sll_pkttype == libc::PACKET_OUTGOING, partial })
+        Some(Received { len, wire_len, outgoing: from.sll_pkttype == libc::PACKET_OUTGOING, partial, vlan })
     }
 }
 
@@ -175,4 +191,19 @@ pub(crate) fn set_mtu_discover(fd: BorrowedFd<'_>, mode: i32) -> Result<()> {
         )
     };
     if result == 0 { Ok(()) } else { Err(Error::last_os_error()).context("cannot set IP_MTU_DISCOVER") }
+}
+
+/// Takes all privileges from the calling thread: the user and group "nobody", without capabilities.
+/// By system calls, because the C library's functions change all threads of the process.
+pub(crate) fn drop_privileges() -> Result<()> {
+    const NOBODY: libc::c_long = 65_534;
+    // SAFETY: plain system calls without pointers, but for an empty list of groups. A change of the
+    // user id to another one than root's clears the thread's permitted, effective and ambient
+    // capabilities.
+    let failed = unsafe {
+        libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) != 0
+            || libc::syscall(libc::SYS_setresgid, NOBODY, NOBODY, NOBODY) != 0
+            || libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) != 0
+    };
+    if failed { Err(Error::last_os_error()).context("cannot drop privileges") } else { Ok(()) }
 }

@@ -11,7 +11,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -32,6 +32,8 @@ pub struct Frame {
     pub outgoing: bool,
     /// True when the transport checksum was left to the hardware.
     pub partial: bool,
+    /// The tag control information of an outer VLAN tag, which is not among the bytes.
+    pub vlan: Option<u16>,
     /// From the Ethernet header on.
     pub bytes: Vec<u8>,
     /// Length on the wire, where the capture keeps only headers.
@@ -134,6 +136,8 @@ pub struct Sniffer {
     name: String,
     stop: Arc<AtomicBool>,
     frames: Arc<Mutex<Vec<Frame>>>,
+    /// How often the thread has emptied the socket.
+    rounds: Arc<AtomicU64>,
     thread: Option<JoinHandle<Result<()>>>,
 }
 
@@ -143,19 +147,44 @@ impl Sniffer {
         Self::keeping(netns, interface, LONGEST)
     }
 
+    /// The same, but keeps only the headers of each frame and the first bytes behind them.
+    pub fn start_short(netns: &Netns, interface: &str) -> Result<Self> {
+        Self::keeping(netns, interface, HEADERS)
+    }
+
     /// The same, but keeps only the first bytes of each frame.
     fn keeping(netns: &Netns, interface: &str, bytes: usize) -> Result<Self> {
         let socket = netns.run(|| PacketSocket::open(interface))??;
         let stop = Arc::new(AtomicBool::new(false));
         let frames = Arc::new(Mutex::new(Vec::new()));
-        let (stopped, sink) = (stop.clone(), frames.clone());
-        let thread = netns.thread(move || collect(&socket, bytes, &stopped, &sink))?;
-        Ok(Self { name: format!("{}-{interface}", netns.name()), stop, frames, thread: Some(thread) })
+        let rounds = Arc::new(AtomicU64::new(0));
+        let (stopped, sink, emptied) = (stop.clone(), frames.clone(), rounds.clone());
+        let thread = netns.thread(move || collect(&socket, bytes, &stopped, &sink, &emptied))?;
+        Ok(Self { name: format!("{}-{interface}", netns.name()), stop, frames, rounds, thread: Some(thread) })
     }
 
     /// What was captured until now.
     pub fn frames(&self) -> Vec<Frame> {
         self.frames.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The first frames that fit, `most` at the utmost, without a copy of all others.
+    pub fn matching(&self, most: usize, fits: impl Fn(&Frame) -> bool) -> Vec<Frame> {
+        let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        frames.iter().filter(|frame| fits(frame)).take(most).cloned().collect()
+    }
+
+    /// Waits until whatever the interfaces have received before this call is among the frames.
+    pub fn catch_up<'a>(all: impl IntoIterator<Item = &'a Self>) -> Result<()> {
+        // The round that is under way may have begun before; the one after it has not.
+        let wanted = |sniffer: &'a Self| (sniffer, sniffer.rounds.load(Ordering::Acquire) + 2);
+        for (sniffer, wanted) in all.into_iter().map(wanted).collect::<Vec<_>>() {
+            crate::wait::until(&format!("the capture {} catches up", sniffer.name), || {
+                let now = sniffer.rounds.load(Ordering::Acquire);
+                if now >= wanted { Ok(()) } else { bail!("in round {now}, not yet {wanted}") }
+            })?;
+        }
+        Ok(())
     }
 
     /// Waits until a frame fits, and gives it.
@@ -199,7 +228,7 @@ fn tail(frames: &[Frame]) -> &[Frame] {
     &frames[frames.len().saturating_sub(20)..]
 }
 
-fn collect(socket: &PacketSocket, keep: usize, stop: &AtomicBool, sink: &Mutex<Vec<Frame>>) {
+fn collect(socket: &PacketSocket, keep: usize, stop: &AtomicBool, sink: &Mutex<Vec<Frame>>, rounds: &AtomicU64) {
     let mut buffer = vec![0; keep];
     let mut kept = 0;
     loop {
@@ -210,6 +239,7 @@ fn collect(socket: &PacketSocket, keep: usize, stop: &AtomicBool, sink: &Mutex<V
                 time: SystemTime::now(),
                 outgoing: received.outgoing,
                 partial: received.partial,
+                vlan: received.vlan,
                 bytes: buffer[..received.len].to_vec(),
                 wire_len: received.wire_len,
             };
@@ -218,6 +248,7 @@ fn collect(socket: &PacketSocket, keep: usize, stop: &AtomicBool, sink: &Mutex<V
                 sink.lock().unwrap_or_else(PoisonError::into_inner).push(frame);
             }
         }
+        rounds.fetch_add(1, Ordering::Release);
         if last_round {
             return;
         }
