@@ -32,7 +32,11 @@ pub struct Net {
 impl Net {
     /// Builds and starts one of one's own.
     pub fn start(setup: Setup) -> Result<Self> {
-        let fabric = Fabric::start(setup)?;
+        Self::furnished(Fabric::start(setup)?)
+    }
+
+    /// Adds pods and servers to a fabric whose agents are ready.
+    pub fn furnished(fabric: Fabric) -> Result<Self> {
         Self::on(fabric).map_err(|(e, fabric)| e.context(fabric.logs()))
     }
 

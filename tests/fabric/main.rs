@@ -13,6 +13,7 @@ mod delegated;
 mod emptied;
 mod fixture;
 mod flows;
+mod forged;
 mod fragments;
 mod hosts;
 mod kills;
