@@ -26,8 +26,13 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     if is_vlan_tagged(skb) {
         return Ok(TO_STACK);
     }
-    // Fragments for the host, headers that its stack may well understand: the stack judges them.
-    let Ok(p) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
+    let p = match parse::packet::<F, _>(skb, l3) {
+        Ok(p) => p,
+        // The kernel lets IPv4-mapped addresses in IPv6 headers pass, and its dual-stack sockets take them for IPv4.
+        Err(DropReason::Martian) => return Err(DropReason::Martian.into()),
+        // Fragments for the host, headers that its stack may well understand: the stack judges them.
+        Err(_) => return Ok(TO_STACK),
+    };
     let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
     if p.kind == Kind::LinkLocal {
         return if is_for_pod() { Err(DropReason::NdNotForwarded.into()) } else { Ok(TO_STACK) };
@@ -89,7 +94,10 @@ fn not_for_pods<F: Steps>(p: &Packet<F::A>, config: &NodeConfig) -> Result<i32, 
     }
     match F::verify_outside(p) {
         Err(DropReason::Spoofed) => Err(DropReason::Spoofed.into()),
-        // Martians and link-local sources are for the stack to judge: DHCP and neighbour discovery have such.
+        // The kernel takes `::` for a source like others. On the link, DHCP and neighbour discovery have such.
+        Err(DropReason::Martian) if p.tuple.src.is_martian_source() && source::is_host::<F>(p.tuple.dst) => {
+            Err(DropReason::Martian.into())
+        }
         _ => Ok(TO_STACK),
     }
 }
