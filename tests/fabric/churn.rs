@@ -209,8 +209,10 @@ fn all_room_is_back(net: &Net, untouched: &Wanted) -> Result<()> {
     })
 }
 
-/// Crashes of an agent, each at another write.
-const CRASHES: usize = 8;
+/// Crashes of an agent, each at another write, unless `RUSTNET_CRASHES` names another number.
+const CRASHES: usize = 3;
+/// Writes of a plan among which the crashes are spread.
+const WRITES: usize = 40;
 
 /// Agents die between two writes of a plan, another two each time: packets reach old or new backends, the maps never
 /// contradict themselves, and the next agent finishes the work.
@@ -225,7 +227,8 @@ fn an_agent_that_dies_between_two_writes_leaves_a_working_state() -> Result<()> 
         let node = net.node(1);
         let program = testkit::dist::find("rustnet-agent")?;
         let mut services = vec![None; 6];
-        for round in 0..CRASHES {
+        let crashes = figure("RUSTNET_CRASHES", CRASHES)?;
+        for round in 0..crashes {
             let before = held(node)?;
             node.stop_agent()?;
             moved.set(endpoints(&sides[round % 2]))?;
@@ -233,7 +236,7 @@ fn an_agent_that_dies_between_two_writes_leaves_a_working_state() -> Result<()> 
             write(net, &services, &next)?;
             services = next;
             let after = wanted(services.iter().flatten().chain([&kept.service, &moved.service]));
-            let writes = (1 + round * 5).to_string();
+            let writes = (1 + round * WRITES / crashes).to_string();
             node.spawn_agent_of(&program, &[("RUSTNET_CRASH_AFTER_WRITES", &writes)], &[])?;
             let status = node.wait_agent_ended()?;
             ensure!(status.signal() == Some(9), "the agent was to die after {writes} writes: {status}");

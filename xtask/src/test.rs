@@ -55,10 +55,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(exit_code(status.code()))
 }
 
-/// What has to be installed: all, or what the one package needs whose tests run without Kubernetes.
+/// What has to be installed: all, or what tests without Kubernetes need. Campaigns with Kubernetes install the rest themselves.
 fn needs(args: &Args) -> Vec<Need> {
     let kubernetes = [Need::ApiServer, Need::KubeProxy, Need::Cluster, Need::E2e];
-    let is_local = matches!(args.test.as_deref(), Some("packet" | "fabric" | "it"));
+    let is_local = args.long || matches!(args.test.as_deref(), Some("packet" | "fabric" | "it"));
     let needs = [Need::Build, Need::Network, Need::Cnitool];
     needs.into_iter().chain(kubernetes.into_iter().filter(|_| !is_local)).collect()
 }

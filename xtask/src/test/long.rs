@@ -28,7 +28,7 @@ enum Work {
 }
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 7] = [
+const CAMPAIGNS: [Campaign; 8] = [
     Campaign {
         name: "pods",
         work: Work::Tests {
@@ -43,6 +43,14 @@ const CAMPAIGNS: [Campaign; 7] = [
             program: "fabric",
             filter: "kills_lose_no_packet",
             env: &[("RUSTNET_KILLS", "30"), ("RUSTNET_PACKETS", "1000000"), ("RUSTNET_FLOWS", "50000")],
+        },
+    },
+    Campaign {
+        name: "crashes",
+        work: Work::Tests {
+            program: "fabric",
+            filter: "an_agent_that_dies_between_two_writes_leaves_a_working_state",
+            env: &[("RUSTNET_CRASHES", "8")],
         },
     },
     Campaign {
