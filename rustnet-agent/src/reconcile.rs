@@ -264,7 +264,7 @@ impl Reconciler {
         let mut next = self.net.due;
         if self.kernel.is_none() {
             next = next.min(self.load.due);
-        } else if self.plan_due {
+        } else if self.can_apply() {
             next = next.min(self.plan.due);
         }
         [self.problems_due, self.pods_due].into_iter().flatten().fold(next, Instant::min)
@@ -280,7 +280,7 @@ impl Reconciler {
         if self.net.due <= now {
             self.look_after_network();
         }
-        if self.plan_due && self.plan.due <= now {
+        if self.can_apply() && self.plan.due <= now {
             self.apply();
         }
         if self.problems_due.is_some_and(|due| due <= now) {
@@ -298,8 +298,9 @@ impl Reconciler {
     fn load(&mut self) {
         let loaded = Kernel::load(&self.config).and_then(|kernel| {
             let planner = Planner::adopt(&kernel.maps).context("reading the maps back")?;
-            let collector = Collector::open(&self.config.bpffs, kernel.clock()?, kernel.hz)?;
-            self.health.metrics.set_kernel_stats(Arc::new(Stats::open(self.config.bpffs.clone())?));
+            let collector = Collector::open(kernel.maps_dir(), kernel.clock()?, kernel.hz)?;
+            let stats = Stats::open(kernel.maps_dir(), self.config.bpffs.clone())?;
+            self.health.metrics.set_kernel_stats(Arc::new(stats));
             Ok((kernel, planner, collector))
         });
         match loaded {
@@ -339,13 +340,16 @@ impl Reconciler {
             }
             self.net.failed();
         } else {
-            self.net.succeeded(NET_PERIOD);
+            let is_upgrading = self.kernel.as_ref().is_some_and(Kernel::is_upgrading);
+            self.net.succeeded(if is_upgrading { Duration::ZERO } else { NET_PERIOD });
         }
         self.net_error = error;
     }
 
     /// Returns what failed and left the rest standing.
     fn mend_network(&mut self) -> Result<Vec<String>> {
+        // All pods that are added from now on get the present programs, or are found below.
+        let was_pinned = self.kernel.as_ref().is_some_and(Kernel::is_pinned);
         // Before the interfaces are looked at; see `Kernel::mend_endpoints`.
         let endpoints = self.kernel.as_ref().map(|kernel| kernel.endpoints.read()).transpose()?;
         let own = self.index.own_node();
@@ -377,6 +381,12 @@ impl Reconciler {
             match kernel.attach(self.repairer.socket(), &config, &state) {
                 Ok(attached) => {
                     done.extend(attached.done);
+                    if was_pinned && attached.errors.is_empty() && kernel.is_upgrading() {
+                        match kernel.go_on_upgrading() {
+                            Ok(changed) => done.extend(changed),
+                            Err(error) => errors.push(format!("{error:#}")),
+                        }
+                    }
                     errors.extend(attached.errors);
                     is_overlay_verified = attached.is_overlay_verified;
                 }
@@ -404,6 +414,13 @@ impl Reconciler {
         self.state = Some(state);
         self.problems_due.get_or_insert_with(Instant::now);
         Ok(errors)
+    }
+
+    /// True if there are changes that may be applied. The few moments of an upgrade are waited for: flows that are forgotten
+    /// must not come back from an earlier table. An upgrade that a broken hook holds up is not.
+    fn can_apply(&self) -> bool {
+        let waits = self.net_error.is_none() && self.kernel.as_ref().is_some_and(Kernel::is_upgrading);
+        self.plan_due && !waits
     }
 
     /// Brings the maps to what the index wants.
@@ -476,6 +493,9 @@ impl Reconciler {
         }
         if self.kernel.is_none() || self.state.is_none() {
             return Some(format!("{STARTING}the programs are not loaded"));
+        }
+        if self.kernel.as_ref().is_some_and(Kernel::is_upgrading) {
+            return Some(format!("{STARTING}the programs on the hooks are being swapped"));
         }
         if !self.index.synced() {
             let why = self.index.problems_of_this_node(API_SERVER).into_iter().find(|it| *it.subject == *API_SERVER);

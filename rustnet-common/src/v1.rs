@@ -65,6 +65,10 @@ pub const RETIRED: [Shape; 7] = [
     shape(map::FRAG6, LRU_HASH, 40, 4, 0),
 ];
 
+/// Maps that all releases share under one name and in one shape.
+pub const SHARED: [&str; 6] =
+    ["rn_endpoints", "rn_peers4", "rn_peers6", "rn_counters", "rn_events", "rn_config"];
+
 /// Value of `rn_ct4/6`: one half of a connection. The key is the tuple of its direction as it arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]

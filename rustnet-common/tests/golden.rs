@@ -50,6 +50,7 @@ fn names_of_maps_that_all_releases_share() {
         [map::ENDPOINTS, map::PEERS4, map::PEERS6, map::COUNTERS, map::EVENTS, map::CONFIG],
         ["rn_endpoints", "rn_peers4", "rn_peers6", "rn_counters", "rn_events", "rn_config"]
     );
+    assert_eq!(v1::SHARED, [map::ENDPOINTS, map::PEERS4, map::PEERS6, map::COUNTERS, map::EVENTS, map::CONFIG]);
 }
 
 #[test]

@@ -61,7 +61,7 @@ fn mount_bpffs(dir: &Path) -> Result<()> {
 }
 
 /// Makes a directory that only its owner can open: a BPF file system is listable by everybody as mounted.
-fn private_dir(dir: &Path) -> Result<()> {
+pub(super) fn private_dir(dir: &Path) -> Result<()> {
     match fs::DirBuilder::new().mode(0o700).recursive(true).create(dir) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
             return Err(e).with_context(|| format!("making {}", dir.display()));

@@ -1,8 +1,10 @@
 //! Loads the object's programs beside those that run, on the maps that are pinned or new ones.
 //!
-//! Nothing that forwards packets changes here: the old programs stay on their hooks, and a failure leaves them there.
+//! Nothing that forwards packets changes here: the old programs stay on their hooks, all pins stay as they are until
+//! [`Programs::pin`], and a failure leaves everything as it was.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -10,13 +12,15 @@ use anyhow::{Context, Result, bail};
 use aya::EbpfLoader;
 use aya::programs::{Program, ProgramError};
 use aya_obj::Object;
-use rustnet_common::names;
+use rustnet_common::{names, v1};
 
-use super::sys::Layout;
-use super::{fs, layout, pin, probe};
+use super::copy::Place;
+use super::store::conntrack::clock_offset;
+use super::upgrade::{self, Bridge, Found, NEXT_DIR, Plan, Source};
+use super::{fs, pin, probe, remedy, sys};
 use crate::config::MapSizes;
 
-/// The program that tells user space the time (see rustnet-ebpf); pinned beside those of the hooks.
+/// The program that returns the time (see rustnet-ebpf); pinned beside those of the hooks.
 pub const CLOCK: &str = "clock";
 
 /// Lines of the verifier's log that an error shows: the last ones say why.
@@ -32,9 +36,55 @@ pub struct Load<'a> {
     pub sizes: BTreeMap<String, u32>,
 }
 
-/// The programs of one object, loaded and not attached.
+/// The programs of one object with their maps, loaded and not attached.
 pub struct Programs {
     by_name: BTreeMap<&'static str, OwnedFd>,
+    maps: BTreeMap<String, OwnedFd>,
+    /// Maps whose pins are new or replaced.
+    replaced: Vec<String>,
+    /// Earlier maps that stay pinned until no program uses them.
+    old: BTreeMap<String, OwnedFd>,
+    plan: Plan,
+    /// For each earlier table of connections, the time of the newest entry that was copied.
+    copied: BTreeMap<String, u32>,
+    staged: Option<Staged>,
+}
+
+/// The directory of the pins of a load that is on no hook. Removed when dropped.
+struct Staged {
+    dir: PathBuf,
+}
+
+impl Staged {
+    /// Makes the directory, without what an agent that was killed left in it.
+    fn new(bpffs: &Path) -> Result<Self> {
+        let dir = bpffs.join(NEXT_DIR);
+        upgrade::remove_dir(&dir)?;
+        fs::private_dir(&dir)?;
+        Ok(Self { dir })
+    }
+
+    fn pin(&self, name: &str, map: BorrowedFd<'_>) -> Result<PathBuf> {
+        let path = self.dir.join(name);
+        sys::obj_pin(&path, map).map_err(|e| anyhow::anyhow!("pinning {}: {e}: {}", path.display(), remedy(&e)))?;
+        Ok(path)
+    }
+
+    fn open(&self, name: &str) -> Result<OwnedFd> {
+        open(&self.dir.join(name))
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if let Err(error) = upgrade::remove_dir(&self.dir) {
+            tracing::warn!("{error:#}; the next start removes it");
+        }
+    }
+}
+
+fn open(path: &Path) -> Result<OwnedFd> {
+    sys::obj_get(path).map_err(|e| anyhow::anyhow!("opening {}: {e}: {}", path.display(), remedy(&e)))
 }
 
 impl Programs {
@@ -43,9 +93,104 @@ impl Programs {
         self.by_name.get(name).map(AsFd::as_fd).with_context(|| format!("no program {name}"))
     }
 
-    /// Pins all programs, each in the place of the one before: from now on the CNI binary attaches these.
-    pub fn pin(&self, bpffs: &Path) -> Result<()> {
-        self.by_name.iter().try_for_each(|(name, fd)| pin::replace(&program_path(bpffs, name), fd.as_fd()))
+    /// Where the maps of these programs are pinned: in a directory of their own until [`Programs::pin`].
+    pub fn maps_dir<'a>(&'a self, bpffs: &'a Path) -> &'a Path {
+        self.staged.as_ref().map_or(bpffs, |staged| &staged.dir)
+    }
+
+    /// Pins all maps and programs, each in the place of the one before: from now on the CNI binary uses these.
+    pub fn pin(&mut self, bpffs: &Path) -> Result<()> {
+        if self.staged.is_some() {
+            upgrade::keep_old(bpffs, &self.old)?;
+            self.each_earlier(|name, new, old| if self.is_rewritten(name, new) { new.mirror(old) } else { Ok(()) })?;
+            for name in &self.replaced {
+                pin::replace(&bpffs.join(name), self.map(name)?)?;
+            }
+            // What the CNI binary wrote between the copy and the new pin.
+            self.each_earlier(|name, new, old| {
+                if self.is_rewritten(name, new) { new.insert_missing(&old.read()?).map(drop) } else { Ok(()) }
+            })?;
+        }
+        self.by_name.iter().try_for_each(|(name, fd)| pin::replace(&program_path(bpffs, name), fd.as_fd()))?;
+        self.staged = None;
+        Ok(())
+    }
+
+    /// The earlier tables that these programs use.
+    pub fn bridge(&self) -> Bridge {
+        self.plan.bridge
+    }
+
+    /// True if there are earlier maps, to be removed once these programs are on all hooks.
+    pub fn has_leftovers(&self) -> bool {
+        self.plan.leftovers
+    }
+
+    /// Removes the earlier maps, after [`Programs::catch_up`]. Returns what was removed.
+    pub fn clear_leftovers(&mut self, bpffs: &Path) -> Result<Vec<String>> {
+        let removed = upgrade::clear(bpffs, &self.plan.maps)?;
+        self.plan.leftovers = false;
+        Ok(removed)
+    }
+
+    /// True for a new map in the place of one that user space alone writes.
+    fn is_rewritten(&self, name: &str, new: &Place<'_>) -> bool {
+        !new.evicts() && self.replaced.iter().any(|replaced| replaced == name)
+    }
+
+    /// Copies the connections that were opened in the earlier tables since the load. To be called once no program but these
+    /// is on a hook. Returns how many there were.
+    pub fn catch_up(&self) -> Result<usize> {
+        let mut added = 0;
+        self.each_earlier(|name, new, old| {
+            let Some(offset) = clock_offset(name) else { return Ok(()) };
+            let mut content = old.read()?;
+            content.sort_by_age(offset);
+            if let Some(since) = self.copied.get(name) {
+                content.retain_since(offset, *since);
+            }
+            added += new.insert_missing(&content)?;
+            Ok(())
+        })?;
+        Ok(added)
+    }
+
+    /// Fills the new maps with the content of the earlier ones.
+    fn fill(&mut self) -> Result<()> {
+        let mut copied = BTreeMap::new();
+        self.each_earlier(|name, new, old| {
+            let mut content = old.read()?;
+            if let Some(newest) = clock_offset(name).and_then(|offset| content.sort_by_age(offset)) {
+                copied.insert(name.to_owned(), newest);
+            }
+            match self.plan.maps[name].1 {
+                // A predecessor was killed after programs had begun to use it: what is there is newer.
+                Source::Adopted if new.evicts() => new.insert_missing(&content).map(drop),
+                Source::Adopted => Ok(()),
+                Source::Resized | Source::New => new.write(&content),
+            }
+        })?;
+        self.copied = copied;
+        Ok(())
+    }
+
+    /// Calls `copy` with each map that has an earlier one of the same shape. Errors name both sizes.
+    fn each_earlier(&self, mut copy: impl FnMut(&str, &Place<'_>, &Place<'_>) -> io::Result<()>) -> Result<()> {
+        for (name, old) in self.old.iter().filter(|(name, _)| self.maps.contains_key(*name)) {
+            let places = || Ok::<_, io::Error>((Place::of(self.maps[name].as_fd())?, Place::of(old.as_fd())?));
+            let (new, old) = places().with_context(|| format!("looking at {name}"))?;
+            copy(name, &new, &old).with_context(|| {
+                format!(
+                    "copying {name} from {} entries to {}: if its content does not fit, set its size in the configuration back",
+                    old.layout.max_entries, new.layout.max_entries
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    fn map(&self, name: &str) -> Result<BorrowedFd<'_>> {
+        self.maps.get(name).map(AsFd::as_fd).with_context(|| format!("no map {name}"))
     }
 }
 
@@ -86,37 +231,85 @@ impl Load<'_> {
         })
     }
 
-    fn load_all(&self) -> Result<Programs> {
-        fs::prepare(self.bpffs)?;
-        let object = Object::parse(self.object).context("parsing the eBPF object")?;
-        check_btf(&object)?;
-        let wanted = layout::wanted(&object, &self.sizes);
-        layout::compare(self.bpffs, &wanted, &layout::pinned(self.bpffs, wanted.keys())?)?;
+    /// Loads the programs that use no earlier tables, after those of a bridge are on all hooks.
+    pub fn run_without_bridge(&self) -> Result<Programs> {
+        let object = self.parse()?;
+        let plan = Found::look(self.bpffs, &object, &self.sizes)?.plan_without_bridge();
         drop(object);
-        self.load(&wanted)
+        self.load(plan)
     }
 
-    fn load(&self, maps: &BTreeMap<String, Layout>) -> Result<Programs> {
+    fn load_all(&self) -> Result<Programs> {
+        fs::prepare(self.bpffs)?;
+        let object = self.parse()?;
+        check_btf(&object)?;
+        let plan = Found::look(self.bpffs, &object, &self.sizes)?.plan(self.bpffs)?;
+        drop(object);
+        upgrade::roll_back(self.bpffs, &plan.roll_back)?;
+        self.load(plan)
+    }
+
+    fn parse(&self) -> Result<Object> {
+        Object::parse(self.object).context("parsing the eBPF object")
+    }
+
+    fn load(&self, plan: Plan) -> Result<Programs> {
         let csum_ipv6 = u32::from(probe::l4_csum_ipv6()?);
+        let migrate = plan.bridge as u32;
+        let staged = Staged::new(self.bpffs)?;
+        let mut old = BTreeMap::new();
+        for name in &plan.keep {
+            old.insert(name.clone(), plan.open_earlier(self.bpffs, name)?);
+        }
         let mut loader = EbpfLoader::new();
         loader.override_global("L4_CSUM_IPV6", &csum_ipv6, true);
-        for (name, layout) in maps {
-            loader.map_max_entries(name, layout.max_entries).map_pin_path(name, self.bpffs.join(name));
+        loader.override_global("MIGRATE", &migrate, plan.bridge != Bridge::None);
+        for (name, (layout, source)) in &plan.maps {
+            if *source == Source::Adopted {
+                staged.pin(name, open(&self.bpffs.join(name))?.as_fd())?;
+            }
+            loader.map_max_entries(name, layout.max_entries).map_pin_path(name, staged.dir.join(name));
+        }
+        let bridged = bridged(plan.bridge, &old);
+        for (name, (table, max_entries)) in &bridged {
+            loader.map_max_entries(name, *max_entries).map_pin_path(name, staged.pin(name, *table)?);
         }
         let mut ebpf = loader.load(self.object).context("loading the eBPF object's maps")?;
-        let mut by_name = BTreeMap::new();
+        let mut maps = BTreeMap::new();
+        for name in plan.maps.keys() {
+            maps.insert(name.clone(), staged.open(name)?);
+        }
+        let replaced = plan.maps.iter().filter(|(_, m)| m.1 != Source::Adopted).map(|(name, _)| name.clone()).collect();
+        let (by_name, copied) = (BTreeMap::new(), BTreeMap::new());
+        drop(loader);
+        drop(bridged);
+        let mut programs = Programs { by_name, maps, replaced, old, plan, copied, staged: Some(staged) };
+        programs.fill()?;
         for name in names::PROGRAMS.into_iter().chain([CLOCK]) {
             let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
             let Program::SchedClassifier(program) = program else { bail!("program {name} is not a classifier") };
             program.load().map_err(|e| load_error(name, e))?;
             let fd = program.fd().with_context(|| format!("program {name}"))?;
-            by_name.insert(name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?);
+            programs.by_name.insert(name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?);
         }
-        Ok(Programs { by_name })
+        Ok(programs)
     }
 }
 
-/// Where the kernel tells its types.
+/// The earlier tables that a bridge uses, by the names that the object has for them, with their sizes.
+fn bridged(bridge: Bridge, old: &BTreeMap<String, OwnedFd>) -> BTreeMap<String, (BorrowedFd<'_>, u32)> {
+    let name_of = |name: &String| match bridge {
+        Bridge::None => None,
+        Bridge::V1 => [v1::map::CT4, v1::map::CT6].contains(&name.as_str()).then(|| name.clone()),
+        Bridge::Resized => clock_offset(name).map(|_| upgrade::earlier(name)),
+    };
+    let table = |(name, map): (&String, &'_ OwnedFd)| -> Option<(String, u32)> {
+        Some((name_of(name)?, sys::map_info(map.as_fd()).ok()?.layout().max_entries))
+    };
+    old.iter().filter_map(|pair| table(pair).map(|(name, size)| (name, (pair.1.as_fd(), size)))).collect()
+}
+
+/// Where the kernel has its types.
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
 /// True if the object needs the kernel's BTF, and there is none.
@@ -142,7 +335,7 @@ fn load_error(name: &str, error: ProgramError) -> anyhow::Error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = tail(&verifier_log.to_string(), LOG_LINES);
             if log.is_empty() {
-                let remedy = super::remedy(&io_error);
+                let remedy = remedy(&io_error);
                 return anyhow::anyhow!("the kernel refused program {name}: {io_error}: {remedy}");
             }
             // EACCES then means the program, not our rights.

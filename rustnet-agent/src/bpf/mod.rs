@@ -2,6 +2,7 @@
 //! Nothing outside this room calls bpf(2).
 
 pub mod attach;
+pub mod copy;
 pub mod fs;
 pub mod layout;
 pub mod load;
@@ -10,6 +11,7 @@ pub mod pin;
 pub mod probe;
 pub mod store;
 pub mod sys;
+pub mod upgrade;
 
 /// Adds to an error of bpf(2) what a person can do about it.
 pub fn remedy(error: &std::io::Error) -> &'static str {

@@ -32,6 +32,8 @@ mod cmd {
 pub const TCX_INGRESS: u32 = 46;
 /// `BPF_TCX_EGRESS`.
 pub const TCX_EGRESS: u32 = 47;
+/// `BPF_NOEXIST`.
+const BPF_NOEXIST: u64 = 1;
 /// `BPF_PROG_TYPE_SCHED_CLS`.
 pub const PROG_TYPE_SCHED_CLS: u32 = 3;
 
@@ -159,6 +161,16 @@ pub fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<(
     bpf(cmd::MAP_UPDATE_ELEM, &mut elem(map, key.as_ptr(), value.as_ptr())).map(drop)
 }
 
+/// Writes one entry unless the key has one (`BPF_NOEXIST`). False when it has.
+pub fn map_insert(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<bool> {
+    let mut attr = ElemAttr { flags: BPF_NOEXIST, ..elem(map, key.as_ptr(), value.as_ptr()) };
+    match bpf(cmd::MAP_UPDATE_ELEM, &mut attr) {
+        Ok(_) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// Deletes one entry; false when there was none.
 pub fn map_delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
     none_if_missing(bpf(cmd::MAP_DELETE_ELEM, &mut elem(map, key.as_ptr(), std::ptr::null())))
@@ -212,6 +224,12 @@ pub fn map_lookup_batch(
     let more = none_if_missing(bpf(cmd::MAP_LOOKUP_BATCH, &mut attr))?;
     *cursor = Cursor { token: out, started: true };
     Ok((attr.count as usize, !more))
+}
+
+/// True if the kernel has no batch command for this map type.
+pub fn has_no_batch(e: &io::Error) -> bool {
+    // 524 is the kernel's own ENOTSUPP, which maps without a batch operation return.
+    matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | 524))
 }
 
 /// Writes `count` entries. On an error, the entries before the returned number stand.
@@ -270,16 +288,17 @@ pub fn obj_pin(path: &Path, fd: BorrowedFd<'_>) -> io::Result<()> {
     bpf(cmd::OBJ_PIN, &mut ObjAttr { path: path.as_ptr() as u64, fd: raw(fd), flags: 0 }).map(drop)
 }
 
+#[repr(C)]
+struct InfoAttr {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
 fn info<T: Pod>(fd: BorrowedFd<'_>) -> io::Result<T> {
-    #[repr(C)]
-    struct Attr {
-        fd: u32,
-        len: u32,
-        info: u64,
-    }
     let mut out = T::zeroed();
     let len = size_of::<T>() as u32;
-    bpf(cmd::OBJ_GET_INFO_BY_FD, &mut Attr { fd: raw(fd), len, info: std::ptr::from_mut(&mut out) as u64 })?;
+    bpf(cmd::OBJ_GET_INFO_BY_FD, &mut InfoAttr { fd: raw(fd), len, info: std::ptr::from_mut(&mut out) as u64 })?;
     Ok(out)
 }
 
@@ -321,6 +340,33 @@ struct ProgInfo {
 /// The kernel's number of a program.
 pub fn prog_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
     info::<ProgInfo>(fd).map(|i| i.id)
+}
+
+/// The kernel's numbers of the maps that a program uses.
+pub fn prog_map_ids(fd: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    /// `struct bpf_prog_info`, its beginning.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        tag: u64,
+        jited_len: u32,
+        xlated_len: u32,
+        jited: u64,
+        xlated: u64,
+        load_time: u64,
+        created_by_uid: u32,
+        count: u32,
+        ids: u64,
+    }
+    // More maps than an object of ours has; a verifier's limit, too (MAX_USED_MAPS).
+    let mut ids = vec![0_u32; 64];
+    let mut out = Info { count: ids.len() as u32, ids: ids.as_mut_ptr() as u64, ..Info::default() };
+    let len = size_of::<Info>() as u32;
+    bpf(cmd::OBJ_GET_INFO_BY_FD, &mut InfoAttr { fd: raw(fd), len, info: std::ptr::from_mut(&mut out) as u64 })?;
+    ids.truncate(out.count as usize);
+    Ok(ids)
 }
 
 /// `struct bpf_link_info`, its beginning, with the TCX member of the union.

@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::output::{Output, Usage, json, line};
 use super::{Places, kube_proxy};
 use crate::bpf::attach::Direction;
+use crate::bpf::upgrade::{self, NEXT_DIR, OLD_DIR};
 use crate::install::{BINARY, CONFLIST, LOOPBACK, loopback_is_ours};
 use crate::net::netlink::Socket;
 use crate::net::{link, overlay, route, tc};
@@ -164,6 +165,12 @@ fn pins(bpffs: &Path) -> Result<Vec<String>> {
             removed.extend(remove_file(&path)?.then(|| path.display().to_string()));
         }
         remove_empty_dir(&dir)?;
+    }
+    for dir in [NEXT_DIR, OLD_DIR].map(|name| bpffs.join(name)) {
+        if dir.exists() {
+            upgrade::remove_dir(&dir)?;
+            removed.push(dir.display().to_string());
+        }
     }
     for name in map::ALL.into_iter().chain(v1::ALL) {
         let path = bpffs.join(name);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rustnet_common::config::NodeConfig;
@@ -19,8 +19,9 @@ use crate::bpf::store::counters::Counters;
 use crate::bpf::store::endpoints::{self, Endpoints};
 use crate::bpf::store::node_config::NodeConfigStore;
 use crate::bpf::store::{BpfMaps, fill};
+use crate::bpf::upgrade::Bridge;
 use crate::bpf::{load, object, pin, probe};
-use crate::config::Config;
+use crate::config::{Config, MapSizes};
 use crate::metrics::{HookCount, KernelStats, MapFill};
 use crate::net::endpoints::parse_mac;
 use crate::net::netlink::Socket;
@@ -30,6 +31,7 @@ use crate::net::{link, tc};
 /// Programs and stores.
 pub struct Kernel {
     bpffs: PathBuf,
+    sizes: MapSizes,
     programs: Programs,
     pinned: bool,
     /// The plan's maps.
@@ -53,19 +55,52 @@ pub struct Attached {
 }
 
 impl Kernel {
-    /// Loads the programs beside those that run, and opens the maps.
+    /// Loads the programs beside those that run, and opens their maps.
     pub fn load(config: &Config) -> Result<Self> {
-        let load = Load { object: object::embedded()?, bpffs: &config.bpffs, sizes: load::sizes(&config.maps) };
-        let programs = load.run()?;
+        let programs = load(&config.bpffs, &config.maps)?.run()?;
+        let maps = programs.maps_dir(&config.bpffs);
         Ok(Self {
             bpffs: config.bpffs.clone(),
-            programs,
+            sizes: config.maps,
             pinned: false,
-            maps: BpfMaps::open(&config.bpffs)?,
-            config: NodeConfigStore::open(&config.bpffs)?,
-            endpoints: Endpoints::open(&config.bpffs)?,
+            maps: BpfMaps::open(maps)?,
+            config: NodeConfigStore::open(maps)?,
+            endpoints: Endpoints::open(maps)?,
             hz: probe::hz()?,
+            programs,
         })
+    }
+
+    /// Where the maps are pinned at this moment.
+    pub fn maps_dir(&self) -> &Path {
+        self.programs.maps_dir(&self.bpffs)
+    }
+
+    /// True once the programs are pinned: pods that are added from now on get these.
+    pub fn is_pinned(&self) -> bool {
+        self.pinned
+    }
+
+    /// True while programs of an earlier agent, or those of a bridge, may be on hooks beside the present ones.
+    pub fn is_upgrading(&self) -> bool {
+        !self.pinned || self.programs.has_leftovers() || self.programs.bridge() != Bridge::None
+    }
+
+    /// Goes on with an upgrade from other maps, see [`crate::bpf::upgrade`]. To be called after a look at the host that began
+    /// when the programs were pinned, and found them on all hooks. Returns what was done.
+    pub fn go_on_upgrading(&mut self) -> Result<Vec<String>> {
+        let mut done = Vec::new();
+        if self.programs.has_leftovers() {
+            let copied = self.programs.catch_up()?;
+            let removed = self.programs.clear_leftovers(&self.bpffs)?;
+            done.push(format!("earlier maps removed: {}; {copied} connections copied at the end", removed.join(", ")));
+        }
+        if self.programs.bridge() != Bridge::None {
+            self.programs = load(&self.bpffs, &self.sizes)?.run_without_bridge()?;
+            self.pinned = false;
+            done.push("programs loaded that use the new maps alone".to_owned());
+        }
+        Ok(done)
     }
 
     /// The program that tells the time.
@@ -163,6 +198,10 @@ impl Kernel {
     }
 }
 
+fn load<'a>(bpffs: &'a Path, sizes: &MapSizes) -> Result<Load<'a>> {
+    Ok(Load { object: object::embedded()?, bpffs, sizes: load::sizes(sizes) })
+}
+
 /// Entries that should be there by record and interface.
 fn lost(before: &[(IpAddr, Endpoint)], state: &State) -> Vec<(IpAddr, Endpoint)> {
     let known: BTreeMap<IpAddr, u32> = before.iter().map(|(ip, endpoint)| (*ip, endpoint.ifindex)).collect();
@@ -241,9 +280,9 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Reads from the pins in `bpffs`.
-    pub fn open(bpffs: PathBuf) -> Result<Self> {
-        Ok(Self { counters: Counters::open(&bpffs)?, bpffs })
+    /// Reads the counters that are pinned in `maps` now, and how full the maps are from the pins in `bpffs`.
+    pub fn open(maps: &Path, bpffs: PathBuf) -> Result<Self> {
+        Ok(Self { counters: Counters::open(maps)?, bpffs })
     }
 }
 

@@ -12,3 +12,4 @@ mod net;
 mod reconcile;
 mod sandbox;
 mod store;
+mod upgrade;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustnet_agent::bpf::attach::{Direction, link_path};
 use rustnet_agent::bpf::load::program_path;
 use rustnet_agent::bpf::store::node_config::NodeConfigStore;
-use rustnet_agent::bpf::store::{BpfMaps, peers, services};
+use rustnet_agent::bpf::store::{peers, services};
 use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Config;
 use rustnet_agent::health::Health;
@@ -16,9 +16,9 @@ use rustnet_agent::model::{
 };
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::{link, tc};
-use rustnet_agent::plan::Maps;
 use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
 use rustnet_agent::{nodefile, reconcile};
+use rustnet_common::names::map;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -334,17 +334,22 @@ fn pinned_maps_of_another_shape_keep_the_agent_from_getting_ready() {
             agent.send(synced()).await;
             agent.ready().await;
             agent.stop().await;
-            let before = BpfMaps::open(&sandbox.bpffs).unwrap().snapshot().unwrap();
             let links = link_ids(sandbox);
+            let pin = sandbox.bpffs.join(map::PEERS4);
+            std::fs::remove_file(&pin).unwrap();
+            let other = sys::Layout { kind: 1, key_size: 8, value_size: 77, max_entries: 16, flags: 0 };
+            let other = sys::map_create(map::PEERS4, other).unwrap();
+            sys::obj_pin(&pin, other.as_fd()).unwrap();
 
-            let agent = Agent::start(sandbox.config(&["--ct-tcp-entries=777"]));
+            let agent = Agent::start(sandbox.config(&[]));
             agent.send(synced()).await;
             wait_until("the refusal is known", || {
-                agent.health.readiness().is_err_and(|why| why.contains("rn_ct4_tcp") && why.contains("777"))
+                agent.health.readiness().is_err_and(|why| why.contains(map::PEERS4) && why.contains("77 B"))
             })
             .await;
             agent.stop().await;
-            assert_eq!(BpfMaps::open(&sandbox.bpffs).unwrap().snapshot().unwrap(), before);
+            let id = |fd: std::os::fd::BorrowedFd<'_>| sys::map_info(fd).unwrap().id;
+            assert_eq!(id(sys::obj_get(&pin).unwrap().as_fd()), id(other.as_fd()));
             assert_eq!(link_ids(sandbox), links);
         });
     });

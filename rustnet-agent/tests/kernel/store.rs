@@ -37,7 +37,7 @@ fn peer(node: &str) -> Peer {
 #[test]
 fn writes_of_both_families_are_read_back_and_deleted() {
     sandbox::run(|sandbox| {
-        load(sandbox).run().unwrap();
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
         let mut maps = BpfMaps::open(&sandbox.bpffs).unwrap();
         let (four, six) = (vip("10.96.0.1", 80), vip("fd00:96::1", 80));
         let (net4, net6): (IpNet, IpNet) = ("10.1.2.0/24".parse().unwrap(), "fd00:2::/64".parse().unwrap());
@@ -82,7 +82,7 @@ fn writes_of_both_families_are_read_back_and_deleted() {
 #[test]
 fn backends_beyond_the_array_are_refused_before_their_service_is_written() {
     sandbox::run(|sandbox| {
-        load(sandbox).run().unwrap();
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
         let mut maps = BpfMaps::open(&sandbox.bpffs).unwrap();
         let key = vip("10.96.0.1", 80);
         let backends = vec![backend(4094, 4096), backend(4095, 4096)];
@@ -107,12 +107,8 @@ fn backends_beyond_the_array_are_refused_before_their_service_is_written() {
 fn a_hundred_thousand_services() {
     sandbox::run(|sandbox| {
         let mut load = load(sandbox);
-        load.sizes.extend([
-            ("rn_svc4_v2".to_owned(), 131_072),
-            ("rn_backend_ids".to_owned(), 524_288),
-            ("rn_backends_v2".to_owned(), 524_288),
-        ]);
-        load.run().unwrap();
+        load.sizes.extend([("rn_svc4".to_owned(), 131_072), ("rn_backends".to_owned(), 524_288)]);
+        load.run().unwrap().pin(&sandbox.bpffs).unwrap();
         let mut maps = BpfMaps::open(&sandbox.bpffs).unwrap();
         let writes: Vec<Write> = (0..100_000_u32)
             .flat_map(|i| {

@@ -1,6 +1,7 @@
 //! The connection tables: read, swept and flushed by user space; written by the programs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::mem::offset_of;
 use std::path::Path;
 
 use anyhow::Result;
@@ -65,6 +66,15 @@ impl Conntrack {
     pub fn sweep(&self, expired: impl Fn(u8, u64, u32) -> bool) -> Result<Swept> {
         let four = sweep(&self.v4.tcp, &expired)? + sweep(&self.v4.any, &expired)?;
         Ok(four + sweep(&self.v6.tcp, &expired)? + sweep(&self.v6.any, &expired)?)
+    }
+}
+
+/// Where the values of a connection table hold the time that they were last seen at. `None`: it is no such table.
+pub fn clock_offset(name: &str) -> Option<usize> {
+    match name {
+        map::CT4_TCP | map::CT4_ANY => Some(offset_of!(CtEntry<Ip4>, seen)),
+        map::CT6_TCP | map::CT6_ANY => Some(offset_of!(CtEntry<Ip6>, seen)),
+        _ => None,
     }
 }
 

@@ -87,7 +87,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
             let (keys, values) = (bytemuck::cast_slice(&keys), bytemuck::cast_slice(&values));
             match sys::map_update_batch(self.fd(), keys, values, chunk.len() as u32) {
                 Ok(()) => {}
-                Err((_, e)) if no_batch(&e) => chunk.iter().try_for_each(|(k, v)| self.put(k, v))?,
+                Err((_, e)) if sys::has_no_batch(&e) => chunk.iter().try_for_each(|(k, v)| self.put(k, v))?,
                 Err((_, e)) => return Err(self.write_error(e)),
             }
         }
@@ -102,7 +102,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
                 Ok(()) => gone += chunk.len(),
                 // Somebody else (the LRU) took one, or there are no batches: go on one by one.
                 Err((done, e)) => {
-                    let done = if no_batch(&e) { 0 } else { done as usize };
+                    let done = if sys::has_no_batch(&e) { 0 } else { done as usize };
                     gone += done;
                     for key in &chunk[done..] {
                         gone += usize::from(self.delete(key)?);
@@ -144,7 +144,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
                 Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && count <= self.max_entries as usize * 2 => {
                     count *= 2;
                 }
-                Err(e) if no_batch(&e) => return self.for_each_single(visit),
+                Err(e) if sys::has_no_batch(&e) => return self.for_each_single(visit),
                 Err(e) => return Err(e).with_context(|| format!("reading {}", self.name)),
             }
         }
@@ -190,7 +190,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
     fn write_error(&self, e: io::Error) -> anyhow::Error {
         let remedy = match e.raw_os_error() {
             Some(libc::E2BIG | libc::ENOSPC) => format!(
-                ": the map is full ({} entries); raise its size in the configuration, then `rustnet cleanup` and restart",
+                ": the map is full ({} entries); raise its size in the configuration and restart the agent",
                 self.max_entries
             ),
             Some(libc::EPERM) => ": needs CAP_BPF (or CAP_SYS_ADMIN)".into(),
@@ -198,12 +198,6 @@ impl<K: Pod, V: Pod> Map<K, V> {
         };
         anyhow::Error::from(e).context(format!("writing {}{remedy}", self.name))
     }
-}
-
-/// The kernel has no batch command for this map type.
-fn no_batch(e: &io::Error) -> bool {
-    // 524 is the kernel's own ENOTSUPP, which maps without a batch operation return.
-    matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | 524))
 }
 
 fn open_hint(path: &Path) -> String {

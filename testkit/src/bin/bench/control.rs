@@ -98,7 +98,7 @@ pub fn run(extent: &Extent) -> Result<()> {
 fn load(bpffs: &Path, services: u32) -> Result<BpfMaps> {
     let entries = (services * 2 + 1000).next_power_of_two();
     let sizes = sizes(&MapSizes { services: entries, backends: services * ENDPOINTS + 4096, ..MapSizes::default() });
-    Load { object: object::embedded()?, bpffs, sizes }.run()?;
+    Load { object: object::embedded()?, bpffs, sizes }.run()?.pin(bpffs)?;
     BpfMaps::open(bpffs)
 }
 

@@ -1,0 +1,257 @@
+//! Maps of another size: their content passes to new ones, and a load that fails or an agent that dies changes nothing.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use bytemuck::Zeroable;
+use rustnet_agent::bpf::load::Load;
+use rustnet_agent::bpf::store::{BpfMaps, Map, services};
+use rustnet_agent::bpf::sys::{self, Layout};
+use rustnet_agent::plan::{Maps, VipKey, Write};
+use rustnet_common::addr::Ip4;
+use rustnet_common::conntrack::CtEntry;
+use rustnet_common::endpoint::{Endpoint, EndpointKey};
+use rustnet_common::names::{PROGRAMS, map};
+use rustnet_common::service::SvcEntry;
+use rustnet_common::tuple::{Tuple, proto};
+
+use crate::load::{load, map_id, prog_id, spoilt};
+use crate::reconcile::{Agent, block_on, node, synced, web};
+use crate::sandbox::{self, Sandbox, names, uplink};
+
+type Connections = Map<Tuple<Ip4>, CtEntry<Ip4>>;
+
+/// A table of connections.
+const TABLE: &str = map::CT4_TCP;
+
+fn sized<'a>(sandbox: &'a Sandbox, sizes: &[(&str, u32)]) -> Load<'a> {
+    let mut load = load(sandbox);
+    load.sizes.extend(sizes.iter().map(|(name, size)| ((*name).to_owned(), *size)));
+    load
+}
+
+fn max_entries(sandbox: &Sandbox, name: &str) -> u32 {
+    layout(&sandbox.bpffs.join(name)).max_entries
+}
+
+fn layout(path: &Path) -> Layout {
+    sys::map_info(sys::obj_get(path).unwrap().as_fd()).unwrap().layout()
+}
+
+fn connections(dir: &Path) -> Connections {
+    Map::open(dir, TABLE).unwrap()
+}
+
+fn tuple(sport: u16) -> Tuple<Ip4> {
+    Tuple { sport, dport: 80, proto: proto::TCP, ..Tuple::zeroed() }
+}
+
+fn seen_at(seen: u32) -> CtEntry<Ip4> {
+    CtEntry { seen, ..CtEntry::zeroed() }
+}
+
+fn key(port: u16) -> VipKey {
+    VipKey { ip: "10.96.0.1".parse().unwrap(), port, proto: proto::TCP, scope: 0 }
+}
+
+fn put_services(dir: &Path, ports: std::ops::Range<u16>) {
+    let entry = |port: u16| SvcEntry { first: 0, count: 0, id: port.into(), affinity: 0, flags: 0, pad: 0 };
+    let writes: Vec<_> = ports.map(|port| Write::PutService { key: key(port), entry: entry(port) }).collect();
+    BpfMaps::open(dir).unwrap().apply(&writes).unwrap();
+}
+
+/// All pins that an agent leaves when it is done, and nothing else.
+fn assert_tidy(sandbox: &Sandbox) {
+    let mut wanted: Vec<String> = map::ALL.iter().chain(&["link", "prog"]).map(|name| (*name).to_owned()).collect();
+    wanted.sort();
+    assert_eq!(names(&sandbox.bpffs), wanted);
+}
+
+#[test]
+fn another_size_is_a_new_map_with_the_old_content() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        put_services(&sandbox.bpffs, 1..3001);
+        let table = connections(&sandbox.bpffs);
+        (0..3000).for_each(|port| table.put(&tuple(port), &seen_at(port.into())).unwrap());
+        let ids = [map::SVC4, TABLE, map::PEERS4].map(|name| map_id(sandbox, name));
+
+        let mut next = sized(sandbox, &[(map::SVC4, 8192), (TABLE, 16384)]).run().unwrap();
+        let unchanged = [map::SVC4, TABLE, map::PEERS4].map(|name| map_id(sandbox, name));
+        assert_eq!(unchanged, ids, "a load replaces no pin");
+        assert_eq!(connections(next.maps_dir(&sandbox.bpffs)).len().unwrap(), 3000);
+
+        next.pin(&sandbox.bpffs).unwrap();
+        assert!(next.has_leftovers());
+        assert_eq!((max_entries(sandbox, map::SVC4), max_entries(sandbox, TABLE)), (8192, 16384));
+        assert_eq!(map_id(sandbox, map::PEERS4), ids[2]);
+        assert_eq!(services(&sandbox.bpffs).unwrap().len(), 3000);
+        assert_eq!(connections(&sandbox.bpffs).len().unwrap(), 3000);
+        assert_eq!(names(&sandbox.bpffs.join("old")), [TABLE, map::SVC4], "kept until no program uses them");
+
+        next.catch_up().unwrap();
+        next.clear_leftovers(&sandbox.bpffs).unwrap();
+        assert!(!next.has_leftovers());
+        assert_tidy(sandbox);
+    });
+}
+
+#[test]
+fn connections_of_the_old_programs_are_copied_when_the_last_of_them_is_gone() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let old = connections(&sandbox.bpffs);
+        (0..100).for_each(|port| old.put(&tuple(port), &seen_at(1000 + u32::from(port))).unwrap());
+        let mut next = sized(sandbox, &[(TABLE, 16384)]).run().unwrap();
+        next.pin(&sandbox.bpffs).unwrap();
+        let new = connections(&sandbox.bpffs);
+        // One that an old program opens, and one that a new program refreshes and an old one does not.
+        old.put(&tuple(200), &seen_at(1100)).unwrap();
+        new.put(&tuple(7), &seen_at(1100)).unwrap();
+        // One that the collector took meanwhile stays away.
+        new.delete(&tuple(3)).unwrap();
+        assert_eq!(next.catch_up().unwrap(), 1);
+        assert_eq!(new.get(&tuple(200)).unwrap(), Some(seen_at(1100)));
+        assert_eq!(new.get(&tuple(7)).unwrap(), Some(seen_at(1100)));
+        assert_eq!(new.get(&tuple(3)).unwrap(), None);
+    });
+}
+
+#[test]
+fn a_smaller_table_keeps_the_newest_connections() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let old = connections(&sandbox.bpffs);
+        // The clock wraps among them.
+        let seen = |port: u16| (u32::MAX - 2000).wrapping_add(port.into());
+        (0..4000).rev().for_each(|port| old.put(&tuple(port), &seen_at(seen(port))).unwrap());
+        let next = sized(sandbox, &[(TABLE, 1024)]).run().unwrap();
+        let new = connections(next.maps_dir(&sandbox.bpffs));
+        (3600..4000).for_each(|port| assert!(new.get(&tuple(port)).unwrap().is_some(), "{port}"));
+        assert!(new.len().unwrap() <= 1024);
+    });
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_both_sizes_and_nothing_changes() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        put_services(&sandbox.bpffs, 1..1001);
+        let ids = map::ALL.map(|name| map_id(sandbox, name));
+        let error = format!("{:#}", sized(sandbox, &[(map::SVC4, 512), (TABLE, 64)]).run().err().unwrap());
+        assert!(error.contains(map::SVC4) && error.contains("4096") && error.contains("512"), "{error}");
+        assert!(error.contains("set its size in the configuration back"), "{error}");
+        assert_eq!(map::ALL.map(|name| map_id(sandbox, name)), ids);
+        assert_tidy(sandbox);
+    });
+}
+
+#[test]
+fn a_program_that_the_verifier_rejects_leaves_the_maps_of_the_old_size() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let ids = map::ALL.map(|name| map_id(sandbox, name));
+        let programs = PROGRAMS.map(|name| prog_id(sandbox, name));
+        let bad = spoilt();
+        let load = Load { object: bytemuck::cast_slice(&bad), ..sized(sandbox, &[(TABLE, 8192)]) };
+        assert!(load.run().is_err());
+        assert_eq!(map::ALL.map(|name| map_id(sandbox, name)), ids);
+        assert_eq!(PROGRAMS.map(|name| prog_id(sandbox, name)), programs);
+        assert_tidy(sandbox);
+    });
+}
+
+#[test]
+fn pods_that_come_while_the_map_of_endpoints_is_replaced_are_in_the_new_one() {
+    sandbox::run(|sandbox| {
+        let endpoints = || Map::<EndpointKey, Endpoint>::open(&sandbox.bpffs, map::ENDPOINTS).unwrap();
+        let ip = |n: u8| EndpointKey::from(std::net::IpAddr::from([10, 1, 1, n]));
+        let endpoint = |ifindex| Endpoint { ifindex, ..Endpoint::zeroed() };
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        endpoints().put(&ip(1), &endpoint(1)).unwrap();
+        endpoints().put(&ip(2), &endpoint(2)).unwrap();
+        let mut next = sized(sandbox, &[(map::ENDPOINTS, 512)]).run().unwrap();
+        // The CNI binary at work between the copy and the new pin.
+        endpoints().put(&ip(3), &endpoint(3)).unwrap();
+        endpoints().put(&ip(2), &endpoint(22)).unwrap();
+        endpoints().delete(&ip(1)).unwrap();
+        next.pin(&sandbox.bpffs).unwrap();
+        let mut found: Vec<_> = endpoints().entries().unwrap().into_iter().map(|(_, e)| e.ifindex).collect();
+        found.sort_unstable();
+        assert_eq!(found, [3, 22]);
+        assert_eq!(max_entries(sandbox, map::ENDPOINTS), 512);
+    });
+}
+
+#[test]
+fn an_agent_that_died_before_it_pinned_its_programs_has_changed_nothing() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let (id, old) = (map_id(sandbox, TABLE), connections(&sandbox.bpffs));
+        old.put(&tuple(1), &seen_at(1)).unwrap();
+        // As after step 2 and half of step 3: the earlier map is in `old`, and another one has its pin.
+        let dir = sandbox.bpffs.join("old");
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::rename(sandbox.bpffs.join(TABLE), dir.join(TABLE)).unwrap();
+        let other = Layout { max_entries: 8192, ..layout(&dir.join(TABLE)) };
+        sys::obj_pin(&sandbox.bpffs.join(TABLE), sys::map_create(TABLE, other).unwrap().as_fd()).unwrap();
+        std::fs::create_dir(sandbox.bpffs.join("next")).unwrap();
+
+        let mut next = load(sandbox).run().unwrap();
+        next.pin(&sandbox.bpffs).unwrap();
+        assert_eq!(map_id(sandbox, TABLE), id);
+        assert_eq!(connections(&sandbox.bpffs).get(&tuple(1)).unwrap(), Some(seen_at(1)));
+        next.clear_leftovers(&sandbox.bpffs).unwrap();
+        assert_tidy(sandbox);
+    });
+}
+
+#[test]
+fn an_agent_that_died_while_it_swapped_the_hooks_is_followed_by_one_that_goes_on() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let old = connections(&sandbox.bpffs);
+        old.put(&tuple(1), &seen_at(1)).unwrap();
+        old.put(&tuple(2), &seen_at(2)).unwrap();
+        sized(sandbox, &[(TABLE, 8192)]).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let new = connections(&sandbox.bpffs);
+        new.put(&tuple(2), &seen_at(22)).unwrap();
+        // On the hooks that were not swapped yet, old programs go on.
+        old.put(&tuple(3), &seen_at(3)).unwrap();
+
+        // The size that was configured meanwhile has to wait.
+        let mut next = sized(sandbox, &[(TABLE, 16384)]).run().unwrap();
+        next.pin(&sandbox.bpffs).unwrap();
+        assert_eq!(max_entries(sandbox, TABLE), 8192);
+        next.catch_up().unwrap();
+        for (port, seen) in [(1, 1), (2, 22), (3, 3)] {
+            assert_eq!(connections(&sandbox.bpffs).get(&tuple(port)).unwrap(), Some(seen_at(seen)));
+        }
+        next.clear_leftovers(&sandbox.bpffs).unwrap();
+        assert_tidy(sandbox);
+    });
+}
+
+#[test]
+fn agents_with_other_sizes_follow_each_other() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(agents_with_other_sizes(sandbox));
+    });
+}
+
+async fn agents_with_other_sizes(sandbox: &Sandbox) {
+    let sizes = [["512", "2048"], ["1024", "4096"], ["256", "1024"], ["256", "2048"]];
+    for [services_size, backends] in sizes {
+        let args = [&*format!("--service-entries={services_size}"), &format!("--backend-entries={backends}")];
+        let agent = Agent::start(sandbox.config(&args));
+        agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])].into_iter().chain(web(3))).await;
+        agent.send(synced()).await;
+        agent.ready().await;
+        assert_eq!(max_entries(sandbox, map::SVC4).to_string(), services_size);
+        assert_eq!(max_entries(sandbox, map::BACKENDS).to_string(), backends);
+        assert_eq!(services(&sandbox.bpffs).unwrap().len(), 2, "the port and the wildcard");
+        assert_tidy(sandbox);
+        agent.stop().await;
+    }
+}
