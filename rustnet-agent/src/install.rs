@@ -1,7 +1,9 @@
 //! Installs the CNI binary and the CNI configuration, so that a runtime never sees half of either.
 //!
-//! The binary first, at any time: it works without the agent. The configuration last, once the agent is ready, because its
-//! presence makes the runtime call the node's network ready. Both stay when the agent stops; `rustnet cleanup` removes them.
+//! The binary first, once this agent's maps and programs are pinned: it works without the agent, on what is pinned. An agent
+//! that cannot load leaves the earlier binary, which fits what the earlier agent pinned. The configuration last, once the
+//! agent is ready, because its presence makes the runtime call the node's network ready. Both stay when the agent stops;
+//! `rustnet cleanup` removes them.
 
 use crate::config::Config;
 use anyhow::Context;

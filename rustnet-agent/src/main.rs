@@ -8,7 +8,7 @@ use rustnet_agent::config::{Config, LogFormat, Source};
 use rustnet_agent::health::Health;
 use rustnet_agent::source::kube::{KubeSource, NodeStatus, reports};
 use rustnet_agent::source::{Event, kube, manifests};
-use rustnet_agent::{bpf, http, install, reconcile};
+use rustnet_agent::{bpf, http, reconcile};
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -68,11 +68,6 @@ async fn run(config: Arc<Config>) -> anyhow::Result<()> {
         if let Some(addr) = addr {
             tokio::spawn(http::serve(router, addr, flag, shutdown.clone()));
         }
-    }
-    // One of an earlier version works with what is pinned: that this one cannot be put there yet is told, and tried again.
-    match install::binary(&config) {
-        Ok(written) => written.iter().for_each(|path| tracing::info!(path = %path.display(), "CNI binary installed")),
-        Err(error) => tracing::error!("{error:#}"),
     }
     let (sender, events) = mpsc::channel(EVENTS);
     start_source(&config, sender, &health, &shutdown);

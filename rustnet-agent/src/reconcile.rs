@@ -87,6 +87,15 @@ pub async fn run(
     }
 }
 
+/// The CNI binary of this release, for the maps and programs of this release. A failure is tried again before the agent is
+/// ready.
+fn install_cni_binary(config: &Config) {
+    match install::binary(config) {
+        Ok(written) => written.iter().for_each(|path| tracing::info!(path = %path.display(), "CNI binary installed")),
+        Err(error) => tracing::error!("{error:#}"),
+    }
+}
+
 async fn stop(shutdown: &mut watch::Receiver<bool>) {
     // A sender that is gone means shutdown, too.
     let _ = shutdown.wait_for(|stop| *stop).await;
@@ -381,6 +390,9 @@ impl Reconciler {
             match kernel.attach(self.repairer.socket(), &config, &state) {
                 Ok(attached) => {
                     done.extend(attached.done);
+                    if !was_pinned {
+                        install_cni_binary(&self.config);
+                    }
                     if was_pinned && attached.errors.is_empty() && kernel.is_upgrading() {
                         match kernel.go_on_upgrading() {
                             Ok(changed) => done.extend(changed),
