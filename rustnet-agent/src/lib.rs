@@ -19,3 +19,4 @@ pub mod plan;
 pub mod podfile;
 pub mod reconcile;
 pub mod source;
+pub mod v1file;

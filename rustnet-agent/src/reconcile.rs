@@ -10,9 +10,10 @@ pub mod presence;
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustnet_common::files::{IPAM_DIR, NodeFile};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
@@ -45,6 +46,8 @@ const NET_SETTLE_FAILED: Duration = Duration::from_secs(1);
 const NET_SHARE: u32 = 20;
 /// First and longest wait after a failure.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// How long the end of the agent may take.
+const EXPORT_LIMIT: Duration = Duration::from_secs(5);
 /// Problems in the input are looked for at most this often, and names of pods written.
 const PROBLEMS_PERIOD: Duration = Duration::from_secs(1);
 
@@ -53,6 +56,20 @@ const PROBLEMS_PERIOD: Duration = Duration::from_secs(1);
 /// # Errors
 /// Only if the source has ended, or the loop cannot begin at all.
 pub async fn run(
+    config: Arc<Config>,
+    events: mpsc::Receiver<Event>,
+    health: Arc<Health>,
+    shutdown: watch::Receiver<bool>,
+) -> Result<()> {
+    run_within(EXPORT_LIMIT, config, events, health, shutdown).await
+}
+
+/// The same with another limit of what the end may take.
+///
+/// # Errors
+/// As of [`run`].
+pub async fn run_within(
+    limit: Duration,
     config: Arc<Config>,
     mut events: mpsc::Receiver<Event>,
     health: Arc<Health>,
@@ -70,9 +87,9 @@ pub async fn run(
     loop {
         reconciler.step();
         tokio::select! {
-            () = stop(&mut shutdown) => return Ok(()),
+            () = stop(&mut shutdown) => return hand_over(reconciler, limit).await,
             n = events.recv_many(&mut batch, BATCH) => {
-                anyhow::ensure!(n > 0, "the source has ended");
+                ensure!(n > 0, "the source has ended");
                 reconciler.take_in(&mut batch);
             }
             changed = monitor.changed() => match changed {
@@ -85,6 +102,28 @@ pub async fn run(
             () = sleep_until(reconciler.next_deadline()) => {}
         }
     }
+}
+
+/// Leaves the node to an agent of any release. That takes time, and fails, without harm: connections then end when an agent of
+/// v1 follows, and only then.
+async fn hand_over(mut reconciler: Reconciler, limit: Duration) -> Result<()> {
+    let began = Instant::now();
+    let is_late = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&is_late);
+    let export = tokio::task::spawn_blocking(move || reconciler.export(&told));
+    let result = match tokio::time::timeout(limit, export).await {
+        Ok(result) => result.context("the export has panicked").and_then(|result| result),
+        Err(_) => Err(anyhow::anyhow!("it took more than {limit:?}")),
+    };
+    is_late.store(true, Ordering::Relaxed);
+    match result {
+        Ok(true) => tracing::info!(took = ?began.elapsed(), "maps exported for agents of earlier releases"),
+        Ok(false) => {}
+        Err(error) => {
+            tracing::warn!("maps not exported, an agent of an earlier release would lose connections: {error:#}");
+        }
+    }
+    Ok(())
 }
 
 /// The CNI binary of this release, for the maps and programs of this release. A failure is tried again before the agent is
@@ -433,6 +472,28 @@ impl Reconciler {
     fn can_apply(&self) -> bool {
         let waits = self.net_error.is_none() && self.kernel.as_ref().is_some_and(Kernel::is_upgrading);
         self.plan_due && !waits
+    }
+
+    /// Exports the maps for an agent of v1 (see [`crate::bpf::upgrade`]); false if there is nothing to export. Stops between two
+    /// steps when it `is_late`.
+    fn export(&mut self, is_late: &AtomicBool) -> Result<bool> {
+        let Some(kernel) = &mut self.kernel else { return Ok(false) };
+        // In the middle of an upgrade the maps of v1 are still there, and the programs of the bridge write them.
+        if kernel.is_upgrading() || !kernel.begin_export()? {
+            return Ok(false);
+        }
+        // The first look swaps the hooks, the second finds pods that came while it did.
+        for _ in 0..2 {
+            ensure!(!is_late.load(Ordering::Relaxed), "no time is left");
+            let errors = self.mend_network()?;
+            ensure!(errors.is_empty(), "{}", errors.join("; "));
+        }
+        ensure!(!is_late.load(Ordering::Relaxed), "no time is left");
+        if let Some(kernel) = &self.kernel {
+            let connections = kernel.finish_export()?;
+            tracing::debug!(connections, "maps of v1 pinned");
+        }
+        Ok(true)
     }
 
     /// Brings the maps to what the index wants.

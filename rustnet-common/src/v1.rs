@@ -6,23 +6,7 @@ use crate::addr::{Addr, Ip4, Ip6};
 use crate::shared_type;
 use crate::tuple::Tuple;
 
-/// Names of the retired maps.
-pub mod map {
-    /// Services, IPv4.
-    pub const SVC4: &str = "rn_svc4";
-    /// Services, IPv6.
-    pub const SVC6: &str = "rn_svc6";
-    /// Backends of all services.
-    pub const BACKENDS: &str = "rn_backends";
-    /// Connections, IPv4.
-    pub const CT4: &str = "rn_ct4";
-    /// Connections, IPv6.
-    pub const CT6: &str = "rn_ct6";
-    /// First fragments, IPv4.
-    pub const FRAG4: &str = "rn_frag4";
-    /// First fragments, IPv6.
-    pub const FRAG6: &str = "rn_frag6";
-}
+pub use crate::names::v1 as map;
 
 /// A retired map, as the kernel describes it. The number of entries was a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,8 +50,7 @@ pub const RETIRED: [Shape; 7] = [
 ];
 
 /// Maps that all releases share under one name and in one shape.
-pub const SHARED: [&str; 6] =
-    ["rn_endpoints", "rn_peers4", "rn_peers6", "rn_counters", "rn_events", "rn_config"];
+pub const SHARED: [&str; 6] = ["rn_endpoints", "rn_peers4", "rn_peers6", "rn_counters", "rn_events", "rn_config"];
 
 /// Value of `rn_ct4/6`: one half of a connection. The key is the tuple of its direction as it arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -196,10 +196,26 @@ impl Content {
         newest
     }
 
+    /// Keeps the last entries, so many at most.
+    pub fn keep_last(&mut self, count: usize) {
+        let first = self.len().saturating_sub(count);
+        self.keys.drain(..first * self.key_size);
+        self.values.drain(..first * self.value_size);
+    }
+
     /// Keeps what was seen at `since` or later.
     pub fn retain_since(&mut self, offset: usize, since: u32) {
         self.retain(|_, value| clock_at(value, offset).wrapping_sub(since).cast_signed() >= 0);
     }
+}
+
+/// Entries that an LRU map of a size takes for sure before it evicts: each CPU may hold back some that are free.
+pub fn lru_room(max_entries: u32) -> usize {
+    /// `LOCAL_FREE_TARGET` of the kernel's `bpf_lru_list.c`.
+    const HELD_BACK: usize = 128;
+    let max_entries = max_entries as usize;
+    let held_back = possible_cpus().unwrap_or(1) * HELD_BACK;
+    max_entries - held_back.min(max_entries / 2)
 }
 
 fn clock_at(value: &[u8], offset: usize) -> u32 {
@@ -324,6 +340,8 @@ mod tests {
         assert_eq!(ages(&all), [u32::MAX - 5, u32::MAX, 2, 7]);
         all.retain_since(4, u32::MAX);
         assert_eq!(ages(&all), [u32::MAX, 2, 7]);
+        all.keep_last(2);
+        assert_eq!(ages(&all), [2, 7]);
         assert_eq!(aged(&[]).sort_by_age(4), None);
     }
 }

@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use aya::EbpfLoader;
-use aya::programs::{Program, ProgramError};
+use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya_obj::Object;
 use rustnet_common::{names, v1};
 
-use super::copy::Place;
+use super::copy::{Place, lru_room};
 use super::store::conntrack::clock_offset;
 use super::upgrade::{self, Bridge, Found, NEXT_DIR, Plan, Source};
-use super::{fs, pin, probe, remedy, sys};
+use super::{fs, migrate, pin, probe, remedy, sys};
 use crate::config::MapSizes;
 
 /// The program that returns the time (see rustnet-ebpf); pinned beside those of the hooks.
@@ -25,6 +25,9 @@ pub const CLOCK: &str = "clock";
 
 /// Lines of the verifier's log that an error shows: the last ones say why.
 const LOG_LINES: usize = 25;
+
+/// How often the verifier may be interrupted.
+const LOAD_ATTEMPTS: usize = 5;
 
 /// What to load, and where to.
 pub struct Load<'a> {
@@ -47,6 +50,10 @@ pub struct Programs {
     plan: Plan,
     /// For each earlier table of connections, the time of the newest entry that was copied.
     copied: BTreeMap<String, u32>,
+    /// The upgrade from the retired maps that these programs are the bridge of.
+    from_v1: Option<migrate::Upgrade>,
+    /// The retired maps that these programs are the bridge to.
+    to_v1: Option<migrate::Export>,
     staged: Option<Staged>,
 }
 
@@ -126,6 +133,15 @@ impl Programs {
         self.plan.leftovers
     }
 
+    /// How many entries the earlier maps take, by name.
+    pub fn earlier_sizes(&self) -> Result<BTreeMap<String, u32>> {
+        let size = |map: &OwnedFd| sys::map_info(map.as_fd()).map(|info| info.layout().max_entries);
+        self.old
+            .iter()
+            .map(|(name, map)| Ok((name.clone(), size(map).with_context(|| format!("looking at {name}"))?)))
+            .collect()
+    }
+
     /// Removes the earlier maps, after [`Programs::catch_up`]. Returns what was removed.
     pub fn clear_leftovers(&mut self, bpffs: &Path) -> Result<Vec<String>> {
         let removed = upgrade::clear(bpffs, &self.plan.maps)?;
@@ -136,6 +152,23 @@ impl Programs {
     /// True for a new map in the place of one that user space alone writes.
     fn is_rewritten(&self, name: &str, new: &Place<'_>) -> bool {
         !new.evicts() && self.replaced.iter().any(|replaced| replaced == name)
+    }
+
+    /// True if an agent of v1 is to be able to take over from these programs.
+    pub fn is_export(&self) -> bool {
+        self.to_v1.is_some()
+    }
+
+    /// Pins the retired maps for an agent of v1. To be called once no program but these is on a hook. Returns how many halves of
+    /// connections were opened since the load.
+    pub fn finish_export(&self, bpffs: &Path) -> Result<usize> {
+        let export = self.to_v1.as_ref().context("these programs are no bridge to v1")?;
+        let added = export.catch_up(&self.maps)?;
+        // Backends before services: an agent of v1 that starts meanwhile mends what is half there.
+        for (name, map) in export.maps() {
+            pin::replace(&bpffs.join(name), map.as_fd())?;
+        }
+        Ok(added)
     }
 
     /// Copies the connections that were opened in the earlier tables since the load. To be called once no program but these
@@ -152,6 +185,9 @@ impl Programs {
             added += new.insert_missing(&content)?;
             Ok(())
         })?;
+        if let Some(upgrade) = &self.from_v1 {
+            added += upgrade.catch_up(&self.old, &self.maps)?;
+        }
         Ok(added)
     }
 
@@ -162,6 +198,7 @@ impl Programs {
             let mut content = old.read()?;
             if let Some(newest) = clock_offset(name).and_then(|offset| content.sort_by_age(offset)) {
                 copied.insert(name.to_owned(), newest);
+                content.keep_last(lru_room(new.layout.max_entries));
             }
             match self.plan.maps[name].1 {
                 // A predecessor was killed after programs had begun to use it: what is there is newer.
@@ -171,6 +208,11 @@ impl Programs {
             }
         })?;
         self.copied = copied;
+        if self.plan.bridge == Bridge::V1 {
+            let is_live = self.plan.is_live();
+            self.from_v1 =
+                Some(migrate::Upgrade::run(&self.old, &self.maps, is_live).context("converting the maps of v1")?);
+        }
         Ok(())
     }
 
@@ -201,7 +243,9 @@ pub fn program_path(bpffs: &Path, name: &str) -> PathBuf {
 
 /// Map sizes of the configuration, by map name.
 pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
-    use names::map::{BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6, SVC4, SVC6};
+    use names::map::{
+        BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6, SVC4, SVC6,
+    };
     let MapSizes { services, backends, ct_tcp, ct_any, frags, endpoints, peers } = *maps;
     let sizes = [
         (SVC4, services),
@@ -236,7 +280,25 @@ impl Load<'_> {
         let object = self.parse()?;
         let plan = Found::look(self.bpffs, &object, &self.sizes)?.plan_without_bridge();
         drop(object);
-        self.load(plan)
+        self.load(plan, None)
+    }
+
+    /// Loads programs beside which an agent of v1 can start: a bridge to retired maps of these sizes, made of the present
+    /// content. `None` if the object cannot be one.
+    pub fn run_for_v1(&self, sizes: &BTreeMap<String, u32>) -> Result<Option<Programs>> {
+        let object = self.parse()?;
+        let found = Found::look(self.bpffs, &object, &self.sizes)?;
+        if !found.can_export(&object) {
+            return Ok(None);
+        }
+        drop(object);
+        let mut present = BTreeMap::new();
+        for name in found.wanted.keys() {
+            present.insert(name.clone(), open(&self.bpffs.join(name))?);
+        }
+        let export = migrate::Export::new(&present, sizes).context("making the maps of v1")?;
+        let plan = Plan { bridge: Bridge::V1, ..found.plan_without_bridge() };
+        self.load(plan, Some(export)).map(Some)
     }
 
     fn load_all(&self) -> Result<Programs> {
@@ -246,14 +308,14 @@ impl Load<'_> {
         let plan = Found::look(self.bpffs, &object, &self.sizes)?.plan(self.bpffs)?;
         drop(object);
         upgrade::roll_back(self.bpffs, &plan.roll_back)?;
-        self.load(plan)
+        self.load(plan, None)
     }
 
     fn parse(&self) -> Result<Object> {
         Object::parse(self.object).context("parsing the eBPF object")
     }
 
-    fn load(&self, plan: Plan) -> Result<Programs> {
+    fn load(&self, plan: Plan, to_v1: Option<migrate::Export>) -> Result<Programs> {
         let csum_ipv6 = u32::from(probe::l4_csum_ipv6()?);
         let migrate = plan.bridge as u32;
         let staged = Staged::new(self.bpffs)?;
@@ -270,7 +332,7 @@ impl Load<'_> {
             }
             loader.map_max_entries(name, layout.max_entries).map_pin_path(name, staged.dir.join(name));
         }
-        let bridged = bridged(plan.bridge, &old);
+        let bridged = bridged(plan.bridge, to_v1.as_ref().map_or(&old, migrate::Export::maps));
         for (name, (table, max_entries)) in &bridged {
             loader.map_max_entries(name, *max_entries).map_pin_path(name, staged.pin(name, *table)?);
         }
@@ -283,17 +345,31 @@ impl Load<'_> {
         let (by_name, copied) = (BTreeMap::new(), BTreeMap::new());
         drop(loader);
         drop(bridged);
-        let mut programs = Programs { by_name, maps, replaced, old, plan, copied, staged: Some(staged) };
-        programs.fill()?;
+        let staged = Some(staged);
+        let mut programs = Programs { by_name, maps, replaced, old, plan, copied, from_v1: None, to_v1, staged };
+        if !programs.is_export() {
+            programs.fill()?;
+        }
         for name in names::PROGRAMS.into_iter().chain([CLOCK]) {
             let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
             let Program::SchedClassifier(program) = program else { bail!("program {name} is not a classifier") };
-            program.load().map_err(|e| load_error(name, e))?;
+            load_program(program).map_err(|e| load_error(name, e))?;
             let fd = program.fd().with_context(|| format!("program {name}"))?;
             programs.by_name.insert(name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?);
         }
         Ok(programs)
     }
+}
+
+/// Loads a program. A signal interrupts the verifier, which then has to start again (libbpf, too, tries five times).
+fn load_program(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.raw_os_error() == Some(libc::EAGAIN) => {}
+            result => return result,
+        }
+    }
+    program.load()
 }
 
 /// The earlier tables that a bridge uses, by the names that the object has for them, with their sizes.

@@ -2,10 +2,12 @@
 //! Nothing outside this room calls bpf(2).
 
 pub mod attach;
+pub mod convert;
 pub mod copy;
 pub mod fs;
 pub mod layout;
 pub mod load;
+pub mod migrate;
 pub mod object;
 pub mod pin;
 pub mod probe;

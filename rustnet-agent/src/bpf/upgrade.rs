@@ -88,6 +88,11 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// True if programs on hooks use some of the maps that are this release's own.
+    pub fn is_live(&self) -> bool {
+        self.maps.iter().any(|(name, map)| is_own(name) && map.1 == Source::Adopted)
+    }
+
     /// Opens the earlier map of a name in [`Plan::keep`].
     pub fn open_earlier(&self, bpffs: &Path, name: &str) -> Result<OwnedFd> {
         let (old, pinned) = (bpffs.join(OLD_DIR).join(name), bpffs.join(name));
@@ -137,14 +142,13 @@ impl Found {
                 plan.roll_back.push(name.clone());
             }
         }
-        let own = |name: &str| !v1::SHARED.contains(&name);
         let is_live =
-            self.wanted.keys().any(|name| own(name) && pinned.get(name).is_some_and(|p| self.used.contains(&p.id)));
+            self.wanted.keys().any(|name| is_own(name) && pinned.get(name).is_some_and(|p| self.used.contains(&p.id)));
         let retired = retired_pins(&self.wanted, &pinned, &old);
         let was_bridge = retired.keys().any(|name| old.contains_key(*name));
         if !retired.is_empty() && !is_live {
             // Pins of our own maps, if there are any, are of an agent before the one whose programs run.
-            pinned.retain(|name, _| !own(name));
+            pinned.retain(|name, _| !is_own(name));
             old.clear();
         }
         self.refuse(bpffs, &pinned, &retired)?;
@@ -190,6 +194,13 @@ impl Found {
         layout::refuse_other_shapes(bpffs, ours.chain(theirs))
     }
 
+    /// True if the object has tables of v1 as a bridge, and all its maps are pinned.
+    pub fn can_export(&self, object: &Object) -> bool {
+        let bridges = [v1::map::CT4, v1::map::CT6];
+        bridges.iter().all(|name| object.maps.contains_key(*name) && !self.wanted.contains_key(*name))
+            && self.wanted.keys().all(|name| self.pinned.contains_key(name))
+    }
+
     /// The plan of the second load after a bridge: everything is adopted as it is pinned.
     pub fn plan_without_bridge(&self) -> Plan {
         let maps = self.wanted.iter().map(|(name, wanted)| match self.pinned.get(name) {
@@ -198,6 +209,11 @@ impl Found {
         });
         Plan { maps: maps.collect(), ..Plan::default() }
     }
+}
+
+/// True for a map that agents of v1 do not know.
+fn is_own(name: &str) -> bool {
+    !v1::SHARED.contains(&name)
 }
 
 /// The retired maps that are there. A pin in its own place counts before one in [`OLD_DIR`].

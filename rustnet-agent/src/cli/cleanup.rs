@@ -19,8 +19,8 @@ use crate::bpf::upgrade::{self, NEXT_DIR, OLD_DIR};
 use crate::install::{BINARY, CONFLIST, LOOPBACK, loopback_is_ours};
 use crate::net::netlink::Socket;
 use crate::net::{link, overlay, route, tc};
-use crate::podfile;
 use crate::reconcile::presence::{self, Presence};
+use crate::{podfile, v1file};
 
 /// Options.
 #[derive(Debug, clap::Args)]
@@ -135,7 +135,7 @@ fn clean(places: &Places, args: &Args) -> Report {
         report.note_all("pins", pins(bpffs));
         network(&mut report);
     }
-    for name in [NODE_FILE, podfile::FILE, presence::FILE] {
+    for name in [NODE_FILE, podfile::FILE, presence::FILE, v1file::FILE] {
         let path = places.run_dir.join(name);
         report.note(&path.display().to_string(), remove_file(&path));
     }

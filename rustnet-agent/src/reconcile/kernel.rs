@@ -27,10 +27,12 @@ use crate::net::endpoints::parse_mac;
 use crate::net::netlink::Socket;
 use crate::net::repair::State;
 use crate::net::{link, tc};
+use crate::v1file;
 
 /// Programs and stores.
 pub struct Kernel {
     bpffs: PathBuf,
+    run_dir: PathBuf,
     sizes: MapSizes,
     programs: Programs,
     pinned: bool,
@@ -61,6 +63,7 @@ impl Kernel {
         let maps = programs.maps_dir(&config.bpffs);
         Ok(Self {
             bpffs: config.bpffs.clone(),
+            run_dir: config.run_dir.clone(),
             sizes: config.maps,
             pinned: false,
             maps: BpfMaps::open(maps)?,
@@ -83,7 +86,22 @@ impl Kernel {
 
     /// True while programs of an earlier agent, or those of a bridge, may be on hooks beside the present ones.
     pub fn is_upgrading(&self) -> bool {
-        !self.pinned || self.programs.has_leftovers() || self.programs.bridge() != Bridge::None
+        let is_bridge = self.programs.bridge() != Bridge::None && !self.programs.is_export();
+        !self.pinned || self.programs.has_leftovers() || is_bridge
+    }
+
+    /// Loads programs beside which an agent of v1 can start. They come onto the hooks like any others. False if there are none.
+    pub fn begin_export(&mut self) -> Result<bool> {
+        let sizes = v1file::read(&self.run_dir, &self.sizes);
+        let Some(programs) = load(&self.bpffs, &self.sizes)?.run_for_v1(&sizes)? else { return Ok(false) };
+        self.programs = programs;
+        self.pinned = false;
+        Ok(true)
+    }
+
+    /// Pins the maps of v1, once the programs are on all hooks.
+    pub fn finish_export(&self) -> Result<usize> {
+        self.programs.finish_export(&self.bpffs)
     }
 
     /// Goes on with an upgrade from other maps, see [`crate::bpf::upgrade`]. To be called after a look at the host that began
@@ -92,6 +110,9 @@ impl Kernel {
         let mut done = Vec::new();
         if self.programs.has_leftovers() {
             let copied = self.programs.catch_up()?;
+            if self.programs.bridge() == Bridge::V1 {
+                v1file::write(&self.run_dir, &self.programs.earlier_sizes()?)?;
+            }
             let removed = self.programs.clear_leftovers(&self.bpffs)?;
             done.push(format!("earlier maps removed: {}; {copied} connections copied at the end", removed.join(", ")));
         }

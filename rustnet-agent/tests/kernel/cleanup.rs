@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::AsFd;
 
+use rustnet_agent::bpf::pin;
 use rustnet_agent::bpf::sys::{self, Layout};
 use rustnet_common::names::v1;
 
@@ -49,7 +50,7 @@ fn cleanup_leaves_nothing_of_ours_and_all_of_others() {
         // What an earlier release left.
         let layout = Layout { kind: 1, key_size: 8, value_size: 20, max_entries: 16, flags: 0 };
         let old = sys::map_create(v1::SVC4, layout).unwrap();
-        sys::obj_pin(&sandbox.bpffs.join(v1::SVC4), old.as_fd()).unwrap();
+        pin::replace(&sandbox.bpffs.join(v1::SVC4), old.as_fd()).unwrap();
         fs::create_dir_all(sandbox.run_dir.join("ipam")).unwrap();
         fs::write(sandbox.run_dir.join("ipam/10.1.1.5"), "").unwrap();
         clean(sandbox);

@@ -1,4 +1,4 @@
-//! Maps of another size: their content passes to new ones, and a load that fails or an agent that dies changes nothing.
+//! Maps of another size or of v1: their content passes to new ones, and a load that fails or an agent that dies changes nothing.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -7,13 +7,15 @@ use bytemuck::Zeroable;
 use rustnet_agent::bpf::load::Load;
 use rustnet_agent::bpf::store::{BpfMaps, Map, services};
 use rustnet_agent::bpf::sys::{self, Layout};
+use rustnet_agent::bpf::upgrade::Bridge;
 use rustnet_agent::plan::{Maps, VipKey, Write};
 use rustnet_common::addr::Ip4;
 use rustnet_common::conntrack::CtEntry;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::names::{PROGRAMS, map};
-use rustnet_common::service::SvcEntry;
+use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::tuple::{Tuple, proto};
+use rustnet_common::v1;
 
 use crate::load::{load, map_id, prog_id, spoilt};
 use crate::reconcile::{Agent, block_on, node, synced, web};
@@ -254,4 +256,117 @@ async fn agents_with_other_sizes(sandbox: &Sandbox) {
         assert_tidy(sandbox);
         agent.stop().await;
     }
+}
+
+/// Maps that agents of v1 do not know.
+fn own() -> impl Iterator<Item = &'static str> {
+    map::ALL.into_iter().filter(|name| !v1::SHARED.contains(name))
+}
+
+/// A table of connections of v1.
+type V1Connections = Map<Tuple<Ip4>, v1::CtEntry<Ip4>>;
+
+fn v1_half(to: Tuple<Ip4>, flags: u16, seen: u32) -> v1::CtEntry<Ip4> {
+    v1::CtEntry { to, flags, seen, ..v1::CtEntry::zeroed() }
+}
+
+/// A connection that nothing translates.
+fn v1_connect(table: &V1Connections, asks: Tuple<Ip4>, seen: u32) {
+    table.put(&asks, &v1_half(asks, 0, seen)).unwrap();
+    table.put(&asks.reversed(), &v1_half(asks.reversed(), v1::flags::REPLY, seen)).unwrap();
+}
+
+/// Leaves what an agent of v1 leaves: pinned programs that use none of this release's maps, and the maps of v1. One service
+/// with a backend, and one connection.
+fn v1_node(sandbox: &Sandbox) -> V1Connections {
+    load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+    own().for_each(|name| std::fs::remove_file(sandbox.bpffs.join(name)).unwrap());
+    for v1::Shape { name, kind, key_size, value_size, flags } in v1::RETIRED {
+        let layout = Layout { kind, key_size, value_size, max_entries: 512, flags };
+        sys::obj_pin(&sandbox.bpffs.join(name), sys::map_create(name, layout).unwrap().as_fd()).unwrap();
+    }
+    let backends: Map<u32, v1::Backend> = Map::open(&sandbox.bpffs, v1::map::BACKENDS).unwrap();
+    let backend = v1::Backend { addr: std::net::IpAddr::from([10, 1, 2, 1]).into(), port: 8080, flags: 0, id: 99 };
+    backends.put(&5, &backend).unwrap();
+    let services: Map<SvcKey<Ip4>, v1::SvcEntry> = Map::open(&sandbox.bpffs, v1::map::SVC4).unwrap();
+    let vip = SvcKey { vip: Ip4 { ip: [10, 96, 0, 10] }, port: 80, proto: proto::TCP, scope: 0 };
+    services.put(&vip, &v1::SvcEntry { first: 5, count: 1, id: 3, affinity: 0, flags: 0, pad: 0 }).unwrap();
+    let table = Map::open(&sandbox.bpffs, v1::map::CT4).unwrap();
+    v1_connect(&table, tuple(1), 100);
+    table
+}
+
+#[test]
+fn maps_of_v1_pass_to_the_present_ones_and_back() {
+    sandbox::run(|sandbox| {
+        let old = v1_node(sandbox);
+        let mut bridge = load(sandbox).run().unwrap();
+        assert_eq!(bridge.bridge(), Bridge::V1);
+        assert!(!sandbox.bpffs.join(TABLE).exists(), "a load pins nothing");
+        bridge.pin(&sandbox.bpffs).unwrap();
+        assert_eq!(names(&sandbox.bpffs.join("old")).len(), v1::RETIRED.len());
+        let snapshot = BpfMaps::open(&sandbox.bpffs).unwrap().snapshot().unwrap();
+        let entry = snapshot.services.values().next().unwrap();
+        let backends: Vec<_> = snapshot.backends_of(entry).flatten().map(|b| (b.addr, b.port, b.service)).collect();
+        assert_eq!(backends, [(std::net::IpAddr::from([10, 1, 2, 1]).into(), 8080, 3)]);
+        assert_eq!(connections(&sandbox.bpffs).len().unwrap(), 1);
+
+        v1_connect(&old, tuple(2), 101);
+        assert_eq!(bridge.catch_up().unwrap(), 1);
+        bridge.clear_leftovers(&sandbox.bpffs).unwrap();
+        load(sandbox).run_without_bridge().unwrap().pin(&sandbox.bpffs).unwrap();
+        assert_tidy(sandbox);
+
+        let sizes = v1::RETIRED.map(|shape| (shape.name.to_owned(), 256)).into();
+        let mut export = load(sandbox).run_for_v1(&sizes).unwrap().unwrap();
+        export.pin(&sandbox.bpffs).unwrap();
+        assert_tidy(sandbox);
+        export.finish_export(&sandbox.bpffs).unwrap();
+        let table: V1Connections = Map::open(&sandbox.bpffs, v1::map::CT4).unwrap();
+        assert_eq!((table.len().unwrap(), max_entries(sandbox, v1::map::CT4)), (4, 256));
+
+        // No agent of v1 came.
+        let mut next = load(sandbox).run().unwrap();
+        assert_eq!((next.bridge(), next.has_leftovers()), (Bridge::None, true));
+        next.pin(&sandbox.bpffs).unwrap();
+        assert_eq!(next.catch_up().unwrap(), 0);
+        next.clear_leftovers(&sandbox.bpffs).unwrap();
+        assert_tidy(sandbox);
+    });
+}
+
+#[test]
+fn our_maps_are_stale_when_an_agent_of_v1_has_run() {
+    sandbox::run(|sandbox| {
+        v1_node(sandbox);
+        let (key_size, value_size) = (size_of::<Tuple<Ip4>>() as u32, size_of::<CtEntry<Ip4>>() as u32);
+        let layout = Layout { kind: 9, key_size, value_size, max_entries: 4096, flags: 0 };
+        sys::obj_pin(&sandbox.bpffs.join(TABLE), sys::map_create(TABLE, layout).unwrap().as_fd()).unwrap();
+        connections(&sandbox.bpffs).put(&tuple(7), &seen_at(7)).unwrap();
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let keys: Vec<u16> =
+            connections(&sandbox.bpffs).entries().unwrap().iter().map(|(k, _)| k.sport.min(k.dport)).collect();
+        assert_eq!(keys, [1], "only what v1 had");
+    });
+}
+
+#[test]
+fn an_agent_follows_one_of_v1_and_leaves_the_node_to_one() {
+    sandbox::run(|sandbox| {
+        uplink();
+        v1_node(sandbox);
+        block_on(async {
+            for _ in 0..2 {
+                let agent = Agent::start(sandbox.config(&[]));
+                agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])].into_iter().chain(web(1))).await;
+                agent.send(synced()).await;
+                agent.ready().await;
+                assert_tidy(sandbox);
+                agent.stop().await;
+                let services: Map<SvcKey<Ip4>, v1::SvcEntry> = Map::open(&sandbox.bpffs, v1::map::SVC4).unwrap();
+                assert_eq!(services.len().unwrap(), 2);
+                assert_eq!(max_entries(sandbox, v1::map::CT4), 512, "what v1 was configured for");
+            }
+        });
+    });
 }
