@@ -27,6 +27,12 @@ pub fn find(program: &str) -> Result<PathBuf> {
     )
 }
 
+/// Path of a program as `cargo xtask agent-v1` has built it.
+pub fn find_v1(program: &str) -> Result<PathBuf> {
+    let path = target_dir().join("v1/dist").join(program);
+    if path.is_file() { Ok(path) } else { bail!("{} does not exist: run `cargo xtask agent-v1`", path.display()) }
+}
+
 /// The target directory: above the running program, or below the workspace.
 pub fn target_dir() -> PathBuf {
     let beside = std::env::current_exe()

@@ -40,7 +40,8 @@ impl Net {
         Self::on(fabric).map_err(|(e, fabric)| e.context(fabric.logs()))
     }
 
-    fn on(fabric: Fabric) -> Result<Self, (anyhow::Error, Box<Fabric>)> {
+    /// The same in a fabric whose agents run.
+    pub fn on(fabric: Fabric) -> Result<Self, (anyhow::Error, Box<Fabric>)> {
         match Self::furnish(&fabric) {
             Ok((a, b, c, servers)) => Ok(Self { a, b, c, _servers: servers, fabric }),
             Err(e) => Err((e, Box::new(fabric))),

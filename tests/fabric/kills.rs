@@ -26,7 +26,7 @@ const BURST: (usize, Duration) = (12, Duration::from_millis(8));
 const PAUSE: Duration = Duration::from_millis(4);
 
 /// All that goes on meanwhile.
-struct Traffic {
+pub struct Traffic {
     streams: Vec<Stream>,
     connections: Vec<Load>,
     new: Vec<Load>,
@@ -34,7 +34,7 @@ struct Traffic {
 
 impl Traffic {
     /// Both families, to pods by their own addresses and to a service, from pods of both nodes and from a host.
-    fn start(net: &Net, services: [SocketAddr; 2]) -> Result<Self> {
+    pub fn start(net: &Net, services: [SocketAddr; 2]) -> Result<Self> {
         let pod = |pod: &testkit::Pod, like: SocketAddr| {
             Ok::<_, anyhow::Error>(SocketAddr::new(pod.address_like(like.ip())?, PORT))
         };
@@ -70,12 +70,12 @@ impl Traffic {
     }
 
     /// Every one of them goes on.
-    fn wait_more(&self, n: usize) -> Result<()> {
+    pub fn wait_more(&self, n: usize) -> Result<()> {
         self.new.iter().chain(&self.connections).try_for_each(|load| load.wait_more(n))
     }
 
     /// Ends it. An error names every kind of traffic that lost something.
-    fn nothing_lost(self) -> Result<()> {
+    pub fn nothing_lost(self) -> Result<()> {
         let (packets, flows) = (self.packets(), self.new_flows());
         let mut bad = Vec::new();
         for load in self.new.into_iter().chain(self.connections) {
@@ -144,7 +144,7 @@ fn kills_lose_no_packet_native() -> Result<()> {
 }
 
 /// A capture of every packet would cost more than the traffic itself; `RUSTNET_CAPTURE=1` makes one nevertheless.
-fn observed_without_captures(routing: Routing, test: impl FnOnce(&Net) -> Result<()>) -> Result<()> {
+pub fn observed_without_captures(routing: Routing, test: impl FnOnce(&Net) -> Result<()>) -> Result<()> {
     let net = Net::start(Setup { routing, ..Setup::default() })?;
     if std::env::var_os("RUSTNET_CAPTURE").is_some() {
         return observed(&net, test);
@@ -156,7 +156,7 @@ fn observed_without_captures(routing: Routing, test: impl FnOnce(&Net) -> Result
 }
 
 /// An agent whose programs are other ones for the kernel: the name of their licence is part of the object.
-fn other_build(net: &Net) -> Result<PathBuf> {
+pub fn other_build(net: &Net) -> Result<PathBuf> {
     let (one, two): (&[u8], &[u8]) = (b"Dual MIT/GPL", b"Dual BSD/GPL");
     let mut bytes = std::fs::read(testkit::dist::find("rustnet-agent")?)?;
     let places: Vec<usize> = bytes.windows(one.len()).enumerate().filter(|(_, w)| *w == one).map(|(i, _)| i).collect();

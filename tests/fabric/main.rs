@@ -26,3 +26,4 @@ mod pods;
 mod refusal;
 mod services;
 mod state;
+mod upgrade;

@@ -19,6 +19,7 @@ mod setup;
 mod test;
 mod toolchain;
 mod ui;
+mod v1;
 mod verify;
 
 use std::process::ExitCode;
@@ -52,6 +53,8 @@ enum Command {
     BuildEbpf(ebpf::Args),
     /// Build the programs for users into target/dist
     Dist(dist::Args),
+    /// Build the programs of the last release with other maps into target/v1/dist, for tests of upgrades
+    AgentV1,
     /// Make the agent's container image
     Image(image::Args),
     /// A real Kubernetes in namespaces of this machine (needs root)
@@ -93,6 +96,7 @@ fn run(command: Command) -> Result<ExitCode> {
             ebpf::build(&args)?;
         }
         Command::Dist(args) => dist::run(&args)?,
+        Command::AgentV1 => v1::run()?,
         Command::Image(args) => image::run(&args)?,
         Command::Cluster(args) => return cluster::run(&args),
         Command::E2e(args) => return e2e::run(&args),

@@ -70,7 +70,7 @@ const CRATES: [Crate; 6] = [
             &["plan"],
             &["net"],
             &["bpf"],
-            &["ct_gc", "nodefile", "podfile", "cni_order", "http"],
+            &["ct_gc", "nodefile", "podfile", "v1file", "cni_order", "http"],
             // Pure parts that the preflight and the command share with the loop.
             &["reconcile::node", "reconcile::presence"],
             &["reconcile", "doctor"],
@@ -117,7 +117,7 @@ const CRATES: [Crate; 6] = [
             &["cmd"],
             &["nets", "oci", "toolchain", "verify"],
             &["setup"],
-            &["ebpf"],
+            &["ebpf", "v1"],
             &["dist"],
             &["image", "kernels", "lint", "test"],
             &["cluster", "play"],

@@ -1,0 +1,54 @@
+//! `agent-v1`: the programs of the last commit with the retired maps (`rustnet-common/src/v1.rs`), for tests of upgrades.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::cmd::Cmd;
+use crate::setup::{self, Need};
+use crate::{cache, paths, ui};
+
+/// The commit.
+const COMMIT: &str = "6c3bd9c7f538ae7051aa2586a1f9d230ca5e5651";
+
+/// What the tests start: the agent installs the CNI binary that lies beside it.
+const PROGRAMS: [&str; 2] = ["rustnet-agent", "rustnet-cni"];
+
+/// The command: leaves the programs in `target/v1/dist`.
+pub fn run() -> Result<()> {
+    let dist = paths::target().join("v1/dist");
+    if !PROGRAMS.iter().all(|program| cache::holds(&cached(program))) {
+        setup::ensure(&[Need::Build])?;
+        build()?;
+    }
+    PROGRAMS.iter().try_for_each(|program| cache::copy(&cached(program), &dist.join(program)))?;
+    ui::step(&format!("{} holds {}", dist.display(), PROGRAMS.join(", ")));
+    Ok(())
+}
+
+fn cached(program: &str) -> PathBuf {
+    paths::cache().join("v1").join(COMMIT).join(program)
+}
+
+/// Builds in a tree of its own, by the commands of that commit.
+fn build() -> Result<()> {
+    let (source, target) = (paths::target().join("v1/source"), paths::target().join("v1/build"));
+    ui::step(&format!("building the programs of commit {}", &COMMIT[..7]));
+    std::fs::create_dir_all(&source)?;
+    let archive = paths::target().join("v1/source.tar");
+    Cmd::new("git")
+        .args(["archive", "--output"])
+        .arg(&archive)
+        .arg(COMMIT)
+        .dir(paths::root())
+        .remedy("the commit must be in this clone: git fetch --unshallow")
+        .run()?;
+    Cmd::new("tar").arg("-xf").arg(&archive).arg("-C").arg(&source).run()?;
+    let cargo = || Cmd::cargo().env("CARGO_TARGET_DIR", &target).dir(&source);
+    cargo().args(["run", "--locked", "--package", "xtask", "--", "build-ebpf"]).run()?;
+    cargo()
+        .args(["build", "--locked", "--bins", "--package", "rustnet-agent", "--package", "rustnet-cni"])
+        .env("RUSTNET_BPF_OBJECT", target.join("bpf/rustnet.bpf.o"))
+        .run()?;
+    PROGRAMS.iter().try_for_each(|program| cache::store(&target.join("debug").join(program), &cached(program)))
+}
