@@ -60,7 +60,7 @@ pub struct CtEntry<A> {
     pub to: Tuple<A>,
     /// See [`flags`].
     pub flags: u16,
-    /// Bits as in [`crate::conntrack::state`]; the same in both halves.
+    /// See [`state`]; the same in both halves.
     pub state: u8,
     /// Zero.
     pub pad: u8,
@@ -96,6 +96,20 @@ pub mod flags {
     pub const FROM_HOST: u16 = 16;
     /// All of them.
     pub const ALL: u16 = REPLY | NAT | HAIRPIN | MASQ | FROM_HOST;
+}
+
+/// Bits of [`CtEntry::state`].
+pub mod state {
+    /// The answering side has spoken.
+    pub const ANSWERED: u8 = 1;
+    /// FIN from the opening side.
+    pub const FIN_ORIG: u8 = 2;
+    /// FIN from the answering side.
+    pub const FIN_REPLY: u8 = 4;
+    /// RST from either side.
+    pub const RST: u8 = 8;
+    /// All of them.
+    pub const ALL: u8 = ANSWERED | FIN_ORIG | FIN_REPLY | RST;
 }
 
 /// Key of `rn_svc4/6`.

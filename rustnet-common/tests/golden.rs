@@ -245,6 +245,8 @@ fn retired_connections() {
     assert_eq!((&six[..40], &six[40..]), (&bytes(&tuple(A6, B6))[..], &tail[..]));
     let flags = [v1::flags::REPLY, v1::flags::NAT, v1::flags::HAIRPIN, v1::flags::MASQ, v1::flags::FROM_HOST];
     assert_eq!(flags, [1, 2, 4, 8, 16]);
+    let states = [v1::state::ANSWERED, v1::state::FIN_ORIG, v1::state::FIN_REPLY, v1::state::RST];
+    assert_eq!(states, [1, 2, 4, 8]);
 }
 
 #[test]
