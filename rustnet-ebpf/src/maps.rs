@@ -48,6 +48,8 @@ pub struct Scratch<A> {
     pub connection: NewConnection<A>,
     /// The packet that an ICMP error quotes.
     pub inner: InnerPacket<A>,
+    /// An entry of a table of v1, while it is written.
+    pub half: v1::CtEntry<A>,
 }
 /// A token bucket, see [`crate::limit`].
 #[repr(C)]

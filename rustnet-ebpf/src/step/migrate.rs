@@ -176,10 +176,15 @@ pub fn mirror<F: Old>(is_pair: bool) {
     let c = unsafe { &mut (*scratch).connection };
     // What the old table does not take, its programs open again.
     if MIGRATE.load() == FROM_V1 {
-        let (to, back) = (c.original.to, c.tuple.reversed());
-        let _ = F::v1().insert(&c.tuple, &half(&c.original, to, 0), BPF_ANY.into());
-        let reply = to.reversed();
-        let _ = F::v1().insert(&reply, &half(&c.original, back, v1::flags::REPLY), BPF_ANY.into());
+        // SAFETY: see above. Both are in scratch memory, since the stack has no room for them.
+        let (half, reply) = unsafe { (&mut (*scratch).half, &mut (*scratch).slot_key) };
+        store_half(&c.original, half);
+        half.to = c.original.to;
+        let _ = F::v1().insert(&c.tuple, &*half, BPF_ANY.into());
+        store_reversed(&c.original.to, reply);
+        store_reversed(&c.tuple, &mut half.to);
+        half.flags |= v1::flags::REPLY;
+        let _ = F::v1().insert(&*reply, &*half, BPF_ANY.into());
         return;
     }
     let _ = old::<F>(c.key.proto).insert(&c.key, &c.original, BPF_ANY.into());
@@ -188,22 +193,28 @@ pub fn mirror<F: Old>(is_pair: bool) {
     }
 }
 
+/// Stores a half of v1 in the original direction, but for what it becomes.
 #[inline(always)]
-fn half<A: Address>(entry: &CtEntry<A>, to: Tuple<A>, reply: u16) -> v1::CtEntry<A> {
-    v1::CtEntry {
-        to,
-        flags: (entry.flags & v1::flags::ALL & !v1::flags::REPLY) | reply,
-        state: state_to_v1(entry.state),
-        pad: 0,
-        seen: entry.seen,
-        ifindex: 0,
-        backend: entry.backend,
-        out: 0,
-        guard: [0; 3],
-        pad2: [0; 3],
-        packets: 0,
-        bytes: 0,
-    }
+fn store_half<A: Address>(entry: &CtEntry<A>, half: &mut v1::CtEntry<A>) {
+    half.flags = entry.flags & v1::flags::ALL & !v1::flags::REPLY;
+    half.state = state_to_v1(entry.state);
+    half.pad = 0;
+    half.seen = entry.seen;
+    half.ifindex = 0;
+    half.backend = entry.backend;
+    half.out = 0;
+    half.guard = [0; 3];
+    half.pad2 = [0; 3];
+    half.packets = 0;
+    half.bytes = 0;
+}
+
+/// Stores a tuple as the other side sees it.
+#[inline(always)]
+fn store_reversed<A: Address>(tuple: &Tuple<A>, reversed: &mut Tuple<A>) {
+    (reversed.src, reversed.dst) = (tuple.dst, tuple.src);
+    (reversed.sport, reversed.dport) = (tuple.dport, tuple.sport);
+    (reversed.proto, reversed.pad, reversed.pad2) = (tuple.proto, 0, 0);
 }
 
 /// Keeps the packet's connection alive in the old table.
