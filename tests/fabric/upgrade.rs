@@ -3,6 +3,7 @@
 use crate::fixture::{Net, endpoints};
 use crate::kills::{Traffic, observed_without_captures, other_build};
 use anyhow::{Context, Result, ensure};
+use rustnet_common::v1;
 use std::path::{Path, PathBuf};
 use testkit::{Fabric, Node, Routing, Setup, dist, wait};
 
@@ -132,8 +133,17 @@ fn follow(net: &Net, builds: &[PathBuf]) -> Result<()> {
 
 fn replace(node: &Node, build: &Path) -> Result<()> {
     node.stop_agent()?;
+    let is_v1 = build == dist::find_v1("rustnet-agent")?;
+    if is_v1 {
+        pinned(node, v1::map::CT4).context("the agent exported no maps, or not in time")?;
+    }
     node.spawn_agent_of(build, &[], &[])?;
-    node.wait_ready()
+    node.wait_ready()?;
+    if is_v1 {
+        return Ok(());
+    }
+    ensure!(pinned(node, v1::map::CT4).is_err(), "maps of v1 are left");
+    is_tidy(node)
 }
 
 #[test]

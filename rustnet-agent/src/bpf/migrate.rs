@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use anyhow::{Context, Result};
 use bytemuck::Pod;
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::backend::Backend;
+use rustnet_common::backend::{Backend, id};
 use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, flags};
 use rustnet_common::names::map;
 use rustnet_common::service::SvcKey;
@@ -73,7 +73,32 @@ impl Upgrade {
 
     /// Adds the connections that were opened in the retired tables since. Returns how many entries that were.
     pub fn catch_up(&self, old: &Maps, new: &Maps) -> Result<usize> {
-        Ok(self.connections::<Ip4>(old, new)?.1 + self.connections::<Ip6>(old, new)?.1)
+        let added = self.connections::<Ip4>(old, new)?.1 + self.connections::<Ip6>(old, new)?.1;
+        self.rename_backends::<Ip4>(new)?;
+        self.rename_backends::<Ip6>(new)?;
+        Ok(added)
+    }
+
+    /// Gives connections that a program took over from a retired table the present ids of their backends.
+    fn rename_backends<A>(&self, new: &Maps) -> Result<()>
+    where
+        A: Address,
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+    {
+        let used = elements(Some(&present::<u32, Backend>(new, map::BACKENDS)?), |b| b.id != 0)?;
+        let is_present = |id: u32| used.get(id::slot_of(id) as usize).is_some_and(|backend| backend.id == id);
+        let (_, tcp, any) = names::<A>();
+        for name in [tcp, any] {
+            let table: Map<Tuple<A>, CtEntry<A>> = present(new, name)?;
+            for (key, entry) in table.entries()? {
+                if entry.backend != 0 && !is_present(entry.backend) && self.tables.is_renamed(entry.backend) {
+                    let backend = self.tables.present_id(entry.backend);
+                    table.replace(&key, &CtEntry { backend, ..entry })?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Returns when the newest connection was seen, and how many entries were missing.

@@ -34,6 +34,8 @@ pub const TCX_INGRESS: u32 = 46;
 pub const TCX_EGRESS: u32 = 47;
 /// `BPF_NOEXIST`.
 const BPF_NOEXIST: u64 = 1;
+/// `BPF_EXIST`.
+const BPF_EXIST: u64 = 2;
 /// `BPF_PROG_TYPE_SCHED_CLS`.
 pub const PROG_TYPE_SCHED_CLS: u32 = 3;
 
@@ -169,6 +171,12 @@ pub fn map_insert(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<b
         Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(false),
         Err(e) => Err(e),
     }
+}
+
+/// Writes one entry if the key has one (`BPF_EXIST`). False when it has none.
+pub fn map_replace(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<bool> {
+    let mut attr = ElemAttr { flags: BPF_EXIST, ..elem(map, key.as_ptr(), value.as_ptr()) };
+    none_if_missing(bpf(cmd::MAP_UPDATE_ELEM, &mut attr))
 }
 
 /// Deletes one entry; false when there was none.

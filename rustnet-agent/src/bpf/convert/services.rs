@@ -76,6 +76,11 @@ impl Tables {
         self.renamed.insert(old.id, id);
     }
 
+    /// True for an id of v1 that has a present one.
+    pub fn is_renamed(&self, old: u32) -> bool {
+        self.renamed.contains_key(&old)
+    }
+
     /// The present id of a backend of v1; [`GONE`] if no slot held it any more.
     pub fn present_id(&self, old: u32) -> u32 {
         self.renamed.get(&old).copied().unwrap_or(GONE)

@@ -140,6 +140,20 @@ fn what_the_old_programs_open_meanwhile_is_added_and_nothing_comes_back() {
 }
 
 #[test]
+fn a_connection_that_a_program_took_over_gets_the_present_id_of_its_backend() {
+    let (old, new) = (node(), fresh());
+    let upgrade = Upgrade::run(&old, &new, false).unwrap();
+    let flow = |backend| CtEntry { backend, ..CtEntry::zeroed() };
+    for (sport, backend) in [(70, 42), (71, id::make(4, 1)), (72, 9999)] {
+        put(&new, map::CT4_ANY, tuple(ip(1), ip(2), sport, proto::UDP), flow(backend));
+    }
+    upgrade.catch_up(&old, &new).unwrap();
+    let table = present::<Tuple<Ip4>, CtEntry<Ip4>>(&new, map::CT4_ANY).unwrap();
+    let backend = |sport| table.get(&tuple(ip(1), ip(2), sport, proto::UDP)).unwrap().unwrap().backend;
+    assert_eq!([70, 71, 72].map(backend), [id::make(4, 1), id::make(4, 1), 9999]);
+}
+
+#[test]
 fn flows_of_opposite_directions_get_the_two_slots_of_their_key() {
     let (old, new) = (retired(), fresh());
     let one = tuple(ip(1), ip(2), 80, proto::UDP);

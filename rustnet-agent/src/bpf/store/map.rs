@@ -76,6 +76,11 @@ impl<K: Pod, V: Pod> Map<K, V> {
         sys::map_insert(self.fd(), bytemuck::bytes_of(key), bytemuck::bytes_of(value)).map_err(|e| self.write_error(e))
     }
 
+    /// Writes one entry if the key has one; false when it has none.
+    pub fn replace(&self, key: &K, value: &V) -> Result<bool> {
+        sys::map_replace(self.fd(), bytemuck::bytes_of(key), bytemuck::bytes_of(value)).map_err(|e| self.write_error(e))
+    }
+
     /// Deletes one entry; true when there was one.
     pub fn delete(&self, key: &K) -> Result<bool> {
         sys::map_delete(self.fd(), bytemuck::bytes_of(key)).with_context(|| format!("deleting from {}", self.name))
