@@ -331,8 +331,7 @@ fn refresh<F: Placed + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
         let e_flags = (*entry).flags;
         let is_nat = e_flags & flags::NAT != 0;
         let is_reply = !is_nat && (e_flags & flags::SWAPPED != 0) != p.is_swapped;
-        if !is_nat
-            && (*entry).backend == 0
+        if (*entry).backend == 0
             && (is_reply || (state_of(entry) | set) & state::ANSWERED == 0)
             && lb::is_service::<F>(&p.tuple)
         {

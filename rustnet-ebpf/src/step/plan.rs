@@ -4,7 +4,7 @@
 use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::VIA_QDISC;
 use rustnet_common::drop::DropReason;
-use rustnet_common::peer::Peer;
+use rustnet_common::peer::{Peer, flags};
 use rustnet_common::tuple::proto;
 
 use super::route::{self, Destination, Route};
@@ -66,8 +66,9 @@ pub fn plan<F: Family>(
     if origin == Origin::Pod
         && to.tuple.proto == proto::UDP
         && to.tuple.dport == config.overlay_port
-        && config.overlay != 0
         && route != Route::Pod
+        // Without an overlay of its own this node still knows nodes, which may have one.
+        && (config.overlay != 0 || route == Route::Stack || peer.is_some_and(|peer| peer.flags & flags::NODE != 0))
     {
         // Whoever receives it could take it for a packet of this node's tunnel.
         return Err(DropReason::EncapProhibited.into());

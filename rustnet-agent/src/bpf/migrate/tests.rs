@@ -143,7 +143,7 @@ fn what_the_old_programs_open_meanwhile_is_added_and_nothing_comes_back() {
 fn a_connection_that_a_program_took_over_gets_the_present_id_of_its_backend() {
     let (old, new) = (node(), fresh());
     let upgrade = Upgrade::run(&old, &new, false).unwrap();
-    let flow = |backend| CtEntry { backend, ..CtEntry::zeroed() };
+    let flow = |backend| CtEntry::<Ip4> { backend, ..Zeroable::zeroed() };
     for (sport, backend) in [(70, 42), (71, id::make(4, 1)), (72, 9999)] {
         put(&new, map::CT4_ANY, tuple(ip(1), ip(2), sport, proto::UDP), flow(backend));
     }
