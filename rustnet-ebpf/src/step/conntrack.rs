@@ -4,7 +4,6 @@
 //! Nothing here decides where a packet goes or changes it.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use rustnet_common::addr::{Ip4, Ip6};
 use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, SOURCE_NONE, Side, VIA_QDISC, elapsed, flags, state};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
@@ -29,9 +28,9 @@ pub fn lookup<F: Track, C: Ctx>(
     verify: impl Fn() -> Result<(), DropReason>,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
     let flow = flow::<F>(&p.tuple)?;
-    if F::lookup(p, source, ctx.len(), false) {
+    if F::lookup(source, ctx.len(), false) {
         verify()?;
-        F::lookup(p, source, ctx.len(), true);
+        F::lookup(source, ctx.len(), true);
     }
     if flow.class != Class::New {
         parse::remember_ports::<F>(p, ctx.ifindex());
@@ -76,7 +75,7 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
         }
         if is_moved && is_local(ifindex) {
             // Another pod has the address now. The connections of the one before are none of its own.
-            F::forget(p);
+            F::forget();
             return false;
         }
         // SAFETY: see above.
@@ -95,7 +94,7 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
         && (state::is_closing(old) || (!is_reply && backend != 0 && !lb::is_backend(backend)))
     {
         // The port pair is used again, or the backend has left the service: this SYN opens another connection.
-        F::forget(p);
+        F::forget();
         return false;
     }
     // SAFETY: see above.
@@ -115,14 +114,14 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
                 // SAFETY: see above.
                 unsafe { atomic_and(&raw mut (*entry).state, !reset) };
             }
-        } else if F::is_reset_acceptable(p) {
+        } else if F::is_reset_acceptable() {
             set |= reset;
         }
     }
     // SAFETY: see above.
     let known = unsafe { (*receiver).ifindex };
-    if (is_due || set & !old != 0 || known == 0) && !F::refresh(p, set, now) {
-        F::forget(p);
+    if (is_due || set & !old != 0 || known == 0) && !F::refresh(set, now) {
+        F::forget();
         return false;
     }
     // SAFETY: see above.
@@ -199,81 +198,86 @@ unsafe fn track<A>(sender: *mut Side, p: &Packet<A>) {
 }
 
 /// The steps of tracking of one family, functions with global linkage for the reason that the parser is one. Those that are not
-/// needed for each packet find its entry again.
+/// needed for each packet find its entry again. They take the packet in hand from scratch memory: kernels before 6.2 refuse a look-up
+/// whose key stands behind an argument of such a function.
 pub trait Track: Family {
     /// See [`classify`].
-    fn lookup(p: &Packet<Self::A>, source: Source, len: u32, is_verified: bool) -> bool;
+    fn lookup(source: Source, len: u32, is_verified: bool) -> bool;
     /// Once per second and at each change of state: looks up the receiver again, sets bits of the state, and brings the other
     /// direction up to date. False if the connection is over: its receiver was replaced, its other direction belongs to another
     /// flow, or the packet asks for a service that the flow bypasses.
-    fn refresh(p: &Packet<Self::A>, set: u64, now: u32) -> bool;
+    fn refresh(set: u64, now: u32) -> bool;
     /// Forgets the packet's connection, which is over.
-    fn forget(p: &Packet<Self::A>);
+    fn forget();
     /// True if the receiver of a RST accepts it: between what it has acknowledged and what the sender has sent (RFC 5961, 3.2;
     /// netfilter checks the same window).
-    fn is_reset_acceptable(p: &Packet<Self::A>) -> bool;
+    fn is_reset_acceptable() -> bool;
 }
 
 /// Declares the functions of a family.
 macro_rules! global {
-    ($family:ident, $addr:ident, $lookup:ident, $refresh:ident, $forget:ident, $reset:ident) => {
+    ($family:ident, $lookup:ident, $refresh:ident, $forget:ident, $reset:ident) => {
         impl Track for $family {
             #[inline(always)]
-            fn lookup(p: &Packet<$addr>, source: Source, len: u32, is_verified: bool) -> bool {
+            fn lookup(source: Source, len: u32, is_verified: bool) -> bool {
                 let verified = if is_verified { VERIFIED } else { 0 };
-                $lookup(p, source.ifindex, source.bytes[0], source.bytes[1], len | verified) != 0
+                $lookup(source.ifindex, source.bytes[0], source.bytes[1], len | verified) != 0
             }
             #[inline(always)]
-            fn refresh(p: &Packet<$addr>, set: u64, now: u32) -> bool {
-                $refresh(p, set, now) != 0
+            fn refresh(set: u64, now: u32) -> bool {
+                $refresh(set, now) != 0
             }
             #[inline(always)]
-            fn forget(p: &Packet<$addr>) {
-                $forget(p);
+            fn forget() {
+                $forget();
             }
             #[inline(always)]
-            fn is_reset_acceptable(p: &Packet<$addr>) -> bool {
-                $reset(p) != 0
+            fn is_reset_acceptable() -> bool {
+                $reset() != 0
             }
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $lookup(p: *const Packet<$addr>, ifindex: u32, source: u64, source2: u64, len: u32) -> u32 {
+        extern "C" fn $lookup(ifindex: u32, source: u64, source2: u64, len: u32) -> u32 {
             let source = Source { ifindex, bytes: [source, source2] };
-            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
-            u32::from(unsafe { p.as_ref() }.is_some_and(|p| {
+            u32::from(in_hand::<$family>().is_some_and(|p| {
                 classify::<$family>(p, source, len & !VERIFIED, len & VERIFIED != 0)
             }))
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $refresh(p: *const Packet<$addr>, set: u64, now: u32) -> u32 {
-            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
-            u32::from(unsafe { p.as_ref() }.is_some_and(|p| refresh::<$family>(p, set, now)))
+        extern "C" fn $refresh(set: u64, now: u32) -> u32 {
+            u32::from(in_hand::<$family>().is_some_and(|p| refresh::<$family>(p, set, now)))
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $forget(p: *const Packet<$addr>) -> u32 {
-            // SAFETY: see above.
-            unsafe { p.as_ref() }.map_or(0, |p| {
+        extern "C" fn $forget() -> u32 {
+            in_hand::<$family>().map_or(0, |p| {
                 forget::<$family>(p);
                 1
             })
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $reset(p: *const Packet<$addr>) -> u32 {
-            // SAFETY: see above.
-            u32::from(unsafe { p.as_ref() }.is_none_or(is_reset_acceptable::<$family>))
+        extern "C" fn $reset() -> u32 {
+            u32::from(in_hand::<$family>().is_none_or(is_reset_acceptable::<$family>))
         }
     };
+}
+
+/// The packet that [`parse::packet`] has read last.
+#[inline(always)]
+fn in_hand<F: Family>() -> Option<&'static Packet<F::A>> {
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and nothing writes the packet after the
+    // parser.
+    F::scratch().map(|scratch| unsafe { &(*scratch).packet })
 }
 
 /// Added to a frame's length if its source is verified: functions have five parameters.
 const VERIFIED: u32 = 1 << 31;
 
-global!(V4, Ip4, rn_ct_lookup4, rn_ct_refresh4, rn_ct_forget4, rn_ct_reset4);
-global!(V6, Ip6, rn_ct_lookup6, rn_ct_refresh6, rn_ct_forget6, rn_ct_reset6);
+global!(V4, rn_ct_lookup4, rn_ct_refresh4, rn_ct_forget4, rn_ct_reset4);
+global!(V6, rn_ct_lookup6, rn_ct_refresh6, rn_ct_forget6, rn_ct_reset6);
 
 #[inline(always)]
 fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {

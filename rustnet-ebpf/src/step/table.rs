@@ -68,6 +68,8 @@ global!(V6, Ip6, rn_ct_place6);
 #[inline(always)]
 fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
     let mut place = Place { is_taken: false, slot: 0, is_contested: false };
+    // In both slots by a copy: kernels before 6.2 refuse a look-up whose key stands behind an argument of a global function.
+    let Some(key) = slot_key::<F>(key) else { return place };
     let entry = get::<F>(key);
     if !entry.is_null() {
         if serves(entry, is_swapped) {
@@ -77,7 +79,8 @@ fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
         place.is_contested = true;
         place.slot = SLOT_CONTESTED;
     }
-    let other = second::<F>(key);
+    key.pad = SLOT_CONTESTED;
+    let other = get::<F>(key);
     if !other.is_null() {
         if serves(other, is_swapped) {
             place.is_taken = true;
@@ -92,12 +95,20 @@ fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
 /// The entry in the second slot of a key.
 #[inline(never)]
 fn second<F: Family>(key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
-    let Some(scratch) = F::scratch() else { return core::ptr::null_mut() };
-    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and this is the only use of the field.
-    let slot_key = unsafe { &mut (*scratch).slot_key };
-    *slot_key = *key;
-    slot_key.pad = SLOT_CONTESTED;
-    get::<F>(slot_key)
+    let Some(key) = slot_key::<F>(key) else { return core::ptr::null_mut() };
+    key.pad = SLOT_CONTESTED;
+    get::<F>(key)
+}
+
+/// A copy of a key in this CPU's scratch memory, in the first slot. Field by field: a copy of the whole costs stack.
+#[inline(always)]
+fn slot_key<F: Family>(key: &Tuple<F::A>) -> Option<&'static mut Tuple<F::A>> {
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and callers are done with the key that they
+    // got before.
+    let copy = unsafe { &mut (*F::scratch()?).slot_key };
+    (copy.src, copy.dst, copy.sport, copy.dport) = (key.src, key.dst, key.sport, key.dport);
+    (copy.proto, copy.pad, copy.pad2) = (key.proto, 0, 0);
+    Some(copy)
 }
 
 /// True if an entry serves packets of this direction.
