@@ -4,11 +4,11 @@
 use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::VIA_QDISC;
 use rustnet_common::drop::DropReason;
-use rustnet_common::peer::{Peer, flags};
+use rustnet_common::peer::Peer;
 use rustnet_common::tuple::proto;
 
 use super::route::{self, Destination, Route};
-use crate::family::Family;
+use super::source::Verify;
 use crate::outcome::Dropped;
 use crate::packet::{Packet, Translation};
 
@@ -55,7 +55,7 @@ pub struct Action {
 
 /// Decides what becomes of a packet that is to become `to`.
 #[inline(always)]
-pub fn plan<F: Family>(
+pub fn plan<F: Verify>(
     p: &Packet<F::A>,
     to: &Translation<F::A>,
     origin: Origin,
@@ -63,15 +63,8 @@ pub fn plan<F: Family>(
 ) -> Result<Action, Dropped> {
     let Destination { route, egress, peer } = route::of::<F>(to);
     let is_host = origin == Origin::Host;
-    if origin == Origin::Pod
-        && to.tuple.proto == proto::UDP
-        && to.tuple.dport == config.overlay_port
-        && route != Route::Pod
-        // Without an overlay of its own this node still knows nodes, which may have one.
-        && (config.overlay != 0 || route == Route::Stack || peer.is_some_and(|peer| peer.flags & flags::NODE != 0))
-    {
-        // Whoever receives it could take it for a packet of this node's tunnel.
-        return Err(DropReason::EncapProhibited.into());
+    if origin == Origin::Pod && to.tuple.proto == proto::UDP && to.tuple.dport == config.overlay_port {
+        F::verify_encap(&to.tuple)?;
     }
     let target = match route {
         Route::Stack if is_host => return Err(DropReason::HostHairpin.into()),

@@ -32,7 +32,7 @@ pub struct Destination {
     pub route: Route,
     /// Of [`Route::Pod`]: its interface, with [`VIA_QDISC`] if packets have to traverse its qdisc. Else [`NOT_LOCAL`].
     pub egress: u32,
-    /// Of [`Route::Tunnel`] and [`Route::Direct`]: the peer behind it.
+    /// Of [`Route::Tunnel`]: the peer behind it.
     pub peer: Option<&'static Peer>,
 }
 
@@ -67,6 +67,6 @@ fn remote<F: Family>(dst: F::A) -> Destination {
         Some(p) if p.flags & flags::TUNNEL != 0 => {
             Destination { route: Route::Tunnel, egress: NOT_LOCAL, peer: Some(p) }
         }
-        Some(p) => Destination { route: Route::Direct, egress: NOT_LOCAL, peer: Some(p) },
+        Some(_) => without_peer(Route::Direct),
     }
 }

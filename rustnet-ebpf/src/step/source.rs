@@ -2,9 +2,11 @@
 //! connection remembers what identifies the source; a packet that brings the same again needs no look-up.
 
 use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::{NOT_LOCAL, SOURCE_HOST, SOURCE_OUTSIDE};
 use rustnet_common::drop::DropReason;
 use rustnet_common::peer::flags;
+use rustnet_common::tuple::Tuple;
 
 use super::lb;
 use super::tunnel::Tunnel;
@@ -52,11 +54,14 @@ pub trait Verify: Family {
     /// Nodes whose packets to pods take the tunnel talk to this host without it, but not to pods. The kernel refuses martians in
     /// its own path (`ip_route_input_slow`), which redirected packets do not take.
     fn verify_outside(p: &Packet<Self::A>) -> Result<(), DropReason>;
+    /// A datagram of a pod to the overlay's port stays away from whoever could take it for one of this node's tunnel. Without an
+    /// overlay of its own this node still knows nodes, which may have one.
+    fn verify_encap(to: &Tuple<Self::A>) -> Result<(), DropReason>;
 }
 
 /// Declares a family's proofs as functions with global linkage, for the reason that the parser is one.
 macro_rules! global {
-    ($family:ident, $addr:ident, $pod:ident, $outside:ident) => {
+    ($family:ident, $addr:ident, $pod:ident, $outside:ident, $encap:ident) => {
         impl Verify for $family {
             #[inline(always)]
             fn verify_pod(p: &Packet<$addr>, source: Source) -> Result<(), DropReason> {
@@ -65,6 +70,10 @@ macro_rules! global {
             #[inline(always)]
             fn verify_outside(p: &Packet<$addr>) -> Result<(), DropReason> {
                 PackedResult::from_bits($outside(p)).into_unit()
+            }
+            #[inline(always)]
+            fn verify_encap(to: &Tuple<$addr>) -> Result<(), DropReason> {
+                PackedResult::from_bits($encap(to)).into_unit()
             }
         }
         #[unsafe(no_mangle)]
@@ -91,11 +100,21 @@ macro_rules! global {
             };
             PackedResult::new(verified).bits()
         }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $encap(to: *const Tuple<$addr>) -> u64 {
+            // SAFETY: see above.
+            let verified = match (unsafe { to.as_ref() }, maps::config()) {
+                (Some(to), Some(config)) if !is_tunnel_end::<$family>(to.dst, config) => Ok(0),
+                _ => Err(DropReason::EncapProhibited.into()),
+            };
+            PackedResult::new(verified).bits()
+        }
     };
 }
 
-global!(V4, Ip4, rn_from_pod4, rn_from_outside4);
-global!(V6, Ip6, rn_from_pod6, rn_from_outside6);
+global!(V4, Ip4, rn_from_pod4, rn_from_outside4, rn_encap4);
+global!(V6, Ip6, rn_from_pod6, rn_from_outside6, rn_encap6);
 
 #[inline(always)]
 fn is_from_pod<A: Address>(src: A, ifindex: u32, packed_mac: u64) -> bool {
@@ -103,6 +122,15 @@ fn is_from_pod<A: Address>(src: A, ifindex: u32, packed_mac: u64) -> bool {
     let m = ep.mac;
     let mac = [u16::from_ne_bytes([m[0], m[1]]), u16::from_ne_bytes([m[2], m[3]]), u16::from_ne_bytes([m[4], m[5]])];
     ep.ifindex == ifindex && pack(mac) == packed_mac
+}
+
+/// True if the address may be the far end of a tunnel, which no pod of this node is.
+#[inline(always)]
+fn is_tunnel_end<F: Family>(dst: F::A, config: &NodeConfig) -> bool {
+    if maps::endpoint(dst).is_some() {
+        return false;
+    }
+    config.overlay != 0 || F::peer(dst).is_some_and(|peer| peer.flags & (flags::HOST | flags::NODE) != 0)
 }
 
 #[inline(always)]
