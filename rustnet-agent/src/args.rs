@@ -219,6 +219,14 @@ pub static SETTINGS: &[Setting] = &[
         "Where /healthz and /readyz are served",
     ),
     one(OBSERVE, "metrics-addr", "metricsAddr", "ADDR:PORT|off", "0.0.0.0:9962", "Where /metrics is served"),
+    many(
+        OBSERVE,
+        "bpf-log",
+        "bpfLog",
+        "off|on|ADDR",
+        "off",
+        "Log each packet that the programs judge, or those with one of up to four addresses, on level info; for debugging, slow",
+    ),
     switch(OBSERVE, "flow-events", "flowEvents", "false", "Report new flows as events too, not only drops"),
     one(
         OBSERVE,

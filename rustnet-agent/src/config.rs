@@ -21,6 +21,7 @@ use self::text::{
     Reader, boolean, cidr, device, directory, listen, log_level, node_name, number, packet_mark, snat_ports, source,
 };
 use crate::args::Values;
+use crate::bpf::log::PacketLog;
 
 /// Kubernetes' node ports, as by default.
 pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
@@ -76,6 +77,8 @@ pub struct Config {
     pub health_addr: Option<SocketAddr>,
     /// Where `/metrics` is served; `None`: nowhere.
     pub metrics_addr: Option<SocketAddr>,
+    /// Which packets the programs log.
+    pub bpf_log: PacketLog,
     /// Report new flows as events too.
     pub flow_events: bool,
     /// Filter directives of the log.
@@ -276,6 +279,7 @@ impl Config {
             cni_conf_dir: read.optional("cni-conf-dir", directory),
             health_addr: read.required("health-addr", "give an address and port, or off", listen),
             metrics_addr: read.required("metrics-addr", "give an address and port, or off", listen),
+            bpf_log: read.packet_log("bpf-log"),
             flow_events: read.required("flow-events", "give true or false", boolean),
             log_level: read.required("log-level", "give a level", log_level),
             log_format: read.required("log-format", "give text or json", |text| match text {

@@ -15,6 +15,7 @@ pub mod endpoint;
 pub mod event;
 pub mod frag;
 pub mod hash;
+pub mod log;
 pub mod names;
 pub mod peer;
 pub mod service;

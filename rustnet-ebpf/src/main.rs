@@ -24,6 +24,7 @@ mod event;
 mod family;
 mod hook;
 mod limit;
+mod log;
 mod maps;
 mod outcome;
 mod packet;
@@ -32,15 +33,19 @@ mod rewrite;
 mod step;
 mod wire;
 
+// The macros of aya-log name it so.
+extern crate self as aya_log_ebpf;
+
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use rustnet_common::drop::{DropReason, hook as hooks};
 
-use crate::ctx::{Skb, jiffies};
+use crate::ctx::{Ctx, Skb, jiffies};
 use crate::event::Report;
 use crate::family::{V4, V6};
 use crate::hook::Steps;
+use crate::log::{Log, macro_support};
 use crate::outcome::{Dropped, PackedResult};
 use crate::step::exec::{ReplyPath, TO_STACK};
 use crate::step::tunnel::{self, Tunnel};
@@ -89,7 +94,7 @@ fn verdict<H: Hook, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Dropped
 }
 
 /// Rejections of one family. A function with global linkage: the verifier checks it once, not once per path that reaches it.
-trait Reject: Steps + Report {
+trait Reject: Steps + Report + Log {
     /// See [`step::reject::reject`].
     fn reject(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> i32;
 }
@@ -136,7 +141,11 @@ fn steps<H: Hook, F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> PackedResu
 
 #[inline(always)]
 fn one_family<H: Hook, F: Reject>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> i32 {
-    verdict::<H, F>(skb, l3, steps::<H, F>(skb, l3, tunnel).result())
+    let result = steps::<H, F>(skb, l3, tunnel);
+    if log::is_on() {
+        F::log(result, skb.ifindex(), H::CODE);
+    }
+    verdict::<H, F>(skb, l3, result.result())
 }
 
 /// Runs a hook for the packet's family.

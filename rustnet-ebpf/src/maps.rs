@@ -126,6 +126,9 @@ pub static rn_ct4_any_old: OldConnections<Ip4> = OldConnections::new();
 pub static rn_ct6_tcp_old: OldConnections<Ip6> = OldConnections::new();
 #[btf_map]
 pub static rn_ct6_any_old: OldConnections<Ip6> = OldConnections::new();
+/// The packet log, see [`crate::log`]; not pinned. The name that `aya_log` looks for.
+#[btf_map]
+pub static AYA_LOGS: RingBuf<(), 131_072> = RingBuf::new();
 /// Destinations without a free source port, by hash; not pinned.
 #[btf_map]
 pub static rn_nat_full: Array<NatFull, { NAT_FULL_SLOTS as usize }> = Array::new();

@@ -15,6 +15,7 @@ use aya_obj::Object;
 use rustnet_common::{names, v1};
 
 use super::copy::{Place, lru_room};
+use super::log::{PacketLog, Packets};
 use super::store::conntrack::clock_offset;
 use super::upgrade::{self, Bridge, Found, NEXT_DIR, Plan, Source};
 use super::{fs, migrate, pin, probe, remedy, sys};
@@ -37,6 +38,8 @@ pub struct Load<'a> {
     pub bpffs: &'a Path,
     /// Sizes of maps that differ from the object's, by name.
     pub sizes: BTreeMap<String, u32>,
+    /// Which packets the programs log.
+    pub log: PacketLog,
 }
 
 /// The programs of one object with their maps, loaded and not attached.
@@ -55,6 +58,8 @@ pub struct Programs {
     /// The retired maps that these programs are the bridge to.
     to_v1: Option<migrate::Export>,
     staged: Option<Staged>,
+    /// The packet log, if it is on.
+    pub log: Option<Packets>,
 }
 
 /// The directory of the pins of a load that is on no hook. Removed when dropped.
@@ -323,7 +328,9 @@ impl Load<'_> {
         for name in &plan.keep {
             old.insert(name.clone(), plan.open_earlier(self.bpffs, name)?);
         }
+        let log = self.log.globals();
         let mut loader = EbpfLoader::new();
+        log.set(&mut loader);
         loader.override_global("L4_CSUM_IPV6", &csum_ipv6, true);
         loader.override_global("MIGRATE", &migrate, plan.bridge != Bridge::None);
         for (name, (layout, source)) in &plan.maps {
@@ -337,6 +344,7 @@ impl Load<'_> {
             loader.map_max_entries(name, *max_entries).map_pin_path(name, staged.pin(name, *table)?);
         }
         let mut ebpf = loader.load(self.object).context("loading the eBPF object's maps")?;
+        let log = self.log.open(&mut ebpf)?;
         let mut maps = BTreeMap::new();
         for name in plan.maps.keys() {
             maps.insert(name.clone(), staged.open(name)?);
@@ -346,7 +354,7 @@ impl Load<'_> {
         drop(loader);
         drop(bridged);
         let staged = Some(staged);
-        let mut programs = Programs { by_name, maps, replaced, old, plan, copied, from_v1: None, to_v1, staged };
+        let mut programs = Programs { by_name, maps, replaced, old, plan, copied, from_v1: None, to_v1, staged, log };
         if !programs.is_export() {
             programs.fill()?;
         }

@@ -7,6 +7,7 @@ pub mod copy;
 pub mod fs;
 pub mod layout;
 pub mod load;
+pub mod log;
 pub mod migrate;
 pub mod object;
 pub mod pin;

@@ -94,6 +94,33 @@ fn a_switch_needs_no_value() {
 }
 
 #[test]
+fn the_packet_log_is_off_on_or_for_some_addresses() {
+    let log = |text: &str| load(&[&format!("--bpf-log={text}")], &[], None).expect("good").bpf_log;
+    assert_eq!(load(&[], &[], None).expect("good").bpf_log, PacketLog::Off);
+    assert_eq!(log("off"), PacketLog::Off);
+    assert_eq!(log("on"), PacketLog::All);
+    for (text, want) in
+        [("off", PacketLog::Off), ("false", PacketLog::Off), ("on", PacketLog::All), ("true", PacketLog::All)]
+    {
+        assert_eq!(load(&[], &[], Some(&format!("bpfLog: {text}"))).expect("good").bpf_log, want, "{text}");
+    }
+    let having = PacketLog::Having(vec!["10.0.0.1".parse().expect("ip"), "fd00::1".parse().expect("ip")]);
+    assert_eq!(log("10.0.0.1,fd00::1"), having);
+    assert_eq!(load(&[], &[], Some("bpfLog: [10.0.0.1, 'fd00::1']")).expect("good").bpf_log, having);
+    for (bad, problem) in [
+        ("on,10.0.0.1", "\"on\" is no address"),
+        ("10.0.0.0/8", "is no address"),
+        ("0.0.0.0", "is no address"),
+        ("::", "is no address"),
+        ("10.0.0.1,10.0.0.2,10.0.0.3,10.0.0.4,10.0.0.5", "5 addresses are too many"),
+    ] {
+        let message = refusal(&[&format!("--bpf-log={bad}")], &[], None);
+        assert!(message.contains("--bpf-log") && message.contains(problem), "{message}");
+        assert!(message.contains("give off, on, or up to 4 addresses"), "{message}");
+    }
+}
+
+#[test]
 fn empty_variables_and_files_are_as_absent() {
     let config = load(&[], &[("RUSTNET_VNI", "")], Some("")).expect("good");
     assert_eq!(config.vni, 1);

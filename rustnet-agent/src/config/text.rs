@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use ipnet::IpNet;
+use rustnet_common::log::FILTERS;
 
 use super::{KubeSource, LogFormat, NODE_PORTS, PacketMark, Routing, Source};
 use crate::args::{Value, Values};
+use crate::bpf::log::PacketLog;
 
 /// Reads values and collects what is wrong with them. A refused value is replaced by its type's default, which never
 /// leaves [`Config::validate`].
@@ -69,6 +71,18 @@ impl Reader<'_> {
         }
         out
     }
+
+    pub(super) fn packet_log(&mut self, flag: &'static str) -> PacketLog {
+        let Some(value) = self.values.get(flag) else { return PacketLog::Off };
+        let texts: Vec<_> = value.texts.iter().map(String::as_str).collect();
+        match packet_log(&texts) {
+            Ok(log) => log,
+            Err(problem) => {
+                self.problems.push(format!("{value}: {problem}"));
+                PacketLog::Off
+            }
+        }
+    }
 }
 
 /// A value to go on with while the remaining problems are collected.
@@ -118,6 +132,28 @@ pub(super) fn source(read: &mut Reader<'_>, in_pod: bool) -> Source {
         );
     }
     Source::Kube(kube)
+}
+
+fn packet_log(texts: &[&str]) -> Result<PacketLog, String> {
+    match texts {
+        // YAML 1.1, which Helm reads, takes `on` and `off` for booleans.
+        [] | ["off" | "false"] => return Ok(PacketLog::Off),
+        ["on" | "true"] => return Ok(PacketLog::All),
+        _ => {}
+    }
+    let remedy = format!("give off, on, or up to {FILTERS} addresses");
+    let mut addresses = Vec::new();
+    for text in texts {
+        match text.parse::<IpAddr>() {
+            // The filter's free places look so.
+            Ok(address) if !address.is_unspecified() => addresses.push(address.to_canonical()),
+            _ => return Err(format!("{text:?} is no address to look for; {remedy}")),
+        }
+    }
+    if addresses.len() > FILTERS {
+        return Err(format!("{} addresses are too many; {remedy}", addresses.len()));
+    }
+    Ok(PacketLog::Having(addresses))
 }
 
 /// Node names are DNS subdomains (RFC 1123), as the API server demands.

@@ -12,9 +12,11 @@ use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::EndpointFile;
 use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGRAMS, VETH_PREFIX};
+use tokio::task::JoinSet;
 
 use crate::bpf::attach::{self, Device, Direction, Outcome};
 use crate::bpf::load::{CLOCK, Load, Programs};
+use crate::bpf::log::{PacketLog, Packets};
 use crate::bpf::store::counters::Counters;
 use crate::bpf::store::endpoints::{self, Endpoints};
 use crate::bpf::store::node_config::NodeConfigStore;
@@ -34,8 +36,11 @@ pub struct Kernel {
     bpffs: PathBuf,
     run_dir: PathBuf,
     sizes: MapSizes,
+    packet_log: PacketLog,
     programs: Programs,
     pinned: bool,
+    /// Prints the packet log of `programs`.
+    printer: JoinSet<()>,
     /// The plan's maps.
     pub maps: BpfMaps,
     /// The programs' settings.
@@ -59,13 +64,16 @@ pub struct Attached {
 impl Kernel {
     /// Loads the programs beside those that run, and opens their maps.
     pub fn load(config: &Config) -> Result<Self> {
-        let programs = load(&config.bpffs, &config.maps)?.run()?;
+        let mut programs = load(&config.bpffs, &config.maps, &config.bpf_log)?.run()?;
+        let printer = print_log(&mut programs);
         let maps = programs.maps_dir(&config.bpffs);
         Ok(Self {
             bpffs: config.bpffs.clone(),
             run_dir: config.run_dir.clone(),
             sizes: config.maps,
+            packet_log: config.bpf_log.clone(),
             pinned: false,
+            printer,
             maps: BpfMaps::open(maps)?,
             config: NodeConfigStore::open(maps)?,
             endpoints: Endpoints::open(maps)?,
@@ -93,10 +101,20 @@ impl Kernel {
     /// Loads programs beside which an agent of v1 can start. They come onto the hooks like any others. False if there are none.
     pub fn begin_export(&mut self) -> Result<bool> {
         let sizes = v1file::read(&self.run_dir, &self.sizes);
-        let Some(programs) = load(&self.bpffs, &self.sizes)?.run_for_v1(&sizes)? else { return Ok(false) };
+        let Some(programs) = self.reload()?.run_for_v1(&sizes)? else { return Ok(false) };
+        self.use_programs(programs);
+        Ok(true)
+    }
+
+    fn reload(&self) -> Result<Load<'_>> {
+        load(&self.bpffs, &self.sizes, &self.packet_log)
+    }
+
+    /// Takes programs in the place of the present ones; they are not pinned yet.
+    fn use_programs(&mut self, mut programs: Programs) {
+        self.printer = print_log(&mut programs);
         self.programs = programs;
         self.pinned = false;
-        Ok(true)
     }
 
     /// Pins the maps of v1, once the programs are on all hooks.
@@ -117,8 +135,8 @@ impl Kernel {
             done.push(format!("earlier maps removed: {}; {copied} connections copied at the end", removed.join(", ")));
         }
         if self.programs.bridge() != Bridge::None {
-            self.programs = load(&self.bpffs, &self.sizes)?.run_without_bridge()?;
-            self.pinned = false;
+            let programs = self.reload()?.run_without_bridge()?;
+            self.use_programs(programs);
             done.push("programs loaded that use the new maps alone".to_owned());
         }
         Ok(done)
@@ -219,8 +237,13 @@ impl Kernel {
     }
 }
 
-fn load<'a>(bpffs: &'a Path, sizes: &MapSizes) -> Result<Load<'a>> {
-    Ok(Load { object: object::embedded()?, bpffs, sizes: load::sizes(sizes) })
+fn load<'a>(bpffs: &'a Path, sizes: &MapSizes, log: &PacketLog) -> Result<Load<'a>> {
+    Ok(Load { object: object::embedded()?, bpffs, sizes: load::sizes(sizes), log: log.clone() })
+}
+
+/// Prints the packet log of these programs, if it is on, until the result is dropped.
+fn print_log(programs: &mut Programs) -> JoinSet<()> {
+    programs.log.take().map(Packets::print).into_iter().collect()
 }
 
 /// Entries that should be there by record and interface.

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 
 use aya_obj::Object;
 use rustnet_agent::bpf::load::{CLOCK, Load, program_path};
+use rustnet_agent::bpf::log::PacketLog;
 use rustnet_agent::bpf::store::{BpfMaps, Map};
 use rustnet_agent::bpf::sys::{self, Layout};
 use rustnet_agent::bpf::{object, probe};
@@ -16,7 +17,7 @@ use crate::sandbox::{self, Sandbox, names};
 /// Small maps, so that tests cost no memory.
 pub fn load(sandbox: &Sandbox) -> Load<'_> {
     let sizes = map::ALL[..13].iter().map(|name| ((*name).to_owned(), 4096)).collect();
-    Load { object: object::embedded().unwrap(), bpffs: &sandbox.bpffs, sizes }
+    Load { object: object::embedded().unwrap(), bpffs: &sandbox.bpffs, sizes, log: PacketLog::Off }
 }
 
 pub fn map_id(sandbox: &Sandbox, name: &str) -> u32 {

@@ -8,6 +8,7 @@ mod cli;
 mod doctor;
 mod kube_proxy;
 mod load;
+mod log;
 mod net;
 mod reconcile;
 mod sandbox;

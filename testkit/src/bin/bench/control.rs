@@ -4,6 +4,7 @@
 use crate::stats::{Sorted, verdict};
 use anyhow::{Context, Result, ensure};
 use rustnet_agent::bpf::load::{Load, sizes};
+use rustnet_agent::bpf::log::PacketLog;
 use rustnet_agent::bpf::object;
 use rustnet_agent::bpf::store::backends::{Access, Backends};
 use rustnet_agent::bpf::store::{BpfMaps, Map};
@@ -98,7 +99,7 @@ pub fn run(extent: &Extent) -> Result<()> {
 fn load(bpffs: &Path, services: u32) -> Result<BpfMaps> {
     let entries = (services * 2 + 1000).next_power_of_two();
     let sizes = sizes(&MapSizes { services: entries, backends: services * ENDPOINTS + 4096, ..MapSizes::default() });
-    Load { object: object::embedded()?, bpffs, sizes }.run()?.pin(bpffs)?;
+    Load { object: object::embedded()?, bpffs, sizes, log: PacketLog::Off }.run()?.pin(bpffs)?;
     BpfMaps::open(bpffs)
 }
 
