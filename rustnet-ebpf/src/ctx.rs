@@ -23,6 +23,10 @@ pub trait Ctx: Copy {
     fn load(&self, offset: u32, to: &mut [u8; 64], len: u32) -> bool;
     /// Payload of one segment when the frame stands for several (GSO), else 0.
     fn gso_size(&self) -> u32;
+}
+
+/// What a step may ask of a packet that it changes.
+pub trait Checksums: Ctx {
     /// Applies a difference to the L4 checksum at `offset`. `pseudo` says that the difference is of the pseudo header;
     /// `zero_is_none` that a checksum of 0 means "none" (UDP). All pointers are void afterwards.
     fn l4_csum_replace(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool;
@@ -113,11 +117,11 @@ impl Skb {
 impl Ctx for Skb {
     #[inline(always)]
     fn data(&self) -> usize {
-        pointer::<{ core::mem::offset_of!(__sk_buff, data) }>(self.0)
+        pointer::<{ core::mem::offset_of!(__sk_buff, data) }, _>(self.0)
     }
     #[inline(always)]
     fn data_end(&self) -> usize {
-        pointer::<{ core::mem::offset_of!(__sk_buff, data_end) }>(self.0)
+        pointer::<{ core::mem::offset_of!(__sk_buff, data_end) }, _>(self.0)
     }
     #[inline(always)]
     fn len(&self) -> u32 {
@@ -145,6 +149,9 @@ impl Ctx for Skb {
         // SAFETY: `len` is at most the length of the array; the helper checks it against the packet.
         unsafe { helper::bpf_skb_load_bytes(self.0.cast(), offset, to.as_mut_ptr().cast(), len) == 0 }
     }
+}
+
+impl Checksums for Skb {
     #[inline(always)]
     fn l4_csum_replace(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool {
         let mut flags = 0;
@@ -181,13 +188,13 @@ impl Ctx for Skb {
 /// By assembly, because the compiler sees a 32-bit load: joining two of them it truncates the result again, and the
 /// verifier allows no shifts of pointers.
 #[inline(always)]
-fn pointer<const OFFSET: usize>(skb: *mut __sk_buff) -> usize {
+pub fn pointer<const OFFSET: usize, T>(context: *mut T) -> usize {
     #[cfg(target_arch = "bpf")]
     {
         let out: u64;
         // SAFETY: a load from the context, which is valid.
         unsafe {
-            core::arch::asm!("{out} = *(u32 *)({skb} + {offset})", out = out(reg) out, skb = in(reg) skb,
+            core::arch::asm!("{out} = *(u32 *)({context} + {offset})", out = out(reg) out, context = in(reg) context,
                 offset = const OFFSET, options(readonly, nostack, preserves_flags));
         }
         out as usize
@@ -196,7 +203,7 @@ fn pointer<const OFFSET: usize>(skb: *mut __sk_buff) -> usize {
     #[cfg(not(target_arch = "bpf"))]
     {
         // SAFETY: the offset is that of a 32-bit field.
-        unsafe { skb.byte_add(OFFSET).cast::<u32>().read() as usize }
+        unsafe { context.byte_add(OFFSET).cast::<u32>().read() as usize }
     }
 }
 

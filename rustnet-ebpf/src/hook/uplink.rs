@@ -10,14 +10,17 @@ use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::tuple::proto;
 
 use super::{Steps, forward};
-use crate::ctx::Skb;
+use crate::ctx::{Ctx, Skb};
+use crate::family::Family;
 use crate::maps;
 use crate::outcome::Dropped;
-use crate::packet::{Class, Kind, Packet};
-use crate::parse;
+use crate::packet::{Class, Flow, Kind, Packet};
+use crate::parse::{self, Parse};
+use crate::step::conntrack::{self, Track};
 use crate::step::exec::TO_STACK;
 use crate::step::plan::Origin;
-use crate::step::{conntrack, icmp, lb, source};
+use crate::step::source::{self, Verify};
+use crate::step::{icmp, lb};
 
 /// The ingress hook, for one family.
 #[inline(always)]
@@ -33,43 +36,62 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         // Fragments for the host, headers that its stack may well understand: the stack judges them.
         Err(_) => return Ok(TO_STACK),
     };
-    let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
-    if p.kind == Kind::LinkLocal {
-        return if is_for_pod() { Err(DropReason::NdNotForwarded.into()) } else { Ok(TO_STACK) };
-    }
-    if is_from_node::<F>(p, config) {
-        // The kernel's tunnel socket takes it; the hook of the overlay device decides on what is inside.
-        return Ok(TO_STACK);
-    }
-    let verify = || F::verify_outside(p);
-    let flow = if p.kind == Kind::IcmpError {
-        match verify() {
+    let relate = || {
+        let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
+        match F::verify_outside(p) {
             Ok(()) => {}
             // Link-local routers speak so to the host.
-            Err(DropReason::Martian) if !is_for_pod() => return Ok(TO_STACK),
+            Err(DropReason::Martian) if !is_for_pod() => return Ok(None),
             Err(reason) => return Err(reason.into()),
         }
         let flow = icmp::relate::<F, _>(skb, p)?;
         if flow.class == Class::New {
-            return if is_for_pod() { Err(DropReason::IcmpUnrelated.into()) } else { Ok(TO_STACK) };
+            return if is_for_pod() { Err(DropReason::IcmpUnrelated.into()) } else { Ok(None) };
         }
-        flow
-    } else {
-        let flow = conntrack::lookup::<F, _>(skb, p, source::OUTSIDE, verify)?;
-        if flow.class == Class::New {
-            if !is_for_pod() {
-                return not_for_pods::<F>(p, config);
-            }
-            verify()?;
-        }
-        flow
+        Ok(Some(flow))
     };
+    let Some(flow) = classify_in::<F, _>(skb, p, config, relate)? else { return Ok(TO_STACK) };
     forward::<F>(skb, p, flow, source::OUTSIDE, Origin::Uplink, config, hook::UPLINK_IN)
+}
+
+/// Everything that [`classify_in`] asks of a family.
+pub trait Classify<C: Ctx>: Parse<C> + Track + Verify {}
+impl<C: Ctx, F: Parse<C> + Track + Verify> Classify<C> for F {}
+
+/// Classifies a packet that comes in by the uplink, in any context; `None`: it is the stack's. `relate` classifies ICMP errors.
+#[inline(always)]
+pub fn classify_in<F: Classify<C>, C: Ctx>(
+    ctx: &C,
+    p: &Packet<F::A>,
+    config: &NodeConfig,
+    relate: impl FnOnce() -> Result<Option<&'static mut Flow<F::A>>, Dropped>,
+) -> Result<Option<&'static mut Flow<F::A>>, Dropped> {
+    let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
+    if p.kind == Kind::LinkLocal {
+        return if is_for_pod() { Err(DropReason::NdNotForwarded.into()) } else { Ok(None) };
+    }
+    if is_from_node::<F>(p, config) {
+        // The kernel's tunnel socket takes it; the hook of the overlay device decides on what is inside.
+        return Ok(None);
+    }
+    if p.kind == Kind::IcmpError {
+        return relate();
+    }
+    let verify = || F::verify_outside(p);
+    let flow = conntrack::lookup::<F, _>(ctx, p, source::OUTSIDE, verify)?;
+    if flow.class == Class::New {
+        if !is_for_pod() {
+            not_for_pods::<F>(p, config)?;
+            return Ok(None);
+        }
+        verify()?;
+    }
+    Ok(Some(flow))
 }
 
 /// True for a tunnel packet of another node.
 #[inline(always)]
-fn is_from_node<F: Steps>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
+fn is_from_node<F: Family>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
     is_tunnel_packet(p, config)
         && (p.tuple.dst == F::node(config)
             || (maps::endpoint(p.tuple.dst).is_none() && !lb::is_vip::<F>(p.tuple.dst)))
@@ -83,7 +105,7 @@ fn is_tunnel_packet<A: Address>(p: &Packet<A>, config: &NodeConfig) -> bool {
 
 /// What is neither for a pod of this node nor of a known flow is the stack's, but for what only a forger sends.
 #[inline(always)]
-fn not_for_pods<F: Steps>(p: &Packet<F::A>, config: &NodeConfig) -> Result<i32, Dropped> {
+fn not_for_pods<F: Verify>(p: &Packet<F::A>, config: &NodeConfig) -> Result<(), Dropped> {
     if lb::is_vip::<F>(p.tuple.dst) {
         // The stack would send it back to where it came from, and it would circle.
         return Err(DropReason::IsClusterIp.into());
@@ -98,7 +120,7 @@ fn not_for_pods<F: Steps>(p: &Packet<F::A>, config: &NodeConfig) -> Result<i32, 
         Err(DropReason::Martian) if p.tuple.src.is_martian_source() && source::is_host::<F>(p.tuple.dst) => {
             Err(DropReason::Martian.into())
         }
-        _ => Ok(TO_STACK),
+        _ => Ok(()),
     }
 }
 

@@ -5,7 +5,7 @@ use rustnet_common::csum::Sum;
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::Tuple;
 
-use crate::ctx::{Ctx, at};
+use crate::ctx::{Checksums, Ctx, at};
 
 /// Offsets of checksums in transport headers.
 pub const TCP_CSUM: usize = 16;
@@ -28,7 +28,7 @@ pub fn ports<A>(from: &Tuple<A>, to: &Tuple<A>) -> Sum {
 
 /// Accounts for changed addresses that no transport checksum covers; IPv4 has a header checksum for them.
 #[inline(always)]
-pub fn no_checksum<A: Address, C: Ctx>(ctx: &C, from: &Tuple<A>, to: &Tuple<A>) {
+pub fn no_checksum<A: Address, C: Checksums>(ctx: &C, from: &Tuple<A>, to: &Tuple<A>) {
     if A::IS_V6 {
         ctx.update_csum(addresses(from, to));
     }

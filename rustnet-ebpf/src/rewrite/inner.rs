@@ -6,7 +6,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
 use super::field::{ICMP_CSUM, addresses, ports, store_id, store_ports};
-use crate::ctx::{Ctx, at_pulled};
+use crate::ctx::{Checksums, Ctx, at_pulled};
 use crate::family::Family;
 use crate::packet::InnerPacket;
 use crate::wire::{Header4, Header6};
@@ -48,7 +48,7 @@ impl WriteInner<Ip6> for Header6 {
 /// Makes the quoted packet what `to` says, and the checksum of the error at `l4` right. The quoted transport checksum
 /// stays: a quotation is cut short, nobody can verify it.
 #[inline(always)]
-pub fn inner<F: Family<Header: WriteInner<F::A>>, C: Ctx>(
+pub fn inner<F: Family<Header: WriteInner<F::A>>, C: Checksums>(
     ctx: &C,
     l4: usize,
     q: &InnerPacket<F::A>,

@@ -17,7 +17,7 @@ use rustnet_common::csum::{self, Sum};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
-use crate::ctx::{Ctx, Skb, at, at_pulled};
+use crate::ctx::{Checksums, Skb, at, at_pulled};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Kind, Packet};
@@ -27,12 +27,12 @@ use field::{ICMP_CSUM, TCP_CSUM, UDP_CSUM, addresses, no_checksum, ports, store_
 /// How a family's header takes new addresses and a new hop limit.
 pub trait WriteHeader<A>: Sized {
     /// Stores them at `l3` and keeps the header's own checksum right.
-    fn store<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<A>, to: &Tuple<A>, old_ttl: u8, ttl: u8) -> Option<()>;
+    fn store<C: Checksums>(ctx: &C, l3: usize, from: &Tuple<A>, to: &Tuple<A>, old_ttl: u8, ttl: u8) -> Option<()>;
 }
 
 impl WriteHeader<Ip4> for Header4 {
     #[inline(always)]
-    fn store<C: Ctx>(ctx: &C, l3: usize, from: &Tuple<Ip4>, to: &Tuple<Ip4>, old_ttl: u8, ttl: u8) -> Option<()> {
+    fn store<C: Checksums>(ctx: &C, l3: usize, from: &Tuple<Ip4>, to: &Tuple<Ip4>, old_ttl: u8, ttl: u8) -> Option<()> {
         let h = at::<Self, C>(ctx, l3)?;
         let diff = Sum::default()
             .sub(from.src.word())
@@ -54,7 +54,7 @@ impl WriteHeader<Ip4> for Header4 {
 
 impl WriteHeader<Ip6> for Header6 {
     #[inline(always)]
-    fn store<C: Ctx>(ctx: &C, l3: usize, _from: &Tuple<Ip6>, to: &Tuple<Ip6>, old_ttl: u8, ttl: u8) -> Option<()> {
+    fn store<C: Checksums>(ctx: &C, l3: usize, _from: &Tuple<Ip6>, to: &Tuple<Ip6>, old_ttl: u8, ttl: u8) -> Option<()> {
         let h = at::<Self, C>(ctx, l3)?;
         // SAFETY: `at` proved a whole header.
         unsafe {
@@ -115,7 +115,7 @@ global!(rn_rewrite4, V4, Ip4);
 global!(rn_rewrite6, V6, Ip6);
 
 #[inline(always)]
-fn change<F: Family<Header: WriteHeader<F::A>>, C: Ctx>(
+fn change<F: Family<Header: WriteHeader<F::A>>, C: Checksums>(
     ctx: &C,
     p: &Packet<F::A>,
     to: &Tuple<F::A>,

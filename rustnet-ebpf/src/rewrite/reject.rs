@@ -9,7 +9,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
 use super::field::TCP_CSUM;
-use crate::ctx::{Ctx, Skb, at, at_pulled, bounded};
+use crate::ctx::{Checksums, Ctx, Skb, at, at_pulled, bounded};
 use crate::family::Family;
 use crate::packet::Packet;
 use crate::wire::{ETH_LEN, Ethernet, Header4, Header6, ICMP_LEN, TCP_LEN, Tcp, tcp};

@@ -9,7 +9,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::Tuple;
 
 use super::field::{self, store_ports};
-use crate::ctx::{Ctx, at_pulled};
+use crate::ctx::{Checksums, at_pulled};
 use crate::packet::Packet;
 
 /// Offset of the CRC.
@@ -17,7 +17,7 @@ const CRC: usize = 8;
 
 /// Stores the ports of `to` and makes the CRC right, unless it is for the device to fill in or covers later fragments.
 #[inline(always)]
-pub fn translate<A: Address, C: Ctx>(ctx: &C, p: &Packet<A>, to: &Tuple<A>) -> Result<(), DropReason> {
+pub fn translate<A: Address, C: Checksums>(ctx: &C, p: &Packet<A>, to: &Tuple<A>) -> Result<(), DropReason> {
     let from = &p.tuple;
     let l4 = p.l4();
     if to.sport == from.sport && to.dport == from.dport {

@@ -11,7 +11,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
 use super::{conntrack, table};
-use crate::ctx::{Ctx, Skb, at_pulled};
+use crate::ctx::{Checksums, Ctx, Skb, at_pulled};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Class, Flow, InnerPacket, Packet, Translation};
@@ -62,7 +62,7 @@ pub fn relate<F: Icmp<C>, C: Ctx>(ctx: &C, p: &Packet<F::A>) -> Result<&'static 
 }
 
 #[inline(always)]
-fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Ctx>(
+fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksums>(
     ctx: &C,
     p: &Packet<F::A>,
     to: &mut Translation<F::A>,
