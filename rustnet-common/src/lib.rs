@@ -19,6 +19,7 @@ pub mod log;
 pub mod names;
 pub mod peer;
 pub mod service;
+pub mod skeleton;
 pub mod tuple;
 pub mod v1;
 

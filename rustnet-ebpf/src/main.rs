@@ -30,6 +30,8 @@ mod outcome;
 mod packet;
 mod parse;
 mod rewrite;
+#[cfg(feature = "skeletons")]
+mod skeleton;
 mod step;
 mod wire;
 

@@ -2,6 +2,8 @@
 //! identifier of ICMP echo, and fragments. Reads only, and checks each length field against the frame.
 
 use aya_ebpf::bindings::__sk_buff;
+#[cfg(feature = "skeletons")]
+use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Address, Ip4, Ip6};
@@ -13,6 +15,8 @@ use crate::ctx::{Ctx, Skb, at_pulled, bounded, masked};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Kind, Packet};
+#[cfg(feature = "skeletons")]
+use crate::skeleton::Xdp;
 use crate::wire::{Ethernet, Header4, Header6, ICMP_LEN, Tcp, tcp};
 
 /// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
@@ -269,6 +273,8 @@ macro_rules! options {
 }
 
 options!(rn_options, Skb, __sk_buff);
+#[cfg(feature = "skeletons")]
+options!(rn_xdp_options, Xdp, xdp_md);
 
 /// A family's parser for packets of a context.
 pub trait Parse<C: Ctx>: Family {
@@ -315,6 +321,10 @@ macro_rules! global {
 
 global!(rn_parse4, V4, Ip4, Skb, __sk_buff);
 global!(rn_parse6, V6, Ip6, Skb, __sk_buff);
+#[cfg(feature = "skeletons")]
+global!(rn_xdp_parse4, V4, Ip4, Xdp, xdp_md);
+#[cfg(feature = "skeletons")]
+global!(rn_xdp_parse6, V6, Ip6, Xdp, xdp_md);
 
 /// Reads the packet whose IP header is at `l3`. Offsets are passed by value: what stands behind `p` the verifier does not
 /// keep track of.

@@ -63,6 +63,13 @@ pub fn lab_apart(test: impl FnOnce(&Lab) -> Result<()> + Send) -> Result<()> {
     lab.netns.run(|| test(&lab))?
 }
 
+/// As [`lab_apart`], with the skeletons of the next stage's programs.
+pub fn lab_of_skeletons(test: impl FnOnce(&Lab) -> Result<()> + Send) -> Result<()> {
+    let lab = Lab::with(Datapath::load_skeletons)?;
+    lab.reset()?;
+    lab.netns.run(|| test(&lab))?
+}
+
 /// As [`lab`], once for each family.
 pub fn labs(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
     lab(|lab| {
@@ -81,6 +88,11 @@ fn tables<A: Address>() -> [&'static str; 2] {
 
 impl Lab {
     fn new() -> Result<Self> {
+        Self::with(Datapath::load)
+    }
+
+    /// A node with programs that `load` loads, given sizes of maps.
+    fn with(load: impl FnOnce(&[(&str, u32)]) -> Result<Datapath>) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("rn{}-packet{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let netns = Holder::new(&name, Own::default())?;
@@ -90,7 +102,7 @@ impl Lab {
         let flows = [map::CT4_TCP, map::CT4_ANY, map::CT6_TCP, map::CT6_ANY, map::FRAG4, map::FRAG6];
         let services = [map::SVC4, map::SVC6, map::BACKEND_IDS, map::BACKENDS];
         let small: Vec<_> = flows.into_iter().chain(services).map(|name| (name, 1024)).collect();
-        let datapath = Datapath::load(&small)?;
+        let datapath = load(&small)?;
         let sums_up = datapath.sums_up()?;
         Ok(Self { datapath, netns, sums_up, backends: AtomicU32::new(0) })
     }

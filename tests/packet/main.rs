@@ -17,5 +17,6 @@ mod masquerade;
 mod pods;
 mod refusals;
 mod services;
+mod skeletons;
 mod states;
 mod tracking;

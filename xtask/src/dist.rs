@@ -73,7 +73,10 @@ fn static_cni() -> Result<()> {
 /// Tells the agent's build where the object is when that is not the usual place. Set only then: between a build with the
 /// variable and one without it (an editor's, say) cargo would compile the agent anew.
 pub fn environment(cmd: Cmd) -> Cmd {
-    if paths::target() == paths::root().join("target") { cmd } else { cmd.env("RUSTNET_BPF_OBJECT", paths::object()) }
+    if paths::target() == paths::root().join("target") {
+        return cmd;
+    }
+    cmd.env("RUSTNET_BPF_OBJECT", paths::object()).env("RUSTNET_BPF_SKELETONS", paths::skeletons())
 }
 
 impl Profile {

@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     need_root("test")?;
     let needs = needs(args);
     setup::ensure(&needs)?;
-    ebpf::build(&ebpf::Args::default())?;
+    ebpf::build_all()?;
     let profile = if args.release { Profile::Release } else { Profile::Dev };
     dist::build(profile, &[])?;
     if args.long {

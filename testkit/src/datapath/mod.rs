@@ -36,6 +36,7 @@ const OUT: usize = 4096;
 /// The object's programs and maps.
 pub struct Datapath {
     programs: BTreeMap<String, OwnedFd>,
+    skeletons: BTreeMap<String, OwnedFd>,
     maps: BTreeMap<String, OwnedFd>,
     facts: Vec<Fact>,
     shape: Shape,
@@ -99,16 +100,30 @@ pub fn object_path() -> PathBuf {
         .map_or_else(|| dist::target_dir().join("bpf").join("rustnet.bpf.o"), PathBuf::from)
 }
 
+/// The same of the object with the skeletons of the next stage's programs: `RUSTNET_BPF_SKELETONS`.
+pub fn skeletons_path() -> PathBuf {
+    std::env::var_os("RUSTNET_BPF_SKELETONS")
+        .map_or_else(|| dist::target_dir().join("bpf").join("skeletons.bpf.o"), PathBuf::from)
+}
+
 impl Datapath {
     /// Loads the object with maps of the given sizes, the object's own for those that are not named.
     pub fn load(sizes: &[(&str, u32)]) -> Result<Self> {
-        Self::load_object(&object_path(), sizes)
+        Self::load_from(&object_path(), "cargo xtask build-ebpf", sizes)
+    }
+
+    /// As [`Self::load`], of the object with skeletons, for [`Self::run_skeleton`].
+    pub fn load_skeletons(sizes: &[(&str, u32)]) -> Result<Self> {
+        Self::load_from(&skeletons_path(), "cargo xtask build-ebpf --skeletons", sizes)
     }
 
     /// Loads an object of this or an earlier release; sizes of maps that it does not have are ignored.
     pub fn load_object(path: &Path, sizes: &[(&str, u32)]) -> Result<Self> {
-        let object = std::fs::read(path)
-            .with_context(|| format!("cannot read {}: run `cargo xtask build-ebpf`", path.display()))?;
+        Self::load_from(path, "cargo xtask build-ebpf", sizes)
+    }
+
+    fn load_from(path: &Path, made_by: &str, sizes: &[(&str, u32)]) -> Result<Self> {
+        let object = std::fs::read(path).with_context(|| format!("cannot read {}: run `{made_by}`", path.display()))?;
         // The helper's flag of that name came with 6.16; the tests' machine is newer, and a wrong checksum would tell.
         let csum_ipv6 = u32::from(probe::l4_csum_ipv6()?);
         let mut loader = EbpfLoader::new();
@@ -129,6 +144,16 @@ impl Datapath {
             let verified = info.verified_instruction_count().unwrap_or(0);
             facts.push(Fact { program: name.to_owned(), verified, jited: info.size_jitted(), millis });
             programs.insert(name.to_owned(), program.fd()?.as_fd().try_clone_to_owned()?);
+        }
+        let mut skeletons = BTreeMap::new();
+        for (name, program) in ebpf.programs_mut() {
+            let fd = match program {
+                Program::Xdp(program) => program.load().and_then(|()| program.fd()),
+                Program::CgroupSockAddr(program) => program.load().and_then(|()| program.fd()),
+                _ => continue,
+            };
+            let fd = fd.with_context(|| format!("the kernel refused program {name}"))?;
+            skeletons.insert(name.to_owned(), fd.as_fd().try_clone_to_owned()?);
         }
         let mut maps = BTreeMap::new();
         for (name, map) in ebpf.maps() {
@@ -154,6 +179,7 @@ impl Datapath {
         }
         Ok(Self {
             programs,
+            skeletons,
             maps,
             facts,
             shape,
@@ -218,6 +244,18 @@ impl Datapath {
         };
         frame.truncate(ran.len);
         Ok(Some(Output { verdict: ran.verdict.cast_signed(), frame, mark: context[word::MARK] }))
+    }
+
+    /// Names of the skeletons.
+    pub fn skeletons(&self) -> Vec<&str> {
+        self.skeletons.keys().map(String::as_str).collect()
+    }
+
+    /// Runs a skeleton on a frame; returns what it returned.
+    pub fn run_skeleton(&self, name: &str, frame: &[u8]) -> Result<u32> {
+        let program = self.skeletons.get(name).with_context(|| format!("the object has no skeleton {name}"))?;
+        let run = TestRun { packet: frame, repeat: 1, ..TestRun::default() };
+        Ok(sys::test_run(program.as_fd(), run).with_context(|| format!("running {name}"))?.verdict)
     }
 
     /// True if the kernel can run programs on packets with [`Input::complete`] (6.17 and later).
