@@ -109,8 +109,8 @@ pub async fn run_within(
 async fn hand_over(mut reconciler: Reconciler, limit: Duration) -> Result<()> {
     let began = Instant::now();
     let is_late = Arc::new(AtomicBool::new(false));
-    let told = Arc::clone(&is_late);
-    let export = tokio::task::spawn_blocking(move || reconciler.export(&told));
+    let stop = Arc::clone(&is_late);
+    let export = tokio::task::spawn_blocking(move || reconciler.export(&stop));
     let result = match tokio::time::timeout(limit, export).await {
         Ok(result) => result.context("the export has panicked").and_then(|result| result),
         Err(_) => Err(anyhow::anyhow!("it took more than {limit:?}")),

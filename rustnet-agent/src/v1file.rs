@@ -1,5 +1,6 @@
-//! `v1-maps.json` in the run directory: how many entries the maps of v1 had. An agent of v1 takes no map of another size than
-//! its configuration has, and that is not known here when the maps are made for it again.
+//! `v1-maps.json` in the run directory: how many entries the maps of v1 had. An agent of v1 takes
+//! no map of another size than its configuration has, and that is not known here when the maps are
+//! made for it again.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,7 +23,8 @@ pub fn write(run_dir: &Path, sizes: &BTreeMap<String, u32>) -> Result<()> {
     write_atomic(&run_dir.join(FILE), &text, 0o600).map(drop)
 }
 
-/// The size of each map of v1: the one that it had, else that of the present configuration or of v1's.
+/// The size of each map of v1: the one that it had, else that of the present configuration or of
+/// v1's.
 pub fn read(run_dir: &Path, present: &MapSizes) -> BTreeMap<String, u32> {
     use v1::map::{BACKENDS, CT4, CT6, FRAG4, FRAG6, SVC4, SVC6};
     let MapSizes { services, backends, frags, .. } = *present;

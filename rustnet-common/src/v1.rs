@@ -1,4 +1,5 @@
-//! The retired shapes: tables of the programs of commit 6c3bd9c, which an upgrade reads and a downgrade writes.
+//! The retired shapes: tables of the programs of commit 6c3bd9c, which an upgrade reads and a
+//! downgrade writes.
 //!
 //! Nothing here changes any more. Map names that are not listed in [`RETIRED`] kept their shape.
 
@@ -52,7 +53,8 @@ pub const RETIRED: [Shape; 7] = [
 /// Maps that all releases share under one name and in one shape.
 pub const SHARED: [&str; 6] = ["rn_endpoints", "rn_peers4", "rn_peers6", "rn_counters", "rn_events", "rn_config"];
 
-/// Value of `rn_ct4/6`: one half of a connection. The key is the tuple of its direction as it arrives.
+/// Value of `rn_ct4/6`: one half of a connection. The key is the tuple of its direction as it
+/// arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct CtEntry<A> {
@@ -66,7 +68,8 @@ pub struct CtEntry<A> {
     pub pad: u8,
     /// Low 32 bits of jiffies when this connection was last seen.
     pub seen: u32,
-    /// Interface whose source address was verified for this half; 0 makes the program verify the next packet.
+    /// Interface whose source address was verified for this half; 0 makes the program verify the
+    /// next packet.
     pub ifindex: u32,
     /// Id of the chosen backend, 0 where no service was involved.
     pub backend: u32,

@@ -1,5 +1,5 @@
-//! Pins what running pods, pinned maps and programs of other releases rely on. A failure here means: existing nodes break on
-//! an upgrade, unless the change comes with a migration.
+//! Pins what running pods, pinned maps and programs of other releases rely on. A failure here
+//! means: existing nodes break on an upgrade, unless the change comes with a migration.
 
 use core::mem::{offset_of, size_of};
 
@@ -87,7 +87,8 @@ fn peers() {
     assert_eq!([identity::HOST, identity::WORLD, identity::POD, identity::NODE], [1, 2, 3, 6]);
 }
 
-/// `tunnel_src`, `uplink` and `uplink_mtu` are left out: no program of any release has read them under these names.
+/// `tunnel_src`, `uplink` and `uplink_mtu` are left out: no program of any release has read them
+/// under these names.
 #[test]
 fn settings() {
     assert_eq!(size_of::<NodeConfig>(), 72);

@@ -1,4 +1,5 @@
-//! Agents whose maps have another size or another shape follow each other under traffic: not one packet is lost.
+//! Agents whose maps have another size or another shape follow each other under traffic: not one
+//! packet is lost.
 
 use crate::fixture::{Net, endpoints};
 use crate::kills::{Traffic, observed_without_captures, other_build};
@@ -73,7 +74,8 @@ fn other_map_sizes_lose_nothing() -> Result<()> {
     })
 }
 
-/// An agent that cannot adopt the pinned maps leaves the CNI binary that works with them: pods come and go.
+/// An agent that cannot adopt the pinned maps leaves the CNI binary that works with them: pods come
+/// and go.
 #[test]
 fn an_agent_that_cannot_load_leaves_the_cni_binary() -> Result<()> {
     observed_without_captures(Routing::Vxlan, |net| {
@@ -106,7 +108,8 @@ fn an_agent_that_cannot_load_leaves_the_cni_binary() -> Result<()> {
     })
 }
 
-/// The agent of v1, then this one, then v1 again, and so on: one node after the other, each as soon as the one before is ready.
+/// The agent of v1, then this one, then v1 again, and so on: one node after the other, each as soon
+/// as the one before is ready.
 fn versions(routing: Routing) -> Result<()> {
     let (v1, present) = (dist::find_v1("rustnet-agent")?, dist::find("rustnet-agent")?);
     let fabric = Fabric::build(Setup { routing, ..Setup::default() })?;

@@ -1,4 +1,5 @@
-//! `agent-v1`: the programs of the last commit with the retired maps (`rustnet-common/src/v1.rs`), for tests of upgrades.
+//! `agent-v1`: the programs of the last commit with the retired maps (`rustnet-common/src/v1.rs`),
+//! for tests of upgrades.
 
 use std::path::PathBuf;
 
@@ -11,7 +12,7 @@ use crate::{cache, paths, ui};
 /// The commit.
 const COMMIT: &str = "6c3bd9c7f538ae7051aa2586a1f9d230ca5e5651";
 
-/// What the tests start: the agent installs the CNI binary that lies beside it.
+/// What the tests start: the agent installs the CNI binary next to it.
 const PROGRAMS: [&str; 2] = ["rustnet-agent", "rustnet-cni"];
 
 /// The command: leaves the programs in `target/v1/dist`.

@@ -1,4 +1,5 @@
-//! Copies the content of a map to another one that differs in its number of entries only. Keys and values are bytes here.
+//! Copies the content of a map to another one that differs in its number of entries only. Keys and
+//! values are bytes here.
 
 use std::collections::HashMap;
 use std::io;
@@ -139,7 +140,8 @@ impl<'a> Place<'a> {
         Ok(())
     }
 
-    /// Adds the entries of `content` that are missing here; those that are here stay as they are. Returns how many were.
+    /// Adds the entries of `content` that are missing here; those that are here stay as they are.
+    /// Returns how many were.
     pub fn insert_missing(&self, content: &Content) -> io::Result<usize> {
         let mut added = 0;
         for (key, value) in content.iter() {
@@ -179,8 +181,8 @@ impl Content {
         (self.keys, self.values) = (keys, values);
     }
 
-    /// Sorts by the clock value at an offset of the values, the oldest first: a smaller LRU map then keeps the newest.
-    /// Returns the newest.
+    /// Sorts by the clock value at an offset of the values, the oldest first: a smaller LRU map
+    /// then keeps the newest. Returns the newest.
     pub fn sort_by_age(&mut self, offset: usize) -> Option<u32> {
         let clock = |value: &[u8]| clock_at(value, offset);
         // Clocks wrap: all are compared with one of them, half a turn before it.
@@ -209,7 +211,8 @@ impl Content {
     }
 }
 
-/// Entries that an LRU map of a size takes for sure before it evicts: each CPU may hold back some that are free.
+/// Entries that an LRU map of a size takes for sure before it evicts: each CPU may hold back some
+/// that are free.
 pub fn lru_room(max_entries: u32) -> usize {
     /// `LOCAL_FREE_TARGET` of the kernel's `bpf_lru_list.c`.
     const HELD_BACK: usize = 128;

@@ -70,8 +70,8 @@ pub fn same_shape(one: Layout, other: Layout) -> bool {
     Layout { max_entries: other.max_entries, ..one } == other
 }
 
-/// Refuses pinned maps that can neither be adopted nor copied: their entries are of another shape. The error names each with
-/// both shapes and the remedy. Nothing is touched.
+/// Refuses pinned maps that can neither be adopted nor copied: their entries are of another shape.
+/// The error names each with both shapes and the remedy. Nothing is touched.
 pub fn refuse_other_shapes<'a>(bpffs: &Path, pairs: impl IntoIterator<Item = (&'a str, Layout, Layout)>) -> Result<()> {
     let mut message = String::new();
     for (name, wanted, pinned) in pairs {

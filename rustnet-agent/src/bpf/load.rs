@@ -1,7 +1,7 @@
 //! Loads the object's programs beside those that run, on the maps that are pinned or new ones.
 //!
-//! Nothing that forwards packets changes here: the old programs stay on their hooks, all pins stay as they are until
-//! [`Programs::pin`], and a failure leaves everything as it was.
+//! Nothing that forwards packets changes here: the old programs stay on their hooks, all pins stay
+//! as they are until [`Programs::pin`], and a failure leaves everything as it was.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -21,7 +21,7 @@ use super::upgrade::{self, Bridge, Found, NEXT_DIR, Plan, Source};
 use super::{fs, migrate, pin, probe, remedy, sys};
 use crate::config::MapSizes;
 
-/// The program that returns the time (see rustnet-ebpf); pinned beside those of the hooks.
+/// The program that returns the time (see rustnet-ebpf); pinned with those of the hooks.
 pub const CLOCK: &str = "clock";
 
 /// Lines of the verifier's log that an error shows: the last ones say why.
@@ -105,12 +105,14 @@ impl Programs {
         self.by_name.get(name).map(AsFd::as_fd).with_context(|| format!("no program {name}"))
     }
 
-    /// Where the maps of these programs are pinned: in a directory of their own until [`Programs::pin`].
+    /// Where the maps of these programs are pinned: in a directory of their own until
+    /// [`Programs::pin`].
     pub fn maps_dir<'a>(&'a self, bpffs: &'a Path) -> &'a Path {
         self.staged.as_ref().map_or(bpffs, |staged| &staged.dir)
     }
 
-    /// Pins all maps and programs, each in the place of the one before: from now on the CNI binary uses these.
+    /// Pins all maps and programs, each in the place of the one before: from now on the CNI binary
+    /// uses these.
     pub fn pin(&mut self, bpffs: &Path) -> Result<()> {
         if self.staged.is_some() {
             upgrade::keep_old(bpffs, &self.old)?;
@@ -164,20 +166,20 @@ impl Programs {
         self.to_v1.is_some()
     }
 
-    /// Pins the retired maps for an agent of v1. To be called once no program but these is on a hook. Returns how many halves of
-    /// connections were opened since the load.
+    /// Pins the retired maps for an agent of v1. To be called once no program but these is on a
+    /// hook. Returns how many halves of connections were opened since the load.
     pub fn finish_export(&self, bpffs: &Path) -> Result<usize> {
         let export = self.to_v1.as_ref().context("these programs are no bridge to v1")?;
         let added = export.catch_up(&self.maps)?;
-        // Backends before services: an agent of v1 that starts meanwhile mends what is half there.
+        // Backends before services: an agent of v1 that starts meanwhile repairs what is half there.
         for (name, map) in export.maps() {
             pin::replace(&bpffs.join(name), map.as_fd())?;
         }
         Ok(added)
     }
 
-    /// Copies the connections that were opened in the earlier tables since the load. To be called once no program but these
-    /// is on a hook. Returns how many there were.
+    /// Copies the connections that were opened in the earlier tables since the load. To be called
+    /// once no program but these is on a hook. Returns how many there were.
     pub fn catch_up(&self) -> Result<usize> {
         let mut added = 0;
         self.each_earlier(|name, new, old| {
@@ -206,7 +208,8 @@ impl Programs {
                 content.keep_last(lru_room(new.layout.max_entries));
             }
             match self.plan.maps[name].1 {
-                // A predecessor was killed after programs had begun to use it: what is there is newer.
+                // A predecessor was killed after programs had begun to use it: what is there is
+                // newer.
                 Source::Adopted if new.evicts() => new.insert_missing(&content).map(drop),
                 Source::Adopted => Ok(()),
                 Source::Resized | Source::New => new.write(&content),
@@ -221,7 +224,8 @@ impl Programs {
         Ok(())
     }
 
-    /// Calls `copy` with each map that has an earlier one of the same shape. Errors name both sizes.
+    /// Calls `copy` with each map that has an earlier one of the same shape. Errors name both
+    /// sizes.
     fn each_earlier(&self, mut copy: impl FnMut(&str, &Place<'_>, &Place<'_>) -> io::Result<()>) -> Result<()> {
         for (name, old) in self.old.iter().filter(|(name, _)| self.maps.contains_key(*name)) {
             let places = || Ok::<_, io::Error>((Place::of(self.maps[name].as_fd())?, Place::of(old.as_fd())?));
@@ -271,7 +275,8 @@ pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
 }
 
 impl Load<'_> {
-    /// Prepares the directory, compares the maps, loads the programs. A kernel that is too old is named with what it refuses.
+    /// Prepares the directory, compares the maps, loads the programs. A kernel that is too old is
+    /// named with what it refuses.
     pub fn run(&self) -> Result<Programs> {
         probe::check_rights()?;
         self.load_all().map_err(|error| match probe::too_old(&probe::release()) {
@@ -288,8 +293,8 @@ impl Load<'_> {
         self.load(plan, None)
     }
 
-    /// Loads programs beside which an agent of v1 can start: a bridge to retired maps of these sizes, made of the present
-    /// content. `None` if the object cannot be one.
+    /// Loads programs with which an agent of v1 can start: a bridge to retired maps of these
+    /// sizes, made of the present content. `None` if the object cannot be one.
     pub fn run_for_v1(&self, sizes: &BTreeMap<String, u32>) -> Result<Option<Programs>> {
         let object = self.parse()?;
         let found = Found::look(self.bpffs, &object, &self.sizes)?;
@@ -369,7 +374,8 @@ impl Load<'_> {
     }
 }
 
-/// Loads a program. A signal interrupts the verifier, which then has to start again (libbpf, too, tries five times).
+/// Loads a program. A signal interrupts the verifier, which then has to start again (libbpf, too,
+/// tries five times).
 fn load_program(program: &mut SchedClassifier) -> Result<(), ProgramError> {
     for _ in 1..LOAD_ATTEMPTS {
         match program.load() {
@@ -380,7 +386,8 @@ fn load_program(program: &mut SchedClassifier) -> Result<(), ProgramError> {
     program.load()
 }
 
-/// The earlier tables that a bridge uses, by the names that the object has for them, with their sizes.
+/// The earlier tables that a bridge uses, by the names that the object has for them, with their
+/// sizes.
 fn bridged(bridge: Bridge, old: &BTreeMap<String, OwnedFd>) -> BTreeMap<String, (BorrowedFd<'_>, u32)> {
     let name_of = |name: &String| match bridge {
         Bridge::None => None,

@@ -1,4 +1,5 @@
-//! The content of the retired maps passes to the present ones, and back. See [`super::convert`] for what becomes what.
+//! The content of the retired maps passes to the present ones, and back. See [`super::convert`] for
+//! what becomes what.
 
 use std::collections::{BTreeMap, HashSet};
 use std::hash::Hash;
@@ -48,7 +49,8 @@ fn present<K: Pod, V: Pod>(maps: &Maps, name: &str) -> Result<Map<K, V>> {
 type Services<A> = Map<SvcKey<A>, v1::SvcEntry>;
 
 impl Upgrade {
-    /// Fills the present maps. `is_live`: programs use them, so that only connections that are missing are added.
+    /// Fills the present maps. `is_live`: programs use them, so that only connections that are
+    /// missing are added.
     pub fn run(old: &Maps, new: &Maps, is_live: bool) -> Result<Self> {
         let (four, six) = (entries(old, v1::map::SVC4)?, entries(old, v1::map::SVC6)?);
         let ranges: Vec<Range> = ranges(&four).chain(ranges(&six)).collect();
@@ -71,7 +73,8 @@ impl Upgrade {
         Ok(upgrade)
     }
 
-    /// Adds the connections that were opened in the retired tables since. Returns how many entries that were.
+    /// Adds the connections that were opened in the retired tables since. Returns how many entries
+    /// that were.
     pub fn catch_up(&self, old: &Maps, new: &Maps) -> Result<usize> {
         let added = self.connections::<Ip4>(old, new)?.1 + self.connections::<Ip6>(old, new)?.1;
         self.rename_backends::<Ip4>(new)?;
@@ -79,7 +82,8 @@ impl Upgrade {
         Ok(added)
     }
 
-    /// Gives connections that a program took over from a retired table the present ids of their backends.
+    /// Gives connections that a program took over from a retired table the present ids of their
+    /// backends.
     fn rename_backends<A>(&self, new: &Maps) -> Result<()>
     where
         A: Address,

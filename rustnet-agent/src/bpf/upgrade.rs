@@ -1,17 +1,21 @@
-//! How the pinned maps of an earlier agent pass to the programs of this one: what is adopted, what is replaced, and in which
-//! order the pins change.
+//! How the pinned maps of an earlier agent pass to the programs of this one: what is adopted, what
+//! is replaced, and in which order the pins change.
 //!
-//! Hooks are swapped one by one, so that for a moment the programs of two loads run together. Tables of connections are
-//! written by programs. Where the two loads have different ones, the first load is a *bridge*: its programs read the earlier
-//! tables, too, and write new connections into both. Once no other program runs, a second load uses the new tables alone.
+//! Hooks are swapped one by one, so that for a moment the programs of two loads run together.
+//! Tables of connections are written by programs. Where the two loads have different ones, the
+//! first load is a *bridge*: its programs read the earlier tables, too, and write new connections
+//! into both. Once no other program runs, a second load uses the new tables alone.
 //!
-//! Pins change in this order, and an agent that starts can conclude from them where its predecessor was killed:
+//! Pins change in this order, and an agent that starts can conclude from them where its predecessor
+//! was killed:
 //!
 //! 1. `next/` holds the pins of a load that runs on no hook yet. It is removed at the next start.
-//! 2. `old/` gets the earlier tables, before their pins are replaced. It stays until no program uses them.
+//! 2. `old/` gets the earlier tables, before their pins are replaced. It stays until no program
+//!    uses them.
 //! 3. The maps' pins are replaced, then those of the programs, then the hooks are swapped.
-//! 4. When all hooks run the first load, what the earlier tables got meanwhile is copied. From then on the new tables are
-//!    complete: `old/` and the retired maps are removed, and the second load follows.
+//! 4. When all hooks run the first load, what the earlier tables got meanwhile is copied. From then
+//!    on the new tables are complete: `old/` and the retired maps are removed, and the second load
+//!    follows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -30,7 +34,8 @@ use super::{pin, remedy};
 
 /// Below the bpffs directory: the pins of a load that runs on no hook yet.
 pub const NEXT_DIR: &str = "next";
-/// Below the bpffs directory: the tables that programs on hooks may still use beside the pinned ones.
+/// Below the bpffs directory: the tables that programs on hooks may still use besides the pinned
+/// ones.
 pub const OLD_DIR: &str = "old";
 
 /// What is there.
@@ -59,7 +64,8 @@ pub enum Source {
     New,
 }
 
-/// Which earlier tables the programs of a load use beside their own: the value of their global `MIGRATE`.
+/// Which earlier tables the programs of a load use besides their own: the value of their global
+/// `MIGRATE`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Bridge {
@@ -147,7 +153,8 @@ impl Found {
         let retired = retired_pins(&self.wanted, &pinned, &old);
         let was_bridge = retired.keys().any(|name| old.contains_key(*name));
         if !retired.is_empty() && !is_live {
-            // Pins of our own maps, if there are any, are of an agent before the one whose programs run.
+            // Pins of our own maps, if there are any, are of an agent before the one whose programs
+            // run.
             pinned.retain(|name, _| !is_own(name));
             old.clear();
         }
@@ -263,7 +270,8 @@ pub fn keep_old(bpffs: &Path, maps: &BTreeMap<String, OwnedFd>) -> Result<()> {
     remove_pins(&dir, |name| !maps.contains_key(name))
 }
 
-/// Removes the earlier tables (step 4): all programs on hooks have a complete copy. Returns what was removed.
+/// Removes the earlier tables (step 4): all programs on hooks have a complete copy. Returns what
+/// was removed.
 pub fn clear<T>(bpffs: &Path, wanted: &BTreeMap<String, T>) -> Result<Vec<String>> {
     let mut removed = Vec::new();
     for shape in retired(wanted) {

@@ -62,7 +62,7 @@ pub struct Attached {
 }
 
 impl Kernel {
-    /// Loads the programs beside those that run, and opens their maps.
+    /// Loads the programs while the earlier ones run, and opens their maps.
     pub fn load(config: &Config) -> Result<Self> {
         let mut programs = load(&config.bpffs, &config.maps, &config.bpf_log)?.run()?;
         let printer = print_log(&mut programs);
@@ -92,13 +92,14 @@ impl Kernel {
         self.pinned
     }
 
-    /// True while programs of an earlier agent, or those of a bridge, may be on hooks beside the present ones.
+    /// True while programs of an earlier agent, or those of a bridge, may be on hooks besides the present ones.
     pub fn is_upgrading(&self) -> bool {
         let is_bridge = self.programs.bridge() != Bridge::None && !self.programs.is_export();
         !self.pinned || self.programs.has_leftovers() || is_bridge
     }
 
-    /// Loads programs beside which an agent of v1 can start. They come onto the hooks like any others. False if there are none.
+    /// Loads programs with which an agent of v1 can start. They come onto the hooks like any others.
+    /// False if there are none.
     pub fn begin_export(&mut self) -> Result<bool> {
         let sizes = v1file::read(&self.run_dir, &self.sizes);
         let Some(programs) = self.reload()?.run_for_v1(&sizes)? else { return Ok(false) };

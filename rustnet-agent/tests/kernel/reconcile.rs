@@ -37,8 +37,8 @@ impl Agent {
         let (events, receiver) = mpsc::channel(1024);
         let (stop, stopped) = watch::channel(false);
         let health = Arc::new(Health::default());
-        let (config, told) = (Arc::new(config), Arc::clone(&health));
-        let task = tokio::spawn(reconcile::run_within(sandbox::deadline(), config, receiver, told, stopped));
+        let (config, shared) = (Arc::new(config), Arc::clone(&health));
+        let task = tokio::spawn(reconcile::run_within(sandbox::deadline(), config, receiver, shared, stopped));
         Self { events, health, stop, task }
     }
 

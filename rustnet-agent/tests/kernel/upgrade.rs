@@ -1,4 +1,5 @@
-//! Maps of another size or of v1: their content passes to new ones, and a load that fails or an agent that dies changes nothing.
+//! Maps of another size or of v1: their content passes to new ones, and a load that fails or an
+//! agent that dies changes nothing.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -107,7 +108,8 @@ fn connections_of_the_old_programs_are_copied_when_the_last_of_them_is_gone() {
         let mut next = sized(sandbox, &[(TABLE, 16384)]).run().unwrap();
         next.pin(&sandbox.bpffs).unwrap();
         let new = connections(&sandbox.bpffs);
-        // One that an old program opens, and one that a new program refreshes and an old one does not.
+        // One that an old program opens, and one that a new program refreshes and an old one does
+        // not.
         old.put(&tuple(200), &seen_at(1100)).unwrap();
         new.put(&tuple(7), &seen_at(1100)).unwrap();
         // One that the collector took meanwhile stays away.
@@ -191,7 +193,8 @@ fn an_agent_that_died_before_it_pinned_its_programs_has_changed_nothing() {
         load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
         let (id, old) = (map_id(sandbox, TABLE), connections(&sandbox.bpffs));
         old.put(&tuple(1), &seen_at(1)).unwrap();
-        // As after step 2 and half of step 3: the earlier map is in `old`, and another one has its pin.
+        // As after step 2 and half of step 3: the earlier map is in `old`, and another one has its
+        // pin.
         let dir = sandbox.bpffs.join("old");
         std::fs::create_dir(&dir).unwrap();
         std::fs::rename(sandbox.bpffs.join(TABLE), dir.join(TABLE)).unwrap();
@@ -276,8 +279,8 @@ fn v1_connect(table: &V1Connections, asks: Tuple<Ip4>, seen: u32) {
     table.put(&asks.reversed(), &v1_half(asks.reversed(), v1::flags::REPLY, seen)).unwrap();
 }
 
-/// Leaves what an agent of v1 leaves: pinned programs that use none of this release's maps, and the maps of v1. One service
-/// with a backend, and one connection.
+/// Leaves what an agent of v1 leaves: pinned programs that use none of this release's maps, and the
+/// maps of v1. One service with a backend, and one connection.
 fn v1_node(sandbox: &Sandbox) -> V1Connections {
     load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
     own().for_each(|name| std::fs::remove_file(sandbox.bpffs.join(name)).unwrap());

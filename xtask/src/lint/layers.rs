@@ -34,6 +34,7 @@ const CRATES: [Crate; 6] = [
             &["addr", "crc32c", "names"],
             &["tuple", "endpoint"],
             &["backend", "config", "conntrack", "csum", "drop", "event", "files", "frag", "hash", "peer", "service"],
+            &["v1"],
         ],
         is_strict: true,
         is_enforced: true,

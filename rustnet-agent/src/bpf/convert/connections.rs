@@ -1,5 +1,6 @@
-//! Connections. v1 had two halves for each, whose keys were the tuples as they arrive. Now the key is the canonical tuple: one
-//! entry for a flow that nothing translates, one for each direction of a translated flow.
+//! Connections. v1 had two halves for each, whose keys were the tuples as they arrive. Now the key
+//! is the canonical tuple: one entry for a flow that nothing translates, one for each direction of
+//! a translated flow.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
@@ -89,8 +90,8 @@ const SAME: [(u8, u64); 3] = [
     (v1::state::FIN_REPLY, state::FIN_REPLY),
 ];
 
-/// The state with what v1 did not note. TCP: what was answered counts as established, and a FIN as acknowledged, since these
-/// states last longest. Whose RST it was is not known.
+/// The state with what v1 did not note. TCP: what was answered counts as established, and a FIN as
+/// acknowledged, since these states last longest. Whose RST it was is not known.
 fn present_state(proto: u8, old: u8) -> u64 {
     let mut new = SAME.iter().filter(|(bit, _)| old & bit != 0).fold(0, |new, (_, bit)| new | bit);
     if old & v1::state::RST != 0 {
@@ -112,8 +113,9 @@ fn retired_state(new: u64) -> u8 {
     if new & (state::RST_ORIG | state::RST_REPLY) == 0 { old } else { old | v1::state::RST }
 }
 
-/// A side of which nothing is verified or looked up: its next packet makes the programs do that. The sequence numbers of TCP
-/// are taken from the first packet that is counted, so that counting starts again.
+/// A side of which nothing is verified or looked up: its next packet makes the programs do that.
+/// The sequence numbers of TCP are taken from the first packet that is counted, so that counting
+/// starts again.
 fn side<A>(proto: u8, half: &v1::CtEntry<A>) -> Side {
     let packets = if proto == proto::TCP { 0 } else { half.packets as u32 };
     Side { bytes: half.bytes, packets, ..NOTHING_SENT }
@@ -138,7 +140,8 @@ fn later(one: u32, other: u32) -> u32 {
     if one.wrapping_sub(other).cast_signed() >= 0 { one } else { other }
 }
 
-/// The halves of v1 that stand for these entries, in any order. Backends keep their ids: v1 takes them for mere numbers.
+/// The halves of v1 that stand for these entries, in any order. Backends keep their ids: v1 takes
+/// them for mere numbers.
 pub fn downgrade<A>(entries: &[Entry<A>]) -> Vec<Half<A>>
 where
     A: Address + Eq + Hash,
@@ -293,7 +296,8 @@ mod tests {
             assert_eq!(key.canonical(), Tuple { pad: 0, ..*key });
             assert_eq!((entry.to.pad, entry.sides[0].ifindex, entry.sides[0].source), (0, 0, SOURCE_NONE));
         }
-        // Three flows can want one key only where v1 had an untranslated flow among them; the programs drop the last then.
+        // Three flows can want one key only where v1 had an untranslated flow among them; the
+        // programs drop the last then.
         if keys.len() < entries.len() {
             return;
         }

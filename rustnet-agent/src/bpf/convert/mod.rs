@@ -1,4 +1,5 @@
-//! From the retired shapes to the present ones and back. Pure: entries come in and go out as values.
+//! From the retired shapes to the present ones and back. Pure: entries come in and go out as
+//! values.
 
 mod connections;
 mod services;

@@ -1,5 +1,5 @@
-//! Services and backends. In v1 a service was a range of backends; now it is a range of ids, and a backend stands in the slot
-//! that its id names. Ranges and slots keep their numbers.
+//! Services and backends. In v1 a service was a range of backends; now it is a range of ids, and a
+//! backend stands in the slot that its id names. Ranges and slots keep their numbers.
 
 use std::collections::HashMap;
 
@@ -44,7 +44,8 @@ const NO_RETIRED: v1::Backend = v1::Backend { addr: UNSPECIFIED, port: 0, flags:
 const UNSPECIFIED: rustnet_common::addr::Addr = rustnet_common::addr::Ip6 { ip: [0; 16] };
 
 impl Tables {
-    /// Converts from v1. What is in no range goes on as a backend of no service: flows may still have it.
+    /// Converts from v1. What is in no range goes on as a backend of no service: flows may still
+    /// have it.
     pub fn upgrade(retired: &Retired, ranges: impl IntoIterator<Item = Range>) -> Result<Self> {
         let len = retired.backends.len();
         ensure!(len <= id::MAX_SLOTS as usize, "{len} slots of backends: there is room for {}", id::MAX_SLOTS);
@@ -63,7 +64,8 @@ impl Tables {
         Ok(tables)
     }
 
-    /// Places a backend of v1 in the slot of the same number, unless a damaged table gave that to two services.
+    /// Places a backend of v1 in the slot of the same number, unless a damaged table gave that to
+    /// two services.
     fn place(&mut self, slot: u32, old: &v1::Backend, service: u32) {
         let at = slot as usize;
         if old.id == 0 || self.backends[at].id != 0 {
@@ -98,7 +100,8 @@ impl Tables {
         self
     }
 
-    /// Converts to v1 for a table of so many slots. Ids stay. Backends in no range stand behind all ranges.
+    /// Converts to v1 for a table of so many slots. Ids stay. Backends in no range stand behind all
+    /// ranges.
     pub fn downgrade(&self, ranges: impl IntoIterator<Item = Range>, capacity: usize) -> Result<Retired> {
         let mut retired = Retired { backends: vec![NO_RETIRED; capacity] };
         let mut placed = std::collections::HashSet::new();
@@ -207,7 +210,8 @@ mod tests {
     }
 
     proptest! {
-        /// Each service has the same backends after the way there and back, and each id of v1 one present id.
+        /// Each service has the same backends after the way there and back, and each id of v1 one
+        /// present id.
         #[test]
         fn services_keep_their_backends(lens in prop::collection::vec(0u32..5, 1..12), gaps in any::<[u8; 12]>()) {
             let mut retired = Retired::default();
