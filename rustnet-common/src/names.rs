@@ -23,7 +23,6 @@ pub const TC_PRIORITY: u16 = 1;
 /// Handle of our classifiers; with it, a replace swaps the program atomically.
 pub const TC_HANDLE: u32 = 1;
 
-
 /// Program names, one for each hook.
 pub const PROGRAMS: [&str; 6] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out"];
 
@@ -63,8 +62,22 @@ pub mod map {
     pub const CONFIG: &str = "rn_config";
     /// All of them.
     pub const ALL: [&str; 16] = [
-        SVC4, SVC6, BACKEND_IDS, BACKENDS, CT4_TCP, CT4_ANY, CT6_TCP, CT6_ANY, FRAG4, FRAG6, ENDPOINTS, PEERS4, PEERS6,
-        COUNTERS, EVENTS, CONFIG,
+        SVC4,
+        SVC6,
+        BACKEND_IDS,
+        BACKENDS,
+        CT4_TCP,
+        CT4_ANY,
+        CT6_TCP,
+        CT6_ANY,
+        FRAG4,
+        FRAG6,
+        ENDPOINTS,
+        PEERS4,
+        PEERS6,
+        COUNTERS,
+        EVENTS,
+        CONFIG,
     ];
 }
 

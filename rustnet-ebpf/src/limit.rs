@@ -21,7 +21,9 @@ const RATE: u32 = 1000;
 /// Takes a token; false if none is left.
 #[inline(always)]
 pub fn take(bucket: Bucket) -> bool {
-    let (Some(tokens), Some(config)) = (maps::rn_limits.get_ptr_mut(bucket as u32), maps::config()) else { return true };
+    let (Some(tokens), Some(config)) = (maps::rn_limits.get_ptr_mut(bucket as u32), maps::config()) else {
+        return true;
+    };
     let now = jiffies();
     // SAFETY: the element belongs to this CPU.
     let tokens = unsafe { &mut *tokens };

@@ -74,7 +74,9 @@ impl ReadHeader<Ip4> for Header4 {
         p.offset = frag & 0x1fff;
         p.more = frag & 0x2000 != 0;
         p.mtu_len = if frag & 0x4000 == 0 { 0 } else { total };
-        if header > size_of::<Self>() && ctx.has_source_route((l3 + size_of::<Self>()) as u32, (header - size_of::<Self>()) as u32) {
+        if header > size_of::<Self>()
+            && ctx.has_source_route((l3 + size_of::<Self>()) as u32, (header - size_of::<Self>()) as u32)
+        {
             return Err(DropReason::SourceRoute);
         }
         Ok(l3 + header)

@@ -54,7 +54,9 @@ pub fn checksums(frame: &[u8], partial: bool) -> Result<()> {
         (Some(TransportSlice::Udp(udp)), _) => transport("UDP", udp.checksum(), pseudo, data, partial),
         (Some(TransportSlice::Tcp(tcp)), _) => transport("TCP", tcp.checksum(), pseudo, data, partial),
         // No device finishes checksums of ICMP.
-        (Some(TransportSlice::Icmpv6(icmp)), _) if matches!(packet.net, Some(NetSlice::Ipv6(_))) => transport("ICMPv6", icmp.checksum(), pseudo, data, false),
+        (Some(TransportSlice::Icmpv6(icmp)), _) if matches!(packet.net, Some(NetSlice::Ipv6(_))) => {
+            transport("ICMPv6", icmp.checksum(), pseudo, data, false)
+        }
         (Some(TransportSlice::Icmpv4(icmp)), _) => {
             transport("ICMP", icmp.checksum(), Sum16BitWords::new(), data, false)?;
             quoted(data)

@@ -150,7 +150,11 @@ fn what_may_be_cut_is_not_refused() -> Result<()> {
         }
         // The stack refuses a packet with its own source, so that nothing on this node can cut a masqueraded one.
         let f = sized(&from_a(net, Proto::Udp, (net.world(), 80)), 1519).map(|f| f.may_be_cut = true);
-        result = result.and(lab.pod_sends(&f)?.answered(DropReason::FragNeeded, &icmp_error(&f, net.node(), 3, 4, 1500).map(|f| f.may_be_cut = false)));
+        result =
+            result.and(lab.pod_sends(&f)?.answered(
+                DropReason::FragNeeded,
+                &icmp_error(&f, net.node(), 3, 4, 1500).map(|f| f.may_be_cut = false),
+            ));
         lab.ip("neigh del 172.18.0.1 dev eth0\nneigh del 172.18.0.13 dev eth0")?;
         result
     })

@@ -3,7 +3,7 @@
 
 use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
 use crate::frame::Frame;
-use crate::harness::{source_of_mac, Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, SNAT, labs};
+use crate::harness::{Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, SNAT, labs, source_of_mac};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::VIA_QDISC;
 use rustnet_common::drop::DropReason;

@@ -313,8 +313,7 @@ fn what_is_not_ip() -> Result<()> {
             ] {
                 let shot = lab.raw(code, &Input { frame: &frame, ifindex, ..Input::default() })?;
                 if matches!(code, hook::FROM_POD | hook::OVERLAY_IN) {
-                    let reason =
-                        if frame.len() == 60 { DropReason::UnsupportedL2 } else { DropReason::VlanFiltered };
+                    let reason = if frame.len() == 60 { DropReason::UnsupportedL2 } else { DropReason::VlanFiltered };
                     shot.dropped(reason)?;
                     continue;
                 }

@@ -535,7 +535,9 @@ fn what_concerns_the_link() -> Result<()> {
                 })
             };
             // A pod's neighbours are permanent: whatever its source, it has nothing to discover.
-            for dst in [link("fe80::1"), link("ff02::1"), link("ff02::1:ff00:11"), net.node(), net.b(), net.far(), net.world()] {
+            for dst in
+                [link("fe80::1"), link("ff02::1"), link("ff02::1:ff00:11"), net.node(), net.b(), net.far(), net.world()]
+            {
                 for src in [net.a(), net.b(), net.world(), link("fe80::a"), link("::")] {
                     let shot = lab.pod_sends(&message(src, dst))?;
                     shot.dropped(DropReason::NdNotForwarded).with_context(|| format!("{src} to {dst}"))?;

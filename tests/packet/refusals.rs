@@ -4,8 +4,8 @@ use crate::flows::{ALL, PORT, Proto, from_a, from_host, from_outside, later};
 use crate::frame::Frame;
 use crate::harness::{Flow, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, labs};
 use anyhow::{Context, Result, ensure};
-use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::config::mark::DEFAULT as MARK_PROCESSED;
+use rustnet_common::drop::{DropReason, hook};
 use testkit::datapath::Input;
 
 fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {

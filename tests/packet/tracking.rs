@@ -143,7 +143,15 @@ fn states_of_a_tcp_connection() -> Result<()> {
             lab.forget()?;
             lab.pod_sends(&ask)?.to_the_pod(&there(net, &ask))?;
             // A refusal acknowledges the SYN; who gives up before an answer goes on from it (RFC 9293, 3.10.7).
-            let f = if by_answer { reset(&there(net, &ask)) } else { ask.with_flags(RST).map(|f| if let L4::Tcp { seq, .. } = &mut f.l4 { *seq += 1 }) };
+            let f = if by_answer {
+                reset(&there(net, &ask))
+            } else {
+                ask.with_flags(RST).map(|f| {
+                    if let L4::Tcp { seq, .. } = &mut f.l4 {
+                        *seq += 1
+                    }
+                })
+            };
             let f = if by_answer { f.map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64)) } else { f };
             lab.pod_sends(&f)?.to_the_pod(&if by_answer { back(net, &f) } else { there(net, &f) })?;
             ensure!(state::is_closing(lab.half(key)?.state) && state::is_closing(lab.half(answer_key)?.state));

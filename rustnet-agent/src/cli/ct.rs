@@ -143,7 +143,8 @@ fn row<A: Address>(key: &Tuple<A>, entry: &CtEntry<A>, clock: &Clock) -> Row {
 }
 
 fn states(protocol: u8, bits: u64) -> Vec<&'static str> {
-    let names = [(state::FIN_ORIG, "fin"), (state::FIN_REPLY, "fin-reply"), (state::RST_ORIG | state::RST_REPLY, "reset")];
+    let names =
+        [(state::FIN_ORIG, "fin"), (state::FIN_REPLY, "fin-reply"), (state::RST_ORIG | state::RST_REPLY, "reset")];
     let mut out: Vec<_> = names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
     out.insert(
         0,

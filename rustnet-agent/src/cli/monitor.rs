@@ -185,7 +185,7 @@ fn text(row: &Row) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Conntrack, CtEntry, Event, flags, Instant, Names, Tuple, proto, row, text};
+    use super::{Conntrack, CtEntry, Event, Instant, Names, Tuple, flags, proto, row, text};
     use crate::bpf::store::conntrack::build::tables;
     use bytemuck::Zeroable;
     use rustnet_common::addr::{Addr, Ip4};

@@ -16,18 +16,21 @@ use crate::outcome::Dropped;
 use crate::packet::{Class, Flow, Packet, Source};
 use crate::parse::Parse;
 use crate::rewrite::Rewrite;
+use crate::step::admit::{self, Create};
+use crate::step::conntrack::Track;
 use crate::step::exec::{self, Egress};
 use crate::step::fib::Routed;
 use crate::step::icmp::Icmp;
 use crate::step::nat::Nat;
 use crate::step::plan::{self, Origin};
-use crate::step::admit::{self, Create};
-use crate::step::conntrack::Track;
 use crate::step::reject::Rejecting;
 use crate::step::source::Verify;
 
 /// Everything that hooks ask of a family.
-pub trait Steps: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting {}
+pub trait Steps:
+    Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting
+{
+}
 impl<F: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting> Steps for F {}
 
 /// True if an earlier hook on this node has processed the packet.

@@ -93,8 +93,7 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
 #[inline(always)]
 fn is_from_node<F: Family>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
     is_tunnel_packet(p, config)
-        && (p.tuple.dst == F::node(config)
-            || (maps::endpoint(p.tuple.dst).is_none() && !lb::is_vip::<F>(p.tuple.dst)))
+        && (p.tuple.dst == F::node(config) || (maps::endpoint(p.tuple.dst).is_none() && !lb::is_vip::<F>(p.tuple.dst)))
         && source::is_node::<F>(p.tuple.src)
 }
 

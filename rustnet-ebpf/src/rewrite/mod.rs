@@ -54,7 +54,14 @@ impl WriteHeader<Ip4> for Header4 {
 
 impl WriteHeader<Ip6> for Header6 {
     #[inline(always)]
-    fn store<C: Checksums>(ctx: &C, l3: usize, _from: &Tuple<Ip6>, to: &Tuple<Ip6>, old_ttl: u8, ttl: u8) -> Option<()> {
+    fn store<C: Checksums>(
+        ctx: &C,
+        l3: usize,
+        _from: &Tuple<Ip6>,
+        to: &Tuple<Ip6>,
+        old_ttl: u8,
+        ttl: u8,
+    ) -> Option<()> {
         let h = at::<Self, C>(ctx, l3)?;
         // SAFETY: `at` proved a whole header.
         unsafe {
@@ -99,7 +106,8 @@ macro_rules! global {
             }
             // SAFETY: the only caller is below and passes references; the verifier checks sizes.
             let (p, to) = unsafe { (&*p, &*to) };
-            PackedResult::new(change::<$family, _>(&Skb(skb), p, to, ttl as u8).map(|()| 0).map_err(Dropped::from)).bits()
+            PackedResult::new(change::<$family, _>(&Skb(skb), p, to, ttl as u8).map(|()| 0).map_err(Dropped::from))
+                .bits()
         }
 
         impl Rewrite for $family {

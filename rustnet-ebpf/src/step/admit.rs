@@ -172,10 +172,10 @@ fn create_pair<F: Reserve>() -> Result<(), DropReason> {
     c.original.flags |= flags::NAT;
     c.reply = c.original;
     c.reply.to = c.tuple.reversed();
-    c.reply.sides = [Side { ifindex: c.original.sides[1].ifindex, ..NOTHING_SENT }, Side {
-        ifindex: c.original.sides[0].ifindex,
-        ..NOTHING_SENT
-    }];
+    c.reply.sides = [
+        Side { ifindex: c.original.sides[1].ifindex, ..NOTHING_SENT },
+        Side { ifindex: c.original.sides[0].ifindex, ..NOTHING_SENT },
+    ];
     let mut reservation = if c.original.to == c.tuple {
         // Not translated for a reason of its own: only another source port sets its answers apart.
         Reservation::TAKEN
@@ -342,4 +342,3 @@ fn port(config: &NodeConfig, number: u32) -> u16 {
         port => port.wrapping_add(1),
     }
 }
-

@@ -82,8 +82,7 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
         unsafe {
             (*sender).source = source.bytes;
             if is_moved {
-                (*sender).ifindex =
-                    if source.ifindex == NOT_LOCAL { NOT_LOCAL } else { route::local_pod(p.tuple.src) };
+                (*sender).ifindex = if source.ifindex == NOT_LOCAL { NOT_LOCAL } else { route::local_pod(p.tuple.src) };
             }
         }
     }
@@ -240,9 +239,10 @@ macro_rules! global {
         #[inline(never)]
         extern "C" fn $lookup(ifindex: u32, source: u64, source2: u64, len: u32) -> u32 {
             let source = Source { ifindex, bytes: [source, source2] };
-            u32::from(in_hand::<$family>().is_some_and(|p| {
-                classify::<$family>(p, source, len & !VERIFIED, len & VERIFIED != 0)
-            }))
+            u32::from(
+                in_hand::<$family>()
+                    .is_some_and(|p| classify::<$family>(p, source, len & !VERIFIED, len & VERIFIED != 0)),
+            )
         }
         #[unsafe(no_mangle)]
         #[inline(never)]

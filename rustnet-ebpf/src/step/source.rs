@@ -163,4 +163,3 @@ pub fn is_node<F: Family>(src: F::A) -> bool {
 pub fn is_host<F: Family>(addr: F::A) -> bool {
     F::peer(addr).is_some_and(|peer| peer.flags & flags::HOST != 0)
 }
-

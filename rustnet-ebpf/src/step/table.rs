@@ -145,9 +145,5 @@ pub fn insert<F: Family>(key: &Tuple<F::A>, entry: &CtEntry<F::A>, flags: u64) -
 #[inline(always)]
 pub fn delete<F: Family>(key: &Tuple<F::A>) {
     // An entry that another CPU or the kernel removed first is as good as deleted.
-    let _ = if key.proto == proto::TCP {
-        F::tcp_connections().remove(key)
-    } else {
-        F::other_connections().remove(key)
-    };
+    let _ = if key.proto == proto::TCP { F::tcp_connections().remove(key) } else { F::other_connections().remove(key) };
 }

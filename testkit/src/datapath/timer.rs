@@ -2,7 +2,9 @@
 //! restored before each, and what that costs is told by the same run of a program that does nothing.
 
 use super::skb::{SkBuff, word};
-use super::{ADD, AND, CALL, CB, Datapath, Input, LOAD_WORD, MOV, MOV_REG, STORE_REG, STORE_WORD, context, instruction};
+use super::{
+    ADD, AND, CALL, CB, Datapath, Input, LOAD_WORD, MOV, MOV_REG, STORE_REG, STORE_WORD, context, instruction,
+};
 use anyhow::{Context, Result, ensure};
 use rustnet_agent::bpf::sys::{self, TestRun};
 use std::os::fd::{AsFd, OwnedFd};

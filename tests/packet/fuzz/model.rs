@@ -3,8 +3,8 @@
 
 use super::packet::{Kind, L2, Quoted, Seen, Tuple, read, same, sums_are_right, write};
 use crate::harness::{MAC_A, MAC_B, NARROW_MTU, Net, POD_A, POD_B, REDIRECT, SHOT, SNAT, STACK, VNI};
-use rustnet_common::drop::hook;
 use rustnet_common::config::mark::DEFAULT as MARK_PROCESSED;
+use rustnet_common::drop::hook;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use testkit::datapath::Output;

@@ -2,9 +2,9 @@
 
 use crate::frame::{Frame, L4};
 use anyhow::{Context, Result, bail, ensure};
+use rustnet_common::config::mark::DEFAULT as MARK_PROCESSED;
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::event::Event;
-use rustnet_common::config::mark::DEFAULT as MARK_PROCESSED;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use testkit::check;
