@@ -67,9 +67,9 @@ pub struct Side {
     /// interface index is never used again before the next boot, so that it is the generation of an endpoint, too: where it
     /// changes, another pod has got the address.
     pub ifindex: u32,
-    /// TCP: the sequence number after the last byte that it sent.
+    /// TCP: the sequence number after the last byte that it sent; 0 before the first.
     pub seq_end: u32,
-    /// TCP: the highest acknowledgement number that it sent.
+    /// TCP: the highest acknowledgement number that it sent; 0 before the first.
     pub ack: u32,
 }
 

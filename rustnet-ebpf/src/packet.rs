@@ -54,7 +54,7 @@ pub struct Packet<A> {
     pub seq: u32,
     /// TCP: the sequence number after the last byte of this packet; SYN and FIN count as bytes.
     pub seq_end: u32,
-    /// TCP: the acknowledgement number.
+    /// TCP: the acknowledgement number, 0 without ACK.
     pub ack: u32,
 }
 

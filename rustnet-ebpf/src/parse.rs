@@ -407,7 +407,8 @@ fn tcp_header<A, C: Ctx>(ctx: &C, l4: usize, inside: usize, p: &mut Packet<A>) -
     let header = offset >> 4 << 2;
     p.tcp_flags = flags;
     p.seq = u32::from_be(seq);
-    p.ack = u32::from_be(ack);
+    // Without ACK the field means nothing (RFC 9293, 3.1). Without a branch: it would double what the verifier looks at.
+    p.ack = u32::from_be(ack) & u32::from(flags >> 4 & 1).wrapping_neg();
     let control = u32::from(flags & tcp::SYN != 0) + u32::from(flags & tcp::FIN != 0);
     p.seq_end = p.seq.wrapping_add((inside as u32).wrapping_sub(u32::from(header))).wrapping_add(control);
     Ok(header)

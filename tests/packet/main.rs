@@ -16,6 +16,7 @@ mod malformed;
 mod masquerade;
 mod pods;
 mod refusals;
+mod review;
 mod services;
 mod skeletons;
 mod states;

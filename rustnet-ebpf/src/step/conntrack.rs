@@ -186,11 +186,12 @@ const _: () = assert!(state::ANSWERED == 1 && state::FIN_ORIG == 2 && state::FIN
 unsafe fn track<A>(sender: *mut Side, p: &Packet<A>) {
     // SAFETY: callers pass a side of a map value.
     unsafe {
-        let is_first = (*sender).packets == 1;
-        if is_first || p.seq_end.wrapping_sub((*sender).seq_end) as i32 > 0 {
+        // 0 is "none yet", see `Side`: the first packet of a side need not be one that is followed, and a SYN has no
+        // acknowledgement number.
+        if (*sender).seq_end == 0 || p.seq_end.wrapping_sub((*sender).seq_end) as i32 > 0 {
             (*sender).seq_end = p.seq_end;
         }
-        if p.tcp_flags & tcp::ACK != 0 && (is_first || p.ack.wrapping_sub((*sender).ack) as i32 > 0) {
+        if p.tcp_flags & tcp::ACK != 0 && ((*sender).ack == 0 || p.ack.wrapping_sub((*sender).ack) as i32 > 0) {
             (*sender).ack = p.ack;
         }
     }
@@ -303,7 +304,11 @@ fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
             // Of a SYN that was not answered (RFC 9293, 3.10.7.3), the acknowledgement counts.
             return if p.tcp_flags & tcp::ACK != 0 { p.ack == (*other).seq_end } else { p.seq == (*own).seq_end };
         }
-        p.seq.wrapping_sub((*other).ack) <= (*own).seq_end.wrapping_sub((*other).ack)
+        // What one of them has not shown yet, the other one's number stands for: a SYN, say, that nobody has acknowledged.
+        let (low, high) = ((*other).ack, (*own).seq_end);
+        let low = if low == 0 { high.wrapping_sub(1) } else { low };
+        let span = high.wrapping_sub(low);
+        p.seq.wrapping_sub(low) <= if high == 0 || span as i32 <= 0 { 0 } else { span }
     }
 }
 

@@ -1,0 +1,116 @@
+//! What a reading of the programs by a stranger brought to light: connections that a forged segment ends, entries that disagree,
+//! fragments that lose their way, and errors in the name of others.
+
+use crate::flows::{Proto, from_a};
+use crate::frame::{ACK, Frame, L4, RST, SYN};
+use crate::harness::{Flow, Lab, Net, labs};
+use anyhow::{Result, ensure};
+use rustnet_common::conntrack::state;
+
+/// A segment with these flags and numbers. Without ACK, the acknowledgement number is 0, as stacks send it.
+fn segment(f: &Frame, new_flags: u8, new_seq: u32, new_ack: u32, data: &[u8]) -> Frame {
+    f.map(|f| {
+        if let L4::Tcp { flags, seq, ack, .. } = &mut f.l4 {
+            (*flags, *seq) = (new_flags, new_seq);
+            *ack = if new_flags & ACK == 0 { 0 } else { new_ack };
+        }
+        f.payload = data.to_vec();
+    })
+}
+
+fn silence(lab: &Lab, net: Net, seconds: u32) -> Result<()> {
+    lab.connections(net)?.keys().try_for_each(|key| lab.age(*key, seconds).map(drop))
+}
+
+/// A masqueraded connection of pod A to the world, with the first numbers of both sides.
+struct Masqueraded {
+    ask: Frame,
+    answer: Frame,
+    opener: u32,
+    answerer: u32,
+}
+
+impl Masqueraded {
+    /// After the handshake.
+    fn new(lab: &Lab, net: Net, opener: u32, answerer: u32) -> Result<Self> {
+        lab.forget()?;
+        let ask = from_a(net, Proto::Tcp, (net.world(), 443));
+        let answer = ask.hop().map(|f| f.src = net.node()).reply();
+        let c = Self { ask, answer, opener, answerer };
+        c.asks(lab, net, SYN, 0, 0, b"")?;
+        c.answers(lab, net, SYN | ACK, 0, 1, b"")?;
+        c.asks(lab, net, ACK, 1, 1, b"")?;
+        Ok(c)
+    }
+
+    fn asks(&self, lab: &Lab, net: Net, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Result<()> {
+        let f = segment(&self.ask, flags, self.opener.wrapping_add(seq), self.answerer.wrapping_add(ack), data);
+        lab.pod_sends(&f)?.onto_wire(&f.hop().map(|f| f.src = net.node()))
+    }
+
+    fn answers(&self, lab: &Lab, net: Net, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Result<()> {
+        let f = segment(&self.answer, flags, self.answerer.wrapping_add(seq), self.opener.wrapping_add(ack), data);
+        lab.uplink_in(&f)?.to_the_pod(&f.hop().map(|f| f.dst = net.a()))
+    }
+
+    /// True if either entry counts as closing.
+    fn is_closing(&self, lab: &Lab) -> Result<bool> {
+        let (a, b) = (lab.half(Flow::of(&self.ask))?.state, lab.half(Flow::of(&self.answer))?.state);
+        Ok(state::is_closing(a) || state::is_closing(b))
+    }
+}
+
+/// Whatever number the sides begin with: a reset that lies elsewhere ends nothing, one that comes next ends all.
+#[test]
+fn resets_and_any_first_number() -> Result<()> {
+    const FIRST: [u32; 6] = [0, 1, 0x7fff_fff0, 0x9000_0000, 0xc000_0000, 0xffff_fff0];
+    labs(|lab, net| {
+        for (opener, answerer) in FIRST.iter().flat_map(|a| FIRST.iter().map(move |b| (*a, *b))) {
+            for by_answer in [true, false] {
+                let place = || format!("numbers {opener:#x} and {answerer:#x}, by the answerer: {by_answer}");
+                let c = Masqueraded::new(lab, net, opener, answerer)?;
+                c.asks(lab, net, ACK, 1, 1, b"question")?;
+                c.answers(lab, net, ACK, 1, 9, b"answer")?;
+                c.asks(lab, net, ACK, 9, 7, b"")?;
+                let (next, other) = if by_answer { (7, 9) } else { (9, 7) };
+                let reset = |seq: u32| {
+                    if by_answer {
+                        c.answers(lab, net, RST, seq, other, b"")
+                    } else {
+                        c.asks(lab, net, RST, seq, other, b"")
+                    }
+                };
+                for off in [0x0100_0000, 0x4000_0000, 0x8000_0000, 0xc000_0000, 0xff00_0000] {
+                    reset(next + off)?;
+                    ensure!(!c.is_closing(lab)?, "a reset {off:#x} off, {}", place());
+                }
+                reset(next)?;
+                ensure!(c.is_closing(lab)?, "the reset that comes next, {}", place());
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A reset that came before the answer, and was none: the answer's numbers are followed from the first one on.
+#[test]
+fn a_forged_reset_before_the_answer() -> Result<()> {
+    labs(|lab, net| {
+        lab.forget()?;
+        let ask = from_a(net, Proto::Tcp, (net.world(), 443));
+        let answer = ask.hop().map(|f| f.src = net.node()).reply();
+        let c = Masqueraded { ask, answer, opener: 1000, answerer: 0x9000_0000 };
+        c.asks(lab, net, SYN, 0, 0, b"")?;
+        c.answers(lab, net, RST | ACK, 0x1234, 0x4321, b"")?;
+        ensure!(!c.is_closing(lab)?, "it acknowledges nothing");
+        c.answers(lab, net, SYN | ACK, 0, 1, b"")?;
+        c.asks(lab, net, ACK, 1, 1, b"")?;
+        for off in [0x0100_0000, 0x4000_0000, 0x8000_0000] {
+            c.answers(lab, net, RST, 1 + off, 1, b"")?;
+            ensure!(!c.is_closing(lab)?, "a reset {off:#x} off");
+        }
+        c.answers(lab, net, RST, 1, 1, b"")?;
+        ensure!(c.is_closing(lab)?);
+        Ok(())
+    })
+}
