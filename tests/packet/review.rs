@@ -114,3 +114,31 @@ fn a_forged_reset_before_the_answer() -> Result<()> {
         Ok(())
     })
 }
+
+/// A receiver may ignore a reset (RFC 5961). Once its sender goes on, both entries know, whichever direction is brought up to
+/// date next.
+#[test]
+fn data_after_a_reset_clears_both_entries() -> Result<()> {
+    labs(|lab, net| {
+        for by_answer in [true, false] {
+            for pause in [0, 1] {
+                let c = Masqueraded::new(lab, net, 1000, 2000)?;
+                let speak = |is_answer: bool, flags: u8, data: &[u8]| {
+                    if is_answer { c.answers(lab, net, flags, 1, 1, data) } else { c.asks(lab, net, flags, 1, 1, data) }
+                };
+                speak(by_answer, RST, b"")?;
+                ensure!(c.is_closing(lab)?);
+                speak(!by_answer, ACK, b"data")?;
+                speak(by_answer, ACK, b"")?;
+                silence(lab, net, pause)?;
+                speak(!by_answer, ACK, b"data")?;
+                let (a, b) = (lab.half(Flow::of(&c.ask))?.state, lab.half(Flow::of(&c.answer))?.state);
+                ensure!(
+                    !state::is_closing(a) && !state::is_closing(b),
+                    "states {a:#x} and {b:#x}, reset by the answerer: {by_answer}, after {pause} s"
+                );
+            }
+        }
+        Ok(())
+    })
+}

@@ -107,12 +107,8 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
         if tcp_flags & tcp::RST == 0 {
             // SAFETY: see above.
             unsafe { track(sender, p) };
-            set |= progress(old, tcp_flags, is_reply);
-            if old & reset != 0 {
-                // The sender goes on: the RST before was none of its own.
-                // SAFETY: see above.
-                unsafe { atomic_and(&raw mut (*entry).state, !reset) };
-            }
+            // The sender goes on: the RST before was none of its own.
+            set |= progress(old, tcp_flags, is_reply) | (old & reset) << CLEAR;
         } else if F::is_reset_acceptable() {
             set |= reset;
         }
@@ -203,8 +199,8 @@ unsafe fn track<A>(sender: *mut Side, p: &Packet<A>) {
 pub trait Track: Family {
     /// See [`classify`].
     fn lookup(source: Source, len: u32, is_verified: bool) -> bool;
-    /// Once per second and at each change of state: looks up the receiver again, sets bits of the state, and brings the other
-    /// direction up to date. False if the connection is over: its receiver was replaced, its other direction belongs to another
+    /// Once per second and at each change of state: looks up the receiver again, sets bits of the state and clears those that
+    /// stand [`CLEAR`] places higher, and brings the other direction up to date. False if the connection is over: its receiver was replaced, its other direction belongs to another
     /// flow, or the packet asks for a service that the flow bypasses.
     fn refresh(set: u64, now: u32) -> bool;
     /// Forgets the packet's connection, which is over.
@@ -274,6 +270,9 @@ fn in_hand<F: Family>() -> Option<&'static Packet<F::A>> {
     F::scratch().map(|scratch| unsafe { &(*scratch).packet })
 }
 
+/// Places by which bits to clear are shifted, behind all bits of [`state`].
+const CLEAR: u32 = 32;
+
 /// Added to a frame's length if its source is verified: functions have five parameters.
 const VERIFIED: u32 = 1 << 31;
 
@@ -335,6 +334,7 @@ fn refresh<F: Placed + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
         // Evicted since the look-up; the packet itself goes on.
         return true;
     }
+    let (set, keep) = (set & u64::from(u32::MAX), !(set >> CLEAR));
     // SAFETY: see `classify`.
     unsafe {
         let e_flags = (*entry).flags;
@@ -356,6 +356,9 @@ fn refresh<F: Placed + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
         }
         (*receiver).ifindex = local;
         (*entry).seen = now;
+        if keep != u64::MAX {
+            atomic_and(&raw mut (*entry).state, keep);
+        }
         if set != 0 {
             atomic_or(&raw mut (*entry).state, set);
         }
@@ -375,6 +378,9 @@ fn refresh<F: Placed + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
             return false;
         }
         (*other).seen = now;
+        if keep != u64::MAX {
+            atomic_and(&raw mut (*other).state, keep);
+        }
         atomic_or(&raw mut (*other).state, state_of(entry));
         true
     }
