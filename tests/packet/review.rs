@@ -1,10 +1,10 @@
 //! What a reading of the programs by a stranger brought to light: connections that a forged segment ends, entries that disagree,
 //! fragments that lose their way, and errors in the name of others.
 
-use crate::flows::{Proto, from_a};
+use crate::flows::{PORT, Proto, from_a, from_outside};
 use crate::frame::{ACK, Frame, L4, RST, SYN};
 use crate::harness::{Flow, Lab, Net, labs};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::state;
 
 /// A segment with these flags and numbers. Without ACK, the acknowledgement number is 0, as stacks send it.
@@ -138,6 +138,32 @@ fn data_after_a_reset_clears_both_entries() -> Result<()> {
                     "states {a:#x} and {b:#x}, reset by the answerer: {by_answer}, after {pause} s"
                 );
             }
+        }
+        Ok(())
+    })
+}
+
+/// Large datagrams from other nodes and their pods to this host.
+#[test]
+fn fragments_through_the_overlay_to_the_host() -> Result<()> {
+    labs(|lab, net| {
+        for (proto, src) in [(Proto::Udp, net.far()), (Proto::Echo, net.far()), (Proto::Udp, net.node2())] {
+            let whole = from_outside(proto, (src, PORT), (net.node(), 53)).map(|f| f.payload = vec![7; 3000]);
+            for f in whole.pieces(50, &[1200, 2400]) {
+                lab.overlay_in(net.node2(), &f)?.to_stack(&f).with_context(|| format!("{proto:?} from {src}"))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Large datagrams to where the kernel knows no way: all of them are the stack's, which says so.
+#[test]
+fn fragments_without_a_route() -> Result<()> {
+    labs(|lab, net| {
+        let whole = from_a(net, Proto::Udp, (net.unreachable(), 53)).map(|f| f.payload = vec![7; 3000]);
+        for f in whole.pieces(51, &[1200, 2400]) {
+            lab.pod_sends(&f)?.to_stack(&f)?;
         }
         Ok(())
     })

@@ -9,12 +9,12 @@ pub mod uplink;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::DropReason;
 
-use crate::ctx::Skb;
+use crate::ctx::{Ctx, Skb};
 use crate::event::Report;
 use crate::maps;
 use crate::outcome::Dropped;
 use crate::packet::{Class, Flow, Packet, Source};
-use crate::parse::Parse;
+use crate::parse::{self, Parse};
 use crate::rewrite::Rewrite;
 use crate::step::admit::{self, Create};
 use crate::step::conntrack::Track;
@@ -69,6 +69,10 @@ pub fn forward<F: Steps>(
         // not leave so by a way of the stack's own.
         if flow.class != Class::New && flow.to.tuple != p.tuple {
             return Err(DropReason::NoFib.into());
+        }
+        if flow.class == Class::New && p.is_flow() {
+            // The later fragments take the same way.
+            parse::remember_ports::<F>(p, skb.ifindex());
         }
     } else if flow.class == Class::New && p.is_flow() {
         admit::admit::<F>(skb, p, config, source, hook)?;

@@ -10,7 +10,7 @@ use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer::flags;
 
 use super::{Steps, forward};
-use crate::ctx::Skb;
+use crate::ctx::{Ctx, Skb};
 use crate::maps;
 use crate::outcome::Dropped;
 use crate::packet::{Class, Kind};
@@ -49,6 +49,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
             if !is_for_pod() {
                 // Packets for the host's own stack need no connection of ours.
                 plan::plan::<F>(p, &flow.to, Origin::Tunnel, config)?;
+                parse::remember_ports::<F>(p, skb.ifindex());
                 return Ok(TO_STACK);
             }
         }
