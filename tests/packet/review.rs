@@ -1,11 +1,13 @@
 //! What a reading of the programs by a stranger brought to light: connections that a forged segment ends, entries that disagree,
 //! fragments that lose their way, and errors in the name of others.
 
-use crate::flows::{PORT, Proto, from_a, from_outside};
+use crate::flows::{PORT, Proto, from_a, from_b, from_outside};
 use crate::frame::{ACK, Frame, L4, RST, SYN};
 use crate::harness::{Flow, Lab, Net, labs};
+use crate::icmp::{error, translated};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::state;
+use rustnet_common::drop::DropReason;
 
 /// A segment with these flags and numbers. Without ACK, the acknowledgement number is 0, as stacks send it.
 fn segment(f: &Frame, new_flags: u8, new_seq: u32, new_ack: u32, data: &[u8]) -> Frame {
@@ -164,6 +166,37 @@ fn fragments_without_a_route() -> Result<()> {
         let whole = from_a(net, Proto::Udp, (net.unreachable(), 53)).map(|f| f.payload = vec![7; 3000]);
         for f in whole.pieces(51, &[1200, 2400]) {
             lab.pod_sends(&f)?.to_stack(&f)?;
+        }
+        Ok(())
+    })
+}
+
+/// A pod complains about packets to itself, and about no others: it is no router. Else its own address would leave unmasqueraded,
+/// and it could end other pods' connections.
+#[test]
+fn errors_of_a_pod_about_the_flow_of_another() -> Result<()> {
+    labs(|lab, net| {
+        for proto in [Proto::Tcp, Proto::Udp, Proto::Sctp] {
+            lab.forget()?;
+            // The world answers pod B; pod A complains to the world about that answer...
+            let ask = from_b(net, proto, (net.world(), 443));
+            let left = ask.hop().map(|f| f.src = net.node());
+            lab.pod_sends(&ask)?.onto_wire(&left)?;
+            let answer = left.reply();
+            let arrives = answer.hop().map(|f| f.dst = net.b());
+            lab.uplink_in(&answer)?.to_the_pod(&arrives)?;
+            let kind = if net == Net::V4 { (3, 3, 0) } else { (1, 4, 0) };
+            let from = |f: &Frame, who: &Frame| f.map(|f| (f.src, f.smac, f.dmac) = (who.src, who.smac, who.dmac));
+            let a = from_a(net, proto, (net.world(), 443));
+            let forged = from(&error(&arrives, net.a(), kind, 1000), &a);
+            lab.pod_sends(&forged)?.dropped(DropReason::IcmpUnrelated).with_context(|| format!("{proto:?}, to the world"))?;
+            // ... and to pod B about its question.
+            let forged = from(&error(&left, net.a(), kind, 1000), &a);
+            lab.pod_sends(&forged)?.dropped(DropReason::IcmpUnrelated).with_context(|| format!("{proto:?}, to pod B"))?;
+            // Pod B itself may.
+            let own = from(&error(&arrives, net.b(), kind, 1000), &ask);
+            let want = translated(&own, &arrives, &arrives.map(|f| f.dst = net.node()), net.node()).hop();
+            lab.pod_sends(&own)?.onto_wire(&want).with_context(|| format!("{proto:?}, pod B's own"))?;
         }
         Ok(())
     })

@@ -13,6 +13,7 @@ use crate::outcome::Dropped;
 use crate::packet::{Class, Kind};
 use crate::parse;
 use crate::step::exec::TO_STACK;
+use crate::step::icmp::Reporter;
 use crate::step::plan::Origin;
 use crate::step::{conntrack, icmp, source};
 
@@ -31,7 +32,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let verify = || F::verify_pod(p, source);
     let flow = if p.kind == Kind::IcmpError {
         verify()?;
-        let flow = icmp::relate::<F, _>(skb, p)?;
+        let flow = icmp::relate::<F, _>(skb, p, Reporter::Receiver)?;
         if flow.class == Class::New {
             return Err(DropReason::IcmpUnrelated.into());
         }

@@ -16,6 +16,7 @@ use crate::outcome::Dropped;
 use crate::packet::{Class, Kind};
 use crate::parse;
 use crate::step::exec::{self, TO_STACK};
+use crate::step::icmp::Reporter;
 use crate::step::plan::{self, Origin};
 use crate::step::tunnel::{self, Tunnel};
 use crate::step::{conntrack, icmp, source};
@@ -37,7 +38,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
     let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
     let flow = if p.kind == Kind::IcmpError {
         verify()?;
-        let flow = icmp::relate::<F, _>(skb, p)?;
+        let flow = icmp::relate::<F, _>(skb, p, Reporter::AnyHop)?;
         if flow.class == Class::New && is_for_pod() {
             return Err(DropReason::IcmpUnrelated.into());
         }

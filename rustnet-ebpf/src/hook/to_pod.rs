@@ -13,6 +13,7 @@ use crate::packet::{Class, Kind};
 use crate::parse;
 use crate::rewrite;
 use crate::step::exec::TO_STACK;
+use crate::step::icmp::Reporter;
 use crate::step::{admit, conntrack, icmp, source};
 
 /// The hook, for one family.
@@ -25,7 +26,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     }
     let flow = if p.kind == Kind::IcmpError {
         // The stack's own errors may be about packets that were never tracked, for example those without a route.
-        icmp::relate::<F, _>(skb, p)?
+        icmp::relate::<F, _>(skb, p, Reporter::AnyHop)?
     } else {
         let flow = conntrack::lookup::<F, _>(skb, p, source::HOST, || Ok(()))?;
         if flow.class == Class::New {

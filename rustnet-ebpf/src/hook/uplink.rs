@@ -18,6 +18,7 @@ use crate::packet::{Class, Flow, Kind, Packet};
 use crate::parse::{self, Parse};
 use crate::step::conntrack::{self, Track};
 use crate::step::exec::TO_STACK;
+use crate::step::icmp::Reporter;
 use crate::step::plan::Origin;
 use crate::step::source::{self, Verify};
 use crate::step::{icmp, lb};
@@ -44,7 +45,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
             Err(DropReason::Martian) if !is_for_pod() => return Ok(None),
             Err(reason) => return Err(reason.into()),
         }
-        let flow = icmp::relate::<F, _>(skb, p)?;
+        let flow = icmp::relate::<F, _>(skb, p, Reporter::AnyHop)?;
         if flow.class == Class::New {
             return if is_for_pod() { Err(DropReason::IcmpUnrelated.into()) } else { Ok(None) };
         }
@@ -135,7 +136,7 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
-        let flow = icmp::relate::<F, _>(skb, p)?;
+        let flow = icmp::relate::<F, _>(skb, p, Reporter::AnyHop)?;
         if flow.class == Class::New {
             return Ok(TO_STACK);
         }

@@ -19,10 +19,20 @@ use crate::parse::ReadHeader;
 use crate::rewrite::{self, WriteInner};
 use crate::wire::ICMP_LEN;
 
+/// Who may send an error.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Reporter {
+    /// The receiver of what it quotes, and every router on the way there.
+    AnyHop = 0,
+    /// The receiver alone. A pod is no router: an error about another's flow would carry its own address out as it is, and end
+    /// the other's connection.
+    Receiver = 1,
+}
+
 /// ICMP errors of one family and context.
 pub trait Icmp<C: Ctx>: Family {
     /// Relates the error to its flow: 1 in the result if it is known. `to` becomes what the error's own addresses become.
-    fn relate(ctx: &C, p: &Packet<Self::A>, to: &mut Translation<Self::A>) -> PackedResult;
+    fn relate(ctx: &C, p: &Packet<Self::A>, to: &mut Translation<Self::A>, by: Reporter) -> PackedResult;
 }
 
 /// Declares a family's function with global linkage, for the reason that the parser is one.
@@ -30,16 +40,17 @@ macro_rules! global {
     ($name:ident, $family:ty, $addr:ty, $ctx:ident, $raw:ty) => {
         impl Icmp<$ctx> for $family {
             #[inline(always)]
-            fn relate(ctx: &$ctx, p: &Packet<$addr>, to: &mut Translation<$addr>) -> PackedResult {
-                PackedResult::from_bits($name(ctx.raw(), p, to))
+            fn relate(ctx: &$ctx, p: &Packet<$addr>, to: &mut Translation<$addr>, by: Reporter) -> PackedResult {
+                PackedResult::from_bits($name(ctx.raw(), p, to, by as u32))
             }
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $name(ctx: *mut $raw, p: *const Packet<$addr>, to: *mut Translation<$addr>) -> u64 {
+        extern "C" fn $name(ctx: *mut $raw, p: *const Packet<$addr>, to: *mut Translation<$addr>, by: u32) -> u64 {
+            let is_by_receiver = by == Reporter::Receiver as u32;
             // SAFETY: the only caller is above and passes references; the verifier checks sizes.
             let related = match unsafe { (p.as_ref(), to.as_mut()) } {
-                (Some(p), Some(to)) => try_relate::<$family, _>(&$ctx(ctx), p, to),
+                (Some(p), Some(to)) => try_relate::<$family, _>(&$ctx(ctx), p, to, is_by_receiver),
                 _ => Ok(false),
             };
             PackedResult::new(related.map(i32::from).map_err(Dropped::from)).bits()
@@ -53,9 +64,13 @@ global!(rn_icmp6, V6, Ip6, Skb, __sk_buff);
 /// Classifies an ICMP error, and translates the packet inside: [`Class::Related`] if it quotes a known flow, else
 /// [`Class::New`].
 #[inline(always)]
-pub fn relate<F: Icmp<C>, C: Ctx>(ctx: &C, p: &Packet<F::A>) -> Result<&'static mut Flow<F::A>, DropReason> {
+pub fn relate<F: Icmp<C>, C: Ctx>(
+    ctx: &C,
+    p: &Packet<F::A>,
+    by: Reporter,
+) -> Result<&'static mut Flow<F::A>, DropReason> {
     let flow = conntrack::flow::<F>(&p.tuple)?;
-    if F::relate(ctx, p, &mut flow.to).result().map_err(|dropped| dropped.reason)? != 0 {
+    if F::relate(ctx, p, &mut flow.to, by).result().map_err(|dropped| dropped.reason)? != 0 {
         flow.class = Class::Related;
     }
     Ok(flow)
@@ -66,11 +81,15 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
     ctx: &C,
     p: &Packet<F::A>,
     to: &mut Translation<F::A>,
+    is_by_receiver: bool,
 ) -> Result<bool, DropReason> {
     let Some(q) = read_inner::<F, C>(ctx, p.l4() + ICMP_LEN) else { return Ok(false) };
     if p.tuple.dst != q.tuple.src {
         // An error goes to the sender of what it quotes; else it would carry a quotation to a third party
         // (netfilter: nf_conntrack_inet_error).
+        return Ok(false);
+    }
+    if is_by_receiver && p.tuple.src != q.tuple.dst {
         return Ok(false);
     }
     let is_swapped = q.tuple.store_reverse_canonical(&mut q.key);
