@@ -295,6 +295,13 @@ pub fn packet<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<&'static Packet
     Ok(p)
 }
 
+/// The destination of the packet that [`packet`] refused; unspecified where it was not even read.
+#[inline(always)]
+pub fn destination<F: Family>() -> F::A {
+    // SAFETY: as in `packet`, which has returned.
+    F::scratch().map_or(F::A::UNSPECIFIED, |scratch| unsafe { (*scratch).packet.tuple.dst })
+}
+
 /// Declares a parser as a function with global linkage: the verifier proves it once, and what follows starts from one state
 /// instead of one for each chain of headers there can be. BTF has the type of the context, so that each context needs its own.
 macro_rules! global {

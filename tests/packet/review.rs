@@ -3,11 +3,11 @@
 
 use crate::flows::{PORT, Proto, from_a, from_b, from_outside};
 use crate::frame::{ACK, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, Net, labs};
+use crate::harness::{Flow, Lab, Net, SHOT, labs};
 use crate::icmp::{error, translated};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::state;
-use rustnet_common::drop::DropReason;
+use rustnet_common::drop::{DropReason, hook};
 
 /// A segment with these flags and numbers. Without ACK, the acknowledgement number is 0, as stacks send it.
 fn segment(f: &Frame, new_flags: u8, new_seq: u32, new_ack: u32, data: &[u8]) -> Frame {
@@ -197,6 +197,27 @@ fn errors_of_a_pod_about_the_flow_of_another() -> Result<()> {
             let own = from(&error(&arrives, net.b(), kind, 1000), &ask);
             let want = translated(&own, &arrives, &arrives.map(|f| f.dst = net.node()), net.node()).hop();
             lab.pod_sends(&own)?.onto_wire(&want).with_context(|| format!("{proto:?}, pod B's own"))?;
+        }
+        Ok(())
+    })
+}
+
+/// TCP headers in pieces from outside, for a pod: where the host's stack reassembles (netfilter does), it would forward to the pod
+/// what no hook of the uplink has verified.
+#[test]
+fn headers_in_pieces_from_outside() -> Result<()> {
+    labs(|lab, net| {
+        for src in [net.b(), net.vip(1), net.far(), net.routed()] {
+            let whole = from_outside(Proto::Tcp, (src, PORT), (net.a(), 80)).map(|f| f.payload = vec![7; 40]);
+            for f in whole.pieces(52, &[8, 16]) {
+                let shot = lab.uplink_in(&f)?;
+                ensure!(shot.verdict == SHOT, "from {src}: verdict {}", shot.verdict);
+            }
+        }
+        // For the host itself, its stack judges.
+        let whole = from_outside(Proto::Tcp, (net.routed(), PORT), (net.node(), 80)).map(|f| f.payload = vec![7; 40]);
+        for f in whole.pieces(53, &[8, 16]) {
+            lab.uplink_in(&f)?.to_stack(&f)?;
         }
         Ok(())
     })

@@ -34,6 +34,8 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         Ok(p) => p,
         // The kernel lets IPv4-mapped addresses in IPv6 headers pass, and its dual-stack sockets take them for IPv4.
         Err(DropReason::Martian) => return Err(DropReason::Martian.into()),
+        // Its source is not verified: the stack could reassemble what came in pieces, and would forward it.
+        Err(reason) if maps::endpoint(parse::destination::<F>()).is_some() => return Err(reason.into()),
         // Fragments for the host, headers that its stack may well understand: the stack judges them.
         Err(_) => return Ok(TO_STACK),
     };
