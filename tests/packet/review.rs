@@ -1,9 +1,9 @@
 //! What a reading of the programs by a stranger brought to light: connections that a forged segment ends, entries that disagree,
 //! fragments that lose their way, and errors in the name of others.
 
-use crate::flows::{PORT, Proto, from_a, from_b, from_outside};
+use crate::flows::{PORT, Proto, from_a, from_b, from_outside, later};
 use crate::frame::{ACK, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, Net, SHOT, labs};
+use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, SHOT, labs};
 use crate::icmp::{error, translated};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::state;
@@ -218,6 +218,32 @@ fn headers_in_pieces_from_outside() -> Result<()> {
         let whole = from_outside(Proto::Tcp, (net.routed(), PORT), (net.node(), 80)).map(|f| f.payload = vec![7; 40]);
         for f in whole.pieces(53, &[8, 16]) {
             lab.uplink_in(&f)?.to_stack(&f)?;
+        }
+        Ok(())
+    })
+}
+
+/// The entry of the answers was evicted, and the far end spoke before the opener: its packet opened a flow of its own under the
+/// key. The opener's next packet puts that right, with the ports that the connection has.
+#[test]
+fn an_evicted_entry_whose_key_was_taken() -> Result<()> {
+    labs(|lab, net| {
+        for proto in [Proto::Tcp, Proto::Udp, Proto::Sctp] {
+            lab.forget()?;
+            lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
+            let ask = from_a(net, proto, (net.vip(1), 80));
+            let there = |f: &Frame| f.hop().between((net.a(), PORT), (net.b(), 8080));
+            let back = |f: &Frame| f.hop().between((net.vip(1), 80), (net.a(), PORT));
+            lab.pod_sends(&ask)?.to_the_pod(&there(&ask))?;
+            let answer = there(&ask).reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
+            lab.pod_sends(&answer)?.to_the_pod(&back(&answer))?;
+            lab.pod_sends(&later(&ask))?.to_the_pod(&there(&later(&ask)))?;
+            lab.evict(Flow::of(&answer))?;
+            let lost = later(&answer);
+            lab.pod_sends(&lost)?.to_the_pod(&lost.hop()).context("nobody knows that it is an answer")?;
+            silence(lab, net, 1)?;
+            lab.pod_sends(&later(&ask))?.to_the_pod(&there(&later(&ask))).with_context(|| format!("{proto:?}"))?;
+            lab.pod_sends(&lost)?.to_the_pod(&back(&lost)).with_context(|| format!("{proto:?}: the answer again"))?;
         }
         Ok(())
     })
