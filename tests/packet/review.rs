@@ -2,12 +2,15 @@
 //! fragments that lose their way, and errors in the name of others.
 
 use crate::flows::{PORT, Proto, from_a, from_b, from_outside, later};
+use crate::forged::ports_of;
 use crate::frame::{ACK, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, SHOT, labs};
+use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, POD_A, REDIRECT, SHOT, labs};
 use crate::icmp::{error, translated};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::state;
 use rustnet_common::drop::{DropReason, hook};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use testkit::datapath::Input;
 
 /// A segment with these flags and numbers. Without ACK, the acknowledgement number is 0, as stacks send it.
 fn segment(f: &Frame, new_flags: u8, new_seq: u32, new_ack: u32, data: &[u8]) -> Frame {
@@ -244,6 +247,52 @@ fn an_evicted_entry_whose_key_was_taken() -> Result<()> {
             silence(lab, net, 1)?;
             lab.pod_sends(&later(&ask))?.to_the_pod(&there(&later(&ask))).with_context(|| format!("{proto:?}"))?;
             lab.pod_sends(&lost)?.to_the_pod(&back(&lost)).with_context(|| format!("{proto:?}: the answer again"))?;
+        }
+        Ok(())
+    })
+}
+
+/// The first two datagrams of a flow at one time on two CPUs, as resolvers send them. Both leave from one port, and the answers to
+/// both arrive. The flows' ports are outside the masquerade range, and most of the range is taken, so that each CPU searches.
+#[test]
+fn two_cpus_open_one_flow() -> Result<()> {
+    const FLOWS: u16 = 300;
+    labs(|lab, net| {
+        for proto in [Proto::Udp, Proto::Tcp].repeat(3) {
+            lab.forget()?;
+            lab.configure(|c| (c.snat_min, c.snat_max) = (30_000, 30_999))?;
+            for i in 0..200 {
+                let taken = from_b(net, proto, (net.world(), 443)).map(|f| f.set_ports(30_000 + i * 5, 443));
+                lab.pod_sends(&taken)?;
+            }
+            let asks: Vec<_> = (0..FLOWS)
+                .map(|i| from_a(net, proto, (net.world(), 443)).map(|f| f.set_ports(1024 + i, 443)).bytes())
+                .collect();
+            let at = [AtomicUsize::new(0), AtomicUsize::new(0)];
+            let side = |mine: usize| -> Result<Vec<Option<u16>>> {
+                let mut ports = Vec::new();
+                for (i, frame) in asks.iter().enumerate() {
+                    at[mine].store(i + 1, Ordering::SeqCst);
+                    while at[1 - mine].load(Ordering::SeqCst) <= i {
+                        std::hint::spin_loop();
+                    }
+                    let input = Input { frame, ifindex: POD_A, ..Input::default() };
+                    let out = lab.datapath().run("from_pod", &input)?.context("no sum was asked for")?;
+                    ports.push(if out.verdict == REDIRECT { Some(ports_of(net, &out.frame)?.0) } else { None });
+                }
+                Ok(ports)
+            };
+            let (one, two) = std::thread::scope(|s| -> Result<_> {
+                let other = s.spawn(|| side(1));
+                let one = side(0)?;
+                Ok((one, other.join().map_err(|_| anyhow::anyhow!("the other thread panicked"))??))
+            })?;
+            for (i, pair) in one.iter().zip(&two).enumerate() {
+                // A refused packet is sent again; one from another port is lost.
+                if let (Some(a), Some(b)) = pair {
+                    ensure!(a == b, "{proto:?}, flow {i}: from ports {a} and {b}");
+                }
+            }
         }
         Ok(())
     })

@@ -136,14 +136,14 @@ fn create<F: Placed + Old>(p: &Packet<F::A>, source: Source, len: u32) -> Result
     let scratch = F::scratch().ok_or(DropReason::CtCreateFailed)?;
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and the hook does not use its borrow of
     // the flow while this runs.
-    let (c, flow) = unsafe { (&mut (*scratch).connection, &(*scratch).flow) };
+    let (c, flow) = unsafe { (&mut (*scratch).connection, &mut (*scratch).flow) };
     prepare(c, flow, p, source, len);
     let place = F::place(&c.key, p.is_swapped);
+    c.key.pad = place.slot;
     if place.is_taken {
         // Another CPU opened this flow a moment ago.
-        return Ok(0);
+        return follow::<F>(c, flow).map(|_| 0);
     }
-    c.key.pad = place.slot;
     if c.original.to != c.tuple || place.is_contested {
         return Ok(NEEDS_PAIR);
     }
@@ -191,13 +191,37 @@ fn create_pair<F: Reserve>() -> Result<(), DropReason> {
         _ => return Err(DropReason::CtCreateFailed),
     }
     flow.to.tuple.sport = c.original.to.sport;
-    if !table::insert::<F>(&c.key, &c.original, BPF_ANY.into()) {
+    if table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into()) {
+        if migrate::is_migrating() {
+            migrate::mirror::<F>(true);
+        }
+        return Ok(());
+    }
+    // Another CPU was faster. Its packet may have got another source port, and all packets of a flow have to have the same.
+    let followed = follow::<F>(c, flow);
+    if !matches!(followed, Ok(true)) {
+        table::delete::<F>(&c.reply_key);
+    }
+    followed.map(|_| ())
+}
+
+/// Lets the packet take the way of the entry that another CPU inserted under its key; true if that is the way which was planned for
+/// it. Where it leads elsewhere, the packet is refused: its route has been found already.
+#[inline(always)]
+fn follow<F: Family>(c: &NewConnection<F::A>, flow: &mut Flow<F::A>) -> Result<bool, DropReason> {
+    let entry = table::get::<F>(&c.key);
+    if entry.is_null() || !table::serves(entry, c.original.flags & flags::SWAPPED != 0) {
         return Err(DropReason::CtCreateFailed);
     }
-    if migrate::is_migrating() {
-        migrate::mirror::<F>(true);
+    // SAFETY: a map value stays readable for this run of the program.
+    let to = unsafe { if (*entry).flags & flags::NAT != 0 { &(*entry).to } else { &c.tuple } };
+    if to.dst != flow.to.tuple.dst || to.dport != flow.to.tuple.dport {
+        return Err(DropReason::CtCreateFailed);
     }
-    Ok(())
+    let is_same = *to == flow.to.tuple;
+    flow.to.tuple.src = to.src;
+    flow.to.tuple.sport = to.sport;
+    Ok(is_same)
 }
 
 /// Results of [`reserve`], as the callback of a helper can hand them on.
