@@ -4,7 +4,7 @@
 use crate::flows::{PORT, Proto, from_a, from_b, from_outside, later};
 use crate::forged::ports_of;
 use crate::frame::{ACK, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, POD_A, REDIRECT, SHOT, labs};
+use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, POD_A, POD_B, REDIRECT, SHOT, labs};
 use crate::icmp::{error, translated};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::state;
@@ -295,5 +295,30 @@ fn two_cpus_open_one_flow() -> Result<()> {
             }
         }
         Ok(())
+    })
+}
+
+/// A quotation that ends inside of the quoted header, by the length of the packet that bears it; the frame goes on. What stands
+/// behind a packet is none of it, and its checksum does not cover that.
+#[test]
+fn quotations_that_go_on_behind_the_packet() -> Result<()> {
+    labs(|lab, net| {
+        lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
+        let ask = from_a(net, Proto::Udp, (net.vip(1), 80));
+        let there = ask.hop().between((net.a(), PORT), (net.b(), 8080));
+        lab.pod_sends(&ask)?.to_the_pod(&there)?;
+        let kind = if net == Net::V4 { (3, 3, 0) } else { (1, 4, 0) };
+        let header = if net == Net::V4 { 20 } else { 40 };
+        let whole = error(&there, net.b(), kind, header + 8).map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+        let bytes = whole.bytes();
+        for missing in [1, 4, 8, 12, 24] {
+            let short = whole.map(|f| f.payload.truncate(header + 8 - missing));
+            let mut frame = short.bytes();
+            frame.extend(&bytes[frame.len()..]);
+            let input = Input { frame: &frame, ifindex: POD_B, ..Input::default() };
+            lab.raw(hook::FROM_POD, &input)?.dropped(DropReason::IcmpUnrelated).with_context(|| format!("{missing} bytes"))?;
+        }
+        let back = translated(&whole, &there, &ask.hop(), net.vip(1)).hop();
+        lab.pod_sends(&whole)?.to_the_pod(&back)
     })
 }

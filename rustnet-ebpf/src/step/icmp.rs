@@ -19,6 +19,9 @@ use crate::parse::ReadHeader;
 use crate::rewrite::{self, WriteInner};
 use crate::wire::ICMP_LEN;
 
+/// Bytes of the transport header that an error quotes at least (RFC 792).
+const QUOTED_MIN: u32 = 8;
+
 /// Who may send an error.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Reporter {
@@ -84,6 +87,10 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
     is_by_receiver: bool,
 ) -> Result<bool, DropReason> {
     let Some(q) = read_inner::<F, C>(ctx, p.l4() + ICMP_LEN) else { return Ok(false) };
+    if q.l4 + QUOTED_MIN > u32::from(p.l3) + p.ip_len {
+        // What stands behind the packet, padding, its checksum does not cover.
+        return Ok(false);
+    }
     if p.tuple.dst != q.tuple.src {
         // An error goes to the sender of what it quotes; else it would carry a quotation to a third party
         // (netfilter: nf_conntrack_inet_error).
