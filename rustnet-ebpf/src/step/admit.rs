@@ -149,7 +149,7 @@ fn create<F: Placed + Old>(p: &Packet<F::A>, source: Source, len: u32) -> Result
     }
     // One entry for both directions.
     if !table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into()) {
-        return Err(DropReason::CtCreateFailed);
+        return follow::<F>(c, flow).map(|_| 0);
     }
     if migrate::is_migrating() {
         migrate::mirror::<F>(false);
@@ -285,7 +285,16 @@ fn reserve<F: Placed + Old>(reuse_closing: bool) -> u32 {
         }
         how = BPF_ANY;
     }
-    if table::insert::<F>(&c.reply_key, &c.reply, how.into()) { Reservation::RESERVED } else { Reservation::FULL }
+    if table::insert::<F>(&c.reply_key, &c.reply, how.into()) {
+        return Reservation::RESERVED;
+    }
+    let entry = table::get::<F>(&c.reply_key);
+    if entry.is_null() {
+        return Reservation::FULL;
+    }
+    // Another CPU was faster, with a packet of this flow or of another.
+    // SAFETY: a map value stays readable for this run of the program.
+    if unsafe { (*entry).to == c.reply.to } { Reservation::RESERVED } else { Reservation::TAKEN }
 }
 
 /// True if the entry of a reply direction belongs to this very connection, or to one that is over.

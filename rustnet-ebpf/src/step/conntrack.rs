@@ -375,7 +375,10 @@ fn refresh<F: Placed + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
             return true;
         }
         if !p.tuple.is_reverse_of(&(*other).to) {
-            if (*other).flags & flags::NAT != 0 || state_of(other) & state::ANSWERED != 0 || !(*entry).to.is_reverse_of(&(*other).to) {
+            if (*other).flags & flags::NAT != 0
+                || state_of(other) & state::ANSWERED != 0
+                || !(*entry).to.is_reverse_of(&(*other).to)
+            {
                 return false;
             }
             // The other entry was evicted, and an answer came first, as a flow that nothing translates and nobody answered.
