@@ -9,7 +9,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
 use super::migrate::{self, Old};
-use super::table::Placed;
+use super::table::{Placed, Table};
 use super::{lb, route, table};
 use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
 use crate::family::{Family, V4, V6};
@@ -63,12 +63,12 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
         let first = masked::<1>(usize::from(is_reply && !is_nat));
         (sides.add(first), sides.add(first ^ 1))
     };
-    let now = jiffies();
-    let is_due = elapsed(now, seen) >= config.hz;
+    // Not a variable: the verifier would follow either value of it to the end.
+    let is_due = || elapsed(jiffies(), seen) >= config.hz;
     // SAFETY: see above.
     let (bytes, ifindex) = unsafe { ((*sender).source, (*sender).ifindex) };
     let is_moved = (ifindex ^ source.ifindex) & !VIA_QDISC != 0;
-    if is_moved || bytes != source.bytes || (is_due && source.ifindex == NOT_LOCAL) {
+    if is_moved || bytes != source.bytes || (source.ifindex == NOT_LOCAL && is_due()) {
         // What holds for new flows holds for known ones, too: peers may have changed since.
         if !is_verified {
             return true;
@@ -102,7 +102,7 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
         (*sender).bytes = (*sender).bytes.wrapping_add(u64::from(len));
     }
     let mut set = u64::from(is_reply) * state::ANSWERED;
-    let reset = if is_reply { state::RST_REPLY } else { state::RST_ORIG };
+    let reset = state::RST_ORIG << (3 * u32::from(is_reply));
     if p.tuple.proto == proto::TCP && p.kind == Kind::Flow {
         if tcp_flags & tcp::RST == 0 {
             // SAFETY: see above.
@@ -115,7 +115,7 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
     }
     // SAFETY: see above.
     let known = unsafe { (*receiver).ifindex };
-    if (is_due || set & !old != 0 || known == 0) && !F::refresh(set, now) {
+    if (set & !old != 0 || known == 0 || is_due()) && !F::refresh(set, jiffies()) {
         F::forget();
         return false;
     }
@@ -175,6 +175,7 @@ fn progress(old: u64, tcp_flags: u8, is_reply: bool) -> u64 {
 }
 
 const _: () = assert!(tcp::FIN == 1 && tcp::SYN == 2 && tcp::ACK == 16);
+const _: () = assert!(state::RST_REPLY == state::RST_ORIG << 3);
 const _: () = assert!(state::ANSWERED == 1 && state::FIN_ORIG == 2 && state::FIN_REPLY == 4);
 
 /// Follows the sequence numbers of a sender.
@@ -200,9 +201,11 @@ pub trait Track: Family {
     /// See [`classify`].
     fn lookup(source: Source, len: u32, is_verified: bool) -> bool;
     /// Once per second and at each change of state: looks up the receiver again, sets bits of the state and clears those that
-    /// stand [`CLEAR`] places higher, and brings the other direction up to date. False if the connection is over: its receiver was replaced, its other direction belongs to another
-    /// flow, or the packet asks for a service that the flow bypasses.
+    /// stand [`CLEAR`] places higher, and brings the other direction up to date. False if the connection is over: its receiver
+    /// was replaced, its other direction belongs to another flow, or the packet asks for a service that the flow bypasses.
     fn refresh(set: u64, now: u32) -> bool;
+    /// See [`couple`].
+    fn couple(keep: u64) -> bool;
     /// Forgets the packet's connection, which is over.
     fn forget();
     /// True if the receiver of a RST accepts it: between what it has acknowledged and what the sender has sent (RFC 5961, 3.2;
@@ -212,7 +215,7 @@ pub trait Track: Family {
 
 /// Declares the functions of a family.
 macro_rules! global {
-    ($family:ident, $lookup:ident, $refresh:ident, $forget:ident, $reset:ident) => {
+    ($family:ident, $lookup:ident, $refresh:ident, $couple:ident, $forget:ident, $reset:ident) => {
         impl Track for $family {
             #[inline(always)]
             fn lookup(source: Source, len: u32, is_verified: bool) -> bool {
@@ -222,6 +225,10 @@ macro_rules! global {
             #[inline(always)]
             fn refresh(set: u64, now: u32) -> bool {
                 $refresh(set, now) != 0
+            }
+            #[inline(always)]
+            fn couple(keep: u64) -> bool {
+                $couple(keep) != 0
             }
             #[inline(always)]
             fn forget() {
@@ -245,6 +252,11 @@ macro_rules! global {
         #[inline(never)]
         extern "C" fn $refresh(set: u64, now: u32) -> u32 {
             u32::from(in_hand::<$family>().is_some_and(|p| refresh::<$family>(p, set, now)))
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $couple(keep: u64) -> u32 {
+            u32::from(in_hand::<$family>().is_none_or(|p| couple::<$family>(p, keep)))
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -276,12 +288,13 @@ const CLEAR: u32 = 32;
 /// Added to a frame's length if its source is verified: functions have five parameters.
 const VERIFIED: u32 = 1 << 31;
 
-global!(V4, rn_ct_lookup4, rn_ct_refresh4, rn_ct_forget4, rn_ct_reset4);
-global!(V6, rn_ct_lookup6, rn_ct_refresh6, rn_ct_forget6, rn_ct_reset6);
+global!(V4, rn_ct_lookup4, rn_ct_refresh4, rn_ct_couple4, rn_ct_forget4, rn_ct_reset4);
+global!(V6, rn_ct_lookup6, rn_ct_refresh6, rn_ct_couple6, rn_ct_forget6, rn_ct_reset6);
 
 #[inline(always)]
 fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
-    let entry = table::find::<F>(&p.key, p.is_swapped);
+    let table = Table::of(&p.key);
+    let entry = table::find_in::<F>(table, &p.key, p.is_swapped);
     if entry.is_null() {
         return true;
     }
@@ -289,7 +302,7 @@ fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
     unsafe {
         let (own, other) = if (*entry).flags & flags::NAT != 0 {
             let Some(key) = scratch_key::<F>() else { return true };
-            let other = counterpart::<F>(&(*entry).to, key);
+            let other = counterpart::<F>(table, &(*entry).to, key);
             if other.is_null() {
                 return true;
             }
@@ -314,9 +327,9 @@ fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
 /// The entry of a translated flow's other direction, found by what this direction becomes; null if it was evicted. Leaves its key
 /// in `key`.
 #[inline(always)]
-fn counterpart<F: Family>(to: &Tuple<F::A>, key: &mut Tuple<F::A>) -> *mut CtEntry<F::A> {
+fn counterpart<F: Family>(table: Table, to: &Tuple<F::A>, key: &mut Tuple<F::A>) -> *mut CtEntry<F::A> {
     let is_swapped = to.store_reverse_canonical(key);
-    table::find::<F>(key, is_swapped)
+    table::find_in::<F>(table, key, is_swapped)
 }
 
 /// Room for the key of the other direction.
@@ -328,7 +341,7 @@ fn scratch_key<F: Family>() -> Option<&'static mut Tuple<F::A>> {
 }
 
 #[inline(always)]
-fn refresh<F: Placed + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
+fn refresh<F: Track + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
     let entry = table::find::<F>(&p.key, p.is_swapped);
     if entry.is_null() {
         // Evicted since the look-up; the packet itself goes on.
@@ -356,41 +369,45 @@ fn refresh<F: Placed + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
         }
         (*receiver).ifindex = local;
         (*entry).seen = now;
-        if keep != u64::MAX {
-            atomic_and(&raw mut (*entry).state, keep);
-        }
-        if set != 0 {
-            atomic_or(&raw mut (*entry).state, set);
-        }
+        atomic_and(&raw mut (*entry).state, keep);
+        atomic_or(&raw mut (*entry).state, set);
         if migrate::is_migrating() {
             migrate::touch::<F>(p, state_of(entry), now);
         }
         if !is_nat {
             return true;
         }
-        let Some(key) = scratch_key::<F>() else { return true };
-        let other = counterpart::<F>(&(*entry).to, key);
-        if other.is_null() {
-            restore::<F>(entry, &p.tuple);
-            return true;
-        }
-        if !p.tuple.is_reverse_of(&(*other).to) {
-            if (*other).flags & flags::NAT != 0
-                || state_of(other) & state::ANSWERED != 0
-                || !(*entry).to.is_reverse_of(&(*other).to)
-            {
+        F::couple(keep)
+    }
+}
+
+/// Brings the entry of the other direction up to date, or makes it again. False if it belongs to another flow.
+#[inline(always)]
+fn couple<F: Placed>(p: &Packet<F::A>, keep: u64) -> bool {
+    let table = Table::of(&p.key);
+    let entry = table::find_in::<F>(table, &p.key, p.is_swapped);
+    let Some(key) = scratch_key::<F>() else { return true };
+    if entry.is_null() {
+        return true;
+    }
+    // SAFETY: see `classify`.
+    unsafe {
+        let other = counterpart::<F>(table, &(*entry).to, key);
+        if !other.is_null() {
+            if p.tuple.is_reverse_of(&(*other).to) {
+                (*other).seen = (*entry).seen;
+                atomic_and(&raw mut (*other).state, keep);
+                atomic_or(&raw mut (*other).state, state_of(entry));
+                return true;
+            }
+            let is_stray = ((*other).flags & flags::NAT == 0) & (state_of(other) & state::ANSWERED == 0);
+            if !is_stray || !(*entry).to.is_reverse_of(&(*other).to) {
                 return false;
             }
             // The other entry was evicted, and an answer came first, as a flow that nothing translates and nobody answered.
             table::delete::<F>(key);
-            restore::<F>(entry, &p.tuple);
-            return true;
         }
-        (*other).seen = now;
-        if keep != u64::MAX {
-            atomic_and(&raw mut (*other).state, keep);
-        }
-        atomic_or(&raw mut (*other).state, state_of(entry));
+        restore::<F>(entry, &p.tuple);
         true
     }
 }
@@ -399,7 +416,7 @@ fn refresh<F: Placed + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
 #[inline(always)]
 unsafe fn restore<F: Placed>(entry: *mut CtEntry<F::A>, tuple: &Tuple<F::A>) {
     let Some(scratch) = F::scratch() else { return };
-    // SAFETY: `refresh` passes a map value; scratch memory belongs to this CPU.
+    // SAFETY: `couple` passes a map value; scratch memory belongs to this CPU.
     unsafe {
         let c = &mut (*scratch).connection;
         let is_swapped = (*entry).to.store_reverse_canonical(&mut c.reply_key);
@@ -430,7 +447,8 @@ fn forget<F: Placed + Old>(p: &Packet<F::A>) {
     if migrate::is_migrating() {
         migrate::forget::<F>(p);
     }
-    let entry = table::find::<F>(&p.key, p.is_swapped);
+    let table = Table::of(&p.key);
+    let entry = table::find_in::<F>(table, &p.key, p.is_swapped);
     let Some(key) = scratch_key::<F>() else { return };
     if entry.is_null() {
         return;
@@ -438,7 +456,7 @@ fn forget<F: Placed + Old>(p: &Packet<F::A>) {
     // SAFETY: see `classify`.
     unsafe {
         if (*entry).flags & flags::NAT != 0 {
-            let other = counterpart::<F>(&(*entry).to, key);
+            let other = counterpart::<F>(table, &(*entry).to, key);
             if !other.is_null() && p.tuple.is_reverse_of(&(*other).to) {
                 delete::<F>(key, (*other).flags & flags::SWAPPED != 0);
             }

@@ -1,22 +1,41 @@
 //! The connection tables. Contract: finds the entry that serves a packet, and the place for a new one. The only step that knows
 //! of the two tables of a family and of the slots of a key ([`rustnet_common::conntrack`]).
 
-use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, flags};
 use rustnet_common::tuple::{Tuple, proto};
 
-use crate::ctx::distinct;
+use crate::ctx::{distinct, masked};
 use crate::family::{Family, V4, V6};
+
+/// One of the two tables of a family: 1 for that of TCP. From one read of the protocol: with two, the verifier would follow a flow of
+/// TCP into the other table, too.
+#[derive(Clone, Copy)]
+pub struct Table(usize);
+
+impl Table {
+    /// The table of a key's protocol.
+    #[inline(always)]
+    pub fn of<A: Address>(key: &Tuple<A>) -> Self {
+        Self(masked::<1>(usize::from(key.proto == proto::TCP)))
+    }
+}
 
 /// The entry that serves packets of the key in one direction; null if there is none.
 #[inline(always)]
 pub fn find<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
-    let entry = get::<F>(key);
+    find_in::<F>(Table::of(key), key, is_swapped)
+}
+
+/// As [`find`], in a given table.
+#[inline(always)]
+pub fn find_in<F: Family>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
+    let entry = get_from::<F>(table, key);
     if !entry.is_null() && serves(entry, is_swapped) {
         return entry;
     }
     // Rare with an entry, usual without: then the flow is new.
-    let other = second::<F>(key);
+    let other = second::<F>(table, key);
     if !other.is_null() && serves(other, is_swapped) {
         return other;
     }
@@ -67,10 +86,11 @@ global!(V6, Ip6, rn_ct_place6);
 
 #[inline(always)]
 fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
+    let table = Table::of(key);
     let mut place = Place { is_taken: false, slot: 0, is_contested: false };
     // In both slots by a copy: kernels before 6.2 refuse a look-up whose key stands behind an argument of a global function.
     let Some(key) = slot_key::<F>(key) else { return place };
-    let entry = get::<F>(key);
+    let entry = get_from::<F>(table, key);
     if !entry.is_null() {
         if serves(entry, is_swapped) {
             place.is_taken = true;
@@ -80,7 +100,7 @@ fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
         place.slot = SLOT_CONTESTED;
     }
     key.pad = SLOT_CONTESTED;
-    let other = get::<F>(key);
+    let other = get_from::<F>(table, key);
     if !other.is_null() {
         if serves(other, is_swapped) {
             place.is_taken = true;
@@ -94,10 +114,10 @@ fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
 
 /// The entry in the second slot of a key.
 #[inline(never)]
-fn second<F: Family>(key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
+fn second<F: Family>(table: Table, key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
     let Some(key) = slot_key::<F>(key) else { return core::ptr::null_mut() };
     key.pad = SLOT_CONTESTED;
-    get::<F>(key)
+    get_from::<F>(table, key)
 }
 
 /// A copy of a key in this CPU's scratch memory, in the first slot. Field by field: a copy of the whole costs stack.
@@ -122,8 +142,13 @@ pub fn serves<A>(entry: *const CtEntry<A>, is_swapped: bool) -> bool {
 /// The entry under exactly this key, or null.
 #[inline(always)]
 pub fn get<F: Family>(key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
+    get_from::<F>(Table::of(key), key)
+}
+
+#[inline(always)]
+fn get_from<F: Family>(table: Table, key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
     // Two call sites: with one, the kernel could not tell which map is meant, and would not inline the look-up.
-    let found = if key.proto == proto::TCP {
+    let found = if table.0 != 0 {
         distinct::<0, _>(F::tcp_connections().get_ptr_mut(key).unwrap_or(core::ptr::null_mut()))
     } else {
         distinct::<1, _>(F::other_connections().get_ptr_mut(key).unwrap_or(core::ptr::null_mut()))
