@@ -107,7 +107,7 @@ impl Ctx for Xdp {
 #[inline(always)]
 fn try_decide<F: Classify<Xdp>>(xdp: &Xdp) -> Result<Decision, Dropped> {
     let Some(config) = maps::config() else { return Ok(STACK) };
-    let Ok(p) = parse::packet::<F, _>(xdp, ETH_LEN) else { return Ok(STACK) };
+    let Some(p) = uplink::parse_in::<F, _>(xdp, ETH_LEN)? else { return Ok(STACK) };
     let Some(flow) = uplink::classify_in::<F, _>(xdp, p, config, || Ok(None))? else { return Ok(STACK) };
     let action = plan::plan::<F>(p, &flow.to, Origin::Uplink, config)?;
     if action.target == Target::Stack {

@@ -103,7 +103,7 @@ fn xdp_reads_ipv4_options() -> Result<()> {
             let ask = from_outside(proto, (net.routed(), PORT), (net.a(), 80));
             alike(lab, &ask.map(|f| f.options = vec![1; 8]), verdict::FORWARD)?;
             // A loose source route without addresses, and the end of the list.
-            alike(lab, &ask.map(|f| f.options = vec![131, 3, 4, 0]), verdict::STACK)?;
+            dropped(lab, &ask.map(|f| f.options = vec![131, 3, 4, 0]), DropReason::SourceRoute)?;
         }
         Ok(())
     })

@@ -1,7 +1,9 @@
 //! The programs' packet log: off, on, and filtered by address.
 
+use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
 
 use aya::EbpfLoader;
 use aya::programs::SchedClassifier;
@@ -79,11 +81,15 @@ fn frame(is_v6: bool, src: u8, dst: u8) -> Vec<u8> {
     frame
 }
 
+/// Sends a datagram through `from_pod`.
+fn send(programs: &Programs, is_v6: bool, src: u8, dst: u8) {
+    let run = TestRun { packet: &frame(is_v6, src, dst), repeat: 1, ..TestRun::default() };
+    sys::test_run(programs.get("from_pod").unwrap().as_fd(), run).unwrap();
+}
+
 /// Sends a datagram through `from_pod`; returns what is logged.
 fn lines(programs: &mut Programs, is_v6: bool, src: u8, dst: u8) -> Vec<String> {
-    let packet = frame(is_v6, src, dst);
-    let run = TestRun { packet: &packet, repeat: 1, ..TestRun::default() };
-    sys::test_run(programs.get("from_pod").unwrap().as_fd(), run).unwrap();
+    send(programs, is_v6, src, dst);
     programs.log.as_mut().expect("the log is on").take()
 }
 
@@ -118,6 +124,42 @@ fn a_filter_passes_packets_with_one_of_its_addresses() {
         assert_eq!(lines(&mut programs, true, 2, 100).len(), 1, "the service's address");
         assert!(lines(&mut programs, true, 2, 3).is_empty(), "neither address");
         assert!(lines(&mut programs, false, 9, 8).is_empty(), "neither address");
+    });
+}
+
+/// Where the agent's log goes.
+#[derive(Clone, Default)]
+struct Printed(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Printed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn the_agent_prints_lines_as_they_come() {
+    sandbox::run(|sandbox| {
+        let mut programs = programs(sandbox, PacketLog::All);
+        let packets = programs.log.take().expect("the log is on");
+        let printed = Printed::default();
+        let writer = printed.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).with_ansi(false).finish();
+        let _default = tracing::subscriber::set_default(subscriber);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.spawn(packets.print());
+        let has = |text: &str| String::from_utf8_lossy(&printed.0.lock().unwrap()).contains(text);
+        // The second is sent once the first is printed: the reader waits again.
+        for (is_v6, text) in [(false, "10.244.1.3:5353 pod"), (true, "fd00::3:5353 pod")] {
+            send(&programs, is_v6, 2, 100);
+            sandbox::wait_until("the line is printed", || {
+                runtime.block_on(tokio::task::yield_now());
+                has(text)
+            });
+        }
     });
 }
 

@@ -30,15 +30,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     if is_vlan_tagged(skb) {
         return Ok(TO_STACK);
     }
-    let p = match parse::packet::<F, _>(skb, l3) {
-        Ok(p) => p,
-        // The kernel lets IPv4-mapped addresses in IPv6 headers pass, and its dual-stack sockets take them for IPv4.
-        Err(DropReason::Martian) => return Err(DropReason::Martian.into()),
-        // Its source is not verified: the stack could reassemble what came in pieces, and would forward it.
-        Err(reason) if maps::endpoint(parse::destination::<F>()).is_some() => return Err(reason.into()),
-        // Fragments for the host, headers that its stack may well understand: the stack judges them.
-        Err(_) => return Ok(TO_STACK),
-    };
+    let Some(p) = parse_in::<F, _>(skb, l3)? else { return Ok(TO_STACK) };
     let relate = || {
         let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
         match F::verify_outside(p) {
@@ -60,6 +52,20 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
 /// Everything that [`classify_in`] asks of a family.
 pub trait Classify<C: Ctx>: Parse<C> + Track + Verify {}
 impl<C: Ctx, F: Parse<C> + Track + Verify> Classify<C> for F {}
+
+/// Parses a packet that comes in by the uplink, in any context; `None`: it is the stack's.
+#[inline(always)]
+pub fn parse_in<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Option<&'static Packet<F::A>>, Dropped> {
+    match parse::packet::<F, _>(ctx, l3) {
+        Ok(p) => Ok(Some(p)),
+        // The kernel lets IPv4-mapped addresses in IPv6 headers pass, and its dual-stack sockets take them for IPv4.
+        Err(DropReason::Martian) => Err(DropReason::Martian.into()),
+        // Its source is not verified: the stack could reassemble what came in pieces, and would forward it.
+        Err(reason) if maps::endpoint(parse::destination::<F>()).is_some() => Err(reason.into()),
+        // Fragments for the host, headers that its stack may well understand: the stack judges them.
+        Err(_) => Ok(None),
+    }
+}
 
 /// Classifies a packet that comes in by the uplink, in any context; `None`: it is the stack's. `relate` classifies ICMP errors.
 #[inline(always)]
