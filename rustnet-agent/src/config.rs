@@ -21,10 +21,21 @@ use self::text::{
     Reader, boolean, cidr, device, directory, listen, log_level, node_name, number, packet_mark, snat_ports, source,
 };
 use crate::args::Values;
-use crate::bpf::log::PacketLog;
 
 /// Kubernetes' node ports, as by default.
 pub const NODE_PORTS: (u16, u16) = (30_000, 32_767);
+
+/// Which packets the programs log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PacketLog {
+    /// None.
+    #[default]
+    Off,
+    /// All.
+    All,
+    /// Those that have one of the addresses, before or after translation.
+    Having(Vec<std::net::IpAddr>),
+}
 
 /// Everything the agent was told.
 #[derive(Clone, Debug, PartialEq, Eq)]

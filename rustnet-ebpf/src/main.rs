@@ -34,6 +34,8 @@ mod rewrite;
 mod skeleton;
 mod step;
 mod wire;
+#[cfg(feature = "skeletons")]
+mod xdp;
 
 // The macros of aya-log name it so.
 extern crate self as aya_log_ebpf;

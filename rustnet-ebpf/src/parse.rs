@@ -15,9 +15,9 @@ use crate::ctx::{Ctx, Skb, at_pulled, bounded, masked};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Kind, Packet};
-#[cfg(feature = "skeletons")]
-use crate::skeleton::Xdp;
 use crate::wire::{Ethernet, Header4, Header6, ICMP_LEN, Tcp, tcp};
+#[cfg(feature = "skeletons")]
+use crate::xdp::Xdp;
 
 /// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
 const GSO_BY_FRAGS: u32 = 0xffff;
@@ -133,7 +133,7 @@ impl ReadHeader<Ip6> for Header6 {
             let [first, id] = unsafe { e.read() };
             let first = u32::from_be(first);
             let (next, words) = ((first >> 24) as u8, (first >> 16) as usize & 0xff);
-            if proto == ROUTING && (first >> 8) & 0xff == 0 {
+            if proto == ROUTING && (first >> 8) as u8 == 0 {
                 return Err(DropReason::SourceRoute);
             }
             let len = match proto {

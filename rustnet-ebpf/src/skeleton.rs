@@ -8,16 +8,15 @@
 //! What the next stage has to add: rewriting and redirects for XDP (all of `rewrite` and `exec` is for an skb), ICMP errors there
 //! (which are rewritten), counters; and for connect(2) the new address, and what getpeername(2) and recvmsg(2) return of it.
 
-use aya_ebpf::bindings::{bpf_sock_addr, xdp_action, xdp_md};
+use aya_ebpf::bindings::{bpf_sock_addr, xdp_action};
 use aya_ebpf::btf_maps::Array;
-use aya_ebpf::helpers::generated as helper;
 use aya_ebpf::macros::{btf_map, cgroup_sock_addr, xdp};
 use aya_ebpf::programs::{SockAddrContext, XdpContext};
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::skeleton::{Decision, verdict};
 use rustnet_common::tuple::Tuple;
 
-use crate::ctx::{Ctx, masked, pointer, random};
+use crate::ctx::random;
 use crate::family::{Family, V4, V6};
 use crate::hook::uplink::{self, Classify};
 use crate::maps;
@@ -26,6 +25,7 @@ use crate::parse;
 use crate::step::lb;
 use crate::step::plan::{self, Origin, Target};
 use crate::wire::{ETH_LEN, ETH_P_IP, ETH_P_IPV6};
+use crate::xdp::Xdp;
 
 /// The last decision.
 #[btf_map]
@@ -54,53 +54,6 @@ fn store(decision: Decision) {
 #[inline(always)]
 fn dropped(reason: impl Into<Dropped>) -> Decision {
     Decision { verdict: verdict::DROP, detail: u32::from(reason.into().reason as u8), ..STACK }
-}
-
-/// The context of XDP programs. A frame lies in one piece; devices that deliver fragments refuse such programs.
-#[derive(Clone, Copy)]
-pub struct Xdp(pub *mut xdp_md);
-
-impl Xdp {
-    /// The raw pointer as helpers take it.
-    #[inline(always)]
-    pub fn raw(&self) -> *mut xdp_md {
-        self.0
-    }
-}
-
-impl Ctx for Xdp {
-    #[inline(always)]
-    fn data(&self) -> usize {
-        pointer::<{ core::mem::offset_of!(xdp_md, data) }, _>(self.0)
-    }
-    #[inline(always)]
-    fn data_end(&self) -> usize {
-        pointer::<{ core::mem::offset_of!(xdp_md, data_end) }, _>(self.0)
-    }
-    #[inline(always)]
-    fn len(&self) -> u32 {
-        // SAFETY: no pointers but the context, which the kernel hands to the program.
-        unsafe { helper::bpf_xdp_get_buff_len(self.0) as u32 }
-    }
-    #[inline(always)]
-    fn ifindex(&self) -> u32 {
-        // SAFETY: a valid context; the verifier rewrites this load.
-        unsafe { (*self.0).ingress_ifindex }
-    }
-    #[inline(always)]
-    fn pull(&self, _len: u32) -> bool {
-        false
-    }
-    #[inline(always)]
-    fn load(&self, offset: u32, to: &mut [u8; 64], len: u32) -> bool {
-        let len = masked::<63>(len.wrapping_sub(1) as usize) as u32 + 1;
-        // SAFETY: `len` is at most the length of the array; the helper checks it against the frame.
-        unsafe { helper::bpf_xdp_load_bytes(self.0, offset, to.as_mut_ptr().cast(), len) == 0 }
-    }
-    #[inline(always)]
-    fn gso_size(&self) -> u32 {
-        0
-    }
 }
 
 /// What `uplink_in` would do with a frame.

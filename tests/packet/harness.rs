@@ -86,6 +86,9 @@ fn tables<A: Address>() -> [&'static str; 2] {
     if A::IS_V6 { [map::CT6_TCP, map::CT6_ANY] } else { [map::CT4_TCP, map::CT4_ANY] }
 }
 
+/// An entry with its key, and its table.
+type Found<A> = (Table<Tuple<A>, CtEntry<A>>, Tuple<A>, CtEntry<A>);
+
 impl Lab {
     fn new() -> Result<Self> {
         Self::with(Datapath::load)
@@ -299,7 +302,7 @@ impl Lab {
     }
 
     /// The entry that serves a direction, with its key.
-    fn find<A: Plain>(&self, f: &Flow) -> Result<(Table<Tuple<A>, CtEntry<A>>, Tuple<A>, CtEntry<A>)>
+    fn find<A: Plain>(&self, f: &Flow) -> Result<Found<A>>
     where
         Tuple<A>: Pod,
         CtEntry<A>: Pod,

@@ -148,7 +148,7 @@ fn states_of_a_tcp_connection() -> Result<()> {
             } else {
                 ask.with_flags(RST).map(|f| {
                     if let L4::Tcp { seq, .. } = &mut f.l4 {
-                        *seq += 1
+                        *seq += 1;
                     }
                 })
             };

@@ -15,11 +15,11 @@ use aya_obj::Object;
 use rustnet_common::{names, v1};
 
 use super::copy::{Place, lru_room};
-use super::log::{PacketLog, Packets};
+use super::log::Packets;
 use super::store::conntrack::clock_offset;
 use super::upgrade::{self, Bridge, Found, NEXT_DIR, Plan, Source};
 use super::{fs, migrate, pin, probe, remedy, sys};
-use crate::config::MapSizes;
+use crate::config::{MapSizes, PacketLog};
 
 /// The program that returns the time (see rustnet-ebpf); pinned with those of the hooks.
 pub const CLOCK: &str = "clock";

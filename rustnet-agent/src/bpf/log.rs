@@ -1,6 +1,5 @@
 //! The programs' packet log: turned on when they are loaded, read from its ring buffer, printed.
 
-use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -12,17 +11,7 @@ use rustnet_common::addr::Addr;
 use rustnet_common::log::FILTERS;
 use tokio::io::unix::AsyncFd;
 
-/// Which packets the programs log.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum PacketLog {
-    /// None.
-    #[default]
-    Off,
-    /// All.
-    All,
-    /// Those that have one of the addresses, before or after translation.
-    Having(Vec<IpAddr>),
-}
+use crate::config::PacketLog;
 
 /// The globals of the programs (see rustnet-ebpf) that a [`PacketLog`] asks for.
 pub struct Globals {

@@ -7,9 +7,8 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use rustnet_common::log::FILTERS;
 
-use super::{KubeSource, LogFormat, NODE_PORTS, PacketMark, Routing, Source};
+use super::{KubeSource, LogFormat, NODE_PORTS, PacketLog, PacketMark, Routing, Source};
 use crate::args::{Value, Values};
-use crate::bpf::log::PacketLog;
 
 /// Reads values and collects what is wrong with them. A refused value is replaced by its type's default, which never
 /// leaves [`Config::validate`].

@@ -16,14 +16,14 @@ use tokio::task::JoinSet;
 
 use crate::bpf::attach::{self, Device, Direction, Outcome};
 use crate::bpf::load::{CLOCK, Load, Programs};
-use crate::bpf::log::{PacketLog, Packets};
+use crate::bpf::log::Packets;
 use crate::bpf::store::counters::Counters;
 use crate::bpf::store::endpoints::{self, Endpoints};
 use crate::bpf::store::node_config::NodeConfigStore;
 use crate::bpf::store::{BpfMaps, fill};
 use crate::bpf::upgrade::Bridge;
 use crate::bpf::{load, object, pin, probe};
-use crate::config::{Config, MapSizes};
+use crate::config::{Config, MapSizes, PacketLog};
 use crate::metrics::{HookCount, KernelStats, MapFill};
 use crate::net::endpoints::parse_mac;
 use crate::net::netlink::Socket;

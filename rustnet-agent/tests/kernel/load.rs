@@ -4,10 +4,10 @@ use std::os::fd::AsFd;
 
 use aya_obj::Object;
 use rustnet_agent::bpf::load::{CLOCK, Load, program_path};
-use rustnet_agent::bpf::log::PacketLog;
 use rustnet_agent::bpf::store::{BpfMaps, Map};
 use rustnet_agent::bpf::sys::{self, Layout};
 use rustnet_agent::bpf::{object, probe};
+use rustnet_agent::config::PacketLog;
 use rustnet_agent::plan::{Maps, VipKey, Write};
 use rustnet_common::names::{PROGRAMS, map};
 use rustnet_common::service::SvcEntry;

@@ -11,10 +11,9 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::hash;
 use rustnet_common::tuple::{Tuple, proto};
 
-use super::conntrack::NOTHING_SENT;
 use super::migrate::{self, Old};
 use super::route;
-use super::table::{self, Placed};
+use super::table::{self, NOTHING_SENT, Placed};
 use crate::ctx::{Ctx, Skb, jiffies, random};
 use crate::event::Report;
 use crate::family::{Family, V4, V6};

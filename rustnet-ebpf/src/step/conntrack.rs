@@ -4,12 +4,12 @@
 //! Nothing here decides where a packet goes or changes it.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, SOURCE_NONE, Side, VIA_QDISC, elapsed, flags, state};
+use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, Side, VIA_QDISC, elapsed, flags, state};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
 use super::migrate::{self, Old};
-use super::table::{Placed, Table};
+use super::table::{NOTHING_SENT, Placed, Table};
 use super::{lb, route, table};
 use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
 use crate::family::{Family, V4, V6};
@@ -157,8 +157,8 @@ unsafe fn state_of<A>(entry: *mut CtEntry<A>) -> u64 {
 /// True if a packet goes the way of the reply.
 #[inline(always)]
 fn is_reply(e_flags: u16, is_swapped: bool) -> bool {
-    let (is_reply_entry, is_nat) = (e_flags & flags::REPLY, e_flags / flags::NAT & 1);
-    let is_opposite = (e_flags / flags::SWAPPED & 1) ^ u16::from(is_swapped);
+    let (is_reply_entry, is_nat) = (e_flags & flags::REPLY, (e_flags / flags::NAT) & 1);
+    let is_opposite = ((e_flags / flags::SWAPPED) & 1) ^ u16::from(is_swapped);
     (is_nat & is_reply_entry) | (!is_nat & is_opposite) != 0
 }
 
@@ -169,9 +169,9 @@ fn progress(old: u64, tcp_flags: u8, is_reply: bool) -> u64 {
     let reply = u64::from(is_reply);
     let other_fin = old >> (2 - reply) & 1;
     let answered = old & state::ANSWERED;
-    (u64::from(fin) * state::FIN_ORIG) << reply
-        | (other_fin & u64::from(ack)) * state::FIN_ACKED
-        | (answered & u64::from(ack & !syn) & !reply) * state::ESTABLISHED
+    ((u64::from(fin) * state::FIN_ORIG) << reply)
+        | ((other_fin & u64::from(ack)) * state::FIN_ACKED)
+        | ((answered & u64::from(ack & !syn) & !reply) * state::ESTABLISHED)
 }
 
 const _: () = assert!(tcp::FIN == 1 && tcp::SYN == 2 && tcp::ACK == 16);
@@ -475,6 +475,3 @@ fn delete<F: Placed>(key: &mut Tuple<F::A>, is_swapped: bool) {
         table::delete::<F>(key);
     }
 }
-
-/// A side that has sent nothing yet.
-pub const NOTHING_SENT: Side = Side { bytes: 0, source: SOURCE_NONE, packets: 0, ifindex: 0, seq_end: 0, ack: 0 };

@@ -108,7 +108,7 @@ fn adopt_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> b
 }
 
 /// A side of which nothing is known.
-const UNKNOWN: Side = super::conntrack::NOTHING_SENT;
+const UNKNOWN: Side = table::NOTHING_SENT;
 
 /// A state of v1, which did not track the handshake's end.
 #[inline(always)]

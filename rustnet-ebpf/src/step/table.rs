@@ -2,11 +2,14 @@
 //! of the two tables of a family and of the slots of a key ([`rustnet_common::conntrack`]).
 
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, flags};
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, SOURCE_NONE, Side, flags};
 use rustnet_common::tuple::{Tuple, proto};
 
 use crate::ctx::{distinct, masked};
 use crate::family::{Family, V4, V6};
+
+/// A side that has sent nothing yet.
+pub const NOTHING_SENT: Side = Side { bytes: 0, source: SOURCE_NONE, packets: 0, ifindex: 0, seq_end: 0, ack: 0 };
 
 /// One of the two tables of a family: 1 for that of TCP. From one read of the protocol: with two, the verifier would follow a flow of
 /// TCP into the other table, too.
@@ -148,12 +151,11 @@ pub fn get<F: Family>(key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
 #[inline(always)]
 fn get_from<F: Family>(table: Table, key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
     // Two call sites: with one, the kernel could not tell which map is meant, and would not inline the look-up.
-    let found = if table.0 != 0 {
+    if table.0 != 0 {
         distinct::<0, _>(F::tcp_connections().get_ptr_mut(key).unwrap_or(core::ptr::null_mut()))
     } else {
         distinct::<1, _>(F::other_connections().get_ptr_mut(key).unwrap_or(core::ptr::null_mut()))
-    };
-    found
+    }
 }
 
 /// Inserts an entry; `flags` are those of `bpf_map_update_elem`.

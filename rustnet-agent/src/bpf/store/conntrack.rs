@@ -106,7 +106,9 @@ where
     fn flush(&self, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept> {
         // Twice: a packet of one direction can restore the other while the table is read.
         let mut swept = Swept::default();
-        for table in self.both() {
+        let has_tcp = backends.contains_key(&proto::TCP);
+        let has_other = backends.len() > usize::from(has_tcp);
+        for (table, _) in self.both().into_iter().zip([has_tcp, has_other]).filter(|(_, is_named)| *is_named) {
             swept = swept + flush(table, backends)?;
             swept.deleted += flush(table, backends)?.deleted;
         }

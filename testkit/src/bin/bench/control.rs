@@ -4,10 +4,10 @@
 use crate::stats::{Sorted, verdict};
 use anyhow::{Context, Result, ensure};
 use rustnet_agent::bpf::load::{Load, sizes};
-use rustnet_agent::bpf::log::PacketLog;
 use rustnet_agent::bpf::object;
 use rustnet_agent::bpf::store::backends::{Access, Backends};
 use rustnet_agent::bpf::store::{BpfMaps, Map};
+use rustnet_agent::config::PacketLog;
 use rustnet_agent::config::{MapSizes, Routing};
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::plan::{Maps, Planner, Snapshot, Write};
