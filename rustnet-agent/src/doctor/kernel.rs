@@ -12,6 +12,16 @@ use crate::config::Config;
 /// Where the kernel says whether it compiles programs.
 const JIT: &str = "/proc/sys/net/core/bpf_jit_enable";
 
+/// Holds 1 on kernels with PREEMPT_RT.
+const REALTIME: &str = "/sys/kernel/realtime";
+
+/// From this release on, PREEMPT_RT kernels run two softirq sections on one CPU at a time, unless they are built with [`BH_LOCK`]
+/// (commit 3253cb49cbad).
+const REALTIME_PREEMPTS: (u32, u32) = (6, 18);
+
+/// See [`REALTIME_PREEMPTS`].
+const BH_LOCK: &str = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK=y";
+
 /// What was found; `Err` where it could not be.
 pub struct Facts {
     /// Effective capabilities.
@@ -24,6 +34,10 @@ pub struct Facts {
     pub tcx: Result<bool>,
     /// The programs need the kernel's BTF, and it is not there.
     pub lacks_btf: Result<bool>,
+    /// It is a PREEMPT_RT kernel.
+    pub is_realtime: bool,
+    /// The kernel's configuration, where the host has it below `/boot`.
+    pub options: Option<String>,
     /// `net.core.bpf_jit_enable`; `None` where this namespace does not show it.
     pub jit: Option<String>,
     /// Where pins go, and whether that is on a BPF file system.
@@ -40,6 +54,8 @@ pub fn gather(config: Option<&Config>) -> Facts {
         missing: probe::missing_features(),
         tcx: probe::has_tcx(),
         lacks_btf: object::embedded().and_then(load::lacks_btf),
+        is_realtime: std::fs::read_to_string(REALTIME).is_ok_and(|text| text.trim() == "1"),
+        options: std::fs::read_to_string(format!("/boot/config-{}", probe::release())).ok(),
         jit: std::fs::read_to_string(JIT).ok().map(|text| text.trim().to_owned()),
         bpffs: config.map(|it| (it.bpffs.clone(), fs::is_bpffs(&fs::nearest_existing(&it.bpffs)))),
         cgroup: config.map(|it| (it.cgroup.clone(), is_cgroup2(&it.cgroup))),
@@ -58,7 +74,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     if facts.capabilities.as_ref().is_ok_and(|it| probe::missing_capabilities(*it).is_empty()) {
         found.extend([features(&facts.missing), tcx(&facts.tcx)]);
     }
-    found.extend([btf(&facts.lacks_btf), jit(facts.jit.as_deref())]);
+    found.extend([btf(&facts.lacks_btf), realtime(facts), jit(facts.jit.as_deref())]);
     found.extend(facts.bpffs.as_ref().map(|(dir, is)| bpffs(dir, is)));
     found.extend(facts.cgroup.as_ref().map(|(dir, is)| cgroup(dir, is)));
     found
@@ -124,6 +140,18 @@ fn btf(lacks: &Result<bool>) -> Finding {
     }
 }
 
+/// Programs keep a packet's state in memory per CPU, between their functions.
+fn realtime(facts: &Facts) -> Finding {
+    let what = "PREEMPT_RT";
+    let has_lock = facts.options.as_ref().is_some_and(|text| text.lines().any(|line| line == BH_LOCK));
+    let preempts = probe::version(&facts.release).is_none_or(|version| version >= REALTIME_PREEMPTS);
+    if !facts.is_realtime || !preempts || has_lock {
+        return Finding::ok(what, if facts.is_realtime { "softirqs of a CPU run one by one" } else { "no" });
+    }
+    let hint = format!("boot a kernel without PREEMPT_RT, or one built with {BH_LOCK}");
+    Finding::new(Level::Fatal, what, "a packet can interrupt another one's programs on the same CPU").hint(hint)
+}
+
 fn jit(value: Option<&str>) -> Finding {
     match value {
         Some("0") => Finding::new(Level::Warning, "JIT", "off: every packet's programs are interpreted")
@@ -166,6 +194,8 @@ mod tests {
             missing: Ok(Vec::new()),
             tcx: Ok(true),
             lacks_btf: Ok(false),
+            is_realtime: false,
+            options: None,
             jit: Some("1".into()),
             bpffs: Some(("/sys/fs/bpf/rustnet".into(), Ok(true))),
             cgroup: Some(("/sys/fs/cgroup".into(), Ok(true))),
@@ -176,6 +206,9 @@ mod tests {
     fn a_good_kernel() {
         assert_well(&check(&good()));
         assert_well(&check(&Facts { release: "6.1.0-18".into(), tcx: Ok(false), jit: None, ..good() }));
+        let realtime = || Facts { is_realtime: true, ..good() };
+        assert_well(&check(&Facts { release: "6.12.1-rt".into(), ..realtime() }));
+        assert_well(&check(&Facts { options: Some(format!("CONFIG_PREEMPT_RT=y\n{BH_LOCK}\n")), ..realtime() }));
         assert_well(&check(&gather(None)));
     }
 
@@ -190,6 +223,7 @@ mod tests {
             (Facts { missing: missing(), ..good() }, Level::Fatal, "lacks bpf_loop", "CONFIG_BPF_SYSCALL"),
             (Facts { missing: Err(anyhow::anyhow!("EPERM")), ..good() }, Level::Fatal, "EPERM", "seccomp"),
             (Facts { lacks_btf: Ok(true), ..good() }, Level::Fatal, "vmlinux", "CONFIG_DEBUG_INFO_BTF"),
+            (Facts { is_realtime: true, ..good() }, Level::Fatal, "interrupt", "without PREEMPT_RT"),
             (Facts { jit: Some("0".into()), ..good() }, Level::Warning, "interpreted", "bpf_jit_enable=1"),
             (Facts { bpffs: no(), ..good() }, Level::Fatal, "is not on one", "mount -t bpf"),
             (Facts { cgroup: no(), ..good() }, Level::Warning, "cgroup2", "--cgroup"),
