@@ -38,7 +38,8 @@ fn ip(is_v6: bool, last: u8) -> IpAddr {
 
 /// Programs that serve two pods and, at address 100 port 53, a service with the second of them.
 fn programs(sandbox: &Sandbox, log: PacketLog) -> Programs {
-    let programs = Load { log, ..load(sandbox) }.run().unwrap();
+    let mut programs = Load { log, ..load(sandbox) }.run().unwrap();
+    programs.pin(&sandbox.bpffs).unwrap();
     let config = NodeConfig { hz: 100, overlay_mtu: 1450, ..NodeConfig::zeroed() };
     NodeConfigStore::open(&sandbox.bpffs).unwrap().write(&config).unwrap();
     let endpoints = Endpoints::open(&sandbox.bpffs).unwrap();
