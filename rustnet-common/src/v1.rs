@@ -50,6 +50,9 @@ pub const RETIRED: [Shape; 7] = [
     shape(map::FRAG6, LRU_HASH, 40, 4, 0),
 ];
 
+/// The packet mark, one bit, and a constant of these programs.
+pub const MARK: u32 = 0x0100_0000;
+
 /// Maps that all releases share under one name and in one shape.
 pub const SHARED: [&str; 6] = ["rn_endpoints", "rn_peers4", "rn_peers6", "rn_counters", "rn_events", "rn_config"];
 

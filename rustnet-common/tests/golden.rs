@@ -57,6 +57,7 @@ fn names_of_maps_that_all_releases_share() {
 fn devices_filters_and_the_mark() {
     assert_eq!((names::OVERLAY_DEV, names::VETH_PREFIX), ("rn_vxlan", "rnv"));
     assert_eq!((names::TC_PRIORITY, names::TC_HANDLE), (1, 1));
+    assert_eq!(v1::MARK, 0x0100_0000);
     assert_eq!((config::mark::DEFAULT, config::mark::DEFAULT_MASK), (0x1052, 0x107f));
 }
 

@@ -52,6 +52,7 @@ use crate::hook::Steps;
 use crate::log::{Log, macro_support};
 use crate::outcome::{Dropped, PackedResult};
 use crate::step::exec::{ReplyPath, TO_STACK};
+use crate::step::mark;
 use crate::step::tunnel::{self, Tunnel};
 use crate::wire::{ETH_LEN, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6};
 
@@ -216,21 +217,21 @@ pub fn from_pod(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn to_pod(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if hook::take_processed_mark(&skb) { TO_STACK } else { dispatch::<ToPod>(&skb, &Tunnel::NONE) }
+    if mark::take_processed(&skb) { TO_STACK } else { dispatch::<ToPod>(&skb, &Tunnel::NONE) }
 }
 
 /// TC ingress of the uplink.
 #[classifier]
 pub fn uplink_in(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if hook::take_processed_mark(&skb) { TO_STACK } else { dispatch::<UplinkIn>(&skb, &Tunnel::NONE) }
+    if mark::take_processed(&skb) { TO_STACK } else { dispatch::<UplinkIn>(&skb, &Tunnel::NONE) }
 }
 
 /// TC egress of the uplink.
 #[classifier]
 pub fn uplink_out(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if hook::take_processed_mark(&skb) { TO_STACK } else { dispatch::<UplinkOut>(&skb, &Tunnel::NONE) }
+    if mark::take_processed(&skb) { TO_STACK } else { dispatch::<UplinkOut>(&skb, &Tunnel::NONE) }
 }
 
 /// TC ingress of the overlay device.
@@ -248,7 +249,7 @@ pub fn overlay_in(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn overlay_out(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if hook::is_processed(&skb) { TO_STACK } else { dispatch::<OverlayOut>(&skb, &Tunnel::NONE) }
+    if mark::is_processed(&skb) { TO_STACK } else { dispatch::<OverlayOut>(&skb, &Tunnel::NONE) }
 }
 
 /// Attached nowhere: run by the agent through `BPF_PROG_TEST_RUN` to read the clock that connections are stamped with.

@@ -5,12 +5,14 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use bytemuck::Zeroable;
-use rustnet_agent::bpf::load::Load;
+use rustnet_agent::bpf::load::{Load, Programs};
+use rustnet_agent::bpf::store::node_config::NodeConfigStore;
 use rustnet_agent::bpf::store::{BpfMaps, Map, services};
-use rustnet_agent::bpf::sys::{self, Layout};
+use rustnet_agent::bpf::sys::{self, Layout, TestRun};
 use rustnet_agent::bpf::upgrade::Bridge;
 use rustnet_agent::plan::{Maps, VipKey, Write};
 use rustnet_common::addr::Ip4;
+use rustnet_common::config::{NodeConfig, mark};
 use rustnet_common::conntrack::CtEntry;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::names::{PROGRAMS, map};
@@ -335,6 +337,46 @@ fn maps_of_v1_pass_to_the_present_ones_and_back() {
         assert_eq!(next.catch_up().unwrap(), 0);
         next.clear_leftovers(&sandbox.bpffs).unwrap();
         assert_tidy(sandbox);
+    });
+}
+
+/// The mark with which a packet leaves a program that it reaches with this one. Of what is not IP a hook looks at nothing else.
+fn mark_behind(programs: &Programs, name: &str, mark: u32) -> u32 {
+    // `struct __sk_buff`, of which the mark is the third word.
+    let mut context = [0; 48];
+    context[2] = mark;
+    let run = TestRun { packet: &[0; 64], context: &mut context, repeat: 1, ..TestRun::default() };
+    sys::test_run(programs.get(name).unwrap(), run).unwrap();
+    context[2]
+}
+
+#[test]
+fn a_bridge_knows_the_mark_of_either_side() {
+    sandbox::run(|sandbox| {
+        v1_node(sandbox);
+        let bridge = load(sandbox).run().unwrap();
+        assert_eq!(bridge.bridge(), Bridge::V1);
+        let store = NodeConfigStore::open(bridge.maps_dir(&sandbox.bpffs)).unwrap();
+        let ours = NodeConfig { mark: mark::DEFAULT, mark_mask: mark::DEFAULT_MASK, ..NodeConfig::zeroed() };
+        // An agent of v1 writes the uplink's index and its MTU there.
+        let theirs = NodeConfig { mark: 1500, mark_mask: 2, ..NodeConfig::zeroed() };
+        for (config, marks) in [(ours, &[v1::MARK, mark::DEFAULT, v1::MARK | mark::DEFAULT][..]), (theirs, &[v1::MARK])]
+        {
+            store.write(&config).unwrap();
+            for program in ["to_pod", "uplink_in", "uplink_out"] {
+                for mark in marks {
+                    assert_eq!(
+                        mark_behind(&bridge, program, mark | 1 << 30),
+                        1 << 30,
+                        "{program} {mark:#x} {config:?}"
+                    );
+                }
+            }
+        }
+        let present = load(sandbox).run_without_bridge().unwrap();
+        let store = NodeConfigStore::open(present.maps_dir(&sandbox.bpffs)).unwrap();
+        store.write(&ours).unwrap();
+        assert_eq!(mark_behind(&present, "to_pod", v1::MARK), v1::MARK, "it is another's without a bridge");
     });
 }
 

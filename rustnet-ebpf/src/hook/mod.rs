@@ -11,7 +11,6 @@ use rustnet_common::drop::DropReason;
 
 use crate::ctx::{Ctx, Skb};
 use crate::event::Report;
-use crate::maps;
 use crate::outcome::Dropped;
 use crate::packet::{Class, Flow, Packet, Source};
 use crate::parse::{self, Parse};
@@ -32,24 +31,6 @@ pub trait Steps:
 {
 }
 impl<F: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting> Steps for F {}
-
-/// True if an earlier hook on this node has processed the packet.
-#[inline(always)]
-pub fn is_processed(skb: &Skb) -> bool {
-    maps::config().is_some_and(|config| config.is_marked(skb.mark()))
-}
-
-/// As [`is_processed`]; clears the mark.
-#[inline(always)]
-pub fn take_processed_mark(skb: &Skb) -> bool {
-    let Some(config) = maps::config() else { return false };
-    let mark = skb.mark();
-    let is_processed = config.is_marked(mark);
-    if is_processed {
-        skb.set_mark(config.unmarked(mark));
-    }
-    is_processed
-}
 
 /// Decides and executes: plans the packet, finds its way, opens the connection of a new flow, translates and sends.
 #[inline(always)]

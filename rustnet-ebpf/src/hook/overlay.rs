@@ -15,11 +15,11 @@ use crate::maps;
 use crate::outcome::Dropped;
 use crate::packet::{Class, Kind};
 use crate::parse;
-use crate::step::exec::{self, TO_STACK};
+use crate::step::exec::TO_STACK;
 use crate::step::icmp::Reporter;
 use crate::step::plan::{self, Origin};
 use crate::step::tunnel::{self, Tunnel};
-use crate::step::{conntrack, icmp, source};
+use crate::step::{conntrack, icmp, mark, source};
 
 /// The ingress hook, for one family.
 #[inline(always)]
@@ -74,7 +74,7 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
                 return Err(DropReason::WriteError.into());
             }
             // The outer packet is this node's own and asks no service: the uplink's hook has nothing to do with it.
-            exec::mark_processed(skb, config);
+            mark::set_processed(skb, config);
             Ok(TO_STACK)
         }
         _ => Err(DropReason::NoFib.into()),

@@ -8,6 +8,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::Tuple;
 
 use super::fib::{self, Fib, Routed};
+use super::mark;
 use super::plan::{Action, Origin, Target};
 use super::tunnel::{self, Tunnel};
 use crate::ctx::{Ctx, Skb};
@@ -75,7 +76,7 @@ pub fn send<F: Rewrite>(
         Target::Stack => return Ok(TO_STACK),
         // Straight into the pod: no hook of ours follows.
         Target::Pod => return Ok(redirect_peer(action.ifindex)),
-        Target::PodQdisc | Target::Routed | Target::Tunnel => mark_processed(skb, config),
+        Target::PodQdisc | Target::Routed | Target::Tunnel => mark::set_processed(skb, config),
     }
     if action.target != Target::Tunnel {
         return Ok(verdict);
@@ -84,12 +85,6 @@ pub fn send<F: Rewrite>(
         Some(peer) if tunnel::set(skb, &peer.node, config) => Ok(redirect(config.overlay, 0)),
         _ => Err(DropReason::WriteError.into()),
     }
-}
-
-/// Marks the packet as processed on this node; the next hook passes it.
-#[inline(always)]
-pub fn mark_processed(skb: &Skb, config: &NodeConfig) {
-    skb.set_mark(config.marked(skb.mark()));
 }
 
 /// Where a rejection goes: back to where the packet came from.
@@ -123,7 +118,7 @@ impl ReplyPath {
 pub fn send_back(skb: &Skb, path: ReplyPath, config: &NodeConfig) -> Result<i32, Dropped> {
     let ifindex = skb.ifindex();
     // It passes another hook of ours.
-    mark_processed(skb, config);
+    mark::set_processed(skb, config);
     match path {
         // Into the pod, too, by the veth: its bandwidth may be limited.
         ReplyPath::Pod | ReplyPath::Uplink => Ok(redirect(ifindex, 0)),

@@ -31,6 +31,12 @@ pub fn is_migrating() -> bool {
     MIGRATE.load() != 0
 }
 
+/// True if the old tables are those of v1.
+#[inline(always)]
+pub fn is_from_v1() -> bool {
+    MIGRATE.load() == FROM_V1
+}
+
 /// The old tables of a family.
 pub trait Old: Family {
     /// Of v1.

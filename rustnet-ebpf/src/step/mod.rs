@@ -10,6 +10,7 @@ pub mod exec;
 pub mod fib;
 pub mod icmp;
 pub mod lb;
+pub mod mark;
 pub mod migrate;
 pub mod nat;
 pub mod plan;
