@@ -67,7 +67,8 @@ pub struct Side {
     /// interface index is never used again before the next boot, so that it is the generation of an endpoint, too: where it
     /// changes, another pod has got the address.
     pub ifindex: u32,
-    /// TCP: the sequence number after the last byte that it sent; 0 before the first.
+    /// TCP: the sequence number after the last byte that it sent; 0 before the first. Of the receiver in an entry of a translated
+    /// flow: the same, as of the last second.
     pub seq_end: u32,
     /// TCP: the highest acknowledgement number that it sent; 0 before the first.
     pub ack: u32,
@@ -120,6 +121,9 @@ pub mod state {
     pub const FIN_ACKED: u64 = 32;
     /// As [`RST_ORIG`], from the other side.
     pub const RST_REPLY: u64 = 64;
+    /// A SYN of the opener with a number of another connection. If the other side answers it by SYN|ACK, the numbers of that
+    /// connection count from then on.
+    pub const SYN_AGAIN: u64 = 128;
 
     /// True if the connection ends for good: both FINs, or a RST.
     pub const fn is_closing(state: u64) -> bool {
@@ -150,6 +154,11 @@ pub const fn lifetime(proto: u8, state: u64) -> u32 {
         _ => 600,
     }
 }
+
+/// Bytes by which the number of a segment may differ from what is expected of its sender. A segment further off is forwarded,
+/// for its receiver judges it, but changes no state: who forges addresses and ports without seeing the flow would have to send
+/// some two thousand segments for one that counts.
+pub const SEQ_WINDOW: u32 = 1 << 20;
 
 /// Ticks since `then`, for clocks of 32 bits that wrap. A time that lies ahead, read by another CPU a moment later, counts as now.
 #[inline(always)]

@@ -21,3 +21,4 @@ mod services;
 mod skeletons;
 mod states;
 mod tracking;
+mod windows;

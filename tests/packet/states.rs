@@ -16,7 +16,7 @@ use testkit::datapath::Input;
 const TARGET: u16 = 8080;
 
 /// A segment with these flags, numbers and data.
-fn segment(f: &Frame, new_flags: u8, new_seq: u32, new_ack: u32, data: &[u8]) -> Frame {
+pub fn segment(f: &Frame, new_flags: u8, new_seq: u32, new_ack: u32, data: &[u8]) -> Frame {
     f.map(|f| {
         if let L4::Tcp { flags, seq, ack, .. } = &mut f.l4 {
             (*flags, *seq, *ack) = (new_flags, new_seq, new_ack);
@@ -26,7 +26,7 @@ fn segment(f: &Frame, new_flags: u8, new_seq: u32, new_ack: u32, data: &[u8]) ->
 }
 
 /// Lets all connections be silent for some seconds.
-fn silence(lab: &Lab, net: Net, seconds: u32) -> Result<()> {
+pub fn silence(lab: &Lab, net: Net, seconds: u32) -> Result<()> {
     lab.connections(net)?.keys().try_for_each(|key| lab.age(*key, seconds).map(drop))
 }
 

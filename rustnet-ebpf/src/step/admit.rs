@@ -173,7 +173,8 @@ fn create_pair<F: Reserve>() -> Result<(), DropReason> {
     c.reply.to = c.tuple.reversed();
     c.reply.sides = [
         Side { ifindex: c.original.sides[1].ifindex, ..NOTHING_SENT },
-        Side { ifindex: c.original.sides[0].ifindex, ..NOTHING_SENT },
+        // The number that the first answer has to acknowledge.
+        Side { ifindex: c.original.sides[0].ifindex, seq_end: c.original.sides[0].seq_end, ..NOTHING_SENT },
     ];
     let mut reservation = if c.original.to == c.tuple {
         // Not translated for a reason of its own: only another source port sets its answers apart.

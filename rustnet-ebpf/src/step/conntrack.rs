@@ -10,13 +10,14 @@ use rustnet_common::tuple::{Tuple, proto};
 
 use super::migrate::{self, Old};
 use super::table::{NOTHING_SENT, Placed, Table};
+use super::tcp::{self, CLEAR};
 use super::{lb, route, table};
 use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
 use crate::family::{Family, V4, V6};
 use crate::maps;
 use crate::packet::{Class, Flow, Kind, Packet, Source};
 use crate::parse;
-use crate::wire::tcp;
+use crate::wire::tcp as bits;
 
 /// Classifies a packet of a flow. Calls `verify` where a connection remembers another source than this; returns its error. The
 /// source of a packet that is [`Class::New`] is for the caller to verify.
@@ -89,7 +90,7 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
     // SAFETY: see above.
     let backend = unsafe { (*entry).backend };
     let tcp_flags = p.tcp_flags;
-    if tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+    if tcp_flags & (bits::SYN | bits::ACK) == bits::SYN
         && (state::is_closing(old) || (!is_reply && backend != 0 && !lb::is_backend(backend)))
     {
         // The port pair is used again, or the backend has left the service: this SYN opens another connection.
@@ -104,11 +105,8 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
     let mut set = u64::from(is_reply) * state::ANSWERED;
     let reset = state::RST_ORIG << (3 * u32::from(is_reply));
     if p.tuple.proto == proto::TCP && p.kind == Kind::Flow {
-        if tcp_flags & tcp::RST == 0 {
-            // SAFETY: see above.
-            unsafe { track(sender, p) };
-            // The sender goes on: the RST before was none of its own.
-            set |= progress(old, tcp_flags, is_reply) | (old & reset) << CLEAR;
+        if tcp_flags & bits::RST == 0 {
+            set |= tcp::follow(sender, receiver, p, old, is_reply);
         } else if F::is_reset_acceptable() {
             set |= reset;
         }
@@ -162,38 +160,6 @@ fn is_reply(e_flags: u16, is_swapped: bool) -> bool {
     (is_nat & is_reply_entry) | (!is_nat & is_opposite) != 0
 }
 
-/// Bits of the state that a segment without RST sets. Without branches: they would double what the verifier looks at.
-#[inline(always)]
-fn progress(old: u64, tcp_flags: u8, is_reply: bool) -> u64 {
-    let (fin, syn, ack) = (tcp_flags & 1, tcp_flags >> 1 & 1, tcp_flags >> 4 & 1);
-    let reply = u64::from(is_reply);
-    let other_fin = old >> (2 - reply) & 1;
-    let answered = old & state::ANSWERED;
-    ((u64::from(fin) * state::FIN_ORIG) << reply)
-        | ((other_fin & u64::from(ack)) * state::FIN_ACKED)
-        | ((answered & u64::from(ack & !syn) & !reply) * state::ESTABLISHED)
-}
-
-const _: () = assert!(tcp::FIN == 1 && tcp::SYN == 2 && tcp::ACK == 16);
-const _: () = assert!(state::RST_REPLY == state::RST_ORIG << 3);
-const _: () = assert!(state::ANSWERED == 1 && state::FIN_ORIG == 2 && state::FIN_REPLY == 4);
-
-/// Follows the sequence numbers of a sender.
-#[inline(always)]
-unsafe fn track<A>(sender: *mut Side, p: &Packet<A>) {
-    // SAFETY: callers pass a side of a map value.
-    unsafe {
-        // 0 is "none yet", see `Side`: the first packet of a side need not be one that is followed, and a SYN has no
-        // acknowledgement number.
-        if (*sender).seq_end == 0 || p.seq_end.wrapping_sub((*sender).seq_end) as i32 > 0 {
-            (*sender).seq_end = p.seq_end;
-        }
-        if p.tcp_flags & tcp::ACK != 0 && ((*sender).ack == 0 || p.ack.wrapping_sub((*sender).ack) as i32 > 0) {
-            (*sender).ack = p.ack;
-        }
-    }
-}
-
 /// The steps of tracking of one family, functions with global linkage for the reason that the parser is one. Those that are not
 /// needed for each packet find its entry again. They take the packet in hand from scratch memory: kernels before 6.2 refuse a look-up
 /// whose key stands behind an argument of such a function.
@@ -208,8 +174,7 @@ pub trait Track: Family {
     fn couple(keep: u64) -> bool;
     /// Forgets the packet's connection, which is over.
     fn forget();
-    /// True if the receiver of a RST accepts it: between what it has acknowledged and what the sender has sent (RFC 5961, 3.2;
-    /// netfilter checks the same window).
+    /// See [`tcp::is_reset_acceptable`].
     fn is_reset_acceptable() -> bool;
 }
 
@@ -282,9 +247,6 @@ fn in_hand<F: Family>() -> Option<&'static Packet<F::A>> {
     F::scratch().map(|scratch| unsafe { &(*scratch).packet })
 }
 
-/// Places by which bits to clear are shifted, behind all bits of [`state`].
-const CLEAR: u32 = 32;
-
 /// Added to a frame's length if its source is verified: functions have five parameters.
 const VERIFIED: u32 = 1 << 31;
 
@@ -312,15 +274,7 @@ fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
         } else {
             (&raw const (*entry).sides[1], &raw const (*entry).sides[0])
         };
-        if state_of(entry) & state::ANSWERED == 0 {
-            // Of a SYN that was not answered (RFC 9293, 3.10.7.3), the acknowledgement counts.
-            return if p.tcp_flags & tcp::ACK != 0 { p.ack == (*other).seq_end } else { p.seq == (*own).seq_end };
-        }
-        // What one of them has not shown yet, the other one's number stands for: a SYN, say, that nobody has acknowledged.
-        let (low, high) = ((*other).ack, (*own).seq_end);
-        let low = if low == 0 { high.wrapping_sub(1) } else { low };
-        let span = high.wrapping_sub(low);
-        p.seq.wrapping_sub(low) <= if high == 0 || span as i32 <= 0 { 0 } else { span }
+        tcp::is_reset_acceptable(own, other, p, state_of(entry))
     }
 }
 
@@ -353,6 +307,11 @@ fn refresh<F: Track + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
         let e_flags = (*entry).flags;
         let is_nat = e_flags & flags::NAT != 0;
         let is_reply = !is_nat && (e_flags & flags::SWAPPED != 0) != p.is_swapped;
+        if !is_nat {
+            let sides = (&raw mut (*entry).sides).cast::<Side>();
+            let sender = masked::<1>(usize::from(is_reply));
+            tcp::align(sides.add(sender), sides.add(sender ^ 1), keep);
+        }
         if (*entry).backend == 0
             && (is_reply || (state_of(entry) | set) & state::ANSWERED == 0)
             && lb::is_service::<F>(&p.tuple)
@@ -398,6 +357,8 @@ fn couple<F: Placed>(p: &Packet<F::A>, keep: u64) -> bool {
                 (*other).seen = (*entry).seen;
                 atomic_and(&raw mut (*other).state, keep);
                 atomic_or(&raw mut (*other).state, state_of(entry));
+                tcp::align(&raw const (*entry).sides[0], &raw mut (*other).sides[0], keep);
+                (*other).sides[1].seq_end = (*entry).sides[0].seq_end;
                 return true;
             }
             let is_stray = ((*other).flags & flags::NAT == 0) & (state_of(other) & state::ANSWERED == 0);

@@ -18,4 +18,5 @@ pub mod reject;
 pub mod route;
 pub mod source;
 pub mod table;
+pub mod tcp;
 pub mod tunnel;
