@@ -29,7 +29,7 @@ pub struct Args {
     /// Use this toolchain instead of the first complete one
     #[arg(long, env = "RUSTNET_BPF_TOOLCHAIN")]
     toolchain: Option<Route>,
-    /// Load it into this machine's kernel too, and list what the verifier says of each program (needs root)
+    /// Load it into this machine's kernel too, in each variant, and list what the verifier says of each program (needs root)
     #[arg(long)]
     verify: bool,
     /// Build the object for tests at target/bpf/skeletons.bpf.o instead, with the skeletons of the next stage's programs

@@ -2,6 +2,7 @@
 //! of memory functions, undefined symbols. The verifier or libbpf would refuse such an object on a user's machine.
 
 mod calls;
+mod stack;
 
 use std::fmt;
 
@@ -31,6 +32,8 @@ pub struct Function {
 pub struct Report {
     /// All functions, programs first.
     pub functions: Vec<Function>,
+    /// Bytes of stack of the deepest chain of calls.
+    pub stack: u32,
     /// Names of the maps.
     pub maps: Vec<String>,
     /// Why the object must not be used; empty when it is sound.
@@ -65,6 +68,9 @@ pub fn examine(bytes: &[u8]) -> Result<Report> {
     for symbol in file.symbols() {
         look_at(&file, &symbol, &calls, &mut report);
     }
+    let chains = stack::deepest(&file, &calls)?;
+    report.problems.extend(chains.iter().filter_map(stack::Chain::problem));
+    report.stack = chains[0].bytes;
     report.functions.sort_by(|a, b| (!a.entry, &a.section, &a.name).cmp(&(!b.entry, &b.section, &b.name)));
     report.maps.sort();
     report.problems.sort();
@@ -73,6 +79,22 @@ pub fn examine(bytes: &[u8]) -> Result<Report> {
         report.problems.push("no program in it".to_owned());
     }
     Ok(report)
+}
+
+/// Changes the initial value of a global of 32 bits in an object, as a loader does.
+///
+/// # Errors
+/// When there is no such global.
+pub fn set_global(mut bytes: Vec<u8>, name: &str, value: u32) -> Result<Vec<u8>> {
+    let file = object::File::parse(&*bytes).context("not an ELF object")?;
+    let symbol = file.symbol_by_name(name).with_context(|| format!("the object has no global {name}"))?;
+    let section = symbol.section_index().and_then(|i| file.section_by_index(i).ok());
+    let (offset, _) =
+        section.and_then(|s| s.file_range()).with_context(|| format!("{name} is not in a section with bytes"))?;
+    let at = usize::try_from(offset + symbol.address())?;
+    let place = bytes.get_mut(at..at + 4).with_context(|| format!("{name} lies behind the end of the object"))?;
+    place.copy_from_slice(&value.to_le_bytes());
+    Ok(bytes)
 }
 
 fn look_at<'d>(file: &object::File<'d>, symbol: &object::Symbol<'d, '_>, calls: &calls::Calls, report: &mut Report) {
@@ -120,6 +142,7 @@ impl fmt::Display for Report {
             let kind = if function.entry { function.section.as_str() } else { "(sub-program)" };
             writeln!(f, "{:>12}  {kind:<18}  {}", function.instructions, short(&function.name))?;
         }
+        writeln!(f, "{:>12}  bytes of stack at most (limit 512)", self.stack)?;
         write!(f, "{} maps: {}", self.maps.len(), self.maps.join(" "))
     }
 }

@@ -44,6 +44,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let needs = needs(args);
     setup::ensure(&needs)?;
     ebpf::build_all()?;
+    // In a process of its own, which enters a mount namespace.
+    Cmd::new(this_program()?).args(["build-ebpf", "--verify"]).run()?;
     let profile = if args.release { Profile::Release } else { Profile::Dev };
     dist::build(profile, &[])?;
     if args.long {

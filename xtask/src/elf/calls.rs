@@ -9,8 +9,10 @@ use object::{Object, ObjectSection, ObjectSymbol, RelocationTarget, SectionIndex
 pub(super) const CALL: u8 = 0x85;
 /// See [`CALL`].
 pub(super) const PSEUDO_CALL: u8 = 1;
-/// Opcode of the one instruction that takes two places.
-const LOAD_64: u8 = 0x18;
+/// Opcode of the one instruction that takes two places; with [`PSEUDO_FUNCTION`] as its source register, of a function's address,
+/// which a helper calls.
+pub(super) const LOAD_64: u8 = 0x18;
+const PSEUDO_FUNCTION: u8 = 4;
 
 /// Function called -> its callers. Only what an entry point can reach is in it: bpf-linker exports the memory functions
 /// always, and then leaves them in an object that never calls them.
@@ -31,6 +33,12 @@ pub(super) fn reachable(file: &object::File<'_>) -> Result<Calls> {
         }
     }
     Ok(calls)
+}
+
+fn is_code(file: &object::File<'_>, target: Option<&RelocationTarget>) -> bool {
+    let Some(RelocationTarget::Symbol(index)) = target else { return false };
+    let section = file.symbol_by_index(*index).ok().and_then(|s| s.section_index());
+    section.and_then(|i| file.section_by_index(i).ok()).is_some_and(|s| s.kind() == SectionKind::Text)
 }
 
 fn is_entry(file: &object::File<'_>, symbol: &object::Symbol<'_, '_>) -> bool {
@@ -56,12 +64,16 @@ fn edges(file: &object::File<'_>) -> Result<Vec<(String, String)>> {
         while let Some(insn) = code.get(offset..offset + 8) {
             let place = offset as u64;
             offset += if insn[0] == LOAD_64 { 16 } else { 8 };
-            if insn[0] != CALL || insn[1] >> 4 != PSEUDO_CALL {
+            let is_call = insn[0] == CALL && insn[1] >> 4 == PSEUDO_CALL;
+            // Before libbpf or aya mark it, a function's address is a relocation against code.
+            let is_callback =
+                insn[0] == LOAD_64 && (insn[1] >> 4 == PSEUDO_FUNCTION || is_code(file, relocated.get(&place)));
+            if !is_call && !is_callback {
                 continue;
             }
             // The operand counts instructions from the next one, or from the start of a section that is relocated against.
             let imm = i64::from(i32::from_le_bytes([insn[4], insn[5], insn[6], insn[7]]));
-            let distance = (imm + 1) * 8;
+            let distance = if is_call { (imm + 1) * 8 } else { imm };
             let target = match relocated.get(&place) {
                 Some(RelocationTarget::Symbol(index)) => {
                     let symbol = file.symbol_by_index(*index).context("a relocation names no symbol")?;
