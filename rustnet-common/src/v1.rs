@@ -118,6 +118,43 @@ pub mod state {
     pub const ALL: u8 = ANSWERED | FIN_ORIG | FIN_REPLY | RST;
 }
 
+/// A state of v1 as the present one, with what v1 did not note. TCP: what was answered counts as established, and a FIN as
+/// acknowledged, since these states last longest. Whose RST it was is not known.
+#[inline(always)]
+pub const fn present_state(protocol: u8, old: u8) -> u64 {
+    use crate::conntrack::state::{ESTABLISHED, FIN_ACKED, RST_ORIG, RST_REPLY};
+    let mut new = (old & SAME_STATES) as u64;
+    if old & state::RST != 0 {
+        new |= RST_ORIG | RST_REPLY;
+    }
+    if protocol == crate::tuple::proto::TCP {
+        if old & state::ANSWERED != 0 {
+            new |= ESTABLISHED;
+        }
+        if old & (state::FIN_ORIG | state::FIN_REPLY) != 0 {
+            new |= FIN_ACKED;
+        }
+    }
+    new
+}
+
+/// The inverse of [`present_state`].
+#[inline(always)]
+pub const fn retired_state(new: u64) -> u8 {
+    use crate::conntrack::state::{RST_ORIG, RST_REPLY};
+    let reset = if new & (RST_ORIG | RST_REPLY) != 0 { state::RST } else { 0 };
+    new as u8 & SAME_STATES | reset
+}
+
+/// States that both releases have, at the same bits.
+const SAME_STATES: u8 = state::ANSWERED | state::FIN_ORIG | state::FIN_REPLY;
+const _: () = assert!({
+    use crate::conntrack::state as present;
+    SAME_STATES as u64 == present::ANSWERED | present::FIN_ORIG | present::FIN_REPLY
+        && state::ANSWERED as u64 == present::ANSWERED
+        && state::FIN_ORIG as u64 == present::FIN_ORIG
+});
+
 /// Key of `rn_svc4/6`.
 pub type SvcKey<A> = crate::service::SvcKey<A>;
 

@@ -6,7 +6,7 @@
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, Side, flags, state};
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, Side, flags};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
 
@@ -102,7 +102,7 @@ fn adopt_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> b
     }
     entry.policy = 0;
     entry.seen = half.seen;
-    entry.state = state_of_v1(p.tuple.proto, half.state);
+    entry.state = v1::present_state(p.tuple.proto, half.state);
     entry.backend = half.backend;
     entry.identity = 0;
     // Interfaces of 0 are looked up, and sources verified, at the next packet; the refresh then restores the other direction.
@@ -115,24 +115,6 @@ fn adopt_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> b
 
 /// A side of which nothing is known.
 const UNKNOWN: Side = table::NOTHING_SENT;
-
-/// A state of v1, which did not track the handshake's end.
-#[inline(always)]
-fn state_of_v1(protocol: u8, old: u8) -> u64 {
-    let old = u64::from(old);
-    let mut new = old & (state::ANSWERED | state::FIN_ORIG | state::FIN_REPLY | state::RST_ORIG);
-    if protocol == proto::TCP && old & state::ANSWERED != 0 {
-        new |= state::ESTABLISHED;
-    }
-    new
-}
-
-/// The inverse of [`state_of_v1`].
-#[inline(always)]
-fn state_to_v1(new: u64) -> u8 {
-    let reset = if new & (state::RST_ORIG | state::RST_REPLY) != 0 { state::RST_ORIG } else { 0 };
-    (new & (state::ANSWERED | state::FIN_ORIG | state::FIN_REPLY) | reset) as u8
-}
 
 #[inline(always)]
 fn adopt_old<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bool {
@@ -203,7 +185,7 @@ pub fn mirror<F: Old>(is_pair: bool) {
 #[inline(always)]
 fn store_half<A: Address>(entry: &CtEntry<A>, half: &mut v1::CtEntry<A>) {
     half.flags = entry.flags & v1::flags::ALL & !v1::flags::REPLY;
-    half.state = state_to_v1(entry.state);
+    half.state = v1::retired_state(entry.state);
     half.pad = 0;
     half.seen = entry.seen;
     half.ifindex = 0;
@@ -231,11 +213,11 @@ pub fn touch<F: Old>(p: &Packet<F::A>, entry_state: u64, now: u32) {
         // SAFETY: a map value stays writable for this run of the program.
         unsafe {
             (*one).seen = now;
-            (*one).state |= state_to_v1(entry_state);
+            (*one).state |= v1::retired_state(entry_state);
             let other = (*one).to.reversed();
             if let Some(other) = F::v1().get_ptr_mut(&other) {
                 (*other).seen = now;
-                (*other).state |= state_to_v1(entry_state);
+                (*other).state |= v1::retired_state(entry_state);
             }
         }
         return;

@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 
 use rustnet_common::addr::Address;
-use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, SOURCE_NONE, Side, flags, state};
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, SOURCE_NONE, Side, flags};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
 
@@ -74,43 +74,13 @@ impl Both {
             flags: half.flags & v1::flags::ALL | swapped,
             policy: 0,
             seen: self.seen,
-            state: present_state(key.proto, self.state),
+            state: v1::present_state(key.proto, self.state),
             backend: self.backend,
             identity: 0,
             sides,
         };
         (key.canonical(), entry)
     }
-}
-
-/// States with a name of their own in both.
-const SAME: [(u8, u64); 3] = [
-    (v1::state::ANSWERED, state::ANSWERED),
-    (v1::state::FIN_ORIG, state::FIN_ORIG),
-    (v1::state::FIN_REPLY, state::FIN_REPLY),
-];
-
-/// The state with what v1 did not note. TCP: what was answered counts as established, and a FIN as
-/// acknowledged, since these states last longest. Whose RST it was is not known.
-fn present_state(proto: u8, old: u8) -> u64 {
-    let mut new = SAME.iter().filter(|(bit, _)| old & bit != 0).fold(0, |new, (_, bit)| new | bit);
-    if old & v1::state::RST != 0 {
-        new |= state::RST_ORIG | state::RST_REPLY;
-    }
-    if proto == proto::TCP {
-        if new & state::ANSWERED != 0 {
-            new |= state::ESTABLISHED;
-        }
-        if new & (state::FIN_ORIG | state::FIN_REPLY) != 0 {
-            new |= state::FIN_ACKED;
-        }
-    }
-    new
-}
-
-fn retired_state(new: u64) -> u8 {
-    let old = SAME.iter().filter(|(_, bit)| new & bit != 0).fold(0, |old, (bit, _)| old | bit);
-    if new & (state::RST_ORIG | state::RST_REPLY) == 0 { old } else { old | v1::state::RST }
 }
 
 /// A side of which nothing is verified or looked up: its next packet makes the programs do that.
@@ -154,7 +124,7 @@ where
         let half = v1::CtEntry {
             to: entry.to,
             flags: entry.flags & v1::flags::ALL,
-            state: retired_state(entry.state),
+            state: v1::retired_state(entry.state),
             pad: 0,
             seen: entry.seen,
             ifindex: 0,
