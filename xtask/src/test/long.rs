@@ -136,7 +136,11 @@ impl Campaign {
                 if profile == Profile::Release {
                     cargo = cargo.arg("--release");
                 }
-                let cargo = cargo.args(["--", filter, "--include-ignored", "--nocapture"]);
+                let mut cargo = cargo.args(["--", filter, "--include-ignored", "--nocapture"]);
+                if program == "fabric" {
+                    // What is lost beside another campaign says nothing about this one.
+                    cargo = cargo.arg("--test-threads=1");
+                }
                 Ok(env.iter().fold(cargo, |cargo, (key, value)| cargo.env(key, value)))
             }
             Work::Command(args) => Ok(Cmd::new(this_program()?).args(args).dir(paths::root())),
