@@ -124,6 +124,8 @@ pub mod state {
     /// A SYN of the opener with a number of another connection. If the other side answers it by SYN|ACK, the numbers of that
     /// connection count from then on.
     pub const SYN_AGAIN: u64 = 128;
+    /// With [`SYN_AGAIN`]: the upper bits of the number that answers that SYN.
+    pub const SYN_NUMBER: u64 = 0xffff_fe00;
 
     /// True if the connection ends for good: both FINs, or a RST.
     pub const fn is_closing(state: u64) -> bool {
@@ -159,6 +161,10 @@ pub const fn lifetime(proto: u8, state: u64) -> u32 {
 /// for its receiver judges it, but changes no state: who forges addresses and ports without seeing the flow would have to send
 /// some two thousand segments for one that counts.
 pub const SEQ_WINDOW: u32 = 1 << 20;
+
+/// Bytes that a sender can have sent and its receiver not acknowledged, as far as numbers are believed. TCP allows sixteen times as
+/// many (RFC 7323, 2.3), but no socket buffer of that size was seen.
+pub const MAX_IN_FLIGHT: u32 = 1 << 26;
 
 /// Ticks since `then`, for clocks of 32 bits that wrap. A time that lies ahead, read by another CPU a moment later, counts as now.
 #[inline(always)]

@@ -44,6 +44,8 @@ pub mod map {
     pub const CT6_TCP: &str = "rn_ct6_tcp";
     /// Flows of all other protocols, IPv6.
     pub const CT6_ANY: &str = "rn_ct6_any";
+    /// Whether an entry of a connection table ever stood in the second slot of its key.
+    pub const CT_CONTESTED: &str = "rn_ct_contested";
     /// First fragments, IPv4.
     pub const FRAG4: &str = "rn_frag4_v2";
     /// First fragments, IPv6.
@@ -61,7 +63,7 @@ pub mod map {
     /// The node's settings.
     pub const CONFIG: &str = "rn_config";
     /// All of them.
-    pub const ALL: [&str; 16] = [
+    pub const ALL: [&str; 17] = [
         SVC4,
         SVC6,
         BACKEND_IDS,
@@ -78,6 +80,7 @@ pub mod map {
         COUNTERS,
         EVENTS,
         CONFIG,
+        CT_CONTESTED,
     ];
 }
 
@@ -93,6 +96,8 @@ pub mod v1 {
     pub const CT4: &str = "rn_ct4";
     /// Connections, IPv6.
     pub const CT6: &str = "rn_ct6";
+    /// Whether an entry of a connection table ever stood in the second slot of its key.
+    pub const CT_CONTESTED: &str = "rn_ct_contested";
     /// First fragments, IPv4.
     pub const FRAG4: &str = "rn_frag4";
     /// First fragments, IPv6.

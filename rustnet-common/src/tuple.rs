@@ -61,6 +61,20 @@ impl<A: Address> Tuple<A> {
         Self { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, proto: self.proto, pad: 0, pad2: 0 }
     }
 
+    /// Sets all fields to zero.
+    #[inline(always)]
+    pub fn clear(&mut self) {
+        (self.src, self.dst, self.sport, self.dport) = (A::UNSPECIFIED, A::UNSPECIFIED, 0, 0);
+        (self.proto, self.pad, self.pad2) = (0, 0, 0);
+    }
+
+    /// As [`Tuple::reversed`], field by field: a copy of a whole tuple costs the kernel side stack.
+    #[inline(always)]
+    pub fn store_reversed(&self, out: &mut Self) {
+        (out.src, out.dst, out.sport, out.dport) = (self.dst, self.src, self.dport, self.sport);
+        (out.proto, out.pad, out.pad2) = (self.proto, 0, 0);
+    }
+
     /// True if the canonical form of this tuple is the tuple reversed.
     #[inline(always)]
     pub fn is_swapped(&self) -> bool {

@@ -11,7 +11,6 @@ use crate::ctx::{Ctx, Skb};
 use crate::family::{Family, V4, V6};
 use crate::limit::{self, Bucket};
 use crate::maps;
-use crate::packet::Packet;
 use crate::parse::Parse;
 
 /// Counts a packet.
@@ -64,10 +63,13 @@ fn report<F: Parse<Skb>>(skb: &Skb, l3: usize, reason: u8, hook: u8) {
     if !limit::take(Bucket::Events) {
         return;
     }
+    let Some(scratch) = F::scratch() else { return };
     let Some(mut slot) = maps::rn_events.reserve_bytes(size_of::<Event>(), 0) else { return };
-    let mut p = Packet::new(l3);
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and this is the only borrow of the field.
+    let p = unsafe { &mut (*scratch).reported };
+    p.reset(l3);
     // A packet that cannot be parsed is recorded with the fields read so far.
-    let _ = F::parse(skb, &mut p);
+    let _ = F::parse(skb, p);
     let t = &p.tuple;
     // SAFETY: no arguments.
     let time = unsafe { helper::bpf_ktime_get_ns() };

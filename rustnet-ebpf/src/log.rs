@@ -11,7 +11,6 @@ use rustnet_common::tuple::Tuple;
 use crate::ctx::masked;
 use crate::family::{Family, V4, V6};
 use crate::outcome::PackedResult;
-use crate::packet::Packet;
 use crate::step::exec::TO_STACK;
 use crate::step::route::{self, Route};
 
@@ -241,8 +240,8 @@ macro_rules! global {
                     name::<24, 32, 31>(&REASONS, judged >> 8)
                 );
             }
-            *t = Packet::new(0).tuple;
-            *to = *t;
+            t.clear();
+            to.clear();
             0
         }
         #[unsafe(no_mangle)]

@@ -40,6 +40,8 @@ pub type Peers<A> = LpmTrie<A, Peer, 16384>;
 pub struct Scratch<A> {
     /// The packet in hand.
     pub packet: Packet<A>,
+    /// The same once more, read for a report. Not the one in hand: a new flow is reported before its packet is sent.
+    pub reported: Packet<A>,
     /// What its connection says of it.
     pub flow: Flow<A>,
     /// A key in another slot, while it is looked up.
@@ -94,6 +96,9 @@ pub static rn_ct4_any: Connections<Ip4> = Connections::new();
 pub static rn_ct6_tcp: Connections<Ip6> = Connections::new();
 #[btf_map]
 pub static rn_ct6_any: Connections<Ip6> = Connections::new();
+/// 1 as soon as an entry has stood in [`rustnet_common::conntrack::SLOT_CONTESTED`]. Before that, nobody looks there.
+#[btf_map]
+pub static rn_ct_contested: Array<u32, 1> = Array::new();
 #[btf_map]
 pub static rn_frag4_v2: Fragments<Ip4> = Fragments::new();
 #[btf_map]

@@ -59,30 +59,17 @@ pub struct Packet<A> {
 }
 
 impl<A: Address> Packet<A> {
-    /// A packet of which only the offset of the IP header is known. The parser fills it in place: a result of this size
-    /// would be copied byte by byte at each return.
+    /// Makes it a packet of which only the offset of the IP header is known. Field by field, and only those that the parser does not
+    /// set for every packet: a store of the whole is one of single bytes and words.
     #[inline(always)]
-    pub fn new(l3: usize) -> Self {
-        let none = Tuple { src: A::UNSPECIFIED, dst: A::UNSPECIFIED, sport: 0, dport: 0, proto: 0, pad: 0, pad2: 0 };
-        Self {
-            tuple: none,
-            key: none,
-            l3: l3 as u16,
-            l4: 0,
-            ip_len: 0,
-            mtu_len: 0,
-            ttl: 0,
-            tcp_flags: 0,
-            kind: Kind::Flow,
-            more: false,
-            offset: 0,
-            is_swapped: false,
-            pad: 0,
-            id: 0,
-            seq: 0,
-            seq_end: 0,
-            ack: 0,
-        }
+    pub fn reset(&mut self, l3: usize) {
+        self.tuple.clear();
+        self.l3 = l3 as u16;
+        self.tcp_flags = 0;
+        self.kind = Kind::Flow;
+        self.more = false;
+        self.seq_end = 0;
+        self.ack = 0;
     }
 
     /// True for a first fragment: its checksums cover more than the packet holds.
@@ -151,7 +138,8 @@ pub enum Class {
 pub struct Flow<A> {
     /// See [`Class`].
     pub class: Class,
-
+    /// Of a new flow: the first slot of its key is empty.
+    pub is_vacant: bool,
     /// [`rustnet_common::conntrack::flags`] of the connection.
     pub flags: u16,
     /// The connection's backend, 0 if there is none.
@@ -165,6 +153,7 @@ impl<A: Address> Flow<A> {
     #[inline(always)]
     pub fn reset(&mut self, tuple: &Tuple<A>) {
         self.class = Class::New;
+        self.is_vacant = false;
         self.flags = 0;
         self.backend = 0;
         self.to.tuple = *tuple;

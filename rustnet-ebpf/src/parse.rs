@@ -14,7 +14,7 @@ use rustnet_common::tuple::{Tuple, proto};
 use crate::ctx::{Ctx, Skb, at_pulled, bounded, masked};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
-use crate::packet::{Kind, Packet};
+use crate::packet::{Flow, Kind, Packet};
 use crate::wire::{Ethernet, Header4, Header6, ICMP_LEN, Tcp, tcp};
 #[cfg(feature = "skeletons")]
 use crate::xdp::Xdp;
@@ -284,15 +284,18 @@ pub trait Parse<C: Ctx>: Family {
     fn parse(ctx: &C, p: &mut Packet<Self::A>) -> PackedResult;
 }
 
+/// A packet, and room for what the next steps find out about its flow.
+pub type Parsed<A> = (&'static Packet<A>, &'static mut Flow<A>);
+
 /// Reads the packet whose IP header is at `l3`.
 #[inline(always)]
-pub fn packet<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<&'static Packet<F::A>, DropReason> {
+pub fn packet<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Parsed<F::A>, DropReason> {
     let scratch = F::scratch().ok_or(DropReason::Malformed)?;
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and each parses one packet.
-    let p = unsafe { &mut (*scratch).packet };
-    *p = Packet::new(l3);
+    let (p, flow) = unsafe { (&mut (*scratch).packet, &mut (*scratch).flow) };
+    p.reset(l3);
     F::parse(ctx, p).into_unit()?;
-    Ok(p)
+    Ok((p, flow))
 }
 
 /// The destination of the packet that [`packet`] refused; unspecified where it was not even read.

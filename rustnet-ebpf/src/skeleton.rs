@@ -60,8 +60,8 @@ fn dropped(reason: impl Into<Dropped>) -> Decision {
 #[inline(always)]
 fn try_decide<F: Classify<Xdp>>(xdp: &Xdp) -> Result<Decision, Dropped> {
     let Some(config) = maps::config() else { return Ok(STACK) };
-    let Some(p) = uplink::parse_in::<F, _>(xdp, ETH_LEN)? else { return Ok(STACK) };
-    let Some(flow) = uplink::classify_in::<F, _>(xdp, p, config, || Ok(None))? else { return Ok(STACK) };
+    let Some((p, flow)) = uplink::parse_in::<F, _>(xdp, ETH_LEN)? else { return Ok(STACK) };
+    let Some(flow) = uplink::classify_in::<F, _>(xdp, p, flow, config, |_| Ok(None))? else { return Ok(STACK) };
     let action = plan::plan::<F>(p, &flow.to, Origin::Uplink, config)?;
     if action.target == Target::Stack {
         return Ok(STACK);

@@ -1,6 +1,8 @@
 //! Which segments count: sequence numbers of TCP connections. What a forger sends who knows addresses and ports, but not the
 //! numbers, changes neither the lifetime of a connection nor the window in which its resets count.
 
+mod abuse;
+
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};

@@ -16,6 +16,7 @@ use rustnet_common::{names, v1};
 
 use super::copy::{Place, lru_room};
 use super::log::Packets;
+use super::store::Map;
 use super::store::conntrack::clock_offset;
 use super::upgrade::{self, Bridge, Found, NEXT_DIR, Plan, Source};
 use super::{fs, migrate, pin, probe, remedy, sys};
@@ -216,12 +217,24 @@ impl Programs {
             }
         })?;
         self.copied = copied;
+        self.fill_contested()?;
         if self.plan.bridge == Bridge::V1 {
             let is_live = self.plan.is_live();
             self.from_v1 =
                 Some(migrate::Upgrade::run(&self.old, &self.maps, is_live).context("converting the maps of v1")?);
         }
         Ok(())
+    }
+
+    /// Connections of programs that did not have the map may stand in the second slot of their key.
+    fn fill_contested(&self) -> Result<()> {
+        let is_new = |name: &str| self.plan.maps.get(name).is_none_or(|(_, source)| *source == Source::New);
+        let tables = [names::map::CT4_TCP, names::map::CT4_ANY, names::map::CT6_TCP, names::map::CT6_ANY];
+        if !is_new(names::map::CT_CONTESTED) || tables.into_iter().all(is_new) {
+            return Ok(());
+        }
+        let map = self.map(names::map::CT_CONTESTED)?.try_clone_to_owned()?;
+        Map::<u32, u32>::from_fd(map, names::map::CT_CONTESTED)?.put(&0, &1)
     }
 
     /// Calls `copy` with each map that has an earlier one of the same shape. Errors name both

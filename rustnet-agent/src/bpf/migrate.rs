@@ -126,10 +126,11 @@ impl Upgrade {
         }
         let (of_tcp, of_any): (Vec<_>, Vec<_>) = entries.into_iter().partition(|(key, _)| key.proto == proto::TCP);
         let mut added = 0;
+        let contested = present(new, map::CT_CONTESTED)?;
         for (table, entries) in [(tcp, of_tcp), (any, of_any)] {
             let table = present(new, table)?;
             for (key, entry) in newest_of(&entries, table.max_entries()) {
-                added += usize::from(insert(&table, *key, entry)?);
+                added += usize::from(insert(&table, &contested, *key, entry)?);
             }
         }
         Ok((newest, added))
@@ -137,7 +138,12 @@ impl Upgrade {
 }
 
 /// Adds an entry unless one serves its packets. False if so.
-fn insert<A>(table: &Map<Tuple<A>, CtEntry<A>>, mut key: Tuple<A>, entry: &CtEntry<A>) -> Result<bool>
+fn insert<A>(
+    table: &Map<Tuple<A>, CtEntry<A>>,
+    contested: &Map<u32, u32>,
+    mut key: Tuple<A>,
+    entry: &CtEntry<A>,
+) -> Result<bool>
 where
     A: Address,
     Tuple<A>: Pod,
@@ -152,6 +158,8 @@ where
         return Ok(false);
     }
     key.pad = SLOT_CONTESTED;
+    // Programs look into the second slot only after this.
+    contested.put(&0, &1)?;
     table.insert(&key, entry)
 }
 

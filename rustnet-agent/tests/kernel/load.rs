@@ -56,6 +56,24 @@ fn a_second_load_adopts_the_maps_and_replaces_the_programs() {
     });
 }
 
+/// Programs before could not say whether an entry stands in the second slot of its key.
+#[test]
+fn connections_of_programs_without_the_map_of_second_slots_are_looked_for() {
+    sandbox::run(|sandbox| {
+        let contested = || {
+            let pin = sys::obj_get(&sandbox.bpffs.join(map::CT_CONTESTED)).unwrap();
+            Map::<u32, u32>::from_fd(pin, map::CT_CONTESTED).unwrap().get(&0).unwrap()
+        };
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        assert_eq!(contested(), Some(0), "new tables are empty");
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        assert_eq!(contested(), Some(0), "adopted with its tables");
+        std::fs::remove_file(sandbox.bpffs.join(map::CT_CONTESTED)).unwrap();
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        assert_eq!(contested(), Some(1), "tables of an agent before");
+    });
+}
+
 #[test]
 fn pinned_maps_of_another_layout_are_refused_intact() {
     sandbox::run(|sandbox| {

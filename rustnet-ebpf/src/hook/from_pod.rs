@@ -21,29 +21,37 @@ use crate::step::{conntrack, icmp, source};
 #[inline(always)]
 pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let Some(config) = maps::config() else { return Ok(TO_STACK) };
-    let p = parse::packet::<F, _>(skb, l3)?;
-    if p.kind == Kind::LinkLocal || p.tuple.dst.is_link_scope() {
+    let (p, flow) = parse::packet::<F, _>(skb, l3)?;
+    if p.kind == Kind::LinkLocal {
         return Err(DropReason::NdNotForwarded.into());
-    }
-    if p.tuple.dst.is_martian_destination() {
-        return Err(DropReason::Martian.into());
     }
     let source = source::of_pod(skb)?;
     let verify = || F::verify_pod(p, source);
     let flow = if p.kind == Kind::IcmpError {
+        verify_destination(p.tuple.dst)?;
         verify()?;
-        let flow = icmp::relate::<F, _>(skb, p, Reporter::Receiver)?;
+        let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::Receiver)?;
         if flow.class == Class::New {
             return Err(DropReason::IcmpUnrelated.into());
         }
         flow
     } else {
-        let flow = conntrack::lookup::<F, _>(skb, p, source, verify)?;
+        let flow = conntrack::lookup::<F, _>(skb, p, flow, source, config, verify)?;
         if flow.class == Class::New {
+            // Known flows have none of these destinations.
+            verify_destination(p.tuple.dst)?;
             verify()?;
             F::translate_new(p, flow).into_unit()?;
         }
         flow
     };
     forward::<F>(skb, p, flow, source, Origin::Pod, config, hook::FROM_POD)
+}
+
+#[inline(always)]
+fn verify_destination<A: Address>(dst: A) -> Result<(), DropReason> {
+    if dst.is_link_scope() {
+        return Err(DropReason::NdNotForwarded);
+    }
+    if dst.is_martian_destination() { Err(DropReason::Martian) } else { Ok(()) }
 }

@@ -19,13 +19,13 @@ use crate::step::exec::TO_STACK;
 use crate::step::icmp::Reporter;
 use crate::step::plan::{self, Origin};
 use crate::step::tunnel::{self, Tunnel};
-use crate::step::{conntrack, icmp, mark, source};
+use crate::step::{conntrack, icmp, mark, route, source};
 
 /// The ingress hook, for one family.
 #[inline(always)]
 pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dropped> {
     let Some(config) = maps::config() else { return Ok(TO_STACK) };
-    let p = parse::packet::<F, _>(skb, l3)?;
+    let (p, flow) = parse::packet::<F, _>(skb, l3)?;
     if p.kind == Kind::LinkLocal || p.tuple.dst.is_link_scope() {
         return Err(DropReason::UnknownSender.into());
     }
@@ -35,16 +35,16 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
         return Err(DropReason::UnknownSender.into());
     }
     let verify = || source::verify_tunnel::<F>(p.tuple.src, tunnel);
-    let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
+    let is_for_pod = || route::is_local_pod(p.tuple.dst);
     let flow = if p.kind == Kind::IcmpError {
         verify()?;
-        let flow = icmp::relate::<F, _>(skb, p, Reporter::AnyHop)?;
+        let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?;
         if flow.class == Class::New && is_for_pod() {
             return Err(DropReason::IcmpUnrelated.into());
         }
         flow
     } else {
-        let flow = conntrack::lookup::<F, _>(skb, p, source, verify)?;
+        let flow = conntrack::lookup::<F, _>(skb, p, flow, source, config, verify)?;
         if flow.class == Class::New {
             verify()?;
             if !is_for_pod() {
@@ -63,7 +63,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
 #[inline(always)]
 pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let Some(config) = maps::config() else { return Ok(TO_STACK) };
-    let p = parse::packet::<F, _>(skb, l3)?;
+    let (p, _) = parse::packet::<F, _>(skb, l3)?;
     if p.tuple.dst.is_link_scope() {
         // The device's own multicast listener reports: without a tunnel they go nowhere.
         return Ok(TO_STACK);

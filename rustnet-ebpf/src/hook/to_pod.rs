@@ -20,15 +20,16 @@ use crate::step::{admit, conntrack, icmp, source};
 #[inline(always)]
 pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let Some(config) = maps::config() else { return Ok(TO_STACK) };
-    let p = parse::packet::<F, _>(skb, l3)?;
-    if p.kind == Kind::LinkLocal || p.tuple.dst.is_link_scope() {
+    let (p, flow) = parse::packet::<F, _>(skb, l3)?;
+    // No flow is opened that the pod could not open in its turn: answers to known flows are not judged by their destination.
+    if p.kind == Kind::LinkLocal || p.tuple.dst.is_link_scope() || p.tuple.src.is_martian_source() {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
         // The stack's own errors may be about packets that were never tracked, for example those without a route.
-        icmp::relate::<F, _>(skb, p, Reporter::AnyHop)?
+        icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?
     } else {
-        let flow = conntrack::lookup::<F, _>(skb, p, source::HOST, || Ok(()))?;
+        let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?;
         if flow.class == Class::New {
             if source::is_host::<F>(p.tuple.src) {
                 flow.flags |= flags::FROM_HOST;

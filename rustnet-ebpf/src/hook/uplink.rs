@@ -15,13 +15,13 @@ use crate::family::Family;
 use crate::maps;
 use crate::outcome::Dropped;
 use crate::packet::{Class, Flow, Kind, Packet};
-use crate::parse::{self, Parse};
+use crate::parse::{self, Parse, Parsed};
 use crate::step::conntrack::{self, Track};
 use crate::step::exec::TO_STACK;
 use crate::step::icmp::Reporter;
 use crate::step::plan::Origin;
 use crate::step::source::{self, Verify};
-use crate::step::{icmp, lb};
+use crate::step::{icmp, lb, route};
 
 /// The ingress hook, for one family.
 #[inline(always)]
@@ -30,22 +30,22 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     if is_vlan_tagged(skb) {
         return Ok(TO_STACK);
     }
-    let Some(p) = parse_in::<F, _>(skb, l3)? else { return Ok(TO_STACK) };
-    let relate = || {
-        let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
+    let Some((p, flow)) = parse_in::<F, _>(skb, l3)? else { return Ok(TO_STACK) };
+    let relate = |flow| {
+        let is_for_pod = || route::is_local_pod(p.tuple.dst);
         match F::verify_outside(p) {
             Ok(()) => {}
             // Link-local routers speak so to the host.
             Err(DropReason::Martian) if !is_for_pod() => return Ok(None),
             Err(reason) => return Err(reason.into()),
         }
-        let flow = icmp::relate::<F, _>(skb, p, Reporter::AnyHop)?;
+        let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?;
         if flow.class == Class::New {
             return if is_for_pod() { Err(DropReason::IcmpUnrelated.into()) } else { Ok(None) };
         }
         Ok(Some(flow))
     };
-    let Some(flow) = classify_in::<F, _>(skb, p, config, relate)? else { return Ok(TO_STACK) };
+    let Some(flow) = classify_in::<F, _>(skb, p, flow, config, relate)? else { return Ok(TO_STACK) };
     forward::<F>(skb, p, flow, source::OUTSIDE, Origin::Uplink, config, hook::UPLINK_IN)
 }
 
@@ -55,13 +55,13 @@ impl<C: Ctx, F: Parse<C> + Track + Verify> Classify<C> for F {}
 
 /// Parses a packet that comes in by the uplink, in any context; `None`: it is the stack's.
 #[inline(always)]
-pub fn parse_in<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Option<&'static Packet<F::A>>, Dropped> {
+pub fn parse_in<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Option<Parsed<F::A>>, Dropped> {
     match parse::packet::<F, _>(ctx, l3) {
-        Ok(p) => Ok(Some(p)),
+        Ok(parsed) => Ok(Some(parsed)),
         // The kernel lets IPv4-mapped addresses in IPv6 headers pass, and its dual-stack sockets take them for IPv4.
         Err(DropReason::Martian) => Err(DropReason::Martian.into()),
         // Its source is not verified: the stack could reassemble what came in pieces, and would forward it.
-        Err(reason) if maps::endpoint(parse::destination::<F>()).is_some() => Err(reason.into()),
+        Err(reason) if route::is_local_pod(parse::destination::<F>()) => Err(reason.into()),
         // Fragments for the host, headers that its stack may well understand: the stack judges them.
         Err(_) => Ok(None),
     }
@@ -72,10 +72,11 @@ pub fn parse_in<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Option<&'stat
 pub fn classify_in<F: Classify<C>, C: Ctx>(
     ctx: &C,
     p: &Packet<F::A>,
+    flow: &'static mut Flow<F::A>,
     config: &NodeConfig,
-    relate: impl FnOnce() -> Result<Option<&'static mut Flow<F::A>>, Dropped>,
+    relate: impl FnOnce(&'static mut Flow<F::A>) -> Result<Option<&'static mut Flow<F::A>>, Dropped>,
 ) -> Result<Option<&'static mut Flow<F::A>>, Dropped> {
-    let is_for_pod = || maps::endpoint(p.tuple.dst).is_some();
+    let is_for_pod = || route::is_local_pod(p.tuple.dst);
     if p.kind == Kind::LinkLocal {
         return if is_for_pod() { Err(DropReason::NdNotForwarded.into()) } else { Ok(None) };
     }
@@ -84,10 +85,10 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
         return Ok(None);
     }
     if p.kind == Kind::IcmpError {
-        return relate();
+        return relate(flow);
     }
     let verify = || F::verify_outside(p);
-    let flow = conntrack::lookup::<F, _>(ctx, p, source::OUTSIDE, verify)?;
+    let flow = conntrack::lookup::<F, _>(ctx, p, flow, source::OUTSIDE, config, verify)?;
     if flow.class == Class::New {
         if !is_for_pod() {
             not_for_pods::<F>(p, config)?;
@@ -102,7 +103,7 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
 #[inline(always)]
 fn is_from_node<F: Family>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
     is_tunnel_packet(p, config)
-        && (p.tuple.dst == F::node(config) || (maps::endpoint(p.tuple.dst).is_none() && !lb::is_vip::<F>(p.tuple.dst)))
+        && (p.tuple.dst == F::node(config) || (!route::is_local_pod(p.tuple.dst) && !lb::is_vip::<F>(p.tuple.dst)))
         && source::is_node::<F>(p.tuple.src)
 }
 
@@ -139,18 +140,18 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     if is_vlan_tagged(skb) {
         return Ok(TO_STACK);
     }
-    let Ok(p) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
+    let Ok((p, flow)) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
     if p.kind == Kind::LinkLocal || !lb::is_vip::<F>(p.tuple.dst) {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
-        let flow = icmp::relate::<F, _>(skb, p, Reporter::AnyHop)?;
+        let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?;
         if flow.class == Class::New {
             return Ok(TO_STACK);
         }
         flow
     } else {
-        let flow = conntrack::lookup::<F, _>(skb, p, source::HOST, || Ok(()))?;
+        let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?;
         if flow.class == Class::New {
             let Some(backend) = lb::select::<F>(&p.tuple, config.seed)? else { return Ok(TO_STACK) };
             flow.to.tuple.dst = F::A::from_addr(backend.addr);

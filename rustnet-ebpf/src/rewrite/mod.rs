@@ -28,6 +28,8 @@ use field::{ICMP_CSUM, TCP_CSUM, UDP_CSUM, addresses, no_checksum, ports, store_
 pub trait WriteHeader<A>: Sized {
     /// Stores them at `l3` and keeps the header's own checksum right.
     fn store<C: Checksums>(ctx: &C, l3: usize, from: &Tuple<A>, to: &Tuple<A>, old_ttl: u8, ttl: u8) -> Option<()>;
+    /// As [`WriteHeader::store`], of the hop limit alone.
+    fn store_ttl<C: Checksums>(ctx: &C, l3: usize, old_ttl: u8, ttl: u8) -> Option<()>;
 }
 
 impl WriteHeader<Ip4> for Header4 {
@@ -50,6 +52,18 @@ impl WriteHeader<Ip4> for Header4 {
         }
         Some(())
     }
+
+    #[inline(always)]
+    fn store_ttl<C: Checksums>(ctx: &C, l3: usize, old_ttl: u8, ttl: u8) -> Option<()> {
+        let h = at::<Self, C>(ctx, l3)?;
+        let diff = Sum::default().sub16(u16::from(old_ttl) << 8).add16(u16::from(ttl) << 8);
+        // SAFETY: `at` proved a whole header.
+        unsafe {
+            (*h).csum = csum::update((*h).csum, diff);
+            (*h).ttl = ttl;
+        }
+        Some(())
+    }
 }
 
 impl WriteHeader<Ip6> for Header6 {
@@ -65,12 +79,20 @@ impl WriteHeader<Ip6> for Header6 {
         let h = at::<Self, C>(ctx, l3)?;
         // SAFETY: `at` proved a whole header.
         unsafe {
-            (*h).hop_limit = ttl;
             (*h).src = to.src;
             (*h).dst = to.dst;
         }
+        // The addresses are the transport's matter, see `translate`.
+        Self::store_ttl(ctx, l3, old_ttl, ttl)
+    }
+
+    #[inline(always)]
+    fn store_ttl<C: Checksums>(ctx: &C, l3: usize, old_ttl: u8, ttl: u8) -> Option<()> {
+        let h = at::<Self, C>(ctx, l3)?;
+        // SAFETY: `at` proved a whole header.
+        unsafe { (*h).hop_limit = ttl };
         if ttl != old_ttl {
-            // No checksum covers the hop limit. The addresses are the transport's matter, see `translate`.
+            // No checksum covers the hop limit.
             ctx.update_csum(Sum::default().sub16(u16::from(old_ttl)).add16(u16::from(ttl)));
         }
         Some(())
@@ -79,14 +101,23 @@ impl WriteHeader<Ip6> for Header6 {
 
 /// Translation of packets of one family.
 pub trait Rewrite: Family {
-    /// See [`translate`].
+    /// See [`translate`]. `to` is not the packet's tuple.
     fn rewrite(skb: &Skb, p: &Packet<Self::A>, to: &Tuple<Self::A>, ttl: u8) -> PackedResult;
+    /// Stores another hop limit, and nothing else.
+    fn set_ttl(skb: &Skb, p: &Packet<Self::A>, ttl: u8) -> Result<(), DropReason>;
 }
 
 /// Makes the packet what `to` says, with hop limit `ttl`. Later fragments and ICMP errors have no ports to change.
 #[inline(always)]
 pub fn translate<F: Rewrite>(skb: &Skb, p: &Packet<F::A>, to: &Tuple<F::A>, ttl: u8) -> Result<(), DropReason> {
-    if *to == p.tuple && ttl == p.ttl { Ok(()) } else { F::rewrite(skb, p, to, ttl).into_unit() }
+    if *to != p.tuple {
+        return F::rewrite(skb, p, to, ttl).into_unit();
+    }
+    if ttl == p.ttl {
+        return Ok(());
+    }
+    // Most packets: no more than the hop limit, without a call.
+    F::set_ttl(skb, p, ttl)
 }
 
 /// Declares a family's translation as a function with global linkage, for the reason that the parser is one.
@@ -115,6 +146,11 @@ macro_rules! global {
             fn rewrite(skb: &Skb, p: &Packet<$addr>, to: &Tuple<$addr>, ttl: u8) -> PackedResult {
                 PackedResult::from_bits($name(skb.raw(), p, to, u32::from(ttl)))
             }
+            #[inline(always)]
+            fn set_ttl(skb: &Skb, p: &Packet<$addr>, ttl: u8) -> Result<(), DropReason> {
+                let stored = <$family as Family>::Header::store_ttl(skb, p.l3(), p.ttl, ttl);
+                stored.ok_or(DropReason::WriteError)
+            }
         }
     };
 }
@@ -131,9 +167,6 @@ fn change<F: Family<Header: WriteHeader<F::A>>, C: Checksums>(
 ) -> Result<(), DropReason> {
     let from = &p.tuple;
     F::Header::store(ctx, p.l3(), from, to, p.ttl, ttl).ok_or(DropReason::WriteError)?;
-    if *to == *from {
-        return Ok(());
-    }
     if p.kind == Kind::LaterFragment {
         no_checksum(ctx, from, to);
         return Ok(());

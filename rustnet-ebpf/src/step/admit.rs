@@ -13,7 +13,7 @@ use rustnet_common::tuple::{Tuple, proto};
 
 use super::migrate::{self, Old};
 use super::route;
-use super::table::{self, NOTHING_SENT, Placed};
+use super::table::{self, NOTHING_SENT, Place, Placed};
 use crate::ctx::{Ctx, Skb, jiffies, random};
 use crate::event::Report;
 use crate::family::{Family, V4, V6};
@@ -137,7 +137,8 @@ fn create<F: Placed + Old>(p: &Packet<F::A>, source: Source, len: u32) -> Result
     // the flow while this runs.
     let (c, flow) = unsafe { (&mut (*scratch).connection, &mut (*scratch).flow) };
     prepare(c, flow, p, source, len);
-    let place = F::place(&c.key, p.is_swapped);
+    let place =
+        if flow.is_vacant && !table::is_ever_contested() { Place::FREE } else { F::place(&c.key, p.is_swapped) };
     c.key.pad = place.slot;
     if place.is_taken {
         // Another CPU opened this flow a moment ago.
@@ -170,7 +171,7 @@ fn create_pair<F: Reserve>() -> Result<(), DropReason> {
     }
     c.original.flags |= flags::NAT;
     c.reply = c.original;
-    c.reply.to = c.tuple.reversed();
+    c.tuple.store_reversed(&mut c.reply.to);
     c.reply.sides = [
         Side { ifindex: c.original.sides[1].ifindex, ..NOTHING_SENT },
         // The number that the first answer has to acknowledge.
@@ -272,11 +273,14 @@ fn reserve<F: Placed + Old>(reuse_closing: bool) -> u32 {
     let is_swapped = c.original.to.store_reverse_canonical(&mut c.reply_key);
     let swapped = if is_swapped { flags::SWAPPED } else { 0 };
     c.reply.flags = (c.original.flags & !flags::SWAPPED) | flags::REPLY | swapped;
-    let place = F::place(&c.reply_key, is_swapped);
-    c.reply_key.pad = place.slot;
     if migrate::is_migrating() && migrate::is_reply_taken::<F>(c) {
         return Reservation::TAKEN;
     }
+    if !table::is_ever_contested() && table::insert::<F>(&c.reply_key, &c.reply, BPF_NOEXIST.into()) {
+        return Reservation::RESERVED;
+    }
+    let place = F::place(&c.reply_key, is_swapped);
+    c.reply_key.pad = place.slot;
     let mut how = BPF_NOEXIST;
     if place.is_taken {
         let entry = table::get::<F>(&c.reply_key);

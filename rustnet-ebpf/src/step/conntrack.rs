@@ -4,6 +4,7 @@
 //! Nothing here decides where a packet goes or changes it.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
+use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, Side, VIA_QDISC, elapsed, flags, state};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
@@ -14,7 +15,6 @@ use super::tcp::{self, CLEAR};
 use super::{lb, route, table};
 use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
 use crate::family::{Family, V4, V6};
-use crate::maps;
 use crate::packet::{Class, Flow, Kind, Packet, Source};
 use crate::parse;
 use crate::wire::tcp as bits;
@@ -25,33 +25,36 @@ use crate::wire::tcp as bits;
 pub fn lookup<F: Track, C: Ctx>(
     ctx: &C,
     p: &Packet<F::A>,
+    flow: &'static mut Flow<F::A>,
     source: Source,
+    config: &NodeConfig,
     verify: impl Fn() -> Result<(), DropReason>,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
-    let flow = flow::<F>(&p.tuple)?;
-    if F::lookup(source, ctx.len(), false) {
-        verify()?;
-        F::lookup(source, ctx.len(), true);
-    }
+    flow.reset(&p.tuple);
+    classify::<F>(flow, p, source, ctx.len(), config.hz, verify)?;
     if flow.class != Class::New {
         parse::remember_ports::<F>(p, ctx.ifindex());
     }
     Ok(flow)
 }
 
-/// Fills in the flow in this CPU's scratch memory, which is a new one as yet. True if the source has to be verified first.
+/// Fills in the flow, which is a new one as yet.
 #[inline(always)]
-fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32, is_verified: bool) -> bool {
-    let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else { return false };
-    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and the hook does not use its borrow
-    // while this runs.
-    let flow = unsafe { &mut (*scratch).flow };
-    let mut entry = table::find::<F>(&p.key, p.is_swapped);
+fn classify<F: Track>(
+    flow: &mut Flow<F::A>,
+    p: &Packet<F::A>,
+    source: Source,
+    len: u32,
+    hz: u32,
+    verify: impl Fn() -> Result<(), DropReason>,
+) -> Result<(), DropReason> {
+    let (mut entry, is_vacant) = table::look_up::<F>(Table::of(&p.key), &p.key, p.is_swapped);
     if migrate::is_migrating() && entry.is_null() && migrate::adopt::<F>(p) {
         entry = table::find::<F>(&p.key, p.is_swapped);
     }
     if entry.is_null() {
-        return false;
+        flow.is_vacant = is_vacant;
+        return Ok(());
     }
     // SAFETY: a map value stays readable and writable for this run of the program, even if another CPU deletes it. Fields
     // are accessed through raw pointers, for other CPUs write them, too; counters may lose a race, `state` is atomic.
@@ -65,37 +68,22 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
         (sides.add(first), sides.add(first ^ 1))
     };
     // Not a variable: the verifier would follow either value of it to the end.
-    let is_due = || elapsed(jiffies(), seen) >= config.hz;
+    let is_due = || elapsed(jiffies(), seen) >= hz;
     // SAFETY: see above.
     let (bytes, ifindex) = unsafe { ((*sender).source, (*sender).ifindex) };
     let is_moved = (ifindex ^ source.ifindex) & !VIA_QDISC != 0;
     if is_moved || bytes != source.bytes || (source.ifindex == NOT_LOCAL && is_due()) {
         // What holds for new flows holds for known ones, too: peers may have changed since.
-        if !is_verified {
-            return true;
-        }
-        if is_moved && is_local(ifindex) {
-            // Another pod has the address now. The connections of the one before are none of its own.
-            F::forget();
-            return false;
-        }
-        // SAFETY: see above.
-        unsafe {
-            (*sender).source = source.bytes;
-            if is_moved {
-                (*sender).ifindex = if source.ifindex == NOT_LOCAL { NOT_LOCAL } else { route::local_pod(p.tuple.src) };
-            }
+        verify()?;
+        if !F::accept_source(source) {
+            return Ok(());
         }
     }
     // SAFETY: see above.
     let backend = unsafe { (*entry).backend };
     let tcp_flags = p.tcp_flags;
-    if tcp_flags & (bits::SYN | bits::ACK) == bits::SYN
-        && (state::is_closing(old) || (!is_reply && backend != 0 && !lb::is_backend(backend)))
-    {
-        // The port pair is used again, or the backend has left the service: this SYN opens another connection.
-        F::forget();
-        return false;
+    if tcp_flags & (bits::SYN | bits::ACK) == bits::SYN && F::reopen(is_reply) {
+        return Ok(());
     }
     // SAFETY: see above.
     unsafe {
@@ -115,7 +103,7 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
     let known = unsafe { (*receiver).ifindex };
     if (set & !old != 0 || known == 0 || is_due()) && !F::refresh(set, jiffies()) {
         F::forget();
-        return false;
+        return Ok(());
     }
     // SAFETY: see above.
     unsafe {
@@ -127,17 +115,7 @@ fn classify<F: Track + Placed + Old>(p: &Packet<F::A>, source: Source, len: u32,
     flow.class = if is_reply { Class::Reply } else { Class::Original };
     flow.flags = e_flags;
     flow.backend = backend;
-    false
-}
-
-/// The flow in this CPU's scratch memory, as a new one.
-#[inline(always)]
-pub fn flow<F: Family>(tuple: &Tuple<F::A>) -> Result<&'static mut Flow<F::A>, DropReason> {
-    let scratch = F::scratch().ok_or(DropReason::CtCreateFailed)?;
-    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and this is the only borrow of the field.
-    let flow = unsafe { &mut (*scratch).flow };
-    flow.reset(tuple);
-    Ok(flow)
+    Ok(())
 }
 
 /// True if a side is a pod of this node.
@@ -154,7 +132,7 @@ unsafe fn state_of<A>(entry: *mut CtEntry<A>) -> u64 {
 
 /// True if a packet goes the way of the reply.
 #[inline(always)]
-fn is_reply(e_flags: u16, is_swapped: bool) -> bool {
+pub fn is_reply(e_flags: u16, is_swapped: bool) -> bool {
     let (is_reply_entry, is_nat) = (e_flags & flags::REPLY, (e_flags / flags::NAT) & 1);
     let is_opposite = ((e_flags / flags::SWAPPED) & 1) ^ u16::from(is_swapped);
     (is_nat & is_reply_entry) | (!is_nat & is_opposite) != 0
@@ -163,9 +141,13 @@ fn is_reply(e_flags: u16, is_swapped: bool) -> bool {
 /// The steps of tracking of one family, functions with global linkage for the reason that the parser is one. Those that are not
 /// needed for each packet find its entry again. They take the packet in hand from scratch memory: kernels before 6.2 refuse a look-up
 /// whose key stands behind an argument of such a function.
-pub trait Track: Family {
-    /// See [`classify`].
-    fn lookup(source: Source, len: u32, is_verified: bool) -> bool;
+pub trait Track: Placed + Old {
+    /// Remembers another verified source. False if the connection is over: another pod has the address now, and the connections of
+    /// the one before are none of its own.
+    fn accept_source(source: Source) -> bool;
+    /// True if a SYN opens another connection: the port pair is used again, or the backend has left the service. Then the
+    /// connection before is forgotten.
+    fn reopen(is_reply: bool) -> bool;
     /// Once per second and at each change of state: looks up the receiver again, sets bits of the state and clears those that
     /// stand [`CLEAR`] places higher, and brings the other direction up to date. False if the connection is over: its receiver
     /// was replaced, its other direction belongs to another flow, or the packet asks for a service that the flow bypasses.
@@ -180,12 +162,15 @@ pub trait Track: Family {
 
 /// Declares the functions of a family.
 macro_rules! global {
-    ($family:ident, $lookup:ident, $refresh:ident, $couple:ident, $forget:ident, $reset:ident) => {
+    ($family:ident, $accept:ident, $reopen:ident, $refresh:ident, $couple:ident, $forget:ident, $reset:ident) => {
         impl Track for $family {
             #[inline(always)]
-            fn lookup(source: Source, len: u32, is_verified: bool) -> bool {
-                let verified = if is_verified { VERIFIED } else { 0 };
-                $lookup(source.ifindex, source.bytes[0], source.bytes[1], len | verified) != 0
+            fn accept_source(source: Source) -> bool {
+                $accept(source.ifindex, source.bytes[0], source.bytes[1]) != 0
+            }
+            #[inline(always)]
+            fn reopen(is_reply: bool) -> bool {
+                $reopen(u32::from(is_reply)) != 0
             }
             #[inline(always)]
             fn refresh(set: u64, now: u32) -> bool {
@@ -206,12 +191,14 @@ macro_rules! global {
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $lookup(ifindex: u32, source: u64, source2: u64, len: u32) -> u32 {
+        extern "C" fn $accept(ifindex: u32, source: u64, source2: u64) -> u32 {
             let source = Source { ifindex, bytes: [source, source2] };
-            u32::from(
-                in_hand::<$family>()
-                    .is_some_and(|p| classify::<$family>(p, source, len & !VERIFIED, len & VERIFIED != 0)),
-            )
+            u32::from(in_hand::<$family>().is_none_or(|p| accept_source::<$family>(p, source)))
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $reopen(is_reply: u32) -> u32 {
+            u32::from(in_hand::<$family>().is_some_and(|p| reopen::<$family>(p, is_reply != 0)))
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -247,11 +234,48 @@ fn in_hand<F: Family>() -> Option<&'static Packet<F::A>> {
     F::scratch().map(|scratch| unsafe { &(*scratch).packet })
 }
 
-/// Added to a frame's length if its source is verified: functions have five parameters.
-const VERIFIED: u32 = 1 << 31;
+global!(V4, rn_ct_accept4, rn_ct_reopen4, rn_ct_refresh4, rn_ct_couple4, rn_ct_forget4, rn_ct_reset4);
+global!(V6, rn_ct_accept6, rn_ct_reopen6, rn_ct_refresh6, rn_ct_couple6, rn_ct_forget6, rn_ct_reset6);
 
-global!(V4, rn_ct_lookup4, rn_ct_refresh4, rn_ct_couple4, rn_ct_forget4, rn_ct_reset4);
-global!(V6, rn_ct_lookup6, rn_ct_refresh6, rn_ct_couple6, rn_ct_forget6, rn_ct_reset6);
+#[inline(always)]
+fn accept_source<F: Track>(p: &Packet<F::A>, source: Source) -> bool {
+    let entry = table::find::<F>(&p.key, p.is_swapped);
+    if entry.is_null() {
+        return true;
+    }
+    // SAFETY: see `classify`.
+    unsafe {
+        let e_flags = (*entry).flags;
+        let first = masked::<1>(usize::from(e_flags & flags::NAT == 0 && is_reply(e_flags, p.is_swapped)));
+        let sender = (&raw mut (*entry).sides).cast::<Side>().add(first);
+        if ((*sender).ifindex ^ source.ifindex) & !VIA_QDISC != 0 {
+            if is_local((*sender).ifindex) {
+                F::forget();
+                return false;
+            }
+            (*sender).ifindex = if source.ifindex == NOT_LOCAL { NOT_LOCAL } else { route::local_pod(p.tuple.src) };
+        }
+        (*sender).source = source.bytes;
+    }
+    true
+}
+
+#[inline(always)]
+fn reopen<F: Track>(p: &Packet<F::A>, is_reply: bool) -> bool {
+    let entry = table::find::<F>(&p.key, p.is_swapped);
+    if entry.is_null() {
+        return true;
+    }
+    // SAFETY: see `classify`.
+    let (e_flags, backend, old) = unsafe { ((*entry).flags, (*entry).backend, state_of(entry)) };
+    // Who answers through a translation cannot open a connection.
+    let is_over = state::is_closing(old) && !(is_reply && e_flags & flags::NAT != 0);
+    if is_over || (!is_reply && backend != 0 && !lb::is_backend(backend)) {
+        F::forget();
+        return true;
+    }
+    false
+}
 
 #[inline(always)]
 fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
@@ -266,7 +290,8 @@ fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
             let Some(key) = scratch_key::<F>() else { return true };
             let other = counterpart::<F>(table, &(*entry).to, key);
             if other.is_null() {
-                return true;
+                // Evicted: what the receiver has acknowledged is not known.
+                return p.seq == (*entry).sides[0].seq_end;
             }
             (&raw const (*entry).sides[0], &raw const (*other).sides[0])
         } else if ((*entry).flags & flags::SWAPPED != 0) == p.is_swapped {
@@ -357,7 +382,7 @@ fn couple<F: Placed>(p: &Packet<F::A>, keep: u64) -> bool {
                 (*other).seen = (*entry).seen;
                 atomic_and(&raw mut (*other).state, keep);
                 atomic_or(&raw mut (*other).state, state_of(entry));
-                tcp::align(&raw const (*entry).sides[0], &raw mut (*other).sides[0], keep);
+                tcp::align(&raw mut (*entry).sides[0], &raw mut (*other).sides[0], keep);
                 (*other).sides[1].seq_end = (*entry).sides[0].seq_end;
                 return true;
             }
@@ -396,6 +421,8 @@ unsafe fn restore<F: Placed>(entry: *mut CtEntry<F::A>, tuple: &Tuple<F::A>) {
         other.sides[1] = NOTHING_SENT;
         other.sides[0].ifindex = (*entry).sides[1].ifindex;
         other.sides[1].ifindex = (*entry).sides[0].ifindex;
+        other.sides[0].seq_end = (*entry).sides[0].ack;
+        other.sides[1].seq_end = (*entry).sides[0].seq_end;
         // A failure leaves this direction alone, which still serves its packets; the next second tries again.
         c.reply_key.pad = F::place(&c.reply_key, is_swapped).slot;
         let _ = table::insert::<F>(&c.reply_key, &c.reply, BPF_NOEXIST.into());

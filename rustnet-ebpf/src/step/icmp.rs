@@ -6,12 +6,12 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::conntrack::flags;
+use rustnet_common::conntrack::{Side, flags};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
-use super::{conntrack, table};
-use crate::ctx::{Checksums, Ctx, Skb, at_pulled};
+use super::{conntrack, route, table};
+use crate::ctx::{Checksums, Ctx, Skb, at_pulled, masked};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Class, Flow, InnerPacket, Packet, Translation};
@@ -70,9 +70,10 @@ global!(rn_icmp6, V6, Ip6, Skb, __sk_buff);
 pub fn relate<F: Icmp<C>, C: Ctx>(
     ctx: &C,
     p: &Packet<F::A>,
+    flow: &'static mut Flow<F::A>,
     by: Reporter,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
-    let flow = conntrack::flow::<F>(&p.tuple)?;
+    flow.reset(&p.tuple);
     if F::relate(ctx, p, &mut flow.to, by).result().map_err(|dropped| dropped.reason)? != 0 {
         flow.class = Class::Related;
     }
@@ -106,7 +107,16 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
     }
     // SAFETY: map values stay readable for this run of the program.
     let (entry_flags, entry_to) = unsafe { ((*entry).flags, &(*entry).to) };
-    if entry_flags & flags::NAT == 0 {
+    let is_nat = entry_flags & flags::NAT != 0;
+    let dst = if is_nat { entry_to.dst } else { p.tuple.dst };
+    let receiver = masked::<1>(usize::from(is_nat || !conntrack::is_reply(entry_flags, is_swapped)));
+    // SAFETY: see above; the index is 0 or 1.
+    let ifindex = unsafe { (*(&raw const (*entry).sides).cast::<Side>().add(receiver)).ifindex };
+    if route::is_replaced(ifindex, dst) {
+        // Another pod has the address now: it gets nothing of the connections of the one before.
+        return Ok(false);
+    }
+    if !is_nat {
         return Ok(true);
     }
     q.translated = entry_to.reversed();

@@ -6,8 +6,8 @@
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, Side, flags};
-use rustnet_common::tuple::{Tuple, proto};
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, Side, flags, state};
+use rustnet_common::tuple::proto;
 use rustnet_common::v1;
 
 use super::table::{self, Placed};
@@ -144,8 +144,11 @@ fn old<F: Old>(protocol: u8) -> &'static OldConnections<F::A> {
 #[inline(never)]
 pub fn is_reply_taken<F: Old>(c: &NewConnection<F::A>) -> bool {
     if MIGRATE.load() == FROM_V1 {
-        let reply = c.original.to.reversed();
-        return F::v1().get_ptr(&reply).is_some_and(|half| {
+        let Some(scratch) = F::scratch() else { return false };
+        // SAFETY: as in `mirror`.
+        let reply = unsafe { &mut (*scratch).slot_key };
+        c.original.to.store_reversed(reply);
+        return F::v1().get_ptr(&*reply).is_some_and(|half| {
             // SAFETY: a map value stays readable for this run of the program.
             unsafe { (*half).to != c.reply.to }
         });
@@ -169,8 +172,8 @@ pub fn mirror<F: Old>(is_pair: bool) {
         store_half(&c.original, half);
         half.to = c.original.to;
         let _ = F::v1().insert(&c.tuple, &*half, BPF_ANY.into());
-        store_reversed(&c.original.to, reply);
-        store_reversed(&c.tuple, &mut half.to);
+        c.original.to.store_reversed(reply);
+        c.tuple.store_reversed(&mut half.to);
         half.flags |= v1::flags::REPLY;
         let _ = F::v1().insert(&*reply, &*half, BPF_ANY.into());
         return;
@@ -197,14 +200,6 @@ fn store_half<A: Address>(entry: &CtEntry<A>, half: &mut v1::CtEntry<A>) {
     half.bytes = 0;
 }
 
-/// Stores a tuple as the other side sees it.
-#[inline(always)]
-fn store_reversed<A: Address>(tuple: &Tuple<A>, reversed: &mut Tuple<A>) {
-    (reversed.src, reversed.dst) = (tuple.dst, tuple.src);
-    (reversed.sport, reversed.dport) = (tuple.dport, tuple.sport);
-    (reversed.proto, reversed.pad, reversed.pad2) = (tuple.proto, 0, 0);
-}
-
 /// Keeps the packet's connection alive in the old table.
 #[inline(never)]
 pub fn touch<F: Old>(p: &Packet<F::A>, entry_state: u64, now: u32) {
@@ -226,7 +221,7 @@ pub fn touch<F: Old>(p: &Packet<F::A>, entry_state: u64, now: u32) {
         // SAFETY: see above.
         unsafe {
             (*entry).seen = now;
-            atomic_or(&raw mut (*entry).state, entry_state);
+            atomic_or(&raw mut (*entry).state, entry_state & !state::SYN_NUMBER);
         }
     }
 }

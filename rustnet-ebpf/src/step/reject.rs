@@ -29,7 +29,7 @@ pub fn reject<F: Rejecting>(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyP
 #[inline(always)]
 fn try_reject<F: Rejecting>(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> Option<i32> {
     let config = maps::config()?;
-    let p = parse::packet::<F, _>(skb, l3).ok()?;
+    let (p, _) = parse::packet::<F, _>(skb, l3).ok()?;
     let is_tcp = p.tuple.proto == proto::TCP;
     let what = match dropped.reason {
         DropReason::NoBackend | DropReason::NoServicePort if is_tcp => Rejection::Reset,

@@ -1,6 +1,6 @@
 //! Where a destination lies. Contract: maps an address to one [`Route`], by look-ups in our own maps alone.
 
-use rustnet_common::addr::Address;
+use rustnet_common::addr::{Addr, Address};
 use rustnet_common::conntrack::{NOT_LOCAL, VIA_QDISC};
 use rustnet_common::endpoint;
 use rustnet_common::peer::{Peer, flags};
@@ -40,7 +40,28 @@ pub struct Destination {
 /// [`NOT_LOCAL`].
 #[inline(always)]
 pub fn local_pod<A: Address>(dst: A) -> u32 {
-    match maps::endpoint(dst) {
+    let w = dst.to_addr().words();
+    rn_local_pod(u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3]))
+}
+
+/// True if a pod of this node has the address.
+#[inline(always)]
+pub fn is_local_pod<A: Address>(addr: A) -> bool {
+    local_pod(addr) != NOT_LOCAL
+}
+
+/// True if a side of a connection was a pod, and another one has its address now, or none.
+#[inline(always)]
+pub fn is_replaced<A: Address>(ifindex: u32, addr: A) -> bool {
+    ifindex != 0 && ifindex != NOT_LOCAL && (ifindex ^ local_pod(addr)) & !VIA_QDISC != 0
+}
+
+/// A function with global linkage, for the reason that the parser is one. Both families share it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_local_pod(high: u64, low: u64) -> u32 {
+    let addr = Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
+    match maps::endpoint(addr) {
         None => NOT_LOCAL,
         Some(ep) if ep.flags & endpoint::flags::VIA_QDISC != 0 => ep.ifindex | VIA_QDISC,
         Some(ep) => ep.ifindex,

@@ -8,8 +8,8 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::peer::flags;
 use rustnet_common::tuple::Tuple;
 
-use super::lb;
 use super::tunnel::Tunnel;
+use super::{lb, route};
 use crate::ctx::{Ctx, at_pulled};
 use crate::family::{Family, V4, V6};
 use crate::maps;
@@ -127,7 +127,7 @@ fn is_from_pod<A: Address>(src: A, ifindex: u32, packed_mac: u64) -> bool {
 /// True if the address may be the far end of a tunnel, which no pod of this node is.
 #[inline(always)]
 fn is_tunnel_end<F: Family>(dst: F::A, config: &NodeConfig) -> bool {
-    if maps::endpoint(dst).is_some() {
+    if route::is_local_pod(dst) {
         return false;
     }
     config.overlay != 0 || F::peer(dst).is_some_and(|peer| peer.flags & (flags::HOST | flags::NODE) != 0)
@@ -138,7 +138,7 @@ fn is_forged_outside<F: Family>(src: F::A, dst: F::A) -> bool {
     match F::peer(src) {
         Some(peer) if peer.flags & (flags::HOST | flags::LOCAL_PODS) != 0 => true,
         Some(peer) if peer.flags & flags::TUNNEL == 0 => false,
-        Some(peer) => peer.flags & flags::NODE == 0 || maps::endpoint(dst).is_some(),
+        Some(peer) => peer.flags & flags::NODE == 0 || route::is_local_pod(dst),
         None => lb::is_vip::<F>(src),
     }
 }

@@ -7,6 +7,7 @@ use rustnet_common::tuple::{Tuple, proto};
 
 use crate::ctx::{distinct, masked};
 use crate::family::{Family, V4, V6};
+use crate::maps;
 
 /// A side that has sent nothing yet.
 pub const NOTHING_SENT: Side = Side { bytes: 0, source: SOURCE_NONE, packets: 0, ifindex: 0, seq_end: 0, ack: 0 };
@@ -33,16 +34,35 @@ pub fn find<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A
 /// As [`find`], in a given table.
 #[inline(always)]
 pub fn find_in<F: Family>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
+    let (entry, _) = look_up::<F>(table, key, is_swapped);
+    entry
+}
+
+/// As [`find_in`]; the second result is true if no entry stands in the first slot.
+#[inline(always)]
+pub fn look_up<F: Family>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> (*mut CtEntry<F::A>, bool) {
     let entry = get_from::<F>(table, key);
-    if !entry.is_null() && serves(entry, is_swapped) {
-        return entry;
+    let is_vacant = entry.is_null();
+    if is_vacant || !serves(entry, is_swapped) {
+        return (second::<F>(table, key, is_swapped), is_vacant);
     }
-    // Rare with an entry, usual without: then the flow is new.
-    let other = second::<F>(table, key);
-    if !other.is_null() && serves(other, is_swapped) {
-        return other;
+    (entry, false)
+}
+
+/// True if the second slot of any key may hold an entry. That takes two translated flows which want one key for opposite directions:
+/// on most nodes it never happens, and there a new flow costs one look-up less for each of its keys.
+#[inline(always)]
+pub fn is_ever_contested() -> bool {
+    // SAFETY: an array's element; an aligned word is read in one piece.
+    maps::rn_ct_contested.get_ptr(0).is_some_and(|word| unsafe { word.read_volatile() } != 0)
+}
+
+#[inline(never)]
+fn set_contested() {
+    if let Some(word) = maps::rn_ct_contested.get_ptr_mut(0) {
+        // SAFETY: see above; nobody writes anything else.
+        unsafe { word.write_volatile(1) };
     }
-    core::ptr::null_mut()
 }
 
 /// What both slots of a key hold for packets of one direction.
@@ -54,6 +74,11 @@ pub struct Place {
     pub slot: u8,
     /// An entry of the opposite direction has the same key: a flow that nothing translates would take its packets.
     pub is_contested: bool,
+}
+
+impl Place {
+    /// The place of a key that no entry has.
+    pub const FREE: Self = Self { is_taken: false, slot: 0, is_contested: false };
 }
 
 /// Places of one family.
@@ -90,7 +115,7 @@ global!(V6, Ip6, rn_ct_place6);
 #[inline(always)]
 fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
     let table = Table::of(key);
-    let mut place = Place { is_taken: false, slot: 0, is_contested: false };
+    let mut place = Place::FREE;
     // In both slots by a copy: kernels before 6.2 refuse a look-up whose key stands behind an argument of a global function.
     let Some(key) = slot_key::<F>(key) else { return place };
     let entry = get_from::<F>(table, key);
@@ -101,6 +126,9 @@ fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
         }
         place.is_contested = true;
         place.slot = SLOT_CONTESTED;
+    }
+    if !is_ever_contested() {
+        return place;
     }
     key.pad = SLOT_CONTESTED;
     let other = get_from::<F>(table, key);
@@ -115,12 +143,16 @@ fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
     place
 }
 
-/// The entry in the second slot of a key.
+/// The entry in the second slot of a key if it serves packets of this direction, else null.
 #[inline(never)]
-fn second<F: Family>(table: Table, key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
+fn second<F: Family>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
+    if !is_ever_contested() {
+        return core::ptr::null_mut();
+    }
     let Some(key) = slot_key::<F>(key) else { return core::ptr::null_mut() };
     key.pad = SLOT_CONTESTED;
-    get_from::<F>(table, key)
+    let entry = get_from::<F>(table, key);
+    if !entry.is_null() && serves(entry, is_swapped) { entry } else { core::ptr::null_mut() }
 }
 
 /// A copy of a key in this CPU's scratch memory, in the first slot. Field by field: a copy of the whole costs stack.
@@ -161,6 +193,10 @@ fn get_from<F: Family>(table: Table, key: &Tuple<F::A>) -> *mut CtEntry<F::A> {
 /// Inserts an entry; `flags` are those of `bpf_map_update_elem`.
 #[inline(always)]
 pub fn insert<F: Family>(key: &Tuple<F::A>, entry: &CtEntry<F::A>, flags: u64) -> bool {
+    if key.pad == SLOT_CONTESTED {
+        // First: whoever finds the entry has to look for it.
+        set_contested();
+    }
     if key.proto == proto::TCP {
         F::tcp_connections().insert(key, entry, flags).is_ok()
     } else {

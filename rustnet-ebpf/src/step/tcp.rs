@@ -3,7 +3,7 @@
 //!
 //! It is forwarded all the same, for its receiver judges it.
 
-use rustnet_common::conntrack::{SEQ_WINDOW, Side, state};
+use rustnet_common::conntrack::{MAX_IN_FLIGHT, NOT_LOCAL, SEQ_WINDOW, Side, state};
 
 use crate::packet::Packet;
 use crate::wire::tcp;
@@ -56,14 +56,18 @@ extern "C" fn rn_tcp(sender: *mut Side, receiver: *const Side, numbers: u64, con
 /// acknowledge what the other side sent.
 #[inline(always)]
 fn is_in_window(sender: &Side, receiver: &Side, s: &Segment) -> bool {
-    let (number, expected) = if sender.seq_end == 0 { (s.ack, receiver.seq_end) } else { (s.seq, sender.seq_end) };
+    let is_first = sender.seq_end == 0;
+    let (number, expected) = if is_first { (s.ack, receiver.seq_end) } else { (s.seq, sender.seq_end) };
+    if is_first && expected != 0 && s.flags & tcp::ACK == 0 {
+        return is_opening(s);
+    }
     expected == 0 || number.wrapping_sub(expected).wrapping_add(SEQ_WINDOW) <= 2 * SEQ_WINDOW || is_opening(s)
 }
 
 /// True for a SYN that asks, of a connection that nobody has answered. It may differ from the SYN before.
 #[inline(always)]
 fn is_opening(s: &Segment) -> bool {
-    s.flags & (tcp::SYN | tcp::ACK) == tcp::SYN && s.old & state::ANSWERED == 0
+    s.flags & (tcp::SYN | tcp::ACK) == tcp::SYN && !s.is_reply && s.old & state::ANSWERED == 0
 }
 
 /// Follows the numbers of a sender. 0 is "none yet": a SYN has no acknowledgement number.
@@ -88,7 +92,7 @@ fn progress(s: &Segment) -> u64 {
     let reset = s.old & (state::RST_ORIG << (3 * reply));
     ((u64::from(fin) * state::FIN_ORIG) << reply)
         | ((other_fin & u64::from(ack)) * state::FIN_ACKED)
-        | ((answered & u64::from(ack & !syn) & !reply) * state::ESTABLISHED)
+        | (((answered | reply) & u64::from(ack & !syn)) * state::ESTABLISHED)
         | reset << CLEAR
 }
 
@@ -101,8 +105,10 @@ const _: () = assert!(state::ANSWERED == 1 && state::FIN_ORIG == 2 && state::FIN
 #[inline(always)]
 fn start_again(sender: &mut Side, s: &Segment) -> u64 {
     match s.flags & (tcp::SYN | tcp::ACK) {
-        tcp::SYN if !s.is_reply => state::SYN_AGAIN,
-        SYN_ACK if s.is_reply && s.old & state::SYN_AGAIN != 0 => {
+        tcp::SYN if !s.is_reply => {
+            state::SYN_AGAIN | u64::from(s.seq_end) & state::SYN_NUMBER | state::SYN_NUMBER << CLEAR
+        }
+        SYN_ACK if s.is_reply && is_answer_to_syn(s.ack, s.old) => {
             (sender.seq_end, sender.ack) = (s.seq_end, s.ack);
             (u64::from(u32::MAX) & !state::ANSWERED) << CLEAR
         }
@@ -110,13 +116,21 @@ fn start_again(sender: &mut Side, s: &Segment) -> u64 {
     }
 }
 
+/// True for an acknowledgement of the SYN of [`start_again`].
+#[inline(always)]
+fn is_answer_to_syn(ack: u32, old: u64) -> bool {
+    old & state::SYN_AGAIN != 0 && (u64::from(ack) ^ old) & state::SYN_NUMBER == 0
+}
+
 const SYN_ACK: u8 = tcp::SYN | tcp::ACK;
 
-/// Lets the numbers of the other side follow what this side acknowledges: segments can be lost on their way to this node, or take
-/// another. `keep` are the bits of the state that stay: after [`start_again`], both numbers are those of the new connection.
+/// Lets the numbers of each side follow what the other side acknowledges, if that is a pod of this node, which nobody can forge:
+/// segments can be lost on their way to this node, or take another. `keep` are the bits of the state that stay: after
+/// [`start_again`], the numbers are those of the sender's segment.
 #[inline(always)]
-pub fn align(own: *const Side, other: *mut Side, keep: u64) {
-    rn_tcp_align(own, other, u32::from(keep & state::SYN_AGAIN == 0));
+pub fn align(sender: *mut Side, receiver: *mut Side, keep: u64) {
+    rn_tcp_align(sender, receiver, u32::from(keep & state::SYN_AGAIN == 0));
+    rn_tcp_align(receiver, sender, 0);
 }
 
 /// A function with global linkage for the reason that [`rn_tcp`] is one.
@@ -125,7 +139,8 @@ pub fn align(own: *const Side, other: *mut Side, keep: u64) {
 extern "C" fn rn_tcp_align(own: *const Side, other: *mut Side, is_again: u32) -> u32 {
     // SAFETY: as in `rn_tcp`.
     let (Some(own), Some(other)) = (unsafe { own.as_ref() }, unsafe { other.as_mut() }) else { return 0 };
-    if is_again != 0 || (own.ack != 0 && own.ack.wrapping_sub(other.seq_end) as i32 > 0) {
+    let is_local = own.ifindex != NOT_LOCAL && own.ifindex != 0;
+    if is_again != 0 || (is_local && own.ack != 0 && other.seq_end.wrapping_sub(own.ack) > MAX_IN_FLIGHT) {
         other.seq_end = own.ack;
     }
     if is_again != 0 {
@@ -143,12 +158,18 @@ extern "C" fn rn_tcp_align(own: *const Side, other: *mut Side, is_again: u32) ->
 pub unsafe fn is_reset_acceptable<A>(own: *const Side, other: *const Side, p: &Packet<A>, old: u64) -> bool {
     // SAFETY: see above.
     let (high, low, other_end) = unsafe { ((*own).seq_end, (*other).ack, (*other).seq_end) };
+    if is_answer_to_syn(p.ack, old) {
+        return true;
+    }
     if old & state::ANSWERED == 0 {
         // Of a SYN that was not answered (RFC 9293, 3.10.7.3), the acknowledgement counts.
-        return if p.tcp_flags & tcp::ACK != 0 { p.ack == other_end } else { p.seq == high };
+        return if p.tcp_flags & tcp::ACK != 0 { p.ack == other_end } else { (high != 0) & (p.seq == high) };
+    }
+    if high == 0 && low == 0 {
+        return false;
     }
     // What one of them has not shown yet, the other one's number stands for: a SYN, say, that nobody has acknowledged.
     let low = if low == 0 { high.wrapping_sub(1) } else { low };
     let span = high.wrapping_sub(low);
-    p.seq.wrapping_sub(low) <= if high == 0 || span as i32 <= 0 { 0 } else { span }
+    p.seq.wrapping_sub(low) <= if high == 0 || span > MAX_IN_FLIGHT { 0 } else { span }
 }

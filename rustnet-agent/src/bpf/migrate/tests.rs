@@ -37,6 +37,7 @@ fn fresh() -> Maps {
         (map::CT4_ANY, 9, 16, 120, 0),
         (map::CT6_TCP, 9, 40, 144, 0),
         (map::CT6_ANY, 9, 40, 144, 0),
+        (map::CT_CONTESTED, 2, 4, 4, 0),
     ])
 }
 
@@ -159,12 +160,15 @@ fn flows_of_opposite_directions_get_the_two_slots_of_their_key() {
     let one = tuple(ip(1), ip(2), 80, proto::UDP);
     connect(&old, v1::map::CT4, one, Tuple { dst: ip(3), ..one }, 5, 0);
     let upgrade = Upgrade::run(&old, &new, false).unwrap();
+    let contested = || present::<u32, u32>(&new, map::CT_CONTESTED).unwrap().get(&0).unwrap();
+    assert_eq!(contested(), Some(0));
     let other = one.reversed();
     connect(&old, v1::map::CT4, other, Tuple { dst: ip(4), ..other }, 6, 0);
     assert_eq!(upgrade.catch_up(&old, &new).unwrap(), 2);
     let entries = present::<Tuple<Ip4>, CtEntry<Ip4>>(&new, map::CT4_ANY).unwrap().entries().unwrap();
     assert_eq!(entries.len(), 4);
     assert_eq!(entries.iter().filter(|(key, _)| key.pad == SLOT_CONTESTED).count(), 1);
+    assert_eq!(contested(), Some(1), "no program would look for it");
 }
 
 #[test]
