@@ -3,7 +3,7 @@
 
 use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
 use crate::forged::ports_of;
-use crate::frame::{FIN, Frame, L4, SYN, transport_sum};
+use crate::frame::{FIN, Frame, L4, Piece, SYN, transport_sum};
 use crate::harness::{
     BOTH, Lab, MAC_HOST, NARROW_MTU, Net, OVERLAY_MTU, POD_A, REDIRECT, SHOT, STACK, UPLINK, lab_apart, labs,
 };
@@ -89,6 +89,23 @@ fn no_way_leaves_no_translation() -> Result<()> {
                 ensure!(halves == 0, "{proto:?} to {dst}: {halves} entries in the connection table");
             }
         }
+        Ok(())
+    })
+}
+
+/// A route that encapsulates is none that a redirect takes, nor one for the stack: it would send the pod's address out.
+#[test]
+fn a_way_that_encapsulates() -> Result<()> {
+    labs(|lab, net| {
+        lab.ip(match net {
+            Net::V4 => "route replace 10.99.9.0/24 encap ip id 5 dst 172.18.0.13 dev eth0",
+            Net::V6 => "route replace fd00:99:9::/64 encap ip6 id 5 dst fd00:18::13 dev eth0",
+        })?;
+        for proto in SERVED {
+            let f = from_a(net, proto, (net.ip([10, 99, 9, 5], "fd00:99:9::5"), 80));
+            lab.pod_sends(&f)?.dropped(DropReason::NoFib).with_context(|| format!("{proto:?}"))?;
+        }
+        ensure!(lab.halves()? == 0, "tracked");
         Ok(())
     })
 }
@@ -247,6 +264,28 @@ fn fragments_with_options_behind() -> Result<()> {
             lab.uplink_in(f)?.to_the_pod(&want).with_context(|| format!("from the world, {:?}", f.piece))?;
         }
         Ok(())
+    })
+}
+
+/// A later piece that overlaps the TCP header (RFC 3128), while its fragment header names the options in front of it: what the first
+/// piece has said counts.
+#[test]
+fn pieces_that_overlap_tcp_behind_options() -> Result<()> {
+    labs(|lab, net| {
+        if net == Net::V4 {
+            return Ok(());
+        }
+        let tcp = later(&from_a(net, Proto::Tcp, (net.b(), 80))).map(|f| f.payload = vec![7; 2000]);
+        let mut payload = vec![6, 0, 1, 4, 0, 0, 0, 0];
+        payload.extend(&tcp.ip_bytes()[40..]);
+        let pieces = tcp.map(|f| (f.l4, f.payload) = (L4::Other(60), payload)).pieces(4, &[800, 1600]);
+        lab.pod_sends(&pieces[0])?.to_the_pod(&pieces[0].hop())?;
+        for from in [8, 16] {
+            let f = pieces[1].map(|f| f.piece = Some(Piece { id: 4, from, to: 800, more: true }));
+            let shot = lab.raw(hook::FROM_POD, &Input { frame: &f.bytes(), ifindex: POD_A, ..Input::default() })?;
+            shot.dropped(DropReason::Malformed).with_context(|| format!("from byte {from} on"))?;
+        }
+        lab.pod_sends(&pieces[1])?.to_the_pod(&pieces[1].hop())
     })
 }
 

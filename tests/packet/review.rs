@@ -9,6 +9,7 @@ use crate::icmp::{error, translated};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::state;
 use rustnet_common::drop::{DropReason, hook};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use testkit::datapath::Input;
 
@@ -273,25 +274,7 @@ fn two_cpus_open_one_flow() -> Result<()> {
                 let asks: Vec<_> = (0..FLOWS)
                     .map(|i| from_a(net, proto, (to, 443)).map(|f| f.set_ports(1024 + i, 443)).bytes())
                     .collect();
-                let at = [AtomicUsize::new(0), AtomicUsize::new(0)];
-                let side = |mine: usize| -> Result<Vec<Option<u16>>> {
-                    let mut ports = Vec::new();
-                    for (i, frame) in asks.iter().enumerate() {
-                        at[mine].store(i + 1, Ordering::SeqCst);
-                        while at[1 - mine].load(Ordering::SeqCst) <= i {
-                            std::hint::spin_loop();
-                        }
-                        let input = Input { frame, ifindex: POD_A, ..Input::default() };
-                        let out = lab.datapath().run("from_pod", &input)?.context("no sum was asked for")?;
-                        ports.push(if out.verdict == REDIRECT { Some(ports_of(net, &out.frame)?.0) } else { None });
-                    }
-                    Ok(ports)
-                };
-                let (one, two) = std::thread::scope(|s| -> Result<_> {
-                    let other = s.spawn(|| side(1));
-                    let one = side(0)?;
-                    Ok((one, other.join().map_err(|_| anyhow::anyhow!("the other thread panicked"))??))
-                })?;
+                let (one, two) = on_two_cpus(lab, net, [(&asks, POD_A), (&asks, POD_A)])?;
                 for (i, (a, b)) in one.iter().zip(&two).enumerate() {
                     let place = || format!("{proto:?} to {to}, round {round}, flow {i}");
                     ensure!(a.is_some() && b.is_some(), "{}: one was refused: {a:?} and {b:?}", place());
@@ -302,6 +285,76 @@ fn two_cpus_open_one_flow() -> Result<()> {
         Ok(())
     })
 }
+
+/// Two pods at one time on two CPUs, from one port: the world sees two flows.
+#[test]
+fn two_cpus_open_two_flows_from_one_port() -> Result<()> {
+    labs(|lab, net| {
+        for round in 0..2 {
+            lab.forget()?;
+            let asks = |from: fn(Net, Proto, (IpAddr, u16)) -> Frame| -> Vec<_> {
+                let flow = |i| from(net, Proto::Udp, (net.world(), 443)).map(|f| f.set_ports(30_000 + i, 443));
+                (0..FLOWS_APART).map(|i| flow(i).bytes()).collect()
+            };
+            let (one, two) = on_two_cpus(lab, net, [(&asks(from_a), POD_A), (&asks(from_b), POD_B)])?;
+            for (i, (a, b)) in one.iter().zip(&two).enumerate() {
+                ensure!(a.is_some() && b.is_some() && a != b, "round {round}, flow {i}: from ports {a:?} and {b:?}");
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Two CPUs open one flow, and each has found another source port: the port of the slower one is free again.
+#[test]
+fn two_cpus_open_one_flow_and_keep_one_port() -> Result<()> {
+    labs(|lab, net| {
+        for round in 0..2 {
+            lab.forget()?;
+            let asks: Vec<_> = (0..FLOWS_APART)
+                .map(|i| from_a(net, Proto::Udp, (net.world(), 443)).map(|f| f.set_ports(1024 + i, 443)).bytes())
+                .collect();
+            lab.configure(|c| (c.snat_min, c.snat_max) = (30_000, 30_000 + 2 * FLOWS_APART))?;
+            on_two_cpus(lab, net, [(&asks, POD_A), (&asks, POD_A)])?;
+            let connections = lab.connections(net)?;
+            for (key, half) in &connections {
+                let other = connections.get(&half.to.reversed());
+                ensure!(other.is_some_and(|o| o.to == key.reversed()), "round {round}: {key:?} is left alone");
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Few enough for the table, whatever the CPUs keep of its free places for themselves.
+const FLOWS_APART: u16 = 100;
+
+/// Two sequences of frames on two CPUs, pair by pair at one time; gives the source port that each leaves from.
+fn on_two_cpus(lab: &Lab, net: Net, frames: [(&[Vec<u8>], u32); 2]) -> Result<(Ports, Ports)> {
+    let at = [AtomicUsize::new(0), AtomicUsize::new(0)];
+    let side = |mine: usize| -> Result<Ports> {
+        let (frames, ifindex) = frames[mine];
+        let mut ports = Vec::new();
+        for (i, frame) in frames.iter().enumerate() {
+            at[mine].store(i + 1, Ordering::SeqCst);
+            while at[1 - mine].load(Ordering::SeqCst) <= i {
+                std::hint::spin_loop();
+            }
+            let input = Input { frame, ifindex, ..Input::default() };
+            let out = lab.datapath().run("from_pod", &input)?.context("no sum was asked for")?;
+            ports.push(if out.verdict == REDIRECT { Some(ports_of(net, &out.frame)?.0) } else { None });
+        }
+        Ok(ports)
+    };
+    std::thread::scope(|s| -> Result<_> {
+        let other = s.spawn(|| side(1));
+        let one = side(0)?;
+        Ok((one, other.join().map_err(|_| anyhow::anyhow!("the other thread panicked"))??))
+    })
+}
+
+/// Source ports of what was redirected.
+type Ports = Vec<Option<u16>>;
 
 /// A quotation that ends inside of the quoted header, by the length of the packet that bears it; the frame goes on. What stands
 /// behind a packet is none of it, and its checksum does not cover that.

@@ -233,6 +233,49 @@ fn a_backend_asked_directly_after_its_service_from_one_client_port() -> Result<(
     })
 }
 
+/// Of the two entries that then stand under one key the first is evicted: the other does not take its packets, and goes on.
+#[test]
+fn the_first_of_two_entries_under_one_key_is_evicted() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            serve(lab, net, proto, net.vip(1), (net.b(), TARGET))?;
+            let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
+            let arrives = ask.hop().between((net.a(), PORT), (net.b(), TARGET));
+            lab.pod_sends(&ask)?.to_the_pod(&arrives)?;
+            let direct = from_a(net, proto, (net.b(), TARGET));
+            lab.pod_sends(&direct)?;
+            let port = lab.half(Flow::of(&direct))?.to.sport;
+            let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
+            lab.evict(Flow::of(&answer))?;
+            let shot = lab.pod_sends(&answer)?;
+            let to = lab.half(Flow::of(&answer)).context("the answer has no entry of its own")?.to;
+            shot.to_the_pod(&answer.hop().between((net.b(), to.sport), (net.a(), PORT)))?;
+            let more = later(&direct);
+            lab.pod_sends(&more)?.to_the_pod(&more.hop().between((net.a(), port), (net.b(), TARGET)))?;
+            lab.forget()
+        })
+    })
+}
+
+/// A flow that is older than the service at its destination, and was answered, goes on as it was.
+#[test]
+fn an_answered_flow_older_than_its_service() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let ask = from_a(net, proto, (net.routed(), VIP_PORT));
+            lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
+            let answer = ask.reply();
+            lab.uplink_in(&answer)?.to_the_pod(&answer.hop())?;
+            serve(lab, net, proto, net.routed(), (net.b(), TARGET))?;
+            lab.age(Flow::of(&ask), 1)?;
+            let more = later(&ask);
+            lab.pod_sends(&more)?.onto_wire(&more.hop())?;
+            lab.forget()?;
+            lab.drop_service(net.routed(), VIP_PORT, proto.number(net))
+        })
+    })
+}
+
 /// A reset that refuses `asked`, built from RFC 9293, 3.5.2 alone.
 pub fn reset(asked: &Frame) -> Frame {
     let L4::Tcp { sport, dport, seq, ack, flags, .. } = asked.l4 else { panic!("not TCP") };

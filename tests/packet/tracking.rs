@@ -194,6 +194,22 @@ fn a_port_pair_is_used_again() -> Result<()> {
     })
 }
 
+/// Both entries of the connection before are gone then: what its backend still sends does not arrive in the service's name.
+#[test]
+fn nothing_stays_of_the_connection_before() -> Result<()> {
+    labs(|lab, net| {
+        let (ask, answer) = begin(lab, net, Proto::Tcp)?;
+        for f in [ask.with_flags(FIN | ACK), answer.with_flags(FIN | ACK)] {
+            lab.pod_sends(&f)?;
+        }
+        lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), 8080)])?;
+        lab.pod_sends(&ask)?.onto_wire(&ask.hop().between((net.a(), PORT), (net.far(), 8080)))?;
+        ensure!(lab.half(Flow::of(&answer)).is_err() && lab.connections(net)?.len() == 2, "an entry stayed");
+        let late = answer.with_flags(ACK);
+        lab.pod_sends(&late)?.to_the_pod(&late.hop())
+    })
+}
+
 /// The same, to the same backend: the answering half is taken over, not avoided.
 #[test]
 fn a_port_pair_is_used_again_with_the_same_backend() -> Result<()> {

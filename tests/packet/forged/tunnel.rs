@@ -217,3 +217,22 @@ fn out_of_the_tunnel_to_a_pod_that_has_moved() -> Result<()> {
         lab.overlay_in(net.node2(), &f)?.dropped(DropReason::NoFib)
     })
 }
+
+/// A range of pods has moved to another node: what the node before still sends of a known flow is refused within a second, and the
+/// flow goes on from the new one.
+#[test]
+fn a_range_that_has_moved_to_another_node() -> Result<()> {
+    labs(|lab, net| {
+        let node3 = net.ip([172, 18, 0, 13], "fd00:18::13");
+        each(&ALL, |proto| {
+            let f = from_outside(proto, (net.far(), PORT), (net.b(), 80));
+            lab.overlay_in(net.node2(), &f)?.to_the_pod(&f.hop())?;
+            lab.put_peer(net.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(node3))?;
+            lab.age(Flow::of(&f), 1)?;
+            lab.overlay_in(net.node2(), &f)?.dropped(DropReason::UnknownSender).context("from the node before")?;
+            lab.overlay_in(node3, &f)?.to_the_pod(&f.hop())?;
+            lab.put_peer(net.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(net.node2()))?;
+            lab.forget()
+        })
+    })
+}

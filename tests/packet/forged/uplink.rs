@@ -3,9 +3,10 @@
 use super::{dropped_as, each, no_trace, ports_of};
 use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_outside, later};
 use crate::frame::{Frame, L4};
-use crate::harness::{Net, STACK, labs};
+use crate::harness::{Flow, Net, STACK, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::DropReason;
+use rustnet_common::peer::flags;
 use std::net::IpAddr;
 
 /// Sources that the kernel refuses in `ip_route_input_slow` and `ip6_rcv_core`, which a redirect goes round.
@@ -161,6 +162,25 @@ fn sources_that_the_tunnel_brings() -> Result<()> {
     })
 }
 
+/// A known flow came by the uplink, and its sender's address has become one that the tunnel brings, or one of this node: within a
+/// second, no more of it comes by the uplink.
+#[test]
+fn a_sender_that_belongs_elsewhere_now() -> Result<()> {
+    labs(|lab, net| {
+        each(&[(flags::POD | flags::TUNNEL, Some(net.node2())), (flags::LOCAL_PODS, None)], |(now, node)| {
+            each(&ALL, |proto| {
+                let f = from_outside(proto, (net.routed(), PORT), (net.b(), 80));
+                lab.uplink_in(&f)?.to_the_pod(&f.hop())?;
+                lab.put_peer(net.routed(), Some((24, 64)), now, node)?;
+                lab.age(Flow::of(&f), 1)?;
+                lab.uplink_in(&f)?.dropped(DropReason::Spoofed)?;
+                lab.put_peer(net.routed(), Some((24, 64)), flags::POD, None)?;
+                lab.forget()
+            })
+        })
+    })
+}
+
 /// The answer of a service's backend behind the tunnel.
 #[test]
 fn answers_of_a_backend_that_the_tunnel_brings() -> Result<()> {
@@ -225,6 +245,18 @@ fn the_overlays_port_of_pods_and_services() -> Result<()> {
         lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
         let answer = ask.reply();
         lab.uplink_in(&answer)?.to_the_pod(&answer.hop())
+    })
+}
+
+/// A service at this node's own address takes nothing from the tunnel.
+#[test]
+fn the_tunnel_to_an_address_that_is_a_services_too() -> Result<()> {
+    labs(|lab, net| {
+        lab.serve(net.node(), 80, 6, 0, &[(net.b(), 8080)])?;
+        let f = from_outside(Proto::Udp, (net.node2(), 50_000), (net.node(), 8472));
+        lab.uplink_in(&f)?.to_stack(&f)?;
+        lab.uplink_in(&f.map(|f| f.src = net.world()))?.dropped(DropReason::IsClusterIp)?;
+        no_trace(lab)
     })
 }
 
