@@ -125,7 +125,8 @@ fn one_fault_at_a_time_of_ports_and_networks() {
         drop(taken);
         ip("link add flannel.1 type vxlan id 1 dstport 8472 dev eth0");
         ip("link set flannel.1 addrgenmode none");
-        ip("link set flannel.1 up");
+        // A child that another test starts has the socket until it executes its program.
+        sandbox::wait_until("the port is free", || sandbox::command("ip", "link set flannel.1 up").status.success());
         only(sandbox, &pre, ["Ports", "overlay", "warning", "flannel.1", "--overlay-port"]);
         ip("link del flannel.1");
 

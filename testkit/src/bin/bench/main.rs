@@ -45,7 +45,7 @@ struct Args {
     /// network: the CPU that both ends of a connection share; the last one when absent
     #[arg(long)]
     cpu: Option<usize>,
-    /// network: measure only tables whose title holds this, such as "VXLAN" or "TCP_RR"
+    /// packets, network: measure only rows or tables whose title holds this, such as "established", "VXLAN" or "TCP_RR"
     #[arg(long, default_value = "")]
     only: String,
     /// cni: pods of each network
@@ -87,6 +87,7 @@ fn main() -> Result<()> {
             runs: args.size(args.runs, 40, 5),
             repeat: args.size(args.repeat, 200_000, 20_000),
             baseline: args.baseline.clone(),
+            only: args.only.clone(),
         };
         packets::run(&extent).context("packets")?;
         println!();

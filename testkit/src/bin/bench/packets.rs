@@ -56,6 +56,8 @@ pub struct Extent {
     pub runs: u32,
     /// Packets in a run.
     pub repeat: u32,
+    /// Only rows whose names hold this.
+    pub only: String,
     /// Another object whose programs are measured in turn with these.
     pub baseline: Option<PathBuf>,
 }
@@ -105,7 +107,7 @@ fn measure(extent: &Extent) -> Result<()> {
     println!("\n| from_pod, UDP, ns per packet above empty | Services | {} |", columns.join(" | "));
     println!("|---|---|{}", "---|".repeat(columns.len()));
     let mut services = 0;
-    for case in led()? {
+    for case in led()?.into_iter().filter(|case| case.name.contains(&extent.only)) {
         if services < case.services {
             for side in &sides {
                 serve(&side.datapath, services, case.services)?;
@@ -117,7 +119,8 @@ fn measure(extent: &Extent) -> Result<()> {
     drop(sides);
     // With empty tables: what is refused evicts nothing.
     let sides = load(extent)?;
-    for (case, ports) in [(refused()?, FEW_PORTS), (accepted()?, ALL_PORTS)] {
+    let masqueraded = [(refused()?, FEW_PORTS), (accepted()?, ALL_PORTS)];
+    for (case, ports) in masqueraded.into_iter().filter(|(case, _)| case.name.contains(&extent.only)) {
         for side in &sides {
             configure(&side.datapath, ports)?;
         }
