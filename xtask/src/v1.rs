@@ -12,12 +12,23 @@ use crate::{cache, paths, ui};
 /// The commit.
 const COMMIT: &str = "6c3bd9c7f538ae7051aa2586a1f9d230ca5e5651";
 
-/// What the tests start: the agent installs the CNI binary next to it.
-const PROGRAMS: [&str; 2] = ["rustnet-agent", "rustnet-cni"];
+/// What is in the image of that commit.
+const PROGRAMS: [&str; 3] = crate::dist::PROGRAMS;
 
-/// The command: leaves the programs in `target/v1/dist`.
+/// Where the programs are.
+pub fn dist() -> PathBuf {
+    paths::target().join("v1/dist")
+}
+
+/// Where the files of that commit are.
+pub fn source() -> PathBuf {
+    paths::target().join("v1/source")
+}
+
+/// The command: leaves the programs in `target/v1/dist`, and the files in `target/v1/source`.
 pub fn run() -> Result<()> {
-    let dist = paths::target().join("v1/dist");
+    let dist = dist();
+    extract()?;
     if !PROGRAMS.iter().all(|program| cache::holds(&cached(program))) {
         setup::ensure(&[Need::Build])?;
         build()?;
@@ -31,10 +42,8 @@ fn cached(program: &str) -> PathBuf {
     paths::cache().join("v1").join(COMMIT).join(program)
 }
 
-/// Builds in a tree of its own, by the commands of that commit.
-fn build() -> Result<()> {
-    let (source, target) = (paths::target().join("v1/source"), paths::target().join("v1/build"));
-    ui::step(&format!("building the programs of commit {}", &COMMIT[..7]));
+fn extract() -> Result<()> {
+    let source = source();
     std::fs::create_dir_all(&source)?;
     let archive = paths::target().join("v1/source.tar");
     Cmd::new("git")
@@ -44,7 +53,13 @@ fn build() -> Result<()> {
         .dir(paths::root())
         .remedy("the commit must be in this clone: git fetch --unshallow")
         .run()?;
-    Cmd::new("tar").arg("-xf").arg(&archive).arg("-C").arg(&source).run()?;
+    Cmd::new("tar").arg("-xf").arg(&archive).arg("-C").arg(&source).run()
+}
+
+/// Builds in a tree of its own, by the commands of that commit.
+fn build() -> Result<()> {
+    let (source, target) = (source(), paths::target().join("v1/build"));
+    ui::step(&format!("building the programs of commit {}", &COMMIT[..7]));
     let cargo = || Cmd::cargo().env("CARGO_TARGET_DIR", &target).dir(&source);
     cargo().args(["run", "--locked", "--package", "xtask", "--", "build-ebpf"]).run()?;
     cargo()

@@ -181,7 +181,7 @@ fn create_pair<F: Reserve>() -> Result<(), DropReason> {
         // Not translated for a reason of its own: only another source port sets its answers apart.
         Reservation::TAKEN
     } else {
-        F::reserve(!ports)
+        F::reserve(!ports, true)
     };
     if reservation == Reservation::TAKEN && ports {
         reservation = search_port::<F>(c, config, reservation);
@@ -239,8 +239,9 @@ impl Reservation {
 
 /// Reservations of one family.
 trait Reserve: Placed + Old {
-    /// See [`reserve`].
-    fn reserve(reuse_closing: bool) -> u32;
+    /// See [`reserve`]. A first attempt finds its tuple free as a rule, and inserts without a look-up. Those of a search do not: an
+    /// insertion that fails costs three look-ups.
+    fn reserve(reuse_closing: bool, is_first: bool) -> u32;
 }
 
 /// Declares a family's function with global linkage, for the reason that the parser is one.
@@ -248,14 +249,14 @@ macro_rules! global {
     ($family:ident, $name:ident) => {
         impl Reserve for $family {
             #[inline(always)]
-            fn reserve(reuse_closing: bool) -> u32 {
-                $name(u32::from(reuse_closing))
+            fn reserve(reuse_closing: bool, is_first: bool) -> u32 {
+                $name(u32::from(reuse_closing), u32::from(is_first))
             }
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $name(reuse_closing: u32) -> u32 {
-            reserve::<$family>(reuse_closing != 0)
+        extern "C" fn $name(reuse_closing: u32, is_first: u32) -> u32 {
+            reserve::<$family>(reuse_closing != 0, is_first != 0)
         }
     };
 }
@@ -266,7 +267,7 @@ global!(V6, rn_ct_reserve6);
 /// Inserts the entry of the reply direction, unless its tuple belongs to another connection. A closing connection counts, too,
 /// unless `reuse_closing`: the far end may hold it in TIME_WAIT, and delays a SYN there (RFC 6191).
 #[inline(always)]
-fn reserve<F: Placed + Old>(reuse_closing: bool) -> u32 {
+fn reserve<F: Placed + Old>(reuse_closing: bool, is_first: bool) -> u32 {
     let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else { return Reservation::FULL };
     // SAFETY: as in `create`; the callers do not use their borrows while this runs.
     let c = unsafe { &mut (*scratch).connection };
@@ -276,7 +277,7 @@ fn reserve<F: Placed + Old>(reuse_closing: bool) -> u32 {
     if migrate::is_migrating() && migrate::is_reply_taken::<F>(c) {
         return Reservation::TAKEN;
     }
-    if !table::is_ever_contested() && table::insert::<F>(&c.reply_key, &c.reply, BPF_NOEXIST.into()) {
+    if is_first && !table::is_ever_contested() && table::insert::<F>(&c.reply_key, &c.reply, BPF_NOEXIST.into()) {
         return Reservation::RESERVED;
     }
     let place = F::place(&c.reply_key, is_swapped);
@@ -357,7 +358,7 @@ extern "C" fn try_random_port<F: Reserve>(round: u32, search: *mut c_void) -> u6
     // SAFETY: as in `create`; the caller does not use its borrow while the helper runs.
     let c = unsafe { &mut (*scratch).connection };
     c.original.to.sport = port(config, random());
-    search.reservation = F::reserve(round >= search.keep_closing);
+    search.reservation = F::reserve(round >= search.keep_closing, false);
     u64::from(search.reservation != Reservation::TAKEN)
 }
 

@@ -25,13 +25,15 @@ enum Work {
     Tests { program: &'static str, filter: &'static str, env: &'static [(&'static str, &'static str)] },
     /// A command of xtask.
     Command(&'static [&'static str]),
+    /// An upgrade from the image of v1 and back, in a cluster with this routing.
+    ClusterV1(&'static str),
 }
 
 /// The campaign that needs the programs of v1.
 const VERSIONS: &str = "versions";
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 9] = [
+const CAMPAIGNS: [Campaign; 11] = [
     Campaign {
         name: VERSIONS,
         work: Work::Tests { program: "fabric", filter: "upgrades_from_v1_and_back_lose_nothing", env: &[] },
@@ -76,6 +78,8 @@ const CAMPAIGNS: [Campaign; 9] = [
             env: &[("RUSTNET_FUZZ", "10000000"), ("RUSTNET_MUTANTS", "10000000")],
         },
     },
+    Campaign { name: "cluster-v1-vxlan", work: Work::ClusterV1("vxlan") },
+    Campaign { name: "cluster-v1-native", work: Work::ClusterV1("native") },
     Campaign { name: "kernels", work: Work::Command(&["kernels"]) },
     Campaign { name: "e2e-vxlan", work: Work::Command(&["e2e", "--routing", "vxlan", "--report", "target/e2e/vxlan"]) },
     Campaign {
@@ -110,42 +114,69 @@ impl Campaign {
             v1::run()?;
         }
         match self.work {
-            Work::Tests { .. } => {
-                let (status, table) = counted(&prepare(self.command(profile)?, profile)?, stdout())?;
+            Work::Tests { program, filter, env } => {
+                let command = tests(program, filter, env, profile);
+                let (status, table) = counted(&prepare(command, profile)?, stdout())?;
                 row = Row { name: row.name, ..table.sum("") };
                 // A filter that matches nothing has shown nothing; nor has a program that did not build.
                 if (!status.success() && row.failed == 0) || row.passed + row.failed == 0 {
                     row.failed += 1;
                 }
             }
-            Work::Command(_) => {
-                if self.command(profile)?.status()?.success() {
-                    row.passed = 1;
-                } else {
-                    row.failed = 1;
+            Work::Command(args) => count(&mut row, xtask(args)?.status()?.success()),
+            Work::ClusterV1(routing) => {
+                let result = cluster_v1(routing);
+                if let Err(error) = &result {
+                    ui::detail(&format!("{error:#}"));
                 }
+                count(&mut row, result.is_ok());
             }
         }
         Ok(row)
     }
+}
 
-    fn command(&self, profile: Profile) -> Result<Cmd> {
-        match self.work {
-            Work::Tests { program, filter, env } => {
-                let mut cargo = Cmd::cargo().args(["test", "--package", "rustnet-tests", "--test", program]);
-                if profile == Profile::Release {
-                    cargo = cargo.arg("--release");
-                }
-                let mut cargo = cargo.args(["--", filter, "--include-ignored", "--nocapture"]);
-                if program == "fabric" {
-                    // What is lost beside another campaign says nothing about this one.
-                    cargo = cargo.arg("--test-threads=1");
-                }
-                Ok(env.iter().fold(cargo, |cargo, (key, value)| cargo.env(key, value)))
-            }
-            Work::Command(args) => Ok(Cmd::new(this_program()?).args(args).dir(paths::root())),
-        }
+/// The command that runs tests of a campaign.
+fn tests(program: &str, filter: &str, env: &[(&str, &str)], profile: Profile) -> Cmd {
+    let mut cargo = Cmd::cargo().args(["test", "--package", "rustnet-tests", "--test", program]);
+    if profile == Profile::Release {
+        cargo = cargo.arg("--release");
     }
+    let mut cargo = cargo.args(["--", filter, "--include-ignored", "--nocapture"]);
+    if program == "fabric" {
+        // What is lost while another campaign runs says nothing about this one.
+        cargo = cargo.arg("--test-threads=1");
+    }
+    env.iter().fold(cargo, |cargo, (key, value)| cargo.env(key, value))
+}
+
+fn xtask(args: &[&str]) -> Result<Cmd> {
+    Ok(Cmd::new(this_program()?).args(args).dir(paths::root()))
+}
+
+fn count(row: &mut Row, is_success: bool) {
+    if is_success {
+        row.passed += 1;
+    } else {
+        row.failed += 1;
+    }
+}
+
+/// Name of the cluster of [`Work::ClusterV1`].
+const CLUSTER: &str = "rnv1";
+
+/// Goes from the present image to that of v1 and back under load, each with its own manifests.
+fn cluster_v1(routing: &str) -> Result<()> {
+    v1::run()?;
+    let image = paths::target().join("v1/image.tar");
+    xtask(&["image", "--tag", "v1"])?.arg("--dist").arg(v1::dist()).arg("--output").arg(&image).run()?;
+    let cluster = |args: &[&str]| Ok::<_, anyhow::Error>(xtask(&["cluster", "--name", CLUSTER])?.args(args));
+    let trial = cluster(&["up", "--routing", routing])?.run().and_then(|()| {
+        let trial = cluster(&["trial", "upgrade"])?;
+        trial.arg("--other").arg(&image).arg("--other-deploy").arg(v1::source().join("deploy")).run()
+    });
+    let down = cluster(&["down"])?.run();
+    trial.and(down)
 }
 
 #[cfg(test)]
