@@ -46,8 +46,8 @@ const NET_SETTLE_FAILED: Duration = Duration::from_secs(1);
 const NET_SHARE: u32 = 20;
 /// First and longest wait after a failure.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
-/// How long the end of the agent may take.
-const EXPORT_LIMIT: Duration = Duration::from_secs(5);
+/// How long the end of the agent may take; `terminationGracePeriodSeconds` of the DaemonSet is longer.
+pub const EXPORT_LIMIT: Duration = Duration::from_secs(20);
 /// Problems in the input are looked for at most this often, and names of pods written.
 const PROBLEMS_PERIOD: Duration = Duration::from_secs(1);
 

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use rustnet_agent::args::SETTINGS;
 use rustnet_agent::config::{Config, Source};
 use rustnet_agent::doctor::api::RIGHTS;
+use rustnet_agent::reconcile::EXPORT_LIMIT;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -71,6 +72,15 @@ fn the_preflight_looks_with_the_agents_settings_rights_and_mounts() -> Result<()
     for same in ["args", "env", "image", "securityContext", "volumeMounts"] {
         assert_eq!(preflight[same], agent[same], "{same}");
     }
+    Ok(())
+}
+
+/// The kubelet kills what has not ended by then, and an export for an agent of v1 would be cut off.
+#[test]
+fn the_agent_has_time_to_end() -> Result<()> {
+    let grace =
+        daemon_set()?["spec"]["template"]["spec"]["terminationGracePeriodSeconds"].as_u64().context("a number")?;
+    assert!(grace > EXPORT_LIMIT.as_secs(), "{grace} s");
     Ok(())
 }
 
