@@ -1,1 +1,1 @@
-//! Tests that cross crates live in the folders beside this file.
+//! Tests that cross crates live in the folders next to this file.

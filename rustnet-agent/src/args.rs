@@ -140,7 +140,7 @@ pub static SETTINGS: &[Setting] = &[
         "",
         "Network device towards the other nodes; the one of the default route when absent",
     ),
-    one(NODE, "cni-bin-dir", "cniBinDir", "DIR", "", "Install the CNI binary here; it is copied from beside the agent"),
+    one(NODE, "cni-bin-dir", "cniBinDir", "DIR", "", "Install the CNI binary here, from the agent's own directory"),
     one(NODE, "cni-conf-dir", "cniConfDir", "DIR", "", "Install the CNI configuration here once the agent is ready"),
     one(
         NETWORK,
@@ -255,7 +255,7 @@ pub enum Origin {
     Env,
     /// In this file.
     File(PathBuf),
-    /// The agent that runs here was told so.
+    /// In the settings of the running agent.
     Agent,
     /// Nowhere: the default.
     Default,

@@ -72,7 +72,7 @@ pub fn before_ours(all: &[Configuration]) -> impl Iterator<Item = Rival<'_>> {
             file,
             is_broken: true,
             what: format!("{error:#}: the runtime stops at it, before {CONFLIST}"),
-            remedy: "mend it or remove it",
+            remedy: "fix it or remove it",
         },
     })
 }
@@ -107,10 +107,10 @@ mod tests {
         ] {
             std::fs::write(dir.path().join(name), text).expect("written");
         }
-        let told = instead_of_ours(dir.path());
-        let [other, broken] = &told[..] else { panic!("{told:?}") };
+        let found = instead_of_ours(dir.path());
+        let [other, broken] = &found[..] else { panic!("{found:?}") };
         assert!(other.contains("01-other.conf: network other comes before") && other.contains("remove it"), "{other}");
-        assert!(broken.contains("02-broken.conf: is not JSON") && broken.contains("mend it"), "{broken}");
+        assert!(broken.contains("02-broken.conf: is not JSON") && broken.contains("fix it"), "{broken}");
         assert!(instead_of_ours(&dir.path().join("absent")).is_empty());
     }
 

@@ -37,7 +37,7 @@ pub enum PacketLog {
     Having(Vec<std::net::IpAddr>),
 }
 
-/// Everything the agent was told.
+/// All settings of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Name of this node's Node object.
@@ -241,8 +241,8 @@ impl Config {
         Ok(Self::validate(&Values::gather(args, env)?, in_pod)?)
     }
 
-    /// Gives every setting its type and checks them against each other. `in_pod`: Kubernetes told this process where its
-    /// API server is.
+    /// Gives every setting its type and checks them against each other. `in_pod`: Kubernetes set
+    /// the address of its API server in this process's environment.
     ///
     /// # Errors
     /// Everything that is wrong, at once.

@@ -1,4 +1,5 @@
-//! How the agent is doing: told by the reconcile loop, asked by the probes and by whatever waits for the first sync.
+//! The agent's health: the reconcile loop sets it, and the probes and all tasks that wait for the
+//! first sync read it.
 //!
 //! Alive means that the loop turns and that no change has waited too long; ready means that the full state has been applied.
 //! Killing an agent that is not alive does no harm: forwarding goes on from the pins.
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn readiness_is_told_with_its_reason() {
+    async fn readiness_is_reported_with_its_reason() {
         let health = Health::default();
         assert!(health.readiness().expect_err("new").contains("starting"));
         health.set_ready();

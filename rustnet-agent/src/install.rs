@@ -13,7 +13,8 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-/// Name of the CNI binary, beside the agent's executable and where it is installed; the configuration's `type`.
+/// Name of the CNI binary, next to the agent's executable and where it is installed; the
+/// configuration's `type`.
 pub const BINARY: &str = "rustnet-cni";
 /// The same binary under the name of a plugin that containerd runs before any network's: without it no pod starts. Installed
 /// only where no other package brings one.
@@ -23,11 +24,11 @@ pub const CONFLIST: &str = "05-rustnet.conflist";
 /// Name of the network in it.
 pub const NETWORK: &str = "rustnet";
 
-/// Installs the CNI binary from beside this process's executable, if the settings say where, and [`LOOPBACK`] unless it is
-/// another's. Returns the paths that were written.
+/// Installs the CNI binary from the directory of this process's executable, if the settings say
+/// where, and [`LOOPBACK`] unless it is another's. Returns the paths that were written.
 ///
 /// # Errors
-/// No binary beside the agent's; a directory that cannot be written.
+/// No CNI binary next to the agent's executable; a directory that cannot be written.
 pub fn binary(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
     let Some(dir) = &config.cni_bin_dir else { return Ok(Vec::new()) };
     let agent = std::env::current_exe().context("cannot tell where the agent's executable is: is /proc mounted?")?;
@@ -38,13 +39,13 @@ pub fn binary(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
 fn binary_from(source: &Path, dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut content = Vec::new();
     File::open(source).and_then(|mut file| file.read_to_end(&mut content)).with_context(|| {
-        format!("{}: cannot read the CNI binary; it must lie beside the agent's executable", source.display())
+        format!("{}: cannot read the CNI binary; it must be next to the agent's executable", source.display())
     })?;
     make_dir(dir, "--cni-bin-dir")?;
     let loopback = dir.join(LOOPBACK);
     let vacant = std::fs::symlink_metadata(&loopback).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let ours = vacant || holds(&loopback, &content) || loopback_is_ours(dir);
-    // The binary last: an older one beside is what tells an older loopback of ours from another's.
+    // The binary comes last: an older one identifies an older loopback plugin as ours.
     let targets = ours.then_some(loopback).into_iter().chain([dir.join(BINARY)]);
     let mut written = Vec::new();
     for target in targets {
@@ -55,7 +56,8 @@ fn binary_from(source: &Path, dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(written)
 }
 
-/// Whether the plugin [`LOOPBACK`] in the CNI binary directory is our binary: the same bytes as [`BINARY`] beside it.
+/// Whether the plugin [`LOOPBACK`] in the CNI binary directory is our binary: the same bytes as
+/// [`BINARY`] next to it.
 pub fn loopback_is_ours(dir: &Path) -> bool {
     let is_file = |name| std::fs::symlink_metadata(dir.join(name)).is_ok_and(|meta| meta.is_file());
     is_file(BINARY) && std::fs::read(dir.join(BINARY)).is_ok_and(|binary| holds(&dir.join(LOOPBACK), &binary))
@@ -267,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn without_our_binary_beside_it_a_loopback_is_anothers() {
+    fn without_our_binary_next_to_it_a_loopback_is_anothers() {
         let dir = tempfile::tempdir().expect("dir");
         assert!(!loopback_is_ours(dir.path()));
         std::fs::write(dir.path().join(LOOPBACK), "x").expect("written");
@@ -281,17 +283,17 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let bin = dir.path().join("bin");
         let error = binary_from(&dir.path().join("absent"), &bin).expect_err("absent").to_string();
-        assert!(error.contains("absent") && error.contains("beside the agent"), "{error}");
+        assert!(error.contains("absent") && error.contains("next to the agent"), "{error}");
         assert!(!bin.exists());
     }
 
     #[test]
-    fn wrong_modes_and_symbolic_links_are_mended() {
+    fn wrong_modes_and_symbolic_links_are_repaired() {
         let dir = tempfile::tempdir().expect("dir");
         let (target, foreign) = (dir.path().join("t"), dir.path().join("foreign"));
         write_atomic(&target, b"x", 0o755).expect("written");
         std::fs::set_permissions(&target, Permissions::from_mode(0o600)).expect("chmod");
-        assert!(write_atomic(&target, b"x", 0o755).expect("mended"));
+        assert!(write_atomic(&target, b"x", 0o755).expect("repaired"));
         std::fs::write(&foreign, "theirs").expect("written");
         std::fs::remove_file(&target).expect("removed");
         std::os::unix::fs::symlink(&foreign, &target).expect("linked");

@@ -138,7 +138,7 @@ impl Metrics {
         self.0.source_events.get_or_create(&kind.into()).inc();
     }
 
-    /// A source begins its list of this kind anew.
+    /// A source begins a new list of this kind.
     pub fn source_restarted(&self, kind: Kind) {
         self.0.source_relists.get_or_create(&kind.into()).inc();
     }

@@ -35,7 +35,7 @@ pub fn read(run_dir: &Path) -> anyhow::Result<Option<NodeFile>> {
         Err(error) => return Err(error).with_context(|| format!("{shown}: cannot read")),
     };
     let node: NodeFile = serde_json::from_str(&text)
-        .with_context(|| format!("{shown}: not a node file; remove it, the agent writes it anew"))?;
+        .with_context(|| format!("{shown}: not a node file; remove it, the agent writes it again"))?;
     anyhow::ensure!(
         node.version == NodeFile::VERSION,
         "{shown}: version {}, but this is for version {}; run agent, CNI binary and command of one release",

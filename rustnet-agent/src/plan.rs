@@ -1,5 +1,5 @@
-//! What the maps hold and what they should hold, hence the writes that lead from one to the other. Pure: maps and time come
-//! in as arguments.
+//! Plans the writes that lead from the present state of the maps to the desired one. Pure: maps and
+//! time are arguments.
 
 mod flows;
 mod ids;

@@ -1,5 +1,6 @@
-//! `pods.json` in the run directory: the names of this node's pods by address, for the `rustnet` command. The agent writes it
-//! from what its source says; the CNI binary's records name only those pods whose names the runtime told.
+//! `pods.json` in the run directory: the names of this node's pods by address, for the `rustnet`
+//! command. The agent writes it from what its source says; the CNI binary's records have names only
+//! from runtimes that pass them.
 
 use crate::install::write_atomic;
 use crate::model::Pod;
@@ -38,7 +39,7 @@ pub fn read(run_dir: &Path) -> anyhow::Result<Names> {
     let path = run_dir.join(FILE);
     match std::fs::read(&path) {
         Ok(text) => serde_json::from_slice(&text)
-            .with_context(|| format!("{}: no table of pods; remove it, the agent writes it anew", path.display())),
+            .with_context(|| format!("{}: no table of pods; remove it, the agent writes it again", path.display())),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Names::new()),
         Err(error) => Err(error).with_context(|| format!("{}: cannot read", path.display())),
     }

@@ -274,7 +274,7 @@ impl Reconciler {
 
     /// Tells the `rustnet` command the names of this node's pods. Without them it shows less, so that failing is no trouble.
     fn tell_names(&self) {
-        // Before the list is complete, what an earlier agent told is better.
+        // Before the list is complete, an earlier agent's file is better.
         if self.index.has_synced(Kind::Pod)
             && let Err(error) = podfile::write(&self.config.run_dir, &podfile::names(self.index.pods()))
         {
@@ -292,7 +292,7 @@ impl Reconciler {
                 self.nodes.remove(&object.name);
                 true
             }
-            // What the list left out is gone; learn anew.
+            // What the list left out is gone: the table is built again.
             Event::Synced(Kind::Node) => {
                 self.nodes.clear();
                 true
@@ -374,7 +374,7 @@ impl Reconciler {
     /// Brings the host's network and the hooks to what they should be.
     fn look_after_network(&mut self) {
         let began = Instant::now();
-        let result = self.mend_network();
+        let result = self.repair_network();
         self.net_took = began.elapsed();
         // Files are looked after like devices and routes: what somebody deleted is put back.
         self.published = None;
@@ -395,10 +395,10 @@ impl Reconciler {
     }
 
     /// Returns what failed and left the rest standing.
-    fn mend_network(&mut self) -> Result<Vec<String>> {
+    fn repair_network(&mut self) -> Result<Vec<String>> {
         // All pods that are added from now on get the present programs, or are found below.
         let was_pinned = self.kernel.as_ref().is_some_and(Kernel::is_pinned);
-        // Before the interfaces are looked at; see `Kernel::mend_endpoints`.
+        // Before the interfaces are looked at; see `Kernel::repair_endpoints`.
         let endpoints = self.kernel.as_ref().map(|kernel| kernel.endpoints.read()).transpose()?;
         let own = self.index.own_node();
         let own_pod_cidrs = node::pod_cidrs(&self.config, own);
@@ -443,7 +443,7 @@ impl Reconciler {
                 }
                 Err(error) => errors.push(format!("{error:#}")),
             }
-            match kernel.mend_endpoints(&endpoints.unwrap_or_default(), &state) {
+            match kernel.repair_endpoints(&endpoints.unwrap_or_default(), &state) {
                 Ok(changed) => done.extend(changed),
                 Err(error) => errors.push(format!("{error:#}")),
             }
@@ -485,7 +485,7 @@ impl Reconciler {
         // The first look swaps the hooks, the second finds pods that came while it did.
         for _ in 0..2 {
             ensure!(!is_late.load(Ordering::Relaxed), "no time is left");
-            let errors = self.mend_network()?;
+            let errors = self.repair_network()?;
             ensure!(errors.is_empty(), "{}", errors.join("; "));
         }
         ensure!(!is_late.load(Ordering::Relaxed), "no time is left");
@@ -608,7 +608,8 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Tells the CNI binary why there is nothing to tell. What it was told before stays: pods go on being made from it.
+    /// Writes for the CNI binary why there are no settings. An earlier node file stays: ADD goes on
+    /// with it.
     fn publish_refusal(&self, why: &anyhow::Error) -> Result<()> {
         if nodefile::read(&self.config.run_dir).is_ok_and(|there| there.is_some_and(|file| file.not_ready.is_none())) {
             return Ok(());

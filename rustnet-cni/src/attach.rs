@@ -46,8 +46,8 @@ impl Pins {
         Ok(Self { programs: [program(HOOKS[0].0)?, program(HOOKS[1].0)?], endpoints: Endpoints::open(bpffs)? })
     }
 
-    /// The messages that put the programs on a veth: the qdisc, then both filters. The agent may have been there first,
-    /// for it mends what it finds in the records.
+    /// The messages that put the programs on a veth: the qdisc, then both filters. The agent may
+    /// have been there first, for it repairs what it finds in the records.
     pub fn attach(&self, index: u32) -> Vec<Message> {
         let clsact = tcmsg(index, CLSACT_HANDLE, TC_H_CLSACT, 0);
         let mut out = vec![

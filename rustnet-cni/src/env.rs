@@ -38,7 +38,7 @@ pub struct Env {
     pub netns: Option<String>,
     /// Where plugins are.
     pub path: Vec<PathBuf>,
-    /// The pod, if the runtime told.
+    /// The pod, if the runtime names it.
     pub pod: PodArgs,
 }
 

@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_without_the_module_is_told_from_other_refusals() {
+    fn a_kernel_without_the_module_is_distinguished_from_other_refusals() {
         let text = |errno| explained(Refused::new("qdisc", errno)).to_string();
         assert!(text(libc::ENOENT).contains("sch_tbf") && text(libc::ENOENT).contains("annotations"));
         assert!(!text(libc::EINVAL).contains("sch_tbf"));

@@ -4,8 +4,8 @@ use crate::shared_type;
 
 /// An IPv4 address, network order.
 ///
-/// A union, because people shall read octets in `bpftool map dump`, and the kernel side must see a word: the BPF backend
-/// copies and compares byte arrays one byte at a time.
+/// A union: people read octets in `bpftool map dump`, and the kernel side needs a word. The BPF
+/// backend copies and compares byte arrays one byte at a time.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub union Ip4 {

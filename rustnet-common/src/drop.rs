@@ -58,9 +58,9 @@ reasons! {
     CtCreateFailed = 11, "ct_create_failed", "raise the size of the connection table";
     /// A later fragment whose first was never seen.
     FragNotFound = 12, "frag_not_found", "fragments arrived before their first: look for reordering or loss";
-    /// Its hop limit ended here; the sender was told.
+    /// Its hop limit ended here; the sender was notified.
     TtlExceeded = 13, "ttl_exceeded", "a routing loop, or a traceroute";
-    /// Larger than the path; the sender was told.
+    /// Larger than the path; the sender was notified.
     FragNeeded = 14, "frag_needed", "the sender did not learn the path MTU: are ICMP messages filtered?";
     /// A VIP asked from outside the cluster.
     IsClusterIp = 15, "is_cluster_ip", "cluster addresses are not served to outside clients";

@@ -26,8 +26,8 @@ pub mod v1;
 #[cfg(feature = "user")]
 pub mod files;
 
-/// Declares that a type shared with the kernel has exactly this size, hence no padding the compiler added,
-/// and (for user space) that it may be viewed as bytes.
+/// Declares that a type shared with the kernel has exactly this size, so that the compiler adds no
+/// padding, and (for user space) that it may be viewed as bytes.
 #[macro_export]
 macro_rules! shared_type {
     ($t:ty, $size:expr) => {

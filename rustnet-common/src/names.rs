@@ -1,8 +1,8 @@
 //! Fixed names: what people type after `bpftool map dump name`, and where things are pinned.
 
-/// Where the agent pins, unless told otherwise.
+/// Where the agent pins by default.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/rustnet";
-/// Where the agent and the CNI binary keep their files, unless told otherwise.
+/// Where the agent and the CNI binary keep their files by default.
 pub const DEFAULT_RUN_DIR: &str = "/run/rustnet";
 /// Below the bpffs directory: the programs.
 pub const PROGS_DIR: &str = "prog";

@@ -34,8 +34,8 @@ pub type Fragments<A> = LruHashMap<FragKey<A>, FragPorts, 8192>;
 /// A map of peers of one family.
 pub type Peers<A> = LpmTrie<A, Peer, 16384>;
 
-/// Room beside the 512 bytes of stack that all frames of a program share. TC programs do not interrupt each other on a
-/// CPU, so one element each suffices.
+/// Room in addition to the 512 bytes of stack that all frames of a program share. TC programs do
+/// not interrupt each other on a CPU, so one element each suffices.
 #[repr(C)]
 pub struct Scratch<A> {
     /// The packet in hand.

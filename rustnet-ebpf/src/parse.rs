@@ -41,9 +41,10 @@ pub trait ReadHeader<A>: Copy {
     /// Reads the header at `l3`; sets all that is not the transport header's, and gives the offset of that one.
     fn network<C: Options>(ctx: &C, l3: usize, p: &mut Packet<A>) -> Result<usize, DropReason>;
 
-    /// Reads the header of a packet that an ICMP error quotes: cut short, so that its lengths mean nothing. Sets addresses
-    /// and protocol, gives the offset of the transport header; `None` for what cannot be told (later fragments, IPv6
-    /// extension headers other than that of a first fragment).
+    /// Reads the header of a packet that an ICMP error quotes: cut short, so that its lengths mean
+    /// nothing. Sets addresses and protocol, gives the offset of the transport header; `None` where
+    /// the offset is unknown (later fragments, IPv6 extension headers other than that of a first
+    /// fragment).
     fn inner<C: Ctx>(ctx: &C, l3: usize, out: &mut Tuple<A>) -> Option<usize>;
 }
 

@@ -52,11 +52,11 @@ pub enum Store {
 pub struct Options<'a> {
     /// Where it can be had, as its certificate says; the first is advertised.
     pub addresses: &'a [IpAddr],
-    /// Users beside [`ADMIN`].
+    /// Users in addition to [`ADMIN`].
     pub users: &'a [User],
     /// Its store.
     pub store: Store,
-    /// Arguments beside its own.
+    /// Arguments in addition to its own.
     pub arguments: Vec<String>,
 }
 

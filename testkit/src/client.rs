@@ -153,7 +153,7 @@ pub fn ask_sized(from: &Netns, proto: Proto, target: SocketAddr, count: usize, s
     })
 }
 
-/// One request over a new connection: who answered, and as whom it saw us.
+/// One request over a new connection: the name of the server, and the source address that it saw.
 fn one(proto: Proto, target: SocketAddr, text: &str) -> std::io::Result<(String, IpAddr)> {
     match proto {
         Proto::Tcp => {
@@ -240,7 +240,7 @@ impl Connection {
         from.run(|| Self::open(target))?.with_context(|| format!("{} cannot connect to {target}", from.name()))
     }
 
-    /// One request and its answer: who answered, and as whom it saw us.
+    /// One request and its answer: the name of the server, and the source address that it saw.
     pub fn ask(&mut self, text: &str) -> std::io::Result<(String, IpAddr)> {
         self.reader.get_mut().write_all(format!("{text}\n").as_bytes()).map_err(timed_out)?;
         let mut line = String::new();

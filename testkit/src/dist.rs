@@ -35,10 +35,10 @@ pub fn find_v1(program: &str) -> Result<PathBuf> {
 
 /// The target directory: above the running program, or below the workspace.
 pub fn target_dir() -> PathBuf {
-    let beside = std::env::current_exe()
+    let above = std::env::current_exe()
         .ok()
         .and_then(|exe| exe.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file()).map(Path::to_path_buf));
-    beside.unwrap_or_else(|| workspace().join("target"))
+    above.unwrap_or_else(|| workspace().join("target"))
 }
 
 /// The root of the sources this was built from.

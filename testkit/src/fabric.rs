@@ -58,7 +58,7 @@ pub struct Setup {
     pub mtu: u32,
     /// The nodes are known to each other by their IPv6 addresses first: the overlay runs over IPv6.
     pub ipv6_first: bool,
-    /// Arguments that every agent gets beside its own.
+    /// Arguments that every agent gets in addition to its own.
     pub agent: &'static [&'static str],
 }
 
@@ -100,8 +100,8 @@ pub struct Outsider {
 pub const WORLD: (Ipv4Addr, Ipv6Addr) =
     (Ipv4Addr::new(192, 0, 2, 10), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 0x10));
 
-/// Sysctls of everything here: addresses are there at once, nobody is told by router advertisements, and ICMP errors are
-/// not rationed (a test may cause many).
+/// Sysctls of everything here: addresses are there at once, no router sends advertisements, and
+/// ICMP errors are not rationed (a test may cause many).
 fn quiet(netns: &Netns) -> Result<()> {
     for (key, value) in [
         ("ipv6/conf/all/accept_dad", "0"),

@@ -71,7 +71,7 @@ impl Ping {
         request.extend((0..self.size).map(|i| i as u8));
         if to.is_ipv4() {
             let sum = etherparse::checksum::Sum16BitWords::new().add_slice(&request).ones_complement();
-            // The type computes in memory order, whence no conversion.
+            // The type computes in memory order, so it needs no conversion.
             request[2..4].copy_from_slice(&sum.to_ne_bytes());
         }
         let start = Instant::now();

@@ -24,7 +24,7 @@ struct Left {
     cgroups: Vec<PathBuf>,
     dirs: Vec<PathBuf>,
     counter: u32,
-    /// All has been removed: a thread that does not know yet must not begin anew.
+    /// All has been removed: a thread that does not know yet must not begin again.
     over: bool,
 }
 

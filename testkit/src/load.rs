@@ -165,7 +165,7 @@ fn run(kind: Kind, proto: Proto, target: SocketAddr, pause: Duration, stop: &Ato
                 last = Instant::now();
                 open = (kind == Kind::Established).then_some(connection);
             }
-            // The next request opens anew, so that one broken connection counts once.
+            // The next request opens a new connection, so that one broken connection counts once.
             Err(e) => {
                 tally.lost += 1;
                 if tally.errors.len() < KEPT {

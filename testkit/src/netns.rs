@@ -31,7 +31,7 @@ pub struct Holder {
     _process: Process,
 }
 
-/// What a namespace has of its own, beside interfaces.
+/// What a namespace has of its own, in addition to interfaces.
 #[derive(Clone, Debug, Default)]
 pub struct Own {
     /// Its own mounts: a private copy of the tree, with `/sys` of this network namespace.

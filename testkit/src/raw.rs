@@ -1,4 +1,4 @@
-//! The packet socket: the only unsafe room beside `netns`.
+//! The packet socket, with the unsafe code that it needs.
 
 use anyhow::{Context, Result, bail};
 use std::io::Error;
@@ -80,7 +80,7 @@ impl PacketSocket {
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_protocol = protocol;
         address.sll_ifindex = index.cast_signed();
-        // SAFETY: the address is as long as told.
+        // SAFETY: the address has the given length.
         if unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size::<libc::sockaddr_ll>()) } != 0 {
             return Err(Error::last_os_error()).with_context(|| format!("cannot bind to {interface}"));
         }
@@ -88,7 +88,7 @@ impl PacketSocket {
     }
 
     fn option(&self, level: i32, name: i32, value: i32) -> Result<()> {
-        // SAFETY: the value is as long as told.
+        // SAFETY: the value has the given length.
         let result = unsafe {
             libc::setsockopt(self.fd.as_raw_fd(), level, name, (&raw const value).cast(), size::<libc::c_int>())
         };
@@ -121,7 +121,7 @@ impl PacketSocket {
         message.msg_iovlen = 1;
         message.msg_control = control.as_mut_ptr().cast();
         message.msg_controllen = size_of::<[u64; 16]>();
-        // SAFETY: every pointer in the message refers to a live local of the length told.
+        // SAFETY: every pointer in the message refers to a live local of the given length.
         let len = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &raw mut message, libc::MSG_TRUNC) };
         let wire_len = usize::try_from(len).ok()?;
         let (mut partial, mut vlan) = (false, None);
@@ -180,7 +180,7 @@ pub(crate) fn set_tx_checksum(interface: &str, on: bool) -> Result<()> {
 
 /// Sets how an IPv4 socket deals with the path MTU, `IP_PMTUDISC_...`.
 pub(crate) fn set_mtu_discover(fd: BorrowedFd<'_>, mode: i32) -> Result<()> {
-    // SAFETY: the value is as long as told.
+    // SAFETY: the value has the given length.
     let result = unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),

@@ -1,4 +1,4 @@
-//! Real servers: they say who they are and whom they see.
+//! Real servers: they answer with their name and the source address that they see.
 //!
 //! The protocol is lines of text, the same over TCP and UDP. To any line `TEXT` the server answers
 //! `NAME CLIENT-ADDRESS CLIENT-PORT TEXT`. Two lines are special, over TCP: `give N` is answered by N bytes, and

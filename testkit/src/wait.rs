@@ -14,8 +14,8 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// Polls until `look` gives a value. `Err` of the last look becomes part of the error after the deadline.
 pub fn until<T>(what: &str, look: impl FnMut() -> Result<T>) -> Result<T> {
-    let told = std::env::var(VARIABLE).ok().and_then(|seconds| seconds.parse().ok());
-    until_deadline(what, told.map_or(DEADLINE, Duration::from_secs), look)
+    let given = std::env::var(VARIABLE).ok().and_then(|seconds| seconds.parse().ok());
+    until_deadline(what, given.map_or(DEADLINE, Duration::from_secs), look)
 }
 
 /// The same with another deadline.

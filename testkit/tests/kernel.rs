@@ -66,12 +66,12 @@ fn a_traceroute_finds_the_routers() -> Result<()> {
 }
 
 #[test]
-fn a_narrow_core_is_told_to_senders() -> Result<()> {
+fn a_narrow_core_is_reported_to_senders() -> Result<()> {
     let fabric = routed()?;
     let (one, two) = (fabric.node(1), fabric.node(2));
     let big = Ping { size: 1450, dont_fragment: true, ..Ping::default() };
     let reply = big.send(one.netns(), two.v4().into())?;
-    let Reply::Error { kind: 3, code: 4, rest, .. } = reply else { anyhow::bail!("no MTU told: {reply:?}") };
+    let Reply::Error { kind: 3, code: 4, rest, .. } = reply else { anyhow::bail!("no MTU reported: {reply:?}") };
     ensure!(rest & 0xffff == 1400, "MTU {rest}");
     let _server = Server::start(two.netns(), "two", PORT)?;
     for address in two.addresses() {

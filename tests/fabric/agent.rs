@@ -150,9 +150,10 @@ fn deleted_routes_come_back() -> Result<()> {
     })
 }
 
-/// It lives on, says what is wrong, and no runtime is told that there is a network; once it can, it goes on by itself.
+/// The agent runs on, reports the error and installs no CNI configuration. Once it can write, it
+/// goes on by itself.
 #[test]
-fn a_directory_that_cannot_be_written_is_told_and_waited_for() -> Result<()> {
+fn a_directory_that_cannot_be_written_is_reported_and_waited_for() -> Result<()> {
     let fabric = Fabric::build(Setup { nodes: 1, ..Setup::default() })?;
     let node = fabric.node(1);
     let bin = node.cni_bin_dir();

@@ -1,5 +1,5 @@
-//! Limited pods: what they receive and what they send keeps to the limit, whoever is at the other end; and pods beside them
-//! have no queue at all.
+//! Limited pods: what they receive and what they send keeps to the limit, whoever is at the other
+//! end; and other pods have no queue at all.
 //!
 //! Times are checked in one direction only: a busy machine makes transfers slower, never faster.
 
@@ -14,7 +14,7 @@ use testkit::{Netns, Pod, Setup};
 
 in_each_routing!(
     a_limited_pod_receives_and_sends_no_faster,
-    a_pod_beside_a_limited_one_is_not,
+    a_pod_next_to_a_limited_one_is_not,
     refusals_and_large_datagrams_reach_a_limited_pod,
 );
 
@@ -101,23 +101,23 @@ fn a_limited_pod_receives_and_sends_no_faster(net: &Net) -> Result<()> {
     pod.check()
 }
 
-fn a_pod_beside_a_limited_one_is_not(net: &Net) -> Result<()> {
-    let (limited, beside) = (limited(net, "limited-too")?, net.node(1).add_pod("beside")?);
-    ensure!(passed(net.node(1).netns(), beside.host_interface()?)?.is_none(), "a queue on the host's end");
-    ensure!(passed(beside.netns(), "eth0")?.is_none(), "a queue on the pod's end");
+fn a_pod_next_to_a_limited_one_is_not(net: &Net) -> Result<()> {
+    let (limited, unlimited) = (limited(net, "limited-too")?, net.node(1).add_pod("unlimited")?);
+    ensure!(passed(net.node(1).netns(), unlimited.host_interface()?)?.is_none(), "a queue on the host's end");
+    ensure!(passed(unlimited.netns(), "eth0")?.is_none(), "a queue on the pod's end");
     let sent = |pod: &Pod| -> Result<u64> {
         let text = net.node(1).netns().exec("ip", &["-s", "-j", "link", "show", pod.host_interface()?])?;
         let link: Value = serde_json::from_str(&text)?;
         link[0]["stats64"]["tx"]["bytes"].as_u64().context(text)
     };
     // Nothing for it takes the way by the host's end of the veth, where queues are.
-    let before = sent(&beside)?;
-    for address in beside.addresses() {
+    let before = sent(&unlimited)?;
+    for address in unlimited.addresses() {
         for from in [&net.a, &net.c] {
             Connection::open_in(from.netns(), SocketAddr::new(*address, PORT))?.upload(SIZE.into())?;
         }
     }
-    let by_the_veth = sent(&beside)? - before;
+    let by_the_veth = sent(&unlimited)? - before;
     ensure!(by_the_veth < SIZE.into(), "{by_the_veth} bytes went by the host's end");
     let rows: Value = serde_json::from_str(&net.node(1).rustnet(&["-o", "json", "endpoints"])?)?;
     let limits = |pod: &Pod| -> Vec<Value> {
@@ -130,7 +130,7 @@ fn a_pod_beside_a_limited_one_is_not(net: &Net) -> Result<()> {
     };
     let limit = json!({ "rate": RATE, "burst": BURST });
     ensure!(limits(&limited) == vec![json!({ "ingress": limit, "egress": limit }); 2], "{rows}");
-    ensure!(limits(&beside) == vec![json!({}); 2], "{rows}");
+    ensure!(limits(&unlimited) == vec![json!({}); 2], "{rows}");
     Ok(())
 }
 
@@ -146,7 +146,7 @@ fn refusals_and_large_datagrams_reach_a_limited_pod(net: &Net) -> Result<()> {
     }
     for address in world() {
         let target = SocketAddr::new(address, PORT);
-        // Of IPv6 only the sender cuts: what it is told of a datagram comes too late for that one.
+        // Of IPv6 only the sender cuts: the error for a datagram comes too late for that datagram.
         let _ = ask_sized(pod.netns(), Proto::Udp, target, 1, 8000)?;
         ask_sized(pod.netns(), Proto::Udp, target, 5, 8000)?.only_by(&["world"])?;
     }

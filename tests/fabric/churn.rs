@@ -21,7 +21,7 @@ const PHASES: usize = 10;
 const PAUSE: Duration = Duration::from_millis(10);
 
 type Backends = BTreeSet<(IpAddr, u16)>;
-/// What the maps should say: address, port and protocol, and whom they lead to.
+/// What the maps should say: address, port and protocol, and the backends that they lead to.
 type Wanted = BTreeMap<(IpAddr, u16, u8), Backends>;
 
 fn vips(third: u8, n: u8) -> [IpAddr; 2] {

@@ -39,7 +39,8 @@ fn leases(node: &Node) -> usize {
     count(&node.run_dir().join("ipam"))
 }
 
-/// On a node of its own fabric nothing else changes meanwhile; here others add pods too, hence names, not counts.
+/// On a node of its own fabric nothing else changes meanwhile; here others add pods too, so this
+/// compares names, not counts.
 fn deleted_pods_leave_nothing(net: &Net) -> Result<()> {
     let node = net.node(2);
     let pod = node.add_pod("short-lived")?;

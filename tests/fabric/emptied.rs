@@ -10,8 +10,8 @@ use testkit::{Netns, Proto, wait};
 
 in_each_routing!(nobody_answers_after_the_first_refusal_on_a_node, a_udp_flow_ends_with_the_last_backend,);
 
-/// Who answers a request from a port that nobody used before; none if it is refused. Ports are counted, because a UDP flow of
-/// before cannot be told from a new one that has its port.
+/// Who answers a request from a port that nobody used before; none if it is refused. Ports are
+/// counted, because a UDP flow of before cannot be distinguished from a new one that has its port.
 fn fresh(from: &Netns, proto: Proto, target: SocketAddr) -> Result<Option<String>> {
     static NEXT: AtomicU16 = AtomicU16::new(1100);
     let port = NEXT.fetch_add(1, Ordering::Relaxed);

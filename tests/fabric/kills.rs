@@ -166,7 +166,7 @@ pub fn other_build(net: &Net) -> Result<PathBuf> {
     }
     let dir = net.fabric.dir().join("other");
     std::fs::create_dir(&dir)?;
-    // The agent installs what lies beside it.
+    // The agent installs the CNI binary of its own directory.
     std::fs::copy(testkit::dist::find("rustnet-cni")?, dir.join("rustnet-cni"))?;
     let path = dir.join("rustnet-agent");
     std::fs::write(&path, bytes)?;

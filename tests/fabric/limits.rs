@@ -93,7 +93,7 @@ const PORTS: usize = 64;
 const SHORT: Duration = Duration::from_millis(100);
 
 #[test]
-fn ports_for_masquerade_that_run_out_are_told_and_come_back() -> Result<()> {
+fn ports_for_masquerade_that_run_out_are_reported_and_come_back() -> Result<()> {
     let setup = Setup { agent: &["--snat-ports", "20000-20063"], ..Setup::default() };
     observed(&Net::start(setup)?, |net| {
         let node = net.node(1);

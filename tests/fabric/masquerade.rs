@@ -47,7 +47,7 @@ fn without_masquerade_all_see_the_pods_addresses() -> Result<()> {
     })
 }
 
-/// A host beside the nodes that is none of them.
+/// A host next to the nodes that is none of them.
 struct Stranger {
     _server: Server,
     host: Holder,

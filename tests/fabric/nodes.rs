@@ -103,7 +103,7 @@ fn a_node_with_new_addresses_is_found(net: &Net) -> Result<()> {
     nothing_lost(loads)
 }
 
-/// A Node object that was made anew: its range may be another one.
+/// A Node object that was created again: its range may be another one.
 fn a_node_with_another_pod_range_gets_pods_of_that(net: &Net) -> Result<()> {
     let loads = traffic(net.a.netns(), &net.b)?;
     let ranges = ["10.244.77.0/24".parse()?, "fd00:244:0:77::/64".parse()?];

@@ -12,7 +12,7 @@ in_each_routing!(
     a_traceroute_between_pods_finds_the_node,
     large_transfers_arrive,
     large_datagrams_arrive_in_fragments,
-    a_packet_too_big_for_the_pods_link_is_told,
+    a_packet_too_big_for_the_pods_link_is_reported,
 );
 
 /// The first hop of a pod is its node: where redirects bypass the kernel, the datapath itself must answer.
@@ -75,7 +75,7 @@ fn large_datagrams_arrive_in_fragments(net: &Net) -> Result<()> {
 }
 
 /// A pod whose own link is too wide hears what fits between the nodes (RFC 1191, RFC 4443).
-fn a_packet_too_big_for_the_pods_link_is_told(net: &Net) -> Result<()> {
+fn a_packet_too_big_for_the_pods_link_is_reported(net: &Net) -> Result<()> {
     let wide = net.node(1).add_pod("wide")?;
     let host_side = wide.host_interface()?;
     net.node(1).netns().ip(&format!("link set {host_side} mtu 4000\n"))?;
@@ -104,7 +104,7 @@ fn a_narrow_core_lets_everything_through_native_routes() -> Result<()> {
         let service = net.service(endpoints(&[&net.c]))?;
         let pods = net.c.addresses().iter().copied();
         for target in pods.chain(world()).map(|ip| SocketAddr::new(ip, PORT)).chain(service.targets()) {
-            // What was told of a datagram comes too late for it.
+            // The error for a datagram comes too late for that datagram.
             let _ = ask_sized(net.a.netns(), Proto::Udp, target, 2, 8000)?;
             ask_sized(net.a.netns(), Proto::Udp, target, 5, 8000)?.all_answered()?;
         }

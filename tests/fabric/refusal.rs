@@ -17,8 +17,8 @@ in_each_routing!(
     a_service_that_is_filled_again_serves,
     refusals_are_sound_packets,
     refusals_are_sound_packets_with_offloads_on,
-    a_closed_port_of_a_backend_is_told_through_the_translation,
-    a_closed_port_of_a_pod_is_told,
+    a_closed_port_of_a_backend_is_reported_through_the_translation,
+    a_closed_port_of_a_pod_is_reported,
 );
 
 /// Clients must not wait for a time-out; the bar is far above what a refusal takes and far below any time-out.
@@ -94,7 +94,7 @@ fn sound(net: &Net, from: &Pod) -> Result<()> {
     sniffer.stop().verify_checksums()
 }
 
-fn a_closed_port_of_a_backend_is_told_through_the_translation(net: &Net) -> Result<()> {
+fn a_closed_port_of_a_backend_is_reported_through_the_translation(net: &Net) -> Result<()> {
     let silent = [net.node(1).add_silent_pod("silent-1")?, net.node(2).add_silent_pod("silent-2")?];
     for pod in &silent {
         let service = net.unawaited_service(endpoints(&[pod]))?;
@@ -110,7 +110,7 @@ fn a_closed_port_of_a_backend_is_told_through_the_translation(net: &Net) -> Resu
     Ok(())
 }
 
-fn a_closed_port_of_a_pod_is_told(net: &Net) -> Result<()> {
+fn a_closed_port_of_a_pod_is_reported(net: &Net) -> Result<()> {
     for pod in [&net.b, &net.c] {
         for address in pod.addresses() {
             refused(net.a.netns(), SocketAddr::new(*address, PORT + 1))?;

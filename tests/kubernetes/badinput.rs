@@ -42,7 +42,7 @@ fn service(name: &str, vip: &str) -> String {
 /// How an agent proves who it is.
 #[derive(Clone, Copy, Debug)]
 enum Credentials {
-    /// The service account of its pod: a token file and an authority beside it.
+    /// The service account of its pod: a token file and an authority next to it.
     ServiceAccount,
     /// A kubeconfig that names a file with a token, and a line end behind it, as editors leave it.
     TokenFile,
@@ -125,7 +125,7 @@ fn revoke(rig: &mut Rig, way: Credentials, dir: &Path) -> Result<()> {
     for verb in ["delete", "create"] {
         rig.server.kubectl(&[verb, "serviceaccount", "rustnet-agent", "--namespace=rustnet-system"])?;
     }
-    // It remembers for some seconds whom it knew, and open watches do not end.
+    // The server caches credentials for some seconds, and open watches do not end.
     rig.server.stop_api();
     rig.server.start_api()
 }
@@ -169,14 +169,14 @@ fn credentials(way: Credentials) -> Result<()> {
     ensure!(before.contains("10.96.7.1"), "{before}");
 
     let fault = |rig: &mut Rig| revoke(rig, way, dir);
-    let mend = |rig: &mut Rig| {
+    let repair = |rig: &mut Rig| {
         rig.apply(&service("second", "10.96.7.2"))?;
         rig.answers(200, &[])?;
         ensure!(rig.maps()? == before, "the last good state stays");
         renew(rig, way, dir)?;
         rig.holds("the news", &["10.96.7.1", "10.96.7.2"], &[])
     };
-    rig.survives(REFUSED, fault, mend)
+    rig.survives(REFUSED, fault, repair)
 }
 
 #[test]
@@ -209,14 +209,14 @@ fn an_agent_that_starts_with_an_expired_certificate_waits_for_another() -> Resul
     rig.apply(&yaml(&[NAMESPACE, RBAC, N1]))?;
     certificate(dir, "-1")?;
     start(&rig, Credentials::Certificate, dir)?;
-    let mend = |rig: &mut Rig| {
+    let repair = |rig: &mut Rig| {
         rig.answers(503, REFUSED)?;
         // What is over before the agent first tries to publish an event never becomes one.
         rig.logs(&["WARN", "cannot publish an event"])?;
         renew(rig, Credentials::Certificate, dir)?;
         rig.answers(200, &[])
     };
-    rig.survives(REFUSED, |_| Ok(()), mend)
+    rig.survives(REFUSED, |_| Ok(()), repair)
 }
 
 /// Whoever writes it comes later than the agent, or writes it wrong at first.
@@ -239,7 +239,8 @@ fn a_kubeconfig_that_cannot_be_used_is_read_again() -> Result<()> {
     Ok(())
 }
 
-/// First it is away, then it is there with an empty store whose versions begin anew, then with other objects.
+/// First it is away, then it is there with an empty store whose versions begin again, then with
+/// other objects.
 #[test]
 fn another_store_behind_the_same_address_is_noticed() -> Result<()> {
     let mut rig = Rig::start(&[])?;
@@ -263,12 +264,12 @@ fn another_store_behind_the_same_address_is_noticed() -> Result<()> {
         rig.server.stop_api();
         Ok(())
     };
-    let mend = |rig: &mut Rig| {
+    let repair = |rig: &mut Rig| {
         rig.answers(200, &[])?;
         ensure!(rig.maps()? == before, "the last good state stays");
         rig.server.renew_store()?;
         rig.server.start_api()?;
-        ensure!(self::version(rig)? < version, "the store's versions begin anew");
+        ensure!(self::version(rig)? < version, "the store's versions begin again");
         rig.holds("nothing of the first store", &["10.96.0.1"], &["10.96.7.", "10.244.2.0/24"])?;
         rig.answers(503, &["n1", "no pod range", "--allocate-node-cidrs"])?;
         rig.logs(&["Node n1", "own object is missing", "--node-name"])?;
@@ -278,7 +279,7 @@ fn another_store_behind_the_same_address_is_noticed() -> Result<()> {
         rig.holds("the second store", &["10.96.7.9", "10.244.3.0/24"], &["10.96.7.1", "10.96.7.2"])?;
         rig.answers(200, &[])
     };
-    rig.survives(&away, fault, mend)
+    rig.survives(&away, fault, repair)
 }
 
 /// The version of the store.
@@ -306,17 +307,17 @@ fn a_node_without_a_pod_range_waits_for_one() -> Result<()> {
     let mut rig = running(&[&without, &service("first", "10.96.7.1")], false)?;
     let conflist = rig.node().cni_conf_dir().join("05-rustnet.conflist");
     let words = ["n1", "no pod range", "--allocate-node-cidrs"];
-    let mend = |rig: &mut Rig| {
+    let repair = |rig: &mut Rig| {
         rig.answers(503, &words)?;
         rig.tells("Warning", &words)?;
         rig.holds("services are served nevertheless", &["10.96.7.1"], &[])?;
         ensure!(!conflist.exists(), "a network without addresses");
         rig.apply(N1)?;
         rig.answers(200, &[])?;
-        ensure!(conflist.exists(), "the runtime is told");
+        ensure!(conflist.exists(), "the CNI configuration is installed");
         rig.node().add_pod("a")?.check()
     };
-    rig.survives(&words, |_| Ok(()), mend)
+    rig.survives(&words, |_| Ok(()), repair)
 }
 
 /// Kubernetes lets nobody change a range: the object goes, and another of its name comes.
@@ -339,7 +340,7 @@ fn a_node_with_another_pod_range_keeps_its_pods_and_names_them() -> Result<()> {
         rig.apply(&N1.replace("10.244.1.0/24", "10.244.77.0/24").replace("fd00:244:0:1::", "fd00:244:0:77::"))?;
         rig.answers(200, &[])
     };
-    let mend = |rig: &mut Rig| {
+    let repair = |rig: &mut Rig| {
         let new = rig.node().add_pod("new")?;
         ensure!(new.v4()?.octets()[2] == 77, "{:?}", new.addresses());
         for address in old {
@@ -349,7 +350,7 @@ fn a_node_with_another_pod_range_keeps_its_pods_and_names_them() -> Result<()> {
         rig.tells("Warning", &words)?;
         left.take().context("a pod")?.delete()
     };
-    rig.survives(&words, fault, mend)
+    rig.survives(&words, fault, repair)
 }
 
 fn answers(rig: &Rig, pod: &Pod) -> Result<()> {
@@ -376,7 +377,7 @@ fn another_node_with_this_ones_address_or_range_takes_nothing_away() -> Result<(
             delete(rig)?;
             rig.apply(&object)
         };
-        let mend = |rig: &mut Rig| {
+        let repair = |rig: &mut Rig| {
             rig.tells("Warning", &words)?;
             rig.answers(200, &[])?;
             rig.holds("this node's own", &["172.18.0.11/32", "10.244.1.0/24", "10.96.7.1"], &["10.244.1.128/25"])?;
@@ -385,7 +386,7 @@ fn another_node_with_this_ones_address_or_range_takes_nothing_away() -> Result<(
             rig.apply(N2)?;
             rig.until_maps(&before)
         };
-        rig.survives(&words, fault, mend)?;
+        rig.survives(&words, fault, repair)?;
     }
     Ok(())
 }
@@ -406,7 +407,7 @@ fn a_kernel_that_is_too_old_is_named() -> Result<()> {
     })??;
     rig.start_agent(&kubeconfig)?;
     let words = ["kernel 5.10.0-32-amd64", "older than 5.17", "boot a newer one"];
-    let mend = |rig: &mut Rig| {
+    let repair = |rig: &mut Rig| {
         rig.answers(503, &words)?;
         rig.tells("Warning", &words)?;
         ensure!(!rig.node().cni_conf_dir().join("05-rustnet.conflist").exists(), "a network without programs");
@@ -417,11 +418,11 @@ fn a_kernel_that_is_too_old_is_named() -> Result<()> {
         })??;
         rig.answers(200, &[])
     };
-    rig.survives(&words, |_| Ok(()), mend)
+    rig.survives(&words, |_| Ok(()), repair)
 }
 
 #[test]
-fn a_configuration_before_ours_is_told() -> Result<()> {
+fn a_configuration_before_ours_is_reported() -> Result<()> {
     let mut rig = running(&[N1], true)?;
     let file = rig.node().cni_conf_dir().join("00-other.conflist");
     let words = ["00-other.conflist", "network other", "05-rustnet.conflist", "remove it"];
@@ -431,11 +432,11 @@ fn a_configuration_before_ours_is_told() -> Result<()> {
         std::fs::write(&file, r#"{"name": "other", "cniVersion": "1.0.0", "plugins": [{"type": "bridge"}]}"#)?;
         look(rig)
     };
-    let mend = |rig: &mut Rig| {
+    let repair = |rig: &mut Rig| {
         rig.answers(200, &[])?;
         rig.tells("Warning", &words)?;
         std::fs::remove_file(&file)?;
         look(rig)
     };
-    rig.survives(&words, fault, mend)
+    rig.survives(&words, fault, repair)
 }

@@ -18,7 +18,7 @@ spec: {podCIDRs: [10.244.1.0/24]}
 status: {nodeInfo: {systemUUID: 1-2-3}, addresses: [{type: InternalIP, address: 172.18.0.11}]}
 ";
 
-/// Somebody whom the server does not know.
+/// A user that the server does not know.
 const NOBODY: User = User { name: "nobody", groups: "", token: "token-of-nobody" };
 
 async fn facts(server: &Server, user: User, url: &str) -> Result<Facts> {
@@ -50,13 +50,13 @@ fn rights_are_complete_with_the_shipped_role_and_named_without() -> Result<()> {
         cluster.apply(RBAC).await?;
         let source = KubeSource { kubeconfig: Some(server.kubeconfig(AGENT, &url)?), api_server: None };
         // The server hears of new roles by a watch of its own.
-        let mut told = ask(&source).await;
-        while told.api.missing.as_ref().is_ok_and(|missing| !missing.is_empty()) {
+        let mut facts = ask(&source).await;
+        while facts.api.missing.as_ref().is_ok_and(|missing| !missing.is_empty()) {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-            told = ask(&source).await;
+            facts = ask(&source).await;
         }
-        assert_eq!(wrong(&told.api), Vec::new(), "{:?}", told.api);
-        let nodes = told.nodes.ok().context("nodes")?;
+        assert_eq!(wrong(&facts.api), Vec::new(), "{:?}", facts.api);
+        let nodes = facts.nodes.ok().context("nodes")?;
         let [node] = &nodes[..] else { panic!("{nodes:?}") };
         assert_eq!((node.host_name.as_deref(), node.node.name.as_str()), (Some("n1"), "n1"));
         Ok(())
@@ -64,7 +64,7 @@ fn rights_are_complete_with_the_shipped_role_and_named_without() -> Result<()> {
 }
 
 #[test]
-fn names_connections_certificates_and_identities_are_told_apart() -> Result<()> {
+fn names_connections_certificates_and_identities_are_distinguished() -> Result<()> {
     with_server(&[], async |server| {
         let url = format!("https://{}", Server::address());
         let reached = async |user, url: &str| facts(&server, user, url).await.map(|facts| facts.reached);

@@ -238,9 +238,9 @@ fn changes_during_a_cut_are_caught_up_with() -> Result<()> {
         delete_service(&cluster, "dns", &["dns-a"]).await?;
         cluster.apply(WEB_LATER).await?;
         cluster.delete("discovery.k8s.io/v1", "EndpointSlice", "web-b").await?;
-        relay.mend();
+        relay.repair();
         let seen = agent.wait_for_maps("what happened during the cut", &yaml(&[NODES, WEB_LATER])).await?;
-        ensure!(seen.lists.values().all(|lists| *lists == 1), "resumed, not listed anew: {:?}", seen.lists);
+        ensure!(seen.lists.values().all(|lists| *lists == 1), "resumed, not listed again: {:?}", seen.lists);
         agent.wait("all is well again", |seen| seen.trouble.is_empty()).await?;
 
         // Now the server forgets where the watches stopped.
@@ -252,11 +252,12 @@ fn changes_during_a_cut_are_caught_up_with() -> Result<()> {
         server.compact()?;
         server.stop_api();
         server.start_api()?;
-        relay.mend();
+        relay.repair();
         let one_node = NODES.split("---").next().unwrap_or_default();
         agent.wait_for_maps("what happened before the server forgot", &yaml(&[one_node, DNS])).await?;
         // The maps tell nothing of pods, which may come last.
-        let seen = agent.wait("every kind is listed anew", |seen| seen.lists.values().all(|lists| *lists >= 2)).await?;
+        let seen =
+            agent.wait("every kind is listed again", |seen| seen.lists.values().all(|lists| *lists >= 2)).await?;
         ensure!(seen.lists.values().all(|lists| *lists == 2), "listed more than once: {:?}", seen.lists);
         agent.wait("all is well again", |seen| seen.trouble.is_empty()).await?;
         Ok(())
@@ -382,16 +383,17 @@ fn only_this_nodes_pods_arrive() -> Result<()> {
         server.compact()?;
         server.stop_api();
         server.start_api()?;
-        relay.mend();
+        relay.repair();
         let seen = agent.wait("what happened before the server forgot", is(&[("late", "10.244.1.7")])).await?;
-        ensure!(seen.lists.get(&Kind::Pod) == Some(&2), "listed anew: {:?}", seen.lists);
+        ensure!(seen.lists.get(&Kind::Pod) == Some(&2), "listed again: {:?}", seen.lists);
         ensure!(seen.pods_heard_of == ["default/here", "default/late"].map(str::to_owned).into(), "{seen:?}");
         asked_only_what_it_may(&server.audit(AGENT)?)?;
         Ok(())
     })
 }
 
-/// Somebody upgrades the agent and not its rights: what packets need goes on, and what is missing is told.
+/// Somebody upgrades the agent and not its rights: what packets need goes on, and the agent reports
+/// the missing right.
 #[test]
 fn without_the_right_to_see_pods_services_work() -> Result<()> {
     with_server(&[], async |server| {
@@ -440,8 +442,8 @@ fn an_idle_watch_moves_on_by_bookmarks() -> Result<()> {
             }
         };
         let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_mins(1), reached).await;
-        result.context("no watch was resumed behind what the bookmarks told")??;
-        let seen = agent.wait("nothing was listed anew", |_| true).await?;
+        result.context("no watch was resumed after the versions of the bookmarks")??;
+        let seen = agent.wait("nothing was listed again", |_| true).await?;
         ensure!(seen.lists.values().all(|lists| *lists == 1), "{:?}", seen.lists);
         Ok(())
     })
@@ -473,7 +475,7 @@ fn the_nodes_object_tells_of_its_network_once_the_agent_is_ready() -> Result<()>
         ensure!(patches(&server)? == 0, "nothing is said before the agent is ready");
 
         health.set_ready();
-        let told = async {
+        let repaired = async {
             loop {
                 let node = serde_json::to_value(cluster.get("v1", "Node", NODE).await?)?;
                 let keys = json!(
@@ -493,8 +495,8 @@ fn the_nodes_object_tells_of_its_network_once_the_agent_is_ready() -> Result<()>
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_mins(1), told).await;
-        result.context("the node's object was not mended")??;
+        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_mins(1), repaired).await;
+        result.context("the node's object was not repaired")??;
         let other = serde_json::to_value(cluster.get("v1", "Node", "n2").await?)?;
         ensure!(
             other.to_string().contains("rustnet.io/agent-not-ready"),

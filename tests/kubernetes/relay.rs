@@ -39,7 +39,7 @@ impl Relay {
     }
 
     /// Makes the line whole again.
-    pub fn mend(&self) {
+    pub fn repair(&self) {
         self.whole.send_replace(true);
     }
 }

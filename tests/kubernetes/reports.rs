@@ -1,4 +1,4 @@
-//! What is wrong with a node's network, told as events by the agent's own rights.
+//! Problems of a node's network, published as events with the agent's own rights.
 
 use super::cluster::{Agent, Cluster, NODE, with_server};
 use super::kube_source::{NAMESPACE, RBAC, direct, yaml};
@@ -27,20 +27,20 @@ fn problems_of_this_node_are_events_on_its_object() -> Result<()> {
         tokio::spawn(reports::run(client, NODE.into(), health.clone(), shutdown));
         // Without the right to tell, it is tried until there is one.
         cluster.apply(&yaml(&[NAMESPACE, RBAC])).await?;
-        told(&server, &[("Warning", BROKEN)]).await?;
+        wait_for_events(&server, &[("Warning", BROKEN)]).await?;
         health.set_ready();
         health.set_problems([TWICE.to_owned()].into());
         let both = [("Warning", BROKEN), ("Normal", BROKEN), ("Warning", TWICE)];
-        told(&server, &both).await?;
+        wait_for_events(&server, &both).await?;
         // Once more: it is the same event that comes again, which takes another right.
         health.set_not_ready(BROKEN);
         health.set_problems(BTreeSet::new());
-        told(&server, &[&both[..], &[("Normal", TWICE)]].concat()).await?;
+        wait_for_events(&server, &[&both[..], &[("Normal", TWICE)]].concat()).await?;
         again(&server, BROKEN).await
     })
 }
 
-/// What the agent has told.
+/// The events that the agent has published.
 pub async fn events(server: &Server) -> Result<Vec<Event>> {
     let events = Api::<Event>::namespaced(server.client(ADMIN)?, "default").list(&ListParams::default()).await?;
     let ours = |event: &Event| event.reporting_controller.as_deref() == Some("rustnet-agent");
@@ -48,7 +48,7 @@ pub async fn events(server: &Server) -> Result<Vec<Event>> {
 }
 
 /// Waits until these events, and no others, are there: type and note.
-async fn told(server: &Server, want: &[(&str, &str)]) -> Result<()> {
+async fn wait_for_events(server: &Server, want: &[(&str, &str)]) -> Result<()> {
     let want: BTreeSet<_> = want.iter().map(|(kind, note)| ((*kind).to_owned(), (*note).to_owned())).collect();
     eventually(&format!("the events are {want:?}"), async || {
         let events = events(server).await?;

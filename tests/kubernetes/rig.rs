@@ -22,7 +22,7 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// Builds everything but the agent. `arguments` are the API server's beside its own.
+    /// Builds everything but the agent. `arguments` are added to the API server's own.
     pub fn start(arguments: &[&str]) -> Result<Self> {
         let one = one_at_a_time();
         let fabric = Fabric::build(Setup { nodes: 1, ..Setup::default() })?;
@@ -108,18 +108,19 @@ impl Rig {
         })
     }
 
-    /// A fault from its beginning to its end, as people see it: a line of the log and a warning on the node's object with
-    /// these words, then the same as news that it is over. `fault` and `mend` are done in between, by the same agent process.
+    /// A fault from its beginning to its end, as people see it: a line of the log and a warning on
+    /// the node's object with these words, then the same as news that it is over. `fault` and
+    /// `repair` are done in between, by the same agent process.
     pub fn survives(
         &mut self,
         words: &[&str],
         fault: impl FnOnce(&mut Self) -> Result<()>,
-        mend: impl FnOnce(&mut Self) -> Result<()>,
+        repair: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
         let pid = self.node().agent_pid().context("an agent")?;
         fault(self)?;
         self.logs(&[words, &["WARN"]].concat())?;
-        mend(self)?;
+        repair(self)?;
         self.tells("Warning", words)?;
         self.tells("Normal", words)?;
         ensure!(self.node().agent_runs() && self.node().agent_pid() == Some(pid), "the agent has ended");

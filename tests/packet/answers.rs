@@ -37,9 +37,9 @@ fn too_big_for_the_host() -> Result<()> {
                         ensure!(lab.uplink_out(&ask)?.verdict == REDIRECT);
                     }
                     let f = sized(&later(&ask), mtu + 1);
-                    let told = icmp_error(&f, net.vip(n), kind, code, mtu as u32);
+                    let error = icmp_error(&f, net.vip(n), kind, code, mtu as u32);
                     lab.uplink_out(&f)?
-                        .answered(DropReason::FragNeeded, &told)
+                        .answered(DropReason::FragNeeded, &error)
                         .with_context(|| format!("{proto:?} to {backend}, known: {known}"))?;
                 }
             }

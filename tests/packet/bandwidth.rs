@@ -52,9 +52,9 @@ fn from_elsewhere() -> Result<()> {
                 let ask = from_b(net, proto, (remote, 81));
                 lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
                 arrives(&ask.reply())?.by_the_queue(&ask.reply().hop())?;
-                // A pod beside.
-                let beside = from_outside(proto, (remote, PORT), (net.a(), 80));
-                arrives(&beside)?.to_the_pod(&beside.hop())?;
+                // Another pod.
+                let other = from_outside(proto, (remote, PORT), (net.a(), 80));
+                arrives(&other)?.to_the_pod(&other.hop())?;
             }
             Ok(())
         })

@@ -354,15 +354,17 @@ fn destinations(net: Net) -> [IpAddr; 4] {
 }
 
 #[test]
-fn the_last_hop_is_told() -> Result<()> {
+fn the_last_hop_is_reported() -> Result<()> {
     labs(|lab, net| {
         let (kind, code) = if net == Net::V4 { (11, 0) } else { (3, 0) };
         each(|proto| {
             for dst in destinations(net) {
                 for ttl in [0, 1] {
                     let f = from_a(net, proto, at(proto, dst, 80)).map(|f| f.ttl = ttl);
-                    let told = icmp_error(&f, net.node(), kind, code, 0);
-                    lab.pod_sends(&f)?.answered(DropReason::TtlExceeded, &told).with_context(|| format!("to {dst}"))?;
+                    let error = icmp_error(&f, net.node(), kind, code, 0);
+                    lab.pod_sends(&f)?
+                        .answered(DropReason::TtlExceeded, &error)
+                        .with_context(|| format!("to {dst}"))?;
                 }
                 let f = from_a(net, proto, at(proto, dst, 80)).map(|f| f.ttl = 2);
                 let shot = lab.pod_sends(&f)?;
@@ -392,11 +394,11 @@ fn the_last_hop_of_what_comes_from_outside() -> Result<()> {
     labs(|lab, net| {
         let (kind, code) = if net == Net::V4 { (11, 0) } else { (3, 0) };
         let f = from_outside(Proto::Udp, (net.routed(), 1234), (net.b(), 80)).map(|f| f.ttl = 1);
-        let told = icmp_error(&f, net.node(), kind, code, 0);
-        lab.uplink_in(&f)?.answered(DropReason::TtlExceeded, &told)?;
+        let error = icmp_error(&f, net.node(), kind, code, 0);
+        lab.uplink_in(&f)?.answered(DropReason::TtlExceeded, &error)?;
         let f = from_outside(Proto::Udp, (net.far(), 1234), (net.b(), 80)).map(|f| f.ttl = 1);
-        let told = icmp_error(&f, net.node(), kind, code, 0);
-        lab.overlay_in(net.node2(), &f)?.answered(DropReason::TtlExceeded, &told)
+        let error = icmp_error(&f, net.node(), kind, code, 0);
+        lab.overlay_in(net.node2(), &f)?.answered(DropReason::TtlExceeded, &error)
     })
 }
 
@@ -427,7 +429,7 @@ fn too_big(net: Net, f: &Frame, mtu: usize) -> Frame {
 }
 
 #[test]
-fn what_does_not_fit_is_told() -> Result<()> {
+fn what_does_not_fit_is_reported() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
             for (dst, mtu) in
@@ -556,8 +558,8 @@ fn what_concerns_the_link() -> Result<()> {
     })
 }
 
-/// Without "don't fragment" an IPv4 packet is never told that it is too big: a router behind this node cuts it, and so
-/// does the overlay's device with what it wraps it in (RFC 791).
+/// Without "don't fragment" no error reports that an IPv4 packet is too big: a router behind this
+/// node cuts it, and so does the overlay's device with what it wraps it in (RFC 791).
 #[test]
 fn what_may_be_cut_is_sent_on() -> Result<()> {
     labs(|lab, net| {

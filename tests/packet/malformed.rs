@@ -190,7 +190,7 @@ fn cut_short_at_every_length() -> Result<()> {
     })
 }
 
-/// At a pod's door, what is cut short is dropped and counted: nobody behind it shall have to make sense of it.
+/// At a pod's door, what is cut short is dropped and counted: nothing behind it has to parse it.
 #[test]
 fn cut_short_from_a_pod_is_counted() -> Result<()> {
     labs(|lab, net| {

@@ -195,7 +195,7 @@ fn the_nodes_own_traffic_is_left_alone() -> Result<()> {
 }
 
 #[test]
-fn only_whom_the_pod_asked_may_answer() -> Result<()> {
+fn only_the_peer_that_the_pod_asked_may_answer() -> Result<()> {
     labs(|lab, net| {
         let ask = from_a(net, Proto::Udp, (net.world(), 53));
         let leaves = ask.hop().map(|f| f.src = net.node());

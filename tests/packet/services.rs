@@ -306,7 +306,7 @@ pub fn icmp_error(asked: &Frame, src: IpAddr, kind: u8, code: u8, rest: u32) -> 
     })
 }
 
-/// Port unreachable, in the name of whom it was for.
+/// Port unreachable, from the address that the packet was for.
 pub fn port_unreachable(asked: &Frame) -> Frame {
     let (kind, code) = if asked.is_v6() { (1, 4) } else { (3, 3) };
     icmp_error(asked, asked.dst, kind, code, 0)

@@ -90,7 +90,7 @@ fn one_direction_keeps_both_alive() -> Result<()> {
     })
 }
 
-/// Both halves evicted: the flow is opened anew, to the same backend, for the hash decides.
+/// Both halves evicted: the flow is opened again, to the same backend, for the hash decides.
 #[test]
 fn both_halves_evicted() -> Result<()> {
     labs(|lab, net| {
@@ -281,9 +281,9 @@ fn a_flow_loses_its_pod() -> Result<()> {
     })
 }
 
-/// A new flow is told once, as its first packet was sent, where that is asked for.
+/// A new flow is reported once, as its first packet was sent, where the configuration asks for it.
 #[test]
-fn new_flows_are_told() -> Result<()> {
+fn new_flows_are_reported() -> Result<()> {
     labs(|lab, net| {
         lab.configure(|c| c.flags |= config::flags::FLOW_EVENTS)?;
         each(|proto| {
@@ -305,12 +305,12 @@ fn new_flows_are_told() -> Result<()> {
                 let input = Input { frame: &bytes, ifindex, tunnel, vni: VNI, ..Input::default() };
                 let shot = lab.raw(hook, &input)?;
                 let [e] = shot.events[..] else { bail!("{:?} at {hook}", shot.events) };
-                let told =
+                let reported =
                     Flow { src: e.src.into(), sport: e.sport, dst: e.dst.into(), dport: e.dport, proto: e.proto };
-                ensure!(told == Flow::of(f), "{told:?} at {hook}");
+                ensure!(reported == Flow::of(f), "{reported:?} at {hook}");
                 ensure!((e.reason, e.hook, e.ifindex, e.len) == (0, hook, ifindex, bytes.len() as u32), "{e:?}");
-                ensure!(lab.half(told).is_ok(), "told before it is tracked");
-                ensure!(lab.raw(hook, &input)?.events.is_empty(), "told again at {hook}");
+                ensure!(lab.half(reported).is_ok(), "reported before it is tracked");
+                ensure!(lab.raw(hook, &input)?.events.is_empty(), "reported again at {hook}");
             }
             Ok(())
         })

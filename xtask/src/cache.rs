@@ -1,5 +1,5 @@
-//! Things built once and kept: a directory in the user's cache per key, each file beside its SHA-256, so that a torn or
-//! edited copy is built anew instead of used.
+//! Things built once and kept: a directory in the user's cache per key, each file next to its
+//! SHA-256. A torn or edited copy is built again instead of used.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -45,7 +45,7 @@ impl Key {
     }
 }
 
-/// Puts a copy of `from` at `to`, with its checksum beside it; a reader never sees half of it.
+/// Puts a copy of `from` at `to`, with its checksum next to it; a reader never sees half of it.
 pub fn store(from: &Path, to: &Path) -> Result<()> {
     let sum = checksum(from)?;
     copy(from, to)?;

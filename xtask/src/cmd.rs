@@ -320,11 +320,11 @@ mod tests {
 
     #[test]
     fn a_failure_names_command_status_output_and_remedy() {
-        let error = Cmd::new("sh").args(["-c", "echo broken >&2; exit 3"]).remedy("mend it").capture().unwrap_err();
+        let error = Cmd::new("sh").args(["-c", "echo broken >&2; exit 3"]).remedy("fix it").capture().unwrap_err();
         let text = format!("{error:#}");
         assert!(text.contains("sh -c 'echo broken >&2; exit 3'"), "{text}");
         assert!(
-            text.contains("exit status: 3") && text.contains("\nbroken") && text.contains("remedy: mend it"),
+            text.contains("exit status: 3") && text.contains("\nbroken") && text.contains("remedy: fix it"),
             "{text}"
         );
     }

@@ -1,4 +1,5 @@
-//! `dist`: the built programs in one directory, by their fixed names, with the kernel-side object beside them.
+//! `dist`: the built programs in one directory, by their fixed names, with the kernel-side object
+//! next to them.
 
 use std::path::{Path, PathBuf};
 
@@ -70,8 +71,9 @@ fn static_cni() -> Result<()> {
     cargo.args(["--", "-C", "target-feature=+crt-static"]).dir(paths::root()).run()
 }
 
-/// Tells the agent's build where the object is when that is not the usual place. Set only then: between a build with the
-/// variable and one without it (an editor's, say) cargo would compile the agent anew.
+/// Tells the agent's build where the object is when that is not the usual place. Set only then:
+/// between a build with the variable and one without it (an editor's, say) cargo would compile the
+/// agent again.
 pub fn environment(cmd: Cmd) -> Cmd {
     if paths::target() == paths::root().join("target") {
         return cmd;

@@ -111,7 +111,8 @@ fn cached_path(toolchain: &Toolchain, features: &[&str]) -> Result<PathBuf> {
     Ok(paths::cache().join("bpf").join(key.finish()).join("rustnet.bpf.o"))
 }
 
-/// The entries of Cargo.lock that matter for the kernel side: a change of the agent's dependencies is no reason to build anew.
+/// The entries of Cargo.lock that matter for the kernel side: a change of the agent's dependencies
+/// is no reason to build again.
 fn locked_dependencies(lock: &str) -> String {
     let wanted = |block: &&str| {
         let name = block.lines().find_map(|l| l.strip_prefix("name = \"")).unwrap_or_default().trim_end_matches('"');

@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn families_are_told_apart() {
+    fn families_are_distinguished() {
         assert_eq!(Distro::parse("PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nID=debian\n"), Distro::Debian);
         assert_eq!(Distro::parse("ID=ubuntu\nID_LIKE=debian\n"), Distro::Ubuntu);
         assert_eq!(Distro::parse("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n"), Distro::Ubuntu);

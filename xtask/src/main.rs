@@ -36,7 +36,7 @@ use clap::{Parser, Subcommand};
     name = "cargo xtask",
     bin_name = "cargo xtask",
     arg_required_else_help = true,
-    after_help = "Exit status: 0 success, 1 failure (told on standard error), 2 wrong usage; test, demo and bench end with \
+    after_help = "Exit status: 0 success, 1 failure (reported on standard error), 2 wrong usage; test, demo and bench end with \
                   the status of the program they run.\n\n\
                   What is built once is kept in $XDG_CACHE_HOME/rustnet (~/.cache/rustnet) and outlives the work tree."
 )]
@@ -67,7 +67,7 @@ enum Command {
     Test(test::Args),
     /// Check format, lints, licences, manifests and tracked files
     Lint(lint::Args),
-    /// Measure, beside a direct link and other networks (needs root)
+    /// Measure, and compare with a direct link and other networks (needs root)
     Bench(play::Args),
     /// Load, attach and test on other kernels, in QEMU (needs root)
     Kernels(kernels::Args),

@@ -27,7 +27,7 @@ pub struct Blob {
     digest: String,
 }
 
-/// One image: its layers, how it is run, and the names it shall have.
+/// One image: its layers, how it is run, and its names.
 #[derive(Default)]
 pub struct Image {
     /// From the lowest on.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How often a log without a terminal is told that work goes on.
+/// How often a log without a terminal shows that work goes on.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
 
 /// Prints one step's headline. All of xtask's own words go to standard error, so that standard output stays a command's own.

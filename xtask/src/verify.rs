@@ -145,7 +145,8 @@ fn parse(bytes: &[u8; INFO]) -> Info {
 struct Attr([u64; 2]);
 
 fn bpf(command: libc::c_int, attr: &mut Attr) -> std::io::Result<libc::c_long> {
-    // SAFETY: `attr` lives through the call and its size is told; the addresses in it are of buffers that do too.
+    // SAFETY: `attr` lives through the call and its size is passed; the addresses in it are of
+    // buffers that do too.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<Attr>()) };
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
 }

@@ -1,4 +1,4 @@
-//! Loads the object's programs beside those that run, on the maps that are pinned or new ones.
+//! Loads the object's programs while the old ones run, on pinned maps or new ones.
 //!
 //! Nothing that forwards packets changes here: the old programs stay on their hooks, all pins stay
 //! as they are until [`Programs::pin`], and a failure leaves everything as it was.

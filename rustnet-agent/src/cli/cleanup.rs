@@ -125,7 +125,7 @@ fn clean(places: &Places, args: &Args) -> Report {
     let conf_dir = args.cni_conf_dir.as_ref().or_else(|| agent?.cni_conf_dir.as_ref());
     let bin_dir = args.cni_bin_dir.as_ref().or_else(|| agent?.cni_bin_dir.as_ref());
     let loopback = bin_dir.filter(|dir| loopback_is_ours(dir)).map(|dir| dir.join(LOOPBACK));
-    // The binary behind it: only beside it is it known for ours.
+    // The binary comes last: it identifies the loopback plugin as ours.
     let installed = [conf_dir.map(|dir| dir.join(CONFLIST)), loopback, bin_dir.map(|dir| dir.join(BINARY))];
     for path in installed.into_iter().flatten() {
         report.note(&path.display().to_string(), remove_file(&path));

@@ -59,7 +59,7 @@ struct Check<'a> {
 /// Checks; true if there is no cross, or crosses are not to count.
 pub fn run(find: impl Fn() -> Result<Places>, args: Args, out: &Output) -> Result<bool> {
     let places = find()?;
-    let stage = if args.pre { Stage::Before } else { Stage::Beside };
+    let stage = if args.pre { Stage::Before } else { Stage::Running };
     let mut given = args.settings;
     if let Some(bpffs) = places.bpffs.as_ref().filter(|_| places.bpffs_is_given) {
         given.set("bpffs", bpffs.display().to_string());
@@ -67,14 +67,14 @@ pub fn run(find: impl Fn() -> Result<Places>, args: Args, out: &Output) -> Resul
     if places.run_dir != std::path::Path::new(rustnet_common::names::DEFAULT_RUN_DIR) {
         given.set("run-dir", places.run_dir.display().to_string());
     }
-    // Beside an agent, what it was told is what counts; before it, that would be its predecessor.
-    let told = places.agent.as_ref().filter(|_| stage == Stage::Beside).map(|agent| agent.settings.clone());
+    // A running agent's settings count. Before the agent starts, they would be its predecessor's.
+    let running = places.agent.as_ref().filter(|_| stage == Stage::Running).map(|agent| agent.settings.clone());
     let env = |name: &str| std::env::var_os(name);
     let in_pod = env("KUBERNETES_SERVICE_HOST").is_some_and(|host| !host.is_empty());
-    let groups = match Config::validate(&given.gather(&env, &told.unwrap_or_default())?, in_pod) {
+    let groups = match Config::validate(&given.gather(&env, &running.unwrap_or_default())?, in_pod) {
         Ok(config) => {
             let mut groups = doctor::examine(&config, stage);
-            if stage == Stage::Beside {
+            if stage == Stage::Running {
                 groups.push(agent(&places));
             }
             groups

@@ -1,4 +1,5 @@
-//! The `rustnet` command: what the maps hold, told to people or as JSON. It needs no agent and no API server.
+//! The `rustnet` command prints what the maps hold, as text or JSON. It needs no agent and no API
+//! server.
 //!
 //! Exit codes: 0 all is well, 1 something is not (or went wrong), 2 wrong usage.
 
@@ -74,7 +75,7 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum CtCommand {
-    /// Lists connections, the direction that opened them only unless told otherwise
+    /// Lists connections, by default only in the direction that opened them
     List(ct::Args),
 }
 

@@ -78,7 +78,7 @@ impl Names {
     }
 }
 
-/// Prints events until told to stop.
+/// Prints events until the time or the count is reached, or a signal stops it.
 pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
     let path = places.bpffs()?.join(map::EVENTS);
     let data = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;

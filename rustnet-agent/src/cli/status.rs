@@ -126,19 +126,19 @@ fn bad(name: &str, error: &anyhow::Error) -> Line {
 
 /// Asks the agent itself. Its absence is no failure of forwarding, but nothing changes until it is back.
 fn agent(places: &Places) -> Line {
-    let told = places.agent.as_ref();
-    let Some(addr) = told.and_then(|agent| agent.health_addr) else {
-        let detail = match told {
+    let recorded = places.agent.as_ref();
+    let Some(addr) = recorded.and_then(|agent| agent.health_addr) else {
+        let detail = match recorded {
             Some(_) => "serves no probes (health-addr off)".to_owned(),
             None => format!("no agent has run with {}", places.run_dir.display()),
         };
-        let status = if told.is_some() { Mark::Warning } else { Mark::Bad };
+        let status = if recorded.is_some() { Mark::Warning } else { Mark::Bad };
         return Line { name: "Agent".into(), status, detail };
     };
     line(
         "Agent",
         match ask(addr, "/readyz") {
-            Ok((200, _)) => Ok((Mark::Ok, format!("ready, version {}", told.map_or("?", |a| a.version.as_str())))),
+            Ok((200, _)) => Ok((Mark::Ok, format!("ready, version {}", recorded.map_or("?", |a| a.version.as_str())))),
             Ok((code, body)) => Ok((Mark::Bad, format!("not ready ({code}): {}", body.trim()))),
             Err(error) => {
                 Ok((Mark::Bad, format!("does not answer at {addr} ({error:#}); forwarding goes on without it")))

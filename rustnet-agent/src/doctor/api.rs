@@ -246,7 +246,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
             return fault(
                 "settings",
                 error.clone(),
-                "mend the kubeconfig, or mount the service account's token; see deploy/",
+                "fix the kubeconfig, or mount the service account's token; see deploy/",
             );
         }
         Reached::Dns(error) => {
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_closed_ports_are_told_apart() {
+    fn names_and_closed_ports_are_distinguished() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
         let url = |text: String| text.parse().expect("a URL");
         let port = listener.local_addr().expect("bound").port();

@@ -52,7 +52,7 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
     }
     found.extend(facts.conf_dir.as_ref().map(|dir| directory("configuration directory", "cni-conf-dir", dir)));
     found.extend(facts.bin_dir.as_ref().map(|dir| directory("binary directory", "cni-bin-dir", dir)));
-    if let (Some((dir, _)), Stage::Beside, false) = (&facts.bin_dir, stage, facts.binary) {
+    if let (Some((dir, _)), Stage::Running, false) = (&facts.bin_dir, stage, facts.binary) {
         let missing = format!("{BINARY} is not in {}: no pod can be added", dir.display());
         found.push(Finding::new(Level::Fault, "binary", missing).hint("restart the agent, which puts it there"));
     }
@@ -69,11 +69,11 @@ fn order(all: &[Configuration], stage: Stage) -> Vec<Finding> {
     match all.iter().find(|(file, _)| file == CONFLIST) {
         Some((file, Err(error))) => {
             found.push(
-                Finding::new(Level::Fault, file, format!("{error:#}")).hint("remove it: a ready agent writes it anew"),
+                Finding::new(Level::Fault, file, format!("{error:#}")).hint("remove it: a ready agent writes it again"),
             );
         }
         Some((file, Ok(network))) => found.push(Finding::ok(file, format!("network {network}"))),
-        None if stage == Stage::Beside => found.push(
+        None if stage == Stage::Running => found.push(
             Finding::new(Level::Fault, CONFLIST, "is missing: no pod can be added")
                 .hint("see why the agent is not ready: it writes it then"),
         ),
@@ -112,9 +112,9 @@ mod tests {
 
     #[test]
     fn ours_first_is_well_and_nothing_is_before_the_agent() {
-        assert_well(&check(&facts(&[OURS, ("10-flannel.conflist", Err("is not JSON"))]), Stage::Beside));
+        assert_well(&check(&facts(&[OURS, ("10-flannel.conflist", Err("is not JSON"))]), Stage::Running));
         assert_well(&check(&Facts { binary: false, ..facts(&[]) }, Stage::Before));
-        assert_well(&check(&Facts::default(), Stage::Beside));
+        assert_well(&check(&Facts::default(), Stage::Running));
     }
 
     #[test]
@@ -122,15 +122,15 @@ mod tests {
         let read_only = || Some(("/opt/cni/bin".into(), Err(anyhow::anyhow!("EROFS"))));
         for (facts, level, detail, hint) in [
             (facts(&[("00-multus.conf", Ok("multus")), OURS]), Level::Warning, "network multus", "Multus"),
-            (facts(&[("04-x.json", Err("is not JSON")), OURS]), Level::Fault, "the runtime stops", "mend"),
-            (facts(&[(CONFLIST, Err("has no plugins"))]), Level::Fault, "no plugins", "writes it anew"),
+            (facts(&[("04-x.json", Err("is not JSON")), OURS]), Level::Fault, "the runtime stops", "fix"),
+            (facts(&[(CONFLIST, Err("has no plugins"))]), Level::Fault, "no plugins", "writes it again"),
             (facts(&[]), Level::Fault, "is missing", "not ready"),
             (Facts { binary: false, ..facts(&[OURS]) }, Level::Fault, BINARY, "restart"),
             (Facts { bin_dir: read_only(), ..facts(&[OURS]) }, Level::Fault, "EROFS", "--cni-bin-dir"),
             (Facts { conf_dir: read_only(), ..facts(&[OURS]) }, Level::Fault, "EROFS", "--cni-conf-dir"),
             (Facts { configurations: Some(Err(anyhow::anyhow!("EIO"))), ..facts(&[]) }, Level::Warning, "EIO", "root"),
         ] {
-            assert_only(&check(&facts, Stage::Beside), level, detail, hint);
+            assert_only(&check(&facts, Stage::Running), level, detail, hint);
         }
     }
 

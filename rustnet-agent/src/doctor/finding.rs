@@ -1,4 +1,4 @@
-//! What a check says, and how much it weighs before and beside an agent.
+//! The result of a check, and its severity before the agent starts and while the agent runs.
 
 use serde::Serialize;
 
@@ -36,7 +36,7 @@ impl Level {
         match (self, stage) {
             (Self::Ok, _) => Mark::Ok,
             (Self::Warning, _) | (Self::Fault, Stage::Before) => Mark::Warning,
-            (Self::Fault, Stage::Beside) | (Self::Fatal, _) => Mark::Bad,
+            (Self::Fault, Stage::Running) | (Self::Fatal, _) => Mark::Bad,
         }
     }
 }
@@ -123,7 +123,7 @@ mod tests {
     fn before_the_agent_only_the_fatal_is_a_cross() {
         let marks = |stage| [Level::Ok, Level::Warning, Level::Fault, Level::Fatal].map(|level| level.mark(stage));
         assert_eq!(marks(Stage::Before), [Mark::Ok, Mark::Warning, Mark::Warning, Mark::Bad]);
-        assert_eq!(marks(Stage::Beside), [Mark::Ok, Mark::Warning, Mark::Bad, Mark::Bad]);
+        assert_eq!(marks(Stage::Running), [Mark::Ok, Mark::Warning, Mark::Bad, Mark::Bad]);
     }
 
     #[test]

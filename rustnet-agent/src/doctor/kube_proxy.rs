@@ -6,7 +6,7 @@ use super::finding::{Finding, Level};
 use crate::net::kube_proxy::{HEALTH_PORT, Leftovers, METRICS_PORT};
 use crate::net::sockets::{self, Listener, Owner, Proto};
 
-/// How many names are told; the command that lists them is named.
+/// How many names a finding lists; the finding names the command that lists them all.
 const SHOWN: usize = 4;
 
 /// What was found.

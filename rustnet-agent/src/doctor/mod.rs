@@ -25,11 +25,11 @@ use finding::{Finding, Group, Level, split_remedy};
 pub enum Stage {
     /// Before the agent starts: only what can be known without it.
     Before,
-    /// Beside a running agent.
-    Beside,
+    /// While the agent runs.
+    Running,
 }
 
-/// All groups that need a configuration, in the order in which they are told.
+/// All groups that need a configuration, in the order in which they are printed.
 pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
     let host = Socket::open().map_err(anyhow::Error::from).and_then(|mut socket| Host::observe(&mut socket));
     let host = match host {
@@ -54,14 +54,15 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
     groups
 }
 
-/// What can be told when the settings are refused: why, and what does not depend on them.
+/// The findings when the settings are refused: the reasons, and all that does not depend on
+/// settings.
 pub fn without_config(refused: &Refused) -> Vec<Group> {
     let problem = |text: &String| {
         let (detail, hint) = split_remedy(text);
         Finding::new(Level::Fatal, "settings", detail).hint(hint)
     };
     let unchecked = "the rest was not checked for want of settings";
-    let rest = Finding::new(Level::Warning, "not checked", unchecked).hint("mend these first, then run this again");
+    let rest = Finding::new(Level::Warning, "not checked", unchecked).hint("fix these first, then run this again");
     let problems = refused.0.iter().map(problem).chain([rest]).collect();
     vec![
         Group::new("Configuration", problems),

@@ -53,7 +53,8 @@ pub fn gather(config: &Config, host: &Host, nodes: &[KnownNode]) -> Facts {
     }
 }
 
-/// What the kernel takes for the size of the way to an address: the route's, or what a router told. Nothing is sent.
+/// The path MTU that the kernel has for an address: the route's, or the one that a router reported.
+/// Nothing is sent.
 fn path_mtu(ip: IpAddr) -> Option<u32> {
     /// Of `linux/in6.h`.
     const IPV6_MTU: i32 = 24;

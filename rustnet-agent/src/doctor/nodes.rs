@@ -79,7 +79,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     let nodes = match &facts.nodes {
         Ok(nodes) => nodes,
         Err(why) => {
-            return vec![Finding::new(Level::Warning, "nodes", format!("not checked: {why}")).hint("mend that first")];
+            return vec![Finding::new(Level::Warning, "nodes", format!("not checked: {why}")).hint("fix that first")];
         }
     };
     let mut found = Vec::new();
@@ -91,7 +91,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     let name = |it: &KnownNode| it.node.name.as_str().to_owned();
     found.extend(twice(nodes.iter().map(|it| (it.host_name.clone(), name(it)))).map(|(host, names)| {
         Finding::new(Level::Warning, "host names", format!("{names} are all called {host}"))
-            .hint("give each machine its own (`hostnamectl set-hostname`), and register its kubelet anew")
+            .hint("give each machine its own (`hostnamectl set-hostname`), and register its kubelet again")
     }));
     found.extend(twice(nodes.iter().map(|it| (it.system_uuid.clone(), name(it)))).map(|(uuid, names)| {
         Finding::new(

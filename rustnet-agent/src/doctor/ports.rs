@@ -228,7 +228,7 @@ mod tests {
         node.extend([process(9879, AGENT), process(9962, AGENT), listener(Proto::Udp, 8472, Owner::Kernel)]);
         let vxlans = vec![(OVERLAY_DEV.to_owned(), 8472)];
         assert_well(&check(&Facts { vxlans, ..facts(node) }));
-        // From a container beside an agent.
+        // From a container, while an agent runs.
         let hidden = [9879, 9962, 6443, 10250].map(|port| listener(Proto::Tcp, port, Owner::Hidden));
         assert_well(&check(&Facts { agent_here: true, ..facts(hidden.into()) }));
         assert_well(&check(&facts(vec![process(10250, "k3s")])));

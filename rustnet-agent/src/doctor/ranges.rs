@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_former_networks_bridge_is_told_as_that() {
+    fn a_former_networks_bridge_is_reported_as_such() {
         let host = host(&[("cni0", "10.244.1.1/24")], &[]);
         let detail = "cni0 10.244.1.0/24 overlaps pod range";
         assert_only(&check(&config(), &host, &[]), Level::Fault, detail, "ip link delete cni0");

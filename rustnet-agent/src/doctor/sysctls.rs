@@ -70,7 +70,8 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
     if !facts.exists {
         let hint = "mount the host's /proc/sys/net there (--sysctl-dir); an agent's own is seen with `kubectl exec` in its pod";
         let missing = format!("{shown} does not exist here");
-        // Beside an agent, people may look from the host at what only its container has.
+        // While an agent runs, people may run this on the host. Only the agent's container has the
+        // mount.
         let level = if stage == Stage::Before { Level::Fatal } else { Level::Warning };
         return vec![Finding::new(level, "sysctl directory", missing).hint(hint)];
     }
@@ -126,7 +127,7 @@ mod tests {
 
     #[test]
     fn what_the_agent_can_set_is_well_before_it() {
-        assert_well(&check(&facts(Vec::new()), Stage::Beside));
+        assert_well(&check(&facts(Vec::new()), Stage::Running));
         assert_well(&check(&facts(forwarding(Ok("0"), true)), Stage::Before));
         assert_well(&check(&Facts { rp_filter: Some((2, true)), ..facts(Vec::new()) }, Stage::Before));
     }
@@ -138,10 +139,10 @@ mod tests {
         let filter = Facts { rp_filter: Some((1, false)), ..facts(Vec::new()) };
         for (facts, stage, level, detail, hint) in [
             (facts(forwarding(Ok("0"), false)), Stage::Before, Level::Fault, "read-only", "net.ipv4.ip_forward=1"),
-            (facts(forwarding(Ok("0"), true)), Stage::Beside, Level::Warning, "0, not 1", "who else"),
-            (unreadable(), Stage::Beside, Level::Fault, "EACCES", "--sysctl-dir"),
+            (facts(forwarding(Ok("0"), true)), Stage::Running, Level::Warning, "0, not 1", "who else"),
+            (unreadable(), Stage::Running, Level::Fault, "EACCES", "--sysctl-dir"),
             (absent(), Stage::Before, Level::Fatal, "does not exist", "--sysctl-dir"),
-            (absent(), Stage::Beside, Level::Warning, "does not exist", "kubectl exec"),
+            (absent(), Stage::Running, Level::Warning, "does not exist", "kubectl exec"),
             (filter, Stage::Before, Level::Fault, "dropped", "rp_filter=0"),
         ] {
             assert_only(&check(&facts, stage), level, detail, hint);

@@ -36,7 +36,7 @@ pub struct Settings {
     pub tunnel_family: Family,
     /// Ranges beyond pods and nodes to which pods keep their address.
     pub no_masquerade: Vec<IpNet>,
-    /// Addresses of this node's interfaces, beside those that its Node object names.
+    /// Addresses of this node's interfaces, in addition to those in its Node object.
     pub own_addresses: Vec<IpAddr>,
     /// Networks that this node's uplinks are in.
     pub links: Vec<IpNet>,
@@ -56,7 +56,7 @@ impl Settings {
     }
 }
 
-/// All that the sources told, and what should be in the maps because of it.
+/// All objects of the sources, and the desired content of the maps that follows from them.
 #[derive(Debug)]
 pub struct Index {
     settings: Settings,

@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// All nodes. The table is made anew when one of them changed: that is rare, and a few milliseconds for thousands.
+/// All nodes. A change of one rebuilds the table: that is rare, and takes a few milliseconds for
+/// thousands.
 #[derive(Debug, Default)]
 pub struct Nodes {
     nodes: BTreeMap<ObjectName, Arc<Node>>,

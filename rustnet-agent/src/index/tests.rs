@@ -107,7 +107,7 @@ fn draining_endpoints_serve_only_when_none_is_ready() {
 }
 
 #[test]
-fn what_still_serves_but_gets_no_new_flows_is_told_apart() {
+fn what_still_serves_but_gets_no_new_flows_is_distinguished() {
     let it = index([
         service("web", &[VIP4]).tcp(80).apply(),
         slice("a", "web", Family::V4)
@@ -302,7 +302,7 @@ fn what_a_fresh_list_does_not_name_is_gone() {
     assert!(desired(&it, &key("10.96.0.11", 80, TCP)).is_some());
     it.handle(Event::Synced(Kind::Service));
     assert_eq!(desired(&it, &key("10.96.0.11", 80, TCP)), None);
-    // Other kinds are untouched, and a list that began anew counts from its last beginning.
+    // Other kinds are untouched, and a list that began again counts from its last beginning.
     expect(&it, &key(VIP4, 80, TCP), &[("10.244.1.2 80", 0)], 0);
     it.handle(Event::Restart(Kind::Slice));
     it.handle(slice("a", "web", Family::V4).tcp(80).ready(&["10.244.1.2"]).apply());

@@ -1,7 +1,7 @@
 //! The cluster's objects as rustnet uses them: validated, compact, free of Kubernetes types.
 //!
-//! Only `source/convert.rs` makes these. What was wrong with an object travels with it as [`Problem`]s, so that a report
-//! disappears by itself once the object is mended.
+//! Only `source/convert.rs` makes these. What was wrong with an object travels with it as
+//! [`Problem`]s, so that a report disappears by itself once the object is fixed.
 
 #[cfg(test)]
 pub mod build;

@@ -1,4 +1,4 @@
-//! Something wrong with the input that rustnet worked around: what, where, and how to mend it.
+//! Something wrong with the input that rustnet worked around: what, where, and how to fix it.
 
 use std::fmt;
 use std::sync::Arc;

@@ -41,7 +41,8 @@ pub struct Endpoint {
     pub condition: Condition,
     /// Name of its node; empty when unknown.
     pub node: Arc<str>,
-    /// For whom the controller would like it to be used; `None` is the common case and costs nothing.
+    /// The nodes and zones to which the controller assigns it; `None` is the common case and costs
+    /// nothing.
     pub hints: Option<Box<Hints>>,
 }
 

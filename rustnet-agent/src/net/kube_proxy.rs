@@ -134,7 +134,7 @@ mod tests {
     use super::is_its_chain;
 
     #[test]
-    fn its_chains_are_told_from_everybody_elses() {
+    fn its_chains_are_distinguished_from_all_others() {
         for name in ["KUBE-SERVICES", "KUBE-SVC-NPX46M4PTMTKRN6Y", "KUBE-SEP-AAAAAAAAAAAAAA27", "KUBE-PROXY-CANARY"] {
             assert!(is_its_chain(name), "{name}");
         }

@@ -224,7 +224,8 @@ impl Socket {
                 if i32::from(kind) != libc::NLMSG_ERROR || !(first..=last).contains(&sequence) {
                     continue;
                 }
-                // Each request is answered, also when another one failed; about the frame only its failure is told.
+                // The kernel answers each request, also after another one failed. Of the frame it
+                // reports only a failure.
                 waiting = if sequence == first || sequence == last { 0 } else { waiting.saturating_sub(1) };
                 refused = refused.or(refusal(body));
             }
@@ -261,7 +262,8 @@ impl Socket {
     }
 }
 
-/// Asks for words beside the numbers in refusals (`NETLINK_EXT_ACK`). Kernels that cannot go on without.
+/// Asks for texts in addition to the numbers in refusals (`NETLINK_EXT_ACK`). Kernels that cannot
+/// go on without.
 fn explain_refusals(fd: &OwnedFd) {
     let on: i32 = 1;
     let length = size_of::<i32>() as libc::socklen_t;

@@ -79,7 +79,7 @@ impl Repairer {
         Ok(Self { socket, sysctl_dir: sysctl_dir.to_owned(), run_dir: run_dir.to_owned() })
     }
 
-    /// The socket, for requests beside.
+    /// The socket, for other requests.
     pub fn socket(&mut self) -> &mut Socket {
         &mut self.socket
     }
@@ -171,7 +171,7 @@ impl Repairer {
             if let Target::Via { oif, .. } = route.target {
                 done = link::unless_gone(&mut self.socket, oif, done, false);
             }
-            state.note(done, || format!("route to {} {}", route.dst, if *replace { "mended" } else { "added" }));
+            state.note(done, || format!("route to {} {}", route.dst, if *replace { "repaired" } else { "added" }));
         }
         for route in changes.delete.iter().filter(|_| wanted.complete) {
             let done = route::delete(&mut self.socket, route);

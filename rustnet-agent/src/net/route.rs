@@ -38,7 +38,7 @@ pub enum Target {
         /// The next hop; `None`: the destination is on the link.
         gateway: Option<IpAddr>,
     },
-    /// Nowhere: the sender is told.
+    /// Nowhere: the sender receives an error.
     Unreachable,
     /// A kind that we never make.
     Other,

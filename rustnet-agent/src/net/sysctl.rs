@@ -24,8 +24,8 @@ pub struct Sysctl {
 pub fn wanted(uplinks: &[String], overlay: Option<&str>, veths: &[String]) -> Vec<Sysctl> {
     let sysctl = |path: String, want, also, optional| Sysctl { path, want, also, optional };
     let mut out = Vec::new();
-    // Forwarding makes the kernel ignore router advertisements unless told to go on (accept_ra 2); the node's own default
-    // route may come from them, so this must be first.
+    // With forwarding, the kernel ignores router advertisements unless accept_ra is 2; the node's
+    // own default route may come from them, so this must be first.
     out.extend(uplinks.iter().map(|dev| sysctl(format!("ipv6/conf/{dev}/accept_ra"), "2", &["0"], true)));
     out.push(sysctl("ipv4/ip_forward".into(), "1", &[], false));
     out.push(sysctl("ipv6/conf/all/forwarding".into(), "1", &[], true));

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_route_names_the_uplink_unless_told() {
+    fn the_default_route_names_the_uplink_by_default() {
         let found = host().uplinks(&[]).unwrap();
         assert_eq!((found[0].name.as_str(), found[0].ifindex), ("eth0", 2));
         assert_eq!(found[0].addresses, ["192.0.2.9/24".parse().unwrap(), "2001:db8::9/64".parse::<IpNet>().unwrap()]);

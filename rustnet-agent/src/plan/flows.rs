@@ -1,8 +1,9 @@
 //! UDP flows whose backend gets no new ones: which of them go on, and which are forgotten.
 //!
-//! UDP has no handshake that would fail and make a client try anew, so flows to a backend that no longer serves are forgotten
-//! at once, as kube-proxy does: their next packet finds another backend, or is refused. While it still serves (it terminates,
-//! or is meant for other nodes) they go on: the backend *lingers*. Its slot stays taken meanwhile, so that the next agent
+//! UDP has no handshake that would fail and make a client try again. So flows to a backend that no
+//! longer serves are forgotten at once, as kube-proxy does. Their next packet finds another
+//! backend, or is refused. While the backend still serves (it terminates, or is meant for other
+//! nodes) they go on: the backend *lingers*. Its slot stays taken meanwhile, so that the next agent
 //! finds it there.
 
 use super::VipKey;

@@ -4,7 +4,7 @@
 #[derive(Debug)]
 pub struct Ids {
     next: u32,
-    /// Numbers in use when the count last began anew, in order.
+    /// Numbers in use when the count last began again, in order.
     taken: Vec<u32>,
     cursor: usize,
 }
@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn leaves_out_what_is_in_use_when_it_begins_anew() {
+    fn leaves_out_what_is_in_use_when_it_begins_again() {
         let mut ids = Ids::after(u32::MAX - 1);
         let in_use = || vec![5, 1, 2, 2, u32::MAX];
         let got: Vec<u32> = (0..4).map(|_| ids.take(in_use)).collect();
@@ -56,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn a_highest_of_all_begins_anew() {
+    fn a_highest_of_all_begins_again() {
         assert_eq!(Ids::after(u32::MAX).take(|| vec![1]), 2);
     }
 }

@@ -53,7 +53,7 @@ impl MemoryMaps {
     }
 
     /// No crash any more.
-    pub fn mend(&mut self) {
+    pub fn repair(&mut self) {
         self.steps_left = None;
     }
 

@@ -115,7 +115,7 @@ impl Ranges {
         released
     }
 
-    /// When the next range becomes free; `None` if none waits, or nobody has told the time since.
+    /// When the next range becomes free; `None` if none waits, or no later call passed the time.
     pub fn next_release(&self) -> Option<Duration> {
         self.held.front().and_then(|held| held.since).map(|since| since + self.grace)
     }

@@ -221,7 +221,7 @@ impl Kernel {
 
     /// Removes leftovers from `rn_endpoints` and puts back what got lost. `before`: its entries as read before `state` was
     /// observed, so that a pod that was added in between is not taken for a leftover.
-    pub fn mend_endpoints(&self, before: &[(IpAddr, Endpoint)], state: &State) -> Result<Vec<String>> {
+    pub fn repair_endpoints(&self, before: &[(IpAddr, Endpoint)], state: &State) -> Result<Vec<String>> {
         let interfaces: BTreeSet<u32> = state.host.links.iter().map(|link| link.index).collect();
         let recorded: BTreeSet<IpAddr> = state.endpoints.iter().flat_map(|e| e.addresses.iter().copied()).collect();
         let mut done = Vec::new();
@@ -270,7 +270,7 @@ fn lost(before: &[(IpAddr, Endpoint)], state: &State) -> Vec<(IpAddr, Endpoint)>
 struct Hook<'a> {
     program: &'static str,
     device: &'a str,
-    /// The device's name once more, if it is an uplink beside the first.
+    /// The device's name once more, if it is an uplink other than the first.
     further: Option<&'a str>,
     ifindex: u32,
     direction: Direction,

@@ -1,4 +1,5 @@
-//! What this node's programs and its CNI binary are told, made from configuration, cluster and host. Pure.
+//! Makes the settings of this node's programs and CNI binary from configuration, cluster and host.
+//! Pure.
 
 use std::net::IpAddr;
 
@@ -23,7 +24,7 @@ pub const SNAT_PORTS: u32 = 8192;
 /// What to do where the host leaves fewer.
 pub const PORT_RANGE_REMEDY: &str = "sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\"";
 
-/// What the index is told of this host.
+/// The index's settings for this host.
 pub fn index_settings(config: &Config, host: &Host, uplinks: &[Uplink]) -> Settings {
     Settings {
         node_name: config.node_name.as_str().into(),
@@ -169,11 +170,11 @@ pub fn outsiders(
     let is_outside = |ip: &&IpAddr| !ranges.iter().any(|range| range.contains(*ip)) && leased(ip);
     let known = !ranges.is_empty() && endpoints.iter().flat_map(|it| &it.addresses).any(|ip| is_outside(&ip));
     let ranges = ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    // The same while one pod after the other goes, so that it is told once.
+    // The text stays the same while one pod after the other goes, so that it is reported once.
     known.then(|| {
         format!(
             "Node {node}: pods have addresses outside of its pod ranges ({ranges}), other nodes do not find them; delete those \
-             that `rustnet endpoints` shows with others, so that they are made anew"
+             that `rustnet endpoints` shows with others, so that new ones replace them"
         )
     })
 }
@@ -299,14 +300,14 @@ mod tests {
             "mac": "", "addresses": ["10.244.1.2", "fd00::2"],
         }));
         let pods = [pod.expect("a record")];
-        let told = |ranges: &[&str], leased| {
+        let reported = |ranges: &[&str], leased| {
             let ranges: Vec<_> = ranges.iter().map(|range| range.parse().expect("a range")).collect();
             outsiders("n1", &pods, &ranges, |_| leased)
         };
-        assert_eq!(told(&["10.244.1.0/24", "fd00::/64"], true), None);
-        assert_eq!(told(&["10.244.7.0/24"], false), None, "another IPAM's");
-        assert_eq!(told(&[], true), None, "nothing is known");
-        assert!(told(&["10.244.7.0/24"], true).expect("outside").contains("(10.244.7.0/24)"));
+        assert_eq!(reported(&["10.244.1.0/24", "fd00::/64"], true), None);
+        assert_eq!(reported(&["10.244.7.0/24"], false), None, "another IPAM's");
+        assert_eq!(reported(&[], true), None, "nothing is known");
+        assert!(reported(&["10.244.7.0/24"], true).expect("outside").contains("(10.244.7.0/24)"));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! How the `rustnet` command finds an agent's state: a file beside `node.json`, and a lock that lives as long as an agent.
+//! How the `rustnet` command finds an agent's state: a file next to `node.json`, and a lock that
+//! lives as long as an agent.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, create_dir_all};
@@ -38,7 +39,7 @@ pub struct AgentFile {
     /// Where it installed the CNI configuration.
     #[serde(default)]
     pub cni_conf_dir: Option<PathBuf>,
-    /// What it was told, by flag; what is missing was at its default.
+    /// Its settings, by flag; a missing one is at its default.
     #[serde(default)]
     pub settings: BTreeMap<String, Vec<String>>,
 }
@@ -63,7 +64,7 @@ impl AgentFile {
         let path = run_dir.join(FILE);
         match std::fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text).map(Some).with_context(|| {
-                format!("{}: not an agent's file; remove it, the agent writes it anew", path.display())
+                format!("{}: not an agent's file; remove it, the agent writes it again", path.display())
             }),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e).with_context(|| format!("{}: cannot read", path.display())),

@@ -110,7 +110,7 @@ impl Findings {
     }
 }
 
-/// A port number; the error says what is wrong and how to mend it.
+/// A port number; the error says what is wrong and how to fix it.
 fn port(number: i32) -> Result<u16, String> {
     match u16::try_from(number) {
         Ok(port) if port != 0 => Ok(port),
@@ -128,7 +128,7 @@ fn protocol(name: Option<&str>) -> Result<u8, String> {
     }
 }
 
-/// A unicast address that packets can be sent to; the error says what is wrong and how to mend it.
+/// A unicast address that packets can be sent to; the error says what is wrong and how to fix it.
 fn unicast(text: &str) -> Result<IpAddr, String> {
     let ip: IpAddr = text
         .parse()

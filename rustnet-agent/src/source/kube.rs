@@ -1,9 +1,11 @@
 //! The source that watches a Kubernetes API server.
 //!
-//! One task a kind; of Pods, the server is asked for this node's own only. Objects are converted as they arrive and dropped: nothing is stored here, and what the agent keeps is
-//! the index's business. Lists are streamed where the server can (1.27 and later), else paged. A failed watch is resumed
-//! where it broke off, with jittered back-off; when the server says that it no longer knows that place (410), the kind is
-//! listed anew, between [`Event::Restart`] and [`Event::Synced`], so that what was deleted meanwhile goes.
+//! One task a kind; of Pods, the server is asked for this node's own only. Objects are converted as
+//! they arrive and dropped: nothing is stored here, and what the agent keeps is the index's
+//! business. Lists are streamed where the server can (1.27 and later), else paged. A failed watch
+//! is resumed where it broke off, with jittered back-off. When the server no longer has that place
+//! (410), the kind is listed again, between [`Event::Restart`] and [`Event::Synced`]. So objects
+//! that were deleted meanwhile go.
 
 mod backoff;
 mod client;
@@ -195,7 +197,7 @@ struct Follower<'a> {
 enum Next {
     /// Go on with the same stream: it resumes where it broke off.
     Resume,
-    /// List anew.
+    /// List again.
     Relist,
     /// The server does not stream this list: ask for pages.
     Page,
@@ -225,7 +227,7 @@ impl<'a> Follower<'a> {
         }
     }
 
-    /// Follows one stream until it must be built anew or the receiver is gone.
+    /// Follows one stream until it must be built again or the receiver is gone.
     async fn one_stream<K: Watched>(&mut self) {
         let mut config = K::select(watcher::Config::default(), self.source.node_status.node_name());
         config.timeout = self.source.watch_seconds;
@@ -262,7 +264,7 @@ impl<'a> Follower<'a> {
             };
             match next {
                 // An ordinary part of a watch's life.
-                Next::Relist => tracing::info!(kind = %self.kind, error = chain(&error), "listing anew"),
+                Next::Relist => tracing::info!(kind = %self.kind, error = chain(&error), "listing again"),
                 Next::Page => tracing::info!(kind = %self.kind, error = chain(&error), "no streaming lists: paging"),
                 Next::Resume => self.trouble.note(&chain(&error), Failure::of_watch(&error)).await,
             }
@@ -335,7 +337,7 @@ fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
         // a restored backup (504, "Too large resource version").
         (_, Some(400 | 410 | 422 | 504)) | (E::NoResourceVersion, _) => Next::Relist,
         (E::WatchError(status), _) if status.code == 410 => Next::Relist,
-        // 500, told in the stream: the server's store cannot do it (etcd before 3.4.31 and 3.5.13).
+        // 500 in the stream: the server's store cannot do it (etcd before 3.4.31 and 3.5.13).
         (E::WatchError(status), _) if streaming_list && status.code != 429 => Next::Page,
         _ => Next::Resume,
     }
@@ -366,7 +368,7 @@ impl<'a> Trouble<'a> {
         let stays = "the last known state stays";
         let detail = Problem::new(&self.origin, "", format!("{what}; {stays}, trying on"));
         let (words, remedy) = (failure.words(), failure.remedy());
-        // The same for all kinds and for every time, so that it is told once.
+        // The same for all kinds and for every time, so that it is reported once.
         let whole = Problem::new(&API_SERVER.into(), "", format!("{words}; {remedy}; {stays}"));
         self.report([detail, whole].into()).await;
     }

@@ -25,7 +25,7 @@ use watch::{Change, Watch};
 
 /// After a file was closed: a burst of writes is one.
 const SETTLE: Duration = Duration::from_millis(20);
-/// After a file vanished: an editor may be about to write it anew.
+/// After a file vanished: an editor may be about to write it again.
 const VANISH: Duration = Duration::from_millis(300);
 /// Between looks for a directory that is not there.
 const RETRY: Duration = Duration::from_secs(1);

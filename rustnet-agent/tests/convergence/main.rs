@@ -41,7 +41,7 @@ enum Step {
     Restart(Vec<Change>, u64),
 }
 
-/// A change that nobody told of.
+/// A change that no event reported.
 #[derive(Clone, Debug)]
 enum Change {
     Apply(Object),
@@ -218,7 +218,7 @@ impl World {
                 self.maps.crash_after(after.into());
                 let crashed = self.sync().is_err();
                 let between = self.table();
-                self.maps.mend();
+                self.maps.repair();
                 if restart {
                     self.restart(seed);
                 }

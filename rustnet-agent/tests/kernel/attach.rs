@@ -1,4 +1,4 @@
-//! Hooks: adopted, swapped in place, and made anew when their device was replaced.
+//! Hooks: adopted, swapped in place, and attached again when their device was replaced.
 
 use std::os::fd::AsFd;
 use std::path::Path;

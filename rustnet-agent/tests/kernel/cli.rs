@@ -83,7 +83,7 @@ fn tell(sandbox: &Sandbox) {
 }
 
 #[test]
-fn a_pods_name_comes_from_the_source_where_the_runtime_told_none() {
+fn a_pods_name_comes_from_the_source_where_the_runtime_passed_none() {
     sandbox::run(|sandbox| {
         uplink();
         for veth in ["rnv1", "rnv2"] {
@@ -163,7 +163,7 @@ fn a_pod_without_its_classifiers_is_a_degraded_node() {
 }
 
 #[test]
-fn a_drop_is_told_as_it_happens() {
+fn a_drop_is_printed_as_it_happens() {
     sandbox::run(|sandbox| {
         uplink();
         block_on(async {

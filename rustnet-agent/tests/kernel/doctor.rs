@@ -76,7 +76,7 @@ fn only(sandbox: &Sandbox, args: &str, want: [&str; 5]) {
 }
 
 #[test]
-fn a_good_host_is_well_before_the_agent_and_beside_it() {
+fn a_good_host_is_well_before_the_agent_and_while_it_runs() {
     sandbox::run(|sandbox| {
         uplink();
         nodes(sandbox);
@@ -85,7 +85,7 @@ fn a_good_host_is_well_before_the_agent_and_beside_it() {
         let text = String::from_utf8(sandbox.rustnet(&format!("{args} --pre")).stdout).unwrap();
         assert!(text.starts_with("Configuration\n  ✓ settings ") && !text.contains('\x1b'), "{text}");
         assert!(text.ends_with(" checks, 0 warnings, 0 crosses\n"), "{text}");
-        // Beside an agent, no settings are needed: it has told them.
+        // While an agent runs, no settings are needed: the agent has stored its own.
         block_on(async {
             let net_d = sandbox.dir.join("net.d");
             let agent = Agent::start(sandbox.config(&[&format!("--cni-conf-dir={}", net_d.display())]));
@@ -179,7 +179,7 @@ fn one_fault_at_a_time_of_file_systems_and_settings() {
         fs::write(net_d.join("00-other.conf"), r#"{"name":"other","type":"bridge"}"#).unwrap();
         only(sandbox, &pre, ["CNI", "00-other.conf", "warning", "network other", "Multus"]);
         fs::write(net_d.join("00-other.conf"), "{").unwrap();
-        only(sandbox, &pre, ["CNI", "00-other.conf", "warning", "the runtime stops", "mend"]);
+        only(sandbox, &pre, ["CNI", "00-other.conf", "warning", "the runtime stops", "fix"]);
         fs::remove_file(net_d.join("00-other.conf")).unwrap();
 
         let read_only = |dir: &Path| {

@@ -1,4 +1,4 @@
-//! Loading beside what is there: adoption, refusal, and an old state that survives both.
+//! Loading while older programs run: adoption, refusal, and an old state that survives both.
 
 use std::os::fd::AsFd;
 

@@ -1,4 +1,4 @@
-//! The host's network: made, kept, mended, and foreign things left alone.
+//! The host's network: made, kept, repaired, and foreign things left alone.
 
 use std::fs;
 use std::path::Path;
@@ -64,7 +64,7 @@ fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], complete: bool) -> Sta
 }
 
 #[test]
-fn the_overlay_device_is_made_kept_and_mended() {
+fn the_overlay_device_is_made_kept_and_repaired() {
     sandbox::run(|_| {
         let mut socket = Socket::open().unwrap();
         let mut ensure = || overlay::ensure(&mut socket, &SPEC).unwrap();
@@ -160,7 +160,7 @@ fn a_taken_port_is_an_error_that_says_so() {
 }
 
 #[test]
-fn routes_are_made_mended_and_removed_and_foreign_ones_stay() {
+fn routes_are_made_repaired_and_removed_and_foreign_ones_stay() {
     sandbox::run(|sandbox| {
         uplink();
         ip("route add 10.9.0.0/16 via 192.0.2.9");

@@ -359,7 +359,7 @@ fn pinned_maps_of_another_shape_keep_the_agent_from_getting_ready() {
 }
 
 #[test]
-fn a_node_without_a_pod_range_is_told_to_the_cni_binary() {
+fn a_node_without_a_pod_range_is_reported_to_the_cni_binary() {
     sandbox::run(|sandbox| {
         uplink();
         block_on(async {

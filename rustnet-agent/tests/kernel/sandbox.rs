@@ -89,8 +89,8 @@ pub fn ifindex(name: &str) -> u32 {
 /// How long anything may take before it counts as broken; `RUSTNET_DEADLINE` says it for machines a hundred times slower,
 /// emulated ones, in seconds.
 pub fn deadline() -> Duration {
-    let told = std::env::var("RUSTNET_DEADLINE").ok().and_then(|seconds| seconds.parse().ok());
-    Duration::from_secs(told.unwrap_or(30))
+    let given = std::env::var("RUSTNET_DEADLINE").ok().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs(given.unwrap_or(30))
 }
 
 /// Waits until `done`: a loaded machine is no failure.

@@ -1,9 +1,10 @@
 //! ADD: connects a pod, or changes nothing.
 //!
-//! The order is what a killed call can be mended from. The veth comes first: its name follows from the container's id, so
-//! that a second ADD fails before it has touched anything and DEL finds it without state. Then the lease, which names its
-//! owner; then the record, from which map entries are found; then the map entries; the pod's end comes up last, when the
-//! programs would let its packets through.
+//! The order allows a repair after a killed call. The veth comes first: its name follows from the
+//! container's id, so that a second ADD fails before it has touched anything and DEL finds it
+//! without state. Then the lease, which names its owner; then the record, from which map entries
+//! are found; then the map entries; the pod's end comes up last, when the programs would let its
+//! packets through.
 
 use super::detach::find_and_remove;
 use crate::attach::Pins;

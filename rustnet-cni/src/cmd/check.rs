@@ -79,7 +79,7 @@ pub fn run(call: &Call) -> Result<(), Error> {
 }
 
 fn changed(what: String) -> Error {
-    Error::new(code::CHANGED, what).details("DEL and ADD mend it: delete the pod, its controller makes a new one")
+    Error::new(code::CHANGED, what).details("DEL and ADD repair it: delete the pod, its controller makes a new one")
 }
 
 /// The interface, if it is as ADD's result says.

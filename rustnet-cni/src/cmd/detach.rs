@@ -14,7 +14,8 @@ use crate::types::conf::{Attachment, NetConf};
 use crate::types::error::Error;
 use std::net::IpAddr;
 
-/// What stands in the alias of the host's veth: to whom it belongs, readable by `ip link` and by GC.
+/// The alias of the host's veth: the network and attachment that own it, readable by `ip link` and
+/// by GC.
 pub fn alias(conf: &NetConf, a: &Attachment) -> String {
     format!("{} {} {}@{}", conf.run_dir.display(), conf.name, a.container_id, a.ifname)
 }

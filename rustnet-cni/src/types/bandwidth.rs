@@ -19,7 +19,7 @@ const BURST_UNSTATED: u64 = i32::MAX as u64;
 const BURST_LEAST: u64 = 128 * 1024 * 8;
 /// ... and so does what arrives within these milliseconds.
 const BURST_MS: u64 = 25;
-/// Bytes of a frame beside the packet.
+/// Bytes of a frame in addition to the packet.
 const ETHERNET: u64 = 14;
 
 /// Reads the limits of a pod with that MTU; null and absence of each member is the same as 0, and without a rate there is no

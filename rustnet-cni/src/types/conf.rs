@@ -168,8 +168,8 @@ struct Wishes {
 }
 
 impl Pod {
-    /// `runtimeConfig` as far as it concerns us. Its keys come in the specification's spelling and in Go's, hence the
-    /// look-up without regard to case; capabilities that are not ours are ignored.
+    /// `runtimeConfig` as far as it concerns us. Its keys come in the specification's spelling and
+    /// in Go's, so the look-up ignores case. Capabilities that are not ours are ignored.
     fn wishes(self) -> Result<Wishes, Error> {
         let mtu: Option<u32> = serde_json::from_value(self.mtu).map_err(unreadable)?;
         if let Some(mtu) = mtu.filter(|m| !(68..=65535).contains(m)) {

@@ -12,7 +12,7 @@ pub enum Version {
     V031,
     /// 0.4.0: CHECK
     V040,
-    /// 1.0.0: no address family beside an address
+    /// 1.0.0: no address family next to an address
     V100,
     /// 1.1.0: GC, STATUS, MTU in the result
     V110,

@@ -58,11 +58,11 @@ fn each_limit_is_a_queue_on_the_end_that_sends() {
         assert_eq!(Call::of("CHECK", &conf, "c1", &ns).run().success(), Value::Null);
     }
 
-    // A pod beside has none of it.
-    let beside = node.add("c2", &netns("b"));
-    assert_eq!(root(None, beside["interfaces"][0]["name"].as_str().expect("name")), None);
+    // Another pod has none of it.
+    let other = node.add("c2", &netns("b"));
+    assert_eq!(root(None, other["interfaces"][0]["name"].as_str().expect("name")), None);
     assert_eq!(root(Some("b"), "eth0"), None);
-    let unlimited = ips(&beside);
+    let unlimited = ips(&other);
     assert!(bpf::entries(&node.map).iter().all(|(ip, e)| (e.flags == 0) == unlimited.contains(ip)));
     node.gc(&["c1"]);
     assert!(root(None, host).is_some());

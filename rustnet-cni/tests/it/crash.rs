@@ -1,4 +1,5 @@
-//! Killed or failing at every step: what is left is mended by the next DEL or GC, or there is nothing left.
+//! Killed or failing at every step: the next DEL or GC repairs what is left, or there is nothing
+//! left.
 //!
 //! The points exist in debug builds only, which is what `cargo test` makes.
 
@@ -15,7 +16,7 @@ fn crash(verb: &str, conf: &Value, ns: &str, step: &str) {
     assert_eq!(out.signal, Some(SIGKILL), "{verb} was not killed at {step}: {out:?}");
 }
 
-/// Crashes an ADD at each step and mends it in each way.
+/// Crashes an ADD at each step and repairs it in each way.
 fn add_crashes(node: &Node, conf: &Value, steps: &[&str], before: &Traces) {
     let ns = netns("a");
     for step in steps {
@@ -40,16 +41,16 @@ fn add_crashes(node: &Node, conf: &Value, steps: &[&str], before: &Traces) {
     assert_eq!(node.traces(), *before);
 }
 
-/// Crashes a DEL at each step and mends it in each way.
+/// Crashes a DEL at each step and repairs it in each way.
 fn del_crashes(node: &Node, conf: &Value, steps: &[&str], before: &Traces) {
     let ns = netns("b");
     let mut gc = conf.clone();
     gc["cni.dev/valid-attachments"] = json!([]);
     for step in steps {
-        for (verb, mend) in [("DEL", Call::of("DEL", conf, "c1", "")), ("GC", Call::new("GC", &gc))] {
+        for (verb, repair) in [("DEL", Call::of("DEL", conf, "c1", "")), ("GC", Call::new("GC", &gc))] {
             Call::of("ADD", conf, "c1", &ns).run().success();
             crash("DEL", conf, "", step);
-            assert_eq!(mend.run().success(), Value::Null);
+            assert_eq!(repair.run().success(), Value::Null);
             assert_eq!(node.traces(), *before, "{verb} after a DEL that crashed at {step}");
         }
     }

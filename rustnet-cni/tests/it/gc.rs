@@ -1,4 +1,4 @@
-//! GC: removes what it is told by omission, and nothing else.
+//! GC: removes the attachments that its list omits, and nothing else.
 
 use crate::common::{Call, Node, ip, ips, netns, ping};
 use serde_json::{Value, json};

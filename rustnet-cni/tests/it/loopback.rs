@@ -1,4 +1,4 @@
-//! The binary as the `loopback` plugin, beside the reference plugin of that name.
+//! The binary as the `loopback` plugin, compared with the reference plugin of that name.
 
 use crate::common::{Call, Called, command, ip, ip_json, netns, remove_netns};
 use serde_json::{Value, json};
@@ -38,8 +38,8 @@ fn is_up(name: &str) -> bool {
     lo(name)["flags"].as_array().expect("flags").contains(&json!("UP"))
 }
 
-/// The reference's result in our spelling: it prints an empty `dns`, and before 1.0.0 forgets the family that the
-/// specification wants beside each address it found itself.
+/// The reference's result in our spelling: it prints an empty `dns`, and before 1.0.0 forgets the
+/// family that the specification requires next to each address it found itself.
 fn normalised(result: Called) -> Value {
     let mut result = result.success();
     let old = result["cniVersion"].as_str().expect("version") < "1.0.0";

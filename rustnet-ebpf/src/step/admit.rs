@@ -1,5 +1,6 @@
-//! Admission of new flows. Contract: the one place that opens connections. It reserves the tuple of the answers, choosing another
-//! source port where the answers could not be told apart, and inserts the entries.
+//! Admission of new flows. Contract: the one place that opens connections. It reserves the tuple of
+//! the answers, choosing another source port where the answers could not be distinguished, and
+//! inserts the entries.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::cty::c_void;
@@ -317,7 +318,7 @@ fn is_reusable<A: Address>(
         || elapsed(c.original.seen, seen) >= lifetime(c.reply_key.proto, old_state).wrapping_mul(config.hz)
 }
 
-/// Searches a source port for which the answers can be told apart.
+/// Searches a source port for which the answers can be distinguished.
 #[inline(always)]
 fn search_port<F: Reserve>(c: &mut NewConnection<F::A>, config: &NodeConfig, reservation: u32) -> u32 {
     let towards = Tuple { sport: 0, ..c.original.to };

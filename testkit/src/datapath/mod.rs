@@ -45,7 +45,7 @@ pub struct Datapath {
     preludes: Mutex<BTreeMap<(String, Option<IpAddr>), OwnedFd>>,
 }
 
-/// What loading a program told.
+/// What the kernel reported when it loaded a program.
 #[derive(Clone, Debug)]
 pub struct Fact {
     /// Its name.
@@ -189,7 +189,7 @@ impl Datapath {
         })
     }
 
-    /// What loading told of each program.
+    /// What the kernel reported when it loaded each program.
     pub fn facts(&self) -> &[Fact] {
         &self.facts
     }

@@ -1,5 +1,6 @@
-//! How long a program takes. A run repeats on what the run before left of the packet; so the packet's first bytes are
-//! restored before each, and what that costs is told by the same run of a program that does nothing.
+//! How long a program takes. A run repeats on what the run before left of the packet, so the
+//! packet's first bytes are restored before each. The same run of a program that does nothing
+//! measures that cost.
 
 use super::skb::{SkBuff, word};
 use super::{

@@ -14,7 +14,7 @@ use testkit::datapath::Input;
 const TAGS: [u16; 4] = [0, 1, 100, 0xe064];
 
 /// A frame with the tag where a device puts it that takes tags off: outside of the frame.
-fn with_tag_beside(lab: &Lab, code: u8, ifindex: u32, tunnel: Option<IpAddr>, f: &Frame, tag: u16) -> Result<Shot> {
+fn with_tag_outside(lab: &Lab, code: u8, ifindex: u32, tunnel: Option<IpAddr>, f: &Frame, tag: u16) -> Result<Shot> {
     let bytes = f.bytes();
     lab.raw(code, &Input { frame: &bytes, ifindex, tunnel, vni: VNI, vlan: Some(tag), ..Input::default() })
 }
@@ -39,8 +39,8 @@ fn a_pods_tag_leads_nowhere() -> Result<()> {
                     passed(&lab.pod_sends(&f)?)?;
                 }
                 each(&TAGS, |tag| {
-                    let shot = with_tag_beside(lab, hook::FROM_POD, POD_A, None, &f, tag)?;
-                    shot.dropped(DropReason::VlanFiltered).context("beside the frame")?;
+                    let shot = with_tag_outside(lab, hook::FROM_POD, POD_A, None, &f, tag)?;
+                    shot.dropped(DropReason::VlanFiltered).context("outside of the frame")?;
                     for kind in [0x8100, 0x88a8] {
                         let bytes = with_tag_inside(&f, tag, kind);
                         let input = Input { frame: &bytes, ifindex: POD_A, ..Input::default() };
@@ -74,9 +74,9 @@ fn a_tag_out_of_the_tunnel_leads_nowhere() -> Result<()> {
                     passed(&lab.overlay_in(net.node2(), &f)?)?;
                 }
                 each(&TAGS, |tag| {
-                    with_tag_beside(lab, hook::OVERLAY_IN, OVERLAY, Some(net.node2()), &f, tag)?
+                    with_tag_outside(lab, hook::OVERLAY_IN, OVERLAY, Some(net.node2()), &f, tag)?
                         .dropped(DropReason::VlanFiltered)
-                        .context("beside the frame")?;
+                        .context("outside of the frame")?;
                     let bytes = with_tag_inside(&f, tag, 0x8100);
                     let tunnel = Some(net.node2());
                     let input = Input { frame: &bytes, ifindex: OVERLAY, tunnel, vni: VNI, ..Input::default() };
@@ -98,9 +98,9 @@ fn a_tag_at_the_uplink_is_another_devices() -> Result<()> {
         lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
         let f = from_outside(Proto::Udp, (net.world(), 1), (net.vip(1), 80));
         lab.uplink_in(&f)?.dropped(DropReason::IsClusterIp)?;
-        with_tag_beside(lab, hook::UPLINK_IN, UPLINK, None, &f, 100)?.to_stack(&f)?;
+        with_tag_outside(lab, hook::UPLINK_IN, UPLINK, None, &f, 100)?.to_stack(&f)?;
         // A priority alone names no VLAN.
-        with_tag_beside(lab, hook::UPLINK_IN, UPLINK, None, &f, 0xe000)?.dropped(DropReason::IsClusterIp)
+        with_tag_outside(lab, hook::UPLINK_IN, UPLINK, None, &f, 0xe000)?.dropped(DropReason::IsClusterIp)
     })
 }
 

@@ -1,5 +1,6 @@
-//! The model: who may appear as a source to whom, which translation is legitimate, what may pass at all. It judges each packet
-//! by what went in and what came out, and remembers which connections there are by that alone.
+//! The model: which source may appear at which destination, which translation is legitimate, what
+//! may pass at all. It judges each packet by what went in and what came out, and remembers which
+//! connections there are by that alone.
 
 use super::packet::{Kind, L2, Quoted, Seen, Tuple, read, same, sums_are_right, write};
 use crate::harness::{MAC_A, MAC_B, NARROW_MTU, Net, POD_A, POD_B, REDIRECT, SHOT, SNAT, STACK, VNI};
@@ -143,7 +144,7 @@ impl Model {
         let unchanged = out.verdict == STACK && out.frame == case.bytes;
         let seen = match read(&case.bytes) {
             _ if case.hook != hook::UPLINK_IN && case.vlan.is_some() => {
-                return Err("a frame with a tag beside it passes");
+                return Err("a frame with a tag outside of it passes");
             }
             _ if case.vlan.is_some_and(|tci| tci & 0xfff != 0) => {
                 return if unchanged { Ok(()) } else { Err("another VLAN's frame at the uplink is touched") };

@@ -14,8 +14,9 @@ pub const OVERLAY_MTU: usize = 1450;
 pub const POD_B_MTU: usize = 1420;
 /// MTU of the route to [`Net::narrow`].
 pub const NARROW_MTU: usize = 1400;
-/// Ticks per second, as the programs are told. So many that no test lasts a second: `seen` moves only where a test moves it.
-/// And so few that a day of them is less than half of what 32 bits count.
+/// Ticks per second in the programs' configuration. So many that no test lasts a second: `seen`
+/// moves only where a test moves it. And so few that a day of them is less than half of what 32
+/// bits count.
 pub const HZ: u32 = 20_000;
 pub const SNAT: std::ops::RangeInclusive<u16> = 20_000..=59_999;
 

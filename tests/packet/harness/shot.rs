@@ -63,7 +63,7 @@ impl Shot {
         self.ended(SHOT, 0, Some(reason), &self.sent, usize::MAX)
     }
 
-    /// Refused for `reason`, and the sender told so by `want`.
+    /// Refused for `reason`, and `want` reports it to the sender.
     pub fn answered(&self, reason: DropReason, want: &Frame) -> Result<()> {
         let bytes = want.bytes();
         let kept = if matches!(want.l4, L4::Icmp { .. }) { ETHERNET + want.payload.len() } else { bytes.len() };
@@ -84,10 +84,10 @@ impl Shot {
         let name = reason.map_or("nothing", DropReason::name);
         ensure!(self.verdict == verdict, "verdict {}, not {verdict}; counted {counted:?}, not {name}", self.verdict);
         ensure!(self.counted == expected, "counted {counted:?}, not {name} once");
-        let told: Vec<(u8, u8, u32)> = self.events.iter().map(|e| (e.reason, e.hook, e.len)).collect();
+        let reported: Vec<(u8, u8, u32)> = self.events.iter().map(|e| (e.reason, e.hook, e.len)).collect();
         let drop = reason.filter(|r| *r != DropReason::Forwarded);
         let expected: Vec<_> = drop.map(|r| (r as u8, self.hook, self.sent.len() as u32)).into_iter().collect();
-        ensure!(told == expected, "reported (reason, hook, length) {told:?}, not {expected:?}");
+        ensure!(reported == expected, "reported (reason, hook, length) {reported:?}, not {expected:?}");
         ensure!(self.mark == mark, "mark {:#x}, not {mark:#x}", self.mark);
         if self.frame != want {
             bail!("the frame is\n{}which should be\n{}", show(&self.frame, want), show(want, &self.frame));

@@ -1,5 +1,6 @@
-//! Control groups: one of each node in every hierarchy, so that its pods and its programs are apart from the machine's.
-//! Machines with one unified hierarchy and those with the older controllers beside it both exist.
+//! Control groups: one of each node in every hierarchy, so that its pods and its programs are apart
+//! from the machine's. Machines with one unified hierarchy and those that also have the older
+//! controllers both exist.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ pub fn make(name: &str) -> Result<()> {
         let group = hierarchy.root.join(name);
         let making = || format!("making the control group {}", group.display());
         fs::create_dir_all(&group).with_context(making)?;
-        // Of the older kind, this one takes no process before it is told.
+        // The older cpuset controller accepts no process before these files are written.
         for file in ["cpuset.cpus", "cpuset.mems"] {
             let (above, own) = (hierarchy.root.join(file), group.join(file));
             if !hierarchy.unified && above.is_file() {

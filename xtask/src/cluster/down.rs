@@ -11,7 +11,7 @@ use super::settings::Settings;
 use super::{cgroup, node, wires};
 use crate::ui;
 
-/// The command. Going on after each failure: what is left is told at the end.
+/// The command. It goes on after each failure, and reports at the end what is left.
 pub fn run(name: &str, fallback: Settings) -> Result<()> {
     let found = Cluster::find(name)?;
     let present = found.is_some();

@@ -18,7 +18,7 @@ const E2E: &str = "registry.k8s.io/e2e-test-images/";
 pub const COREDNS: &str = "registry.k8s.io/coredns/coredns:local";
 /// Applets that Debian's busybox does worse than the real thing, or that no container should have.
 const NO_APPLETS: [&str; 8] = ["busybox", "ip", "ss", "su", "init", "reboot", "poweroff", "halt"];
-/// Programs beside them that the tests call.
+/// Programs in addition to them that the tests call.
 const TOOLS: [&str; 14] = [
     "bash",
     "dash",

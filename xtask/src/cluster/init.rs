@@ -28,7 +28,7 @@ const TUNABLES: [(&str, &str); 6] = [
     ("kernel/keys/root_maxbytes", "25000000"),
 ];
 
-/// The directory on a node's disk whose manifests its kubelet runs without being told by the API server.
+/// The directory on a node's disk whose manifests its kubelet runs without the API server.
 pub const STATIC_PODS: &str = "manifests";
 /// Where the node's own control group of the unified hierarchy is found by the same path on every node.
 pub const CGROUP: &str = "/run/node-cgroup";

@@ -75,7 +75,7 @@ enum Verb {
     },
     /// Add nodes, or remove the last ones
     Scale {
-        /// How many there shall be
+        /// The number of nodes afterwards
         #[arg(value_parser = clap::value_parser!(u8).range(1..=9))]
         nodes: u8,
     },
@@ -119,7 +119,7 @@ pub fn down(name: &str) -> Result<()> {
 }
 
 /// The command.
-#[expect(clippy::print_stdout, reason = "what a shell shall evaluate")]
+#[expect(clippy::print_stdout, reason = "a shell evaluates it")]
 pub fn run(args: &Args) -> Result<ExitCode> {
     need_root("cluster")?;
     let name = &args.name;

@@ -1,5 +1,5 @@
-//! A node: mount, process, UTS and IPC namespaces beside its network namespace, and control groups of its own. Made here,
-//! furnished from within by [`super::init`], which is its process 1.
+//! A node: mount, process, UTS and IPC namespaces in addition to its network namespace, and control
+//! groups of its own. Made here, furnished from within by [`super::init`], which is its process 1.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -65,7 +65,7 @@ pub enum Install {
     Helm,
 }
 
-/// What `up` takes, and keeps beside the cluster.
+/// What `up` takes, and stores with the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
 pub struct Settings {
     /// How many nodes

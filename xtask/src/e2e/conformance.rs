@@ -70,7 +70,7 @@ fn page(runs: &[Run]) -> String {
     text
 }
 
-/// Why a test was skipped or not run. That the caller left it out is no reason beside a better one.
+/// Why a test was skipped or not run. `--skip` is the reason only where no run gives a better one.
 fn reasons(runs: &[Run], name: &str) -> String {
     let left_out = |test: &&Test| matches!(test.outcome, Outcome::Skipped | Outcome::Excluded);
     let mut all: BTreeSet<&str> =

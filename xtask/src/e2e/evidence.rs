@@ -1,4 +1,5 @@
-//! After a failure: what each failed test said, and what nodes and agents know, in files beside the report.
+//! After a failure: what each failed test said, and what nodes and agents know, in files next to
+//! the report.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +16,7 @@ use crate::ui;
 /// What is asked of each agent.
 const QUESTIONS: [&[&str]; 6] = [&["status"], &["drops"], &["services"], &["endpoints"], &["nodes"], &["ct", "list"]];
 
-/// Collects; what cannot be had is told in the file that should hold it.
+/// Collects the evidence. Where something cannot be read, its file holds the error.
 pub fn collect(cluster: &Cluster, run: &Run, dir: &Path) -> Result<()> {
     let to = dir.join("failures");
     let _ = fs::remove_dir_all(&to); // of an earlier run

@@ -13,7 +13,7 @@ use super::{exclusions, suite};
 use crate::cluster::{Cluster, Settings};
 use crate::cmd::Cmd;
 
-/// Where the circumstances of a run are kept, beside its report.
+/// Where the circumstances of a run are kept, next to its report.
 const KEPT: &str = "run.json";
 
 /// How a test ended.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::cluster::{self, Cluster};
 use crate::ui;
 
-/// What ginkgo writes beside its log.
+/// What ginkgo writes in addition to its log.
 pub const REPORT: &str = "report.json";
 /// And this, for others to read.
 const JUNIT: &str = "junit.xml";
@@ -113,9 +113,9 @@ mod tests {
                       /path:1\n  STEP: x\n------------------------------\nSS\n------------------------------\n\
                       • [FAILED] [7.2 seconds]\n[sig-network] X [It] b\n/path:2\n";
         let mut live = Live::default();
-        let told: Vec<_> = output.lines().filter_map(|line| live.line(line)).collect();
+        let shown: Vec<_> = output.lines().filter_map(|line| live.line(line)).collect();
         let results =
             ["  1/2 passed  [sig-network] X a (5.1 seconds)", "  2/2 FAILED  [sig-network] X b (7.2 seconds)"];
-        assert_eq!(told[1..], results);
+        assert_eq!(shown[1..], results);
     }
 }

@@ -1,4 +1,4 @@
-//! Who calls whom inside an object, read from the instructions and their relocations.
+//! Which function calls which inside an object, read from the instructions and their relocations.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -24,7 +24,7 @@ pub struct Line {
 
 /// All that are tried, oldest first.
 pub const LINES: [Line; 3] = [
-    Line { name: "6.1", suite: "bookworm", why: "Debian 12; no TCX (6.6), hence filters on a clsact qdisc" },
+    Line { name: "6.1", suite: "bookworm", why: "Debian 12; no TCX (6.6), so filters on a clsact qdisc" },
     Line { name: "6.12", suite: "bookworm-backports", why: "long-term; Debian 13" },
     Line { name: "newest", suite: "sid", why: "the newest that Debian has" },
 ];
@@ -61,7 +61,8 @@ impl Line {
         if let (false, Some(kernel)) = (refresh, self.cached(&dir)) {
             return Ok(kernel);
         }
-        // Beside the cache, and thrown away: packages are ten times as large as what is used of them.
+        // Next to the cache, and thrown away: packages are ten times as large as what is used of
+        // them.
         let work = paths::target().join("kernels").join(self.name).join("download");
         let _ = fs::remove_dir_all(&work); // of a run that was killed
         let packages = Apt::new(&work, self.suite)?.download(self)?;

@@ -16,6 +16,6 @@ pub struct Step {
     pub program: String,
     /// Its arguments.
     pub args: Vec<String>,
-    /// Its environment, beside `PATH`.
+    /// Its environment, in addition to `PATH`.
     pub env: Vec<(String, String)>,
 }

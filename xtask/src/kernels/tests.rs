@@ -83,7 +83,7 @@ fn executable(message: &str, suite: &Suite) -> Option<PathBuf> {
     message["executable"].as_str().filter(|_| is_test).map(PathBuf::from)
 }
 
-/// What the guest shall run: all, or those of one name with one filter.
+/// What the guest runs: all, or those of one name with one filter.
 pub fn steps(only: Option<&str>, filter: &[String]) -> Vec<Step> {
     let wanted = SUITES.iter().filter(|suite| only.is_none_or(|only| only == suite.name));
     wanted.map(|suite| suite.step(filter)).collect()

@@ -18,7 +18,7 @@ type Check = fn() -> Result<()>;
 /// Options of `lint`.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Let rustfmt and clippy mend what they can first
+    /// Let rustfmt and clippy fix what they can first
     #[arg(long)]
     fix: bool,
 }

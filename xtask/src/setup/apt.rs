@@ -29,7 +29,7 @@ impl Work {
         let install = apt_get()
             .args(["install", "-y", "--no-install-recommends"])
             .args(packages)
-            .remedy("read what apt-get says above; `apt-get update` and `apt --fix-broken install` mend most of it");
+            .remedy("read what apt-get says above; `apt-get update` and `apt --fix-broken install` fix most of it");
         self.step(&format!("installing {}", packages.join(" ")), &install)?;
         if etcd && !self.dry_run && Path::new("/run/systemd/system").is_dir() {
             // The package starts a server on this machine's own ports; only the program is wanted.

@@ -11,7 +11,8 @@ use crate::host::Distro;
 use crate::toolchain::{BPF_LINKER, Compiler, Route, Toolchain, linker_root, oldest, parse_version};
 use crate::ui;
 
-/// Debian's compiler that can build the kernel side: made for its web browsers, hence newer than its `rustc`.
+/// Debian's compiler that can build the kernel side: made for its web browsers, so newer than its
+/// `rustc`.
 const DEBIAN_COMPILER: [&str; 3] = ["cargo-web", "rust-web-src", "rustc-web"];
 
 pub(super) fn ensure(work: &mut Work) -> Result<()> {

@@ -12,7 +12,8 @@ use crate::toolchain::parse_version;
 use crate::{paths, ui};
 
 const CNITOOL: &str = "v1.2.3";
-/// Cluster DNS; its dependencies do not go together with those of Kubernetes, hence a module of its own.
+/// Cluster DNS; its dependencies do not go together with those of Kubernetes, so it has a module of
+/// its own.
 const COREDNS: &str = "v1.15.0";
 /// Renders the chart in tests.
 const HELM: &str = "v3.22.0";
@@ -121,8 +122,8 @@ fn newer_go(work: &mut Work, old: &Path) -> Result<PathBuf> {
     Ok(go)
 }
 
-/// Tells whether a program was built completely and from what: its size and a key, in a file beside it. A checksum of
-/// 100 MB would take longer than the rest of setup.
+/// Tells whether a program was built completely and from what: its size and a key, in a file next
+/// to it. A checksum of 100 MB would take longer than the rest of setup.
 pub(super) struct Stamp {
     program: PathBuf,
     key: String,

@@ -120,7 +120,7 @@ fn build_verb(program: &str) -> &'static [&'static str] {
     if program == "e2e.test" { &["test", "-c", "-vet=off"] } else { &["build"] }
 }
 
-/// Files of Kubernetes' sources that its test images hold, copied beside the programs.
+/// Files of Kubernetes' sources that its test images hold, copied next to the programs.
 pub(super) fn ensure_fixtures(work: &mut Work) -> Result<()> {
     let to = work.kubernetes.programs()?;
     if work.dry_run || FIXTURES.iter().all(|file| to.join(file.name).is_file()) {

@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn elsewhere_the_packages_are_told() {
+    fn elsewhere_the_packages_are_named() {
         let error = packages_of(&Distro::Other("Fedora 44".into()), &[&TOOLS[0]]).unwrap_err().to_string();
         assert!(error.contains("Fedora 44") && error.contains("build-essential"), "{error}");
     }

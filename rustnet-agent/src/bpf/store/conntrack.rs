@@ -313,7 +313,7 @@ mod tests {
 
     /// Another flow has the key of the counterpart, in the opposite direction: it is none of this connection.
     #[test]
-    fn a_contested_key_is_told_apart_by_its_slot() {
+    fn a_contested_key_is_distinguished_by_its_slot() {
         let ct = tables();
         let orig = tuple(1, proto::TCP);
         add(&ct.v4, orig, 1, [10, 10]);

@@ -176,7 +176,7 @@ fn anothers_route_that_leads_the_same_way_is_left_to_do_its_work() {
     };
     let theirs = Route { protocol: 4, source: None, ..desired.routes[1] };
     assert!(!missing(theirs));
-    // Beside one of a higher metric there is room for ours, which comes first.
+    // Ours fits next to one of a higher metric, and comes first.
     assert!(missing(Route { metric: 100, ..theirs }));
     assert!(missing(Route { target: Target::Via { oif: 2, gateway: Some([192, 0, 2, 3].into()) }, ..theirs }));
 }

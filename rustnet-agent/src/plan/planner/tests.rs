@@ -137,7 +137,7 @@ fn nothing_changed_nothing_written() {
     let mut rig = Rig::new(64);
     rig.handle(web(&["10.244.1.2"])).sync();
     assert_eq!(rig.sync().writes, []);
-    // Not even if everything is told again, or if the agent starts anew.
+    // Not even if all objects arrive again, or if the agent restarts.
     assert_eq!(rig.handle(web(&["10.244.1.2"])).sync().writes, []);
     assert_eq!(rig.restart().sync().writes, []);
 }
@@ -361,7 +361,7 @@ fn a_crash_before_flows_were_forgotten_is_made_good_at_the_next_start() {
     rig.handle(dns(&["10.244.1.3"]));
     rig.now += Duration::from_millis(1);
     rig.planner.sync(&mut rig.index, &mut rig.maps, rig.now).unwrap_err();
-    rig.maps.mend();
+    rig.maps.repair();
     let plan = rig.restart().sync();
     assert_eq!(shape(&plan), ["forget"]);
     // The one that stayed is no stray.
@@ -376,7 +376,7 @@ fn after_refused_writes_the_next_sync_begins_with_what_is_there() {
     rig.handle(web(&["10.244.1.3", "10.244.1.4"]));
     rig.planner.sync(&mut rig.index, &mut rig.maps, rig.now).unwrap_err();
     assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"]);
-    rig.maps.mend();
+    rig.maps.repair();
     rig.sync();
     assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.3", "10.244.1.4"]);
 }
@@ -499,7 +499,7 @@ fn a_full_peers_map_keeps_what_fits() {
 }
 
 #[test]
-fn damaged_maps_are_mended() {
+fn damaged_maps_are_repaired() {
     let backend = |slot, service| Backend {
         addr: ip("10.244.1.2").into(),
         port: 8080,
@@ -607,7 +607,7 @@ fn a_crash_between_any_two_writes() {
                 break;
             }
         }
-        rig.maps.mend();
+        rig.maps.repair();
         rig.restart().sync();
         rig.settle();
         assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.3", "10.244.1.6"], "after {after}");

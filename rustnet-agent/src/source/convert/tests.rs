@@ -41,7 +41,7 @@ fn web(spec: &Value) -> Value {
     json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": spec})
 }
 
-/// A slice of `default/web` with these fields beside its metadata.
+/// A slice of `default/web` with these fields in addition to its metadata.
 fn web_slice(family: &str, ports: &Value, endpoints: &Value) -> Value {
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,

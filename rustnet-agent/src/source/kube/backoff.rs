@@ -38,7 +38,7 @@ impl Backoff {
         base / 2 + spread(base)
     }
 
-    /// It worked: begin anew.
+    /// It worked: begin again.
     pub(super) fn reset(&mut self) {
         self.base = FIRST;
     }
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_double_up_to_the_limit_and_begin_anew() {
+    fn waits_double_up_to_the_limit_and_begin_again() {
         let mut backoff = Backoff::default();
         for base in [250, 500, 1000, 2000, 4000, 8000, 15_000, 15_000] {
             let base = Duration::from_millis(base);

@@ -45,10 +45,10 @@ pub struct Connection {
 
 /// Tells of successful answers, by the kind that was asked for.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Answers(Arc<Told>);
+pub(super) struct Answers(Arc<Waiters>);
 
 #[derive(Debug, Default)]
-struct Told {
+struct Waiters {
     kinds: [Notify; Kind::ALL.len()],
     any: Notify,
 }
@@ -91,15 +91,15 @@ pub async fn connect(source: &KubeSource) -> anyhow::Result<Connection> {
     tracing::info!(server = %config.cluster_url, "API server");
     let (answers, namespace) = (Answers::default(), config.default_namespace.clone());
     let current = Arc::new(Mutex::new(way(config, answers.clone())?));
-    let (source, told) = (Arc::new(source.clone()), answers.clone());
+    let (source, noted) = (Arc::new(source.clone()), answers.clone());
     let service = service_fn(move |request: Request<Body>| {
-        let (current, source, told) = (Arc::clone(&current), Arc::clone(&source), told.clone());
+        let (current, source, noted) = (Arc::clone(&current), Arc::clone(&source), noted.clone());
         async move {
             let now = current.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let answer = now.oneshot(request).await;
             // Whoever asked comes again, after a pause, and is sent by the new way.
             if answer.as_ref().map_or(true, |answer| answer.status() == StatusCode::UNAUTHORIZED) {
-                match settings(&source).await.and_then(|config| way(config, told)) {
+                match settings(&source).await.and_then(|config| way(config, noted)) {
                     Ok(new) => *current.lock().unwrap_or_else(PoisonError::into_inner) = new,
                     Err(error) => tracing::warn!("{error:#}; what was read before is used on"),
                 }
@@ -110,8 +110,8 @@ pub async fn connect(source: &KubeSource) -> anyhow::Result<Connection> {
     Ok(Connection { client: Client::new(service, namespace), answers })
 }
 
-/// The same, tried until it can be had: a kubeconfig may come later than the agent, or be mended. `None`: the receiver of
-/// events is gone.
+/// The same, tried until it can be had: a kubeconfig may come later than the agent, or be fixed.
+/// `None`: the receiver of events is gone.
 pub async fn connect_in_time(source: &KubeSource, events: &Sender<Event>) -> Option<Connection> {
     let mut backoff = Backoff::default();
     loop {
@@ -165,10 +165,11 @@ pub fn connection(config: &Config) -> anyhow::Result<Connection> {
     Ok(Connection { client, answers })
 }
 
-/// Sends requests to the server of these settings, as whom they say. `told` hears what was answered.
+/// Sends requests to the server of these settings, with their credentials. `answers` receives the
+/// path of each successful answer.
 fn way(
     mut config: Config,
-    told: Answers,
+    answers: Answers,
 ) -> anyhow::Result<
     impl Service<
         Request<Body>,
@@ -199,7 +200,7 @@ fn way(
         .option_layer(config.auth_layer().context("the API server's credentials cannot be used")?)
         .map_err(BoxError::from)
         .service_fn(move |mut request: Request<Body>| {
-            let (http, told, token_file) = (http.clone(), told.clone(), token_file.clone());
+            let (http, answers, token_file) = (http.clone(), answers.clone(), token_file.clone());
             async move {
                 if let Some(path) = token_file {
                     request.headers_mut().insert(AUTHORIZATION, bearer(&path)?);
@@ -207,7 +208,7 @@ fn way(
                 let path = request.uri().path().to_owned();
                 let answer = http.request(request).await?;
                 if answer.status().is_success() {
-                    told.note(&path);
+                    answers.note(&path);
                 }
                 Ok::<_, BoxError>(answer)
             }

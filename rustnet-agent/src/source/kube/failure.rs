@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn failures_are_told_apart() {
+    fn failures_are_distinguished() {
         let api = |code| {
             let mut status = Status::failure("x", "y");
             status.code = code;

@@ -53,7 +53,7 @@ impl NodeStatus {
                 self.stale.notified().await;
                 health.wait_ready().await;
                 let mut backoff = Backoff::default();
-                while let Err(error) = self.mend(&client).await {
+                while let Err(error) = self.repair(&client).await {
                     tracing::warn!(
                         node = &*self.node_name,
                         error = chain(&error),
@@ -69,7 +69,7 @@ impl NodeStatus {
         }
     }
 
-    async fn mend(&self, client: &Client) -> Result<(), kube::Error> {
+    async fn repair(&self, client: &Client) -> Result<(), kube::Error> {
         let nodes: Api<Node> = Api::all(client.clone());
         let node = nodes.get(&self.node_name).await?;
         let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_condition_that_says_unavailable_is_mended() {
+    fn only_a_condition_that_says_unavailable_is_repaired() {
         for (conditions, want) in [
             (json!([]), false),
             (json!([{"type": "Ready", "status": "False"}]), false),

@@ -20,13 +20,13 @@ const CONTROLLER: &str = "rustnet-agent";
 const NOTE: usize = 1024;
 /// So many texts are known again when they come again.
 const TEXTS: usize = 64;
-/// What comes and goes faster is not told one by one.
+/// Complaints that come and go faster are not published one by one.
 const PAUSE: Duration = Duration::from_secs(2);
 
 /// Publishes whatever [`Health::complaints`] says newly, or no longer, until shutdown.
 pub async fn run(client: Client, node_name: Arc<str>, health: Arc<Health>, mut shutdown: watch::Receiver<bool>) {
-    let (due, told, recorders) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
-    let mut reports = Reports { client, node: reference(&node_name), due, told, recorders };
+    let (due, published, recorders) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+    let mut reports = Reports { client, node: reference(&node_name), due, published, recorders };
     let work = async {
         let mut backoff = Backoff::default();
         let mut changes = health.changes();
@@ -54,25 +54,26 @@ pub async fn run(client: Client, node_name: Arc<str>, health: Arc<Health>, mut s
 struct Reports {
     client: Client,
     node: ObjectReference,
-    /// What is to be told, though it may be over by now: that the server was away is news when it is back.
+    /// Texts to publish, though they may be over by now: that the server was away is news when it
+    /// is back.
     due: BTreeSet<String>,
-    /// What was told and is still so.
-    told: BTreeSet<String>,
+    /// Texts that were published and still hold.
+    published: BTreeSet<String>,
     /// One for each text: a recorder takes events that differ in nothing else for repetitions of the first.
     recorders: BTreeMap<String, Recorder>,
 }
 
 impl Reports {
     async fn tell(&mut self, now: BTreeSet<String>) -> Result<(), kube::Error> {
-        self.due.extend(now.difference(&self.told).take(TEXTS.saturating_sub(self.due.len())).cloned());
+        self.due.extend(now.difference(&self.published).take(TEXTS.saturating_sub(self.due.len())).cloned());
         while let Some(text) = self.due.first().cloned() {
             self.publish(EventType::Warning, "NetworkProblem", &text).await?;
             self.due.remove(&text);
-            self.told.insert(text);
+            self.published.insert(text);
         }
-        for text in self.told.clone().difference(&now) {
+        for text in self.published.clone().difference(&now) {
             self.publish(EventType::Normal, "NetworkProblemSolved", text).await?;
-            self.told.remove(text);
+            self.published.remove(text);
         }
         Ok(())
     }

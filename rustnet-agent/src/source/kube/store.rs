@@ -1,8 +1,9 @@
 //! Notices that another store is behind the API server's address: one restored from a backup, or another cluster's.
 //!
-//! A watch that is resumed there may stay silent until the new store's versions have passed the old one's, and what is gone
-//! nobody tells. Hence the store is asked whenever a watch has been answered: one that is behind what was seen of it, or
-//! whose `kubernetes` Service is another one, is another store, and every kind is listed anew.
+//! A watch that is resumed there may stay silent until the new store's versions have passed the old
+//! one's, and reports no deletions. So the agent reads the store's version whenever a watch has
+//! been answered. A store that is behind what was seen of it, or whose `kubernetes` Service is
+//! another one, is another store: every kind is listed again.
 //!
 //! Only versions of Services are compared: other kinds may be in stores of their own (`--etcd-servers-overrides`).
 
@@ -89,7 +90,7 @@ impl Store {
     fn compare(&self, before: &Sight, mut now: Sight) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if before.is_other_than(&now) {
-            tracing::warn!(?before, ?now, "another store is behind the API server's address: listing anew");
+            tracing::warn!(?before, ?now, "another store is behind the API server's address: listing again");
             *seen = now;
             drop(seen);
             self.replaced.send_replace(());

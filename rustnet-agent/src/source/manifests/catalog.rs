@@ -52,7 +52,7 @@ impl Catalog {
             1 => "its last good state stays (1 object)".to_owned(),
             n => format!("its last good state stays ({n} objects)"),
         };
-        file.broken = Some(Problem::new(&subject, "", format!("{message}: {kept}; mend the file")));
+        file.broken = Some(Problem::new(&subject, "", format!("{message}: {kept}; fix the file")));
         self.report(&[name].into())
     }
 
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_changed_is_told() {
+    fn only_what_changed_is_sent() {
         let mut it = Catalog::default();
         let (a, b) = (service("a", "10.96.0.1"), service("b", "10.96.0.2"));
         assert_eq!(
@@ -220,14 +220,16 @@ mod tests {
     fn a_broken_file_keeps_its_last_good_state() {
         let mut it = Catalog::default();
         let good = service("a", "10.96.0.1");
-        let report = "report file x.yaml: x.yaml:2: expected sequence start: nothing of it is used; mend the file";
+        let report = "report file x.yaml: x.yaml:2: expected sequence start: nothing of it is used; fix the file";
         assert_eq!(texts(it.update("x.yaml", "kind: Service\napiVersion: [v1\n"))[0][..30], report[..30]);
         assert_eq!(texts(it.update("x.yaml", &good)), ["apply default/a 10.96.0.1", "report file x.yaml: "]);
         let bad = good.replace("[{port: 80}]", "80");
-        let report = "report file x.yaml: x.yaml:4: expected sequence start: its last good state stays (1 object); mend the file";
+        let report =
+            "report file x.yaml: x.yaml:4: expected sequence start: its last good state stays (1 object); fix the file";
         assert_eq!(texts(it.update("x.yaml", &bad)), [report]);
         assert_eq!(texts(it.update("x.yaml", &bad)), [""; 0], "it is said once");
-        // Still it has a say in who wins, and mending it without a change tells only that.
+        // The file still counts for who wins, and its repair without a change sends only that
+        // report.
         let two = texts(it.update("y.yaml", &good));
         assert!(two.len() == 1 && two[0].contains("is in x.yaml:1 already"), "{two:?}");
         assert_eq!(texts(it.update("x.yaml", &good)), ["report file x.yaml: "]);

@@ -145,7 +145,7 @@ fn yaml<T: DeserializeOwned>(document: &str, first_line: u64) -> Result<T, Broke
         let mut message = error.to_string();
         let mut line = first_line;
         if let Some(location) = error.location() {
-            // The line is told in front, counted from the file's beginning.
+            // The line number stands in front, counted from the file's beginning.
             let suffix = format!(" at line {}, column {}", location.line(), location.column());
             message.truncate(message.strip_suffix(&suffix).map_or(message.len(), str::len));
             line = first_line - 1 + location.line();

@@ -98,7 +98,7 @@ async fn written_renamed_over_linked_and_deleted() {
     let mut rig = Rig::synced(&[]).await;
     rig.write("a.yaml", &service("a", 1));
     assert_eq!(rig.event().await, "apply default/a 10.96.0.1");
-    // Written beside it and renamed over it: `sed -i`, `kubectl edit`, rsync.
+    // Written next to it and renamed over it: `sed -i`, `kubectl edit`, rsync.
     rig.write(".a.tmp", &service("a", 2));
     fs::rename(rig.path(".a.tmp"), rig.path("a.yaml")).unwrap();
     assert_eq!(rig.event().await, "apply default/a 10.96.0.2");
@@ -136,7 +136,7 @@ async fn a_broken_file_is_named_with_its_line_and_keeps_its_last_good_state() {
     rig.write("a.yaml", &service("a", 1).replace("80", "[eighty]"));
     let report = rig.event().await;
     assert!(report.starts_with("report file a.yaml: a.yaml:4: "), "{report}");
-    assert!(report.ends_with("its last good state stays (1 object); mend the file"), "{report}");
+    assert!(report.ends_with("its last good state stays (1 object); fix the file"), "{report}");
     fs::write(rig.path("a.yaml"), [0xff, 0xfe, 0x00]).unwrap();
     assert!(rig.event().await.starts_with("report file a.yaml: a.yaml: not UTF-8"));
     rig.write("a.yaml", &service("a", 2));

@@ -1,5 +1,5 @@
-//! How long the CNI binary takes, beside the reference plugins. Pods are added to all networks in turn until the nodes are
-//! full, then deleted in turn.
+//! How long the CNI binary takes, compared with the reference plugins. Pods are added to all
+//! networks in turn until the nodes are full, then deleted in turn.
 
 use crate::plugins;
 use crate::stats::{Sorted, verdict};

@@ -1,5 +1,5 @@
-//! The control plane at size: from events to entries in real pinned maps, beside writing the same entries in bulk; and the
-//! memory of an agent.
+//! The control plane at size: from events to entries in real pinned maps, compared with writing the
+//! same entries in bulk; and the memory of an agent.
 
 use crate::stats::{Sorted, verdict};
 use anyhow::{Context, Result, ensure};
@@ -39,7 +39,7 @@ const READY: Duration = Duration::from_mins(5);
 /// How much to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
-    /// Times that everything is written anew.
+    /// Times that everything is written again.
     pub rounds: usize,
     /// Services.
     pub services: u32,
@@ -69,8 +69,8 @@ pub fn run(extent: &Extent) -> Result<()> {
     let times = node.netns().run(|| write(node, extent))??;
     let Extent { rounds, services, .. } = extent;
     println!(
-        "{services} services with {ENDPOINTS} endpoints each, from events to pinned maps, {rounds} times; beside them the same entries \
-         written in bulk to maps of the same size.\n\n| | Least / median / p99 | Goal | |\n|---|---|---|---|"
+        "{services} services with {ENDPOINTS} endpoints each, from events to pinned maps, {rounds} times, compared with the same \
+         entries written in bulk to maps of the same size.\n\n| | Least / median / p99 | Goal | |\n|---|---|---|---|"
     );
     let row = |name: &str, unit: &str, values: Vec<f64>, digits: usize, goal: Option<(f64, f64)>| {
         let sorted = Sorted::new(values);

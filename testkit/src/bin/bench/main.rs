@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-/// Measures rustnet, beside other networks and the kernel itself, and prints tables.
+/// Measures rustnet, compared with other networks and the kernel itself, and prints tables.
 #[derive(Parser)]
 #[command(name = "cargo xtask bench")]
 struct Args {
@@ -60,11 +60,12 @@ enum What {
     All,
     /// Nanoseconds that each program takes for a packet, and what loading it costs
     Packets,
-    /// Latency and throughput between pods, beside the kernel, the bridge plugin and kube-proxy
+    /// Latency and throughput between pods, compared with the kernel, the bridge plugin and
+    /// kube-proxy
     Network,
     /// Writing very many services, and the agent's memory
     Control,
-    /// How long the CNI binary takes, beside the reference plugins
+    /// How long the CNI binary takes, compared with the reference plugins
     Cni,
 }
 

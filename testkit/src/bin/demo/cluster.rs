@@ -45,7 +45,7 @@ pub struct Client<'a> {
     pub name: String,
     /// Where it is.
     pub netns: &'a Netns,
-    /// As whom others see it.
+    /// Its addresses, as others see them.
     pub addresses: Vec<IpAddr>,
 }
 

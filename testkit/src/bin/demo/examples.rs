@@ -11,7 +11,8 @@ use std::path::Path;
 use testkit::client::ask;
 use testkit::{Fabric, Proto, dist, wait};
 
-/// What the first and the second pod of a node listen on, beside the port that all pods have.
+/// What the first and the second pod of a node listen on, in addition to the port that all pods
+/// have.
 pub const PORTS: [&[u16]; 2] = [&[5353, 9090], &[5353, 5354, 8081, 9091]];
 
 /// Which pods serve.

@@ -13,7 +13,7 @@ pub struct Table {
 
 /// One row: what was asked, and what is to be said of the answers.
 pub struct Row<'a> {
-    /// Who asks whom.
+    /// The client and its target.
     pub what: &'a str,
     /// Address family.
     pub family: &'a str,

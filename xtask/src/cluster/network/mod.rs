@@ -42,7 +42,8 @@ pub fn install(cluster: &Cluster) -> Result<()> {
     }
 }
 
-/// The network's own programs beside those of every cluster; rustnet has none: it runs in pods.
+/// The network's own programs in addition to those of every cluster; rustnet has none: it runs in
+/// pods.
 pub fn components(cluster: &Cluster) -> Result<Vec<Component>> {
     match cluster.settings.network {
         Network::Reference => cluster.nodes().iter().map(|node| reference::kube_proxy(cluster, node)).collect(),

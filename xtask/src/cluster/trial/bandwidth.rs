@@ -1,5 +1,6 @@
-//! Limits by annotations, as users write them: the runtime reads them, and hands them on because rustnet's configuration says
-//! that it takes them. A limited pod's transfers keep to its limits, and those of a pod beside it are far above.
+//! Limits by annotations, as users write them: the runtime reads them, and hands them on because
+//! rustnet's configuration says that it takes them. A limited pod's transfers keep to its limits,
+//! and those of another pod are far above.
 
 use std::fs;
 use std::io::{Read, Write};

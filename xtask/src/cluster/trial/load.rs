@@ -36,7 +36,7 @@ pub enum Kind {
 /// Requests of one kind, from one place to one target.
 #[derive(Clone, Debug)]
 pub struct Stream {
-    /// Who asks whom, for people.
+    /// The client and its target, for people.
     pub name: String,
     /// The namespace.
     pub from: PathBuf,

@@ -1,5 +1,5 @@
-//! `cluster trial`: what rustnet's own restart, upgrade and removal cost the traffic, counted request by request. An
-//! ordinary application's rolling update beside it.
+//! `cluster trial`: what rustnet's own restart, upgrade and removal cost the traffic, counted
+//! request by request. The same for an ordinary application's rolling update.
 
 mod bandwidth;
 mod crowd;
@@ -226,8 +226,9 @@ fn act(cluster: &Cluster, trial: Trial, other: &Other) -> Result<()> {
     }
 }
 
-/// Waits until every pod of the trial runs, those of nodes that were away too, and clients of all nodes reach the service and
-/// each server. What the API server says of a node's pods is old for a while after that came back: all of it is asked anew.
+/// Waits until every pod of the trial runs, those of nodes that were away too, and clients of all
+/// nodes reach the service and each server. What the API server says of a node's pods is old for a
+/// while after that came back: all of it is read again.
 fn everywhere(cluster: &Cluster) -> Result<()> {
     let mut result = Ok(());
     wait::until(Duration::from_mins(4), || {

@@ -70,7 +70,7 @@ impl Bridge {
     }
 }
 
-/// A wire between the nodes beside the switch, which remains for the API server.
+/// A wire between the nodes in addition to the switch, which remains for the API server.
 fn wire(fabric: &Fabric) -> Result<()> {
     let end = |n: u8| (Ipv4Addr::new(172, 22, 0, n), Ipv6Addr::new(0xfd00, 0x22, 0, 0, 0, 0, 0, n.into()));
     join(fabric.node(1).netns(), fabric.node(2).netns(), "wire", [end(1), end(2)])?;

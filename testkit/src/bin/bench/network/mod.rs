@@ -1,4 +1,5 @@
-//! Latency and throughput between pods, beside what the kernel and other networks reach on the same machine in the same run.
+//! Latency and throughput between pods, compared with what the kernel and other networks reach on
+//! the same machine in the same run.
 //!
 //! Every case of a group gets a short turn, round by round; what counts is the ratio of two turns of one round.
 
@@ -200,7 +201,7 @@ fn groups<'a>(
     }
     if let Some(Bridge { pods, .. }) = proxied {
         let (a, b, c) = (&pods[0].netns, &pods[1].netns, &pods[2].netns);
-        near.push(Case::to_address("bridge beside kube-proxy, pod", a, b, &pods[1].addresses)?);
+        near.push(Case::to_address("bridge with kube-proxy, pod", a, b, &pods[1].addresses)?);
         near.push(Case::to_service("bridge, kube-proxy, ClusterIP", a, b, NEAR));
         far.push(Case::to_service("bridge, kube-proxy, ClusterIP", a, c, FAR));
     }

@@ -194,7 +194,7 @@ fn connect(target: SocketAddr) -> std::io::Result<TcpStream> {
 
 /// The client's side.
 fn ask(test: Test, target: SocketAddr, time: Duration) -> Result<Turn> {
-    // A path that is not there is told by this attempt, within its time.
+    // Without a path this attempt fails, within its time.
     let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(3)).context("no connection")?;
     guard(&stream)?;
     let mut byte = [7];
