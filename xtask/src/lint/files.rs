@@ -1,10 +1,12 @@
-//! What tracked files must not hold: paths of the machine they were written on, and links to files that are not there.
+//! What tracked files must not hold: paths of the machine they were written on, old-fashioned
+//! words, and links to files that are not there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::words;
 use crate::cmd::Cmd;
 use crate::paths;
 
@@ -15,7 +17,7 @@ const ORDINARY: [&str; 10] = ["/", "/tmp", "/home", "/root", "/usr", "/opt", "/s
 pub fn check() -> Result<()> {
     let root = paths::root();
     let listed = Cmd::new("git").args(["ls-files", "-z"]).dir(&root).capture()?;
-    let words = machine_paths(&root, std::env::var_os("HOME").map(PathBuf::from).as_deref());
+    let machine = machine_paths(&root, std::env::var_os("HOME").map(PathBuf::from).as_deref());
     let mut findings = Vec::new();
     for name in listed.split('\0').filter(|n| !n.is_empty()) {
         let file = root.join(name);
@@ -24,7 +26,7 @@ pub fn check() -> Result<()> {
         }
         let bytes = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
         let Ok(text) = String::from_utf8(bytes) else { continue };
-        findings.extend(mentions(&text, &words).into_iter().map(|(line, word)| format!("{name}:{line}: holds {word}")));
+        findings.extend(forbidden(name, &text, &machine));
         if Path::new(name).extension().is_some_and(|e| e == "md") {
             let dir = file.parent().unwrap_or(&root).to_owned();
             let broken = links(&text).into_iter().filter(|(_, link)| !dir.join(link).exists());
@@ -32,6 +34,16 @@ pub fn check() -> Result<()> {
         }
     }
     if findings.is_empty() { Ok(()) } else { bail!("{}", findings.join("\n    ")) }
+}
+
+/// Returns findings in the text of the file `name`, with file and line: paths in `machine`, and
+/// old-fashioned words.
+fn forbidden(name: &str, text: &str, machine: &[String]) -> Vec<String> {
+    let paths = mentions(text, machine).into_iter().map(|(line, path)| format!("{name}:{line}: holds {path}"));
+    let words = words::find(name, text).into_iter().map(|(line, word)| {
+        format!("{name}:{line}: holds the old-fashioned word \"{word}\" (CONTRIBUTING.md, Language)")
+    });
+    paths.chain(words).collect()
 }
 
 /// What would give this machine away: the work tree, the directory it is in, and the user's home.
@@ -104,6 +116,15 @@ mod tests {
         let words = ["/desk/".to_owned()];
         assert_eq!(mentions("see\n`/desk/main`", &words), [(2, "/desk/")]);
         assert_eq!(mentions("/var/desk/a /x/desk/", &words), []);
+    }
+
+    #[test]
+    fn paths_and_words_are_findings_with_file_and_line() {
+        let text = format!("fine\n/desk/a\nis {}\n", words::WORDS[0]);
+        let found = forbidden("docs/a.md", &text, &["/desk/".to_owned()]);
+        let word = format!("docs/a.md:3: holds the old-fashioned word \"{}\" ", words::WORDS[0]);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0] == "docs/a.md:2: holds /desk/" && found[1].starts_with(&word), "{found:?}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 mod files;
 mod layers;
+mod words;
 
 use anyhow::{Result, bail};
 
