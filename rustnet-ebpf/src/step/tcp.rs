@@ -163,7 +163,7 @@ pub unsafe fn is_reset_acceptable<A>(own: *const Side, other: *const Side, p: &P
     }
     if old & state::ANSWERED == 0 {
         // Of a SYN that was not answered (RFC 9293, 3.10.7.3), the acknowledgement counts.
-        return if p.tcp_flags & tcp::ACK != 0 { p.ack == other_end } else { (high != 0) & (p.seq == high) };
+        return if p.tcp_flags & tcp::ACK != 0 { p.ack == other_end } else { high != 0 && p.seq == high };
     }
     if high == 0 && low == 0 {
         return false;
