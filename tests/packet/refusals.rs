@@ -178,6 +178,15 @@ fn tunnel_packets_of_a_pod() -> Result<()> {
             let f = from_a(net, Proto::Udp, (node, 8472));
             lab.pod_sends(&f)?.dropped(DropReason::EncapProhibited).with_context(|| format!("to {node}"))?;
         }
+        // Nor without an overlay of this node's own: another's may have the port.
+        lab.configure(|c| c.overlay = 0)?;
+        for node in [net.node(), net.node2()] {
+            let f = from_a(net, Proto::Udp, (node, 8472));
+            lab.pod_sends(&f)?
+                .dropped(DropReason::EncapProhibited)
+                .with_context(|| format!("to {node}, no overlay"))?;
+        }
+        lab.configure(|_| {})?;
         ensure!(lab.connections(net)?.is_empty());
         // By way of a service neither.
         lab.serve(net.vip(1), 80, 17, 0, &[(net.node2(), 8472)])?;

@@ -159,7 +159,14 @@ fn numbers_of_another_connection() -> Result<()> {
     const AGAIN: u32 = 0x4000_0000;
     const ANSWER: u32 = 0x7000_0000;
     connections(|lab, c| {
+        // A reset before the opener has acknowledged the answer.
+        c.establish(lab)?;
+        c.asks(lab, SYN, AGAIN, 0, b"")?;
+        c.answers(lab, SYN | ACK, ANSWER, AGAIN + 1, b"")?;
+        c.answers(lab, RST, ANSWER + 1, AGAIN + 1, b"")?;
+        c.lives(lab, 10).context("reset at once")?;
         for by_reset in [false, true] {
+            lab.forget()?;
             c.establish(lab)?;
             c.asks(lab, FIN | ACK, 1, 1, b"")?;
             c.asks(lab, SYN, AGAIN, 0, b"")?;
