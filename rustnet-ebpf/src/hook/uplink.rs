@@ -78,7 +78,11 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
 ) -> Result<Option<&'static mut Flow<F::A>>, Dropped> {
     let is_for_pod = || route::is_local_pod(p.tuple.dst);
     if p.kind == Kind::LinkLocal {
-        return if is_for_pod() { Err(DropReason::NdNotForwarded.into()) } else { Ok(None) };
+        if is_for_pod() {
+            return Err(DropReason::NdNotForwarded.into());
+        }
+        // The host hears its own addresses, too: so it finds out that another has one.
+        return if source::is_tunneled_pod::<F>(p.tuple.src) { Err(DropReason::Spoofed.into()) } else { Ok(None) };
     }
     if is_from_node::<F>(p, config) {
         // The kernel's tunnel socket takes it; the hook of the overlay device decides on what is inside.

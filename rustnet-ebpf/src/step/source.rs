@@ -158,6 +158,12 @@ pub fn is_node<F: Family>(src: F::A) -> bool {
     F::peer(src).is_some_and(|peer| peer.flags & flags::NODE != 0)
 }
 
+/// True if the address is that of a pod which is reached through the tunnel.
+#[inline(always)]
+pub fn is_tunneled_pod<F: Family>(src: F::A) -> bool {
+    F::peer(src).is_some_and(|peer| peer.flags & (flags::TUNNEL | flags::NODE) == flags::TUNNEL)
+}
+
 /// True if the address is this node's own.
 #[inline(always)]
 pub fn is_host<F: Family>(addr: F::A) -> bool {
