@@ -299,7 +299,7 @@ fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
         } else {
             (&raw const (*entry).sides[1], &raw const (*entry).sides[0])
         };
-        tcp::is_reset_acceptable(own, other, p, state_of(entry))
+        tcp::is_reset_acceptable(own, other, p, state_of(entry), is_reply((*entry).flags, p.is_swapped))
     }
 }
 

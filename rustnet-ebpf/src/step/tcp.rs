@@ -155,10 +155,17 @@ extern "C" fn rn_tcp_align(own: *const Side, other: *mut Side, is_again: u32) ->
 /// # Safety
 /// Both are sides of map values: that of the sender and that of the receiver.
 #[inline(always)]
-pub unsafe fn is_reset_acceptable<A>(own: *const Side, other: *const Side, p: &Packet<A>, old: u64) -> bool {
+pub unsafe fn is_reset_acceptable<A>(
+    own: *const Side,
+    other: *const Side,
+    p: &Packet<A>,
+    old: u64,
+    is_reply: bool,
+) -> bool {
     // SAFETY: see above.
     let (high, low, other_end) = unsafe { ((*own).seq_end, (*other).ack, (*other).seq_end) };
-    if is_answer_to_syn(p.ack, old) {
+    // The other end refuses the SYN of `start_again`. The opener's own end cannot: who forged that SYN chose its number.
+    if is_reply && p.tcp_flags & tcp::ACK != 0 && is_answer_to_syn(p.ack, old) {
         return true;
     }
     if old & state::ANSWERED == 0 {

@@ -240,6 +240,22 @@ fn lab_entries(lab: &Lab, c: &Connection) -> Result<usize> {
     Ok(lab.connections(c.net)?.len())
 }
 
+/// The opener's end is forged: a SYN with a number that the forger chose, and a reset of the same end that acknowledges it. Only
+/// the other end can refuse a SYN.
+#[test]
+fn a_forged_syn_that_its_own_end_refuses() -> Result<()> {
+    connections(|lab, c| {
+        for off in ELSEWHERE {
+            c.establish(lab)?;
+            c.asks(lab, SYN, off, 0, b"")?;
+            let number = Connection::OPENER.wrapping_add(off).wrapping_add(1).wrapping_sub(Connection::ANSWERER);
+            c.asks(lab, RST | ACK, off, number, b"")?;
+            c.lives(lab, DAY).with_context(|| format!("{off:#x} off"))?;
+        }
+        Ok(())
+    })
+}
+
 /// A port pair used again, and refused.
 #[test]
 fn a_second_syn_refused() -> Result<()> {
