@@ -71,20 +71,6 @@ fn a_pod_to_loopback() -> Result<()> {
     })
 }
 
-/// A host with `route_localnet` may ask from a loopback address. No flow is opened: the pod's answer would be one of a known flow.
-#[test]
-fn the_host_from_loopback() -> Result<()> {
-    labs(|lab, net| {
-        let src = net.ip([127, 0, 0, 1], "::1");
-        for proto in crate::flows::ALL {
-            let f = from_host(net, proto, (net.a(), 8080)).map(|f| f.src = src);
-            lab.to_pod(POD_A, &f)?.to_stack(&f)?;
-            ensure!(lab.halves()? == 0, "{proto:?} is tracked");
-        }
-        Ok(())
-    })
-}
-
 /// What the kernel's routes do not lead out of a device is the stack's as the pod sent it, and no translation stays behind that
 /// would meet the stack's answer.
 #[test]

@@ -1,6 +1,6 @@
 //! The connection table over a flow's life: states, both halves kept alive, evicted halves restored, port pairs reused.
 
-use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
+use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
 use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, OVERLAY, POD_A, POD_B, UPLINK, VNI, labs};
 use crate::services::reset;
@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustnet_common::config;
 use rustnet_common::conntrack::{NOT_LOCAL, SOURCE_NONE, flags, state};
 use rustnet_common::drop::hook;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use testkit::datapath::Input;
 
 /// A service flow from pod A to pod B: what is sent, and what the answer to it is.
@@ -314,5 +315,25 @@ fn new_flows_are_reported() -> Result<()> {
             }
             Ok(())
         })
+    })
+}
+
+/// A host with `route_localnet` may ask from a loopback address, and any from a link-local one. No flow is opened: answers to known
+/// flows are not judged by their destination, and a pod's own packets to such addresses are dropped.
+#[test]
+fn the_host_from_addresses_that_pods_cannot_ask() -> Result<()> {
+    labs(|lab, net| {
+        let sources: &[IpAddr] = match net {
+            Net::V4 => &[IpAddr::V4(Ipv4Addr::LOCALHOST)],
+            Net::V6 => &[IpAddr::V6(Ipv6Addr::LOCALHOST), net.ip([0; 4], "fe80::1")],
+        };
+        for src in sources {
+            for proto in ALL {
+                let f = from_host(net, proto, (net.a(), 8080)).map(|f| f.src = *src);
+                lab.to_pod(POD_A, &f)?.to_stack(&f)?;
+                ensure!(lab.halves()? == 0, "{proto:?} from {src} is tracked");
+            }
+        }
+        Ok(())
     })
 }

@@ -22,7 +22,8 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let Some(config) = maps::config() else { return Ok(TO_STACK) };
     let (p, flow) = parse::packet::<F, _>(skb, l3)?;
     // No flow is opened that the pod could not open in its turn: answers to known flows are not judged by their destination.
-    if p.kind == Kind::LinkLocal || p.tuple.dst.is_link_scope() || p.tuple.src.is_martian_source() {
+    let is_unanswerable = p.tuple.src.is_martian_source() || p.tuple.src.is_link_scope();
+    if p.kind == Kind::LinkLocal || p.tuple.dst.is_link_scope() || is_unanswerable {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
