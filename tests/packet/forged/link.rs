@@ -224,6 +224,15 @@ fn discovery_from_elsewhere() -> Result<()> {
                 let reasons = [DropReason::NdNotForwarded, DropReason::Martian];
                 dropped_as(&lab.uplink_in(&f)?, &reasons).with_context(|| format!("from {src}"))?;
             }
+            // To the host neither from a pod that is reached through the tunnel; but from nodes, and from the host's own address,
+            // by which the host finds out that another has it.
+            for dst in [net.node(), ip6("ff02::1"), ip6("ff02::1:ff00:11")] {
+                lab.uplink_in(&message(kind, net.far(), dst))?.dropped(DropReason::Spoofed)?;
+                for src in [net.node2(), net.node(), net.router()] {
+                    let f = message(kind, src, dst);
+                    lab.uplink_in(&f)?.to_stack(&f).with_context(|| format!("from {src} to {dst}"))?;
+                }
+            }
             for dst in [net.b(), net.node(), ip6("ff02::1"), ip6("fe80::1")] {
                 let f = message(kind, net.far(), dst);
                 lab.overlay_in(net.node2(), &f)?.dropped(DropReason::UnknownSender)?;

@@ -244,6 +244,8 @@ fn quoted(f: &[u8], error: &Seen) -> Option<Quoted> {
     if is_v6 && matches!(proto, 0 | 43 | 44 | 51 | 60) {
         return None;
     }
+    // The least that an error quotes (RFC 792): with less, nothing shows what flow is meant.
+    q.get(l4..l4 + 8)?;
     let len = if is_v6 { 16 } else { 4 };
     let (src, dst) = (address(q, at, is_v6)?, address(q, at + len, is_v6)?);
     let (sport, dport) = match proto {
