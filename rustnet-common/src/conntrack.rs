@@ -163,7 +163,7 @@ pub const fn lifetime(proto: u8, state: u64) -> u32 {
 pub const SEQ_WINDOW: u32 = 1 << 20;
 
 /// Bytes that a sender can have sent and its receiver not acknowledged, as far as numbers are believed. TCP allows sixteen times as
-/// many (RFC 7323, 2.3), but no socket buffer of that size was seen.
+/// many (RFC 7323, 2.3); Linux lets buffers grow to a tenth of it by default (`tcp_rmem`, 6 MiB).
 pub const MAX_IN_FLIGHT: u32 = 1 << 26;
 
 /// Ticks since `then`, for clocks of 32 bits that wrap. A time that lies ahead, read by another CPU a moment later, counts as now.

@@ -96,8 +96,6 @@ pub mod v1 {
     pub const CT4: &str = "rn_ct4";
     /// Connections, IPv6.
     pub const CT6: &str = "rn_ct6";
-    /// Whether an entry of a connection table ever stood in the second slot of its key.
-    pub const CT_CONTESTED: &str = "rn_ct_contested";
     /// First fragments, IPv4.
     pub const FRAG4: &str = "rn_frag4";
     /// First fragments, IPv6.

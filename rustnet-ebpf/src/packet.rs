@@ -59,8 +59,8 @@ pub struct Packet<A> {
 }
 
 impl<A: Address> Packet<A> {
-    /// Makes it a packet of which only the offset of the IP header is known. Field by field, and only those that the parser does not
-    /// set for every packet: a store of the whole is one of single bytes and words.
+    /// Makes it a packet of which only the offset of the IP header is known. Sets the fields that the parser does not set for every
+    /// packet, and all that is read of a packet which it refuses.
     #[inline(always)]
     pub fn reset(&mut self, l3: usize) {
         self.tuple.clear();
