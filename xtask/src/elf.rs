@@ -157,7 +157,7 @@ mod tests {
     use object::write::{Object as Writer, Relocation, SectionId, Symbol, SymbolId, SymbolSection};
     use object::{BinaryFormat, Endianness, RelocationFlags, SymbolFlags, SymbolScope};
 
-    use super::calls::{CALL, PSEUDO_CALL};
+    use super::calls::{CALL, LOAD_64, PSEUDO_CALL};
     use super::*;
 
     /// A sound object; `add` may spoil it.
@@ -274,6 +274,47 @@ mod tests {
             file.symbol_mut(id).value = value;
         });
         assert!(found.len() == 1 && found[0].contains("memset is called by xdp_uplink"), "{found:?}");
+    }
+
+    #[test]
+    fn a_function_that_a_helper_calls_back_counts() {
+        let found = problems(|file| {
+            let target = function(file, ".text", "memcpy", 1);
+            // r2 = the function's address, for bpf_loop.
+            let (section, _) = code(file, "xdp", "xdp_uplink", &[&[LOAD_64, 2][..], &[0; 14]].concat());
+            let flags = RelocationFlags::Elf { r_type: object::elf::R_BPF_64_64 };
+            file.add_relocation(section, Relocation { offset: 0, symbol: target, addend: 0, flags }).unwrap();
+        });
+        assert!(found.len() == 1 && found[0].contains("memcpy is called by xdp_uplink"), "{found:?}");
+    }
+
+    #[test]
+    fn too_deep_a_stack_is_a_problem() {
+        let found = problems(|file| {
+            // *(u64 *)(r10 - 512) = r1, and a call of a function with a frame of its own.
+            let target = function(file, ".text", "step", 1);
+            let body =
+                [[0x7b, 0x1a, 0, 0xfe, 0, 0, 0, 0], [CALL, PSEUDO_CALL << 4, 0, 0, 0xff, 0xff, 0xff, 0xff]].concat();
+            let (section, _) = code(file, "xdp", "xdp_uplink", &body);
+            let flags = RelocationFlags::Elf { r_type: object::elf::R_BPF_64_32 };
+            file.add_relocation(section, Relocation { offset: 8, symbol: target, addend: 0, flags }).unwrap();
+        });
+        assert_eq!(found, ["the calls xdp_uplink (512) > step (0) need 544 bytes of stack, and 512 is the limit"]);
+    }
+
+    #[test]
+    fn a_global_gets_another_value() {
+        let bytes = fabricate(Architecture::Bpf, |file| {
+            let section = file.add_section(Vec::new(), b".rodata".to_vec(), SectionKind::ReadOnlyData);
+            file.append_section_data(section, &[1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0], 4);
+            let id = symbol(file, "MIGRATE", SymbolKind::Data, SymbolSection::Section(section), 4);
+            file.symbol_mut(id).value = 4;
+        });
+        let changed = set_global(bytes.clone(), "MIGRATE", 0x0403_0201).unwrap();
+        let file = object::File::parse(&*changed).unwrap();
+        let data = file.section_by_name(".rodata").unwrap().data().unwrap();
+        assert_eq!(data, [1, 0, 0, 0, 1, 2, 3, 4, 3, 0, 0, 0]);
+        assert!(set_global(bytes, "ELSEWHERE", 1).unwrap_err().to_string().contains("no global ELSEWHERE"));
     }
 
     #[test]

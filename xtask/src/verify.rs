@@ -50,7 +50,9 @@ pub fn verify(object: &Path) -> Result<()> {
     fs::create_dir_all(&dir).with_context(|| format!("making the directory {}", dir.display()))?;
     unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace of our own")?;
     let none: Option<&str> = None;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("keeping mounts to ourselves")?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context(
+        "making mounts private\n  remedy: / has to be a mount point, which the root of a chroot is not; use pivot_root",
+    )?;
     mount(Some("bpf"), &dir, Some("bpf"), MsFlags::empty(), none)
         .context("mounting bpffs\n  remedy: a kernel with CONFIG_BPF_SYSCALL")?;
     let bytes = fs::read(object).with_context(|| format!("reading {}", object.display()))?;

@@ -12,7 +12,7 @@ use super::calls::{Calls, LOAD_64};
 const STACK: u32 = 512;
 /// Frames of a chain of calls (include/linux/bpf_verifier.h, `MAX_CALL_FRAMES`).
 const FRAMES: usize = 8;
-/// What kernels before 6.7 round a frame up to.
+/// What kernel 6.1 rounds a frame up to; 6.18 takes 16.
 const ROUND: u32 = 32;
 /// Register 10, the frame pointer.
 const FRAME_POINTER: u8 = 10;
