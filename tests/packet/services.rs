@@ -213,20 +213,28 @@ fn a_service_and_its_backend_from_one_client_port() -> Result<()> {
     })
 }
 
+/// Asks a service on pod B, and then pod B itself from the same port. Returns what arrives of the first, the second as it was sent,
+/// and the port that the second leaves with.
+fn ask_service_then_backend(lab: &Lab, net: Net, proto: Proto) -> Result<(Frame, Frame, u16)> {
+    serve(lab, net, proto, net.vip(1), (net.b(), TARGET))?;
+    let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
+    let arrives = ask.hop().between((net.a(), PORT), (net.b(), TARGET));
+    lab.pod_sends(&ask)?.to_the_pod(&arrives)?;
+    let direct = from_a(net, proto, (net.b(), TARGET));
+    let shot = lab.pod_sends(&direct)?;
+    let port = lab.half(Flow::of(&direct))?.to.sport;
+    ensure!(port != PORT, "the backend sees one connection");
+    shot.to_the_pod(&direct.hop().between((net.a(), port), (net.b(), TARGET)))?;
+    Ok((arrives, direct, port))
+}
+
 /// And the other way round: the service first.
 #[test]
 fn a_backend_asked_directly_after_its_service_from_one_client_port() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
-            serve(lab, net, proto, net.vip(1), (net.b(), TARGET))?;
-            let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            lab.pod_sends(&ask)?.to_the_pod(&ask.hop().between((net.a(), PORT), (net.b(), TARGET)))?;
-            let direct = from_a(net, proto, (net.b(), TARGET));
-            let shot = lab.pod_sends(&direct)?;
-            let port = lab.half(Flow::of(&direct))?.to.sport;
-            ensure!(port != PORT, "the backend sees one connection");
+            let (_, direct, port) = ask_service_then_backend(lab, net, proto)?;
             let arrives = direct.hop().between((net.a(), port), (net.b(), TARGET));
-            shot.to_the_pod(&arrives)?;
             let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
             lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.b(), TARGET), (net.a(), PORT)))
         })
@@ -238,13 +246,7 @@ fn a_backend_asked_directly_after_its_service_from_one_client_port() -> Result<(
 fn the_first_of_two_entries_under_one_key_is_evicted() -> Result<()> {
     labs(|lab, net| {
         each(|proto| {
-            serve(lab, net, proto, net.vip(1), (net.b(), TARGET))?;
-            let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
-            let arrives = ask.hop().between((net.a(), PORT), (net.b(), TARGET));
-            lab.pod_sends(&ask)?.to_the_pod(&arrives)?;
-            let direct = from_a(net, proto, (net.b(), TARGET));
-            lab.pod_sends(&direct)?;
-            let port = lab.half(Flow::of(&direct))?.to.sport;
+            let (arrives, direct, port) = ask_service_then_backend(lab, net, proto)?;
             let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
             lab.evict(Flow::of(&answer))?;
             let shot = lab.pod_sends(&answer)?;
