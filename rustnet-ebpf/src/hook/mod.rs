@@ -56,7 +56,7 @@ pub fn forward<F: Steps>(
             parse::remember_ports::<F>(p, skb.ifindex());
         }
     } else if flow.class == Class::New && p.is_flow() {
-        admit::admit::<F>(skb, p, config, source, hook)?;
+        admit::admit::<F>(skb, p, flow, config, source, hook)?;
     }
     exec::send::<F>(skb, p, &flow.to.tuple, action, egress, config)
 }

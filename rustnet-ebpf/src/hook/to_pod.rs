@@ -36,7 +36,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
                 flow.flags |= flags::FROM_HOST;
             }
             // A collision may cost the flow its source port.
-            admit::admit::<F>(skb, p, config, source::HOST, hook::TO_POD)?;
+            admit::admit::<F>(skb, p, flow, config, source::HOST, hook::TO_POD)?;
         }
         flow
     };

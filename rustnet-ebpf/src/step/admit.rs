@@ -30,18 +30,18 @@ const TRIES_WHEN_FULL: u32 = 16;
 /// Of these, the first that leave alone connections which merely are closing.
 const KEEP_CLOSING_TRIES: u32 = 16;
 
-/// Opens the connection of a new flow, as the flow in this CPU's scratch memory says; its source port may change. Emits a flow
-/// event if `FLOW_EVENTS` is set.
+/// Opens the connection of a new flow, whose source port may change. Emits a flow event if `FLOW_EVENTS` is set.
 #[inline(always)]
 pub fn admit<F: Report + Create>(
     skb: &Skb,
     p: &Packet<F::A>,
+    flow: &mut Flow<F::A>,
     config: &NodeConfig,
     source: Source,
     hook: u8,
 ) -> Result<(), DropReason> {
-    if F::create(p, source, skb.len()).result().map_err(|dropped| dropped.reason)? == NEEDS_PAIR {
-        F::create_pair().into_unit()?;
+    if F::create(flow, source, skb.len()).result().map_err(|dropped| dropped.reason)? == NEEDS_PAIR {
+        F::create_pair(flow).into_unit()?;
     }
     parse::remember_ports::<F>(p, skb.ifindex());
     if config.flags & config::flags::FLOW_EVENTS != 0 {
@@ -52,10 +52,10 @@ pub fn admit<F: Report + Create>(
 
 /// Creation of connections of one family.
 pub trait Create: Family {
-    /// Inserts the entry of a packet's flow, or returns [`NEEDS_PAIR`]. `len` is the length of its frame.
-    fn create(p: &Packet<Self::A>, source: Source, len: u32) -> PackedResult;
+    /// Inserts the entry of the flow of the packet in hand, or returns [`NEEDS_PAIR`]. `len` is the length of its frame.
+    fn create(flow: &mut Flow<Self::A>, source: Source, len: u32) -> PackedResult;
     /// Inserts both entries of the flow that [`Create::create`] was called for.
-    fn create_pair() -> PackedResult;
+    fn create_pair(flow: &mut Flow<Self::A>) -> PackedResult;
 }
 
 /// The flow is translated: each direction needs an entry of its own.
@@ -66,25 +66,27 @@ macro_rules! global {
     ($family:ident, $addr:ident, $name:ident, $pair:ident) => {
         impl Create for $family {
             #[inline(always)]
-            fn create(p: &Packet<$addr>, source: Source, len: u32) -> PackedResult {
-                PackedResult::from_bits($name(p, source.ifindex, source.bytes[0], source.bytes[1], len))
+            fn create(flow: &mut Flow<$addr>, source: Source, len: u32) -> PackedResult {
+                PackedResult::from_bits($name(flow, source.ifindex, source.bytes[0], source.bytes[1], len))
             }
             #[inline(always)]
-            fn create_pair() -> PackedResult {
-                PackedResult::from_bits($pair())
+            fn create_pair(flow: &mut Flow<$addr>) -> PackedResult {
+                PackedResult::from_bits($pair(flow))
             }
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $pair() -> u64 {
-            PackedResult::new(create_pair::<$family>().map(|()| 0).map_err(Dropped::from)).bits()
+        extern "C" fn $pair(flow: *mut Flow<$addr>) -> u64 {
+            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
+            let created = unsafe { flow.as_mut() }.map_or(Err(DropReason::CtCreateFailed), create_pair::<$family>);
+            PackedResult::new(created.map(|()| 0).map_err(Dropped::from)).bits()
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $name(p: *const Packet<$addr>, ifindex: u32, source: u64, source2: u64, len: u32) -> u64 {
-            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
-            let created = match unsafe { p.as_ref() } {
-                Some(p) => create::<$family>(p, Source { ifindex, bytes: [source, source2] }, len),
+        extern "C" fn $name(flow: *mut Flow<$addr>, ifindex: u32, source: u64, source2: u64, len: u32) -> u64 {
+            // SAFETY: see above.
+            let created = match unsafe { flow.as_mut() } {
+                Some(flow) => create::<$family>(flow, Source { ifindex, bytes: [source, source2] }, len),
                 None => Err(DropReason::CtCreateFailed),
             };
             PackedResult::new(created.map_err(Dropped::from)).bits()
@@ -132,11 +134,11 @@ fn has_ports<A: Address>(t: &Tuple<A>) -> bool {
 }
 
 #[inline(always)]
-fn create<F: Placed + Old>(p: &Packet<F::A>, source: Source, len: u32) -> Result<i32, DropReason> {
+fn create<F: Placed + Old>(flow: &mut Flow<F::A>, source: Source, len: u32) -> Result<i32, DropReason> {
     let scratch = F::scratch().ok_or(DropReason::CtCreateFailed)?;
-    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and the hook does not use its borrow of
-    // the flow while this runs.
-    let (c, flow) = unsafe { (&mut (*scratch).connection, &mut (*scratch).flow) };
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, nothing writes the packet after the parser,
+    // and this is the only borrow of the connection.
+    let (c, p) = unsafe { (&mut (*scratch).connection, &(*scratch).packet) };
     prepare(c, flow, p, source, len);
     let place =
         if flow.is_vacant && !table::is_ever_contested() { Place::FREE } else { F::place(&c.key, p.is_swapped) };
@@ -159,12 +161,12 @@ fn create<F: Placed + Old>(p: &Packet<F::A>, source: Source, len: u32) -> Result
 }
 
 #[inline(always)]
-fn create_pair<F: Reserve>() -> Result<(), DropReason> {
+fn create_pair<F: Reserve>(flow: &mut Flow<F::A>) -> Result<(), DropReason> {
     let (Some(scratch), Some(config)) = (F::scratch(), maps::config()) else {
         return Err(DropReason::CtCreateFailed);
     };
     // SAFETY: see `create`.
-    let (c, flow) = unsafe { (&mut (*scratch).connection, &mut (*scratch).flow) };
+    let c = unsafe { &mut (*scratch).connection };
     let ports = has_ports(&c.tuple);
     if ports && c.original.flags & flags::MASQ != 0 && !is_snat_port(config, c.original.to.sport) {
         // From the flow's hash: a connection that was evicted gets its port again.
