@@ -19,7 +19,7 @@ use crate::step::exec::TO_STACK;
 use crate::step::icmp::Reporter;
 use crate::step::plan::{self, Origin};
 use crate::step::tunnel::{self, Tunnel};
-use crate::step::{conntrack, icmp, mark, route, source};
+use crate::step::{conntrack, icmp, lb, mark, route, source};
 
 /// The ingress hook, for one family.
 #[inline(always)]
@@ -38,6 +38,10 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
     let is_for_pod = || route::is_local_pod(p.tuple.dst);
     let flow = if p.kind == Kind::IcmpError {
         verify()?;
+        if lb::is_vip::<F>(p.tuple.dst) {
+            // No packet in a tunnel has such a source.
+            return Err(DropReason::IsClusterIp.into());
+        }
         let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?;
         if flow.class == Class::New && is_for_pod() {
             return Err(DropReason::IcmpUnrelated.into());

@@ -33,6 +33,10 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let Some((p, flow)) = parse_in::<F, _>(skb, l3)? else { return Ok(TO_STACK) };
     let relate = |flow| {
         let is_for_pod = || route::is_local_pod(p.tuple.dst);
+        if lb::is_vip::<F>(p.tuple.dst) {
+            // No packet on a wire has such a source, so that no error about one comes from there.
+            return Err(DropReason::IsClusterIp.into());
+        }
         match F::verify_outside(p) {
             Ok(()) => {}
             // Link-local routers speak so to the host.

@@ -307,3 +307,28 @@ fn masquerade_never_takes_the_overlays_port() -> Result<()> {
 fn answer_to(ask: &Frame, net: Net, port: u16) -> Frame {
     ask.hop().between((net.node(), port), (net.world(), 53)).reply()
 }
+
+/// An error to a service, about an answer of it: no wire and no tunnel ever had such a packet. It would reach the backend, as one
+/// about a flow of another pod.
+#[test]
+fn errors_to_a_service() -> Result<()> {
+    labs(|lab, net| {
+        lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
+        let ask = from_a(net, Proto::Udp, (net.vip(1), 80));
+        lab.pod_sends(&ask)?.to_the_pod(&ask.hop().between((net.a(), PORT), (net.b(), 8080)))?;
+        let answer = ask.reply();
+        let kind = if net == Net::V4 { (3, 1, 0) } else { (1, 3, 0) };
+        for src in [net.router(), net.world(), net.nobody(), net.node2()] {
+            let f = crate::icmp::error(&answer, src, kind, 64);
+            lab.uplink_in(&f)?.dropped(DropReason::IsClusterIp).with_context(|| format!("from {src}"))?;
+        }
+        for src in [net.node2(), net.far()] {
+            let f = crate::icmp::error(&answer, src, kind, 64);
+            lab.overlay_in(net.node2(), &f)?.dropped(DropReason::IsClusterIp).with_context(|| format!("from {src}"))?;
+        }
+        // Who has got the answer may complain.
+        let f = crate::icmp::error(&answer, net.a(), kind, 64).map(|f| (f.smac, f.dmac) = (ask.smac, ask.dmac));
+        ensure!(lab.pod_sends(&f)?.verdict == crate::harness::REDIRECT, "the asking pod's own error");
+        Ok(())
+    })
+}

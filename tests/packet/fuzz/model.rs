@@ -226,6 +226,9 @@ impl Model {
     fn at_uplink(&mut self, case: &Case, seen: &Seen, out: &Output, unchanged: bool) -> Result<(), Broken> {
         let t = seen.tuple;
         let (from, to) = (self.place(t.src), self.place(t.dst));
+        if to == Place::Vip && matches!(seen.kind, Kind::Error(_)) && !seen.deep {
+            return Err("an error to a service gets in");
+        }
         if unchanged {
             let to_overlay = t.proto == 17 && t.dport == 8472 && matches!(seen.kind, Kind::Flow);
             return match (from, to) {
@@ -283,6 +286,9 @@ impl Model {
         }
         if matches!(seen.kind, Kind::Link) {
             return Err("neighbour discovery comes out of the tunnel");
+        }
+        if self.place(seen.tuple.dst) == Place::Vip && matches!(seen.kind, Kind::Error(_)) {
+            return Err("an error to a service comes out of the tunnel");
         }
         if seen.source_route && out.verdict == REDIRECT {
             return Err("a source route out of the tunnel gets in");
@@ -417,7 +423,14 @@ impl Model {
             let becomes = Tuple { src: to.src, dst: to.dst, ..seen.tuple };
             return if right { Ok(becomes) } else { Err("a later fragment becomes what its first could not") };
         };
-        let Some(becomes) = self.table.get(first) else { return Err("a later fragment passes without a connection") };
+        let Some(becomes) = self.table.get(first) else {
+            // What the stack got untracked is the stack's; the caller knows for which destinations that may be.
+            return if verdict == STACK && (to.src, to.dst) == (seen.tuple.src, seen.tuple.dst) {
+                Ok(seen.tuple)
+            } else {
+                Err("a later fragment passes without a connection")
+            };
+        };
         if (to.src, to.dst) != (becomes.src, becomes.dst) {
             return Err("a later fragment becomes another than its first");
         }

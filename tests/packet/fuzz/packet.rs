@@ -245,7 +245,9 @@ fn quoted(f: &[u8], error: &Seen) -> Option<Quoted> {
         return None;
     }
     // The least that an error quotes (RFC 792): with less, nothing shows what flow is meant.
-    q.get(l4..l4 + 8)?;
+    if l3 + l4 + 8 > error.end {
+        return None;
+    }
     let len = if is_v6 { 16 } else { 4 };
     let (src, dst) = (address(q, at, is_v6)?, address(q, at + len, is_v6)?);
     let (sport, dport) = match proto {
