@@ -70,7 +70,7 @@ pub struct Side {
     /// TCP: the sequence number after the last byte that it sent; 0 before the first. Of the receiver in an entry of a translated
     /// flow: the same, as of the last second.
     pub seq_end: u32,
-    /// TCP: the highest acknowledgement number that it sent; 0 before the first.
+    /// TCP: the highest acknowledgement number that it sent; 0 before the first. Of a receiver, as above.
     pub ack: u32,
 }
 

@@ -2,6 +2,7 @@
 //! numbers, changes neither the lifetime of a connection nor the window in which its resets count.
 
 mod abuse;
+mod outside;
 
 use std::net::IpAddr;
 

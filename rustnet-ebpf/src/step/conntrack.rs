@@ -269,7 +269,11 @@ fn reopen<F: Track>(p: &Packet<F::A>, is_reply: bool) -> bool {
     // SAFETY: see `classify`.
     let (e_flags, backend, old) = unsafe { ((*entry).flags, (*entry).backend, state_of(entry)) };
     // Who answers through a translation cannot open a connection.
-    let is_over = state::is_closing(old) && !(is_reply && e_flags & flags::NAT != 0);
+    let is_answerer = is_reply && e_flags & flags::NAT != 0;
+    // A pod of this node, which nobody can forge, opens a connection of its own: what an outsider opened before was none.
+    // SAFETY: see `classify`.
+    let is_by_pod = is_reply && is_local(unsafe { (*entry).sides[1].ifindex });
+    let is_over = (state::is_closing(old) || is_by_pod) && !is_answerer;
     if is_over || (!is_reply && backend != 0 && !lb::is_backend(backend)) {
         F::forget();
         return true;
@@ -291,7 +295,8 @@ fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
             let other = counterpart::<F>(table, &(*entry).to, key);
             if other.is_null() {
                 // Evicted: what the receiver has acknowledged is not known.
-                return p.seq == (*entry).sides[0].seq_end;
+                let number = (*entry).sides[0].seq_end;
+                return number != 0 && p.seq == number;
             }
             (&raw const (*entry).sides[0], &raw const (*other).sides[0])
         } else if ((*entry).flags & flags::SWAPPED != 0) == p.is_swapped {
@@ -384,6 +389,7 @@ fn couple<F: Placed>(p: &Packet<F::A>, keep: u64) -> bool {
                 atomic_or(&raw mut (*other).state, state_of(entry));
                 tcp::align(&raw mut (*entry).sides[0], &raw mut (*other).sides[0], keep);
                 (*other).sides[1].seq_end = (*entry).sides[0].seq_end;
+                (*other).sides[1].ack = (*entry).sides[0].ack;
                 return true;
             }
             let is_stray = ((*other).flags & flags::NAT == 0) & (state_of(other) & state::ANSWERED == 0);

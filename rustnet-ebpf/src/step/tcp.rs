@@ -13,7 +13,7 @@ pub const CLEAR: u32 = 32;
 
 /// Follows a segment that is no RST; returns bits of the state to set, and [`CLEAR`] places higher those to clear.
 #[inline(always)]
-pub fn follow<A>(sender: *mut Side, receiver: *const Side, p: &Packet<A>, old: u64, is_reply: bool) -> u64 {
+pub fn follow<A>(sender: *mut Side, receiver: *mut Side, p: &Packet<A>, old: u64, is_reply: bool) -> u64 {
     let numbers = u64::from(p.seq) | u64::from(p.ack) << 32;
     let control = u64::from(p.seq_end) | u64::from(p.tcp_flags) << 32 | u64::from(is_reply) << 40;
     rn_tcp(sender, receiver, numbers, control, old)
@@ -32,10 +32,10 @@ struct Segment {
 /// A function with global linkage, which both families share: the verifier looks at it once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn rn_tcp(sender: *mut Side, receiver: *const Side, numbers: u64, control: u64, old: u64) -> u64 {
+extern "C" fn rn_tcp(sender: *mut Side, receiver: *mut Side, numbers: u64, control: u64, old: u64) -> u64 {
     // SAFETY: the only caller is above and passes two sides of a map value; the verifier checks their sizes. Other CPUs write
     // them, too, and a number that is lost to such a race is followed by the next segment's.
-    let (Some(sender), Some(receiver)) = (unsafe { sender.as_mut() }, unsafe { receiver.as_ref() }) else { return 0 };
+    let (Some(sender), Some(receiver)) = (unsafe { sender.as_mut() }, unsafe { receiver.as_mut() }) else { return 0 };
     let segment = Segment {
         seq: numbers as u32,
         ack: (numbers >> 32) as u32,
@@ -44,12 +44,22 @@ extern "C" fn rn_tcp(sender: *mut Side, receiver: *const Side, numbers: u64, con
         is_reply: control >> 40 & 1 != 0,
         old,
     };
+    if sender.seq_end == 0 && segment.flags & tcp::ACK != 0 && is_local(sender) {
+        // Whatever SYN came before, by whomever: this is the one that the pod answers.
+        receiver.seq_end = segment.ack;
+    }
     if is_in_window(sender, receiver, &segment) {
         track(sender, &segment);
         progress(&segment)
     } else {
         start_again(sender, &segment)
     }
+}
+
+/// True for a pod of this node, which nobody can forge.
+#[inline(always)]
+fn is_local(side: &Side) -> bool {
+    side.ifindex != NOT_LOCAL && side.ifindex != 0
 }
 
 /// True if a segment has the numbers of its connection, give or take [`SEQ_WINDOW`]. The first segment of a side has to
@@ -61,7 +71,11 @@ fn is_in_window(sender: &Side, receiver: &Side, s: &Segment) -> bool {
     if is_first && expected != 0 && s.flags & tcp::ACK == 0 {
         return is_opening(s);
     }
-    expected == 0 || number.wrapping_sub(expected).wrapping_add(SEQ_WINDOW) <= 2 * SEQ_WINDOW || is_opening(s)
+    // The window begins at what the receiver has acknowledged: a forged number within it does not shut out the true sender.
+    let in_flight = expected.wrapping_sub(receiver.ack);
+    let span = if is_first || receiver.ack == 0 || in_flight > MAX_IN_FLIGHT { 0 } else { in_flight };
+    let low = expected.wrapping_sub(span).wrapping_sub(SEQ_WINDOW);
+    expected == 0 || number.wrapping_sub(low) <= span + 2 * SEQ_WINDOW || is_opening(s)
 }
 
 /// True for a SYN that asks, of a connection that nobody has answered. It may differ from the SYN before.
@@ -84,7 +98,7 @@ fn track(sender: &mut Side, s: &Segment) {
 /// What a segment of the connection changes.
 #[inline(always)]
 fn progress(s: &Segment) -> u64 {
-    let (fin, syn, ack) = (s.flags & 1, s.flags >> 1 & 1, s.flags >> 4 & 1);
+    let (fin, syn, ack) = (s.flags & !(s.flags >> 1) & 1, s.flags >> 1 & 1, s.flags >> 4 & 1);
     let reply = u64::from(s.is_reply);
     let other_fin = s.old >> (2 - reply) & 1;
     let answered = s.old & state::ANSWERED;
@@ -139,8 +153,7 @@ pub fn align(sender: *mut Side, receiver: *mut Side, keep: u64) {
 extern "C" fn rn_tcp_align(own: *const Side, other: *mut Side, is_again: u32) -> u32 {
     // SAFETY: as in `rn_tcp`.
     let (Some(own), Some(other)) = (unsafe { own.as_ref() }, unsafe { other.as_mut() }) else { return 0 };
-    let is_local = own.ifindex != NOT_LOCAL && own.ifindex != 0;
-    if is_again != 0 || (is_local && own.ack != 0 && other.seq_end.wrapping_sub(own.ack) > MAX_IN_FLIGHT) {
+    if is_again != 0 || (is_local(own) && own.ack != 0 && other.seq_end.wrapping_sub(own.ack) > MAX_IN_FLIGHT) {
         other.seq_end = own.ack;
     }
     if is_again != 0 {
@@ -168,15 +181,15 @@ pub unsafe fn is_reset_acceptable<A>(
     if is_reply && p.tcp_flags & tcp::ACK != 0 && is_answer_to_syn(p.ack, old) {
         return true;
     }
-    if old & state::ANSWERED == 0 {
-        // Of a SYN that was not answered (RFC 9293, 3.10.7.3), the acknowledgement counts.
-        return if p.tcp_flags & tcp::ACK != 0 { p.ack == other_end } else { high != 0 && p.seq == high };
-    }
-    if high == 0 && low == 0 {
-        return false;
+    if old & state::ANSWERED == 0 || high == 0 {
+        // Of a SYN that was not answered (RFC 9293, 3.10.7.3), the acknowledgement counts; of what a side refuses that has sent
+        // nothing, the number that the other side acknowledged (3.10.7.1).
+        let number = if high == 0 { low } else { high };
+        let (found, number) = if p.tcp_flags & tcp::ACK != 0 { (p.ack, other_end) } else { (p.seq, number) };
+        return number != 0 && found == number;
     }
     // What one of them has not shown yet, the other one's number stands for: a SYN, say, that nobody has acknowledged.
     let low = if low == 0 { high.wrapping_sub(1) } else { low };
     let span = high.wrapping_sub(low);
-    p.seq.wrapping_sub(low) <= if high == 0 || span > MAX_IN_FLIGHT { 0 } else { span }
+    p.seq.wrapping_sub(low) <= if span > MAX_IN_FLIGHT { 0 } else { span }
 }

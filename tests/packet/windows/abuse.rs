@@ -324,3 +324,80 @@ fn fast_open() -> Result<()> {
         c.lives(lab, 10)
     })
 }
+
+/// One round over the circle, in blocks of 32 segments that ascend, the blocks descending: the number is dragged by less than 2^25,
+/// which may be in flight.
+fn scan_in_blocks(lab: &Lab, c: &Connection) -> Result<()> {
+    for block in (0..128_u32).rev() {
+        for k in 0..32 {
+            let number = ((block * 32 + k) << 20).wrapping_add(0x180_0000);
+            lab.overlay_in(c.net.node2(), &segment(&c.answer, ACK, number, Connection::OPENER + 1, b""))?;
+        }
+    }
+    Ok(())
+}
+
+/// The true sender is not shut out by it, and takes back what resets within the wider window did.
+#[test]
+fn a_scan_in_blocks() -> Result<()> {
+    connections(|lab, c| {
+        for resets in [0, 512_u32] {
+            c.establish(lab)?;
+            scan_in_blocks(lab, c)?;
+            for k in 0..resets {
+                lab.overlay_in(c.net.node2(), &segment(&c.answer, RST, k << 23, 0, b""))?;
+            }
+            for i in 0..3 {
+                c.answers(lab, ACK, 1 + i, 1 + i, b"x")?;
+                c.asks(lab, ACK, 1 + i, 2 + i, b"y")?;
+                silence(lab, c.net, 2)?;
+            }
+            c.lives(lab, DAY).with_context(|| format!("{resets} resets"))?;
+            c.answers(lab, FIN | ACK, 4, 4, b"")?;
+            c.lives(lab, 120).with_context(|| format!("{resets} resets, closed"))?;
+            lab.forget()?;
+        }
+        Ok(())
+    })
+}
+
+/// Segments in flight, more than the window is wide, and then a reset in their midst: the receiver takes it.
+#[test]
+fn a_reset_amid_what_is_in_flight() -> Result<()> {
+    connections(|lab, c| {
+        c.establish(lab)?;
+        for k in 0..3_u32 {
+            c.asks(lab, ACK, 1 + (k << 20), 1, b"")?;
+        }
+        c.asks(lab, RST | ACK, 1 + (2 << 20), 1, b"")?;
+        c.lives(lab, 10)
+    })
+}
+
+/// A forged ACK before the true refusal.
+#[test]
+fn a_refusal_after_a_forged_ack() -> Result<()> {
+    connections(|lab, c| {
+        lab.forget()?;
+        c.asks(lab, SYN, 0, 0, b"")?;
+        c.answers(lab, ACK, 1 << 30, 1 << 30, b"")?;
+        c.answers(lab, RST | ACK, 0_u32.wrapping_sub(Connection::ANSWERER), 1, b"")?;
+        c.lives(lab, 10)
+    })
+}
+
+/// The opener's entry was evicted before the answer: number 0 is none.
+#[test]
+fn a_reset_with_number_0_after_an_eviction() -> Result<()> {
+    connections(|lab, c| {
+        if lab_entries(lab, c)? == 1 {
+            return Ok(());
+        }
+        lab.forget()?;
+        c.asks(lab, SYN, 0, 0, b"")?;
+        lab.evict(Flow::of(&c.ask))?;
+        c.answers(lab, RST, 0_u32.wrapping_sub(Connection::ANSWERER), 0, b"")?;
+        ensure!(!reset_bits(lab, c)?, "counts");
+        Ok(())
+    })
+}
