@@ -3,7 +3,7 @@
 //! The binary first, once this agent's maps and programs are pinned: it works without the agent, on what is pinned. An agent
 //! that cannot load leaves the earlier binary, which fits what the earlier agent pinned. The configuration last, once the
 //! agent is ready, because its presence makes the runtime call the node's network ready. Both stay when the agent stops;
-//! `rustnet cleanup` removes them.
+//! `rustnetctl cleanup` removes them.
 
 use crate::config::Config;
 use anyhow::Context;
@@ -265,6 +265,22 @@ mod tests {
             std::os::unix::fs::symlink(leads_to, &loopback).expect("linked");
             install("five");
             assert!(std::fs::symlink_metadata(&loopback).expect("meta").is_symlink() && !loopback_is_ours(&bin));
+        }
+    }
+
+    /// A network monitor is called so, too; what is ours was never installed under that name (ADR 8).
+    #[test]
+    fn a_program_called_rustnet_is_anothers() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (source, bin) = (dir.path().join("source"), dir.path().join("bin"));
+        let foreign = bin.join("rustnet");
+        std::fs::create_dir_all(&bin).expect("made");
+        std::os::unix::fs::symlink("/opt/rustnet/rustnet", &foreign).expect("linked");
+        for version in ["one", "two"] {
+            std::fs::write(&source, version).expect("written");
+            binary_from(&source, &bin).expect("installed");
+            assert_eq!(names(&bin), [LOOPBACK, "rustnet", BINARY]);
+            assert!(std::fs::symlink_metadata(&foreign).expect("meta").is_symlink());
         }
     }
 

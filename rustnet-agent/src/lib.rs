@@ -1,4 +1,4 @@
-//! The node agent as a library; the `rustnet-agent` and `rustnet` binaries are thin callers of it.
+//! The node agent as a library; the `rustnet-agent` and `rustnetctl` binaries are thin callers of it.
 
 pub mod args;
 pub mod bpf;

@@ -1,7 +1,7 @@
 //! `rustnet-agent`: reads the settings, starts the source, the endpoints and the reconcile loop, and ends on a signal.
 //!
 //! Ending means to stop and nothing else: maps, programs, links, routes and the CNI configuration stay, so that packets go
-//! on. `rustnet cleanup` is what removes them.
+//! on. `rustnetctl cleanup` is what removes them.
 
 use anyhow::Context as _;
 use rustnet_agent::config::{Config, LogFormat, Source};

@@ -1,4 +1,4 @@
-//! `pods.json` in the run directory: the names of this node's pods by address, for the `rustnet`
+//! `pods.json` in the run directory: the names of this node's pods by address, for the `rustnetctl`
 //! command. The agent writes it from what its source says; the CNI binary's records have names only
 //! from runtimes that pass them.
 

@@ -272,7 +272,8 @@ impl Reconciler {
         self.plan_due = true;
     }
 
-    /// Tells the `rustnet` command the names of this node's pods. Without them it shows less, so that failing is no trouble.
+    /// Tells the `rustnetctl` command the names of this node's pods. Without them it shows less, so that failing is no
+    /// trouble.
     fn tell_names(&self) {
         // Before the list is complete, an earlier agent's file is better.
         if self.index.has_synced(Kind::Pod)

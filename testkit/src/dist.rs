@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 
-/// Path of a program of ours: `rustnet-agent`, `rustnet-cni` or `rustnet`.
+/// Path of a program of ours: `rustnet-agent`, `rustnet-cni` or `rustnetctl`.
 pub fn find(program: &str) -> Result<PathBuf> {
     if let Some(dist) = std::env::var_os("RUSTNET_DIST") {
         let path = PathBuf::from(dist).join(program);

@@ -154,9 +154,9 @@ impl Node {
         self.0.cgroup.as_ref().map(|c| c.0.as_path())
     }
 
-    /// Runs the `rustnet` command on this node and gives its standard output.
-    pub fn rustnet(&self, args: &[&str]) -> Result<String> {
-        let program = crate::dist::find("rustnet")?;
+    /// Runs the `rustnetctl` command on this node and gives its standard output.
+    pub fn rustnetctl(&self, args: &[&str]) -> Result<String> {
+        let program = crate::dist::find("rustnetctl")?;
         let command = self.netns().command(program)?;
         command.args(["--bpffs"]).args([self.bpffs()]).args(["--run-dir"]).args([self.run_dir()]).args(args).text()
     }

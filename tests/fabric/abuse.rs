@@ -53,7 +53,7 @@ fn a_foreign_source_address_goes_nowhere(net: &Net) -> Result<()> {
     for victim in victims {
         victim?.none("a spoofed packet arrived", |h| h.sport == 4444 || h.src.to_string().starts_with("203."))?;
     }
-    let connections = net.node(1).rustnet(&["ct", "list", "-o", "json"])?;
+    let connections = net.node(1).rustnetctl(&["ct", "list", "-o", "json"])?;
     ensure!(!connections.contains("203.0.113.9"), "a spoofed packet has a connection entry: {connections}");
     Ok(())
 }

@@ -118,7 +118,7 @@ fn changes_during_an_outage_are_applied_on_return() -> Result<()> {
             wait::until("the change", || ask(net.a.netns(), Proto::Tcp, target, 5)?.only_by(&["c"]))?;
         }
         wait::until("the prune", || {
-            let services = net.node(1).rustnet(&["services", "-o", "json"])?;
+            let services = net.node(1).rustnetctl(&["services", "-o", "json"])?;
             ensure!(!services.contains(&gone[0].ip().to_string()), "{services}");
             ensure!(!services.contains(&gone[1].ip().to_string()), "{services}");
             Ok(())

@@ -119,7 +119,7 @@ fn a_pod_next_to_a_limited_one_is_not(net: &Net) -> Result<()> {
     }
     let by_the_veth = sent(&unlimited)? - before;
     ensure!(by_the_veth < SIZE.into(), "{by_the_veth} bytes went by the host's end");
-    let rows: Value = serde_json::from_str(&net.node(1).rustnet(&["-o", "json", "endpoints"])?)?;
+    let rows: Value = serde_json::from_str(&net.node(1).rustnetctl(&["-o", "json", "endpoints"])?)?;
     let limits = |pod: &Pod| -> Vec<Value> {
         let own = rows
             .as_array()

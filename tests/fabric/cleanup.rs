@@ -60,12 +60,12 @@ fn deleted_pods_leave_nothing(net: &Net) -> Result<()> {
 fn deleted_services_leave_nothing(net: &Net) -> Result<()> {
     let service = net.service(endpoints(&[&net.b, &net.c]))?;
     let vips = service.service.vips.clone();
-    let known = net.node(1).rustnet(&["services", "-o", "json"])?;
+    let known = net.node(1).rustnetctl(&["services", "-o", "json"])?;
     ensure!(known.contains(&vips[0].to_string()), "{known}");
     drop(service);
     for node in net.fabric.nodes() {
         wait::until("the service is gone", || {
-            let known = node.rustnet(&["services", "-o", "json"])?;
+            let known = node.rustnetctl(&["services", "-o", "json"])?;
             ensure!(vips.iter().all(|vip| !known.contains(&vip.to_string())), "{known}");
             Ok(())
         })?;
@@ -95,7 +95,7 @@ fn a_hundred_pods_leave_nothing() -> Result<()> {
     })
 }
 
-/// `rustnet cleanup` removes everything of ours and nothing else.
+/// `rustnetctl cleanup` removes everything of ours and nothing else.
 #[test]
 fn cleanup_removes_everything_of_ours() -> Result<()> {
     observed(&Net::start(Setup::default())?, |net| {
@@ -103,7 +103,7 @@ fn cleanup_removes_everything_of_ours() -> Result<()> {
         let foreign = node.netns();
         foreign.ip("link add keepme type bridge\nroute add 203.0.113.0/24 via 172.18.0.1\n")?;
         node.stop_agent()?;
-        node.rustnet(&["cleanup", "--yes"])?;
+        node.rustnetctl(&["cleanup", "--yes"])?;
         let links = foreign.exec("ip", &["-o", "link"])?;
         ensure!(!links.contains(names::VETH_PREFIX) && !links.contains(names::OVERLAY_DEV), "{links}");
         ensure!(links.contains("keepme"), "a foreign bridge is gone: {links}");

@@ -150,7 +150,7 @@ pub fn observed_without_captures(routing: Routing, test: impl FnOnce(&Net) -> Re
         return observed(&net, test);
     }
     test(&net).map_err(|e| {
-        let drops = net.fabric.nodes().iter().map(|n| n.rustnet(&["drops"]).unwrap_or_else(|e| format!("{e:#}")));
+        let drops = net.fabric.nodes().iter().map(|n| n.rustnetctl(&["drops"]).unwrap_or_else(|e| format!("{e:#}")));
         e.context(drops.collect::<Vec<_>>().join("\n")).context(net.fabric.logs())
     })
 }

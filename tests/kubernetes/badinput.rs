@@ -325,7 +325,7 @@ fn a_node_without_a_pod_range_waits_for_one() -> Result<()> {
 fn a_node_with_another_pod_range_keeps_its_pods_and_names_them() -> Result<()> {
     let mut rig = running(&[N1, &service("first", "10.96.7.1")], true)?;
     let old = rig.node().add_pod("old")?;
-    let services = || rig.node().rustnet(&["services", "-o", "json"]);
+    let services = || rig.node().rustnetctl(&["services", "-o", "json"]);
     let before = services()?;
     rig.cluster(async |cluster| cluster.delete("v1", "Node", "n1").await)?;
     rig.answers(503, &["n1", "no pod range"])?;

@@ -68,7 +68,7 @@ fn the_preflight_looks_with_the_agents_settings_rights_and_mounts() -> Result<()
     let pod = &set["spec"]["template"]["spec"];
     let (mount, preflight, agent) = (&pod["initContainers"][0], &pod["initContainers"][1], &pod["containers"][0]);
     assert_eq!((&mount["name"], &preflight["name"]), (&json!("mount-bpffs"), &json!("preflight")));
-    assert_eq!(preflight["command"], json!(["/opt/rustnet/rustnet", "doctor", "--pre", "--warn-only"]));
+    assert_eq!(preflight["command"], json!(["/opt/rustnet/rustnetctl", "doctor", "--pre", "--warn-only"]));
     for same in ["args", "env", "image", "securityContext", "volumeMounts"] {
         assert_eq!(preflight[same], agent[same], "{same}");
     }

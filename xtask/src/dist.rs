@@ -9,7 +9,7 @@ use crate::cmd::Cmd;
 use crate::setup::{self, Need};
 use crate::{cache, ebpf, paths, ui};
 
-pub const PROGRAMS: [&str; 3] = ["rustnet-agent", "rustnet-cni", "rustnet"];
+pub const PROGRAMS: [&str; 3] = ["rustnet-agent", "rustnet-cni", "rustnetctl"];
 
 /// How the programs are compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use anyhow::Result;
 use crate::dist::{self, Profile};
 use crate::oci::{self, Image, Layer};
 use crate::setup::{self, Need};
-use crate::{ebpf, paths, ui};
+use crate::{ebpf, paths, ui, v1};
 
 /// The image's name, as the DaemonSet's short `rustnet` is understood by runtimes.
 pub const NAME: &str = "docker.io/library/rustnet";
@@ -55,11 +55,18 @@ pub fn file(tag: &str) -> PathBuf {
     paths::target().join("image").join(format!("rustnet-{tag}.tar"))
 }
 
+/// The programs of a directory: those of this release, or those of v1.
+fn programs(dist: &Path) -> [&'static str; 3] {
+    let of_v1 = v1::PROGRAMS.iter().all(|program| dist.join(program).is_file());
+    let ours = dist::PROGRAMS.iter().all(|program| dist.join(program).is_file());
+    if of_v1 && !ours { v1::PROGRAMS } else { dist::PROGRAMS }
+}
+
 /// Writes the image of the programs in a directory; returns its size in MB.
 #[expect(clippy::cast_precision_loss, reason = "a size for people")]
 pub fn write(file: &Path, dist: &Path, name: &str, tag: &str) -> Result<f64> {
     let mut layer = Layer::new();
-    for program in dist::PROGRAMS {
+    for program in programs(dist) {
         layer.program(&format!("{HOME}/{program}"), &dist.join(program))?;
     }
     for licence in ["LICENSE-APACHE", "LICENSE-MIT"] {
@@ -79,4 +86,20 @@ pub fn write(file: &Path, dist: &Path, name: &str, tag: &str) -> Result<f64> {
     };
     oci::write(file, &[image])?;
     Ok(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_of_v1_has_the_command_by_its_old_name() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let make = |names: [&str; 3]| names.map(|name| std::fs::write(dir.path().join(name), "").expect("written"));
+        make(v1::PROGRAMS);
+        assert_eq!(programs(dir.path()), v1::PROGRAMS);
+        // `target/dist` may still hold the old command of an earlier build.
+        make(dist::PROGRAMS);
+        assert_eq!(programs(dir.path()), dist::PROGRAMS);
+    }
 }

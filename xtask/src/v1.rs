@@ -13,7 +13,7 @@ use crate::{cache, paths, ui};
 const COMMIT: &str = "6c3bd9c7f538ae7051aa2586a1f9d230ca5e5651";
 
 /// What is in the image of that commit.
-const PROGRAMS: [&str; 3] = ["rustnet-agent", "rustnet-cni", "rustnet"];
+pub const PROGRAMS: [&str; 3] = ["rustnet-agent", "rustnet-cni", "rustnet"];
 
 /// Where the programs are.
 pub fn dist() -> PathBuf {

@@ -86,7 +86,7 @@ pub fn refuse_other_shapes<'a>(bpffs: &Path, pairs: impl IntoIterator<Item = (&'
     bail!(
         "pinned maps have a shape that this release cannot convert; they and the programs that use them stay as they \
          are:{message}\nstart the release that pinned them, or remove all state, connections included, with \
-         `rustnet --bpffs {} cleanup --yes` and start again",
+         `rustnetctl --bpffs {} cleanup --yes` and start again",
         bpffs.display()
     );
 }
@@ -119,7 +119,7 @@ mod tests {
             let text = compare(other).unwrap_err().to_string();
             assert!(text.contains("rn_svc4"), "{text}");
             assert!(text.contains(&SVC.to_string()) && text.contains(&other.to_string()), "{text}");
-            assert!(text.contains("release") && text.contains("rustnet --bpffs /sys/fs/bpf/rn cleanup"), "{text}");
+            assert!(text.contains("release") && text.contains("rustnetctl --bpffs /sys/fs/bpf/rn cleanup"), "{text}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! `rustnet cleanup`: removes everything of rustnet's from this host and network namespace, and nothing else.
+//! `rustnetctl cleanup`: removes everything of rustnet's from this host and network namespace, and nothing else.
 //!
 //! Each step is tried even if another failed, and a second run finds nothing to do. Order: what calls us (the runtime's
 //! configuration), what runs (hooks), what they use (pins), what is left over (devices, routes, files).

@@ -1,4 +1,4 @@
-//! `rustnet ct list`: connections as the programs track them, from the connection tables.
+//! `rustnetctl ct list`: connections as the programs track them, from the connection tables.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
@@ -34,7 +34,7 @@ pub struct Args {
     /// Only this protocol: tcp, udp, icmp, sctp, or a number
     #[arg(long, value_parser = protocol)]
     proto: Option<u8>,
-    /// Only connections whose backend has this number (see `rustnet services`)
+    /// Only connections whose backend has this number (see `rustnetctl services`)
     #[arg(long)]
     backend: Option<u32>,
     /// The reply direction of translated flows as well

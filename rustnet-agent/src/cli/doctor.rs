@@ -1,4 +1,5 @@
-//! `rustnet doctor`: prints the preflight's groups, each check with a tick, an exclamation mark or a cross, and the remedies.
+//! `rustnetctl doctor`: prints the preflight's groups, each check with a tick, an exclamation mark or a cross, and the
+//! remedies.
 
 use anyhow::Result;
 use serde::Serialize;
@@ -84,16 +85,18 @@ pub fn run(find: impl Fn() -> Result<Places>, args: Args, out: &Output) -> Resul
     Ok(print(&groups, stage, out)? || args.warn_only)
 }
 
-/// What `rustnet status` finds.
+/// What `rustnetctl status` finds.
 fn agent(places: &Places) -> Group {
     let lines = status::check(places);
     let wrong = lines.iter().filter(|line| line.status != Mark::Ok).map(|line| {
         let level = if line.status == Mark::Bad { Level::Fault } else { Level::Warning };
-        Finding::new(level, &line.name, &line.detail).hint("the agent's log says why; `rustnet status` shows the whole")
+        Finding::new(level, &line.name, &line.detail)
+            .hint("the agent's log says why; `rustnetctl status` shows the whole")
     });
     let mut findings: Vec<_> = wrong.collect();
     if findings.is_empty() {
-        findings.push(Finding::ok("status", format!("ready; all {} lines of `rustnet status` are well", lines.len())));
+        findings
+            .push(Finding::ok("status", format!("ready; all {} lines of `rustnetctl status` are well", lines.len())));
     }
     Group::new("Agent", findings)
 }

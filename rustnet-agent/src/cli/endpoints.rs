@@ -1,4 +1,5 @@
-//! `rustnet endpoints`: this node's pods, from `rn_endpoints`, with the names that the CNI binary's records or the agent know.
+//! `rustnetctl endpoints`: this node's pods, from `rn_endpoints`, with the names that the CNI binary's records or the
+//! agent know.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -1,4 +1,4 @@
-//! `rustnet cleanup --kube-proxy`: removes what kube-proxy left in this network namespace, and nothing else.
+//! `rustnetctl cleanup --kube-proxy`: removes what kube-proxy left in this network namespace, and nothing else.
 
 use anyhow::Result;
 use serde::Serialize;

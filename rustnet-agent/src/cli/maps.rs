@@ -1,4 +1,4 @@
-//! `rustnet maps` and `rustnet drops`: how full the maps are, and what became of packets.
+//! `rustnetctl maps` and `rustnetctl drops`: how full the maps are, and what became of packets.
 
 use anyhow::Result;
 use rustnet_common::drop::DropReason;

@@ -1,4 +1,4 @@
-//! The `rustnet` command prints what the maps hold, as text or JSON. It needs no agent and no API
+//! The `rustnetctl` command prints what the maps hold, as text or JSON. It needs no agent and no API
 //! server.
 //!
 //! Exit codes: 0 all is well, 1 something is not (or went wrong), 2 wrong usage.
@@ -28,7 +28,7 @@ use output::{Format, Output};
 
 /// Shows and clears what rustnet keeps in this host's kernel.
 #[derive(Debug, Parser)]
-#[command(name = "rustnet", version, max_term_width = 120)]
+#[command(name = "rustnetctl", version, max_term_width = 120)]
 struct Cli {
     /// The agent's directory of pinned maps [default: the one that the agent of --run-dir uses]
     #[arg(long, global = true, env = "RUSTNET_BPFFS", value_name = "DIR")]
@@ -127,7 +127,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(false) => ExitCode::from(1),
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("rustnet: {error:#}");
+            eprintln!("rustnetctl: {error:#}");
             ExitCode::from(if error.is::<output::Usage>() { 2 } else { 1 })
         }
     }
@@ -154,7 +154,7 @@ fn dispatch(cli: Cli) -> Result<bool> {
         Command::Monitor(args) => monitor::run(&places()?, &args, &out)?,
         Command::Cleanup(args) => return cleanup::run(places, &args, &out),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "rustnet", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut Cli::command(), "rustnetctl", &mut std::io::stdout());
         }
     }
     Ok(true)
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn global_flags_go_before_and_behind_the_command() {
-        let cli = Cli::try_parse_from(["rustnet", "--run-dir", "/r", "status", "-o", "json"]).unwrap();
+        let cli = Cli::try_parse_from(["rustnetctl", "--run-dir", "/r", "status", "-o", "json"]).unwrap();
         assert_eq!((cli.run_dir.to_str(), cli.output), (Some("/r"), Format::Json));
     }
 }

@@ -1,4 +1,4 @@
-//! `rustnet monitor`: drops, and new flows where the agent asks for them, as `rn_events` delivers them.
+//! `rustnetctl monitor`: drops, and new flows where the agent asks for them, as `rn_events` delivers them.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};

@@ -1,4 +1,4 @@
-//! `rustnet nodes`: what the programs know of addresses that are not this node's pods, from `rn_peers4/6`.
+//! `rustnetctl nodes`: what the programs know of addresses that are not this node's pods, from `rn_peers4/6`.
 
 use std::net::IpAddr;
 

@@ -1,4 +1,4 @@
-//! `rustnet services`: what the programs will do with a virtual address, from the maps of services
+//! `rustnetctl services`: what the programs will do with a virtual address, from the maps of services
 //! and backends.
 
 use std::net::{IpAddr, SocketAddr};

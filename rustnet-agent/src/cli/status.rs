@@ -1,4 +1,4 @@
-//! `rustnet status`: is everything in its place? Read from pins, maps and files; the agent is asked how it is.
+//! `rustnetctl status`: is everything in its place? Read from pins, maps and files; the agent is asked how it is.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -301,6 +301,6 @@ fn packets(places: &Places) -> Result<(Mark, String)> {
     };
     Ok((
         Mark::Ok,
-        format!("{} forwarded, {} dropped (`rustnet drops` says why)", thousands(of(true)), thousands(of(false))),
+        format!("{} forwarded, {} dropped (`rustnetctl drops` says why)", thousands(of(true)), thousands(of(false))),
     ))
 }

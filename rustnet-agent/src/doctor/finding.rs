@@ -17,7 +17,7 @@ pub enum Level {
     Fatal,
 }
 
-/// The three marks that people see, here and in `rustnet status`.
+/// The three marks that people see, here and in `rustnetctl status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mark {

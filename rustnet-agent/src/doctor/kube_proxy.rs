@@ -39,7 +39,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     if let Some(listener) = facts.listeners.iter().find(its) {
         let detail =
             format!("serves port {}: it translates what hosts ask of Services before rustnet does", listener.port);
-        let hint = "delete its DaemonSet and ConfigMap, then `rustnet cleanup --kube-proxy` on each node; or keep it, for host \
+        let hint = "delete its DaemonSet and ConfigMap, then `rustnetctl cleanup --kube-proxy` on each node; or keep it, for \
                     processes alone";
         return vec![Finding::new(Level::Warning, "running", detail).hint(hint)];
     }
@@ -51,7 +51,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
             format!("{}{more}: hosts are led to endpoints of the past", names[..names.len().min(SHOWN)].join(", "));
         found.push(
             Finding::new(Level::Warning, "leftovers", detail)
-                .hint("`rustnet cleanup --kube-proxy` removes them and nothing else (--dry-run lists them)"),
+                .hint("`rustnetctl cleanup --kube-proxy` removes them and nothing else (--dry-run lists them)"),
         );
     }
     if !left.legacy.is_empty() {

@@ -118,7 +118,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     if !large.is_empty() {
         found.push(
             Finding::new(Level::Warning, "pods' interfaces", format!("larger than {pods}: {}", list(&large)))
-                .hint("they are from before the MTU changed: restart these pods (`rustnet endpoints` names them)"),
+                .hint("they are from before the MTU changed: restart these pods (`rustnetctl endpoints` names them)"),
         );
     }
     found.extend(paths(facts, pods));

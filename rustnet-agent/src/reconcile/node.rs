@@ -174,7 +174,7 @@ pub fn outsiders(
     known.then(|| {
         format!(
             "Node {node}: pods have addresses outside of its pod ranges ({ranges}), other nodes do not find them; delete those \
-             that `rustnet endpoints` shows with others, so that new ones replace them"
+             that `rustnetctl endpoints` shows with others, so that new ones replace them"
         )
     })
 }

@@ -1,4 +1,4 @@
-//! How the `rustnet` command finds an agent's state: a file next to `node.json`, and a lock that
+//! How the `rustnetctl` command finds an agent's state: a file next to `node.json`, and a lock that
 //! lives as long as an agent.
 
 use std::collections::BTreeMap;

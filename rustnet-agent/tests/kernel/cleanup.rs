@@ -40,7 +40,7 @@ fn cleanup_leaves_nothing_of_ours_and_all_of_others() {
             agent.send(web(2)).await;
             agent.send(synced()).await;
             agent.ready().await;
-            let out = sandbox.rustnet("cleanup --yes");
+            let out = sandbox.rustnetctl("cleanup --yes");
             assert_eq!(out.status.code(), Some(1));
             assert!(String::from_utf8_lossy(&out.stderr).contains("stop it first"));
             assert!(sandbox.run_dir.join("node.json").exists());
@@ -58,15 +58,15 @@ fn cleanup_leaves_nothing_of_ours_and_all_of_others() {
         assert_eq!(names(&net_d), ["10-other.conflist"]);
         assert!(!sandbox.run_dir.exists());
         assert_eq!(names(&sandbox.bpffs), Vec::<String>::new());
-        let again = sandbox.rustnet(&format!("--bpffs {} cleanup --yes", sandbox.bpffs.display()));
+        let again = sandbox.rustnetctl(&format!("--bpffs {} cleanup --yes", sandbox.bpffs.display()));
         assert!(String::from_utf8_lossy(&again.stdout).contains("nothing of rustnet's is left"));
     });
 }
 
 fn clean(sandbox: &Sandbox) {
-    let asked = sandbox.rustnet("cleanup");
+    let asked = sandbox.rustnetctl("cleanup");
     assert_eq!(asked.status.code(), Some(2), "without a terminal it wants --yes");
-    let out = sandbox.rustnet("-o json cleanup --yes");
+    let out = sandbox.rustnetctl("-o json cleanup --yes");
     let text = String::from_utf8(out.stdout).unwrap();
     assert_eq!(out.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&out.stderr));
     let report: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -81,7 +81,7 @@ fn clean(sandbox: &Sandbox) {
 fn a_mistyped_run_directory_removes_nothing_of_another_agent() {
     sandbox::run(|sandbox| {
         ip("link add rn_vxlan type vxlan external dstport 8472");
-        let out = sandbox.rustnet("cleanup --yes");
+        let out = sandbox.rustnetctl("cleanup --yes");
         assert!(String::from_utf8_lossy(&out.stdout).contains("nothing of rustnet's is left"));
         ip("link show rn_vxlan");
     });
@@ -96,7 +96,7 @@ fn a_loopback_plugin_goes_only_if_it_is_ours() {
             fs::write(bin.join("rustnet-cni"), "ours").unwrap();
             fs::write(bin.join("loopback"), loopback).unwrap();
             for _ in 0..2 {
-                let out = sandbox.rustnet(&format!("cleanup --yes --cni-bin-dir {}", bin.display()));
+                let out = sandbox.rustnetctl(&format!("cleanup --yes --cni-bin-dir {}", bin.display()));
                 assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
                 assert_eq!(names(&bin), left);
             }
@@ -109,7 +109,7 @@ fn foreign_files_keep_their_directories() {
     sandbox::run(|sandbox| {
         fs::create_dir_all(&sandbox.run_dir).unwrap();
         fs::write(sandbox.run_dir.join("mine"), "").unwrap();
-        let out = sandbox.rustnet("cleanup --yes");
+        let out = sandbox.rustnetctl("cleanup --yes");
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         assert_eq!(names(&sandbox.run_dir), ["mine"]);
     });

@@ -1,4 +1,4 @@
-//! The `rustnet` command on maps that an agent filled.
+//! The `rustnetctl` command on maps that an agent filled.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -16,14 +16,14 @@ use crate::reconcile::{Agent, block_on, node, synced, wait_until, web};
 use crate::sandbox::{self, Sandbox, ip, uplink};
 
 fn json(sandbox: &Sandbox, args: &str) -> Value {
-    let out = sandbox.rustnet(&format!("-o json {args}"));
+    let out = sandbox.rustnetctl(&format!("-o json {args}"));
     let text = String::from_utf8(out.stdout).unwrap();
     serde_json::from_str(&text)
         .unwrap_or_else(|e| panic!("{args}: {e}\n{text}\n{}", String::from_utf8_lossy(&out.stderr)))
 }
 
 fn text(sandbox: &Sandbox, args: &str) -> String {
-    let out = sandbox.rustnet(args);
+    let out = sandbox.rustnetctl(args);
     assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
     String::from_utf8(out.stdout).unwrap()
 }
@@ -131,7 +131,7 @@ fn a_pod_without_its_classifiers_is_a_degraded_node() {
             let checks = status["checks"].as_array().unwrap().iter();
             let line = checks.clone().find(|line| line["name"] == "Classifiers").unwrap();
             let [mark, detail] = ["status", "detail"].map(|field| line[field].as_str().unwrap().to_owned());
-            (mark, detail, sandbox.rustnet("status").status.code())
+            (mark, detail, sandbox.rustnetctl("status").status.code())
         };
         assert_eq!(check(), ("ok".to_owned(), "both on each of 1 pods' interfaces".to_owned(), Some(0)));
 
@@ -197,19 +197,19 @@ fn pod(name: &str, node: &str, address: &str) -> Event {
 #[test]
 fn exit_codes_tell_wrong_usage_from_trouble() {
     sandbox::run(|sandbox| {
-        assert_eq!(sandbox.rustnet("bogus").status.code(), Some(2));
-        assert_eq!(sandbox.rustnet("ct list --proto http").status.code(), Some(2));
-        assert_eq!(sandbox.rustnet("--version").status.code(), Some(0));
-        assert_eq!(sandbox.rustnet("completions bash").status.code(), Some(0));
-        let out = sandbox.rustnet("status");
+        assert_eq!(sandbox.rustnetctl("bogus").status.code(), Some(2));
+        assert_eq!(sandbox.rustnetctl("ct list --proto http").status.code(), Some(2));
+        assert_eq!(sandbox.rustnetctl("--version").status.code(), Some(0));
+        assert_eq!(sandbox.rustnetctl("completions bash").status.code(), Some(0));
+        let out = sandbox.rustnetctl("status");
         assert_eq!(out.status.code(), Some(1));
         assert!(String::from_utf8_lossy(&out.stdout).contains("no agent has run"));
         // Never another agent's pins.
-        let out = sandbox.rustnet("services");
+        let out = sandbox.rustnetctl("services");
         let error = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(2));
         assert!(error.contains("--bpffs"), "{error}");
-        let out = sandbox.rustnet(&format!("--bpffs {} services", sandbox.bpffs.display()));
+        let out = sandbox.rustnetctl(&format!("--bpffs {} services", sandbox.bpffs.display()));
         let error = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(1));
         assert!(error.contains("rn_backend_ids"), "{error}");

@@ -1,4 +1,4 @@
-//! `rustnet doctor` on a real kernel: facts that are read from it, and one fault at a time.
+//! `rustnetctl doctor` on a real kernel: facts that are read from it, and one fault at a time.
 
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
@@ -46,7 +46,7 @@ fn nodes(sandbox: &Sandbox) {
 
 /// Everything that is not well: group, check, status, detail, hint.
 fn wrong(sandbox: &Sandbox, args: &str) -> Vec<[String; 5]> {
-    let out = sandbox.rustnet(&format!("-o json {args}"));
+    let out = sandbox.rustnetctl(&format!("-o json {args}"));
     let report: Value = serde_json::from_slice(&out.stdout).unwrap_or_else(|e| {
         panic!("{e}: {}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
     });
@@ -82,7 +82,7 @@ fn a_good_host_is_well_before_the_agent_and_while_it_runs() {
         nodes(sandbox);
         let args = settings(sandbox);
         assert_eq!(wrong(sandbox, &format!("{args} --pre")), Vec::<[String; 5]>::new());
-        let text = String::from_utf8(sandbox.rustnet(&format!("{args} --pre")).stdout).unwrap();
+        let text = String::from_utf8(sandbox.rustnetctl(&format!("{args} --pre")).stdout).unwrap();
         assert!(text.starts_with("Configuration\n  ✓ settings ") && !text.contains('\x1b'), "{text}");
         assert!(text.ends_with(" checks, 0 warnings, 0 crosses\n"), "{text}");
         // While an agent runs, no settings are needed: the agent has stored its own.
@@ -222,7 +222,7 @@ fn leftovers_of_kube_proxy_are_named_until_they_are_gone() {
         let running = TcpListener::bind("127.0.0.1:10249").unwrap();
         only(sandbox, &pre, want);
         drop(running);
-        assert!(sandbox.rustnet("cleanup --kube-proxy --yes").status.success());
+        assert!(sandbox.rustnetctl("cleanup --kube-proxy --yes").status.success());
         assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
     });
 }
@@ -233,7 +233,7 @@ fn without_rights_the_capabilities_are_named() {
         uplink();
         nodes(sandbox);
         let pre = settings(sandbox);
-        let command = env!("CARGO_BIN_EXE_rustnet");
+        let command = env!("CARGO_BIN_EXE_rustnetctl");
         let run_dir = sandbox.run_dir.display();
         let out = sandbox::command(
             "setpriv",
@@ -263,7 +263,7 @@ fn refused_settings_are_crosses_and_the_kernel_is_checked_all_the_same() {
         );
         assert_eq!(rest[2], "warning");
         let refused = format!("doctor --pre --warn-only --node-name n1 --manifests /m {overlap}");
-        let out = sandbox.rustnet(&refused);
+        let out = sandbox.rustnetctl(&refused);
         let text = String::from_utf8_lossy(&out.stdout);
         assert!(out.status.success() && text.contains("give them ranges apart") && text.contains("1 cross"), "{text}");
     });

@@ -109,7 +109,7 @@ fn its_rules_go_and_all_others_stay_byte_for_byte() {
         load(sandbox, NFTABLES_MODE);
         let before = ruleset();
 
-        let listed = sandbox.rustnet("cleanup --kube-proxy --dry-run");
+        let listed = sandbox.rustnetctl("cleanup --kube-proxy --dry-run");
         assert_eq!(listed.status.code(), Some(1), "{}", said(&listed));
         assert_eq!(ruleset(), before, "a dry run changes nothing");
         for part in [
@@ -119,15 +119,19 @@ fn its_rules_go_and_all_others_stay_byte_for_byte() {
         ] {
             assert!(said(&listed).contains(&format!("would remove {part}\n")), "{part}: {}", said(&listed));
         }
-        assert_eq!(sandbox.rustnet("cleanup --kube-proxy").status.code(), Some(2), "without a terminal it wants --yes");
+        assert_eq!(
+            sandbox.rustnetctl("cleanup --kube-proxy").status.code(),
+            Some(2),
+            "without a terminal it wants --yes"
+        );
         assert_eq!(ruleset(), before);
 
-        let done = sandbox.rustnet("cleanup --kube-proxy --yes");
+        let done = sandbox.rustnetctl("cleanup --kube-proxy --yes");
         assert!(done.status.success(), "{}", said(&done));
         assert_eq!(said(&listed).replace("would remove", "removed"), said(&done), "what was listed went");
         assert_eq!(ruleset(), others);
 
-        let again = sandbox.rustnet("cleanup --kube-proxy --yes");
+        let again = sandbox.rustnetctl("cleanup --kube-proxy --yes");
         assert!(again.status.success() && said(&again).contains("nothing of kube-proxy's is left"), "{}", said(&again));
     });
 }
@@ -145,7 +149,7 @@ fn more_chains_than_fit_into_one_transaction_go() {
         let jumps: Vec<_> = names.iter().map(jump).collect();
         let (chains, jumps) = (chains.concat(), jumps.concat());
         load(sandbox, &format!("table ip nat {{\n chain KUBE-SERVICES {{ }}\n{chains}}}\n{jumps}"));
-        let done = sandbox.rustnet("cleanup --kube-proxy --yes");
+        let done = sandbox.rustnetctl("cleanup --kube-proxy --yes");
         assert!(done.status.success(), "{}", said(&done));
         assert_eq!(ruleset().split_whitespace().collect::<Vec<_>>(), ["table", "ip", "nat", "{", "}"]);
     });
@@ -157,7 +161,7 @@ fn the_device_of_ipvs_mode_goes() {
         // Not every kernel has dummy devices; the name decides.
         ip("link add kube-ipvs0 type veth peer name other");
         ip("link add kube-ipvs1 type veth peer name another");
-        let done = sandbox.rustnet("cleanup --kube-proxy --yes");
+        let done = sandbox.rustnetctl("cleanup --kube-proxy --yes");
         assert!(done.status.success() && said(&done).contains("removed device kube-ipvs0"), "{}", said(&done));
         assert!(!command("ip", "link show kube-ipvs0").status.success());
         ip("link show kube-ipvs1");
@@ -171,7 +175,7 @@ fn chains_of_the_older_iptables_are_found_and_left_to_its_own_tool() {
         if !Path::new("/proc/thread-self/net/ip_tables_names").exists() {
             // A kernel without CONFIG_IP_NF_IPTABLES_LEGACY: such chains cannot be, and their absence is no fault.
             assert!(!out.status.success(), "{}", said(&out));
-            let done = sandbox.rustnet("cleanup --kube-proxy --yes");
+            let done = sandbox.rustnetctl("cleanup --kube-proxy --yes");
             assert!(done.status.success() && !said(&done).contains("iptables-legacy"), "{}", said(&done));
             return;
         }
@@ -182,7 +186,7 @@ fn chains_of_the_older_iptables_are_found_and_left_to_its_own_tool() {
         }
         let out = command("ip6tables-legacy", "-N KUBE-FORWARD");
         assert!(out.status.success(), "{}", said(&out));
-        let done = sandbox.rustnet("cleanup --kube-proxy --yes");
+        let done = sandbox.rustnetctl("cleanup --kube-proxy --yes");
         assert_eq!(done.status.code(), Some(1), "{}", said(&done));
         let lines = said(&done);
         for chain in ["ip nat KUBE-SERVICES", "ip6 filter KUBE-FORWARD"] {

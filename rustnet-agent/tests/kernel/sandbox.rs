@@ -160,10 +160,10 @@ impl Sandbox {
         std::fs::write(dir.join(format!("{container}@eth0.json")), record.to_string()).expect("a record");
     }
 
-    /// Runs the `rustnet` command on this sandbox.
-    pub fn rustnet(&self, args: &str) -> Output {
+    /// Runs the `rustnetctl` command on this sandbox.
+    pub fn rustnetctl(&self, args: &str) -> Output {
         let run_dir = self.run_dir.display();
-        command(env!("CARGO_BIN_EXE_rustnet"), &format!("--run-dir {run_dir} {args}"))
+        command(env!("CARGO_BIN_EXE_rustnetctl"), &format!("--run-dir {run_dir} {args}"))
     }
 }
 

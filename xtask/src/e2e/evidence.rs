@@ -37,7 +37,7 @@ pub fn collect(cluster: &Cluster, run: &Run, dir: &Path) -> Result<()> {
                 let file = to.join(format!("{}-{}.txt", node.name, question.join("-")));
                 let ask =
                     cluster.kubectl()?.args(["exec", "--namespace=rustnet-system", pod.trim(), "-c", "agent", "--"]);
-                save(&file, &ask.arg("/opt/rustnet/rustnet").args(question))?;
+                save(&file, &ask.arg("/opt/rustnet/rustnetctl").args(question))?;
             }
             let log = cluster.kubectl()?.args(["logs", "--namespace=rustnet-system", pod.trim(), "-c", "agent"]);
             save(&to.join(format!("{}-agent.log", node.name)), &log)?;

@@ -39,8 +39,8 @@ pub fn write(file: &Path, tests: &Tests, steps: &[Step]) -> Result<()> {
         files.program(&format!("/dist/{program}"), &Profile::Dev.dist().join(program))?;
     }
     // A test has the path in itself where cargo left it.
-    let command = Profile::Dev.built().join("rustnet");
-    files.archive.link(&command.to_string_lossy(), "/dist/rustnet");
+    let command = Profile::Dev.built().join("rustnetctl");
+    files.archive.link(&command.to_string_lossy(), "/dist/rustnetctl");
     for (path, object) in [(OBJECT, paths::object()), (SKELETONS, paths::skeletons())] {
         files.archive.file(path, &fs::read(&object).with_context(|| format!("reading {}", object.display()))?, 0o644);
     }

@@ -35,7 +35,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
         if layout.key_size as usize != size_of::<K>() || layout.value_size as usize != size_of::<V>() {
             bail!(
                 "{name} was pinned by another version ({layout}; expected key {} B, value {} B): \
-                 use the matching release, or remove the old state with `rustnet cleanup`",
+                 use the matching release, or remove the old state with `rustnetctl cleanup`",
                 size_of::<K>(),
                 size_of::<V>()
             );

@@ -172,7 +172,7 @@ impl<'a> Cluster<'a> {
     /// Commands that show the inside, for a person.
     pub fn hints(&self) -> Vec<String> {
         let mut lines = Vec::new();
-        let dist = dist::find("rustnet").map_or_else(|_| "rustnet".into(), |p| p.display().to_string());
+        let dist = dist::find("rustnetctl").map_or_else(|_| "rustnetctl".into(), |p| p.display().to_string());
         for node in self.fabric.nodes() {
             let (enter, bpffs, run) = (node.netns().enter_hint(), node.bpffs(), node.run_dir());
             let (bpffs, run) = (bpffs.display(), run.display());
@@ -198,7 +198,7 @@ impl<'a> Cluster<'a> {
 /// An error unless the node's maps have exactly this service's endpoints, behind each of its addresses and ports.
 fn known(node: &Node, service: &Service) -> Result<()> {
     let (bpffs, run_dir) = (node.bpffs().display().to_string(), node.run_dir().display().to_string());
-    let command = node.netns().command(dist::find("rustnet")?)?;
+    let command = node.netns().command(dist::find("rustnetctl")?)?;
     let text = command.args(["--bpffs", &bpffs, "--run-dir", &run_dir, "-o", "json", "services"]).text()?;
     let entries: Vec<Value> = serde_json::from_str(&text).with_context(|| text.clone())?;
     let sockets = |list: &Value| -> BTreeSet<String> {

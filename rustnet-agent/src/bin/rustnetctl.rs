@@ -1,4 +1,4 @@
-//! The `rustnet` command: a thin caller of [`rustnet_agent::cli`].
+//! The `rustnetctl` command: a thin caller of [`rustnet_agent::cli`].
 
 use std::process::ExitCode;
 
