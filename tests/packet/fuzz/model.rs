@@ -226,9 +226,6 @@ impl Model {
     fn at_uplink(&mut self, case: &Case, seen: &Seen, out: &Output, unchanged: bool) -> Result<(), Broken> {
         let t = seen.tuple;
         let (from, to) = (self.place(t.src), self.place(t.dst));
-        if to == Place::Vip && matches!(seen.kind, Kind::Error(_)) && !seen.deep {
-            return Err("an error to a service gets in");
-        }
         if unchanged {
             let to_overlay = t.proto == 17 && t.dport == 8472 && matches!(seen.kind, Kind::Flow);
             return match (from, to) {
@@ -237,7 +234,7 @@ impl Model {
                 // These the stack drops before it asks for a way.
                 _ if seen.source_route || is_mapped(t.src) || is_mapped(t.dst) => Ok(()),
                 (_, Place::Pod(..)) => Err("a packet for a pod goes past the checks"),
-                (_, Place::Vip) if matches!(seen.kind, Kind::Flow) => {
+                (_, Place::Vip) if matches!(seen.kind, Kind::Flow | Kind::Error(_)) => {
                     Err("a packet for a service goes past the checks")
                 }
                 (Place::Tunnel(_, true), Place::Host) => Ok(()),
@@ -245,6 +242,9 @@ impl Model {
                 (Place::Tunnel(_, false), Place::Host) => Err("a remote pod speaks to the host without the tunnel"),
                 _ => Ok(()),
             };
+        }
+        if to == Place::Vip && matches!(seen.kind, Kind::Error(_)) {
+            return Err("an error to a service gets in");
         }
         if out.verdict == STACK && matches!(seen.kind, Kind::Error(_)) && !matches!(to, Place::Pod(..)) {
             // About a flow of this node, but for another machine: the stack forwards it.
