@@ -52,10 +52,12 @@ pub struct Config {
     pub cgroup: PathBuf,
     /// A writable `/proc/sys/net` of the host's network namespace.
     pub sysctl_dir: PathBuf,
-    /// Devices towards the other nodes; empty: the one of the default route.
+    /// Devices towards the other nodes and the world; empty: they follow from addresses and default routes.
     pub uplinks: Vec<String>,
     /// How pods of other nodes are reached.
     pub routing: Routing,
+    /// Family of the overlay's outer packets.
+    pub overlay_family: OverlayFamily,
     /// UDP port of the overlay.
     pub overlay_port: u16,
     /// Network identifier of the overlay.
@@ -118,6 +120,18 @@ pub struct KubeSource {
     pub kubeconfig: Option<PathBuf>,
     /// An address in place of the kubeconfig's or the environment's: `http://` or `https://`, host, optional port.
     pub api_server: Option<String>,
+}
+
+/// Family of the overlay's outer packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OverlayFamily {
+    /// It follows from the Nodes' addresses.
+    #[default]
+    Auto,
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
 }
 
 /// How pods of other nodes are reached.
@@ -261,6 +275,12 @@ impl Config {
                 found.ok_or_else(|| {
                     format!("is not a routing mode; give one of {}", Routing::ALL.map(Routing::word).join(", "))
                 })
+            }),
+            overlay_family: read.required("overlay-family", "give a family", |text| match text {
+                "auto" => Ok(OverlayFamily::Auto),
+                "ipv4" => Ok(OverlayFamily::Ipv4),
+                "ipv6" => Ok(OverlayFamily::Ipv6),
+                _ => Err("is no family; give one of auto, ipv4, ipv6".to_owned()),
             }),
             overlay_port: read.required("overlay-port", "give a UDP port", |text| number(text, 1, 65_535)),
             vni: read.required("vni", "give a number", |text| number(text, 1, (1 << 24) - 1)),

@@ -1,22 +1,36 @@
 //! The agent's health: the reconcile loop sets it, and the probes and all tasks that wait for the
 //! first sync read it.
 //!
-//! Alive means that the loop turns and that no change has waited too long; ready means that the full state has been applied.
+//! Alive means that the loop turns; ready means that the full state has been applied. A failure that a restart does not cure
+//! makes the agent unready, never dead.
 //! Killing an agent that is not alive does no harm: forwarding goes on from the pins.
 
 use crate::metrics::Metrics;
 use std::collections::BTreeSet;
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
 
 /// A loop that has not turned for this long hangs.
 pub const TICK_LIMIT: Duration = Duration::from_mins(1);
-/// A change that has waited for this long is stuck; kube-proxy's default, too.
-pub const QUEUE_LIMIT: Duration = Duration::from_mins(2);
+/// Why the agent is not ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotReady {
+    /// A step of every start is not done yet.
+    Starting(String),
+    /// Something failed; the text ends with a remedy where there is one.
+    Failed(String),
+}
 
-/// How reasons begin that every start has for a moment.
-pub const STARTING: &str = "starting: ";
+impl fmt::Display for NotReady {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Starting(stage) => write!(f, "starting: {stage}"),
+            Self::Failed(why) => f.write_str(why),
+        }
+    }
+}
 
 /// The agent's state of health. One for the process, shared by all tasks.
 #[derive(Debug)]
@@ -24,13 +38,13 @@ pub struct Health {
     /// What is counted.
     pub metrics: Metrics,
     state: Mutex<State>,
-    readiness: watch::Sender<Result<(), String>>,
+    readiness: watch::Sender<Result<(), NotReady>>,
     problems: watch::Sender<BTreeSet<String>>,
 }
 
 /// Hears of every change of [`Health::complaints`].
 pub struct Changes {
-    readiness: watch::Receiver<Result<(), String>>,
+    readiness: watch::Receiver<Result<(), NotReady>>,
     problems: watch::Receiver<BTreeSet<String>>,
 }
 
@@ -48,14 +62,13 @@ impl Changes {
 #[derive(Debug)]
 struct State {
     last_tick: Instant,
-    queued_since: Option<Instant>,
     last_sync: SystemTime,
 }
 
 impl Default for Health {
     fn default() -> Self {
-        let state = State { last_tick: Instant::now(), queued_since: None, last_sync: SystemTime::now() };
-        let readiness = watch::Sender::new(Err(format!("{STARTING}nothing has been applied yet")));
+        let state = State { last_tick: Instant::now(), last_sync: SystemTime::now() };
+        let readiness = watch::Sender::new(Err(NotReady::Starting("nothing has been applied yet".to_owned())));
         Self { metrics: Metrics::default(), state: Mutex::new(state), readiness, problems: watch::Sender::default() }
     }
 }
@@ -66,17 +79,9 @@ impl Health {
         self.state().last_tick = Instant::now();
     }
 
-    /// A change has been received and waits to be applied.
-    pub fn queued(&self) {
-        self.state().queued_since.get_or_insert_with(Instant::now);
-    }
-
     /// All changes received so far have been applied, in this time.
     pub fn applied(&self, took: Duration) {
-        let mut state = self.state();
-        state.queued_since = None;
-        state.last_sync = SystemTime::now();
-        drop(state);
+        self.state().last_sync = SystemTime::now();
         self.metrics.synced(took);
     }
 
@@ -86,8 +91,8 @@ impl Health {
     }
 
     /// They cannot, for this reason.
-    pub fn set_not_ready(&self, why: impl Into<String>) {
-        self.change(Err(why.into()));
+    pub fn set_not_ready(&self, why: NotReady) {
+        self.change(Err(why));
     }
 
     /// What is wrong with this node's network although the agent is ready.
@@ -101,7 +106,10 @@ impl Health {
 
     /// What people must know of this node's network: problems, and why the agent is not ready, unless it merely starts.
     pub fn complaints(&self) -> BTreeSet<String> {
-        let why = self.readiness().err().filter(|why| !why.starts_with(STARTING));
+        let why = match &*self.readiness.borrow() {
+            Err(NotReady::Failed(why)) => Some(why.clone()),
+            Err(NotReady::Starting(_)) | Ok(()) => None,
+        };
         self.problems.borrow().iter().cloned().chain(why).collect()
     }
 
@@ -112,7 +120,7 @@ impl Health {
 
     /// `Ok` when ready; else the reason why not.
     pub fn readiness(&self) -> Result<(), String> {
-        self.readiness.borrow().clone()
+        self.readiness.borrow().as_ref().copied().map_err(ToString::to_string)
     }
 
     /// Waits until the agent is ready.
@@ -132,20 +140,14 @@ impl Health {
     }
 
     fn liveness_at(&self, now: Instant) -> Result<(), String> {
-        let state = self.state();
-        let idle = now.saturating_duration_since(state.last_tick);
+        let idle = now.saturating_duration_since(self.state().last_tick);
         if idle > TICK_LIMIT {
             return Err(format!("the reconcile loop has not turned for {} s", idle.as_secs()));
         }
-        match state.queued_since.map(|since| now.saturating_duration_since(since)) {
-            Some(waited) if waited > QUEUE_LIMIT => {
-                Err(format!("a change has waited for {} s: the log says why", waited.as_secs()))
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
-    fn change(&self, to: Result<(), String>) {
+    fn change(&self, to: Result<(), NotReady>) {
         self.metrics.set_ready(to.is_ok());
         self.readiness.send_if_modified(|now| {
             let changed = *now != to;
@@ -181,33 +183,12 @@ mod tests {
         assert_eq!(health.liveness_at(later), Ok(()));
     }
 
-    #[test]
-    fn a_change_that_waits_too_long_is_unhealthy_until_it_is_applied() {
-        let health = Health::default();
-        let start = Instant::now();
-        health.queued();
-        let later = start + QUEUE_LIMIT + Duration::from_secs(5);
-        health.state().last_tick = later;
-        assert!(health.liveness_at(later).expect_err("stuck").contains("has waited for"));
-        health.applied(Duration::from_millis(1));
-        assert_eq!(health.liveness_at(later), Ok(()));
-    }
-
-    #[test]
-    fn the_oldest_change_counts() {
-        let health = Health::default();
-        health.queued();
-        let first = health.state().queued_since;
-        health.queued();
-        assert_eq!(health.state().queued_since, first);
-    }
-
     #[tokio::test]
     async fn complaints_are_problems_and_lasting_reasons() {
         let health = Health::default();
         let mut changes = health.changes();
         assert!(health.complaints().is_empty(), "it merely starts");
-        health.set_not_ready("no pod range");
+        health.set_not_ready(NotReady::Failed("no pod range".to_owned()));
         health.set_problems(["two nodes have one address".to_owned()].into());
         changes.changed().await;
         assert_eq!(Vec::from_iter(health.complaints()), ["no pod range", "two nodes have one address"]);
@@ -222,7 +203,7 @@ mod tests {
         health.set_ready();
         health.wait_ready().await;
         assert_eq!(health.readiness(), Ok(()));
-        health.set_not_ready("no pod range");
+        health.set_not_ready(NotReady::Failed("no pod range".to_owned()));
         assert_eq!(health.readiness(), Err("no pod range".to_owned()));
     }
 }

@@ -145,7 +145,7 @@ mod tests {
         assert!(code == 503 && body.contains("nothing has been applied yet"), "{body}");
         health.set_ready();
         assert_eq!(ask(probes(health.clone()), "/readyz").await.0, 200);
-        health.set_not_ready("the verifier rejected from_pod");
+        health.set_not_ready(crate::health::NotReady::Failed("the verifier rejected from_pod".to_owned()));
         let (code, body) = ask(probes(health), "/readyz").await;
         assert!(code == 503 && body.contains("rejected from_pod"), "{body}");
     }

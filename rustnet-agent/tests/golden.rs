@@ -6,7 +6,9 @@
 //! the case is about. With `UPDATE_GOLDEN=1` the expectations are written instead of compared.
 
 use anyhow::{Context, bail, ensure};
+use ipnet::IpNet;
 use rustnet_agent::config::Routing;
+use rustnet_agent::host::{DefaultRoute, Device, DeviceAddress, DeviceKind, HostFacts};
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::Family;
 use rustnet_agent::plan::{GRACE, MemoryMaps, Planner, Write};
@@ -28,6 +30,7 @@ type Section = (String, String);
 /// A node's agent on a directory of its own.
 struct Node {
     settings: Settings,
+    host: HostFacts,
     dir: TempDir,
     catalog: Catalog,
     index: Index,
@@ -37,14 +40,17 @@ struct Node {
 }
 
 impl Node {
-    fn new(settings: Settings) -> anyhow::Result<Self> {
+    fn new((settings, host): (Settings, HostFacts)) -> anyhow::Result<Self> {
         let maps = MemoryMaps::new(1024);
+        let mut index = Index::new(settings.clone());
+        index.set_host(host.clone());
         Ok(Self {
             dir: TempDir::new()?,
             catalog: Catalog::default(),
-            index: Index::new(settings.clone()),
+            index,
             planner: Planner::adopt(&maps)?,
             settings,
+            host,
             maps,
             now: Duration::ZERO,
         })
@@ -53,6 +59,7 @@ impl Node {
     fn restart(&mut self) -> anyhow::Result<()> {
         self.catalog = Catalog::default();
         self.index = Index::new(self.settings.clone());
+        self.index.set_host(self.host.clone());
         self.planner = Planner::adopt(&self.maps)?;
         Ok(())
     }
@@ -178,7 +185,8 @@ fn count(writes: &[Write]) -> String {
     if counts.is_empty() { "none".to_owned() } else { counts.join(", ") }
 }
 
-fn settings(text: &str) -> anyhow::Result<Settings> {
+fn settings(text: &str) -> anyhow::Result<(Settings, HostFacts)> {
+    let mut addresses: Vec<IpNet> = Vec::new();
     let mut settings = Settings::new("n1", Routing::Vxlan);
     for line in text.lines().filter(|line| !line.is_empty()) {
         let (name, value) = line.split_once(": ").with_context(|| format!("{line:?} is no setting"))?;
@@ -188,14 +196,16 @@ fn settings(text: &str) -> anyhow::Result<Settings> {
                 let routing = Routing::ALL.into_iter().find(|routing| routing.word() == word);
                 settings.routing = routing.context("no such routing")?;
             }
-            ("link", net) => settings.links.push(net.parse()?),
-            ("tunnel", "IPv6") => settings.tunnel_family = Family::V6,
+            ("address", net) => addresses.push(net.parse()?),
             ("no masquerade", range) => settings.no_masquerade.push(range.parse()?),
-            ("own address", addr) => settings.own_addresses.push(addr.parse()?),
             _ => bail!("{line:?} is no setting"),
         }
     }
-    Ok(settings)
+    let addresses =
+        addresses.into_iter().map(|net| DeviceAddress { net, is_usable: true, is_preferred: true }).collect();
+    let eth0 = Device { index: 2, name: "eth0".into(), mtu: 1500, kind: DeviceKind::Ethernet, addresses };
+    let default = DefaultRoute { family: Family::V4, metric: 0, device: 2 };
+    Ok((settings, HostFacts { devices: vec![eth0], defaults: vec![default] }))
 }
 
 /// The text before the first section, and the sections.

@@ -26,7 +26,6 @@ impl Node {
             ("--bpffs", path(self.bpffs())),
             ("--run-dir", path(self.run_dir())),
             ("--cgroup", cgroup),
-            ("--uplink", "eth0".into()),
             ("--routing", plan.routing.word().into()),
             ("--cni-bin-dir", path(self.cni_bin_dir())),
             ("--cni-conf-dir", path(self.cni_conf_dir())),

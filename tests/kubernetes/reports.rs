@@ -6,7 +6,7 @@ use super::server::{ADMIN, AGENT, Server};
 use anyhow::{Context as _, Result};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{Api, ListParams};
-use rustnet_agent::health::Health;
+use rustnet_agent::health::{Health, NotReady};
 use rustnet_agent::source::kube::reports;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ fn problems_of_this_node_are_events_on_its_object() -> Result<()> {
         let health = Arc::new(Health::default());
         let (_stop, shutdown) = watch::channel(false);
         let client = Agent::connect(&server, AGENT, &direct()).await?.client;
-        health.set_not_ready(BROKEN);
+        health.set_not_ready(NotReady::Failed(BROKEN.to_owned()));
         tokio::spawn(reports::run(client, NODE.into(), health.clone(), shutdown));
         // Without the right to tell, it is tried until there is one.
         cluster.apply(&yaml(&[NAMESPACE, RBAC])).await?;
@@ -33,7 +33,7 @@ fn problems_of_this_node_are_events_on_its_object() -> Result<()> {
         let both = [("Warning", BROKEN), ("Normal", BROKEN), ("Warning", TWICE)];
         wait_for_events(&server, &both).await?;
         // Once more: it is the same event that comes again, which takes another right.
-        health.set_not_ready(BROKEN);
+        health.set_not_ready(NotReady::Failed(BROKEN.to_owned()));
         health.set_problems(BTreeSet::new());
         wait_for_events(&server, &[&both[..], &[("Normal", TWICE)]].concat()).await?;
         again(&server, BROKEN).await

@@ -140,6 +140,7 @@ fn bad_values_are_refused_with_origin_and_remedy() {
         ("uplink", "uplink", "a/b", "ip link"),
         ("uplink", "uplink", "abcdefghijklmnop", "ip link"),
         ("routing", "routing", "geneve", "vxlan, native, direct-and-vxlan"),
+        ("overlay-family", "overlayFamily", "4", "auto, ipv4, ipv6"),
         ("overlay-port", "overlayPort", "0", "1 to 65535"),
         ("overlay-port", "overlayPort", "65536", "1 to 65535"),
         ("overlay-port", "overlayPort", "-1", "1 to 65535"),

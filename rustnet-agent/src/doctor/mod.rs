@@ -10,14 +10,17 @@ pub mod kernel;
 pub mod kube_proxy;
 pub mod mark;
 pub mod mtu;
+pub mod network;
 pub mod nodes;
 pub mod ports;
 pub mod ranges;
 pub mod sysctls;
 
 use crate::config::{Config, Refused};
+use crate::net::host::Host;
 use crate::net::netlink::Socket;
-use crate::net::uplink::Host;
+use crate::reconcile::node::settings;
+use crate::ways::Ways;
 use finding::{Finding, Group, Level, split_remedy};
 
 /// When the checks are made.
@@ -37,18 +40,21 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Err(error) => return vec![Group::new("Host", vec![Finding::unknown("network", &error)])],
     };
     let cluster = api::gather(config);
+    let nodes = cluster.nodes.as_deref().unwrap_or_default();
+    let ways = Ways::new(&settings(config), nodes.iter().map(|known| &*known.node), &host.facts());
     let mut groups = vec![
         Group::new("Configuration", vec![Finding::ok("settings", format!("node {}", config.node_name))]),
         Group::new("Kernel", kernel::check(&kernel::gather(Some(config)))),
-        Group::new("Host settings", sysctls::check(&sysctls::gather(config, &host), stage)),
+        Group::new("Host settings", sysctls::check(&sysctls::gather(config, &host, &ways), stage)),
         Group::new("Ports", ports::check(&ports::gather(config))),
         Group::new("Packet mark", mark::check(&mark::gather(config))),
         Group::new("CNI", cni::check(&cni::gather(config), stage)),
         Group::new("kube-proxy", kube_proxy::check(&kube_proxy::gather())),
         Group::new("API server", api::check(&cluster.api)),
         Group::new("Nodes", nodes::check(&nodes::gather(config, &host, cluster.nodes.as_ref()))),
-        Group::new("Address ranges", ranges::check(config, &host, cluster.nodes.as_deref().unwrap_or_default())),
-        Group::new("MTU", mtu::check(&mtu::gather(config, &host, cluster.nodes.as_deref().unwrap_or_default()))),
+        Group::new("Host network", network::check(&ways)),
+        Group::new("Address ranges", ranges::check(config, &host, nodes)),
+        Group::new("MTU", mtu::check(&mtu::gather(config, &host, &ways, nodes))),
     ];
     groups.retain(|group| !group.findings.is_empty());
     groups

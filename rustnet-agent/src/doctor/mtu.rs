@@ -9,10 +9,10 @@ use rustnet_common::names::VETH_PREFIX;
 use super::finding::{Finding, Level, split_remedy};
 use super::nodes::KnownNode;
 use crate::config::Config;
+use crate::net::host::Host;
 use crate::net::overlay::overhead;
-use crate::net::repair::underlay;
-use crate::net::uplink::{Host, Uplink};
 use crate::reconcile::node;
+use crate::ways::Ways;
 
 /// What IPv6 needs (RFC 8200, section 5).
 const SMALLEST: u32 = 1280;
@@ -20,7 +20,7 @@ const SMALLEST: u32 = 1280;
 /// What was found.
 pub struct Facts {
     /// Name and MTU of each uplink.
-    pub uplinks: Result<Vec<(String, u32)>>,
+    pub uplinks: Vec<(String, u32)>,
     /// What the overlay adds to a packet; 0 without overlay.
     pub overhead: u32,
     /// What the pods will have, of what fits.
@@ -32,24 +32,21 @@ pub struct Facts {
 }
 
 /// Looks.
-pub fn gather(config: &Config, host: &Host, nodes: &[KnownNode]) -> Facts {
-    let uplinks = host.uplinks(&config.uplinks);
-    let known: &[Uplink] = uplinks.as_deref().unwrap_or_default();
-    let overhead = if config.routing.has_overlay() { overhead(underlay(known)) } else { 0 };
-    let smallest = known.iter().map(|it| it.mtu).min().unwrap_or(0);
+pub fn gather(config: &Config, host: &Host, ways: &Ways, nodes: &[KnownNode]) -> Facts {
+    let place = &ways.place;
+    let overhead = if config.routing.has_overlay() { overhead(ways.overlay_family()) } else { 0 };
     let veths = host.links.iter().filter(|link| link.name.starts_with(VETH_PREFIX));
-    let family = underlay(known);
     let others = nodes.iter().filter(|it| it.node.name.as_str() != config.node_name);
     let paths = others.filter_map(|it| {
-        let ip = it.node.address(family)?;
+        let ip = it.node.address(place.overlay_family)?;
         Some((it.node.name.as_str().to_owned(), ip, path_mtu(ip)?))
     });
     Facts {
         overhead,
-        pods: node::mtu(config, smallest.saturating_sub(overhead)),
+        pods: node::mtu(config, place.mtu.saturating_sub(overhead)),
         veths: veths.map(|link| (link.name.clone(), link.mtu)).collect(),
         paths: paths.collect(),
-        uplinks: uplinks.map(|all| all.into_iter().map(|it| (it.name, it.mtu)).collect()),
+        uplinks: place.uplinks.iter().map(|it| (it.name.clone(), it.mtu)).collect(),
     }
 }
 
@@ -75,13 +72,11 @@ fn path_mtu(ip: IpAddr) -> Option<u32> {
 
 /// Judges.
 pub fn check(facts: &Facts) -> Vec<Finding> {
-    let uplinks = match &facts.uplinks {
-        Ok(uplinks) => uplinks,
-        Err(error) => {
-            let hint = "name the device towards the other nodes with --uplink";
-            return vec![Finding::new(Level::Fault, "uplink", format!("{error:#}")).hint(hint)];
-        }
-    };
+    let uplinks = &facts.uplinks;
+    if uplinks.is_empty() {
+        // The group of the host's network says why.
+        return Vec::new();
+    }
     let list =
         |all: &[(String, u32)]| all.iter().map(|(name, mtu)| format!("{name} {mtu}")).collect::<Vec<_>>().join(", ");
     let mut found = Vec::new();
@@ -90,7 +85,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
             Finding::new(
                 Level::Warning,
                 "uplinks",
-                format!("of different size: {}; the smallest counts", list(uplinks)),
+                format!("of different size: {}; those towards other nodes count", list(uplinks)),
             )
             .hint("give them one MTU (`ip link set DEV mtu N`), on all nodes"),
         );
@@ -155,7 +150,7 @@ mod tests {
 
     fn facts() -> Facts {
         Facts {
-            uplinks: Ok(vec![("eth0".into(), 1500)]),
+            uplinks: vec![("eth0".into(), 1500)],
             overhead: 50,
             pods: Ok(1450),
             veths: vec![("rnv1".into(), 1450)],
@@ -171,15 +166,9 @@ mod tests {
 
     #[test]
     fn one_fault_at_a_time() {
-        let unequal = Ok(vec![("eth0".into(), 9000), ("eth1".into(), 1500)]);
+        let unequal = vec![("eth0".into(), 9000), ("eth1".into(), 1500)];
         let narrow = vec![("n2".into(), "192.0.2.2".parse().expect("ip"), 1400)];
         for (facts, level, detail, hint) in [
-            (
-                Facts { uplinks: Err(anyhow::anyhow!("no default route")), ..facts() },
-                Level::Fault,
-                "no default",
-                "--uplink",
-            ),
             (Facts { uplinks: unequal, ..facts() }, Level::Warning, "eth0 9000, eth1 1500", "ip link set"),
             (
                 Facts { pods: Err(anyhow::anyhow!("mtu 1500 does not fit; set mtu")), ..facts() },

@@ -11,11 +11,11 @@ use super::finding::{Finding, Level, split_remedy};
 use crate::config::Config;
 use crate::index::Index;
 use crate::model::Node;
+use crate::net::host::Host;
 use crate::net::neighbour;
 use crate::net::netlink::Socket;
 use crate::net::overlay::mac_of;
-use crate::net::uplink::Host;
-use crate::reconcile::node::index_settings;
+use crate::reconcile::node::settings;
 use crate::source::{Event, Kind, Object};
 
 /// A Node, with what only an API server tells of it.
@@ -55,7 +55,7 @@ pub fn gather(config: &Config, host: &Host, nodes: Result<&Vec<KnownNode>, &Stri
         node_name: config.node_name.clone(),
         problems: nodes.map(|nodes| problems(config, host, nodes)).unwrap_or_default(),
         nodes: nodes.cloned().map_err(Clone::clone),
-        own_addresses: host.own_addresses(),
+        own_addresses: host.facts().own_addresses(),
         own_macs: outside.filter_map(|it| it.mac.as_slice().try_into().ok()).filter(|mac| *mac != [0; 6]).collect(),
         neighbours: neighbours.unwrap_or_default().into_iter().map(|it| (it.ip, it.ifindex, it.mac)).collect(),
         overlay: config.routing.has_overlay(),
@@ -64,8 +64,8 @@ pub fn gather(config: &Config, host: &Host, nodes: Result<&Vec<KnownNode>, &Stri
 
 /// What the agent will say of these Nodes.
 fn problems(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<String> {
-    let uplinks = host.uplinks(&config.uplinks).unwrap_or_default();
-    let mut index = Index::new(index_settings(config, host, &uplinks));
+    let mut index = Index::new(settings(config));
+    index.set_host(host.facts());
     index.handle(Event::Restart(Kind::Node));
     for known in nodes {
         index.handle(Event::Apply(Object::Node(Arc::clone(&known.node))));

@@ -7,8 +7,8 @@ use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 use super::finding::{Finding, Level, split_remedy};
 use super::nodes::KnownNode;
 use crate::config::{Config, Role, Routing};
+use crate::net::host::Host;
 use crate::net::route::{self, Target};
-use crate::net::uplink::Host;
 
 /// Judges; the host and the Nodes are the facts.
 pub fn check(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<Finding> {

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
+use rustnet_common::names::VETH_PREFIX;
 
 use super::Stage;
 use super::finding::{Finding, Level};
 use crate::config::Config;
+use crate::net::host::Host;
+use crate::net::repair::devices;
 use crate::net::sysctl::{self, Sysctl};
-use crate::net::uplink::Host;
+use crate::ways::Ways;
 
 /// A setting that is not as the agent wants it.
 pub struct Wrong {
@@ -36,14 +38,19 @@ pub struct Facts {
 }
 
 /// Looks.
-pub fn gather(config: &Config, host: &Host) -> Facts {
+pub fn gather(config: &Config, host: &Host, ways: &Ways) -> Facts {
     let dir = &config.sysctl_dir;
-    let uplinks: Vec<_> = host.uplinks(&config.uplinks).unwrap_or_default().into_iter().map(|it| it.name).collect();
     let veths: Vec<_> =
         host.links.iter().map(|it| it.name.clone()).filter(|name| name.starts_with(VETH_PREFIX)).collect();
-    let wanted = sysctl::wanted(&uplinks, config.routing.has_overlay().then_some(OVERLAY_DEV), &veths);
+    let wanted = sysctl::wanted(&devices(host, &ways.place.uplinks, config.routing.has_overlay(), veths));
     let looked = wanted.len();
-    let wrong = wanted.into_iter().filter_map(|sysctl| {
+    let is_forwarding_off = |path: &str| {
+        // Switching the host's on switches those of all devices on.
+        let all = wanted.iter().find(|it| it.path == "ipv4/ip_forward");
+        path.ends_with("/forwarding") && all.is_some_and(|it| it.wrong(dir).is_ok_and(|wrong| wrong.is_some()))
+    };
+    let wrong = wanted.iter().filter(|it| !(it.path.starts_with("ipv4/conf/") && is_forwarding_off(&it.path))).cloned();
+    let wrong = wrong.filter_map(|sysctl| {
         let value = sysctl.wrong(dir).transpose()?;
         let writable = is_writable(&dir.join(&sysctl.path));
         Some(Wrong { sysctl, value, writable })

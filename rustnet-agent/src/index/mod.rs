@@ -13,55 +13,32 @@ pub use backends::{Choice, DesiredBackend};
 pub use services::DesiredService;
 pub use vip::VipKey;
 
-use crate::config::Routing;
-use crate::model::{Family, Node, ObjectName, Pod, Problem, ServicePort};
+use crate::host::HostFacts;
+use crate::model::{Node, ObjectName, Pod, Problem, ServicePort};
 use crate::source::{Event, Kind, Object, ObjectRef};
+pub use crate::ways::Settings;
+use crate::ways::Ways;
 use ipnet::IpNet;
 use nodes::Nodes;
 use relist::Relist;
 use rustnet_common::peer::Peer;
 use services::Services;
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
-
-/// What the index must know of its own node.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Name of this node.
-    pub node_name: Arc<str>,
-    /// How packets get to other nodes.
-    pub routing: Routing,
-    /// Family of the nodes' addresses between which the overlay is spanned.
-    pub tunnel_family: Family,
-    /// Ranges beyond pods and nodes to which pods keep their address.
-    pub no_masquerade: Vec<IpNet>,
-    /// Addresses of this node's interfaces, in addition to those in its Node object.
-    pub own_addresses: Vec<IpAddr>,
-    /// Networks that this node's uplinks are in.
-    pub links: Vec<IpNet>,
-}
-
-impl Settings {
-    /// A node of whose host nothing is known yet.
-    pub fn new(node_name: &str, routing: Routing) -> Self {
-        Self {
-            node_name: node_name.into(),
-            routing,
-            tunnel_family: Family::V4,
-            no_masquerade: Vec::new(),
-            own_addresses: Vec::new(),
-            links: Vec::new(),
-        }
-    }
-}
 
 /// All objects of the sources, and the desired content of the maps that follows from them.
 #[derive(Debug)]
 pub struct Index {
     settings: Settings,
+    host: HostFacts,
     services: Services,
     nodes: Nodes,
+    /// Decided when somebody asks; emptied by whatever they depend on. For thousands of nodes that takes a few milliseconds.
+    ways: OnceCell<Arc<Ways>>,
+    ways_version: u64,
+    peers_dirty: bool,
     pods: BTreeMap<ObjectName, Arc<Pod>>,
     relist: Relist,
     /// Problems of objects, rejected ones included.
@@ -76,7 +53,11 @@ impl Index {
         let mut index = Self {
             services: Services::new(Arc::clone(&settings.node_name)),
             settings,
+            host: HostFacts::default(),
             nodes: Nodes::default(),
+            ways: OnceCell::new(),
+            ways_version: 0,
+            peers_dirty: true,
             pods: BTreeMap::new(),
             relist: Relist::default(),
             problems: BTreeMap::new(),
@@ -124,14 +105,14 @@ impl Index {
         }
     }
 
-    /// Replaces the addresses of this node's interfaces, and the networks of its uplinks. Returns whether that is news.
-    pub fn set_own_addresses(&mut self, addresses: Vec<IpAddr>, links: Vec<IpNet>) -> bool {
-        let new = self.settings.own_addresses != addresses || self.settings.links != links;
-        if new {
-            (self.settings.own_addresses, self.settings.links) = (addresses, links);
+    /// Takes in what the host looks like. Returns whether that is news.
+    pub fn set_host(&mut self, host: HostFacts) -> bool {
+        let is_news = self.host != host;
+        if is_news {
+            self.host = host;
             self.own_node_changed();
         }
-        new
+        is_news
     }
 
     /// True once every required kind has been delivered in full, at least once.
@@ -166,12 +147,28 @@ impl Index {
 
     /// True if the peers table may be other than at the last call.
     pub fn take_peers_dirty(&mut self) -> bool {
-        self.nodes.take_dirty()
+        std::mem::take(&mut self.peers_dirty)
     }
 
     /// The peers table as it should be.
     pub fn desired_peers(&self) -> BTreeMap<IpNet, Peer> {
-        self.nodes.peers(&self.settings)
+        nodes::peers(&self.ways())
+    }
+
+    /// This node's place, and the ways to all others.
+    pub fn ways(&self) -> Arc<Ways> {
+        let decide = || Arc::new(Ways::new(&self.settings, self.nodes.iter(), &self.host));
+        Arc::clone(self.ways.get_or_init(decide))
+    }
+
+    /// A number that grows when the ways may have changed.
+    pub fn ways_version(&self) -> u64 {
+        self.ways_version
+    }
+
+    /// The settings that the ways depend on.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// This node's own object.
@@ -194,14 +191,16 @@ impl Index {
         let subject = format!("Node {}", self.settings.node_name);
         let mut own = self.problems();
         own.retain(|problem| *problem.subject == *subject || *problem.subject == *source);
-        own.extend(self.nodes.conflicts_with_own(&self.settings));
+        let ways = self.ways();
+        own.extend(ways.with_own.iter().chain(&ways.unrouted).cloned());
         own
     }
 
     /// All that is wrong with the input at present.
     pub fn problems(&self) -> Vec<Problem> {
         let mut all: Vec<Problem> = self.reports.values().chain(self.problems.values()).flatten().cloned().collect();
-        all.extend(self.nodes.conflicts(&self.settings));
+        let ways = self.ways();
+        all.extend(ways.problems.iter().chain(&ways.unrouted).cloned());
         all.extend(self.services.conflicts());
         if self.relist.has_synced(Kind::Node) && self.own_node().is_none() {
             let subject: Arc<str> = format!("Node {}", self.settings.node_name).into();
@@ -219,10 +218,9 @@ impl Index {
             Object::Service(service) => self.services.apply_service(&service),
             Object::Slice(slice) => self.services.apply_slice(&slice),
             Object::Node(node) => {
-                let own = node.name.as_str() == &*self.settings.node_name;
-                self.nodes.apply(node);
-                if own {
-                    self.own_node_changed();
+                let is_own = self.settings.is_own(&node);
+                if self.nodes.apply(node) {
+                    self.nodes_changed(is_own);
                 }
             }
             // A directory of manifests may name the whole cluster's.
@@ -236,9 +234,8 @@ impl Index {
             Kind::Service => self.services.delete_service(&object.name),
             Kind::Slice => self.services.delete_slice(&object.name),
             Kind::Node => {
-                self.nodes.delete(&object.name);
-                if object.name.as_str() == &*self.settings.node_name {
-                    self.own_node_changed();
+                if self.nodes.delete(&object.name) {
+                    self.nodes_changed(object.name.as_str() == &*self.settings.node_name);
                 }
             }
             Kind::Pod => {
@@ -259,14 +256,23 @@ impl Index {
         names.into_iter().map(|name| ObjectRef { kind, name }).collect()
     }
 
+    fn nodes_changed(&mut self, is_own: bool) {
+        if is_own {
+            return self.own_node_changed();
+        }
+        self.ways.take();
+        self.ways_version += 1;
+        self.peers_dirty = true;
+    }
+
     /// This node's addresses or zone may have changed: services depend on both.
     fn own_node_changed(&mut self) {
-        let mut addresses: BTreeSet<IpAddr> = self.settings.own_addresses.iter().copied().collect();
+        let mut addresses: BTreeSet<IpAddr> = self.host.own_addresses().into_iter().collect();
         let own = self.nodes.get(&self.settings.node_name);
         addresses.extend(own.iter().flat_map(|node| node.addresses.iter().copied()));
         let zone: Arc<str> = own.map_or_else(|| "".into(), |node| Arc::clone(&node.zone));
         self.services.set_own(addresses, zone);
-        self.nodes.set_dirty();
+        self.nodes_changed(false);
     }
 
     /// Replaces what is known to be wrong with an object.

@@ -1,11 +1,14 @@
 //! Events in, desired entries and peers out.
 
 use super::VipKey;
-use super::{Choice, DesiredBackend, Index, Settings};
+use super::{Choice, DesiredBackend, Index};
 use crate::config::Routing;
+use crate::host::HostFacts;
+use crate::host::build::{device, host};
 use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{Condition, EndpointSlice, Family, ObjectName, Problem};
 use crate::source::{Event, Kind, ObjectRef};
+use crate::ways::Settings;
 use rustnet_common::backend::flags::{LOCAL, TERMINATING};
 use rustnet_common::peer::{Peer, flags as peer, identity};
 use rustnet_common::service::flags::{DROP_EMPTY, VIP};
@@ -280,7 +283,7 @@ fn an_address_of_this_node_is_never_claimed() {
     );
     // It comes and goes with the address.
     it.take_dirty_services();
-    it.set_own_addresses(vec![ip("172.18.0.99")], Vec::new());
+    it.set_host(host([device(2, "eth0", &["172.18.0.99/24"])]));
     let mut dirty = it.take_dirty_services();
     dirty.sort();
     assert_eq!(dirty, [VipKey::wildcard(ip("172.18.0.99")), key("172.18.0.99", 80, TCP)]);
@@ -340,7 +343,16 @@ fn problems_go_when_their_cause_goes() {
 }
 
 fn peers(settings: Settings, events: impl IntoIterator<Item = Event>) -> (BTreeMap<String, Peer>, Vec<String>) {
+    peers_on(HostFacts::default(), settings, events)
+}
+
+fn peers_on(
+    host: HostFacts,
+    settings: Settings,
+    events: impl IntoIterator<Item = Event>,
+) -> (BTreeMap<String, Peer>, Vec<String>) {
     let mut it = Index::new(settings);
+    it.set_host(host);
     for event in events {
         it.handle(event);
     }
@@ -366,9 +378,8 @@ fn three_nodes() -> [Event; 2] {
 #[test]
 fn peers_in_vxlan() {
     let mut settings = settings(Routing::Vxlan);
-    settings.own_addresses = vec![ip("192.0.2.1")];
     settings.no_masquerade = vec!["10.0.0.0/8".parse().unwrap(), "172.18.0.0/16".parse().unwrap()];
-    let (got, problems) = peers(settings, three_nodes());
+    let (got, problems) = peers_on(host([device(2, "eth0", &["192.0.2.1/24"])]), settings, three_nodes());
     let want = [
         ("192.0.2.1/32", none(identity::HOST, peer::HOST)),
         ("172.18.0.11/32", none(identity::HOST, peer::HOST)),
@@ -389,7 +400,8 @@ fn peers_in_vxlan() {
 
 #[test]
 fn peers_in_native_routing() {
-    let (got, problems) = peers(settings(Routing::Native), three_nodes());
+    let own = host([device(2, "eth0", &["172.18.0.11/24", "fd00:18::11/64"])]);
+    let (got, problems) = peers_on(own, settings(Routing::Native), three_nodes());
     assert_eq!(got["172.18.0.12/32"], entry("172.18.0.12", identity::NODE, peer::NODE));
     assert_eq!(got["10.244.2.0/24"], entry("172.18.0.12", identity::POD, peer::POD));
     assert_eq!(got["fd00:244:0:2::/64"], entry("fd00:18::12", identity::POD, peer::POD));
@@ -398,10 +410,10 @@ fn peers_in_native_routing() {
 
 #[test]
 fn peers_in_direct_and_vxlan_routing() {
-    let mut settings = settings(Routing::DirectAndVxlan);
-    settings.links = vec!["172.18.0.11/24".parse().unwrap(), "fd00:18::11/64".parse().unwrap()];
+    let settings = settings(Routing::DirectAndVxlan);
+    let own = || host([device(2, "eth0", &["172.18.0.11/24", "fd00:18::11/64"])]);
     let far = node("n3", &["172.18.3.13", "fd00:18::13"], &["10.244.3.0/24", "fd00:244:0:3::/64"]).apply();
-    let (got, problems) = peers(settings.clone(), three_nodes().into_iter().chain([far.clone()]));
+    let (got, problems) = peers_on(own(), settings.clone(), three_nodes().into_iter().chain([far.clone()]));
     let (node, pod, tunnel) = (identity::NODE, identity::POD, peer::TUNNEL);
     for (prefix, want) in [
         ("172.18.0.12/32", entry("172.18.0.12", node, peer::NODE)),
@@ -417,18 +429,18 @@ fn peers_in_direct_and_vxlan_routing() {
     }
     assert_eq!(problems, [""; 0]);
     // Once the networks of the uplinks are known, and when they change.
-    let mut it = Index::new(Settings { links: Vec::new(), ..settings.clone() });
+    let mut it = Index::new(settings);
     it.handle(far);
     assert_eq!(it.desired_peers()[&"fd00:244:0:3::/64".parse().unwrap()].flags, peer::POD | tunnel);
     it.take_peers_dirty();
-    assert!(it.set_own_addresses(Vec::new(), settings.links.clone()) && it.take_peers_dirty());
+    assert!(it.set_host(own()) && it.take_peers_dirty());
     assert_eq!(it.desired_peers()[&"fd00:244:0:3::/64".parse().unwrap()].flags, peer::POD);
-    assert!(!it.set_own_addresses(Vec::new(), settings.links));
+    assert!(!it.set_host(own()));
 }
 
 #[test]
 fn an_ipv6_underlay() {
-    let it = Settings { tunnel_family: Family::V6, ..settings(Routing::Vxlan) };
+    let it = Settings { overlay_family: Some(Family::V6), ..settings(Routing::Vxlan) };
     let (got, _) = peers(it, three_nodes());
     assert_eq!(got["10.244.2.0/24"], entry("fd00:18::12", identity::POD, peer::POD | peer::TUNNEL));
 }
@@ -436,11 +448,12 @@ fn an_ipv6_underlay() {
 #[test]
 fn a_node_that_the_overlay_cannot_reach() {
     let lone = node("n2", &["fd00:18::12"], &["10.244.2.0/24"]).apply();
-    let (got, problems) = peers(settings(Routing::Vxlan), [three_nodes()[0].clone(), lone.clone()]);
+    let own = || node("n1", &["172.18.0.11"], &["10.244.1.0/24"]).apply();
+    let (got, problems) = peers(settings(Routing::Vxlan), [own(), lone.clone()]);
     assert_eq!(got["fd00:18::12/128"], entry("fd00:18::12", identity::NODE, peer::NODE));
     assert!(!got.contains_key("10.244.2.0/24"));
-    assert!(problems[0].starts_with("Node n2: status.addresses: no IPv4 InternalIP"), "{problems:?}");
-    let (got, problems) = peers(settings(Routing::Native), [three_nodes()[0].clone(), lone]);
+    assert!(problems[0].starts_with("Node n2: status.addresses: no InternalIP of a family"), "{problems:?}");
+    let (got, problems) = peers(settings(Routing::Native), [own(), lone]);
     assert!(!got.contains_key("10.244.2.0/24"));
     assert!(problems[0].contains("no IPv4 InternalIP to route 10.244.2.0/24 to"), "{problems:?}");
 }

@@ -1,32 +1,20 @@
-//! The devices towards the other nodes, and this host's addresses.
+//! What the host's network looks like, and the facts that decisions depend on.
 
-use std::net::IpAddr;
-
-use anyhow::{Result, bail};
+use anyhow::Result;
 use ipnet::IpNet;
+use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 
 use super::address::{self, Address};
 use super::link::{self, Link};
 use super::netlink::Socket;
-use super::route::{self, Route, Target};
+use super::route::{self, Route};
+use crate::host::{DefaultRoute, Device, DeviceAddress, DeviceKind, HostFacts};
+use crate::model::Family;
 
-/// A device towards the other nodes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Uplink {
-    /// Its name.
-    pub name: String,
-    /// Its index.
-    pub ifindex: u32,
-    /// Its MTU.
-    pub mtu: u32,
-    /// Its addresses of global scope with their on-link prefixes, in the kernel's order: the primary one first.
-    pub addresses: Vec<IpNet>,
-}
-
-/// The networks that these devices are in: who is there is reached without a router.
-pub fn networks(uplinks: &[Uplink]) -> Vec<IpNet> {
-    uplinks.iter().flat_map(|uplink| &uplink.addresses).copied().collect()
-}
+/// Kinds of devices whose ports have no packets of their own. A VRF's ports do.
+const COLLECTORS: [&str; 4] = ["bridge", "bond", "team", "openvswitch"];
+/// Kind of devices that only hold addresses.
+const DUMMY: &str = "dummy";
 
 /// What the host looks like.
 #[derive(Clone, Debug, Default)]
@@ -45,124 +33,149 @@ impl Host {
         Ok(Self { links: link::list(socket)?, addresses: address::list(socket)?, routes: route::list(socket)? })
     }
 
-    /// The uplinks of these names, each once; without names, the device of the default route.
-    pub fn uplinks(&self, names: &[String]) -> Result<Vec<Uplink>> {
-        if names.is_empty() {
-            let Some(link) = self.default_device() else {
-                bail!("no default route says which device leads to the other nodes: name it with --uplink DEV");
-            };
-            return Ok(vec![self.uplink(link)]);
+    /// What decisions depend on.
+    pub fn facts(&self) -> HostFacts {
+        let mut defaults: Vec<_> = self.routes.iter().filter(|route| route.dst.prefix_len() == 0).collect();
+        // The last resort of IPv6 is no way out.
+        defaults.retain(|route| !route.target.devices().is_empty());
+        let hops = |route: &&Route| {
+            let (family, metric) = (Family::of(route.dst.addr()), route.metric);
+            let hop = move |device| DefaultRoute { family, metric, device };
+            route.target.devices().into_iter().map(hop).collect::<Vec<_>>()
+        };
+        let mut defaults: Vec<_> = defaults.iter().flat_map(hops).collect();
+        defaults.sort_unstable();
+        defaults.dedup();
+        HostFacts { devices: self.links.iter().map(|link| self.device(link)).collect(), defaults }
+    }
+
+    fn device(&self, link: &Link) -> Device {
+        let own = self.addresses.iter().filter(|it| it.ifindex == link.index);
+        Device {
+            index: link.index,
+            name: link.name.clone(),
+            mtu: link.mtu,
+            kind: self.kind(link),
+            addresses: own.map(device_address).collect(),
         }
-        let mut found: Vec<Uplink> = Vec::new();
-        for name in names {
-            let uplink = self.named(name)?;
-            // A device takes a program once.
-            if !found.contains(&uplink) {
-                found.push(uplink);
-            }
+    }
+
+    fn kind(&self, link: &Link) -> DeviceKind {
+        let master = link.master.and_then(|index| self.links.iter().find(|it| it.index == index));
+        if link.name == OVERLAY_DEV || link.name.starts_with(VETH_PREFIX) {
+            DeviceKind::Internal
+        } else if link.flags & libc::IFF_LOOPBACK as u32 != 0 || link.kind == DUMMY {
+            DeviceKind::Local
+        } else if master.is_some_and(|it| COLLECTORS.contains(&it.kind.as_str())) {
+            DeviceKind::Member
+        } else if link.is_ethernet() {
+            DeviceKind::Ethernet
+        } else {
+            DeviceKind::LayerThree
         }
-        Ok(found)
-    }
-
-    fn named(&self, name: &str) -> Result<Uplink> {
-        if let Some(link) = self.links.iter().find(|link| link.name == name) {
-            return Ok(self.uplink(link));
-        }
-        let there: Vec<_> = self.links.iter().map(|link| link.name.as_str()).collect();
-        bail!("--uplink {name}: there is no such device here; there are: {}", there.join(", "))
-    }
-
-    /// The device of the default route, IPv4's first, the smallest metric first.
-    fn default_device(&self) -> Option<&Link> {
-        let defaults = self.routes.iter().filter(|r| r.dst.prefix_len() == 0);
-        let oif = defaults
-            .filter_map(|r| match r.target {
-                Target::Via { oif, .. } => Some((matches!(r.dst, IpNet::V6(_)), r.metric, oif)),
-                _ => None,
-            })
-            .min()?
-            .2;
-        self.links.iter().find(|link| link.index == oif)
-    }
-
-    fn uplink(&self, link: &Link) -> Uplink {
-        let own = self.addresses.iter().filter(|a| a.ifindex == link.index && is_global(a));
-        Uplink { name: link.name.clone(), ifindex: link.index, mtu: link.mtu, addresses: own.map(|a| a.net).collect() }
-    }
-
-    /// Every address that this host has on any interface, loopback and IPv6 link-local ones left out; sorted. Those on pods'
-    /// veths count: a delegated IPAM has its gateway there, and a packet to it is for this host's stack, never for the world.
-    pub fn own_addresses(&self) -> Vec<IpAddr> {
-        let mut own: Vec<_> = self.addresses.iter().map(|a| a.net.addr()).filter(|ip| is_own(*ip)).collect();
-        own.sort_unstable();
-        own.dedup();
-        own
     }
 }
 
-fn is_own(ip: IpAddr) -> bool {
-    let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
-    !ip.is_loopback() && !link_local
+fn device_address(address: &Address) -> DeviceAddress {
+    const OPTIMISTIC: u32 = libc::IFA_F_OPTIMISTIC;
+    let is_global = address.scope == libc::RT_SCOPE_UNIVERSE && !address.net.addr().is_loopback();
+    // Optimistic addresses are tentative ones that the kernel uses already (RFC 4429).
+    let is_unproven = address.flags & libc::IFA_F_TENTATIVE != 0 && address.flags & OPTIMISTIC == 0;
+    let is_usable = is_global && !is_unproven && address.flags & libc::IFA_F_DADFAILED == 0;
+    DeviceAddress { net: address.net, is_usable, is_preferred: is_usable && address.is_usable() }
 }
 
-fn is_global(address: &Address) -> bool {
-    address.scope == libc::RT_SCOPE_UNIVERSE && !address.net.addr().is_loopback()
+/// The prefixes of all addresses.
+pub fn networks(host: &Host) -> Vec<IpNet> {
+    host.addresses.iter().map(|it| it.net).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Address, Host, Link, Route, Target};
-    use ipnet::IpNet;
+    use super::super::route::Hop;
+    use super::{Address, Host, Link, Route};
+    use crate::host::DefaultRoute;
+    use crate::host::DeviceKind::{Ethernet, Internal, LayerThree, Local, Member};
+    use crate::model::Family;
+    use crate::net::route::Target;
 
-    fn host() -> Host {
-        let link = |index, name: &str| Link { index, name: name.into(), mtu: 1500, ..Link::default() };
-        let address = |ifindex, net: &str, scope| Address { ifindex, net: net.parse().unwrap(), scope, flags: 0 };
-        let default = |dst: &str, oif, metric| Route {
-            dst: dst.parse::<IpNet>().unwrap(),
-            target: Target::Via { oif, gateway: None },
-            source: None,
-            metric,
-            protocol: 3,
-        };
-        Host {
-            links: vec![link(1, "lo"), link(2, "eth0"), link(3, "eth1"), link(4, "rnvab"), link(5, "rnvac")],
-            addresses: vec![
-                address(1, "127.0.0.1/8", 254),
-                address(2, "192.0.2.9/24", 0),
-                address(2, "2001:db8::9/64", 0),
-                address(2, "fe80::9/64", 253),
-                address(4, "198.51.100.1/32", 0),
-                address(5, "198.51.100.1/32", 0),
-                address(5, "2001:db8:7::1/128", 0),
-                address(5, "fe80::5/64", 253),
-                address(1, "10.9.9.9/32", 254),
-                address(1, "::1/128", 254),
-            ],
-            routes: vec![default("::/0", 3, 0), default("0.0.0.0/0", 3, 200), default("0.0.0.0/0", 2, 100)],
-        }
+    fn link(index: u32, name: &str, kind: &str, master: Option<u32>) -> Link {
+        Link { index, name: name.into(), kind: kind.into(), master, hardware: libc::ARPHRD_ETHER, ..Link::default() }
+    }
+
+    fn route(dst: &str, target: Target, metric: u32) -> Route {
+        Route { dst: dst.parse().unwrap(), target, source: None, metric, protocol: 3 }
     }
 
     #[test]
-    fn the_default_route_names_the_uplink_by_default() {
-        let found = host().uplinks(&[]).unwrap();
-        assert_eq!((found[0].name.as_str(), found[0].ifindex), ("eth0", 2));
-        assert_eq!(found[0].addresses, ["192.0.2.9/24".parse().unwrap(), "2001:db8::9/64".parse::<IpNet>().unwrap()]);
-        assert_eq!(host().uplinks(&["eth1".into()]).unwrap()[0].ifindex, 3);
-        let twice = host().uplinks(&["eth1".into(), "eth0".into(), "eth1".into()]).unwrap();
-        assert_eq!(twice.iter().map(|it| it.ifindex).collect::<Vec<_>>(), [3, 2]);
+    fn devices_are_told_apart_by_what_leaves_by_them() {
+        let lo = Link { flags: libc::IFF_LOOPBACK as u32, hardware: libc::ARPHRD_LOOPBACK, ..link(1, "lo", "", None) };
+        let wg = Link { hardware: libc::ARPHRD_NONE, ..link(9, "wg0", "wireguard", None) };
+        let links = vec![
+            lo,
+            link(2, "eth0", "", Some(3)),
+            link(3, "bond0", "bond", None),
+            link(4, "bond0.7", "vlan", None),
+            link(5, "red", "vrf", None),
+            link(6, "eth1", "", Some(5)),
+            link(7, "kube-ipvs0", "dummy", None),
+            link(8, "rnv1", "veth", None),
+            wg,
+            link(10, "eth2", "veth", None),
+            link(11, "rn_vxlan", "vxlan", None),
+        ];
+        let facts = Host { links, ..Host::default() }.facts();
+        let kinds: Vec<_> = facts.devices.iter().map(|it| (it.name.as_str(), it.kind)).collect();
+        let want = [
+            ("lo", Local),
+            ("eth0", Member),
+            ("bond0", Ethernet),
+            ("bond0.7", Ethernet),
+            ("red", Ethernet),
+            ("eth1", Ethernet),
+            ("kube-ipvs0", Local),
+            ("rnv1", Internal),
+            ("wg0", LayerThree),
+            ("eth2", Ethernet),
+            ("rn_vxlan", Internal),
+        ];
+        assert_eq!(kinds, want);
     }
 
     #[test]
-    fn without_either_the_error_says_what_to_do() {
-        let text = host().uplinks(&["eth7".into()]).unwrap_err().to_string();
-        assert!(text.contains("eth7") && text.contains("eth0, eth1"), "{text}");
-        let text = Host { routes: vec![], ..host() }.uplinks(&[]).unwrap_err().to_string();
-        assert!(text.contains("--uplink"), "{text}");
+    fn every_next_hop_of_every_default_route_counts() {
+        let hop = |oif| Hop { oif, gateway: None };
+        let routes = vec![
+            route("0.0.0.0/0", Target::Via { oif: 2, gateway: None }, 100),
+            route("0.0.0.0/0", Target::Multi(vec![hop(4), hop(3)]), 0),
+            route("::/0", Target::Unreachable, 4_294_967_295),
+            route("::/0", Target::Via { oif: 3, gateway: None }, 0),
+            route("10.0.0.0/8", Target::Via { oif: 9, gateway: None }, 0),
+        ];
+        let default = |family, metric, device| DefaultRoute { family, metric, device };
+        let (v4, v6) = (Family::V4, Family::V6);
+        assert_eq!(
+            Host { routes, ..Host::default() }.facts().defaults,
+            [default(v4, 0, 3), default(v4, 0, 4), default(v4, 100, 2), default(v6, 0, 3)]
+        );
     }
 
     #[test]
-    fn addresses_of_all_interfaces_are_own_once_each() {
-        let own: Vec<_> = host().own_addresses().iter().map(ToString::to_string).collect();
-        assert_eq!(own, ["10.9.9.9", "192.0.2.9", "198.51.100.1", "2001:db8::9", "2001:db8:7::1"]);
+    fn addresses_that_are_not_proven_or_on_their_way_out_count_less() {
+        let address = |net: &str, scope, flags| Address { ifindex: 2, net: net.parse().unwrap(), scope, flags };
+        let addresses = vec![
+            address("192.0.2.1/24", 0, 0),
+            address("2001:db8::1/64", 0, libc::IFA_F_TENTATIVE),
+            address("2001:db8::2/64", 0, libc::IFA_F_TENTATIVE | libc::IFA_F_OPTIMISTIC),
+            address("2001:db8::3/64", 0, libc::IFA_F_DADFAILED),
+            address("2001:db8::4/64", 0, libc::IFA_F_DEPRECATED),
+            address("2001:db8::5/64", 0, libc::IFA_F_TEMPORARY),
+            address("fe80::1/64", libc::RT_SCOPE_LINK, 0),
+        ];
+        let host = Host { links: vec![link(2, "eth0", "", None)], addresses, ..Host::default() };
+        let states: Vec<_> =
+            host.facts().devices[0].addresses.iter().map(|it| (it.is_usable, it.is_preferred)).collect();
+        let (preferred, usable, neither) = ((true, true), (true, false), (false, false));
+        assert_eq!(states, [preferred, neither, usable, neither, usable, usable, neither]);
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod address;
 pub mod endpoints;
+pub mod host;
 pub mod iptables;
 pub mod kube_proxy;
 pub mod link;
@@ -20,4 +21,3 @@ pub mod rule;
 pub mod sockets;
 pub mod sysctl;
 pub mod tc;
-pub mod uplink;

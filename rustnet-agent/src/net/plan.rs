@@ -7,28 +7,24 @@ use ipnet::IpNet;
 use rustnet_common::names::VETH_PREFIX;
 
 use super::endpoints::parse_mac;
+use super::host::Host;
 use super::link::Link;
 use super::neighbour::Neighbour;
 use super::route::{LAST_METRIC, PROTOCOL, Route, Target};
-use super::uplink::{Host, Uplink};
-use crate::config::Routing;
-use crate::model::{Family, Node};
+use crate::model::Family;
+use crate::ways::{Owner, Way, Ways};
 use rustnet_common::files::EndpointFile;
 
 /// All that routes follow from.
 pub struct Facts<'a> {
-    /// This node's own object, once known.
-    pub own: Option<&'a Node>,
+    /// The ways to the other nodes.
+    pub ways: &'a Ways,
     /// Ranges that this node's pods come from.
     pub own_pod_cidrs: &'a [IpNet],
-    /// The other nodes.
-    pub peers: Vec<&'a Node>,
-    /// How pods of other nodes are reached.
-    pub routing: Routing,
+    /// All nodes are known. Before, routes to other nodes stay as an earlier agent made them.
+    pub is_complete: bool,
     /// Index of the overlay device; `None` in native routing.
     pub overlay: Option<u32>,
-    /// The devices towards the other nodes.
-    pub uplinks: &'a [Uplink],
     /// The pods' interfaces.
     pub endpoints: &'a [EndpointFile],
 }
@@ -71,56 +67,23 @@ impl Facts<'_> {
         for cidr in self.own_pod_cidrs {
             desired.routes.push(ours(*cidr, Target::Unreachable, None, LAST_METRIC));
         }
-        for peer in &self.peers {
-            for cidr in peer.pod_cidrs.iter().filter(|cidr| !self.is_own(cidr)) {
-                match self.target(peer, *cidr) {
-                    Some(target) => desired.routes.push(ours(*cidr, target, self.source(*cidr), 0)),
-                    None => desired.problems.push(format!(
-                        "node {}: none of its addresses is on a link of this node's uplinks, so no route to its pods {cidr} is \
-                         made: let the routers between the nodes know the range, or use --routing vxlan or direct-and-vxlan",
-                        peer.name
-                    )),
-                }
-            }
+        let known = self.ways.entries.iter().filter(|_| self.is_complete);
+        for (cidr, entry) in known.filter(|(cidr, it)| it.owner == Owner::Pods && !self.is_own(cidr)) {
+            let target = match entry.way {
+                Way::Direct { gateway, device } => Some(Target::Via { oif: device, gateway: Some(gateway) }),
+                Way::Tunnel { .. } => self.overlay.map(|oif| Target::Via { oif, gateway: None }),
+                Way::Here | Way::Routed { .. } => None,
+            };
+            // What pods see when the host talks to them: the address by which their node knows this one.
+            let source = self.ways.place.addresses.of(Family::of(cidr.addr()));
+            desired.routes.extend(target.map(|target| ours(*cidr, target, source, 0)));
         }
         self.add_pods(&mut desired, links);
-        // Two nodes with one range is the index's problem to report; one route is all the kernel takes.
-        let mut seen = BTreeSet::new();
-        desired.routes.retain(|route| seen.insert(route.key()));
         desired
     }
 
     fn is_own(&self, cidr: &IpNet) -> bool {
         self.own_pod_cidrs.iter().any(|own| own.contains(cidr) || cidr.contains(own))
-    }
-
-    /// The node's own address of the family: what pods see when the host talks to them.
-    fn source(&self, cidr: IpNet) -> Option<IpAddr> {
-        let same = |ip: &IpAddr| ip.is_ipv4() == cidr.addr().is_ipv4();
-        let local: BTreeSet<IpAddr> = self.uplinks.iter().flat_map(|u| &u.addresses).map(IpNet::addr).collect();
-        let named = self.own.into_iter().flat_map(|own| own.addresses.iter().copied());
-        // The kernel refuses a source that no interface has.
-        named
-            .filter(|ip| local.contains(ip))
-            .find(same)
-            .or_else(|| self.uplinks.iter().flat_map(|u| &u.addresses).map(IpNet::addr).find(same))
-    }
-
-    /// Where packets for a range of another node's pods go.
-    fn target(&self, peer: &Node, cidr: IpNet) -> Option<Target> {
-        let direct = || {
-            let family = Family::of(cidr.addr());
-            self.uplinks.iter().find_map(|uplink| {
-                let gateway = peer.on_link(family, &uplink.addresses)?;
-                Some(Target::Via { oif: uplink.ifindex, gateway: Some(gateway) })
-            })
-        };
-        let tunnel = || self.overlay.map(|oif| Target::Via { oif, gateway: None });
-        match self.routing {
-            Routing::Vxlan => tunnel(),
-            Routing::Native => direct(),
-            Routing::DirectAndVxlan => direct().or_else(tunnel),
-        }
     }
 
     fn add_pods(&self, desired: &mut Desired, links: &[Link]) {
@@ -153,20 +116,27 @@ fn ours(dst: IpNet, target: Target, source: Option<IpAddr>, metric: u32) -> Rout
 impl Desired {
     /// What leads from `host` to this.
     pub fn changes(&self, host: &Host, neighbours: &[Neighbour]) -> Changes {
-        let there: BTreeMap<_, &Route> =
-            host.routes.iter().filter(|r| r.protocol == PROTOCOL).map(|r| (r.key(), r)).collect();
+        // Hosts with a million routes exist, and so do nodes with hundreds of pods: each route is looked at once.
+        let pods = self.pod_routes.iter().map(|(ip, _)| IpNet::from(*ip));
+        let destinations: BTreeSet<IpNet> = self.routes.iter().map(|r| r.dst).chain(pods).collect();
+        let mut there: BTreeMap<IpNet, Vec<&Route>> = BTreeMap::new();
+        for route in host.routes.iter().filter(|route| destinations.contains(&route.dst)) {
+            there.entry(route.dst).or_default().push(route);
+        }
+        let to = |dst: &IpNet| there.get(dst).map(Vec::as_slice).unwrap_or_default();
         let mut changes = Changes::default();
         for route in &self.routes {
-            match there.get(&route.key()) {
+            let same_key = || to(&route.dst).iter().filter(|there| there.key() == route.key());
+            match same_key().find(|there| there.protocol == PROTOCOL) {
                 Some(same) if *same == route => {}
                 // The kernel takes no second one, and it does what ours would: a network of before, or routes made by hand.
-                None if host.routes.iter().any(|r| r.key() == route.key() && r.target == route.target) => {}
+                None if same_key().any(|there| there.target == route.target) => {}
                 other => changes.add.push((route.clone(), other.is_some())),
             }
         }
         for (ip, ifindex) in &self.pod_routes {
             let direct = Target::Via { oif: *ifindex, gateway: None };
-            if !host.routes.iter().any(|r| r.dst == IpNet::from(*ip) && r.target == direct) {
+            if !to(&IpNet::from(*ip)).iter().any(|there| there.target == direct) {
                 changes.add.push((ours((*ip).into(), direct, None, 0), false));
             }
         }

@@ -10,32 +10,48 @@ use ipnet::IpNet;
 use rustnet_common::files::EndpointFile;
 use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 
+use super::host::Host;
 use super::link::{self, Link};
 use super::netlink::Socket;
 use super::overlay::{self, Change, Ensured, Spec};
 use super::plan::Facts;
 use super::route::Target;
-use super::uplink::{Host, Uplink};
 use super::{endpoints, neighbour, route, sysctl};
-use crate::config::Routing;
-use crate::model::{Family, Node};
+use crate::failure::{Failure, Scope};
+use crate::host::DeviceKind;
+use crate::model::Family;
+use crate::ways::{Uplink, Ways};
+
+/// Settings of the overlay device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overlay {
+    /// UDP port.
+    pub port: u16,
+    /// MAC.
+    pub mac: [u8; 6],
+}
 
 /// What there should be, from configuration and cluster.
 pub struct Wanted<'a> {
-    /// Names of the uplinks; empty for the default route's.
-    pub uplinks: &'a [String],
-    /// How pods of other nodes are reached.
-    pub routing: Routing,
-    /// Port and MAC of the overlay; `None` in native routing.
-    pub overlay: Option<(u16, [u8; 6])>,
-    /// This node's own object, once known.
-    pub own: Option<&'a Node>,
+    /// This node's place and the ways to all others.
+    pub ways: &'a Ways,
+    /// `None` in native routing.
+    pub overlay: Option<Overlay>,
     /// Ranges that this node's pods come from.
     pub own_pod_cidrs: &'a [IpNet],
-    /// The other nodes.
-    pub peers: Vec<&'a Node>,
     /// False until all nodes are known: then nothing is deleted.
-    pub complete: bool,
+    pub is_complete: bool,
+}
+
+/// The overlay device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OverlayDevice {
+    /// Its index.
+    pub index: u32,
+    /// Its MTU.
+    pub mtu: u32,
+    /// False while nothing verifies yet what comes out of it.
+    pub is_up: bool,
 }
 
 /// The host as it is after a repair.
@@ -43,12 +59,10 @@ pub struct Wanted<'a> {
 pub struct State {
     /// All interfaces, addresses and routes, as found.
     pub host: Host,
-    /// The devices towards the other nodes.
+    /// The devices towards the other nodes and the world.
     pub uplinks: Vec<Uplink>,
-    /// Index and MTU of the overlay device.
-    pub overlay: Option<(u32, u32)>,
-    /// True while the overlay device is down, because nothing verifies yet what comes out of it.
-    pub overlay_down: bool,
+    /// The overlay device, where there is one.
+    pub overlay: Option<OverlayDevice>,
     /// The pods' records.
     pub endpoints: Vec<EndpointFile>,
     /// What was changed, for the log.
@@ -56,7 +70,7 @@ pub struct State {
     /// What is wrong and was worked around.
     pub problems: Vec<String>,
     /// What failed.
-    pub errors: Vec<String>,
+    pub failures: Vec<Failure>,
 }
 
 /// The side of the host's network that is ours.
@@ -64,19 +78,16 @@ pub struct Repairer {
     socket: Socket,
     sysctl_dir: PathBuf,
     run_dir: PathBuf,
-}
-
-/// The family of the addresses that nodes reach each other by: IPv4 where the uplinks have it.
-pub fn underlay(uplinks: &[Uplink]) -> Family {
-    let mut all = uplinks.iter().flat_map(|u| &u.addresses);
-    if all.clone().next().is_some() && !all.any(|net| net.addr().is_ipv4()) { Family::V6 } else { Family::V4 }
+    /// The uplinks of the last look that found any.
+    uplinks: Vec<Uplink>,
 }
 
 impl Repairer {
     /// Works in the network namespace of the calling thread; `sysctl_dir` is that namespace's `/proc/sys/net`, writable.
     pub fn new(run_dir: &Path, sysctl_dir: &Path) -> Result<Self> {
         let socket = Socket::open().context("opening a netlink socket")?;
-        Ok(Self { socket, sysctl_dir: sysctl_dir.to_owned(), run_dir: run_dir.to_owned() })
+        let (sysctl_dir, run_dir) = (sysctl_dir.to_owned(), run_dir.to_owned());
+        Ok(Self { socket, sysctl_dir, run_dir, uplinks: Vec::new() })
     }
 
     /// The socket, for other requests.
@@ -84,70 +95,92 @@ impl Repairer {
         &mut self.socket
     }
 
-    /// Observes the host, prepares the overlay device and the sysctls. Fails only when it cannot
-    /// observe, or finds no uplink.
-    pub fn prepare(&mut self, wanted: &Wanted<'_>) -> Result<State> {
-        let host = Host::observe(&mut self.socket)?;
-        let uplinks = host.uplinks(wanted.uplinks)?;
+    /// Looks at the host.
+    pub fn observe(&mut self) -> Result<Host> {
+        Host::observe(&mut self.socket)
+    }
+
+    /// Prepares the overlay device and the sysctls of this host.
+    pub fn prepare(&mut self, host: Host, wanted: &Wanted<'_>) -> Result<State> {
+        let uplinks = self.uplinks(&host, wanted);
         let mut state = State { host, uplinks, ..State::default() };
         let records = endpoints::read(&self.run_dir)?;
         state.endpoints = records.endpoints;
         state.problems = records.problems;
-        if let Some((port, mac)) = wanted.overlay {
-            self.overlay(&mut state, port, mac);
+        state.problems.extend(wanted.ways.place.problems.iter().cloned());
+        if let Some(overlay) = wanted.overlay {
+            self.overlay(&mut state, overlay, wanted);
         }
         let veths = veth_names(&state.host.links, &state.endpoints);
-        let overlay_name = state.overlay.map(|_| OVERLAY_DEV);
-        let names: Vec<_> = state.uplinks.iter().map(|u| u.name.clone()).collect();
-        let wanted_sysctls = sysctl::wanted(&names, overlay_name, &veths);
+        let wanted_sysctls = sysctl::wanted(&devices(&state.host, &state.uplinks, state.overlay.is_some(), veths));
         for done in [sysctl::relax(&self.sysctl_dir), sysctl::apply(&self.sysctl_dir, &wanted_sysctls)] {
             match done {
                 Ok(changed) => state.changed.extend(changed),
-                Err(e) => state.errors.push(format!("{e:#}")),
+                Err(e) => state.failures.push(Failure::new(Scope::Node, &e)),
             }
         }
         Ok(state)
+    }
+
+    /// The uplinks. While there are none, as between two leases of an address, those of before keep their programs.
+    fn uplinks(&mut self, host: &Host, wanted: &Wanted<'_>) -> Vec<Uplink> {
+        let found = &wanted.ways.place.uplinks;
+        if found.is_empty() {
+            let exists = |uplink: &Uplink| host.links.iter().any(|it| it.index == uplink.ifindex);
+            self.uplinks.retain(exists);
+        } else {
+            self.uplinks.clone_from(found);
+        }
+        self.uplinks.clone()
     }
 
     /// Sets the overlay device up if it is down and `is_verified`, then routes and neighbours.
     /// `is_verified`: `overlay_in` is attached, so that no tunnel packet gets past it. Until then
     /// there are no routes through a device that is down.
     pub fn connect(&mut self, state: &mut State, wanted: &Wanted<'_>, is_verified: bool) {
-        if let (Some((index, _)), Some((port, _)), true, true) =
-            (state.overlay, wanted.overlay, state.overlay_down, is_verified)
+        if let (Some(device), Some(overlay)) = (state.overlay, &wanted.overlay)
+            && !device.is_up
+            && is_verified
         {
-            let done = link::raise(&mut self.socket, index, port);
-            state.overlay_down = done.is_err();
-            state.note(done.map(|()| true), || format!("{OVERLAY_DEV}: up"));
+            let done = link::raise(&mut self.socket, device.index, overlay.port);
+            state.overlay = Some(OverlayDevice { is_up: done.is_ok(), ..device });
+            state.note(Scope::Node, done.map(|()| true), || format!("{OVERLAY_DEV}: up"));
         }
-        if wanted.overlay.is_none() || (state.overlay.is_some() && !state.overlay_down) {
+        if state.is_connected(wanted.overlay.is_some()) {
             self.routes(state, wanted);
         }
     }
 
-    fn overlay(&mut self, state: &mut State, port: u16, mac: [u8; 6]) {
-        let Some(uplink_mtu) = state.uplinks.iter().map(|u| u.mtu).min() else { return };
-        let mtu = uplink_mtu.saturating_sub(overlay::overhead(underlay(&state.uplinks)));
-        match overlay::ensure(&mut self.socket, &Spec { port, mtu, mac }) {
+    fn overlay(&mut self, state: &mut State, overlay: Overlay, wanted: &Wanted<'_>) {
+        let ways = wanted.ways;
+        let there = state.host.links.iter().find(|link| link.name == OVERLAY_DEV && link.vxlan.is_some());
+        // Before this node's own object is known, its MTU could become another one for a moment; and without any device towards
+        // other nodes there is none.
+        if let Some(link) = there.filter(|_| ways.place.mtu == 0 || !wanted.is_complete) {
+            state.overlay = Some(OverlayDevice { index: link.index, mtu: link.mtu, is_up: link.is_up() });
+            return;
+        }
+        if ways.place.mtu == 0 {
+            return;
+        }
+        let mtu = ways.place.mtu.saturating_sub(overlay::overhead(ways.overlay_family()));
+        match overlay::ensure(&mut self.socket, &Spec { port: overlay.port, mtu, mac: overlay.mac }) {
             Ok(Ensured { index, change, is_up }) => {
-                state.overlay = Some((index, mtu));
-                state.overlay_down = !is_up;
+                state.overlay = Some(OverlayDevice { index, mtu, is_up });
                 if change != Change::None {
                     state.changed.push(format!("{OVERLAY_DEV}: {}", word(change)));
                 }
             }
-            Err(e) => state.errors.push(format!("{e:#}")),
+            Err(e) => state.failures.push(Failure::new(Scope::Node, &e)),
         }
     }
 
     fn routes(&mut self, state: &mut State, wanted: &Wanted<'_>) {
         let facts = Facts {
-            own: wanted.own,
+            ways: wanted.ways,
             own_pod_cidrs: wanted.own_pod_cidrs,
-            peers: wanted.peers.clone(),
-            routing: wanted.routing,
-            overlay: state.overlay.map(|(index, _)| index),
-            uplinks: &state.uplinks,
+            is_complete: wanted.is_complete,
+            overlay: state.overlay.map(|device| device.index),
             endpoints: &state.endpoints,
         };
         let desired = facts.desired(&state.host.links);
@@ -157,47 +190,66 @@ impl Repairer {
         let neighbours = neighbour::list(&mut self.socket);
         let (routes, neighbours) = match (routes, neighbours) {
             (Ok(routes), Ok(neighbours)) => (routes, neighbours),
-            (Err(e), _) | (_, Err(e)) => return state.errors.push(format!("{e:#}")),
+            (Err(e), _) | (_, Err(e)) => return state.failures.push(Failure::new(Scope::Node, &e)),
         };
         state.host.routes = routes;
         let changes = desired.changes(&state.host, &neighbours);
         for neighbour in &changes.neighbours {
             let done = neighbour::put(&mut self.socket, neighbour).map(|()| true);
             let done = link::unless_gone(&mut self.socket, neighbour.ifindex, done, false);
-            state.note(done, || format!("neighbour {} added", neighbour.ip));
+            state.note(Scope::Pod, done, || format!("neighbour {} added", neighbour.ip));
         }
         for (route, replace) in &changes.add {
             let mut done = route::add(&mut self.socket, route, *replace).map(|()| true);
             if let Target::Via { oif, .. } = route.target {
                 done = link::unless_gone(&mut self.socket, oif, done, false);
             }
-            state.note(done, || format!("route to {} {}", route.dst, if *replace { "repaired" } else { "added" }));
+            let scope = if route.target == Target::Unreachable { Scope::Node } else { Scope::Peer };
+            state.note(scope, done, || {
+                format!("route to {} {}", route.dst, if *replace { "repaired" } else { "added" })
+            });
         }
-        for route in changes.delete.iter().filter(|_| wanted.complete) {
+        for route in changes.delete.iter().filter(|_| wanted.is_complete) {
             let done = route::delete(&mut self.socket, route);
-            state.note(done, || format!("route to {} removed", route.dst));
+            state.note(Scope::Peer, done, || format!("route to {} removed", route.dst));
         }
     }
 }
 
 impl State {
-    fn note(&mut self, done: Result<bool>, what: impl FnOnce() -> String) {
+    fn note(&mut self, scope: Scope, done: Result<bool>, what: impl FnOnce() -> String) {
         match done {
             Ok(true) => self.changed.push(what()),
             Ok(false) => {}
-            Err(e) => self.errors.push(format!("{e:#}")),
+            Err(e) => self.failures.push(Failure::new(scope, &e)),
         }
     }
 
-    /// The smallest MTU of the uplinks.
-    pub fn uplink_mtu(&self) -> u32 {
-        self.uplinks.iter().map(|u| u.mtu).min().unwrap_or(0)
+    /// True if packets can be sent to other nodes: by routes, or by an overlay device that is up.
+    pub fn is_connected(&self, has_overlay: bool) -> bool {
+        !has_overlay || self.overlay.is_some_and(|device| device.is_up)
     }
 
     /// Indexes of the pods' veths that exist, with their names.
     pub fn pod_veths(&self) -> BTreeMap<u32, &str> {
         let ours = self.host.links.iter().filter(|link| link.name.starts_with(VETH_PREFIX));
         ours.map(|link| (link.index, link.name.as_str())).collect()
+    }
+}
+
+/// The devices that sysctls depend on. Others with an IPv6 default route count: forwarding makes the kernel ignore the router
+/// advertisements that it may come from.
+pub fn devices(host: &Host, uplinks: &[Uplink], has_overlay: bool, veths: Vec<String>) -> sysctl::Devices {
+    let facts = host.facts();
+    let is_router = |index| facts.defaults.iter().any(|it| it.family == Family::V6 && it.device == index);
+    let is_other = |index| !uplinks.iter().any(|it| it.ifindex == index);
+    let others = facts.devices.iter().filter(|it| it.kind != DeviceKind::Internal);
+    let others = others.filter(|it| is_router(it.index) && is_other(it.index));
+    sysctl::Devices {
+        uplinks: uplinks.iter().map(|it| it.name.clone()).collect(),
+        others: others.map(|it| it.name.clone()).collect(),
+        overlay: has_overlay.then(|| OVERLAY_DEV.to_owned()),
+        veths,
     }
 }
 

@@ -20,18 +20,37 @@ pub struct Sysctl {
     pub optional: bool,
 }
 
-/// All settings, for an uplink, the overlay device (if any) and the pods' veths.
-pub fn wanted(uplinks: &[String], overlay: Option<&str>, veths: &[String]) -> Vec<Sysctl> {
+/// Names of the devices that settings depend on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Devices {
+    /// The uplinks.
+    pub uplinks: Vec<String>,
+    /// Other devices with an IPv6 default route.
+    pub others: Vec<String>,
+    /// The overlay device.
+    pub overlay: Option<String>,
+    /// The host's ends of pods' veths.
+    pub veths: Vec<String>,
+}
+
+/// All settings.
+pub fn wanted(devices: &Devices) -> Vec<Sysctl> {
     let sysctl = |path: String, want, also, optional| Sysctl { path, want, also, optional };
     let mut out = Vec::new();
-    // With forwarding, the kernel ignores router advertisements unless accept_ra is 2; the node's
-    // own default route may come from them, so this must be first.
-    out.extend(uplinks.iter().map(|dev| sysctl(format!("ipv6/conf/{dev}/accept_ra"), "2", &["0"], true)));
+    // With forwarding, the kernel drops the default routes of router advertisements, and ignores further ones, on devices whose
+    // accept_ra is not 2 (rt6_purge_dflt_routers). So this must be first.
+    let routers = devices.uplinks.iter().chain(&devices.others);
+    out.extend(routers.map(|dev| sysctl(format!("ipv6/conf/{dev}/accept_ra"), "2", &["0"], true)));
     out.push(sysctl("ipv4/ip_forward".into(), "1", &[], false));
     out.push(sysctl("ipv6/conf/all/forwarding".into(), "1", &[], true));
+    let internal = || devices.overlay.iter().chain(&devices.veths);
+    // Hardened hosts, and systemd-networkd, switch it off for single devices. The kernel's look-up for programs asks the device
+    // that a packet came in by (`bpf_ipv4_fib_lookup`).
+    let forwarding = devices.uplinks.iter().chain(internal());
+    out.extend(forwarding.map(|dev| sysctl(format!("ipv4/conf/{dev}/forwarding"), "1", &[], true)));
     // No reverse-path filter where the programs verify sources: what they let through can bear a VIP, whose route leads
     // elsewhere, and even the loose filter refuses that on a device without an address of its own. See also `relax`.
-    for dev in overlay.into_iter().chain(veths.iter().map(String::as_str)) {
+    for dev in internal() {
         out.push(sysctl(format!("ipv4/conf/{dev}/rp_filter"), "0", &[], true));
         // A second line behind the programs, which drop such frames of pods. A pod must not add
         // routes to the host by router advertisements (CVE-2020-13401), nor neighbours by ARP: all
@@ -104,7 +123,7 @@ pub fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{apply, relax, wanted};
+    use super::{Devices, apply, relax, wanted};
     use std::fs;
 
     #[test]
@@ -124,15 +143,24 @@ mod tests {
         put("ipv6/conf/rn_vxlan/accept_ra", "1\n");
         put("ipv6/conf/eth0/accept_ra", "0\n");
         put("ipv6/conf/eth1/accept_ra", "1\n");
-        let uplinks = ["eth0".to_owned(), "eth1".to_owned()];
-        let veths = ["rnv1".to_owned(), "rnv2".to_owned()];
-        let all = wanted(&uplinks, Some("rn_vxlan"), &veths);
+        put("ipv6/conf/eth2/accept_ra", "1\n");
+        put("ipv4/conf/eth0/forwarding", "0\n");
+        put("ipv4/conf/eth1/forwarding", "1\n");
+        let names = |all: &[&str]| all.iter().map(ToString::to_string).collect();
+        let all = wanted(&Devices {
+            uplinks: names(&["eth0", "eth1"]),
+            others: names(&["eth2"]),
+            overlay: Some("rn_vxlan".to_owned()),
+            veths: names(&["rnv1", "rnv2"]),
+        });
         let changed = apply(root.path(), &all).unwrap();
         assert_eq!(
             changed,
             [
                 "ipv6.conf.eth1.accept_ra: 1 -> 2",
+                "ipv6.conf.eth2.accept_ra: 1 -> 2",
                 "ipv4.ip_forward: 0 -> 1",
+                "ipv4.conf.eth0.forwarding: 0 -> 1",
                 "ipv6.conf.rn_vxlan.accept_ra: 1 -> 0",
                 "ipv4.conf.rnv1.rp_filter: 1 -> 0",
                 "ipv6.conf.rnv1.accept_ra: 2 -> 0",
@@ -163,6 +191,6 @@ mod tests {
     #[test]
     fn a_missing_ip_forward_is_an_error() {
         let root = tempfile::tempdir().unwrap();
-        assert!(apply(root.path(), &wanted(&[], None, &[])).is_err());
+        assert!(apply(root.path(), &wanted(&Devices::default())).is_err());
     }
 }

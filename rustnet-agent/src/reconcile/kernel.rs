@@ -24,10 +24,11 @@ use crate::bpf::store::{BpfMaps, fill};
 use crate::bpf::upgrade::Bridge;
 use crate::bpf::{load, object, pin, probe};
 use crate::config::{Config, MapSizes, PacketLog};
+use crate::failure::{Failure, Scope};
 use crate::metrics::{HookCount, KernelStats, MapFill};
 use crate::net::endpoints::parse_mac;
 use crate::net::netlink::Socket;
-use crate::net::repair::State;
+use crate::net::repair::{OverlayDevice, State};
 use crate::net::{link, tc};
 use crate::v1file;
 
@@ -56,7 +57,7 @@ pub struct Attached {
     /// What was changed, for the log.
     pub done: Vec<String>,
     /// What failed.
-    pub errors: Vec<String>,
+    pub failures: Vec<Failure>,
     /// `overlay_in` is on the overlay device, which may be up from now on.
     pub is_overlay_verified: bool,
 }
@@ -148,8 +149,15 @@ impl Kernel {
         self.programs.get(CLOCK)?.try_clone_to_owned().context("the clock program")
     }
 
-    /// Writes the programs' settings, pins the programs and has them on all hooks.
-    pub fn attach(&mut self, socket: &mut Socket, config: &NodeConfig, state: &State) -> Result<Attached> {
+    /// Writes the programs' settings, pins the programs and has them on all hooks. Nothing is removed from devices unless
+    /// `is_complete`: before this node's own object is known, an uplink may not seem to be one.
+    pub fn attach(
+        &mut self,
+        socket: &mut Socket,
+        config: &NodeConfig,
+        state: &State,
+        is_complete: bool,
+    ) -> Result<Attached> {
         // Settings first: a program must not run without them.
         let mut done = Vec::new();
         if self.config.write(config)? {
@@ -159,7 +167,7 @@ impl Kernel {
             self.programs.pin(&self.bpffs)?;
             self.pinned = true;
         }
-        let mut errors = Vec::new();
+        let mut failures = Vec::new();
         let hooks = device_hooks(state);
         let mut is_overlay_verified = false;
         for hook in &hooks {
@@ -170,10 +178,10 @@ impl Kernel {
                         done.push(format!("{} on {}: {}", hook.program, hook.device, word(outcome)));
                     }
                 }
-                Err(e) => errors.push(format!("{e:#}")),
+                Err(e) => failures.push(Failure::new(Scope::Node, &e)),
             }
         }
-        if errors.is_empty() {
+        if failures.is_empty() && is_complete {
             done.extend(self.drop_other_links(&hooks)?);
             done.extend(drop_other_filters(socket, &hooks, state)?);
         }
@@ -182,10 +190,10 @@ impl Kernel {
             match link::unless_gone(socket, record.ifindex, hooks, None) {
                 Ok(None | Some(Outcome::Unchanged)) => {}
                 Ok(Some(outcome)) => done.push(format!("{}: {}", record.host_ifname, word(outcome))),
-                Err(e) => errors.push(format!("{e:#}")),
+                Err(e) => failures.push(Failure::new(Scope::Pod, &e)),
             }
         }
-        Ok(Attached { done, errors, is_overlay_verified })
+        Ok(Attached { done, failures, is_overlay_verified })
     }
 
     fn device_hook(&self, socket: &mut Socket, hook: &Hook<'_>) -> Result<Outcome> {
@@ -290,7 +298,7 @@ fn device_hooks(state: &State) -> Vec<Hook<'_>> {
         let name = uplink.name.as_str();
         hooks.extend(pair(name, uplink.ifindex, [hook::UPLINK_IN, hook::UPLINK_OUT], (i > 0).then_some(name)));
     }
-    if let Some((index, _)) = state.overlay {
+    if let Some(OverlayDevice { index, .. }) = state.overlay {
         hooks.extend(pair(OVERLAY_DEV, index, [hook::OVERLAY_IN, hook::OVERLAY_OUT], None));
     }
     hooks

@@ -9,11 +9,10 @@ use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::config::{NodeConfig, flags};
 use rustnet_common::files::{EndpointFile, NodeFile};
 
-use crate::config::{Config, NODE_PORTS, Role};
-use crate::index::Settings;
+use crate::config::{Config, NODE_PORTS, OverlayFamily, Role};
 use crate::model::{Family, Node};
-use crate::net::repair::{State, underlay};
-use crate::net::uplink::{Host, Uplink, networks};
+use crate::net::repair::OverlayDevice;
+use crate::ways::{Place, Settings};
 
 /// Seed of the flow hash: the same in the whole cluster, so that all nodes choose alike.
 const SEED: u32 = 0x7275_7374;
@@ -24,15 +23,19 @@ pub const SNAT_PORTS: u32 = 8192;
 /// What to do where the host leaves fewer.
 pub const PORT_RANGE_REMEDY: &str = "sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\"";
 
-/// The index's settings for this host.
-pub fn index_settings(config: &Config, host: &Host, uplinks: &[Uplink]) -> Settings {
+/// The settings that the ways to other nodes depend on.
+pub fn settings(config: &Config) -> Settings {
     Settings {
         node_name: config.node_name.as_str().into(),
         routing: config.routing,
-        tunnel_family: underlay(uplinks),
+        uplinks: config.uplinks.clone(),
+        overlay_family: match config.overlay_family {
+            OverlayFamily::Auto => None,
+            OverlayFamily::Ipv4 => Some(Family::V4),
+            OverlayFamily::Ipv6 => Some(Family::V6),
+        },
+        pod_cidrs: config.pod_cidrs.clone(),
         no_masquerade: config.non_masquerade_cidrs.clone(),
-        own_addresses: host.own_addresses(),
-        links: networks(uplinks),
     }
 }
 
@@ -102,25 +105,22 @@ pub fn parse_port_range(text: &str) -> Result<(u16, u16)> {
     }
 }
 
-/// This host's address of a family that packets to the outside get: the node's own if the host has it, else the uplink's.
-pub fn node_address(state: &State, own: Option<&Node>, family: Family) -> Option<IpAddr> {
-    let mut local = state.uplinks.iter().flat_map(|u| &u.addresses).map(IpNet::addr);
-    let everywhere = state.host.own_addresses();
-    let named = own.into_iter().flat_map(|node| node.addresses.iter().copied());
-    let is_family = |ip: &IpAddr| Family::of(*ip) == family;
-    named.filter(|ip| everywhere.contains(ip)).find(is_family).or_else(|| local.find(is_family))
-}
-
 /// What the programs must know.
-pub fn config(config: &Config, state: &State, own: Option<&Node>, hz: u32, local_ports: (u16, u16)) -> NodeConfig {
-    let (overlay, overlay_mtu) = state.overlay.unwrap_or((0, state.uplink_mtu()));
+pub fn config(
+    config: &Config,
+    place: &Place,
+    overlay: Option<OverlayDevice>,
+    hz: u32,
+    local_ports: (u16, u16),
+) -> NodeConfig {
     let chosen = snat_ports(local_ports);
     let (snat_min, snat_max) = config.snat_ports.unwrap_or((chosen.first, chosen.last));
-    let address = |family| node_address(state, own, family).map(Addr::from);
+    let address = |family| place.addresses.of(family).map(Addr::from);
+    let (overlay, overlay_mtu) = overlay.map_or((0, place.mtu), |device| (device.index, device.mtu));
     NodeConfig {
         node4: address(Family::V4).map_or(Ip4::UNSPECIFIED, Ip4::from_addr),
         node6: address(Family::V6).map_or(Ip6::UNSPECIFIED, Ip6::from_addr),
-        tunnel_src: address(underlay(&state.uplinks)).unwrap_or(Addr::UNSPECIFIED),
+        tunnel_src: address(place.overlay_family).unwrap_or(Addr::UNSPECIFIED),
         mark_mask: config.packet_mark.mask,
         overlay,
         mark: config.packet_mark.value,
@@ -148,15 +148,6 @@ pub fn keep_addresses(config: &mut NodeConfig, before: &NodeConfig, own: &[IpAdd
     }
     if is_own(before.tunnel_src) {
         config.tunnel_src = before.tunnel_src;
-    }
-}
-
-/// The ranges that this node's pods come from: configured, or its Node object's.
-pub fn pod_cidrs(config: &Config, own: Option<&Node>) -> Vec<IpNet> {
-    if config.pod_cidrs.is_empty() {
-        own.map(|node| node.pod_cidrs.to_vec()).unwrap_or_default()
-    } else {
-        config.pod_cidrs.clone()
     }
 }
 
@@ -189,9 +180,9 @@ pub fn mtu(config: &Config, room: u32) -> Result<u32> {
     Ok(mtu)
 }
 
-/// What the CNI binary must know, or why pods cannot be connected.
-pub fn file(config: &Config, state: &State, own: Option<&Node>) -> Result<NodeFile> {
-    let pod_cidrs = pod_cidrs(config, own);
+/// What the CNI binary must know, or why pods cannot be connected. `room`: octets of packets to other nodes.
+pub fn file(config: &Config, room: u32, own: Option<&Node>) -> Result<NodeFile> {
+    let pod_cidrs = settings(config).own_pod_cidrs(own).to_vec();
     let name = &config.node_name;
     anyhow::ensure!(
         !pod_cidrs.is_empty(),
@@ -202,7 +193,7 @@ pub fn file(config: &Config, state: &State, own: Option<&Node>) -> Result<NodeFi
             anyhow::bail!(conflict);
         }
     }
-    let mtu = mtu(config, state.overlay.map_or_else(|| state.uplink_mtu(), |(_, mtu)| mtu))?;
+    let mtu = mtu(config, room)?;
     Ok(NodeFile { version: NodeFile::VERSION, node_name: name.clone(), pod_cidrs, mtu, not_ready: None })
 }
 

@@ -9,6 +9,7 @@ use oracle::{Key, Table, expected, serving};
 use proptest::prelude::*;
 use proptest::sample::{Index as Pick, select};
 use rustnet_agent::config::Routing;
+use rustnet_agent::host::{DefaultRoute, Device, DeviceAddress, DeviceKind, HostFacts};
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::Family;
 use rustnet_agent::plan::{GRACE, MemoryMaps, Planner, Write};
@@ -82,7 +83,7 @@ impl World {
     fn new(settings: Settings) -> Self {
         let maps = MemoryMaps::new(SLOTS);
         let mut world = Self {
-            index: Index::new(settings.clone()),
+            index: index(settings.clone()),
             settings,
             cluster: Cluster::default(),
             planner: Planner::adopt(&maps).unwrap(),
@@ -151,7 +152,7 @@ impl World {
 
     /// A new agent finds the maps as they are.
     fn restart(&mut self, seed: u64) {
-        self.index = Index::new(self.settings.clone());
+        self.index = index(self.settings.clone());
         self.planner = Planner::adopt(&self.maps).unwrap();
         self.relist(seed, false);
     }
@@ -240,15 +241,42 @@ impl World {
     }
 }
 
+const FAMILIES: [Option<Family>; 3] = [None, Some(Family::V4), Some(Family::V6)];
+
 fn settings() -> impl Strategy<Value = Settings> {
-    (select(&Routing::ALL[..]), any::<bool>(), any::<bool>()).prop_map(|(routing, v4, no_masquerade)| Settings {
-        node_name: "n1".into(),
-        routing,
-        tunnel_family: if v4 { Family::V4 } else { Family::V6 },
-        no_masquerade: if no_masquerade { vec!["172.18.0.0/24".parse().unwrap()] } else { Vec::new() },
-        own_addresses: vec!["192.0.2.1".parse().unwrap()],
-        links: vec!["172.18.0.12/30".parse().unwrap(), "fd00:18::/124".parse().unwrap()],
-    })
+    (select(&Routing::ALL[..]), select(&FAMILIES[..]), any::<bool>()).prop_map(
+        |(routing, overlay_family, no_masquerade)| Settings {
+            node_name: "n1".into(),
+            routing,
+            uplinks: Vec::new(),
+            overlay_family,
+            pod_cidrs: Vec::new(),
+            no_masquerade: if no_masquerade { vec!["172.18.0.0/24".parse().unwrap()] } else { Vec::new() },
+        },
+    )
+}
+
+fn index(settings: Settings) -> Index {
+    let mut index = Index::new(settings);
+    index.set_host(host());
+    index
+}
+
+/// Networks of this node's uplink, with its addresses there.
+pub const LINKS: [&str; 3] = ["192.0.2.1/32", "172.18.0.15/30", "fd00:18::f/124"];
+
+/// A host with one device.
+fn host() -> HostFacts {
+    let address = |net: &str| DeviceAddress { net: net.parse().unwrap(), is_usable: true, is_preferred: true };
+    let eth0 = Device {
+        index: 2,
+        name: "eth0".into(),
+        mtu: 1500,
+        kind: DeviceKind::Ethernet,
+        addresses: LINKS.map(address).into(),
+    };
+    let defaults = vec![DefaultRoute { family: Family::V4, metric: 0, device: 2 }];
+    HostFacts { devices: vec![eth0], defaults }
 }
 
 proptest! {

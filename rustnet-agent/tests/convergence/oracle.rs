@@ -116,10 +116,14 @@ fn nodes(cluster: &Cluster) -> Vec<&Node> {
     nodes
 }
 
+fn links() -> [IpNet; 3] {
+    crate::LINKS.map(|net| net.parse().unwrap())
+}
+
 fn own_addresses(cluster: &Cluster, settings: &Settings) -> BTreeSet<IpAddr> {
     let named =
         own_node(cluster, settings).into_iter().flat_map(|node| node.addresses.iter().map(|a| a.parse().unwrap()));
-    settings.own_addresses.iter().copied().chain(named).collect()
+    links().iter().map(IpNet::addr).chain(named).collect()
 }
 
 fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
@@ -268,19 +272,34 @@ fn peers(cluster: &Cluster, settings: &Settings) -> BTreeMap<IpNet, Peer> {
     let first = |node: &Node, v6: bool| {
         node.addresses.iter().map(|addr| addr.parse::<IpAddr>().unwrap()).find(|addr| addr.is_ipv6() == v6)
     };
-    let tunnel =
-        |node: &Node| first(node, settings.tunnel_family == Family::V6).filter(|_| settings.routing != Routing::Native);
+    let own = own_node(cluster, settings).filter(|own| !own.addresses.is_empty());
+    // The overlay's family is a matter of two nodes: the one that both name first, else IPv4 if both have it, else IPv6.
+    let tunnel = |node: &Node| {
+        let named_first = |node: &Node| node.addresses.first().map(|it| it.contains(':'));
+        let family = match (settings.overlay_family, own) {
+            (Some(family), None) => Some(family == Family::V6),
+            (Some(family), Some(own)) => {
+                Some(family == Family::V6).filter(|v6| first(own, *v6).is_some() && first(node, *v6).is_some())
+            }
+            (None, None) => named_first(node),
+            (None, Some(own)) if named_first(own) == named_first(node) => named_first(own),
+            (None, Some(own)) => {
+                [false, true].into_iter().find(|v6| first(own, *v6).is_some() && first(node, *v6).is_some())
+            }
+        };
+        family.and_then(|v6| first(node, v6)).filter(|_| settings.routing != Routing::Native)
+    };
     let on_link = |node: &Node, v6: bool| {
         let mut addresses = node.addresses.iter().map(|addr| addr.parse::<IpAddr>().unwrap());
-        addresses.find(|ip| ip.is_ipv6() == v6 && settings.links.iter().any(|net| net.contains(ip)))
+        addresses.find(|ip| ip.is_ipv6() == v6 && links().iter().any(|net| net.contains(ip)))
     };
     let direct = |node: &Node, v6: bool| match settings.routing {
         Routing::Vxlan => None,
-        Routing::Native => first(node, v6),
+        Routing::Native => on_link(node, v6).or_else(|| first(node, v6)),
         Routing::DirectAndVxlan => on_link(node, v6),
     };
-    for ip in &settings.own_addresses {
-        table.insert((*ip).into(), (None, peer::identity::HOST, peer::flags::HOST));
+    for ip in links().iter().map(IpNet::addr) {
+        table.insert(ip.into(), (None, peer::identity::HOST, peer::flags::HOST));
     }
     // An address of a node is that, even if somebody has it as a pod range.
     for node in nodes(cluster) {

@@ -4,13 +4,15 @@ use std::fs;
 use std::path::Path;
 
 use rustnet_agent::config::Routing;
+use rustnet_agent::failure::Scope;
 use rustnet_agent::model::{Node, ObjectName};
 use rustnet_agent::net::link;
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::overlay::{self, Change, Ensured, Spec, mac_of};
-use rustnet_agent::net::repair::{Repairer, State, Wanted};
+use rustnet_agent::net::repair::{Overlay, Repairer, State, Wanted};
+use rustnet_agent::ways::{Settings, Ways};
 
-use crate::sandbox::{self, Sandbox, command, ip, uplink};
+use crate::sandbox::{self, Sandbox, ip, uplink};
 
 /// Where the kernel shows the settings of the reader's network namespace.
 const SYSCTLS: &str = "/proc/sys/net";
@@ -42,24 +44,34 @@ fn repairer(sandbox: &Sandbox) -> Repairer {
 /// Both halves, as if the programs had been attached in between.
 fn run(sandbox: &Sandbox, wanted: &Wanted<'_>) -> State {
     let mut repairer = repairer(sandbox);
-    let mut state = repairer.prepare(wanted).unwrap();
+    let host = repairer.observe().unwrap();
+    let mut state = repairer.prepare(host, wanted).unwrap();
     repairer.connect(&mut state, wanted, true);
     state
 }
 
-fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], complete: bool) -> State {
+fn is_overlay_up(state: &State) -> bool {
+    state.overlay.is_some_and(|device| device.is_up)
+}
+
+fn overlay_settings() -> Overlay {
+    Overlay { port: 8472, mac: mac_of("n1") }
+}
+
+/// The ways that follow from the host as it is.
+fn ways(sandbox: &Sandbox, routing: Routing, nodes: &[Node]) -> Ways {
+    let host = repairer(sandbox).observe().unwrap();
+    Ways::new(&Settings::new("n1", routing), nodes.iter(), &host.facts())
+}
+
+fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], is_complete: bool) -> State {
     let own = own();
-    let wanted = Wanted {
-        uplinks: &["eth0".to_owned()],
-        routing: if vxlan { Routing::Vxlan } else { Routing::Native },
-        overlay: vxlan.then(|| (8472, mac_of("n1"))),
-        own: Some(&own),
-        own_pod_cidrs: &own.pod_cidrs,
-        peers: peers.iter().collect(),
-        complete,
-    };
+    let nodes: Vec<_> = peers.iter().chain([&own]).cloned().collect();
+    let ways = ways(sandbox, if vxlan { Routing::Vxlan } else { Routing::Native }, &nodes);
+    let wanted =
+        Wanted { ways: &ways, overlay: vxlan.then(overlay_settings), own_pod_cidrs: &own.pod_cidrs, is_complete };
     let state = run(sandbox, &wanted);
-    assert!(state.errors.is_empty(), "{:?}", state.errors);
+    assert!(state.failures.is_empty(), "{:?}", state.failures);
     state
 }
 
@@ -107,42 +119,37 @@ fn the_overlay_device_is_down_until_its_packets_are_verified() {
     sandbox::run(|sandbox| {
         uplink();
         let (own, peer) = (own(), peer());
-        let wanted = Wanted {
-            uplinks: &["eth0".to_owned()],
-            routing: Routing::Vxlan,
-            overlay: Some((8472, mac_of("n1"))),
-            own: Some(&own),
-            own_pod_cidrs: &own.pod_cidrs,
-            peers: vec![&peer],
-            complete: true,
-        };
+        let ways = ways(sandbox, Routing::Vxlan, &[own.clone(), peer.clone()]);
+        let wanted =
+            Wanted { ways: &ways, overlay: Some(overlay_settings()), own_pod_cidrs: &own.pod_cidrs, is_complete: true };
         let is_up = || ip("link show rn_vxlan").contains(",UP");
         let mut repairer = repairer(sandbox);
         let mut look = |is_verified| {
-            let mut state = repairer.prepare(&wanted).unwrap();
+            let host = repairer.observe().unwrap();
+            let mut state = repairer.prepare(host, &wanted).unwrap();
             assert!(state.overlay.is_some());
             repairer.connect(&mut state, &wanted, is_verified);
-            assert!(state.errors.is_empty(), "{:?}", state.errors);
+            assert!(state.failures.is_empty(), "{:?}", state.failures);
             state
         };
         for _ in 0..2 {
-            assert!(look(false).overlay_down && !is_up());
+            assert!(!is_overlay_up(&look(false)) && !is_up());
             assert!(!ip("route show").contains("rn_vxlan"));
         }
-        assert!(!look(true).overlay_down && is_up());
+        assert!(is_overlay_up(&look(true)) && is_up());
         assert!(ip("route show").contains("10.1.2.0/24 dev rn_vxlan"));
         // An agent that comes back and has yet to load its programs: those of the last one are
         // attached.
-        assert!(!look(false).overlay_down && is_up());
+        assert!(is_overlay_up(&look(false)) && is_up());
         // It comes up again only with its program.
         ip("link set rn_vxlan down");
-        assert!(look(false).overlay_down && !is_up());
+        assert!(!is_overlay_up(&look(false)) && !is_up());
         assert!(look(true).changed.contains(&"rn_vxlan: up".to_owned()) && is_up());
         // The same for a device that takes the place of another one.
         ip("link del rn_vxlan");
         ip("link add rn_vxlan type vxlan id 7 dstport 4789");
         ip("link set rn_vxlan up");
-        assert!(look(false).overlay_down && !is_up());
+        assert!(!is_overlay_up(&look(false)) && !is_up());
     });
 }
 
@@ -201,8 +208,7 @@ fn routes_are_made_repaired_and_removed_and_foreign_ones_stay() {
 fn native_routes_go_through_the_nodes() {
     sandbox::run(|sandbox| {
         uplink();
-        let state = repair(sandbox, false, &[peer(), node("n3", &["198.51.100.3"], &["10.1.3.0/24"])], true);
-        assert!(state.problems[0].contains("node n3"), "{:?}", state.problems);
+        repair(sandbox, false, &[peer(), node("n3", &["198.51.100.3"], &["10.1.3.0/24"])], true);
         assert!(ip("route show 10.1.2.0/24").contains("via 192.0.2.2 dev eth0"));
         assert!(ip("-6 route show fd00:2::/64").contains("via 2001:db8::2 dev eth0"));
         assert!(ip("route show 10.1.3.0/24").is_empty());
@@ -215,24 +221,18 @@ fn a_route_in_the_place_is_named_and_left() {
         uplink();
         ip("route add 10.1.2.0/24 via 192.0.2.9");
         let own = own();
-        let peer = peer();
-        let wanted = Wanted {
-            uplinks: &[],
-            routing: Routing::Vxlan,
-            overlay: Some((8472, mac_of("n1"))),
-            own: Some(&own),
-            own_pod_cidrs: &own.pod_cidrs,
-            peers: vec![&peer],
-            complete: true,
-        };
+        let ways = ways(sandbox, Routing::Vxlan, &[own.clone(), peer()]);
+        let wanted =
+            Wanted { ways: &ways, overlay: Some(overlay_settings()), own_pod_cidrs: &own.pod_cidrs, is_complete: true };
         let state = run(sandbox, &wanted);
         assert!(
-            state.errors[0].contains("10.1.2.0/24") && state.errors[0].contains("another program"),
+            state.failures[0].message.contains("10.1.2.0/24") && state.failures[0].message.contains("another program"),
             "{:?}",
-            state.errors
+            state.failures
         );
         assert!(ip("route show 10.1.2.0/24").contains("192.0.2.9"));
         assert!(ip("-6 route show fd00:2::/64").contains("rn_vxlan"), "the rest is done");
+        assert!(state.failures.iter().all(|it| it.scope == Scope::Peer), "the node and its pods work");
     });
 }
 
@@ -271,20 +271,51 @@ fn sysctls_of_this_namespace_are_set_again() {
     });
 }
 
+/// A node whose device towards the others is away keeps its pods connected.
 #[test]
-fn a_missing_uplink_is_named() {
+fn without_an_uplink_pods_are_looked_after() {
     sandbox::run(|sandbox| {
-        let wanted = Wanted {
-            uplinks: &["eth9".to_owned()],
-            routing: Routing::Native,
-            overlay: None,
-            own: None,
-            own_pod_cidrs: &[],
-            peers: vec![],
-            complete: false,
+        ip("link add rnv1 type veth peer name pod");
+        ip("link set rnv1 up");
+        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        let ways = ways(sandbox, Routing::Native, &[own()]);
+        assert!(ways.place.uplinks.is_empty() && !ways.place.problems.is_empty());
+        let wanted = Wanted { ways: &ways, overlay: None, own_pod_cidrs: &[], is_complete: true };
+        let state = run(sandbox, &wanted);
+        assert!(state.problems.iter().any(|it| it.contains("no device leads to other nodes")), "{:?}", state.problems);
+        assert!(ip("route show 10.1.1.5").contains("dev rnv1 "));
+    });
+}
+
+/// Between two leases a device has no address, and a default route is away for a second: hooks stay.
+#[test]
+fn uplinks_of_before_count_while_there_are_none() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let mut repairer = repairer(sandbox);
+        let mut look = || {
+            let ways = ways(sandbox, Routing::Native, &[own()]);
+            let wanted = Wanted { ways: &ways, overlay: None, own_pod_cidrs: &[], is_complete: true };
+            let host = repairer.observe().unwrap();
+            let state = repairer.prepare(host, &wanted).unwrap();
+            state.uplinks.iter().map(|it| it.name.clone()).collect::<Vec<_>>()
         };
-        let error = repairer(sandbox).prepare(&wanted).unwrap_err().to_string();
-        assert!(error.contains("eth9"), "{error}");
-        assert!(command("ip", "link show rn_vxlan").stdout.is_empty());
+        assert_eq!(look(), ["eth0"]);
+        ip("addr flush dev eth0");
+        ip("route flush default");
+        assert_eq!(look(), ["eth0"]);
+        ip("link del eth0");
+        assert!(look().is_empty());
+    });
+}
+
+#[test]
+fn forwarding_of_single_devices_is_switched_on_again() {
+    sandbox::run(|sandbox| {
+        uplink();
+        repair(sandbox, true, &[], true);
+        let path = "/proc/sys/net/ipv4/conf/eth0/forwarding";
+        fs::write(path, "0").unwrap();
+        assert_eq!(repair(sandbox, true, &[], true).changed, ["ipv4.conf.eth0.forwarding: 0 -> 1"]);
     });
 }

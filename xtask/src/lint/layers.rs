@@ -75,6 +75,8 @@ const CRATES: [Crate; 6] = [
             &["args"],
             &["config"],
             &["model"],
+            &["host", "failure"],
+            &["ways"],
             &["source", "install"],
             &["metrics"],
             &["health"],

@@ -1,0 +1,136 @@
+//! A job of the loop: when it is due, and what failed the last time.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::failure::{self, Failure};
+
+/// First and longest wait after a failure.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+
+/// A job that is done again and again.
+#[derive(Debug)]
+pub struct Job {
+    name: &'static str,
+    due: Option<Instant>,
+    wait: Duration,
+    failures: Vec<Failure>,
+}
+
+impl Job {
+    /// A job that is due at once.
+    pub fn due(name: &'static str) -> Self {
+        Self { due: Some(Instant::now()), ..Self::idle(name) }
+    }
+
+    /// A job that waits to be wanted.
+    pub const fn idle(name: &'static str) -> Self {
+        Self { name, due: None, wait: BACK_OFF.0, failures: Vec::new() }
+    }
+
+    /// When it is due; `None`: when it is wanted.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// True if its time has come.
+    pub fn is_due(&self) -> bool {
+        self.due.is_some_and(|due| due <= Instant::now())
+    }
+
+    /// Wants it done after `gap` at the latest.
+    pub fn want(&mut self, gap: Duration) {
+        let at = Instant::now() + gap;
+        self.due = Some(self.due.map_or(at, |due| due.min(at)));
+    }
+
+    /// Wants it done at once, but after a failure not before its time.
+    pub fn want_unless_failed(&mut self) {
+        if self.failures.is_empty() {
+            self.want(Duration::ZERO);
+        }
+    }
+
+    /// Notes how it went: without a failure it is due again at `next`, else after a while that grows. Logs what is new.
+    pub fn finish(&mut self, failures: Vec<Failure>, next: Option<Instant>) {
+        for failure in failures.iter().filter(|it| !self.failures.contains(it)) {
+            tracing::error!("{}: {failure}", self.name);
+        }
+        for failure in self.failures.iter().filter(|it| !failures.contains(it)) {
+            tracing::info!("{}: resolved: {failure}", self.name);
+        }
+        self.failures = failures;
+        if self.failures.is_empty() {
+            (self.due, self.wait) = (next, BACK_OFF.0);
+        } else {
+            let retry = Instant::now() + self.wait;
+            self.wait = (self.wait * 2).min(BACK_OFF.1);
+            self.due = Some(next.map_or(retry, |next| next.min(retry)));
+        }
+    }
+
+    /// What failed the last time.
+    pub fn failures(&self) -> &[Failure] {
+        &self.failures
+    }
+
+    /// True if something failed.
+    pub fn has_failed(&self) -> bool {
+        !self.failures.is_empty()
+    }
+
+    /// What of it concerns the whole node.
+    pub fn node_failure(&self) -> Option<String> {
+        failure::of_node(&self.failures)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BACK_OFF, Duration, Failure, Instant, Job};
+    use crate::failure::Scope;
+
+    fn failure(scope: Scope, text: &str) -> Failure {
+        Failure { scope, message: text.into() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_waits_longer_each_time_and_a_success_starts_over() {
+        let mut job = Job::due("test");
+        let mut waits = Vec::new();
+        for _ in 0..9 {
+            job.finish(vec![failure(Scope::Node, "no")], None);
+            waits.push(job.deadline().unwrap() - Instant::now());
+        }
+        assert_eq!(waits[..3], [500, 1000, 2000].map(Duration::from_millis));
+        assert_eq!(waits[8], BACK_OFF.1);
+        job.finish(Vec::new(), None);
+        assert_eq!((job.deadline(), job.is_due()), (None, false));
+        job.finish(vec![failure(Scope::Node, "no")], None);
+        assert_eq!(job.deadline().unwrap() - Instant::now(), BACK_OFF.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn wanting_it_never_delays_it() {
+        let mut job = Job::idle("test");
+        job.want(Duration::from_secs(5));
+        job.want(Duration::from_secs(9));
+        assert_eq!(job.deadline().unwrap() - Instant::now(), Duration::from_secs(5));
+        job.finish(vec![failure(Scope::Node, "no")], None);
+        job.want_unless_failed();
+        assert!(!job.is_due());
+        job.finish(Vec::new(), None);
+        job.want_unless_failed();
+        assert!(job.is_due());
+    }
+
+    #[test]
+    fn only_failures_of_the_node_are_the_nodes() {
+        let mut job = Job::idle("test");
+        job.failures = vec![failure(Scope::Peer, "one route"), failure(Scope::Pod, "one pod")];
+        assert_eq!((job.node_failure(), job.has_failed()), (None, true));
+        job.failures.push(failure(Scope::Node, "all"));
+        assert_eq!(job.node_failure().as_deref(), Some("all"));
+    }
+}

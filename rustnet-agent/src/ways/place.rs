@@ -1,0 +1,235 @@
+//! This node's place: its addresses, the devices towards the cluster and the world, and the address of each device.
+//!
+//! It begins with the addresses that the Node names, as other nodes know no others. Default routes add the devices towards the
+//! world; a VPN that takes them over changes nothing of the cluster's.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::Settings;
+use crate::host::{Device, DeviceKind, HostFacts};
+use crate::model::{Family, Node};
+
+/// A device towards other nodes or the world, with the programs `uplink_in` and `uplink_out`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Uplink {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub ifindex: u32,
+    /// Its MTU.
+    pub mtu: u32,
+    /// Its usable addresses with their on-link prefixes, in the kernel's order: the primary one first.
+    pub addresses: Vec<IpNet>,
+}
+
+/// Addresses of both families.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sources {
+    /// IPv4.
+    pub v4: Option<IpAddr>,
+    /// IPv6.
+    pub v6: Option<IpAddr>,
+}
+
+impl Sources {
+    /// That of a family.
+    pub fn of(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.v4,
+            Family::V6 => self.v6,
+        }
+    }
+}
+
+/// This node's place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The node's address of each family: near end of the overlay, source of the host's packets to pods of other nodes, of
+    /// hairpin and of ICMP errors.
+    pub addresses: Sources,
+    /// The devices with our programs, the one with the node's address first.
+    pub uplinks: Vec<Uplink>,
+    /// Other devices with addresses, by index: answers to masqueraded packets come in by them, too.
+    pub side_devices: Vec<Uplink>,
+    /// By device index: what masqueraded packets that leave by it get.
+    pub sources: BTreeMap<u32, Sources>,
+    /// MTU of the way to other nodes; 0 without uplink.
+    pub mtu: u32,
+    /// Family of the overlay's outer packets, as far as this node has a say.
+    pub overlay_family: Family,
+    /// What does not work on this host, and the remedy.
+    pub problems: Vec<String>,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self {
+            addresses: Sources::default(),
+            uplinks: Vec::new(),
+            side_devices: Vec::new(),
+            sources: BTreeMap::new(),
+            mtu: 0,
+            overlay_family: Family::V4,
+            problems: Vec::new(),
+        }
+    }
+}
+
+/// Finds this node's place. `others`: the other nodes, which tell the right device where no address and no route does.
+pub fn place<'a>(
+    settings: &Settings,
+    own: Option<&Node>,
+    others: impl Iterator<Item = &'a Node>,
+    host: &HostFacts,
+) -> Place {
+    let named = own.map(|node| &*node.addresses).unwrap_or_default();
+    let mut problems = Vec::new();
+    let uplinks = if settings.uplinks.is_empty() {
+        chosen(named, others, host, &mut problems)
+    } else {
+        configured(&settings.uplinks, host, &mut problems)
+    };
+    let sources: BTreeMap<u32, Sources> = host
+        .devices
+        .iter()
+        .filter(|device| matches!(device.kind, DeviceKind::Ethernet | DeviceKind::LayerThree))
+        .map(|device| (device.index, sources_of(device, named)))
+        .filter(|(_, sources)| *sources != Sources::default())
+        .collect();
+    let address = |family| {
+        let of_family = |ip: &&IpAddr| Family::of(**ip) == family;
+        let by_name = named.iter().filter(of_family).find(|ip| host.device_with(**ip).is_some()).copied();
+        let by_uplink = || uplinks.iter().find_map(|it| sources.get(&it.index)?.of(family));
+        by_name.or_else(by_uplink).or_else(|| sources.values().find_map(|it| it.of(family)))
+    };
+    let addresses = Sources { v4: address(Family::V4), v6: address(Family::V6) };
+    let absent: Vec<_> = named.iter().filter(|ip| host.device_with(**ip).is_none()).map(ToString::to_string).collect();
+    if let (Some(own), false) = (own, absent.is_empty()) {
+        problems.push(format!(
+            "Node {}: this host has no usable {}, which its Node names, and other nodes accept no other sender; check --node-name, \
+             and give the kubelet --node-ip with an address of this host",
+            own.name,
+            absent.join(", ")
+        ));
+    }
+    let by_node = named.first().map(|ip| Family::of(*ip));
+    let overlay_family = settings.overlay_family.or(by_node).unwrap_or(match addresses.v4 {
+        None if addresses.v6.is_some() => Family::V6,
+        _ => Family::V4,
+    });
+    let is_side = |device: &&Device| {
+        device.kind == DeviceKind::Ethernet
+            && sources.contains_key(&device.index)
+            && !uplinks.iter().any(|uplink| uplink.index == device.index)
+    };
+    Place {
+        addresses,
+        mtu: mtu(settings, named, &uplinks),
+        side_devices: host.devices.iter().filter(is_side).map(uplink).collect(),
+        uplinks: uplinks.into_iter().map(uplink).collect(),
+        sources,
+        overlay_family,
+        problems,
+    }
+}
+
+/// The addresses of a device: those that the Node names, if they are there, else its own choice.
+fn sources_of(device: &Device, named: &[IpAddr]) -> Sources {
+    let of = |family| {
+        let by_name = named.iter().copied().find(|ip| Family::of(*ip) == family && device.has(*ip));
+        by_name.or_else(|| device.source(family))
+    };
+    Sources { v4: of(Family::V4), v6: of(Family::V6) }
+}
+
+fn uplink(device: &Device) -> Uplink {
+    Uplink { name: device.name.clone(), ifindex: device.index, mtu: device.mtu, addresses: device.networks() }
+}
+
+/// The smallest MTU of the devices that lead to other nodes.
+fn mtu(settings: &Settings, named: &[IpAddr], uplinks: &[&Device]) -> u32 {
+    let all = || uplinks.iter().map(|it| it.mtu).min();
+    let of_cluster = || uplinks.iter().filter(|it| named.iter().any(|ip| it.has(*ip))).map(|it| it.mtu).min();
+    let smallest = if settings.uplinks.is_empty() { of_cluster().or_else(all) } else { all() };
+    smallest.unwrap_or(0)
+}
+
+/// The devices of these names, each once.
+fn configured<'a>(names: &[String], host: &'a HostFacts, problems: &mut Vec<String>) -> Vec<&'a Device> {
+    let mut found: Vec<&Device> = Vec::new();
+    for name in names {
+        match host.devices.iter().find(|device| device.name == *name) {
+            None => {
+                let there: Vec<_> = host.devices.iter().map(|it| it.name.as_str()).collect();
+                problems.push(format!(
+                    "--uplink {name}: there is no such device here; name one of those that there are: {}",
+                    there.join(", ")
+                ));
+            }
+            Some(device) => match unfit(device) {
+                Some(why) => problems.push(format!("--uplink {name}: {why}")),
+                // A device takes a program once.
+                None if found.iter().any(|it| it.index == device.index) => {}
+                None => found.push(device),
+            },
+        }
+    }
+    found
+}
+
+/// Why a device cannot be an uplink.
+fn unfit(device: &Device) -> Option<&'static str> {
+    match device.kind {
+        DeviceKind::Ethernet => None,
+        DeviceKind::LayerThree => {
+            Some("its packets have no Ethernet header, which the programs read; name the device below it")
+        }
+        DeviceKind::Local => Some("no packet leaves the host by it; name the device that leads to other nodes"),
+        DeviceKind::Member => Some("it is part of a bond or a bridge; name that"),
+        DeviceKind::Internal => Some("it is one of rustnet's own; name the device that leads to other nodes"),
+    }
+}
+
+/// The devices with the node's addresses, then those of the default routes; else one on the segment of another node.
+fn chosen<'a, 'b>(
+    named: &[IpAddr],
+    others: impl Iterator<Item = &'b Node>,
+    host: &'a HostFacts,
+    problems: &mut Vec<String>,
+) -> Vec<&'a Device> {
+    let mut found: Vec<&Device> = Vec::new();
+    let mut add = |device: &'a Device| {
+        if device.kind == DeviceKind::Ethernet && !found.iter().any(|it| it.index == device.index) {
+            found.push(device);
+        }
+    };
+    named.iter().filter_map(|ip| host.device_with(*ip)).for_each(&mut add);
+    let ways_out = || host.defaults.iter().filter_map(|it| Some((it, host.device(it.device)?)));
+    ways_out().for_each(|(_, device)| add(device));
+    if let Some((route, device)) = ways_out().find(|(_, device)| device.kind == DeviceKind::LayerThree) {
+        problems.push(format!(
+            "the {} default route leads through {}, whose packets have no Ethernet header: pods reach nothing behind it; exclude the \
+             pods' ranges from the VPN, or route the pods' destinations by another device",
+            route.family, device.name
+        ));
+    }
+    if found.is_empty() {
+        let addresses: Vec<_> = others.flat_map(|node| node.addresses.iter().copied()).collect();
+        let on_segment = |device: &&Device| {
+            device.kind == DeviceKind::Ethernet
+                && device.networks().iter().any(|net| addresses.iter().any(|ip| net.contains(ip)))
+        };
+        found.extend(host.devices.iter().find(on_segment));
+    }
+    if found.is_empty() {
+        problems.push(
+            "no device leads to other nodes: none has an address of this Node, and there is no default route; give the device its \
+             address, or name it with --uplink DEV"
+                .to_owned(),
+        );
+    }
+    found
+}
