@@ -1,4 +1,4 @@
-//! What failed, and whom it concerns: that decides what follows from it.
+//! A failure and its scope, which decides what follows from it.
 
 use std::fmt;
 

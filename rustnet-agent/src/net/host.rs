@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_told_apart_by_what_leaves_by_them() {
+    fn kinds_follow_from_what_leaves_by_a_device() {
         let lo = Link { flags: libc::IFF_LOOPBACK as u32, hardware: libc::ARPHRD_LOOPBACK, ..link(1, "lo", "", None) };
         let wg = Link { hardware: libc::ARPHRD_NONE, ..link(9, "wg0", "wireguard", None) };
         let links = vec![
