@@ -329,7 +329,7 @@ impl Reconciler {
             if own.is_none() {
                 node::keep_addresses(&mut config, &kernel.config.read()?, &own_addresses);
             }
-            match kernel.attach(self.repairer.socket(), &config, &state, is_complete) {
+            match kernel.attach(self.repairer.socket(), &config, &ways.place, &state, is_complete) {
                 Ok(attached) => {
                     done.extend(attached.done);
                     if !was_pinned {

@@ -10,6 +10,7 @@ pub mod config;
 pub mod conntrack;
 pub mod crc32c;
 pub mod csum;
+pub mod device;
 pub mod drop;
 pub mod endpoint;
 pub mod event;

@@ -23,8 +23,10 @@ pub const TC_PRIORITY: u16 = 1;
 /// Handle of our classifiers; with it, a replace swaps the program atomically.
 pub const TC_HANDLE: u32 = 1;
 
-/// Program names, one for each hook.
-pub const PROGRAMS: [&str; 6] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out"];
+/// Program names.
+pub const PROGRAMS: [&str; 7] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out", SIDE_IN];
+/// The program of devices with addresses that are no uplinks. It counts as `uplink_in`.
+pub const SIDE_IN: &str = "side_in";
 
 /// Map names; each is pinned as a file of its own name. A map whose shape changes gets a new name.
 pub mod map {
@@ -62,8 +64,10 @@ pub mod map {
     pub const EVENTS: &str = "rn_events";
     /// The node's settings.
     pub const CONFIG: &str = "rn_config";
+    /// Addresses of this host's devices.
+    pub const DEVICES: &str = "rn_devices";
     /// All of them.
-    pub const ALL: [&str; 17] = [
+    pub const ALL: [&str; 18] = [
         SVC4,
         SVC6,
         BACKEND_IDS,
@@ -81,6 +85,7 @@ pub mod map {
         EVENTS,
         CONFIG,
         CT_CONTESTED,
+        DEVICES,
     ];
 }
 

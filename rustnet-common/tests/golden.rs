@@ -41,7 +41,10 @@ fn places_of_pins() {
     assert_eq!(names::DEFAULT_BPFFS, "/sys/fs/bpf/rustnet");
     assert_eq!(names::DEFAULT_RUN_DIR, "/run/rustnet");
     assert_eq!((names::PROGS_DIR, names::LINKS_DIR), ("prog", "link"));
-    assert_eq!(names::PROGRAMS, ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out"]);
+    assert_eq!(
+        names::PROGRAMS,
+        ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out", "side_in"]
+    );
 }
 
 #[test]
@@ -117,7 +120,7 @@ fn counters() {
     assert_eq!((size_of::<Counter>(), COUNTERS, HOOKS), (16, 256, 8));
     assert_eq!(offsets!(Counter: packets, bytes), [("packets", 0), ("bytes", 8)]);
     assert_eq!(counter_index(DropReason::NoBackend as u8, hook::OVERLAY_IN), 52);
-    assert_eq!(hook::NAMES, names::PROGRAMS);
+    assert_eq!(hook::NAMES, names::PROGRAMS[..hook::NAMES.len()]);
     // Codes are indices: a reason that goes leaves a hole, a new one gets a new code.
     let codes = [
         (DropReason::Forwarded, 0),

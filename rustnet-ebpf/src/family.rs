@@ -4,6 +4,7 @@
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config::NodeConfig;
+use rustnet_common::device::Device;
 use rustnet_common::peer::Peer;
 
 use crate::maps::{self, Connections, Fragments, Peers, Scratch, Services};
@@ -34,6 +35,8 @@ pub trait Family: 'static {
     fn scratch() -> Option<*mut Scratch<Self::A>>;
     /// The node's own address.
     fn node(config: &NodeConfig) -> Self::A;
+    /// A device's own address.
+    fn device(device: &Device) -> Self::A;
 
     /// What is known of an address that is no pod of this node.
     #[inline(always)]
@@ -49,7 +52,7 @@ pub enum V6 {}
 
 /// Implements [`Family`] for one family.
 macro_rules! family {
-    ($family:ident, $addr:ident, $header:ident, $af:literal, $tcp:ident, $any:ident, $svc:ident, $peers:ident, $frag:ident, $scratch:ident, $node:ident) => {
+    ($family:ident, $addr:ident, $header:ident, $af:literal, $tcp:ident, $any:ident, $svc:ident, $peers:ident, $frag:ident, $scratch:ident, $node:ident, $ip:ident) => {
         impl Family for $family {
             type A = $addr;
             type Header = $header;
@@ -83,9 +86,13 @@ macro_rules! family {
             fn node(config: &NodeConfig) -> $addr {
                 config.$node
             }
+            #[inline(always)]
+            fn device(device: &Device) -> $addr {
+                device.$ip
+            }
         }
     };
 }
 
-family!(V4, Ip4, Header4, 2, rn_ct4_tcp, rn_ct4_any, rn_svc4_v2, rn_peers4, rn_frag4_v2, rn_scratch4, node4);
-family!(V6, Ip6, Header6, 10, rn_ct6_tcp, rn_ct6_any, rn_svc6_v2, rn_peers6, rn_frag6_v2, rn_scratch6, node6);
+family!(V4, Ip4, Header4, 2, rn_ct4_tcp, rn_ct4_any, rn_svc4_v2, rn_peers4, rn_frag4_v2, rn_scratch4, node4, ip4);
+family!(V6, Ip6, Header6, 10, rn_ct6_tcp, rn_ct6_any, rn_svc6_v2, rn_peers6, rn_frag6_v2, rn_scratch6, node6, ip6);

@@ -203,6 +203,7 @@ macro_rules! hook {
 hook!(FromPod, hooks::FROM_POD, ReplyPath::Pod, true, hook::from_pod::run::<F>);
 hook!(ToPod, hooks::TO_POD, ReplyPath::Host, false, hook::to_pod::run::<F>);
 hook!(UplinkIn, hooks::UPLINK_IN, ReplyPath::Uplink, false, hook::uplink::run_in::<F>);
+hook!(SideIn, hooks::UPLINK_IN, ReplyPath::Uplink, false, hook::uplink::run_side_in::<F>);
 hook!(UplinkOut, hooks::UPLINK_OUT, ReplyPath::Host, false, hook::uplink::run_out::<F>);
 hook!(OverlayIn, hooks::OVERLAY_IN, ReplyPath::Tunnel, true, hook::overlay::run_in::<F>, tunnel);
 hook!(OverlayOut, hooks::OVERLAY_OUT, ReplyPath::Host, false, hook::overlay::run_out::<F>);
@@ -225,6 +226,13 @@ pub fn to_pod(ctx: TcContext) -> i32 {
 pub fn uplink_in(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
     if mark::take_processed(&skb) { TO_STACK } else { dispatch::<UplinkIn>(&skb, &Tunnel::NONE) }
+}
+
+/// TC ingress of this host's other devices with addresses.
+#[classifier]
+pub fn side_in(ctx: TcContext) -> i32 {
+    let skb = Skb(ctx.skb.skb);
+    if mark::is_processed(&skb) { TO_STACK } else { dispatch::<SideIn>(&skb, &Tunnel::NONE) }
 }
 
 /// TC egress of the uplink.

@@ -8,6 +8,7 @@ use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::backend::Backend;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::CtEntry;
+use rustnet_common::device::Device;
 use rustnet_common::drop::{COUNTERS, Counter};
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::frag::{FragKey, FragPorts};
@@ -140,6 +141,9 @@ pub static rn_nat_full: Array<NatFull, { NAT_FULL_SLOTS as usize }> = Array::new
 /// See [`crate::limit`]; not pinned.
 #[btf_map]
 pub static rn_limits: PerCpuArray<Tokens, BUCKETS> = PerCpuArray::new();
+/// A device without an entry has no addresses of its own: packets that leave by it get the node's.
+#[btf_map]
+pub static rn_devices: HashMap<u32, Device, 1024, GROWS> = HashMap::new();
 #[btf_map]
 pub static rn_config: Array<NodeConfig, 1> = Array::new();
 

@@ -358,6 +358,46 @@ impl Fabric {
         Ok(Outsider { host, router })
     }
 
+    /// Gives node `n` a second NIC, `nat0`, at `10.0.2.15/24` and `fd00:2::15/64`, behind whose router (`.2`, `::2`) the world
+    /// lies. The router is returned. Nodes do not reach each other there.
+    pub fn add_second_network(&self, n: usize) -> Result<Holder> {
+        let prefix = self.switch.name().trim_end_matches("-sw");
+        let router = Holder::new(&format!("{prefix}-nat{n}"), Own::default())?;
+        quiet(&router)?;
+        forwarding(&router)?;
+        let (node, world) = (self.node(n).netns(), self.world.pid());
+        router.ip(&format!(
+            "link add node type veth peer name nat0 netns {}\n\
+             addr add 10.0.2.2/24 dev node\naddr add fd00:2::2/64 dev node nodad\nlink set node up\n\
+             link add world type veth peer name nat{n} netns {world}\n\
+             addr add 198.18.{n}.1/24 dev world\naddr add fd00:99:{n}::1/64 dev world nodad\nlink set world up\n\
+             route add default via 198.18.{n}.2\nroute add default via fd00:99:{n}::2\n",
+            node.pid()
+        ))?;
+        self.world.ip(&format!(
+            "addr add 198.18.{n}.2/24 dev nat{n}\naddr add fd00:99:{n}::2/64 dev nat{n} nodad\nlink set nat{n} up\n\
+             route add 10.0.2.0/24 via 198.18.{n}.1 src {}\nroute add fd00:2::/64 via fd00:99:{n}::1 src {}\n",
+            WORLD.0, WORLD.1
+        ))?;
+        node.ip("addr add 10.0.2.15/24 dev nat0\naddr add fd00:2::15/64 dev nat0 nodad\nlink set nat0 up\n")?;
+        Ok(router)
+    }
+
+    /// A bridge of machines on node `n`, `virbr0` at `192.168.122.1/24` and `fd00:7::1/64`, with one machine at `.10` and
+    /// `::10`, which is returned. It has no route to anywhere else.
+    pub fn add_machine(&self, n: usize) -> Result<Holder> {
+        let prefix = self.switch.name().trim_end_matches("-sw");
+        let machine = Holder::new(&format!("{prefix}-vm{n}"), Own::default())?;
+        quiet(&machine)?;
+        self.node(n).netns().ip(&format!(
+            "link add virbr0 type bridge\naddr add 192.168.122.1/24 dev virbr0\naddr add fd00:7::1/64 dev virbr0 nodad\n\
+             link set virbr0 up\nlink add vnet0 type veth peer name eth0 netns {}\nlink set vnet0 master virbr0 up\n",
+            machine.pid()
+        ))?;
+        machine.ip("addr add 192.168.122.10/24 dev eth0\naddr add fd00:7::10/64 dev eth0 nodad\nlink set eth0 up\n")?;
+        Ok(machine)
+    }
+
     /// The directory of this run; removed at the end.
     pub fn dir(&self) -> &Path {
         self.dir.path()

@@ -21,6 +21,7 @@ mod limits;
 mod masquerade;
 mod mixed;
 mod nodes;
+mod odd_hosts;
 mod path;
 mod pods;
 mod refusal;

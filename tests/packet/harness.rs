@@ -17,10 +17,11 @@ use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED};
+use rustnet_common::device::Device;
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::frag::{FragKey, FragPorts};
-use rustnet_common::names::map;
+use rustnet_common::names::{SIDE_IN, map};
 use rustnet_common::peer::{Peer, PeerKey, flags};
 use rustnet_common::service::{SvcEntry, SvcKey, scope};
 use rustnet_common::tuple::{Tuple, proto};
@@ -121,6 +122,7 @@ impl Lab {
         d.table::<PeerKey<Ip4>, Peer>(map::PEERS4)?.clear()?;
         d.table::<PeerKey<Ip6>, Peer>(map::PEERS6)?.clear()?;
         d.table::<Addr, Endpoint>(map::ENDPOINTS)?.clear()?;
+        d.table::<u32, Device>(map::DEVICES)?.clear()?;
         let none = Backend::cleared(0);
         for used in 0..self.backends.swap(0, Ordering::Relaxed) {
             d.table(map::BACKENDS)?.put(&used, &none)?;
@@ -173,6 +175,18 @@ impl Lab {
         };
         change(&mut config);
         self.datapath.table(map::CONFIG)?.put(&0_u32, &config)
+    }
+
+    /// Gives a device its address of a family, or takes both away.
+    pub fn put_device(&self, ifindex: u32, address: Option<IpAddr>) -> Result<()> {
+        let table = self.datapath.table::<u32, Device>(map::DEVICES)?;
+        let Some(address) = address else { return table.delete(&ifindex).map(drop) };
+        let mut device = table.get(&ifindex)?.unwrap_or(Device { ip4: Ip4::UNSPECIFIED, ip6: Ip6::UNSPECIFIED });
+        match address {
+            IpAddr::V4(_) => device.ip4 = Ip4::from_ip(address),
+            IpAddr::V6(_) => device.ip6 = Ip6::from_ip(address),
+        }
+        table.put(&ifindex, &device)
     }
 
     pub fn put_endpoint(&self, ip: IpAddr, ifindex: u32, mac: [u8; 6]) -> Result<()> {
@@ -384,11 +398,15 @@ impl Lab {
 
     /// Runs a hook on raw bytes.
     pub fn raw(&self, code: u8, input: &Input<'_>) -> Result<Shot> {
+        self.run(hook::NAMES[code as usize], code, input)
+    }
+
+    /// Runs a program, which counts at a hook, on raw bytes.
+    fn run(&self, name: &str, code: u8, input: &Input<'_>) -> Result<Shot> {
         // A second of this clock is longer than a test: the limits of errors and records would be used up.
         self.datapath.clear_percpu("rn_limits", 2)?;
         let mut before = self.datapath.counts()?;
         self.datapath.events();
-        let name = hook::NAMES[code as usize];
         let mut sum_is_right = true;
         let first = self.datapath.run(name, &Input { complete: self.sums_up && input.cut == 0, ..*input })?;
         let output = if let Some(output) = first {
@@ -436,6 +454,13 @@ impl Lab {
 
     pub fn uplink_in(&self, frame: &Frame) -> Result<Shot> {
         self.shoot(hook::UPLINK_IN, UPLINK, frame)
+    }
+
+    /// A frame comes in by a device that is no uplink.
+    pub fn side_in(&self, frame: &Frame) -> Result<Shot> {
+        let bytes = frame.bytes();
+        check::checksums(&bytes, false).context("the test's own packet")?;
+        self.run(SIDE_IN, hook::UPLINK_IN, &Input { frame: &bytes, ifindex: SIDE, ..Input::default() })
     }
 
     pub fn uplink_out(&self, frame: &Frame) -> Result<Shot> {

@@ -5,6 +5,7 @@
 
 mod answers;
 mod bandwidth;
+mod devices;
 mod flows;
 mod forged;
 mod frame;

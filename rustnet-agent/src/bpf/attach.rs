@@ -44,6 +44,12 @@ pub fn link_path(bpffs: &Path, program: &str, further: Option<&str>) -> PathBuf 
     }
 }
 
+/// Index of the device of the link that is pinned at `path`, if there is one.
+pub fn device_of(path: &Path) -> Option<u32> {
+    let link = sys::obj_get(path).ok()?;
+    sys::link_info(link.as_fd()).ok().map(|info| info.ifindex)
+}
+
 /// A device that programs go on.
 pub struct Device<'a> {
     /// Its name.

@@ -45,8 +45,8 @@ pub fn wanted(devices: &Devices) -> Vec<Sysctl> {
     out.push(sysctl("ipv6/conf/all/forwarding".into(), "1", &[], true));
     let internal = || devices.overlay.iter().chain(&devices.veths);
     // Hardened hosts, and systemd-networkd, switch it off for single devices. The kernel's look-up for programs asks the device
-    // that a packet came in by (`bpf_ipv4_fib_lookup`).
-    let forwarding = devices.uplinks.iter().chain(internal());
+    // that a packet came in by (`bpf_ipv4_fib_lookup`); for those of the host that is lo.
+    let forwarding = devices.uplinks.iter().map(String::as_str).chain(internal().map(String::as_str)).chain(["lo"]);
     out.extend(forwarding.map(|dev| sysctl(format!("ipv4/conf/{dev}/forwarding"), "1", &[], true)));
     // No reverse-path filter where the programs verify sources: what they let through can bear a VIP, whose route leads
     // elsewhere, and even the loose filter refuses that on a device without an address of its own. See also `relax`.

@@ -11,13 +11,15 @@ use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::EndpointFile;
-use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGRAMS, VETH_PREFIX};
+use rustnet_common::names::{self, LINKS_DIR, OVERLAY_DEV, PROGRAMS, VETH_PREFIX};
 use tokio::task::JoinSet;
 
 use crate::bpf::attach::{self, Device, Direction, Outcome};
 use crate::bpf::load::{CLOCK, Load, Programs};
 use crate::bpf::log::Packets;
+use crate::bpf::store::conntrack::Conntrack;
 use crate::bpf::store::counters::Counters;
+use crate::bpf::store::devices::Devices;
 use crate::bpf::store::endpoints::{self, Endpoints};
 use crate::bpf::store::node_config::NodeConfigStore;
 use crate::bpf::store::{BpfMaps, fill};
@@ -31,6 +33,7 @@ use crate::net::netlink::Socket;
 use crate::net::repair::{OverlayDevice, State};
 use crate::net::{link, tc};
 use crate::v1file;
+use crate::ways::{Place, Uplink};
 
 /// Programs and stores.
 pub struct Kernel {
@@ -48,6 +51,7 @@ pub struct Kernel {
     pub config: NodeConfigStore,
     /// The pods of this node.
     pub endpoints: Endpoints,
+    devices: Devices,
     /// Timer ticks in a second.
     pub hz: u32,
 }
@@ -78,6 +82,7 @@ impl Kernel {
             maps: BpfMaps::open(maps)?,
             config: NodeConfigStore::open(maps)?,
             endpoints: Endpoints::open(maps)?,
+            devices: Devices::open(maps)?,
             hz: probe::hz()?,
             programs,
         })
@@ -155,6 +160,7 @@ impl Kernel {
         &mut self,
         socket: &mut Socket,
         config: &NodeConfig,
+        place: &Place,
         state: &State,
         is_complete: bool,
     ) -> Result<Attached> {
@@ -163,12 +169,14 @@ impl Kernel {
         if self.config.write(config)? {
             done.push("settings of the programs written".to_owned());
         }
+        done.extend(self.write_devices(place, state)?);
         if !self.pinned {
             self.programs.pin(&self.bpffs)?;
             self.pinned = true;
         }
         let mut failures = Vec::new();
-        let hooks = device_hooks(state);
+        let first = self.first_uplink(state, is_complete);
+        let hooks = device_hooks(state, place.side_devices.iter().filter(|_| is_complete), first);
         let mut is_overlay_verified = false;
         for hook in &hooks {
             match self.device_hook(socket, hook) {
@@ -194,6 +202,31 @@ impl Kernel {
             }
         }
         Ok(Attached { done, failures, is_overlay_verified })
+    }
+
+    /// Writes the addresses of devices, and ends the masquerade of those that the host has no more.
+    fn write_devices(&self, place: &Place, state: &State) -> Result<Option<String>> {
+        let mut gone = self.devices.write(&place.sources)?;
+        let own = state.host.facts().own_addresses();
+        gone.retain(|ip| !own.contains(ip));
+        if gone.is_empty() {
+            return Ok(None);
+        }
+        let forgotten = Conntrack::open(self.maps_dir())?.forget_sources(&gone)?;
+        let gone: Vec<_> = gone.iter().map(ToString::to_string).collect();
+        Ok(Some(format!("{}: not this host's any more; {forgotten} masqueraded flows forgotten", gone.join(", "))))
+    }
+
+    /// The uplink whose links are pinned without its name: the one that has them already, so that no uplink is without programs
+    /// while their order changes.
+    fn first_uplink(&self, state: &State, is_complete: bool) -> Option<u32> {
+        let name = hook::NAMES[usize::from(hook::UPLINK_IN)];
+        match attach::device_of(&attach::link_path(&self.bpffs, name, None)) {
+            Some(device) if state.uplinks.iter().any(|it| it.ifindex == device) => Some(device),
+            // It may turn out to be an uplink.
+            Some(_) if !is_complete => None,
+            _ => state.uplinks.first().map(|it| it.ifindex),
+        }
     }
 
     fn device_hook(&self, socket: &mut Socket, hook: &Hook<'_>) -> Result<Outcome> {
@@ -278,14 +311,18 @@ fn lost(before: &[(IpAddr, Endpoint)], state: &State) -> Vec<(IpAddr, Endpoint)>
 struct Hook<'a> {
     program: &'static str,
     device: &'a str,
-    /// The device's name once more, if it is an uplink other than the first.
+    /// The device's name once more, unless it is the first uplink or the overlay device.
     further: Option<&'a str>,
     ifindex: u32,
     direction: Direction,
 }
 
 /// All hooks but the pods'.
-fn device_hooks(state: &State) -> Vec<Hook<'_>> {
+fn device_hooks<'a>(
+    state: &'a State,
+    side_devices: impl Iterator<Item = &'a Uplink>,
+    first: Option<u32>,
+) -> Vec<Hook<'a>> {
     fn pair<'a>(device: &'a str, ifindex: u32, codes: [u8; 2], further: Option<&'a str>) -> [Hook<'a>; 2] {
         let hook = |code: u8, direction| {
             let program = hook::NAMES[usize::from(code)];
@@ -294,9 +331,16 @@ fn device_hooks(state: &State) -> Vec<Hook<'_>> {
         [hook(codes[0], Direction::Ingress), hook(codes[1], Direction::Egress)]
     }
     let mut hooks = Vec::new();
-    for (i, uplink) in state.uplinks.iter().enumerate() {
+    for uplink in &state.uplinks {
         let name = uplink.name.as_str();
-        hooks.extend(pair(name, uplink.ifindex, [hook::UPLINK_IN, hook::UPLINK_OUT], (i > 0).then_some(name)));
+        let further = (Some(uplink.ifindex) != first).then_some(name);
+        hooks.extend(pair(name, uplink.ifindex, [hook::UPLINK_IN, hook::UPLINK_OUT], further));
+    }
+    let is_uplink = |index| state.uplinks.iter().any(|it| it.ifindex == index);
+    for device in side_devices.filter(|it| !is_uplink(it.ifindex)) {
+        let name = device.name.as_str();
+        let (program, direction) = (names::SIDE_IN, Direction::Ingress);
+        hooks.push(Hook { program, device: name, further: Some(name), ifindex: device.ifindex, direction });
     }
     if let Some(OverlayDevice { index, .. }) = state.overlay {
         hooks.extend(pair(OVERLAY_DEV, index, [hook::OVERLAY_IN, hook::OVERLAY_OUT], None));

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-pub use self::place::{Place, Uplink, place};
+pub use self::place::{Place, Sources, Uplink, place};
 use crate::config::Routing;
 use crate::host::HostFacts;
 use crate::model::{Family, Node, Problem};

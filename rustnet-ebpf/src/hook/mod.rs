@@ -44,7 +44,7 @@ pub fn forward<F: Steps>(
     hook: u8,
 ) -> Result<i32, Dropped> {
     let action = plan::plan::<F>(p, &flow.to, origin, config)?;
-    let egress = exec::resolve::<F>(skb, p, &flow.to.tuple, action, origin)?;
+    let egress = exec::resolve::<F>(skb, p, flow, action, origin)?;
     if egress.0 == Egress::Unrouted {
         // Not translated, not tracked: the stack gets the packet as its sender sent it. A known flow that is translated must
         // not leave so by a way of the stack's own.

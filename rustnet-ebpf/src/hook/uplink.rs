@@ -1,4 +1,4 @@
-//! `uplink_in` and `uplink_out`: the node's own interface.
+//! `uplink_in` and `uplink_out`: devices towards other nodes and the world. `side_in`: this host's other devices with addresses.
 //!
 //! In: answers to masqueraded flows, traffic routed straight to pods (native mode, neighbours of the cluster). Out: what
 //! the host asks of a service; pod traffic reaches this hook already translated and carries the processed mark.
@@ -50,6 +50,29 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         Ok(Some(flow))
     };
     let Some(flow) = classify_in::<F, _>(skb, p, flow, config, relate)? else { return Ok(TO_STACK) };
+    forward::<F>(skb, p, flow, source::OUTSIDE, Origin::Uplink, config, hook::UPLINK_IN)
+}
+
+/// The ingress hook of other devices, for one family: the answers to what left by them with this host's address. All else is the
+/// stack's, as it is where no program of ours is: bridges of containers and machines are not ours to filter.
+#[inline(always)]
+pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
+    let Some(config) = maps::config() else { return Ok(TO_STACK) };
+    if is_vlan_tagged(skb) {
+        return Ok(TO_STACK);
+    }
+    let Ok((p, flow)) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
+    if p.kind == Kind::LinkLocal || !source::is_host::<F>(p.tuple.dst) || F::verify_outside(p).is_err() {
+        return Ok(TO_STACK);
+    }
+    let flow = if p.kind == Kind::IcmpError {
+        icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?
+    } else {
+        conntrack::lookup::<F, _>(skb, p, flow, source::OUTSIDE, config, || Ok(()))?
+    };
+    if flow.class == Class::New {
+        return Ok(TO_STACK);
+    }
     forward::<F>(skb, p, flow, source::OUTSIDE, Origin::Uplink, config, hook::UPLINK_IN)
 }
 

@@ -13,7 +13,7 @@ use super::plan::{Action, Origin, Target};
 use super::tunnel::{self, Tunnel};
 use crate::ctx::{Ctx, Skb};
 use crate::outcome::Dropped;
-use crate::packet::Packet;
+use crate::packet::{Flow, Packet};
 use crate::rewrite::{self, Rewrite};
 
 /// Passes the packet to other programs, then to the stack.
@@ -35,21 +35,21 @@ pub enum Egress {
 pub fn resolve<F: Routed>(
     skb: &Skb,
     p: &Packet<F::A>,
-    to: &Tuple<F::A>,
+    flow: &mut Flow<F::A>,
     action: Action,
     origin: Origin,
 ) -> Result<(Egress, i32), Dropped> {
     let is_host = origin == Origin::Host;
     let fib = match action.target {
         Target::Stack | Target::Pod | Target::Tunnel => return Ok((Egress::Planned, TO_STACK)),
-        Target::PodQdisc => fib::redirect_via_qdisc::<F>(skb, action.ifindex, &to.dst, p.mtu_len, !is_host)?,
-        Target::Routed => fib::redirect::<F>(skb, to, p.mtu_len, is_host)?,
+        Target::PodQdisc => fib::redirect_via_qdisc::<F>(skb, action.ifindex, &flow.to.tuple.dst, p.mtu_len, !is_host)?,
+        Target::Routed => fib::redirect::<F>(skb, flow, p.mtu_len, is_host)?,
     };
     match fib {
         Fib::Redirect(verdict) => Ok((Egress::Planned, verdict)),
         Fib::NeedsFragmentation(_) if action.target == Target::PodQdisc => Ok((Egress::Fragmenting, TO_STACK)),
         // The stack forwards and fragments what it can take as it is. It refuses a packet with an address of its own.
-        Fib::NeedsFragmentation(_) if *to == p.tuple && !is_host => Ok((Egress::Fragmenting, TO_STACK)),
+        Fib::NeedsFragmentation(_) if flow.to.tuple == p.tuple && !is_host => Ok((Egress::Fragmenting, TO_STACK)),
         Fib::NeedsFragmentation(mtu) => Err(Dropped { reason: DropReason::FragNeeded, mtu }),
         Fib::NoRoute if is_host => Err(DropReason::NoFib.into()),
         Fib::NoRoute => Ok((Egress::Unrouted, TO_STACK)),

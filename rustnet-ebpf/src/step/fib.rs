@@ -1,14 +1,17 @@
-//! The kernel's routes and neighbours. Contract: arms a redirect to where they lead, or says why there is none. Changes nothing.
+//! The kernel's routes and neighbours. Contract: arms a redirect to where they lead, or says why there is none. A new flow that is
+//! masqueraded gets the address of the device that it leaves by; nothing else changes.
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
-use rustnet_common::tuple::Tuple;
 
 use crate::ctx::{Ctx, Skb};
 use crate::family::{Family, V4, V6};
+use crate::maps;
 use crate::outcome::{Dropped, PackedResult};
+use crate::packet::{Class, Flow};
 
 /// `struct bpf_fib_lookup` (uapi/linux/bpf.h), with its unions as plain words.
 #[repr(C)]
@@ -36,7 +39,9 @@ struct NextHop {
     addr: [u32; 4],
 }
 
-const BPF_FIB_LOOKUP_OUTPUT: u32 = 2;
+/// Where the kernel looks from for packets of its own stack (`LOOPBACK_IFINDEX`). Not `BPF_FIB_LOOKUP_OUTPUT`: that asks for a route
+/// by the device at hand alone, and a Service's backend may lie behind another one than the Service's address.
+const LOOPBACK: u32 = 1;
 const RET_SUCCESS: i64 = 0;
 const RET_UNSUPP_LWT: i64 = 6;
 const RET_NO_NEIGH: i64 = 7;
@@ -77,14 +82,14 @@ impl Fib {
 /// The kernel's routes for packets of one family.
 pub trait Routed: Family {
     /// See [`redirect`].
-    fn fib(skb: &Skb, to: &Tuple<Self::A>, mtu_len: u32, is_output: bool) -> PackedResult;
+    fn fib(skb: &Skb, flow: &mut Flow<Self::A>, mtu_len: u32, is_output: bool) -> PackedResult;
 }
 
-/// Arms a redirect along the kernel's route to `to.dst`. `mtu_len` is checked against the path's MTU, 0 if the packet may be
+/// Arms a redirect along the kernel's route to where the flow leads. `mtu_len` is checked against the path's MTU, 0 if the packet may be
 /// fragmented; `is_output` looks as a local sender would.
 #[inline(always)]
-pub fn redirect<F: Routed>(skb: &Skb, to: &Tuple<F::A>, mtu_len: u32, is_output: bool) -> Result<Fib, Dropped> {
-    F::fib(skb, to, mtu_len, is_output).result().map(Fib::from_code)
+pub fn redirect<F: Routed>(skb: &Skb, flow: &mut Flow<F::A>, mtu_len: u32, is_output: bool) -> Result<Fib, Dropped> {
+    F::fib(skb, flow, mtu_len, is_output).result().map(Fib::from_code)
 }
 
 /// Declares a family's look-up as a function with global linkage, for the reason that the parser is one.
@@ -93,19 +98,19 @@ macro_rules! global {
         /// See [`redirect`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $name(skb: *mut __sk_buff, to: *const Tuple<$addr>, mtu_len: u32, is_output: u32) -> u64 {
-            if to.is_null() {
-                return PackedResult::new(Err(DropReason::NoFib.into())).bits();
-            }
+        pub extern "C" fn $name(skb: *mut __sk_buff, flow: *mut Flow<$addr>, mtu_len: u32, is_output: u32) -> u64 {
             // SAFETY: the only caller is below and passes a reference; the verifier checks its size.
-            let to = unsafe { &*to };
-            PackedResult::new(try_redirect::<$family>(&Skb(skb), to, mtu_len, is_output != 0)).bits()
+            let found = match unsafe { flow.as_mut() } {
+                Some(flow) => try_redirect::<$family>(&Skb(skb), flow, mtu_len, is_output != 0),
+                None => Err(DropReason::NoFib.into()),
+            };
+            PackedResult::new(found).bits()
         }
 
         impl Routed for $family {
             #[inline(always)]
-            fn fib(skb: &Skb, to: &Tuple<$addr>, mtu_len: u32, is_output: bool) -> PackedResult {
-                PackedResult::from_bits($name(skb.raw(), to, mtu_len, u32::from(is_output)))
+            fn fib(skb: &Skb, flow: &mut Flow<$addr>, mtu_len: u32, is_output: bool) -> PackedResult {
+                PackedResult::from_bits($name(skb.raw(), flow, mtu_len, u32::from(is_output)))
             }
         }
     };
@@ -115,14 +120,15 @@ global!(rn_fib4, V4, Ip4);
 global!(rn_fib6, V6, Ip6);
 
 #[inline(always)]
-fn try_redirect<F: Family>(skb: &Skb, to: &Tuple<F::A>, mtu_len: u32, is_output: bool) -> Result<i32, Dropped> {
+fn try_redirect<F: Family>(skb: &Skb, flow: &mut Flow<F::A>, mtu_len: u32, is_output: bool) -> Result<i32, Dropped> {
+    let to = &flow.to.tuple;
     let mut fib = FibLookup {
         family: F::AF,
         l4_protocol: to.proto,
         sport: to.sport.to_be(),
         dport: to.dport.to_be(),
         tot_len: mtu_len as u16,
-        ifindex: skb.ifindex(),
+        ifindex: if is_output { LOOPBACK } else { skb.ifindex() },
         tos: 0,
         src: to.src.words(),
         dst: to.dst.words(),
@@ -130,21 +136,36 @@ fn try_redirect<F: Family>(skb: &Skb, to: &Tuple<F::A>, mtu_len: u32, is_output:
         macs: [0; 6],
     };
     // SAFETY: `fib` has the layout and the size of the kernel's structure.
-    let rc = unsafe {
-        helper::bpf_fib_lookup(
-            skb.raw().cast(),
-            (&raw mut fib).cast(),
-            size_of::<FibLookup>() as i32,
-            if is_output { BPF_FIB_LOOKUP_OUTPUT } else { 0 },
-        )
-    };
+    let rc =
+        unsafe { helper::bpf_fib_lookup(skb.raw().cast(), (&raw mut fib).cast(), size_of::<FibLookup>() as i32, 0) };
     match rc {
         // The family may change on the way: an IPv4 route can have an IPv6 next hop (RFC 5549).
-        RET_SUCCESS | RET_NO_NEIGH => Ok(redirect_neigh(fib.ifindex, fib.family, fib.dst)),
+        RET_SUCCESS | RET_NO_NEIGH => {
+            choose_source::<F>(flow, fib.ifindex);
+            Ok(redirect_neigh(fib.ifindex, fib.family, fib.dst))
+        }
         RET_FRAG_NEEDED if mtu_len == 0 => Ok(Fib::needs_fragmentation(u32::from(fib.tot_len))),
         RET_FRAG_NEEDED => Err(Dropped { reason: DropReason::FragNeeded, mtu: u32::from(fib.tot_len) }),
         RET_UNSUPP_LWT => Err(DropReason::NoFib.into()),
         _ => Ok(Fib::NO_ROUTE),
+    }
+}
+
+/// Gives a new flow that is masqueraded the address of the device that it leaves by, if that has one.
+#[inline(always)]
+fn choose_source<F: Family>(flow: &mut Flow<F::A>, ifindex: u32) {
+    if flow.class != Class::New || flow.flags & flags::MASQ == 0 {
+        return;
+    }
+    // To other nodes and their pods the host speaks with the address that they know.
+    if flow.flags & flags::FROM_HOST != 0 && F::peer(flow.to.tuple.dst).is_some() {
+        return;
+    }
+    let Some(device) = maps::rn_devices.get_ptr(&ifindex) else { return };
+    // SAFETY: map values stay valid for this run of the program.
+    let address = F::device(unsafe { &*device });
+    if address != F::A::UNSPECIFIED {
+        flow.to.tuple.src = address;
     }
 }
 

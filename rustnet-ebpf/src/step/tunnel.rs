@@ -7,7 +7,7 @@ use rustnet_common::config::NodeConfig;
 
 use crate::ctx::Skb;
 
-/// `struct bpf_tunnel_key` without the near end: the size that all kernels take.
+/// `struct bpf_tunnel_key` without the near end.
 #[repr(C)]
 struct TunnelKey {
     id: u32,
@@ -17,6 +17,14 @@ struct TunnelKey {
     ttl: u8,
     ext: u16,
     label: u32,
+}
+
+/// All of `struct bpf_tunnel_key` (since kernel 6.0).
+#[repr(C)]
+struct TunnelEnds {
+    key: TunnelKey,
+    /// Near end, as the far end.
+    local: [u32; 4],
 }
 
 /// The far end is IPv6.
@@ -57,22 +65,26 @@ pub fn read(skb: &Skb, out: &mut Tunnel) {
     out.id = key.id;
 }
 
-/// Sets the tunnel that the packet leaves by.
+/// Sets the tunnel that the packet leaves by. The near end is the address by which other nodes know this one: they accept no other
+/// sender. Where it has none of the family, the kernel chooses.
 #[inline(never)]
 pub fn set(skb: &Skb, node: &Addr, config: &NodeConfig) -> bool {
     let words = node.words();
     let v4 = node.is_v4();
-    let mut key = TunnelKey {
-        id: config.vni,
-        remote: if v4 { [u32::from_be(words[3]), 0, 0, 0] } else { words },
-        tos: 0,
-        ttl: 64,
-        ext: 0,
-        label: 0,
+    let mut ends = TunnelEnds {
+        key: TunnelKey {
+            id: config.vni,
+            remote: if v4 { [u32::from_be(words[3]), 0, 0, 0] } else { words },
+            tos: 0,
+            ttl: 64,
+            ext: 0,
+            label: 0,
+        },
+        local: if v4 { [u32::from_be(config.node4.word()), 0, 0, 0] } else { config.node6.words() },
     };
     let flags = if v4 { BPF_F_ZERO_CSUM_TX } else { BPF_F_TUNINFO_IPV6 | BPF_F_ZERO_CSUM_TX };
-    // SAFETY: `key` has the size that is passed; the near end is left to the kernel by leaving it out.
+    // SAFETY: `ends` has the size that is passed.
     unsafe {
-        helper::bpf_skb_set_tunnel_key(skb.raw(), (&raw mut key).cast(), size_of::<TunnelKey>() as u32, flags) == 0
+        helper::bpf_skb_set_tunnel_key(skb.raw(), (&raw mut ends).cast(), size_of::<TunnelEnds>() as u32, flags) == 0
     }
 }

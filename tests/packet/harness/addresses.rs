@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 pub const UPLINK: u32 = 10;
 pub const OVERLAY: u32 = 11;
+/// A device with an address of its own, and no uplink: a bridge of machines.
+pub const SIDE: u32 = 12;
 pub const POD_A: u32 = 21;
 pub const POD_B: u32 = 22;
 /// Network identifier of the overlay.
@@ -30,18 +32,23 @@ pub const MAC_OUT: [u8; 6] = [2, 0, 0, 0, 0xee, 1];
 pub(super) const LINKS: &str = "\
     link add eth0 index 10 type veth peer name peer0
     link add rn_vxlan index 11 type veth peer name peer1
+    link add virbr0 index 12 type veth peer name peer2
     link add rnva index 21 type veth peer name peera
     link add rnvb index 22 mtu 1420 type veth peer name peerb
     link set eth0 up
     link set peer0 up
     link set rn_vxlan up
     link set peer1 up
+    link set virbr0 up
+    link set peer2 up
     link set rnva up
     link set peera up
     link set rnvb up
     link set peerb up
     addr add 172.18.0.11/24 dev eth0
     addr add fd00:18::11/64 dev eth0 nodad
+    addr add 192.168.122.1/24 dev virbr0
+    addr add fd00:7::1/64 dev virbr0 nodad
     route add default via 172.18.0.1 dev eth0
     route add default via fd00:18::1 dev eth0
     route add 10.244.3.0/24 via 172.18.0.13 dev eth0
@@ -95,6 +102,14 @@ impl Net {
     /// This node.
     pub fn node(self) -> IpAddr {
         self.ip([172, 18, 0, 11], "fd00:18::11")
+    }
+    /// This host's address on the bridge of machines.
+    pub fn side(self) -> IpAddr {
+        self.ip([192, 168, 122, 1], "fd00:7::1")
+    }
+    /// A machine on that bridge.
+    pub fn machine(self) -> IpAddr {
+        self.ip([192, 168, 122, 10], "fd00:7::10")
     }
     /// Node 2.
     pub fn node2(self) -> IpAddr {

@@ -38,6 +38,7 @@ const CRATES: [Crate; 6] = [
                 "config",
                 "conntrack",
                 "csum",
+                "device",
                 "drop",
                 "event",
                 "files",

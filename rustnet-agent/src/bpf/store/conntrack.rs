@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;
+use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::Result;
@@ -60,6 +61,19 @@ impl Conntrack {
     /// Deletes the connections of a protocol whose backend is in that protocol's set.
     pub fn flush(&self, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept> {
         Ok(self.v4.flush(backends)? + self.v6.flush(backends)?)
+    }
+
+    /// Deletes flows that are masqueraded as one of these addresses: none of them gets answers any more, and the next packet of
+    /// a pod opens its flow again, with another address. Returns how many.
+    pub fn forget_sources(&self, gone: &BTreeSet<IpAddr>) -> Result<usize> {
+        let mut forgotten = 0;
+        for table in self.v4.both() {
+            forgotten += forget_sources(table, gone)?;
+        }
+        for table in self.v6.both() {
+            forgotten += forget_sources(table, gone)?;
+        }
+        Ok(forgotten)
     }
 
     /// Deletes connections that have expired in all their directions. `expired` decides for one entry.
@@ -164,6 +178,31 @@ where
     })?;
     swept.deleted = table.delete_all(&replies)? + table.delete_all(&originals)?;
     Ok(swept)
+}
+
+fn forget_sources<A>(table: &Table<A>, gone: &BTreeSet<IpAddr>) -> Result<usize>
+where
+    A: Address,
+    Tuple<A>: Pod,
+    CtEntry<A>: Pod,
+{
+    let mut found = Vec::new();
+    table.for_each(|key, entry| {
+        let is_masqueraded = entry.flags & flags::MASQ != 0 && entry.flags & flags::REPLY == 0;
+        if is_masqueraded && gone.contains(&IpAddr::from(entry.to.src.to_addr())) {
+            found.push((*key, *entry));
+        }
+    })?;
+    let mut forgotten = 0;
+    for (key, entry) in found {
+        let other = counterpart(table, &key, &entry)?;
+        // The original direction first: from the other one a packet of the pod would restore nothing.
+        forgotten += usize::from(table.delete(&key)?);
+        if let Some((key, _)) = other {
+            table.delete(&key)?;
+        }
+    }
+    Ok(forgotten)
 }
 
 fn sweep<A>(table: &Table<A>, expired: impl Fn(u8, u64, u32) -> bool) -> Result<Swept>
@@ -327,6 +366,24 @@ mod tests {
         assert!(found.pad == SLOT_CONTESTED && entry.to == to);
         assert_eq!(ct.sweep(|_, _, seen| seen < 50).unwrap(), Swept { seen: 3, deleted: 2 });
         assert!(is_there(&ct, &direct));
+    }
+
+    #[test]
+    fn flows_of_an_address_that_went_are_forgotten_in_both_directions() {
+        let ct = tables();
+        let masquerade = |sport: u16, address: [u8; 4]| {
+            let orig = tuple(sport, proto::UDP);
+            let to = Tuple { src: Ipv4Addr::from(address).into(), sport: 20_000 + sport, ..orig };
+            let entry = |to, flags| CtEntry { to, flags, ..CtEntry::zeroed() };
+            put(&ct.v4, &orig, entry(to, flags::NAT | flags::MASQ));
+            put(&ct.v4, &to.reversed(), entry(orig.reversed(), flags::NAT | flags::MASQ | flags::REPLY));
+        };
+        masquerade(1, [192, 0, 2, 1]);
+        masquerade(2, [192, 0, 2, 2]);
+        add(&ct.v4, tuple(3, proto::UDP), 7, [0, 0]);
+        assert_eq!(ct.forget_sources(&[Ipv4Addr::new(192, 0, 2, 1).into()].into()).unwrap(), 1);
+        assert!(!is_there(&ct, &tuple(1, proto::UDP)) && is_there(&ct, &tuple(2, proto::UDP)));
+        assert_eq!(ct.v4.len().unwrap(), 4);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 pub mod backends;
 pub mod conntrack;
 pub mod counters;
+pub mod devices;
 pub mod endpoints;
 mod fault;
 pub mod fill;

@@ -1,0 +1,131 @@
+//! Hosts with several devices: masquerade takes the address of the device that a packet leaves by, and its answers find back.
+
+use crate::flows::{ALL, PORT, Proto, from_a};
+use crate::harness::{Flow, Lab, Net, SIDE, UPLINK, labs};
+use crate::icmp;
+use anyhow::{Context, Result, ensure};
+use rustnet_common::conntrack::flags;
+use rustnet_common::peer;
+use std::net::IpAddr;
+
+fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
+    ALL.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
+}
+
+fn port_of(proto: Proto, port: u16) -> u16 {
+    if proto == Proto::Echo { 0 } else { port }
+}
+
+/// The uplink has an address other than the node's, as where the node's is on another device.
+fn outside(net: Net) -> IpAddr {
+    net.ip([172, 18, 0, 99], "fd00:18::99")
+}
+
+fn put_devices(lab: &Lab, net: Net) -> Result<()> {
+    lab.put_device(UPLINK, Some(outside(net)))?;
+    lab.put_device(SIDE, Some(net.side()))?;
+    lab.put_peer(net.side(), None, peer::flags::HOST, None)?;
+    lab.put_peer(outside(net), None, peer::flags::HOST, None)
+}
+
+#[test]
+fn packets_to_the_world_get_the_address_of_their_device() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        each(|proto| {
+            let to = (net.world(), port_of(proto, 443));
+            let ask = from_a(net, proto, to);
+            let leaves = ask.hop().between((outside(net), PORT), to);
+            lab.pod_sends(&ask)?.onto_wire(&leaves)?;
+            let answer = leaves.reply();
+            lab.uplink_in(&answer)?.to_the_pod(&answer.hop().map(|f| f.dst = net.a()))?;
+            // The flow keeps its address, whatever the device gets.
+            lab.put_device(UPLINK, Some(net.ip([172, 18, 0, 77], "fd00:18::77")))?;
+            lab.pod_sends(&ask)?.onto_wire(&leaves)?;
+            put_devices(lab, net)
+        })
+    })
+}
+
+#[test]
+fn a_device_without_addresses_leaves_the_nodes() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        lab.put_device(UPLINK, None)?;
+        let to = (net.world(), 443);
+        let ask = from_a(net, Proto::Tcp, to);
+        lab.pod_sends(&ask)?.onto_wire(&ask.hop().between((net.node(), PORT), to))
+    })
+}
+
+#[test]
+fn a_machine_on_a_bridge_answers() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        each(|proto| {
+            let to = (net.machine(), port_of(proto, 8000));
+            let ask = from_a(net, proto, to);
+            let leaves = ask.hop().between((net.side(), PORT), to);
+            lab.pod_sends(&ask)?.onto_wire(&leaves)?;
+            let half = lab.half(Flow::of(&ask))?;
+            ensure!(half.flags == flags::NAT | flags::MASQ, "{half:?}");
+            let answer = leaves.reply();
+            lab.side_in(&answer)?.to_the_pod(&answer.hop().map(|f| f.dst = net.a()))
+        })
+    })
+}
+
+/// An error about a masqueraded packet reaches the pod, by that device too.
+#[test]
+fn an_error_about_a_packet_to_a_machine() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        let ask = from_a(net, Proto::Udp, (net.machine(), 8000));
+        let leaves = ask.hop().between((net.side(), PORT), (net.machine(), 8000));
+        lab.pod_sends(&ask)?.onto_wire(&leaves)?;
+        let kind = if net == Net::V4 { (3, 3, 0) } else { (1, 4, 0) };
+        let shot = lab.side_in(&icmp::error(&leaves, net.machine(), kind, 64))?;
+        ensure!(shot.verdict == crate::harness::REDIRECT, "{shot:?}");
+        Ok(())
+    })
+}
+
+/// What is no answer is the stack's, as on a device without programs: bridges are not ours to filter.
+#[test]
+fn all_else_by_such_a_device_is_the_stacks() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        lab.serve(net.vip(1), 80, 6, 0, &[(net.b(), 8080)])?;
+        let ask = from_a(net, Proto::Tcp, (net.machine(), 8000));
+        lab.pod_sends(&ask)?;
+        let answer = ask.hop().between((net.side(), PORT), (net.machine(), 8000)).reply();
+        for (what, frame) in [
+            ("to a pod", answer.between((net.machine(), 8000), (net.a(), PORT))),
+            ("to a service", answer.between((net.machine(), 8000), (net.vip(1), 80))),
+            ("to this host", answer.between((net.machine(), 8000), (net.side(), 22))),
+            ("to the world", answer.between((net.machine(), 8000), (net.world(), 443))),
+            ("from a pod's address", answer.between((net.b(), 8000), (net.side(), PORT))),
+            ("from a service's address", answer.between((net.vip(1), 80), (net.side(), PORT))),
+        ] {
+            lab.side_in(&frame)?.to_stack(&frame).context(what)?;
+        }
+        Ok(())
+    })
+}
+
+/// Other nodes know the host by the node's address, whatever device its packets to their pods leave by.
+#[test]
+fn the_host_speaks_to_other_nodes_as_the_node() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        for (backend, source) in [(net.routed(), net.node()), (net.world(), outside(net))] {
+            lab.forget()?;
+            lab.serve(net.vip(2), 80, 6, 0, &[(backend, 8080)])?;
+            let ask = from_a(net, Proto::Tcp, (net.vip(2), 80)).map(|f| f.src = net.node());
+            let shot = lab.uplink_out(&ask)?;
+            let sport = lab.half(Flow::of(&ask))?.to.sport;
+            shot.onto_wire(&ask.between((source, sport), (backend, 8080)))?;
+        }
+        Ok(())
+    })
+}
