@@ -36,7 +36,7 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Ok(host) => host,
         Err(error) => return vec![Group::new("Host", vec![Finding::unknown("network", &error)])],
     };
-    let cluster = api::gather(config);
+    let cluster = api::gather(config, stage);
     let mut groups = vec![
         Group::new("Configuration", vec![Finding::ok("settings", format!("node {}", config.node_name))]),
         Group::new("Kernel", kernel::check(&kernel::gather(Some(config)))),
