@@ -265,7 +265,7 @@ fn another_store_behind_the_same_address_is_noticed() -> Result<()> {
         Ok(())
     };
     let repair = |rig: &mut Rig| {
-        rig.answers(200, &[])?;
+        rig.answers(200, &away)?;
         ensure!(rig.maps()? == before, "the last good state stays");
         rig.server.renew_store()?;
         rig.server.start_api()?;
@@ -279,7 +279,7 @@ fn another_store_behind_the_same_address_is_noticed() -> Result<()> {
         rig.holds("the second store", &["10.96.7.9", "10.244.3.0/24"], &["10.96.7.1", "10.96.7.2"])?;
         rig.answers(200, &[])
     };
-    rig.survives(&away, fault, repair)
+    rig.endures(&away, fault, repair)
 }
 
 /// The version of the store.

@@ -117,12 +117,22 @@ impl Rig {
         fault: impl FnOnce(&mut Self) -> Result<()>,
         repair: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
+        self.endures(words, fault, repair)?;
+        self.tells("Warning", words)?;
+        self.tells("Normal", words)
+    }
+
+    /// The same of what is no news: an outage of the API server that is over within a minute.
+    pub fn endures(
+        &mut self,
+        words: &[&str],
+        fault: impl FnOnce(&mut Self) -> Result<()>,
+        repair: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
         let pid = self.node().agent_pid().context("an agent")?;
         fault(self)?;
         self.logs(&[words, &["WARN"]].concat())?;
         repair(self)?;
-        self.tells("Warning", words)?;
-        self.tells("Normal", words)?;
         ensure!(self.node().agent_runs() && self.node().agent_pid() == Some(pid), "the agent has ended");
         Ok(())
     }
