@@ -163,7 +163,9 @@ impl Watched for SlimNode {
     }
     fn seen(&self, source: &KubeSource) {
         source.node_status.saw(&self.0);
-        self.0.metadata.name.iter().for_each(|name| source.connection.herd.saw(name));
+        if let Some(name) = &self.0.metadata.name {
+            source.connection.herd.saw(name);
+        }
     }
 }
 
@@ -266,9 +268,8 @@ impl<'a> Follower<'a> {
             self.source.metrics.source_failed(self.kind);
             let next = next_step(&error, streaming && !self.listed);
             let delay = match next {
-                Next::Resume => self.backoff.next(),
+                Next::Resume | Next::Page => self.backoff.next(),
                 Next::Relist => self.backoff.next().max(source.connection.herd.spread()),
-                Next::Page => Duration::ZERO,
             };
             match next {
                 // An ordinary part of a watch's life.
@@ -296,7 +297,9 @@ impl<'a> Follower<'a> {
         let herd = (self.kind == Kind::Node).then_some(&self.source.connection.herd);
         if let Init = event {
             (self.restarting, self.listed) = (true, false);
-            herd.inspect(|herd| herd.restart());
+            if let Some(herd) = herd {
+                herd.restart();
+            }
             return;
         }
         self.backoff.reset();
@@ -310,7 +313,9 @@ impl<'a> Follower<'a> {
             InitDone => {
                 (self.listed, self.paging) = (true, false);
                 self.source.metrics.source_synced(self.kind);
-                herd.inspect(|herd| herd.synced());
+                if let Some(herd) = herd {
+                    herd.synced();
+                }
                 tracing::debug!(kind = %self.kind, "synced");
                 return self.send(Event::Synced(self.kind)).await;
             }
@@ -320,7 +325,9 @@ impl<'a> Follower<'a> {
                 object.convert(&mut self.converter)
             }
             Delete(object) => {
-                herd.zip(object.meta().name.as_ref()).inspect(|(herd, name)| herd.lost(name));
+                if let Some((herd, name)) = herd.zip(object.meta().name.as_ref()) {
+                    herd.lost(name);
+                }
                 convert::reference(self.kind, object.meta()).map(Event::Delete)
             }
         };
@@ -347,8 +354,9 @@ fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
     match (error, start_code) {
         // The server no longer has the state of which the next page would be.
         (E::InitialListFailed(kube::Error::Api(status)), _) if status.code == 410 => Next::Relist,
-        // 400 and 422: the feature gate of streaming lists is off.
-        (_, Some(400 | 422)) if streaming_list => Next::Page,
+        // 400 and 422: the feature gate of streaming lists is off. 504: the server's cache does not catch up with its store, of
+        // which pages are read.
+        (_, Some(400 | 422 | 504)) if streaming_list => Next::Page,
         // The watch cannot begin where it should: at a place that is gone, or that the server has not reached yet, as after
         // a restored backup (504, "Too large resource version").
         (_, Some(400 | 410 | 422 | 504)) | (E::NoResourceVersion, _) => Next::Relist,
@@ -376,7 +384,11 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::http::{Request, Response};
+    use kube::client::Body;
     use kube::core::Status;
+    use serde_json::{Value, json};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     fn api(code: u16) -> kube::Error {
         let mut status = Status::failure("x", "y");
@@ -399,7 +411,8 @@ mod tests {
             (watch_error(500), false, Next::Resume),
             (watch_error(429), true, Next::Resume),
             (E::WatchStartFailed(api(410)), true, Next::Relist),
-            (E::WatchStartFailed(api(504)), true, Next::Relist),
+            (E::WatchStartFailed(api(504)), true, Next::Page),
+            (E::WatchStartFailed(api(504)), false, Next::Relist),
             (E::WatchStartFailed(api(422)), true, Next::Page),
             (E::WatchStartFailed(api(422)), false, Next::Relist),
             (E::WatchStartFailed(api(403)), true, Next::Resume),
@@ -424,5 +437,53 @@ mod tests {
         ] {
             assert_eq!(streams(major, minor), want, "{major}.{minor}");
         }
+    }
+
+    /// A server of 1.26 with two pages of Nodes. When the second is asked for, it no longer has that state, once.
+    async fn answer(request: Request<Body>, has_forgotten: Arc<AtomicBool>) -> Result<Response<Body>, kube::Error> {
+        let query = request.uri().query().unwrap_or_default().to_owned();
+        let node = |name: &str| json!({"metadata": {"name": name, "resourceVersion": "7"}});
+        let list =
+            |of: &[Value], next: &str| json!({"metadata": {"resourceVersion": "7", "continue": next}, "items": of});
+        let status =
+            json!({"kind": "Status", "status": "Failure", "reason": "Expired", "message": "gone", "code": 410});
+        let (code, body) = match request.uri().path() {
+            _ if query.contains("watch=true") => return std::future::pending().await,
+            "/version" => (200, serde_json::to_value(version("1", "26")).expect("JSON")),
+            "/api/v1/nodes" if !query.contains("continue") => (200, list(&[node("n1")], "second")),
+            "/api/v1/nodes" if !has_forgotten.swap(true, Ordering::Relaxed) => (410, status),
+            "/api/v1/nodes" => (200, list(&[node("n2")], "")),
+            _ => (200, list(&[], "")),
+        };
+        let body = Body::from(body.to_string().into_bytes());
+        Ok(Response::builder().status(code).body(body).expect("an answer"))
+    }
+
+    fn version(major: &str, minor: &str) -> k8s_openapi::apimachinery::pkg::version::Info {
+        let (major, minor) = (major.to_owned(), minor.to_owned());
+        k8s_openapi::apimachinery::pkg::version::Info { major, minor, ..Default::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_state_that_is_gone_between_two_pages_is_no_problem() {
+        let has_forgotten = Arc::new(AtomicBool::new(false));
+        let forgotten = Arc::clone(&has_forgotten);
+        let server = tower::service_fn(move |request| answer(request, Arc::clone(&forgotten)));
+        let connection = Connection::new(kube::Client::new(server, "default"), answers::Answers::default());
+        let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
+        let (sender, mut events) = tokio::sync::mpsc::channel(256);
+        tokio::spawn(source.run(sender));
+        let mut about_nodes = Vec::new();
+        while about_nodes.last().is_none_or(|last| *last != "Synced(Node)") {
+            match events.recv().await.expect("the source runs") {
+                Event::Restart(Kind::Node) => about_nodes.push("Restart(Node)".to_owned()),
+                Event::Synced(Kind::Node) => about_nodes.push("Synced(Node)".to_owned()),
+                Event::Apply(object) => about_nodes.push(object.reference().to_string()),
+                Event::Report { problems, .. } => assert!(problems.is_empty(), "{problems:?}"),
+                _ => {}
+            }
+        }
+        assert!(has_forgotten.load(Ordering::Relaxed));
+        assert_eq!(about_nodes, ["Restart(Node)", "Node n1", "Restart(Node)", "Node n1", "Node n2", "Synced(Node)"]);
     }
 }

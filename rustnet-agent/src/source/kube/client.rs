@@ -49,7 +49,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    fn new(client: Client, answers: Answers) -> Self {
+    pub(super) fn new(client: Client, answers: Answers) -> Self {
         Self { client, answers, herd: Herd::default() }
     }
 }

@@ -181,7 +181,12 @@ fn reference(node_name: &str) -> ObjectReference {
 
 #[cfg(test)]
 mod tests {
+    use super::super::answers::Answers;
     use super::*;
+    use axum::http::{Request, Response};
+    use kube::client::Body;
+    use tokio::sync::mpsc;
+    use tower::service_fn;
 
     const AWAY: &str = "API server: cannot be reached; check --api-server";
 
@@ -215,6 +220,51 @@ mod tests {
         assert_eq!(outage.without_short(complaints(&[AWAY]), at(62)), complaints(&[]));
         assert_eq!(outage.without_short(complaints(&[AWAY]), at(121)), complaints(&[]));
         assert_eq!(outage.without_short(complaints(&[AWAY]), at(122)), complaints(&[AWAY]));
+    }
+
+    /// Publishes the health's complaints to a server that takes all. Returns type and note of each event.
+    fn publish(health: &Arc<Health>) -> (mpsc::UnboundedReceiver<(String, String)>, watch::Sender<bool>) {
+        let (sent, events) = mpsc::unbounded_channel();
+        let server = service_fn(move |request: Request<Body>| {
+            let sent = sent.clone();
+            async move {
+                let bytes = request.into_body().collect_bytes().await?;
+                let event: serde_json::Value = serde_json::from_slice(&bytes).expect("an event");
+                let text = |field: &str| event[field].as_str().unwrap_or_default().to_owned();
+                sent.send((text("type"), text("note"))).expect("received");
+                Ok::<_, kube::Error>(Response::new(Body::from(bytes)))
+            }
+        });
+        let connection = Connection::new(Client::new(server, "default"), Answers::default());
+        let (stop, shutdown) = watch::channel(false);
+        tokio::spawn(run(connection, "n1".into(), Arc::clone(health), shutdown));
+        (events, stop)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_long_outage_is_published() {
+        let health = Arc::new(Health::default());
+        health.set_ready();
+        let (mut events, _stop) = publish(&health);
+        let seconds = |count| tokio::time::sleep(Duration::from_secs(count));
+        let is = |kind: &str, note: &str| Ok((kind.to_owned(), note.to_owned()));
+
+        health.set_problems(complaints(&[AWAY]));
+        seconds(50).await;
+        health.set_problems(complaints(&[]));
+        seconds(600).await;
+        assert!(events.try_recv().is_err(), "a short outage is no event");
+
+        health.set_problems(complaints(&[AWAY, "x"]));
+        seconds(50).await;
+        assert_eq!(events.try_recv(), is("Warning", "x"), "what is this node's own is one at once");
+        assert!(events.try_recv().is_err());
+        seconds(20).await;
+        assert_eq!(events.try_recv(), is("Warning", AWAY));
+        health.set_problems(complaints(&["x"]));
+        seconds(20).await;
+        assert_eq!(events.try_recv(), is("Normal", AWAY));
+        assert!(events.try_recv().is_err());
     }
 
     #[test]
