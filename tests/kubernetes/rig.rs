@@ -10,8 +10,9 @@ use std::time::Duration;
 use testkit::apiserver::Store;
 use testkit::{Fabric, Node, Setup, wait};
 
-/// Back-off between two attempts at a server grows to 22 s, and the host's network is looked at every 30 s.
-const DEADLINE: Duration = Duration::from_secs(90);
+/// Back-off between two attempts at a server grows to 22 s, the host's network is looked at every 30 s, and a silent server is
+/// noticed after 150 s.
+const DEADLINE: Duration = Duration::from_secs(200);
 
 /// The order of the fields is the order of their end.
 pub struct Rig {
