@@ -94,8 +94,14 @@ async fn livez(State(health): State<Arc<Health>>) -> Response {
     plain(liveness)
 }
 
+/// Ready with problems is ready: packets go on. The problems follow, one a line.
 async fn readyz(State(health): State<Arc<Health>>) -> Response {
-    plain(health.readiness())
+    let readiness = health.readiness();
+    if readiness.is_err() {
+        return plain(readiness);
+    }
+    let lines: Vec<_> = [String::from("ok")].into_iter().chain(health.complaints()).collect();
+    (lines.join("\n") + "\n").into_response()
 }
 
 async fn scrape(State(health): State<Arc<Health>>) -> Response {
@@ -145,6 +151,9 @@ mod tests {
         assert!(code == 503 && body.contains("nothing has been applied yet"), "{body}");
         health.set_ready();
         assert_eq!(ask(probes(health.clone()), "/readyz").await.0, 200);
+        health.set_problems(["API server: gives no answer in time".to_owned()].into());
+        let (code, body) = ask(probes(health.clone()), "/readyz").await;
+        assert!(code == 200 && body.ends_with("\r\n\r\nok\nAPI server: gives no answer in time\n"), "{body}");
         health.set_not_ready(crate::health::NotReady::Failed("the verifier rejected from_pod".to_owned()));
         let (code, body) = ask(probes(health), "/readyz").await;
         assert!(code == 503 && body.contains("rejected from_pod"), "{body}");

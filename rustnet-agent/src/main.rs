@@ -89,8 +89,8 @@ fn start_source(config: &Config, events: mpsc::Sender<Event>, health: &Arc<Healt
                 let Some(connection) = kube::connect_in_time(&server, &events).await else { return };
                 let node_status = NodeStatus::new(&name);
                 let client = connection.client.clone();
-                tokio::spawn(node_status.clone().run(client.clone(), Arc::clone(&health), shutdown.clone()));
-                tokio::spawn(reports::run(client, name, Arc::clone(&health), shutdown));
+                tokio::spawn(node_status.clone().run(client, Arc::clone(&health), shutdown.clone()));
+                tokio::spawn(reports::run(connection.clone(), name, Arc::clone(&health), shutdown));
                 tokio::spawn(KubeSource::new(connection, health.metrics.clone(), node_status).run(events));
             });
         }

@@ -68,6 +68,7 @@ struct Inner {
     source_relists: Family<KindLabel, Counter>,
     source_errors: Family<KindLabel, Counter>,
     source_synced: Family<KindLabel, Gauge>,
+    source_silence: OnceLock<Silence>,
     kernel: OnceLock<Kernel>,
 }
 
@@ -105,6 +106,7 @@ impl Default for Inner {
             source_relists: Family::default(),
             source_errors: Family::default(),
             source_synced: Family::default(),
+            source_silence: OnceLock::new(),
             kernel: OnceLock::new(),
         }
     }
@@ -151,6 +153,11 @@ impl Metrics {
     /// A source has failed with this kind and will try again.
     pub fn source_failed(&self, kind: Kind) {
         self.0.source_errors.get_or_create(&kind.into()).inc();
+    }
+
+    /// From now on it can be asked for how long the source's server has sent nothing of a kind. The first caller wins.
+    pub fn set_source_silence(&self, silence: Box<dyn Fn(Kind) -> Option<Duration> + Send + Sync>) {
+        let _ = self.0.source_silence.set(Silence(silence));
     }
 
     pub(crate) fn synced(&self, took: Duration) {
@@ -218,11 +225,31 @@ impl Metrics {
         own.register("source_relists", "Full lists begun by the source", it.source_relists.clone());
         own.register("source_errors", "Failures of the source, each followed by another try", it.source_errors.clone());
         own.register("source_synced", "1 once the full list has been delivered", it.source_synced.clone());
+        if let Some(Silence(of)) = it.source_silence.get() {
+            let silence = Family::<KindLabel, Gauge<f64, AtomicU64>>::default();
+            for (kind, time) in Kind::ALL.into_iter().filter_map(|kind| Some((kind, of(kind)?))) {
+                silence.get_or_create(&kind.into()).set(time.as_secs_f64());
+            }
+            own.register_with_unit(
+                "source_silence",
+                "Time since the API server last sent anything",
+                Unit::Seconds,
+                silence,
+            );
+        }
         if let Some(kernel) = it.kernel.get() {
             registry.register_collector(Box::new(kernel.clone()));
         }
         registry.register_collector(Box::new(ProcessMemory));
         registry
+    }
+}
+
+struct Silence(Box<dyn Fn(Kind) -> Option<Duration> + Send + Sync>);
+
+impl std::fmt::Debug for Silence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Silence")
     }
 }
 
@@ -338,6 +365,7 @@ mod tests {
         metrics.map_writes(12);
         metrics.set_ready(true);
         metrics.source_event(Kind::Slice);
+        metrics.set_source_silence(Box::new(|kind| (kind == Kind::Node).then_some(Duration::from_secs(7))));
         metrics.set_kernel_stats(Arc::new(Fake));
         let lines = lines(&metrics);
         for want in [
@@ -353,6 +381,7 @@ mod tests {
             "rustnet_ready 1",
             "rustnet_map_writes_total 12",
             "rustnet_source_events_total{kind=\"EndpointSlice\"} 1",
+            "rustnet_source_silence_seconds{kind=\"Node\"} 7.0",
             "rustnet_drop_packets_total{reason=\"no_backend\",hook=\"from_pod\"} 2",
             "rustnet_drop_bytes_total{reason=\"spoofed\",hook=\"overlay_in\"} 60",
             "rustnet_forward_packets_total{hook=\"from_pod\"} 10",

@@ -9,6 +9,7 @@ use crate::janitor::{self, Process};
 use crate::netns::{Holder, Netns};
 use crate::wait;
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -120,6 +121,11 @@ impl Server {
     /// Ends the API server, connections and all.
     pub fn stop_api(&mut self) {
         self.api = None;
+    }
+
+    /// Sends a signal to the API server.
+    pub fn signal_api(&self, signal: Signal) -> Result<()> {
+        self.api.as_ref().context("no API server runs")?.signal(signal)
     }
 
     /// The namespace it is in.

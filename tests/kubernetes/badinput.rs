@@ -6,6 +6,7 @@ use super::rig::Rig;
 use super::server::{ADMIN, AGENT};
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MsFlags, mount, umount};
+use nix::sys::signal::Signal;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use testkit::client::ask;
@@ -265,7 +266,7 @@ fn another_store_behind_the_same_address_is_noticed() -> Result<()> {
         Ok(())
     };
     let repair = |rig: &mut Rig| {
-        rig.answers(200, &[])?;
+        rig.answers(200, &away)?;
         ensure!(rig.maps()? == before, "the last good state stays");
         rig.server.renew_store()?;
         rig.server.start_api()?;
@@ -279,7 +280,29 @@ fn another_store_behind_the_same_address_is_noticed() -> Result<()> {
         rig.holds("the second store", &["10.96.7.9", "10.244.3.0/24"], &["10.96.7.1", "10.96.7.2"])?;
         rig.answers(200, &[])
     };
-    rig.survives(&away, fault, repair)
+    rig.endures(&away, fault, repair)
+}
+
+/// The kernel accepts connections for it. With the deadlines as shipped, and until its events are published.
+#[test]
+#[ignore = "takes three minutes; `cargo xtask test --long silence` runs it"]
+fn a_stopped_api_server_is_noticed_and_its_return_is_too() -> Result<()> {
+    let mut rig = running(&[N1, N2, &service("first", "10.96.7.1")], true)?;
+    let before = rig.maps()?;
+    let words = ["API server", "gives no answer in time", "load balancer", "last known state stays"];
+    let fault = |rig: &mut Rig| rig.server.signal_api(Signal::SIGSTOP);
+    let repair = |rig: &mut Rig| {
+        rig.answers(200, &words)?;
+        let status = rig.node().rustnetctl(&["status"])?;
+        ensure!(status.contains("gives no answer in time"), "{status}");
+        ensure!(rig.maps()? == before, "the last good state stays");
+        // It is news by now.
+        rig.logs(&["WARN", "cannot publish an event"])?;
+        rig.server.signal_api(Signal::SIGCONT)?;
+        rig.apply(&service("second", "10.96.7.2"))?;
+        rig.holds("the news", &["10.96.7.1", "10.96.7.2"], &[])
+    };
+    rig.survives(&words, fault, repair)
 }
 
 /// The version of the store.

@@ -14,7 +14,7 @@ use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::metrics::Metrics;
 use rustnet_agent::plan::{MemoryMaps, Planner};
 use rustnet_agent::source::convert::Converter;
-use rustnet_agent::source::kube::{Connection, KubeSource, NodeStatus, connect};
+use rustnet_agent::source::kube::{Connection, Deadlines, KubeSource, NodeStatus, connect};
 use rustnet_agent::source::{Event, Kind, Object};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -259,6 +259,8 @@ pub struct Seen {
 
 /// An agent's source and control plane at work.
 pub struct Agent {
+    /// What it counts.
+    pub metrics: Metrics,
     seen: watch::Receiver<Seen>,
 }
 
@@ -270,6 +272,8 @@ pub struct Start<'a> {
     pub url: &'a str,
     /// Ends watches early.
     pub watch_seconds: Option<u32>,
+    /// How long requests may take.
+    pub deadlines: Deadlines,
     /// Hears of the node's object.
     pub node_status: NodeStatus,
 }
@@ -277,15 +281,17 @@ pub struct Start<'a> {
 impl<'a> Start<'a> {
     /// As the administrator, with an address.
     pub fn new(url: &'a str) -> Self {
-        Self { user: ADMIN, url, watch_seconds: None, node_status: NodeStatus::new(NODE) }
+        let deadlines = Deadlines::default();
+        Self { user: ADMIN, url, watch_seconds: None, deadlines, node_status: NodeStatus::new(NODE) }
     }
 }
 
 impl Agent {
     /// Starts it. It ends with the runtime.
     pub async fn start(server: &Server, start: Start<'_>) -> Result<Self> {
-        let connection = Self::connect(server, start.user, start.url).await?;
-        let mut source = KubeSource::new(connection, Metrics::default(), start.node_status);
+        let connection = Self::connect_within(server, start.user, start.url, start.deadlines).await?;
+        let metrics = Metrics::default();
+        let mut source = KubeSource::new(connection, metrics.clone(), start.node_status);
         if let Some(seconds) = start.watch_seconds {
             source = source.watch_seconds(seconds);
         }
@@ -298,14 +304,18 @@ impl Agent {
                 seen.send_modify(|seen| seen.broken = Some(format!("{error:#}")));
             }
         });
-        Ok(Self { seen: watched })
+        Ok(Self { metrics, seen: watched })
     }
 
     /// The agent's connection, made as the agent makes it.
     pub async fn connect(server: &Server, user: User, url: &str) -> Result<Connection> {
+        Self::connect_within(server, user, url, Deadlines::default()).await
+    }
+
+    async fn connect_within(server: &Server, user: User, url: &str, deadlines: Deadlines) -> Result<Connection> {
         // 203.0.113.0/24 is for documentation: whoever ignores the override gets nowhere.
         let kubeconfig = Some(server.kubeconfig(user, "https://203.0.113.1:6443")?);
-        connect(&config::KubeSource { kubeconfig, api_server: Some(url.to_owned()) }).await
+        connect(&config::KubeSource { kubeconfig, api_server: Some(url.to_owned()) }, deadlines).await
     }
 
     /// Waits until what it has seen is as asked.

@@ -9,6 +9,7 @@ mod cluster;
 mod deploy;
 mod doctor;
 mod kube_source;
+mod outages;
 mod relay;
 mod reports;
 mod rig;

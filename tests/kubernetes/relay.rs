@@ -1,4 +1,4 @@
-//! A relay in front of the API server whose line can be cut.
+//! A relay in front of the API server whose line can be cut, and held.
 
 use super::server::Server;
 use anyhow::Result;
@@ -6,10 +6,21 @@ use std::net::{Ipv4Addr, SocketAddr};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+/// What becomes of connections.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Line {
+    /// They pass.
+    Whole,
+    /// They end, and new ones get nowhere.
+    Cut,
+    /// They stay, and new ones are accepted, but nothing passes.
+    Held,
+}
+
 /// Passes connections on while the line is whole. Ends with the runtime.
 pub struct Relay {
     address: SocketAddr,
-    whole: watch::Sender<bool>,
+    line: watch::Sender<Line>,
 }
 
 impl Relay {
@@ -17,15 +28,15 @@ impl Relay {
     pub async fn start() -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let (whole, line) = watch::channel(true);
+        let (sender, line) = watch::channel(Line::Whole);
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
-                if *line.borrow() {
+                if *line.borrow() != Line::Cut {
                     tokio::spawn(pass(near, line.clone()));
                 }
             }
         });
-        Ok(Self { address, whole })
+        Ok(Self { address, line: sender })
     }
 
     /// The server's address through the relay.
@@ -35,19 +46,30 @@ impl Relay {
 
     /// Cuts the line: connections end, and new ones get nowhere.
     pub fn cut(&self) {
-        self.whole.send_replace(false);
+        self.line.send_replace(Line::Cut);
     }
 
-    /// Makes the line whole again.
+    /// Holds the line, as a stopped server does, and a load balancer whose server has vanished: connections stay and new ones
+    /// are accepted, but nothing passes on any of them, even after [`Self::repair`].
+    pub fn hold(&self) {
+        self.line.send_replace(Line::Held);
+    }
+
+    /// Makes the line whole again, for new connections.
     pub fn repair(&self) {
-        self.whole.send_replace(true);
+        self.line.send_replace(Line::Whole);
     }
 }
 
-async fn pass(mut near: TcpStream, mut line: watch::Receiver<bool>) {
+async fn pass(mut near: TcpStream, mut line: watch::Receiver<Line>) {
     let Ok(mut far) = TcpStream::connect(Server::address()).await else { return };
-    tokio::select! {
-        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
-        _ = line.wait_for(|whole| !whole) => {}
+    let is_held = tokio::select! {
+        // First, so that nothing passes once the line is held.
+        biased;
+        state = line.wait_for(|line| *line != Line::Whole) => state.is_ok_and(|line| *line == Line::Held),
+        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => return,
+    };
+    if is_held {
+        let _ = line.wait_for(|line| *line == Line::Cut).await;
     }
 }

@@ -22,9 +22,9 @@ fn problems_of_this_node_are_events_on_its_object() -> Result<()> {
         let cluster = Cluster::new(&server)?;
         let health = Arc::new(Health::default());
         let (_stop, shutdown) = watch::channel(false);
-        let client = Agent::connect(&server, AGENT, &direct()).await?.client;
+        let connection = Agent::connect(&server, AGENT, &direct()).await?;
         health.set_not_ready(NotReady::Failed(BROKEN.to_owned()));
-        tokio::spawn(reports::run(client, NODE.into(), health.clone(), shutdown));
+        tokio::spawn(reports::run(connection, NODE.into(), health.clone(), shutdown));
         // Without the right to tell, it is tried until there is one.
         cluster.apply(&yaml(&[NAMESPACE, RBAC])).await?;
         wait_for_events(&server, &[("Warning", BROKEN)]).await?;

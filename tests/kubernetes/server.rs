@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use kube::{Client, Config};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -66,6 +67,11 @@ impl Server {
     /// Ends the API server, connections and all.
     pub fn stop_api(&mut self) {
         self.server.stop_api();
+    }
+
+    /// Sends a signal to the API server.
+    pub fn signal_api(&self, signal: Signal) -> Result<()> {
+        self.server.signal_api(signal)
     }
 
     /// Puts an empty store in the place of the one there is; the API server is to be started again.

@@ -2,7 +2,7 @@
 
 use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_B, SNAT, labs};
+use crate::harness::{Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_B, SNAT, lab, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::conntrack::flags;
@@ -45,6 +45,23 @@ fn a_backend_on_this_node() -> Result<()> {
         })?;
         ensure!(lab.connections(net)?.len() == 2 * SERVED.len());
         Ok(())
+    })
+}
+
+/// 240.0.0.0/4 is no martian, neither as a VIP nor as a pod's source.
+#[test]
+fn class_e_addresses_are_served() -> Result<()> {
+    lab(|lab| {
+        let (net, vip, pod) = (Net::V4, IpAddr::from([240, 10, 0, 1]), IpAddr::from([255, 255, 255, 254]));
+        lab.put_endpoint(pod, POD_B, MAC_B)?;
+        each(|proto| {
+            serve(lab, net, proto, vip, (pod, TARGET))?;
+            let ask = from_a(net, proto, (vip, VIP_PORT));
+            let arrives = ask.hop().between((net.a(), PORT), (pod, TARGET));
+            lab.pod_sends(&ask)?.to_the_pod(&arrives)?;
+            let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
+            lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((vip, VIP_PORT), (net.a(), PORT)))
+        })
     })
 }
 

@@ -138,7 +138,13 @@ fn agent(places: &Places) -> Line {
     line(
         "Agent",
         match ask(addr, "/readyz") {
-            Ok((200, _)) => Ok((Mark::Ok, format!("ready, version {}", recorded.map_or("?", |a| a.version.as_str())))),
+            Ok((200, body)) => {
+                let ready = format!("ready, version {}", recorded.map_or("?", |a| a.version.as_str()));
+                Ok(match body.trim().split_once('\n') {
+                    Some((_, problems)) => (Mark::Warning, format!("{ready}; {}", problems.replace('\n', "; "))),
+                    None => (Mark::Ok, ready),
+                })
+            }
             Ok((code, body)) => Ok((Mark::Bad, format!("not ready ({code}): {}", body.trim()))),
             Err(error) => {
                 Ok((Mark::Bad, format!("does not answer at {addr} ({error:#}); forwarding goes on without it")))

@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::Api;
 use kube::api::{ListParams, PostParams};
 
+use super::Stage;
 use super::finding::{Finding, Level};
 use super::nodes::KnownNode;
 use crate::config::{Config, KubeSource, Source};
@@ -71,12 +72,25 @@ pub struct Facts {
 pub struct Cluster {
     /// Of the API server.
     pub api: Facts,
-    /// All Nodes, or why not.
+    /// The Nodes that were asked for, or why not.
     pub nodes: Result<Vec<KnownNode>, String>,
 }
 
+/// Which Nodes to ask for.
+#[derive(Clone, Copy, Debug)]
+pub enum Scope<'a> {
+    /// All there are.
+    All,
+    /// The one of this name alone: every agent begins with a preflight, and in a rollout hundreds begin together.
+    Own(&'a str),
+}
+
 /// Looks.
-pub fn gather(config: &Config) -> Cluster {
+pub fn gather(config: &Config, stage: Stage) -> Cluster {
+    let scope = match stage {
+        Stage::Before => Scope::Own(&config.node_name),
+        Stage::Running => Scope::All,
+    };
     match &config.source {
         Source::Manifests(dir) => {
             let reached = Reached::NotNeeded(format!("the source is {}", dir.display()));
@@ -91,7 +105,7 @@ pub fn gather(config: &Config) -> Cluster {
         }
         Source::Kube(source) => {
             match tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime") {
-                Ok(runtime) => runtime.block_on(ask(source)),
+                Ok(runtime) => runtime.block_on(ask(source, scope)),
                 Err(error) => failed(source, String::new(), Reached::Settings(format!("{error:#}"))),
             }
         }
@@ -105,7 +119,7 @@ fn failed(source: &KubeSource, server: String, reached: Reached) -> Cluster {
 }
 
 /// Asks an API server.
-pub async fn ask(source: &KubeSource) -> Cluster {
+pub async fn ask(source: &KubeSource, scope: Scope<'_>) -> Cluster {
     let settings = match source::settings(source).await {
         Ok(settings) => settings,
         Err(error) => return failed(source, String::new(), Reached::Settings(format!("{error:#}"))),
@@ -132,7 +146,11 @@ pub async fn ask(source: &KubeSource) -> Cluster {
     if !matches!(reached, Reached::Answer(_)) {
         return failed(source, server, reached);
     }
-    let nodes = nodes(&connection).await.map_err(|reached| format!("listing Nodes: {}", words(&reached)));
+    let nodes = match scope {
+        Scope::All => nodes(&connection).await,
+        Scope::Own(name) => node(&connection, name).await,
+    };
+    let nodes = nodes.map_err(|reached| format!("asking for Nodes: {}", words(&reached)));
     let missing = missing.map_err(|reached| words(&reached).to_owned());
     let by_service = source.kubeconfig.is_none() && source.api_server.is_none();
     Cluster { api: Facts { server, by_service, reached, missing }, nodes }
@@ -222,18 +240,27 @@ async fn nodes(connection: &Connection) -> Result<Vec<KnownNode>, Reached> {
     let mut page = ListParams::default().limit(PAGE);
     loop {
         let list = within(api.list(&page)).await?;
-        for node in &list.items {
-            let Ok(Event::Apply(Object::Node(model))) = converter.node(node) else { continue };
-            let label = node.metadata.labels.as_ref().and_then(|labels| labels.get("kubernetes.io/hostname"));
-            let info = node.status.as_ref().and_then(|status| status.node_info.as_ref());
-            let uuid = info.map(|info| info.system_uuid.clone()).filter(|uuid| !uuid.is_empty());
-            known.push(KnownNode { node: model, host_name: label.cloned(), system_uuid: uuid });
-        }
+        known.extend(list.items.iter().filter_map(|node| known_node(&mut converter, node)));
         match list.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => page = page.continue_token(&token),
             None => return Ok(known),
         }
     }
+}
+
+/// The Node of this name, if there is one.
+async fn node(connection: &Connection, name: &str) -> Result<Vec<KnownNode>, Reached> {
+    let api: Api<Node> = Api::all(connection.client.clone());
+    let node = within(api.get_opt(name)).await?;
+    Ok(node.iter().filter_map(|node| known_node(&mut Converter::new(), node)).collect())
+}
+
+fn known_node(converter: &mut Converter, node: &Node) -> Option<KnownNode> {
+    let Ok(Event::Apply(Object::Node(model))) = converter.node(node) else { return None };
+    let label = node.metadata.labels.as_ref().and_then(|labels| labels.get("kubernetes.io/hostname"));
+    let info = node.status.as_ref().and_then(|status| status.node_info.as_ref());
+    let uuid = info.map(|info| info.system_uuid.clone()).filter(|uuid| !uuid.is_empty());
+    Some(KnownNode { node: model, host_name: label.cloned(), system_uuid: uuid })
 }
 
 /// Judges.

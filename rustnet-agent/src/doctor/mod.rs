@@ -39,7 +39,7 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Ok(host) => host,
         Err(error) => return vec![Group::new("Host", vec![Finding::unknown("network", &error)])],
     };
-    let cluster = api::gather(config);
+    let cluster = api::gather(config, stage);
     let nodes = cluster.nodes.as_deref().unwrap_or_default();
     let ways = Ways::new(&settings(config), nodes.iter().map(|known| &*known.node), &host.facts());
     let mut groups = vec![

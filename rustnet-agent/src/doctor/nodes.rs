@@ -109,10 +109,9 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     }
     found.extend(neighbours(facts, nodes));
     if found.is_empty() {
-        found.push(Finding::ok(
-            "one of a kind",
-            format!("addresses, names, machines and MACs of {} nodes", nodes.len()),
-        ));
+        // Before the agent starts, its own is the only one that is asked for.
+        let whose = if nodes.len() == 1 { "this node alone".to_owned() } else { format!("{} nodes", nodes.len()) };
+        found.push(Finding::ok("one of a kind", format!("addresses, names, machines and MACs of {whose}")));
     }
     found
 }

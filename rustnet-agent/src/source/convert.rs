@@ -11,6 +11,7 @@ mod tests;
 
 use super::{Event, Kind, ObjectRef};
 use crate::model::{Family, Interner, ObjectName, Problem};
+use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use rustnet_common::tuple::proto;
 use std::net::{IpAddr, Ipv6Addr};
@@ -128,17 +129,39 @@ fn protocol(name: Option<&str>) -> Result<u8, String> {
     }
 }
 
+/// An address.
+fn address(text: &str) -> Option<IpAddr> {
+    text.parse().ok().or_else(|| decimal(text)?.parse().ok())
+}
+
+/// A range of addresses.
+fn range(text: &str) -> Option<IpNet> {
+    let (ip, length) = text.split_once('/')?;
+    text.parse().ok().or_else(|| format!("{}/{length}", decimal(ip)?).parse().ok())
+}
+
+/// An IPv4 address without the leading zeros of its octets. Whatever stored an address with them meant decimal numbers, and all of
+/// Kubernetes' components read them so (`ParseIPSloppy`); Rust's parser refuses them, as others take them for octal.
+fn decimal(text: &str) -> Option<String> {
+    let octet = |octet: &str| {
+        let is_number = !octet.is_empty() && octet.bytes().all(|byte| byte.is_ascii_digit());
+        let digits = octet.trim_start_matches('0');
+        is_number.then(|| if digits.is_empty() { "0" } else { digits }.to_owned())
+    };
+    Some(text.split('.').map(octet).collect::<Option<Vec<_>>>()?.join("."))
+}
+
 /// A unicast address that packets can be sent to; the error says what is wrong and how to fix it.
 fn unicast(text: &str) -> Result<IpAddr, String> {
-    let ip: IpAddr = text
-        .parse()
-        .map_err(|_| format!("{text:?} is not an IP address, it is left out; write it like 10.0.0.1 or fd00::1"))?;
+    let ip = address(text)
+        .ok_or_else(|| format!("{text:?} is not an IP address, it is left out; write it like 10.0.0.1 or fd00::1"))?;
     let special = match ip {
         IpAddr::V4(v4) if v4.octets()[0] == 0 => Some("unspecified"),
         IpAddr::V4(v4) if v4.is_loopback() => Some("loopback"),
         IpAddr::V4(v4) if v4.is_link_local() => Some("link-local"),
-        // 224/4 is multicast, 240/4 reserved, 255.255.255.255 broadcast.
-        IpAddr::V4(v4) if v4.octets()[0] >= 224 => Some("multicast, reserved or broadcast"),
+        IpAddr::V4(v4) if v4.is_multicast() => Some("multicast"),
+        // The rest of 240.0.0.0/4 is reserved for a future that came: clusters use it, and Linux forwards it.
+        IpAddr::V4(v4) if v4.is_broadcast() => Some("broadcast"),
         IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Some("unspecified"),
         IpAddr::V6(v6) if v6.is_loopback() => Some("loopback"),
         IpAddr::V6(v6) if v6.is_unicast_link_local() => Some("link-local"),

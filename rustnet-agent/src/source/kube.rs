@@ -7,32 +7,39 @@
 //! (410), the kind is listed again, between [`Event::Restart`] and [`Event::Synced`]. So objects
 //! that were deleted meanwhile go.
 
+mod answers;
 mod backoff;
 mod client;
+mod deadline;
 mod failure;
+mod herd;
 mod node_status;
 pub mod reports;
+mod slim;
 mod store;
+mod trouble;
 
 pub use client::{Connection, connect, connect_in_time, connection, settings};
+pub use deadline::Deadlines;
 pub use failure::Failure;
 pub use node_status::NodeStatus;
 
-use self::backoff::Backoff;
+use self::backoff::{Backoff, spread};
+use self::slim::{SlimNode, SlimPod};
 use self::store::Store;
+use self::trouble::Trouble;
 use super::convert::{self, BadName, Converter};
 use super::{Event, Kind};
 use crate::metrics::Metrics;
-use crate::model::Problem;
 use futures::{StreamExt as _, pin_mut};
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::watcher::{self, watcher};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
-use std::fmt::{self, Debug};
+use std::fmt::Debug;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::mpsc::Sender;
 use tokio::sync::watch;
 
@@ -40,13 +47,10 @@ use tokio::sync::watch;
 const OURS: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
 /// Objects a page, where lists cannot be streamed.
 const PAGE: u32 = 250;
-/// Spread of the new lists after a 410, which all nodes get at once.
-const RELIST_SPREAD: Duration = Duration::from_secs(2);
+/// How long a watch lasts in seconds, and by how much it may be shorter: watches that began together do not end together.
+const WATCH: (u32, Duration) = (290, Duration::from_mins(1));
 /// What problems with the server as a whole are about. They concern this node, whatever the others have.
 pub const API_SERVER: &str = "API server";
-/// While the same failure goes on, it is logged this often.
-const REMIND: Duration = Duration::from_mins(1);
-
 /// A source on an API server.
 #[derive(Clone)]
 pub struct KubeSource {
@@ -60,10 +64,12 @@ pub struct KubeSource {
 impl KubeSource {
     /// A source on this API server. `node_status` hears of this node's object.
     pub fn new(connection: Connection, metrics: Metrics, node_status: NodeStatus) -> Self {
+        let answers = connection.answers.clone();
+        metrics.set_source_silence(Box::new(move |kind| answers.silence(kind)));
         Self { connection, metrics, node_status, store: Arc::default(), watch_seconds: None }
     }
 
-    /// Ends each watch request after this time, to begin the next where it stopped. The default is near five minutes.
+    /// Ends each watch request after this time, to begin the next where it stopped. The default is below five minutes.
     #[must_use]
     pub fn watch_seconds(self, seconds: u32) -> Self {
         Self { watch_seconds: Some(seconds), ..self }
@@ -77,8 +83,8 @@ impl KubeSource {
             tokio::join!(
                 Follower::new::<Service>(&self, &events, streaming).follow::<Service>(),
                 Follower::new::<EndpointSlice>(&self, &events, streaming).follow::<EndpointSlice>(),
-                Follower::new::<Node>(&self, &events, streaming).follow::<Node>(),
-                Follower::new::<Pod>(&self, &events, streaming).follow::<Pod>(),
+                Follower::new::<SlimNode>(&self, &events, streaming).follow::<SlimNode>(),
+                Follower::new::<SlimPod>(&self, &events, streaming).follow::<SlimPod>(),
             )
         };
         tokio::select! {
@@ -124,7 +130,7 @@ trait Watched: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + S
     fn select(config: watcher::Config, node_name: &str) -> watcher::Config;
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName>;
     /// Looks at an object before it is dropped.
-    fn seen(&self, _: &NodeStatus) {}
+    fn seen(&self, _: &KubeSource) {}
 }
 
 impl Watched for Service {
@@ -147,27 +153,30 @@ impl Watched for EndpointSlice {
     }
 }
 
-impl Watched for Node {
+impl Watched for SlimNode {
     const KIND: Kind = Kind::Node;
     fn select(config: watcher::Config, _: &str) -> watcher::Config {
         config
     }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
-        converter.node(self)
+        converter.node(&self.0)
     }
-    fn seen(&self, node_status: &NodeStatus) {
-        node_status.saw(self);
+    fn seen(&self, source: &KubeSource) {
+        source.node_status.saw(&self.0);
+        if let Some(name) = &self.0.metadata.name {
+            source.connection.herd.saw(name);
+        }
     }
 }
 
-impl Watched for Pod {
+impl Watched for SlimPod {
     const KIND: Kind = Kind::Pod;
     fn select(config: watcher::Config, node_name: &str) -> watcher::Config {
         // A node has a hundred of a cluster's hundred thousand.
         config.fields(&format!("spec.nodeName={node_name}"))
     }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
-        converter.pod(self)
+        converter.pod(&self.0)
     }
 }
 
@@ -230,7 +239,8 @@ impl<'a> Follower<'a> {
     /// Follows one stream until it must be built again or the receiver is gone.
     async fn one_stream<K: Watched>(&mut self) {
         let mut config = K::select(watcher::Config::default(), self.source.node_status.node_name());
-        config.timeout = self.source.watch_seconds;
+        let seconds = || WATCH.0.saturating_sub(u32::try_from(spread(WATCH.1).as_secs()).unwrap_or_default());
+        config.timeout = Some(self.source.watch_seconds.unwrap_or_else(seconds));
         let streaming = self.streaming && !self.paging;
         config = if streaming { config.streaming_lists() } else { config.page_size(PAGE) };
         let stream = watcher(Api::<K>::all(self.source.connection.client.clone()), config);
@@ -244,7 +254,7 @@ impl<'a> Follower<'a> {
                     continue;
                 }
                 // A sender that is gone tells nothing more.
-                Ok(()) = self.replaced.changed() => return self.pause(backoff::spread(RELIST_SPREAD)).await,
+                Ok(()) = self.replaced.changed() => return self.pause(source.connection.herd.spread()).await,
                 () = self.events.closed() => { self.closed = true; return }
             };
             let error = match item {
@@ -258,9 +268,8 @@ impl<'a> Follower<'a> {
             self.source.metrics.source_failed(self.kind);
             let next = next_step(&error, streaming && !self.listed);
             let delay = match next {
-                Next::Resume => self.backoff.next(),
-                Next::Relist => self.backoff.next().max(backoff::spread(RELIST_SPREAD)),
-                Next::Page => Duration::ZERO,
+                Next::Resume | Next::Page => self.backoff.next(),
+                Next::Relist => self.backoff.next().max(source.connection.herd.spread()),
             };
             match next {
                 // An ordinary part of a watch's life.
@@ -285,8 +294,12 @@ impl<'a> Follower<'a> {
 
     async fn forward<K: Watched>(&mut self, event: watcher::Event<K>) {
         use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
+        let herd = (self.kind == Kind::Node).then_some(&self.source.connection.herd);
         if let Init = event {
             (self.restarting, self.listed) = (true, false);
+            if let Some(herd) = herd {
+                herd.restart();
+            }
             return;
         }
         self.backoff.reset();
@@ -300,15 +313,23 @@ impl<'a> Follower<'a> {
             InitDone => {
                 (self.listed, self.paging) = (true, false);
                 self.source.metrics.source_synced(self.kind);
+                if let Some(herd) = herd {
+                    herd.synced();
+                }
                 tracing::debug!(kind = %self.kind, "synced");
                 return self.send(Event::Synced(self.kind)).await;
             }
             Apply(object) | InitApply(object) => {
                 self.source.store.saw(self.kind, object.meta().resource_version.as_deref());
-                object.seen(&self.source.node_status);
+                object.seen(self.source);
                 object.convert(&mut self.converter)
             }
-            Delete(object) => convert::reference(self.kind, object.meta()).map(Event::Delete),
+            Delete(object) => {
+                if let Some((herd, name)) = herd.zip(object.meta().name.as_ref()) {
+                    herd.lost(name);
+                }
+                convert::reference(self.kind, object.meta()).map(Event::Delete)
+            }
         };
         match converted {
             Ok(event) => {
@@ -331,8 +352,11 @@ fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
         _ => None,
     };
     match (error, start_code) {
-        // 400 and 422: the feature gate of streaming lists is off.
-        (_, Some(400 | 422)) if streaming_list => Next::Page,
+        // The server no longer has the state of which the next page would be.
+        (E::InitialListFailed(kube::Error::Api(status)), _) if status.code == 410 => Next::Relist,
+        // 400 and 422: the feature gate of streaming lists is off. 504: the server's cache does not catch up with its store, of
+        // which pages are read.
+        (_, Some(400 | 422 | 504)) if streaming_list => Next::Page,
         // The watch cannot begin where it should: at a place that is gone, or that the server has not reached yet, as after
         // a restored backup (504, "Too large resource version").
         (_, Some(400 | 410 | 422 | 504)) | (E::NoResourceVersion, _) => Next::Relist,
@@ -340,55 +364,6 @@ fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
         // 500 in the stream: the server's store cannot do it (etcd before 3.4.31 and 3.5.13).
         (E::WatchError(status), _) if streaming_list && status.code != 429 => Next::Page,
         _ => Next::Resume,
-    }
-}
-
-/// Tells of a failure once, now and then while it lasts, and of its end; and reports it with the events.
-struct Trouble<'a> {
-    origin: Arc<str>,
-    events: &'a Sender<Event>,
-    now: Option<(String, Instant, Instant)>,
-}
-
-impl<'a> Trouble<'a> {
-    fn new(origin: &str, events: &'a Sender<Event>) -> Self {
-        Self { origin: origin.into(), events, now: None }
-    }
-
-    async fn note(&mut self, what: &str, failure: Failure) {
-        let now = Instant::now();
-        let since = match &mut self.now {
-            Some((old, _, logged)) if old == what && now.duration_since(*logged) < REMIND => return,
-            Some((_, since, _)) => *since,
-            None => now,
-        };
-        let lasting = now.duration_since(since).as_secs();
-        tracing::warn!(origin = %self.origin, error = what, lasting_s = lasting, "failed, trying on; the last known state stays");
-        self.now = Some((what.to_owned(), since, now));
-        let stays = "the last known state stays";
-        let detail = Problem::new(&self.origin, "", format!("{what}; {stays}, trying on"));
-        let (words, remedy) = (failure.words(), failure.remedy());
-        // The same for all kinds and for every time, so that it is reported once.
-        let whole = Problem::new(&API_SERVER.into(), "", format!("{words}; {remedy}; {stays}"));
-        self.report([detail, whole].into()).await;
-    }
-
-    async fn over(&mut self) {
-        if let Some((_, since, _)) = self.now.take() {
-            tracing::info!(origin = %self.origin, lasted_s = since.elapsed().as_secs(), "works again");
-            self.report(Box::default()).await;
-        }
-    }
-
-    async fn report(&self, problems: Box<[Problem]>) {
-        // Without a receiver there is nobody to tell; the next event ends the source.
-        let _ = self.events.send(Event::Report { origin: Arc::clone(&self.origin), problems }).await;
-    }
-}
-
-impl Debug for Trouble<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Trouble").field(&self.now).finish()
     }
 }
 
@@ -409,7 +384,11 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::http::{Request, Response};
+    use kube::client::Body;
     use kube::core::Status;
+    use serde_json::{Value, json};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     fn api(code: u16) -> kube::Error {
         let mut status = Status::failure("x", "y");
@@ -432,12 +411,14 @@ mod tests {
             (watch_error(500), false, Next::Resume),
             (watch_error(429), true, Next::Resume),
             (E::WatchStartFailed(api(410)), true, Next::Relist),
-            (E::WatchStartFailed(api(504)), true, Next::Relist),
+            (E::WatchStartFailed(api(504)), true, Next::Page),
+            (E::WatchStartFailed(api(504)), false, Next::Relist),
             (E::WatchStartFailed(api(422)), true, Next::Page),
             (E::WatchStartFailed(api(422)), false, Next::Relist),
             (E::WatchStartFailed(api(403)), true, Next::Resume),
             (E::WatchStartFailed(api(429)), true, Next::Resume),
             (E::InitialListFailed(api(503)), false, Next::Resume),
+            (E::InitialListFailed(api(410)), false, Next::Relist),
             (E::NoResourceVersion, false, Next::Relist),
         ] {
             assert_eq!(next_step(&error, streaming), next, "{error:?} {streaming}");
@@ -456,5 +437,53 @@ mod tests {
         ] {
             assert_eq!(streams(major, minor), want, "{major}.{minor}");
         }
+    }
+
+    /// A server of 1.26 with two pages of Nodes. When the second is asked for, it no longer has that state, once.
+    async fn answer(request: Request<Body>, has_forgotten: Arc<AtomicBool>) -> Result<Response<Body>, kube::Error> {
+        let query = request.uri().query().unwrap_or_default().to_owned();
+        let node = |name: &str| json!({"metadata": {"name": name, "resourceVersion": "7"}});
+        let list =
+            |of: &[Value], next: &str| json!({"metadata": {"resourceVersion": "7", "continue": next}, "items": of});
+        let status =
+            json!({"kind": "Status", "status": "Failure", "reason": "Expired", "message": "gone", "code": 410});
+        let (code, body) = match request.uri().path() {
+            _ if query.contains("watch=true") => return std::future::pending().await,
+            "/version" => (200, serde_json::to_value(version("1", "26")).expect("JSON")),
+            "/api/v1/nodes" if !query.contains("continue") => (200, list(&[node("n1")], "second")),
+            "/api/v1/nodes" if !has_forgotten.swap(true, Ordering::Relaxed) => (410, status),
+            "/api/v1/nodes" => (200, list(&[node("n2")], "")),
+            _ => (200, list(&[], "")),
+        };
+        let body = Body::from(body.to_string().into_bytes());
+        Ok(Response::builder().status(code).body(body).expect("an answer"))
+    }
+
+    fn version(major: &str, minor: &str) -> k8s_openapi::apimachinery::pkg::version::Info {
+        let (major, minor) = (major.to_owned(), minor.to_owned());
+        k8s_openapi::apimachinery::pkg::version::Info { major, minor, ..Default::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_state_that_is_gone_between_two_pages_is_no_problem() {
+        let has_forgotten = Arc::new(AtomicBool::new(false));
+        let forgotten = Arc::clone(&has_forgotten);
+        let server = tower::service_fn(move |request| answer(request, Arc::clone(&forgotten)));
+        let connection = Connection::new(kube::Client::new(server, "default"), answers::Answers::default());
+        let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
+        let (sender, mut events) = tokio::sync::mpsc::channel(256);
+        tokio::spawn(source.run(sender));
+        let mut about_nodes = Vec::new();
+        while about_nodes.last().is_none_or(|last| *last != "Synced(Node)") {
+            match events.recv().await.expect("the source runs") {
+                Event::Restart(Kind::Node) => about_nodes.push("Restart(Node)".to_owned()),
+                Event::Synced(Kind::Node) => about_nodes.push("Synced(Node)".to_owned()),
+                Event::Apply(object) => about_nodes.push(object.reference().to_string()),
+                Event::Report { problems, .. } => assert!(problems.is_empty(), "{problems:?}"),
+                _ => {}
+            }
+        }
+        assert!(has_forgotten.load(Ordering::Relaxed));
+        assert_eq!(about_nodes, ["Restart(Node)", "Node n1", "Restart(Node)", "Node n1", "Node n2", "Synced(Node)"]);
     }
 }

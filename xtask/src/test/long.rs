@@ -33,11 +33,12 @@ enum Work {
 const VERSIONS: &str = "versions";
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 11] = [
+const CAMPAIGNS: [Campaign; 12] = [
     Campaign {
         name: VERSIONS,
         work: Work::Tests { program: "fabric", filter: "upgrades_from_v1_and_back_lose_nothing", env: &[] },
     },
+    Campaign { name: "silence", work: Work::Tests { program: "kubernetes", filter: "a_stopped_api_server", env: &[] } },
     Campaign {
         name: "pods",
         work: Work::Tests {

@@ -1,6 +1,6 @@
 //! `v1/Node` and `v1/Pod`: addresses and pod ranges.
 
-use super::{BadName, Converter, Findings, created, reference, unicast};
+use super::{BadName, Converter, Findings, address, created, range, reference, unicast};
 use crate::model::{Node, Pod};
 use crate::source::{Event, Kind, Object};
 use ipnet::IpNet;
@@ -59,7 +59,7 @@ impl Converter {
             name: object.name,
             uid: pod.metadata.uid.as_deref().unwrap_or("").into(),
             node: self.strings.intern(spec.and_then(|spec| spec.node_name.as_deref()).unwrap_or("")),
-            addresses: given.iter().filter_map(|pod_ip| pod_ip.ip.parse().ok()).collect(),
+            addresses: given.iter().filter_map(|pod_ip| address(&pod_ip.ip)).collect(),
             host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
         };
         Ok(Event::Apply(Object::Pod(Arc::new(pod))))
@@ -76,7 +76,7 @@ fn pod_cidrs(spec: &NodeSpec, findings: &mut Findings) -> Box<[IpNet]> {
     let mut cidrs: Vec<IpNet> = Vec::new();
     for (i, text) in given.into_iter().enumerate() {
         let at = format!("spec.podCIDRs[{i}]");
-        let Ok(cidr) = text.parse::<IpNet>() else {
+        let Some(cidr) = range(text) else {
             findings.add(at, format!("{text:?} is not a range, it is left out; write it like 10.244.1.0/24"));
             continue;
         };

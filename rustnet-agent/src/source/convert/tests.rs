@@ -120,10 +120,16 @@ fn a_service_without_an_address_is_rejected_with_the_remedy() {
 fn a_bad_address_costs_that_address() {
     for (vip, needle) in [
         ("10.96.0.256", "not an IP address"),
-        ("010.1.1.1", "not an IP address"),
+        ("10.96.0x1.1", "not an IP address"),
+        ("10.96..1", "not an IP address"),
+        ("10.96.1", "not an IP address"),
+        ("010.1.1.0256", "not an IP address"),
+        ("+10.1.1.1", "not an IP address"),
         ("127.0.0.1", "loopback"),
         ("0.0.0.0", "unspecified"),
         ("224.0.0.1", "multicast"),
+        ("239.255.255.255", "multicast"),
+        ("255.255.255.255", "broadcast"),
         ("169.254.1.1", "link-local"),
         ("::ffff:10.0.0.1", "IPv4-mapped"),
         ("::", "unspecified"),
@@ -134,6 +140,44 @@ fn a_bad_address_costs_that_address() {
         let it = service(web(&json!({"clusterIPs": [vip, "fd00:96::10"], "ports": [{"port": 80}]})));
         assert_eq!(it.vips, ["fd00:96::10".parse().unwrap()].into(), "{vip}");
         only_problem(&it.problems, &["Service default/web: spec.clusterIPs[0]: ", needle, "; "]);
+    }
+}
+
+/// Google's clusters take pods and Services from there, and Linux forwards it as any other.
+#[test]
+fn class_e_is_as_good_as_any_other_range() {
+    let it = service(web(&json!({"clusterIP": "240.10.0.1", "ports": [{"port": 80}]})));
+    assert_eq!(it.vips, ["240.10.0.1".parse().unwrap()].into());
+    let it = slice(web_slice("IPv4", &json!([{"port": 80}]), &json!([{"addresses": ["255.255.255.254"]}])));
+    assert_eq!(it.endpoints[0].addr, "255.255.255.254".parse::<std::net::IpAddr>().unwrap());
+    assert_eq!((texts(&it.problems), it.endpoints.len()), (Vec::new(), 1));
+    let it = node(json!({
+        "metadata": {"name": "n1"}, "spec": {"podCIDR": "250.0.1.0/24"},
+        "status": {"addresses": [{"type": "InternalIP", "address": "240.0.0.11"}]},
+    }));
+    assert_eq!(it.addresses, ["240.0.0.11".parse().unwrap()].into());
+    assert_eq!(texts(&it.problems), [""; 0]);
+}
+
+/// Kubernetes' components read them so, and never as octal numbers (CVE-2021-29923).
+#[test]
+fn leading_zeros_are_decimal() {
+    let it = service(web(&json!({"clusterIP": "010.096.011.0012", "ports": [{"port": 80}]})));
+    assert_eq!(it.vips, ["10.96.11.12".parse().unwrap()].into());
+    assert_eq!(texts(&it.problems), [""; 0]);
+    let it = slice(web_slice("IPv4", &json!([{"port": 80}]), &json!([{"addresses": ["010.244.001.002"]}])));
+    assert_eq!(it.endpoints[0].addr, "10.244.1.2".parse::<std::net::IpAddr>().unwrap());
+    let it = node(json!({
+        "metadata": {"name": "n1"}, "spec": {"podCIDR": "010.244.001.000/24"},
+        "status": {"addresses": [{"type": "InternalIP", "address": "172.018.0.011"}]},
+    }));
+    assert_eq!(it.addresses, ["172.18.0.11".parse().unwrap()].into());
+    assert_eq!(it.pod_cidrs, ["10.244.1.0/24".parse().unwrap()].into());
+    assert_eq!(texts(&it.problems), [""; 0]);
+    let pod = json!({"metadata": {"name": "a"}, "status": {"podIPs": [{"ip": "010.244.001.010"}]}});
+    match Converter::new().pod(&serde_json::from_value(pod).unwrap()).unwrap() {
+        Event::Apply(Object::Pod(pod)) => assert_eq!(pod.addresses, ["10.244.1.10".parse().unwrap()].into()),
+        other => panic!("{other:?}"),
     }
 }
 

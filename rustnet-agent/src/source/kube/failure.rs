@@ -1,6 +1,7 @@
 //! What a failed request means to people, and what they can do about it.
 
 use super::chain;
+use super::deadline::Late;
 use kube::Error;
 use kube::core::Status;
 use kube::runtime::watcher;
@@ -14,17 +15,24 @@ pub enum Failure {
     Rights,
     /// It is not the one that the certificate authority vouches for.
     Trust,
-    /// There is no answer.
+    /// Connections lead nowhere.
     Unreachable,
+    /// Somebody accepts connections, and gives no answer in time.
+    Silent,
     /// It has troubles of its own.
     Server,
 }
 
 impl Failure {
+    /// All there are.
+    pub const ALL: [Self; 6] =
+        [Self::Credentials, Self::Rights, Self::Trust, Self::Unreachable, Self::Silent, Self::Server];
+
     /// Of any request.
     pub fn of(error: &Error) -> Self {
         match error {
             Error::Api(status) => Self::of_status(status),
+            late if Late::is_cause_of(late) => Self::Silent,
             // The TLS library's words: its error is wrapped several times, by libraries that do not let it out.
             other if chain(other).contains("certificate") => Self::Trust,
             _ => Self::Unreachable,
@@ -56,8 +64,14 @@ impl Failure {
             Self::Rights => "refuses what the agent asks for (403)",
             Self::Trust => "is not trusted",
             Self::Unreachable => "cannot be reached",
+            Self::Silent => "gives no answer in time",
             Self::Server => "answers with errors",
         }
+    }
+
+    /// Whether all nodes have it at the same time, and nobody but the server's people can help.
+    pub fn is_outage(self) -> bool {
+        matches!(self, Self::Unreachable | Self::Silent | Self::Server)
     }
 
     /// What people can do.
@@ -71,6 +85,9 @@ impl Failure {
                 "check that the address is the API server's, its certificate names it, and the authority is the cluster's"
             }
             Self::Unreachable => "check --api-server, firewalls, and whether the server runs",
+            Self::Silent => {
+                "see whether the API server hangs or is overloaded, or the load balancer before it has no server"
+            }
             Self::Server => "see the API server's own log",
         }
     }

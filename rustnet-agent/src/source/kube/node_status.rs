@@ -18,7 +18,8 @@ use tokio::sync::{Notify, watch};
 
 /// The taint that an administrator may give new nodes, so that pods wait for the agent.
 pub const TAINT: &str = "rustnet.io/agent-not-ready";
-const CONDITION: &str = "NetworkUnavailable";
+/// The condition that cloud providers set until there is a network.
+pub(super) const CONDITION: &str = "NetworkUnavailable";
 const MANAGER: &str = "rustnet-agent";
 
 /// Watches over what the cluster thinks of this node's network.

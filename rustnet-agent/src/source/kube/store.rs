@@ -3,19 +3,24 @@
 //! A watch that is resumed there may stay silent until the new store's versions have passed the old
 //! one's, and reports no deletions. So the agent reads the store's version whenever a watch has
 //! been answered. A store that is behind what was seen of it, or whose `kubernetes` Service is
-//! another one, is another store: every kind is listed again.
+//! another one, may be another store: if a second look, some time later, agrees, every kind is listed again. One look proves
+//! nothing, as the answers of some servers (etcd's replacements, caches) lag behind what they have delivered already. And
+//! to be wrong about it costs all lists of all nodes: it is believed once in five minutes.
 //!
 //! Only versions of Services are compared: other kinds may be in stores of their own (`--etcd-servers-overrides`).
 
-use super::backoff::Backoff;
+use super::backoff::{Backoff, spread};
 use super::chain;
 use super::client::Connection;
+use super::herd::Herd;
 use crate::source::Kind;
 use k8s_openapi::api::core::v1::Service;
 use kube::Api;
 use kube::api::ListParams;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
 
 /// How far the store is, and whose it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,6 +38,11 @@ impl Sight {
         (later.version != 0 && later.version < self.version) || both.is_some_and(|(one, other)| one != other)
     }
 }
+
+/// Between the look that suspects another store and the one that must agree; spread up to twice that, and by the number of nodes.
+const SECOND_LOOK: Duration = Duration::from_secs(5);
+/// Between two replacements that are believed.
+const BRAKE: Duration = Duration::from_mins(5);
 
 /// What is known of the store.
 #[derive(Debug)]
@@ -57,54 +67,108 @@ impl Store {
     pub(super) fn saw(&self, kind: Kind, version: Option<&str>) {
         let counts = kind == Kind::Service;
         if let Some(version) = version.filter(|_| counts).and_then(|text| text.parse().ok()) {
-            let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut seen = self.seen();
             seen.version = seen.version.max(version);
         }
     }
 
     /// Asks after each answer, for ever.
     pub(super) async fn follow(&self, connection: &Connection) {
+        let answered = || connection.answers.any().notified();
+        self.watch_over(&connection.herd, answered, || look(connection)).await;
+    }
+
+    async fn watch_over<A, L>(&self, herd: &Herd, answered: impl Fn() -> A, look: impl Fn() -> L)
+    where
+        A: Future<Output = ()>,
+        L: Future<Output = Result<Sight, kube::Error>>,
+    {
+        let mut replaced_at: Option<Instant> = None;
         loop {
-            connection.answers.any().notified().await;
-            let mut backoff = Backoff::default();
-            while let Err(error) = self.ask(connection).await {
-                // The watches have the same trouble, and tell of it.
-                tracing::debug!(error = chain(&error), "cannot ask for the store's version");
-                tokio::time::sleep(backoff.next()).await;
+            answered().await;
+            // The watches of all nodes may have been answered at the same moment. One look serves all of this node's.
+            sleep(herd.spread()).await;
+            let Some(before) = self.suspects(&look).await else { continue };
+            sleep(SECOND_LOOK + spread(SECOND_LOOK) + herd.spread()).await;
+            if let Some(at) = replaced_at {
+                sleep_until(at + BRAKE).await;
+            }
+            if self.agrees(&before, &look).await {
+                replaced_at = Some(Instant::now());
             }
         }
     }
 
-    async fn ask(&self, connection: &Connection) -> Result<(), kube::Error> {
-        // Before the question: what is delivered meanwhile may be newer than the answer.
-        let before = self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let services = Api::<Service>::namespaced(connection.client.clone(), "default");
-        // Without a version of ours, the answer is as new as the store.
-        let list = services.list_metadata(&ListParams::default().fields("metadata.name=kubernetes")).await?;
-        let version = list.metadata.resource_version.and_then(|text| text.parse().ok()).unwrap_or(0);
-        let cluster = list.items.into_iter().find_map(|service| service.metadata.uid);
-        self.compare(&before, Sight { version, cluster });
-        Ok(())
+    /// Looks; if it seems to be another store, returns what was known before.
+    async fn suspects<L>(&self, look: impl Fn() -> L) -> Option<Sight>
+    where
+        L: Future<Output = Result<Sight, kube::Error>>,
+    {
+        let (before, now) = self.compare(look).await;
+        if before.is_other_than(&now) {
+            tracing::debug!(?before, ?now, "another store may be behind the API server's address");
+            return Some(before);
+        }
+        let mut seen = self.seen();
+        seen.version = seen.version.max(now.version);
+        seen.cluster = now.cluster.or_else(|| seen.cluster.take());
+        None
     }
 
-    fn compare(&self, before: &Sight, mut now: Sight) {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if before.is_other_than(&now) {
-            tracing::warn!(?before, ?now, "another store is behind the API server's address: listing again");
-            *seen = now;
-            drop(seen);
-            self.replaced.send_replace(());
-            return;
+    /// Looks again; if it is still another store than `before`, everything is listed again.
+    async fn agrees<L>(&self, before: &Sight, look: impl Fn() -> L) -> bool
+    where
+        L: Future<Output = Result<Sight, kube::Error>>,
+    {
+        let (_, now) = self.compare(look).await;
+        // Not with what was delivered meanwhile: whoever lags behind that may have reached what was delivered before.
+        if !before.is_other_than(&now) {
+            return false;
         }
-        now.version = now.version.max(seen.version);
-        now.cluster = now.cluster.or_else(|| seen.cluster.take());
-        *seen = now;
+        tracing::warn!(?before, ?now, "another store is behind the API server's address: listing again");
+        *self.seen() = now;
+        self.replaced.send_replace(());
+        true
     }
+
+    /// What was known before a look, and what it shows: what is delivered meanwhile may be newer than the answer.
+    async fn compare<L>(&self, look: impl Fn() -> L) -> (Sight, Sight)
+    where
+        L: Future<Output = Result<Sight, kube::Error>>,
+    {
+        let mut backoff = Backoff::default();
+        loop {
+            let before = self.seen().clone();
+            match look().await {
+                Ok(now) => return (before, now),
+                Err(error) => {
+                    // The watches have the same trouble, and tell of it.
+                    tracing::debug!(error = chain(&error), "cannot ask for the store's version");
+                    sleep(backoff.next()).await;
+                }
+            }
+        }
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Sight> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Asks for the store's version, and whose it is.
+async fn look(connection: &Connection) -> Result<Sight, kube::Error> {
+    let services = Api::<Service>::namespaced(connection.client.clone(), "default");
+    // Without a version of ours, the answer is as new as the store.
+    let list = services.list_metadata(&ListParams::default().fields("metadata.name=kubernetes")).await?;
+    let version = list.metadata.resource_version.and_then(|text| text.parse().ok()).unwrap_or(0);
+    let cluster = list.items.into_iter().find_map(|service| service.metadata.uid);
+    Ok(Sight { version, cluster })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn sight(version: u64, cluster: &str) -> Sight {
         Sight { version, cluster: (!cluster.is_empty()).then(|| cluster.to_owned()) }
@@ -126,28 +190,84 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_is_delivered_during_the_question_is_no_proof() {
-        let store = Store::default();
-        let replaced = store.replacements();
-        store.saw(Kind::Service, Some("5"));
-        let before = sight(5, "");
-        store.saw(Kind::Service, Some("9"));
-        store.compare(&before, sight(7, "a"));
-        assert!(!replaced.has_changed().unwrap());
-        store.compare(&sight(9, "a"), sight(7, ""));
-        assert!(replaced.has_changed().unwrap());
-        assert_eq!(*store.seen.lock().unwrap(), sight(7, ""), "the new store's versions count");
+    /// A store whose looks give these sights, the last again and again, for as long as there are answers: one every ten seconds.
+    /// Returns how often it was taken for another one.
+    async fn replacements(store: &Store, sights: Vec<Sight>, lasting: Duration) -> usize {
+        let (mut replaced, next) = (store.replacements(), AtomicUsize::new(0));
+        let look = || async {
+            let at = next.fetch_add(1, Ordering::Relaxed).min(sights.len() - 1);
+            Ok(sights[at].clone())
+        };
+        let count = async {
+            let mut count = 0;
+            let end = sleep(lasting);
+            tokio::pin!(end);
+            loop {
+                tokio::select! {
+                    () = &mut end => return count,
+                    changed = replaced.changed() => {
+                        changed.expect("the store is there");
+                        count += 1;
+                        // Where versions lag, what is delivered is ahead of them again.
+                        store.saw(Kind::Service, Some("100"));
+                    }
+                }
+            }
+        };
+        let herd = Herd::default();
+        tokio::select! {
+            count = count => count,
+            () = store.watch_over(&herd, || sleep(Duration::from_secs(10)), look) => unreachable!("it goes on for ever"),
+        }
     }
 
-    #[test]
-    fn versions_of_other_kinds_prove_nothing() {
+    #[tokio::test(start_paused = true)]
+    async fn another_store_is_believed_when_a_second_look_agrees() {
         let store = Store::default();
-        let replaced = store.replacements();
+        store.saw(Kind::Service, Some("9"));
+        let looks = vec![sight(9, "a"), sight(3, "a"), sight(4, "a")];
+        assert_eq!(replacements(&store, looks, Duration::from_mins(1)).await, 1);
+        let store = Store::default();
+        store.saw(Kind::Service, Some("5"));
+        let looks = vec![sight(5, "a"), sight(9, "b")];
+        assert_eq!(replacements(&store, looks, Duration::from_mins(1)).await, 1);
+        assert_eq!(store.seen().cluster.as_deref(), Some("b"), "the new store is the known one");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_that_lags_is_no_other_store() {
+        let store = Store::default();
+        store.saw(Kind::Service, Some("100"));
+        // Behind what was delivered, and level with it a moment later, again and again.
+        let looks = (0..1000).map(|i| sight(if i % 2 == 0 { 99 } else { 100 }, "a")).collect();
+        assert_eq!(replacements(&store, looks, Duration::from_hours(1)).await, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_always_lags_costs_a_list_in_five_minutes() {
+        let store = Store::default();
+        store.saw(Kind::Service, Some("100"));
+        let count = replacements(&store, vec![sight(50, "a")], Duration::from_hours(1)).await;
+        assert!((1..=12).contains(&count), "{count}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_delivered_during_the_question_is_no_proof() {
+        let store = Store::default();
+        store.saw(Kind::Service, Some("5"));
+        let delivered_meanwhile = || async {
+            store.saw(Kind::Service, Some("9"));
+            Ok(sight(7, "a"))
+        };
+        assert_eq!(store.suspects(delivered_meanwhile).await, None);
+        assert_eq!(store.suspects(async || Ok(sight(7, "a"))).await, Some(sight(9, "a")));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn versions_of_other_kinds_prove_nothing() {
+        let store = Store::default();
         store.saw(Kind::Service, Some("5"));
         store.saw(Kind::Pod, Some("900"));
-        let before = store.seen.lock().unwrap().clone();
-        store.compare(&before, sight(7, "a"));
-        assert!(!replaced.has_changed().unwrap(), "pods may be in a store of their own");
+        assert_eq!(store.suspects(async || Ok(sight(7, "a"))).await, None, "pods may be in a store of their own");
     }
 }

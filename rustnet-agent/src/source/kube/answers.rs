@@ -1,0 +1,91 @@
+//! A record of the API server's answers while they last, by the kind that was asked for: a watch that works again may stay
+//! silent, and a server that has stopped sends nothing.
+
+use crate::source::Kind;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// Signals successful answers, and records when the server last sent anything. Clones share one record.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Answers(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    kinds: [Notify; Kind::ALL.len()],
+    any: Notify,
+    heard: Mutex<[Option<Instant>; Kind::ALL.len()]>,
+}
+
+impl Answers {
+    /// For waiting until the server has begun to answer a request for this kind.
+    pub(super) fn of(&self, kind: Kind) -> &Notify {
+        &self.0.kinds[kind as usize]
+    }
+
+    /// The same for any kind.
+    pub(super) fn any(&self) -> &Notify {
+        &self.0.any
+    }
+
+    /// For how long the server has sent nothing of this kind; `None` if it never has.
+    pub(super) fn silence(&self, kind: Kind) -> Option<Duration> {
+        let heard = self.0.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard[kind as usize].map(|when| when.elapsed())
+    }
+
+    /// A successful answer has begun.
+    pub(super) fn begun(&self, kind: Kind) {
+        self.heard(kind);
+        self.of(kind).notify_one();
+        self.any().notify_one();
+    }
+
+    /// A part of an answer has come.
+    pub(super) fn heard(&self, kind: Kind) {
+        self.0.heard.lock().unwrap_or_else(PoisonError::into_inner)[kind as usize] = Some(Instant::now());
+    }
+}
+
+/// The kind that a request for this path lists or watches: kinds are asked for in all namespaces.
+pub(super) fn kind_of(path: &str) -> Option<Kind> {
+    let resources = [
+        ("/api/v1/services", Kind::Service),
+        ("/apis/discovery.k8s.io/v1/endpointslices", Kind::Slice),
+        ("/api/v1/nodes", Kind::Node),
+        ("/api/v1/pods", Kind::Pod),
+    ];
+    // The server may be at a path of its own.
+    resources.into_iter().find(|(resource, _)| path.ends_with(resource)).map(|(_, kind)| kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_asked_for_in_all_namespaces_counts() {
+        for (path, want) in [
+            ("/api/v1/services", Some(Kind::Service)),
+            ("/apis/discovery.k8s.io/v1/endpointslices", Some(Kind::Slice)),
+            ("/k8s/clusters/c-1/api/v1/nodes", Some(Kind::Node)),
+            ("/api/v1/pods", Some(Kind::Pod)),
+            ("/api/v1/nodes/n1", None),
+            ("/api/v1/nodes/nodes", None),
+            ("/api/v1/namespaces/default/services", None),
+            ("/apis/events.k8s.io/v1/namespaces/default/events", None),
+            ("/version", None),
+        ] {
+            assert_eq!(kind_of(path), want, "{path}");
+        }
+    }
+
+    #[test]
+    fn silence_is_counted_by_kind() {
+        let answers = Answers::default();
+        assert_eq!(answers.silence(Kind::Node), None);
+        answers.begun(Kind::Node);
+        assert!(answers.silence(Kind::Node).is_some());
+        assert_eq!(answers.silence(Kind::Pod), None);
+    }
+}

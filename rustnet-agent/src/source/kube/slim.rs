@@ -1,0 +1,263 @@
+//! Nodes and Pods of which only what is of use is read.
+//!
+//! Kubelets write their Node every few minutes, each with its images, conditions, annotations and the owners of all its
+//! fields, and each agent of the cluster reads them all. A Pod carries its containers. The JSON of what is not named here
+//! is skipped, and nothing is allocated for it.
+
+use k8s_openapi::api::core::v1::{
+    Node, NodeAddress, NodeCondition, NodeSpec, NodeStatus, Pod, PodIP, PodSpec, PodStatus, Taint,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use kube::Resource;
+use serde::{Deserialize, Deserializer};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+/// A Node with its name, labels, age, ranges, taints and addresses, and the condition NetworkUnavailable.
+#[derive(Clone, Debug)]
+pub(super) struct SlimNode(pub(super) Node);
+
+/// A Pod with its name, node, phase and addresses.
+#[derive(Clone, Debug)]
+pub(super) struct SlimPod(pub(super) Pod);
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Meta {
+    name: Option<String>,
+    namespace: Option<String>,
+    uid: Option<String>,
+    resource_version: Option<String>,
+    creation_timestamp: Option<Time>,
+    labels: Option<BTreeMap<String, String>>,
+}
+
+#[derive(Deserialize)]
+struct NodeFields {
+    #[serde(default)]
+    metadata: Meta,
+    spec: Option<NodeSpecFields>,
+    status: Option<NodeStatusFields>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct NodeSpecFields {
+    #[serde(rename = "podCIDR")]
+    pod_cidr: Option<String>,
+    #[serde(rename = "podCIDRs")]
+    pod_cidrs: Option<Vec<String>>,
+    taints: Option<Vec<Taint>>,
+}
+
+#[derive(Deserialize)]
+struct NodeStatusFields {
+    addresses: Option<Vec<NodeAddress>>,
+    conditions: Option<Vec<Condition>>,
+}
+
+#[derive(Deserialize)]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: ConditionKind,
+    status: String,
+}
+
+#[derive(Deserialize, PartialEq, Eq)]
+enum ConditionKind {
+    NetworkUnavailable,
+    #[serde(other)]
+    Other,
+}
+
+#[derive(Deserialize)]
+struct PodFields {
+    #[serde(default)]
+    metadata: Meta,
+    spec: Option<PodSpecFields>,
+    status: Option<PodStatusFields>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PodSpecFields {
+    node_name: Option<String>,
+    host_network: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PodStatusFields {
+    phase: Option<String>,
+    #[serde(rename = "podIPs")]
+    pod_ips: Option<Vec<PodIP>>,
+}
+
+impl From<Meta> for ObjectMeta {
+    fn from(it: Meta) -> Self {
+        Self {
+            name: it.name,
+            namespace: it.namespace,
+            uid: it.uid,
+            resource_version: it.resource_version,
+            creation_timestamp: it.creation_timestamp,
+            labels: it.labels,
+            ..Self::default()
+        }
+    }
+}
+
+impl From<NodeStatusFields> for NodeStatus {
+    fn from(it: NodeStatusFields) -> Self {
+        let ours = |it: &Condition| it.kind == ConditionKind::NetworkUnavailable;
+        let condition = |it: Condition| NodeCondition {
+            type_: super::node_status::CONDITION.to_owned(),
+            status: it.status,
+            ..NodeCondition::default()
+        };
+        let conditions = it.conditions.map(|all| all.into_iter().filter(ours).map(condition).collect());
+        Self { addresses: it.addresses, conditions, ..Self::default() }
+    }
+}
+
+impl<'de> Deserialize<'de> for SlimNode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let it = NodeFields::deserialize(deserializer)?;
+        let spec = |it: NodeSpecFields| NodeSpec {
+            pod_cidr: it.pod_cidr,
+            pod_cidrs: it.pod_cidrs,
+            taints: it.taints,
+            ..NodeSpec::default()
+        };
+        let (spec, status) = (it.spec.map(spec), it.status.map(NodeStatus::from));
+        Ok(Self(Node { metadata: it.metadata.into(), spec, status }))
+    }
+}
+
+impl<'de> Deserialize<'de> for SlimPod {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let it = PodFields::deserialize(deserializer)?;
+        let spec = |it: PodSpecFields| PodSpec {
+            node_name: it.node_name,
+            host_network: it.host_network,
+            ..PodSpec::default()
+        };
+        let status = |it: PodStatusFields| PodStatus { phase: it.phase, pod_ips: it.pod_ips, ..PodStatus::default() };
+        Ok(Self(Pod { metadata: it.metadata.into(), spec: it.spec.map(spec), status: it.status.map(status) }))
+    }
+}
+
+/// What a slim object is to the API server: the whole one.
+macro_rules! is_resource {
+    ($slim:ty, $whole:ty) => {
+        impl Resource for $slim {
+            type DynamicType = ();
+            type Scope = <$whole as Resource>::Scope;
+
+            fn kind(_: &()) -> Cow<'_, str> {
+                <$whole as Resource>::kind(&())
+            }
+            fn group(_: &()) -> Cow<'_, str> {
+                <$whole as Resource>::group(&())
+            }
+            fn version(_: &()) -> Cow<'_, str> {
+                <$whole as Resource>::version(&())
+            }
+            fn plural(_: &()) -> Cow<'_, str> {
+                <$whole as Resource>::plural(&())
+            }
+            fn meta(&self) -> &ObjectMeta {
+                self.0.meta()
+            }
+            fn meta_mut(&mut self) -> &mut ObjectMeta {
+                self.0.meta_mut()
+            }
+        }
+    };
+}
+
+is_resource!(SlimNode, Node);
+is_resource!(SlimPod, Pod);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::convert::Converter;
+    use serde::de::DeserializeOwned;
+    use serde_json::{Value, json};
+
+    fn read<T: DeserializeOwned>(value: &Value) -> T {
+        serde_json::from_str(&value.to_string()).expect("an object")
+    }
+
+    fn node() -> Value {
+        json!({
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": {
+                "name": "n1", "uid": "u", "resourceVersion": "7", "creationTimestamp": "2026-01-02T03:04:05Z",
+                "labels": {"topology.kubernetes.io/zone": "a", "kubernetes.io/os": "linux"},
+                "annotations": {"big": "x"},
+                "managedFields": [{"manager": "kubelet", "fieldsV1": {"f:status": {"f:images": {}}}}],
+            },
+            "spec": {
+                "podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:244::/64"], "providerID": "p",
+                "taints": [{"key": "rustnet.io/agent-not-ready", "effect": "NoExecute", "timeAdded": "2026-01-02T03:04:05Z"}],
+            },
+            "status": {
+                "addresses": [{"type": "InternalIP", "address": "192.0.2.1"}, {"type": "Hostname", "address": "n1"}],
+                "conditions": [{"type": "Ready", "status": "True"}, {"type": "NetworkUnavailable", "status": "True"}],
+                "images": [{"names": ["a", "b"], "sizeBytes": 1}],
+                "nodeInfo": {"machineID": "m"},
+            },
+        })
+    }
+
+    #[test]
+    fn a_slim_node_means_what_the_whole_one_means() {
+        let (slim, whole) = (read::<SlimNode>(&node()).0, read::<Node>(&node()));
+        let convert = |node: &Node| Converter::new().node(node).expect("an event");
+        assert_eq!(convert(&slim), convert(&whole));
+        assert_eq!(slim.spec.as_ref().map(|it| &it.taints), whole.spec.as_ref().map(|it| &it.taints));
+        assert_eq!(slim.metadata.resource_version, whole.metadata.resource_version);
+    }
+
+    #[test]
+    fn of_a_node_nothing_is_kept_that_nobody_reads() {
+        let slim = read::<SlimNode>(&node()).0;
+        let status = slim.status.expect("a status");
+        assert_eq!((slim.metadata.annotations, slim.metadata.managed_fields), (None, None));
+        assert_eq!((status.images, status.node_info), (None, None));
+        let conditions: Vec<_> = status.conditions.into_iter().flatten().map(|it| (it.type_, it.status)).collect();
+        assert_eq!(conditions, [("NetworkUnavailable".to_owned(), "True".to_owned())]);
+    }
+
+    #[test]
+    fn a_slim_pod_means_what_the_whole_one_means() {
+        for phase in ["Running", "Succeeded"] {
+            let pod = json!({
+                "metadata": {"name": "a", "namespace": "x", "uid": "u", "resourceVersion": "7"},
+                "spec": {"nodeName": "n1", "hostNetwork": true, "containers": [{"name": "c", "image": "i"}]},
+                "status": {"phase": phase, "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]},
+            });
+            let (slim, whole) = (read::<SlimPod>(&pod).0, read::<Pod>(&pod));
+            let convert = |pod: &Pod| Converter::new().pod(pod).expect("an event");
+            assert_eq!(convert(&slim), convert(&whole));
+            assert_eq!(slim.metadata.resource_version, whole.metadata.resource_version);
+            assert!(slim.spec.expect("a spec").containers.is_empty());
+        }
+    }
+
+    #[test]
+    fn null_and_absent_fields_are_nothing() {
+        for object in [
+            json!({"metadata": {"name": "n1"}}),
+            json!({"metadata": {"name": "n1", "labels": null}, "spec": {}, "status": {}}),
+            json!({"metadata": {"name": "n1"}, "spec": {"taints": null, "podCIDRs": null}, "status": {"conditions": null}}),
+        ] {
+            let convert = |node: &Node| Converter::new().node(node).expect("an event");
+            assert_eq!(convert(&read::<SlimNode>(&object).0), convert(&read::<Node>(&object)), "{object}");
+            let convert = |pod: &Pod| Converter::new().pod(pod).expect("an event");
+            assert_eq!(convert(&read::<SlimPod>(&object).0), convert(&read::<Pod>(&object)), "{object}");
+        }
+    }
+}
