@@ -4,6 +4,7 @@
 mod flows;
 mod ids;
 mod memory;
+mod peers;
 mod planner;
 mod ranges;
 mod slots;

@@ -2,6 +2,7 @@
 
 use super::{GRACE, Maps, Snapshot, VipKey, Write};
 use anyhow::{Context, bail, ensure};
+use ipnet::IpNet;
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::service::SvcEntry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +13,8 @@ use std::time::Duration;
 pub struct MemoryMaps {
     held: Snapshot,
     capacity: u32,
+    /// Services and peers, of each family.
+    room: (u32, u32),
     now: Duration,
     /// When an index of `rn_backend_ids` was last let go of.
     let_go: BTreeMap<u32, Duration>,
@@ -29,6 +32,7 @@ impl MemoryMaps {
         Self {
             held: Snapshot::default(),
             capacity,
+            room: (u32::MAX, u32::MAX),
             now: Duration::ZERO,
             let_go: BTreeMap::new(),
             unused: BTreeMap::new(),
@@ -40,6 +44,13 @@ impl MemoryMaps {
     /// Maps that hold this already.
     pub fn with(held: Snapshot, capacity: u32) -> Self {
         Self { held, ..Self::new(capacity) }
+    }
+
+    /// The same maps with room for so many services and so many peers of each family. Like the kernel's, they refuse
+    /// the entry that is one too many at the moment of its write, whatever is deleted after it.
+    #[must_use]
+    pub fn with_room(self, services: u32, peers: u32) -> Self {
+        Self { room: (services, peers), ..self }
     }
 
     /// Sets the time, by which the reuse of slots is judged.
@@ -167,6 +178,9 @@ impl MemoryMaps {
             ensure!(apart, "{key} and {other} share a range of ids");
             ensure!(held.id != entry.id || key.is_wildcard() || other.is_wildcard(), "{key} and {other} share an id");
         }
+        let of_family = self.held.services.keys().filter(|other| other.ip.is_ipv4() == key.ip.is_ipv4());
+        let is_full = of_family.count() as u32 >= self.room.0 && !self.held.services.contains_key(&key);
+        ensure!(!is_full, "{key} does not fit: the service map is full ({} entries)", self.room.0);
         let before = self.used();
         let old = self.held.services.insert(key, entry);
         self.let_go_of(old, &before);
@@ -235,6 +249,10 @@ impl Maps for MemoryMaps {
                 Write::PutService { key, entry } => self.put(*key, *entry)?,
                 Write::DeleteService { key } => self.delete(*key)?,
                 Write::PutPeer { prefix, peer } => {
+                    let of_family = |other: &&IpNet| other.addr().is_ipv4() == prefix.addr().is_ipv4();
+                    // Before Linux 6.13 a full trie refuses to replace a value, too.
+                    let is_full = self.held.peers.keys().filter(of_family).count() as u32 >= self.room.1;
+                    ensure!(!is_full, "peer {prefix} does not fit: the map is full ({} entries)", self.room.1);
                     if self.held.peers.insert(*prefix, *peer) == Some(*peer) {
                         bail!("peer {prefix} is written, but it is there already");
                     }
@@ -253,6 +271,14 @@ impl Maps for MemoryMaps {
 
     fn backend_capacity(&self) -> u32 {
         self.capacity
+    }
+
+    fn service_capacity(&self) -> u32 {
+        self.room.0
+    }
+
+    fn peer_capacity(&self) -> u32 {
+        self.room.1
     }
 }
 

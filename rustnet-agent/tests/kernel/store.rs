@@ -7,6 +7,7 @@ use rustnet_agent::bpf::store::BpfMaps;
 use rustnet_agent::plan::{Maps, VipKey, Write};
 use rustnet_common::addr::Addr;
 use rustnet_common::backend::{Backend, id};
+use rustnet_common::names::map;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 
@@ -107,7 +108,11 @@ fn backends_beyond_the_array_are_refused_before_their_service_is_written() {
 fn a_hundred_thousand_services() {
     sandbox::run(|sandbox| {
         let mut load = load(sandbox);
-        load.sizes.extend([("rn_svc4".to_owned(), 131_072), ("rn_backends".to_owned(), 524_288)]);
+        load.sizes.extend([
+            (map::SVC4.to_owned(), 131_072),
+            (map::BACKEND_IDS.to_owned(), 524_288),
+            (map::BACKENDS.to_owned(), 524_288),
+        ]);
         load.run().unwrap().pin(&sandbox.bpffs).unwrap();
         let mut maps = BpfMaps::open(&sandbox.bpffs).unwrap();
         let writes: Vec<Write> = (0..100_000_u32)
