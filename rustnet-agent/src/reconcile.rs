@@ -3,6 +3,7 @@
 //! Nothing here is final: what fails is logged with its remedy and tried again with back-off, while the last good state
 //! forwards packets. Killing the agent at any point leaves a state that works.
 
+mod audit;
 mod kernel;
 pub mod node;
 pub mod presence;
@@ -315,6 +316,9 @@ impl Reconciler {
         } else if self.can_apply() {
             next = next.min(self.plan.due);
         }
+        if let Some(due) = self.planner.as_ref().and_then(Planner::audit_at) {
+            next = next.min(self.start + due);
+        }
         [self.problems_due, self.pods_due].into_iter().flatten().fold(next, Instant::min)
     }
 
@@ -331,6 +335,7 @@ impl Reconciler {
         if self.can_apply() && self.plan.due <= now {
             self.apply();
         }
+        self.audit();
         if self.problems_due.is_some_and(|due| due <= now) {
             self.problems_due = None;
             self.report_problems();
@@ -346,6 +351,7 @@ impl Reconciler {
     fn load(&mut self) {
         let loaded = Kernel::load(&self.config).and_then(|kernel| {
             let planner = Planner::adopt(&kernel.maps).context("reading the maps back")?;
+            let planner = planner.with_audit_period(self.config.audit_period);
             let collector = Collector::open(kernel.maps_dir(), kernel.clock()?, kernel.hz)?;
             let stats = Stats::open(kernel.maps_dir(), self.config.bpffs.clone())?;
             self.health.metrics.set_kernel_stats(Arc::new(stats));
@@ -520,6 +526,15 @@ impl Reconciler {
                 self.plan_error = Some(error);
                 self.plan.failed();
             }
+        }
+    }
+
+    /// Repairs what somebody else changed in the maps.
+    fn audit(&mut self) {
+        let (Some(kernel), Some(planner)) = (&mut self.kernel, &mut self.planner) else { return };
+        if let Err(error) = audit::step(planner, &mut kernel.maps, self.start.elapsed(), &self.health.metrics) {
+            tracing::error!("{error:#}");
+            self.want_plan();
         }
     }
 

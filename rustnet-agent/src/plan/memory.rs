@@ -73,6 +73,11 @@ impl MemoryMaps {
         &self.held
     }
 
+    /// What the maps hold, for a test that changes it as somebody else would.
+    pub fn meddle(&mut self) -> &mut Snapshot {
+        &mut self.held
+    }
+
     /// Flows that were to be forgotten since the last call.
     pub fn take_forgotten(&mut self) -> Vec<(u8, Vec<u32>)> {
         std::mem::take(&mut self.forgotten)
@@ -226,6 +231,19 @@ impl MemoryMaps {
     }
 }
 
+/// Writes elements that are not as they should be.
+fn restore<T: bytemuck::Pod + PartialEq>(array: &mut Vec<T>, elements: &[(u32, T)]) -> anyhow::Result<()> {
+    for (index, element) in elements {
+        let index = *index as usize;
+        if array.len() <= index {
+            array.resize(index + 1, T::zeroed());
+        }
+        ensure!(array[index] != *element, "element {index} is as it should be");
+        array[index] = *element;
+    }
+    Ok(())
+}
+
 /// The index behind an entry's last one; maps made up by a test may hold anything.
 fn end_of(entry: &SvcEntry) -> u32 {
     entry.first.saturating_add(entry.count)
@@ -246,6 +264,8 @@ impl Maps for MemoryMaps {
                 Write::Backends { backends } => self.store(backends)?,
                 Write::BackendIds { first, ids } => self.store_ids(*first, ids)?,
                 Write::ClearBackends { ids } => self.clear(ids)?,
+                Write::RestoreBackends { slots } => restore(&mut self.held.backends, slots)?,
+                Write::RestoreIds { ids } => restore(&mut self.held.ids, ids)?,
                 Write::PutService { key, entry } => self.put(*key, *entry)?,
                 Write::DeleteService { key } => self.delete(*key)?,
                 Write::PutPeer { prefix, peer } => {

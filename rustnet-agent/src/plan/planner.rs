@@ -6,12 +6,13 @@
 //! again. A range of ids is never rewritten while an entry points to it: a change writes a new
 //! range and flips the entry. Of a backend that an entry leads to only the flags ever change.
 
+use super::audit::{Difference, Progress, Repair};
 use super::flows::Flows;
 use super::ids::Ids;
 use super::peers::{PeerWrites, Peers};
 use super::ranges::Ranges;
 use super::slots::Slots;
-use super::{Maps, Snapshot, VipKey, Write};
+use super::{Maps, Snapshot, Table, VipKey, Write};
 use crate::index::{Choice, DesiredBackend, DesiredService, Index};
 use crate::model::Problem;
 use ipnet::IpNet;
@@ -20,7 +21,7 @@ use rustnet_common::backend::{Backend, id};
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 use rustnet_common::tuple::proto::UDP;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,6 +64,7 @@ pub struct Planner {
     /// Entries in the maps, by family.
     count: [u32; 2],
     room: Capacity,
+    audit: Progress,
     /// Compare everything, not only what changed.
     compare_all: bool,
     /// Writes were refused: what the maps hold is not known.
@@ -168,6 +170,7 @@ impl Planner {
             failed: BTreeMap::new(),
             has_new_room: false,
             room,
+            audit: Progress::default(),
             compare_all: true,
             lost_track: false,
         };
@@ -201,7 +204,9 @@ impl Planner {
     /// it then begins with what the maps really hold.
     pub fn sync(&mut self, index: &mut Index, maps: &mut impl Maps, now: Duration) -> anyhow::Result<Plan> {
         if self.lost_track {
-            *self = Self::adopt(maps)?;
+            let period = self.audit.period();
+            *self = Self::adopt(maps)?.with_audit_period(period);
+            self.audit.begin_again(now);
         }
         let mut plan = self.plan(index, now);
         self.apply(&plan.writes, maps)?;
@@ -214,6 +219,65 @@ impl Planner {
             plan.retry_at = more.retry_at;
         }
         Ok(plan)
+    }
+
+    /// The same with this time between two audits.
+    #[must_use]
+    pub fn with_audit_period(mut self, period: Duration) -> Self {
+        self.audit.set_period(period);
+        self
+    }
+
+    /// When [`Self::audit`] is to be called next. `None`: first a sync has to find out what the maps should hold.
+    pub fn audit_at(&self) -> Option<Duration> {
+        (!self.compare_all && !self.lost_track).then(|| self.audit.due())
+    }
+
+    /// Compares the next piece of the maps with what it should hold, and repairs it. Returns what differed.
+    ///
+    /// # Errors
+    /// A map cannot be read, or not written: the next [`Self::sync`] then reads everything back.
+    pub fn audit(&mut self, maps: &mut impl Maps, now: Duration) -> anyhow::Result<Vec<Difference>> {
+        if self.audit_at().is_none() {
+            return Ok(Vec::new());
+        }
+        let table = self.audit.table();
+        let (found, is_last_piece) = maps.read(table)?;
+        let mut repair = Repair::default();
+        match table {
+            Table::Backends => repair.arrays(&found, self.slots.all(), &self.ids, self.room.backends),
+            Table::Services4 | Table::Services6 => {
+                let is_of_table = |key: &&VipKey| key.ip.is_ipv4() == (table == Table::Services4);
+                self.audit.note(found.services.keys().filter(|key| self.services.contains_key(key)).copied());
+                for (key, entry) in found.services.iter().filter(|(key, _)| is_of_table(key)) {
+                    self.compare(*key, Some(*entry), &mut repair);
+                }
+                let keys = self.services.keys().filter(is_of_table);
+                let count = self.count[usize::from(table == Table::Services6)] as usize;
+                let unseen = if is_last_piece { self.audit.unseen(count, keys) } else { Vec::new() };
+                for key in unseen {
+                    self.compare(key, maps.service(&key)?, &mut repair);
+                }
+            }
+            Table::Peers => {
+                let held = self.peers.held();
+                let prefixes: BTreeSet<&IpNet> = held.keys().chain(found.peers.keys()).collect();
+                for prefix in prefixes {
+                    repair.entry(*prefix, found.peers.get(prefix).copied(), held.get(prefix).copied());
+                }
+            }
+        }
+        self.audit.advance(is_last_piece, now);
+        let (writes, differences) = repair.into_writes();
+        self.apply(&writes, maps)?;
+        Ok(differences)
+    }
+
+    /// Compares an entry, unless it is damaged: such a one stays as it is until it is replaced.
+    fn compare(&self, key: VipKey, is: Option<SvcEntry>, repair: &mut Repair) {
+        if !self.damaged.contains_key(&key) {
+            repair.entry(key, is, self.services.get(&key).copied());
+        }
     }
 
     fn apply(&mut self, writes: &[Write], maps: &mut impl Maps) -> anyhow::Result<()> {

@@ -68,6 +68,11 @@ impl Slots {
         self.held.get(slot as usize)
     }
 
+    /// The map's content up to the last slot that ever had a backend, once all writes are applied.
+    pub fn all(&self) -> &[Backend] {
+        &self.held
+    }
+
     /// The backend of an id that an entry refers to.
     pub fn backend(&self, id: u32) -> Option<&Backend> {
         self.get(id::slot_of(id)).filter(|backend| backend.id == id)

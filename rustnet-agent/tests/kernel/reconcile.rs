@@ -3,11 +3,12 @@
 use std::future::Future;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustnet_agent::bpf::attach::{Direction, link_path};
 use rustnet_agent::bpf::load::program_path;
 use rustnet_agent::bpf::store::node_config::NodeConfigStore;
-use rustnet_agent::bpf::store::{peers, services};
+use rustnet_agent::bpf::store::{Map, peers, services};
 use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Config;
 use rustnet_agent::health::Health;
@@ -18,7 +19,9 @@ use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::{link, tc};
 use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
 use rustnet_agent::{nodefile, reconcile};
+use rustnet_common::addr::Ip4;
 use rustnet_common::names::map;
+use rustnet_common::service::{SvcEntry, SvcKey};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -467,6 +470,28 @@ fn every_address_of_the_host_is_the_hosts_own_as_long_as_it_is_there() {
             agent.send(synced()).await;
             agent.ready().await;
             assert_eq!(own(), with(&["10.8.0.1/32"]));
+            agent.stop().await;
+        });
+    });
+}
+
+#[test]
+fn the_loop_puts_back_an_entry_that_somebody_deleted() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let config = Config { audit_period: Duration::from_millis(50), ..sandbox.config(&[]) };
+            let agent = Agent::start(config);
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(web(2)).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let before = services(&sandbox.bpffs).unwrap();
+            let map = Map::<SvcKey<Ip4>, SvcEntry>::open(&sandbox.bpffs, map::SVC4).unwrap();
+            map.clear().unwrap();
+            wait_until("the service is back", || services(&sandbox.bpffs).unwrap() == before).await;
+            let metrics = agent.health.metrics.encode().unwrap();
+            assert!(metrics.contains("rustnet_map_repairs_total{map=\"rn_svc4_v2\"} 2"), "{metrics}");
             agent.stop().await;
         });
     });

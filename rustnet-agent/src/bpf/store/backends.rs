@@ -104,6 +104,26 @@ impl Backends {
         Ok(())
     }
 
+    /// Puts elements back that somebody else has changed. Programs find no backend in the slot until it is complete.
+    pub fn restore(&mut self, slots: &[(u32, Backend)]) -> Result<()> {
+        for (slot, backend) in slots {
+            ensure!(*slot < self.slots.capacity, self.too_small(BACKENDS, *slot));
+            // SAFETY: the slot is below the capacity, so it lies inside of the mapping.
+            let held = unsafe { self.slots.at(*slot) }.as_ptr();
+            // SAFETY: as above; only this process writes there, or nobody should.
+            unsafe {
+                AtomicU32::from_ptr(&raw mut (*held).id).store(0, Ordering::Release);
+                (&raw mut (*held).addr).write_volatile(backend.addr);
+                (&raw mut (*held).port).write_volatile(backend.port);
+                (&raw mut (*held).flags).write_volatile(backend.flags);
+                (&raw mut (*held).pad).write_volatile(backend.pad);
+                AtomicU32::from_ptr(&raw mut (*held).service).store(backend.service, Ordering::Release);
+                AtomicU32::from_ptr(&raw mut (*held).id).store(backend.id, Ordering::Release);
+            }
+        }
+        Ok(())
+    }
+
     /// The backends that a service leads to, in order; `None` in place of each id that leads to no
     /// backend of it.
     pub fn of(&self, entry: &SvcEntry) -> impl Iterator<Item = Option<Backend>> {
