@@ -7,6 +7,7 @@ mod audit;
 mod kernel;
 pub mod node;
 pub mod presence;
+mod takeover;
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -33,7 +34,7 @@ use crate::source::kube::API_SERVER;
 use crate::source::{Event, Kind, Object};
 use crate::{cni_order, install, nodefile, podfile};
 use kernel::{Kernel, Stats};
-use presence::{AgentFile, Presence};
+use presence::AgentFile;
 
 /// Most events taken in before they are applied.
 const BATCH: usize = 8192;
@@ -76,7 +77,7 @@ pub async fn run_within(
     health: Arc<Health>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
-    let _presence = Presence::announce(&config.run_dir)?;
+    let Some(_presence) = takeover::wait(&config.run_dir, &health, &mut shutdown).await? else { return Ok(()) };
     AgentFile::of(&config).write(&config.run_dir)?;
     let mut monitor = Monitor::open()?;
     let begin = Reconciler::begin(config, health, shutdown.clone());
