@@ -128,6 +128,8 @@ impl MemoryMaps {
             if held.id == 0 {
                 let next = id::next(slot, held.last_id());
                 ensure!(backend.id == next, "slot {slot} gets the id {:#x}, not {next:#x}", backend.id);
+                let max = held.max_service.max(backend.service);
+                ensure!(backend.max_service == max, "slot {slot} forgets a service: {held:?} becomes {backend:?}");
                 self.rested(slot, "written")?;
             } else {
                 let changed = Backend { flags: backend.flags, ..held };
@@ -220,11 +222,13 @@ impl MemoryMaps {
             ensure!(held.is_some_and(|b| b.id != 0), "slot {slot} is cleared, but it is free");
             ensure!(!used.contains(&slot), "slot {slot} is cleared while an entry leads there");
             self.rested(slot, "cleared")?;
+            let left = self.held.backends[slot as usize].left();
             if let Err(crash) = self.step() {
-                self.held.backends[slot as usize].service = *id;
+                let half = &mut self.held.backends[slot as usize];
+                (half.max_service, half.service) = (left.max_service, *id);
                 return Err(crash);
             }
-            self.held.backends[slot as usize] = Backend::cleared(*id);
+            self.held.backends[slot as usize] = Backend { service: *id, ..left };
             self.unused.insert(slot, self.now);
         }
         Ok(())
@@ -311,7 +315,7 @@ mod tests {
 
     fn backend(slot: u32, generation: u32, service: u32) -> Backend {
         let addr = ip("10.244.1.2").into();
-        Backend { addr, port: 8080, flags: 0, id: id::make(slot, generation), service, pad: 0 }
+        Backend { addr, port: 8080, flags: 0, id: id::make(slot, generation), service, max_service: service }
     }
 
     fn store(backend: Backend) -> Write {

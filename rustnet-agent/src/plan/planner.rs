@@ -155,6 +155,7 @@ impl Planner {
         let has_service =
             |(slot, b): &(u32, &Backend)| b.id != 0 && (b.service < id::MAX_SLOTS || id::slot_of(b.service) != *slot);
         let last = (0..).zip(&backends).filter(has_service).map(|(_, b)| b.service).max().unwrap_or(0).max(last);
+        let last = backends.iter().map(|b| b.max_service).max().unwrap_or(0).max(last);
         let count = |v4: bool| services.keys().filter(|key| key.ip.is_ipv4() == v4).count() as u32;
         let mut planner = Self {
             count: [count(true), count(false)],
@@ -492,7 +493,7 @@ impl Planner {
                     written.extend(self.slots.set_flags(id, flags));
                 }
             } else if let Some(backend) =
-                self.slots.add(Backend { addr, port, flags, id: 0, service: entry.id, pad: 0 })
+                self.slots.add(Backend { addr, port, flags, id: 0, service: entry.id, max_service: 0 })
             {
                 ids.push(backend.id);
                 written.push(backend);

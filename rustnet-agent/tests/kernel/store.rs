@@ -24,7 +24,14 @@ fn entry(first: u32, count: u32) -> SvcEntry {
 
 /// The first backend of a slot.
 fn backend(slot: u32, service: u32) -> Backend {
-    Backend { addr: IpAddr::from([10, 1, 0, 1]).into(), port: 8080, flags: 0, id: id::make(slot, 1), service, pad: 0 }
+    Backend {
+        addr: IpAddr::from([10, 1, 0, 1]).into(),
+        port: 8080,
+        flags: 0,
+        id: id::make(slot, 1),
+        service,
+        max_service: 0,
+    }
 }
 
 fn ids(backends: &[Backend]) -> Vec<u32> {
@@ -73,7 +80,7 @@ fn writes_of_both_families_are_read_back_and_deleted() {
         ])
         .unwrap();
         let snapshot = maps.snapshot().unwrap();
-        assert_eq!((snapshot.backends[0], snapshot.backends[3]), (Backend::cleared(two[1].id), one[0]));
+        assert_eq!((snapshot.backends[0], snapshot.backends[3]), (two[1].left(), one[0]));
         assert_eq!(snapshot.services.len(), 2);
         assert_eq!(snapshot.peers.keys().collect::<Vec<_>>(), [&net4]);
         assert_eq!((maps.backend_capacity(), maps.service_capacity(), maps.peer_capacity()), (4096, 4096, 4096));

@@ -180,7 +180,7 @@ fn a_changed_set_gets_a_new_range_and_backends_keep_their_ids() {
     assert_eq!(id::slot_of(rig.backends(VIP, 80, TCP)[0].id), 3);
     // The slots of those that are gone are cleared, each with the last id it had.
     assert_eq!(rig.settle(), ["clear", "clear"]);
-    let cleared = [before[0], before[1], after[1]].map(|b| Backend::cleared(b.id));
+    let cleared = [before[0], before[1], after[1]].map(|b| b.left());
     assert_eq!(rig.maps.held().backends[..3], cleared);
 }
 
@@ -241,6 +241,25 @@ fn ids_survive_a_restart_and_are_not_given_again_after_it() {
     assert!(rig.maps.take_forgotten().iter().all(|(_, ids)| !ids.contains(&after[1].id)));
     assert!(rig.handle(dns(&["10.244.1.9"])).sync().writes.len() > 1);
     assert!(rig.entry("10.96.0.53", 53, UDP).id > dns_before.id);
+}
+
+#[test]
+fn the_number_of_a_deleted_service_is_not_given_again() {
+    // The newest service goes, and its slot is cleared, or it has another backend by now.
+    for slots in [64, 2] {
+        let mut rig = Rig::new(slots);
+        rig.handle(web(&["10.244.1.2"])).handle(dns(&["10.244.1.9"])).sync();
+        let newest = rig.entry(VIP, 80, TCP).id.max(rig.entry("10.96.0.53", 53, UDP).id);
+        rig.handle([gone(Kind::Service, "dns")]).sync();
+        rig.settle();
+        rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
+        rig.handle(web(&["10.244.1.3"])).sync();
+        rig.settle();
+        rig.restart().handle(dns(&["10.244.1.9"])).sync();
+        rig.settle();
+        assert_eq!(newest, 2);
+        assert_eq!(rig.entry("10.96.0.53", 53, UDP).id, 3);
+    }
 }
 
 #[test]
@@ -538,7 +557,7 @@ fn damaged_maps_are_repaired() {
         flags: 0,
         id: id::make(slot, 3),
         service,
-        pad: 0,
+        max_service: 0,
     };
     let entry = |first, count, id| SvcEntry { first, count, id, affinity: 0, flags: 0, pad: 0 };
     for (what, web_entry, dns_entry) in [
@@ -600,7 +619,7 @@ fn a_smaller_array_than_the_one_read_back() {
         flags: 0,
         id: id::make(slot, 1),
         service: 1,
-        pad: 0,
+        max_service: 0,
     };
     let backends: Vec<Backend> = (0..8).map(backend).collect();
     let mut held = Snapshot { ids: backends.iter().map(|b| b.id).collect(), backends, ..Snapshot::default() };
