@@ -3,10 +3,12 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use rustnet_agent::bpf::store::BpfMaps;
+use rustnet_agent::bpf::store::node_config::NodeConfigStore;
+use rustnet_agent::bpf::store::{BpfMaps, Map};
 use rustnet_agent::plan::{Maps, VipKey, Write};
 use rustnet_common::addr::Addr;
 use rustnet_common::backend::{Backend, id};
+use rustnet_common::config::{NodeConfig, flags, meaning};
 use rustnet_common::names::map;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
@@ -106,6 +108,21 @@ fn backends_beyond_the_array_are_refused_before_their_service_is_written() {
             assert!(maps.apply(&writes).unwrap_err().to_string().contains("4096 slots"));
             assert!(maps.snapshot().unwrap().services.is_empty());
         }
+    });
+}
+
+#[test]
+fn maps_that_a_later_release_has_written_are_refused() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let store = NodeConfigStore::open(&sandbox.bpffs).unwrap();
+        let config = NodeConfig { vni: 7, flags: flags::MASQUERADE, ..store.read().unwrap() };
+        store.write(&config).unwrap();
+        assert_eq!(store.read().unwrap(), config);
+        let later = config.with_meaning(meaning::PRESENT + 1);
+        Map::<u32, NodeConfig>::open(&sandbox.bpffs, map::CONFIG).unwrap().put(&0, &later).unwrap();
+        let error = NodeConfigStore::open(&sandbox.bpffs).err().unwrap().to_string();
+        assert!(error.contains("rn_config") && error.contains("later release") && error.contains("cleanup"), "{error}");
     });
 }
 
