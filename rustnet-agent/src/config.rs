@@ -11,6 +11,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use rustnet_common::backend::id;
@@ -36,6 +37,9 @@ pub enum PacketLog {
     /// Those that have one of the addresses, before or after translation.
     Having(Vec<std::net::IpAddr>),
 }
+
+/// Time from the end of one audit of the maps to the begin of the next.
+pub const AUDIT_PERIOD: Duration = Duration::from_mins(5);
 
 /// All settings of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,6 +96,8 @@ pub struct Config {
     pub metrics_addr: Option<SocketAddr>,
     /// Which packets the programs log.
     pub bpf_log: PacketLog,
+    /// Time between two audits of the maps. No setting: tests shorten it.
+    pub audit_period: Duration,
     /// Report new flows as events too.
     pub flow_events: bool,
     /// Filter directives of the log.
@@ -311,6 +317,7 @@ impl Config {
             health_addr: read.required("health-addr", "give an address and port, or off", listen),
             metrics_addr: read.required("metrics-addr", "give an address and port, or off", listen),
             bpf_log: read.packet_log("bpf-log"),
+            audit_period: AUDIT_PERIOD,
             flow_events: read.required("flow-events", "give true or false", boolean),
             log_level: read.required("log-level", "give a level", log_level),
             log_format: read.required("log-format", "give text or json", |text| match text {

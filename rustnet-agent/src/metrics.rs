@@ -63,6 +63,7 @@ struct Inner {
     healthz: Family<Code, Counter>,
     livez: Family<Code, Counter>,
     map_writes: Counter,
+    map_repairs: Family<MapLabel, Counter>,
     ready: Gauge,
     source_events: Family<KindLabel, Counter>,
     source_relists: Family<KindLabel, Counter>,
@@ -80,6 +81,11 @@ struct Code {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabel {
     kind: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MapLabel {
+    map: &'static str,
 }
 
 impl From<Kind> for KindLabel {
@@ -101,6 +107,7 @@ impl Default for Inner {
             healthz: Family::default(),
             livez: Family::default(),
             map_writes: Counter::default(),
+            map_repairs: Family::default(),
             ready: Gauge::default(),
             source_events: Family::default(),
             source_relists: Family::default(),
@@ -128,6 +135,11 @@ impl Metrics {
     /// This many map writes have been made.
     pub fn map_writes(&self, writes: u64) {
         self.0.map_writes.inc_by(writes);
+    }
+
+    /// An entry of a map was not as the agent had written it, and was written again.
+    pub fn map_repaired(&self, map: &'static str) {
+        self.0.map_repairs.get_or_create(&MapLabel { map }).inc();
     }
 
     /// From now on the kernel side can be asked. The first caller wins.
@@ -221,6 +233,8 @@ impl Metrics {
         own.register("build", "The agent's version", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
         own.register("ready", "1 when the agent is ready", it.ready.clone());
         own.register("map_writes", "Writes to the maps of services and peers", it.map_writes.clone());
+        let help = "Entries of the maps that somebody else had changed, written again";
+        own.register("map_repairs", help, it.map_repairs.clone());
         own.register("source_events", "Objects applied or deleted by the source", it.source_events.clone());
         own.register("source_relists", "Full lists begun by the source", it.source_relists.clone());
         own.register("source_errors", "Failures of the source, each followed by another try", it.source_errors.clone());
@@ -363,6 +377,7 @@ mod tests {
         metrics.healthz(200);
         metrics.livez(503);
         metrics.map_writes(12);
+        metrics.map_repaired("rn_svc4_v2");
         metrics.set_ready(true);
         metrics.source_event(Kind::Slice);
         metrics.set_source_silence(Box::new(|kind| (kind == Kind::Node).then_some(Duration::from_secs(7))));
@@ -380,6 +395,7 @@ mod tests {
             "kubeproxy_proxy_livez_total{code=\"503\"} 1",
             "rustnet_ready 1",
             "rustnet_map_writes_total 12",
+            "rustnet_map_repairs_total{map=\"rn_svc4_v2\"} 1",
             "rustnet_source_events_total{kind=\"EndpointSlice\"} 1",
             "rustnet_source_silence_seconds{kind=\"Node\"} 7.0",
             "rustnet_drop_packets_total{reason=\"no_backend\",hook=\"from_pod\"} 2",

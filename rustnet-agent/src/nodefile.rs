@@ -19,7 +19,7 @@ pub fn write(run_dir: &Path, node: &NodeFile) -> anyhow::Result<bool> {
     })?;
     let mut text = serde_json::to_string_pretty(node).context("node.json")?;
     text.push('\n');
-    write_atomic(&run_dir.join(NODE_FILE), text.as_bytes(), 0o644)
+    write_atomic(&run_dir.join(NODE_FILE), text.as_bytes(), 0o600)
 }
 
 /// What `node.json` says now; `None` when there is none.

@@ -1,14 +1,17 @@
 //! Plans the writes that lead from the present state of the maps to the desired one. Pure: maps and
 //! time are arguments.
 
+mod audit;
 mod flows;
 mod ids;
 mod memory;
+mod peers;
 mod planner;
 mod ranges;
 mod slots;
 
 pub use crate::index::VipKey;
+pub use audit::Difference;
 pub use memory::MemoryMaps;
 pub use planner::{GRACE, Plan, Planner};
 
@@ -65,6 +68,16 @@ pub enum Write {
         /// The ids that the slots hold.
         ids: Vec<u32>,
     },
+    /// Puts elements of `rn_backends_v2` back that somebody else has changed, by slot.
+    RestoreBackends {
+        /// What should stand there.
+        slots: Vec<(u32, Backend)>,
+    },
+    /// Puts elements of `rn_backend_ids` back that somebody else has changed, by index.
+    RestoreIds {
+        /// What should stand there.
+        ids: Vec<(u32, u32)>,
+    },
     /// Deletes the connection entries of a protocol whose backend is in the list. Idempotent.
     ForgetFlows {
         /// IP protocol number.
@@ -101,10 +114,37 @@ impl Snapshot {
     }
 }
 
+/// What an audit reads, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// Backends and their ids.
+    Backends,
+    /// Services, IPv4.
+    Services4,
+    /// Services, IPv6.
+    Services6,
+    /// Peers of both families.
+    Peers,
+}
+
+impl Table {
+    /// All of them, in the order in which they are read: what is led to before what leads there.
+    pub const ALL: [Self; 4] = [Self::Backends, Self::Services4, Self::Services6, Self::Peers];
+}
+
 /// The maps, as the plan sees them.
 pub trait Maps {
     /// Reads everything back.
     fn snapshot(&self) -> anyhow::Result<Snapshot>;
+    /// Reads the next piece of a table back; the other tables may be missing in the result. True: it is the last piece, and
+    /// the next call begins again.
+    fn read(&mut self, _table: Table) -> anyhow::Result<(Snapshot, bool)> {
+        Ok((self.snapshot()?, true))
+    }
+    /// Reads one service.
+    fn service(&self, key: &VipKey) -> anyhow::Result<Option<SvcEntry>> {
+        Ok(self.snapshot()?.services.get(key).copied())
+    }
     /// Applies writes in order. After an error some prefix of them is in effect; take a new snapshot and adopt it.
     fn apply(&mut self, writes: &[Write]) -> anyhow::Result<()>;
     /// Slots of `rn_backend_ids` and of `rn_backends_v2`, each.

@@ -28,7 +28,7 @@ pub fn names<'a>(pods: impl Iterator<Item = &'a Pod>) -> Names {
 pub fn write(run_dir: &Path, names: &Names) -> anyhow::Result<bool> {
     let mut text = serde_json::to_string_pretty(names).context(FILE)?;
     text.push('\n');
-    write_atomic(&run_dir.join(FILE), text.as_bytes(), 0o644)
+    write_atomic(&run_dir.join(FILE), text.as_bytes(), 0o600)
 }
 
 /// What the file says; nothing where there is none.

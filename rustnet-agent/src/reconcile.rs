@@ -3,11 +3,13 @@
 //! Nothing here is final: what fails is logged with its remedy and tried again with back-off, while the last good state
 //! forwards packets. Killing the agent at any point leaves a state that works.
 
+mod audit;
 mod files;
 mod job;
 mod kernel;
 pub mod node;
 pub mod presence;
+mod takeover;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -35,7 +37,7 @@ use crate::{cni_order, install, podfile};
 use files::Files;
 use job::Job;
 use kernel::{Kernel, Stats};
-use presence::{AgentFile, Presence};
+use presence::AgentFile;
 
 /// Most events taken in before they are applied.
 const BATCH: usize = 256;
@@ -76,7 +78,7 @@ pub async fn run_within(
     health: Arc<Health>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
-    let _presence = Presence::announce(&config.run_dir)?;
+    let Some(_presence) = takeover::wait(&config.run_dir, &health, &mut shutdown).await? else { return Ok(()) };
     AgentFile::of(&config).write(&config.run_dir)?;
     let mut monitor = Monitor::open()?;
     let mut reconciler = Reconciler::new(config, health, shutdown.clone())?;
@@ -231,7 +233,8 @@ impl Reconciler {
         let load = self.load.deadline().filter(|_| self.datapath.is_none());
         let maps = self.maps.deadline().filter(|_| self.can_apply());
         let others = [self.network.deadline(), self.report.deadline(), self.names.deadline()];
-        let next = others.into_iter().chain([load, maps]).flatten().min();
+        let audit = self.datapath.as_ref().and_then(|it| it.planner.audit_at()).map(|due| self.start + due);
+        let next = others.into_iter().chain([load, maps, audit]).flatten().min();
         next.unwrap_or_else(|| Instant::now() + NET_PERIOD)
     }
 
@@ -247,6 +250,7 @@ impl Reconciler {
         if self.can_apply() && self.maps.is_due() {
             self.apply();
         }
+        self.audit();
         if self.report.is_due() {
             self.report_problems();
         }
@@ -260,6 +264,7 @@ impl Reconciler {
     fn load(&mut self) {
         let loaded = Kernel::load(&self.config).and_then(|kernel| {
             let planner = Planner::adopt(&kernel.maps).context("reading the maps back")?;
+            let planner = planner.with_audit_period(self.config.audit_period);
             let collector = Collector::open(kernel.maps_dir(), kernel.clock()?, kernel.hz)?;
             let stats = Stats::open(kernel.maps_dir(), self.config.bpffs.clone())?;
             self.health.metrics.set_kernel_stats(Arc::new(stats));
@@ -415,6 +420,15 @@ impl Reconciler {
                 }
             }
             Err(error) => self.maps.finish(vec![Failure::new(Scope::Node, &error)], None),
+        }
+    }
+
+    /// Repairs what somebody else changed in the maps.
+    fn audit(&mut self) {
+        let Some(Datapath { kernel, planner }) = &mut self.datapath else { return };
+        if let Err(error) = audit::step(planner, &mut kernel.maps, self.start.elapsed(), &self.health.metrics) {
+            tracing::error!("{error:#}");
+            self.maps.want(Duration::ZERO);
         }
     }
 

@@ -175,6 +175,7 @@ fn count(writes: &[Write]) -> String {
             Write::PutPeer { .. } => "put peer",
             Write::DeletePeer { .. } => "delete peer",
             Write::ForgetFlows { .. } => "forget flows",
+            Write::RestoreBackends { .. } | Write::RestoreIds { .. } => "restore",
         };
         match counts.iter_mut().find(|(name, _)| *name == sort) {
             Some((_, n)) => *n += 1,

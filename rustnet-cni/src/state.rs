@@ -4,14 +4,18 @@ use crate::types::conf::{Attachment, is_identifier};
 use crate::types::error::{Error, code};
 use rustnet_common::files::{self, EndpointFile, NodeFile};
 use serde::Deserialize;
-use std::fs;
-use std::io;
-use std::os::unix::fs::DirEntryExt;
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt, DirEntryExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 const REMEDY: &str = "is the rustnet agent running on this node, and is \"runDir\" in the configuration its --run-dir?";
 /// Among the leases: one empty file for each attachment that may hold one of a delegated IPAM.
 const DELEGATED_DIR: &str = "delegated";
+/// Time between two tries to get a lock.
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 /// Reads the agent's file; errors have the code for "try again".
 pub fn load_node(run_dir: &Path) -> Result<NodeFile, Error> {
@@ -123,12 +127,50 @@ fn temporary(path: &Path) -> PathBuf {
 
 /// Writes a file and makes its directory if need be.
 fn create(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    match fs::write(path, bytes) {
+    open(path, OpenOptions::new().write(true).create(true).truncate(true))?.write_all(bytes)
+}
+
+/// Opens a file, and makes its directory if need be. What is made is for root alone: who can open a file can lock it.
+fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    let options = options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    match options.open(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            fs::create_dir_all(path.parent().unwrap_or(path))?;
-            fs::write(path, bytes)
+            DirBuilder::new().recursive(true).mode(0o700).create(path.parent().unwrap_or(path))?;
+            options.open(path)
         }
         other => other,
+    }
+}
+
+/// Opens a file for reading and writing, and locks it. Another process that has it locked is waited for as long as `patience`.
+/// Then a file that is open to all users, as earlier releases made it, is replaced; of others the runtime should try again.
+pub fn lock(path: &Path, patience: Duration) -> Result<File, Error> {
+    let failed = |e: &io::Error| Error::io(format!("lock {}", path.display()), e);
+    let began = Instant::now();
+    loop {
+        let file = open(path, OpenOptions::new().read(true).write(true).create(true)).map_err(|e| failed(&e))?;
+        let meta = file.metadata().map_err(|e| failed(&e))?;
+        let is_open_to_all = meta.mode() & 0o077 != 0;
+        match file.try_lock() {
+            // Not if it was replaced meanwhile.
+            Ok(()) if fs::symlink_metadata(path).is_ok_and(|now| now.ino() == meta.ino()) => {
+                if is_open_to_all {
+                    file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(|e| failed(&e))?;
+                }
+                return Ok(file);
+            }
+            Ok(()) => continue,
+            Err(TryLockError::Error(e)) => return Err(failed(&e)),
+            Err(TryLockError::WouldBlock) => {}
+        }
+        if began.elapsed() < patience {
+            sleep(LOCK_RETRY);
+        } else if is_open_to_all {
+            remove(path)?;
+        } else {
+            let text = format!("{} has been locked by another process for {patience:?}", path.display());
+            return Err(Error::new(code::TRY_AGAIN, text).details("`lslocks` shows which; end it if it hangs"));
+        }
     }
 }
 

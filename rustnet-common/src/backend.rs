@@ -23,14 +23,22 @@ pub struct Backend {
     /// [`SvcEntry::id`](crate::service::SvcEntry::id) of the service port. In a free slot: the id
     /// that the slot had last, so that its next backend gets the next generation.
     pub service: u32,
-    /// Zero.
-    pub pad: u32,
+    /// Highest number of a service port that the slot ever had, free or not: numbers up to it are not given again. Releases
+    /// that did not know it left 0.
+    pub max_service: u32,
 }
 
 impl Backend {
     /// The value of a slot that the backend of this id has left.
     pub const fn cleared(last_id: u32) -> Self {
-        Self { addr: Addr::UNSPECIFIED, port: 0, flags: 0, id: 0, service: last_id, pad: 0 }
+        Self { addr: Addr::UNSPECIFIED, port: 0, flags: 0, id: 0, service: last_id, max_service: 0 }
+    }
+
+    /// The value of this backend's slot once it has left.
+    #[must_use]
+    pub const fn left(&self) -> Self {
+        let max_service = if self.service > self.max_service { self.service } else { self.max_service };
+        Self { max_service, ..Self::cleared(self.id) }
     }
 
     /// The id that the slot has, or had last; 0 if it never had one.
@@ -119,5 +127,8 @@ mod tests {
         assert_eq!(Backend::cleared(id).last_id(), id);
         assert_eq!(Backend { id, service: 12, ..Backend::cleared(0) }.last_id(), id);
         assert_eq!(Backend::cleared(0).last_id(), 0);
+        let left = Backend { id, service: 12, ..Backend::cleared(0) }.left();
+        assert_eq!((left.last_id(), left.max_service), (id, 12));
+        assert_eq!(Backend { id, service: 5, ..left }.left(), left);
     }
 }

@@ -29,7 +29,7 @@ pub struct NodeConfig {
     pub snat_min: u16,
     /// Last port that masquerade may use.
     pub snat_max: u16,
-    /// See [`flags`].
+    /// See [`flags`]; the upper eight bits are the [`meaning`].
     pub flags: u16,
     /// Overlay network identifier.
     pub vni: u32,
@@ -54,6 +54,19 @@ impl NodeConfig {
         (mark & !self.mark_mask) | self.mark
     }
 
+    /// Which [`meaning`] the values of the maps have.
+    #[must_use]
+    pub const fn meaning(&self) -> u8 {
+        (self.flags >> meaning::SHIFT) as u8
+    }
+
+    /// The same settings, for maps whose values have this [`meaning`].
+    #[must_use]
+    pub const fn with_meaning(self, meaning: u8) -> Self {
+        let low = self.flags & ((1 << meaning::SHIFT) - 1);
+        Self { flags: low | (meaning as u16) << meaning::SHIFT, ..self }
+    }
+
     /// A packet's mark with rustnet's bits cleared, the others as they were.
     #[inline(always)]
     #[must_use]
@@ -70,6 +83,18 @@ pub mod mark {
     pub const DEFAULT_MASK: u32 = 0x107f;
 }
 
+/// What the values of all maps mean. The shape of a map tells a release that a value grew, and its name that a map is another
+/// one; this number tells that a value of the same size means something else.
+///
+/// A release that changes a meaning raises [`PRESENT`](meaning::PRESENT), converts what it adopts with a lower number, and
+/// writes the new meaning only once no earlier program is on a hook. Programs do not read it.
+pub mod meaning {
+    /// This release's.
+    pub const PRESENT: u8 = 0;
+    /// Where it stands in [`NodeConfig::flags`](super::NodeConfig::flags).
+    pub const SHIFT: u32 = 8;
+}
+
 /// Bits of [`NodeConfig::flags`].
 pub mod flags {
     /// Pods that talk to the world get this node's address.
@@ -81,6 +106,7 @@ pub mod flags {
 shared_type!(NodeConfig, 72);
 const _: () = assert!(core::mem::offset_of!(NodeConfig, mark_mask) == 36);
 const _: () = assert!(core::mem::offset_of!(NodeConfig, mark) == 44);
+const _: () = assert!(flags::MASQUERADE | flags::FLOW_EVENTS < 1 << meaning::SHIFT);
 
 #[cfg(all(test, feature = "user"))]
 mod tests {
@@ -102,6 +128,12 @@ mod tests {
         }
         assert!(!it.is_marked(0) && !it.is_marked(DEFAULT_MASK) && !it.is_marked(u32::MAX));
         assert!(!config(0, 0).is_marked(0), "a new map holds zeros");
+    }
+
+    #[test]
+    fn flags_and_meaning_leave_each_other_alone() {
+        let it = NodeConfig { flags: 0x0703, ..config(0, 0) };
+        assert_eq!((it.meaning(), it.with_meaning(9).meaning(), it.with_meaning(0).flags), (7, 9, 3));
     }
 
     #[test]

@@ -229,7 +229,7 @@ impl Lab {
             // The ids do not stand in the order of the slots.
             let (index, slot) = (first + i as u32, first + (to.len() - 1 - i) as u32);
             let id = id::make(slot, 1 + index);
-            let value = Backend { addr: Addr::from(*ip), port: *port, flags: 0, id, service, pad: 0 };
+            let value = Backend { addr: Addr::from(*ip), port: *port, flags: 0, id, service, max_service: 0 };
             self.datapath.table(map::BACKENDS)?.put(&slot, &value)?;
             self.datapath.table(map::BACKEND_IDS)?.put(&index, &id)?;
             ids.push(id);

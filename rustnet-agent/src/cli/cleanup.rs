@@ -135,7 +135,7 @@ fn clean(places: &Places, args: &Args) -> Report {
         report.note_all("pins", pins(bpffs));
         network(&mut report);
     }
-    for name in [NODE_FILE, podfile::FILE, presence::FILE, v1file::FILE] {
+    for name in [NODE_FILE, podfile::FILE, presence::FILE, presence::WRITER_LOCK, v1file::FILE] {
         let path = places.run_dir.join(name);
         report.note(&path.display().to_string(), remove_file(&path));
     }

@@ -2,6 +2,7 @@
 
 use super::{GRACE, Maps, Snapshot, VipKey, Write};
 use anyhow::{Context, bail, ensure};
+use ipnet::IpNet;
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::service::SvcEntry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +13,8 @@ use std::time::Duration;
 pub struct MemoryMaps {
     held: Snapshot,
     capacity: u32,
+    /// Services and peers, of each family.
+    room: (u32, u32),
     now: Duration,
     /// When an index of `rn_backend_ids` was last let go of.
     let_go: BTreeMap<u32, Duration>,
@@ -29,6 +32,7 @@ impl MemoryMaps {
         Self {
             held: Snapshot::default(),
             capacity,
+            room: (u32::MAX, u32::MAX),
             now: Duration::ZERO,
             let_go: BTreeMap::new(),
             unused: BTreeMap::new(),
@@ -40,6 +44,13 @@ impl MemoryMaps {
     /// Maps that hold this already.
     pub fn with(held: Snapshot, capacity: u32) -> Self {
         Self { held, ..Self::new(capacity) }
+    }
+
+    /// The same maps with room for so many services and so many peers of each family. Like the kernel's, they refuse
+    /// the entry that is one too many at the moment of its write, whatever is deleted after it.
+    #[must_use]
+    pub fn with_room(self, services: u32, peers: u32) -> Self {
+        Self { room: (services, peers), ..self }
     }
 
     /// Sets the time, by which the reuse of slots is judged.
@@ -60,6 +71,11 @@ impl MemoryMaps {
     /// What the maps hold.
     pub fn held(&self) -> &Snapshot {
         &self.held
+    }
+
+    /// What the maps hold, for a test that changes it as somebody else would.
+    pub fn meddle(&mut self) -> &mut Snapshot {
+        &mut self.held
     }
 
     /// Flows that were to be forgotten since the last call.
@@ -112,6 +128,8 @@ impl MemoryMaps {
             if held.id == 0 {
                 let next = id::next(slot, held.last_id());
                 ensure!(backend.id == next, "slot {slot} gets the id {:#x}, not {next:#x}", backend.id);
+                let max = held.max_service.max(backend.service);
+                ensure!(backend.max_service == max, "slot {slot} forgets a service: {held:?} becomes {backend:?}");
                 self.rested(slot, "written")?;
             } else {
                 let changed = Backend { flags: backend.flags, ..held };
@@ -167,6 +185,9 @@ impl MemoryMaps {
             ensure!(apart, "{key} and {other} share a range of ids");
             ensure!(held.id != entry.id || key.is_wildcard() || other.is_wildcard(), "{key} and {other} share an id");
         }
+        let of_family = self.held.services.keys().filter(|other| other.ip.is_ipv4() == key.ip.is_ipv4());
+        let is_full = of_family.count() as u32 >= self.room.0 && !self.held.services.contains_key(&key);
+        ensure!(!is_full, "{key} does not fit: the service map is full ({} entries)", self.room.0);
         let before = self.used();
         let old = self.held.services.insert(key, entry);
         self.let_go_of(old, &before);
@@ -201,15 +222,30 @@ impl MemoryMaps {
             ensure!(held.is_some_and(|b| b.id != 0), "slot {slot} is cleared, but it is free");
             ensure!(!used.contains(&slot), "slot {slot} is cleared while an entry leads there");
             self.rested(slot, "cleared")?;
+            let left = self.held.backends[slot as usize].left();
             if let Err(crash) = self.step() {
-                self.held.backends[slot as usize].service = *id;
+                let half = &mut self.held.backends[slot as usize];
+                (half.max_service, half.service) = (left.max_service, *id);
                 return Err(crash);
             }
-            self.held.backends[slot as usize] = Backend::cleared(*id);
+            self.held.backends[slot as usize] = Backend { service: *id, ..left };
             self.unused.insert(slot, self.now);
         }
         Ok(())
     }
+}
+
+/// Writes elements that are not as they should be.
+fn restore<T: bytemuck::Pod + PartialEq>(array: &mut Vec<T>, elements: &[(u32, T)]) -> anyhow::Result<()> {
+    for (index, element) in elements {
+        let index = *index as usize;
+        if array.len() <= index {
+            array.resize(index + 1, T::zeroed());
+        }
+        ensure!(array[index] != *element, "element {index} is as it should be");
+        array[index] = *element;
+    }
+    Ok(())
 }
 
 /// The index behind an entry's last one; maps made up by a test may hold anything.
@@ -232,9 +268,15 @@ impl Maps for MemoryMaps {
                 Write::Backends { backends } => self.store(backends)?,
                 Write::BackendIds { first, ids } => self.store_ids(*first, ids)?,
                 Write::ClearBackends { ids } => self.clear(ids)?,
+                Write::RestoreBackends { slots } => restore(&mut self.held.backends, slots)?,
+                Write::RestoreIds { ids } => restore(&mut self.held.ids, ids)?,
                 Write::PutService { key, entry } => self.put(*key, *entry)?,
                 Write::DeleteService { key } => self.delete(*key)?,
                 Write::PutPeer { prefix, peer } => {
+                    let of_family = |other: &&IpNet| other.addr().is_ipv4() == prefix.addr().is_ipv4();
+                    // Before Linux 6.13 a full trie refuses to replace a value, too.
+                    let is_full = self.held.peers.keys().filter(of_family).count() as u32 >= self.room.1;
+                    ensure!(!is_full, "peer {prefix} does not fit: the map is full ({} entries)", self.room.1);
                     if self.held.peers.insert(*prefix, *peer) == Some(*peer) {
                         bail!("peer {prefix} is written, but it is there already");
                     }
@@ -254,6 +296,14 @@ impl Maps for MemoryMaps {
     fn backend_capacity(&self) -> u32 {
         self.capacity
     }
+
+    fn service_capacity(&self) -> u32 {
+        self.room.0
+    }
+
+    fn peer_capacity(&self) -> u32 {
+        self.room.1
+    }
 }
 
 #[cfg(test)]
@@ -265,7 +315,7 @@ mod tests {
 
     fn backend(slot: u32, generation: u32, service: u32) -> Backend {
         let addr = ip("10.244.1.2").into();
-        Backend { addr, port: 8080, flags: 0, id: id::make(slot, generation), service, pad: 0 }
+        Backend { addr, port: 8080, flags: 0, id: id::make(slot, generation), service, max_service: service }
     }
 
     fn store(backend: Backend) -> Write {

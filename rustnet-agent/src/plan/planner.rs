@@ -6,11 +6,13 @@
 //! again. A range of ids is never rewritten while an entry points to it: a change writes a new
 //! range and flips the entry. Of a backend that an entry leads to only the flags ever change.
 
+use super::audit::{Difference, Progress, Repair};
 use super::flows::Flows;
 use super::ids::Ids;
+use super::peers::{PeerWrites, Peers};
 use super::ranges::Ranges;
 use super::slots::Slots;
-use super::{Maps, Snapshot, VipKey, Write};
+use super::{Maps, Snapshot, Table, VipKey, Write};
 use crate::index::{Choice, DesiredBackend, DesiredService, Index};
 use crate::model::Problem;
 use ipnet::IpNet;
@@ -19,7 +21,7 @@ use rustnet_common::backend::{Backend, id};
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 use rustnet_common::tuple::proto::UDP;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,16 +53,18 @@ pub struct Planner {
     /// `rn_backends_v2`.
     slots: Slots,
     service_ids: Ids,
-    peers: BTreeMap<IpNet, Peer>,
+    peers: Peers,
     flows: Flows,
     /// Backends read back whose service is gone.
     orphans: Vec<u32>,
     /// What did not fit, and why.
     failed: BTreeMap<VipKey, Box<str>>,
-    peers_failed: Option<Box<str>>,
+    /// What did not fit may fit once the writes of the last plan are applied.
+    has_new_room: bool,
     /// Entries in the maps, by family.
     count: [u32; 2],
     room: Capacity,
+    audit: Progress,
     /// Compare everything, not only what changed.
     compare_all: bool,
     /// Writes were refused: what the maps hold is not known.
@@ -85,6 +89,12 @@ struct Capacity {
     peers: u32,
 }
 
+impl Capacity {
+    fn of(maps: &impl Maps) -> Self {
+        Self { services: maps.service_capacity(), backends: maps.backend_capacity(), peers: maps.peer_capacity() }
+    }
+}
+
 /// The writes of one plan, by the place they have in the order.
 #[derive(Default)]
 struct Draft {
@@ -93,17 +103,14 @@ struct Draft {
     forget: Vec<u32>,
     wildcard_deletes: Vec<Write>,
     deletes: Vec<Write>,
+    /// Entries that are deleted, by family. They are in the map until everything else has been put.
+    freed: [u32; 2],
 }
 
 impl Planner {
     /// Begins with what the maps hold.
     pub fn adopt(maps: &impl Maps) -> anyhow::Result<Self> {
-        let room = Capacity {
-            services: maps.service_capacity(),
-            backends: maps.backend_capacity(),
-            peers: maps.peer_capacity(),
-        };
-        Ok(Self::from_snapshot(maps.snapshot()?, room))
+        Ok(Self::from_snapshot(maps.snapshot()?, Capacity::of(maps)))
     }
 
     fn from_snapshot(mut snapshot: Snapshot, room: Capacity) -> Self {
@@ -148,6 +155,7 @@ impl Planner {
         let has_service =
             |(slot, b): &(u32, &Backend)| b.id != 0 && (b.service < id::MAX_SLOTS || id::slot_of(b.service) != *slot);
         let last = (0..).zip(&backends).filter(has_service).map(|(_, b)| b.service).max().unwrap_or(0).max(last);
+        let last = backends.iter().map(|b| b.max_service).max().unwrap_or(0).max(last);
         let count = |v4: bool| services.keys().filter(|key| key.ip.is_ipv4() == v4).count() as u32;
         let mut planner = Self {
             count: [count(true), count(false)],
@@ -157,12 +165,13 @@ impl Planner {
             ids,
             ranges,
             slots: Slots::new(backends, room.backends, GRACE),
-            peers,
+            peers: Peers::new(peers, room.peers),
             flows: Flows::default(),
             orphans: Vec::new(),
             failed: BTreeMap::new(),
-            peers_failed: None,
+            has_new_room: false,
             room,
+            audit: Progress::default(),
             compare_all: true,
             lost_track: false,
         };
@@ -196,15 +205,89 @@ impl Planner {
     /// it then begins with what the maps really hold.
     pub fn sync(&mut self, index: &mut Index, maps: &mut impl Maps, now: Duration) -> anyhow::Result<Plan> {
         if self.lost_track {
-            *self = Self::adopt(maps)?;
+            let period = self.audit.period();
+            *self = Self::adopt(maps)?.with_audit_period(period);
+            self.audit.begin_again(now);
         }
-        let plan = self.plan(index, now);
-        if !plan.writes.is_empty() {
-            self.lost_track = true;
-            maps.apply(&plan.writes)?;
-            self.lost_track = false;
+        let mut plan = self.plan(index, now);
+        self.apply(&plan.writes, maps)?;
+        // Once more if the deletions make room in a full map: an entry fits only after another has gone. Twice is enough, as
+        // the second plan deletes nothing.
+        if self.has_new_room {
+            let more = self.plan(index, now);
+            self.apply(&more.writes, maps)?;
+            plan.writes.extend(more.writes);
+            plan.retry_at = more.retry_at;
         }
         Ok(plan)
+    }
+
+    /// The same with this time between two audits.
+    #[must_use]
+    pub fn with_audit_period(mut self, period: Duration) -> Self {
+        self.audit.set_period(period);
+        self
+    }
+
+    /// When [`Self::audit`] is to be called next. `None`: first a sync has to find out what the maps should hold.
+    pub fn audit_at(&self) -> Option<Duration> {
+        (!self.compare_all && !self.lost_track).then(|| self.audit.due())
+    }
+
+    /// Compares the next piece of the maps with what it should hold, and repairs it. Returns what differed.
+    ///
+    /// # Errors
+    /// A map cannot be read, or not written: the next [`Self::sync`] then reads everything back.
+    pub fn audit(&mut self, maps: &mut impl Maps, now: Duration) -> anyhow::Result<Vec<Difference>> {
+        if self.audit_at().is_none() {
+            return Ok(Vec::new());
+        }
+        let table = self.audit.table();
+        let (found, is_last_piece) = maps.read(table)?;
+        let mut repair = Repair::default();
+        match table {
+            Table::Backends => repair.arrays(&found, self.slots.all(), &self.ids, self.room.backends),
+            Table::Services4 | Table::Services6 => {
+                let is_of_table = |key: &&VipKey| key.ip.is_ipv4() == (table == Table::Services4);
+                self.audit.note(found.services.keys().filter(|key| self.services.contains_key(key)).copied());
+                for (key, entry) in found.services.iter().filter(|(key, _)| is_of_table(key)) {
+                    self.compare(*key, Some(*entry), &mut repair);
+                }
+                let keys = self.services.keys().filter(is_of_table);
+                let count = self.count[usize::from(table == Table::Services6)] as usize;
+                let unseen = if is_last_piece { self.audit.unseen(count, keys) } else { Vec::new() };
+                for key in unseen {
+                    self.compare(key, maps.service(&key)?, &mut repair);
+                }
+            }
+            Table::Peers => {
+                let held = self.peers.held();
+                let prefixes: BTreeSet<&IpNet> = held.keys().chain(found.peers.keys()).collect();
+                for prefix in prefixes {
+                    repair.entry(*prefix, found.peers.get(prefix).copied(), held.get(prefix).copied());
+                }
+            }
+        }
+        self.audit.advance(is_last_piece, now);
+        let (writes, differences) = repair.into_writes();
+        self.apply(&writes, maps)?;
+        Ok(differences)
+    }
+
+    /// Compares an entry, unless it is damaged: such a one stays as it is until it is replaced.
+    fn compare(&self, key: VipKey, is: Option<SvcEntry>, repair: &mut Repair) {
+        if !self.damaged.contains_key(&key) {
+            repair.entry(key, is, self.services.get(&key).copied());
+        }
+    }
+
+    fn apply(&mut self, writes: &[Write], maps: &mut impl Maps) -> anyhow::Result<()> {
+        if !writes.is_empty() {
+            self.lost_track = true;
+            maps.apply(writes)?;
+            self.lost_track = false;
+        }
+        Ok(())
     }
 
     /// The writes that lead from what the maps hold to what the index wants. They are taken as applied.
@@ -214,31 +297,32 @@ impl Planner {
             return Plan::default();
         }
         let mut keys = index.take_dirty_services();
-        if released || self.compare_all {
+        if released || self.compare_all || self.has_new_room {
             keys.extend(self.failed.keys());
         }
-        let peers_dirty = index.take_peers_dirty();
+        let peers_dirty = index.take_peers_dirty() || self.peers.waits();
         let mut draft = Draft::default();
         let mut writes = Vec::new();
         if self.compare_all {
             keys.extend(index.service_keys());
             keys.extend(self.services.keys());
         }
-        let stale_peers = if self.compare_all || peers_dirty {
-            self.plan_peers(index.desired_peers(), &mut writes)
+        let peers = if self.compare_all || peers_dirty {
+            self.peers.plan(index.desired_peers())
         } else {
-            Vec::new()
+            PeerWrites::default()
         };
+        writes.extend(peers.puts);
         self.plan_services(keys, index, &mut draft);
         if self.compare_all {
             let orphans = std::mem::take(&mut self.orphans);
             self.forget(orphans, &mut draft);
             self.compare_all = false;
         }
-        // Entries that were deleted made room for some that did not fit.
-        if !draft.deletes.is_empty() && !self.failed.is_empty() {
-            self.plan_services(self.failed.keys().copied().collect(), index, &mut draft);
+        for (count, freed) in self.count.iter_mut().zip(draft.freed) {
+            *count -= freed;
         }
+        self.has_new_room = self.peers.waits() || (draft.freed != [0; 2] && !self.failed.is_empty());
         writes.append(&mut draft.puts);
         writes.append(&mut draft.wildcards);
         writes.append(&mut draft.wildcard_deletes);
@@ -252,13 +336,13 @@ impl Planner {
         if !ids.is_empty() {
             writes.push(Write::ClearBackends { ids });
         }
-        writes.extend(stale_peers);
+        writes.extend(peers.deletes);
         Plan { writes, retry_at: self.retry_at(now) }
     }
 
     /// When slots are to be cleared, or are free for what did not fit.
     fn retry_at(&self, now: Duration) -> Option<Duration> {
-        let mut times = vec![self.slots.next_clear(now)];
+        let mut times = vec![self.slots.next_clear(now), self.has_new_room.then_some(now)];
         if !self.failed.is_empty() {
             let released = || self.ranges.next_release().unwrap_or(now + GRACE);
             times.push((self.ranges.held() > 0).then(released));
@@ -277,13 +361,12 @@ impl Planner {
             };
             Problem::new(&subject, "", message.clone())
         });
-        let peers = self.peers_failed.iter().map(|message| Problem::new(&"peers".into(), "", message.clone()));
-        services.chain(peers).collect()
+        services.chain(self.peers.problem()).collect()
     }
 
     /// The peers that the maps hold.
     pub fn peers(&self) -> &BTreeMap<IpNet, Peer> {
-        &self.peers
+        self.peers.held()
     }
 
     /// Service entries that the maps hold.
@@ -292,10 +375,10 @@ impl Planner {
     }
 
     fn plan_services(&mut self, mut keys: Vec<VipKey>, index: &Index, draft: &mut Draft) {
-        keys.sort_unstable();
+        // Ports before wildcards: what refuses all other ports of an address has to know which of its ports wait.
+        keys.sort_unstable_by_key(|key| (key.is_wildcard(), *key));
         keys.dedup();
         let mut choice = Choice::default();
-        // Ports before wildcards, so that no packet meets a wildcard without the ports that are to come.
         for key in keys {
             match index.desired_service(&key, &mut choice) {
                 Some(desired) => match self.put(key, desired, &choice, draft) {
@@ -317,7 +400,8 @@ impl Planner {
         let trusted = old.filter(|_| !self.damaged.contains_key(&key));
         let same = trusted.filter(|entry| self.leads_to(entry, backends));
         let family = usize::from(key.ip.is_ipv6());
-        if old.is_none() && self.count[family] >= self.room.services {
+        let is_full = self.count[family] >= self.room.services;
+        if old.is_none() && (is_full || self.waits_for_port(&key, draft)) {
             let full = self.room.services;
             return Err(format!(
                 "all {full} entries of the service map are taken, it is left out; raise service-entries"
@@ -357,6 +441,14 @@ impl Planner {
         let writes = if key.is_wildcard() { &mut draft.wildcards } else { &mut draft.puts };
         writes.push(Write::PutService { key, entry });
         Ok(())
+    }
+
+    /// True for a wildcard entry of which a port comes only with the next plan: until then it would refuse that port.
+    fn waits_for_port(&self, key: &VipKey, draft: &Draft) -> bool {
+        let mut of_address = self.failed.range(VipKey::wildcard(key.ip)..).take_while(|(other, _)| other.ip == key.ip);
+        key.is_wildcard()
+            && draft.freed[usize::from(key.ip.is_ipv6())] > 0
+            && of_address.any(|(other, _)| !other.is_wildcard())
     }
 
     /// The backends of an entry stay; their flags may be others.
@@ -401,7 +493,7 @@ impl Planner {
                     written.extend(self.slots.set_flags(id, flags));
                 }
             } else if let Some(backend) =
-                self.slots.add(Backend { addr, port, flags, id: 0, service: entry.id, pad: 0 })
+                self.slots.add(Backend { addr, port, flags, id: 0, service: entry.id, max_service: 0 })
             {
                 ids.push(backend.id);
                 written.push(backend);
@@ -452,7 +544,7 @@ impl Planner {
         };
         let lingering = self.flows.take(&key);
         self.forget(lingering.into_values(), draft);
-        self.count[usize::from(key.ip.is_ipv6())] -= 1;
+        draft.freed[usize::from(key.ip.is_ipv6())] += 1;
         if !self.release_damaged(&key, draft) {
             self.release(&key, [(entry.first, entry.count)], range(&self.ids, &entry).to_vec(), draft);
         }
@@ -476,36 +568,6 @@ impl Planner {
         } else {
             self.leave(backends);
         }
-    }
-
-    /// Adds the puts to `writes`; gives the deletions, which come last.
-    fn plan_peers(&mut self, mut desired: BTreeMap<IpNet, Peer>, writes: &mut Vec<Write>) -> Vec<Write> {
-        self.peers_failed = None;
-        for v4 in [true, false] {
-            let of_family = |prefix: &IpNet| prefix.addr().is_ipv4() == v4;
-            let wanted = desired.keys().filter(|prefix| of_family(prefix)).count();
-            if wanted > self.room.peers as usize {
-                self.peers_failed = Some(
-                    format!(
-                        "{wanted} prefixes do not fit into the {} entries of the peers map, the last ones are left out; raise \
-                         peer-entries",
-                        self.room.peers
-                    )
-                    .into(),
-                );
-                let mut kept = 0;
-                desired.retain(|prefix, _| {
-                    kept += u32::from(of_family(prefix));
-                    !of_family(prefix) || kept <= self.room.peers
-                });
-            }
-        }
-        let stale = self.peers.keys().filter(|prefix| !desired.contains_key(prefix));
-        let deletes = stale.map(|prefix| Write::DeletePeer { prefix: *prefix }).collect();
-        let changed = desired.iter().filter(|(prefix, peer)| self.peers.get(prefix) != Some(peer));
-        writes.extend(changed.map(|(prefix, peer)| Write::PutPeer { prefix: *prefix, peer: *peer }));
-        self.peers = desired;
-        deletes
     }
 
     /// An entry that was damaged is replaced or deleted. False if it was not.

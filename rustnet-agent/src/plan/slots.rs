@@ -54,7 +54,8 @@ impl Slots {
                 0 => free.push_back(slot),
                 last if backend.id == 0 => {
                     // Whatever stands there, the next id has to name this slot.
-                    *backend = Backend::cleared(id::make(slot, id::generation_of(last)));
+                    let max_service = backend.max_service;
+                    *backend = Backend { max_service, ..Backend::cleared(id::make(slot, id::generation_of(last))) };
                     cleared.push(slot);
                 }
                 _ => {}
@@ -66,6 +67,11 @@ impl Slots {
     /// What a slot holds, or will once all writes are applied.
     pub fn get(&self, slot: u32) -> Option<&Backend> {
         self.held.get(slot as usize)
+    }
+
+    /// The map's content up to the last slot that ever had a backend, once all writes are applied.
+    pub fn all(&self) -> &[Backend] {
+        &self.held
     }
 
     /// The backend of an id that an entry refers to.
@@ -94,13 +100,14 @@ impl Slots {
     pub fn add(&mut self, backend: Backend) -> Option<Backend> {
         let unused = self.held.len() as u32;
         if unused < self.capacity {
-            let backend = Backend { id: id::make(unused, 1), ..backend };
+            let backend = Backend { id: id::make(unused, 1), max_service: backend.service, ..backend };
             self.held.push(backend);
             return Some(backend);
         }
         let slot = self.free.pop_front()?;
         let held = &mut self.held[slot as usize];
-        *held = Backend { id: id::next(slot, held.last_id()), ..backend };
+        let max_service = held.max_service.max(backend.service);
+        *held = Backend { id: id::next(slot, held.last_id()), max_service, ..backend };
         Some(*held)
     }
 
@@ -126,7 +133,7 @@ impl Slots {
         while let Some(slot) = now.checked_sub(self.grace).and_then(|latest| self.left.pop(latest)) {
             let held = &mut self.held[slot as usize];
             let last = id::make(slot, id::generation_of(held.id));
-            *held = Backend::cleared(last);
+            *held = Backend { id: last, ..*held }.left();
             ids.push(last);
             self.cleared.push(slot);
         }
@@ -161,7 +168,7 @@ mod tests {
     }
 
     fn backend(service: u32) -> Backend {
-        Backend { addr: Addr::UNSPECIFIED, port: 80, flags: 0, id: 0, service, pad: 0 }
+        Backend { addr: Addr::UNSPECIFIED, port: 80, flags: 0, id: 0, service, max_service: 0 }
     }
 
     fn add(slots: &mut Slots) -> Option<u32> {
@@ -196,7 +203,7 @@ mod tests {
         assert_eq!(slots.backend(id).map(|b| b.id), Some(id));
         assert_eq!(slots.clear(ms(1100)), [id]);
         assert_eq!(slots.backend(id), None);
-        assert_eq!(slots.get(0), Some(&Backend::cleared(id)));
+        assert_eq!(slots.get(0), Some(&Backend { max_service: 1, ..Backend::cleared(id) }));
         assert!(!slots.tick(ms(1100)));
         assert_eq!(slots.next_free(ms(1100)), Some(ms(1200)));
         assert!(!slots.tick(ms(1199)));

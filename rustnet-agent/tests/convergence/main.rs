@@ -77,6 +77,8 @@ struct World {
     converter: Converter,
     /// UDP flows that clients may have, by backend id: what they asked for, and where they were led.
     flows: BTreeMap<u32, (Key, (IpAddr, u16))>,
+    /// Numbers that ports with backends have had: none is given to another port.
+    numbers: BTreeMap<u32, Key>,
 }
 
 impl World {
@@ -91,6 +93,7 @@ impl World {
             now: Duration::ZERO,
             converter: Converter::new(),
             flows: BTreeMap::new(),
+            numbers: BTreeMap::new(),
         };
         for kind in Kind::REQUIRED {
             world.index.handle(Event::Synced(kind));
@@ -168,6 +171,11 @@ impl World {
             for b in self.maps.backends(entry) {
                 self.flows.insert(b.id, ((key.ip, key.port, key.proto), (b.addr.into(), b.port)));
             }
+        }
+        for (key, entry) in self.maps.held().services.iter().filter(|(_, entry)| entry.count > 0) {
+            let key = (key.ip, key.port, key.proto);
+            let owner = self.numbers.entry(entry.id).or_insert(key);
+            assert_eq!(*owner, key, "number {} was another's", entry.id);
         }
         done.map(|_| ())
     }

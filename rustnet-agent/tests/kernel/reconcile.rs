@@ -1,13 +1,17 @@
 //! The whole loop: from events to maps, hooks and routes; restarts; repair; readiness.
 
+use std::fs::Permissions;
 use std::future::Future;
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustnet_agent::bpf::attach::{Direction, link_path};
 use rustnet_agent::bpf::load::program_path;
 use rustnet_agent::bpf::store::node_config::NodeConfigStore;
-use rustnet_agent::bpf::store::{peers, services};
+use rustnet_agent::bpf::store::{Map, peers, services};
 use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Config;
 use rustnet_agent::health::Health;
@@ -16,9 +20,12 @@ use rustnet_agent::model::{
 };
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::{link, tc};
+use rustnet_agent::reconcile::presence::{self, is_served};
 use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
 use rustnet_agent::{nodefile, reconcile};
+use rustnet_common::addr::Ip4;
 use rustnet_common::names::map;
+use rustnet_common::service::{SvcEntry, SvcKey};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -69,7 +76,7 @@ pub async fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let end = tokio::time::Instant::now() + sandbox::deadline();
     while !done() {
         assert!(tokio::time::Instant::now() < end, "timed out waiting until {what}");
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
@@ -227,6 +234,93 @@ fn a_device_that_is_no_uplink_any_more_is_let_go() {
     });
 }
 
+#[test]
+fn the_next_agent_writes_only_once_the_first_has_ended() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let count = || services(&sandbox.bpffs).unwrap().values().map(|entry| entry.count).max();
+            let first = Agent::start(sandbox.config(&[]));
+            first.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            first.send(web(2)).await;
+            first.send(synced()).await;
+            first.ready().await;
+            let next = Agent::start(sandbox.config(&[]));
+            next.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            next.send(web(5)).await;
+            next.send(synced()).await;
+            let why = format!("another agent (pid {}", std::process::id());
+            wait_until("the next one says whom it waits for", || {
+                next.health.readiness().is_err_and(|it| it.contains(&why))
+            })
+            .await;
+            first.send(web(3)).await;
+            wait_until("the first one goes on", || count() == Some(3)).await;
+            assert!(next.health.liveness().is_ok());
+            first.stop().await;
+            next.ready().await;
+            assert_eq!(count(), Some(5));
+            next.stop().await;
+            // One that only waits ends on a signal as well.
+            let first = Agent::start(sandbox.config(&[]));
+            wait_until("it serves", || is_served(&sandbox.run_dir)).await;
+            let next = Agent::start(sandbox.config(&[]));
+            wait_until("the next one waits", || next.health.readiness().is_err_and(|it| it.contains(&why))).await;
+            next.stop().await;
+            first.stop().await;
+        });
+    });
+}
+
+/// Makes this thread, and no other, another user's.
+fn become_nobody() {
+    const NOBODY: libc::uid_t = 65_534;
+    for call in [libc::SYS_setresgid, libc::SYS_setresuid] {
+        // SAFETY: both calls take three numbers and no pointer; unlike libc's functions they change this thread alone.
+        let result = unsafe { libc::syscall(call, NOBODY, NOBODY, NOBODY) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    }
+}
+
+#[test]
+fn no_other_user_keeps_the_agent_from_starting() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let open = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        std::fs::create_dir_all(&sandbox.run_dir).unwrap();
+        open(&sandbox.dir, 0o755);
+        open(&sandbox.run_dir, 0o755);
+        // As earlier releases made it; whoever can read a file can lock it.
+        let path = sandbox.run_dir.join(presence::LOCK);
+        std::fs::write(&path, "").unwrap();
+        open(&path, 0o644);
+        let (locked, is_locked) = std::sync::mpsc::channel();
+        let (end, is_over) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || {
+            become_nobody();
+            let file = std::fs::File::open(&path).unwrap();
+            file.lock().unwrap();
+            locked.send(()).unwrap();
+            let _ = is_over.recv();
+        });
+        is_locked.recv().unwrap();
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            for name in [".", presence::LOCK, presence::WRITER_LOCK, presence::FILE, "node.json"] {
+                let mode = std::fs::metadata(sandbox.run_dir.join(name)).unwrap().permissions().mode();
+                assert_eq!(mode & 0o077, 0, "{name} is open to other users");
+            }
+            assert!(sandbox.rustnetctl("status").status.success(), "root's command still works");
+            agent.stop().await;
+        });
+        drop(end);
+        other.join().unwrap();
+    });
+}
+
 /// Service default/web, 10.96.0.10:80, with so many ready endpoints.
 pub fn web(backends: u8) -> [Event; 2] {
     let name = ObjectName::namespaced("default", "web");
@@ -314,7 +408,7 @@ fn settings_are_written_where_the_configuration_says() {
         std::fs::create_dir_all(elsewhere.join("ipv4/conf")).unwrap();
         let forward = elsewhere.join("ipv4/ip_forward");
         std::fs::write(&forward, "0\n").unwrap();
-        let read = |path: &std::path::Path| std::fs::read_to_string(path).unwrap().trim().to_owned();
+        let read = |path: &Path| std::fs::read_to_string(path).unwrap().trim().to_owned();
         block_on(async {
             let agent = Agent::start(sandbox.config(&[&format!("--sysctl-dir={}", elsewhere.display())]));
             agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
@@ -467,6 +561,28 @@ fn every_address_of_the_host_is_the_hosts_own_as_long_as_it_is_there() {
             agent.send(synced()).await;
             agent.ready().await;
             assert_eq!(own(), with(&["10.8.0.1/32"]));
+            agent.stop().await;
+        });
+    });
+}
+
+#[test]
+fn the_loop_puts_back_an_entry_that_somebody_deleted() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let config = Config { audit_period: Duration::from_millis(50), ..sandbox.config(&[]) };
+            let agent = Agent::start(config);
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(web(2)).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let before = services(&sandbox.bpffs).unwrap();
+            let map = Map::<SvcKey<Ip4>, SvcEntry>::open(&sandbox.bpffs, map::SVC4).unwrap();
+            map.clear().unwrap();
+            wait_until("the service is back", || services(&sandbox.bpffs).unwrap() == before).await;
+            let metrics = agent.health.metrics.encode().unwrap();
+            assert!(metrics.contains("rustnet_map_repairs_total{map=\"rn_svc4_v2\"} 2"), "{metrics}");
             agent.stop().await;
         });
     });

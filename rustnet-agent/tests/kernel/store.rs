@@ -3,10 +3,13 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use rustnet_agent::bpf::store::BpfMaps;
+use rustnet_agent::bpf::store::node_config::NodeConfigStore;
+use rustnet_agent::bpf::store::{BpfMaps, Map};
 use rustnet_agent::plan::{Maps, VipKey, Write};
 use rustnet_common::addr::Addr;
 use rustnet_common::backend::{Backend, id};
+use rustnet_common::config::{NodeConfig, flags, meaning};
+use rustnet_common::names::map;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 
@@ -23,7 +26,14 @@ fn entry(first: u32, count: u32) -> SvcEntry {
 
 /// The first backend of a slot.
 fn backend(slot: u32, service: u32) -> Backend {
-    Backend { addr: IpAddr::from([10, 1, 0, 1]).into(), port: 8080, flags: 0, id: id::make(slot, 1), service, pad: 0 }
+    Backend {
+        addr: IpAddr::from([10, 1, 0, 1]).into(),
+        port: 8080,
+        flags: 0,
+        id: id::make(slot, 1),
+        service,
+        max_service: 0,
+    }
 }
 
 fn ids(backends: &[Backend]) -> Vec<u32> {
@@ -72,7 +82,7 @@ fn writes_of_both_families_are_read_back_and_deleted() {
         ])
         .unwrap();
         let snapshot = maps.snapshot().unwrap();
-        assert_eq!((snapshot.backends[0], snapshot.backends[3]), (Backend::cleared(two[1].id), one[0]));
+        assert_eq!((snapshot.backends[0], snapshot.backends[3]), (two[1].left(), one[0]));
         assert_eq!(snapshot.services.len(), 2);
         assert_eq!(snapshot.peers.keys().collect::<Vec<_>>(), [&net4]);
         assert_eq!((maps.backend_capacity(), maps.service_capacity(), maps.peer_capacity()), (4096, 4096, 4096));
@@ -101,13 +111,32 @@ fn backends_beyond_the_array_are_refused_before_their_service_is_written() {
     });
 }
 
+#[test]
+fn maps_that_a_later_release_has_written_are_refused() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let store = NodeConfigStore::open(&sandbox.bpffs).unwrap();
+        let config = NodeConfig { vni: 7, flags: flags::MASQUERADE, ..store.read().unwrap() };
+        store.write(&config).unwrap();
+        assert_eq!(store.read().unwrap(), config);
+        let later = config.with_meaning(meaning::PRESENT + 1);
+        Map::<u32, NodeConfig>::open(&sandbox.bpffs, map::CONFIG).unwrap().put(&0, &later).unwrap();
+        let error = NodeConfigStore::open(&sandbox.bpffs).err().unwrap().to_string();
+        assert!(error.contains("rn_config") && error.contains("later release") && error.contains("cleanup"), "{error}");
+    });
+}
+
 /// `cargo test -p rustnet-agent --test kernel -- --ignored --nocapture hundred_thousand`
 #[test]
 #[ignore = "prints a figure"]
 fn a_hundred_thousand_services() {
     sandbox::run(|sandbox| {
         let mut load = load(sandbox);
-        load.sizes.extend([("rn_svc4".to_owned(), 131_072), ("rn_backends".to_owned(), 524_288)]);
+        load.sizes.extend([
+            (map::SVC4.to_owned(), 131_072),
+            (map::BACKEND_IDS.to_owned(), 524_288),
+            (map::BACKENDS.to_owned(), 524_288),
+        ]);
         load.run().unwrap().pin(&sandbox.bpffs).unwrap();
         let mut maps = BpfMaps::open(&sandbox.bpffs).unwrap();
         let writes: Vec<Write> = (0..100_000_u32)

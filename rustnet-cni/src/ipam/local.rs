@@ -16,15 +16,20 @@ use std::io::{self, Read, Seek, Write};
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The lock, and in it the last addresses given out.
 const LAST: &str = ".last";
 /// Candidates tried one by one before the whole directory is read.
 const DIRECT_TRIES: u32 = 8;
+/// A choice takes microseconds: this is enough for the pods of a node that start all at once.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The pool of a node.
 pub struct Pool {
     dir: PathBuf,
+    /// How long to wait for others that choose an address.
+    patience: Duration,
 }
 
 /// A lease found in the pool.
@@ -41,7 +46,7 @@ pub struct Lease {
 impl Pool {
     /// The pool in a run directory.
     pub fn new(run_dir: &Path) -> Self {
-        Self { dir: run_dir.join(IPAM_DIR) }
+        Self { dir: run_dir.join(IPAM_DIR), patience: PATIENCE }
     }
 
     /// Leases one address of each range, or none at all.
@@ -129,16 +134,7 @@ impl Pool {
     }
 
     fn lock(&self) -> Result<File, Error> {
-        let path = self.dir.join(LAST);
-        let failed = |e: io::Error| Error::io(format!("lock {}", path.display()), &e);
-        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
-        let file = match open() {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => fs::create_dir_all(&self.dir).and_then(|()| open()),
-            other => other,
-        };
-        let file = file.map_err(failed)?;
-        file.lock().map_err(failed)?;
-        Ok(file)
+        state::lock(&self.dir.join(LAST), self.patience)
     }
 
     fn candidate(&self, network: &str, owner: &Attachment) -> Result<Candidate, Error> {
@@ -168,7 +164,7 @@ struct Candidate {
 impl Candidate {
     fn new(dir: &Path, content: &[u8]) -> io::Result<Self> {
         use std::os::unix::fs::OpenOptionsExt;
-        let unnamed = OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).mode(0o644).open(dir);
+        let unnamed = OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir);
         let (mut file, named) = match unnamed {
             Ok(file) => (file, None),
             Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT)) => {
@@ -287,11 +283,12 @@ pub fn require_ranges(ranges: &[IpNet]) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Pool, Span};
+    use super::{Duration, File, Path, Pool, Span};
     use crate::types::conf::Attachment;
     use ipnet::IpNet;
     use std::collections::HashSet;
     use std::net::IpAddr;
+    use std::os::unix::fs::PermissionsExt;
     use std::path::PathBuf;
 
     struct Dir(PathBuf);
@@ -372,6 +369,25 @@ mod tests {
         release(&pool, &owner(5));
         let again = pool.allocate(&ranges, "n", &owner(99)).expect("one is free");
         assert_eq!(again[1], *freed.iter().find(|a| a.is_ipv4()).expect("v4"));
+    }
+
+    #[test]
+    fn a_lock_that_another_process_keeps_is_an_error_to_try_again() {
+        let dir = Dir::new("locked");
+        let pool = Pool { patience: Duration::from_millis(50), ..Pool::new(&dir.0) };
+        let range = [net("10.1.2.0/24")];
+        pool.allocate(&range, "n", &owner(1)).expect("free");
+        let last = pool.dir.join(".last");
+        let mode = |path: &Path| std::fs::metadata(path).expect("there").permissions().mode() & 0o777;
+        assert_eq!((mode(&pool.dir), mode(&last), mode(&pool.dir.join("10.1.2.2"))), (0o700, 0o600, 0o600));
+        let other = File::open(&last).expect("open");
+        other.lock().expect("lock");
+        let e = pool.allocate(&range, "n", &owner(2)).expect_err("locked");
+        assert!(e.code == 11 && e.msg.contains(".last") && e.details.contains("lslocks"), "{e}");
+        // Any user can lock a file that all can open, as earlier releases made it.
+        std::fs::set_permissions(&last, PermissionsExt::from_mode(0o644)).expect("chmod");
+        assert_eq!(pool.allocate(&range, "n", &owner(2)).expect("free"), [ip("10.1.2.3")]);
+        assert_eq!(mode(&last), 0o600);
     }
 
     #[test]

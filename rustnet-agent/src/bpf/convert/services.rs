@@ -39,7 +39,7 @@ pub struct Tables {
     renamed: HashMap<u32, u32>,
 }
 
-const NO_BACKEND: Backend = Backend { addr: UNSPECIFIED, port: 0, flags: 0, id: 0, service: 0, pad: 0 };
+const NO_BACKEND: Backend = Backend { addr: UNSPECIFIED, port: 0, flags: 0, id: 0, service: 0, max_service: 0 };
 const NO_RETIRED: v1::Backend = v1::Backend { addr: UNSPECIFIED, port: 0, flags: 0, id: 0 };
 const UNSPECIFIED: rustnet_common::addr::Addr = rustnet_common::addr::Ip6 { ip: [0; 16] };
 
@@ -73,7 +73,7 @@ impl Tables {
         }
         let id = id::make(slot, 1);
         let v1::Backend { addr, port, flags, .. } = *old;
-        self.backends[at] = Backend { addr, port, flags, id, service, pad: 0 };
+        self.backends[at] = Backend { addr, port, flags, id, service, max_service: service };
         self.ids[at] = id;
         self.renamed.insert(old.id, id);
     }

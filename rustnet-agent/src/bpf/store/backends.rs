@@ -67,6 +67,7 @@ impl Backends {
                 (&raw mut (*held).addr).write_volatile(backend.addr);
                 (&raw mut (*held).port).write_volatile(backend.port);
                 (&raw mut (*held).flags).write_volatile(backend.flags);
+                (&raw mut (*held).max_service).write_volatile(backend.max_service);
                 AtomicU32::from_ptr(&raw mut (*held).id).store(backend.id, Ordering::Release);
                 AtomicU32::from_ptr(&raw mut (*held).service).store(backend.service, Ordering::Release);
             }
@@ -91,14 +92,35 @@ impl Backends {
     pub fn clear(&mut self, ids: &[u32]) -> Result<()> {
         for last in ids {
             let slot = id::slot_of(*last);
-            ensure!(slot < self.slots.capacity, self.too_small(BACKENDS, slot));
-            // SAFETY: the slot is below the capacity, so it lies inside of the mapping.
+            let left = self.slots.get(slot).with_context(|| self.too_small(BACKENDS, slot))?.left();
+            // SAFETY: `get` has shown that the slot lies inside of the mapping.
             let held = unsafe { self.slots.at(slot) }.as_ptr();
             // SAFETY: as above; only this process writes there.
             unsafe {
+                (&raw mut (*held).max_service).write_volatile(left.max_service);
                 AtomicU32::from_ptr(&raw mut (*held).service).store(*last, Ordering::Release);
                 AtomicU32::from_ptr(&raw mut (*held).id).store(0, Ordering::Release);
-                held.write_volatile(Backend::cleared(*last));
+                held.write_volatile(Backend { service: *last, ..left });
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts elements back that somebody else has changed. Programs find no backend in the slot until it is complete.
+    pub fn restore(&mut self, slots: &[(u32, Backend)]) -> Result<()> {
+        for (slot, backend) in slots {
+            ensure!(*slot < self.slots.capacity, self.too_small(BACKENDS, *slot));
+            // SAFETY: the slot is below the capacity, so it lies inside of the mapping.
+            let held = unsafe { self.slots.at(*slot) }.as_ptr();
+            // SAFETY: as above; only this process writes there, or nobody should.
+            unsafe {
+                AtomicU32::from_ptr(&raw mut (*held).id).store(0, Ordering::Release);
+                (&raw mut (*held).addr).write_volatile(backend.addr);
+                (&raw mut (*held).port).write_volatile(backend.port);
+                (&raw mut (*held).flags).write_volatile(backend.flags);
+                (&raw mut (*held).max_service).write_volatile(backend.max_service);
+                AtomicU32::from_ptr(&raw mut (*held).service).store(backend.service, Ordering::Release);
+                AtomicU32::from_ptr(&raw mut (*held).id).store(backend.id, Ordering::Release);
             }
         }
         Ok(())
@@ -228,7 +250,7 @@ mod tests {
     }
 
     fn backend(id: u32) -> Backend {
-        Backend { addr: IpAddr::from([10, 0, 0, 1]).into(), port: 80, flags: 0, id, service: 7, pad: 0 }
+        Backend { addr: IpAddr::from([10, 0, 0, 1]).into(), port: 80, flags: 0, id, service: 7, max_service: 0 }
     }
 
     fn entry(first: u32, count: u32, id: u32) -> SvcEntry {
@@ -268,7 +290,7 @@ mod tests {
             assert!(both.store(&[other]).unwrap_err().to_string().contains("slot 5"), "{other:?}");
         }
         both.clear(&[first.id]).unwrap();
-        assert_eq!(slots.get(&5).unwrap(), Some(Backend::cleared(first.id)));
+        assert_eq!(slots.get(&5).unwrap(), Some(Backend { max_service: 7, ..Backend::cleared(first.id) }));
         assert_eq!((both.slots().len(), both.used()), (6, (0, 0)));
         both.store(&[backend(id::make(5, 2))]).unwrap();
         assert_eq!(slots.get(&5).unwrap(), Some(backend(id::make(5, 2))));

@@ -131,14 +131,20 @@ impl<K: Pod, V: Pod> Map<K, V> {
 
     /// Calls `visit` for each entry, reading in batches. Entries that change meanwhile may be seen or not.
     pub fn for_each(&self, mut visit: impl FnMut(&K, &V)) -> Result<()> {
-        let mut count = BATCH.min(self.max_entries as usize).max(1);
         let mut cursor = sys::Cursor::default();
+        while !self.next_batch(&mut cursor, BATCH, &mut visit)? {}
+        Ok(())
+    }
+
+    /// Calls `visit` for the next entries, about as many as are asked for. True once all have been read.
+    pub fn next_batch(&self, cursor: &mut sys::Cursor, count: usize, mut visit: impl FnMut(&K, &V)) -> Result<bool> {
+        let mut count = count.min(self.max_entries as usize).max(1);
         loop {
             let mut keys = vec![K::zeroed(); count];
             let mut values = vec![V::zeroed(); count];
             let read = sys::map_lookup_batch(
                 self.fd(),
-                &mut cursor,
+                cursor,
                 bytemuck::cast_slice_mut(&mut keys),
                 bytemuck::cast_slice_mut(&mut values),
                 count as u32,
@@ -146,15 +152,13 @@ impl<K: Pod, V: Pod> Map<K, V> {
             match read {
                 Ok((n, end)) => {
                     keys.iter().zip(&values).take(n).for_each(|(k, v)| visit(k, v));
-                    if end {
-                        return Ok(());
-                    }
+                    return Ok(end);
                 }
                 // A bucket larger than the buffer; cannot go on for ever, since a map has an end.
                 Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && count <= self.max_entries as usize * 2 => {
                     count *= 2;
                 }
-                Err(e) if sys::has_no_batch(&e) => return self.for_each_single(visit),
+                Err(e) if sys::has_no_batch(&e) => return self.for_each_single(visit).map(|()| true),
                 Err(e) => return Err(e).with_context(|| format!("reading {}", self.name)),
             }
         }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use rustnet_common::config::NodeConfig;
+use anyhow::{Context, Result, ensure};
+use rustnet_common::config::{NodeConfig, meaning};
 use rustnet_common::names::map;
 
 use super::Map;
@@ -15,8 +15,20 @@ pub struct NodeConfigStore {
 
 impl NodeConfigStore {
     /// Opens the pin in `bpffs`.
+    ///
+    /// # Errors
+    /// There is none, or a later release has written the maps: their values may mean something else by now.
     pub fn open(bpffs: &Path) -> Result<Self> {
-        Ok(Self { map: Map::open(bpffs, map::CONFIG)? })
+        let store = Self { map: Map::open(bpffs, map::CONFIG)? };
+        let found = store.read()?.meaning();
+        ensure!(
+            found <= meaning::PRESENT,
+            "{}: a later release has written the maps (meaning {found}, this one knows up to {}): use that release, or remove all \
+             state, connections included, with `rustnet cleanup`",
+            map::CONFIG,
+            meaning::PRESENT
+        );
+        Ok(store)
     }
 
     /// What the programs see now.
@@ -26,9 +38,10 @@ impl NodeConfigStore {
 
     /// Writes `config` if it differs; true when it did.
     pub fn write(&self, config: &NodeConfig) -> Result<bool> {
-        let differs = self.read()? != *config;
+        let config = config.with_meaning(meaning::PRESENT);
+        let differs = self.read()? != config;
         if differs {
-            self.map.put(&0, config)?;
+            self.map.put(&0, &config)?;
         }
         Ok(differs)
     }

@@ -15,7 +15,11 @@ use rustnet_common::service::{SvcEntry, SvcKey};
 use super::backends::{Access, Backends};
 use super::conntrack::Conntrack;
 use super::{Map, fault};
-use crate::plan::{Maps, Snapshot, VipKey, Write};
+use crate::bpf::sys;
+use crate::plan::{Maps, Snapshot, Table, VipKey, Write};
+
+/// Services that an audit reads at once: some milliseconds' work.
+const AUDIT_BATCH: usize = 16_384;
 
 /// The maps that the plan reads and writes.
 pub struct BpfMaps {
@@ -25,6 +29,8 @@ pub struct BpfMaps {
     peers6: Map<PeerKey<Ip6>, Peer>,
     backends: Backends,
     conntrack: Conntrack,
+    /// Where the audit of a service map goes on.
+    cursor: sys::Cursor,
 }
 
 impl BpfMaps {
@@ -37,6 +43,7 @@ impl BpfMaps {
             peers6: Map::open(bpffs, map::PEERS6)?,
             backends: Backends::open(bpffs, Access::Write)?,
             conntrack: Conntrack::open(bpffs)?,
+            cursor: sys::Cursor::default(),
         })
     }
 
@@ -99,6 +106,11 @@ impl BpfMaps {
                 Write::ClearBackends { ids } => self.backends.clear(ids),
                 _ => Ok(()),
             }),
+            Write::RestoreBackends { .. } | Write::RestoreIds { .. } => run.iter().try_for_each(|write| match write {
+                Write::RestoreBackends { slots } => self.backends.restore(slots),
+                Write::RestoreIds { ids } => ids.iter().try_for_each(|(at, id)| self.backends.store_ids(*at, &[*id])),
+                _ => Ok(()),
+            }),
             Write::ForgetFlows { .. } => {
                 let mut backends: BTreeMap<u8, BTreeSet<u32>> = BTreeMap::new();
                 for write in run {
@@ -120,6 +132,38 @@ impl Maps for BpfMaps {
             backends: self.backends.slots(),
             peers: peers_of(&self.peers4, &self.peers6)?,
         })
+    }
+
+    fn read(&mut self, table: Table) -> Result<(Snapshot, bool)> {
+        let mut out = Snapshot::default();
+        let services = &mut out.services;
+        let is_last = match table {
+            Table::Services4 => self.svc4.next_batch(&mut self.cursor, AUDIT_BATCH, |k, v| {
+                services.insert(vip_key(IpAddr::V4(k.vip.into()), k), *v);
+            })?,
+            Table::Services6 => self.svc6.next_batch(&mut self.cursor, AUDIT_BATCH, |k, v| {
+                services.insert(vip_key(IpAddr::V6(k.vip.into()), k), *v);
+            })?,
+            Table::Backends => {
+                (out.ids, out.backends) = (self.backends.ids(), self.backends.slots());
+                true
+            }
+            Table::Peers => {
+                out.peers = peers_of(&self.peers4, &self.peers6)?;
+                true
+            }
+        };
+        if is_last {
+            self.cursor = sys::Cursor::default();
+        }
+        Ok((out, is_last))
+    }
+
+    fn service(&self, key: &VipKey) -> Result<Option<SvcEntry>> {
+        match svc_key(key) {
+            Either::V4(key) => self.svc4.get(&key),
+            Either::V6(key) => self.svc6.get(&key),
+        }
     }
 
     /// Runs of writes of one kind go in one batch; the order of the runs is kept. Backends, their
@@ -159,6 +203,7 @@ fn rank(write: &Write) -> u8 {
         Write::DeletePeer { .. } => 3,
         Write::ForgetFlows { .. } => 4,
         Write::ClearBackends { .. } => 5,
+        Write::RestoreBackends { .. } | Write::RestoreIds { .. } => 6,
     }
 }
 

@@ -1,0 +1,204 @@
+//! The planner on real maps: what fits, and what is repaired.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustnet_agent::bpf::store::{BpfMaps, Map};
+use rustnet_agent::config::Routing;
+use rustnet_agent::index::{Index, Settings};
+use rustnet_agent::model::{
+    Condition, Endpoint, EndpointSlice, Family, Node, ObjectName, Service, ServicePort, TargetPort,
+};
+use rustnet_agent::plan::{Maps, Planner};
+use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
+use rustnet_common::addr::{Addr, Ip4};
+use rustnet_common::backend::Backend;
+use rustnet_common::names::map;
+use rustnet_common::peer::{Peer, PeerKey};
+use rustnet_common::service::{SvcEntry, SvcKey};
+
+use crate::load::load;
+use crate::sandbox::{self, Sandbox};
+
+/// An index and a planner on the maps of a sandbox.
+struct Rig {
+    index: Index,
+    planner: Planner,
+    maps: BpfMaps,
+    now: Duration,
+}
+
+impl Rig {
+    fn new(sandbox: &Sandbox, sizes: &[(&str, u32)]) -> Self {
+        let mut load = load(sandbox);
+        load.sizes.extend(sizes.iter().map(|(name, entries)| ((*name).to_owned(), *entries)));
+        load.run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let maps = BpfMaps::open(&sandbox.bpffs).unwrap();
+        let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
+        for kind in Kind::REQUIRED {
+            index.handle(Event::Synced(kind));
+        }
+        Self { index, planner: Planner::adopt(&maps).unwrap(), maps, now: Duration::ZERO }
+    }
+
+    fn sync(&mut self, events: impl IntoIterator<Item = Event>) {
+        for event in events {
+            self.index.handle(event);
+        }
+        self.now += Duration::from_millis(1);
+        self.planner.sync(&mut self.index, &mut self.maps, self.now).unwrap();
+    }
+
+    /// The maps in which an audit finds something.
+    fn audit(&mut self) -> Vec<&'static str> {
+        self.now = self.planner.audit_at().unwrap();
+        let mut found = Vec::new();
+        while self.planner.audit_at() == Some(self.now) {
+            found.extend(self.planner.audit(&mut self.maps, self.now).unwrap());
+        }
+        found.iter().map(|it| it.map).collect()
+    }
+
+    /// The last octets of the addresses that have a service.
+    fn services(&self) -> BTreeSet<u8> {
+        let last = |ip: IpAddr| if let IpAddr::V4(ip) = ip { ip.octets()[3] } else { 0 };
+        let held = self.maps.snapshot().unwrap().services;
+        held.keys().filter(|key| key.port == 80).map(|key| last(key.ip)).collect()
+    }
+}
+
+/// Service default/sN, 10.96.0.N:80, with one backend.
+fn service(n: u8) -> [Event; 2] {
+    service_of(n.into(), 1)
+}
+
+/// Service default/sN, 10.96.0.0 + N, port 80.
+fn service_of(n: u32, backends: u8) -> [Event; 2] {
+    let [_, high, middle, low] = n.to_be_bytes();
+    let name = ObjectName::namespaced("default", &format!("s{n}"));
+    let service = Service {
+        name: name.clone(),
+        created: 0,
+        vips: [[10, 96 + high, middle, low].into()].into(),
+        ports: [ServicePort { name: "".into(), port: 80, proto: 6 }].into(),
+        affinity: 0,
+        internal_local: false,
+        problems: Box::default(),
+    };
+    let endpoint = |i: u8| {
+        let addr = [10 + 10 * i, 1 + high, middle, low].into();
+        Endpoint { addr, condition: Condition::Ready, node: "n2".into(), hints: None }
+    };
+    let slice = EndpointSlice {
+        name: ObjectName::namespaced("default", &format!("s{n}-1")),
+        service: name,
+        family: Family::V4,
+        ports: [TargetPort { name: "".into(), port: 8080, proto: 6 }].into(),
+        endpoints: (0..backends).map(endpoint).collect(),
+        problems: Box::default(),
+    };
+    [Event::Apply(Object::Service(Arc::new(service))), Event::Apply(Object::Slice(Arc::new(slice)))]
+}
+
+fn node(address: &str, pod_cidrs: impl Iterator<Item = String>) -> Event {
+    Event::Apply(Object::Node(Arc::new(Node {
+        name: ObjectName::cluster("n2"),
+        created: 0,
+        addresses: [address.parse().unwrap()].into(),
+        pod_cidrs: pod_cidrs.map(|cidr| cidr.parse().unwrap()).collect(),
+        zone: "".into(),
+        problems: Box::default(),
+    })))
+}
+
+fn delete(kind: Kind, name: &str) -> Event {
+    Event::Delete(ObjectRef { kind, name: ObjectName::namespaced("default", name) })
+}
+
+#[test]
+fn one_service_goes_and_another_takes_its_place_in_a_full_map() {
+    sandbox::run(|sandbox| {
+        let mut rig = Rig::new(sandbox, &[(map::SVC4, 16), (map::SVC6, 16)]);
+        rig.sync((1..=20).flat_map(service));
+        assert_eq!(rig.services().len(), 16);
+        assert!(!rig.planner.problems(&rig.index).is_empty());
+        rig.sync((2..=9).map(|n| delete(Kind::Service, &format!("s{n}"))));
+        assert_eq!(rig.services(), (10..=20).chain([1]).collect());
+        rig.sync((11..=20).map(|n| delete(Kind::Service, &format!("s{n}"))).chain((30..36).flat_map(service)));
+        assert_eq!(rig.services(), (30..36).chain([1, 10]).collect());
+        assert_eq!(rig.planner.problems(&rig.index), []);
+    });
+}
+
+#[test]
+fn all_prefixes_are_replaced_in_a_full_map() {
+    sandbox::run(|sandbox| {
+        let mut rig = Rig::new(sandbox, &[(map::PEERS4, 16), (map::PEERS6, 16)]);
+        let ranges = |second: u8| (0..20).map(move |n| format!("10.{second}.{n}.0/24"));
+        for (address, second) in [("192.0.2.2", 1), ("192.0.2.3", 2), ("192.0.2.4", 2)] {
+            rig.sync([node(address, ranges(second))]);
+            let peers = rig.maps.snapshot().unwrap().peers;
+            let of_range = |ip: IpAddr| matches!(ip, IpAddr::V4(ip) if ip.octets()[..2] == [10, second]);
+            assert_eq!(peers.len(), 15, "{address}: {peers:?}");
+            assert!(peers.keys().all(|it| of_range(it.addr()) || it.addr() == address.parse::<IpAddr>().unwrap()));
+        }
+    });
+}
+
+#[test]
+fn an_audit_puts_back_what_bpftool_changed() {
+    sandbox::run(|sandbox| {
+        let mut rig = Rig::new(sandbox, &[]);
+        rig.sync(
+            [node("192.0.2.2", std::iter::once("10.1.2.0/24".to_owned()))].into_iter().chain((1..4).flat_map(service)),
+        );
+        let before = rig.maps.snapshot().unwrap();
+        assert_eq!(rig.audit(), <[&str; 0]>::default());
+        let services = Map::<SvcKey<Ip4>, SvcEntry>::open(&sandbox.bpffs, map::SVC4).unwrap();
+        let ids = Map::<u32, u32>::open(&sandbox.bpffs, map::BACKEND_IDS).unwrap();
+        let backends = Map::<u32, Backend>::open(&sandbox.bpffs, map::BACKENDS).unwrap();
+        let peers = Map::<PeerKey<Ip4>, Peer>::open(&sandbox.bpffs, map::PEERS4).unwrap();
+        let vip = |n: u8| SvcKey { vip: Ipv4Addr::new(10, 96, 0, n).into(), port: 80, proto: 6, scope: 0 };
+
+        // As `bpftool map delete name rn_svc4_v2 key ...` and `bpftool map update` do.
+        assert!(services.delete(&vip(1)).unwrap());
+        let changed = SvcEntry { first: 2, count: 1, ..services.get(&vip(2)).unwrap().unwrap() };
+        services.put(&vip(2), &changed).unwrap();
+        services.put(&vip(9), &changed).unwrap();
+        ids.put(&2, &77).unwrap();
+        let there = backends.get(&0).unwrap().unwrap();
+        backends.put(&0, &Backend { addr: Addr::from(IpAddr::from([192, 0, 2, 99])), ..there }).unwrap();
+        assert!(peers.delete(&PeerKey { prefix_len: 24, data: Ipv4Addr::new(10, 1, 2, 0).into() }).unwrap());
+        assert_eq!(rig.audit(), [map::BACKENDS, map::BACKEND_IDS, map::SVC4, map::SVC4, map::SVC4, map::PEERS4]);
+        assert_eq!(rig.maps.snapshot().unwrap(), before);
+        assert_eq!(rig.audit(), <[&str; 0]>::default());
+    });
+}
+
+/// `cargo test --release -p rustnet-agent --test kernel -- --ignored --nocapture audit_of_a_hundred_thousand`
+#[test]
+#[ignore = "prints figures"]
+fn an_audit_of_a_hundred_thousand_services() {
+    sandbox::run(|sandbox| {
+        let sizes = [
+            (map::SVC4, 262_144),
+            (map::SVC6, 262_144),
+            (map::BACKEND_IDS, 524_288),
+            (map::BACKENDS, 524_288),
+            (map::PEERS4, 65_536),
+            (map::PEERS6, 65_536),
+        ];
+        let mut rig = Rig::new(sandbox, &sizes);
+        rig.sync((0..100_000).flat_map(|n| service_of(n, 3)));
+        rig.sync([node("192.0.2.2", (0..10_000).map(|n| format!("10.{}.{}.0/24", n >> 8, n & 255)))]);
+        assert_eq!((rig.planner.service_count(), rig.planner.problems(&rig.index).len()), (200_000, 0));
+        rig.now += Duration::from_mins(10);
+        while rig.planner.audit_at().unwrap() <= rig.now {
+            let began = std::time::Instant::now();
+            assert_eq!(rig.planner.audit(&mut rig.maps, rig.now).unwrap(), []);
+            println!("one piece compared in {:?}", began.elapsed());
+        }
+    });
+}
