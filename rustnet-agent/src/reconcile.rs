@@ -30,7 +30,7 @@ use crate::net::uplink::{Host, networks};
 use crate::plan::Planner;
 use crate::source::kube::API_SERVER;
 use crate::source::{Event, Kind, Object};
-use crate::{cni_order, install, nodefile, podfile};
+use crate::{cni_order, install, namefile, nodefile, podfile};
 use kernel::{Kernel, Stats};
 use presence::{AgentFile, Presence};
 
@@ -188,6 +188,8 @@ struct Reconciler {
     problems_due: Option<Instant>,
     /// When to tell the names of pods.
     pods_due: Option<Instant>,
+    /// When to tell the names of Services and Nodes.
+    names_due: Option<Instant>,
     /// The nodes as last heard of, to tell news from repetition.
     nodes: HashMap<ObjectName, Arc<Node>>,
     /// What `node.json` is known to say; looked at again with the network.
@@ -233,6 +235,7 @@ impl Reconciler {
             problems: BTreeSet::new(),
             problems_due: None,
             pods_due: None,
+            names_due: None,
             nodes: HashMap::new(),
             published: None,
         })
@@ -250,6 +253,9 @@ impl Reconciler {
                 self.pods_due.get_or_insert_with(|| Instant::now() + PROBLEMS_PERIOD);
             }
             let node = self.concerns_routes(&event);
+            if node || event.object_kind() == Some(Kind::Service) || matches!(event, Event::Synced(_)) {
+                self.names_due.get_or_insert_with(|| Instant::now() + PROBLEMS_PERIOD);
+            }
             self.index.handle(event);
             if node {
                 self.net_changed();
@@ -316,7 +322,7 @@ impl Reconciler {
         } else if self.can_apply() {
             next = next.min(self.plan.due);
         }
-        [self.problems_due, self.pods_due].into_iter().flatten().fold(next, Instant::min)
+        [self.problems_due, self.pods_due, self.names_due].into_iter().flatten().fold(next, Instant::min)
     }
 
     /// Does all that is due.
@@ -339,6 +345,11 @@ impl Reconciler {
         if self.pods_due.is_some_and(|due| due <= now) {
             self.pods_due = None;
             self.tell_names();
+        }
+        // Before the lists are complete, an earlier agent's files are better.
+        if self.names_due.take_if(|due| *due <= now).is_some() && self.index.synced() {
+            let written = namefile::write_all(&self.config.run_dir, &self.index);
+            written.unwrap_or_else(|error| tracing::warn!("{error:#}"));
         }
         self.tell_readiness();
     }
