@@ -80,6 +80,12 @@ impl Health {
         self.metrics.synced(took);
     }
 
+    /// All changes received so far wait for the source, which has not delivered everything: nothing can be applied yet, and nothing
+    /// is stuck here.
+    pub fn waits_for_source(&self) {
+        self.state().queued_since = None;
+    }
+
     /// Pods can be connected and services are served.
     pub fn set_ready(&self) {
         self.change(Ok(()));
@@ -191,6 +197,16 @@ mod tests {
         assert!(health.liveness_at(later).expect_err("stuck").contains("has waited for"));
         health.applied(Duration::from_millis(1));
         assert_eq!(health.liveness_at(later), Ok(()));
+    }
+
+    #[test]
+    fn what_waits_for_the_source_is_neither_stuck_nor_applied() {
+        let health = Health::default();
+        let before = health.last_sync();
+        health.queued();
+        health.waits_for_source();
+        assert_eq!(health.state().queued_since, None);
+        assert_eq!(health.last_sync(), before);
     }
 
     #[test]

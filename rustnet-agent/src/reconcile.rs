@@ -244,11 +244,7 @@ impl Reconciler {
     /// Takes events into the index.
     fn take_in(&mut self, batch: &mut Vec<Event>) {
         for event in batch.drain(..) {
-            match event.object_kind() {
-                Some(Kind::Service) => self.health.metrics.service_changed(),
-                Some(Kind::Slice) => self.health.metrics.endpoints_changed(),
-                Some(Kind::Node | Kind::Pod) | None => {}
-            }
+            self.health.metrics.received(&event);
             if event.object_kind() == Some(Kind::Pod) || event == Event::Synced(Kind::Pod) {
                 self.pods_due.get_or_insert_with(|| Instant::now() + PROBLEMS_PERIOD);
             }
@@ -366,7 +362,7 @@ impl Reconciler {
         match loaded {
             Ok((kernel, planner, collector)) => {
                 tracing::info!(services = planner.service_count(), "programs loaded, maps adopted");
-                tokio::spawn(collector.run(self.shutdown.clone()));
+                tokio::spawn(collector.run(self.health.metrics.clone(), self.shutdown.clone()));
                 (self.kernel, self.planner, self.load_error) = (Some(kernel), Some(planner), None);
                 // Attach at once, then apply what came meanwhile.
                 self.net = Retry::now();
@@ -521,7 +517,11 @@ impl Reconciler {
                     self.plan.due = self.start + at;
                 }
                 self.health.metrics.map_writes(plan.writes.len() as u64);
-                self.health.applied(began.elapsed());
+                if self.index.synced() {
+                    self.health.applied(began.elapsed());
+                } else {
+                    self.health.waits_for_source();
+                }
                 if !plan.writes.is_empty() {
                     tracing::debug!(writes = plan.writes.len(), took = ?began.elapsed(), "applied");
                 }

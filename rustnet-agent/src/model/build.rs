@@ -57,6 +57,7 @@ pub fn slice(name: &str, service: &str, family: Family) -> EndpointSlice {
         family,
         ports: Box::default(),
         endpoints: Box::default(),
+        triggered: None,
         problems: Box::default(),
     }
 }

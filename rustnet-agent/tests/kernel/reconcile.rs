@@ -247,6 +247,7 @@ pub fn web(backends: u8) -> [Event; 2] {
         family: Family::V4,
         ports: [TargetPort { name: "".into(), port: 8080, proto: 6 }].into(),
         endpoints: (1..=backends).map(endpoint).collect(),
+        triggered: None,
         problems: Box::default(),
     };
     [Event::Apply(Object::Service(Arc::new(service))), Event::Apply(Object::Slice(Arc::new(slice)))]
