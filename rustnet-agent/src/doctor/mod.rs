@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod cni;
+pub mod filesystem;
 pub mod finding;
 pub mod kernel;
 pub mod kube_proxy;
@@ -40,6 +41,7 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
     let mut groups = vec![
         Group::new("Configuration", vec![Finding::ok("settings", format!("node {}", config.node_name))]),
         Group::new("Kernel", kernel::check(&kernel::gather(Some(config)))),
+        Group::new("File system", filesystem::gather(config).iter().flat_map(filesystem::check).collect()),
         Group::new("Host settings", sysctls::check(&sysctls::gather(config, &host), stage)),
         Group::new("Ports", ports::check(&ports::gather(config))),
         Group::new("Packet mark", mark::check(&mark::gather(config))),
