@@ -6,6 +6,7 @@
 
 mod changes;
 
+use crate::model::Feature;
 use crate::source::{Event, Kind};
 use changes::Changes;
 use prometheus_client::collector::Collector;
@@ -69,6 +70,7 @@ struct Inner {
     livez: Family<Code, Counter>,
     map_writes: Counter,
     ready: Gauge,
+    unsupported: Family<FeatureLabel, Gauge>,
     source_events: Family<KindLabel, Counter>,
     source_relists: Family<KindLabel, Counter>,
     source_errors: Family<KindLabel, Counter>,
@@ -85,6 +87,11 @@ struct Code {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabel {
     kind: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FeatureLabel {
+    feature: &'static str,
 }
 
 impl From<Kind> for KindLabel {
@@ -109,6 +116,7 @@ impl Default for Inner {
             livez: Family::default(),
             map_writes: Counter::default(),
             ready: Gauge::default(),
+            unsupported: Family::default(),
             source_events: Family::default(),
             source_relists: Family::default(),
             source_errors: Family::default(),
@@ -148,6 +156,12 @@ impl Metrics {
     /// From now on the kernel side can be asked. The first caller wins.
     pub fn set_kernel_stats(&self, stats: Arc<dyn KernelStats>) {
         let _ = self.0.kernel.set(Kernel(stats));
+    }
+
+    /// So many objects ask for a feature that is not served.
+    pub fn set_unsupported(&self, feature: Feature, objects: usize) {
+        let count = i64::try_from(objects).unwrap_or(i64::MAX);
+        self.0.unsupported.get_or_create(&FeatureLabel { feature: feature.name() }).set(count);
     }
 
     /// A source has delivered an event of this kind.
@@ -241,6 +255,7 @@ impl Metrics {
         own.register("build", "The agent's version", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
         own.register("ready", "1 when the agent is ready", it.ready.clone());
         own.register("map_writes", "Writes to the maps of services and peers", it.map_writes.clone());
+        own.register("unsupported", "Objects that ask for what is not served", it.unsupported.clone());
         own.register("source_events", "Objects applied or deleted by the source", it.source_events.clone());
         own.register("source_relists", "Full lists begun by the source", it.source_relists.clone());
         own.register("source_errors", "Failures of the source, each followed by another try", it.source_errors.clone());
@@ -395,6 +410,7 @@ mod tests {
         metrics.map_writes(12);
         metrics.set_ready(true);
         metrics.source_event(Kind::Slice);
+        metrics.set_unsupported(Feature::HostPort, 2);
         metrics.set_kernel_stats(Arc::new(Fake::default()));
         metrics.count_entries();
         let lines = lines(&metrics);
@@ -412,6 +428,7 @@ mod tests {
             "kubeproxy_proxy_healthz_total{code=\"200\"} 1",
             "kubeproxy_proxy_livez_total{code=\"503\"} 1",
             "rustnet_ready 1",
+            "rustnet_unsupported{feature=\"host_port\"} 2",
             "rustnet_map_writes_total 12",
             "rustnet_source_events_total{kind=\"EndpointSlice\"} 1",
             "rustnet_drop_packets_total{reason=\"no_backend\",hook=\"from_pod\"} 2",

@@ -1,7 +1,7 @@
-//! `services.json` and `nodes.json` in the run directory: names of Services and Nodes for the `rustnetctl` command, because the
-//! maps hold numbers alone. The agent writes them from its index.
+//! `services.json`, `nodes.json` and `unserved.json` in the run directory: names of objects for the `rustnetctl` command, because
+//! the maps hold numbers alone. The agent writes them from its index.
 
-use crate::index::Index;
+use crate::index::{Index, unserved};
 use crate::install::write_atomic;
 use anyhow::Context;
 use ipnet::IpNet;
@@ -17,10 +17,26 @@ pub const SERVICES: &str = "services.json";
 /// Name of the file of Nodes.
 pub const NODES: &str = "nodes.json";
 
+/// Name of the file of what objects ask for and do not get.
+pub const UNSERVED: &str = "unserved.json";
+
 /// Services by [`service_key`].
 pub type Services = BTreeMap<String, ServiceName>;
 /// Nodes by name.
 pub type Nodes = BTreeMap<String, NodeName>;
+
+/// Who asks for a feature, by its name.
+pub type Unserved = BTreeMap<String, Askers>;
+
+/// The objects that ask for one feature.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Askers {
+    /// How many.
+    pub count: usize,
+    /// A few of them.
+    pub examples: Vec<String>,
+}
 
 /// Whose an entry is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +80,19 @@ pub fn write_all(run_dir: &Path, index: &Index) -> anyhow::Result<()> {
     });
     write(run_dir, NODES, &nodes.collect::<Nodes>())?;
     Ok(())
+}
+
+/// Writes what objects ask for and do not get; unchanged content is not written again.
+///
+/// # Errors
+/// The run directory cannot be written.
+pub fn write_unserved(run_dir: &Path, unserved: &unserved::Unserved) -> anyhow::Result<bool> {
+    let shown = |askers: &unserved::Askers| {
+        let examples = askers.examples.iter().map(ToString::to_string).collect();
+        Askers { count: askers.count, examples }
+    };
+    let shown: Unserved = unserved.iter().map(|(it, askers)| (it.name().to_owned(), shown(askers))).collect();
+    write(run_dir, UNSERVED, &shown)
 }
 
 /// Makes a file say this; unchanged content is not written again.
@@ -112,6 +141,7 @@ mod tests {
             ports: [ServicePort { name: "dns".into(), port: 53, proto: proto::UDP }].into(),
             affinity: 0,
             internal_local: false,
+            unserved: Box::default(),
             problems: [].into(),
         }))));
         index.handle(Event::Apply(Object::Node(Arc::new(Node {

@@ -44,7 +44,14 @@ mod tests {
 
     fn pod(name: &str, address: &str, host_network: bool) -> Pod {
         let addresses = [address.parse::<IpAddr>().unwrap()].into();
-        Pod { name: ObjectName::namespaced("shop", name), uid: "u".into(), node: "n1".into(), addresses, host_network }
+        Pod {
+            name: ObjectName::namespaced("shop", name),
+            uid: "u".into(),
+            node: "n1".into(),
+            addresses,
+            host_network,
+            host_ports: false,
+        }
     }
 
     #[test]

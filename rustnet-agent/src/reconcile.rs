@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::ct_gc::Collector;
 use crate::health::{Health, STARTING};
 use crate::index::Index;
-use crate::model::{Node, ObjectName};
+use crate::model::{Feature, Node, ObjectName};
 use crate::net::monitor::Monitor;
 use crate::net::overlay::mac_of;
 use crate::net::repair::{Repairer, State, Wanted};
@@ -543,6 +543,7 @@ impl Reconciler {
         }
         now.extend(self.state.iter().flat_map(|state| state.problems.iter().cloned()));
         self.health.set_problems(self.of_this_node());
+        self.tell_unserved();
         for problem in now.difference(&self.problems) {
             tracing::warn!("{problem}");
         }
@@ -550,6 +551,20 @@ impl Reconciler {
             tracing::info!("resolved: {problem}");
         }
         self.problems = now;
+    }
+
+    /// Counts what objects ask for and do not get.
+    fn tell_unserved(&self) {
+        let unserved = self.index.unserved();
+        for feature in Feature::ALL {
+            let count = unserved.get(&feature).map_or(0, |askers| askers.count);
+            self.health.metrics.set_unsupported(feature, count);
+        }
+        if self.index.synced()
+            && let Err(error) = namefile::write_unserved(&self.config.run_dir, &unserved)
+        {
+            tracing::warn!("{error:#}");
+        }
     }
 
     /// What of all that only this node can tell people.

@@ -152,7 +152,15 @@ fn clean(places: &Places, args: &Args, report: &mut Report) {
         report.note_all("pins", hand.pins(bpffs));
         network(hand, report);
     }
-    let files = [NODE_FILE, podfile::FILE, namefile::SERVICES, namefile::NODES, presence::FILE, v1file::FILE];
+    let files = [
+        NODE_FILE,
+        podfile::FILE,
+        namefile::SERVICES,
+        namefile::NODES,
+        namefile::UNSERVED,
+        presence::FILE,
+        v1file::FILE,
+    ];
     for path in files.map(|name| places.run_dir.join(name)) {
         report.note(&path.display().to_string(), hand.file(&path));
     }

@@ -15,6 +15,7 @@ pub mod nodes;
 pub mod ports;
 pub mod ranges;
 pub mod sysctls;
+pub mod unserved;
 
 use crate::config::{Config, Refused};
 use crate::net::netlink::Socket;
@@ -52,6 +53,9 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Group::new("Address ranges", ranges::check(config, &host, cluster.nodes.as_deref().unwrap_or_default())),
         Group::new("MTU", mtu::check(&mtu::gather(config, &host, cluster.nodes.as_deref().unwrap_or_default()))),
     ];
+    if stage == Stage::Running {
+        groups.push(Group::new("Features", unserved::check(&unserved::gather(config))));
+    }
     groups.retain(|group| !group.findings.is_empty());
     groups
 }

@@ -21,6 +21,7 @@ pub fn service(name: &str, vips: &[&str]) -> Service {
         ports: Box::default(),
         affinity: 0,
         internal_local: false,
+        unserved: Box::default(),
         problems: Box::default(),
     }
 }

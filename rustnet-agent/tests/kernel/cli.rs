@@ -226,6 +226,7 @@ fn pod(name: &str, node: &str, address: &str) -> Event {
         node: node.into(),
         addresses: [address.parse().unwrap()].into(),
         host_network: false,
+        host_ports: false,
     })))
 }
 

@@ -237,6 +237,7 @@ pub fn web(backends: u8) -> [Event; 2] {
         ports: [ServicePort { name: "".into(), port: 80, proto: 6 }].into(),
         affinity: 0,
         internal_local: false,
+        unserved: Box::default(),
         problems: Box::default(),
     };
     let endpoint =
