@@ -234,7 +234,14 @@ pub static SETTINGS: &[Setting] = &[
         "127.0.0.1:9879",
         "Where /healthz and /readyz are served",
     ),
-    one(OBSERVE, "metrics-addr", "metricsAddr", "ADDR:PORT|off", "0.0.0.0:9962", "Where /metrics is served"),
+    one(
+        OBSERVE,
+        "metrics-addr",
+        "metricsAddr",
+        "ADDR:PORT|off",
+        "[::]:9962",
+        "Where /metrics is served; [::] is both families",
+    ),
     many(
         OBSERVE,
         "bpf-log",

@@ -4,15 +4,16 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use rustnet_common::conntrack::lifetime;
 use tokio::sync::watch;
 
 use crate::bpf::probe::{age, jiffies};
 use crate::bpf::store::conntrack::{Conntrack, Swept};
+use crate::metrics::Metrics;
 
 /// Time between two sweeps.
 pub const PERIOD: Duration = Duration::from_secs(30);
@@ -37,26 +38,34 @@ impl Collector {
         self.conntrack.sweep(|proto, state, seen| expired(now, self.hz, proto, state, seen))
     }
 
-    /// Sweeps every [`PERIOD`] until shutdown.
-    pub async fn run(self, mut shutdown: watch::Receiver<bool>) {
-        let collector = Arc::new(self);
-        loop {
-            let one = Arc::clone(&collector);
-            // A full table takes a tenth of a second: not on a thread that others wait for.
-            let swept = tokio::task::spawn_blocking(move || {
-                let start = Instant::now();
-                one.sweep().map(|swept| (swept, start.elapsed()))
-            });
-            match swept.await.context("sweeping the connection tables").and_then(|result| result) {
-                Ok((swept, took)) => {
-                    tracing::debug!(seen = swept.seen, deleted = swept.deleted, ?took, "swept the connection tables");
+    /// Sweeps every [`PERIOD`] until shutdown, and counts what the maps hold for the metrics. On a thread of its own: those of the
+    /// runtime's pool are few, and scrapes and look-ups of names share them.
+    pub async fn run(self, metrics: Metrics, mut shutdown: watch::Receiver<bool>) {
+        // Its end is the signal.
+        let (alive, ended) = mpsc::channel::<()>();
+        let sweeper = move || {
+            loop {
+                self.sweep_and_log();
+                metrics.count_entries();
+                if ended.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout) {
+                    return;
                 }
-                Err(error) => tracing::warn!("sweeping the connection tables: {error:#}"),
             }
-            tokio::select! {
-                () = tokio::time::sleep(PERIOD) => {}
-                _ = shutdown.wait_for(|stop| *stop) => return,
+        };
+        if let Err(error) = std::thread::Builder::new().name("ct-gc".to_owned()).spawn(sweeper) {
+            tracing::error!(%error, "no thread to sweep the connection tables; raise the limit of tasks and restart the agent");
+        }
+        let _ = shutdown.wait_for(|stop| *stop).await;
+        drop(alive);
+    }
+
+    fn sweep_and_log(&self) {
+        let start = Instant::now();
+        match self.sweep() {
+            Ok(Swept { seen, deleted }) => {
+                tracing::debug!(seen, deleted, took = ?start.elapsed(), "swept the connection tables");
             }
+            Err(error) => tracing::warn!("sweeping the connection tables: {error:#}"),
         }
     }
 }

@@ -2,6 +2,9 @@
 //!
 //! A port that somebody else holds is reported and tried again, because the network must not wait for it; the old agent
 //! holds it during an upgrade, for one.
+//!
+//! Anybody who reaches a port may ask, so that connections are few and short: each has one request, little time for it, and is
+//! closed. `/metrics` answers one at a time.
 
 pub use crate::health::Health;
 
@@ -10,14 +13,22 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use k8s_openapi::jiff::Timestamp;
-use std::net::SocketAddr;
+use nix::sys::socket::{setsockopt, sockopt::Ipv6V6Only};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
 
 const RETRY: Duration = Duration::from_secs(1);
+/// Connections that wait for being accepted.
+const BACKLOG: u32 = 128;
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The probes' endpoints.
@@ -31,31 +42,74 @@ pub fn probes(health: Arc<Health>) -> Router {
 
 /// The endpoint of Prometheus.
 pub fn metrics(health: Arc<Health>) -> Router {
-    Router::new().route("/metrics", get(scrape)).with_state(health)
+    let one = Arc::new(Semaphore::new(1));
+    Router::new().route("/metrics", get(scrape)).with_state(Scrapes { health, one })
 }
+
+/// What one port grants those who ask.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Connections at a time; more wait in the kernel's queue.
+    connections: usize,
+    /// Until the head of the request is there.
+    head: Duration,
+    /// From the first to the last byte.
+    whole: Duration,
+}
+
+const LIMITS: Limits = Limits { connections: 16, head: Duration::from_secs(3), whole: Duration::from_secs(10) };
 
 /// Serves a router at an address until shutdown. `flag` is the setting to name when the address cannot be had.
 pub async fn serve(router: Router, addr: SocketAddr, flag: &'static str, mut shutdown: watch::Receiver<bool>) {
-    let stop = {
-        let mut shutdown = shutdown.clone();
-        async move {
-            // A sender that is gone means shutdown, too.
-            let _ = shutdown.wait_for(|stop| *stop).await;
-        }
-    };
+    // A sender that is gone means shutdown, too.
     let listener = tokio::select! {
         listener = listen(addr, flag) => listener,
         _ = shutdown.wait_for(|stop| *stop) => return,
     };
-    if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stop).await {
-        tracing::error!(%addr, %error, "{flag}: stopped serving");
+    tokio::select! {
+        () = serve_on(listener, router, LIMITS) => {}
+        _ = shutdown.wait_for(|stop| *stop) => {}
     }
+}
+
+async fn serve_on(listener: TcpListener, router: Router, limits: Limits) {
+    let places = Arc::new(Semaphore::new(limits.connections));
+    // Those that are open end with it.
+    let mut open = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = accept(&listener, &places) => accepted,
+            Some(_) = open.join_next() => continue,
+        };
+        match accepted {
+            Ok((stream, place)) => drop(open.spawn(answer(stream, router.clone(), limits, place))),
+            Err(error) => {
+                // Out of descriptors, most likely: those of others count, too.
+                tracing::warn!(%error, "a connection cannot be accepted");
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+    let place = Arc::clone(places).acquire_owned().await.map_err(io::Error::other)?;
+    Ok((listener.accept().await?.0, place))
+}
+
+/// Answers one request.
+async fn answer(stream: TcpStream, router: Router, limits: Limits, _place: OwnedSemaphorePermit) {
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(limits.head).keep_alive(false);
+    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    // Who asks badly or too slowly is told nothing.
+    let _ = tokio::time::timeout(limits.whole, connection).await;
 }
 
 async fn listen(addr: SocketAddr, flag: &str) -> TcpListener {
     let mut complained = false;
     loop {
-        match TcpListener::bind(addr).await {
+        match bind(addr) {
             Ok(listener) => {
                 let addr = listener.local_addr().unwrap_or(addr);
                 tracing::info!(%addr, "{flag}: serving");
@@ -69,6 +123,28 @@ async fn listen(addr: SocketAddr, flag: &str) -> TcpListener {
         }
         tokio::time::sleep(RETRY).await;
     }
+}
+
+/// Listens; `[::]` stands for both families, whatever the host's `net.ipv6.bindv6only`.
+fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let socket = match socket {
+        Err(error) => return bind(without_ipv6(addr, &error).ok_or(error)?),
+        Ok(socket) => socket,
+    };
+    if addr.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED) {
+        setsockopt(&socket, Ipv6V6Only, &false)?;
+    }
+    // As an earlier agent's connections linger on the port.
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(BACKLOG)
+}
+
+/// What to listen on instead where the kernel has no IPv6.
+fn without_ipv6(addr: SocketAddr, error: &io::Error) -> Option<SocketAddr> {
+    let is_off = error.raw_os_error() == Some(libc::EAFNOSUPPORT) && addr.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED);
+    is_off.then(|| (Ipv4Addr::UNSPECIFIED, addr.port()).into())
 }
 
 /// kube-proxy's answer, so that whoever parses that can parse this.
@@ -104,10 +180,26 @@ async fn readyz(State(health): State<Arc<Health>>) -> Response {
     (lines.join("\n") + "\n").into_response()
 }
 
-async fn scrape(State(health): State<Arc<Health>>) -> Response {
-    // Maps are read with system calls: not on a thread that serves others.
+/// What scrapes share.
+#[derive(Clone)]
+struct Scrapes {
+    health: Arc<Health>,
+    one: Arc<Semaphore>,
+}
+
+async fn scrape(State(Scrapes { health, one }): State<Scrapes>) -> Response {
+    let Ok(turn) = one.try_acquire_owned() else {
+        return (StatusCode::SERVICE_UNAVAILABLE, "another scrape is being answered\n").into_response();
+    };
+    // Counters are read with system calls: not on a thread that serves others.
     let metrics = health.metrics.clone();
-    match tokio::task::spawn_blocking(move || metrics.encode()).await {
+    let encode = move || {
+        let text = metrics.encode();
+        // Not before: who hangs up while it runs does not make room for another one.
+        drop(turn);
+        text
+    };
+    match tokio::task::spawn_blocking(encode).await {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response(),
         _ => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
@@ -126,22 +218,102 @@ fn plain(result: Result<(), String>) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::{HookCount, KernelStats, MapFill};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpStream;
 
     /// Serves on a port of the kernel's choice and asks one question of a plain socket.
     async fn ask(router: Router, path: &str) -> (u16, String) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let (addr, server) = start(router, LIMITS);
+        let answer = ask_at(addr, path).await;
+        server.abort();
+        answer
+    }
+
+    fn start(router: Router, limits: Limits) -> (SocketAddr, tokio::task::JoinHandle<()>) {
+        let listener = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
         let addr = listener.local_addr().expect("its address");
-        let server = tokio::spawn(axum::serve(listener, router).into_future());
+        (addr, tokio::spawn(serve_on(listener, router, limits)))
+    }
+
+    /// Asks without `Connection: close`: the server ends the connection by itself.
+    async fn ask_at(addr: SocketAddr, path: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(addr).await.expect("connected");
-        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
         stream.write_all(request.as_bytes()).await.expect("asked");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.expect("answered");
-        server.abort();
         let code = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
         (code, answer)
+    }
+
+    /// Before, they stayed for ever, and enough of them left the agent no descriptors.
+    #[tokio::test]
+    async fn silent_connections_make_room() {
+        let limits = Limits { connections: 2, head: Duration::from_millis(50), ..LIMITS };
+        let (addr, server) = start(probes(Arc::new(Health::default())), limits);
+        let mut silent = Vec::new();
+        for _ in 0..6 {
+            silent.push(TcpStream::connect(addr).await.expect("in the queue at least"));
+        }
+        assert_eq!(ask_at(addr, "/livez").await.0, 200);
+        for mut stream in silent {
+            let mut rest = Vec::new();
+            // A reset is an end, too.
+            let _ = stream.read_to_end(&mut rest).await;
+        }
+        server.abort();
+    }
+
+    /// Its counters are there once somebody sends for them.
+    struct Slow(std::sync::Mutex<std::sync::mpsc::Receiver<()>>, Arc<tokio::sync::Notify>);
+
+    impl KernelStats for Slow {
+        fn counters(&self) -> Vec<HookCount> {
+            self.1.notify_one();
+            self.0.lock().expect("one at a time").recv().expect("a word");
+            Vec::new()
+        }
+
+        fn maps(&self) -> Vec<MapFill> {
+            Vec::new()
+        }
+    }
+
+    #[tokio::test]
+    async fn one_scrape_at_a_time() {
+        let health = Arc::new(Health::default());
+        let (go, wait) = std::sync::mpsc::channel();
+        let begun = Arc::new(tokio::sync::Notify::new());
+        health.metrics.set_kernel_stats(Arc::new(Slow(std::sync::Mutex::new(wait), Arc::clone(&begun))));
+        let (addr, server) = start(metrics(health), LIMITS);
+        let first = tokio::spawn(ask_at(addr, "/metrics"));
+        begun.notified().await;
+        let (code, text) = ask_at(addr, "/metrics").await;
+        assert!(code == 503 && text.contains("another scrape"), "{text}");
+        go.send(()).expect("heard");
+        assert_eq!(first.await.expect("answered").0, 200);
+        go.send(()).expect("heard");
+        assert_eq!(ask_at(addr, "/metrics").await.0, 200, "and then the next");
+        server.abort();
+    }
+
+    #[tokio::test]
+    async fn any_address_means_both_families() {
+        let listener = bind((Ipv6Addr::UNSPECIFIED, 0).into()).expect("a port");
+        let port = listener.local_addr().expect("its address").port();
+        let server = tokio::spawn(serve_on(listener, probes(Arc::new(Health::default())), LIMITS));
+        assert_eq!(ask_at((Ipv4Addr::LOCALHOST, port).into(), "/livez").await.0, 200);
+        server.abort();
+    }
+
+    #[test]
+    fn without_ipv6_the_other_family_serves() {
+        let [off, taken] = [libc::EAFNOSUPPORT, libc::EADDRINUSE].map(io::Error::from_raw_os_error);
+        let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 9962));
+        assert_eq!(without_ipv6(any, &off), "0.0.0.0:9962".parse().ok());
+        assert_eq!(without_ipv6(any, &taken), None);
+        assert_eq!(without_ipv6((Ipv6Addr::LOCALHOST, 9962).into(), &off), None, "somebody chose it");
     }
 
     #[tokio::test]

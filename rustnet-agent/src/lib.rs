@@ -15,6 +15,7 @@ pub mod index;
 pub mod install;
 pub mod metrics;
 pub mod model;
+pub mod namefile;
 pub mod net;
 pub mod nodefile;
 pub mod plan;

@@ -2,9 +2,8 @@
 //! command. The agent writes it from what its source says; the CNI binary's records have names only
 //! from runtimes that pass them.
 
-use crate::install::write_atomic;
 use crate::model::Pod;
-use anyhow::Context;
+use crate::namefile;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
@@ -26,9 +25,7 @@ pub fn names<'a>(pods: impl Iterator<Item = &'a Pod>) -> Names {
 /// # Errors
 /// The run directory cannot be written.
 pub fn write(run_dir: &Path, names: &Names) -> anyhow::Result<bool> {
-    let mut text = serde_json::to_string_pretty(names).context(FILE)?;
-    text.push('\n');
-    write_atomic(&run_dir.join(FILE), text.as_bytes(), 0o600)
+    namefile::write(run_dir, FILE, names)
 }
 
 /// What the file says; nothing where there is none.
@@ -36,13 +33,7 @@ pub fn write(run_dir: &Path, names: &Names) -> anyhow::Result<bool> {
 /// # Errors
 /// The file cannot be read.
 pub fn read(run_dir: &Path) -> anyhow::Result<Names> {
-    let path = run_dir.join(FILE);
-    match std::fs::read(&path) {
-        Ok(text) => serde_json::from_slice(&text)
-            .with_context(|| format!("{}: no table of pods; remove it, the agent writes it again", path.display())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Names::new()),
-        Err(error) => Err(error).with_context(|| format!("{}: cannot read", path.display())),
-    }
+    namefile::read(run_dir, FILE)
 }
 
 #[cfg(test)]
@@ -53,7 +44,14 @@ mod tests {
 
     fn pod(name: &str, address: &str, host_network: bool) -> Pod {
         let addresses = [address.parse::<IpAddr>().unwrap()].into();
-        Pod { name: ObjectName::namespaced("shop", name), uid: "u".into(), node: "n1".into(), addresses, host_network }
+        Pod {
+            name: ObjectName::namespaced("shop", name),
+            uid: "u".into(),
+            node: "n1".into(),
+            addresses,
+            host_network,
+            host_ports: false,
+        }
     }
 
     #[test]

@@ -27,13 +27,14 @@ use crate::ct_gc::Collector;
 use crate::failure::{self, Failure, Scope};
 use crate::health::{Health, NotReady};
 use crate::index::Index;
+use crate::model::Feature;
 use crate::net::monitor::Monitor;
 use crate::net::overlay::mac_of;
 use crate::net::repair::{Overlay, Repairer, State, Wanted};
 use crate::plan::Planner;
 use crate::source::kube::API_SERVER;
 use crate::source::{Event, Kind};
-use crate::{cni_order, install, podfile};
+use crate::{cni_order, install, namefile, podfile};
 use files::Files;
 use job::Job;
 use kernel::{Kernel, Stats};
@@ -165,6 +166,8 @@ struct Reconciler {
     report: Job,
     /// Writes the names of pods, for the command.
     names: Job,
+    /// Writes those of Services and Nodes.
+    objects: Job,
     net_took: Duration,
     /// What the last look at the host's network found.
     state: Option<State>,
@@ -191,6 +194,7 @@ impl Reconciler {
             maps: Job::idle("the maps took not all changes, trying again"),
             report: Job::idle("report"),
             names: Job::idle("names of pods"),
+            objects: Job::idle("names of Services and Nodes"),
             net_took: Duration::ZERO,
             state: None,
             ways_seen: 0,
@@ -202,18 +206,18 @@ impl Reconciler {
     /// Takes events into the index.
     fn take_in(&mut self, batch: &mut Vec<Event>) {
         for event in batch.drain(..) {
-            match event.object_kind() {
-                Some(Kind::Service) => self.health.metrics.service_changed(),
-                Some(Kind::Slice) => self.health.metrics.endpoints_changed(),
-                Some(Kind::Node | Kind::Pod) | None => {}
-            }
+            self.health.metrics.received(&event);
             if event.object_kind() == Some(Kind::Pod) || event == Event::Synced(Kind::Pod) {
                 self.names.want(PROBLEMS_PERIOD);
+            }
+            if event.object_kind() == Some(Kind::Service) || matches!(event, Event::Synced(_)) {
+                self.objects.want(PROBLEMS_PERIOD);
             }
             self.index.handle(event);
         }
         if self.index.ways_version() != self.ways_seen {
             self.net_changed();
+            self.objects.want(PROBLEMS_PERIOD);
         }
         // The first time there is nothing to wait out, and readiness waits for it.
         if !self.routed && self.index.has_synced(Kind::Node) {
@@ -232,7 +236,7 @@ impl Reconciler {
     fn next_deadline(&self) -> Instant {
         let load = self.load.deadline().filter(|_| self.datapath.is_none());
         let maps = self.maps.deadline().filter(|_| self.can_apply());
-        let others = [self.network.deadline(), self.report.deadline(), self.names.deadline()];
+        let others = [self.network.deadline(), self.report.deadline(), self.names.deadline(), self.objects.deadline()];
         let audit = self.datapath.as_ref().and_then(|it| it.planner.audit_at()).map(|due| self.start + due);
         let next = others.into_iter().chain([load, maps, audit]).flatten().min();
         next.unwrap_or_else(|| Instant::now() + NET_PERIOD)
@@ -257,6 +261,9 @@ impl Reconciler {
         if self.names.is_due() {
             self.write_names();
         }
+        if self.objects.is_due() {
+            self.write_objects();
+        }
         self.set_readiness();
     }
 
@@ -273,7 +280,7 @@ impl Reconciler {
         match loaded {
             Ok((datapath, collector)) => {
                 tracing::info!(services = datapath.planner.service_count(), "programs loaded, maps adopted");
-                tokio::spawn(collector.run(self.shutdown.clone()));
+                tokio::spawn(collector.run(self.health.metrics.clone(), self.shutdown.clone()));
                 self.datapath = Some(datapath);
                 self.load.finish(Vec::new(), None);
                 // Attach at once, then apply what came meanwhile.
@@ -440,6 +447,7 @@ impl Reconciler {
         }
         now.extend(self.state.iter().flat_map(|state| state.problems.iter().cloned()));
         self.health.set_problems(self.of_this_node());
+        self.count_unserved();
         for problem in now.difference(&self.problems) {
             tracing::warn!("{problem}");
         }
@@ -448,6 +456,20 @@ impl Reconciler {
         }
         self.problems = now;
         self.report.finish(Vec::new(), None);
+    }
+
+    /// Counts what objects ask for and do not get.
+    fn count_unserved(&self) {
+        let unserved = self.index.unserved();
+        for feature in Feature::ALL {
+            let count = unserved.get(&feature).map_or(0, |askers| askers.count);
+            self.health.metrics.set_unsupported(feature, count);
+        }
+        if self.index.synced()
+            && let Err(error) = namefile::write_unserved(&self.config.run_dir, &unserved)
+        {
+            tracing::warn!("{error:#}");
+        }
     }
 
     /// What of all that only this node can report, and what failed for a part of it.
@@ -468,6 +490,17 @@ impl Reconciler {
             tracing::warn!("{error:#}");
         }
         self.names.finish(Vec::new(), None);
+    }
+
+    /// Writes the names of Services and Nodes for the command.
+    fn write_objects(&mut self) {
+        // Before the lists are complete, an earlier agent's files are better.
+        if self.index.synced()
+            && let Err(error) = namefile::write_all(&self.config.run_dir, &self.index)
+        {
+            tracing::warn!("{error:#}");
+        }
+        self.objects.finish(Vec::new(), None);
     }
 
     /// Sets what the probes answer, and publishes what the CNI binary reads.

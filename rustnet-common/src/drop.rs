@@ -41,7 +41,7 @@ reasons! {
     /// A source address or MAC that is not the pod's own.
     Spoofed = 3, "spoofed", "the sender uses an address that is not its own";
     /// A tunnel packet whose sender is not the node that owns the inner source.
-    UnknownSender = 4, "unknown_sender", "the peer table does not know the sender: compare Node addresses with `rustnetctl nodes`";
+    UnknownSender = 4, "unknown_sender", "the peer table does not know the sender: compare Node addresses with `rustnetctl peers`";
     /// A tunnel packet sent by a pod.
     EncapProhibited = 5, "encap_prohibited", "a pod sends to the overlay's port";
     /// A service without endpoints, refused.

@@ -52,7 +52,7 @@ fn a_node_that_goes_and_comes_back_disturbs_no_other(net: &Net) -> Result<()> {
             let left = net.node(3).pod_cidrs().iter().find(|cidr| routes.contains(&cidr.to_string()));
             ensure!(left.is_none(), "{left:?} is there still");
         }
-        let nodes = net.node(1).rustnetctl(&["nodes", "-o", "json"])?;
+        let nodes = net.node(1).rustnetctl(&["peers", "-o", "json"])?;
         ensure!(!nodes.contains("10.244.3."), "{nodes}");
         Ok(())
     })?;

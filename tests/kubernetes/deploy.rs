@@ -62,6 +62,25 @@ fn the_agent_is_not_privileged_and_each_capability_has_its_reason() -> Result<()
     Ok(())
 }
 
+/// The default profile of containerd and CRI-O denies writes below /sys, so that no map can be pinned; `container_t` of SELinux
+/// does the same.
+#[test]
+fn whoever_touches_pins_is_confined_by_no_profile() -> Result<()> {
+    let set = daemon_set()?;
+    let pod = &set["spec"]["template"]["spec"];
+    let uninstall = documents(&read("uninstall/daemonset.yaml")?)?.pop().context("a DaemonSet")?;
+    let cleanup = &uninstall["spec"]["template"]["spec"];
+    for container in [&pod["initContainers"][1], &pod["containers"][0], &cleanup["initContainers"][0]] {
+        let context = &container["securityContext"];
+        assert_eq!(context["appArmorProfile"], json!({"type": "Unconfined"}), "{}", container["name"]);
+        assert_eq!(context["seLinuxOptions"]["type"], "spc_t", "{}", container["name"]);
+    }
+    // The runtime confines no privileged container; the one that only waits stays confined.
+    assert_eq!(pod["initContainers"][0]["securityContext"]["privileged"], true);
+    assert_eq!(cleanup["containers"][0]["securityContext"]["appArmorProfile"], Value::Null);
+    Ok(())
+}
+
 #[test]
 fn the_preflight_looks_with_the_agents_settings_rights_and_mounts() -> Result<()> {
     let set = daemon_set()?;

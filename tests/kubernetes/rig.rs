@@ -54,7 +54,7 @@ impl Rig {
 
     /// What the agent holds in the kernel: services and peers.
     pub fn maps(&self) -> Result<String> {
-        let all = ["services", "nodes"].map(|what| self.node().rustnetctl(&[what, "-o", "json"]));
+        let all = ["services", "peers"].map(|what| self.node().rustnetctl(&[what, "-o", "json"]));
         all.into_iter().collect()
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use rustnet_common::files::{ENDPOINTS_DIR, IPAM_DIR, NODE_FILE};
-use rustnet_common::names::{LINKS_DIR, PROGS_DIR, VETH_PREFIX, map, v1};
+use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGS_DIR, VETH_PREFIX, map, v1};
 use serde::Serialize;
 
 use super::output::{Output, Usage, json, line};
@@ -18,9 +18,9 @@ use crate::bpf::attach::Direction;
 use crate::bpf::upgrade::{self, NEXT_DIR, OLD_DIR};
 use crate::install::{BINARY, CONFLIST, LOOPBACK, loopback_is_ours};
 use crate::net::netlink::Socket;
-use crate::net::{link, overlay, route, tc};
+use crate::net::{link, route, tc};
 use crate::reconcile::presence::{self, Presence};
-use crate::{podfile, v1file};
+use crate::{namefile, podfile, v1file};
 
 /// Options.
 #[derive(Debug, clap::Args)]
@@ -38,13 +38,16 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["cni_bin_dir", "cni_conf_dir"])]
     kube_proxy: bool,
     /// Only list what would go; exit code 1 if there is something
-    #[arg(long, requires = "kube_proxy")]
+    #[arg(long)]
     dry_run: bool,
 }
 
 /// What was done.
 #[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Report {
+    /// True if it is only listed.
+    dry_run: bool,
     removed: Vec<String>,
     failed: Vec<String>,
 }
@@ -75,31 +78,45 @@ pub fn run(find: impl Fn() -> Result<Places>, args: &Args, out: &Output) -> Resu
         return kube_proxy::run(args.dry_run, unless_sure, out);
     }
     let places = &find()?;
-    unless_sure(&format!(
-        "This removes rustnet's programs, maps, devices, routes and files ({}, {}) and disconnects all its pods.",
-        places.bpffs.as_deref().unwrap_or(Path::new("pins unknown")).display(),
-        places.run_dir.display()
-    ))?;
-    let alone = if places.run_dir.exists() { Some(exclude(places)?) } else { None };
-    let mut report = clean(places, args);
-    drop(alone);
+    let mut report = Report { dry_run: args.dry_run, ..Report::default() };
+    if args.dry_run {
+        // Nothing is removed, so that a living agent is no reason to refuse.
+        clean(places, args, &mut report);
+    } else {
+        unless_sure(&format!(
+            "This removes rustnet's programs, maps, devices, routes and files ({}, {}) and disconnects all its pods \
+             (--dry-run lists them).",
+            places.bpffs.as_deref().unwrap_or(Path::new("pins unknown")).display(),
+            places.run_dir.display()
+        ))?;
+        let alone = if places.run_dir.exists() { Some(exclude(places)?) } else { None };
+        clean(places, args, &mut report);
+        drop(alone);
+    }
     // The lock itself, and with it the directory if nothing foreign is in it.
+    let hand = Hand { dry_run: args.dry_run };
     let lock = places.run_dir.join(presence::LOCK);
-    let removed = remove_file(&lock);
-    if removed.is_err() {
+    let removed = hand.file(&lock);
+    if removed.is_err() || args.dry_run {
         report.note(&lock.display().to_string(), removed);
     }
-    report.note(&places.run_dir.display().to_string(), remove_empty_dir(&places.run_dir));
+    let empty = hand.empty_dir(&places.run_dir, &report.removed);
+    report.note(&places.run_dir.display().to_string(), empty);
+    print(&report, out)?;
+    Ok(report.failed.is_empty() && (!args.dry_run || report.removed.is_empty()))
+}
+
+fn print(report: &Report, out: &Output) -> Result<()> {
     if out.is_json() {
-        json(&report)?;
-    } else {
-        report.removed.iter().try_for_each(|what| line(&format!("removed {what}")))?;
-        if report.removed.is_empty() && report.failed.is_empty() {
-            line("nothing of rustnet's is left here")?;
-        }
-        report.failed.iter().for_each(|what| eprintln!("failed: {what}"));
+        return json(report);
     }
-    Ok(report.failed.is_empty())
+    let verb = if report.dry_run { "would remove" } else { "removed" };
+    report.removed.iter().try_for_each(|what| line(&format!("{verb} {what}")))?;
+    if report.removed.is_empty() && report.failed.is_empty() {
+        line("nothing of rustnet's is left here")?;
+    }
+    report.failed.iter().for_each(|what| eprintln!("failed: {what}"));
+    Ok(())
 }
 
 fn exclude(places: &Places) -> Result<Presence> {
@@ -119,8 +136,8 @@ fn confirm(question: &str) -> Result<()> {
     if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { Err(Usage("nothing was removed".into()).into()) }
 }
 
-fn clean(places: &Places, args: &Args) -> Report {
-    let mut report = Report::default();
+fn clean(places: &Places, args: &Args, report: &mut Report) {
+    let hand = Hand { dry_run: args.dry_run };
     let agent = places.agent.as_ref();
     let conf_dir = args.cni_conf_dir.as_ref().or_else(|| agent?.cni_conf_dir.as_ref());
     let bin_dir = args.cni_bin_dir.as_ref().or_else(|| agent?.cni_bin_dir.as_ref());
@@ -128,84 +145,129 @@ fn clean(places: &Places, args: &Args) -> Report {
     // The binary comes last: it identifies the loopback plugin as ours.
     let installed = [conf_dir.map(|dir| dir.join(CONFLIST)), loopback, bin_dir.map(|dir| dir.join(BINARY))];
     for path in installed.into_iter().flatten() {
-        report.note(&path.display().to_string(), remove_file(&path));
+        report.note(&path.display().to_string(), hand.file(&path));
     }
     // Where no agent is known, devices and routes may be another's.
     if let Some(bpffs) = &places.bpffs {
-        report.note_all("pins", pins(bpffs));
-        network(&mut report);
+        report.note_all("pins", hand.pins(bpffs));
+        network(hand, report);
     }
-    for name in [NODE_FILE, podfile::FILE, presence::FILE, presence::WRITER_LOCK, v1file::FILE] {
-        let path = places.run_dir.join(name);
-        report.note(&path.display().to_string(), remove_file(&path));
+    let files = [
+        NODE_FILE,
+        podfile::FILE,
+        namefile::SERVICES,
+        namefile::NODES,
+        namefile::UNSERVED,
+        presence::FILE,
+        presence::WRITER_LOCK,
+        v1file::FILE,
+    ];
+    for path in files.map(|name| places.run_dir.join(name)) {
+        report.note(&path.display().to_string(), hand.file(&path));
     }
-    for name in [ENDPOINTS_DIR, IPAM_DIR] {
-        let path = places.run_dir.join(name);
-        report.note(&path.display().to_string(), remove_tree(&path));
+    for path in [ENDPOINTS_DIR, IPAM_DIR].map(|name| places.run_dir.join(name)) {
+        report.note(&path.display().to_string(), hand.tree(&path));
     }
-    report
 }
 
-fn network(report: &mut Report) {
+fn network(hand: Hand, report: &mut Report) {
     match Socket::open() {
         Ok(mut socket) => {
-            report.note_all("devices", devices(&mut socket));
-            report.note_all("routes", routes(&mut socket));
+            report.note_all("devices", hand.devices(&mut socket));
+            report.note_all("routes", hand.routes(&mut socket));
         }
         Err(error) => report.failed.push(format!("netlink: {error}")),
     }
 }
 
-/// Links first, so that no hook runs a program whose maps are going; then programs, maps, the folders.
-fn pins(bpffs: &Path) -> Result<Vec<String>> {
-    let mut removed = Vec::new();
-    for dir in [LINKS_DIR, PROGS_DIR] {
-        let dir = bpffs.join(dir);
-        for path in entries(&dir)? {
-            removed.extend(remove_file(&path)?.then(|| path.display().to_string()));
-        }
-        remove_empty_dir(&dir)?;
-    }
-    for dir in [NEXT_DIR, OLD_DIR].map(|name| bpffs.join(name)) {
-        if dir.exists() {
-            upgrade::remove_dir(&dir)?;
-            removed.push(dir.display().to_string());
-        }
-    }
-    for name in map::ALL.into_iter().chain(v1::ALL) {
-        let path = bpffs.join(name);
-        removed.extend(remove_file(&path)?.then(|| path.display().to_string()));
-    }
-    removed.extend(remove_empty_dir(bpffs)?.then(|| bpffs.display().to_string()));
-    Ok(removed)
+/// What removes, or only says what it would remove.
+#[derive(Clone, Copy)]
+struct Hand {
+    dry_run: bool,
 }
 
-/// The overlay device and the pods' veths; from other devices, our classifiers.
-fn devices(socket: &mut Socket) -> Result<Vec<String>> {
-    let mut removed = Vec::new();
-    if overlay::remove(socket)? {
-        removed.push(format!("device {}", rustnet_common::names::OVERLAY_DEV));
-    }
-    for device in link::list(socket)? {
-        if device.name.starts_with(VETH_PREFIX) && device.kind == "veth" {
-            removed.extend(link::delete(socket, device.index)?.then(|| format!("device {}", device.name)));
-            continue;
+impl Hand {
+    /// Links first, so that no hook runs a program whose maps are going; then programs, maps, the folders.
+    fn pins(self, bpffs: &Path) -> Result<Vec<String>> {
+        let mut removed = Vec::new();
+        for dir in [LINKS_DIR, PROGS_DIR].map(|name| bpffs.join(name)) {
+            for path in entries(&dir)? {
+                removed.extend(self.file(&path)?.then(|| path.display().to_string()));
+            }
+            self.empty_dir(&dir, &removed)?;
         }
-        for direction in Direction::BOTH {
-            if tc::remove_filter(socket, device.index, direction)? {
-                removed.push(format!("classifier on {}", device.name));
+        for dir in [NEXT_DIR, OLD_DIR].map(|name| bpffs.join(name)) {
+            if dir.exists() {
+                if !self.dry_run {
+                    upgrade::remove_dir(&dir)?;
+                }
+                removed.push(dir.display().to_string());
             }
         }
+        for path in map::ALL.into_iter().chain(v1::ALL).map(|name| bpffs.join(name)) {
+            removed.extend(self.file(&path)?.then(|| path.display().to_string()));
+        }
+        removed.extend(self.empty_dir(bpffs, &removed)?.then(|| bpffs.display().to_string()));
+        Ok(removed)
     }
-    Ok(removed)
-}
 
-fn routes(socket: &mut Socket) -> Result<Vec<String>> {
-    let mut removed = Vec::new();
-    for route in route::list(socket)?.iter().filter(|route| route.protocol == route::PROTOCOL) {
-        removed.extend(route::delete(socket, route)?.then(|| format!("route to {}", route.dst)));
+    /// The overlay device and the pods' veths; from other devices, our classifiers.
+    fn devices(self, socket: &mut Socket) -> Result<Vec<String>> {
+        let mut removed = Vec::new();
+        for device in link::list(socket)? {
+            if device.name == OVERLAY_DEV || (device.name.starts_with(VETH_PREFIX) && device.kind == "veth") {
+                let gone = self.dry_run || link::delete(socket, device.index)?;
+                removed.extend(gone.then(|| format!("device {}", device.name)));
+                continue;
+            }
+            for direction in Direction::BOTH {
+                let gone = if self.dry_run {
+                    tc::filter(socket, device.index, direction)?.is_some()
+                } else {
+                    tc::remove_filter(socket, device.index, direction)?
+                };
+                removed.extend(gone.then(|| format!("classifier on {}", device.name)));
+            }
+        }
+        Ok(removed)
     }
-    Ok(removed)
+
+    fn routes(self, socket: &mut Socket) -> Result<Vec<String>> {
+        let mut removed = Vec::new();
+        for route in route::list(socket)?.iter().filter(|route| route.protocol == route::PROTOCOL) {
+            let gone = self.dry_run || route::delete(socket, route)?;
+            removed.extend(gone.then(|| format!("route to {}", route.dst)));
+        }
+        Ok(removed)
+    }
+
+    /// True if there was a file.
+    fn file(self, path: &Path) -> Result<bool> {
+        if self.dry_run { is_there(path) } else { gone(fs::remove_file(path), path) }
+    }
+
+    /// True if there was a directory.
+    fn tree(self, path: &Path) -> Result<bool> {
+        if self.dry_run { is_there(path) } else { gone(fs::remove_dir_all(path), path) }
+    }
+
+    /// Somebody else's files, or a file system mounted there, keep a directory. `removed`: what has gone, or would have.
+    fn empty_dir(self, path: &Path, removed: &[String]) -> Result<bool> {
+        use std::io::ErrorKind::{DirectoryNotEmpty, ResourceBusy};
+        if self.dry_run {
+            let is_ours = |entry: &PathBuf| {
+                let shown = entry.display().to_string();
+                // What is in these two directories is listed by itself.
+                let is_listed = [LINKS_DIR, PROGS_DIR].iter().any(|name| *entry == path.join(name));
+                is_listed || removed.contains(&shown)
+            };
+            return Ok(is_there(path)? && entries(path)?.iter().all(is_ours));
+        }
+        match fs::remove_dir(path) {
+            Err(e) if matches!(e.kind(), DirectoryNotEmpty | ResourceBusy) => Ok(false),
+            result => gone(result, path),
+        }
+    }
 }
 
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
@@ -213,6 +275,14 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
         Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(e) => Err(e).with_context(|| format!("reading {}", dir.display())),
+    }
+}
+
+fn is_there(path: &Path) -> Result<bool> {
+    let there = fs::symlink_metadata(path).map(drop);
+    match there {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        result => result.map(|()| true).with_context(|| format!("looking at {}", path.display())),
     }
 }
 
@@ -225,19 +295,15 @@ fn gone(result: std::io::Result<()>, path: &Path) -> Result<bool> {
     }
 }
 
-fn remove_file(path: &Path) -> Result<bool> {
-    gone(fs::remove_file(path), path)
-}
+#[cfg(test)]
+mod tests {
+    use super::Report;
+    use crate::cli::golden::assert_golden;
 
-fn remove_tree(path: &Path) -> Result<bool> {
-    gone(fs::remove_dir_all(path), path)
-}
-
-/// Somebody else's files, or a file system mounted there, keep a directory.
-fn remove_empty_dir(path: &Path) -> Result<bool> {
-    use std::io::ErrorKind::{DirectoryNotEmpty, ResourceBusy};
-    match fs::remove_dir(path) {
-        Err(e) if matches!(e.kind(), DirectoryNotEmpty | ResourceBusy) => Ok(false),
-        result => gone(result, path),
+    #[test]
+    fn its_json_is_an_interface() {
+        let list = |what: &str| vec![what.to_owned()];
+        let failed = list("pins: removing /sys/fs/bpf/rustnet/rn_svc4_v2: EBUSY");
+        assert_golden("cleanup", &Report { dry_run: true, removed: list("device rn_vxlan"), failed });
     }
 }

@@ -64,6 +64,16 @@ struct Row {
     proto: u8,
 }
 
+/// What is printed as JSON.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Report {
+    connections: Vec<Row>,
+    /// How many there are; those beyond `--limit` are not in the list.
+    found: usize,
+    truncated: bool,
+}
+
 /// The time as the programs tell it.
 struct Clock {
     now: u32,
@@ -84,9 +94,11 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
     rows.sort_by_key(|row| (row.idle_seconds, row.src, row.dst));
     let found = rows.len();
     rows.truncate(args.limit);
+    let report = Report { truncated: found > rows.len(), found, connections: rows };
+    let rows = &report.connections;
     let header = ["PROTOCOL", "SOURCE", "DESTINATION", "TRANSLATED", "STATE", "IDLE", "BACKEND", "PACKETS", "FLAGS"];
-    out.print(&rows, &header, || rows.iter().map(line).collect())?;
-    if found > rows.len() {
+    out.print(&report, &header, || rows.iter().map(line).collect())?;
+    if report.truncated && !out.is_json() {
         eprintln!("{} of {found} connections shown: raise --limit, or filter", rows.len());
     }
     Ok(())
@@ -226,7 +238,8 @@ fn protocol(text: &str) -> Result<u8, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Clock, protocol, row, states};
+    use super::{Clock, Report, protocol, row, states};
+    use crate::cli::golden::assert_golden;
     use bytemuck::Zeroable;
     use rustnet_common::addr::Ip4;
     use rustnet_common::conntrack::{CtEntry, flags, state};
@@ -249,9 +262,11 @@ mod tests {
         let state = state::ANSWERED | state::ESTABLISHED;
         let flags = flags::NAT | if key.is_swapped() { flags::SWAPPED } else { 0 };
         let entry = CtEntry { to, state, flags, seen: 500, backend: 7, ..CtEntry::zeroed() };
-        let line = super::line(&row(&key.canonical(), &entry, &Clock { now: 1500, hz: 100 }));
+        let row = row(&key.canonical(), &entry, &Clock { now: 1500, hz: 100 });
+        let line = super::line(&row);
         let want = ["TCP", "10.0.0.2:4000", "10.96.0.1:80", "10.0.1.9:8080", "established", "10s", "7", "0", "nat"];
         assert_eq!(line, want);
+        assert_golden("ct-list", &Report { connections: vec![row], found: 2, truncated: true });
     }
 
     #[test]

@@ -25,12 +25,14 @@ pub struct Args {
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Report<'a> {
     ok: bool,
     groups: Vec<Shown<'a>>,
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Shown<'a> {
     name: &'a str,
     checks: Vec<Check<'a>>,
@@ -39,6 +41,7 @@ struct Shown<'a> {
 impl<'a> Shown<'a> {
     fn of(group: &'a Group, stage: Stage) -> Self {
         let check = |it: &'a Finding| Check {
+            id: it.id(group.name),
             name: &it.what,
             status: it.level.mark(stage),
             detail: &it.detail,
@@ -49,11 +52,14 @@ impl<'a> Shown<'a> {
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Check<'a> {
+    /// The same in all releases; more than one finding may have it.
+    id: String,
     name: &'a str,
     status: Mark,
     detail: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
+    /// Empty where all is well.
     hint: &'a str,
 }
 
@@ -90,7 +96,8 @@ fn agent(places: &Places) -> Group {
     let lines = status::check(places);
     let wrong = lines.iter().filter(|line| line.status != Mark::Ok).map(|line| {
         let level = if line.status == Mark::Bad { Level::Fault } else { Level::Warning };
-        Finding::new(level, &line.name, &line.detail)
+        Finding::new(level, "status", &line.detail)
+            .called(&line.name)
             .hint("the agent's log says why; `rustnetctl status` shows the whole")
     });
     let mut findings: Vec<_> = wrong.collect();
@@ -124,4 +131,19 @@ fn print(groups: &[Group], stage: Stage, out: &Output) -> Result<bool> {
     let warnings = some(warnings, "warning", "warnings");
     line(&format!("{} checks, {warnings}, {}", all().count(), some(crosses, "cross", "crosses")))?;
     Ok(crosses == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Finding, Group, Level, Report, Shown, Stage};
+    use crate::cli::golden::assert_golden;
+
+    #[test]
+    fn its_json_is_an_interface() {
+        let wrong = Finding::new(Level::Fault, "overlay port", "taken by the VXLAN device flannel.1");
+        let wrong = wrong.called("overlay, UDP 8472").hint("give the agent another one with --overlay-port");
+        let groups = [Group::new("Ports", vec![wrong, Finding::ok("node ports", "apart")])];
+        let groups = groups.iter().map(|group| Shown::of(group, Stage::Running)).collect();
+        assert_golden("doctor", &Report { ok: false, groups });
+    }
 }

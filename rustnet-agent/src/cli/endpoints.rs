@@ -116,3 +116,26 @@ fn rate(limit: Option<Limit>) -> String {
 fn mac(mac: [u8; 6]) -> String {
     mac.map(|octet| format!("{octet:02x}")).join(":")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Bandwidth, Limit, Row};
+    use crate::cli::golden::assert_golden;
+
+    #[test]
+    fn its_json_is_an_interface() {
+        let limit = Some(Limit { rate: 1_500_000, burst: 1_048_576 });
+        let row = Row {
+            address: "10.1.1.5".parse().unwrap(),
+            pod: Some("shop/web-0".into()),
+            container_id: Some("0123456789abcdef".into()),
+            interface: Some("rnv1".into()),
+            ifindex: 7,
+            mac: "02:00:00:00:00:07".into(),
+            identity: 0,
+            bandwidth: Bandwidth { ingress: limit, egress: limit },
+            in_map: true,
+        };
+        assert_golden("endpoints", &[row]);
+    }
+}

@@ -12,6 +12,7 @@ const LEGACY: &str = "run `kube-proxy --cleanup` from kube-proxy's own image, wh
 const IPVS: &str = "if nobody else uses IPVS here, `ipvsadm --clear` removes them";
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Report {
     dry_run: bool,
     removed: Vec<String>,
@@ -64,4 +65,16 @@ fn left(found: &Leftovers) -> Vec<Left> {
         left.push(Left { what: format!("{} virtual servers of IPVS", found.virtual_servers), hint: IPVS });
     }
     left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{IPVS, Left, Report};
+    use crate::cli::golden::assert_golden;
+
+    #[test]
+    fn its_json_is_an_interface() {
+        let left = vec![Left { what: "2 virtual servers of IPVS".into(), hint: IPVS }];
+        assert_golden("cleanup-kube-proxy", &Report { dry_run: true, removed: vec!["device kube-ipvs0".into()], left });
+    }
 }

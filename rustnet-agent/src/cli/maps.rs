@@ -10,6 +10,7 @@ use crate::bpf::store::counters::Counters;
 use crate::bpf::store::fill;
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct MapRow {
     name: &'static str,
     used: u64,
@@ -38,6 +39,7 @@ pub fn percent(used: u64, max: u64) -> f64 {
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct DropRow {
     reason: &'static str,
     hook: &'static str,
@@ -69,7 +71,15 @@ pub fn drops(places: &Places, out: &Output) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::percent;
+    use super::{DropRow, MapRow, percent};
+    use crate::cli::golden::assert_golden;
+
+    #[test]
+    fn their_json_is_an_interface() {
+        assert_golden("maps", &[MapRow { name: "rn_ct4_tcp", used: 1, max: 4, percent: 25.0 }]);
+        let row = DropRow { reason: "spoofed", hook: "from_pod", packets: 2, bytes: 120, hint: "what to do" };
+        assert_golden("drops", &[row]);
+    }
 
     #[test]
     fn shares() {

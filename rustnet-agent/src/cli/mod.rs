@@ -7,11 +7,15 @@ mod cleanup;
 mod ct;
 mod doctor;
 mod endpoints;
+#[cfg(test)]
+mod golden;
 mod kube_proxy;
 mod maps;
 mod monitor;
 mod nodes;
 mod output;
+mod peers;
+mod reader;
 mod services;
 mod status;
 
@@ -53,8 +57,10 @@ enum Command {
     Services(services::Args),
     /// This node's pods
     Endpoints,
-    /// Other nodes, their pod ranges, and what else is known of addresses
+    /// Nodes, their pod ranges, and how they are reached
     Nodes,
+    /// What the programs know of each address range, as the maps have it
+    Peers,
     /// Connections
     #[command(subcommand)]
     Ct(CtCommand),
@@ -148,6 +154,7 @@ fn dispatch(cli: Cli) -> Result<bool> {
         Command::Services(args) => services::run(&places()?, &args, &out)?,
         Command::Endpoints => endpoints::run(&places()?, &out)?,
         Command::Nodes => nodes::run(&places()?, &out)?,
+        Command::Peers => peers::run(&places()?, &out)?,
         Command::Ct(CtCommand::List(args)) => ct::run(&places()?, &args, &out)?,
         Command::Maps => maps::run(&places()?, &out)?,
         Command::Drops => maps::drops(&places()?, &out)?,

@@ -23,6 +23,7 @@ use super::Places;
 use super::ct::{Ends, change, ends};
 use super::endpoints::{self, by_address};
 use super::output::{Output, line};
+use super::reader::Reader;
 use crate::bpf::store::conntrack::{Conntrack, Tables};
 
 /// Pods come and go: their names are read again this often.
@@ -80,6 +81,7 @@ impl Names {
 
 /// Prints events until the time or the count is reached, or a signal stops it.
 pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
+    let _reader = Reader::begin(places.bpffs()?)?;
     let path = places.bpffs()?.join(map::EVENTS);
     let data = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
     let mut ring = RingBuf::try_from(Map::RingBuf(data)).with_context(|| format!("reading {}", path.display()))?;
@@ -187,6 +189,7 @@ fn text(row: &Row) -> String {
 mod tests {
     use super::{Conntrack, CtEntry, Event, Instant, Names, Tuple, flags, proto, row, text};
     use crate::bpf::store::conntrack::build::tables;
+    use crate::cli::golden::assert_golden;
     use bytemuck::Zeroable;
     use rustnet_common::addr::{Addr, Ip4};
     use rustnet_common::drop::{DropReason, hook};
@@ -208,6 +211,13 @@ mod tests {
             len: 74,
             ..Event::zeroed()
         }
+    }
+
+    #[test]
+    fn its_json_is_an_interface() {
+        let names = Names { names: [(CLIENT.into(), "shop/web-0".to_owned())].into(), read: Instant::now() };
+        let row = row(&event(DropReason::Spoofed as u8), &names, &tables()).unwrap();
+        assert_golden("monitor", &super::Row { time: "2026-11-28T12:00:00.000Z".into(), ..row });
     }
 
     /// The text behind the time.

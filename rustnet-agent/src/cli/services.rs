@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use rustnet_common::backend::{Backend, flags as backend_flags};
 use rustnet_common::service::{SvcEntry, flags};
 use rustnet_common::tuple::proto;
@@ -13,6 +13,7 @@ use super::Places;
 use super::output::Output;
 use crate::bpf::store;
 use crate::bpf::store::backends::{Access, Backends};
+use crate::namefile::{self, SERVICES, Services, service_key};
 use crate::plan::VipKey;
 
 /// Options.
@@ -24,7 +25,10 @@ pub struct Args {
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Service {
+struct Row {
+    /// `namespace/name`, and the name of the port; null where the agent's file has none.
+    service: Option<String>,
+    port_name: Option<String>,
     vip: IpAddr,
     port: u16,
     protocol: &'static str,
@@ -52,13 +56,22 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
     let all = store::services(places.bpffs()?)?;
     let wanted =
         all.iter().filter(|(key, entry)| entry.flags & flags::VIP == 0 && args.vip.is_none_or(|vip| vip == key.ip));
-    let services: Vec<_> = wanted.map(|(key, entry)| read(key, entry, &backends)).collect();
-    out.print(&services, &["VIP", "PROTOCOL", "ID", "AFFINITY", "BACKENDS"], || services.iter().map(row).collect())
+    let names: Services = namefile::read(&places.run_dir, SERVICES)?;
+    let services: Vec<_> = wanted.map(|(key, entry)| read(key, entry, &backends, &names)).collect();
+    if let Some(vip) = args.vip.filter(|_| services.is_empty()) {
+        bail!("no Service has the address {vip} here: `rustnetctl services` lists all");
+    }
+    out.print(&services, &["SERVICE", "PORT", "VIP", "PROTOCOL", "ID", "AFFINITY", "BACKENDS"], || {
+        services.iter().map(row).collect()
+    })
 }
 
-fn read(key: &VipKey, entry: &SvcEntry, all: &Backends) -> Service {
+fn read(key: &VipKey, entry: &SvcEntry, all: &Backends, names: &Services) -> Row {
+    let name = names.get(&service_key(key.ip, key.port, key.proto));
     let backends: Vec<_> = all.of(entry).flatten().map(|b| backend(&b)).collect();
-    Service {
+    Row {
+        service: name.map(|name| name.service.clone()),
+        port_name: name.map(|name| name.port.clone()).filter(|port| !port.is_empty()),
         vip: key.ip,
         port: key.port,
         protocol: proto::name(key.proto),
@@ -80,7 +93,7 @@ fn backend(backend: &Backend) -> ServiceBackend {
     }
 }
 
-fn row(service: &Service) -> Vec<String> {
+fn row(service: &Row) -> Vec<String> {
     let affinity = match service.affinity_seconds {
         0 => "-".to_owned(),
         seconds => format!("{seconds}s"),
@@ -93,7 +106,9 @@ fn row(service: &Service) -> Vec<String> {
         backends.push(if service.drop_when_empty { "none (dropped)" } else { "none (refused)" }.to_owned());
     }
     let vip = SocketAddr::new(service.vip, service.port).to_string();
-    vec![vip, service.protocol.to_owned(), service.id.to_string(), affinity, backends.join(", ")]
+    let or_dash = |name: &Option<String>| name.clone().unwrap_or_else(|| "-".to_owned());
+    let (name, port) = (or_dash(&service.service), or_dash(&service.port_name));
+    vec![name, port, vip, service.protocol.to_owned(), service.id.to_string(), affinity, backends.join(", ")]
 }
 
 fn show(backend: &ServiceBackend) -> String {
@@ -104,4 +119,39 @@ fn show(backend: &ServiceBackend) -> String {
         (true, true) => " (here, terminating)",
     };
     format!("{}{marks}", SocketAddr::new(backend.address, backend.port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Row, ServiceBackend, row};
+    use crate::cli::golden::assert_golden;
+
+    #[test]
+    fn a_service_is_called_by_its_name() {
+        let backend = ServiceBackend {
+            address: "10.1.1.5".parse().unwrap(),
+            port: 5353,
+            id: 1_048_577,
+            local: true,
+            terminating: false,
+        };
+        let named = Row {
+            service: Some("kube-system/kube-dns".into()),
+            port_name: Some("dns".into()),
+            vip: "10.96.0.10".parse().unwrap(),
+            port: 53,
+            protocol: "UDP",
+            id: 7,
+            affinity_seconds: 0,
+            drop_when_empty: false,
+            backends: vec![backend],
+            missing: 0,
+        };
+        let want = ["kube-system/kube-dns", "dns", "10.96.0.10:53", "UDP", "7", "-", "10.1.1.5:5353 (here)"]
+            .map(str::to_owned);
+        assert_eq!(row(&named), want);
+        let nameless = Row { service: None, port_name: None, backends: Vec::new(), ..named };
+        assert_eq!(row(&nameless)[..2], ["-", "-"]);
+        assert_golden("services", &[nameless]);
+    }
 }

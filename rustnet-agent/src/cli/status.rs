@@ -46,6 +46,7 @@ pub struct Args {
 
 /// One thing that can be well or not.
 #[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Line {
     /// What it is.
     pub name: String,
@@ -56,6 +57,7 @@ pub struct Line {
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Report {
     ok: bool,
     checks: Vec<Line>,
@@ -309,4 +311,17 @@ fn packets(places: &Places) -> Result<(Mark, String)> {
         Mark::Ok,
         format!("{} forwarded, {} dropped (`rustnetctl drops` says why)", thousands(of(true)), thousands(of(false))),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Line, Mark, Report};
+    use crate::cli::golden::assert_golden;
+
+    #[test]
+    fn its_json_is_an_interface() {
+        let line = |name: &str, status| Line { name: name.into(), status, detail: "in words".into() };
+        let marks = [("Agent", Mark::Warning), ("Node", Mark::Ok), ("Map rn_svc4_v2", Mark::Bad)];
+        assert_golden("status", &Report::of(marks.map(|(name, mark)| line(name, mark)).into()));
+    }
 }

@@ -36,7 +36,7 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(config.packet_mark, PacketMark::default());
     assert_eq!(config.maps, MapSizes::default());
     assert_eq!(config.health_addr, "127.0.0.1:9879".parse().ok());
-    assert_eq!(config.metrics_addr, "0.0.0.0:9962".parse().ok());
+    assert_eq!(config.metrics_addr, "[::]:9962".parse().ok());
     assert_eq!((config.cni_bin_dir, config.cni_conf_dir), (None, None));
     assert!(config.uplinks.is_empty());
 }

@@ -266,7 +266,8 @@ fn known_node(converter: &mut Converter, node: &Node) -> Option<KnownNode> {
 /// Judges.
 pub fn check(facts: &Facts) -> Vec<Finding> {
     let server = &facts.server;
-    let fault = |what: &str, detail: String, hint: &str| vec![Finding::new(Level::Fault, what, detail).hint(hint)];
+    let fault =
+        |what: &'static str, detail: String, hint: &str| vec![Finding::new(Level::Fault, what, detail).hint(hint)];
     match &facts.reached {
         Reached::NotNeeded(why) => return vec![Finding::ok("not needed", why)],
         Reached::Settings(error) => {

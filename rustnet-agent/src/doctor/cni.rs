@@ -61,29 +61,28 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
 
 fn finding(rival: Rival<'_>) -> Finding {
     let level = if rival.is_broken { Level::Fault } else { Level::Warning };
-    Finding::new(level, rival.file, rival.what).hint(rival.remedy)
+    Finding::new(level, "configuration before ours", rival.what).called(rival.file).hint(rival.remedy)
 }
 
 fn order(all: &[Configuration], stage: Stage) -> Vec<Finding> {
+    let ours = |level, detail: &str| Finding::new(level, "own configuration", detail).called(CONFLIST);
     let mut found: Vec<_> = before_ours(all).map(finding).collect();
     match all.iter().find(|(file, _)| file == CONFLIST) {
-        Some((file, Err(error))) => {
-            found.push(
-                Finding::new(Level::Fault, file, format!("{error:#}")).hint("remove it: a ready agent writes it again"),
-            );
+        Some((_, Err(error))) => {
+            found.push(ours(Level::Fault, &format!("{error:#}")).hint("remove it: a ready agent writes it again"));
         }
-        Some((file, Ok(network))) => found.push(Finding::ok(file, format!("network {network}"))),
+        Some((_, Ok(network))) => found.push(ours(Level::Ok, &format!("network {network}"))),
         None if stage == Stage::Running => found.push(
-            Finding::new(Level::Fault, CONFLIST, "is missing: no pod can be added")
+            ours(Level::Fault, "is missing: no pod can be added")
                 .hint("see why the agent is not ready: it writes it then"),
         ),
-        None => found.push(Finding::ok(CONFLIST, "not there yet: the agent writes it once it is ready")),
+        None => found.push(ours(Level::Ok, "not there yet: the agent writes it once it is ready")),
     }
     found
 }
 
 /// The agent runs nevertheless, and tries on: what an earlier one has put there may still do.
-fn directory(what: &str, flag: &str, (dir, writable): &(PathBuf, Result<()>)) -> Finding {
+fn directory(what: &'static str, flag: &str, (dir, writable): &(PathBuf, Result<()>)) -> Finding {
     match writable {
         Ok(()) => Finding::ok(what, format!("{} can be written", dir.display())),
         Err(error) => Finding::new(Level::Fault, what, format!("{} cannot be written: {error:#}", dir.display()))

@@ -46,6 +46,8 @@ impl Level {
 pub struct Finding {
     /// How it stands.
     pub level: Level,
+    /// Which check it is: for programs, see [`Finding::id`]. The same in all releases, and without data of the host.
+    pub check: &'static str,
     /// What was looked at, in a few words.
     pub what: String,
     /// What is so.
@@ -56,19 +58,31 @@ pub struct Finding {
 
 impl Finding {
     /// A finding without a hint, which is for [`Level::Ok`] only.
-    pub fn new(level: Level, what: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self { level, what: what.into(), detail: detail.into(), hint: String::new() }
+    pub fn new(level: Level, check: &'static str, detail: impl Into<String>) -> Self {
+        Self { level, check, what: check.to_owned(), detail: detail.into(), hint: String::new() }
     }
 
     /// All is well.
-    pub fn ok(what: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::new(Level::Ok, what, detail)
+    pub fn ok(check: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(Level::Ok, check, detail)
     }
 
     /// The facts could not be had.
-    pub fn unknown(what: impl Into<String>, error: &anyhow::Error) -> Self {
-        Self::new(Level::Warning, what, format!("not checked: {error:#}"))
+    pub fn unknown(check: &'static str, error: &anyhow::Error) -> Self {
+        Self::new(Level::Warning, check, format!("not checked: {error:#}"))
             .hint("run it as root in the host's network namespace")
+    }
+
+    /// With other words for what was looked at, where they hold data of the host.
+    #[must_use]
+    pub fn called(self, what: impl Into<String>) -> Self {
+        Self { what: what.into(), ..self }
+    }
+
+    /// What programs know the check by: `ports.node-ports` of the group `Ports`.
+    pub fn id(&self, group: &str) -> String {
+        let slug = |text: &str| text.to_lowercase().replace(' ', "-").replace('\'', "");
+        format!("{}.{}", slug(group), slug(self.check))
     }
 
     /// With what to do about it.

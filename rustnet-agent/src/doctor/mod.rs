@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod cni;
+pub mod filesystem;
 pub mod finding;
 pub mod kernel;
 pub mod kube_proxy;
@@ -15,6 +16,7 @@ pub mod nodes;
 pub mod ports;
 pub mod ranges;
 pub mod sysctls;
+pub mod unserved;
 
 use crate::config::{Config, Refused};
 use crate::net::host::Host;
@@ -45,6 +47,7 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
     let mut groups = vec![
         Group::new("Configuration", vec![Finding::ok("settings", format!("node {}", config.node_name))]),
         Group::new("Kernel", kernel::check(&kernel::gather(Some(config)))),
+        Group::new("File system", filesystem::gather(config).iter().flat_map(filesystem::check).collect()),
         Group::new("Host settings", sysctls::check(&sysctls::gather(config, &host, &ways), stage)),
         Group::new("Ports", ports::check(&ports::gather(config))),
         Group::new("Packet mark", mark::check(&mark::gather(config))),
@@ -56,6 +59,9 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Group::new("Address ranges", ranges::check(config, &host, nodes)),
         Group::new("MTU", mtu::check(&mtu::gather(config, &host, &ways, nodes))),
     ];
+    if stage == Stage::Running {
+        groups.push(Group::new("Features", unserved::check(&unserved::gather(config))));
+    }
     groups.retain(|group| !group.findings.is_empty());
     groups
 }

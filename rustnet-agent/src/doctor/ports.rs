@@ -96,35 +96,40 @@ fn name(owner: &Owner) -> String {
     }
 }
 
-fn own(what: &str, flag: &str, port: u16, there: Option<&Listener>, agent_here: bool) -> Finding {
-    let what = format!("{what}, TCP {port}");
-    match there.map(|it| &it.owner) {
+fn own(what: &'static str, flag: &str, port: u16, there: Option<&Listener>, agent_here: bool) -> Finding {
+    let finding = match there.map(|it| &it.owner) {
         None => Finding::ok(what, "free"),
         Some(Owner::Process(name)) if name == AGENT => Finding::ok(what, AGENT),
         Some(Owner::Hidden) if agent_here => Finding::ok(what, "in use, and an agent runs here"),
         Some(owner) => Finding::new(Level::Fault, what, format!("taken by {}", name(owner)))
             .hint(format!("free the port, or give the agent another one with --{flag}")),
-    }
+    };
+    finding.called(format!("{what}, TCP {port}"))
 }
 
 fn overlay(port: u16, listeners: &[Listener], vxlans: &[(String, u16)]) -> Finding {
-    let what = format!("overlay, UDP {port}");
-    let hint = "remove it, or give all agents another --overlay-port";
-    if let Some((name, _)) = vxlans.iter().find(|(name, of)| *of == port && name != OVERLAY_DEV) {
-        return Finding::new(Level::Fault, what, format!("taken by the VXLAN device {name}")).hint(hint);
-    }
-    if vxlans.iter().any(|(name, of)| name == OVERLAY_DEV && *of == port) {
-        return Finding::ok(what, OVERLAY_DEV);
-    }
-    match listeners.iter().find(|it| it.proto == Proto::Udp && it.port == port) {
-        None => Finding::ok(what, "free"),
-        Some(it) => Finding::new(Level::Fault, what, format!("taken by {}", name(&it.owner))).hint(hint),
-    }
+    let what = "overlay port";
+    let taken = |by: &str| {
+        Finding::new(Level::Fault, what, format!("taken by {by}"))
+            .hint("remove it, or give all agents another --overlay-port")
+    };
+    let foreign = vxlans.iter().find(|(name, of)| *of == port && name != OVERLAY_DEV);
+    let finding = if let Some((name, _)) = foreign {
+        taken(&format!("the VXLAN device {name}"))
+    } else if vxlans.iter().any(|(name, of)| name == OVERLAY_DEV && *of == port) {
+        Finding::ok(what, OVERLAY_DEV)
+    } else {
+        match listeners.iter().find(|it| it.proto == Proto::Udp && it.port == port) {
+            None => Finding::ok(what, "free"),
+            Some(it) => taken(&name(&it.owner)),
+        }
+    };
+    finding.called(format!("overlay, UDP {port}"))
 }
 
-fn component(port: u16, component: &str, there: Option<&Listener>) -> Finding {
-    let what = format!("{component}, TCP {port}");
-    match there.map(|it| &it.owner) {
+fn component(port: u16, component: &'static str, there: Option<&Listener>) -> Finding {
+    let what = component;
+    let finding = match there.map(|it| &it.owner) {
         None => Finding::ok(what, "free"),
         Some(Owner::Process(name)) if name == component || ALL_IN_ONE.contains(&name.as_str()) => {
             Finding::ok(what, name)
@@ -133,7 +138,8 @@ fn component(port: u16, component: &str, there: Option<&Listener>) -> Finding {
         Some(Owner::Hidden) => Finding::ok(what, "in use"),
         Some(owner) => Finding::new(Level::Warning, what, format!("taken by {}", name(owner)))
             .hint(format!("if {component} is to run here, stop that or give it another port")),
-    }
+    };
+    finding.called(format!("{component}, TCP {port}"))
 }
 
 fn local_range(local: &Result<(u16, u16)>) -> Finding {

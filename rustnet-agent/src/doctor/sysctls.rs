@@ -100,22 +100,20 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
 
 fn judge(wrong: &Wrong, dir: &Path, stage: Stage) -> Finding {
     let (name, want) = (wrong.sysctl.path.replace('/', "."), wrong.sysctl.want);
-    let value = match &wrong.value {
-        Ok(value) => value,
-        Err(error) => {
-            return Finding::new(Level::Fault, name, format!("{error:#}"))
-                .hint(format!("mount the host's /proc/sys/net at {} (--sysctl-dir)", dir.display()));
+    let what = "sysctl";
+    let finding = match &wrong.value {
+        Err(error) => Finding::new(Level::Fault, what, format!("{error:#}"))
+            .hint(format!("mount the host's /proc/sys/net at {} (--sysctl-dir)", dir.display())),
+        Ok(value) if !wrong.writable => {
+            Finding::new(Level::Fault, what, format!("{value}, and {} is read-only", dir.display()))
+                .hint(format!("sysctl -w net.{name}={want} on the host, or give --sysctl-dir a writable mount"))
         }
+        Ok(value) if stage == Stage::Before => Finding::ok(what, format!("{value}; the agent will set it to {want}")),
+        Ok(value) => Finding::new(Level::Warning, what, format!("{value}, not {want}")).hint(
+            "a running agent sets it within 30 s; if it does not stay, see who else sets it (/etc/sysctl.d, systemd)",
+        ),
     };
-    if !wrong.writable {
-        return Finding::new(Level::Fault, name.clone(), format!("{value}, and {} is read-only", dir.display()))
-            .hint(format!("sysctl -w net.{name}={want} on the host, or give --sysctl-dir a writable mount"));
-    }
-    if stage == Stage::Before {
-        return Finding::ok(name, format!("{value}; the agent will set it to {want}"));
-    }
-    Finding::new(Level::Warning, name.clone(), format!("{value}, not {want}"))
-        .hint("a running agent sets it within 30 s; if it does not stay, see who else sets it (/etc/sysctl.d, systemd)")
+    finding.called(name)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod backends;
 mod nodes;
 mod relist;
 mod services;
+pub mod unserved;
 mod vip;
 
 pub use backends::{Choice, DesiredBackend};
@@ -196,12 +197,18 @@ impl Index {
         own
     }
 
+    /// What objects ask for and do not get.
+    pub fn unserved(&self) -> unserved::Unserved {
+        unserved::find(self.services.iter(), self.pods())
+    }
+
     /// All that is wrong with the input at present.
     pub fn problems(&self) -> Vec<Problem> {
         let mut all: Vec<Problem> = self.reports.values().chain(self.problems.values()).flatten().cloned().collect();
         let ways = self.ways();
         all.extend(ways.problems.iter().chain(&ways.unrouted).cloned());
         all.extend(self.services.conflicts());
+        all.extend(unserved::problems(&self.unserved()));
         if self.relist.has_synced(Kind::Node) && self.own_node().is_none() {
             let subject: Arc<str> = format!("Node {}", self.settings.node_name).into();
             all.push(Problem::new(

@@ -21,6 +21,7 @@ pub fn service(name: &str, vips: &[&str]) -> Service {
         ports: Box::default(),
         affinity: 0,
         internal_local: false,
+        unserved: Box::default(),
         problems: Box::default(),
     }
 }
@@ -57,6 +58,7 @@ pub fn slice(name: &str, service: &str, family: Family) -> EndpointSlice {
         family,
         ports: Box::default(),
         endpoints: Box::default(),
+        triggered: None,
         problems: Box::default(),
     }
 }

@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 pub mod build;
+mod feature;
 mod name;
 mod node;
 mod pod;
@@ -12,6 +13,7 @@ mod problem;
 mod service;
 mod slice;
 
+pub use feature::Feature;
 pub use name::{Interner, ObjectName};
 pub use node::Node;
 pub use pod::Pod;

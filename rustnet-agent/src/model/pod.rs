@@ -17,4 +17,6 @@ pub struct Pod {
     pub addresses: Box<[IpAddr]>,
     /// It uses the host's network.
     pub host_network: bool,
+    /// A container of it asks for a port of the host.
+    pub host_ports: bool,
 }

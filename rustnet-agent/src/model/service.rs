@@ -1,6 +1,6 @@
 //! A Service that has virtual addresses.
 
-use super::{ObjectName, Problem};
+use super::{Feature, ObjectName, Problem};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -19,6 +19,8 @@ pub struct Service {
     pub affinity: u32,
     /// `internalTrafficPolicy: Local`.
     pub internal_local: bool,
+    /// What it asks for and does not get, besides affinity.
+    pub unserved: Box<[Feature]>,
     /// What was wrong with it.
     pub problems: Box<[Problem]>,
 }

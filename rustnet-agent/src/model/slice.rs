@@ -3,6 +3,7 @@
 use super::{Family, ObjectName, Problem};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// An EndpointSlice that belongs to a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +18,8 @@ pub struct EndpointSlice {
     pub ports: Box<[TargetPort]>,
     /// The endpoints.
     pub endpoints: Box<[Endpoint]>,
+    /// When what its last change followed from happened, if it says so.
+    pub triggered: Option<SystemTime>,
     /// What was wrong with it.
     pub problems: Box<[Problem]>,
 }

@@ -1,5 +1,6 @@
 //! Cleanup removes everything of ours and nothing else, and only when no agent would put it back.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::AsFd;
 
@@ -60,16 +61,32 @@ fn cleanup_leaves_nothing_of_ours_and_all_of_others() {
         assert_eq!(names(&sandbox.bpffs), Vec::<String>::new());
         let again = sandbox.rustnetctl(&format!("--bpffs {} cleanup --yes", sandbox.bpffs.display()));
         assert!(String::from_utf8_lossy(&again.stdout).contains("nothing of rustnet's is left"));
+        let dry = sandbox.rustnetctl(&format!("--bpffs {} cleanup --dry-run", sandbox.bpffs.display()));
+        assert_eq!(dry.status.code(), Some(0), "{}", String::from_utf8_lossy(&dry.stdout));
     });
 }
 
 fn clean(sandbox: &Sandbox) {
     let asked = sandbox.rustnetctl("cleanup");
     assert_eq!(asked.status.code(), Some(2), "without a terminal it wants --yes");
+    let dry_run = || -> serde_json::Value {
+        let out = sandbox.rustnetctl("-o json cleanup --dry-run");
+        serde_json::from_slice(&out.stdout).unwrap()
+    };
+    let listed = dry_run();
+    assert_eq!(listed, dry_run(), "a dry run removes nothing");
+    assert_eq!(sandbox.rustnetctl("cleanup --dry-run").status.code(), Some(1), "there is something");
     let out = sandbox.rustnetctl("-o json cleanup --yes");
     let text = String::from_utf8(out.stdout).unwrap();
     assert_eq!(out.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&out.stderr));
     let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let all = |report: &serde_json::Value| -> BTreeSet<String> {
+        let mut all: BTreeSet<String> = serde_json::from_value(report["removed"].clone()).unwrap();
+        // The lock goes with its directory; the kernel removes routes with their device.
+        all.retain(|what| !what.contains("agent.lock") && !what.starts_with("route "));
+        all
+    };
+    assert_eq!(all(&listed), all(&report), "the dry run lists what goes");
     let removed: Vec<_> = report["removed"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
     let hook = if sandbox::has_tcx() { "link/uplink_in" } else { "classifier on eth0" };
     for part in ["rn_svc4_v2", "prog/from_pod", hook, "device rn_vxlan", "device rnv1", "05-rustnet.conflist"] {

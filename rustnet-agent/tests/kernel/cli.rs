@@ -42,6 +42,8 @@ fn every_command_tells_what_the_maps_hold() {
             agent.send(web(2)).await;
             agent.send(synced()).await;
             agent.ready().await;
+            let is_named = || json(sandbox, "services")[0]["service"].is_string();
+            wait_until("the names are written", is_named).await;
             tell(sandbox);
             agent.stop().await;
         });
@@ -54,9 +56,12 @@ fn tell(sandbox: &Sandbox) {
     assert_eq!((&services[0]["vip"], &services[0]["port"]), (&"10.96.0.10".into(), &80.into()));
     assert_eq!(services[0]["backends"][1]["address"], "10.1.2.2");
     assert_eq!(services[0]["missing"], 0);
+    assert_eq!(services[0]["service"], "default/web");
     let shown = text(sandbox, "services 10.96.0.10");
     assert!(shown.contains("10.96.0.10:80") && shown.contains("10.1.2.1:8080, 10.1.2.2:8080"), "{shown}");
-    assert_eq!(json(sandbox, "services 10.96.0.11"), Value::Array(vec![]));
+    let unknown = sandbox.rustnetctl("services 10.96.0.11");
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("no Service has the address 10.96.0.11"));
 
     let endpoints = json(sandbox, "endpoints");
     assert_eq!((&endpoints[0]["address"], &endpoints[0]["pod"]), (&"10.1.1.5".into(), &"default/web-0".into()));
@@ -65,13 +70,18 @@ fn tell(sandbox: &Sandbox) {
     assert!(shown.contains("02:00:00:00:00:07") && shown.contains("1500 kbit/s"), "{shown}");
 
     let nodes = json(sandbox, "nodes");
-    let row = |prefix: &str| nodes.as_array().unwrap().iter().find(|n| n["prefix"] == prefix).unwrap().clone();
+    let ways = |i: usize| (nodes[i]["name"].clone(), nodes[i]["podCidrs"][0].clone(), nodes[i]["reached"].clone());
+    assert_eq!(ways(0), ("n1".into(), "10.1.1.0/24".into(), serde_json::json!(["here"])));
+    assert_eq!(ways(1), ("n2".into(), "10.1.2.0/24".into(), serde_json::json!(["overlay"])));
+    let peers = json(sandbox, "peers");
+    let row = |prefix: &str| peers.as_array().unwrap().iter().find(|n| n["prefix"] == prefix).unwrap().clone();
     assert_eq!((&row("10.1.2.0/24")["node"], &row("10.1.2.0/24")["tunnel"]), (&"192.0.2.2".into(), &true.into()));
     assert_eq!(row("192.0.2.1/32")["kind"], "this host");
 
     let maps = json(sandbox, "maps");
     assert_eq!((&maps[0]["name"], &maps[0]["used"]), (&"rn_svc4_v2".into(), &2.into()));
-    assert_eq!(json(sandbox, "ct list"), Value::Array(vec![]));
+    let none = serde_json::json!({ "connections": [], "found": 0, "truncated": false });
+    assert_eq!(json(sandbox, "ct list"), none);
     assert!(text(sandbox, "ct list --proto tcp --port 80").starts_with("PROTOCOL"));
     assert_eq!(json(sandbox, "drops"), Value::Array(vec![]));
     assert!(text(sandbox, "monitor --for 0").is_empty());
@@ -184,6 +194,31 @@ fn a_drop_is_printed_as_it_happens() {
     });
 }
 
+/// Before the lock, two of them shared the events, and each lacked those that the other had.
+#[test]
+fn a_second_monitor_is_refused_with_the_pid_of_the_first() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let mut first = sandbox.spawn_rustnetctl("monitor");
+            let who = format!("process {} reads the events", first.id());
+            let refused = || {
+                let second = sandbox.rustnetctl("monitor --for 0");
+                second.status.code() == Some(1) && String::from_utf8_lossy(&second.stderr).contains(&who)
+            };
+            wait_until("the first one reads", refused).await;
+            first.kill().unwrap();
+            first.wait().unwrap();
+            assert!(text(sandbox, "monitor --for 0").is_empty(), "the lock ends with its holder");
+            agent.stop().await;
+        });
+    });
+}
+
 fn pod(name: &str, node: &str, address: &str) -> Event {
     Event::Apply(Object::Pod(Arc::new(Pod {
         name: ObjectName::namespaced("shop", name),
@@ -191,13 +226,18 @@ fn pod(name: &str, node: &str, address: &str) -> Event {
         node: node.into(),
         addresses: [address.parse().unwrap()].into(),
         host_network: false,
+        host_ports: false,
     })))
 }
 
 #[test]
 fn exit_codes_tell_wrong_usage_from_trouble() {
     sandbox::run(|sandbox| {
-        assert_eq!(sandbox.rustnetctl("bogus").status.code(), Some(2));
+        for wrong in
+            ["bogus", "nodes extra", "services web", "services 10.96.0.10 extra", "maps --all", "drops --brief"]
+        {
+            assert_eq!(sandbox.rustnetctl(wrong).status.code(), Some(2), "{wrong}");
+        }
         assert_eq!(sandbox.rustnetctl("ct list --proto http").status.code(), Some(2));
         assert_eq!(sandbox.rustnetctl("--version").status.code(), Some(0));
         assert_eq!(sandbox.rustnetctl("completions bash").status.code(), Some(0));

@@ -187,6 +187,13 @@ fn one_fault_at_a_time_of_file_systems_and_settings() {
             let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
             mount(None::<&str>, dir, None::<&str>, flags, None::<&str>).unwrap();
         };
+        // What a mount refuses here, AppArmor and SELinux refuse in a container.
+        read_only(&sandbox.bpffs);
+        only(sandbox, &pre, ["File system", "pins", "bad", "pinning a map", "remount,rw"]);
+        umount(&sandbox.bpffs).unwrap();
+        let left: Vec<_> = sandbox::names(&sandbox.bpffs).into_iter().filter(|it| it.starts_with("rn_")).collect();
+        assert!(left.is_empty(), "the trial leaves nothing: {left:?}");
+
         let bin = sandbox.dir.join("bin");
         read_only(&bin);
         only(sandbox, &pre, ["CNI", "binary directory", "warning", "Read-only", "--cni-bin-dir"]);

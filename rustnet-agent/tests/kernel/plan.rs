@@ -85,6 +85,7 @@ fn service_of(n: u32, backends: u8) -> [Event; 2] {
         ports: [ServicePort { name: "".into(), port: 80, proto: 6 }].into(),
         affinity: 0,
         internal_local: false,
+        unserved: Box::default(),
         problems: Box::default(),
     };
     let endpoint = |i: u8| {
@@ -97,6 +98,7 @@ fn service_of(n: u32, backends: u8) -> [Event; 2] {
         family: Family::V4,
         ports: [TargetPort { name: "".into(), port: 8080, proto: 6 }].into(),
         endpoints: (0..backends).map(endpoint).collect(),
+        triggered: None,
         problems: Box::default(),
     };
     [Event::Apply(Object::Service(Arc::new(service))), Event::Apply(Object::Slice(Arc::new(slice)))]

@@ -331,6 +331,7 @@ pub fn web(backends: u8) -> [Event; 2] {
         ports: [ServicePort { name: "".into(), port: 80, proto: 6 }].into(),
         affinity: 0,
         internal_local: false,
+        unserved: Box::default(),
         problems: Box::default(),
     };
     let endpoint =
@@ -341,6 +342,7 @@ pub fn web(backends: u8) -> [Event; 2] {
         family: Family::V4,
         ports: [TargetPort { name: "".into(), port: 8080, proto: 6 }].into(),
         endpoints: (1..=backends).map(endpoint).collect(),
+        triggered: None,
         problems: Box::default(),
     };
     [Event::Apply(Object::Service(Arc::new(service))), Event::Apply(Object::Slice(Arc::new(slice)))]

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
@@ -164,6 +164,15 @@ impl Sandbox {
     pub fn rustnetctl(&self, args: &str) -> Output {
         let run_dir = self.run_dir.display();
         command(env!("CARGO_BIN_EXE_rustnetctl"), &format!("--run-dir {run_dir} {args}"))
+    }
+}
+
+impl Sandbox {
+    /// Starts the `rustnetctl` command on this sandbox.
+    pub fn spawn_rustnetctl(&self, args: &str) -> Child {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rustnetctl"));
+        command.arg("--run-dir").arg(&self.run_dir).args(args.split_whitespace());
+        command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("rustnetctl")
     }
 }
 

@@ -156,10 +156,15 @@ pub fn scheduler(cluster: &Cluster) -> Result<Component> {
     Ok(control("kube-scheduler", argv, "https://127.0.0.1:10259/healthz"))
 }
 
+/// Whether the kernel has AppArmor on: then containers are confined as on any such node.
+fn has_apparmor() -> bool {
+    fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|text| text.trim() == "Y")
+}
+
 /// A node's container runtime.
 pub fn containerd(cluster: &Cluster, node: &Node) -> Result<Component> {
     let file = cluster.node_dir(node).join("containerd.toml");
-    fs::write(&file, CONTAINERD)?;
+    fs::write(&file, CONTAINERD.replace("@WITHOUT_APPARMOR@", &(!has_apparmor()).to_string()))?;
     Ok(Component {
         name: format!("{}.containerd", node.name),
         place: Place::Node(node.clone()),
@@ -214,7 +219,7 @@ disabled_plugins = [
   address = "/run/containerd/containerd.sock"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "registry.k8s.io/pause:3.10"
-  disable_apparmor = true
+  disable_apparmor = @WITHOUT_APPARMOR@
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "overlayfs"

@@ -14,7 +14,8 @@ use crate::cmd::Cmd;
 use crate::ui;
 
 /// What is asked of each agent.
-const QUESTIONS: [&[&str]; 6] = [&["status"], &["drops"], &["services"], &["endpoints"], &["nodes"], &["ct", "list"]];
+const QUESTIONS: [&[&str]; 7] =
+    [&["status"], &["drops"], &["services"], &["endpoints"], &["nodes"], &["peers"], &["ct", "list"]];
 
 /// Collects the evidence. Where something cannot be read, its file holds the error.
 pub fn collect(cluster: &Cluster, run: &Run, dir: &Path) -> Result<()> {

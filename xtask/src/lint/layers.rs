@@ -86,7 +86,7 @@ const CRATES: [Crate; 6] = [
             &["plan"],
             &["net"],
             &["bpf"],
-            &["ct_gc", "nodefile", "podfile", "v1file", "cni_order", "http"],
+            &["ct_gc", "namefile", "nodefile", "podfile", "v1file", "cni_order", "http"],
             // Pure parts that the preflight and the command share with the loop.
             &["reconcile::node", "reconcile::presence"],
             &["reconcile", "doctor"],

@@ -61,6 +61,10 @@ impl Converter {
             node: self.strings.intern(spec.and_then(|spec| spec.node_name.as_deref()).unwrap_or("")),
             addresses: given.iter().filter_map(|pod_ip| address(&pod_ip.ip)).collect(),
             host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
+            host_ports: spec.is_some_and(|spec| {
+                let ports = spec.containers.iter().filter_map(|container| container.ports.as_ref()).flatten();
+                ports.into_iter().any(|port| port.host_port.is_some_and(|port| port > 0))
+            }),
         };
         Ok(Event::Apply(Object::Pod(Arc::new(pod))))
     }

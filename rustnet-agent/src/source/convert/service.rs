@@ -1,7 +1,7 @@
 //! `v1/Service`: which have virtual addresses, which addresses and ports.
 
 use super::{BadName, Converter, Findings, created, family, is_foreign, port, protocol, reference, unicast};
-use crate::model::{Family, Service, ServicePort};
+use crate::model::{Family, Feature, Service, ServicePort};
 use crate::source::{Event, Kind, Object};
 use k8s_openapi::api::core::v1::{Service as KubeService, ServiceSpec};
 use rustnet_common::tuple::proto;
@@ -44,6 +44,7 @@ impl Converter {
             ports,
             affinity: affinity(spec, &mut findings),
             internal_local: internal_local(spec, &mut findings),
+            unserved: unserved(spec),
             problems: findings.done(),
         };
         Ok(Event::Apply(Object::Service(Arc::new(service))))
@@ -154,6 +155,17 @@ fn affinity(spec: &ServiceSpec, findings: &mut Findings) -> u32 {
             0
         }
     }
+}
+
+/// Read only to be reported.
+fn unserved(spec: &ServiceSpec) -> Box<[Feature]> {
+    let of_type = match spec.type_.as_deref() {
+        Some("NodePort") => Some(Feature::NodePort),
+        Some("LoadBalancer") => Some(Feature::LoadBalancer),
+        _ => None,
+    };
+    let has_external = spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty());
+    of_type.into_iter().chain(has_external.then_some(Feature::ExternalIps)).collect()
 }
 
 fn internal_local(spec: &ServiceSpec, findings: &mut Findings) -> bool {

@@ -6,10 +6,19 @@ use crate::source::{Event, Kind, Object};
 use k8s_openapi::api::discovery::v1::{
     Endpoint as KubeEndpoint, EndpointConditions, EndpointHints, EndpointSlice as KubeSlice,
 };
+use k8s_openapi::jiff::Timestamp;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// Label that names the Service of a slice.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// Annotation with the time of what the last change followed from, such as a pod that became ready.
+const TRIGGER: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+fn triggered(slice: &KubeSlice) -> Option<SystemTime> {
+    let text = slice.metadata.annotations.as_ref()?.get(TRIGGER)?;
+    text.parse::<Timestamp>().ok().map(SystemTime::from)
+}
 
 impl Converter {
     /// What an added or changed EndpointSlice means.
@@ -38,7 +47,15 @@ impl Converter {
             .filter_map(|(i, endpoint)| self.endpoint(i, endpoint, family, &mut findings))
             .collect();
         let problems = findings.done();
-        let slice = EndpointSlice { name: object.name, service, family, ports, endpoints, problems };
+        let slice = EndpointSlice {
+            name: object.name,
+            service,
+            family,
+            ports,
+            endpoints,
+            triggered: triggered(slice),
+            problems,
+        };
         Ok(Event::Apply(Object::Slice(Arc::new(slice))))
     }
 

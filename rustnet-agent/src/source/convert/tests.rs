@@ -406,3 +406,35 @@ fn names_are_checked() {
         assert!(error.to_string().contains("set metadata.name"), "{error}");
     }
 }
+
+#[test]
+fn what_is_asked_for_and_not_served_is_noted() {
+    use crate::model::Feature::{ExternalIps, LoadBalancer, NodePort};
+    for (type_, external, want) in [
+        ("ClusterIP", json!([]), vec![]),
+        ("NodePort", json!([]), vec![NodePort]),
+        ("LoadBalancer", json!(["192.0.2.9"]), vec![LoadBalancer, ExternalIps]),
+    ] {
+        let spec = json!({"clusterIP": "10.96.0.1", "type": type_, "externalIPs": external, "ports": [{"port": 80}]});
+        assert_eq!(*service(web(&spec)).unserved, *want, "{type_}");
+    }
+    for (ports, want) in
+        [(json!([{"containerPort": 80}]), false), (json!([{"containerPort": 80, "hostPort": 80}]), true)]
+    {
+        let value = json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "c", "ports": ports}]}});
+        match Converter::new().pod(&serde_json::from_value(value).unwrap()).unwrap() {
+            Event::Apply(Object::Pod(pod)) => assert_eq!(pod.host_ports, want),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_slice_says_what_set_it_off() {
+    let mut value = web_slice("IPv4", &json!([{"port": 80}]), &json!([]));
+    assert_eq!(slice(value.clone()).triggered, None);
+    value["metadata"]["annotations"] =
+        json!({"endpoints.kubernetes.io/last-change-trigger-time": "2026-11-28T12:00:00.5Z"});
+    let since = slice(value).triggered.unwrap().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    assert_eq!(since.as_millis(), 1_795_867_200_500);
+}

@@ -3,6 +3,7 @@
 
 use crate::stats::{Sorted, verdict};
 use anyhow::{Context, Result, ensure};
+use bytemuck::Zeroable as _;
 use rustnet_agent::bpf::load::{Load, sizes};
 use rustnet_agent::bpf::object;
 use rustnet_agent::bpf::store::backends::{Access, Backends};
@@ -14,8 +15,10 @@ use rustnet_agent::plan::{Maps, Planner, Snapshot, Write};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind};
 use rustnet_common::addr::Ip4;
+use rustnet_common::conntrack::CtEntry;
 use rustnet_common::names::map;
 use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::tuple::{Tuple, proto};
 use serde_json::{Value, json};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
@@ -33,6 +36,10 @@ pub const FULL: (u32, u32) = (100_000, 10_000);
 const CHANGE_GOAL: f64 = 1.0;
 /// MiB of an agent that knows 10,000 services with five endpoints each.
 const MEMORY_GOAL: f64 = 60.0;
+/// Milliseconds of CPU for a scrape.
+const SCRAPE_GOAL: f64 = 20.0;
+/// How many are measured together: a tick of the clock is long.
+const SCRAPES: u32 = 100;
 /// Reading that many manifests takes an unoptimised agent a while.
 const READY: Duration = Duration::from_mins(5);
 
@@ -268,6 +275,7 @@ fn memory(fabric: &Fabric, services: u32) -> Result<()> {
     .with_context(|| format!("the agent's log ends:\n{}", node.agent_log(30)))?;
     let ready = start.elapsed().as_secs_f64();
     let full = Memory::of(node)?;
+    let scrape = scrape(node)?;
     node.stop_agent()?;
     println!(
         "\nMemory of rustnet-agent ({}), MiB:\n\n| | Resident | Its share (Pss) | Most so far | Goal | |\n|---|---|---|---|---|---|",
@@ -284,7 +292,36 @@ fn memory(fabric: &Fabric, services: u32) -> Result<()> {
         full.row(),
         FULL.1
     );
+    println!(
+        "\nCPU of the agent for a scrape of /metrics with a full rn_ct4_tcp, ms: {scrape:.1} (goal {SCRAPE_GOAL}: {})",
+        verdict(scrape <= SCRAPE_GOAL)
+    );
     Ok(())
+}
+
+/// Milliseconds of CPU that the agent spends on a scrape while a table of connections is full.
+fn scrape(node: &Node) -> Result<f64> {
+    let table = Map::<Tuple<Ip4>, CtEntry<Ip4>>::open(&node.bpffs(), map::CT4_TCP)?;
+    let tuple = |n: u32| Tuple { src: Ipv4Addr::from(n).into(), proto: proto::TCP, ..Tuple::zeroed() };
+    let entries: Vec<_> = (0..table.max_entries()).map(|n| (tuple(n), CtEntry::zeroed())).collect();
+    table.put_all(&entries)?;
+    let pid = node.agent_pid().context("no agent")?;
+    let before = cpu_ticks(pid)?;
+    for _ in 0..SCRAPES {
+        let answer = node.http_get("127.0.0.1:9962".parse()?, "/metrics")?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "/metrics says: {answer}");
+    }
+    let tick = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock ticks")?;
+    let tick = f64::from(u32::try_from(tick)?);
+    Ok((cpu_ticks(pid)? - before) / tick * 1000.0 / f64::from(SCRAPES))
+}
+
+/// Ticks of CPU that a process has used so far.
+fn cpu_ticks(pid: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name may hold spaces; fields 14 and 15 of the whole are 11 and 12 behind it.
+    let fields: Vec<_> = stat.rsplit_once(')').context("no stat")?.1.split_whitespace().collect();
+    Ok(fields[11].parse::<f64>()? + fields[12].parse::<f64>()?)
 }
 
 fn remembered(n: u32) -> Service {

@@ -1,0 +1,97 @@
+//! Which objects ask for what is not served: how many, and a few names.
+
+use crate::model::{Feature, ObjectName, Pod, Problem, Service};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Names that are told of each feature.
+const EXAMPLES: usize = 3;
+
+/// The objects that ask for one feature.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Askers {
+    /// How many.
+    pub count: usize,
+    /// The first few by name.
+    pub examples: BTreeSet<ObjectName>,
+}
+
+impl Askers {
+    fn add(&mut self, name: &ObjectName) {
+        self.count += 1;
+        self.examples.insert(name.clone());
+        if self.examples.len() > EXAMPLES {
+            self.examples.pop_last();
+        }
+    }
+
+    /// The names, and whether there are more.
+    pub fn names(&self) -> String {
+        let names: Vec<_> = self.examples.iter().map(ToString::to_string).collect();
+        // Not how many: the text of a problem changes no more often than it must.
+        names.join(", ") + if self.count > EXAMPLES { " and others" } else { "" }
+    }
+}
+
+/// Askers by feature; features that nobody asks for are left out.
+pub type Unserved = BTreeMap<Feature, Askers>;
+
+/// Looks through all objects.
+pub fn find<'a>(services: impl Iterator<Item = &'a Service>, pods: impl Iterator<Item = &'a Pod>) -> Unserved {
+    let mut found = Unserved::new();
+    for service in services {
+        let affinity = (service.affinity > 0).then_some(Feature::SessionAffinity);
+        for feature in service.unserved.iter().copied().chain(affinity) {
+            found.entry(feature).or_default().add(&service.name);
+        }
+    }
+    for pod in pods.filter(|pod| pod.host_ports && !pod.host_network) {
+        found.entry(Feature::HostPort).or_default().add(&pod.name);
+    }
+    found
+}
+
+/// One problem a feature.
+pub fn problems(unserved: &Unserved) -> impl Iterator<Item = Problem> + '_ {
+    unserved.iter().map(|(feature, askers)| {
+        let message = format!("not served, but asked for by {}; {}", askers.names(), feature.remedy());
+        Problem::new(&feature.field().into(), "", message)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{find, problems};
+    use crate::model::{Feature, ObjectName, Pod, Service, build};
+
+    fn service(name: &str, unserved: &[Feature], affinity: u32) -> Service {
+        Service { unserved: unserved.into(), affinity, ..build::service(name, &[]) }
+    }
+
+    fn pod(name: &str, host_ports: bool, host_network: bool) -> Pod {
+        let name = ObjectName::namespaced("default", name);
+        Pod { name, uid: "u".into(), node: "n1".into(), addresses: [].into(), host_network, host_ports }
+    }
+
+    #[test]
+    fn each_feature_is_one_problem_with_three_names() {
+        let mut services: Vec<_> =
+            ["d", "c", "b", "a"].into_iter().map(|name| service(name, &[Feature::NodePort], 0)).collect();
+        services.push(service("sticky", &[Feature::ExternalIps], 10_800));
+        services.push(service("plain", &[], 0));
+        let pods = [pod("proxy", true, true), pod("registry", true, false), pod("web", false, false)];
+        let found = find(services.iter(), pods.iter());
+        let counts: Vec<_> = found.iter().map(|(feature, askers)| (feature.name(), askers.count)).collect();
+        assert_eq!(counts, [("node_port", 4), ("external_ips", 1), ("session_affinity", 1), ("host_port", 1)]);
+        let problems: Vec<_> = problems(&found).map(|problem| problem.to_string()).collect();
+        assert_eq!(
+            problems[0],
+            "Service spec.type: NodePort: not served, but asked for by default/a, default/b, default/c and others; let clients \
+             outside come by an ingress that uses the host's network; the cluster address is served"
+        );
+        assert!(
+            problems[3].starts_with("Pod hostPort: not served, but asked for by default/registry; "),
+            "{problems:?}"
+        );
+        assert!(Feature::ALL.into_iter().all(|feature| Feature::of_name(feature.name()) == Some(feature)));
+    }
+}
