@@ -587,7 +587,7 @@ impl Reconciler {
             return Some(format!("{STARTING}the programs on the hooks are being swapped"));
         }
         if !self.index.synced() {
-            let why = self.index.problems_of_this_node(API_SERVER).into_iter().find(|it| *it.subject == *API_SERVER);
+            let why = self.index.problems_of_source(API_SERVER).next();
             return Some(match why {
                 Some(why) => why.to_string(),
                 None => format!("{STARTING}the source has not delivered everything"),
