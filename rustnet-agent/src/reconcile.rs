@@ -529,8 +529,7 @@ impl Reconciler {
             return starting("the programs on the hooks are being swapped");
         }
         if !self.index.synced() {
-            let problems = self.index.problems_of_this_node(API_SERVER);
-            return match problems.into_iter().find(|it| *it.subject == *API_SERVER) {
+            return match self.index.problems_of_source(API_SERVER).next() {
                 Some(why) => Some(NotReady::Failed(why.to_string())),
                 None => starting("the source has not delivered everything"),
             };

@@ -3,9 +3,10 @@
 
 use rustnet_agent::config::Routing;
 use rustnet_agent::index::{Index, Settings};
+use rustnet_agent::model::Problem;
 use rustnet_agent::plan::{Maps, MemoryMaps, Plan, Planner, Snapshot, Write};
 use rustnet_agent::source::convert::Converter;
-use rustnet_agent::source::{Event, Kind};
+use rustnet_agent::source::{Event, Kind, ObjectRef};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
@@ -129,6 +130,40 @@ fn one_change_among_a_hundred_thousand_services() {
     let began = Instant::now();
     assert_eq!(planner.sync(&mut index, &mut NoMaps, Duration::from_secs(2)).unwrap().writes, []);
     println!("nothing changes: planned in {:?}", began.elapsed());
+}
+
+#[test]
+fn five_thousand_nodes_and_ten_thousand_problems() {
+    const ROUNDS: u32 = 10;
+    let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
+    let mut converter = Converter::new();
+    for n in 0..5_000_u32 {
+        let object = serde_json::json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": format!("node-{n}")},
+            "spec": {"podCIDRs": [format!("10.{}.{}.0/24", n >> 8, n & 255)]},
+            "status": {"addresses": [{"type": "InternalIP", "address": Ipv4Addr::from(0xac10_0001 + n).to_string()}]},
+        });
+        index.handle(converter.node(&serde_json::from_value(object).unwrap()).unwrap());
+    }
+    for n in 0..10_000 {
+        let subject = format!("EndpointSlice default/s{n}").into();
+        let name = rustnet_agent::model::ObjectName::namespaced("default", &format!("s{n}"));
+        let object = ObjectRef { kind: Kind::Slice, name };
+        let problem = Problem::new(&subject, "metadata.labels", "it names no Service");
+        index.handle(Event::Reject(object, [problem].into()));
+    }
+    let report = |subject: &str| Problem::new(&subject.into(), "", "does not answer");
+    index.handle(Event::Report { origin: "server".into(), problems: [report("the server")].into() });
+    let time = |what: &str, mut work: Box<dyn FnMut() -> usize + '_>| {
+        let began = Instant::now();
+        let found = (0..ROUNDS).map(|_| work()).sum::<usize>() / ROUNDS as usize;
+        println!("{what}: {found} in {:?}", began.elapsed() / ROUNDS);
+        found
+    };
+    assert_eq!(time("peers", Box::new(|| index.desired_peers().len())), 10_000);
+    assert_eq!(time("all problems", Box::new(|| index.problems().len())), 10_001);
+    assert_eq!(time("problems of this node", Box::new(|| index.problems_of_this_node("the server").len())), 1);
+    assert_eq!(time("the source's problems", Box::new(|| index.problems_of_source("the server").count())), 1);
 }
 
 #[test]

@@ -187,12 +187,21 @@ impl Index {
         self.pods.values().map(|pod| &**pod)
     }
 
+    /// What is wrong with a source itself, by the subject that it reports under. Cheap: before everything is known, the loop asks
+    /// at each turn.
+    pub fn problems_of_source<'a>(&'a self, source: &'a str) -> impl Iterator<Item = &'a Problem> {
+        self.reports.values().flatten().filter(move |problem| *problem.subject == *source)
+    }
+
     /// What of it concerns this node: its own object, another one that is at odds with it, and, with this subject, its source.
     pub fn problems_of_this_node(&self, source: &str) -> Vec<Problem> {
         let subject = format!("Node {}", self.settings.node_name);
-        let mut own = self.problems();
-        own.retain(|problem| *problem.subject == *subject || *problem.subject == *source);
+        let is_own = |problem: &Problem| *problem.subject == *subject || *problem.subject == *source;
+        let known = self.reports.values().chain(self.problems.values()).flatten();
+        let mut own: Vec<Problem> = known.filter(|problem| is_own(problem)).cloned().collect();
         let ways = self.ways();
+        own.extend(ways.problems.iter().filter(|problem| is_own(problem)).cloned());
+        own.extend(self.own_node_is_missing());
         own.extend(ways.with_own.iter().chain(&ways.unrouted).cloned());
         own
     }
@@ -209,15 +218,15 @@ impl Index {
         all.extend(ways.problems.iter().chain(&ways.unrouted).cloned());
         all.extend(self.services.conflicts());
         all.extend(unserved::problems(&self.unserved()));
-        if self.relist.has_synced(Kind::Node) && self.own_node().is_none() {
-            let subject: Arc<str> = format!("Node {}", self.settings.node_name).into();
-            all.push(Problem::new(
-                &subject,
-                "",
-                "this node's own object is missing: no pod range is known; check --node-name against the Nodes there are",
-            ));
-        }
+        all.extend(self.own_node_is_missing());
         all
+    }
+
+    fn own_node_is_missing(&self) -> Option<Problem> {
+        let message =
+            "this node's own object is missing: no pod range is known; check --node-name against the Nodes there are";
+        let is_missing = self.relist.has_synced(Kind::Node) && self.own_node().is_none();
+        is_missing.then(|| Problem::new(&format!("Node {}", self.settings.node_name).into(), "", message))
     }
 
     fn apply(&mut self, object: Object) {
