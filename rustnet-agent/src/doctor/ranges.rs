@@ -124,7 +124,7 @@ mod tests {
             host.links.push(Link { index: i as u32 + 1, name: (*device).into(), ..Link::default() });
         }
         for (i, (_, net)) in nets.iter().enumerate() {
-            host.addresses.push(Address { ifindex: i as u32 + 1, net: net.parse().expect("net"), scope: 0 });
+            host.addresses.push(Address { ifindex: i as u32 + 1, net: net.parse().expect("net"), scope: 0, flags: 0 });
         }
         for (i, (_, dst)) in routes.iter().enumerate() {
             let target = Target::Via { oif: (nets.len() + i) as u32 + 1, gateway: None };

@@ -9,6 +9,8 @@ mod attr {
     pub(super) const ADDRESS: u16 = 1;
     pub(super) const NAME: u16 = 3;
     pub(super) const MTU: u16 = 4;
+    pub(super) const MASTER: u16 = 10;
+    pub(super) const OPERSTATE: u16 = 16;
     pub(super) const LINKINFO: u16 = 18;
     pub(super) const AF_SPEC: u16 = 26;
     pub(super) const EXT_MASK: u16 = 29;
@@ -55,8 +57,14 @@ pub struct Link {
     pub mtu: u32,
     /// MAC; empty where there is none.
     pub mac: Vec<u8>,
-    /// Kind: `vxlan`, `veth`; empty for hardware.
+    /// Kind: `vxlan`, `veth`, `bridge`, `bond`, `vlan`, `tun`, `wireguard`, `dummy`; empty for hardware.
     pub kind: String,
+    /// Its framing (`ARPHRD_*`).
+    pub hardware: u16,
+    /// The bridge, bond or VRF that it is a port of.
+    pub master: Option<u32>,
+    /// `IF_OPER_*` (RFC 2863): 6 is up; 0 is unknown, as with drivers that do not report it.
+    pub operstate: u8,
     /// Makes no IPv6 link-local address of its own. Unknown (kernels without IPv6) counts as true.
     pub no_link_local: bool,
     /// Present for VXLAN devices.
@@ -67,6 +75,11 @@ impl Link {
     /// Administratively up.
     pub fn is_up(&self) -> bool {
         self.flags & UP != 0
+    }
+
+    /// True if its frames have Ethernet headers, which tunnels, WireGuard and PPP lack.
+    pub fn is_ethernet(&self) -> bool {
+        self.hardware == libc::ARPHRD_ETHER
     }
 }
 
@@ -117,13 +130,20 @@ pub fn unless_gone<T>(socket: &mut Socket, index: u32, result: Result<T>, gone: 
 
 fn parse(body: &[u8]) -> Option<Link> {
     let (head, rest) = body.split_at_checked(16)?;
-    let mut link =
-        Link { index: number(&head[4..])?, flags: number(&head[8..])?, no_link_local: true, ..Link::default() };
+    let mut link = Link {
+        index: number(&head[4..])?,
+        hardware: u16::from_ne_bytes([head[2], head[3]]),
+        flags: number(&head[8..])?,
+        no_link_local: true,
+        ..Link::default()
+    };
     for (kind, value) in attributes(rest) {
         match kind {
             attr::NAME => link.name = text(value),
             attr::MTU => link.mtu = number(value)?,
             attr::ADDRESS => link.mac = value.to_vec(),
+            attr::MASTER => link.master = number(value),
+            attr::OPERSTATE => link.operstate = *value.first()?,
             attr::LINKINFO => parse_info(&mut link, value),
             attr::AF_SPEC => {
                 let inet6 = attributes(value).find(|(family, _)| i32::from(*family) == libc::AF_INET6);

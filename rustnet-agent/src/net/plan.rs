@@ -161,7 +161,7 @@ impl Desired {
                 Some(same) if *same == route => {}
                 // The kernel takes no second one, and it does what ours would: a network of before, or routes made by hand.
                 None if host.routes.iter().any(|r| r.key() == route.key() && r.target == route.target) => {}
-                other => changes.add.push((*route, other.is_some())),
+                other => changes.add.push((route.clone(), other.is_some())),
             }
         }
         for (ip, ifindex) in &self.pod_routes {
@@ -183,7 +183,7 @@ impl Desired {
             host.links.iter().filter(|link| link.name.starts_with(VETH_PREFIX)).map(|link| link.index).collect();
         let on_veth = |r: &&Route| matches!(r.target, Target::Via { oif, .. } if veths.contains(&oif));
         let ours = host.routes.iter().filter(|r| r.protocol == PROTOCOL && !on_veth(r));
-        ours.filter(|r| !wanted.contains(&r.key())).copied().collect()
+        ours.filter(|r| !wanted.contains(&r.key())).cloned().collect()
     }
 }
 

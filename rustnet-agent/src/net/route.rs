@@ -20,7 +20,9 @@ mod attr {
     pub(super) const GATEWAY: u16 = 5;
     pub(super) const PRIORITY: u16 = 6;
     pub(super) const PREFSRC: u16 = 7;
+    pub(super) const MULTIPATH: u16 = 9;
     pub(super) const TABLE: u16 = 15;
+    pub(super) const VIA: u16 = 18;
 }
 
 /// `RTM_F_CLONED`: a cache entry, not a route.
@@ -28,8 +30,17 @@ const CLONED: u32 = 0x200;
 /// What IPv6 makes of no metric.
 const IP6_METRIC: u32 = 1024;
 
-/// Where a route leads.
+/// A way out of this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Hop {
+    /// The interface.
+    pub oif: u32,
+    /// The next router; `None`: the destination is on the link.
+    pub gateway: Option<IpAddr>,
+}
+
+/// Where a route leads.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Target {
     /// Out of an interface, to a neighbour or to everything there.
     Via {
@@ -38,14 +49,27 @@ pub enum Target {
         /// The next hop; `None`: the destination is on the link.
         gateway: Option<IpAddr>,
     },
+    /// Over several next hops, which share the flows.
+    Multi(Vec<Hop>),
     /// Nowhere: the sender receives an error.
     Unreachable,
-    /// A kind that we never make.
-    Other,
+    /// A type that we never make (`RTN_*`): `blackhole`, `prohibit`, `throw`.
+    Other(u8),
+}
+
+impl Target {
+    /// The interfaces that packets leave by.
+    pub fn devices(&self) -> Vec<u32> {
+        match self {
+            Self::Via { oif, .. } => vec![*oif],
+            Self::Multi(hops) => hops.iter().map(|hop| hop.oif).collect(),
+            Self::Unreachable | Self::Other(_) => Vec::new(),
+        }
+    }
 }
 
 /// A route of the main table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Route {
     /// Destination.
     pub dst: IpNet,
@@ -95,11 +119,12 @@ fn parse(body: &[u8]) -> Option<Route> {
     let metric = find(attr::PRIORITY).and_then(number).unwrap_or(0);
     let target = match head[7] {
         libc::RTN_UNREACHABLE => Target::Unreachable,
-        libc::RTN_UNICAST => match find(attr::OIF).and_then(number) {
-            Some(oif) => Target::Via { oif, gateway: find(attr::GATEWAY).and_then(from_octets) },
-            None => Target::Other,
+        libc::RTN_UNICAST => match (find(attr::OIF).and_then(number), find(attr::MULTIPATH)) {
+            (Some(oif), _) => Target::Via { oif, gateway: gateway(rest) },
+            (None, Some(hops)) => Target::Multi(parse_hops(hops).collect()),
+            (None, None) => Target::Other(head[7]),
         },
-        _ => Target::Other,
+        other => Target::Other(other),
     };
     Some(Route {
         dst,
@@ -110,11 +135,31 @@ fn parse(body: &[u8]) -> Option<Route> {
     })
 }
 
+/// The router in a route's or a hop's attributes. `RTA_VIA` has one of the other family behind its `sa_family_t`.
+fn gateway(attrs: &[u8]) -> Option<IpAddr> {
+    attributes(attrs).find_map(|(kind, value)| match kind {
+        attr::GATEWAY => from_octets(value),
+        attr::VIA => from_octets(value.get(2..)?),
+        _ => None,
+    })
+}
+
+/// `struct rtnexthop`, each with attributes.
+fn parse_hops(mut bytes: &[u8]) -> impl Iterator<Item = Hop> {
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes([*bytes.first()?, *bytes.get(1)?]));
+        let hop = bytes.get(..length).filter(|hop| hop.len() >= 8)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(Hop { oif: number(&hop[4..])?, gateway: gateway(&hop[8..]) })
+    })
+}
+
 fn message(kind: u16, flags: u16, route: &Route) -> Message {
-    let (scope, target) = match route.target {
+    let (scope, target) = match &route.target {
         Target::Via { gateway: None, .. } => (libc::RT_SCOPE_LINK, libc::RTN_UNICAST),
-        Target::Via { .. } | Target::Other => (libc::RT_SCOPE_UNIVERSE, libc::RTN_UNICAST),
+        Target::Via { .. } | Target::Multi(_) => (libc::RT_SCOPE_UNIVERSE, libc::RTN_UNICAST),
         Target::Unreachable => (libc::RT_SCOPE_UNIVERSE, libc::RTN_UNREACHABLE),
+        Target::Other(kind) => (libc::RT_SCOPE_UNIVERSE, *kind),
     };
     let ip = route.dst.network();
     let mut message =
@@ -155,7 +200,7 @@ pub fn delete(socket: &mut Socket, route: &Route) -> Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::{PROTOCOL, Route, Target, message, parse};
+    use super::{Hop, Message, PROTOCOL, Route, Target, message, parse};
 
     #[test]
     fn routes_survive_the_way_to_the_kernel_and_back() {
@@ -168,5 +213,31 @@ mod tests {
             let bytes = message(24, 0, &route).into_body();
             assert_eq!(parse(&bytes), Some(route));
         }
+    }
+
+    /// As `ip route add 10.3.0.0/24 nexthop via 192.0.2.7 dev eth0 nexthop via inet6 2001:db8::7 dev eth1` comes back.
+    #[test]
+    fn all_devices_of_a_route_with_several_hops_are_found() {
+        let hop = |oif: u32, fill: fn(Message) -> Message| {
+            let attributes = fill(Message::new(0, 0, &[])).into_body();
+            let mut hop = vec![0; 8];
+            hop[..2].copy_from_slice(&(8 + attributes.len() as u16).to_ne_bytes());
+            hop[4..].copy_from_slice(&oif.to_ne_bytes());
+            [hop, attributes].concat()
+        };
+        let by_address = |message: Message| message.attr(super::attr::GATEWAY, &[192, 0, 2, 7]);
+        let by_other_family = |message: Message| {
+            let router: std::net::Ipv6Addr = "2001:db8::7".parse().unwrap();
+            let family = (libc::AF_INET6 as u16).to_ne_bytes();
+            message.attr(super::attr::VIA, &[&family[..], &router.octets()].concat())
+        };
+        let hops = [hop(2, by_address), hop(3, by_other_family), hop(4, |message| message)].concat();
+        let header = super::rtmsg(libc::AF_INET as u8, 24, 4, 0, libc::RTN_UNICAST);
+        let message = Message::new(24, 0, &header).attr(super::attr::DST, &[10, 3, 0, 0]);
+        let route = parse(&message.attr(super::attr::MULTIPATH, &hops).into_body()).unwrap();
+        let gateways = [Some("192.0.2.7".parse().unwrap()), Some("2001:db8::7".parse().unwrap()), None];
+        let expected = [2, 3, 4].into_iter().zip(gateways).map(|(oif, gateway)| Hop { oif, gateway });
+        assert_eq!(route.target, Target::Multi(expected.collect()));
+        assert_eq!(route.target.devices(), [2, 3, 4]);
     }
 }

@@ -116,7 +116,7 @@ mod tests {
 
     fn host() -> Host {
         let link = |index, name: &str| Link { index, name: name.into(), mtu: 1500, ..Link::default() };
-        let address = |ifindex, net: &str, scope| Address { ifindex, net: net.parse().unwrap(), scope };
+        let address = |ifindex, net: &str, scope| Address { ifindex, net: net.parse().unwrap(), scope, flags: 0 };
         let default = |dst: &str, oif, metric| Route {
             dst: dst.parse::<IpNet>().unwrap(),
             target: Target::Via { oif, gateway: None },

@@ -148,22 +148,22 @@ fn changes_add_what_is_missing_and_touch_only_what_is_ours() {
 
     let mut host = Host { links: vec![veth()], ..Host::default() };
     let changes = desired.changes(&host, &[]);
-    assert_eq!(changes.add, [(unreachable(), false), (desired.routes[1], false), (pod_route, false)]);
+    assert_eq!(changes.add, [(unreachable(), false), (desired.routes[1].clone(), false), (pod_route.clone(), false)]);
     assert_eq!(changes.neighbours, [neighbour]);
 
     let stale = via("10.1.3.0/24", 9, None, "192.0.2.1");
-    let foreign = Route { protocol: 4, ..stale };
+    let foreign = Route { protocol: 4, ..stale.clone() };
     let starting_pod = Route { source: None, ..via("10.1.1.6/32", 7, None, "192.0.2.1") };
     let moved = via("10.1.2.0/24", 8, None, "192.0.2.1");
     // The CNI binary's own route for the pod counts, whatever its protocol.
-    let by_cni = Route { protocol: 4, ..pod_route };
-    host.routes = vec![unreachable(), moved, by_cni, stale, foreign, starting_pod];
+    let by_cni = Route { protocol: 4, ..pod_route.clone() };
+    host.routes = vec![unreachable(), moved, by_cni, stale.clone(), foreign, starting_pod];
     let changes = desired.changes(&host, &[neighbour]);
-    assert_eq!(changes.add, [(desired.routes[1], true)]);
+    assert_eq!(changes.add, [(desired.routes[1].clone(), true)]);
     assert_eq!(changes.delete, [stale]);
     assert!(changes.neighbours.is_empty());
 
-    host.routes = vec![unreachable(), desired.routes[1], pod_route];
+    host.routes = vec![unreachable(), desired.routes[1].clone(), pod_route];
     assert!(desired.changes(&host, &[neighbour]).is_empty());
 }
 
@@ -174,9 +174,9 @@ fn anothers_route_that_leads_the_same_way_is_left_to_do_its_work() {
         let host = Host { routes: vec![unreachable(), route], ..Host::default() };
         desired.changes(&host, &[]).add.iter().any(|(add, _)| *add == desired.routes[1])
     };
-    let theirs = Route { protocol: 4, source: None, ..desired.routes[1] };
-    assert!(!missing(theirs));
+    let theirs = Route { protocol: 4, source: None, ..desired.routes[1].clone() };
+    assert!(!missing(theirs.clone()));
     // Ours fits next to one of a higher metric, and comes first.
-    assert!(missing(Route { metric: 100, ..theirs }));
+    assert!(missing(Route { metric: 100, ..theirs.clone() }));
     assert!(missing(Route { target: Target::Via { oif: 2, gateway: Some([192, 0, 2, 3].into()) }, ..theirs }));
 }
