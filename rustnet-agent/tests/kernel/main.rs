@@ -14,3 +14,4 @@ mod reconcile;
 mod sandbox;
 mod store;
 mod upgrade;
+mod wire;
