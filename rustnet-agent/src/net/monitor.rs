@@ -1,18 +1,23 @@
-//! Hears of changes to links, addresses, routes, neighbours and classifiers, so that repair need not wait for its period.
+//! Hears of changes to links, addresses, routes, neighbours, classifiers and sysctls, so that repair need not wait for its
+//! period.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
 use anyhow::{Context, Result};
 use netlink_packet_core::NetlinkBuffer;
+use netlink_packet_route::neighbour::NeighbourHeader;
 use netlink_sys::{Socket, SocketAddr, protocols};
+use nix::net::if_::if_indextoname;
 use rtnetlink::MulticastGroup;
+use rustnet_common::names::VETH_PREFIX;
 use tokio::io::unix::AsyncFd;
 
 use super::netlink::messages;
 
-/// What is listened to.
-const GROUPS: [MulticastGroup; 7] = [
+/// What is listened to. The last two are about sysctls that the kernel reports: forwarding and `rp_filter`, which
+/// systemd-udevd sets on each new device, after us.
+const GROUPS: [MulticastGroup; 9] = [
     MulticastGroup::Link,
     MulticastGroup::Neigh,
     MulticastGroup::Tc,
@@ -20,6 +25,8 @@ const GROUPS: [MulticastGroup; 7] = [
     MulticastGroup::Ipv4Route,
     MulticastGroup::Ipv6Ifaddr,
     MulticastGroup::Ipv6Route,
+    MulticastGroup::Ipv4Netconf,
+    MulticastGroup::Ipv6Netconf,
 ];
 
 /// A subscription to the kernel's notices.
@@ -89,7 +96,49 @@ impl AsRawFd for Listener {
     }
 }
 
-/// False for what cannot concern us: the kernel's own upkeep of neighbours, which is most of the traffic.
+/// False for what cannot concern us: the kernel's own upkeep of neighbours, which is most of the traffic. Of those that go,
+/// only the pods' matter, and a busy LAN loses some each second.
 fn is_of_interest(message: &NetlinkBuffer<&[u8]>) -> bool {
-    message.message_type() != libc::RTM_NEWNEIGH
+    match message.message_type() {
+        libc::RTM_NEWNEIGH => false,
+        libc::RTM_DELNEIGH => NeighbourHeader::parse(message.payload()).is_ok_and(|header| is_pods(header.ifindex)),
+        _ => true,
+    }
+}
+
+/// True for a pod's veth. One that is gone has its own message.
+fn is_pods(ifindex: u32) -> bool {
+    if_indextoname(ifindex).is_ok_and(|name| name.to_bytes().starts_with(VETH_PREFIX.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::{NetlinkHeader, NetlinkMessage};
+    use netlink_packet_route::RouteNetlinkMessage;
+    use netlink_packet_route::link::LinkMessage;
+    use netlink_packet_route::neighbour::NeighbourMessage;
+    use netlink_packet_route::route::RouteMessage;
+
+    use super::*;
+
+    fn is_heard(message: RouteNetlinkMessage) -> bool {
+        let mut message = NetlinkMessage::new(NetlinkHeader::default(), message.into());
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        is_of_interest(&messages(&bytes).next().expect("a message"))
+    }
+
+    #[test]
+    fn neighbours_of_other_devices_are_not_heard() {
+        // The loopback device, and one that is not there.
+        for ifindex in [1, 1 << 30] {
+            let mut neighbour = NeighbourMessage::default();
+            neighbour.header.ifindex = ifindex;
+            assert!(!is_heard(RouteNetlinkMessage::DelNeighbour(neighbour.clone())));
+            assert!(!is_heard(RouteNetlinkMessage::NewNeighbour(neighbour)));
+        }
+        assert!(is_heard(RouteNetlinkMessage::NewLink(LinkMessage::default())));
+        assert!(is_heard(RouteNetlinkMessage::DelRoute(RouteMessage::default())));
+    }
 }

@@ -1,7 +1,12 @@
 //! What is read from the kernel by netlink, against the kernel: whole lists, and what decides over uplinks.
 
+use std::fs;
+use std::future::Future;
+use std::time::Duration;
+
 use rustnet_agent::net::address::{self, Address};
 use rustnet_agent::net::link::{self, Link};
+use rustnet_agent::net::monitor::Monitor;
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::route::{self, Hop, Target};
 
@@ -91,5 +96,34 @@ fn links_have_kind_master_and_framing() {
             Some(find("br0"))
         );
         assert_eq!(link::by_name(&mut Socket::open().unwrap(), "none").unwrap(), None);
+    });
+}
+
+/// Waits for something that must come; the limit only ends a test that failed.
+fn wait<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), future).await.expect("nothing was heard") })
+}
+
+#[test]
+fn changes_of_sysctls_and_pods_neighbours_are_heard() {
+    sandbox::run(|_| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        for dev in ["rnv1", "pod"] {
+            ip(&format!("link set {dev} addrgenmode none up"));
+        }
+        ip("neigh add 10.1.1.5 lladdr 02:00:00:00:00:05 nud permanent dev rnv1");
+        let heard_after = |change: &dyn Fn()| {
+            wait(async {
+                let mut monitor = Monitor::open().unwrap();
+                change();
+                monitor.changed().await.unwrap();
+            });
+        };
+        heard_after(&|| fs::write("/proc/sys/net/ipv4/conf/rnv1/rp_filter", "2").unwrap());
+        heard_after(&|| fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap());
+        heard_after(&|| fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap());
+        heard_after(&|| drop(ip("neigh del 10.1.1.5 dev rnv1")));
     });
 }
