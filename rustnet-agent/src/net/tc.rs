@@ -59,13 +59,15 @@ const fn info() -> u32 {
     (TC_PRIORITY as u32) << 16 | (libc::ETH_P_ALL as u16).to_be() as u32
 }
 
-/// Has `prog` as our classifier on a device, in place of the one before. Makes the qdisc where there is none.
+/// Has `prog` as our classifier on a device. Makes the qdisc where there is none. `replace`: one of ours is there and gives
+/// way; without, the kernel refuses the place when another program's classifier has it.
 pub fn set_filter(
     socket: &mut Socket,
     ifindex: u32,
     direction: Direction,
     prog: BorrowedFd<'_>,
     name: &str,
+    replace: bool,
 ) -> Result<()> {
     let handle = TcHandle { minor: 0, ..TcHandle::CLSACT };
     let qdisc = message(ifindex, TcHandle::CLSACT, handle, 0, vec![TcAttribute::Kind("clsact".to_owned())]);
@@ -78,7 +80,16 @@ pub fn set_filter(
         TcFilterBpfOption::Flags(TcBpfFlags::DirectAction),
     ];
     let filter = RouteNetlinkMessage::NewTrafficFilter(ours(ifindex, direction, options));
-    socket.request(&filter, NLM_F_CREATE).with_context(|| format!("adding classifier {name} to interface {ifindex}"))
+    match socket.request(&filter, if replace { NLM_F_CREATE } else { CREATE }) {
+        Ok(()) => Ok(()),
+        Err(e) if e.errno() == Some(libc::EEXIST) => Err(e).with_context(|| {
+            format!(
+                "adding classifier {name} to interface {ifindex}: another program's has priority {TC_PRIORITY} and handle \
+                 {TC_HANDLE} (`tc filter show`): remove it, or give it another priority"
+            )
+        }),
+        Err(e) => Err(e).with_context(|| format!("adding classifier {name} to interface {ifindex}")),
+    }
 }
 
 /// A classifier of ours on a device.
