@@ -13,6 +13,7 @@ use netlink_packet_core::{
     NlaBuffer, NlasIterator, parse_i32, parse_string, parse_u32,
 };
 use netlink_sys::{SocketAddr, protocols};
+use rtnetlink::MulticastGroup;
 
 /// Flags for a request that makes something new and fails when it is there.
 pub const CREATE: u16 = NLM_F_CREATE | NLM_F_EXCL;
@@ -201,6 +202,30 @@ impl Socket {
                     _ => take(message.payload()),
                 }
             }
+        }
+    }
+}
+
+/// Hears whether objects of a kind change.
+pub struct Changes(netlink_sys::Socket);
+
+impl Changes {
+    /// Listens from now on.
+    pub fn watch(group: MulticastGroup) -> io::Result<Self> {
+        let mut socket = netlink_sys::Socket::new(protocols::NETLINK_ROUTE)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        socket.add_membership(group as u32)?;
+        Ok(Self(socket))
+    }
+
+    /// True if one of them changed since.
+    pub fn is_heard(&self) -> io::Result<bool> {
+        match self.0.recv(&mut [0; HEADER].as_mut_slice(), libc::MSG_DONTWAIT) {
+            Ok(_) => Ok(true),
+            // More than the socket can hold.
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(e) => Err(e),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Routes of the main table. Those with [`PROTOCOL`] are ours.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
@@ -10,15 +11,17 @@ use netlink_packet_route::route::{
     RouteType, RouteVia,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::RouteMessageBuilder;
+use rtnetlink::{MulticastGroup, RouteMessageBuilder};
 
-use super::netlink::{CHANGE, CREATE, Error, REPLACE, Socket, attributes, unless};
+use super::netlink::{CHANGE, CREATE, Changes, Error, REPLACE, Socket, attributes, unless};
 
 /// Our number in the protocol field of routes (`ip route show proto 114`).
 pub const PROTOCOL: u8 = b'r';
 /// Metric of the routes that refuse what no pod has: any other route comes first.
 pub const LAST_METRIC: u32 = 4_278_198_272;
 
+/// How many lists of IPv6 routes make a whole one on a host where they change all the time.
+const LISTS: usize = 3;
 /// What IPv6 makes of no metric.
 const IP6_METRIC: u32 = 1024;
 
@@ -85,7 +88,28 @@ impl Route {
 /// All routes of the main table, both families.
 pub fn list(socket: &mut Socket) -> Result<Vec<Route>> {
     let mut routes = list_of(socket, AddressFamily::Inet).context("listing IPv4 routes")?;
-    routes.extend(list_of(socket, AddressFamily::Inet6).context("listing IPv6 routes")?);
+    routes.extend(list_v6(socket).context("listing IPv6 routes")?);
+    Ok(routes)
+}
+
+/// The kernel sends a long list in parts. When IPv6 routes come or go in between, it leaves out as many places as it has
+/// sent (`fib6_dump_table`), live routes among them, and does not say so. Several lists together have them all. One that went
+/// meanwhile may be among them; its own message leads to the next look.
+fn list_v6(socket: &mut Socket) -> Result<Vec<Route>, Error> {
+    let mut routes: Vec<Route> = Vec::new();
+    for _ in 0..LISTS {
+        let changes = Changes::watch(MulticastGroup::Ipv6Route)?;
+        let mut now = list_of(socket, AddressFamily::Inet6)?;
+        if !routes.is_empty() {
+            let known: HashSet<_> = now.iter().map(Route::key).collect();
+            routes.retain(|route| !known.contains(&route.key()));
+            now.append(&mut routes);
+        }
+        routes = now;
+        if !changes.is_heard()? {
+            break;
+        }
+    }
     Ok(routes)
 }
 
@@ -186,6 +210,7 @@ pub fn add(socket: &mut Socket, route: &Route, replace: bool) -> Result<()> {
     let flags = if replace { REPLACE } else { CREATE };
     match socket.request(&RouteNetlinkMessage::NewRoute(message(route)?), flags) {
         Ok(()) => Ok(()),
+        Err(e) if e.errno() == Some(libc::EEXIST) && is_there(socket, route)? => Ok(()),
         Err(e) if e.errno() == Some(libc::EEXIST) => Err(e).with_context(|| {
             format!(
                 "route to {}: another program's route is in its place (`ip route show {}`): remove it or choose other ranges",
@@ -193,6 +218,21 @@ pub fn add(socket: &mut Socket, route: &Route, replace: bool) -> Result<()> {
             )
         }),
         Err(e) => Err(e).with_context(|| format!("adding the route to {}", route.dst)),
+    }
+}
+
+/// True if a route to the same destination leads the same way: somebody was faster, the CNI binary for one.
+fn is_there(socket: &mut Socket, route: &Route) -> Result<bool> {
+    let ip = route.dst.network();
+    let mut lookup = RouteMessageBuilder::<IpAddr>::new().destination_prefix(ip, route.dst.max_prefix_len())?.build();
+    let address_family = lookup.header.address_family;
+    let destination_prefix_length = lookup.header.destination_prefix_length;
+    let flags = RouteFlags::FibMatch;
+    lookup.header = RouteHeader { address_family, destination_prefix_length, flags, ..RouteHeader::default() };
+    match socket.get(&RouteNetlinkMessage::GetRoute(lookup), parse) {
+        Ok(found) => Ok(found.is_some_and(|found| found.key() == route.key() && found.target == route.target)),
+        Err(Error::Refused(_)) => Ok(false),
+        Err(e) => Err(e.into()),
     }
 }
 

@@ -1,16 +1,70 @@
 //! What is read from the kernel by netlink, against the kernel: whole lists, and what decides over uplinks.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::future::Future;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustnet_agent::net::address::{self, Address};
 use rustnet_agent::net::link::{self, Link};
 use rustnet_agent::net::monitor::Monitor;
 use rustnet_agent::net::netlink::Socket;
-use rustnet_agent::net::route::{self, Hop, Target};
+use rustnet_agent::net::route::{self, Hop, PROTOCOL, Route, Target};
 
 use crate::sandbox::{self, ip, uplink};
+
+/// Carries out many lines of `ip`.
+fn batch(family: &str, lines: &str) {
+    let mut child = Command::new("ip").args([family, "-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "ip {family} -batch");
+}
+
+/// A line for each of `count` routes of a family; `family` is `-4` or `-6`.
+fn lines(op: &str, family: &str, net: u8, count: u32, protocol: &str) -> String {
+    (0..count).fold(String::new(), |mut lines, i| {
+        let dst =
+            if family == "-4" { format!("10.{net}.{}.{}", i >> 8, i & 255) } else { format!("fd00:{net}::{i:x}") };
+        writeln!(lines, "route {op} {dst} dev eth0 proto {protocol}").unwrap();
+        lines
+    })
+}
+
+/// The kernel's own list of IPv6 routes lacks some now and then, and does not say so.
+#[test]
+fn no_route_is_missing_from_a_list_while_others_come_and_go() {
+    const KEPT: u32 = 2000;
+    sandbox::run(|_| {
+        uplink();
+        for family in ["-4", "-6"] {
+            batch(family, &lines("add", family, 1, KEPT, "114"));
+        }
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    for (op, family) in [("add", "-4"), ("del", "-4"), ("add", "-6"), ("del", "-6")] {
+                        batch(family, &lines(op, family, 0, 1000, "static"));
+                    }
+                }
+            });
+            let mut socket = Socket::open().unwrap();
+            let short = (0..500).find_map(|round| {
+                let mut kept: Vec<_> =
+                    route::list(&mut socket).unwrap().into_iter().map(|route| (route.protocol, route.dst)).collect();
+                kept.retain(|(protocol, _)| *protocol == PROTOCOL);
+                kept.sort_unstable();
+                kept.dedup();
+                (kept.len() != 2 * KEPT as usize).then(|| format!("list {round} has {} of ours", kept.len()))
+            });
+            stop.store(true, Ordering::Relaxed);
+            assert_eq!(short, None);
+        });
+    });
+}
 
 #[test]
 fn a_default_route_over_two_devices_has_both() {
@@ -96,6 +150,32 @@ fn links_have_kind_master_and_framing() {
             Some(find("br0"))
         );
         assert_eq!(link::by_name(&mut Socket::open().unwrap(), "none").unwrap(), None);
+    });
+}
+
+/// As when the CNI binary adds a pod's route after a look and before the repair.
+#[test]
+fn a_route_that_somebody_else_was_faster_to_make_is_no_error() {
+    sandbox::run(|_| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        for dev in ["rnv1", "pod"] {
+            ip(&format!("link set {dev} up"));
+        }
+        let oif = sandbox::ifindex("rnv1");
+        let mut socket = Socket::open().unwrap();
+        for dst in ["10.1.1.5/32", "fd00:1::5/128"] {
+            ip(&format!("route add {dst} dev rnv1 proto static"));
+            let target = Target::Via { oif, gateway: None };
+            let wanted = Route { dst: dst.parse().unwrap(), target, source: None, metric: 0, protocol: PROTOCOL };
+            route::add(&mut socket, &wanted, false).unwrap();
+            let other = Route { target: Target::Via { oif: sandbox::ifindex("eth0"), gateway: None }, ..wanted };
+            // IPv6 would make it a second hop.
+            if dst.starts_with("10") {
+                let error = format!("{:#}", route::add(&mut socket, &other, false).unwrap_err());
+                assert!(error.contains("another program's route is in its place"), "{error}");
+            }
+        }
     });
 }
 
