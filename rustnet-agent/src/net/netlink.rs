@@ -1,9 +1,10 @@
 //! Blocking requests to netlink: send a message, wait for the answer or the kernel's refusal.
 //!
-//! The messages are those of rtnetlink and netlink-packet-route; only the exchange is here. rtnetlink's own connection
-//! drops what it cannot read and reports nothing, so that a pod's device could vanish from a list after an upgrade of the
-//! kernel. It also asks its callers to be asynchronous, and those that attach programs or clean up are not. A request takes
-//! microseconds, and the socket works in a thread that has entered another network namespace.
+//! The messages are those of rtnetlink and netlink-packet-route; only the exchange is here. rtnetlink's own connection drops
+//! a message that it cannot decode, and its caller gets a shorter list: after an upgrade of the kernel a pod's device could
+//! be missing, and the pod's endpoint would be deleted. It also asks its callers to be asynchronous, and those that attach
+//! programs or clean up are not. A request takes microseconds, and the socket works in a thread that has entered another
+//! network namespace.
 
 use std::io;
 
@@ -273,7 +274,14 @@ fn refusal(message: &NetlinkBuffer<&[u8]>) -> Option<Refusal> {
 
 #[cfg(test)]
 mod tests {
-    use super::{NLM_F_ACK_TLVS, NLMSG_DONE, NLMSG_ERROR, attributes, messages, refusal};
+    use std::io::{Read as _, Write as _};
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    use std::os::unix::net::UnixStream;
+
+    use netlink_packet_route::RouteNetlinkMessage;
+    use netlink_packet_route::route::RouteMessage;
+
+    use super::*;
 
     fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
         let length = (16 + body.len() as u32).to_ne_bytes();
@@ -298,6 +306,37 @@ mod tests {
             assert_eq!(refused(&message(NLMSG_DONE, 0, done)), None);
             assert_eq!(refused(&message(NLMSG_ERROR, 0, done)), None);
         }
+    }
+
+    /// Answers each request with a list of one number, which is whole from a certain request on.
+    fn kernel(whole_from: u8) -> Socket {
+        let (mut kernel, agent) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut request = [0; 64];
+            for round in 0.. {
+                // Ends when the test drops its socket.
+                let Ok(16..) = kernel.read(&mut request) else { return };
+                let interrupted = if round < whole_from { NLM_F_DUMP_INTR } else { 0 };
+                let mut list = [message(24, interrupted, &[round; 4]), message(NLMSG_DONE, 0, &[0; 4])].concat();
+                for at in [8, 28] {
+                    list[at..at + 4].copy_from_slice(&request[8..12]);
+                }
+                kernel.write_all(&list).unwrap();
+            }
+        });
+        // SAFETY: the descriptor passes from one owner to the other.
+        let inner = unsafe { netlink_sys::Socket::from_raw_fd(agent.into_raw_fd()) };
+        Socket { inner, sequence: 0, buffer: Vec::with_capacity(64) }
+    }
+
+    #[test]
+    fn interrupted_lists_are_asked_for_again_but_not_for_ever() {
+        let list = |mut socket: Socket| {
+            socket.dump(&RouteNetlinkMessage::GetRoute(RouteMessage::default()), |body| body.first().copied())
+        };
+        assert_eq!(list(kernel(0)).unwrap(), [0]);
+        assert_eq!(list(kernel(3)).unwrap(), [3]);
+        assert!(matches!(list(kernel(u8::MAX)), Err(Error::Interrupted)));
     }
 
     #[test]
