@@ -11,6 +11,7 @@ pub mod link;
 pub mod monitor;
 pub mod neighbour;
 pub mod netlink;
+pub mod nexthop;
 pub mod nftables;
 pub mod overlay;
 pub mod plan;

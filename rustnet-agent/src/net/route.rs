@@ -1,6 +1,6 @@
 //! Routes of the main table. Those with [`PROTOCOL`] are ours.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
@@ -14,6 +14,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{MulticastGroup, RouteMessageBuilder};
 
 use super::netlink::{CHANGE, CREATE, Changes, Error, REPLACE, Socket, attributes, unless};
+use super::nexthop;
+pub use super::nexthop::Hop;
 
 /// Our number in the protocol field of routes (`ip route show proto 114`).
 pub const PROTOCOL: u8 = b'r';
@@ -24,15 +26,6 @@ pub const LAST_METRIC: u32 = 4_278_198_272;
 const LISTS: usize = 3;
 /// What IPv6 makes of no metric.
 const IP6_METRIC: u32 = 1024;
-
-/// A way out of this host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Hop {
-    /// The interface.
-    pub oif: u32,
-    /// The next router; `None`: the destination is on the link.
-    pub gateway: Option<IpAddr>,
-}
 
 /// Where a route leads.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -46,6 +39,8 @@ pub enum Target {
     },
     /// Over several next hops, which share the flows.
     Multi(Vec<Hop>),
+    /// Where a nexthop object leads that the kernel does not list.
+    Object(u32),
     /// Nowhere: the sender receives an error.
     Unreachable,
     /// A type that we never make (`RTN_*`): `blackhole`, `prohibit`, `throw`.
@@ -58,7 +53,17 @@ impl Target {
         match self {
             Self::Via { oif, .. } => vec![*oif],
             Self::Multi(hops) => hops.iter().map(|hop| hop.oif).collect(),
-            Self::Unreachable | Self::Other(_) => Vec::new(),
+            Self::Object(_) | Self::Unreachable | Self::Other(_) => Vec::new(),
+        }
+    }
+
+    fn resolve(&mut self, objects: &BTreeMap<u32, Vec<Hop>>) {
+        let Self::Object(id) = self else { return };
+        match objects.get(id).map(Vec::as_slice) {
+            None => {}
+            Some([]) => *self = Self::Other(libc::RTN_BLACKHOLE),
+            Some([Hop { oif, gateway }]) => *self = Self::Via { oif: *oif, gateway: *gateway },
+            Some(hops) => *self = Self::Multi(hops.to_vec()),
         }
     }
 }
@@ -89,6 +94,12 @@ impl Route {
 pub fn list(socket: &mut Socket) -> Result<Vec<Route>> {
     let mut routes = list_of(socket, AddressFamily::Inet).context("listing IPv4 routes")?;
     routes.extend(list_v6(socket).context("listing IPv6 routes")?);
+    if routes.iter().any(|route| matches!(route.target, Target::Object(_))) {
+        let objects = nexthop::list(socket).context("listing nexthop objects")?;
+        for route in &mut routes {
+            route.target.resolve(&objects);
+        }
+    }
     Ok(routes)
 }
 
@@ -130,7 +141,7 @@ fn parse(body: &[u8]) -> Option<Route> {
     }
     let v6 = header.address_family == AddressFamily::Inet6;
     let mut dst = if v6 { IpAddr::from([0_u16; 8]) } else { IpAddr::from([0_u8; 4]) };
-    let (mut source, mut metric, mut oif, mut gateway, mut hops) = (None, 0, None, None, None);
+    let (mut source, mut metric, mut oif, mut gateway, mut hops, mut object) = (None, 0, None, None, None, None);
     let kind = (header.address_family, header.kind, RouteLwEnCapType::None);
     for attribute in attributes(&body[header.buffer_len()..]) {
         match RouteAttribute::parse_with_param(&attribute, kind) {
@@ -139,20 +150,20 @@ fn parse(body: &[u8]) -> Option<Route> {
             Ok(RouteAttribute::Priority(value)) => metric = value,
             Ok(RouteAttribute::Oif(value)) => oif = Some(value),
             Ok(RouteAttribute::MultiPath(all)) => hops = Some(all),
+            Ok(RouteAttribute::NhId(id)) => object = Some(id),
             Ok(other) => gateway = gateway.or(router(&other)),
             Err(_) => {}
         }
     }
-    // A route of a nexthop object (`ip nexthop`) has devices and routers as well, unless
-    // net.ipv4.nexthop_compat_mode is off.
-    let target = match (header.kind, oif, hops) {
+    let target = match (header.kind, oif, hops, object) {
         (RouteType::Unreachable, ..) => Target::Unreachable,
-        (RouteType::Unicast, Some(oif), _) => Target::Via { oif, gateway },
-        (RouteType::Unicast, None, Some(hops)) => {
+        (RouteType::Unicast, Some(oif), ..) => Target::Via { oif, gateway },
+        (RouteType::Unicast, None, Some(hops), _) => {
             let hop =
                 |hop: &RouteNextHop| Hop { oif: hop.interface_index, gateway: hop.attributes.iter().find_map(router) };
             Target::Multi(hops.iter().map(hop).collect())
         }
+        (RouteType::Unicast, None, None, Some(id)) => Target::Object(id),
         (other, ..) => Target::Other(other.into()),
     };
     Some(Route {
@@ -184,7 +195,7 @@ fn router(attribute: &RouteAttribute) -> Option<IpAddr> {
 
 fn message(route: &Route) -> Result<RouteMessage> {
     let kind = match &route.target {
-        Target::Via { .. } | Target::Multi(_) => RouteType::Unicast,
+        Target::Via { .. } | Target::Multi(_) | Target::Object(_) => RouteType::Unicast,
         Target::Unreachable => RouteType::Unreachable,
         Target::Other(kind) => (*kind).into(),
     };

@@ -98,6 +98,15 @@ fn a_default_route_over_two_devices_has_both() {
         assert_eq!(defaults()[0].target.devices(), [eth0, eth1]);
         ip("route replace default nhid 2");
         assert_eq!(defaults()[0].target.devices(), [eth1]);
+        // The kernel then reports the object's id alone.
+        fs::write("/proc/sys/net/ipv4/nexthop_compat_mode", "0").unwrap();
+        let via = |oif, gateway: &str| Target::Via { oif, gateway: Some(gateway.parse().unwrap()) };
+        assert_eq!(defaults()[0].target, via(eth1, "198.51.100.254"));
+        ip("route replace default nhid 3");
+        assert_eq!(defaults()[0].target.devices(), [eth0, eth1]);
+        ip("nexthop add id 6 via fe80::254 dev eth1");
+        ip("-6 route add default nhid 6");
+        assert_eq!(defaults()[1].target, via(eth1, "fe80::254"));
     });
 }
 
