@@ -139,7 +139,7 @@ fn filter(
     if there.as_ref().is_some_and(|filter| filter.prog_id == wanted) {
         return Ok(Outcome::Unchanged);
     }
-    tc::set_filter(socket, ifindex, direction, prog, name)?;
+    tc::set_filter(socket, ifindex, direction, prog, name, there.is_some())?;
     Ok(if there.is_some() { Outcome::Swapped } else { Outcome::Attached })
 }
 

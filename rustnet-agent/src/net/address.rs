@@ -1,16 +1,12 @@
-//! Addresses of interfaces, and how addresses stand in netlink messages.
-
-use std::net::IpAddr;
+//! Addresses of interfaces.
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
+use netlink_packet_core::{Emitable, Parseable};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressHeader, AddressMessage};
 
-use super::netlink::{Message, Socket, attributes, number};
-
-/// `IFA_ADDRESS`, `IFA_LOCAL`, `IFA_FLAGS`.
-const ADDRESS: u16 = 1;
-const LOCAL: u16 = 2;
-const FLAGS: u16 = 8;
+use super::netlink::{Socket, attributes};
 
 /// An address on an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,51 +37,27 @@ impl Address {
     }
 }
 
-/// `AF_INET` or `AF_INET6`.
-pub fn family(ip: IpAddr) -> u8 {
-    match ip {
-        IpAddr::V4(_) => libc::AF_INET as u8,
-        IpAddr::V6(_) => libc::AF_INET6 as u8,
-    }
-}
-
-/// The octets of an address.
-pub fn octets(ip: IpAddr) -> Vec<u8> {
-    match ip {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    }
-}
-
-/// An address from its octets.
-pub fn from_octets(value: &[u8]) -> Option<IpAddr> {
-    match value.len() {
-        4 => <[u8; 4]>::try_from(value).ok().map(IpAddr::from),
-        16 => <[u8; 16]>::try_from(value).ok().map(IpAddr::from),
-        _ => None,
-    }
-}
-
 /// All addresses of this network namespace.
 pub fn list(socket: &mut Socket) -> Result<Vec<Address>> {
-    let replies = socket.dump(Message::new(libc::RTM_GETADDR, 0, &[0; 8])).context("listing addresses")?;
-    Ok(replies.iter().filter_map(|reply| parse(&reply.body)).collect())
+    let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    socket.dump(&all, parse).context("listing addresses")
 }
 
-/// `struct ifaddrmsg` and attributes.
 fn parse(body: &[u8]) -> Option<Address> {
-    let (head, rest) = body.split_at_checked(8)?;
-    let find = |wanted| attributes(rest).find(|(kind, _)| *kind == wanted).and_then(|(_, v)| from_octets(v));
-    // On point-to-point interfaces the other end is ADDRESS and ours is LOCAL.
-    let ip = find(LOCAL).or_else(|| find(ADDRESS))?;
-    // The header has room for eight flags; the attribute has all.
-    let flags = attributes(rest).find(|(kind, _)| *kind == FLAGS).and_then(|(_, v)| number(v));
-    Some(Address {
-        ifindex: number(&head[4..])?,
-        net: IpNet::new(ip, head[1]).ok()?,
-        scope: head[3],
-        flags: flags.unwrap_or(head[2].into()),
-    })
+    let header = AddressHeader::parse(body).ok()?;
+    let (mut address, mut local, mut flags) = (None, None, u32::from(header.flags.bits()));
+    for attribute in attributes(&body[header.buffer_len()..]) {
+        match AddressAttribute::parse(&attribute) {
+            Ok(AddressAttribute::Address(ip)) => address = Some(ip),
+            Ok(AddressAttribute::Local(ip)) => local = Some(ip),
+            // The header has room for eight flags; the attribute has all.
+            Ok(AddressAttribute::Flags(all)) => flags = all.bits(),
+            _ => {}
+        }
+    }
+    // On point-to-point interfaces the other end is `address` and ours is `local`.
+    let net = IpNet::new(local.or(address)?, header.prefix_len).ok()?;
+    Some(Address { ifindex: header.index, net, scope: header.scope.into(), flags })
 }
 
 #[cfg(test)]

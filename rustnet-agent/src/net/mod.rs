@@ -12,6 +12,7 @@ pub mod link;
 pub mod monitor;
 pub mod neighbour;
 pub mod netlink;
+pub mod nexthop;
 pub mod nftables;
 pub mod overlay;
 pub mod plan;

@@ -3,18 +3,13 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
+use netlink_packet_core::{Emitable, ParseableParametrized};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourHeader, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::address::{family, from_octets, octets};
-use super::netlink::{Message, REPLACE, Socket, attributes, number};
-
-/// `NDA_DST`, `NDA_LLADDR`.
-const DST: u16 = 1;
-const LLADDR: u16 = 2;
-/// `NUD_PERMANENT`.
-const PERMANENT: u16 = 0x80;
-
-/// `NUD_REACHABLE`, `NUD_STALE`, `NUD_DELAY`, `NUD_PROBE`: somebody has answered.
-const LEARNT: u16 = 0x02 | 0x04 | 0x08 | 0x10;
+use super::netlink::{REPLACE, Socket, attributes};
 
 /// A neighbour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,43 +22,46 @@ pub struct Neighbour {
     pub mac: [u8; 6],
 }
 
-/// `struct ndmsg`.
-fn ndmsg(family: u8, ifindex: u32, state: u16) -> [u8; 12] {
-    let mut out = [0; 12];
-    out[0] = family;
-    out[4..8].copy_from_slice(&ifindex.to_ne_bytes());
-    out[8..10].copy_from_slice(&state.to_ne_bytes());
-    out
-}
-
 /// All permanent neighbours, both families.
 pub fn list(socket: &mut Socket) -> Result<Vec<Neighbour>> {
-    let replies = socket.dump(Message::new(libc::RTM_GETNEIGH, 0, &ndmsg(0, 0, 0))).context("listing neighbours")?;
-    Ok(replies.iter().filter_map(|reply| parse(&reply.body, PERMANENT)).collect())
+    list_in(socket, |state| state == NeighbourState::Permanent)
 }
 
 /// All neighbours whose MAC the kernel has learnt, both families.
 pub fn learnt(socket: &mut Socket) -> Result<Vec<Neighbour>> {
-    let replies = socket.dump(Message::new(libc::RTM_GETNEIGH, 0, &ndmsg(0, 0, 0))).context("listing neighbours")?;
-    Ok(replies.iter().filter_map(|reply| parse(&reply.body, LEARNT)).collect())
+    use NeighbourState::{Delay, Probe, Reachable, Stale};
+    list_in(socket, |state| matches!(state, Reachable | Stale | Delay | Probe))
 }
 
-/// A neighbour in one of these states.
-fn parse(body: &[u8], states: u16) -> Option<Neighbour> {
-    let (head, rest) = body.split_at_checked(12)?;
-    let find = |wanted| attributes(rest).find(|(kind, _)| *kind == wanted).map(|(_, v)| v);
-    if u16::from_ne_bytes([head[8], head[9]]) & states == 0 {
-        return None;
+fn list_in(socket: &mut Socket, is_wanted: fn(NeighbourState) -> bool) -> Result<Vec<Neighbour>> {
+    let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+    socket.dump(&all, |body| parse(body, is_wanted)).context("listing neighbours")
+}
+
+fn parse(body: &[u8], is_wanted: fn(NeighbourState) -> bool) -> Option<Neighbour> {
+    let header = NeighbourHeader::parse(body).ok().filter(|header| is_wanted(header.state))?;
+    let (mut ip, mut mac) = (None, None);
+    for attribute in attributes(&body[header.buffer_len()..]) {
+        match NeighbourAttribute::parse_with_param(&attribute, header.family) {
+            Ok(NeighbourAttribute::Destination(NeighbourAddress::Inet(v4))) => ip = Some(IpAddr::V4(v4)),
+            Ok(NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6))) => ip = Some(IpAddr::V6(v6)),
+            Ok(NeighbourAttribute::LinkLayerAddress(address)) => mac = address.try_into().ok(),
+            _ => {}
+        }
     }
-    let mac = find(LLADDR)?.try_into().ok()?;
-    Some(Neighbour { ifindex: number(&head[4..])?, ip: from_octets(find(DST)?)?, mac })
+    Some(Neighbour { ifindex: header.ifindex, ip: ip?, mac: mac? })
 }
 
 /// Adds a permanent neighbour, in place of any other of the same address.
 pub fn put(socket: &mut Socket, neighbour: &Neighbour) -> Result<()> {
-    let Neighbour { ifindex, ip, mac } = neighbour;
-    let body = ndmsg(family(*ip), *ifindex, PERMANENT);
-    let put = Message::new(libc::RTM_NEWNEIGH, REPLACE, &body).attr(DST, &octets(*ip)).attr(LLADDR, mac);
-    socket.request(put).with_context(|| format!("adding the neighbour {ip} on interface {ifindex}"))?;
-    Ok(())
+    let Neighbour { ifindex, ip, mac } = *neighbour;
+    let mut message = NeighbourMessage::default();
+    message.header.family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    message.header.ifindex = ifindex;
+    message.header.state = NeighbourState::Permanent;
+    message.attributes =
+        vec![NeighbourAttribute::Destination(ip.into()), NeighbourAttribute::LinkLayerAddress(mac.to_vec())];
+    socket
+        .request(&RouteNetlinkMessage::NewNeighbour(message), REPLACE)
+        .with_context(|| format!("adding the neighbour {ip} on interface {ifindex}"))
 }

@@ -1,134 +1,34 @@
-//! A small blocking netlink socket: build a message, send it, wait for the answer or the kernel's refusal.
+//! Blocking requests to netlink: send a message, wait for the answer or the kernel's refusal.
 //!
-//! Blocking, since a request takes microseconds, and usable in a thread that has entered another network namespace.
+//! The messages are those of rtnetlink and netlink-packet-route; only the exchange is here. rtnetlink's own connection drops
+//! a message that it cannot decode, and its caller gets a shorter list: after an upgrade of the kernel a pod's device could
+//! be missing, and the pod's endpoint would be deleted. It also asks its callers to be asynchronous, and those that attach
+//! programs or clean up are not. A request takes microseconds, and the socket works in a thread that has entered another
+//! network namespace.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt, socket,
-    sockopt,
+use netlink_packet_core::{
+    Emitable, NLA_HEADER_SIZE, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL,
+    NLM_F_REPLACE, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkSerializable,
+    NlaBuffer, NlasIterator, parse_i32, parse_string, parse_u32,
 };
-
-/// `struct nlmsghdr`.
-const HEADER: usize = 16;
-/// `NLA_TYPE_MASK`: the rest are flags.
-const TYPE_MASK: u16 = 0x3fff;
-/// `NLA_F_NESTED`.
-const NESTED: u16 = 0x8000;
+use netlink_sys::{SocketAddr, protocols};
+use rtnetlink::MulticastGroup;
 
 /// Flags for a request that makes something new and fails when it is there.
-pub const CREATE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
+pub const CREATE: u16 = NLM_F_CREATE | NLM_F_EXCL;
 /// Flags for a request that makes something or takes its place.
-pub const REPLACE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_REPLACE) as u16;
+pub const REPLACE: u16 = NLM_F_CREATE | NLM_F_REPLACE;
+/// Flags for a request that changes what is there.
+pub const CHANGE: u16 = 0;
 
-/// A request under construction.
-pub struct Message {
-    bytes: Vec<u8>,
-}
-
-impl Message {
-    /// A request of a type (`RTM_*`) with extra flags and its fixed part.
-    pub fn new(kind: u16, flags: u16, body: &[u8]) -> Self {
-        let mut bytes = vec![0; HEADER];
-        bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
-        bytes[6..8].copy_from_slice(&(flags | libc::NLM_F_REQUEST as u16).to_ne_bytes());
-        bytes.extend_from_slice(body);
-        let mut message = Self { bytes };
-        message.pad();
-        message
-    }
-
-    fn pad(&mut self) {
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
-    }
-
-    /// Adds an attribute.
-    #[must_use]
-    pub fn attr(mut self, kind: u16, value: &[u8]) -> Self {
-        self.bytes.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
-        self.bytes.extend_from_slice(&kind.to_ne_bytes());
-        self.bytes.extend_from_slice(value);
-        self.pad();
-        self
-    }
-
-    /// Adds an attribute that is one number.
-    #[must_use]
-    pub fn u32(self, kind: u16, value: u32) -> Self {
-        self.attr(kind, &value.to_ne_bytes())
-    }
-
-    /// Adds an attribute that is one octet.
-    #[must_use]
-    pub fn u8(self, kind: u16, value: u8) -> Self {
-        self.attr(kind, &[value])
-    }
-
-    /// Adds a name, with its closing zero.
-    #[must_use]
-    pub fn string(self, kind: u16, value: &str) -> Self {
-        let mut bytes = value.as_bytes().to_vec();
-        bytes.push(0);
-        self.attr(kind, &bytes)
-    }
-
-    /// Adds an attribute that holds attributes.
-    #[must_use]
-    pub fn nested(mut self, kind: u16, fill: impl FnOnce(Self) -> Self) -> Self {
-        let start = self.bytes.len();
-        self = fill(self.attr(kind | NESTED, &[]));
-        let length = (self.bytes.len() - start) as u16;
-        self.bytes[start..start + 2].copy_from_slice(&length.to_ne_bytes());
-        self
-    }
-
-    /// What follows the header.
-    #[cfg(test)]
-    pub fn into_body(self) -> Vec<u8> {
-        self.bytes[HEADER..].to_vec()
-    }
-
-    fn finish(mut self, sequence: u32, extra_flags: u16) -> Vec<u8> {
-        let length = self.bytes.len() as u32;
-        self.bytes[0..4].copy_from_slice(&length.to_ne_bytes());
-        let flags = u16::from_ne_bytes([self.bytes[6], self.bytes[7]]) | extra_flags;
-        self.bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
-        self.bytes[8..12].copy_from_slice(&sequence.to_ne_bytes());
-        self.bytes
-    }
-}
-
-/// The attributes in `bytes`: type without flags, and value. Stops at the first that does not fit.
-pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(u16::from_ne_bytes([*bytes.first()?, *bytes.get(1)?]));
-        let kind = u16::from_ne_bytes([*bytes.get(2)?, *bytes.get(3)?]) & TYPE_MASK;
-        let value = bytes.get(4..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
-}
-
-/// A number out of an attribute.
-pub fn number(value: &[u8]) -> Option<u32> {
-    Some(u32::from_ne_bytes(value.get(..4)?.try_into().ok()?))
-}
-
-/// A name out of an attribute.
-pub fn text(value: &[u8]) -> String {
-    let end = value.iter().position(|b| *b == 0).unwrap_or(value.len());
-    String::from_utf8_lossy(&value[..end]).into_owned()
-}
-
-/// A message from the kernel: its type and what follows the header.
-#[derive(Debug)]
-pub struct Reply {
-    /// `RTM_*`.
-    pub kind: u16,
-    /// Fixed part and attributes.
-    pub body: Vec<u8>,
-}
+/// How often a list is asked for again that changed while the kernel wrote it.
+const DUMPS: usize = 10;
+/// Octets for one datagram: the kernel sends up to 32 KiB of a list at once.
+const DATAGRAM: usize = 1 << 16;
+/// `struct nlmsghdr`.
+const HEADER: usize = 16;
 
 /// The kernel said no.
 #[derive(Debug, thiserror::Error)]
@@ -149,12 +49,9 @@ pub enum Error {
     /// The socket failed.
     #[error("netlink: {0}")]
     Io(#[from] io::Error),
-}
-
-impl From<nix::Error> for Error {
-    fn from(e: nix::Error) -> Self {
-        Self::Io(e.into())
-    }
+    /// Something changed during each of several attempts to list it.
+    #[error("the list changed during each of {DUMPS} attempts to read it")]
+    Interrupted,
 }
 
 impl Error {
@@ -162,23 +59,33 @@ impl Error {
     pub fn errno(&self) -> Option<i32> {
         match self {
             Self::Refused(refusal) => Some(refusal.errno),
-            Self::Io(_) => None,
+            Self::Io(_) | Self::Interrupted => None,
         }
     }
 }
 
 /// True if the request was carried out, false if the kernel answered with one of `harmless`.
-pub fn unless(result: Result<Vec<Reply>, Error>, harmless: &[i32]) -> Result<bool, Error> {
+pub fn unless(result: Result<(), Error>, harmless: &[i32]) -> Result<bool, Error> {
     match result {
-        Ok(_) => Ok(true),
+        Ok(()) => Ok(true),
         Err(Error::Refused(refusal)) if harmless.contains(&refusal.errno) => Ok(false),
         Err(e) => Err(e),
     }
 }
 
+/// The attributes in `bytes`, up to the first that does not fit.
+pub fn attributes(bytes: &[u8]) -> impl Iterator<Item = NlaBuffer<&[u8]>> {
+    NlasIterator::new(bytes).map_while(Result::ok)
+}
+
+/// The value of an attribute.
+pub fn value(attribute: NlaBuffer<&[u8]>) -> &[u8] {
+    &attribute.into_inner()[NLA_HEADER_SIZE..usize::from(attribute.length())]
+}
+
 /// A netlink socket in the network namespace of the thread that opened it.
 pub struct Socket {
-    fd: OwnedFd,
+    inner: netlink_sys::Socket,
     sequence: u32,
     buffer: Vec<u8>,
 }
@@ -186,48 +93,77 @@ pub struct Socket {
 impl Socket {
     /// Opens a socket for requests to route-netlink.
     pub fn open() -> Result<Self, Error> {
-        Self::of(SockProtocol::NetlinkRoute)
+        let this = Self::of(protocols::NETLINK_ROUTE)?;
+        // The kernel then sends what the header of a dump asks for, instead of everything.
+        this.inner.set_netlink_get_strict_chk(true)?;
+        Ok(this)
     }
 
-    /// Opens a socket for requests to another family of netlink.
-    pub fn of(protocol: SockProtocol) -> Result<Self, Error> {
-        let fd = open(protocol, SockFlag::SOCK_CLOEXEC, 0)?;
-        explain_refusals(&fd);
-        Ok(Self { fd, sequence: 0, buffer: vec![0; 1 << 16] })
+    /// Opens a socket for requests to another family of netlink (`NETLINK_*`).
+    pub fn of(protocol: isize) -> Result<Self, Error> {
+        let mut socket = netlink_sys::Socket::new(protocol)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        // Texts in addition to the numbers in refusals.
+        socket.set_ext_ack(true)?;
+        socket.set_rx_buf_sz::<i32>(1 << 20)?;
+        Ok(Self { inner: socket, sequence: 0, buffer: Vec::with_capacity(DATAGRAM) })
     }
 
-    /// Sends a request and waits until it is done.
-    pub fn request(&mut self, message: Message) -> Result<Vec<Reply>, Error> {
-        self.exchange(message, libc::NLM_F_ACK as u16)
+    /// Has the kernel carry out a request.
+    pub fn request(&mut self, message: &impl NetlinkSerializable, flags: u16) -> Result<(), Error> {
+        self.exchange(message, flags | NLM_F_ACK, |_| {}).map(drop)
     }
 
-    /// Asks for all objects of a kind.
-    pub fn dump(&mut self, message: Message) -> Result<Vec<Reply>, Error> {
-        self.exchange(message, libc::NLM_F_DUMP as u16)
+    /// Asks for one object. `parse` gets what follows the header of each message.
+    pub fn get<T>(
+        &mut self,
+        message: &impl NetlinkSerializable,
+        parse: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Option<T>, Error> {
+        let mut found = None;
+        self.exchange(message, NLM_F_ACK, |body| found = parse(body))?;
+        Ok(found)
+    }
+
+    /// Asks for all objects of a kind, once more if they changed meanwhile. `parse` gets what follows the header of each
+    /// message.
+    pub fn dump<T>(
+        &mut self,
+        message: &impl NetlinkSerializable,
+        parse: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Vec<T>, Error> {
+        for _ in 0..DUMPS {
+            let mut found = Vec::new();
+            if self.exchange(message, NLM_F_DUMP, |body| found.extend(parse(body)))? {
+                return Ok(found);
+            }
+        }
+        Err(Error::Interrupted)
     }
 
     /// Sends requests between two messages that frame them (nfnetlink's transactions): all are carried out, or none.
-    pub fn transaction(&mut self, begin: Message, requests: Vec<Message>, end: Message) -> Result<(), Error> {
-        let first = self.next_sequence();
-        let mut bytes = begin.finish(first, 0);
+    pub fn transaction<M: NetlinkSerializable>(&mut self, begin: &M, requests: &[M], end: &M) -> Result<(), Error> {
         let mut waiting = requests.len();
+        let first = self.next_sequence();
+        let mut bytes = encode(begin, NLM_F_REQUEST, first);
         for request in requests {
-            bytes.extend(request.finish(self.next_sequence(), libc::NLM_F_ACK as u16));
+            bytes.extend(encode(request, NLM_F_REQUEST | NLM_F_ACK, self.next_sequence()));
         }
         let last = self.next_sequence();
-        bytes.extend(end.finish(last, 0));
-        send(self.fd.as_raw_fd(), &bytes, MsgFlags::empty())?;
+        bytes.extend(encode(end, NLM_F_REQUEST, last));
+        self.inner.send(&bytes, 0)?;
         let mut refused = None;
         while waiting > 0 {
-            let n = recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::empty())?;
-            for (sequence, kind, body) in messages(&self.buffer[..n]) {
-                if i32::from(kind) != libc::NLMSG_ERROR || !(first..=last).contains(&sequence) {
+            self.receive()?;
+            for message in messages(&self.buffer) {
+                let sequence = message.sequence_number();
+                if message.message_type() != NLMSG_ERROR || !(first..=last).contains(&sequence) {
                     continue;
                 }
                 // The kernel answers each request, also after another one failed. Of the frame it
                 // reports only a failure.
                 waiting = if sequence == first || sequence == last { 0 } else { waiting.saturating_sub(1) };
-                refused = refused.or(refusal(body));
+                refused = refused.or(refusal(&message));
             }
         }
         refused.map_or(Ok(()), |refusal| Err(refusal.into()))
@@ -238,135 +174,169 @@ impl Socket {
         self.sequence
     }
 
-    fn exchange(&mut self, message: Message, flags: u16) -> Result<Vec<Reply>, Error> {
-        self.next_sequence();
-        send(self.fd.as_raw_fd(), &message.finish(self.sequence, flags), MsgFlags::empty())?;
-        let mut replies = Vec::new();
+    /// One datagram into the buffer.
+    fn receive(&mut self) -> io::Result<()> {
+        self.buffer.clear();
+        self.inner.recv(&mut self.buffer, 0).map(drop)
+    }
+
+    /// True if the answer is whole; false if it is a list that changed while the kernel wrote it.
+    fn exchange(
+        &mut self,
+        message: &impl NetlinkSerializable,
+        flags: u16,
+        mut take: impl FnMut(&[u8]),
+    ) -> Result<bool, Error> {
+        let sequence = self.next_sequence();
+        self.inner.send(&encode(message, flags | NLM_F_REQUEST, sequence), 0)?;
+        let mut is_whole = true;
         loop {
-            let n = recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::empty())?;
-            for (sequence, kind, body) in messages(&self.buffer[..n]) {
-                // The rest of an answer that an earlier error made us leave unread.
-                if sequence != self.sequence {
-                    continue;
-                }
-                match i32::from(kind) {
+            self.receive()?;
+            // Others are the rest of an answer that an earlier error made us leave unread.
+            for message in messages(&self.buffer).filter(|message| message.sequence_number() == sequence) {
+                is_whole &= message.flags() & NLM_F_DUMP_INTR == 0;
+                match message.message_type() {
                     // The end of a dump carries its outcome in the same place as an error does.
-                    libc::NLMSG_DONE | libc::NLMSG_ERROR => match refusal(body) {
-                        None => return Ok(replies),
-                        Some(refusal) => return Err(refusal.into()),
-                    },
-                    _ => replies.push(Reply { kind, body: body.to_vec() }),
+                    NLMSG_DONE | NLMSG_ERROR => {
+                        return refusal(&message).map_or(Ok(is_whole), |refusal| Err(refusal.into()));
+                    }
+                    _ => take(message.payload()),
                 }
             }
         }
     }
 }
 
-/// Asks for texts in addition to the numbers in refusals (`NETLINK_EXT_ACK`). Kernels that cannot
-/// go on without.
-fn explain_refusals(fd: &OwnedFd) {
-    let on: i32 = 1;
-    let length = size_of::<i32>() as libc::socklen_t;
-    // SAFETY: the option takes an int, whose address and size are given.
-    unsafe {
-        let value = std::ptr::from_ref(&on).cast();
-        libc::setsockopt(fd.as_raw_fd(), libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, value, length);
-    }
-}
+/// Hears whether objects of a kind change.
+pub struct Changes(netlink_sys::Socket);
 
-fn open(protocol: SockProtocol, flags: SockFlag, groups: u32) -> Result<OwnedFd, Error> {
-    let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
-    // A dump of many thousand routes arrives faster than it is read.
-    setsockopt(&fd, sockopt::RcvBuf, &(1 << 20))?;
-    bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
-    Ok(fd)
-}
-
-/// A socket that hears of changes to objects in `groups` (`RTMGRP_*`); not blocking.
-pub struct Listener {
-    fd: OwnedFd,
-    buffer: Vec<u8>,
-}
-
-impl Listener {
-    /// Subscribes.
-    pub fn open(groups: u32) -> Result<Self, Error> {
-        let fd = open(SockProtocol::NetlinkRoute, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, groups)?;
-        Ok(Self { fd, buffer: vec![0; 1 << 16] })
+impl Changes {
+    /// Listens from now on.
+    pub fn watch(group: MulticastGroup) -> io::Result<Self> {
+        let mut socket = netlink_sys::Socket::new(protocols::NETLINK_ROUTE)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        socket.add_membership(group as u32)?;
+        Ok(Self(socket))
     }
 
-    /// Takes everything that has arrived. True if a message of a kind that `concerns` was among it, or if so much came
-    /// that some was lost.
-    pub fn drain(&mut self, concerns: impl Fn(u16) -> bool) -> Result<bool, Error> {
-        let mut heard = false;
-        loop {
-            match recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
-                Ok(n) => heard |= messages(&self.buffer[..n]).any(|(_, kind, _)| concerns(kind)),
-                Err(nix::Error::ENOBUFS) => heard = true,
-                Err(nix::Error::EAGAIN) => return Ok(heard),
-                Err(e) => return Err(e.into()),
-            }
+    /// True if one of them changed since.
+    pub fn is_heard(&self) -> io::Result<bool> {
+        match self.0.recv(&mut [0; HEADER].as_mut_slice(), libc::MSG_DONTWAIT) {
+            Ok(_) => Ok(true),
+            // More than the socket can hold.
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(e) => Err(e),
         }
     }
 }
 
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
+fn encode(message: &impl NetlinkSerializable, flags: u16, sequence: u32) -> Vec<u8> {
+    let mut bytes = vec![0; HEADER + message.buffer_len()];
+    let mut header = NetlinkHeader::default();
+    header.length = bytes.len() as u32;
+    header.message_type = message.message_type();
+    header.flags = flags;
+    header.sequence_number = sequence;
+    header.emit(&mut bytes);
+    message.serialize(&mut bytes[HEADER..]);
+    bytes
 }
 
-impl AsRawFd for Listener {
-    fn as_raw_fd(&self) -> i32 {
-        self.fd.as_raw_fd()
-    }
-}
-
-/// The messages in a datagram: sequence number, type, body.
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u32, u16, &[u8])> {
+/// The messages in a datagram.
+pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
     std::iter::from_fn(move || {
-        let length = number(bytes)? as usize;
-        let kind = u16::from_ne_bytes([*bytes.get(4)?, *bytes.get(5)?]);
-        let sequence = number(bytes.get(8..)?)?;
-        let body = bytes.get(HEADER..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((sequence, kind, body))
+        let message = NetlinkBuffer::new_checked(bytes).ok()?;
+        bytes = bytes.get((message.length() as usize).next_multiple_of(4)..).unwrap_or_default();
+        Some(message)
     })
 }
 
-/// The refusal in an `NLMSG_ERROR`; `None` when it is the acknowledgement.
-fn refusal(body: &[u8]) -> Option<Refusal> {
+/// The refusal in an `NLMSG_ERROR` or `NLMSG_DONE`; `None` when it is the acknowledgement.
+fn refusal(message: &NetlinkBuffer<&[u8]>) -> Option<Refusal> {
     /// `NLMSGERR_ATTR_MSG`.
     const MESSAGE: u16 = 1;
-    let code = number(body)?.cast_signed();
-    if code == 0 {
-        return None;
-    }
-    // Behind the code: our request, whole unless the kernel capped it; then attributes. Look for them behind the request.
-    let request = body.get(4..).and_then(number).unwrap_or(0) as usize;
-    let behind = body.get(4 + request.next_multiple_of(4)..).unwrap_or_default();
-    let message = attributes(behind).find(|(kind, _)| *kind == MESSAGE).map_or_else(String::new, |(_, v)| text(v));
-    Some(Refusal { errno: -code, message })
+    let (code, rest) = message.payload().split_at_checked(4)?;
+    let code = parse_i32(code).ok().filter(|code| *code != 0)?;
+    // Behind the code of an error: our request, whole; then attributes.
+    let request = match message.message_type() {
+        NLMSG_ERROR => rest.get(..HEADER).and_then(|header| parse_u32(&header[..4]).ok()).unwrap_or(0),
+        _ => 0,
+    };
+    let behind = match message.flags() & NLM_F_ACK_TLVS {
+        0 => &[],
+        _ => rest.get((request as usize).next_multiple_of(4)..).unwrap_or_default(),
+    };
+    let text = attributes(behind).find(|attribute| attribute.kind() == MESSAGE);
+    let text = text.and_then(|text| parse_string(text.value()).ok());
+    Some(Refusal { errno: -code, message: text.unwrap_or_default() })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Message, attributes, messages, number, text};
+    use std::io::{Read as _, Write as _};
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    use std::os::unix::net::UnixStream;
+
+    use netlink_packet_route::RouteNetlinkMessage;
+    use netlink_packet_route::route::RouteMessage;
+
+    use super::*;
+
+    fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+        let length = (16 + body.len() as u32).to_ne_bytes();
+        [&length[..], &kind.to_ne_bytes(), &flags.to_ne_bytes(), &9_u32.to_ne_bytes(), &[0; 4], body].concat()
+    }
 
     #[test]
-    fn attributes_come_back_as_built() {
-        let message = Message::new(16, 0, &[0; 16])
-            .string(3, "rn_vxlan")
-            .nested(18, |m| m.string(1, "vxlan").nested(2, |m| m.u8(25, 1).u32(15, 7)));
-        let bytes = message.finish(9, 4);
-        let (sequence, kind, body) = messages(&bytes).next().unwrap();
-        assert_eq!((sequence, kind, body.len() + 16), (9, 16, bytes.len()));
-        let all: Vec<_> = attributes(&body[16..]).collect();
-        assert_eq!((all.len(), all[0].0, text(all[0].1)), (2, 3, "rn_vxlan".to_owned()));
-        let inner: Vec<_> = attributes(all[1].1).collect();
-        assert_eq!((all[1].0, inner[0].0, inner[1].0), (18, 1, 2));
-        let data: Vec<_> = attributes(inner[1].1).collect();
-        assert_eq!((data[0].1, number(data[1].1)), (&[1_u8][..], Some(7)));
+    fn refusals_have_the_kernels_number_and_words() {
+        let refused = |bytes: &[u8]| refusal(&messages(bytes).next().unwrap()).map(|it| (it.errno, it.message));
+        let code = (-libc::EEXIST).to_ne_bytes();
+        let words = [&[16, 0, 1, 0][..], b"is there yet", &[0; 4]].concat();
+        let request = message(26, 0, &[1, 2, 3]);
+        let padded = [&code[..], &request, &[0], &words].concat();
+        let expected = |words: &str| Some((libc::EEXIST, words.to_owned()));
+        assert_eq!(refused(&message(NLMSG_ERROR, NLM_F_ACK_TLVS, &padded)), expected("is there yet"));
+        assert_eq!(refused(&message(NLMSG_ERROR, 0, &[&code[..], &request].concat())), expected(""));
+        assert_eq!(
+            refused(&message(NLMSG_DONE, NLM_F_ACK_TLVS, &[&code[..], &words].concat())),
+            expected("is there yet")
+        );
+        for done in [&[0; 4][..], &[]] {
+            assert_eq!(refused(&message(NLMSG_DONE, 0, done)), None);
+            assert_eq!(refused(&message(NLMSG_ERROR, 0, done)), None);
+        }
+    }
+
+    /// Answers each request with a list of one number, which is whole from a certain request on.
+    fn kernel(whole_from: u8) -> Socket {
+        let (mut kernel, agent) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut request = [0; 64];
+            for round in 0.. {
+                // Ends when the test drops its socket.
+                let Ok(16..) = kernel.read(&mut request) else { return };
+                let interrupted = if round < whole_from { NLM_F_DUMP_INTR } else { 0 };
+                let mut list = [message(24, interrupted, &[round; 4]), message(NLMSG_DONE, 0, &[0; 4])].concat();
+                for at in [8, 28] {
+                    list[at..at + 4].copy_from_slice(&request[8..12]);
+                }
+                kernel.write_all(&list).unwrap();
+            }
+        });
+        // SAFETY: the descriptor passes from one owner to the other.
+        let inner = unsafe { netlink_sys::Socket::from_raw_fd(agent.into_raw_fd()) };
+        Socket { inner, sequence: 0, buffer: Vec::with_capacity(64) }
+    }
+
+    #[test]
+    fn interrupted_lists_are_asked_for_again_but_not_for_ever() {
+        let list = |mut socket: Socket| {
+            socket.dump(&RouteNetlinkMessage::GetRoute(RouteMessage::default()), |body| body.first().copied())
+        };
+        assert_eq!(list(kernel(0)).unwrap(), [0]);
+        assert_eq!(list(kernel(3)).unwrap(), [3]);
+        assert!(matches!(list(kernel(u8::MAX)), Err(Error::Interrupted)));
     }
 
     #[test]
@@ -375,5 +345,6 @@ mod tests {
         assert_eq!(attributes(&[3, 0, 1, 0]).count(), 0);
         assert_eq!(attributes(&[4, 0, 1]).count(), 0);
         assert_eq!(messages(&[255; 15]).count(), 0);
+        assert_eq!(messages(&[&message(24, 0, &[]), &[8, 0, 0, 0][..]].concat()).count(), 1);
     }
 }

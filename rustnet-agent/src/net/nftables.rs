@@ -5,14 +5,17 @@
 use std::fmt;
 
 use anyhow::{Context, Result};
-use nix::sys::socket::SockProtocol;
+use netlink_packet_core::{DefaultNla, Emitable, NetlinkSerializable, parse_string};
+use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::netlink::{self, Message, Reply, Socket, attributes, text};
+use super::netlink::{self, Socket, attributes, value};
 
 /// `NFNL_SUBSYS_NFTABLES`, in the upper octet of a message's type.
 const SUBSYSTEM: u16 = 10;
 /// `NFNL_MSG_BATCH_BEGIN`, `NFNL_MSG_BATCH_END`.
 const BATCH: (u16, u16) = (0x10, 0x11);
+/// `struct nfgenmsg`.
+const HEADER: usize = 4;
 /// Requests in one transaction: all their answers fit into the socket's buffer.
 const CHUNK: usize = 512;
 
@@ -135,13 +138,13 @@ pub struct Nftables {
 impl Nftables {
     /// Opens. `None`: this kernel has no nftables, so that there can be no rules.
     pub fn open() -> Result<Option<Self>> {
-        let socket = match Socket::of(SockProtocol::NetlinkNetFilter) {
+        let socket = match Socket::of(NETLINK_NETFILTER) {
             Ok(socket) => socket,
             Err(netlink::Error::Io(e)) if e.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(None),
             Err(e) => return Err(e).context("opening a netfilter socket"),
         };
         let mut this = Self { socket };
-        match this.dump(msg::GET_TABLE, Family::Ip) {
+        match this.dump(msg::GET_TABLE, Family::Ip, |_| Some(())) {
             // Netfilter is there, but this part of it is not.
             Err(e) if matches!(e.errno(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => Ok(None),
             result => result.map(|_| Some(this)).context("asking for nftables"),
@@ -151,7 +154,7 @@ impl Nftables {
     /// All tables of IPv4 and IPv6.
     pub fn tables(&mut self) -> Result<Vec<Table>> {
         self.list(msg::GET_TABLE, |family, found| {
-            let name = found.get(attr::TABLE_NAME).map(text)?;
+            let name = found.get(attr::TABLE_NAME).and_then(text)?;
             Some(Table { family, name })
         })
         .context("listing nftables' tables")
@@ -160,8 +163,8 @@ impl Nftables {
     /// All chains of IPv4 and IPv6.
     pub fn chains(&mut self) -> Result<Vec<Chain>> {
         self.list(msg::GET_CHAIN, |family, found| {
-            let table = Table { family, name: found.get(attr::CHAIN_TABLE).map(text)? };
-            Some(Chain { table, name: found.get(attr::CHAIN_NAME).map(text)? })
+            let table = Table { family, name: found.get(attr::CHAIN_TABLE).and_then(text)? };
+            Some(Chain { table, name: found.get(attr::CHAIN_NAME).and_then(text)? })
         })
         .context("listing nftables' chains")
     }
@@ -169,8 +172,8 @@ impl Nftables {
     /// All rules of IPv4 and IPv6 that jump or go to a chain; one entry a chain.
     pub fn jumps(&mut self) -> Result<Vec<Jump>> {
         let rules = self.list(msg::GET_RULE, |family, found| {
-            let table = Table { family, name: found.get(attr::RULE_TABLE).map(text)? };
-            let chain = Chain { table, name: found.get(attr::RULE_CHAIN).map(text)? };
+            let table = Table { family, name: found.get(attr::RULE_TABLE).and_then(text)? };
+            let chain = Chain { table, name: found.get(attr::RULE_CHAIN).and_then(text)? };
             let handle = u64::from_be_bytes(found.get(attr::RULE_HANDLE)?.try_into().ok()?);
             let expressions = found.get(attr::RULE_EXPRESSIONS).unwrap_or_default();
             let to = targets(expressions);
@@ -182,22 +185,26 @@ impl Nftables {
     /// Removes in this order. What fits into one transaction goes as a whole or not at all.
     pub fn remove(&mut self, removals: &[Removal<'_>]) -> Result<()> {
         for chunk in removals.chunks(CHUNK) {
-            let frame = |kind| Message::new(kind, 0, &header(0, SUBSYSTEM));
-            let requests = chunk.iter().map(request).collect();
-            self.socket.transaction(frame(BATCH.0), requests, frame(BATCH.1)).context("removing from nftables")?;
+            let frame = |kind| Request { kind, family: 0, resource: SUBSYSTEM, attributes: Vec::new() };
+            let requests: Vec<_> = chunk.iter().map(request).collect();
+            self.socket.transaction(&frame(BATCH.0), &requests, &frame(BATCH.1)).context("removing from nftables")?;
         }
         Ok(())
     }
 
-    fn dump(&mut self, kind: u16, family: Family) -> Result<Vec<Reply>, netlink::Error> {
-        self.socket.dump(Message::new(SUBSYSTEM << 8 | kind, 0, &header(family.number(), 0)))
+    fn dump<T>(
+        &mut self,
+        kind: u16,
+        family: Family,
+        parse: impl Fn(&Found<'_>) -> Option<T>,
+    ) -> Result<Vec<T>, netlink::Error> {
+        self.socket.dump(&Request::new(kind, family), |body| parse(&Found(body.get(HEADER..)?)))
     }
 
     fn list<T>(&mut self, kind: u16, parse: impl Fn(Family, &Found<'_>) -> Option<T>) -> Result<Vec<T>> {
         let mut all = Vec::new();
         for family in Family::ALL {
-            let replies = self.dump(kind, family)?;
-            all.extend(replies.iter().filter_map(|reply| parse(family, &Found(reply.body.get(4..)?))));
+            all.extend(self.dump(kind, family, |found| parse(family, found))?);
         }
         Ok(all)
     }
@@ -208,42 +215,79 @@ struct Found<'a>(&'a [u8]);
 
 impl<'a> Found<'a> {
     fn get(&self, kind: u16) -> Option<&'a [u8]> {
-        attributes(self.0).find(|(found, _)| *found == kind).map(|(_, value)| value)
+        attributes(self.0).find(|found| found.kind() == kind).map(value)
     }
 }
 
-/// `struct nfgenmsg`; the resource is in network order.
-fn header(family: u8, resource: u16) -> [u8; 4] {
-    let [high, low] = resource.to_be_bytes();
-    [family, 0, high, low]
+/// A request to nftables, or the frame of a transaction.
+struct Request {
+    kind: u16,
+    family: u8,
+    resource: u16,
+    attributes: Vec<DefaultNla>,
 }
 
-fn request(removal: &Removal<'_>) -> Message {
-    let new = |kind, table: &Table| Message::new(SUBSYSTEM << 8 | kind, 0, &header(table.family.number(), 0));
+impl Request {
+    fn new(kind: u16, family: Family) -> Self {
+        Self { kind: SUBSYSTEM << 8 | kind, family: family.number(), resource: 0, attributes: Vec::new() }
+    }
+
+    fn with(mut self, kind: u16, value: &[u8]) -> Self {
+        self.attributes.push(DefaultNla::new(kind, value.to_vec()));
+        self
+    }
+
+    fn with_name(self, kind: u16, name: &str) -> Self {
+        self.with(kind, &[name.as_bytes(), &[0]].concat())
+    }
+}
+
+impl NetlinkSerializable for Request {
+    fn message_type(&self) -> u16 {
+        self.kind
+    }
+
+    fn buffer_len(&self) -> usize {
+        HEADER + self.attributes.as_slice().buffer_len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        // The resource is in network order.
+        let [high, low] = self.resource.to_be_bytes();
+        buffer[..HEADER].copy_from_slice(&[self.family, 0, high, low]);
+        self.attributes.as_slice().emit(&mut buffer[HEADER..]);
+    }
+}
+
+fn request(removal: &Removal<'_>) -> Request {
     let rule = |chain: &Chain| {
-        new(msg::DEL_RULE, &chain.table)
-            .string(attr::RULE_TABLE, &chain.table.name)
-            .string(attr::RULE_CHAIN, &chain.name)
+        Request::new(msg::DEL_RULE, chain.table.family)
+            .with_name(attr::RULE_TABLE, &chain.table.name)
+            .with_name(attr::RULE_CHAIN, &chain.name)
     };
     match removal {
-        Removal::Table(table) => new(msg::DEL_TABLE, table).string(attr::TABLE_NAME, &table.name),
-        Removal::Rule(jump) => rule(&jump.chain).attr(attr::RULE_HANDLE, &jump.handle.to_be_bytes()),
+        Removal::Table(table) => Request::new(msg::DEL_TABLE, table.family).with_name(attr::TABLE_NAME, &table.name),
+        Removal::Rule(jump) => rule(&jump.chain).with(attr::RULE_HANDLE, &jump.handle.to_be_bytes()),
         Removal::Rules(chain) => rule(chain),
-        Removal::Chain(chain) => new(msg::DEL_CHAIN, &chain.table)
-            .string(attr::CHAIN_TABLE, &chain.table.name)
-            .string(attr::CHAIN_NAME, &chain.name),
+        Removal::Chain(chain) => Request::new(msg::DEL_CHAIN, chain.table.family)
+            .with_name(attr::CHAIN_TABLE, &chain.table.name)
+            .with_name(attr::CHAIN_NAME, &chain.name),
     }
+}
+
+fn text(value: &[u8]) -> Option<String> {
+    parse_string(value).ok()
 }
 
 /// The chains that a rule's expressions lead to.
 fn targets(expressions: &[u8]) -> Vec<String> {
     let target = |expression| {
         let expression = Found(expression);
-        if text(expression.get(attr::EXPR_NAME)?) != "immediate" {
+        if text(expression.get(attr::EXPR_NAME)?)? != "immediate" {
             return None;
         }
         let data = Found(Found(expression.get(attr::EXPR_DATA)?).get(attr::IMMEDIATE_DATA)?);
-        Found(data.get(attr::DATA_VERDICT)?).get(attr::VERDICT_CHAIN).map(text)
+        Found(data.get(attr::DATA_VERDICT)?).get(attr::VERDICT_CHAIN).and_then(text)
     };
-    attributes(expressions).filter_map(|(_, expression)| target(expression)).collect()
+    attributes(expressions).filter_map(|expression| target(value(expression))).collect()
 }

@@ -1,43 +1,31 @@
 //! Routes of the main table. Those with [`PROTOCOL`] are ours.
 
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
+use netlink_packet_core::{Emitable, ParseableParametrized};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteLwEnCapType, RouteMessage, RouteNextHop, RouteScope,
+    RouteType, RouteVia,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::{MulticastGroup, RouteMessageBuilder};
 
-use super::address::{family, from_octets, octets};
-use super::netlink::{CREATE, Message, REPLACE, Socket, attributes, number, unless};
+use super::netlink::{CHANGE, CREATE, Changes, Error, REPLACE, Socket, attributes, unless};
+use super::nexthop;
+pub use super::nexthop::Hop;
 
 /// Our number in the protocol field of routes (`ip route show proto 114`).
 pub const PROTOCOL: u8 = b'r';
 /// Metric of the routes that refuse what no pod has: any other route comes first.
 pub const LAST_METRIC: u32 = 4_278_198_272;
 
-/// `RTA_*`.
-mod attr {
-    pub(super) const DST: u16 = 1;
-    pub(super) const OIF: u16 = 4;
-    pub(super) const GATEWAY: u16 = 5;
-    pub(super) const PRIORITY: u16 = 6;
-    pub(super) const PREFSRC: u16 = 7;
-    pub(super) const MULTIPATH: u16 = 9;
-    pub(super) const TABLE: u16 = 15;
-    pub(super) const VIA: u16 = 18;
-}
-
-/// `RTM_F_CLONED`: a cache entry, not a route.
-const CLONED: u32 = 0x200;
+/// How many lists of IPv6 routes make a whole one on a host where they change all the time.
+const LISTS: usize = 3;
 /// What IPv6 makes of no metric.
 const IP6_METRIC: u32 = 1024;
-
-/// A way out of this host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Hop {
-    /// The interface.
-    pub oif: u32,
-    /// The next router; `None`: the destination is on the link.
-    pub gateway: Option<IpAddr>,
-}
 
 /// Where a route leads.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -51,6 +39,8 @@ pub enum Target {
     },
     /// Over several next hops, which share the flows.
     Multi(Vec<Hop>),
+    /// Where a nexthop object leads that the kernel does not list.
+    Object(u32),
     /// Nowhere: the sender receives an error.
     Unreachable,
     /// A type that we never make (`RTN_*`): `blackhole`, `prohibit`, `throw`.
@@ -63,7 +53,17 @@ impl Target {
         match self {
             Self::Via { oif, .. } => vec![*oif],
             Self::Multi(hops) => hops.iter().map(|hop| hop.oif).collect(),
-            Self::Unreachable | Self::Other(_) => Vec::new(),
+            Self::Object(_) | Self::Unreachable | Self::Other(_) => Vec::new(),
+        }
+    }
+
+    fn resolve(&mut self, objects: &BTreeMap<u32, Vec<Hop>>) {
+        let Self::Object(id) = self else { return };
+        match objects.get(id).map(Vec::as_slice) {
+            None => {}
+            Some([]) => *self = Self::Other(libc::RTN_BLACKHOLE),
+            Some([Hop { oif, gateway }]) => *self = Self::Via { oif: *oif, gateway: *gateway },
+            Some(hops) => *self = Self::Multi(hops.to_vec()),
         }
     }
 }
@@ -90,98 +90,138 @@ impl Route {
     }
 }
 
-/// `struct rtmsg`.
-fn rtmsg(family: u8, dst_len: u8, protocol: u8, scope: u8, kind: u8) -> [u8; 12] {
-    [family, dst_len, 0, 0, libc::RT_TABLE_MAIN, protocol, scope, kind, 0, 0, 0, 0]
-}
-
 /// All routes of the main table, both families.
 pub fn list(socket: &mut Socket) -> Result<Vec<Route>> {
-    let mut routes = Vec::new();
-    for any in [IpAddr::from([0_u8; 4]), IpAddr::from([0_u16; 8])] {
-        let dump = Message::new(libc::RTM_GETROUTE, 0, &rtmsg(family(any), 0, 0, 0, 0));
-        let replies = socket.dump(dump).context("listing routes")?;
-        routes.extend(replies.iter().filter_map(|reply| parse(&reply.body)));
+    let mut routes = list_of(socket, AddressFamily::Inet).context("listing IPv4 routes")?;
+    routes.extend(list_v6(socket).context("listing IPv6 routes")?);
+    if routes.iter().any(|route| matches!(route.target, Target::Object(_))) {
+        let objects = nexthop::list(socket).context("listing nexthop objects")?;
+        for route in &mut routes {
+            route.target.resolve(&objects);
+        }
     }
     Ok(routes)
 }
 
-fn parse(body: &[u8]) -> Option<Route> {
-    let (head, rest) = body.split_at_checked(12)?;
-    let find = |wanted| attributes(rest).find(|(kind, _)| *kind == wanted).map(|(_, v)| v);
-    let table = find(attr::TABLE).and_then(number).unwrap_or(u32::from(head[4]));
-    if table != u32::from(libc::RT_TABLE_MAIN) || number(&head[8..])? & CLONED != 0 {
-        return None;
-    }
-    let v6 = i32::from(head[0]) == libc::AF_INET6;
-    let any = if v6 { IpAddr::from([0_u16; 8]) } else { IpAddr::from([0_u8; 4]) };
-    let dst = IpNet::new(find(attr::DST).map_or(Some(any), from_octets)?, head[1]).ok()?;
-    let metric = find(attr::PRIORITY).and_then(number).unwrap_or(0);
-    let target = match head[7] {
-        libc::RTN_UNREACHABLE => Target::Unreachable,
-        libc::RTN_UNICAST => match (find(attr::OIF).and_then(number), find(attr::MULTIPATH)) {
-            (Some(oif), _) => Target::Via { oif, gateway: gateway(rest) },
-            (None, Some(hops)) => Target::Multi(parse_hops(hops).collect()),
-            (None, None) => Target::Other(head[7]),
-        },
-        other => Target::Other(other),
-    };
-    Some(Route {
-        dst,
-        target,
-        source: find(attr::PREFSRC).and_then(from_octets),
-        metric: if v6 && metric == IP6_METRIC { 0 } else { metric },
-        protocol: head[5],
-    })
-}
-
-/// The router in a route's or a hop's attributes. `RTA_VIA` has one of the other family behind its `sa_family_t`.
-fn gateway(attrs: &[u8]) -> Option<IpAddr> {
-    attributes(attrs).find_map(|(kind, value)| match kind {
-        attr::GATEWAY => from_octets(value),
-        attr::VIA => from_octets(value.get(2..)?),
-        _ => None,
-    })
-}
-
-/// `struct rtnexthop`, each with attributes.
-fn parse_hops(mut bytes: &[u8]) -> impl Iterator<Item = Hop> {
-    std::iter::from_fn(move || {
-        let length = usize::from(u16::from_ne_bytes([*bytes.first()?, *bytes.get(1)?]));
-        let hop = bytes.get(..length).filter(|hop| hop.len() >= 8)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(Hop { oif: number(&hop[4..])?, gateway: gateway(&hop[8..]) })
-    })
-}
-
-fn message(kind: u16, flags: u16, route: &Route) -> Message {
-    let (scope, target) = match &route.target {
-        Target::Via { gateway: None, .. } => (libc::RT_SCOPE_LINK, libc::RTN_UNICAST),
-        Target::Via { .. } | Target::Multi(_) => (libc::RT_SCOPE_UNIVERSE, libc::RTN_UNICAST),
-        Target::Unreachable => (libc::RT_SCOPE_UNIVERSE, libc::RTN_UNREACHABLE),
-        Target::Other(kind) => (libc::RT_SCOPE_UNIVERSE, *kind),
-    };
-    let ip = route.dst.network();
-    let mut message =
-        Message::new(kind, flags, &rtmsg(family(ip), route.dst.prefix_len(), route.protocol, scope, target))
-            .attr(attr::DST, &octets(ip));
-    if let Target::Via { oif, gateway } = route.target {
-        message = message.u32(attr::OIF, oif);
-        if let Some(gateway) = gateway {
-            message = message.attr(attr::GATEWAY, &octets(gateway));
+/// The kernel sends a long list in parts. When IPv6 routes come or go in between, it leaves out as many places as it has
+/// sent (`fib6_dump_table`), live routes among them, and does not say so. Several lists together have them all. One that went
+/// meanwhile may be among them; its own message leads to the next look.
+fn list_v6(socket: &mut Socket) -> Result<Vec<Route>, Error> {
+    let mut routes: Vec<Route> = Vec::new();
+    for _ in 0..LISTS {
+        let changes = Changes::watch(MulticastGroup::Ipv6Route)?;
+        let mut now = list_of(socket, AddressFamily::Inet6)?;
+        if !routes.is_empty() {
+            let known: HashSet<_> = now.iter().map(Route::key).collect();
+            routes.retain(|route| !known.contains(&route.key()));
+            now.append(&mut routes);
+        }
+        routes = now;
+        if !changes.is_heard()? {
+            break;
         }
     }
-    if let Some(source) = route.source {
-        message = message.attr(attr::PREFSRC, &octets(source));
+    Ok(routes)
+}
+
+fn list_of(socket: &mut Socket, family: AddressFamily) -> Result<Vec<Route>, Error> {
+    let mut all = RouteMessage::default();
+    all.header = RouteHeader { address_family: family, table: libc::RT_TABLE_MAIN, ..all.header };
+    match socket.dump(&RouteNetlinkMessage::GetRoute(all), parse) {
+        // The table is made with its first route.
+        Err(e) if e.errno() == Some(libc::ENOENT) => Ok(Vec::new()),
+        done => done,
     }
-    if route.metric != 0 { message.u32(attr::PRIORITY, route.metric) } else { message }
+}
+
+fn parse(body: &[u8]) -> Option<Route> {
+    let header = RouteHeader::parse(body).ok()?;
+    if header.table != libc::RT_TABLE_MAIN || header.flags.contains(RouteFlags::Cloned) {
+        return None;
+    }
+    let v6 = header.address_family == AddressFamily::Inet6;
+    let mut dst = if v6 { IpAddr::from([0_u16; 8]) } else { IpAddr::from([0_u8; 4]) };
+    let (mut source, mut metric, mut oif, mut gateway, mut hops, mut object) = (None, 0, None, None, None, None);
+    let kind = (header.address_family, header.kind, RouteLwEnCapType::None);
+    for attribute in attributes(&body[header.buffer_len()..]) {
+        match RouteAttribute::parse_with_param(&attribute, kind) {
+            Ok(RouteAttribute::Destination(address)) => dst = ip(&address)?,
+            Ok(RouteAttribute::PrefSource(address)) => source = ip(&address),
+            Ok(RouteAttribute::Priority(value)) => metric = value,
+            Ok(RouteAttribute::Oif(value)) => oif = Some(value),
+            Ok(RouteAttribute::MultiPath(all)) => hops = Some(all),
+            Ok(RouteAttribute::NhId(id)) => object = Some(id),
+            Ok(other) => gateway = gateway.or(router(&other)),
+            Err(_) => {}
+        }
+    }
+    let target = match (header.kind, oif, hops, object) {
+        (RouteType::Unreachable, ..) => Target::Unreachable,
+        (RouteType::Unicast, Some(oif), ..) => Target::Via { oif, gateway },
+        (RouteType::Unicast, None, Some(hops), _) => {
+            let hop =
+                |hop: &RouteNextHop| Hop { oif: hop.interface_index, gateway: hop.attributes.iter().find_map(router) };
+            Target::Multi(hops.iter().map(hop).collect())
+        }
+        (RouteType::Unicast, None, None, Some(id)) => Target::Object(id),
+        (other, ..) => Target::Other(other.into()),
+    };
+    Some(Route {
+        dst: IpNet::new(dst, header.destination_prefix_length).ok()?,
+        target,
+        source,
+        metric: if v6 && metric == IP6_METRIC { 0 } else { metric },
+        protocol: header.protocol.into(),
+    })
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
+        RouteAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    }
+}
+
+/// The next router, if the attribute has one. `Via` is one of the other family.
+fn router(attribute: &RouteAttribute) -> Option<IpAddr> {
+    match attribute {
+        RouteAttribute::Gateway(address) => ip(address),
+        RouteAttribute::Via(RouteVia::Inet(v4)) => Some(IpAddr::V4(*v4)),
+        RouteAttribute::Via(RouteVia::Inet6(v6)) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    }
+}
+
+fn message(route: &Route) -> Result<RouteMessage> {
+    let kind = match &route.target {
+        Target::Via { .. } | Target::Multi(_) | Target::Object(_) => RouteType::Unicast,
+        Target::Unreachable => RouteType::Unreachable,
+        Target::Other(kind) => (*kind).into(),
+    };
+    let mut message = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(route.dst.network(), route.dst.prefix_len())?
+        .protocol(route.protocol.into())
+        .kind(kind);
+    if let Target::Via { oif, gateway } = route.target {
+        message = message.output_interface(oif);
+        message = match gateway {
+            Some(gateway) => message.gateway(gateway)?,
+            None => message.scope(RouteScope::Link),
+        };
+    }
+    if let Some(source) = route.source {
+        message = message.pref_source(source)?;
+    }
+    Ok(if route.metric == 0 { message.build() } else { message.priority(route.metric).build() })
 }
 
 /// Adds a route. `replace`: one of ours with the same destination and metric is there and gives way.
 pub fn add(socket: &mut Socket, route: &Route, replace: bool) -> Result<()> {
     let flags = if replace { REPLACE } else { CREATE };
-    match socket.request(message(libc::RTM_NEWROUTE, flags, route)) {
-        Ok(_) => Ok(()),
+    match socket.request(&RouteNetlinkMessage::NewRoute(message(route)?), flags) {
+        Ok(()) => Ok(()),
+        Err(e) if e.errno() == Some(libc::EEXIST) && is_there(socket, route)? => Ok(()),
         Err(e) if e.errno() == Some(libc::EEXIST) => Err(e).with_context(|| {
             format!(
                 "route to {}: another program's route is in its place (`ip route show {}`): remove it or choose other ranges",
@@ -192,51 +232,75 @@ pub fn add(socket: &mut Socket, route: &Route, replace: bool) -> Result<()> {
     }
 }
 
+/// True if a route to the same destination leads the same way: somebody was faster, the CNI binary for one.
+fn is_there(socket: &mut Socket, route: &Route) -> Result<bool> {
+    let ip = route.dst.network();
+    let mut lookup = RouteMessageBuilder::<IpAddr>::new().destination_prefix(ip, route.dst.max_prefix_len())?.build();
+    let address_family = lookup.header.address_family;
+    let destination_prefix_length = lookup.header.destination_prefix_length;
+    let flags = RouteFlags::FibMatch;
+    lookup.header = RouteHeader { address_family, destination_prefix_length, flags, ..RouteHeader::default() };
+    match socket.get(&RouteNetlinkMessage::GetRoute(lookup), parse) {
+        Ok(found) => Ok(found.is_some_and(|found| found.key() == route.key() && found.target == route.target)),
+        Err(Error::Refused(_)) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
 /// Deletes a route; false when it was gone.
 pub fn delete(socket: &mut Socket, route: &Route) -> Result<bool> {
-    unless(socket.request(message(libc::RTM_DELROUTE, 0, route)), &[libc::ESRCH, libc::ENODEV])
+    unless(socket.request(&RouteNetlinkMessage::DelRoute(message(route)?), CHANGE), &[libc::ESRCH, libc::ENODEV])
         .with_context(|| format!("deleting the route to {}", route.dst))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Hop, Message, PROTOCOL, Route, Target, message, parse};
+    use super::*;
+
+    fn bytes(message: &RouteMessage) -> Vec<u8> {
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
+        bytes
+    }
 
     #[test]
     fn routes_survive_the_way_to_the_kernel_and_back() {
         for (dst, target, source, metric) in [
             ("10.1.0.0/24", Target::Via { oif: 7, gateway: None }, Some([192, 0, 2, 1].into()), 0),
             ("fd00:1::/64", Target::Via { oif: 7, gateway: Some("fd00::2".parse().unwrap()) }, None, 0),
-            ("10.2.0.0/24", Target::Unreachable, None, super::LAST_METRIC),
+            ("10.2.0.0/24", Target::Unreachable, None, LAST_METRIC),
         ] {
             let route = Route { dst: dst.parse().unwrap(), target, source, metric, protocol: PROTOCOL };
-            let bytes = message(24, 0, &route).into_body();
-            assert_eq!(parse(&bytes), Some(route));
+            assert_eq!(parse(&bytes(&message(&route).unwrap())), Some(route));
         }
+    }
+
+    #[test]
+    fn an_attribute_that_cannot_be_read_does_not_hide_the_route() {
+        let target = Target::Via { oif: 7, gateway: None };
+        let dst = "10.1.0.0/24".parse().unwrap();
+        let route = Route { dst, target, source: None, metric: 5, protocol: PROTOCOL };
+        // `RTA_CACHEINFO` of one octet.
+        let odd = [&bytes(&message(&route).unwrap())[..], &[5, 0, 12, 0, 1, 0, 0, 0]].concat();
+        assert_eq!(parse(&odd), Some(route));
     }
 
     /// As `ip route add 10.3.0.0/24 nexthop via 192.0.2.7 dev eth0 nexthop via inet6 2001:db8::7 dev eth1` comes back.
     #[test]
     fn all_devices_of_a_route_with_several_hops_are_found() {
-        let hop = |oif: u32, fill: fn(Message) -> Message| {
-            let attributes = fill(Message::new(0, 0, &[])).into_body();
-            let mut hop = vec![0; 8];
-            hop[..2].copy_from_slice(&(8 + attributes.len() as u16).to_ne_bytes());
-            hop[4..].copy_from_slice(&oif.to_ne_bytes());
-            [hop, attributes].concat()
+        let gateways: [Option<IpAddr>; 3] =
+            [Some("192.0.2.7".parse().unwrap()), Some("2001:db8::7".parse().unwrap()), None];
+        let hop = |(oif, gateway): (u32, Option<IpAddr>)| {
+            let hop = rtnetlink::RouteNextHopBuilder::new_ipv4().interface(oif);
+            gateway.map_or(Ok(hop.clone()), |gateway| hop.via(gateway)).unwrap().build()
         };
-        let by_address = |message: Message| message.attr(super::attr::GATEWAY, &[192, 0, 2, 7]);
-        let by_other_family = |message: Message| {
-            let router: std::net::Ipv6Addr = "2001:db8::7".parse().unwrap();
-            let family = (libc::AF_INET6 as u16).to_ne_bytes();
-            message.attr(super::attr::VIA, &[&family[..], &router.octets()].concat())
-        };
-        let hops = [hop(2, by_address), hop(3, by_other_family), hop(4, |message| message)].concat();
-        let header = super::rtmsg(libc::AF_INET as u8, 24, 4, 0, libc::RTN_UNICAST);
-        let message = Message::new(24, 0, &header).attr(super::attr::DST, &[10, 3, 0, 0]);
-        let route = parse(&message.attr(super::attr::MULTIPATH, &hops).into_body()).unwrap();
-        let gateways = [Some("192.0.2.7".parse().unwrap()), Some("2001:db8::7".parse().unwrap()), None];
-        let expected = [2, 3, 4].into_iter().zip(gateways).map(|(oif, gateway)| Hop { oif, gateway });
+        let message = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix([10, 3, 0, 0].into(), 24)
+            .unwrap()
+            .multipath((2..).zip(gateways).map(hop).collect())
+            .build();
+        let route = parse(&bytes(&message)).unwrap();
+        let expected = (2..).zip(gateways).map(|(oif, gateway)| Hop { oif, gateway });
         assert_eq!(route.target, Target::Multi(expected.collect()));
         assert_eq!(route.target.devices(), [2, 3, 4]);
     }

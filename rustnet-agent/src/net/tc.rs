@@ -4,9 +4,14 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result};
+use netlink_packet_core::{Emitable, NLM_F_CREATE, Parseable, parse_string};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{
+    TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption,
+};
 use rustnet_common::names::{PROGRAMS, TC_HANDLE, TC_PRIORITY};
 
-use super::netlink::{CREATE, Message, Socket, attributes, number, text, unless};
+use super::netlink::{CHANGE, CREATE, Socket, attributes, unless, value};
 
 /// Which way packets go past a hook, seen from the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,32 +30,28 @@ impl Direction {
 /// `TCA_KIND`, `TCA_OPTIONS`.
 const KIND: u16 = 1;
 const OPTIONS: u16 = 2;
-/// `TCA_BPF_FD`, `TCA_BPF_NAME`, `TCA_BPF_FLAGS`, `TCA_BPF_ID`.
-const BPF_FD: u16 = 6;
-const BPF_NAME: u16 = 7;
-const BPF_FLAGS: u16 = 8;
-const BPF_ID: u16 = 11;
-/// `TCA_BPF_FLAG_ACT_DIRECT`.
-const DIRECT_ACTION: u32 = 1;
-/// `TC_H_CLSACT`.
-const CLSACT: u32 = 0xffff_fff1;
 
-/// `struct tcmsg`.
-fn tcmsg(ifindex: u32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
-    let mut out = [0; 20];
-    out[4..8].copy_from_slice(&ifindex.to_ne_bytes());
-    out[8..12].copy_from_slice(&handle.to_ne_bytes());
-    out[12..16].copy_from_slice(&parent.to_ne_bytes());
-    out[16..20].copy_from_slice(&info.to_ne_bytes());
-    out
+/// A message about a device's classifiers or qdiscs.
+fn message(ifindex: u32, parent: TcHandle, handle: TcHandle, info: u32, attributes: Vec<TcAttribute>) -> TcMessage {
+    let index = ifindex.cast_signed();
+    TcMessage::from_parts(TcHeader { index, handle, parent, info, ..TcHeader::default() }, attributes)
 }
 
-/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS or _EGRESS)`.
-const fn parent(direction: Direction) -> u32 {
-    match direction {
-        Direction::Ingress => 0xffff_fff2,
-        Direction::Egress => 0xffff_fff3,
+/// Our classifier.
+fn ours(ifindex: u32, direction: Direction, options: Vec<TcFilterBpfOption>) -> TcMessage {
+    let mut attributes = vec![TcAttribute::Kind(TcFilterBpf::KIND.to_owned())];
+    if !options.is_empty() {
+        attributes.push(TcAttribute::Options(options.into_iter().map(TcOption::Bpf).collect()));
     }
+    message(ifindex, parent(direction), TC_HANDLE.into(), info(), attributes)
+}
+
+const fn parent(direction: Direction) -> TcHandle {
+    let minor = match direction {
+        Direction::Ingress => TcHandle::MIN_INGRESS,
+        Direction::Egress => TcHandle::MIN_EGRESS,
+    };
+    TcHandle { minor, ..TcHandle::CLSACT }
 }
 
 /// Priority and protocol (`ETH_P_ALL`, network order) as tcmsg has them.
@@ -58,25 +59,37 @@ const fn info() -> u32 {
     (TC_PRIORITY as u32) << 16 | (libc::ETH_P_ALL as u16).to_be() as u32
 }
 
-/// Has `prog` as our classifier on a device, in place of the one before. Makes the qdisc where there is none.
+/// Has `prog` as our classifier on a device. Makes the qdisc where there is none. `replace`: one of ours is there and gives
+/// way; without, the kernel refuses the place when another program's classifier has it.
 pub fn set_filter(
     socket: &mut Socket,
     ifindex: u32,
     direction: Direction,
     prog: BorrowedFd<'_>,
     name: &str,
+    replace: bool,
 ) -> Result<()> {
-    let qdisc = Message::new(libc::RTM_NEWQDISC, CREATE, &tcmsg(ifindex, CLSACT & 0xffff_0000, CLSACT, 0));
+    let handle = TcHandle { minor: 0, ..TcHandle::CLSACT };
+    let qdisc = message(ifindex, TcHandle::CLSACT, handle, 0, vec![TcAttribute::Kind("clsact".to_owned())]);
     // Also EEXIST when it is the older `ingress` qdisc: the filter below then names what is wrong.
-    unless(socket.request(qdisc.string(KIND, "clsact")), &[libc::EEXIST])
+    unless(socket.request(&RouteNetlinkMessage::NewQueueDiscipline(qdisc), CREATE), &[libc::EEXIST])
         .with_context(|| format!("adding a clsact qdisc to interface {ifindex}"))?;
-    let body = tcmsg(ifindex, TC_HANDLE, parent(direction), info());
-    let filter = Message::new(libc::RTM_NEWTFILTER, libc::NLM_F_CREATE as u16, &body).string(KIND, "bpf");
-    let filter = filter.nested(OPTIONS, |m| {
-        m.u32(BPF_FD, prog.as_raw_fd().cast_unsigned()).string(BPF_NAME, name).u32(BPF_FLAGS, DIRECT_ACTION)
-    });
-    socket.request(filter).with_context(|| format!("adding classifier {name} to interface {ifindex}"))?;
-    Ok(())
+    let options = vec![
+        TcFilterBpfOption::ProgFd(prog.as_raw_fd().cast_unsigned()),
+        TcFilterBpfOption::ProgName(name.to_owned()),
+        TcFilterBpfOption::Flags(TcBpfFlags::DirectAction),
+    ];
+    let filter = RouteNetlinkMessage::NewTrafficFilter(ours(ifindex, direction, options));
+    match socket.request(&filter, if replace { NLM_F_CREATE } else { CREATE }) {
+        Ok(()) => Ok(()),
+        Err(e) if e.errno() == Some(libc::EEXIST) => Err(e).with_context(|| {
+            format!(
+                "adding classifier {name} to interface {ifindex}: another program's has priority {TC_PRIORITY} and handle \
+                 {TC_HANDLE} (`tc filter show`): remove it, or give it another priority"
+            )
+        }),
+        Err(e) => Err(e).with_context(|| format!("adding classifier {name} to interface {ifindex}")),
+    }
 }
 
 /// A classifier of ours on a device.
@@ -90,13 +103,12 @@ pub struct Filter {
 
 /// Our classifier on a device; `None` when there is no such classifier (or no device).
 pub fn filter(socket: &mut Socket, ifindex: u32, direction: Direction) -> Result<Option<Filter>> {
-    let dump = Message::new(libc::RTM_GETTFILTER, 0, &tcmsg(ifindex, 0, parent(direction), 0));
-    let filters = match socket.dump(dump) {
-        Ok(filters) => filters,
-        Err(e) if matches!(e.errno(), Some(libc::ENODEV | libc::EINVAL | libc::ENOENT)) => return Ok(None),
-        Err(e) => return Err(e).with_context(|| format!("listing the classifiers of interface {ifindex}")),
-    };
-    Ok(filters.iter().find_map(|filter| ours(&filter.body)))
+    let all = message(ifindex, parent(direction), TcHandle::UNSPEC, 0, Vec::new());
+    match socket.dump(&RouteNetlinkMessage::GetTrafficFilter(all), parse) {
+        Ok(filters) => Ok(filters.into_iter().next()),
+        Err(e) if matches!(e.errno(), Some(libc::ENODEV | libc::EINVAL | libc::ENOENT)) => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("listing the classifiers of interface {ifindex}")),
+    }
 }
 
 /// True if a classifier has one of our programs' names; on devices with several uplinks, the device follows it.
@@ -107,16 +119,24 @@ fn is_our_name(name: &str) -> bool {
 }
 
 /// A filter, if it has our priority, handle, type and one of our names: others use the first handle, too.
-fn ours(body: &[u8]) -> Option<Filter> {
-    let (head, rest) = body.split_at_checked(20)?;
-    if number(&head[8..])? != TC_HANDLE || number(&head[16..])? != info() {
+fn parse(body: &[u8]) -> Option<Filter> {
+    let header = TcHeader::parse(body).ok()?;
+    if header.handle != TC_HANDLE.into() || header.info != info() {
         return None;
     }
-    let kind = attributes(rest).find(|(kind, _)| *kind == KIND).map(|(_, v)| text(v));
-    let options = attributes(rest).find(|(kind, _)| *kind == OPTIONS)?.1;
-    let prog_id = attributes(options).find(|(kind, _)| *kind == BPF_ID).and_then(|(_, v)| number(v))?;
-    let name = attributes(options).find(|(kind, _)| *kind == BPF_NAME).map(|(_, v)| text(v))?;
-    (kind.as_deref() == Some("bpf") && is_our_name(&name)).then_some(Filter { name, prog_id })
+    let find = |wanted| attributes(&body[header.buffer_len()..]).find(|attribute| attribute.kind() == wanted);
+    if parse_string(find(KIND)?.value()).ok()? != TcFilterBpf::KIND {
+        return None;
+    }
+    let (mut name, mut prog_id) = (None, None);
+    for option in attributes(value(find(OPTIONS)?)) {
+        match TcFilterBpfOption::parse(&option) {
+            Ok(TcFilterBpfOption::ProgName(text)) => name = Some(text),
+            Ok(TcFilterBpfOption::ProgId(id)) => prog_id = Some(id),
+            _ => {}
+        }
+    }
+    Some(Filter { name: name.filter(|name| is_our_name(name))?, prog_id: prog_id? })
 }
 
 /// Removes our classifier from a device; true when it was there. The qdisc stays: removing it loses packets, and it may
@@ -125,8 +145,7 @@ pub fn remove_filter(socket: &mut Socket, ifindex: u32, direction: Direction) ->
     if filter(socket, ifindex, direction)?.is_none() {
         return Ok(false);
     }
-    let body = tcmsg(ifindex, TC_HANDLE, parent(direction), info());
-    let delete = Message::new(libc::RTM_DELTFILTER, 0, &body).string(KIND, "bpf");
-    unless(socket.request(delete), &[libc::ENOENT, libc::ENODEV])
+    let delete = RouteNetlinkMessage::DelTrafficFilter(ours(ifindex, direction, Vec::new()));
+    unless(socket.request(&delete, CHANGE), &[libc::ENOENT, libc::ENODEV])
         .with_context(|| format!("removing our classifier from interface {ifindex}"))
 }

@@ -105,8 +105,8 @@ fn pod_hooks_are_filters_that_are_replaced_by_handle() {
 }
 
 #[test]
-fn foreign_filters_are_not_ours() {
-    sandbox::run(|_| {
+fn foreign_filters_are_not_ours_and_stay() {
+    sandbox::run(|sandbox| {
         ip("link add rnv1 type veth peer name pod");
         sandbox::command("tc", "qdisc add dev rnv1 clsact");
         let filter = "filter add dev rnv1 ingress prio 1 handle 1 protocol all bpf bytecode 1,6\u{a0}0\u{a0}0\u{a0}0";
@@ -116,5 +116,13 @@ fn foreign_filters_are_not_ours() {
         let veth = index(&mut socket, "rnv1");
         assert_eq!(tc::filter(&mut socket, veth, Direction::Ingress).unwrap(), None);
         assert!(!tc::remove_filter(&mut socket, veth, Direction::Ingress).unwrap());
+        let shown = || String::from_utf8(sandbox::command("tc", "filter show dev rnv1 ingress").stdout).unwrap();
+        let before = shown();
+        assert!(before.contains("bytecode"), "{before}");
+        let programs = load(sandbox).run().unwrap();
+        let (from, to) = (programs.get("from_pod").unwrap(), programs.get("to_pod").unwrap());
+        let error = format!("{:#}", pod_hooks(&mut socket, veth, from, to).unwrap_err());
+        assert!(error.contains("another program's has priority 1 and handle 1"), "{error}");
+        assert_eq!(shown(), before);
     });
 }

@@ -15,3 +15,4 @@ mod reconcile;
 mod sandbox;
 mod store;
 mod upgrade;
+mod wire;

@@ -217,8 +217,8 @@ fn a_device_that_is_no_uplink_any_more_is_let_go() {
         // Filters of ours, as a kernel without TCX has them; on a kernel with it they are as good as any.
         let program = sys::obj_get(&program_path(&sandbox.bpffs, "uplink_in")).unwrap();
         for direction in Direction::BOTH {
-            tc::set_filter(&mut socket, eth0, direction, program.as_fd(), "uplink_in").unwrap();
-            tc::set_filter(&mut socket, far1, direction, program.as_fd(), "not_ours").unwrap();
+            tc::set_filter(&mut socket, eth0, direction, program.as_fd(), "uplink_in", false).unwrap();
+            tc::set_filter(&mut socket, far1, direction, program.as_fd(), "not_ours", false).unwrap();
         }
         run(&["--uplink=eth1"]);
         for direction in Direction::BOTH {
