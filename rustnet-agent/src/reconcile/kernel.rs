@@ -191,7 +191,7 @@ impl Kernel {
         }
         if failures.is_empty() && is_complete {
             done.extend(self.drop_other_links(&hooks)?);
-            done.extend(drop_other_filters(socket, &hooks, state)?);
+            done.extend(self.drop_other_filters(socket, &hooks, state)?);
         }
         for record in &state.endpoints {
             let hooks = self.pod_hooks(socket, record, state);
@@ -217,6 +217,10 @@ impl Kernel {
         Ok(Some(format!("{}: not this host's any more; {forgotten} masqueraded flows forgotten", gone.join(", "))))
     }
 
+    fn has_named_link(&self, program: &str, uplink: &Uplink) -> bool {
+        attach::device_of(&attach::link_path(&self.bpffs, program, Some(&uplink.name))) == Some(uplink.ifindex)
+    }
+
     /// The uplink whose links are pinned without its name: the one that has them already, so that no uplink is without programs
     /// while their order changes.
     fn first_uplink(&self, state: &State, is_complete: bool) -> Option<u32> {
@@ -225,7 +229,8 @@ impl Kernel {
             Some(device) if state.uplinks.iter().any(|it| it.ifindex == device) => Some(device),
             // It may turn out to be an uplink.
             Some(_) if !is_complete => None,
-            _ => state.uplinks.first().map(|it| it.ifindex),
+            // Nor does a device take a program twice: one with links of its own name keeps them.
+            _ => state.uplinks.iter().find(|it| !self.has_named_link(name, it)).map(|it| it.ifindex),
         }
     }
 
@@ -247,6 +252,25 @@ impl Kernel {
             }
         }
         Ok(done)
+    }
+
+    /// Removes our filters from devices that need none. Where there is TCX, no device but the pods' needs one.
+    fn drop_other_filters(&self, socket: &mut Socket, hooks: &[Hook<'_>], state: &State) -> Result<Vec<String>> {
+        let mut done = Vec::new();
+        for device in state.host.links.iter().filter(|link| !link.name.starts_with(VETH_PREFIX)) {
+            for direction in Direction::BOTH {
+                let is_here = |hook: &&Hook<'_>| hook.ifindex == device.index && hook.direction == direction;
+                let wanted = hooks.iter().filter(is_here).any(|hook| !self.has_link(hook));
+                if !wanted && tc::remove_filter(socket, device.index, direction)? {
+                    done.push(format!("classifier removed from {}: it is no uplink any more", device.name));
+                }
+            }
+        }
+        Ok(done)
+    }
+
+    fn has_link(&self, hook: &Hook<'_>) -> bool {
+        attach::device_of(&attach::link_path(&self.bpffs, hook.program, hook.further)) == Some(hook.ifindex)
     }
 
     /// The programs of one pod; `None` if its veth is gone.
@@ -346,20 +370,6 @@ fn device_hooks<'a>(
         hooks.extend(pair(OVERLAY_DEV, index, [hook::OVERLAY_IN, hook::OVERLAY_OUT], None));
     }
     hooks
-}
-
-/// Removes our filters from devices that need none. Where there is TCX, no device but the pods' needs one.
-fn drop_other_filters(socket: &mut Socket, hooks: &[Hook<'_>], state: &State) -> Result<Vec<String>> {
-    let mut done = Vec::new();
-    for device in state.host.links.iter().filter(|link| !link.name.starts_with(VETH_PREFIX)) {
-        for direction in Direction::BOTH {
-            let wanted = hooks.iter().any(|hook| hook.ifindex == device.index && hook.direction == direction);
-            if !wanted && tc::remove_filter(socket, device.index, direction)? {
-                done.push(format!("classifier removed from {}: it is no uplink any more", device.name));
-            }
-        }
-    }
-    Ok(done)
 }
 
 fn word(outcome: Outcome) -> &'static str {

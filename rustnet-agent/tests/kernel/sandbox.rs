@@ -72,12 +72,15 @@ pub fn has_tcx() -> bool {
 
 /// The link (without TCX: the device) and the program on the hook of a device.
 pub fn on_hook(bpffs: &Path, program: &str, device: &str, direction: Direction) -> Option<(u32, u32)> {
-    if has_tcx() {
-        let info = sys::link_info(sys::obj_get(&link_path(bpffs, program, None)).ok()?.as_fd()).expect("a link");
-        return (info.ifindex != 0).then_some((info.id, info.prog_id));
-    }
     let mut socket = Socket::open().expect("a netlink socket");
     let index = link::by_name(&mut socket, device).expect("a list of links")?.index;
+    if has_tcx() {
+        // One uplink's link has no device in its name.
+        let paths = [link_path(bpffs, program, None), link_path(bpffs, program, Some(device))];
+        let links = paths.iter().filter_map(|path| sys::obj_get(path).ok());
+        let mut infos = links.map(|link| sys::link_info(link.as_fd()).expect("a link"));
+        return infos.find(|info| info.ifindex == index).map(|info| (info.id, info.prog_id));
+    }
     Some((index, tc::filter(&mut socket, index, direction).expect("a list of filters")?.prog_id))
 }
 
