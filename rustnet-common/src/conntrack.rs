@@ -103,6 +103,9 @@ pub mod flags {
     /// The tuple that this entry was made for is the canonical one reversed. With [`NAT`] only packets of that direction are
     /// served; without, packets of that direction are the original direction, and others the reply direction.
     pub const SWAPPED: u16 = 32;
+    /// Opened by what this node's stack forwarded to a pod of it from elsewhere: answers go back through the stack, which may have
+    /// translated the flow.
+    pub const VIA_STACK: u16 = 64;
 }
 
 /// Bits of [`CtEntry::state`].

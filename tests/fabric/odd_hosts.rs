@@ -41,6 +41,8 @@ in_each_mode!(
     a_cluster_of_ipv6_on_hosts_of_both_families,
     hardened_settings,
     an_address_that_changes_under_datagrams,
+    a_port_that_netfilter_publishes,
+    the_host_and_a_pod_use_one_port,
 );
 
 /// Two nodes without agents.
@@ -418,6 +420,49 @@ fn an_address_that_changes_under_datagrams(fabric: Fabric) -> Result<()> {
                 ensure!(seen == *expected, "{seen}");
                 Ok(())
             })?;
+        }
+        Ok(())
+    })
+}
+
+/// A published port without masquerade: portmap, Docker, kube-proxy next to rustnet.
+fn a_port_that_netfilter_publishes(fabric: Fabric) -> Result<()> {
+    let client = fabric.add_host("client", 99)?;
+    with_agents(fabric, |net| {
+        let node = net.node(1);
+        for (family, address) in [("ip", net.a.v4()?.to_string()), ("ip6", format!("[{}]", net.a.v6()?))] {
+            let nft = |rule: &str| node.netns().exec("nft", &[rule]);
+            nft(&format!("add table {family} published"))?;
+            nft(&format!("add chain {family} published in {{ type nat hook prerouting priority -100; }}"))?;
+            for proto in ["tcp", "udp"] {
+                nft(&format!("add rule {family} published in {proto} dport 18080 dnat to {address}:{PORT}"))?;
+            }
+        }
+        for address in node.addresses() {
+            for proto in Proto::ALL {
+                let published = SocketAddr::new(address, 18080);
+                ask(&client, proto, published, 4)?.only_by(&["a"]).with_context(|| format!("{proto:?} {published}"))?;
+                ask(net.node(2).netns(), proto, published, 4)?.only_by(&["a"])?;
+            }
+        }
+        meet(net)
+    })
+}
+
+/// NTP, IKE, SIP: both bind a port of their own, and ask one server.
+fn the_host_and_a_pod_use_one_port(fabric: Fabric) -> Result<()> {
+    with_agents(fabric, |net| {
+        let node = net.node(1);
+        for address in world() {
+            let target = SocketAddr::new(address, PORT);
+            let host = node.netns().run(|| udp_from_port(8301, target)).and_then(|socket| socket)?;
+            let pod = net.a.netns().run(|| udp_from_port(8301, target)).and_then(|socket| socket)?;
+            for n in 0..10 {
+                for (who, socket) in [("host", &host), ("pod", &pod)] {
+                    let (by, _) = ask_udp(socket, &format!("{who} {n}")).with_context(|| format!("{who} {n}"))?;
+                    ensure!(by == "world", "{by}");
+                }
+            }
         }
         Ok(())
     })

@@ -1,7 +1,7 @@
 //! Hosts with several devices: masquerade takes the address of the device that a packet leaves by, and its answers find back.
 
 use crate::flows::{ALL, PORT, Proto, from_a};
-use crate::harness::{Flow, Lab, Net, SIDE, UPLINK, labs};
+use crate::harness::{Flow, Lab, MAC_A, Net, POD_A, SIDE, SNAT, UPLINK, labs};
 use crate::icmp;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::flags;
@@ -126,6 +126,56 @@ fn the_host_speaks_to_other_nodes_as_the_node() -> Result<()> {
             let sport = lab.half(Flow::of(&ask))?.to.sport;
             shot.onto_wire(&ask.between((source, sport), (backend, 8080)))?;
         }
+        Ok(())
+    })
+}
+
+/// What netfilter forwards to a pod, as a published port does, is answered through netfilter: it alone can translate the answer.
+#[test]
+fn answers_to_what_the_stack_forwarded_go_to_the_stack() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        for client in [net.world(), net.machine(), net.node2()] {
+            let comes = from_a(net, Proto::Tcp, (net.b(), 8080)).map(|f| {
+                f.src = client;
+                f.smac = crate::harness::MAC_HOST;
+                f.dmac = MAC_A;
+            });
+            let comes = comes.between((client, PORT), (net.a(), 8080));
+            lab.to_pod(POD_A, &comes)?.to_stack(&comes)?;
+            let answer = comes.reply().map(|f| (f.smac, f.dmac) = (MAC_A, crate::harness::MAC_HOST));
+            lab.pod_sends(&answer)?.to_stack(&answer).with_context(|| format!("to {client}"))?;
+            let half = lab.half(Flow::of(&comes))?;
+            ensure!(half.flags & flags::VIA_STACK != 0, "{half:?}");
+        }
+        // What the pod opens towards the same client takes the short way.
+        let ask = from_a(net, Proto::Tcp, (net.machine(), 8000));
+        lab.pod_sends(&ask)?.onto_wire(&ask.hop().between((net.side(), PORT), (net.machine(), 8000)))
+    })
+}
+
+/// The host has a socket at the port that a pod would keep: answers for one would be taken for the other's.
+#[test]
+fn a_port_that_a_socket_of_the_host_has_is_not_kept() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        let port = *SNAT.start() + 301;
+        let any: IpAddr = if net == Net::V4 { IpAddr::from([0; 4]) } else { IpAddr::from([0_u16; 8]) };
+        let ask = |proto| from_a(net, proto, (net.world(), 123)).map(|f| f.set_ports(port, 123));
+        let chosen = |proto| -> Result<u16> {
+            lab.forget()?;
+            lab.pod_sends(&ask(proto))?;
+            Ok(lab.half(Flow::of(&ask(proto)))?.to.sport)
+        };
+        ensure!(chosen(Proto::Udp)? == port && chosen(Proto::Tcp)? == port, "a free port is kept");
+        let datagrams = std::net::UdpSocket::bind((any, port))?;
+        let other = chosen(Proto::Udp)?;
+        ensure!(other != port && SNAT.contains(&other), "{other}");
+        // One that listens takes no answers.
+        let listener = std::net::TcpListener::bind((any, port))?;
+        ensure!(chosen(Proto::Tcp)? == port, "a listening socket is no rival");
+        drop((datagrams, listener));
+        ensure!(chosen(Proto::Udp)? == port, "the port is free again");
         Ok(())
     })
 }

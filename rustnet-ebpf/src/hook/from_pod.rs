@@ -4,6 +4,7 @@
 //! neighbours are permanent, so that it needs neither ARP nor neighbour discovery.
 
 use rustnet_common::addr::Address;
+use rustnet_common::conntrack::flags;
 use rustnet_common::drop::{DropReason, hook};
 
 use super::{Steps, forward};
@@ -45,6 +46,10 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         }
         flow
     };
+    // It may be an answer to what netfilter translated: a published port, a proxy's rule. Where we translated, too, it is ours.
+    if flow.class == Class::Reply && flow.flags & (flags::VIA_STACK | flags::NAT) == flags::VIA_STACK {
+        return Ok(TO_STACK);
+    }
     forward::<F>(skb, p, flow, source, Origin::Pod, config, hook::FROM_POD)
 }
 

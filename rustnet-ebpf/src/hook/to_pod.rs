@@ -32,9 +32,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     } else {
         let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?;
         if flow.class == Class::New {
-            if source::is_host::<F>(p.tuple.src) {
-                flow.flags |= flags::FROM_HOST;
-            }
+            flow.flags |= if source::is_host::<F>(p.tuple.src) { flags::FROM_HOST } else { flags::VIA_STACK };
             // A collision may cost the flow its source port.
             admit::admit::<F>(skb, p, flow, config, source::HOST, hook::TO_POD)?;
         }

@@ -7,9 +7,9 @@ use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
 
+use super::nat;
 use crate::ctx::{Ctx, Skb};
 use crate::family::{Family, V4, V6};
-use crate::maps;
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Class, Flow};
 
@@ -141,31 +141,15 @@ fn try_redirect<F: Family>(skb: &Skb, flow: &mut Flow<F::A>, mtu_len: u32, is_ou
     match rc {
         // The family may change on the way: an IPv4 route can have an IPv6 next hop (RFC 5549).
         RET_SUCCESS | RET_NO_NEIGH => {
-            choose_source::<F>(flow, fib.ifindex);
+            if flow.class == Class::New && flow.flags & flags::MASQ != 0 {
+                nat::choose_source::<F>(skb, flow, fib.ifindex);
+            }
             Ok(redirect_neigh(fib.ifindex, fib.family, fib.dst))
         }
         RET_FRAG_NEEDED if mtu_len == 0 => Ok(Fib::needs_fragmentation(u32::from(fib.tot_len))),
         RET_FRAG_NEEDED => Err(Dropped { reason: DropReason::FragNeeded, mtu: u32::from(fib.tot_len) }),
         RET_UNSUPP_LWT => Err(DropReason::NoFib.into()),
         _ => Ok(Fib::NO_ROUTE),
-    }
-}
-
-/// Gives a new flow that is masqueraded the address of the device that it leaves by, if that has one.
-#[inline(always)]
-fn choose_source<F: Family>(flow: &mut Flow<F::A>, ifindex: u32) {
-    if flow.class != Class::New || flow.flags & flags::MASQ == 0 {
-        return;
-    }
-    // To other nodes and their pods the host speaks with the address that they know.
-    if flow.flags & flags::FROM_HOST != 0 && F::peer(flow.to.tuple.dst).is_some() {
-        return;
-    }
-    let Some(device) = maps::rn_devices.get_ptr(&ifindex) else { return };
-    // SAFETY: map values stay valid for this run of the program.
-    let address = F::device(unsafe { &*device });
-    if address != F::A::UNSPECIFIED {
-        flow.to.tuple.src = address;
     }
 }
 

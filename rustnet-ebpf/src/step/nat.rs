@@ -1,13 +1,16 @@
 //! The translation of new flows. Contract: says what a pod's flow becomes: backend (DNAT), node address (hairpin, masquerade), or
 //! itself.
 
+use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config;
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
+use rustnet_common::tuple::{Tuple, proto};
 
 use super::lb;
 use super::route::{self, Route};
+use crate::ctx::Skb;
 use crate::family::{Family, V4, V6};
 use crate::maps;
 use crate::outcome::{Dropped, PackedResult};
@@ -43,6 +46,72 @@ macro_rules! global {
 
 global!(V4, Ip4, rn_nat4);
 global!(V6, Ip6, rn_nat6);
+
+/// Gives a flow that is masqueraded the address of the device that it leaves by, if that has one. A port that the pod would keep is
+/// given up where the host has a socket that would miss its answers.
+#[inline(always)]
+pub fn choose_source<F: Family>(skb: &Skb, flow: &mut Flow<F::A>, ifindex: u32) {
+    let to = &mut flow.to.tuple;
+    // To other nodes and their pods the host speaks with the address that they know.
+    let is_between_nodes = flow.flags & flags::FROM_HOST != 0 && F::peer(to.dst).is_some();
+    if let (false, Some(device)) = (is_between_nodes, maps::rn_devices.get_ptr(&ifindex)) {
+        // SAFETY: map values stay valid for this run of the program.
+        let address = F::device(unsafe { &*device });
+        if address != F::A::UNSPECIFIED {
+            to.src = address;
+        }
+    }
+    if is_port_of_host::<F>(skb, to) {
+        // No port of masquerade: admission chooses one.
+        to.sport = 0;
+    }
+}
+
+/// `struct bpf_sock_tuple`, with room for either family.
+#[repr(C)]
+struct SockTuple {
+    words: [u32; 8],
+    ports: u32,
+}
+
+/// True if a socket of the host would get the answers to this tuple: one bound to the port, or connected from it.
+#[inline(always)]
+fn is_port_of_host<F: Family>(skb: &Skb, to: &Tuple<F::A>) -> bool {
+    let is_masquerade_port =
+        maps::config().is_some_and(|config| (config.snat_min..=config.snat_max).contains(&to.sport));
+    if !is_masquerade_port || (to.proto != proto::UDP && to.proto != proto::TCP) {
+        return false;
+    }
+    // As the answer comes in: from the far end, to this host.
+    let (src, dst) = (to.dst.words(), to.src.words());
+    let ports = u32::from(to.dport.to_be()) | u32::from(to.sport.to_be()) << 16;
+    let mut tuple = SockTuple { words: [src[0], src[1], src[2], src[3], dst[0], dst[1], dst[2], dst[3]], ports };
+    let mut len = size_of::<SockTuple>() as u32;
+    if F::BITS == 32 {
+        tuple.words = [src[0], dst[0], ports, 0, 0, 0, 0, 0];
+        len = 12;
+    }
+    let (skb, at) = (skb.raw().cast(), (&raw mut tuple).cast());
+    const THIS_NETNS: u64 = u64::MAX;
+    // SAFETY: `tuple` has the layout that the helpers want for this length, and a socket that is found is released.
+    unsafe {
+        let socket = if to.proto == proto::UDP {
+            helper::bpf_sk_lookup_udp(skb, at, len, THIS_NETNS, 0)
+        } else {
+            helper::bpf_sk_lookup_tcp(skb, at, len, THIS_NETNS, 0)
+        };
+        if socket.is_null() {
+            return false;
+        }
+        // A socket that listens does not miss answers.
+        let is_listening = (*socket).state == TCP_LISTEN && to.proto == proto::TCP;
+        helper::bpf_sk_release(socket.cast());
+        !is_listening
+    }
+}
+
+/// `TCP_LISTEN` (include/net/tcp_states.h).
+const TCP_LISTEN: u32 = 10;
 
 #[inline(always)]
 fn translate_new<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
