@@ -5,6 +5,7 @@
 
 pub mod address;
 pub mod endpoints;
+pub mod firewall;
 pub mod iptables;
 pub mod kube_proxy;
 pub mod link;
