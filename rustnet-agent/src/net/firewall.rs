@@ -56,7 +56,7 @@ impl fmt::Display for ChainName {
 /// Where packets enter a base chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
-    /// Before it is known whom a packet is for.
+    /// Before the way of a packet is known.
     Prerouting,
     /// To this host.
     Input,

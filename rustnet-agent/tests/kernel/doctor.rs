@@ -3,11 +3,14 @@
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
+use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount, umount};
+use rustnet_agent::model::Service;
+use rustnet_agent::source::{Event, Object};
 use serde_json::Value;
 
-use crate::reconcile::{Agent, block_on, node, synced};
+use crate::reconcile::{Agent, block_on, node, synced, wait_until, web};
 use crate::sandbox::{self, Sandbox, ip, uplink};
 
 /// The flags of an agent of this sandbox, and the sandbox made ready for it.
@@ -96,11 +99,27 @@ fn a_good_host_is_well_before_the_agent_and_while_it_runs() {
             let known = |it: &[String; 5]| it[3].contains("serves no probes") || it[1] == "cgroup v2";
             let found = wrong(sandbox, "doctor");
             assert!(found.iter().all(known), "{found:#?}");
+            // What the agent counts and does not serve.
+            agent.send([sticky()]).await;
+            let is_named =
+                || wrong(sandbox, "doctor").iter().any(|it| it[0] == "Features" && it[3].contains("default/web"));
+            wait_until("the doctor names the Service", is_named).await;
             fs::remove_file(net_d.join("05-rustnet.conflist")).unwrap();
             assert!(wrong(sandbox, "doctor").iter().any(|it| it[0] == "CNI" && it[2] == "bad"));
             agent.stop().await;
         });
     });
+}
+
+/// A Service that wants session affinity.
+fn sticky() -> Event {
+    let [service, _] = web(0);
+    match service {
+        Event::Apply(Object::Service(service)) => {
+            Event::Apply(Object::Service(Arc::new(Service { affinity: 10_800, ..(*service).clone() })))
+        }
+        other => other,
+    }
 }
 
 #[test]

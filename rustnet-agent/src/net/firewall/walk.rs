@@ -216,7 +216,7 @@ fn compare(value: &[u8], how: Comparison, with: &[u8]) -> Option<bool> {
     })
 }
 
-/// It cannot be told.
+/// Nothing known decides it.
 #[derive(Debug)]
 struct Unclear;
 
