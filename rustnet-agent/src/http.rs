@@ -102,7 +102,7 @@ async fn answer(stream: TcpStream, router: Router, limits: Limits, _place: Owned
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(limits.head).keep_alive(false);
     let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    // Who asks badly or too slowly is told nothing.
+    // Who asks badly or too slowly is sent nothing.
     let _ = tokio::time::timeout(limits.whole, connection).await;
 }
 

@@ -4,7 +4,7 @@ use super::cluster::{Cluster, with_server};
 use super::server::{ADMIN, AGENT, Server, User};
 use anyhow::{Context as _, Result};
 use rustnet_agent::config::KubeSource;
-use rustnet_agent::doctor::api::{Facts, Reached, Scope, ask, check};
+use rustnet_agent::doctor::api::{Facts, Reached, Scope, ask, check, list_policies};
 use rustnet_agent::doctor::finding::Level;
 use std::net::{Ipv4Addr, TcpListener};
 
@@ -92,6 +92,30 @@ fn names_connections_certificates_and_identities_are_distinguished() -> Result<(
         let tls = reached(ADMIN, &format!("https://{at}")).await?;
         assert!(matches!(tls, Reached::Tls(_)), "{tls:?}");
         closes.join().ok().context("the other server")?;
+        Ok(())
+    })
+}
+
+#[test]
+fn network_policies_are_counted_with_the_right_to_list_them() -> Result<()> {
+    with_server(&[], async |server| {
+        let (cluster, url) = (Cluster::new(&server)?, format!("https://{}", Server::address()));
+        let source = |user| -> Result<KubeSource> {
+            Ok(KubeSource { kubeconfig: Some(server.kubeconfig(user, &url)?), api_server: None })
+        };
+        assert_eq!(list_policies(&source(ADMIN)?).await, Ok((0, Vec::new())));
+        for name in ["a", "b", "c", "d", "e"] {
+            cluster
+                .apply(&format!(
+                    "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+                     metadata: {{name: {name}, namespace: default}}\nspec: {{podSelector: {{}}}}\n"
+                ))
+                .await?;
+        }
+        let names = ["default/a", "default/b", "default/c"].map(str::to_owned).to_vec();
+        assert_eq!(list_policies(&source(ADMIN)?).await, Ok((5, names)));
+        let refused = list_policies(&source(AGENT)?).await;
+        assert!(refused.as_ref().is_err_and(|why| why.contains("forbidden")), "{refused:?}");
         Ok(())
     })
 }

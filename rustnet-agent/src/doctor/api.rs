@@ -6,6 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
 use kube::api::{ListParams, PostParams};
 
@@ -20,6 +22,8 @@ use crate::source::{Event, Object};
 
 /// How long each step may take.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// Objects that are named of many.
+const EXAMPLES: u32 = 3;
 /// Nodes a page.
 const PAGE: u32 = 500;
 /// What the agent does: API group, resource, subresource, verbs. `deploy/rbac.yaml` allows it.
@@ -154,6 +158,35 @@ pub async fn ask(source: &KubeSource, scope: Scope<'_>) -> Cluster {
     let missing = missing.map_err(|reached| words(&reached).to_owned());
     let by_service = source.kubeconfig.is_none() && source.api_server.is_none();
     Cluster { api: Facts { server, by_service, reached, missing }, nodes }
+}
+
+/// NetworkPolicies there are, and the names of a few; only asked while an agent runs, for at every start of every agent it would be
+/// many requests. `None` without an API server.
+pub fn policies(config: &Config) -> Option<Result<(usize, Vec<String>), String>> {
+    let Source::Kube(source) = &config.source else { return None };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Some(match runtime {
+        Ok(runtime) => runtime.block_on(list_policies(source)),
+        Err(error) => Err(format!("cannot start a runtime: {error}")),
+    })
+}
+
+/// The same, of an API server.
+///
+/// # Errors
+/// The server refuses, or is not reached.
+pub async fn list_policies(source: &KubeSource) -> Result<(usize, Vec<String>), String> {
+    let settings = source::settings(source).await.map_err(|error| format!("{error:#}"))?;
+    let connection = source::connection(&settings).map_err(|error| format!("{error:#}"))?;
+    let api: Api<NetworkPolicy> = Api::all(connection.client.clone());
+    let list = within(api.list_metadata(&ListParams::default().limit(EXAMPLES))).await;
+    let list = list.map_err(|reached| words(&reached).to_owned())?;
+    let more = list.metadata.remaining_item_count.and_then(|more| usize::try_from(more).ok()).unwrap_or(0);
+    let name = |meta: &ObjectMeta| {
+        let [namespace, name] = [&meta.namespace, &meta.name].map(|it| it.as_deref().unwrap_or_default());
+        format!("{namespace}/{name}")
+    };
+    Ok((list.items.len() + more, list.items.iter().map(|it| name(&it.metadata)).collect()))
 }
 
 /// Whether the address can be found and connected to.

@@ -1,16 +1,19 @@
 //! The preflight: what on this node keeps rustnet, or the pods, from working, and the remedy of each.
 //!
 //! One file a group of checks. Each gathers its facts (the only part that looks at the host) and judges them (pure, and tested
-//! with one fault at a time). Nothing is changed, and no packet is sent but to the API server.
+//! with one fault at a time). Nothing is changed (a map that is pinned as a trial is removed), and no packet is sent but to the API server.
 
 pub mod api;
 pub mod cni;
 pub mod filesystem;
 pub mod finding;
+pub mod firewall;
 pub mod kernel;
 pub mod kube_proxy;
+pub mod manager;
 pub mod mark;
 pub mod mtu;
+pub mod neighbours;
 pub mod network;
 pub mod nodes;
 pub mod ports;
@@ -48,8 +51,9 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Group::new("Configuration", vec![Finding::ok("settings", format!("node {}", config.node_name))]),
         Group::new("Kernel", kernel::check(&kernel::gather(Some(config)))),
         Group::new("File system", filesystem::gather(config).iter().flat_map(filesystem::check).collect()),
-        Group::new("Host settings", sysctls::check(&sysctls::gather(config, &host, &ways), stage)),
+        Group::new("Host settings", host_settings(config, &host, &ways, stage, nodes.len())),
         Group::new("Ports", ports::check(&ports::gather(config))),
+        Group::new("Firewall", firewall::check(&firewall::gather(config, &ways))),
         Group::new("Packet mark", mark::check(&mark::gather(config))),
         Group::new("CNI", cni::check(&cni::gather(config), stage)),
         Group::new("kube-proxy", kube_proxy::check(&kube_proxy::gather())),
@@ -64,6 +68,14 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
     }
     groups.retain(|group| !group.findings.is_empty());
     groups
+}
+
+/// What the kernel and its administration are set to.
+fn host_settings(config: &Config, host: &Host, ways: &Ways, stage: Stage, nodes: usize) -> Vec<Finding> {
+    let sysctls = sysctls::check(&sysctls::gather(config, host, ways), stage);
+    let neighbours = neighbours::gather(config, nodes).iter().flat_map(neighbours::check).collect::<Vec<_>>();
+    let manager = manager::gather(host).map(|managed| manager::check(&managed)).unwrap_or_default();
+    [sysctls, neighbours, manager].concat()
 }
 
 /// The findings when the settings are refused: the reasons, and all that does not depend on

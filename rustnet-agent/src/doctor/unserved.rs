@@ -1,7 +1,9 @@
-//! What objects of the cluster ask for and rustnet does not serve, as the running agent wrote it down.
+//! What objects of the cluster ask for and rustnet does not serve: as the running agent wrote it down, and NetworkPolicies, which the
+//! agent does not watch, as the API server has them.
 
 use anyhow::Result;
 
+use super::api;
 use super::finding::{Finding, Level};
 use crate::config::Config;
 use crate::model::Feature;
@@ -10,13 +12,37 @@ use crate::namefile::{self, UNSERVED, Unserved};
 /// Name of the check.
 const WHAT: &str = "features";
 
+/// What was found.
+pub struct Facts {
+    /// As the agent wrote it.
+    pub unserved: Result<Unserved>,
+    /// NetworkPolicies, and the names of a few; nothing without an API server.
+    pub policies: Option<Result<(usize, Vec<String>), String>>,
+}
+
 /// Looks.
-pub fn gather(config: &Config) -> Result<Unserved> {
-    namefile::read(&config.run_dir, UNSERVED)
+pub fn gather(config: &Config) -> Facts {
+    Facts { unserved: namefile::read(&config.run_dir, UNSERVED), policies: api::policies(config) }
 }
 
 /// Judges.
-pub fn check(unserved: &Result<Unserved>) -> Vec<Finding> {
+pub fn check(facts: &Facts) -> Vec<Finding> {
+    let mut found = features(&facts.unserved);
+    let what = "network policies";
+    found.extend(facts.policies.as_ref().map(|policies| {
+        match policies {
+            Err(why) => Finding::ok(what, format!("not looked for: {why}")),
+            Ok((0, _)) => Finding::ok(what, "none"),
+            Ok((count, names)) => {
+                Finding::new(Level::Warning, what, format!("not enforced, {count} are there: {}", names.join(", ")))
+                    .hint("where they protect something, do not rely on rustnet for it")
+            }
+        }
+    }));
+    found
+}
+
+fn features(unserved: &Result<Unserved>) -> Vec<Finding> {
     let unserved = match unserved {
         Ok(unserved) => unserved,
         Err(error) => return vec![Finding::unknown(WHAT, error)],
@@ -37,16 +63,25 @@ pub fn check(unserved: &Result<Unserved>) -> Vec<Finding> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Unserved, check};
+    use super::{Facts, Unserved, check};
     use crate::doctor::finding::{Level, assert_only, assert_well};
     use crate::namefile::Askers;
 
     #[test]
     fn what_is_asked_for_is_named() {
-        assert_well(&check(&Ok(Unserved::new())));
+        let facts = |unserved| Facts { unserved, policies: None };
+        assert_well(&check(&facts(Ok(Unserved::new()))));
         let askers = Askers { count: 4, examples: vec!["shop/web".into()] };
         let unserved = Unserved::from([("host_port".into(), askers.clone()), ("of_a_later_release".into(), askers)]);
-        assert_only(&check(&Ok(unserved)), Level::Warning, "asked for by 4: shop/web", "hostNetwork");
-        assert_only(&check(&Err(anyhow::anyhow!("unreadable"))), Level::Warning, "not checked", "root");
+        assert_only(&check(&facts(Ok(unserved))), Level::Warning, "asked for by 4: shop/web", "hostNetwork");
+        assert_only(&check(&facts(Err(anyhow::anyhow!("unreadable")))), Level::Warning, "not checked", "root");
+    }
+    #[test]
+    fn policies_are_counted_where_the_agent_may_list_them() {
+        let facts = |policies| Facts { unserved: Ok(Unserved::new()), policies: Some(policies) };
+        assert_well(&check(&facts(Ok((0, Vec::new())))));
+        assert_well(&check(&facts(Err("networkpolicies is forbidden".into()))));
+        let some = facts(Ok((7, vec!["shop/deny".into(), "shop/web".into()])));
+        assert_only(&check(&some), Level::Warning, "7 are there: shop/deny, shop/web", "do not rely");
     }
 }

@@ -3,7 +3,7 @@
 use crate::model::{Feature, ObjectName, Pod, Problem, Service};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Names that are told of each feature.
+/// Names that are given of each feature.
 const EXAMPLES: usize = 3;
 
 /// The objects that ask for one feature.

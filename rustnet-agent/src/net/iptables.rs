@@ -1,4 +1,4 @@
-//! The older iptables ("legacy"), read only: which chains its tables hold.
+//! The older iptables ("legacy"), read only: which chains its tables hold, and the table `filter` as the kernel has it.
 //!
 //! Its interface replaces whole tables at once, with everybody's rules in them, so that nothing is ever changed by it here.
 
@@ -15,6 +15,8 @@ const GET_INFO: i32 = 64;
 const GET_ENTRIES: i32 = 65;
 /// Length of `struct ipt_getinfo`, and where in it the length of the table's entries is.
 const INFO: (usize, usize) = (84, 80);
+/// Where in it the begins of the hooks' chains are.
+const HOOK_ENTRIES: usize = 36;
 /// Length of `struct ipt_get_entries` before the entries, and where in it their length is.
 const ENTRIES: (usize, usize) = (40, 32);
 /// Length of the name of a table.
@@ -22,29 +24,52 @@ const TABLE_NAME: usize = 32;
 /// Where the target's name is, from its begin; its length; and where the name of a chain is, in a target called `ERROR`.
 const TARGET: (usize, usize, usize) = (2, 29, 32);
 
+/// A table as the kernel has it.
+pub struct Table {
+    /// Its entries, one behind the other.
+    pub entries: Vec<u8>,
+    /// Where the chain of each hook begins, by `NF_INET_*`.
+    pub hooks: [u32; 5],
+}
+
+/// The table `filter`; `None` where it is not in use.
+///
+/// # Errors
+/// No rights to read it.
+pub fn filter(family: Family) -> Result<Option<Table>> {
+    if !tables(family)?.iter().any(|table| table == "filter") {
+        return Ok(None);
+    }
+    entries(family, "filter").context("reading the table filter of iptables-legacy").map(Some)
+}
+
 /// Chains of all tables that are in use, as `table, chain`. Those that everybody has (`INPUT`) have no names here.
 pub fn legacy_chains(family: Family) -> Result<Vec<(String, String)>> {
-    let file = match family {
-        Family::Ip => "/proc/thread-self/net/ip_tables_names",
-        Family::Ip6 => "/proc/thread-self/net/ip6_tables_names",
-    };
-    let tables = match std::fs::read_to_string(file) {
-        Ok(tables) => tables,
-        // A kernel without it, or that has not had a use for it yet.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(e).context(file),
-    };
     let mut all = Vec::new();
-    for table in tables.lines() {
+    for table in tables(family)? {
         let entries =
-            entries(family, table).with_context(|| format!("reading the table {table} of iptables-legacy"))?;
-        all.extend(chains(family, &entries).into_iter().map(|chain| (table.to_owned(), chain)));
+            entries(family, &table).with_context(|| format!("reading the table {table} of iptables-legacy"))?.entries;
+        all.extend(chains(family, &entries).into_iter().map(|chain| (table.clone(), chain)));
     }
     Ok(all)
 }
 
+/// Names of the tables that are in use.
+fn tables(family: Family) -> Result<Vec<String>> {
+    let file = match family {
+        Family::Ip => "/proc/thread-self/net/ip_tables_names",
+        Family::Ip6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    match std::fs::read_to_string(file) {
+        Ok(tables) => Ok(tables.lines().map(str::to_owned).collect()),
+        // A kernel without it, or that has not had a use for it yet.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(e).context(file),
+    }
+}
+
 /// The entries of a table, as the kernel has them.
-fn entries(family: Family, table: &str) -> io::Result<Vec<u8>> {
+fn entries(family: Family, table: &str) -> io::Result<Table> {
     let (address, level) = match family {
         Family::Ip => ("0.0.0.0:0", libc::SOL_IP),
         Family::Ip6 => ("[::]:0", libc::SOL_IPV6),
@@ -59,11 +84,13 @@ fn entries(family: Family, table: &str) -> io::Result<Vec<u8>> {
     };
     let mut info = request(INFO.0)?;
     ask(&socket, level, GET_INFO, &mut info)?;
-    let size = u32::from_ne_bytes([info[INFO.1], info[INFO.1 + 1], info[INFO.1 + 2], info[INFO.1 + 3]]);
+    let number = |at: usize| u32::from_ne_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]);
+    let size = number(INFO.1);
+    let hooks = [0, 1, 2, 3, 4].map(|hook| number(HOOK_ENTRIES + 4 * hook));
     let mut entries = request(ENTRIES.0 + size as usize)?;
     entries[ENTRIES.1..ENTRIES.1 + 4].copy_from_slice(&size.to_ne_bytes());
     ask(&socket, level, GET_ENTRIES, &mut entries)?;
-    Ok(entries.split_off(ENTRIES.0))
+    Ok(Table { entries: entries.split_off(ENTRIES.0), hooks })
 }
 
 fn ask(socket: &UdpSocket, level: i32, option: i32, buffer: &mut [u8]) -> io::Result<()> {

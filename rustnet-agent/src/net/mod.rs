@@ -5,6 +5,7 @@
 
 pub mod address;
 pub mod endpoints;
+pub mod firewall;
 pub mod host;
 pub mod iptables;
 pub mod kube_proxy;

@@ -220,7 +220,7 @@ impl<'a> Found<'a> {
 }
 
 /// A request to nftables, or the frame of a transaction.
-struct Request {
+pub struct Request {
     kind: u16,
     family: u8,
     resource: u16,
@@ -229,7 +229,12 @@ struct Request {
 
 impl Request {
     fn new(kind: u16, family: Family) -> Self {
-        Self { kind: SUBSYSTEM << 8 | kind, family: family.number(), resource: 0, attributes: Vec::new() }
+        Self::of(kind, family.number())
+    }
+
+    /// One of this `NFT_MSG_*`, for this `NFPROTO_*`.
+    pub fn of(kind: u16, family: u8) -> Self {
+        Self { kind: SUBSYSTEM << 8 | kind, family, resource: 0, attributes: Vec::new() }
     }
 
     fn with(mut self, kind: u16, value: &[u8]) -> Self {
@@ -237,7 +242,8 @@ impl Request {
         self
     }
 
-    fn with_name(self, kind: u16, name: &str) -> Self {
+    /// The same with a name in an attribute.
+    pub fn with_name(self, kind: u16, name: &str) -> Self {
         self.with(kind, &[name.as_bytes(), &[0]].concat())
     }
 }
@@ -275,7 +281,8 @@ fn request(removal: &Removal<'_>) -> Request {
     }
 }
 
-fn text(value: &[u8]) -> Option<String> {
+/// The text in an attribute's value.
+pub fn text(value: &[u8]) -> Option<String> {
     parse_string(value).ok()
 }
 

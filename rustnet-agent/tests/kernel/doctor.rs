@@ -3,11 +3,14 @@
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
+use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount, umount};
+use rustnet_agent::model::Service;
+use rustnet_agent::source::{Event, Object};
 use serde_json::Value;
 
-use crate::reconcile::{Agent, block_on, node, synced};
+use crate::reconcile::{Agent, block_on, node, synced, wait_until, web};
 use crate::sandbox::{self, Sandbox, ip, uplink};
 
 /// The flags of an agent of this sandbox, and the sandbox made ready for it.
@@ -96,11 +99,27 @@ fn a_good_host_is_well_before_the_agent_and_while_it_runs() {
             let known = |it: &[String; 5]| it[3].contains("serves no probes") || it[1] == "cgroup v2";
             let found = wrong(sandbox, "doctor");
             assert!(found.iter().all(known), "{found:#?}");
+            // What the agent counts and does not serve.
+            agent.send([sticky()]).await;
+            let is_named =
+                || wrong(sandbox, "doctor").iter().any(|it| it[0] == "Features" && it[3].contains("default/web"));
+            wait_until("the doctor names the Service", is_named).await;
             fs::remove_file(net_d.join("05-rustnet.conflist")).unwrap();
             assert!(wrong(sandbox, "doctor").iter().any(|it| it[0] == "CNI" && it[2] == "bad"));
             agent.stop().await;
         });
     });
+}
+
+/// A Service that wants session affinity.
+fn sticky() -> Event {
+    let [service, _] = web(0);
+    match service {
+        Event::Apply(Object::Service(service)) => {
+            Event::Apply(Object::Service(Arc::new(Service { affinity: 10_800, ..(*service).clone() })))
+        }
+        other => other,
+    }
 }
 
 #[test]
@@ -230,6 +249,146 @@ fn leftovers_of_kube_proxy_are_named_until_they_are_gone() {
         only(sandbox, &pre, want);
         drop(running);
         assert!(sandbox.rustnetctl("cleanup --kube-proxy --yes").status.success());
+        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
+    });
+}
+
+/// Rules as `nft`, ufw (iptables-nft) and firewalld make them. Before, the doctor was silent on all of them.
+#[test]
+fn a_firewall_that_drops_the_overlay_is_named() {
+    sandbox::run(|sandbox| {
+        uplink();
+        nodes(sandbox);
+        let pre = format!("{} --pre", settings(sandbox));
+        let nft = |args: &str| {
+            let out = sandbox::command("nft", args);
+            assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
+        };
+        let well = |why: &str| assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "{why}");
+        let drops = ["Firewall", "overlay", "warning", "chain inet t in drops UDP 8472", "udp dport 8472 accept"];
+
+        nft("add table inet t");
+        nft("add chain inet t in { type filter hook input priority 0 ; policy drop ; }");
+        for rule in [
+            "ct state established,related accept",
+            "ct state invalid drop",
+            "iifname lo accept",
+            "ip protocol icmp accept",
+            "meta l4proto { icmp, ipv6-icmp } accept",
+            "tcp dport { 22, 6443, 10250 } accept",
+            "udp dport { 53, 60000-61000 } counter accept",
+        ] {
+            nft(&format!("add rule inet t in {rule}"));
+        }
+        only(sandbox, &pre, drops);
+        only(sandbox, &format!("{pre} --overlay-port 4789"), ["Firewall", "overlay", "warning", "UDP 4789", "4789"]);
+        assert!(wrong(sandbox, &format!("{pre} --overlay-port 60500")).is_empty(), "an interval holds it");
+        assert!(wrong(sandbox, &format!("{pre} --routing native")).is_empty(), "no overlay, no packets of one");
+        nft("add rule inet t in ip saddr 192.0.2.0/24 udp dport 8472 accept");
+        well("the nodes are let in");
+        nft("flush chain inet t in");
+        nft("add rule inet t in ct state vmap { established : accept, related : accept, invalid : drop }");
+        only(sandbox, &pre, drops);
+        nft("add rule inet t in iifname eth0 accept");
+        well("the device is trusted");
+        nft("flush chain inet t in");
+
+        // As firewalld: the policy accepts, the last rule refuses.
+        nft("add chain inet t in { policy accept ; }");
+        nft("add chain inet t public");
+        nft("add rule inet t public tcp dport 22 ct state new,untracked accept");
+        nft("add rule inet t in ct state { established, related } accept");
+        nft("add rule inet t in ct status dnat accept");
+        nft("add rule inet t in goto public");
+        well("nothing refuses yet");
+        nft("flush chain inet t in");
+        nft("add rule inet t in jump public");
+        nft("add rule inet t in reject with icmpx admin-prohibited");
+        only(sandbox, &pre, drops);
+        nft("add rule inet t public udp dport 8472 accept");
+        well("a zone lets it in");
+        nft("delete table inet t");
+
+        let iptables = |args: &str| {
+            let out = sandbox::command("iptables-nft", args);
+            assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
+        };
+        iptables("-P INPUT DROP");
+        iptables("-N ufw-before-input");
+        iptables("-A INPUT -j ufw-before-input");
+        iptables("-A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
+        iptables("-A ufw-before-input -p tcp -m multiport --dports 22,80 -j ACCEPT");
+        iptables("-A ufw-before-input -p udp -m udp --dport 5353 -j ACCEPT");
+        only(
+            sandbox,
+            &pre,
+            ["Firewall", "overlay", "warning", "chain ip filter INPUT drops UDP 8472", "ufw allow 8472"],
+        );
+        iptables("-A ufw-before-input -p udp -m udp --dport 8472 -j ACCEPT");
+        well("it is let in");
+        nft("flush ruleset");
+    });
+}
+
+#[test]
+fn a_firewall_of_the_older_iptables_is_read_too() {
+    sandbox::run(|sandbox| {
+        uplink();
+        nodes(sandbox);
+        let pre = format!("{} --pre", settings(sandbox));
+        let iptables = |args: &str| {
+            let out = sandbox::command("iptables-legacy", args);
+            assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
+        };
+        let well = |why: &str| assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "{why}");
+        let drops =
+            ["Firewall", "overlay", "warning", "(iptables-legacy) INPUT drops UDP 8472", "iptables-legacy -I INPUT"];
+        let first = sandbox::command("iptables-legacy", "-N mine");
+        if !Path::new("/proc/thread-self/net/ip_tables_names").exists() {
+            // A kernel without CONFIG_IP_NF_IPTABLES_LEGACY: there can be no such rules.
+            assert!(!first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+            return well("nothing drops");
+        }
+        assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+        iptables("-A INPUT -i lo -j ACCEPT");
+        iptables("-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
+        iptables("-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT");
+        iptables("-A INPUT -j mine");
+        well("the policy accepts");
+        iptables("-P INPUT DROP");
+        only(sandbox, &pre, drops);
+        iptables("-A mine -p udp -m udp --dport 8000:9000 -j ACCEPT");
+        well("a chain lets it in");
+        iptables("-R mine 1 -p udp -m udp --dport 53 -j ACCEPT");
+        only(sandbox, &pre, drops);
+        iptables("-A mine -s 192.0.2.0/24 -j ACCEPT");
+        well("the nodes may be there");
+        iptables("-F mine");
+        iptables("-A INPUT -i eth+ -j ACCEPT");
+        well("the device is trusted");
+        iptables("-I INPUT 1 -p udp -j REJECT");
+        only(sandbox, &pre, drops);
+    });
+}
+
+#[test]
+fn a_strict_check_of_reverse_paths_is_named() {
+    sandbox::run(|sandbox| {
+        uplink();
+        nodes(sandbox);
+        let pre = format!("{} --pre", settings(sandbox));
+        let nft = |args: &str| assert!(sandbox::command("nft", args).status.success(), "{args}");
+        nft("add table inet t");
+        nft("add chain inet t p { type filter hook prerouting priority -310 ; }");
+        nft("add chain inet t sub");
+        nft("add rule inet t p jump sub");
+        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
+        for rule in ["fib saddr . mark . iif oif missing drop", "fib saddr . iif oif missing log counter drop"] {
+            nft(&format!("add rule inet t sub {rule}"));
+            only(sandbox, &pre, ["Firewall", "reverse path", "warning", "chain inet t p", "checkReversePath"]);
+            nft("flush chain inet t sub");
+        }
+        nft("add rule inet t sub fib daddr . iif type != local counter");
         assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
     });
 }

@@ -1,20 +1,29 @@
 //! The plan's maps on real ones.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsFd;
+use std::sync::Arc;
 
+use bytemuck::Zeroable as _;
 use ipnet::IpNet;
+use rustnet_agent::bpf::load::{CLOCK, program_path};
 use rustnet_agent::bpf::store::node_config::NodeConfigStore;
 use rustnet_agent::bpf::store::{BpfMaps, Map};
+use rustnet_agent::bpf::{probe, sys};
+use rustnet_agent::ct_gc::Collector;
+use rustnet_agent::metrics::{HookCount, KernelStats, MapFill, Metrics};
 use rustnet_agent::plan::{Maps, VipKey, Write};
-use rustnet_common::addr::Addr;
+use rustnet_common::addr::{Addr, Ip4};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::config::{NodeConfig, flags, meaning};
+use rustnet_common::conntrack::CtEntry;
 use rustnet_common::names::map;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
+use rustnet_common::tuple::{Tuple, proto};
 
 use crate::load::load;
-use crate::sandbox;
+use crate::sandbox::{self, wait_until};
 
 fn vip(ip: &str, port: u16) -> VipKey {
     VipKey { ip: ip.parse().unwrap(), port, proto: 6, scope: 0 }
@@ -154,5 +163,48 @@ fn a_hundred_thousand_services() {
         let start = std::time::Instant::now();
         assert_eq!(maps.snapshot().unwrap().services.len(), 100_000);
         println!("read back in {:?}", start.elapsed());
+    });
+}
+
+/// Knows of one map.
+struct OneMap;
+
+impl KernelStats for OneMap {
+    fn counters(&self) -> Vec<HookCount> {
+        Vec::new()
+    }
+
+    fn maps(&self) -> Vec<MapFill> {
+        vec![MapFill { name: map::CT4_ANY, used: 7, max: 8 }]
+    }
+}
+
+/// Before, sweeps waited for a thread of the pool that scrapes and look-ups of names share.
+#[test]
+fn old_connections_are_collected_while_the_pool_of_threads_is_taken() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let clock = sys::obj_get(&program_path(&sandbox.bpffs, CLOCK)).unwrap();
+        let (now, hz) = (probe::jiffies(clock.as_fd()).unwrap(), probe::hz().unwrap());
+        let table = Map::<Tuple<Ip4>, CtEntry<Ip4>>::open(&sandbox.bpffs, map::CT4_ANY).unwrap();
+        let src = Ipv4Addr::new(10, 0, 0, 2).into();
+        let key = Tuple { src, proto: proto::UDP, ..Tuple::zeroed() };
+        table.put(&key, &CtEntry { seen: now.wrapping_sub(hz * 3600) & 0x7fff_ffff, ..CtEntry::zeroed() }).unwrap();
+
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(1).max_blocking_threads(1).enable_all().build().unwrap();
+        let (free, taken) = std::sync::mpsc::channel::<()>();
+        runtime.spawn_blocking(move || taken.recv());
+        let (stop, shutdown) = tokio::sync::watch::channel(false);
+        let metrics = Metrics::default();
+        metrics.set_kernel_stats(Arc::new(OneMap));
+        let collector = Collector::open(&sandbox.bpffs, clock, hz).unwrap();
+        let running = runtime.spawn(collector.run(metrics.clone(), shutdown));
+        wait_until("the old entry is gone", || table.get(&key).unwrap().is_none());
+        let counted = || metrics.encode().unwrap().contains("rustnet_map_entries{map=\"rn_ct4_any\"} 7");
+        wait_until("the entries are counted", counted);
+        stop.send(true).unwrap();
+        runtime.block_on(running).unwrap();
+        free.send(()).unwrap();
     });
 }

@@ -301,10 +301,7 @@ fn memory(fabric: &Fabric, services: u32) -> Result<()> {
 
 /// Milliseconds of CPU that the agent spends on a scrape while a table of connections is full.
 fn scrape(node: &Node) -> Result<f64> {
-    let table = Map::<Tuple<Ip4>, CtEntry<Ip4>>::open(&node.bpffs(), map::CT4_TCP)?;
-    let tuple = |n: u32| Tuple { src: Ipv4Addr::from(n).into(), proto: proto::TCP, ..Tuple::zeroed() };
-    let entries: Vec<_> = (0..table.max_entries()).map(|n| (tuple(n), CtEntry::zeroed())).collect();
-    table.put_all(&entries)?;
+    node.netns().run(|| fill(&node.bpffs()))??;
     let pid = node.agent_pid().context("no agent")?;
     let before = cpu_ticks(pid)?;
     for _ in 0..SCRAPES {
@@ -314,6 +311,13 @@ fn scrape(node: &Node) -> Result<f64> {
     let tick = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock ticks")?;
     let tick = f64::from(u32::try_from(tick)?);
     Ok((cpu_ticks(pid)? - before) / tick * 1000.0 / f64::from(SCRAPES))
+}
+
+fn fill(bpffs: &Path) -> Result<()> {
+    let table = Map::<Tuple<Ip4>, CtEntry<Ip4>>::open(bpffs, map::CT4_TCP)?;
+    let tuple = |n: u32| Tuple { src: Ipv4Addr::from(n).into(), proto: proto::TCP, ..Tuple::zeroed() };
+    let entries: Vec<_> = (0..table.max_entries()).map(|n| (tuple(n), CtEntry::zeroed())).collect();
+    table.put_all(&entries)
 }
 
 /// Ticks of CPU that a process has used so far.
