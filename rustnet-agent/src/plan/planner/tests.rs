@@ -1,11 +1,11 @@
 //! Index in, writes out; then what the maps hold.
 
-use super::{Capacity, GRACE, Plan, Planner};
+use super::{Capacity, Plan, Planner};
 use crate::config::{AUDIT_PERIOD, Routing};
 use crate::index::{Index, Settings};
 use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{EndpointSlice, Family, ObjectName};
-use crate::plan::{MemoryMaps, Snapshot, Table, VipKey, Write};
+use crate::plan::{GRACE, MemoryMaps, Snapshot, Table, VipKey, Write};
 use crate::source::{Event, Kind, ObjectRef};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::service::SvcEntry;
