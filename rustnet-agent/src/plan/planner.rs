@@ -25,7 +25,7 @@ pub struct Plan {
 /// entries; deletions the other way round, a backend's value no sooner than a grace period after; and before the peers'
 /// deletions the flows to forget, as by then no packet makes them again.
 ///
-/// Puts come before deletions, so that a full map takes an entry only after another has gone: what does not fit beside the
+/// Puts come before deletions, so that a full map takes an entry only after another has gone: what does not fit next to the
 /// entries that go is left to a second plan.
 fn in_order(peers: PeerWrites, services: ServiceWrites) -> Vec<Write> {
     peers.puts.into_iter().chain(services.in_order()).chain(peers.deletes).collect()
