@@ -2,7 +2,6 @@
 //! time are arguments.
 
 mod audit;
-mod backends;
 mod flows;
 mod ids;
 mod memory;
@@ -10,6 +9,7 @@ mod peers;
 mod planner;
 mod ranges;
 mod services;
+mod sets;
 mod slots;
 
 pub use crate::index::VipKey;

@@ -6,8 +6,7 @@
 mod adopt;
 
 use super::audit::{Progress, Repair};
-use super::backends::{BackendWrites, Backends};
-use super::ids::Ids;
+use super::sets::{BackendWrites, Led, Sets, Span};
 use super::{Snapshot, VipKey, Write};
 use crate::index::{Choice, DesiredService, Index};
 use crate::model::Problem;
@@ -28,8 +27,7 @@ pub struct Services {
     /// Entries read back that are not to be trusted: a range out of bounds or shared, ids of no
     /// backend of theirs.
     damaged: BTreeMap<VipKey, Held>,
-    numbers: Ids,
-    backends: Backends,
+    sets: Sets,
     /// Backends read back whose service is gone.
     orphans: Vec<u32>,
     /// What did not fit, and why.
@@ -55,6 +53,8 @@ pub struct ServiceWrites {
     backends: BackendWrites,
     /// Backends and the range of their ids before each entry.
     puts: Vec<Write>,
+    /// Sets that have another range now, and other entries than the one that was planned.
+    moved: Vec<u32>,
     wildcards: Vec<Write>,
     wildcard_deletes: Vec<Write>,
     deletes: Vec<Write>,
@@ -81,7 +81,7 @@ impl Services {
     pub fn plan(&mut self, index: &mut Index, all: bool, now: Duration) -> ServiceWrites {
         let mut draft = ServiceWrites::default();
         let mut keys = index.take_dirty_services();
-        if self.backends.tick(now) || all || self.has_new_room {
+        if self.sets.tick(now) || all || self.has_new_room {
             keys.extend(self.failed.keys());
         }
         if all {
@@ -91,19 +91,19 @@ impl Services {
         self.plan_keys(keys, index, &mut draft);
         if all {
             let orphans = std::mem::take(&mut self.orphans);
-            self.backends.forget(orphans, &mut draft.backends);
+            self.sets.forget(orphans, &mut draft.backends);
         }
         for (count, freed) in self.count.iter_mut().zip(draft.freed) {
             *count -= freed;
         }
         self.has_new_room = draft.freed != [0; 2] && !self.failed.is_empty();
-        draft.clear = self.backends.clear(now);
+        draft.clear = self.sets.clear(now);
         draft
     }
 
     /// Time passes, and nothing may be planned yet.
     pub fn tick(&mut self, now: Duration) {
-        self.backends.tick(now);
+        self.sets.tick(now);
     }
 
     /// True if a second plan, after the writes of this one, has more to put.
@@ -113,7 +113,7 @@ impl Services {
 
     /// When slots are to be cleared, or are free for what did not fit.
     pub fn next_time(&self, now: Duration) -> Option<Duration> {
-        self.backends.next_time(now, !self.failed.is_empty())
+        self.sets.next_time(now, !self.failed.is_empty())
     }
 
     /// Entries that the maps hold.
@@ -135,7 +135,7 @@ impl Services {
 
     /// Compares both arrays of backends.
     pub fn audit_backends(&self, found: &Snapshot, repair: &mut Repair) {
-        repair.arrays(found, self.backends.all(), self.backends.ids(), self.backends.capacity());
+        repair.arrays(found, self.sets.all(), self.sets.ids(), self.sets.capacity());
     }
 
     /// Compares a piece of a family's map; after the last one also what no piece had, which `look_up` then reads.
@@ -176,17 +176,33 @@ impl Services {
         keys.sort_unstable_by_key(|key| (key.is_wildcard(), *key));
         keys.dedup();
         let mut choice = Choice::default();
+        // Before the sets that they lead to change: an entry that goes leads to its old backends until then.
+        for key in keys.extract_if(.., |key| !index.is_desired(key)) {
+            self.delete(key, draft);
+        }
         for key in keys {
-            match index.desired_service(&key, &mut choice) {
-                Some(desired) => match self.put(key, desired, &choice, draft) {
-                    Ok(()) => {
-                        self.failed.remove(&key);
-                    }
-                    Err(message) => {
-                        self.failed.insert(key, message.into());
-                    }
-                },
-                None => self.delete(key, draft),
+            let Some(desired) = index.desired_service(&key, &mut choice) else { continue };
+            match self.put(key, desired, &choice, draft) {
+                Ok(()) => {
+                    self.failed.remove(&key);
+                }
+                Err(message) => {
+                    self.failed.insert(key, message.into());
+                }
+            }
+        }
+        self.follow_sets(draft);
+    }
+
+    /// Entries flip with their set, also those of which nothing else changed.
+    fn follow_sets(&mut self, draft: &mut ServiceWrites) {
+        for number in std::mem::take(&mut draft.moved) {
+            let (span, users) = self.sets.users(number);
+            for key in users {
+                if let Some(entry) = self.entries.get_mut(key).filter(|entry| Span::of(entry) != span) {
+                    (entry.first, entry.count) = (span.first, span.count);
+                    draft.puts.push(Write::PutService { key: *key, entry: *entry });
+                }
             }
         }
     }
@@ -198,10 +214,7 @@ impl Services {
         choice: &Choice,
         draft: &mut ServiceWrites,
     ) -> Result<(), String> {
-        let backends = &choice.backends;
         let old = self.entries.get(&key).copied();
-        let trusted = old.filter(|_| !self.damaged.contains_key(&key));
-        let same = trusted.filter(|entry| self.backends.leads_to(entry, backends));
         let family = usize::from(key.ip.is_ipv6());
         let is_full = self.count[family] >= self.capacity;
         if old.is_none() && (is_full || self.waits_for_port(&key, draft)) {
@@ -210,24 +223,16 @@ impl Services {
                 "all {full} entries of the service map are taken, it is left out; raise service-entries"
             ));
         }
-        let first = match same {
-            Some(entry) => entry.first,
-            None => self.backends.reserve(key, trusted.as_ref(), backends, old.is_some())?,
+        let trusted = old.filter(|_| !self.damaged.contains_key(&key)).map(|entry| entry.id);
+        let Led { number, span, has_moved } = match desired.set {
+            Some(name) => self.sets.lead(key, trusted, name, choice, old.is_some(), &mut draft.backends)?,
+            None => Led::default(),
         };
-        let id = match old {
-            _ if key.is_wildcard() => 0,
-            Some(entry) if entry.id != 0 => entry.id,
-            _ => self.numbers.take(|| self.entries.values().map(|entry| entry.id).collect()),
-        };
-        let count = backends.len() as u32;
-        let entry = SvcEntry { first, count, id, affinity: desired.affinity, flags: desired.flags, pad: 0 };
-        match same {
-            Some(entry) => self.backends.write_flags(&entry, backends, &mut draft.backends),
-            None => self.backends.write(key, trusted, &entry, backends, &mut draft.backends),
-        }
         draft.puts.append(&mut draft.backends.puts);
-        self.backends.settle(key, choice, &mut draft.backends);
         self.release_damaged(&key, draft);
+        draft.moved.extend(has_moved.then_some(number));
+        let Span { first, count } = span;
+        let entry = SvcEntry { first, count, id: number, affinity: desired.affinity, flags: desired.flags, pad: 0 };
         if old == Some(entry) {
             return Ok(());
         }
@@ -252,11 +257,9 @@ impl Services {
         let Some(entry) = self.entries.remove(&key) else {
             return;
         };
-        self.backends.let_go(&key, &mut draft.backends);
         draft.freed[usize::from(key.ip.is_ipv6())] += 1;
         if !self.release_damaged(&key, draft) {
-            let ids = self.backends.range(&entry).to_vec();
-            self.backends.release(&key, [(entry.first, entry.count)], ids, &mut draft.backends);
+            self.sets.unuse(&key, entry.id, &mut draft.backends);
         }
         let writes = if key.is_wildcard() { &mut draft.wildcard_deletes } else { &mut draft.deletes };
         writes.push(Write::DeleteService { key });
@@ -267,7 +270,7 @@ impl Services {
         let Some(Held { ranges, backends }) = self.damaged.remove(key) else {
             return false;
         };
-        self.backends.release(key, ranges, backends, &mut draft.backends);
+        self.sets.release(key, ranges, backends, &mut draft.backends);
         true
     }
 }
