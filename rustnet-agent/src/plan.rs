@@ -8,18 +8,26 @@ mod memory;
 mod peers;
 mod planner;
 mod ranges;
+mod services;
+mod sets;
 mod slots;
 
 pub use crate::index::VipKey;
 pub use audit::Difference;
 pub use memory::MemoryMaps;
-pub use planner::{GRACE, Plan, Planner};
+pub use planner::{Plan, Planner};
 
 use ipnet::IpNet;
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How long what is freed waits before it is written again, and a backend before its slot is
+/// cleared. A program that read the old entry is done with it in microseconds; this also covers one
+/// that was interrupted.
+pub const GRACE: Duration = Duration::from_millis(100);
 
 /// One map write. The order of a list of writes is the order to apply them in: after each of them every service has
 /// either its old backends or its new ones.

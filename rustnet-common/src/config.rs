@@ -106,7 +106,7 @@ pub mod flags {
 shared_type!(NodeConfig, 72);
 const _: () = assert!(core::mem::offset_of!(NodeConfig, mark_mask) == 36);
 const _: () = assert!(core::mem::offset_of!(NodeConfig, mark) == 44);
-const _: () = assert!(flags::MASQUERADE | flags::FLOW_EVENTS < 1 << meaning::SHIFT);
+const _: () = assert!((flags::MASQUERADE | flags::FLOW_EVENTS) >> meaning::SHIFT == 0);
 
 #[cfg(all(test, feature = "user"))]
 mod tests {

@@ -1,6 +1,6 @@
 //! Which endpoints a service port leads to: the rules of kube-proxy's `CategorizeEndpoints`.
 
-use crate::model::{Condition, EndpointSlice, Family, Hints, Service, ServicePort};
+use crate::model::{Condition, EndpointSlice, Family, Hints, ObjectName, Service, ServicePort};
 use rustnet_common::backend::flags as backend;
 use rustnet_common::service::flags as service;
 use std::net::IpAddr;
@@ -15,6 +15,21 @@ pub struct DesiredBackend {
     pub port: u16,
     /// See `rustnet_common::backend::flags`.
     pub flags: u16,
+}
+
+/// What identifies a set of backends: all frontends of a port that lead to the same endpoints share it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct BackendSet {
+    /// The Service.
+    pub service: ObjectName,
+    /// Its port.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Family of the backends.
+    pub family: Family,
+    /// Only endpoints of this node (traffic policy Local).
+    pub is_local: bool,
 }
 
 /// Where the packets of a service port go.

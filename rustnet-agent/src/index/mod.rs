@@ -10,7 +10,7 @@ mod services;
 pub mod unserved;
 mod vip;
 
-pub use backends::{Choice, DesiredBackend};
+pub use backends::{BackendSet, Choice, DesiredBackend};
 pub use services::DesiredService;
 pub use vip::VipKey;
 
@@ -134,6 +134,11 @@ impl Index {
     /// What a service entry should be; `None` if there should be none. `choice` is cleared and filled.
     pub fn desired_service(&self, key: &VipKey, choice: &mut Choice) -> Option<DesiredService> {
         self.services.desired(key, choice)
+    }
+
+    /// True if there should be such a service entry.
+    pub fn is_desired(&self, key: &VipKey) -> bool {
+        self.services.is_desired(key)
     }
 
     /// All service entries that there should be.

@@ -1,6 +1,6 @@
 //! Services and their slices: who claims which virtual address, and which entries a change touches.
 
-use super::backends::{Choice, Place, choose};
+use super::backends::{BackendSet, Choice, Place, choose};
 use super::vip::VipKey;
 use crate::model::{EndpointSlice, Family, ObjectName, Problem, Service, ServicePort};
 use rustnet_common::service::{flags, scope};
@@ -9,8 +9,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 /// A service entry as it should be; range and id are the plan's business.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredService {
+    /// The backends that it leads to; `None` for a wildcard entry.
+    pub set: Option<BackendSet>,
     /// See `rustnet_common::service::flags`.
     pub flags: u16,
     /// Session affinity in seconds, 0 for none.
@@ -172,20 +174,37 @@ impl Services {
         Some((&service.name, port))
     }
 
+    pub fn is_desired(&self, key: &VipKey) -> bool {
+        let is_known = if key.is_wildcard() { self.vips.contains_key(&key.ip) } else { self.owner(key).is_some() };
+        is_known && !self.own.contains(&key.ip)
+    }
+
     pub fn desired(&self, key: &VipKey, choice: &mut Choice) -> Option<DesiredService> {
         choice.clear();
         if self.own.contains(&key.ip) {
             return None;
         }
         if key.is_wildcard() {
-            return self.vips.contains_key(&key.ip).then_some(DesiredService { flags: flags::VIP, affinity: 0 });
+            return self.vips.contains_key(&key.ip).then_some(DesiredService {
+                set: None,
+                flags: flags::VIP,
+                affinity: 0,
+            });
         }
         let state = self.states.get(self.claims.get(key)?.winner()?)?;
         let service = state.service.as_ref()?;
         let port = service.ports.iter().find(|p| p.port == key.port && p.proto == key.proto)?;
+        let family = Family::of(key.ip);
         let here = Place { node: &self.node_name, zone: &self.zone };
-        let flags = choose(service, port, Family::of(key.ip), &state.slices, here, choice);
-        Some(DesiredService { flags, affinity: service.affinity })
+        let flags = choose(service, port, family, &state.slices, here, choice);
+        let set = BackendSet {
+            service: service.name.clone(),
+            port: port.port,
+            proto: port.proto,
+            family,
+            is_local: service.internal_local,
+        };
+        Some(DesiredService { set: Some(set), flags, affinity: service.affinity })
     }
 
     /// Claims that lost, each with the remedy.

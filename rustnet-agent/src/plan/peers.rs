@@ -92,7 +92,7 @@ impl Peers {
         });
     }
 
-    /// Puts what fits beside the prefixes that are to go.
+    /// Puts what fits next to the prefixes that are to go.
     fn put(&mut self, desired: &BTreeMap<IpNet, Peer>, is_v4: bool, puts: &mut Vec<Write>) {
         let held = self.held.keys().filter(|prefix| is_of(prefix, is_v4)).count();
         let mut free = self.usable.saturating_sub(held);

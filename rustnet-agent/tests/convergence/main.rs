@@ -12,7 +12,7 @@ use rustnet_agent::config::Routing;
 use rustnet_agent::host::{DefaultRoute, Device, DeviceAddress, DeviceKind, HostFacts};
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::Family;
-use rustnet_agent::plan::{GRACE, MemoryMaps, Planner, Write};
+use rustnet_agent::plan::{GRACE, MemoryMaps, Planner, VipKey, Write};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind};
 use rustnet_common::tuple::proto::UDP;
@@ -77,8 +77,8 @@ struct World {
     converter: Converter,
     /// UDP flows that clients may have, by backend id: what they asked for, and where they were led.
     flows: BTreeMap<u32, (Key, (IpAddr, u16))>,
-    /// Numbers that ports with backends have had: none is given to another port.
-    numbers: BTreeMap<u32, Key>,
+    /// Numbers that ports with backends have had: none is given to another port of another Service.
+    numbers: BTreeMap<u32, (BTreeSet<Key>, BTreeSet<String>)>,
 }
 
 impl World {
@@ -174,8 +174,14 @@ impl World {
         }
         for (key, entry) in self.maps.held().services.iter().filter(|(_, entry)| entry.count > 0) {
             let key = (key.ip, key.port, key.proto);
-            let owner = self.numbers.entry(entry.id).or_insert(key);
-            assert_eq!(*owner, key, "number {} was another's", entry.id);
+            let vip = VipKey { ip: key.0, port: key.1, proto: key.2, scope: 0 };
+            let owner = self.index.owner(&vip).map(|(name, port)| format!("{name} {}/{}", port.port, port.proto));
+            let (keys, owners) = self.numbers.entry(entry.id).or_default();
+            let is_known =
+                keys.is_empty() || keys.contains(&key) || owner.as_ref().is_some_and(|it| owners.contains(it));
+            assert!(is_known, "number {} of {key:?}, {owner:?} was of {keys:?}, {owners:?}", entry.id);
+            keys.insert(key);
+            owners.extend(owner);
         }
         done.map(|_| ())
     }

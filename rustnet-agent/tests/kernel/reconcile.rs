@@ -249,7 +249,7 @@ fn the_next_agent_writes_only_once_the_first_has_ended() {
             next.send(web(5)).await;
             next.send(synced()).await;
             let why = format!("another agent (pid {}", std::process::id());
-            wait_until("the next one says whom it waits for", || {
+            wait_until("the next one says what it waits for", || {
                 next.health.readiness().is_err_and(|it| it.contains(&why))
             })
             .await;

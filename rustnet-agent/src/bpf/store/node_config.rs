@@ -22,7 +22,7 @@ impl NodeConfigStore {
         let store = Self { map: Map::open(bpffs, map::CONFIG)? };
         let found = store.read()?.meaning();
         ensure!(
-            found <= meaning::PRESENT,
+            (0..=meaning::PRESENT).contains(&found),
             "{}: a later release has written the maps (meaning {found}, this one knows up to {}): use that release, or remove all \
              state, connections included, with `rustnet cleanup`",
             map::CONFIG,
