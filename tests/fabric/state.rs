@@ -87,7 +87,9 @@ impl State {
         let mut files = BTreeSet::new();
         tree(&node.run_dir(), &mut files)?;
         // The agent writes it whenever it first hears of pods.
-        files.remove(&node.run_dir().join("pods.json").display().to_string());
+        for names in ["pods.json", "nodes.json", "services.json", "unserved.json"] {
+            files.remove(&node.run_dir().join(names).display().to_string());
+        }
         tree(&node.bpffs_from_outside(), &mut files)?;
         all.insert("file", files);
         let snapshot = snapshot(node)?;

@@ -3,6 +3,7 @@
 //! Uplinks and the overlay device have TCX links, pinned, so that they outlive the agent and no other tool removes them.
 //! Kernels before 6.6 have no TCX: there, and on the pods' veths always, a clsact qdisc carries netlink filters.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -46,8 +47,38 @@ pub fn link_path(bpffs: &Path, program: &str, further: Option<&str>) -> PathBuf 
 
 /// Index of the device of the link that is pinned at `path`, if there is one.
 pub fn device_of(path: &Path) -> Option<u32> {
+    info_of(path).map(|info| info.ifindex)
+}
+
+/// Number of the link that is pinned at `path`, if there is one.
+pub fn link_id_of(path: &Path) -> Option<u32> {
+    info_of(path).map(|info| info.id)
+}
+
+fn info_of(path: &Path) -> Option<sys::LinkInfo> {
     let link = sys::obj_get(path).ok()?;
-    sys::link_info(link.as_fd()).ok().map(|info| info.ifindex)
+    sys::link_info(link.as_fd()).ok()
+}
+
+/// Takes programs of ours off a TCX hook whose links are not among `kept`: their pins are in a BPF file system that another one
+/// was mounted over, and they would handle each packet a second time. Returns how many.
+pub fn drop_strays(device: &Device<'_>, direction: Direction, kept: &BTreeSet<u32>) -> Result<usize> {
+    let links = match sys::tcx_links(device.ifindex, tcx(direction)) {
+        Ok(links) => links,
+        // No TCX here, or the device is gone.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENODEV)) => return Ok(0),
+        Err(e) => return Err(e).with_context(|| format!("asking what is attached to {}", device.name)),
+    };
+    let mut dropped = 0;
+    for link in links.iter().filter(|link| link.link_id != 0 && !kept.contains(&link.link_id)) {
+        // What goes meanwhile is none of ours.
+        let is_ours = sys::prog_name(link.prog_id).is_ok_and(|name| names::PROGRAMS.contains(&name.as_str()));
+        if is_ours && let Ok(link) = sys::link_by_id(link.link_id) {
+            sys::link_detach(link.as_fd()).with_context(|| format!("detaching from {}", device.name))?;
+            dropped += 1;
+        }
+    }
+    Ok(dropped)
 }
 
 /// A device that programs go on.

@@ -9,6 +9,12 @@ use std::path::Path;
 
 use bytemuck::{Pod, Zeroable};
 
+mod link;
+
+pub use link::{
+    AttachedLink, LinkInfo, link_by_id, link_create_tcx, link_detach, link_info, link_update, prog_name, tcx_links,
+};
+
 /// Commands of bpf(2) (`enum bpf_cmd`).
 mod cmd {
     pub(super) const MAP_CREATE: i32 = 0;
@@ -20,12 +26,16 @@ mod cmd {
     pub(super) const OBJ_PIN: i32 = 6;
     pub(super) const OBJ_GET: i32 = 7;
     pub(super) const PROG_TEST_RUN: i32 = 10;
+    pub(super) const PROG_GET_FD_BY_ID: i32 = 13;
     pub(super) const OBJ_GET_INFO_BY_FD: i32 = 15;
+    pub(super) const PROG_QUERY: i32 = 16;
     pub(super) const MAP_LOOKUP_BATCH: i32 = 24;
     pub(super) const MAP_UPDATE_BATCH: i32 = 26;
     pub(super) const MAP_DELETE_BATCH: i32 = 27;
     pub(super) const LINK_CREATE: i32 = 28;
     pub(super) const LINK_UPDATE: i32 = 29;
+    pub(super) const LINK_GET_FD_BY_ID: i32 = 30;
+    pub(super) const LINK_DETACH: i32 = 34;
 }
 
 /// `BPF_TCX_INGRESS`.
@@ -375,56 +385,6 @@ pub fn prog_map_ids(fd: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     bpf(cmd::OBJ_GET_INFO_BY_FD, &mut InfoAttr { fd: raw(fd), len, info: std::ptr::from_mut(&mut out) as u64 })?;
     ids.truncate(out.count as usize);
     Ok(ids)
-}
-
-/// `struct bpf_link_info`, its beginning, with the TCX member of the union.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
-pub struct LinkInfo {
-    kind: u32,
-    /// The kernel's number of the link.
-    pub id: u32,
-    /// The program it runs.
-    pub prog_id: u32,
-    pad: u32,
-    /// The interface; 0 once it is gone.
-    pub ifindex: u32,
-    /// [`TCX_INGRESS`] or [`TCX_EGRESS`].
-    pub attach_type: u32,
-}
-
-/// What the kernel says of a TCX link.
-pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
-    info(fd)
-}
-
-/// Attaches a program to a TCX hook. EINVAL where the kernel has no TCX (before 6.6).
-pub fn link_create_tcx(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attr {
-        prog_fd: u32,
-        ifindex: u32,
-        attach_type: u32,
-        flags: u32,
-        relative_fd: u32,
-        pad: u32,
-        expected_revision: u64,
-    }
-    let mut attr =
-        Attr { prog_fd: raw(prog), ifindex, attach_type, flags: 0, relative_fd: 0, pad: 0, expected_revision: 0 };
-    owned(bpf(cmd::LINK_CREATE, &mut attr)?)
-}
-
-/// Swaps a link's program atomically. ENOLINK when the link's interface is gone.
-pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
-    #[repr(C)]
-    struct Attr {
-        link_fd: u32,
-        prog_fd: u32,
-        flags: u32,
-        old_prog_fd: u32,
-    }
-    bpf(cmd::LINK_UPDATE, &mut Attr { link_fd: raw(link), prog_fd: raw(prog), flags: 0, old_prog_fd: 0 }).map(drop)
 }
 
 /// A run of a program on a packet (`BPF_PROG_TEST_RUN`).

@@ -193,6 +193,7 @@ impl Kernel {
             done.extend(self.drop_other_links(&hooks)?);
             done.extend(self.drop_other_filters(socket, &hooks, state)?);
         }
+        done.extend(self.drop_strays(&hooks)?);
         for record in &state.endpoints {
             let hooks = self.pod_hooks(socket, record, state);
             match link::unless_gone(socket, record.ifindex, hooks, None) {
@@ -238,6 +239,28 @@ impl Kernel {
         let path = attach::link_path(&self.bpffs, hook.program, hook.further);
         let device = Device { name: hook.device, ifindex: hook.ifindex };
         attach::device_hook(socket, &path, &device, hook.direction, self.programs.get(hook.program)?)
+    }
+
+    /// Takes programs off devices that an agent with other pins has left there.
+    fn drop_strays(&self, hooks: &[Hook<'_>]) -> Result<Vec<String>> {
+        let dir = self.bpffs.join(LINKS_DIR);
+        let mut kept = BTreeSet::new();
+        for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
+            kept.extend(attach::link_id_of(&entry.with_context(|| format!("reading {}", dir.display()))?.path()));
+        }
+        let mut done = Vec::new();
+        for hook in hooks {
+            let device = Device { name: hook.device, ifindex: hook.ifindex };
+            let dropped = attach::drop_strays(&device, hook.direction, &kept)?;
+            if dropped > 0 {
+                done.push(format!(
+                    "{dropped} programs taken off {}, whose pins are not in {}: was a BPF file system mounted over another?",
+                    hook.device,
+                    self.bpffs.display()
+                ));
+            }
+        }
+        Ok(done)
     }
 
     /// Removes the links of devices that are uplinks no more.

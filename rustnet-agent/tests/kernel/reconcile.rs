@@ -12,7 +12,7 @@ use rustnet_agent::bpf::attach::Direction;
 use rustnet_agent::bpf::load::program_path;
 use rustnet_agent::bpf::store::node_config::NodeConfigStore;
 use rustnet_agent::bpf::store::{Map, peers, services};
-use rustnet_agent::bpf::sys;
+use rustnet_agent::bpf::sys::{self, TCX_EGRESS, TCX_INGRESS};
 use rustnet_agent::config::Config;
 use rustnet_agent::health::Health;
 use rustnet_agent::model::{
@@ -189,6 +189,43 @@ async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
     assert!(!peers(&sandbox.bpffs).unwrap().contains_key(&"10.1.2.0/24".parse().unwrap()));
     wait_until("the route is gone", || ip("route show 10.1.2.0/24").is_empty()).await;
     next.stop().await;
+}
+
+/// Its pins are out of sight, and its programs would handle each packet a second time.
+#[test]
+fn programs_of_a_bpf_file_system_that_another_one_hides_are_taken_off() {
+    if !has_tcx() {
+        // Without TCX there are filters alone, which are replaced.
+        return;
+    }
+    sandbox::run(|sandbox| {
+        uplink();
+        let run = || {
+            block_on(async {
+                let agent = Agent::start(sandbox.config(&["--uplink=eth0"]));
+                agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+                agent.send(synced()).await;
+                agent.ready().await;
+                agent.stop().await;
+            });
+        };
+        let attached = |device: &str| {
+            let index = sandbox::ifindex(device);
+            [TCX_INGRESS, TCX_EGRESS].map(|kind| sys::tcx_links(index, kind).unwrap())
+        };
+        run();
+        let before = ["eth0", "rn_vxlan"].map(attached);
+        let above = sandbox.bpffs.parent().unwrap().display().to_string();
+        assert!(command("mount", &format!("-t bpf bpf {above}")).status.success());
+        run();
+        for (device, before) in ["eth0", "rn_vxlan"].into_iter().zip(before) {
+            for (now, before) in attached(device).iter().zip(before) {
+                assert_eq!((now.len(), before.len()), (1, 1), "{device}");
+                assert_ne!(now[0].link_id, before[0].link_id, "{device}");
+            }
+        }
+        assert!(command("umount", &above).status.success());
+    });
 }
 
 #[test]

@@ -1,0 +1,159 @@
+//! Links of bpf(2): those of TCX, by fd, by device and by number.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{bpf, cmd, info, owned, raw};
+
+/// `struct bpf_link_info`, its beginning, with the TCX member of the union.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct LinkInfo {
+    kind: u32,
+    /// The kernel's number of the link.
+    pub id: u32,
+    /// The program it runs.
+    pub prog_id: u32,
+    pad: u32,
+    /// The interface; 0 once it is gone.
+    pub ifindex: u32,
+    /// [`TCX_INGRESS`] or [`TCX_EGRESS`].
+    pub attach_type: u32,
+}
+
+/// What the kernel says of a TCX link.
+pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    info(fd)
+}
+
+/// Attaches a program to a TCX hook. EINVAL where the kernel has no TCX (before 6.6).
+pub fn link_create_tcx(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+        relative_fd: u32,
+        pad: u32,
+        expected_revision: u64,
+    }
+    let mut attr =
+        Attr { prog_fd: raw(prog), ifindex, attach_type, flags: 0, relative_fd: 0, pad: 0, expected_revision: 0 };
+    owned(bpf(cmd::LINK_CREATE, &mut attr)?)
+}
+
+/// Swaps a link's program atomically. ENOLINK when the link's interface is gone.
+pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link_fd: u32,
+        prog_fd: u32,
+        flags: u32,
+        old_prog_fd: u32,
+    }
+    bpf(cmd::LINK_UPDATE, &mut Attr { link_fd: raw(link), prog_fd: raw(prog), flags: 0, old_prog_fd: 0 }).map(drop)
+}
+
+/// A link that is attached to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttachedLink {
+    /// Number of its program.
+    pub prog_id: u32,
+    /// Its own number; 0 for a program that was attached without a link.
+    pub link_id: u32,
+}
+
+/// What is on a TCX hook of a device, in the order in which it runs.
+///
+/// # Errors
+/// `EINVAL` where the kernel has no TCX (before 6.6).
+pub fn tcx_links(ifindex: u32, attach_type: u32) -> io::Result<Vec<AttachedLink>> {
+    /// Most programs on one hook (`BPF_MPROG_MAX`).
+    const MOST: usize = 64;
+    #[repr(C)]
+    struct Attr {
+        target_ifindex: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        prog_ids: u64,
+        count: u32,
+        pad: u32,
+        prog_attach_flags: u64,
+        link_ids: u64,
+        link_attach_flags: u64,
+        revision: u64,
+    }
+    let (mut programs, mut links) = ([0_u32; MOST], [0_u32; MOST]);
+    let mut attr = Attr {
+        target_ifindex: ifindex,
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        prog_ids: programs.as_mut_ptr().expose_provenance() as u64,
+        count: MOST as u32,
+        pad: 0,
+        prog_attach_flags: 0,
+        link_ids: links.as_mut_ptr().expose_provenance() as u64,
+        link_attach_flags: 0,
+        revision: 0,
+    };
+    bpf(cmd::PROG_QUERY, &mut attr)?;
+    let count = (attr.count as usize).min(MOST);
+    let both = programs.into_iter().zip(links).take(count);
+    Ok(both.map(|(prog_id, link_id)| AttachedLink { prog_id, link_id }).collect())
+}
+
+/// The object of a number (`BPF_*_GET_FD_BY_ID`).
+fn by_id(command: i32, id: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        id: u32,
+        next_id: u32,
+        open_flags: u32,
+    }
+    bpf(command, &mut Attr { id, next_id: 0, open_flags: 0 }).and_then(owned)
+}
+
+/// The link of a number.
+pub fn link_by_id(id: u32) -> io::Result<OwnedFd> {
+    by_id(cmd::LINK_GET_FD_BY_ID, id)
+}
+
+/// Takes a link off its device, whoever holds it.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: u32,
+    }
+    bpf(cmd::LINK_DETACH, &mut Attr { link: raw(link) }).map(drop)
+}
+
+/// Name of the program of a number, up to 15 octets of it.
+pub fn prog_name(id: u32) -> io::Result<String> {
+    /// `struct bpf_prog_info`, its beginning.
+    #[derive(Clone, Copy, Pod, Zeroable)]
+    #[repr(C)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        tag: [u8; 8],
+        jited_len: u32,
+        xlated_len: u32,
+        jited: u64,
+        xlated: u64,
+        load_time: u64,
+        created_by: u32,
+        map_count: u32,
+        map_ids: u64,
+        name: [u8; 16],
+    }
+    let program = by_id(cmd::PROG_GET_FD_BY_ID, id)?;
+    let info: Info = info(program.as_fd())?;
+    let name = CStr::from_bytes_until_nul(&info.name).map_err(io::Error::other)?;
+    Ok(name.to_string_lossy().into_owned())
+}
