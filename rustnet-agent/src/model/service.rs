@@ -24,7 +24,7 @@ pub struct Service {
     pub problems: Box<[Problem]>,
 }
 
-/// How a port of a Service is reached: at which addresses, by whom, and which endpoints may answer.
+/// How a port of a Service is reached: at which addresses, in which scope, and which endpoints may answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frontend<'a> {
     /// Its addresses, of both families.

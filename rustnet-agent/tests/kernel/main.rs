@@ -14,4 +14,5 @@ mod plan;
 mod reconcile;
 mod sandbox;
 mod store;
+mod takeover;
 mod upgrade;
