@@ -1,6 +1,6 @@
 //! Which endpoints a service port leads to: the rules of kube-proxy's `CategorizeEndpoints`.
 
-use crate::model::{Condition, EndpointSlice, Family, Hints, ObjectName, Service, ServicePort};
+use crate::model::{Condition, EndpointSlice, Family, Hints, ObjectName, ServicePort};
 use rustnet_common::backend::flags as backend;
 use rustnet_common::service::flags as service;
 use std::net::IpAddr;
@@ -67,9 +67,9 @@ struct Candidate<'a> {
     hints: Option<&'a Hints>,
 }
 
-/// Fills `out`, which is empty, with the backends of one port, and gives the service's flags.
+/// Fills `out`, which is empty, with the backends of one port, and gives the entry's flags. `is_local`: traffic policy Local.
 pub fn choose(
-    service: &Service,
+    is_local: bool,
     port: &ServicePort,
     family: Family,
     slices: &[Arc<EndpointSlice>],
@@ -77,7 +77,7 @@ pub fn choose(
     out: &mut Choice,
 ) -> u16 {
     let candidates = candidates(port, family, slices, here.node);
-    let flags = backends(service, &candidates, here, &mut out.backends);
+    let flags = backends(is_local, &candidates, here, &mut out.backends);
     // Both are in order of address and port.
     let mut chosen = out.backends.iter().peekable();
     out.serving.extend(candidates.iter().map(|c| (c.addr, c.port)).filter(|target| {
@@ -90,7 +90,7 @@ pub fn choose(
     flags
 }
 
-fn backends(service: &Service, candidates: &[Candidate<'_>], here: Place<'_>, out: &mut Vec<DesiredBackend>) -> u16 {
+fn backends(is_local: bool, candidates: &[Candidate<'_>], here: Place<'_>, out: &mut Vec<DesiredBackend>) -> u16 {
     let mut take = |wanted: Condition, filter: &dyn Fn(&Candidate<'_>) -> bool| {
         let chosen = candidates.iter().filter(|c| c.condition == wanted && filter(c));
         let draining = if wanted == Condition::Draining { backend::TERMINATING } else { 0 };
@@ -101,7 +101,7 @@ fn backends(service: &Service, candidates: &[Candidate<'_>], here: Place<'_>, ou
         }));
         !out.is_empty()
     };
-    if service.internal_local {
+    if is_local {
         // The set of this node falls back to terminating endpoints by itself, and knows no topology.
         let here = take(Condition::Ready, &|c| c.local) || take(Condition::Draining, &|c| c.local);
         let elsewhere = candidates.iter().any(|c| c.condition <= Condition::Draining);

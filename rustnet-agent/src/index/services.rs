@@ -2,8 +2,8 @@
 
 use super::backends::{BackendSet, Choice, Place, choose};
 use super::vip::VipKey;
-use crate::model::{EndpointSlice, Family, ObjectName, Problem, Service, ServicePort};
-use rustnet_common::service::{flags, scope};
+use crate::model::{EndpointSlice, Family, Frontend, ObjectName, Problem, Service, ServicePort};
+use rustnet_common::service::flags;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -61,11 +61,9 @@ pub struct Services {
     dirty: HashSet<VipKey>,
 }
 
-/// The entries of a Service's ports.
+/// The entries of a Service's frontends.
 fn port_keys(service: &Service) -> impl Iterator<Item = VipKey> + '_ {
-    service.vips.iter().flat_map(|ip| {
-        service.ports.iter().map(|p| VipKey { ip: *ip, port: p.port, proto: p.proto, scope: scope::CLUSTER })
-    })
+    service.frontends().flat_map(VipKey::of)
 }
 
 impl Services {
@@ -170,8 +168,8 @@ impl Services {
 
     pub fn owner(&self, key: &VipKey) -> Option<(&ObjectName, &ServicePort)> {
         let service = self.states.get(self.claims.get(key)?.winner()?)?.service.as_ref()?;
-        let port = service.ports.iter().find(|p| p.port == key.port && p.proto == key.proto)?;
-        Some((&service.name, port))
+        let frontend = service.frontends().find(|frontend| key.is_of(frontend))?;
+        Some((&service.name, frontend.target))
     }
 
     pub fn is_desired(&self, key: &VipKey) -> bool {
@@ -193,17 +191,12 @@ impl Services {
         }
         let state = self.states.get(self.claims.get(key)?.winner()?)?;
         let service = state.service.as_ref()?;
-        let port = service.ports.iter().find(|p| p.port == key.port && p.proto == key.proto)?;
+        let Frontend { is_local, target, .. } = service.frontends().find(|frontend| key.is_of(frontend))?;
         let family = Family::of(key.ip);
         let here = Place { node: &self.node_name, zone: &self.zone };
-        let flags = choose(service, port, family, &state.slices, here, choice);
-        let set = BackendSet {
-            service: service.name.clone(),
-            port: port.port,
-            proto: port.proto,
-            family,
-            is_local: service.internal_local,
-        };
+        let flags = choose(is_local, target, family, &state.slices, here, choice);
+        let set =
+            BackendSet { service: service.name.clone(), port: target.port, proto: target.proto, family, is_local };
         Some(DesiredService { set: Some(set), flags, affinity: service.affinity })
     }
 

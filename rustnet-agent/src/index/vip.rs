@@ -1,5 +1,6 @@
 //! What services are known by.
 
+use crate::model::Frontend;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -17,6 +18,18 @@ pub struct VipKey {
 }
 
 impl VipKey {
+    /// The entries of a frontend.
+    pub fn of(frontend: Frontend<'_>) -> impl Iterator<Item = Self> {
+        let Frontend { addresses, port, proto, scope, .. } = frontend;
+        addresses.iter().map(move |ip| Self { ip: *ip, port, proto, scope })
+    }
+
+    /// True if a frontend has this entry.
+    pub fn is_of(&self, frontend: &Frontend<'_>) -> bool {
+        let Frontend { addresses, port, proto, scope, .. } = *frontend;
+        (self.port, self.proto, self.scope) == (port, proto, scope) && addresses.contains(&self.ip)
+    }
+
     /// The wildcard entry of an address.
     pub const fn wildcard(ip: IpAddr) -> Self {
         Self { ip, port: 0, proto: 0, scope: rustnet_common::service::scope::CLUSTER }

@@ -18,7 +18,7 @@ pub use name::{Interner, ObjectName};
 pub use node::Node;
 pub use pod::Pod;
 pub use problem::Problem;
-pub use service::{Service, ServicePort};
+pub use service::{Frontend, Service, ServicePort};
 pub use slice::{Condition, Endpoint, EndpointSlice, Hints, TargetPort};
 
 use std::fmt;

@@ -1,6 +1,7 @@
 //! A Service that has virtual addresses.
 
 use super::{Feature, ObjectName, Problem};
+use rustnet_common::service::scope;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -23,6 +24,37 @@ pub struct Service {
     pub unserved: Box<[Feature]>,
     /// What was wrong with it.
     pub problems: Box<[Problem]>,
+}
+
+/// How a port of a Service is reached: at which addresses, in which scope, and which endpoints may answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frontend<'a> {
+    /// Its addresses, of both families.
+    pub addresses: &'a [IpAddr],
+    /// Port at these addresses.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Who may come by it: one of `rustnet_common::service::scope`.
+    pub scope: u8,
+    /// Traffic policy Local: only endpoints of this node.
+    pub is_local: bool,
+    /// The port of the Service that it leads to.
+    pub target: &'a ServicePort,
+}
+
+impl Service {
+    /// All frontends: today each port at the virtual addresses.
+    pub fn frontends(&self) -> impl Iterator<Item = Frontend<'_>> {
+        self.ports.iter().map(|target| Frontend {
+            addresses: &self.vips,
+            port: target.port,
+            proto: target.proto,
+            scope: scope::CLUSTER,
+            is_local: self.internal_local,
+            target,
+        })
+    }
 }
 
 /// One port of a Service.

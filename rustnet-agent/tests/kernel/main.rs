@@ -14,5 +14,6 @@ mod plan;
 mod reconcile;
 mod sandbox;
 mod store;
+mod takeover;
 mod upgrade;
 mod wire;
