@@ -10,7 +10,7 @@ use anyhow::Context;
 use serde_json::json;
 use std::fs::{File, Metadata, Permissions};
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// Name of the CNI binary, next to the agent's executable and where it is installed; the
@@ -34,6 +34,22 @@ pub fn binary(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
     let agent = std::env::current_exe().context("cannot tell where the agent's executable is: is /proc mounted?")?;
     let source = agent.with_file_name(BINARY);
     binary_from(&source, dir)
+}
+
+/// What the file system says of the CNI binary and of its copies: device, inode, size, time of the last change. While it says the
+/// same, nobody has touched them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stamp(Vec<Option<(u64, u64, u64, i64, i64)>>);
+
+/// Looks at the files of [`binary`] without reading them.
+pub fn stamp(config: &Config) -> Stamp {
+    let source = std::env::current_exe().ok().map(|agent| agent.with_file_name(BINARY));
+    let copies = config.cni_bin_dir.iter().flat_map(|dir| [dir.join(BINARY), dir.join(LOOPBACK)]);
+    let state = |path: PathBuf| {
+        let meta = std::fs::symlink_metadata(path).ok()?;
+        Some((meta.dev(), meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec()))
+    };
+    Stamp(source.into_iter().chain(copies).map(state).collect())
 }
 
 fn binary_from(source: &Path, dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
@@ -143,7 +159,6 @@ fn make_dir(dir: &Path, flag: &str) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::MetadataExt as _;
 
     fn config(dir: &Path) -> Config {
         let args = [

@@ -329,6 +329,7 @@ impl Reconciler {
             ways: &ways,
             overlay: self.config.routing.has_overlay().then_some(overlay),
             own_pod_cidrs,
+            service_cidrs: &self.config.service_cidrs,
             is_complete,
         };
         let mut state = self.repairer.prepare(host, &wanted)?;

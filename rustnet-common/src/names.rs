@@ -13,6 +13,10 @@ pub const LINKS_DIR: &str = "link";
 pub const GATEWAY4: [u8; 4] = [169, 254, 1, 1];
 /// The same for IPv6: fe80::1.
 pub const GATEWAY6: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+/// Next hop of the host's routes to Services, on an uplink; never on a wire.
+pub const SERVICE_HOP4: [u8; 4] = [169, 254, 1, 2];
+/// The same for IPv6: fe80::726e.
+pub const SERVICE_HOP6: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x72, 0x6e];
 /// Name of the overlay device.
 pub const OVERLAY_DEV: &str = "rn_vxlan";
 /// First letters of host-side veths.

@@ -30,6 +30,7 @@ in_each_mode!(
     a_default_route_by_another_nic,
     a_default_route_of_two_next_hops,
     no_default_route,
+    service_ranges_without_a_default_route,
     a_default_route_that_goes_for_a_while,
     a_vpn_takes_the_default_route,
     an_internal_address_that_is_the_second_of_its_device,
@@ -464,6 +465,24 @@ fn the_host_and_a_pod_use_one_port(fabric: Fabric) -> Result<()> {
                 }
             }
         }
+        Ok(())
+    })
+}
+
+/// With the Services' ranges configured, a host's own requests to Services need no default route.
+fn service_ranges_without_a_default_route(fabric: Fabric) -> Result<()> {
+    for node in fabric.nodes() {
+        node.netns().ip("route flush default\n")?;
+        node.netns().exec("ip", &["-6", "route", "flush", "default"])?;
+        node.spawn_agent(&["--service-cidrs", "10.96.0.0/16,fd00:96::/64"])?;
+    }
+    fabric.nodes().iter().try_for_each(Node::wait_ready).with_context(|| fabric.logs())?;
+    observed(&Net::furnished(fabric)?, |net| {
+        meet(net)?;
+        hosts_are_served(net)?;
+        // Nobody listens there, and no packet circles.
+        let nobody = SocketAddr::new("10.96.200.200".parse()?, 80);
+        ensure!(ask(net.node(1).netns(), Proto::Tcp, nobody, 1)?.answered() == 0, "an address of no Service answers");
         Ok(())
     })
 }

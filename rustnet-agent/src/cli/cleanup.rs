@@ -18,7 +18,7 @@ use crate::bpf::attach::Direction;
 use crate::bpf::upgrade::{self, NEXT_DIR, OLD_DIR};
 use crate::install::{BINARY, CONFLIST, LOOPBACK, loopback_is_ours};
 use crate::net::netlink::Socket;
-use crate::net::{link, route, tc};
+use crate::net::{journal, link, neighbour, route, tc};
 use crate::reconcile::presence::{self, Presence};
 use crate::{namefile, podfile, v1file};
 
@@ -151,6 +151,9 @@ fn clean(places: &Places, args: &Args, report: &mut Report) {
     if let Some(bpffs) = &places.bpffs {
         report.note_all("pins", hand.pins(bpffs));
         network(hand, report);
+        let chosen = agent.and_then(|agent| agent.settings.get("sysctl-dir")?.first());
+        let sysctl_dir = Path::new(chosen.map_or("/proc/sys/net", String::as_str));
+        report.note_all("sysctls", journal::restore(&places.run_dir, sysctl_dir, hand.dry_run));
     }
     let files = [
         NODE_FILE,
@@ -161,6 +164,7 @@ fn clean(places: &Places, args: &Args, report: &mut Report) {
         presence::FILE,
         presence::WRITER_LOCK,
         v1file::FILE,
+        journal::FILE,
     ];
     for path in files.map(|name| places.run_dir.join(name)) {
         report.note(&path.display().to_string(), hand.file(&path));
@@ -237,6 +241,10 @@ impl Hand {
         for route in route::list(socket)?.iter().filter(|route| route.protocol == route::PROTOCOL) {
             let gone = self.dry_run || route::delete(socket, route)?;
             removed.extend(gone.then(|| format!("route to {}", route.dst)));
+        }
+        for hop in neighbour::list(socket)?.iter().filter(|it| route::is_service_hop(it.ip)) {
+            let gone = self.dry_run || neighbour::delete(socket, hop)?;
+            removed.extend(gone.then(|| format!("neighbour {}", hop.ip)));
         }
         Ok(removed)
     }

@@ -8,6 +8,7 @@ pub mod endpoints;
 pub mod firewall;
 pub mod host;
 pub mod iptables;
+pub mod journal;
 pub mod kube_proxy;
 pub mod link;
 pub mod monitor;

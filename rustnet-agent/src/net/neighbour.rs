@@ -9,7 +9,7 @@ use netlink_packet_route::neighbour::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::netlink::{REPLACE, Socket, attributes};
+use super::netlink::{CHANGE, REPLACE, Socket, attributes, unless};
 
 /// A neighbour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,6 +54,22 @@ fn parse(body: &[u8], is_wanted: fn(NeighbourState) -> bool) -> Option<Neighbour
 
 /// Adds a permanent neighbour, in place of any other of the same address.
 pub fn put(socket: &mut Socket, neighbour: &Neighbour) -> Result<()> {
+    let Neighbour { ifindex, ip, .. } = *neighbour;
+    socket
+        .request(&RouteNetlinkMessage::NewNeighbour(message(neighbour)), REPLACE)
+        .with_context(|| format!("adding the neighbour {ip} on interface {ifindex}"))
+}
+
+/// Deletes a neighbour; false when it was gone.
+pub fn delete(socket: &mut Socket, neighbour: &Neighbour) -> Result<bool> {
+    unless(
+        socket.request(&RouteNetlinkMessage::DelNeighbour(message(neighbour)), CHANGE),
+        &[libc::ENOENT, libc::ENXIO, libc::ENODEV],
+    )
+    .with_context(|| format!("deleting the neighbour {}", neighbour.ip))
+}
+
+fn message(neighbour: &Neighbour) -> NeighbourMessage {
     let Neighbour { ifindex, ip, mac } = *neighbour;
     let mut message = NeighbourMessage::default();
     message.header.family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -61,7 +77,5 @@ pub fn put(socket: &mut Socket, neighbour: &Neighbour) -> Result<()> {
     message.header.state = NeighbourState::Permanent;
     message.attributes =
         vec![NeighbourAttribute::Destination(ip.into()), NeighbourAttribute::LinkLayerAddress(mac.to_vec())];
-    socket
-        .request(&RouteNetlinkMessage::NewNeighbour(message), REPLACE)
-        .with_context(|| format!("adding the neighbour {ip} on interface {ifindex}"))
+    message
 }

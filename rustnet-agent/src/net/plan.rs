@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use rustnet_common::names::VETH_PREFIX;
+use rustnet_common::names::{SERVICE_HOP4, SERVICE_HOP6, VETH_PREFIX};
 
 use super::endpoints::parse_mac;
 use super::host::Host;
@@ -25,8 +25,18 @@ pub struct Facts<'a> {
     pub is_complete: bool,
     /// Index of the overlay device; `None` in native routing.
     pub overlay: Option<u32>,
+    /// The ranges that Services' addresses come from, as far as they are configured.
+    pub service_cidrs: &'a [IpNet],
     /// The pods' interfaces.
     pub endpoints: &'a [EndpointFile],
+}
+
+/// Next hop of the host's routes to Services.
+pub fn service_hop(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => SERVICE_HOP4.into(),
+        Family::V6 => SERVICE_HOP6.into(),
+    }
 }
 
 /// What there should be.
@@ -78,8 +88,26 @@ impl Facts<'_> {
             let source = self.ways.place.addresses.of(Family::of(cidr.addr()));
             desired.routes.extend(target.map(|target| ours(*cidr, target, source, 0)));
         }
+        self.add_services(&mut desired, links);
         self.add_pods(&mut desired, links);
         desired
+    }
+
+    /// What the host asks of a Service has to leave by an uplink, whose program translates it: whether there is a default route or
+    /// not, and wherever that leads. The next hop is nobody's, for no packet gets there.
+    fn add_services(&self, desired: &mut Desired, links: &[Link]) {
+        let uplink = self.ways.place.uplinks.first();
+        let link = uplink.and_then(|uplink| links.iter().find(|link| link.index == uplink.ifindex));
+        let Some((oif, mac)) = link.and_then(|link| Some((link.index, link.mac.as_slice().try_into().ok()?))) else {
+            return;
+        };
+        for cidr in self.service_cidrs.iter().filter(|_| self.is_complete) {
+            let family = Family::of(cidr.addr());
+            let Some(source) = self.ways.place.addresses.of(family) else { continue };
+            let gateway = service_hop(family);
+            desired.routes.push(ours(*cidr, Target::Via { oif, gateway: Some(gateway) }, Some(source), 0));
+            desired.neighbours.push(Neighbour { ifindex: oif, ip: gateway, mac });
+        }
     }
 
     fn is_own(&self, cidr: &IpNet) -> bool {

@@ -16,7 +16,7 @@ use super::netlink::Socket;
 use super::overlay::{self, Change, Ensured, Spec};
 use super::plan::Facts;
 use super::route::Target;
-use super::{endpoints, neighbour, route, sysctl};
+use super::{endpoints, journal, neighbour, route, sysctl};
 use crate::failure::{Failure, Scope};
 use crate::host::DeviceKind;
 use crate::model::Family;
@@ -39,6 +39,8 @@ pub struct Wanted<'a> {
     pub overlay: Option<Overlay>,
     /// Ranges that this node's pods come from.
     pub own_pod_cidrs: &'a [IpNet],
+    /// The ranges that Services' addresses come from, as far as they are configured.
+    pub service_cidrs: &'a [IpNet],
     /// False until all nodes are known: then nothing is deleted.
     pub is_complete: bool,
 }
@@ -115,7 +117,13 @@ impl Repairer {
         let wanted_sysctls = sysctl::wanted(&devices(&state.host, &state.uplinks, state.overlay.is_some(), veths));
         for done in [sysctl::relax(&self.sysctl_dir), sysctl::apply(&self.sysctl_dir, &wanted_sysctls)] {
             match done {
-                Ok(changed) => state.changed.extend(changed),
+                Ok(changed) => {
+                    // Without the record the settings stay at the removal; nothing else depends on it.
+                    if let Err(e) = journal::record(&self.run_dir, &changed) {
+                        state.problems.push(format!("{e:#}"));
+                    }
+                    state.changed.extend(changed.iter().map(ToString::to_string));
+                }
                 Err(e) => state.failures.push(Failure::new(Scope::Node, &e)),
             }
         }
@@ -181,6 +189,7 @@ impl Repairer {
             own_pod_cidrs: wanted.own_pod_cidrs,
             is_complete: wanted.is_complete,
             overlay: state.overlay.map(|device| device.index),
+            service_cidrs: wanted.service_cidrs,
             endpoints: &state.endpoints,
         };
         let desired = facts.desired(&state.host.links);

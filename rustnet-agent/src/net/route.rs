@@ -12,6 +12,7 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{MulticastGroup, RouteMessageBuilder};
+use rustnet_common::names;
 
 use super::netlink::{CHANGE, CREATE, Changes, Error, REPLACE, Socket, attributes, unless};
 use super::nexthop;
@@ -206,6 +207,8 @@ fn message(route: &Route) -> Result<RouteMessage> {
     if let Target::Via { oif, gateway } = route.target {
         message = message.output_interface(oif);
         message = match gateway {
+            // The device has no address in its network.
+            Some(gateway) if is_service_hop(gateway) => message.gateway(gateway)?.onlink(),
             Some(gateway) => message.gateway(gateway)?,
             None => message.scope(RouteScope::Link),
         };
@@ -214,6 +217,11 @@ fn message(route: &Route) -> Result<RouteMessage> {
         message = message.pref_source(source)?;
     }
     Ok(if route.metric == 0 { message.build() } else { message.priority(route.metric).build() })
+}
+
+/// True for the next hop of the host's routes to Services.
+pub fn is_service_hop(ip: IpAddr) -> bool {
+    [IpAddr::from(names::SERVICE_HOP4), names::SERVICE_HOP6.into()].contains(&ip)
 }
 
 /// Adds a route. `replace`: one of ours with the same destination and metric is there and gives way.

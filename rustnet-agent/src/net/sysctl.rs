@@ -1,5 +1,6 @@
 //! Kernel settings of this network namespace that forwarding depends on, set and set again when somebody resets them.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,23 @@ pub struct Devices {
     pub veths: Vec<String>,
 }
 
+/// A setting that was changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// Path below `/proc/sys/net`.
+    pub path: String,
+    /// Its value before.
+    pub old: String,
+    /// Its value now.
+    pub new: String,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} -> {}", self.path.replace('/', "."), self.old, self.new)
+    }
+}
+
 /// All settings.
 pub fn wanted(devices: &Devices) -> Vec<Sysctl> {
     let sysctl = |path: String, want, also, optional| Sysctl { path, want, also, optional };
@@ -63,8 +81,8 @@ pub fn wanted(devices: &Devices) -> Vec<Sysctl> {
 }
 
 /// Takes a reverse-path filter out of `all`, where it would count for our devices too (the highest value wins), and puts it on
-/// every device that is not ours instead, so that nothing else changes. Returns what was set, as [`apply`] does.
-pub fn relax(root: &Path) -> Result<Vec<String>> {
+/// every device that is not ours instead, so that nothing else changes. Returns what was set.
+pub fn relax(root: &Path) -> Result<Vec<Change>> {
     let conf = root.join("ipv4/conf");
     let read = |dev: &str| -> u32 {
         let value = fs::read_to_string(conf.join(dev).join("rp_filter")).unwrap_or_default();
@@ -74,19 +92,25 @@ pub fn relax(root: &Path) -> Result<Vec<String>> {
     if all == 0 {
         return Ok(Vec::new());
     }
+    let change = |dev: &str, old: u32, new: u32| Change {
+        path: format!("ipv4/conf/{dev}/rp_filter"),
+        old: old.to_string(),
+        new: new.to_string(),
+    };
     let mut changed = Vec::new();
     for entry in fs::read_dir(&conf).with_context(|| format!("reading {}", conf.display()))? {
         let name = entry?.file_name();
         let dev = name.to_string_lossy();
-        if dev == "all" || dev.starts_with(names::VETH_PREFIX) || dev == names::OVERLAY_DEV || read(&dev) >= all {
+        let old = read(&dev);
+        if dev == "all" || dev.starts_with(names::VETH_PREFIX) || dev == names::OVERLAY_DEV || old >= all {
             continue;
         }
         fs::write(conf.join(&*dev).join("rp_filter"), all.to_string())
             .with_context(|| format!("setting rp_filter of {dev} to {all}"))?;
-        changed.push(format!("ipv4.conf.{dev}.rp_filter: -> {all}"));
+        changed.push(change(&dev, old, all));
     }
     fs::write(conf.join("all/rp_filter"), "0").context("setting ipv4.conf.all.rp_filter to 0")?;
-    changed.push(format!("ipv4.conf.all.rp_filter: {all} -> 0"));
+    changed.push(change("all", all, 0));
     Ok(changed)
 }
 
@@ -103,8 +127,8 @@ impl Sysctl {
     }
 }
 
-/// Sets what differs; returns what was set, as `path: old -> new`.
-pub fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<String>> {
+/// Sets what differs; returns what was set.
+pub fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<Change>> {
     let mut changed = Vec::new();
     for sysctl in wanted {
         let Some(old) = sysctl.wrong(root)? else { continue };
@@ -116,7 +140,7 @@ pub fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<String>> {
                 sysctl.want
             )
         })?;
-        changed.push(format!("{}: {old} -> {}", sysctl.path.replace('/', "."), sysctl.want));
+        changed.push(Change { path: sysctl.path.clone(), old, new: sysctl.want.to_owned() });
     }
     Ok(changed)
 }
@@ -155,7 +179,7 @@ mod tests {
         });
         let changed = apply(root.path(), &all).unwrap();
         assert_eq!(
-            changed,
+            changed.iter().map(ToString::to_string).collect::<Vec<_>>(),
             [
                 "ipv6.conf.eth1.accept_ra: 1 -> 2",
                 "ipv6.conf.eth2.accept_ra: 1 -> 2",

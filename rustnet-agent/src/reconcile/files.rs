@@ -11,6 +11,8 @@ use crate::{install, nodefile};
 pub struct Files {
     /// What `node.json` is known to hold.
     published: Option<NodeFile>,
+    /// The CNI binary and its copies when they were installed: reading them takes longer than all else here.
+    installed: Option<install::Stamp>,
 }
 
 impl Files {
@@ -35,8 +37,11 @@ impl Files {
         if self.published.as_ref() == Some(&file) {
             return Ok(());
         }
-        for path in install::binary(config)? {
-            tracing::info!(path = %path.display(), "CNI binary installed");
+        if self.installed.as_ref() != Some(&install::stamp(config)) {
+            for path in install::binary(config)? {
+                tracing::info!(path = %path.display(), "CNI binary installed");
+            }
+            self.installed = Some(install::stamp(config));
         }
         nodefile::write(&config.run_dir, &file)?;
         if let Some(path) = install::conflist(config)? {

@@ -68,8 +68,13 @@ fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], is_complete: bool) -> 
     let own = own();
     let nodes: Vec<_> = peers.iter().chain([&own]).cloned().collect();
     let ways = ways(sandbox, if vxlan { Routing::Vxlan } else { Routing::Native }, &nodes);
-    let wanted =
-        Wanted { ways: &ways, overlay: vxlan.then(overlay_settings), own_pod_cidrs: &own.pod_cidrs, is_complete };
+    let wanted = Wanted {
+        ways: &ways,
+        overlay: vxlan.then(overlay_settings),
+        own_pod_cidrs: &own.pod_cidrs,
+        service_cidrs: &[],
+        is_complete,
+    };
     let state = run(sandbox, &wanted);
     assert!(state.failures.is_empty(), "{:?}", state.failures);
     state
@@ -120,8 +125,13 @@ fn the_overlay_device_is_down_until_its_packets_are_verified() {
         uplink();
         let (own, peer) = (own(), peer());
         let ways = ways(sandbox, Routing::Vxlan, &[own.clone(), peer.clone()]);
-        let wanted =
-            Wanted { ways: &ways, overlay: Some(overlay_settings()), own_pod_cidrs: &own.pod_cidrs, is_complete: true };
+        let wanted = Wanted {
+            ways: &ways,
+            overlay: Some(overlay_settings()),
+            own_pod_cidrs: &own.pod_cidrs,
+            service_cidrs: &[],
+            is_complete: true,
+        };
         let is_up = || ip("link show rn_vxlan").contains(",UP");
         let mut repairer = repairer(sandbox);
         let mut look = |is_verified| {
@@ -222,8 +232,13 @@ fn a_route_in_the_place_is_named_and_left() {
         ip("route add 10.1.2.0/24 via 192.0.2.9");
         let own = own();
         let ways = ways(sandbox, Routing::Vxlan, &[own.clone(), peer()]);
-        let wanted =
-            Wanted { ways: &ways, overlay: Some(overlay_settings()), own_pod_cidrs: &own.pod_cidrs, is_complete: true };
+        let wanted = Wanted {
+            ways: &ways,
+            overlay: Some(overlay_settings()),
+            own_pod_cidrs: &own.pod_cidrs,
+            service_cidrs: &[],
+            is_complete: true,
+        };
         let state = run(sandbox, &wanted);
         assert!(
             state.failures[0].message.contains("10.1.2.0/24") && state.failures[0].message.contains("another program"),
@@ -280,7 +295,7 @@ fn without_an_uplink_pods_are_looked_after() {
         sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
         let ways = ways(sandbox, Routing::Native, &[own()]);
         assert!(ways.place.uplinks.is_empty() && !ways.place.problems.is_empty());
-        let wanted = Wanted { ways: &ways, overlay: None, own_pod_cidrs: &[], is_complete: true };
+        let wanted = Wanted { ways: &ways, overlay: None, own_pod_cidrs: &[], service_cidrs: &[], is_complete: true };
         let state = run(sandbox, &wanted);
         assert!(state.problems.iter().any(|it| it.contains("no device leads to other nodes")), "{:?}", state.problems);
         assert!(ip("route show 10.1.1.5").contains("dev rnv1 "));
@@ -295,7 +310,8 @@ fn uplinks_of_before_count_while_there_are_none() {
         let mut repairer = repairer(sandbox);
         let mut look = || {
             let ways = ways(sandbox, Routing::Native, &[own()]);
-            let wanted = Wanted { ways: &ways, overlay: None, own_pod_cidrs: &[], is_complete: true };
+            let wanted =
+                Wanted { ways: &ways, overlay: None, own_pod_cidrs: &[], service_cidrs: &[], is_complete: true };
             let host = repairer.observe().unwrap();
             let state = repairer.prepare(host, &wanted).unwrap();
             state.uplinks.iter().map(|it| it.name.clone()).collect::<Vec<_>>()

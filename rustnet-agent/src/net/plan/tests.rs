@@ -59,6 +59,7 @@ fn desired(routing: Routing, peer: &Node) -> Desired {
         own_pod_cidrs: &own.pod_cidrs,
         is_complete: true,
         overlay: routing.has_overlay().then_some(9),
+        service_cidrs: &[],
         endpoints: &[endpoint()],
     };
     facts.desired(&[veth()])
@@ -111,6 +112,7 @@ fn routes_to_nodes_wait_until_all_are_known() {
         own_pod_cidrs: &own.pod_cidrs,
         is_complete: false,
         overlay: Some(9),
+        service_cidrs: &[],
         endpoints: &[endpoint()],
     };
     let desired = facts.desired(&[veth()]);
@@ -139,7 +141,14 @@ fn a_range_that_is_also_ours_gets_no_route() {
 #[test]
 fn pods_without_their_veth_get_nothing() {
     let ways = Ways::default();
-    let facts = Facts { ways: &ways, own_pod_cidrs: &[], is_complete: true, overlay: None, endpoints: &[endpoint()] };
+    let facts = Facts {
+        ways: &ways,
+        own_pod_cidrs: &[],
+        is_complete: true,
+        overlay: None,
+        service_cidrs: &[],
+        endpoints: &[endpoint()],
+    };
     let renamed = Link { name: "other".into(), ..veth() };
     assert_eq!(facts.desired(&[renamed]), Desired::default());
     assert_eq!(facts.desired(&[Link { flags: 0, ..veth() }]), Desired::default());
@@ -186,4 +195,33 @@ fn anothers_route_that_leads_the_same_way_is_left_to_do_its_work() {
     // Ours fits next to one of a higher metric, and comes first.
     assert!(missing(Route { metric: 100, ..theirs.clone() }));
     assert!(missing(Route { target: Target::Via { oif: 2, gateway: Some([192, 0, 2, 3].into()) }, ..theirs }));
+}
+
+/// The host's requests to Services leave by the uplink with the node's address, wherever the default route leads.
+#[test]
+fn configured_service_ranges_lead_out_of_the_uplink() {
+    let (own, ways) = ways(Routing::Vxlan, &[]);
+    let services = [net("10.96.0.0/12"), net("fd00:96::/108")];
+    let desired = |is_complete| {
+        let facts = Facts {
+            ways: &ways,
+            own_pod_cidrs: &own.pod_cidrs,
+            is_complete,
+            service_cidrs: &services,
+            overlay: Some(9),
+            endpoints: &[],
+        };
+        let eth0 = Link { index: 2, name: "eth0".into(), mac: vec![2, 0, 0, 0, 0, 2], ..Link::default() };
+        facts.desired(&[eth0])
+    };
+    let it = desired(true);
+    let want = [
+        unreachable(),
+        via("10.96.0.0/12", 2, Some("169.254.1.2"), "192.0.2.1"),
+        via("fd00:96::/108", 2, Some("fe80::726e"), "2001:db8::1"),
+    ];
+    assert_eq!(it.routes, want);
+    let hop = |ip: &str| Neighbour { ifindex: 2, ip: ip.parse().unwrap(), mac: [2, 0, 0, 0, 0, 2] };
+    assert_eq!(it.neighbours, [hop("169.254.1.2"), hop("fe80::726e")]);
+    assert_eq!(desired(false).routes, [unreachable()]);
 }
