@@ -3,6 +3,8 @@
 use crate::netlink::{Message, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, Refused, Socket};
 use crate::types::error::{Error, code};
 use libc::{TCA_KIND, TCA_OPTIONS};
+use netlink_packet_core::Emitable;
+use netlink_packet_route::tc::TcHeader;
 use rustnet_common::addr::Addr;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::names;
@@ -77,10 +79,11 @@ pub fn missing_filters(socket: &mut Socket, index: u32) -> Result<Vec<&'static s
         let header = tcmsg(index, 0, parent, 0);
         let dump = Message::new("list filters", libc::RTM_GETTFILTER, NLM_F_DUMP, &header);
         let found = socket.run(vec![dump])?.iter().any(|r| {
-            let attrs = r.attrs(20);
+            let Ok(header) = TcHeader::parse(&r.body) else { return false };
+            let attrs = r.attrs(header.buffer_len());
             r.kind == libc::RTM_NEWTFILTER
-                && r.header_u32(8) == names::TC_HANDLE
-                && r.header_u32(16) >> 16 == u32::from(names::TC_PRIORITY)
+                && header.handle == names::TC_HANDLE.into()
+                && header.info >> 16 == u32::from(names::TC_PRIORITY)
                 && attrs.text(TCA_KIND) == Some("bpf")
                 && attrs.nested(TCA_OPTIONS).u32(TCA_BPF_FLAGS).is_some_and(|f| f & TCA_BPF_FLAG_ACT_DIRECT != 0)
         });
@@ -214,10 +217,6 @@ fn bpf(cmd: u32, attr: &mut Attr) -> io::Result<i32> {
 }
 
 /// `struct tcmsg`.
-pub fn tcmsg(index: u32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
-    let mut h = [0; 20];
-    for (i, v) in [index, handle, parent, info].into_iter().enumerate() {
-        h[4 + 4 * i..8 + 4 * i].copy_from_slice(&v.to_ne_bytes());
-    }
-    h
+pub fn tcmsg(index: u32, handle: u32, parent: u32, info: u32) -> TcHeader {
+    TcHeader { index: index.cast_signed(), handle: handle.into(), parent: parent.into(), info, ..TcHeader::default() }
 }

@@ -6,22 +6,24 @@
 
 use crate::netlink::{Message, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Refused, Reply, Socket};
 use libc::{
-    AF_INET, AF_INET6, AF_UNSPEC, IFA_ADDRESS, IFA_LOCAL, IFF_UP, IFLA_ADDRESS, IFLA_IFALIAS, IFLA_IFNAME, IFLA_LINK,
-    IFLA_LINKINFO, IFLA_MTU, IFLA_NET_NS_FD, NDA_DST, NDA_LLADDR, NUD_PERMANENT, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE,
-    RT_TABLE_MAIN, RTA_DST, RTA_GATEWAY, RTA_OIF, RTN_UNICAST, RTPROT_STATIC,
+    AF_INET, AF_INET6, IFA_ADDRESS, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_IFALIAS, IFLA_IFNAME, IFLA_INFO_DATA,
+    IFLA_INFO_KIND, IFLA_LINK, IFLA_LINKINFO, IFLA_MTU, IFLA_NET_NS_FD, IFLA_OPERSTATE, NDA_DST, NDA_LLADDR, RTA_DST,
+    RTA_GATEWAY, RTA_OIF,
 };
+use netlink_packet_core::Emitable;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::{AddressHeader, AddressHeaderFlags, AddressScope};
+use netlink_packet_route::link::{LinkFlags, LinkHeader};
+use netlink_packet_route::neighbour::{NeighbourHeader, NeighbourState};
+use netlink_packet_route::route::{RouteFlags, RouteHeader, RouteProtocol, RouteScope, RouteType};
 use rustnet_common::names;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
-const IFLA_INFO_KIND: u16 = 1;
-const IFLA_INFO_DATA: u16 = 2;
 const VETH_INFO_PEER: u16 = 1;
-const IFLA_OPERSTATE: u16 = 16;
 const IF_OPER_UP: u8 = 6;
-const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET_CONF: u16 = 1;
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
 const IPV4_DEVCONF_ARP_IGNORE: u16 = 19;
@@ -30,11 +32,6 @@ const IPV4_DEVCONF_ARP_ACCEPT: u16 = 21;
 const ARP_IGNORE_ALL: u32 = 8;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
-const IFA_F_NODAD: u8 = 2;
-const RTNH_F_ONLINK: u32 = 4;
-
-/// Size of `struct ifinfomsg`.
-pub const IFINFOMSG: usize = 16;
 /// Longest alias of a link that the kernel takes.
 const IFALIAS_MAX: usize = 255;
 
@@ -110,12 +107,11 @@ pub fn create_veth(host: &mut Socket, v: &Veth<'_>) -> Result<Link, Refused> {
     let what = format!("create veth {} with {} in the pod", v.host, v.pod);
     let end =
         |m: Message, name: &str, mac: Mac| m.text(IFLA_IFNAME, name).attr(IFLA_ADDRESS, &mac).u32(IFLA_MTU, v.mtu);
-    let create = Message::new(what, libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &ifinfomsg(0, 0, 0));
+    let create = Message::new(what, libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &link(0));
     let create = end(create, v.host, v.host_mac).nested(IFLA_LINKINFO, |m| {
         m.text(IFLA_INFO_KIND, "veth").nested(IFLA_INFO_DATA, |m| {
             m.nested(VETH_INFO_PEER, |m| {
-                end(m.raw(&ifinfomsg(0, 0, 0)), v.pod, v.pod_mac)
-                    .u32(IFLA_NET_NS_FD, v.netns.as_raw_fd().cast_unsigned())
+                end(m.with(&link(0)), v.pod, v.pod_mac).u32(IFLA_NET_NS_FD, v.netns.as_raw_fd().cast_unsigned())
             })
         })
     });
@@ -130,18 +126,18 @@ pub fn get(socket: &mut Socket, name: &str) -> Result<Option<Link>, Refused> {
 
 /// All links of the namespace.
 pub fn list(socket: &mut Socket) -> Result<Vec<Link>, Refused> {
-    let dump = Message::new("list links", libc::RTM_GETLINK, NLM_F_DUMP, &ifinfomsg(0, 0, 0));
+    let dump = Message::new("list links", libc::RTM_GETLINK, NLM_F_DUMP, &link(0));
     Ok(socket.run(vec![dump])?.iter().filter_map(parse).collect())
 }
 
 /// Deletes a link, and with it the other end, filters, routes and neighbours. A link that has gone is no error.
 pub fn delete(socket: &mut Socket, index: u32) -> Result<(), Refused> {
-    let m = Message::new(format!("delete link {index}"), libc::RTM_DELLINK, 0, &ifinfomsg(index, 0, 0));
+    let m = Message::new(format!("delete link {index}"), libc::RTM_DELLINK, 0, &link(index));
     socket.run(vec![m.tolerate(&[libc::ENODEV])]).map(drop)
 }
 
 fn get_message(name: &str) -> Message {
-    Message::new(format!("look up link {name}"), libc::RTM_GETLINK, 0, &ifinfomsg(0, 0, 0))
+    Message::new(format!("look up link {name}"), libc::RTM_GETLINK, 0, &link(0))
         .text(IFLA_IFNAME, name)
         .tolerate(&[libc::ENODEV])
 }
@@ -154,17 +150,17 @@ fn parse(reply: &Reply) -> Option<Link> {
     if reply.kind != libc::RTM_NEWLINK {
         return None;
     }
-    let attrs = reply.attrs(IFINFOMSG);
-    let index = reply.header_u32(4);
+    let header = LinkHeader::parse(&reply.body).ok()?;
+    let attrs = reply.attrs(header.buffer_len());
     Some(Link {
-        index,
+        index: header.index,
         name: attrs.text(IFLA_IFNAME)?.to_owned(),
         mac: attrs.get(IFLA_ADDRESS).and_then(|m| m.try_into().ok()).unwrap_or_default(),
         mtu: attrs.u32(IFLA_MTU).unwrap_or_default(),
-        up: reply.header_u32(8) & IFF_UP as u32 != 0,
+        up: header.flags.contains(LinkFlags::Up),
         alias: attrs.text(IFLA_IFALIAS).unwrap_or_default().to_owned(),
         // Older kernels leave it out when both indices are equal.
-        peer: attrs.u32(IFLA_LINK).unwrap_or(index),
+        peer: attrs.u32(IFLA_LINK).unwrap_or(header.index),
     })
 }
 
@@ -173,8 +169,9 @@ fn parse(reply: &Reply) -> Option<Link> {
 /// no ARP (all its neighbours are permanent), and the attachment's name in the alias. See
 /// [`refuse_router_advertisements`] for the setting that netlink cannot change.
 pub fn prepare_host(index: u32, alias: &str) -> Vec<Message> {
-    let filter = Message::new("turn off the veth's rp_filter and ARP", libc::RTM_NEWLINK, 0, &ifinfomsg(index, 0, 0))
-        .nested(IFLA_AF_SPEC, |m| {
+    let filter = Message::new("turn off the veth's rp_filter and ARP", libc::RTM_NEWLINK, 0, &link(index)).nested(
+        IFLA_AF_SPEC,
+        |m| {
             m.nested(AF_INET as u16, |m| {
                 m.nested(IFLA_INET_CONF, |m| {
                     m.u32(IPV4_DEVCONF_RP_FILTER, 0)
@@ -182,7 +179,8 @@ pub fn prepare_host(index: u32, alias: &str) -> Vec<Message> {
                         .u32(IPV4_DEVCONF_ARP_ACCEPT, 0)
                 })
             })
-        });
+        },
+    );
     let filter = if alias.len() <= IFALIAS_MAX { filter.attr(IFLA_IFALIAS, alias.as_bytes()) } else { filter };
     vec![filter, no_ipv6_autoconf(index)]
 }
@@ -201,7 +199,7 @@ pub fn refuse_router_advertisements(name: &str) -> io::Result<()> {
 
 /// Stops the kernel from making link-local addresses.
 pub fn no_ipv6_autoconf(index: u32) -> Message {
-    Message::new("set addrgenmode none", libc::RTM_NEWLINK, 0, &ifinfomsg(index, 0, 0))
+    Message::new("set addrgenmode none", libc::RTM_NEWLINK, 0, &link(index))
         .nested(IFLA_AF_SPEC, |m| {
             m.nested(AF_INET6 as u16, |m| m.attr(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]))
         })
@@ -210,18 +208,23 @@ pub fn no_ipv6_autoconf(index: u32) -> Message {
 
 /// Sets a link up.
 pub fn up(index: u32) -> Message {
-    Message::new("set the link up", libc::RTM_NEWLINK, 0, &ifinfomsg(index, IFF_UP as u32, IFF_UP as u32))
+    Message::new("set the link up", libc::RTM_NEWLINK, 0, &ifinfomsg(index, LinkFlags::Up, LinkFlags::Up))
 }
 
 /// Sets a link down.
 pub fn down(index: u32) -> Message {
-    Message::new("set the link down", libc::RTM_NEWLINK, 0, &ifinfomsg(index, 0, IFF_UP as u32))
+    Message::new("set the link down", libc::RTM_NEWLINK, 0, &ifinfomsg(index, LinkFlags::empty(), LinkFlags::Up))
 }
 
 /// Adds an address as /32 or /128, without duplicate address detection.
 pub fn address(index: u32, ip: IpAddr) -> Message {
-    let header = [family(ip), full_prefix(ip), IFA_F_NODAD, RT_SCOPE_UNIVERSE];
-    let header = [header, index.to_ne_bytes()].concat();
+    let header = AddressHeader {
+        family: family(ip),
+        prefix_len: full_prefix(ip),
+        flags: AddressHeaderFlags::Nodad,
+        scope: AddressScope::Universe,
+        index,
+    };
     with_ip(ip, |bytes| {
         Message::new(format!("add address {ip}"), libc::RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &header)
             .attr(IFA_LOCAL, bytes)
@@ -231,8 +234,13 @@ pub fn address(index: u32, ip: IpAddr) -> Message {
 
 /// Adds a permanent neighbour.
 pub fn neighbour(index: u32, ip: IpAddr, mac: Mac) -> Message {
-    let header =
-        [&[family(ip), 0, 0, 0][..], &index.to_ne_bytes(), &NUD_PERMANENT.to_ne_bytes(), &[0, RTN_UNICAST]].concat();
+    let header = NeighbourHeader {
+        family: family(ip),
+        ifindex: index,
+        state: NeighbourState::Permanent,
+        kind: RouteType::Unicast,
+        ..NeighbourHeader::default()
+    };
     with_ip(ip, |bytes| {
         Message::new(format!("add neighbour {ip}"), libc::RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &header)
             .attr(NDA_DST, bytes)
@@ -242,7 +250,7 @@ pub fn neighbour(index: u32, ip: IpAddr, mac: Mac) -> Message {
 
 /// Adds a route to one address on the link.
 pub fn route_to(index: u32, ip: IpAddr) -> Message {
-    let header = rtmsg(family(ip), full_prefix(ip), RT_SCOPE_LINK, 0);
+    let header = rtmsg(family(ip), full_prefix(ip), RouteScope::Link, RouteFlags::empty());
     with_ip(ip, |bytes| {
         Message::new(format!("add route {ip}"), libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &header)
             .attr(RTA_DST, bytes)
@@ -252,7 +260,7 @@ pub fn route_to(index: u32, ip: IpAddr) -> Message {
 
 /// Adds the default route through a gateway that needs no route of its own.
 pub fn default_route(index: u32, gateway: IpAddr) -> Message {
-    let header = rtmsg(family(gateway), 0, RT_SCOPE_UNIVERSE, RTNH_F_ONLINK);
+    let header = rtmsg(family(gateway), 0, RouteScope::Universe, RouteFlags::Onlink);
     with_ip(gateway, |bytes| {
         Message::new(format!("add default route via {gateway}"), libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &header)
             .attr(RTA_GATEWAY, bytes)
@@ -266,21 +274,21 @@ pub fn default_route(index: u32, gateway: IpAddr) -> Message {
 /// Usually there is nothing to wait for: since 6.9 the look-up itself brings the link's state up to date. Gives up
 /// silently after a second, for then the network is in order and only slow.
 pub fn settle(socket: &mut Socket, index: u32, local: &[IpAddr]) -> Result<(), Refused> {
-    let link = || Message::new("look up the veth", libc::RTM_GETLINK, 0, &ifinfomsg(index, 0, 0));
+    let veth = || Message::new("look up the veth", libc::RTM_GETLINK, 0, &link(index));
     let route = |ip: IpAddr| {
-        let header = rtmsg(family(ip), full_prefix(ip), 0, 0);
+        let header = rtmsg(family(ip), full_prefix(ip), RouteScope::Universe, RouteFlags::empty());
         with_ip(ip, |b| Message::new(format!("look up {ip}"), libc::RTM_GETROUTE, 0, &header).attr(RTA_DST, b))
             .tolerate(&[libc::ENETUNREACH, libc::EHOSTUNREACH])
     };
     let ready = |r: &Reply| match r.kind {
-        libc::RTM_NEWLINK => r.attrs(IFINFOMSG).get(IFLA_OPERSTATE) == Some(&[IF_OPER_UP]),
-        libc::RTM_NEWROUTE => r.body.get(7) == Some(&libc::RTN_LOCAL),
+        libc::RTM_NEWLINK => r.attrs(link(0).buffer_len()).get(IFLA_OPERSTATE) == Some(&[IF_OPER_UP]),
+        libc::RTM_NEWROUTE => RouteHeader::parse(&r.body).is_ok_and(|route| route.kind == RouteType::Local),
         _ => false,
     };
     let v6: Vec<IpAddr> = local.iter().copied().filter(IpAddr::is_ipv6).collect();
     let mut pause = Duration::from_micros(100);
     while pause < Duration::from_millis(500) {
-        let mut questions = vec![link()];
+        let mut questions = vec![veth()];
         questions.extend(v6.iter().map(|ip| route(*ip)));
         if socket.run(questions)?.iter().filter(|r| ready(r)).count() == 1 + v6.len() {
             return Ok(());
@@ -306,13 +314,14 @@ pub fn full_prefix(ip: IpAddr) -> u8 {
 
 /// Addresses of the link, with prefix lengths.
 pub fn addresses(socket: &mut Socket, index: u32) -> Result<Vec<(IpAddr, u8)>, Refused> {
-    let dump = Message::new("list addresses", libc::RTM_GETADDR, NLM_F_DUMP, &[AF_UNSPEC as u8, 0, 0, 0, 0, 0, 0, 0]);
+    let dump = Message::new("list addresses", libc::RTM_GETADDR, NLM_F_DUMP, &AddressHeader::default());
     let replies = socket.run(vec![dump])?;
-    let ours = replies.iter().filter(|r| r.kind == libc::RTM_NEWADDR && r.header_u32(4) == index);
+    let ours = replies.iter().filter(|r| r.kind == libc::RTM_NEWADDR);
     Ok(ours
         .filter_map(|r| {
-            let attrs = r.attrs(8);
-            Some((ip_from(attrs.get(IFA_LOCAL).or_else(|| attrs.get(IFA_ADDRESS))?)?, *r.body.get(1)?))
+            let header = AddressHeader::parse(&r.body).ok().filter(|header| header.index == index)?;
+            let attrs = r.attrs(header.buffer_len());
+            Some((ip_from(attrs.get(IFA_LOCAL).or_else(|| attrs.get(IFA_ADDRESS))?)?, header.prefix_len))
         })
         .collect())
 }
@@ -335,18 +344,19 @@ pub struct Route {
 /// Routes of the main table that leave by the link.
 pub fn routes(socket: &mut Socket, index: u32) -> Result<Vec<Route>, Refused> {
     let mut all = Vec::new();
-    for af in [AF_INET as u8, AF_INET6 as u8] {
-        let dump = Message::new("list routes", libc::RTM_GETROUTE, NLM_F_DUMP, &rtmsg(af, 0, 0, 0));
-        for r in socket.run(vec![dump])? {
-            let attrs = r.attrs(12);
-            let main = r.body.get(4) == Some(&RT_TABLE_MAIN) && r.kind == libc::RTM_NEWROUTE;
-            if main && attrs.u32(RTA_OIF) == Some(index) {
+    for af in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let header = RouteHeader { address_family: af, ..RouteHeader::default() };
+        let dump = Message::new("list routes", libc::RTM_GETROUTE, NLM_F_DUMP, &header);
+        for r in socket.run(vec![dump])?.iter().filter(|r| r.kind == libc::RTM_NEWROUTE) {
+            let Ok(header) = RouteHeader::parse(&r.body) else { continue };
+            let attrs = r.attrs(header.buffer_len());
+            if header.table == RouteHeader::RT_TABLE_MAIN && attrs.u32(RTA_OIF) == Some(index) {
                 all.push(Route {
                     dst: attrs.get(RTA_DST).and_then(ip_from),
-                    prefix: r.body.get(1).copied().unwrap_or_default(),
+                    prefix: header.destination_prefix_length,
                     gateway: attrs.get(RTA_GATEWAY).and_then(ip_from),
                     index,
-                    v4: af == AF_INET as u8,
+                    v4: af == AddressFamily::Inet,
                 });
             }
         }
@@ -365,24 +375,31 @@ fn with_ip<T>(ip: IpAddr, f: impl FnOnce(&[u8]) -> T) -> T {
     }
 }
 
-fn family(ip: IpAddr) -> u8 {
-    if ip.is_ipv4() { AF_INET as u8 } else { AF_INET6 as u8 }
+fn family(ip: IpAddr) -> AddressFamily {
+    if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
-/// `struct ifinfomsg`: family and type 0, index, flags and the mask of those to change.
-fn ifinfomsg(index: u32, flags: u32, change: u32) -> [u8; IFINFOMSG] {
-    let mut h = [0; IFINFOMSG];
-    h[4..8].copy_from_slice(&index.to_ne_bytes());
-    h[8..12].copy_from_slice(&flags.to_ne_bytes());
-    h[12..16].copy_from_slice(&change.to_ne_bytes());
-    h
+fn ifinfomsg(index: u32, flags: LinkFlags, change_mask: LinkFlags) -> LinkHeader {
+    LinkHeader { index, flags, change_mask, ..LinkHeader::default() }
 }
 
-/// `struct rtmsg` for the main table.
-fn rtmsg(family: u8, dst_len: u8, scope: u8, flags: u32) -> [u8; 12] {
-    let mut h = [family, dst_len, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST, 0, 0, 0, 0];
-    h[8..12].copy_from_slice(&flags.to_ne_bytes());
-    h
+/// Asks for a link, deletes it, or changes none of its flags.
+fn link(index: u32) -> LinkHeader {
+    ifinfomsg(index, LinkFlags::empty(), LinkFlags::empty())
+}
+
+/// A route of the main table.
+fn rtmsg(family: AddressFamily, dst_len: u8, scope: RouteScope, flags: RouteFlags) -> RouteHeader {
+    RouteHeader {
+        address_family: family,
+        destination_prefix_length: dst_len,
+        table: RouteHeader::RT_TABLE_MAIN,
+        protocol: RouteProtocol::Static,
+        scope,
+        kind: RouteType::Unicast,
+        flags,
+        ..RouteHeader::default()
+    }
 }
 
 #[cfg(test)]

@@ -1,49 +1,38 @@
-//! A small blocking rtnetlink socket: builds messages, sends several in one system call, and says which one failed.
+//! A small blocking rtnetlink socket: sends several messages in one system call, and says which one failed.
 //!
 //! The kernel handles the messages of one send in order, so that only the last one asks for an acknowledgement: errors
 //! come unasked. A message that fails does not stop those behind it; the caller undoes the whole on any error.
+//!
+//! Socket, headers and attributes are those of netlink-sys and netlink-packet-*. The attributes' values are written and read
+//! by their numbers: code for each attribute of each message would only make the binary larger.
 
+use netlink_packet_core::{
+    DefaultNla, Emitable, NLA_F_NESTED, NLA_HEADER_SIZE, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_REQUEST, NLMSG_DONE,
+    NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NlasIterator, parse_i32, parse_u32,
+};
+pub use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_sys::{SocketAddr, protocols::NETLINK_ROUTE};
 use std::borrow::Cow;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-/// Create the object.
-pub const NLM_F_CREATE: u16 = 0x400;
-/// Fail if it exists.
-pub const NLM_F_EXCL: u16 = 0x200;
-/// Replace it if it exists.
-pub const NLM_F_REPLACE: u16 = 0x100;
-/// List all objects.
-pub const NLM_F_DUMP: u16 = 0x300;
-
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
+/// `struct nlmsghdr`.
 const NLMSG_HDR: usize = 16;
-const NLA_F_NESTED: u16 = 0x8000;
-const NLA_TYPE_MASK: u16 = 0x3fff;
-const NLM_F_ACK_TLVS: u16 = 0x200;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 
 /// One request under construction.
 pub struct Message {
     what: Cow<'static, str>,
     tolerated: &'static [i32],
-    buf: Vec<u8>,
+    kind: u16,
+    flags: u16,
+    body: Vec<u8>,
 }
 
 impl Message {
     /// A request of `kind` with the family's fixed header; `what` names it in errors.
-    pub fn new(what: impl Into<Cow<'static, str>>, kind: u16, flags: u16, header: &[u8]) -> Self {
-        let mut buf = Vec::with_capacity(256);
-        buf.extend_from_slice(&[0; 4]);
-        buf.extend_from_slice(&kind.to_ne_bytes());
-        buf.extend_from_slice(&(flags | NLM_F_REQUEST).to_ne_bytes());
-        buf.extend_from_slice(&[0; 8]);
-        buf.extend_from_slice(header);
-        Self { what: what.into(), tolerated: &[], buf }
+    pub fn new(what: impl Into<Cow<'static, str>>, kind: u16, flags: u16, header: &dyn Emitable) -> Self {
+        Self { what: what.into(), tolerated: &[], kind, flags, body: Vec::with_capacity(256) }.with(header)
     }
 
     /// Errors that count as success.
@@ -55,12 +44,8 @@ impl Message {
 
     /// Adds an attribute.
     #[must_use]
-    pub fn attr(mut self, kind: u16, value: &[u8]) -> Self {
-        self.buf.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
-        self.buf.extend_from_slice(&kind.to_ne_bytes());
-        self.buf.extend_from_slice(value);
-        self.buf.resize(self.buf.len().next_multiple_of(4), 0);
-        self
+    pub fn attr(self, kind: u16, value: &[u8]) -> Self {
+        self.with(&DefaultNla::new(kind, value.to_vec()))
     }
 
     /// Adds a number of 32 bits, host order.
@@ -72,27 +57,24 @@ impl Message {
     /// Adds a zero-terminated string.
     #[must_use]
     pub fn text(self, kind: u16, value: &str) -> Self {
-        let mut bytes = value.as_bytes().to_vec();
-        bytes.push(0);
-        self.attr(kind, &bytes)
+        self.attr(kind, &[value.as_bytes(), &[0]].concat())
     }
 
     /// Adds an attribute that holds what `inner` adds.
     #[must_use]
     pub fn nested(mut self, kind: u16, inner: impl FnOnce(Self) -> Self) -> Self {
-        let start = self.buf.len();
-        self.buf.extend_from_slice(&[0; 2]);
-        self.buf.extend_from_slice(&(kind | NLA_F_NESTED).to_ne_bytes());
+        let outer = std::mem::take(&mut self.body);
         let mut done = inner(self);
-        let len = (done.buf.len() - start) as u16;
-        done.buf[start..start + 2].copy_from_slice(&len.to_ne_bytes());
-        done
+        let value = std::mem::replace(&mut done.body, outer);
+        done.attr(kind | NLA_F_NESTED, &value)
     }
 
-    /// Adds bytes as they are: a fixed header within an attribute.
+    /// Adds a fixed header within an attribute.
     #[must_use]
-    pub fn raw(mut self, bytes: &[u8]) -> Self {
-        self.buf.extend_from_slice(bytes);
+    pub fn with(mut self, part: &dyn Emitable) -> Self {
+        let at = self.body.len();
+        self.body.resize(at + part.buffer_len(), 0);
+        part.emit(&mut self.body[at..]);
         self
     }
 }
@@ -145,11 +127,6 @@ impl Reply {
     pub fn attrs(&self, header: usize) -> Attrs<'_> {
         Attrs(self.body.get(header..).unwrap_or_default())
     }
-
-    /// A number of 32 bits in the fixed header.
-    pub fn header_u32(&self, offset: usize) -> u32 {
-        u32_at(&self.body, offset).unwrap_or_default()
-    }
 }
 
 /// Attributes, up to the first malformed one.
@@ -158,14 +135,8 @@ pub struct Attrs<'a>(&'a [u8]);
 
 impl<'a> Attrs<'a> {
     fn iter(self) -> impl Iterator<Item = (u16, &'a [u8])> {
-        let mut rest = self.0;
-        std::iter::from_fn(move || {
-            let len = usize::from(u16_at(rest, 0)?);
-            let kind = u16_at(rest, 2)? & NLA_TYPE_MASK;
-            let value = rest.get(4..len)?;
-            rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-            Some((kind, value))
-        })
+        let all = NlasIterator::new(self.0).map_while(Result::ok);
+        all.map(|nla| (nla.kind(), &nla.into_inner()[NLA_HEADER_SIZE..usize::from(nla.length())]))
     }
 
     /// The first attribute of a kind.
@@ -175,7 +146,7 @@ impl<'a> Attrs<'a> {
 
     /// The first attribute of a kind as a number of 32 bits.
     pub fn u32(self, kind: u16) -> Option<u32> {
-        self.get(kind).and_then(|v| u32_at(v, 0))
+        parse_u32(self.get(kind)?).ok()
     }
 
     /// The first attribute of a kind as text.
@@ -190,17 +161,9 @@ impl<'a> Attrs<'a> {
     }
 }
 
-fn u16_at(b: &[u8], at: usize) -> Option<u16> {
-    b.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
-}
-
-fn u32_at(b: &[u8], at: usize) -> Option<u32> {
-    b.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
-}
-
 /// A route socket in the network namespace in which it was opened.
 pub struct Socket {
-    fd: OwnedFd,
+    inner: netlink_sys::Socket,
     seq: u32,
     buf: Vec<u8>,
 }
@@ -208,27 +171,11 @@ pub struct Socket {
 impl Socket {
     /// Opens a socket in the calling thread's network namespace.
     pub fn open() -> io::Result<Self> {
-        // SAFETY: plain system call without pointers.
-        let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor was just opened and nobody else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        for option in [libc::NETLINK_EXT_ACK, libc::NETLINK_CAP_ACK] {
-            let one: libc::c_int = 1;
-            // SAFETY: the pointer and the length describe `one`. Failure only costs the kernel's explanations.
-            unsafe {
-                libc::setsockopt(
-                    fd.as_raw_fd(),
-                    libc::SOL_NETLINK,
-                    option,
-                    (&raw const one).cast(),
-                    size_of_val(&one) as u32,
-                );
-            }
-        }
-        Ok(Self { fd, seq: 0, buf: vec![0; 64 * 1024] })
+        let mut inner = netlink_sys::Socket::new(NETLINK_ROUTE)?;
+        inner.bind(&SocketAddr::new(0, 0))?;
+        inner.set_ext_ack(true)?;
+        inner.set_cap_ack(true)?;
+        Ok(Self { inner, seq: 0, buf: Vec::with_capacity(64 * 1024) })
     }
 
     /// Sends all messages at once and waits for the last; returns the replies, or the first refusal.
@@ -238,43 +185,47 @@ impl Socket {
         let mut out = Vec::with_capacity(1024);
         let mut steps = Vec::with_capacity(messages.len());
         let mut dump = false;
-        for (i, Message { what, tolerated, mut buf }) in messages.into_iter().enumerate() {
+        for (i, Message { what, tolerated, kind, mut flags, body }) in messages.into_iter().enumerate() {
             self.seq = self.seq.wrapping_add(1);
-            let len = buf.len() as u32;
-            buf[0..4].copy_from_slice(&len.to_ne_bytes());
-            buf[8..12].copy_from_slice(&self.seq.to_ne_bytes());
             if i == last {
-                let flags = u16_at(&buf, 6).unwrap_or_default();
                 dump = flags & NLM_F_DUMP == NLM_F_DUMP && flags & NLM_F_CREATE == 0;
-                if !dump {
-                    buf[6..8].copy_from_slice(&(flags | NLM_F_ACK).to_ne_bytes());
-                }
+                flags |= if dump { 0 } else { NLM_F_ACK };
             }
-            out.extend_from_slice(&buf);
-            out.resize(out.len().next_multiple_of(4), 0);
+            let mut header = NetlinkHeader::default();
+            header.length = (NLMSG_HDR + body.len()) as u32;
+            header.message_type = kind;
+            header.flags = flags | NLM_F_REQUEST;
+            header.sequence_number = self.seq;
+            let at = out.len();
+            out.resize(at + NLMSG_HDR, 0);
+            header.emit(&mut out[at..]);
+            // Headers and attributes are of whole words, and so is the message.
+            out.extend_from_slice(&body);
             steps.push((what, tolerated));
         }
         let broken =
             |what: &str, e: &io::Error| Refused::new(format!("netlink {what}"), e.raw_os_error().unwrap_or(libc::EIO));
-        self.send(&out).map_err(|e| broken("send", &e))?;
+        let socket = &self.inner;
+        uninterrupted(|| socket.send(&out, 0)).map_err(|e| broken("send", &e))?;
 
         let mut refused: Option<Refused> = None;
         let mut replies = Vec::new();
         loop {
-            let n = self.receive().map_err(|e| broken("receive", &e))?;
-            let mut rest = &self.buf[..n];
-            while let (Some(len), Some(kind), Some(flags), Some(seq)) =
-                (u32_at(rest, 0), u16_at(rest, 4), u16_at(rest, 6), u32_at(rest, 8))
-            {
-                let Some(body) = rest.get(NLMSG_HDR..len as usize) else { break };
-                let index = seq.wrapping_sub(first_seq) as usize;
-                rest = rest.get((len as usize).next_multiple_of(4)..).unwrap_or_default();
+            self.buf.clear();
+            uninterrupted(|| self.inner.recv(&mut self.buf, 0)).map_err(|e| broken("receive", &e))?;
+            let mut rest = &self.buf[..];
+            while let Ok(message) = NetlinkBuffer::new_checked(rest) {
+                rest = rest.get((message.length() as usize).next_multiple_of(4)..).unwrap_or_default();
+                let index = message.sequence_number().wrapping_sub(first_seq) as usize;
                 let Some((what, tolerated)) = steps.get(index) else { continue };
-                match kind {
+                let body = message.payload();
+                match message.message_type() {
                     NLMSG_ERROR => {
-                        let errno = u32_at(body, 0).unwrap_or_default().wrapping_neg().cast_signed();
+                        let errno =
+                            body.get(..4).and_then(|code| parse_i32(code).ok()).unwrap_or_default().wrapping_neg();
                         if errno != 0 && !tolerated.contains(&errno) && refused.is_none() {
-                            refused = Some(Refused { what: what.to_string(), errno, hint: hint(body, flags) });
+                            let hint = hint(body, message.flags());
+                            refused = Some(Refused { what: what.to_string(), errno, hint });
                         }
                         if index == last {
                             return refused.map_or(Ok(replies), Err);
@@ -282,33 +233,19 @@ impl Socket {
                     }
                     NLMSG_DONE if index == last && dump => return refused.map_or(Ok(replies), Err),
                     NLMSG_DONE => {}
-                    _ => replies.push(Reply { kind, body: body.to_vec() }),
+                    kind => replies.push(Reply { kind, body: body.to_vec() }),
                 }
             }
         }
     }
+}
 
-    fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        loop {
-            // SAFETY: the pointer and the length describe `bytes`.
-            let n = unsafe { libc::send(self.fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
-            match n {
-                n if n >= 0 => return Ok(()),
-                _ if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-                _ => return Err(io::Error::last_os_error()),
-            }
-        }
-    }
-
-    fn receive(&mut self) -> io::Result<usize> {
-        loop {
-            // SAFETY: the pointer and the length describe the buffer.
-            let n = unsafe { libc::recv(self.fd.as_raw_fd(), self.buf.as_mut_ptr().cast(), self.buf.len(), 0) };
-            match usize::try_from(n) {
-                Ok(n) => return Ok(n),
-                Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Err(io::Error::last_os_error()),
-            }
+/// Makes a system call again that a signal ended.
+fn uninterrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
         }
     }
 }
@@ -324,17 +261,20 @@ fn hint(body: &[u8], flags: u16) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Attrs, Message, NLMSG_HDR};
+    use super::{Attrs, Message};
+    use netlink_packet_route::link::LinkHeader;
 
     #[test]
     fn nested_attributes_read_back() {
-        let m = Message::new("test", 16, 0, &[7; 16]).text(3, "eth0").nested(18, |m| m.u32(1, 5).attr(2, &[9]));
-        let attrs = Attrs(&m.buf[NLMSG_HDR + 16..]);
+        let m = Message::new("test", 16, 0, &LinkHeader::default())
+            .text(3, "eth0")
+            .nested(18, |m| m.u32(1, 5).attr(2, &[9]));
+        let attrs = Attrs(&m.body[16..]);
         assert_eq!(attrs.text(3), Some("eth0"));
         assert_eq!(attrs.nested(18).u32(1), Some(5));
         assert_eq!(attrs.nested(18).get(2), Some(&[9][..]));
         assert_eq!(attrs.get(99), None);
-        assert_eq!(m.buf.len() % 4, 0);
+        assert_eq!(m.body.len() % 4, 0);
     }
 
     #[test]

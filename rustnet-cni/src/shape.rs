@@ -6,6 +6,8 @@ use crate::attach::tcmsg;
 use crate::netlink::{Message, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, Refused, Socket};
 use crate::types::error::Error;
 use libc::{TCA_KIND, TCA_OPTIONS};
+use netlink_packet_core::Emitable;
+use netlink_packet_route::tc::{TcHandle, TcHeader};
 use rustnet_common::files::Limit;
 
 const KIND: &str = "tbf";
@@ -78,9 +80,11 @@ pub fn wrong(socket: &mut Socket, index: u32, limit: Limit) -> Result<Option<Str
     let want = bucket(limit);
     let dump = Message::new("list qdiscs", libc::RTM_GETQDISC, NLM_F_DUMP, &tcmsg(index, 0, 0, 0));
     for reply in socket.run(vec![dump])? {
-        let attrs = reply.attrs(20);
-        let root =
-            reply.kind == libc::RTM_NEWQDISC && reply.header_u32(4) == index && reply.header_u32(12) == TC_H_ROOT;
+        let Ok(header) = TcHeader::parse(&reply.body) else { continue };
+        let attrs = reply.attrs(header.buffer_len());
+        let root = reply.kind == libc::RTM_NEWQDISC
+            && header.index == index.cast_signed()
+            && header.parent == TcHandle::from(TC_H_ROOT);
         if !root || attrs.text(TCA_KIND) != Some(KIND) {
             continue;
         }
