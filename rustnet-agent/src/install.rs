@@ -39,7 +39,7 @@ pub fn binary(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
 /// What the file system says of the CNI binary and of its copies: device, inode, size, time of the last change. While it says the
 /// same, nobody has touched them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stamp(Vec<Option<(u64, u64, u64, i64, i64)>>);
+pub struct Stamp(Vec<Option<[u64; 5]>>);
 
 /// Looks at the files of [`binary`] without reading them.
 pub fn stamp(config: &Config) -> Stamp {
@@ -47,7 +47,8 @@ pub fn stamp(config: &Config) -> Stamp {
     let copies = config.cni_bin_dir.iter().flat_map(|dir| [dir.join(BINARY), dir.join(LOOPBACK)]);
     let state = |path: PathBuf| {
         let meta = std::fs::symlink_metadata(path).ok()?;
-        Some((meta.dev(), meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec()))
+        let changed = [meta.ctime(), meta.ctime_nsec()].map(i64::cast_unsigned);
+        Some([meta.dev(), meta.ino(), meta.size(), changed[0], changed[1]])
     };
     Stamp(source.into_iter().chain(copies).map(state).collect())
 }

@@ -243,6 +243,7 @@ impl Request {
     }
 
     /// The same with a name in an attribute.
+    #[must_use]
     pub fn with_name(self, kind: u16, name: &str) -> Self {
         self.with(kind, &[name.as_bytes(), &[0]].concat())
     }

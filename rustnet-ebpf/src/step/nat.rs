@@ -92,7 +92,6 @@ fn is_port_of_host<F: Family>(skb: &Skb, to: &Tuple<F::A>) -> bool {
         len = 12;
     }
     let (skb, at) = (skb.raw().cast(), (&raw mut tuple).cast());
-    const THIS_NETNS: u64 = u64::MAX;
     // SAFETY: `tuple` has the layout that the helpers want for this length, and a socket that is found is released.
     unsafe {
         let socket = if to.proto == proto::UDP {
@@ -110,6 +109,8 @@ fn is_port_of_host<F: Family>(skb: &Skb, to: &Tuple<F::A>) -> bool {
     }
 }
 
+/// `BPF_F_CURRENT_NETNS`.
+const THIS_NETNS: u64 = u64::MAX;
 /// `TCP_LISTEN` (include/net/tcp_states.h).
 const TCP_LISTEN: u32 = 10;
 
