@@ -225,6 +225,32 @@ fn programs_of_a_bpf_file_system_that_another_one_hides_are_taken_off() {
     });
 }
 
+/// One peer of which the route is disputed is not reached; the node and its pods work all the same.
+#[test]
+fn a_disputed_route_is_a_problem_of_that_peer_alone() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("route add 10.1.2.0/24 via 192.0.2.9");
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            let peers = [node("n2", "192.0.2.2", &["10.1.2.0/24"]), node("n3", "192.0.2.3", &["10.1.3.0/24"])];
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])].into_iter().chain(peers)).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            assert!(ip("route show 10.1.3.0/24").contains("rn_vxlan"));
+            wait_until("the dispute is reported", || {
+                agent.health.complaints().iter().any(|it| it.contains("10.1.2.0/24") && it.contains("another program"))
+            })
+            .await;
+            assert!(agent.health.readiness().is_ok());
+            ip("route del 10.1.2.0/24");
+            wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
+            assert!(ip("route show 10.1.2.0/24").contains("rn_vxlan"));
+            agent.stop().await;
+        });
+    });
+}
+
 #[test]
 fn a_device_that_is_no_uplink_any_more_is_let_go() {
     sandbox::run(|sandbox| {
