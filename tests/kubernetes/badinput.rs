@@ -429,7 +429,7 @@ fn a_kernel_that_is_too_old_is_named() -> Result<()> {
         Ok(std::fs::write(bpf.join("rustnet"), "in the way")?)
     })??;
     rig.start_agent(&kubeconfig)?;
-    let words = ["kernel 5.10.0-32-amd64", "older than 5.17", "boot a newer one"];
+    let words = ["kernel 5.10.0-32-amd64", "older than 6.0", "boot a newer one"];
     let repair = |rig: &mut Rig| {
         rig.answers(503, &words)?;
         rig.tells("Warning", &words)?;

@@ -218,8 +218,8 @@ mod tests {
         let missing = || Ok(vec!["bpf_loop".to_owned()]);
         for (facts, level, detail, hint) in [
             (Facts { capabilities: Ok(1 << 12), ..good() }, Level::Fatal, "CAP_BPF, CAP_PERFMON", "securityContext"),
-            (Facts { release: "5.10.0-32".into(), ..good() }, Level::Fatal, "at least 5.17", "newer kernel"),
-            (Facts { release: "5.19.0-50".into(), ..good() }, Level::Warning, "older", "6.1"),
+            (Facts { release: "5.10.0-32".into(), ..good() }, Level::Fatal, "at least 6.0", "newer kernel"),
+            (Facts { release: "6.0.12".into(), ..good() }, Level::Warning, "older", "6.1"),
             (Facts { missing: missing(), ..good() }, Level::Fatal, "lacks bpf_loop", "CONFIG_BPF_SYSCALL"),
             (Facts { missing: Err(anyhow::anyhow!("EPERM")), ..good() }, Level::Fatal, "EPERM", "seccomp"),
             (Facts { lacks_btf: Ok(true), ..good() }, Level::Fatal, "vmlinux", "CONFIG_DEBUG_INFO_BTF"),
