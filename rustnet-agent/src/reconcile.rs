@@ -173,6 +173,8 @@ struct Reconciler {
     state: Option<State>,
     /// The ways that the last look at the network worked by.
     ways_seen: u64,
+    /// Octets of packets to other nodes, as of the last look that found a device towards them.
+    room: u32,
     /// The network has been looked after since all nodes are known: the routes to them are there.
     routed: bool,
     problems: BTreeSet<String>,
@@ -198,6 +200,7 @@ impl Reconciler {
             net_took: Duration::ZERO,
             state: None,
             ways_seen: 0,
+            room: 0,
             routed: false,
             problems: BTreeSet::new(),
         })
@@ -365,6 +368,11 @@ impl Reconciler {
             }
         }
         self.repairer.connect(&mut state, &wanted, is_overlay_verified);
+        // While no device leads to other nodes, pods get the MTU of before.
+        match state.overlay.map_or(ways.place.mtu, |device| device.mtu) {
+            0 => {}
+            room => self.room = room,
+        }
         self.routed |= is_complete && state.is_connected(wanted.overlay.is_some());
         failures.append(&mut state.failures);
         if state.uplinks.is_empty() {
@@ -507,8 +515,7 @@ impl Reconciler {
     /// Sets what the probes answer, and publishes what the CNI binary reads.
     fn set_readiness(&mut self) {
         let ready = self.not_ready().map_or(Ok(()), Err).and_then(|()| {
-            let room = self.state.iter().find_map(|it| it.overlay).map_or(self.index.ways().place.mtu, |it| it.mtu);
-            let file = node::file(&self.config, room, self.index.own_node());
+            let file = node::file(&self.config, self.room, self.index.own_node());
             self.files.publish(&self.config, file).map_err(|error| NotReady::Failed(format!("{error:#}")))
         });
         match ready {

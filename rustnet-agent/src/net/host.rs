@@ -46,7 +46,10 @@ impl Host {
         let mut defaults: Vec<_> = defaults.iter().flat_map(hops).collect();
         defaults.sort_unstable();
         defaults.dedup();
-        HostFacts { devices: self.links.iter().map(|link| self.device(link)).collect(), defaults }
+        // Pods come and go; their veths decide nothing, unless a delegated IPAM has its gateway there.
+        let devices = self.links.iter().map(|link| self.device(link));
+        let devices = devices.filter(|it| it.kind != DeviceKind::Internal || it.addresses.iter().any(|it| it.is_usable));
+        HostFacts { devices: devices.collect(), defaults }
     }
 
     fn device(&self, link: &Link) -> Device {
@@ -124,7 +127,8 @@ mod tests {
             link(10, "eth2", "veth", None),
             link(11, "rn_vxlan", "vxlan", None),
         ];
-        let facts = Host { links, ..Host::default() }.facts();
+        let gateway = Address { ifindex: 8, net: "10.1.1.1/32".parse().unwrap(), scope: 0, flags: 0 };
+        let facts = Host { links, addresses: vec![gateway], ..Host::default() }.facts();
         let kinds: Vec<_> = facts.devices.iter().map(|it| (it.name.as_str(), it.kind)).collect();
         let want = [
             ("lo", Local),
@@ -137,7 +141,6 @@ mod tests {
             ("rnv1", Internal),
             ("wg0", LayerThree),
             ("eth2", Ethernet),
-            ("rn_vxlan", Internal),
         ];
         assert_eq!(kinds, want);
     }
