@@ -79,6 +79,13 @@ macro_rules! fields {
 }
 
 impl Skb {
+    /// The interface that a forwarded packet came in by; 0 for a packet of this host.
+    #[inline(always)]
+    pub fn ingress_ifindex(&self) -> u32 {
+        // SAFETY: valid context, see `fields`.
+        unsafe { (*self.0).ingress_ifindex }
+    }
+
     fields! {
         /// The packet's mark.
         mark;

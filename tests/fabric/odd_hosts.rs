@@ -3,6 +3,7 @@
 
 use crate::fixture::{Net, endpoints, observed, world};
 use anyhow::{Context, Result, ensure};
+use rustnet_common::drop::DropReason;
 use std::net::{IpAddr, SocketAddr};
 use testkit::client::{ask, ask_udp, udp_from_port};
 use testkit::manifest::node_yaml;
@@ -305,6 +306,15 @@ fn a_bridge_of_machines(fabric: Fabric) -> Result<()> {
                 answers.only_by(&["machine"])?;
                 answers.only_as(if address.is_ipv4() { "192.168.122.1".parse()? } else { "fd00:7::1".parse()? })?;
             }
+        }
+        // The machine reaches pods by this host, which forwards; Services are for pods and nodes alone.
+        machine.ip("route add default via 192.168.122.1\nroute add default via fd00:7::1\n")?;
+        reached(&machine, &net.a)?;
+        let service = net.service(endpoints(&[&net.a, &net.c]))?;
+        for target in service.targets() {
+            let before = net.node(1).counter(DropReason::IsClusterIp)?;
+            ensure!(ask(&machine, Proto::Udp, target, 1)?.answered() == 0, "a machine is served by {target}");
+            ensure!(net.node(1).counter(DropReason::IsClusterIp)? > before, "no drop is counted");
         }
         meet(net)
     })

@@ -5,6 +5,7 @@ use crate::harness::{Flow, Lab, MAC_A, Net, POD_A, SIDE, SNAT, UPLINK, labs};
 use crate::icmp;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::flags;
+use rustnet_common::drop::DropReason;
 use rustnet_common::peer;
 use std::net::IpAddr;
 
@@ -104,10 +105,21 @@ fn all_else_by_such_a_device_is_the_stacks() -> Result<()> {
             ("to a service", answer.between((net.machine(), 8000), (net.vip(1), 80))),
             ("to this host", answer.between((net.machine(), 8000), (net.side(), 22))),
             ("to the world", answer.between((net.machine(), 8000), (net.world(), 443))),
-            ("from a pod's address", answer.between((net.b(), 8000), (net.side(), PORT))),
-            ("from a service's address", answer.between((net.vip(1), 80), (net.side(), PORT))),
+            ("from another network's address", answer.between((net.nobody(), 8000), (net.side(), PORT))),
         ] {
             lab.side_in(&frame)?.to_stack(&frame).context(what)?;
+        }
+        for (what, source) in [
+            ("a pod", net.b()),
+            ("a service", net.vip(1)),
+            ("a remote pod", net.far()),
+            ("this node", net.node()),
+            ("this host", net.side()),
+        ] {
+            for target in [(net.side(), PORT), (net.a(), 8080), (net.world(), 443)] {
+                let frame = answer.between((source, 8000), target);
+                lab.side_in(&frame)?.dropped(DropReason::Spoofed).with_context(|| format!("{what} to {target:?}"))?;
+            }
         }
         Ok(())
     })
@@ -177,5 +189,20 @@ fn a_port_that_a_socket_of_the_host_has_is_not_kept() -> Result<()> {
         drop((datagrams, listener));
         ensure!(chosen(Proto::Udp)? == port, "the port is free again");
         Ok(())
+    })
+}
+
+/// Nobody gets tunnel packets through a pod, not by beginning from the overlay's port either.
+#[test]
+fn an_answer_to_the_overlays_port_does_not_go_to_the_stack() -> Result<()> {
+    labs(|lab, net| {
+        let comes = from_a(net, Proto::Udp, (net.b(), 8080)).map(|f| {
+            f.smac = crate::harness::MAC_HOST;
+            f.dmac = MAC_A;
+        });
+        let comes = comes.between((net.node2(), 8472), (net.a(), 8080));
+        lab.to_pod(POD_A, &comes)?.to_stack(&comes)?;
+        let answer = comes.reply().map(|f| (f.smac, f.dmac) = (MAC_A, crate::harness::MAC_HOST));
+        lab.pod_sends(&answer)?.dropped(DropReason::EncapProhibited)
     })
 }

@@ -4,6 +4,7 @@
 use rustnet_common::addr::Address;
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::hook;
+use rustnet_common::tuple::proto;
 
 use super::Steps;
 use crate::ctx::Skb;
@@ -32,7 +33,13 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     } else {
         let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?;
         if flow.class == Class::New {
-            flow.flags |= if source::is_host::<F>(p.tuple.src) { flags::FROM_HOST } else { flags::VIA_STACK };
+            // Answers to the overlay's port are not for the stack: nobody gets tunnel packets through a pod.
+            let is_from_overlay_port = p.tuple.proto == proto::UDP && p.tuple.sport == config.overlay_port;
+            if source::is_host::<F>(p.tuple.src) {
+                flow.flags |= flags::FROM_HOST;
+            } else if !is_from_overlay_port {
+                flow.flags |= flags::VIA_STACK;
+            }
             // A collision may cost the flow its source port.
             admit::admit::<F>(skb, p, flow, config, source::HOST, hook::TO_POD)?;
         }

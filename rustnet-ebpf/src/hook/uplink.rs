@@ -62,7 +62,18 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         return Ok(TO_STACK);
     }
     let Ok((p, flow)) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
-    if p.kind == Kind::LinkLocal || !source::is_host::<F>(p.tuple.dst) || F::verify_outside(p).is_err() {
+    if p.kind == Kind::LinkLocal {
+        return Ok(TO_STACK);
+    }
+    match F::verify_outside(p) {
+        Ok(()) => {}
+        // Addresses of our range that no pod of ours has may be another network's on this node.
+        Err(DropReason::Spoofed) if route::is_local_pod(p.tuple.src) || !source::is_own_range::<F>(p.tuple.src) => {
+            return Err(DropReason::Spoofed.into());
+        }
+        Err(_) => return Ok(TO_STACK),
+    }
+    if !source::is_host::<F>(p.tuple.dst) {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
@@ -184,6 +195,10 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     } else {
         let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?;
         if flow.class == Class::New {
+            if skb.ingress_ifindex() != 0 {
+                // It came from elsewhere, and this node forwards it: Services are for pods and for the node itself.
+                return Err(DropReason::IsClusterIp.into());
+            }
             let Some(backend) = lb::select::<F>(&p.tuple, config.seed)? else { return Ok(TO_STACK) };
             flow.to.tuple.dst = F::A::from_addr(backend.addr);
             flow.to.tuple.dport = backend.port;
