@@ -301,7 +301,8 @@ impl Reconciler {
         self.net_took = began.elapsed();
         // Files are looked after like devices and routes: what somebody deleted is put back.
         self.files.distrust();
-        let is_upgrading = failures.is_empty() && self.is_upgrading();
+        let is_complete = self.index.has_synced(Kind::Node);
+        let is_upgrading = failures.is_empty() && is_complete && self.is_upgrading();
         let next = if is_upgrading { Duration::ZERO } else { NET_PERIOD };
         self.network.finish(failures, Some(Instant::now() + next));
     }
@@ -351,7 +352,9 @@ impl Reconciler {
                     if !was_pinned {
                         install_cni_binary(&self.config);
                     }
-                    if was_pinned && attached.failures.is_empty() && kernel.is_upgrading() {
+                    // Before all devices are known, programs of before are on some of them, with the earlier maps.
+                    let is_on_all = is_complete && !attached.failures.iter().any(|it| it.scope != Scope::Peer);
+                    if was_pinned && is_on_all && kernel.is_upgrading() {
                         match kernel.go_on_upgrading() {
                             Ok(changed) => done.extend(changed),
                             Err(error) => failures.push(Failure::new(Scope::Node, &error)),
@@ -371,6 +374,7 @@ impl Reconciler {
         // While no device leads to other nodes, pods get the MTU of before.
         match state.overlay.map_or(ways.place.mtu, |device| device.mtu) {
             0 => {}
+            _ if ways.place.is_nameless && self.room != 0 => {}
             room => self.room = room,
         }
         self.routed |= is_complete && state.is_connected(wanted.overlay.is_some());
@@ -412,7 +416,8 @@ impl Reconciler {
         for _ in 0..2 {
             ensure!(!is_late.load(Ordering::Relaxed), "no time is left");
             let failures = self.repair_network()?;
-            ensure!(failures.is_empty(), "{}", failure::texts(&failures));
+            let is_in_the_way = |it: &Failure| it.scope != Scope::Peer;
+            ensure!(!failures.iter().any(is_in_the_way), "{}", failure::texts(&failures));
         }
         ensure!(!is_late.load(Ordering::Relaxed), "no time is left");
         if let Some(Datapath { kernel, .. }) = &self.datapath {

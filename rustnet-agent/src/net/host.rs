@@ -48,7 +48,8 @@ impl Host {
         defaults.dedup();
         // Pods come and go; their veths decide nothing, unless a delegated IPAM has its gateway there.
         let devices = self.links.iter().map(|link| self.device(link));
-        let devices = devices.filter(|it| it.kind != DeviceKind::Internal || it.addresses.iter().any(|it| it.is_usable));
+        let devices =
+            devices.filter(|it| it.kind != DeviceKind::Internal || it.addresses.iter().any(|it| it.is_usable));
         HostFacts { devices: devices.collect(), defaults }
     }
 

@@ -115,30 +115,31 @@ impl Repairer {
         }
         let veths = veth_names(&state.host.links, &state.endpoints);
         let wanted_sysctls = sysctl::wanted(&devices(&state.host, &state.uplinks, state.overlay.is_some(), veths));
-        for done in [sysctl::relax(&self.sysctl_dir), sysctl::apply(&self.sysctl_dir, &wanted_sysctls)] {
-            match done {
-                Ok(changed) => {
-                    // Without the record the settings stay at the removal; nothing else depends on it.
-                    if let Err(e) = journal::record(&self.run_dir, &changed) {
-                        state.problems.push(format!("{e:#}"));
-                    }
-                    state.changed.extend(changed.iter().map(ToString::to_string));
-                }
-                Err(e) => state.failures.push(Failure::new(Scope::Node, &e)),
-            }
+        let mut changed = Vec::new();
+        for done in [
+            sysctl::relax(&self.sysctl_dir, &mut changed),
+            sysctl::apply(&self.sysctl_dir, &wanted_sysctls, &mut changed),
+        ] {
+            state.failures.extend(done.err().map(|e| Failure::new(Scope::Node, &e)));
         }
+        // Without the record the settings stay at the removal; nothing else depends on it.
+        if let Err(e) = journal::record(&self.run_dir, &changed) {
+            state.problems.push(format!("{e:#}"));
+        }
+        state.changed.extend(changed.iter().map(ToString::to_string));
         Ok(state)
     }
 
-    /// The uplinks. While there are none, as between two leases of an address, those of before keep their programs.
+    /// The uplinks. Those of before that have no address at the moment, as between two leases, keep their programs: when the
+    /// address comes back, packets must not come in unverified.
     fn uplinks(&mut self, host: &Host, wanted: &Wanted<'_>) -> Vec<Uplink> {
         let found = &wanted.ways.place.uplinks;
-        if found.is_empty() {
-            let exists = |uplink: &Uplink| host.links.iter().any(|it| it.index == uplink.ifindex);
-            self.uplinks.retain(exists);
-        } else {
-            self.uplinks.clone_from(found);
-        }
+        let facts = host.facts();
+        let is_found = |uplink: &Uplink| found.iter().any(|it| it.ifindex == uplink.ifindex);
+        let is_bare = |uplink: &Uplink| facts.device(uplink.ifindex).is_some_and(|it| it.networks().is_empty());
+        let kept = self.uplinks.iter().filter(|it| !is_found(it) && (found.is_empty() || is_bare(it)));
+        let kept = kept.filter(|it| host.links.iter().any(|link| link.index == it.ifindex)).cloned();
+        self.uplinks = found.iter().cloned().chain(kept).collect();
         self.uplinks.clone()
     }
 
@@ -162,9 +163,10 @@ impl Repairer {
     fn overlay(&mut self, state: &mut State, overlay: Overlay, wanted: &Wanted<'_>) {
         let ways = wanted.ways;
         let there = state.host.links.iter().find(|link| link.name == OVERLAY_DEV && link.vxlan.is_some());
-        // Before this node's own object is known, its MTU could become another one for a moment; and without any device towards
-        // other nodes there is none.
-        if let Some(link) = there.filter(|_| ways.place.mtu == 0 || !wanted.is_complete) {
+        // Before this node's own object is known, and while the host has none of its addresses, the MTU could become another one
+        // for a moment; and without any device towards other nodes there is none.
+        let is_unsettled = ways.place.mtu == 0 || ways.place.is_nameless || !wanted.is_complete;
+        if let Some(link) = there.filter(|_| is_unsettled) {
             state.overlay = Some(OverlayDevice { index: link.index, mtu: link.mtu, is_up: link.is_up() });
             return;
         }
@@ -259,6 +261,7 @@ pub fn devices(host: &Host, uplinks: &[Uplink], has_overlay: bool, veths: Vec<St
         others: others.map(|it| it.name.clone()).collect(),
         overlay: has_overlay.then(|| OVERLAY_DEV.to_owned()),
         veths,
+        is_multi_homed: uplinks.len() > 1,
     }
 }
 

@@ -32,6 +32,8 @@ pub struct Devices {
     pub overlay: Option<String>,
     /// The host's ends of pods' veths.
     pub veths: Vec<String>,
+    /// There are several uplinks.
+    pub is_multi_homed: bool,
 }
 
 /// A setting that was changed.
@@ -64,8 +66,13 @@ pub fn wanted(devices: &Devices) -> Vec<Sysctl> {
     let internal = || devices.overlay.iter().chain(&devices.veths);
     // Hardened hosts, and systemd-networkd, switch it off for single devices. The kernel's look-up for programs asks the device
     // that a packet came in by (`bpf_ipv4_fib_lookup`); for those of the host that is lo.
-    let forwarding = devices.uplinks.iter().map(String::as_str).chain(internal().map(String::as_str)).chain(["lo"]);
-    out.extend(forwarding.map(|dev| sysctl(format!("ipv4/conf/{dev}/forwarding"), "1", &[], true)));
+    let forwarding = || devices.uplinks.iter().map(String::as_str).chain(internal().map(String::as_str)).chain(["lo"]);
+    out.extend(forwarding().map(|dev| sysctl(format!("ipv6/conf/{dev}/forwarding"), "1", &[], true)));
+    // An answer of a Service bears the Service's address, and the route to that leads out of one device alone.
+    if devices.is_multi_homed {
+        out.extend(devices.uplinks.iter().map(|dev| sysctl(format!("ipv4/conf/{dev}/rp_filter"), "2", &["0"], true)));
+    }
+    out.extend(forwarding().map(|dev| sysctl(format!("ipv4/conf/{dev}/forwarding"), "1", &[], true)));
     // No reverse-path filter where the programs verify sources: what they let through can bear a VIP, whose route leads
     // elsewhere, and even the loose filter refuses that on a device without an address of its own. See also `relax`.
     for dev in internal() {
@@ -81,8 +88,8 @@ pub fn wanted(devices: &Devices) -> Vec<Sysctl> {
 }
 
 /// Takes a reverse-path filter out of `all`, where it would count for our devices too (the highest value wins), and puts it on
-/// every device that is not ours instead, so that nothing else changes. Returns what was set.
-pub fn relax(root: &Path) -> Result<Vec<Change>> {
+/// every device that is not ours instead, so that nothing else changes. Adds what was set to `changed`, also before a failure.
+pub fn relax(root: &Path, changed: &mut Vec<Change>) -> Result<()> {
     let conf = root.join("ipv4/conf");
     let read = |dev: &str| -> u32 {
         let value = fs::read_to_string(conf.join(dev).join("rp_filter")).unwrap_or_default();
@@ -90,14 +97,13 @@ pub fn relax(root: &Path) -> Result<Vec<Change>> {
     };
     let all = read("all");
     if all == 0 {
-        return Ok(Vec::new());
+        return Ok(());
     }
     let change = |dev: &str, old: u32, new: u32| Change {
         path: format!("ipv4/conf/{dev}/rp_filter"),
         old: old.to_string(),
         new: new.to_string(),
     };
-    let mut changed = Vec::new();
     for entry in fs::read_dir(&conf).with_context(|| format!("reading {}", conf.display()))? {
         let name = entry?.file_name();
         let dev = name.to_string_lossy();
@@ -105,13 +111,16 @@ pub fn relax(root: &Path) -> Result<Vec<Change>> {
         if dev == "all" || dev.starts_with(names::VETH_PREFIX) || dev == names::OVERLAY_DEV || old >= all {
             continue;
         }
-        fs::write(conf.join(&*dev).join("rp_filter"), all.to_string())
-            .with_context(|| format!("setting rp_filter of {dev} to {all}"))?;
-        changed.push(change(&dev, old, all));
+        match fs::write(conf.join(&*dev).join("rp_filter"), all.to_string()) {
+            Ok(()) => changed.push(change(&dev, old, all)),
+            // A device that went meanwhile.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(|| format!("setting rp_filter of {dev} to {all}")),
+        }
     }
     fs::write(conf.join("all/rp_filter"), "0").context("setting ipv4.conf.all.rp_filter to 0")?;
     changed.push(change("all", all, 0));
-    Ok(changed)
+    Ok(())
 }
 
 impl Sysctl {
@@ -127,13 +136,17 @@ impl Sysctl {
     }
 }
 
-/// Sets what differs; returns what was set.
-pub fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<Change>> {
-    let mut changed = Vec::new();
+/// Sets what differs. Adds what was set to `changed`, also before a failure.
+pub fn apply(root: &Path, wanted: &[Sysctl], changed: &mut Vec<Change>) -> Result<()> {
     for sysctl in wanted {
         let Some(old) = sysctl.wrong(root)? else { continue };
         let path: PathBuf = root.join(&sysctl.path);
-        fs::write(&path, sysctl.want).with_context(|| {
+        let written = match fs::write(&path, sysctl.want) {
+            // A device that went meanwhile.
+            Err(e) if sysctl.optional && e.kind() == io::ErrorKind::NotFound => continue,
+            written => written,
+        };
+        written.with_context(|| {
             format!(
                 "setting {} to {}: is it mounted read-only? Name a writable /proc/sys/net by --sysctl-dir, or set it on the host",
                 path.display(),
@@ -142,13 +155,23 @@ pub fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<Change>> {
         })?;
         changed.push(Change { path: sysctl.path.clone(), old, new: sysctl.want.to_owned() });
     }
-    Ok(changed)
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Devices, apply, relax, wanted};
+    use super::{Change, Devices, Path, Result, Sysctl, wanted};
     use std::fs;
+
+    fn apply(root: &Path, wanted: &[Sysctl]) -> Result<Vec<Change>> {
+        let mut changed = Vec::new();
+        super::apply(root, wanted, &mut changed).map(|()| changed)
+    }
+
+    fn relax(root: &Path) -> Result<Vec<Change>> {
+        let mut changed = Vec::new();
+        super::relax(root, &mut changed).map(|()| changed)
+    }
 
     #[test]
     fn only_what_differs_is_set_and_missing_devices_do_not_matter() {
@@ -168,6 +191,8 @@ mod tests {
         put("ipv6/conf/eth0/accept_ra", "0\n");
         put("ipv6/conf/eth1/accept_ra", "1\n");
         put("ipv6/conf/eth2/accept_ra", "1\n");
+        put("ipv4/conf/eth0/rp_filter", "1\n");
+        put("ipv6/conf/rnv1/forwarding", "0\n");
         put("ipv4/conf/eth0/forwarding", "0\n");
         put("ipv4/conf/eth1/forwarding", "1\n");
         let names = |all: &[&str]| all.iter().map(ToString::to_string).collect();
@@ -176,6 +201,7 @@ mod tests {
             others: names(&["eth2"]),
             overlay: Some("rn_vxlan".to_owned()),
             veths: names(&["rnv1", "rnv2"]),
+            is_multi_homed: true,
         });
         let changed = apply(root.path(), &all).unwrap();
         assert_eq!(
@@ -184,6 +210,8 @@ mod tests {
                 "ipv6.conf.eth1.accept_ra: 1 -> 2",
                 "ipv6.conf.eth2.accept_ra: 1 -> 2",
                 "ipv4.ip_forward: 0 -> 1",
+                "ipv6.conf.rnv1.forwarding: 0 -> 1",
+                "ipv4.conf.eth0.rp_filter: 1 -> 2",
                 "ipv4.conf.eth0.forwarding: 0 -> 1",
                 "ipv6.conf.rn_vxlan.accept_ra: 1 -> 0",
                 "ipv4.conf.rnv1.rp_filter: 1 -> 0",
@@ -210,6 +238,18 @@ mod tests {
         let now = ["all", "default", "eth0", "rnv1", "rn_vxlan", "lo"].map(read);
         assert_eq!(now, ["0", "2", "2", "0", "0", "2"]);
         assert!(relax(root.path()).unwrap().is_empty());
+    }
+
+    /// What was set before a failure is not lost: it has to be restored one day.
+    #[test]
+    fn changes_before_a_failure_are_returned() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("ipv6/conf/eth0")).unwrap();
+        fs::write(root.path().join("ipv6/conf/eth0/accept_ra"), "1").unwrap();
+        let devices = Devices { uplinks: vec!["eth0".into()], ..Devices::default() };
+        let mut changed = Vec::new();
+        super::apply(root.path(), &wanted(&devices), &mut changed).unwrap_err();
+        assert_eq!(changed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["ipv6.conf.eth0.accept_ra: 1 -> 2"]);
     }
 
     #[test]

@@ -58,6 +58,8 @@ pub struct Place {
     pub sources: BTreeMap<u32, Sources>,
     /// MTU of the way to other nodes; 0 without uplink.
     pub mtu: u32,
+    /// The Node names addresses, and the host has none of them at the moment.
+    pub is_nameless: bool,
     /// Family of the overlay's outer packets, as far as this node has a say.
     pub overlay_family: Family,
     /// What does not work on this host, and the remedy.
@@ -72,6 +74,7 @@ impl Default for Place {
             side_devices: Vec::new(),
             sources: BTreeMap::new(),
             mtu: 0,
+            is_nameless: false,
             overlay_family: Family::V4,
             problems: Vec::new(),
         }
@@ -128,6 +131,7 @@ pub fn place<'a>(
     Place {
         addresses,
         mtu: mtu(settings, named, &uplinks),
+        is_nameless: !named.is_empty() && absent.len() == named.len(),
         side_devices: host.devices.iter().filter(is_side).map(uplink).collect(),
         uplinks: uplinks.into_iter().map(uplink).collect(),
         sources,

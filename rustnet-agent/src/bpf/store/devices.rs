@@ -24,15 +24,22 @@ impl Devices {
         Ok(Self { map: Map::open(bpffs, map::DEVICES)? })
     }
 
-    /// Brings the map to `wanted`. Returns the addresses that no device has any more.
-    pub fn write(&self, wanted: &BTreeMap<u32, Sources>) -> Result<BTreeSet<IpAddr>> {
+    /// Brings the map to `wanted`; only adds devices to it unless `is_complete`. Returns the addresses that no device has any
+    /// more.
+    pub fn write(&self, wanted: &BTreeMap<u32, Sources>, is_complete: bool) -> Result<BTreeSet<IpAddr>> {
         let before: BTreeMap<u32, Device> = self.map.entries()?.into_iter().collect();
         let wanted: BTreeMap<u32, Device> = wanted.iter().map(|(index, it)| (*index, device(it))).collect();
-        for (index, device) in wanted.iter().filter(|(index, device)| before.get(index) != Some(device)) {
-            self.map.put(index, device)?;
+        if !is_complete {
+            for (index, device) in wanted.iter().filter(|(index, _)| !before.contains_key(index)) {
+                self.map.put(index, device)?;
+            }
+            return Ok(BTreeSet::new());
         }
         for index in before.keys().filter(|index| !wanted.contains_key(index)) {
             self.map.delete(index)?;
+        }
+        for (index, device) in wanted.iter().filter(|(index, device)| before.get(index) != Some(device)) {
+            self.map.put(index, device)?;
         }
         let now: BTreeSet<IpAddr> = wanted.values().flat_map(addresses).collect();
         Ok(before.values().flat_map(addresses).filter(|ip| !now.contains(ip)).collect())
