@@ -224,7 +224,7 @@ impl Reconciler {
         }
         // The first time there is nothing to wait out, and readiness waits for it.
         if !self.routed && self.index.has_synced(Kind::Node) {
-            self.network.want(Duration::ZERO);
+            self.network.want_unless_failed();
         }
         self.maps.want_unless_failed();
         self.report.want(PROBLEMS_PERIOD);
