@@ -169,12 +169,16 @@ impl Kernel {
         if self.config.write(config)? {
             done.push("settings of the programs written".to_owned());
         }
-        done.extend(self.write_devices(place, state, is_complete)?);
+        // A device without an entry masquerades with the node's address: no reason to leave pods without programs.
+        let mut failures = Vec::new();
+        match self.write_devices(place, state, is_complete) {
+            Ok(changed) => done.extend(changed),
+            Err(e) => failures.push(Failure::new(Scope::Node, &e)),
+        }
         if !self.pinned {
             self.programs.pin(&self.bpffs)?;
             self.pinned = true;
         }
-        let mut failures = Vec::new();
         let first = self.first_uplink(state, is_complete);
         let hooks = device_hooks(state, place.side_devices.iter().filter(|_| is_complete), first);
         let mut is_overlay_verified = false;
@@ -196,7 +200,10 @@ impl Kernel {
             done.extend(self.drop_other_links(&hooks)?);
             done.extend(self.drop_other_filters(socket, &hooks, state)?);
         }
-        done.extend(self.drop_strays(&hooks)?);
+        match self.drop_strays(&hooks) {
+            Ok(dropped) => done.extend(dropped),
+            Err(e) => failures.push(Failure::new(Scope::Node, &e)),
+        }
         for record in &state.endpoints {
             let hooks = self.pod_hooks(socket, record, state);
             match link::unless_gone(socket, record.ifindex, hooks, None) {

@@ -20,7 +20,8 @@ use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::{link, tc};
 use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
 use rustnet_agent::{nodefile, reconcile};
-use rustnet_common::addr::Ip4;
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::device::Device;
 use rustnet_common::names::map;
 use rustnet_common::service::{SvcEntry, SvcKey};
 use tokio::sync::{mpsc, watch};
@@ -535,6 +536,45 @@ fn every_address_of_the_host_is_the_hosts_own_as_long_as_it_is_there() {
             agent.send(synced()).await;
             agent.ready().await;
             assert_eq!(own(), with(&["10.8.0.1/32"]));
+            agent.stop().await;
+        });
+    });
+}
+
+/// Addresses of devices that find no room are a problem of the node; programs go on its devices all the same.
+#[test]
+fn a_full_map_of_devices_keeps_no_program_off_an_uplink() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&["--uplink=eth0"]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            agent.stop().await;
+
+            let map = Map::<u32, Device>::open(&sandbox.bpffs, map::DEVICES).unwrap();
+            let nobody = Device { ip4: Ip4::UNSPECIFIED, ip6: Ip6::UNSPECIFIED };
+            let full = (1_000_000..).find_map(|index| map.put(&index, &nobody).err()).unwrap();
+            assert!(format!("{full:#}").contains("rn_devices"), "{full:#}");
+            ip("link add eth1 type veth peer name far1");
+            ip("link set eth1 up");
+            ip("link set far1 up");
+            ip("addr add 198.51.100.1/24 dev eth1");
+            // Without the node's own object no entry is removed, so there is no room.
+            let agent = Agent::start(sandbox.config(&["--uplink=eth0", "--uplink=eth1"]));
+            wait_until("the full map is a problem", || {
+                agent.health.complaints().iter().any(|it| it.contains("rn_devices"))
+            })
+            .await;
+            assert!(on_hook(&sandbox.bpffs, "uplink_in", "eth1", Direction::Ingress).is_some() || !has_tcx());
+
+            // With it the map has those of this host alone.
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
+            assert!(map.get(&sandbox::ifindex("eth1")).unwrap().is_some());
             agent.stop().await;
         });
     });
