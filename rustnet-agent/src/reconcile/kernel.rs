@@ -215,8 +215,8 @@ impl Kernel {
         Ok(Attached { done, failures, is_overlay_verified })
     }
 
-    /// Writes the addresses of devices, and ends the masquerade of those that the host has no more.
-    /// Before this node's own object is known, a device may seem to have another address: what is there stays.
+    /// Writes the addresses of devices, and ends the masquerade of those that the host has no more. Before
+    /// this node's own object is known, a device may seem to have another address: what is there stays.
     fn write_devices(&self, place: &Place, state: &State, is_complete: bool) -> Result<Option<String>> {
         let mut gone = self.devices.write(&place.sources, is_complete)?;
         let own = state.host.facts().own_addresses();
@@ -250,11 +250,7 @@ impl Kernel {
 
     /// Takes programs off devices that an agent with other pins has left there.
     fn drop_strays(&self, hooks: &[Hook<'_>]) -> Result<Vec<String>> {
-        let dir = self.bpffs.join(LINKS_DIR);
-        let mut kept = BTreeSet::new();
-        for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
-            kept.extend(attach::link_id_of(&entry.with_context(|| format!("reading {}", dir.display()))?.path()));
-        }
+        let kept: BTreeSet<u32> = self.link_paths()?.iter().filter_map(|path| attach::link_id_of(path)).collect();
         let mut done = Vec::new();
         for hook in hooks {
             let device = Device { name: hook.device, ifindex: hook.ifindex };
@@ -272,16 +268,21 @@ impl Kernel {
 
     /// Removes the links of devices that are uplinks no more.
     fn drop_other_links(&self, hooks: &[Hook<'_>]) -> Result<Vec<String>> {
-        let dir = self.bpffs.join(LINKS_DIR);
         let wanted: BTreeSet<_> = hooks.iter().map(|h| attach::link_path(&self.bpffs, h.program, h.further)).collect();
         let mut done = Vec::new();
-        for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
-            let path = entry.with_context(|| format!("reading {}", dir.display()))?.path();
+        for path in self.link_paths()? {
             if !wanted.contains(&path) && pin::remove(&path)? {
                 done.push(format!("{} removed: its device needs no program any more", path.display()));
             }
         }
         Ok(done)
+    }
+
+    /// The pins of links that there are.
+    fn link_paths(&self) -> Result<Vec<PathBuf>> {
+        let dir = self.bpffs.join(LINKS_DIR);
+        let entries = fs::read_dir(&dir).and_then(|entries| entries.map(|it| Ok(it?.path())).collect());
+        entries.with_context(|| format!("reading {}", dir.display()))
     }
 
     /// Removes our filters from devices that need none. Where there is TCX, no device but the pods' needs one.
