@@ -47,17 +47,21 @@ pub fn link_path(bpffs: &Path, program: &str, further: Option<&str>) -> PathBuf 
 
 /// Index of the device of the link that is pinned at `path`, if there is one.
 pub fn device_of(path: &Path) -> Option<u32> {
-    info_of(path).map(|info| info.ifindex)
+    info_of(path).ok().map(|info| info.ifindex)
 }
 
-/// Number of the link that is pinned at `path`, if there is one.
-pub fn link_id_of(path: &Path) -> Option<u32> {
-    info_of(path).map(|info| info.id)
+/// Number of the link that is pinned at `path`.
+///
+/// # Errors
+///
+/// It cannot be opened.
+pub fn link_id_of(path: &Path) -> Result<u32> {
+    info_of(path).map(|info| info.id).with_context(|| format!("opening the link {}", path.display()))
 }
 
-fn info_of(path: &Path) -> Option<sys::LinkInfo> {
-    let link = sys::obj_get(path).ok()?;
-    sys::link_info(link.as_fd()).ok()
+fn info_of(path: &Path) -> io::Result<sys::LinkInfo> {
+    let link = sys::obj_get(path)?;
+    sys::link_info(link.as_fd())
 }
 
 /// Takes programs of ours off a TCX hook whose links are not among `kept`: their pins are in a BPF file system that another one

@@ -171,10 +171,7 @@ impl Kernel {
         }
         // A device without an entry masquerades with the node's address: no reason to leave pods without programs.
         let mut failures = Vec::new();
-        match self.write_devices(place, state, is_complete) {
-            Ok(changed) => done.extend(changed),
-            Err(e) => failures.push(Failure::new(Scope::Node, &e)),
-        }
+        take(self.write_devices(place, state, is_complete), &mut done, &mut failures);
         if !self.pinned {
             self.programs.pin(&self.bpffs)?;
             self.pinned = true;
@@ -197,13 +194,10 @@ impl Kernel {
             }
         }
         if failures.is_empty() && is_complete {
-            done.extend(self.drop_other_links(&hooks)?);
-            done.extend(self.drop_other_filters(socket, &hooks, state)?);
+            take(self.drop_other_links(&hooks), &mut done, &mut failures);
+            take(self.drop_other_filters(socket, &hooks, state), &mut done, &mut failures);
         }
-        match self.drop_strays(&hooks) {
-            Ok(dropped) => done.extend(dropped),
-            Err(e) => failures.push(Failure::new(Scope::Node, &e)),
-        }
+        take(self.drop_strays(&hooks), &mut done, &mut failures);
         for record in &state.endpoints {
             let hooks = self.pod_hooks(socket, record, state);
             match link::unless_gone(socket, record.ifindex, hooks, None) {
@@ -250,7 +244,8 @@ impl Kernel {
 
     /// Takes programs off devices that an agent with other pins has left there.
     fn drop_strays(&self, hooks: &[Hook<'_>]) -> Result<Vec<String>> {
-        let kept: BTreeSet<u32> = self.link_paths()?.iter().filter_map(|path| attach::link_id_of(path)).collect();
+        // A link of our own that cannot be opened must not be taken for one of theirs.
+        let kept = self.link_paths()?.iter().map(|path| attach::link_id_of(path)).collect::<Result<BTreeSet<_>>>()?;
         let mut done = Vec::new();
         for hook in hooks {
             let device = Device { name: hook.device, ifindex: hook.ifindex };
@@ -332,6 +327,14 @@ impl Kernel {
             done.push(format!("endpoint {ip} put back"));
         }
         Ok(done)
+    }
+}
+
+/// Adds what a step did to `done`, or its error to `failures`: the steps behind it do not depend on it.
+fn take(step: Result<impl IntoIterator<Item = String>>, done: &mut Vec<String>, failures: &mut Vec<Failure>) {
+    match step {
+        Ok(changes) => done.extend(changes),
+        Err(e) => failures.push(Failure::new(Scope::Node, &e)),
     }
 }
 

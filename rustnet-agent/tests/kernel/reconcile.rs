@@ -22,7 +22,7 @@ use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
 use rustnet_agent::{nodefile, reconcile};
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::device::Device;
-use rustnet_common::names::map;
+use rustnet_common::names::{LINKS_DIR, map};
 use rustnet_common::service::{SvcEntry, SvcKey};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -575,6 +575,41 @@ fn a_full_map_of_devices_keeps_no_program_off_an_uplink() {
             agent.ready().await;
             wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
             assert!(map.get(&sandbox::ifindex("eth1")).unwrap().is_some());
+            agent.stop().await;
+        });
+    });
+}
+
+/// What nobody can open among the pins is a problem of the node; pods get their programs, and no program is taken off.
+#[test]
+fn an_odd_pin_keeps_no_program_off_a_pod() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        ip("link set rnv1 up");
+        let pod = sandbox::ifindex("rnv1");
+        block_on(async {
+            let agent = Agent::start(Config { audit_period: Duration::from_millis(50), ..sandbox.config(&[]) });
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+
+            let before = link_ids(sandbox);
+            let odd = sandbox.bpffs.join(LINKS_DIR).join("odd");
+            std::fs::create_dir(&odd).unwrap();
+            sandbox.record("rnv1", pod, "10.1.1.2");
+            wait_until("the pod has its programs", || {
+                let mut socket = Socket::open().unwrap();
+                Direction::BOTH.iter().all(|it| tc::filter(&mut socket, pod, *it).unwrap().is_some())
+            })
+            .await;
+            wait_until("the odd pin is a problem", || {
+                agent.health.complaints().iter().any(|it| it.contains("link/odd"))
+            })
+            .await;
+            std::fs::remove_dir(&odd).unwrap();
+            wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
+            assert_eq!(link_ids(sandbox), before);
             agent.stop().await;
         });
     });
