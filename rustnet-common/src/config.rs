@@ -11,7 +11,7 @@ pub struct NodeConfig {
     pub node4: Ip4,
     /// This node's IPv6 address, for the same. :: when there is none.
     pub node6: Ip6,
-    /// The tunnel's near end; unspecified lets the kernel choose.
+    /// This node's address of the overlay's family. No program reads it: the tunnel's near end is `node4` or `node6`.
     pub tunnel_src: Addr,
     /// Bits of a packet's mark that are rustnet's: [`NodeConfig::mark`] is compared with these bits and no others. Programs
     /// before `rn_svc4_v2` never read this word, which was the uplink's interface index.
