@@ -1,6 +1,6 @@
 //! Hosts and pods: probes, pods that talk to nodes, and the world, which sees a node's address.
 
-use crate::fixture::{Net, in_each_routing, world};
+use crate::fixture::{Net, endpoints, in_each_routing, world};
 use anyhow::{Result, ensure};
 use std::net::SocketAddr;
 use testkit::Proto;
@@ -17,6 +17,7 @@ in_each_routing!(
     the_world_sees_the_nodes_address,
     the_world_cannot_reach_pods_by_a_connection_of_its_own,
     nodes_reach_each_other,
+    the_first_packet_to_a_service_waits_for_the_nodes_neighbour_and_goes_there,
 );
 
 fn a_host_reaches_its_own_pods(net: &Net) -> Result<()> {
@@ -101,6 +102,21 @@ fn nodes_reach_each_other(net: &Net) -> Result<()> {
             let answers = ask(net.node(1).netns(), proto, SocketAddr::new(address, PORT), 5)?;
             answers.only_by(&["n2"])?;
             answers.only_as(net.node(1).address_like(address))?;
+        }
+    }
+    Ok(())
+}
+
+/// The kernel sends what waited for a neighbour by the packet's own route (`neigh_update`). For a host's packet to a Service that is
+/// the route to the Service's address, by the default gateway, which has no route to pods.
+fn the_first_packet_to_a_service_waits_for_the_nodes_neighbour_and_goes_there(net: &Net) -> Result<()> {
+    let service = net.service(endpoints(&[&net.c]))?;
+    let host = net.node(1).netns();
+    for target in service.targets() {
+        for proto in Proto::ALL {
+            let family = if target.is_ipv4() { "-4" } else { "-6" };
+            host.exec("ip", &[family, "neigh", "flush", "dev", "eth0"])?;
+            ask(host, proto, target, 1)?.only_by(&["c"])?;
         }
     }
     Ok(())

@@ -81,43 +81,65 @@ impl Fib {
 
 /// The kernel's routes for packets of one family.
 pub trait Routed: Family {
-    /// See [`redirect`].
-    fn fib(skb: &Skb, flow: &mut Flow<Self::A>, mtu_len: u32, is_output: bool) -> PackedResult;
+    /// See [`redirect`]; for packets that came in.
+    fn fib(skb: &Skb, flow: &mut Flow<Self::A>, mtu_len: u32) -> PackedResult;
+    /// The same for packets of this host.
+    fn fib_output(skb: &Skb, flow: &mut Flow<Self::A>, mtu_len: u32) -> PackedResult;
 }
 
 /// Arms a redirect along the kernel's route to where the flow leads. `mtu_len` is checked against the path's MTU, 0 if the packet may be
 /// fragmented; `is_output` looks as a local sender would.
 #[inline(always)]
 pub fn redirect<F: Routed>(skb: &Skb, flow: &mut Flow<F::A>, mtu_len: u32, is_output: bool) -> Result<Fib, Dropped> {
-    F::fib(skb, flow, mtu_len, is_output).result().map(Fib::from_code)
+    let found = if is_output { F::fib_output(skb, flow, mtu_len) } else { F::fib(skb, flow, mtu_len) };
+    found.result().map(Fib::from_code)
 }
 
-/// Declares a family's look-up as a function with global linkage, for the reason that the parser is one.
+/// Declares a look-up of a family as a function with global linkage, for the reason that the parser is one.
 macro_rules! global {
-    ($name:ident, $family:ty, $addr:ty) => {
+    ($name:ident, $family:ty, $addr:ty, $is_output:literal) => {
         /// See [`redirect`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $name(skb: *mut __sk_buff, flow: *mut Flow<$addr>, mtu_len: u32, is_output: u32) -> u64 {
+        pub extern "C" fn $name(skb: *mut __sk_buff, flow: *mut Flow<$addr>, mtu_len: u32) -> u64 {
             // SAFETY: the only caller is below and passes a reference; the verifier checks its size.
             let found = match unsafe { flow.as_mut() } {
-                Some(flow) => try_redirect::<$family>(&Skb(skb), flow, mtu_len, is_output != 0),
+                Some(flow) => try_redirect::<$family>(&Skb(skb), flow, mtu_len, $is_output),
                 None => Err(DropReason::NoFib.into()),
             };
             PackedResult::new(found).bits()
         }
-
-        impl Routed for $family {
-            #[inline(always)]
-            fn fib(skb: &Skb, flow: &mut Flow<$addr>, mtu_len: u32, is_output: bool) -> PackedResult {
-                PackedResult::from_bits($name(skb.raw(), flow, mtu_len, u32::from(is_output)))
-            }
-        }
     };
 }
 
-global!(rn_fib4, V4, Ip4);
-global!(rn_fib6, V6, Ip6);
+global!(rn_fib4, V4, Ip4, false);
+global!(rn_fib6, V6, Ip6, false);
+global!(rn_fib_output4, V4, Ip4, true);
+global!(rn_fib_output6, V6, Ip6, true);
+
+impl Routed for V4 {
+    #[inline(always)]
+    fn fib(skb: &Skb, flow: &mut Flow<Ip4>, mtu_len: u32) -> PackedResult {
+        PackedResult::from_bits(rn_fib4(skb.raw(), flow, mtu_len))
+    }
+
+    #[inline(always)]
+    fn fib_output(skb: &Skb, flow: &mut Flow<Ip4>, mtu_len: u32) -> PackedResult {
+        PackedResult::from_bits(rn_fib_output4(skb.raw(), flow, mtu_len))
+    }
+}
+
+impl Routed for V6 {
+    #[inline(always)]
+    fn fib(skb: &Skb, flow: &mut Flow<Ip6>, mtu_len: u32) -> PackedResult {
+        PackedResult::from_bits(rn_fib6(skb.raw(), flow, mtu_len))
+    }
+
+    #[inline(always)]
+    fn fib_output(skb: &Skb, flow: &mut Flow<Ip6>, mtu_len: u32) -> PackedResult {
+        PackedResult::from_bits(rn_fib_output6(skb.raw(), flow, mtu_len))
+    }
+}
 
 #[inline(always)]
 fn try_redirect<F: Family>(skb: &Skb, flow: &mut Flow<F::A>, mtu_len: u32, is_output: bool) -> Result<i32, Dropped> {
@@ -144,7 +166,7 @@ fn try_redirect<F: Family>(skb: &Skb, flow: &mut Flow<F::A>, mtu_len: u32, is_ou
             if flow.class == Class::New && flow.flags & flags::MASQ != 0 {
                 nat::choose_source::<F>(skb, flow, fib.ifindex);
             }
-            Ok(redirect_neigh(fib.ifindex, fib.family, fib.dst))
+            Ok(redirect_neigh(fib.ifindex, fib.family, fib.dst, is_output && rc == RET_NO_NEIGH))
         }
         RET_FRAG_NEEDED if mtu_len == 0 => Ok(Fib::needs_fragmentation(u32::from(fib.tot_len))),
         RET_FRAG_NEEDED => Err(Dropped { reason: DropReason::FragNeeded, mtu: u32::from(fib.tot_len) }),
@@ -154,11 +176,15 @@ fn try_redirect<F: Family>(skb: &Skb, flow: &mut Flow<F::A>, mtu_len: u32, is_ou
 }
 
 /// Redirects out of an interface, to the MAC that the neighbour table has for the next hop.
+///
+/// `is_waiting`: a packet of this host whose next hop has no MAC yet. It waits for one, and leaves by the route that is attached to it
+/// (`neigh_update`), which is the one to the Service's address. Without a next hop, the helper attaches the one to its destination.
 #[inline(always)]
-fn redirect_neigh(ifindex: u32, family: u8, addr: [u32; 4]) -> i32 {
+fn redirect_neigh(ifindex: u32, family: u8, addr: [u32; 4], is_waiting: bool) -> i32 {
     let mut hop = NextHop { family: u32::from(family), addr };
+    let size = if is_waiting { 0 } else { size_of::<NextHop>() };
     // SAFETY: `hop` has the layout and the size of the kernel's structure.
-    unsafe { helper::bpf_redirect_neigh(ifindex, (&raw mut hop).cast(), size_of::<NextHop>() as i32, 0) as i32 }
+    unsafe { helper::bpf_redirect_neigh(ifindex, (&raw mut hop).cast(), size as i32, 0) as i32 }
 }
 
 /// Arms a redirect to the pod `dst` through the qdisc of the host's veth `ifindex`; the pod is its own next hop. `mtu_len` is
@@ -198,6 +224,6 @@ fn try_via_qdisc<F: Family>(
         _ if mtu_len > mtu || (mtu_len == 0 && rc == MTU_FRAG_NEEDED) => {
             Err(Dropped { reason: DropReason::FragNeeded, mtu })
         }
-        _ => Ok(redirect_neigh(ifindex, F::AF, dst.words())),
+        _ => Ok(redirect_neigh(ifindex, F::AF, dst.words(), false)),
     }
 }
