@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::ct_gc::Collector;
 use crate::failure::{self, Failure, Scope};
 use crate::health::{Health, NotReady};
-use crate::index::Index;
+use crate::index::{Gate, Index};
 use crate::model::Feature;
 use crate::net::monitor::Monitor;
 use crate::net::overlay::mac_of;
@@ -401,7 +401,8 @@ impl Reconciler {
     /// must not come back from an earlier table. An upgrade that a broken hook holds up is not.
     fn can_apply(&self) -> bool {
         let waits = self.is_upgrading() && !self.network.has_failed();
-        self.maps.deadline().is_some() && self.datapath.is_some() && self.index.synced() && !waits
+        let is_open = Gate::ALL.into_iter().any(|gate| self.index.is_open(gate));
+        self.maps.deadline().is_some() && self.datapath.is_some() && is_open && !waits
     }
 
     /// Exports the maps for an agent of v1 (see [`crate::bpf::upgrade`]); false if there is nothing to export. Stops between two

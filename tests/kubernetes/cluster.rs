@@ -353,7 +353,7 @@ async fn follow(mut plane: Plane, mut events: mpsc::Receiver<Event>, seen: &watc
                 Event::Restart(kind) => *now.lists.entry(*kind).or_default() += 1,
                 Event::Report { origin, problems } => match problems.first() {
                     Some(problem) => drop(now.trouble.insert(origin.to_string(), problem.to_string())),
-                    None => drop(now.trouble.remove(&**origin)),
+                    None => drop(now.trouble.remove(&origin.to_string())),
                 },
                 Event::Apply(Object::Pod(pod)) => drop(now.pods_heard_of.insert(pod.name.to_string())),
                 _ => {}

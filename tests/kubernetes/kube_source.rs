@@ -347,6 +347,25 @@ fn without_the_right_to_see_pods_services_work() -> Result<()> {
     })
 }
 
+/// The same for what packets need: each kind holds up what follows from it, and nothing else.
+#[test]
+fn without_the_right_to_see_nodes_services_work() -> Result<()> {
+    with_server(&[], async |server| {
+        let cluster = Cluster::new(&server)?;
+        let rbac = RBAC.replace("resources: [services, nodes, pods, namespaces]", "resources: [services]");
+        ensure!(rbac != RBAC, "the right is where it was");
+        cluster.apply(&yaml(&[NAMESPACE, &rbac, NODES, WEB])).await?;
+        let url = direct();
+        let mut agent = Agent::start(&server, Start { user: AGENT, ..Start::new(&url) }).await?;
+        let has = |seen: &Seen, part: &str| seen.dump.iter().any(|line| line.contains(part));
+        let seen = agent.wait("services are written", |seen| has(seen, " affinity ")).await?;
+        ensure!(!seen.synced && !has(&seen, "Peer {"), "{seen:?}");
+        cluster.apply(RBAC).await?;
+        agent.wait_for_maps("the rest", &yaml(&[NODES, WEB])).await?;
+        Ok(())
+    })
+}
+
 #[test]
 fn an_idle_watch_moves_on_by_bookmarks() -> Result<()> {
     with_server(&[], async |server| {

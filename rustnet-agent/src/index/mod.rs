@@ -16,7 +16,7 @@ pub use vip::VipKey;
 
 use crate::host::HostFacts;
 use crate::model::{Node, ObjectName, Pod, Problem, ServicePort};
-use crate::source::{Event, Kind, Object, ObjectRef};
+use crate::source::{Event, Kind, Object, ObjectRef, Origin};
 pub use crate::ways::Settings;
 use crate::ways::Ways;
 use ipnet::IpNet;
@@ -28,6 +28,20 @@ use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+
+/// What waits for kinds of its own, so that a kind that cannot be had does not hold up the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gate {
+    /// Service entries and backends.
+    Services,
+    /// Peers. Routes follow from the same kind.
+    Peers,
+}
+
+impl Gate {
+    /// All gates.
+    pub const ALL: [Self; 2] = [Self::Services, Self::Peers];
+}
 
 /// All objects of the sources, and the desired content of the maps that follows from them.
 #[derive(Debug)]
@@ -45,7 +59,7 @@ pub struct Index {
     /// Problems of objects, rejected ones included.
     problems: BTreeMap<ObjectRef, Box<[Problem]>>,
     /// Problems of origins: files, watches.
-    reports: BTreeMap<Arc<str>, Box<[Problem]>>,
+    reports: BTreeMap<Origin, Box<[Problem]>>,
 }
 
 impl Index {
@@ -119,6 +133,19 @@ impl Index {
     /// True once every required kind has been delivered in full, at least once.
     pub fn synced(&self) -> bool {
         Kind::REQUIRED.iter().all(|kind| self.relist.has_synced(*kind))
+    }
+
+    /// True once all that this gate waits for has been delivered in full, at least once.
+    pub fn is_open(&self, gate: Gate) -> bool {
+        match gate {
+            // This node's zone narrows the choice of endpoints. Without it services work, and a little later it comes.
+            // So its Node is waited for as long as nothing is wrong with their watch.
+            Gate::Services => {
+                let has_nodes = self.has_synced(Kind::Node) || self.reports.contains_key(&Origin::Watch(Kind::Node));
+                self.has_synced(Kind::Service) && self.has_synced(Kind::Slice) && has_nodes
+            }
+            Gate::Peers => self.has_synced(Kind::Node),
+        }
     }
 
     /// True once this kind has been delivered in full, at least once.

@@ -1,13 +1,13 @@
 //! Events in, desired entries and peers out.
 
 use super::VipKey;
-use super::{Choice, DesiredBackend, Index};
+use super::{Choice, DesiredBackend, Gate, Index};
 use crate::config::Routing;
 use crate::host::HostFacts;
 use crate::host::build::{device, host};
 use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{Condition, EndpointSlice, Family, ObjectName, Problem};
-use crate::source::{Event, Kind, ObjectRef};
+use crate::source::{Event, Kind, ObjectRef, Origin};
 use crate::ways::Settings;
 use rustnet_common::backend::flags::{LOCAL, TERMINATING};
 use rustnet_common::peer::{Peer, flags as peer, identity};
@@ -325,6 +325,25 @@ fn synced_means_all_required_kinds() {
 }
 
 #[test]
+fn a_kind_that_cannot_be_had_holds_up_only_what_follows_from_it() {
+    let mut it = index([Event::Synced(Kind::Node)]);
+    assert!(it.is_open(Gate::Peers) && !it.is_open(Gate::Services));
+
+    let mut it = index([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]);
+    let of_gates = |it: &Index| Gate::ALL.map(|gate| it.is_open(gate));
+    assert_eq!(of_gates(&it), [false, false], "this node's zone may come any moment");
+    let refused = |kind| {
+        let problem = Problem::new(&"watch".into(), "", "refused");
+        Event::Report { origin: Origin::Watch(kind), problems: [problem].into() }
+    };
+    it.handle(refused(Kind::Pod));
+    assert_eq!(of_gates(&it), [false, false], "nothing is wrong with Nodes");
+    it.handle(refused(Kind::Node));
+    assert_eq!(of_gates(&it), [true, false]);
+    assert!(!it.synced(), "the node is not ready");
+}
+
+#[test]
 fn problems_go_when_their_cause_goes() {
     let subject = "Service default/web".into();
     let bad = Problem::new(&subject, "spec", "bad");
@@ -500,7 +519,7 @@ fn a_node_tells_of_others_that_are_at_odds_with_it() {
     }
     let report = |subject: &str| Problem::new(&subject.into(), "", "down");
     let problems = [report("watch of Node"), report("server")].into();
-    it.handle(Event::Report { origin: "watch of Node".into(), problems });
+    it.handle(Event::Report { origin: Origin::Watch(Kind::Node), problems });
     let own: Vec<_> = it.problems_of_this_node("server").iter().map(ToString::to_string).collect();
     assert_eq!(own.len(), 3, "{own:?}");
     for part in

@@ -5,7 +5,7 @@ use super::audit::{Difference, Progress, Repair};
 use super::peers::{PeerWrites, Peers};
 use super::services::{ServiceWrites, Services};
 use super::{Maps, Snapshot, Table, VipKey, Write};
-use crate::index::Index;
+use crate::index::{Gate, Index};
 use crate::model::Problem;
 use ipnet::IpNet;
 use rustnet_common::peer::Peer;
@@ -37,8 +37,10 @@ pub struct Planner {
     services: Services,
     peers: Peers,
     audit: Progress,
-    /// Compare everything, not only what changed.
-    compare_all: bool,
+    /// Compare all services, not only what changed.
+    compare_services: bool,
+    /// The same of peers.
+    compare_peers: bool,
     /// Writes were refused: what the maps hold is not known.
     lost_track: bool,
 }
@@ -59,7 +61,8 @@ impl Planner {
             peers: Peers::new(std::mem::take(&mut snapshot.peers), room.peers),
             services: Services::adopt(snapshot, room.services, room.backends),
             audit: Progress::default(),
-            compare_all: true,
+            compare_services: true,
+            compare_peers: true,
             lost_track: false,
         }
     }
@@ -94,7 +97,16 @@ impl Planner {
 
     /// When [`Self::audit`] is to be called next. `None`: first a sync has to find out what the maps should hold.
     pub fn audit_at(&self) -> Option<Duration> {
-        (!self.compare_all && !self.lost_track).then(|| self.audit.due())
+        let is_any_compared = Table::ALL.into_iter().any(|table| self.is_compared(table));
+        (is_any_compared && !self.lost_track).then(|| self.audit.due())
+    }
+
+    /// True once a table has been compared as a whole with what the index wants.
+    fn is_compared(&self, table: Table) -> bool {
+        match table {
+            Table::Backends | Table::Services4 | Table::Services6 => !self.compare_services,
+            Table::Peers => !self.compare_peers,
+        }
     }
 
     /// Compares the next piece of the maps with what it should hold, and repairs it. Returns what differed.
@@ -106,6 +118,10 @@ impl Planner {
             return Ok(Vec::new());
         }
         let table = self.audit.table();
+        if !self.is_compared(table) {
+            self.audit.advance(true, now);
+            return Ok(Vec::new());
+        }
         let (found, is_last_piece) = maps.read(table)?;
         let mut repair = Repair::default();
         match table {
@@ -139,19 +155,25 @@ impl Planner {
 
     /// The writes that lead from what the maps hold to what the index wants. They are taken as applied.
     pub fn plan(&mut self, index: &mut Index, now: Duration) -> Plan {
-        if !index.synced() {
+        let peers = if index.is_open(Gate::Peers) { self.plan_peers(index) } else { PeerWrites::default() };
+        let mut retry_at = self.waits().then_some(now);
+        let services = if index.is_open(Gate::Services) {
+            let all = std::mem::take(&mut self.compare_services);
+            let services = self.services.plan(index, all, now);
+            let again = self.waits().then_some(now);
+            retry_at = self.services.next_time(now).into_iter().chain(again).min();
+            services
+        } else {
             self.services.tick(now);
-            return Plan::default();
-        }
-        let all = std::mem::take(&mut self.compare_all);
-        let is_peers_turn = index.take_peers_dirty() | all | self.peers.waits();
-        let peers = if is_peers_turn { self.peers.plan(index.desired_peers()) } else { PeerWrites::default() };
-        let services = self.services.plan(index, all, now);
-        let again = self.waits().then_some(now);
-        Plan {
-            writes: in_order(peers, services),
-            retry_at: self.services.next_time(now).into_iter().chain(again).min(),
-        }
+            ServiceWrites::default()
+        };
+        Plan { writes: in_order(peers, services), retry_at }
+    }
+
+    fn plan_peers(&mut self, index: &mut Index) -> PeerWrites {
+        let all = std::mem::take(&mut self.compare_peers);
+        let is_due = index.take_peers_dirty() | all | self.peers.waits();
+        if is_due { self.peers.plan(index.desired_peers()) } else { PeerWrites::default() }
     }
 
     /// True if deletions of the last plan make room for what did not fit.

@@ -29,7 +29,7 @@ use self::slim::{SlimNode, SlimPod};
 use self::store::Store;
 use self::trouble::Trouble;
 use super::convert::{self, BadName, Converter};
-use super::{Event, Kind};
+use super::{Event, Kind, Origin};
 use crate::metrics::Metrics;
 use futures::{StreamExt as _, pin_mut};
 use k8s_openapi::api::core::v1::Service;
@@ -96,7 +96,7 @@ impl KubeSource {
     /// Waits for the server and asks whether it knows streaming lists: an older one would ignore the wish and never say
     /// where the list ends. `None`: the receiver is gone.
     async fn server_streams(&self, events: &Sender<Event>) -> Option<bool> {
-        let mut trouble = Trouble::new("API server's version", events);
+        let mut trouble = Trouble::new("API server's version".into(), events);
         let mut backoff = Backoff::default();
         loop {
             match self.connection.client.apiserver_version().await {
@@ -222,7 +222,7 @@ impl<'a> Follower<'a> {
             paging: false,
             listed: false,
             converter: Converter::new(),
-            trouble: Trouble::new(&format!("watch of {}", K::KIND), events),
+            trouble: Trouble::new(Origin::Watch(K::KIND), events),
             backoff: Backoff::default(),
             replaced: source.store.replacements(),
             restarting: false,

@@ -12,7 +12,7 @@ mod watch;
 pub use catalog::Catalog;
 pub use disk::scan;
 
-use super::{Event, Kind};
+use super::{Event, Kind, Origin};
 use crate::model::Problem;
 use std::collections::BTreeMap;
 use std::io;
@@ -173,7 +173,7 @@ impl Manifests {
         self.complained = message.is_some();
         let subject: Arc<str> = format!("directory {}", self.dir.display()).into();
         let problems = message.map(|message| Problem::new(&subject, "", message)).into_iter().collect();
-        self.send(Event::Report { origin: subject, problems }).await
+        self.send(Event::Report { origin: Origin::Named(subject), problems }).await
     }
 
     async fn send_all(&self, events: Vec<Event>) -> Listening<()> {

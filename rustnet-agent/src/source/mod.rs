@@ -19,13 +19,13 @@ pub enum Event {
     Reject(ObjectRef, Box<[Problem]>),
     /// A fresh full list of a kind begins: what is not applied between here and [`Event::Synced`] is gone.
     Restart(Kind),
-    /// A kind's full list has been delivered. Nothing is programmed until every kind has synced once.
+    /// A kind's full list has been delivered. What follows from it waits for this ([`crate::index::Gate`]).
     Synced(Kind),
     /// What is wrong with an origin of objects (a file, a watch) as a whole. It replaces what was said of that origin
     /// before; an empty list says that all is well again.
     Report {
-        /// Name of the origin.
-        origin: Arc<str>,
+        /// Which.
+        origin: Origin,
         /// Its problems at present.
         problems: Box<[Problem]>,
     },
@@ -38,6 +38,30 @@ impl Event {
             Self::Apply(object) => Some(object.kind()),
             Self::Delete(object) | Self::Reject(object, _) => Some(object.kind),
             Self::Restart(_) | Self::Synced(_) | Self::Report { .. } => None,
+        }
+    }
+}
+
+/// Where objects come from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Origin {
+    /// The watch of a kind on the API server.
+    Watch(Kind),
+    /// Anything else: a file, a directory, the server itself.
+    Named(Arc<str>),
+}
+
+impl From<&str> for Origin {
+    fn from(name: &str) -> Self {
+        Self::Named(name.into())
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Watch(kind) => write!(f, "watch of {kind}"),
+            Self::Named(name) => f.write_str(name),
         }
     }
 }
@@ -58,7 +82,7 @@ pub enum Kind {
 impl Kind {
     /// All kinds.
     pub const ALL: [Self; 4] = [Self::Service, Self::Slice, Self::Node, Self::Pod];
-    /// The kinds that must have synced before anything is programmed or pruned.
+    /// The kinds that must have synced before the node is ready.
     pub const REQUIRED: [Self; 3] = [Self::Service, Self::Slice, Self::Node];
 }
 

@@ -9,9 +9,9 @@ use super::{Capacity, Plan, Planner};
 use crate::config::{AUDIT_PERIOD, Routing};
 use crate::index::{Index, Settings};
 use crate::model::build::{endpoint, ip, node, service, slice};
-use crate::model::{EndpointSlice, Family, ObjectName};
+use crate::model::{EndpointSlice, Family, ObjectName, Problem};
 use crate::plan::{GRACE, MemoryMaps, Snapshot, Table, VipKey, Write};
-use crate::source::{Event, Kind, ObjectRef};
+use crate::source::{Event, Kind, ObjectRef, Origin};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::service::SvcEntry;
 use rustnet_common::tuple::proto::{TCP, UDP};
@@ -280,6 +280,30 @@ fn before_everything_is_known_nothing_is_written_or_pruned() {
     // What was deleted while no agent was there is pruned now, and nothing else is touched.
     assert_eq!(shape(&plan), ["delete wildcard", "delete service", "forget"]);
     assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"]);
+}
+
+/// A server that refuses one kind must not keep the rest from changing, nor make it be pruned.
+#[test]
+fn what_follows_from_a_missing_kind_stays_and_the_rest_changes() {
+    let mut rig = Rig::new(64);
+    let nodes = |range: &str| node("n2", &["172.18.0.12"], &[range]).apply();
+    rig.handle(web(&["10.244.2.2"])).handle([nodes("10.244.2.0/24")]).sync();
+    let (peers, services) = (rig.maps.held().peers.clone(), rig.maps.held().services.clone());
+    assert!(!peers.is_empty() && !services.is_empty());
+
+    rig.index = Index::new(Settings::new("n1", Routing::Vxlan));
+    rig.restart().handle([Event::Synced(Kind::Node), nodes("10.244.3.0/24")]).sync();
+    assert_eq!(rig.maps.held().services, services);
+    assert!(rig.maps.held().peers.contains_key(&"10.244.3.0/24".parse().unwrap()));
+    assert!(!rig.maps.held().peers.contains_key(&"10.244.2.0/24".parse().unwrap()));
+
+    let peers = rig.maps.held().peers.clone();
+    rig.index = Index::new(Settings::new("n1", Routing::Vxlan));
+    let problems = [Problem::new(&"watch of Node".into(), "", "forbidden")].into();
+    rig.restart().handle([Event::Report { origin: Origin::Watch(Kind::Node), problems }]);
+    rig.handle([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]).handle(web(&["10.244.2.9"])).sync();
+    assert_eq!(rig.maps.held().peers, peers);
+    assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.2.9"]);
 }
 
 #[test]

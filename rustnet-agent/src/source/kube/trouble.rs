@@ -3,9 +3,8 @@
 use super::API_SERVER;
 use super::failure::Failure;
 use crate::model::Problem;
-use crate::source::Event;
+use crate::source::{Event, Origin};
 use std::fmt::{self, Debug};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 
@@ -14,14 +13,14 @@ const REMIND: Duration = Duration::from_mins(1);
 
 /// Tells of a failure once, now and then while it lasts, and of its end; and reports it with the events.
 pub(super) struct Trouble<'a> {
-    origin: Arc<str>,
+    origin: Origin,
     events: &'a Sender<Event>,
     now: Option<(String, Instant, Instant)>,
 }
 
 impl<'a> Trouble<'a> {
-    pub(super) fn new(origin: &str, events: &'a Sender<Event>) -> Self {
-        Self { origin: origin.into(), events, now: None }
+    pub(super) fn new(origin: Origin, events: &'a Sender<Event>) -> Self {
+        Self { origin, events, now: None }
     }
 
     pub(super) async fn note(&mut self, what: &str, failure: Failure) {
@@ -35,7 +34,7 @@ impl<'a> Trouble<'a> {
         tracing::warn!(origin = %self.origin, error = what, lasting_s = lasting, "failed, trying on; the last known state stays");
         self.now = Some((what.to_owned(), since, now));
         let stays = "the last known state stays";
-        let detail = Problem::new(&self.origin, "", format!("{what}; {stays}, trying on"));
+        let detail = Problem::new(&self.origin.to_string().into(), "", format!("{what}; {stays}, trying on"));
         let (words, remedy) = (failure.words(), failure.remedy());
         // The same for all kinds and for every time, so that it is reported once.
         let whole = Problem::new(&API_SERVER.into(), "", format!("{words}; {remedy}; {stays}"));
@@ -51,7 +50,7 @@ impl<'a> Trouble<'a> {
 
     async fn report(&self, problems: Box<[Problem]>) {
         // Without a receiver there is nobody to tell; the next event ends the source.
-        let _ = self.events.send(Event::Report { origin: Arc::clone(&self.origin), problems }).await;
+        let _ = self.events.send(Event::Report { origin: self.origin.clone(), problems }).await;
     }
 }
 

@@ -4,7 +4,7 @@
 use super::parse::{Declared, parse};
 use crate::model::Problem;
 use crate::source::convert::Converter;
-use crate::source::{Event, ObjectRef};
+use crate::source::{Event, ObjectRef, Origin};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -119,7 +119,7 @@ impl Catalog {
                 } else {
                     self.reported.insert(Arc::clone(name), problems.clone());
                 }
-                events.push(Event::Report { origin: format!("file {name}").into(), problems });
+                events.push(Event::Report { origin: Origin::Named(format!("file {name}").into()), problems });
             }
         }
         events
