@@ -26,5 +26,6 @@ mod path;
 mod pods;
 mod refusal;
 mod services;
+mod stacked;
 mod state;
 mod upgrade;

@@ -48,12 +48,12 @@ in_each_mode!(
 );
 
 /// Two nodes without agents.
-fn on(routing: Routing, test: impl FnOnce(Fabric) -> Result<()>) -> Result<()> {
+pub fn on(routing: Routing, test: impl FnOnce(Fabric) -> Result<()>) -> Result<()> {
     test(Fabric::build(Setup { routing, ..Setup::default() })?)
 }
 
 /// Starts the agents, adds pods and servers, and runs the test.
-fn with_agents(fabric: Fabric, test: impl FnOnce(&Net) -> Result<()>) -> Result<()> {
+pub fn with_agents(fabric: Fabric, test: impl FnOnce(&Net) -> Result<()>) -> Result<()> {
     let started = fabric.nodes().iter().try_for_each(|node| node.spawn_agent(&[]));
     let ready = started.and_then(|()| fabric.nodes().iter().try_for_each(Node::wait_ready));
     ready.with_context(|| fabric.logs())?;
@@ -70,7 +70,7 @@ fn reached(from: &Netns, pod: &Pod) -> Result<()> {
 }
 
 /// Pods of both nodes meet, each host reaches the other's pods, and a service with a pod on each node is served to all.
-fn meet(net: &Net) -> Result<()> {
+pub fn meet(net: &Net) -> Result<()> {
     reached(net.a.netns(), &net.c).context("a to c")?;
     reached(net.c.netns(), &net.a).context("c to a")?;
     reached(net.node(1).netns(), &net.c).context("n1 to c")?;
@@ -85,7 +85,7 @@ fn meet(net: &Net) -> Result<()> {
 }
 
 /// The same for a host's own requests to a service, which need a route that leads out of an uplink.
-fn hosts_are_served(net: &Net) -> Result<()> {
+pub fn hosts_are_served(net: &Net) -> Result<()> {
     let service = net.service(endpoints(&[&net.a, &net.c]))?;
     for target in service.targets() {
         for node in net.fabric.nodes() {
@@ -96,7 +96,7 @@ fn hosts_are_served(net: &Net) -> Result<()> {
 }
 
 /// The world answers a pod, and sees it at one of these addresses.
-fn seen_as(pod: &Pod, expected: &[IpAddr]) -> Result<()> {
+pub fn seen_as(pod: &Pod, expected: &[IpAddr]) -> Result<()> {
     for address in world() {
         let expected =
             expected.iter().find(|it| it.is_ipv4() == address.is_ipv4()).context("an address of the family")?;
@@ -260,7 +260,7 @@ fn an_internal_address_on_loopback(fabric: Fabric) -> Result<()> {
 }
 
 /// Moves the addresses of a node's NIC to a device on top of it.
-fn move_addresses(node: &Node, to: &str) -> Result<()> {
+pub fn move_addresses(node: &Node, to: &str) -> Result<()> {
     let (v4, v6) = (node.v4(), node.v6());
     node.netns().exec("ip", &["-6", "route", "flush", "default"])?;
     node.netns().ip(&format!(

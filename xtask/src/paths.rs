@@ -39,6 +39,11 @@ fn cache_from(xdg: Option<PathBuf>, home: Option<PathBuf>) -> PathBuf {
         .join("rustnet")
 }
 
+/// The AppArmor profile of containers, as `setup` renders it.
+pub fn apparmor_profile() -> PathBuf {
+    tools().join("cri-containerd.apparmor.d")
+}
+
 /// Where small tools that setup installs are found by a fixed name (cnitool).
 pub fn tools() -> PathBuf {
     cache().join("bin")

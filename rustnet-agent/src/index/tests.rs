@@ -326,7 +326,7 @@ fn synced_means_all_required_kinds() {
 
 #[test]
 fn a_kind_that_cannot_be_had_holds_up_only_what_follows_from_it() {
-    let mut it = index([Event::Synced(Kind::Node)]);
+    let it = index([Event::Synced(Kind::Node)]);
     assert!(it.is_open(Gate::Peers) && !it.is_open(Gate::Services));
 
     let mut it = index([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]);

@@ -2,6 +2,7 @@
 //!
 //! Needs root and the eBPF object (`cargo xtask build-ebpf`). Each test has network and mount namespaces of its own.
 
+mod apparmor;
 mod attach;
 mod cleanup;
 mod cli;

@@ -1,15 +1,15 @@
-//! Where kernels come from: Debian's packages, by an apt with settings of its own, so that nothing is installed and this
-//! machine's apt keeps its lists. What is kept of a kernel are its image and the modules that rustnet asks for, in the
-//! user's cache.
+//! Where kernels come from: Debian's packages. What is kept of a kernel are its image and the modules that rustnet asks for, in
+//! the user's cache.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::apt::Apt;
 use super::cpio::Archive;
 use crate::cmd::Cmd;
-use crate::{cache, paths, ui};
+use crate::{cache, paths};
 
 /// A kernel of Debian.
 #[derive(Debug, PartialEq, Eq)]
@@ -32,13 +32,9 @@ pub const LINES: [Line; 3] = [
 /// The package that depends on a suite's present kernel. The kind for virtual machines is the smallest.
 const PACKAGE: &str = "linux-image-cloud-amd64";
 /// What is a module in Debian's kernels, and not in every developer's.
-const MODULES: [&str; 7] = ["veth", "vxlan", "bridge", "sch_ingress", "cls_bpf", "8021q", "sctp"];
-/// Debian's keys, as its own package has them.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+const MODULES: [&str; 8] = ["veth", "vxlan", "bridge", "bonding", "sch_ingress", "cls_bpf", "8021q", "sctp"];
 /// The file in the cache that holds release and version; written last.
 const NAMES: &str = "release";
-/// Names another mirror.
-const MIRROR: &str = "RUSTNET_DEBIAN_MIRROR";
 
 /// A kernel in the cache.
 pub struct Kernel {
@@ -65,7 +61,8 @@ impl Line {
         // them.
         let work = paths::target().join("kernels").join(self.name).join("download");
         let _ = fs::remove_dir_all(&work); // of a run that was killed
-        let packages = Apt::new(&work, self.suite)?.download(self)?;
+        let apt = Apt::new(&work, self.suite)?;
+        let packages = apt.download(&self.packages(&apt)?, self.suite)?;
         let root = work.join("root");
         for package in &packages {
             Cmd::new("dpkg-deb").arg("-x").args([package, &root]).capture()?;
@@ -97,6 +94,16 @@ impl Line {
         let names = fs::read_to_string(names).ok()?;
         let (release, version) = names.trim().split_once(' ')?;
         Some(Kernel { line: self, release: release.into(), version: version.into(), image, modules })
+    }
+
+    /// The packages with the present kernel of the suite.
+    fn packages(&self, apt: &Apt) -> Result<Vec<String>> {
+        let depends = apt.run("apt-cache").args(["depends", "--recurse", "--no-recommends", "--no-suggests", PACKAGE]);
+        let names = kernel_packages(&depends.capture()?);
+        if names.is_empty() {
+            bail!("{PACKAGE} of {} depends on no kernel", self.suite);
+        }
+        Ok(names)
     }
 
     /// Takes out of unpacked packages what is used.
@@ -167,71 +174,6 @@ fn version_of(packages: &[PathBuf]) -> Result<String> {
     Ok(version.replace("%3a", ":"))
 }
 
-/// An apt that knows one suite and no installed package.
-struct Apt {
-    dir: PathBuf,
-}
-
-impl Apt {
-    fn new(dir: &Path, suite: &str) -> Result<Self> {
-        let apt = Self { dir: dir.to_owned() };
-        for below in ["lists/partial", "cache/archives/partial", "sources", "packages"] {
-            fs::create_dir_all(dir.join(below)).with_context(|| format!("making {}", dir.join(below).display()))?;
-        }
-        let mirror = mirror()?;
-        if !Path::new(KEYRING).is_file() {
-            bail!(
-                "{KEYRING} is missing, so that Debian's packages cannot be checked\n  remedy: apt-get install debian-archive-keyring"
-            );
-        }
-        let source = format!("Types: deb\nURIs: {mirror}\nSuites: {suite}\nComponents: main\nSigned-By: {KEYRING}\n");
-        let write = |name: &str, text: &str| {
-            fs::write(dir.join(name), text).with_context(|| format!("writing {}", dir.join(name).display()))
-        };
-        write("sources/debian.sources", &source)?;
-        write("status", "")?;
-        apt.run("apt-get")
-            .arg("update")
-            .remedy("is the mirror reachable? $RUSTNET_DEBIAN_MIRROR names another")
-            .capture()?;
-        Ok(apt)
-    }
-
-    /// A program of apt with this directory instead of the machine's; proxies and the like stay as they are set here.
-    fn run(&self, program: &str) -> Cmd {
-        let option = |name: &str, value: &Path| ["-o".to_owned(), format!("{name}={}", value.display())];
-        Cmd::new(program)
-            .args(option("Dir::Etc::SourceList", Path::new("/dev/null")))
-            .args(option("Dir::Etc::SourceParts", &self.dir.join("sources")))
-            .args(option("Dir::State", &self.dir))
-            .args(option("Dir::State::Lists", &self.dir.join("lists")))
-            .args(option("Dir::State::Status", &self.dir.join("status")))
-            .args(option("Dir::Cache", &self.dir.join("cache")))
-            .args(["-o", "APT::Architecture=amd64", "-o", "Acquire::Languages=none"])
-            .args(["-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false"])
-            // As root apt would download as another user, who may not write here.
-            .args(["-o", "APT::Sandbox::User=root"])
-            .env("LC_ALL", "C")
-    }
-
-    /// The packages with the present kernel of the suite, checked by apt.
-    fn download(&self, line: &Line) -> Result<Vec<PathBuf>> {
-        let depends = self.run("apt-cache").args(["depends", "--recurse", "--no-recommends", "--no-suggests", PACKAGE]);
-        let names = kernel_packages(&depends.capture()?);
-        if names.is_empty() {
-            bail!("{PACKAGE} of {} depends on no kernel", line.suite);
-        }
-        let uris = self.run("apt-get").args(["download", "--print-uris"]).args(&names).capture()?;
-        let size: u64 = uris.lines().filter_map(|l| l.split_whitespace().nth(2)?.parse::<u64>().ok()).sum();
-        let title = format!("downloading {} from Debian's {} ({} MB)", names.join(", "), line.suite, size / 1_000_000);
-        self.run("apt-get").arg("download").args(&names).dir(self.dir.join("packages")).run_behind(&title)?;
-        let entries = fs::read_dir(self.dir.join("packages")).context("reading the downloaded packages")?;
-        let mut files: Vec<PathBuf> = entries.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
-        files.sort();
-        Ok(files)
-    }
-}
-
 /// The packages that hold a kernel or its modules, of those that `apt-cache depends --recurse` lists.
 fn kernel_packages(depends: &str) -> Vec<String> {
     let is_kernel = |name: &&str| {
@@ -243,37 +185,9 @@ fn kernel_packages(depends: &str) -> Vec<String> {
     depends.lines().filter(is_kernel).map(str::to_owned).collect()
 }
 
-/// The mirror that this machine's own apt uses for Debian.
-fn mirror() -> Result<String> {
-    if let Some(mirror) = std::env::var(MIRROR).ok().filter(|m| !m.is_empty()) {
-        return Ok(mirror);
-    }
-    let format = "$(ORIGIN) $(LABEL) $(REPO_URI)";
-    let listed = Cmd::new("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]).capture()?;
-    let found = debian(&listed);
-    if found.is_none() {
-        ui::detail("apt knows no Debian archive, or its lists were never fetched");
-    }
-    found.with_context(|| {
-        format!("no mirror of Debian\n  remedy: apt-get update, or on another distribution {MIRROR}=URL")
-    })
-}
-
-fn debian(targets: &str) -> Option<String> {
-    targets.lines().find_map(|line| line.strip_prefix("Debian Debian ")).map(str::to_owned)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_mirror_is_that_of_debian_itself() {
-        let targets = "Other Other https://o.example/\nDebian Debian-Security http://m.example/debian-security/\n\
-                       Debian Debian http://m.example/debian/\n";
-        assert_eq!(debian(targets).as_deref(), Some("http://m.example/debian/"));
-        assert_eq!(debian("Ubuntu Ubuntu http://u.example/"), None);
-    }
 
     #[test]
     fn only_packages_with_a_kernel_are_downloaded() {

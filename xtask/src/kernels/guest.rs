@@ -15,13 +15,15 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::Pid;
 
-use super::guest_files::{MODULES, PATH, STEPS};
+use super::guest_files::{MODULES, PATH, POLICY, STEPS};
 use super::protocol::Message;
 use super::step::{OBJECT, Step};
 use crate::verify;
 
 /// The port after the console.
 const RESULTS: &str = "/dev/ttyS1";
+/// What is written there is AppArmor's policy from then on.
+const APPARMOR: &str = "/sys/kernel/security/apparmor/.load";
 /// A step that lasts longer is ended; the steps after it run.
 const STEP_LIMIT: Duration = Duration::from_mins(20);
 
@@ -68,6 +70,7 @@ fn mounts() -> Result<()> {
         ("devtmpfs", "/dev"),
         ("cgroup2", "/sys/fs/cgroup"),
         ("bpf", "/sys/fs/bpf"),
+        ("securityfs", "/sys/kernel/security"),
     ];
     for (kind, at) in all {
         fs::create_dir_all(at).with_context(|| format!("making {at}"))?;
@@ -109,6 +112,9 @@ fn everything(results: &Results) -> Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("asking for the kernel's release")?;
     results.say(&Message::Kernel(release.trim().to_owned()));
     modules()?;
+    // The whole policy in one write: the kernel takes no pieces.
+    let policy = fs::read(POLICY).with_context(|| format!("reading {POLICY}"))?;
+    fs::write(APPARMOR, policy).with_context(|| format!("loading the policy by {APPARMOR}"))?;
     match verify::programs(Path::new(OBJECT), Path::new("/sys/fs/bpf/verify")) {
         Ok(programs) => {
             for (name, info) in programs {

@@ -16,6 +16,8 @@ use crate::{oci, paths, ui};
 pub const PATH: &str = "/bin";
 /// What is to be run, as JSON.
 pub const STEPS: &str = "/steps";
+/// AppArmor's policy, compiled.
+pub const POLICY: &str = "/apparmor";
 /// Modules, in the order of their names.
 pub const MODULES: &str = "/modules";
 
@@ -23,7 +25,7 @@ pub const MODULES: &str = "/modules";
 const COMMANDS: [&str; 6] = ["bpftool", "ip", "tc", "sleep", "ping", "nsenter"];
 
 /// Writes the archive of everything but modules.
-pub fn write(file: &Path, tests: &Tests, steps: &[Step]) -> Result<()> {
+pub fn write(file: &Path, tests: &Tests, steps: &[Step], policy: &[u8]) -> Result<()> {
     let mut files = Files { archive: Archive::default(), work: file.with_extension("stripped") };
     fs::create_dir_all(&files.work).with_context(|| format!("making {}", files.work.display()))?;
     // By way of the process: cargo may have replaced the file since it was started.
@@ -44,6 +46,7 @@ pub fn write(file: &Path, tests: &Tests, steps: &[Step]) -> Result<()> {
     for (path, object) in [(OBJECT, paths::object()), (SKELETONS, paths::skeletons())] {
         files.archive.file(path, &fs::read(&object).with_context(|| format!("reading {}", object.display()))?, 0o644);
     }
+    files.archive.file(POLICY, policy, 0o644);
     files.archive.file(STEPS, &serde_json::to_vec(steps)?, 0o644);
     for dir in ["/mnt", "/root", "/etc", "/run", "/tmp", MODULES] {
         files.archive.dir(dir);

@@ -1,6 +1,8 @@
 //! `kernels`: boots kernels of Debian in QEMU; in each, all programs are loaded, attached and given packets, by the tests
 //! that the host runs, too.
 
+mod apparmor;
+mod apt;
 mod archive;
 mod cpio;
 pub mod guest;
@@ -33,7 +35,7 @@ pub struct Args {
     /// Look for newer packages of the kernels, too
     #[arg(long)]
     refresh: bool,
-    /// Run only this test program: packet, kernel or fabric
+    /// Run only these tests: packet, kernel, fabric, apparmor or devices
     #[arg(long, value_name = "NAME")]
     test: Option<String>,
     /// Write the table to docs/kernels.md
@@ -54,7 +56,7 @@ pub fn run(args: &Args) -> Result<()> {
     let steps = tests::steps(args.test.as_deref(), &args.filter);
     ensure!(
         !steps.is_empty(),
-        "--test {}: there are packet, kernel and fabric",
+        "--test {}: there are packet, kernel, fabric, apparmor and devices",
         args.test.as_deref().unwrap_or_default()
     );
     setup::ensure(&[Need::Build, Need::Network, Need::Kernels])?;
@@ -64,7 +66,7 @@ pub fn run(args: &Args) -> Result<()> {
     let dir = paths::target().join("kernels");
     std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
     let files = dir.join("files.cpio");
-    guest_files::write(&files, &tests, &steps)?;
+    guest_files::write(&files, &tests, &steps, &apparmor::policy()?)?;
     let mut report = Report::default();
     for kernel in &kernels {
         let dir = dir.join(kernel.line.name);

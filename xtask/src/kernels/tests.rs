@@ -13,27 +13,58 @@ use crate::paths;
 /// A test program, and which of its tests run.
 struct Suite {
     name: &'static str,
+    /// The test program.
+    program: &'static str,
     /// Whose: several packages may have one of that name.
     package: &'static str,
     filters: &'static [&'static str],
     /// Emulation is slow: tests of whole networks disturb each other when they run side by side.
     threads: &'static str,
+    /// Tests that are ignored elsewhere, for want of what this kernel has.
+    is_ignored: bool,
 }
 
-const SUITES: [Suite; 3] = [
-    Suite { name: "packet", package: "rustnet-tests", filters: &[], threads: "2" },
+const SUITES: [Suite; 5] = [
+    Suite {
+        name: "packet",
+        program: "packet",
+        package: "rustnet-tests",
+        filters: &[],
+        threads: "2",
+        is_ignored: false,
+    },
     // Without those that are about the rules of kube-proxy, and need its tools.
     Suite {
         name: "kernel",
+        program: "kernel",
         package: "rustnet-agent",
         filters: &["attach::", "cleanup::", "cli::", "load::", "net::", "reconcile::", "store::"],
         threads: "1",
+        is_ignored: false,
     },
     Suite {
         name: "fabric",
+        program: "fabric",
         package: "rustnet-tests",
         filters: &["pods::", "services::vxlan::", "path::vxlan::"],
         threads: "1",
+        is_ignored: false,
+    },
+    Suite {
+        name: "apparmor",
+        program: "kernel",
+        package: "rustnet-agent",
+        filters: &["apparmor::"],
+        threads: "1",
+        is_ignored: true,
+    },
+    Suite {
+        name: "devices",
+        program: "fabric",
+        package: "rustnet-tests",
+        filters: &["stacked::"],
+        threads: "1",
+        is_ignored: true,
     },
 ];
 
@@ -61,16 +92,21 @@ impl Program {
 pub fn build() -> Result<Tests> {
     dist::build(Profile::Dev, &[])?;
     let mut cargo = Cmd::cargo().args(["test", "--no-run", "--quiet", "--workspace", "--exclude", "rustnet-ebpf"]);
-    for suite in &SUITES {
-        cargo = cargo.args(["--test", suite.name]);
+    for suite in programs() {
+        cargo = cargo.args(["--test", suite.program]);
     }
     let messages = dist::environment(cargo.args(["--message-format", "json"])).dir(paths::root()).capture()?;
     let find = |suite: &Suite| {
         let path = messages.lines().find_map(|line| executable(line, suite));
-        let path = path.with_context(|| format!("cargo built no test program {}", suite.name))?;
-        Ok(Program { name: suite.name.into(), path })
+        let path = path.with_context(|| format!("cargo built no test program {}", suite.program))?;
+        Ok(Program { name: suite.program.into(), path })
     };
-    Ok(Tests { programs: SUITES.iter().map(find).collect::<Result<_>>()? })
+    Ok(Tests { programs: programs().map(find).collect::<Result<_>>()? })
+}
+
+/// One suite of each test program.
+fn programs() -> impl Iterator<Item = &'static Suite> {
+    SUITES.iter().filter(|suite| suite.name == suite.program)
 }
 
 /// The test program of a suite, if this message of cargo is about it.
@@ -79,7 +115,7 @@ fn executable(message: &str, suite: &Suite) -> Option<PathBuf> {
     // `path+file:///src/rustnet-agent#0.1.0`, or `path+file:///src/tests#rustnet-tests@0.1.0` where the directory has another name.
     let id = message["package_id"].as_str()?;
     let is_its = [format!("/{}#", suite.package), format!("#{}@", suite.package)].iter().any(|part| id.contains(part));
-    let is_test = is_its && message["target"]["name"] == suite.name && message["profile"]["test"] == true;
+    let is_test = is_its && message["target"]["name"] == suite.program && message["profile"]["test"] == true;
     message["executable"].as_str().filter(|_| is_test).map(PathBuf::from)
 }
 
@@ -94,6 +130,9 @@ impl Suite {
         let filters = self.filters.iter().map(|f| (*f).to_owned());
         let mut args: Vec<String> = if filter.is_empty() { filters.collect() } else { filter.to_vec() };
         args.extend(["--test-threads".to_owned(), self.threads.to_owned()]);
+        if self.is_ignored {
+            args.push("--ignored".to_owned());
+        }
         let env = [
             ("RUSTNET_BPF_OBJECT", OBJECT),
             ("RUSTNET_BPF_SKELETONS", SKELETONS),
@@ -105,7 +144,7 @@ impl Suite {
         ];
         Step {
             name: self.name.into(),
-            program: format!("/tests/{}", self.name),
+            program: format!("/tests/{}", self.program),
             args,
             env: env.map(|(k, v)| (k.into(), v.into())).into(),
         }
@@ -123,7 +162,7 @@ mod test {
                 r#"{{"reason":"compiler-artifact","package_id":"path+file:///w/{package}","target":{{"name":"{target}"}},"profile":{{"test":{test}}},"executable":"/t/x-1"}}"#
             )
         };
-        let [packet, kernel, _] = &SUITES;
+        let [packet, kernel, ..] = &SUITES;
         let (tests, agent, testkit) = ("tests#rustnet-tests@0.1.0", "rustnet-agent#0.1.0", "testkit#0.1.0");
         assert_eq!(executable(&of(tests, "packet", true), packet), Some("/t/x-1".into()));
         assert_eq!(executable(&of(tests, "packet", false), packet), None);
@@ -139,5 +178,8 @@ mod test {
         let one = steps(Some("fabric"), &["hosts".to_owned()]);
         assert_eq!(one.len(), 1);
         assert_eq!(one[0].args, ["hosts", "--test-threads", "1"]);
+        let ignored = steps(Some("devices"), &[]);
+        assert_eq!(ignored[0].program, "/tests/fabric");
+        assert_eq!(ignored[0].args, ["stacked::", "--test-threads", "1", "--ignored"]);
     }
 }

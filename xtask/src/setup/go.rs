@@ -17,6 +17,10 @@ const CNITOOL: &str = "v1.2.3";
 const COREDNS: &str = "v1.15.0";
 /// Renders the chart in tests.
 const HELM: &str = "v3.22.0";
+/// containerd, by whose default AppArmor profile containers are confined.
+const CONTAINERD: &str = "v2.1.4";
+/// Writes that profile to a file.
+const PROFILE: &str = include_str!("profile.go");
 /// What a Go fetches that is older than [`OLDEST_GO`]: the proxy has Go itself, too, and the checksum database vouches for it.
 const FETCHED_GO: &str = "v0.0.1-go1.24.6";
 /// From this on Go fetches by itself the exact release that a go.mod asks for.
@@ -32,6 +36,30 @@ pub(super) fn ensure_coredns(work: &mut Work) -> Result<()> {
 
 pub(super) fn ensure_helm(work: &mut Work) -> Result<()> {
     ensure_tool(work, "helm.sh/helm/v3/cmd/helm", HELM)
+}
+
+/// The default profile, as containerd renders it.
+pub(super) fn ensure_profile(work: &mut Work) -> Result<()> {
+    let file = paths::apparmor_profile();
+    let stamp = Stamp::new(&file, CONTAINERD.to_owned());
+    if stamp.holds() {
+        return Ok(());
+    }
+    let dir = paths::target().join("containerd-profile");
+    let module = format!("module profile\n\ngo 1.24\n\nrequire github.com/containerd/containerd/v2 {CONTAINERD}\n");
+    fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+    fs::create_dir_all(paths::tools()).with_context(|| format!("making {}", paths::tools().display()))?;
+    for (name, text) in [("go.mod", module.as_str()), ("main.go", PROFILE)] {
+        fs::write(dir.join(name), text).with_context(|| format!("writing {}", dir.join(name).display()))?;
+    }
+    let render = Cmd::new(go(work)?)
+        .args(["run", "."])
+        .arg(&file)
+        .env("GOFLAGS", "-mod=mod")
+        .dir(dir)
+        .remedy("Go needs a module proxy that it can reach: go env GOPROXY");
+    work.step(&format!("rendering the AppArmor profile of containerd {CONTAINERD}"), &render)?;
+    if work.dry_run { Ok(()) } else { stamp.write() }
 }
 
 /// A program that is a module of its own, at one version.
@@ -136,7 +164,7 @@ impl Stamp {
 
     pub(super) fn holds(&self) -> bool {
         let found = fs::read_to_string(self.file()).ok();
-        is_executable(&self.program) && found.is_some() && found == self.content()
+        self.program.is_file() && found.is_some() && found == self.content()
     }
 
     pub(super) fn write(&self) -> Result<()> {
@@ -151,7 +179,8 @@ impl Stamp {
     }
 
     fn file(&self) -> PathBuf {
-        self.program.with_extension("stamp")
+        let name = self.program.file_name().unwrap_or_default().to_string_lossy();
+        self.program.with_file_name(format!("{name}.stamp"))
     }
 }
 

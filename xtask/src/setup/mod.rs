@@ -68,7 +68,7 @@ enum Extra {
     KubeProxy,
     /// All that `cluster up` and `e2e` need: the rest of Kubernetes, containerd, CoreDNS, images (8 minutes on 2 cores)
     Cluster,
-    /// QEMU, which boots the kernels that `kernels` downloads
+    /// QEMU, which boots the kernels that `kernels` downloads, and the AppArmor profile of containers
     Kernels,
 }
 
@@ -155,7 +155,8 @@ impl Work {
                     kubernetes::ensure(self, "ginkgo")?;
                     kubernetes::ensure(self, "e2e.test")?;
                 }
-                Need::Network | Need::Iperf | Need::Kernels => {}
+                Need::Kernels => go::ensure_profile(self)?,
+                Need::Network | Need::Iperf => {}
             }
         }
         Ok(())
