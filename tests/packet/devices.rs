@@ -166,6 +166,26 @@ fn answers_to_what_the_stack_forwarded_go_to_the_stack() -> Result<()> {
     })
 }
 
+/// The pod refuses what netfilter forwarded to it: netfilter alone can translate the error, and what it quotes.
+#[test]
+fn errors_about_what_the_stack_forwarded_go_to_the_stack() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        let kind = if net == Net::V4 { (3, 3, 0) } else { (1, 4, 0) };
+        for client in [net.world(), net.machine(), net.node2()] {
+            let comes = from_a(net, Proto::Udp, (net.a(), 8080)).map(|f| {
+                (f.smac, f.dmac) = (crate::harness::MAC_HOST, MAC_A);
+            });
+            let comes = comes.between((client, PORT), (net.a(), 8080));
+            lab.to_pod(POD_A, &comes)?.to_stack(&comes)?;
+            let error =
+                icmp::error(&comes, net.a(), kind, 64).map(|f| (f.smac, f.dmac) = (MAC_A, crate::harness::MAC_HOST));
+            lab.pod_sends(&error)?.to_stack(&error).with_context(|| format!("to {client}"))?;
+        }
+        Ok(())
+    })
+}
+
 /// The host has a socket at the port that a pod would keep: answers for one would be taken for the other's.
 #[test]
 fn a_port_that_a_socket_of_the_host_has_is_not_kept() -> Result<()> {
