@@ -21,6 +21,10 @@ use crate::xdp::Xdp;
 
 /// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
 const GSO_BY_FRAGS: u32 = 0xffff;
+/// Octets of the option that the kernel puts in front of BIG TCP over IPv6, and takes off each segment (`struct hop_jumbo_hdr`).
+const JUMBO_LEN: u32 = 8;
+/// Stands in [`Packet::mtu_len`] for such a frame until its segments are measured.
+const IS_JUMBO: u32 = 1;
 /// Largest offset of a transport header that is followed.
 const L4_MAX: usize = 0x1ff;
 /// IPv6 extension headers that are followed.
@@ -113,7 +117,8 @@ impl ReadHeader<Ip6> for Header6 {
         if h.ver_flow.to_ne_bytes()[0] >> 4 != 6 || p.ip_len > present {
             return Err(DropReason::Malformed);
         }
-        p.mtu_len = p.ip_len;
+        // A frame with segments, whose own length does not count.
+        p.mtu_len = if h.payload == 0 && h.next == 0 { IS_JUMBO } else { p.ip_len };
         p.tuple.src = h.src.by_word();
         p.tuple.dst = h.dst.by_word();
         p.ttl = h.hop_limit;
@@ -401,7 +406,10 @@ fn transport<F: Family<Header: ReadHeader<F::A>>, C: Options>(
         match ctx.gso_size() {
             0 => {}
             GSO_BY_FRAGS => p.mtu_len = 0,
-            payload => p.mtu_len = payload + (l4 - l3) as u32 + u32::from(l4_len),
+            payload => {
+                let jumbo = if F::A::IS_V6 && p.mtu_len == IS_JUMBO { JUMBO_LEN } else { 0 };
+                p.mtu_len = payload + (l4 - l3) as u32 + u32::from(l4_len) - jumbo;
+            }
         }
     }
     Ok(())
