@@ -201,7 +201,7 @@ impl ReadHeader<Ip6> for Header6 {
 /// True if `len` bytes of IPv4 options at `offset` hold a source route, or cannot be read.
 #[inline(always)]
 fn has_source_route<C: Ctx>(ctx: &C, offset: u32, len: u32) -> bool {
-    let mut walk = OptionWalk { bytes: [0; 64], at: 0, len, has_source_route: 0 };
+    let mut walk = OptionWalk { bytes: [0; 64], left: len, len, has_source_route: 0 };
     if !ctx.load(offset, &mut walk.bytes, len) {
         return true;
     }
@@ -214,7 +214,8 @@ fn has_source_route<C: Ctx>(ctx: &C, offset: u32, len: u32) -> bool {
 #[repr(C)]
 struct OptionWalk {
     bytes: [u8; 64],
-    at: u32,
+    /// Bytes to come. Counted down from what the verifier does not know: from 0 up, it would look at each place apart.
+    left: u32,
     len: u32,
     has_source_route: u32,
 }
@@ -226,14 +227,15 @@ extern "C" fn next_option(_round: u32, walk: *mut c_void) -> u64 {
     let walk = unsafe { &mut *walk.cast::<OptionWalk>() };
     // SAFETY: the mask keeps the offset inside the array.
     let byte = |at: u32| unsafe { walk.bytes.as_ptr().add(masked::<63>(at as usize)).read() };
-    if walk.at >= walk.len {
+    if walk.left == 0 {
         return 1;
     }
-    match byte(walk.at) {
+    let at = walk.len.wrapping_sub(walk.left);
+    match byte(at) {
         // The end of the list.
         0 => 1,
         1 => {
-            walk.at += 1;
+            walk.left -= 1;
             0
         }
         LSRR | SSRR => {
@@ -241,8 +243,8 @@ extern "C" fn next_option(_round: u32, walk: *mut c_void) -> u64 {
             1
         }
         _ => {
-            let len = u32::from(byte(walk.at + 1));
-            walk.at += if len < 2 { 2 } else { len };
+            let len = u32::from(byte(at.wrapping_add(1)));
+            walk.left = walk.left.saturating_sub(if len < 2 { 2 } else { len });
             0
         }
     }
