@@ -188,17 +188,22 @@ fn change<F: Family<Header: WriteHeader<F::A>>, C: Checksums>(
         }
     }
     let moved = p.kind == Kind::Flow && (to.sport != from.sport || to.dport != from.dport);
+    let mut before = 0;
     if moved {
         match from.proto {
             // The identifier of an echo stands in one of the two ports, the other is 0.
             proto::ICMP | proto::ICMPV6 => store_id(ctx, p.l4(), to.sport | to.dport)?,
             _ => store_ports(ctx, p.l4(), to)?,
         }
+        let field = at::<u16, C>(ctx, offset).ok_or(DropReason::WriteError)?;
+        // SAFETY: `at` proved two bytes.
+        before = unsafe { field.read() };
     }
     if pseudo && !ctx.l4_csum_replace(offset, diff, true, zero_is_none, F::A::IS_V6) {
         return Err(DropReason::WriteError);
     }
-    if moved && !ctx.l4_csum_replace(offset, ports(from, to), false, zero_is_none, F::A::IS_V6) {
+    let diff = if pseudo { diff } else { Sum::default() };
+    if moved && !ctx.ports_csum_replace(offset, (before, diff), ports(from, to), zero_is_none) {
         return Err(DropReason::WriteError);
     }
     Ok(())
