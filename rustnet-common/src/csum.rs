@@ -81,7 +81,7 @@ impl Sum {
 /// A checksum field after a difference was applied to what it covers (RFC 1624, equation 3). Field in memory order.
 #[inline(always)]
 pub const fn update(field: u16, diff: Sum) -> u16 {
-    Sum(diff.fold32() as u64 + (!field) as u64).finish()
+    Sum(diff.0 + (!field) as u64).finish()
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 use aya_ebpf::Global;
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated as helper;
-use rustnet_common::csum::Sum;
+use rustnet_common::csum::{self, Sum};
 
 /// What a step may ask of a packet, whatever the hook's context is.
 pub trait Ctx: Copy {
@@ -30,6 +30,9 @@ pub trait Checksums: Ctx {
     /// Applies a difference to the L4 checksum at `offset`. `pseudo` says that the difference is of the pseudo header;
     /// `zero_is_none` that a checksum of 0 means "none" (UDP). All pointers are void afterwards.
     fn l4_csum_replace(&self, offset: usize, diff: Sum, pseudo: bool, zero_is_none: bool, v6: bool) -> bool;
+    /// Applies the difference of ports, after [`Checksums::l4_csum_replace`] has applied that of addresses. `before` are the field before
+    /// that, and that difference: nothing if there was none.
+    fn ports_csum_replace(&self, offset: usize, before: (u16, Sum), diff: Sum, zero_is_none: bool) -> bool;
     /// Says that the packet's bytes changed by a difference that no checksum among them takes back. For devices that
     /// deliver a sum of the whole packet (`CHECKSUM_COMPLETE`): the receiver would report broken hardware.
     fn update_csum(&self, diff: Sum);
@@ -176,6 +179,17 @@ impl Checksums for Skb {
         unsafe { helper::bpf_l4_csum_replace(self.0, offset as u32, 0, u64::from(diff.fold32()), flags) == 0 }
     }
     #[inline(always)]
+    fn ports_csum_replace(
+        &self,
+        offset: usize,
+        (before, addresses): (u16, Sum),
+        diff: Sum,
+        zero_is_none: bool,
+    ) -> bool {
+        let place = offset as u32 | u32::from(zero_is_none) << PLACE_BITS;
+        rn_ports_csum(self.0, place, u32::from(before), addresses.fold32(), diff.fold32()) != 0
+    }
+    #[inline(always)]
     fn update_csum(&self, diff: Sum) {
         // SAFETY: no pointers but the context. Fails where the device delivered no sum, and then there is nothing to do.
         let _ = unsafe { helper::bpf_csum_update(self.0, diff.fold32()) };
@@ -188,6 +202,36 @@ impl Checksums for Skb {
             self.update_csum(sum.sub(now as u32));
         }
     }
+}
+
+/// Offsets of checksum fields have so many bits.
+const PLACE_BITS: u32 = 10;
+
+/// See [`Checksums::ports_csum_replace`]. A second call of the helper costs more than the rest of a translation, and what the first
+/// one made of the field tells how the checksum stands, which a program cannot ask for. It adds a difference to the sum of a pseudo
+/// header that a device will go on from (`CHECKSUM_PARTIAL`), which has no ports, and takes it from a finished checksum.
+///
+/// With global linkage: both families share it, and it is proved once per program.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_ports_csum(skb: *mut __sk_buff, place: u32, before: u32, addresses: u32, ports: u32) -> u32 {
+    let skb = Skb(skb);
+    let offset = masked::<{ (1 << PLACE_BITS) - 1 }>(place as usize);
+    let zero_is_none = place >> PLACE_BITS != 0;
+    let (addresses, ports) = (Sum(u64::from(addresses)), Sum(u64::from(ports)));
+    if matches!(addresses.fold16(), 0 | u16::MAX) {
+        // Nothing, added or taken.
+        return u32::from(skb.l4_csum_replace(offset, ports, false, zero_is_none, false));
+    }
+    let Some(field) = at::<u16, _>(&skb, offset) else { return 0 };
+    // SAFETY: `at` proved two bytes.
+    let now = unsafe { field.read() };
+    if Sum(addresses.0 + u64::from(before as u16) + u64::from(!now)).fold16() != u16::MAX {
+        let csum = csum::update(now, ports);
+        // SAFETY: as above. Of UDP, 0 stands for "none", and all ones are the same number.
+        unsafe { field.write(if zero_is_none && csum == 0 { u16::MAX } else { csum }) };
+    }
+    1
 }
 
 /// Reads a 32-bit context field that the verifier turns into a 64-bit pointer.

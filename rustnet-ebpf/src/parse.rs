@@ -21,6 +21,10 @@ use crate::xdp::Xdp;
 
 /// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
 const GSO_BY_FRAGS: u32 = 0xffff;
+/// Octets of the option that the kernel puts in front of BIG TCP over IPv6, and takes off each segment (`struct hop_jumbo_hdr`).
+const JUMBO_LEN: u32 = 8;
+/// Stands in [`Packet::mtu_len`] for such a frame until its segments are measured.
+const IS_JUMBO: u32 = 1;
 /// Largest offset of a transport header that is followed.
 const L4_MAX: usize = 0x1ff;
 /// IPv6 extension headers that are followed.
@@ -113,7 +117,8 @@ impl ReadHeader<Ip6> for Header6 {
         if h.ver_flow.to_ne_bytes()[0] >> 4 != 6 || p.ip_len > present {
             return Err(DropReason::Malformed);
         }
-        p.mtu_len = p.ip_len;
+        // A frame with segments, whose own length does not count.
+        p.mtu_len = if h.payload == 0 && h.next == 0 { IS_JUMBO } else { p.ip_len };
         p.tuple.src = h.src.by_word();
         p.tuple.dst = h.dst.by_word();
         p.ttl = h.hop_limit;
@@ -196,7 +201,7 @@ impl ReadHeader<Ip6> for Header6 {
 /// True if `len` bytes of IPv4 options at `offset` hold a source route, or cannot be read.
 #[inline(always)]
 fn has_source_route<C: Ctx>(ctx: &C, offset: u32, len: u32) -> bool {
-    let mut walk = OptionWalk { bytes: [0; 64], at: 0, len, has_source_route: 0 };
+    let mut walk = OptionWalk { bytes: [0; 64], left: len, len, has_source_route: 0 };
     if !ctx.load(offset, &mut walk.bytes, len) {
         return true;
     }
@@ -209,7 +214,8 @@ fn has_source_route<C: Ctx>(ctx: &C, offset: u32, len: u32) -> bool {
 #[repr(C)]
 struct OptionWalk {
     bytes: [u8; 64],
-    at: u32,
+    /// Bytes to come. Counted down from what the verifier does not know: from 0 up, it would look at each place apart.
+    left: u32,
     len: u32,
     has_source_route: u32,
 }
@@ -221,14 +227,15 @@ extern "C" fn next_option(_round: u32, walk: *mut c_void) -> u64 {
     let walk = unsafe { &mut *walk.cast::<OptionWalk>() };
     // SAFETY: the mask keeps the offset inside the array.
     let byte = |at: u32| unsafe { walk.bytes.as_ptr().add(masked::<63>(at as usize)).read() };
-    if walk.at >= walk.len {
+    if walk.left == 0 {
         return 1;
     }
-    match byte(walk.at) {
+    let at = walk.len.wrapping_sub(walk.left);
+    match byte(at) {
         // The end of the list.
         0 => 1,
         1 => {
-            walk.at += 1;
+            walk.left -= 1;
             0
         }
         LSRR | SSRR => {
@@ -236,8 +243,8 @@ extern "C" fn next_option(_round: u32, walk: *mut c_void) -> u64 {
             1
         }
         _ => {
-            let len = u32::from(byte(walk.at + 1));
-            walk.at += if len < 2 { 2 } else { len };
+            let len = u32::from(byte(at.wrapping_add(1)));
+            walk.left = walk.left.saturating_sub(if len < 2 { 2 } else { len });
             0
         }
     }
@@ -401,7 +408,10 @@ fn transport<F: Family<Header: ReadHeader<F::A>>, C: Options>(
         match ctx.gso_size() {
             0 => {}
             GSO_BY_FRAGS => p.mtu_len = 0,
-            payload => p.mtu_len = payload + (l4 - l3) as u32 + u32::from(l4_len),
+            payload => {
+                let jumbo = if F::A::IS_V6 && p.mtu_len == IS_JUMBO { JUMBO_LEN } else { 0 };
+                p.mtu_len = payload + (l4 - l3) as u32 + u32::from(l4_len) - jumbo;
+            }
         }
     }
     Ok(())

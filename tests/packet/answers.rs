@@ -5,7 +5,7 @@ use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside,
 use crate::forged::ports_of;
 use crate::frame::{FIN, Frame, L4, Piece, SYN, transport_sum};
 use crate::harness::{
-    BOTH, Lab, MAC_HOST, NARROW_MTU, Net, OVERLAY_MTU, POD_A, REDIRECT, SHOT, STACK, UPLINK, lab_apart, labs,
+    BOTH, Flow, HZ, Lab, MAC_HOST, NARROW_MTU, Net, OVERLAY_MTU, POD_A, REDIRECT, SHOT, STACK, UPLINK, lab_apart, labs,
 };
 use crate::icmp::{error, translated};
 use crate::services::{icmp_error, reset};
@@ -493,6 +493,28 @@ fn errors_are_limited() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The clock starts five minutes before its 32 bits wrap (`INITIAL_JIFFIES`), and the buckets of a new load start at 0: a time
+/// that lies ahead. A bucket belongs to one CPU, where no time lies ahead of now: it is one of long ago.
+#[test]
+fn a_bucket_of_before_the_wrap_is_filled_again() -> Result<()> {
+    lab_apart(|lab| {
+        let net = Net::V4;
+        lab.serve(net.vip(1), 80, 17, 0, &[])?;
+        let ask = from_a(net, Proto::Udp, (net.b(), 80));
+        lab.pod_sends(&ask)?;
+        let now = lab.half(Flow::of(&ask))?.seen;
+        let before_the_wrap = now.wrapping_add(200 * HZ);
+        for bucket in 0..2 {
+            lab.datapath().fill_percpu("rn_limits", bucket, [before_the_wrap, 1000])?;
+        }
+        let refused = from_a(net, Proto::Udp, (net.vip(1), 80));
+        let answers = burst(lab, hook::FROM_POD, POD_A, &refused, DropReason::NoBackend)?;
+        ensure!(answers > 0, "no error is sent until the clock wraps");
+        ensure!(!lab.datapath().events().is_empty(), "no drop is recorded until the clock wraps");
+        Ok(())
+    })
 }
 
 /// The host complains about an answer of a service: to the backend that sent it, quoting what that has sent.

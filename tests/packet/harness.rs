@@ -150,6 +150,11 @@ impl Lab {
         self.netns.ip(batch)
     }
 
+    /// Writes a sysctl of the node. No reset takes that back.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        self.netns.sysctl(key, value)
+    }
+
     /// The programs.
     pub fn datapath(&self) -> &Datapath {
         &self.datapath

@@ -520,6 +520,30 @@ fn segments_are_measured_one_by_one() -> Result<()> {
     })
 }
 
+/// The kernel puts a jumbo option (RFC 2675) in front of what is longer than the length field can say, and takes it off each
+/// segment (`ipv6_hopopt_jumbo_remove`): no segment is longer for it.
+#[test]
+fn segments_of_big_tcp_have_no_jumbo_option() -> Result<()> {
+    labs(|lab, net| {
+        if net == Net::V4 {
+            return Ok(());
+        }
+        let largest = OVERLAY_MTU - 40 - 20;
+        for (gso, fits) in [(largest, true), (largest + 1, false)] {
+            let f = sized(net, Proto::Tcp, (net.far(), 80), 3000)
+                .map(|f| f.extensions = vec![(0, vec![0, 0, 0xc2, 4, 0, 1, 0, 0])]);
+            let mut bytes = f.bytes();
+            // The length field says nothing.
+            bytes[14 + 4..14 + 6].fill(0);
+            let input = Input { frame: &bytes, ifindex: POD_A, gso_size: gso as u32, ..Input::default() };
+            let shot = lab.raw(hook::FROM_POD, &input)?;
+            let reason = if fits { DropReason::Forwarded } else { DropReason::FragNeeded };
+            ensure!(shot.counted.keys().eq([&(reason as u8, hook::FROM_POD)]), "{gso} of payload: {:?}", shot.counted);
+        }
+        Ok(())
+    })
+}
+
 /// Neighbour discovery and the like is between neighbours: this node's stack has it, and nobody forwards it.
 #[test]
 fn what_concerns_the_link() -> Result<()> {

@@ -8,6 +8,7 @@ use rustnet_common::backend::{Backend, id};
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
 use rustnet_common::names::map;
+use rustnet_common::peer;
 use rustnet_common::service::{self, SvcEntry};
 use std::net::IpAddr;
 
@@ -45,6 +46,23 @@ fn a_backend_on_this_node() -> Result<()> {
         })?;
         ensure!(lab.connections(net)?.len() == 2 * SERVED.len());
         Ok(())
+    })
+}
+
+/// Addresses of one sum leave a checksum as it is, so that it does not tell whether a device will finish it.
+#[test]
+fn a_backend_whose_address_sums_up_to_the_services() -> Result<()> {
+    labs(|lab, net| {
+        each(|proto| {
+            let to = net.ip([10, 95, 0, 2], "fd00:95::2");
+            lab.put_peer(to, None, peer::flags::POD, None)?;
+            serve(lab, net, proto, net.vip(1), (to, TARGET))?;
+            let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
+            let arrives = ask.hop().between((net.a(), PORT), (to, TARGET));
+            lab.pod_sends(&ask)?.onto_wire(&arrives)?;
+            let answer = arrives.reply();
+            lab.uplink_in(&answer)?.to_the_pod(&answer.hop().between((net.vip(1), VIP_PORT), (net.a(), PORT)))
+        })
     })
 }
 

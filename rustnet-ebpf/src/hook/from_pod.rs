@@ -46,8 +46,9 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         }
         flow
     };
-    // It may be an answer to what netfilter translated: a published port, a proxy's rule. Where we translated, too, it is ours.
-    if flow.class == Class::Reply && flow.flags & (flags::VIA_STACK | flags::NAT) == flags::VIA_STACK {
+    // It may answer what netfilter translated, or be an error about it: a published port, a proxy's rule. Where we translated, too,
+    // it is ours.
+    if flow.class != Class::Original && flow.flags & (flags::VIA_STACK | flags::NAT) == flags::VIA_STACK {
         return Ok(TO_STACK);
     }
     forward::<F>(skb, p, flow, source, Origin::Pod, config, hook::FROM_POD)

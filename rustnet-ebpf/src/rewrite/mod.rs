@@ -26,23 +26,17 @@ use field::{ICMP_CSUM, TCP_CSUM, UDP_CSUM, addresses, no_checksum, ports, store_
 
 /// How a family's header takes new addresses and a new hop limit.
 pub trait WriteHeader<A>: Sized {
-    /// Stores them at `l3` and keeps the header's own checksum right.
-    fn store<C: Checksums>(ctx: &C, l3: usize, from: &Tuple<A>, to: &Tuple<A>, old_ttl: u8, ttl: u8) -> Option<()>;
+    /// Stores them at `l3` and keeps the header's own checksum right. `diff` is that of the addresses.
+    fn store<C: Checksums>(ctx: &C, l3: usize, diff: Sum, to: &Tuple<A>, old_ttl: u8, ttl: u8) -> Option<()>;
     /// As [`WriteHeader::store`], of the hop limit alone.
     fn store_ttl<C: Checksums>(ctx: &C, l3: usize, old_ttl: u8, ttl: u8) -> Option<()>;
 }
 
 impl WriteHeader<Ip4> for Header4 {
     #[inline(always)]
-    fn store<C: Checksums>(ctx: &C, l3: usize, from: &Tuple<Ip4>, to: &Tuple<Ip4>, old_ttl: u8, ttl: u8) -> Option<()> {
+    fn store<C: Checksums>(ctx: &C, l3: usize, diff: Sum, to: &Tuple<Ip4>, old_ttl: u8, ttl: u8) -> Option<()> {
         let h = at::<Self, C>(ctx, l3)?;
-        let diff = Sum::default()
-            .sub(from.src.word())
-            .add(to.src.word())
-            .sub(from.dst.word())
-            .add(to.dst.word())
-            .sub16(u16::from(old_ttl) << 8)
-            .add16(u16::from(ttl) << 8);
+        let diff = diff.sub16(u16::from(old_ttl) << 8).add16(u16::from(ttl) << 8);
         // SAFETY: `at` proved a whole header.
         unsafe {
             (*h).csum = csum::update((*h).csum, diff);
@@ -68,14 +62,7 @@ impl WriteHeader<Ip4> for Header4 {
 
 impl WriteHeader<Ip6> for Header6 {
     #[inline(always)]
-    fn store<C: Checksums>(
-        ctx: &C,
-        l3: usize,
-        _from: &Tuple<Ip6>,
-        to: &Tuple<Ip6>,
-        old_ttl: u8,
-        ttl: u8,
-    ) -> Option<()> {
+    fn store<C: Checksums>(ctx: &C, l3: usize, _diff: Sum, to: &Tuple<Ip6>, old_ttl: u8, ttl: u8) -> Option<()> {
         let h = at::<Self, C>(ctx, l3)?;
         // SAFETY: `at` proved a whole header.
         unsafe {
@@ -166,7 +153,8 @@ fn change<F: Family<Header: WriteHeader<F::A>>, C: Checksums>(
     ttl: u8,
 ) -> Result<(), DropReason> {
     let from = &p.tuple;
-    F::Header::store(ctx, p.l3(), from, to, p.ttl, ttl).ok_or(DropReason::WriteError)?;
+    let diff = addresses(from, to);
+    F::Header::store(ctx, p.l3(), diff, to, p.ttl, ttl).ok_or(DropReason::WriteError)?;
     if p.kind == Kind::LaterFragment {
         no_checksum(ctx, from, to);
         return Ok(());
@@ -200,17 +188,22 @@ fn change<F: Family<Header: WriteHeader<F::A>>, C: Checksums>(
         }
     }
     let moved = p.kind == Kind::Flow && (to.sport != from.sport || to.dport != from.dport);
+    let mut before = 0;
     if moved {
         match from.proto {
             // The identifier of an echo stands in one of the two ports, the other is 0.
             proto::ICMP | proto::ICMPV6 => store_id(ctx, p.l4(), to.sport | to.dport)?,
             _ => store_ports(ctx, p.l4(), to)?,
         }
+        let field = at::<u16, C>(ctx, offset).ok_or(DropReason::WriteError)?;
+        // SAFETY: `at` proved two bytes.
+        before = unsafe { field.read() };
     }
-    if pseudo && !ctx.l4_csum_replace(offset, addresses(from, to), true, zero_is_none, F::A::IS_V6) {
+    if pseudo && !ctx.l4_csum_replace(offset, diff, true, zero_is_none, F::A::IS_V6) {
         return Err(DropReason::WriteError);
     }
-    if moved && !ctx.l4_csum_replace(offset, ports(from, to), false, zero_is_none, F::A::IS_V6) {
+    let diff = if pseudo { diff } else { Sum::default() };
+    if moved && !ctx.ports_csum_replace(offset, (before, diff), ports(from, to), zero_is_none) {
         return Err(DropReason::WriteError);
     }
     Ok(())

@@ -326,9 +326,10 @@ fn search_port<F: Reserve>(c: &mut NewConnection<F::A>, config: &NodeConfig, res
     let towards = Tuple { sport: 0, ..c.original.to };
     let number = hash::flow(&towards, config.seed);
     let full = maps::rn_nat_full.get_ptr_mut(number & (maps::NAT_FULL_SLOTS - 1));
+    // A time ahead, of another CPU a moment ago, may be one of before the clock wrapped just as well: the search is a long one.
     // SAFETY: an array's element; two words that another CPU may write in between only cost a longer or shorter search.
     let is_full = full.is_some_and(|full| unsafe {
-        (*full).destination == number && elapsed(c.original.seen, (*full).since) < config.hz
+        (*full).destination == number && c.original.seen.wrapping_sub((*full).since) < config.hz
     });
     let (tries, keep_closing) = if is_full { (TRIES_WHEN_FULL, 0) } else { (TRIES, KEEP_CLOSING_TRIES) };
     let mut search = Search { reservation, keep_closing };

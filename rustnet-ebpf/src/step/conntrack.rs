@@ -5,7 +5,7 @@
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use rustnet_common::config::NodeConfig;
-use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, Side, VIA_QDISC, elapsed, flags, state};
+use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, Side, VIA_QDISC, flags, state};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
@@ -67,8 +67,9 @@ fn classify<F: Track>(
         let first = masked::<1>(usize::from(is_reply && !is_nat));
         (sides.add(first), sides.add(first ^ 1))
     };
-    // Not a variable: the verifier would follow either value of it to the end.
-    let is_due = || elapsed(jiffies(), seen) >= hz;
+    // Not a variable: the verifier would follow either value of it to the end. A time ahead, which another CPU read a moment later,
+    // counts as long ago: one refresh too many.
+    let is_due = || jiffies().wrapping_sub(seen) >= hz;
     // SAFETY: see above.
     let (bytes, ifindex) = unsafe { ((*sender).source, (*sender).ifindex) };
     let is_moved = (ifindex ^ source.ifindex) & !VIA_QDISC != 0;

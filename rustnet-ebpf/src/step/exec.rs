@@ -43,7 +43,7 @@ pub fn resolve<F: Routed>(
     let fib = match action.target {
         Target::Stack | Target::Pod | Target::Tunnel => return Ok((Egress::Planned, TO_STACK)),
         Target::PodQdisc => fib::redirect_via_qdisc::<F>(skb, action.ifindex, &flow.to.tuple.dst, p.mtu_len, !is_host)?,
-        Target::Routed => fib::redirect::<F>(skb, flow, p.mtu_len, is_host)?,
+        Target::Routed => fib::redirect::<F>(skb, flow, p.tuple.sport, p.mtu_len, is_host)?,
     };
     match fib {
         Fib::Redirect(verdict) => Ok((Egress::Planned, verdict)),

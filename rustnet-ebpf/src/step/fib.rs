@@ -10,6 +10,7 @@ use rustnet_common::drop::DropReason;
 use super::nat;
 use crate::ctx::{Ctx, Skb};
 use crate::family::{Family, V4, V6};
+use crate::maps;
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Class, Flow};
 
@@ -82,16 +83,22 @@ impl Fib {
 /// The kernel's routes for packets of one family.
 pub trait Routed: Family {
     /// See [`redirect`]; for packets that came in.
-    fn fib(skb: &Skb, flow: &mut Flow<Self::A>, mtu_len: u32) -> PackedResult;
+    fn fib(skb: &Skb, flow: &mut Flow<Self::A>, sport: u16, mtu_len: u32) -> PackedResult;
     /// The same for packets of this host.
-    fn fib_output(skb: &Skb, flow: &mut Flow<Self::A>, mtu_len: u32) -> PackedResult;
+    fn fib_output(skb: &Skb, flow: &mut Flow<Self::A>, sport: u16, mtu_len: u32) -> PackedResult;
 }
 
-/// Arms a redirect along the kernel's route to where the flow leads. `mtu_len` is checked against the path's MTU, 0 if the packet may be
-/// fragmented; `is_output` looks as a local sender would.
+/// Arms a redirect along the kernel's route to where the flow leads. `sport` is the packet's before translation; `mtu_len` is checked
+/// against the path's MTU, 0 if the packet may be fragmented; `is_output` looks as a local sender would.
 #[inline(always)]
-pub fn redirect<F: Routed>(skb: &Skb, flow: &mut Flow<F::A>, mtu_len: u32, is_output: bool) -> Result<Fib, Dropped> {
-    let found = if is_output { F::fib_output(skb, flow, mtu_len) } else { F::fib(skb, flow, mtu_len) };
+pub fn redirect<F: Routed>(
+    skb: &Skb,
+    flow: &mut Flow<F::A>,
+    sport: u16,
+    mtu_len: u32,
+    is_output: bool,
+) -> Result<Fib, Dropped> {
+    let found = if is_output { F::fib_output(skb, flow, sport, mtu_len) } else { F::fib(skb, flow, sport, mtu_len) };
     found.result().map(Fib::from_code)
 }
 
@@ -101,10 +108,10 @@ macro_rules! global {
         /// See [`redirect`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $name(skb: *mut __sk_buff, flow: *mut Flow<$addr>, mtu_len: u32) -> u64 {
+        pub extern "C" fn $name(skb: *mut __sk_buff, flow: *mut Flow<$addr>, sport: u32, mtu_len: u32) -> u64 {
             // SAFETY: the only caller is below and passes a reference; the verifier checks its size.
             let found = match unsafe { flow.as_mut() } {
-                Some(flow) => try_redirect::<$family>(&Skb(skb), flow, mtu_len, $is_output),
+                Some(flow) => try_redirect::<$family>(&Skb(skb), flow, sport as u16, mtu_len, $is_output),
                 None => Err(DropReason::NoFib.into()),
             };
             PackedResult::new(found).bits()
@@ -119,40 +126,52 @@ global!(rn_fib_output6, V6, Ip6, true);
 
 impl Routed for V4 {
     #[inline(always)]
-    fn fib(skb: &Skb, flow: &mut Flow<Ip4>, mtu_len: u32) -> PackedResult {
-        PackedResult::from_bits(rn_fib4(skb.raw(), flow, mtu_len))
+    fn fib(skb: &Skb, flow: &mut Flow<Ip4>, sport: u16, mtu_len: u32) -> PackedResult {
+        PackedResult::from_bits(rn_fib4(skb.raw(), flow, u32::from(sport), mtu_len))
     }
 
     #[inline(always)]
-    fn fib_output(skb: &Skb, flow: &mut Flow<Ip4>, mtu_len: u32) -> PackedResult {
-        PackedResult::from_bits(rn_fib_output4(skb.raw(), flow, mtu_len))
+    fn fib_output(skb: &Skb, flow: &mut Flow<Ip4>, sport: u16, mtu_len: u32) -> PackedResult {
+        PackedResult::from_bits(rn_fib_output4(skb.raw(), flow, u32::from(sport), mtu_len))
     }
 }
 
 impl Routed for V6 {
     #[inline(always)]
-    fn fib(skb: &Skb, flow: &mut Flow<Ip6>, mtu_len: u32) -> PackedResult {
-        PackedResult::from_bits(rn_fib6(skb.raw(), flow, mtu_len))
+    fn fib(skb: &Skb, flow: &mut Flow<Ip6>, sport: u16, mtu_len: u32) -> PackedResult {
+        PackedResult::from_bits(rn_fib6(skb.raw(), flow, u32::from(sport), mtu_len))
     }
 
     #[inline(always)]
-    fn fib_output(skb: &Skb, flow: &mut Flow<Ip6>, mtu_len: u32) -> PackedResult {
-        PackedResult::from_bits(rn_fib_output6(skb.raw(), flow, mtu_len))
+    fn fib_output(skb: &Skb, flow: &mut Flow<Ip6>, sport: u16, mtu_len: u32) -> PackedResult {
+        PackedResult::from_bits(rn_fib_output6(skb.raw(), flow, u32::from(sport), mtu_len))
     }
 }
 
 #[inline(always)]
-fn try_redirect<F: Family>(skb: &Skb, flow: &mut Flow<F::A>, mtu_len: u32, is_output: bool) -> Result<i32, Dropped> {
+fn try_redirect<F: Family>(
+    skb: &Skb,
+    flow: &mut Flow<F::A>,
+    sport: u16,
+    mtu_len: u32,
+    is_output: bool,
+) -> Result<i32, Dropped> {
     let to = &flow.to.tuple;
+    // Of several next hops the kernel chooses by a hash of addresses, and with a sysctl of ports. Each packet of a flow looks as
+    // the first one does, whose address and port of masquerade are not known yet: the flow keeps the device whose address it has.
+    let src = match maps::config() {
+        Some(config) if flow.flags & flags::MASQ != 0 => F::node(config),
+        _ => to.src,
+    };
     let mut fib = FibLookup {
         family: F::AF,
         l4_protocol: to.proto,
-        sport: to.sport.to_be(),
+        sport: sport.to_be(),
         dport: to.dport.to_be(),
         tot_len: mtu_len as u16,
         ifindex: if is_output { LOOPBACK } else { skb.ifindex() },
         tos: 0,
-        src: to.src.words(),
+        src: src.words(),
         dst: to.dst.words(),
         vlan: 0,
         macs: [0; 6],

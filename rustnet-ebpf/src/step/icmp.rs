@@ -22,6 +22,11 @@ use crate::wire::ICMP_LEN;
 /// Bytes of the transport header that an error quotes at least (RFC 792).
 const QUOTED_MIN: u32 = 8;
 
+/// Results of [`Icmp::relate`].
+const UNKNOWN: i32 = 0;
+/// See [`UNKNOWN`].
+const KNOWN: i32 = 1;
+
 /// Who may send an error.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Reporter {
@@ -34,7 +39,8 @@ pub enum Reporter {
 
 /// ICMP errors of one family and context.
 pub trait Icmp<C: Ctx>: Family {
-    /// Relates the error to its flow: 1 in the result if it is known. `to` becomes what the error's own addresses become.
+    /// Relates the error to its flow: not 0 in the result if it is known, with [`flags::VIA_STACK`] of a flow that nothing
+    /// translates. `to` becomes what the error's own addresses become.
     fn relate(ctx: &C, p: &Packet<Self::A>, to: &mut Translation<Self::A>, by: Reporter) -> PackedResult;
 }
 
@@ -54,9 +60,9 @@ macro_rules! global {
             // SAFETY: the only caller is above and passes references; the verifier checks sizes.
             let related = match unsafe { (p.as_ref(), to.as_mut()) } {
                 (Some(p), Some(to)) => try_relate::<$family, _>(&$ctx(ctx), p, to, is_by_receiver),
-                _ => Ok(false),
+                _ => Ok(UNKNOWN),
             };
-            PackedResult::new(related.map(i32::from).map_err(Dropped::from)).bits()
+            PackedResult::new(related.map_err(Dropped::from)).bits()
         }
     };
 }
@@ -74,8 +80,10 @@ pub fn relate<F: Icmp<C>, C: Ctx>(
     by: Reporter,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
     flow.reset(&p.tuple);
-    if F::relate(ctx, p, &mut flow.to, by).result().map_err(|dropped| dropped.reason)? != 0 {
+    let known = F::relate(ctx, p, &mut flow.to, by).result().map_err(|dropped| dropped.reason)?;
+    if known != UNKNOWN {
         flow.class = Class::Related;
+        flow.flags = known as u16 & flags::VIA_STACK;
     }
     Ok(flow)
 }
@@ -86,24 +94,24 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
     p: &Packet<F::A>,
     to: &mut Translation<F::A>,
     is_by_receiver: bool,
-) -> Result<bool, DropReason> {
-    let Some(q) = read_inner::<F, C>(ctx, p.l4() + ICMP_LEN) else { return Ok(false) };
+) -> Result<i32, DropReason> {
+    let Some(q) = read_inner::<F, C>(ctx, p.l4() + ICMP_LEN) else { return Ok(UNKNOWN) };
     if q.l4 + QUOTED_MIN > u32::from(p.l3) + p.ip_len {
         // What stands behind the packet, padding, its checksum does not cover.
-        return Ok(false);
+        return Ok(UNKNOWN);
     }
     if p.tuple.dst != q.tuple.src {
         // An error goes to the sender of what it quotes; else it would carry a quotation to a third party
         // (netfilter: nf_conntrack_inet_error).
-        return Ok(false);
+        return Ok(UNKNOWN);
     }
     if is_by_receiver && p.tuple.src != q.tuple.dst {
-        return Ok(false);
+        return Ok(UNKNOWN);
     }
     let is_swapped = q.tuple.store_reverse_canonical(&mut q.key);
     let entry = table::find::<F>(&q.key, is_swapped);
     if entry.is_null() {
-        return Ok(false);
+        return Ok(UNKNOWN);
     }
     // SAFETY: map values stay readable for this run of the program.
     let (entry_flags, entry_to) = unsafe { ((*entry).flags, &(*entry).to) };
@@ -114,10 +122,10 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
     let ifindex = unsafe { (*(&raw const (*entry).sides).cast::<Side>().add(receiver)).ifindex };
     if route::is_replaced(ifindex, dst) {
         // Another pod has the address now: it gets nothing of the connections of the one before.
-        return Ok(false);
+        return Ok(UNKNOWN);
     }
     if !is_nat {
-        return Ok(true);
+        return Ok(KNOWN | i32::from(entry_flags & flags::VIA_STACK));
     }
     q.translated = entry_to.reversed();
     to.tuple.dst = q.translated.src;
@@ -126,7 +134,7 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
         to.tuple.src = q.translated.dst;
     }
     rewrite::inner::<F, C>(ctx, p.l4(), q)?;
-    Ok(true)
+    Ok(KNOWN)
 }
 
 /// Reads the inner packet at `l3`: at least the first eight bytes of its transport header are there (RFC 792).

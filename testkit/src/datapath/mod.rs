@@ -218,11 +218,14 @@ impl Datapath {
 
     /// Writes zeros to all elements of a per-CPU array of words of 64 bits.
     pub fn clear_percpu(&self, name: &str, elements: u32) -> Result<()> {
+        (0..elements).try_for_each(|element| self.fill_percpu(name, element, [0, 0]))
+    }
+
+    /// Writes two words of 32 bits to an element of a per-CPU array of such, for all CPUs.
+    pub fn fill_percpu(&self, name: &str, element: u32, words: [u32; 2]) -> Result<()> {
         let map = self.maps.get(name).with_context(|| format!("the object has no map {name}"))?;
         let cpus = aya::util::nr_cpus().map_err(|(what, e)| anyhow::anyhow!("{what}: {e}"))?;
-        for i in 0..elements {
-            sys::map_update(map.as_fd(), &i.to_ne_bytes(), &vec![0; cpus * 8])?;
-        }
+        sys::map_update(map.as_fd(), &element.to_ne_bytes(), &words.map(u32::to_ne_bytes).concat().repeat(cpus))?;
         Ok(())
     }
 
