@@ -43,8 +43,14 @@ fn a_source_of_ours_by_the_uplink() -> Result<()> {
             }
             Ok(())
         })?;
+        // What the kernel takes for a source like others.
+        let nobody = if net == Net::V4 { "127.0.0.1" } else { "::" };
+        for (what, f) in unread(net, nobody.parse()?, net.node()) {
+            lab.uplink_in(&f)?.dropped(DropReason::Martian).context(what)?;
+        }
         // Other nodes speak so to this host, and machines of the segment and the world.
-        each(&[net.node2(), net.routed(), net.world()], |src| {
+        let on_link = net.ip([169, 254, 7, 7], "fe80::7");
+        each(&[net.node2(), net.routed(), net.world(), on_link], |src| {
             for (what, f) in unread(net, src, net.node()) {
                 lab.uplink_in(&f)?.to_stack(&f).context(what)?;
             }
