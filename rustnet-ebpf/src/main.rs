@@ -45,7 +45,7 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use rustnet_common::drop::{DropReason, hook as hooks};
 
-use crate::ctx::{Ctx, Skb, jiffies};
+use crate::ctx::{Ctx, Skb, at, jiffies};
 use crate::event::Report;
 use crate::family::{V4, V6};
 use crate::hook::Steps;
@@ -165,6 +165,9 @@ fn dispatch<H: Hook>(skb: &Skb, tunnel: &Tunnel) -> i32 {
     match ethertype {
         Some(ETH_P_IP) => one_family::<H, V4>(skb, ETH_LEN, tunnel),
         Some(ETH_P_IPV6) => one_family::<H, V6>(skb, ETH_LEN, tunnel),
+        Some(ETH_P_8021Q | ETH_P_8021AD) if H::CODE == hooks::UPLINK_IN && is_hidden(skb) => {
+            verdict::<H, V4>(skb, ETH_LEN, Err(DropReason::VlanFiltered.into()))
+        }
         _ => TO_STACK,
     }
 }
@@ -181,6 +184,19 @@ fn refuse_frame(skb: &Skb, ethertype: Option<u16>) -> Option<DropReason> {
         Some(_) => Some(DropReason::UnsupportedL2),
         None => Some(DropReason::Malformed),
     }
+}
+
+/// True if a frame has two tags that name no VLAN (VLAN 0). The kernel takes off all of them, the
+/// second one behind this hook (`__netif_receive_skb_core`), and its stack would get a packet that
+/// no step has seen.
+#[inline(always)]
+fn is_hidden(skb: &Skb) -> bool {
+    if skb.vlan_present() == 0 || skb.vlan_tci() & 0xfff != 0 {
+        return false;
+    }
+    // Not pulled: no device hands over so little that these bytes are not there.
+    // SAFETY: `at` proved two bytes.
+    at::<u16, _>(skb, ETH_LEN).is_none_or(|tci| u16::from_be(unsafe { tci.read() }) & 0xfff == 0)
 }
 
 /// Declares the type of a hook.

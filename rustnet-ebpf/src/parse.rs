@@ -306,11 +306,11 @@ pub fn packet<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Parsed<F::A>, D
     Ok((p, flow))
 }
 
-/// The destination of the packet that [`packet`] refused; unspecified where it was not even read.
+/// The packet that [`packet`] refused, with what was read of it; the addresses are unspecified where not even they were.
 #[inline(always)]
-pub fn destination<F: Family>() -> F::A {
+pub fn refused<F: Family>() -> Option<&'static Packet<F::A>> {
     // SAFETY: as in `packet`, which has returned.
-    F::scratch().map_or(F::A::UNSPECIFIED, |scratch| unsafe { (*scratch).packet.tuple.dst })
+    F::scratch().map(|scratch| unsafe { &(*scratch).packet })
 }
 
 /// Declares a parser as a function with global linkage: the verifier proves it once, and what follows starts from one state

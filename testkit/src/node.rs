@@ -92,6 +92,11 @@ impl Node {
         &self.0.holder
     }
 
+    /// Switches checksum offload of its uplink. Without it, packets leave the node with finished checksums.
+    pub fn set_tx_checksum(&self, on: bool) -> Result<()> {
+        self.netns().run(|| crate::raw::set_tx_checksum("eth0", on))?
+    }
+
     /// Its IPv4 address.
     pub fn v4(&self) -> Ipv4Addr {
         self.0.plan.v4

@@ -191,6 +191,44 @@ pub fn source_routed(frame: &[u8], via: IpAddr) -> Result<Vec<u8>> {
     Ok(out)
 }
 
+/// A frame without its checksum.
+pub struct Unsummed {
+    bytes: Vec<u8>,
+    /// The first byte that the checksum covers.
+    start: u16,
+    /// Where it belongs, counted from there.
+    offset: u16,
+}
+
+/// A frame from `own` that the device which makes its checksum turns into `wanted`: the checksum covers all behind the IP
+/// header's beginning of the source, and is written over the last two bytes of the source. Two bytes behind the packet
+/// make it what it should be. The two sources differ in their last two bytes alone.
+pub fn unsummed(wanted: &[u8], own: IpAddr) -> Result<Unsummed> {
+    let (start, len) = if own.is_ipv4() { (ETHERNET + 12, 4) } else { (ETHERNET + 8, 16) };
+    let at = start + len - 2;
+    let mut bytes = wanted.to_vec();
+    match own {
+        IpAddr::V4(own) => bytes[start..start + len].copy_from_slice(&own.octets()),
+        IpAddr::V6(own) => bytes[start..start + len].copy_from_slice(&own.octets()),
+    }
+    if bytes[start..at] != wanted[start..at] || (bytes.len() - start) % 2 != 0 {
+        bail!("no packet of {own} can become this one");
+    }
+    let sum = |bytes: &[u8]| {
+        let words = bytes.chunks(2).map(|pair| u64::from(u16::from_be_bytes([pair[0], pair[1]])));
+        let mut sum: u64 = words.sum();
+        while sum >> 16 != 0 {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        sum as u16
+    };
+    let becomes = u16::from_be_bytes([wanted[at], wanted[at + 1]]);
+    // All words together have to be the complement of what is to be written.
+    let missing = sum(&[(!becomes).to_be_bytes(), (!sum(&bytes[start..])).to_be_bytes()].concat());
+    bytes.extend(missing.to_be_bytes());
+    Ok(Unsummed { bytes, start: start as u16, offset: (at - start) as u16 })
+}
+
 /// What a VXLAN sender would put into its datagram (RFC 7348, 5).
 pub fn vxlan(vni: u32, inner: &[u8]) -> Vec<u8> {
     let mut payload = vec![0x08, 0, 0, 0];
@@ -216,11 +254,17 @@ impl RawPort {
     /// Sends frames. All calls send on one CPU: between virtual interfaces, frames of one CPU stay
     /// in order, also those of different senders.
     pub fn send<'a>(&self, frames: impl IntoIterator<Item = &'a [u8]> + Send) -> Result<()> {
+        Self::on_one_cpu(|| frames.into_iter().try_for_each(|frame| self.0.send(frame)))
+    }
+
+    /// The same for one frame, whose checksum the device that it leaves by has to make.
+    pub fn send_unsummed(&self, frame: &Unsummed) -> Result<()> {
+        Self::on_one_cpu(|| self.0.send_unsummed(&frame.bytes, frame.start, frame.offset))
+    }
+
+    fn on_one_cpu(send: impl FnOnce() -> Result<()> + Send) -> Result<()> {
         std::thread::scope(|scope| {
-            let sending = scope.spawn(|| {
-                stay_on_one_cpu()?;
-                frames.into_iter().try_for_each(|frame| self.0.send(frame))
-            });
+            let sending = scope.spawn(|| stay_on_one_cpu().and_then(|()| send()));
             sending.join().unwrap_or_else(|panic| bail!("a sender panicked: {}", panic_text(&*panic)))
         })
     }

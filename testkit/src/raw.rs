@@ -108,6 +108,21 @@ impl PacketSocket {
         Ok(())
     }
 
+    /// Sends one whole frame whose checksum is left to the device: over all bytes from `start`, to be written `offset` bytes
+    /// behind that. Any process with a packet socket can ask for that (`PACKET_VNET_HDR`, `struct virtio_net_hdr`).
+    pub fn send_unsummed(&self, frame: &[u8], start: u16, offset: u16) -> Result<()> {
+        const PACKET_VNET_HDR: i32 = 15;
+        const NEEDS_CSUM: u8 = 1;
+        self.option(libc::SOL_PACKET, PACKET_VNET_HDR, 1)?;
+        let mut all = vec![NEEDS_CSUM, 0, 0, 0, 0, 0];
+        all.extend(start.to_ne_bytes());
+        all.extend(offset.to_ne_bytes());
+        all.extend(frame);
+        let sent = self.send(&all);
+        self.option(libc::SOL_PACKET, PACKET_VNET_HDR, 0)?;
+        sent
+    }
+
     /// The next frame, or none when there is none now.
     pub fn receive(&self, buffer: &mut [u8]) -> Option<Received> {
         // SAFETY: all-zero is a valid value of these C structures.

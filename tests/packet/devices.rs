@@ -1,13 +1,17 @@
 //! Hosts with several devices: masquerade takes the address of the device that a packet leaves by, and its answers find back.
 
-use crate::flows::{ALL, PORT, Proto, from_a};
-use crate::harness::{Flow, Lab, MAC_A, Net, POD_A, REDIRECT, SIDE, SNAT, UPLINK, lab_apart, labs};
+use crate::flows::{ALL, PORT, Proto, from_a, from_outside};
+use crate::frame::Frame;
+use crate::harness::{
+    Flow, Lab, MAC_A, Net, OVERLAY, POD_A, POD_B, REDIRECT, SIDE, SNAT, STACK, UPLINK, lab_apart, labs,
+};
 use crate::icmp;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::flags;
-use rustnet_common::drop::DropReason;
+use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer;
 use std::net::IpAddr;
+use testkit::datapath::Input;
 use testkit::wait;
 
 fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
@@ -270,5 +274,71 @@ fn an_answer_to_the_overlays_port_does_not_go_to_the_stack() -> Result<()> {
         lab.to_pod(POD_A, &comes)?.to_stack(&comes)?;
         let answer = comes.reply().map(|f| (f.smac, f.dmac) = (MAC_A, crate::harness::MAC_HOST));
         lab.pod_sends(&answer)?.dropped(DropReason::EncapProhibited)
+    })
+}
+
+/// No pod gets an error about what it has not sent, by a side device and the stack either.
+#[test]
+fn an_error_of_a_machine_about_no_flow() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        let kind = if net == Net::V4 { (3, 3, 0) } else { (1, 4, 0) };
+        let forwarded = |f: &Frame| {
+            let f = f.map(|f| (f.smac, f.dmac) = (crate::harness::MAC_HOST, MAC_A));
+            lab.raw(hook::TO_POD, &Input { frame: &f.bytes(), ifindex: POD_A, came_by: SIDE, ..Input::default() })
+        };
+        for about in [net.machine(), net.b(), net.world()] {
+            let never_sent = from_a(net, Proto::Udp, (about, 8000));
+            forwarded(&icmp::error(&never_sent, net.machine(), kind, 64))?
+                .dropped(DropReason::IcmpUnrelated)
+                .with_context(|| format!("about a packet to {about}"))?;
+        }
+        // One about what the pod answered, and the host's own about whatever the host saw.
+        let comes = from_outside(Proto::Udp, (net.machine(), 8000), (net.a(), PORT));
+        lab.to_pod(POD_A, &comes.map(|f| (f.smac, f.dmac) = (crate::harness::MAC_HOST, MAC_A)))?;
+        let f = icmp::error(&comes.reply(), net.machine(), kind, 64);
+        ensure!(forwarded(&f)?.verdict == STACK, "an error about an answer");
+        let never_tracked = from_a(net, Proto::Udp, (net.unreachable(), 8000));
+        let f = icmp::error(&never_tracked, net.node(), kind, 64);
+        let f = f.map(|f| (f.smac, f.dmac) = (crate::harness::MAC_HOST, MAC_A));
+        lab.to_pod(POD_A, &f)?.to_stack(&f)
+    })
+}
+
+/// Devices without programs of ours, of layer 3 say, bring any source, and the stack forwards it: a pod's address comes from that pod
+/// all the same, and a remote pod's out of the tunnel.
+#[test]
+fn a_pods_address_is_not_forwarded_from_elsewhere() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        let comes = |proto, src: IpAddr| {
+            from_outside(proto, (src, port_of(proto, 8000)), (net.a(), PORT))
+                .map(|f| (f.smac, f.dmac) = (crate::harness::MAC_HOST, MAC_A))
+        };
+        let forwarded = |came_by, f: &Frame| {
+            lab.raw(hook::TO_POD, &Input { frame: &f.bytes(), ifindex: POD_A, came_by, ..Input::default() })
+        };
+        each(|proto| {
+            for (src, own) in [(net.b(), POD_B), (net.far(), OVERLAY)] {
+                let f = comes(proto, src);
+                for elsewhere in [SIDE, UPLINK, POD_A] {
+                    let shot = forwarded(elsewhere, &f)?;
+                    shot.dropped(DropReason::Spoofed).with_context(|| format!("{src} by {elsewhere}"))?;
+                }
+                ensure!(lab.halves()? == 0, "a trace of {src}");
+                // What netfilter redirects, and a proxy of the host that keeps its client's address.
+                for at_home in [own, 0] {
+                    forwarded(at_home, &f)?.to_stack(&f).with_context(|| format!("{src} by {at_home}"))?;
+                }
+                // A known flow is no way around.
+                forwarded(SIDE, &f)?.dropped(DropReason::Spoofed)?;
+                lab.forget()?;
+            }
+            for src in [net.machine(), net.world(), net.node2(), net.nobody(), net.node(), net.routed()] {
+                let f = comes(proto, src);
+                forwarded(SIDE, &f)?.to_stack(&f).with_context(|| format!("{src}"))?;
+            }
+            lab.forget()
+        })
     })
 }

@@ -4,6 +4,7 @@
 mod content;
 mod link;
 mod tunnel;
+mod unread;
 mod uplink;
 
 use crate::frame::Frame;

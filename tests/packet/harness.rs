@@ -407,7 +407,7 @@ impl Lab {
     }
 
     /// Runs a program, which counts at a hook, on raw bytes.
-    fn run(&self, name: &str, code: u8, input: &Input<'_>) -> Result<Shot> {
+    pub fn run(&self, name: &str, code: u8, input: &Input<'_>) -> Result<Shot> {
         // A second of this clock is longer than a test: the limits of errors and records would be used up.
         self.datapath.clear_percpu("rn_limits", 2)?;
         let mut before = self.datapath.counts()?;

@@ -2,12 +2,14 @@
 //! answers of host-network backends, and whatever the kernel forwarded by itself.
 
 use rustnet_common::addr::Address;
-use rustnet_common::conntrack::flags;
-use rustnet_common::drop::hook;
+use rustnet_common::config::NodeConfig;
+use rustnet_common::conntrack::{NOT_LOCAL, VIA_QDISC, flags};
+use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::tuple::proto;
 
 use super::Steps;
 use crate::ctx::Skb;
+use crate::family::Family;
 use crate::maps;
 use crate::outcome::Dropped;
 use crate::packet::{Class, Kind};
@@ -15,7 +17,18 @@ use crate::parse;
 use crate::rewrite;
 use crate::step::exec::TO_STACK;
 use crate::step::icmp::Reporter;
-use crate::step::{admit, conntrack, icmp, source};
+use crate::step::{admit, conntrack, icmp, route, source};
+
+/// True for a source that the device which a forwarded packet came in by cannot bring: devices
+/// without programs of ours bring any. What netfilter redirects comes from its pod, or out of the
+/// tunnel.
+#[inline(always)]
+fn is_forged<F: Family>(src: F::A, came_by: u32, config: &NodeConfig) -> bool {
+    match route::local_pod(src) {
+        NOT_LOCAL => source::is_tunneled_pod::<F>(src) && came_by != config.overlay,
+        ifindex => ifindex & !VIA_QDISC != came_by,
+    }
+}
 
 /// The hook, for one family.
 #[inline(always)]
@@ -27,9 +40,17 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     if p.kind == Kind::LinkLocal || p.tuple.dst.is_link_scope() || is_unanswerable {
         return Ok(TO_STACK);
     }
+    let is_forwarded = skb.ingress_ifindex() != 0;
+    if is_forwarded && is_forged::<F>(p.tuple.src, skb.ingress_ifindex(), config) {
+        return Err(DropReason::Spoofed.into());
+    }
     let flow = if p.kind == Kind::IcmpError {
+        let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?;
         // The stack's own errors may be about packets that were never tracked, for example those without a route.
-        icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?
+        if is_forwarded && flow.class == Class::New {
+            return Err(DropReason::IcmpUnrelated.into());
+        }
+        flow
     } else {
         let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?;
         if flow.class == Class::New {

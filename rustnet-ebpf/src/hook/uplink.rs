@@ -61,7 +61,15 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     if is_vlan_tagged(skb) {
         return Ok(TO_STACK);
     }
-    let Ok((p, flow)) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
+    let (p, flow) = match parse::packet::<F, _>(skb, l3) {
+        Ok((p, flow)) => (p, Some(flow)),
+        // As by an uplink, see `parse_in`.
+        Err(DropReason::Martian) => return Err(DropReason::Martian.into()),
+        Err(_) => {
+            let Some(p) = parse::refused::<F>() else { return Ok(TO_STACK) };
+            (p, None)
+        }
+    };
     if p.kind == Kind::LinkLocal {
         return Ok(TO_STACK);
     }
@@ -73,6 +81,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         }
         Err(_) => return Ok(TO_STACK),
     }
+    let Some(flow) = flow else { return Ok(TO_STACK) };
     if !source::is_host::<F>(p.tuple.dst) {
         return Ok(TO_STACK);
     }
@@ -93,15 +102,24 @@ impl<C: Ctx, F: Parse<C> + Track + Verify> Classify<C> for F {}
 
 /// Parses a packet that comes in by the uplink, in any context; `None`: it is the stack's.
 #[inline(always)]
-pub fn parse_in<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Option<Parsed<F::A>>, Dropped> {
-    match parse::packet::<F, _>(ctx, l3) {
-        Ok(parsed) => Ok(Some(parsed)),
+pub fn parse_in<F: Parse<C> + Verify, C: Ctx>(ctx: &C, l3: usize) -> Result<Option<Parsed<F::A>>, Dropped> {
+    let reason = match parse::packet::<F, _>(ctx, l3) {
+        Ok(parsed) => return Ok(Some(parsed)),
         // The kernel lets IPv4-mapped addresses in IPv6 headers pass, and its dual-stack sockets take them for IPv4.
-        Err(DropReason::Martian) => Err(DropReason::Martian.into()),
-        // Its source is not verified: the stack could reassemble what came in pieces, and would forward it.
-        Err(reason) if route::is_local_pod(parse::destination::<F>()) => Err(reason.into()),
-        // Fragments for the host, headers that its stack may well understand: the stack judges them.
-        Err(_) => Ok(None),
+        Err(DropReason::Martian) => return Err(DropReason::Martian.into()),
+        Err(reason) => reason,
+    };
+    let Some(p) = parse::refused::<F>() else { return Ok(None) };
+    if route::is_local_pod(p.tuple.dst) {
+        // The stack could reassemble what came in pieces, and would forward it.
+        return Err(reason.into());
+    }
+    // Fragments for the host, headers that its stack may well understand: the stack judges them,
+    // but not in whose name they come.
+    match F::verify_outside(p) {
+        // Machines of the link speak so to the host.
+        Err(reason) if !p.tuple.src.is_link_scope() => Err(reason.into()),
+        _ => Ok(None),
     }
 }
 

@@ -65,6 +65,8 @@ pub struct Input<'a> {
     pub frame: &'a [u8],
     /// The device it is on; has to exist in the caller's network namespace.
     pub ifindex: u32,
+    /// The device that a forwarded packet came in by; 0 for a packet of this host.
+    pub came_by: u32,
     /// Its mark.
     pub mark: u32,
     /// Payload of a segment, for a frame that stands for several.
@@ -339,6 +341,7 @@ fn empty() -> Result<OwnedFd> {
 fn context(input: &Input<'_>) -> SkBuff {
     let mut context = [0; 48];
     context[word::MARK] = input.mark;
+    context[word::INGRESS] = input.came_by;
     context[word::IFINDEX] = input.ifindex;
     context[word::CB] = input.cut;
     // A tag of 0 is a tag as well, so that its presence needs a bit of its own.

@@ -7,6 +7,8 @@ pub type SkBuff = [u32; 48];
 pub mod word {
     /// The packet's mark.
     pub const MARK: usize = 2;
+    /// The device that a forwarded packet came in by.
+    pub const INGRESS: usize = 9;
     /// The device.
     pub const IFINDEX: usize = 10;
     /// The first of five words for whoever works on the packet.

@@ -9,7 +9,7 @@ use std::slice;
 use std::time::Duration;
 use testkit::Proto;
 use testkit::client::{ask, udp_from_port};
-use testkit::packet::{self, Macs, Probe, RawPort, mac_of, source_routed, tagged};
+use testkit::packet::{self, Macs, Probe, RawPort, mac_of, source_routed, tagged, unsummed};
 use testkit::pod::PORT;
 
 in_routings!(
@@ -21,6 +21,7 @@ in_routings!(
         a_source_route,
         fragments_in_the_name_of_another_pod,
         an_error_about_a_flow_of_another_pod,
+        a_source_that_a_checksum_becomes,
         plain_sockets_cannot_choose_a_source,
     )
 );
@@ -309,4 +310,37 @@ fn plain_sockets_cannot_choose_a_source(stage: &Stage<'_>) -> Result<()> {
         answers.only_as(family.of(pod)?)?;
     }
     Ok(())
+}
+
+/// A sender with a packet socket says where a device writes the checksum. A device that makes checksums writes it there, behind
+/// all programs: over the source, say.
+fn a_source_that_a_checksum_becomes(stage: &Stage<'_>) -> Result<()> {
+    // As a NIC that makes checksums does. Virtual interfaces hand them on unmade.
+    stage.node(1).set_tx_checksum(false)?;
+    let tried = checksums_over_the_source(stage);
+    stage.node(1).set_tx_checksum(true)?;
+    tried
+}
+
+fn checksums_over_the_source(stage: &Stage<'_>) -> Result<()> {
+    let sender = Sender::of(&stage.net.a)?;
+    let mut trial = Trial::new(stage)?;
+    for family in Family::ALL {
+        let (own, other) = (family.of(&stage.net.a)?, family.of(&stage.net.b)?);
+        let to = SocketAddr::new(family.of(&stage.net.c)?, trial.watch.port);
+        let control = Control {
+            sender: &sender,
+            make: &|mark| Ok(vec![mark.shot(Probe::Udp, sender.macs, own, to)?]),
+            place: Place::Pod("c"),
+            source: Some(own),
+        };
+        let forged = |mark: &Mark| {
+            // An even number of bytes.
+            let text = format!("{}{}", mark.text, &"  "[..2 - mark.text.len() % 2]);
+            let wanted = packet::udp(sender.macs, SocketAddr::new(other, mark.port), to, text.as_bytes())?;
+            Ok(vec![Shot::Unsummed(unsummed(&wanted, own)?)])
+        };
+        trial.refused(&format!("as {other}"), &sender, &[], &forged, &control)?;
+    }
+    trial.finish()
 }

@@ -221,9 +221,13 @@ fn a_vlan_tag_and_a_source_route(stage: &Stage<'_>) -> Result<()> {
             source: Some(own),
         };
         let shot = |frame| vec![Shot::Frame(frame)];
-        for tags in [&[(0x8100, 100)][..], &[(0x88a8, 100)], &[(0x8100, 7), (0x8100, 0)]] {
-            let forged = |mark: &Mark| Ok(shot(tagged(&mark.frame(Probe::Udp, sender.macs, own, to)?, tags)));
-            trial.refused(&format!("tags {tags:x?}"), &sender, &[], &forged, &control)?;
+        // The last ones name no VLAN, and the kernel takes off all of them: behind the hook.
+        let zeros = [(0x8100, 0), (0x88a8, 0), (0x8100, 0xe000)];
+        for tags in [&[(0x8100, 100)][..], &[(0x88a8, 100)], &[(0x8100, 7), (0x8100, 0)], &zeros[..2], &zeros] {
+            for source in [own, family.of(&stage.net.b)?] {
+                let forged = |mark: &Mark| Ok(shot(tagged(&mark.frame(Probe::Udp, sender.macs, source, to)?, tags)));
+                trial.refused(&format!("tags {tags:x?}, from {source}"), &sender, &[], &forged, &control)?;
+            }
         }
         let via = family.of(&stage.net.b)?;
         let forged = |mark: &Mark| Ok(shot(source_routed(&mark.frame(Probe::Udp, sender.macs, own, to)?, via)?));

@@ -11,7 +11,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use testkit::check::VXLAN_PORT;
 use testkit::fabric::{Outsider, WORLD};
 use testkit::netns::Holder;
-use testkit::packet::{self, Macs, Probe, RawPort, mac_of, neighbour_mac, probe, vxlan};
+use testkit::packet::{self, Macs, Probe, RawPort, Unsummed, mac_of, neighbour_mac, probe, vxlan};
 use testkit::sniff::{Frame, Sniffer};
 use testkit::{Netns, Node, Pod, Routing, Setup, Topology, wait};
 
@@ -226,6 +226,8 @@ pub struct Sender<'a> {
 pub enum Shot {
     /// A raw frame, out of `eth0`.
     Frame(Vec<u8>),
+    /// A raw frame whose checksum a device has to make.
+    Unsummed(Unsummed),
     /// A datagram by a plain socket of a process without any privilege.
     Datagram(SocketAddr, Vec<u8>),
 }
@@ -247,6 +249,9 @@ impl<'a> Sender<'a> {
         let frames: Vec<_> = shots.iter().filter_map(frame).collect();
         self.port.send(frames.iter().map(Vec::as_slice))?;
         for shot in shots {
+            if let Shot::Unsummed(frame) = shot {
+                self.port.send_unsummed(frame)?;
+            }
             let Shot::Datagram(to, payload) = shot else { continue };
             self.netns.run_unprivileged(|| {
                 packet::stay_on_one_cpu()?;
