@@ -47,7 +47,8 @@ pub struct Packet<A> {
     pub(crate) offset: u16,
     /// The canonical tuple is this packet's reversed.
     pub is_swapped: bool,
-    pub(crate) pad: u8,
+    /// A pod sends it, which may leave its checksum to a device: where that belongs is to be checked.
+    pub(crate) is_untrusted: bool,
     /// The fragment's identification, as it stands on the wire, if the packet is one.
     pub(crate) id: u32,
     /// TCP: the sequence number.
@@ -68,6 +69,7 @@ impl<A: Address> Packet<A> {
         self.tcp_flags = 0;
         self.kind = Kind::Flow;
         self.more = false;
+        self.is_untrusted = false;
         self.seq_end = 0;
         self.ack = 0;
     }

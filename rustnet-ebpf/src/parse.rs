@@ -13,6 +13,7 @@ use rustnet_common::tuple::{Tuple, proto};
 
 use crate::ctx::{Ctx, Skb, at_pulled, bounded, masked};
 use crate::family::{Family, V4, V6};
+use crate::offload;
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Flow, Kind, Packet};
 use crate::wire::{Ethernet, Header4, Header6, ICMP_LEN, Tcp, tcp};
@@ -255,11 +256,13 @@ pub fn ethertype<C: Ctx>(ctx: &C) -> Option<u16> {
 pub trait Options: Ctx {
     /// True if `len` bytes of options at `offset` hold a source route.
     fn has_source_route(&self, offset: u32, len: u32) -> bool;
+    /// See [`offload::has_misplaced_sum`].
+    fn has_misplaced_sum(&self, l3: u32, l4: u32, protocol: u8) -> bool;
 }
 
 /// Declares that function with global linkage, for the reason that the parser is one.
 macro_rules! options {
-    ($name:ident, $ctx:ident, $raw:ty) => {
+    ($name:ident, $ctx:ident, $raw:ty, $misplaced:expr) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $name(ctx: *mut $raw, offset: u32, len: u32) -> u32 {
@@ -271,13 +274,17 @@ macro_rules! options {
             fn has_source_route(&self, offset: u32, len: u32) -> bool {
                 $name(self.raw(), offset, len) != 0
             }
+            #[inline(always)]
+            fn has_misplaced_sum(&self, l3: u32, l4: u32, protocol: u8) -> bool {
+                $misplaced(self, l3, l4, protocol)
+            }
         }
     };
 }
 
-options!(rn_options, Skb, __sk_buff);
+options!(rn_options, Skb, __sk_buff, offload::has_misplaced_sum);
 #[cfg(feature = "skeletons")]
-options!(rn_xdp_options, Xdp, xdp_md);
+options!(rn_xdp_options, Xdp, xdp_md, |_, _, _, _| false);
 
 /// A family's parser for packets of a context.
 pub trait Parse<C: Ctx>: Family {
@@ -291,10 +298,18 @@ pub type Parsed<A> = (&'static Packet<A>, &'static mut Flow<A>);
 /// Reads the packet whose IP header is at `l3`.
 #[inline(always)]
 pub fn packet<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Parsed<F::A>, DropReason> {
+    packet_of::<F, C>(ctx, l3, false)
+}
+
+/// As [`packet`]; of a pod, it refuses a checksum that a device would write over what the steps
+/// verify. Here, where the verifier looks at it once.
+#[inline(always)]
+pub fn packet_of<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize, is_untrusted: bool) -> Result<Parsed<F::A>, DropReason> {
     let scratch = F::scratch().ok_or(DropReason::Malformed)?;
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and each parses one packet.
     let (p, flow) = unsafe { (&mut (*scratch).packet, &mut (*scratch).flow) };
     p.reset(l3);
+    p.is_untrusted = is_untrusted;
     F::parse(ctx, p).into_unit()?;
     Ok((p, flow))
 }
@@ -350,6 +365,9 @@ fn read<F: Family<Header: ReadHeader<F::A>>, C: Options>(
     transport::<F, C>(ctx, l3, p)?;
     p.is_swapped = p.tuple.is_swapped();
     p.key = if p.is_swapped { p.tuple.reversed() } else { p.tuple };
+    if p.is_untrusted && ctx.has_misplaced_sum(l3 as u32, u32::from(p.l4), p.tuple.proto) {
+        return Err(DropReason::Malformed);
+    }
     Ok(())
 }
 

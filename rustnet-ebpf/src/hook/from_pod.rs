@@ -22,7 +22,7 @@ use crate::step::{conntrack, icmp, source};
 #[inline(always)]
 pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let Some(config) = maps::config() else { return Ok(TO_STACK) };
-    let (p, flow) = parse::packet::<F, _>(skb, l3)?;
+    let (p, flow) = parse::packet_of::<F, _>(skb, l3, true)?;
     if p.kind == Kind::LinkLocal {
         return Err(DropReason::NdNotForwarded.into());
     }

@@ -337,8 +337,12 @@ fn checksums_over_the_source(stage: &Stage<'_>) -> Result<()> {
         let forged = |mark: &Mark| {
             // An even number of bytes.
             let text = format!("{}{}", mark.text, &"  "[..2 - mark.text.len() % 2]);
-            let wanted = packet::udp(sender.macs, SocketAddr::new(other, mark.port), to, text.as_bytes())?;
-            Ok(vec![Shot::Unsummed(unsummed(&wanted, own)?)])
+            let from = SocketAddr::new(other, mark.port);
+            let one = |kind: &Probe| {
+                let wanted = packet::probe(*kind, sender.macs, from, to, text.as_bytes())?;
+                Ok(Shot::Unsummed(unsummed(&wanted, own)?))
+            };
+            Probe::ALL.iter().map(one).collect()
         };
         trial.refused(&format!("as {other}"), &sender, &[], &forged, &control)?;
     }
