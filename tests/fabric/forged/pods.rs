@@ -284,7 +284,8 @@ fn an_error_about_a_flow_of_another_pod(stage: &Stage<'_>) -> Result<()> {
             &|mark| {
                 let quoted = packet::udp(a.macs, SocketAddr::new(own, port), between, mark.bytes())?;
                 let from = family.attacker()?;
-                Ok(vec![Shot::Frame(packet::port_unreachable(attacker.macs, from, node1, &quoted)?)])
+                let error = |to| packet::port_unreachable(attacker.macs, from, to, &quoted).map(Shot::Frame);
+                [node1, own].into_iter().map(error).collect()
             },
             &routers,
         )?;
