@@ -26,6 +26,7 @@ mod hook;
 mod limit;
 mod log;
 mod maps;
+mod offload;
 mod outcome;
 mod packet;
 mod parse;

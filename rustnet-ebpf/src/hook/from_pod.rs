@@ -7,7 +7,7 @@ use rustnet_common::addr::Address;
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::{DropReason, hook};
 
-use super::{Steps, forward};
+use super::{Steps, forward, verify_checksum};
 use crate::ctx::Skb;
 use crate::maps;
 use crate::outcome::Dropped;
@@ -49,6 +49,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     // It may answer what netfilter translated, or be an error about it: a published port, a proxy's rule. Where we translated, too,
     // it is ours.
     if flow.class != Class::Original && flow.flags & (flags::VIA_STACK | flags::NAT) == flags::VIA_STACK {
+        verify_checksum::<F>(skb, p)?;
         return Ok(TO_STACK);
     }
     forward::<F>(skb, p, flow, source, Origin::Pod, config, hook::FROM_POD)

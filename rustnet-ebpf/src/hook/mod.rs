@@ -11,6 +11,7 @@ use rustnet_common::drop::DropReason;
 
 use crate::ctx::{Ctx, Skb};
 use crate::event::Report;
+use crate::offload;
 use crate::outcome::Dropped;
 use crate::packet::{Class, Flow, Packet, Source};
 use crate::parse::{self, Parse};
@@ -21,7 +22,7 @@ use crate::step::exec::{self, Egress};
 use crate::step::fib::Routed;
 use crate::step::icmp::Icmp;
 use crate::step::nat::Nat;
-use crate::step::plan::{self, Origin};
+use crate::step::plan::{self, Origin, Target};
 use crate::step::reject::Rejecting;
 use crate::step::source::Verify;
 
@@ -31,6 +32,12 @@ pub trait Steps:
 {
 }
 impl<F: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting> Steps for F {}
+
+/// Refuses a packet of a pod whose checksum the device would write over what was verified.
+#[inline(always)]
+pub fn verify_checksum<F: Steps>(skb: &Skb, p: &Packet<F::A>) -> Result<(), DropReason> {
+    if offload::has_misplaced_sum(skb, p.l4(), p.tuple.proto) { Err(DropReason::Malformed) } else { Ok(()) }
+}
 
 /// Decides and executes: plans the packet, finds its way, opens the connection of a new flow, translates and sends.
 #[inline(always)]
@@ -44,6 +51,10 @@ pub fn forward<F: Steps>(
     hook: u8,
 ) -> Result<i32, Dropped> {
     let action = plan::plan::<F>(p, &flow.to, origin, config)?;
+    // Not on the way into a pod of this node: nothing writes the checksum there.
+    if origin == Origin::Pod && action.target != Target::Pod {
+        verify_checksum::<F>(skb, p)?;
+    }
     let egress = exec::resolve::<F>(skb, p, flow, action, origin)?;
     if egress.0 == Egress::Unrouted {
         // Not translated, not tracked: the stack gets the packet as its sender sent it. A known flow that is translated must

@@ -284,7 +284,8 @@ fn an_error_about_a_flow_of_another_pod(stage: &Stage<'_>) -> Result<()> {
             &|mark| {
                 let quoted = packet::udp(a.macs, SocketAddr::new(own, port), between, mark.bytes())?;
                 let from = family.attacker()?;
-                Ok(vec![Shot::Frame(packet::port_unreachable(attacker.macs, from, node1, &quoted)?)])
+                let error = |to| packet::port_unreachable(attacker.macs, from, to, &quoted).map(Shot::Frame);
+                [node1, own].into_iter().map(error).collect()
             },
             &routers,
         )?;
@@ -337,8 +338,12 @@ fn checksums_over_the_source(stage: &Stage<'_>) -> Result<()> {
         let forged = |mark: &Mark| {
             // An even number of bytes.
             let text = format!("{}{}", mark.text, &"  "[..2 - mark.text.len() % 2]);
-            let wanted = packet::udp(sender.macs, SocketAddr::new(other, mark.port), to, text.as_bytes())?;
-            Ok(vec![Shot::Unsummed(unsummed(&wanted, own)?)])
+            let from = SocketAddr::new(other, mark.port);
+            let one = |kind: &Probe| {
+                let wanted = packet::probe(*kind, sender.macs, from, to, text.as_bytes())?;
+                Ok(Shot::Unsummed(unsummed(&wanted, own)?))
+            };
+            Probe::ALL.iter().map(one).collect()
         };
         trial.refused(&format!("as {other}"), &sender, &[], &forged, &control)?;
     }

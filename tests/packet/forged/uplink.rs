@@ -1,9 +1,9 @@
 //! Plain packets at the uplink, from unknown machines: sources that only a forger uses, and the overlay's port.
 
-use super::{dropped_as, each, no_trace, ports_of};
+use super::{dropped_as, each, no_trace, passed, ports_of};
 use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_outside, later};
 use crate::frame::{Frame, L4};
-use crate::harness::{Flow, Net, STACK, labs};
+use crate::harness::{Flow, MAC_B, MAC_HOST, Net, STACK, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::DropReason;
 use rustnet_common::peer::flags;
@@ -329,6 +329,53 @@ fn errors_to_a_service() -> Result<()> {
         // Who has got the answer may complain.
         let f = crate::icmp::error(&answer, net.a(), kind, 64).map(|f| (f.smac, f.dmac) = (ask.smac, ask.dmac));
         ensure!(lab.pod_sends(&f)?.verdict == crate::harness::REDIRECT, "the asking pod's own error");
+        Ok(())
+    })
+}
+
+/// An error from outside about a flow that does not pass there: between two pods of this node, or through the tunnel. No machine
+/// outside has seen a packet of it.
+#[test]
+fn errors_about_flows_that_no_wire_has_seen() -> Result<()> {
+    labs(|lab, net| {
+        lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
+        lab.serve(net.vip(2), 80, 17, 0, &[(net.far(), 8080)])?;
+        lab.put_peer(net.side(), None, flags::HOST, None)?;
+        let kind = if net == Net::V4 { (3, 4, 600) } else { (2, 0, 1280) };
+        let reach = |dst: IpAddr| from_a(net, Proto::Udp, (dst, 8080));
+        // What the pod sends, and what comes of it.
+        let local = |ask: &Frame| ask.hop().between((net.a(), PORT), (net.b(), 8080));
+        let remote = |ask: &Frame| ask.hop().between((net.a(), PORT), (net.far(), 8080));
+        for (what, ask, there) in [
+            ("a pod", reach(net.b()), local(&reach(net.b()))),
+            ("a service with a pod here", from_a(net, Proto::Udp, (net.vip(1), 80)), local(&reach(net.b()))),
+            ("a remote pod", reach(net.far()), remote(&reach(net.far()))),
+            ("a service with a remote pod", from_a(net, Proto::Udp, (net.vip(2), 80)), remote(&reach(net.far()))),
+        ] {
+            lab.forget()?;
+            passed(&lab.pod_sends(&ask)?)?;
+            let answer = there.reply();
+            if there.dst == net.b() {
+                passed(&lab.pod_sends(&answer.map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST)))?)?;
+            } else {
+                passed(&lab.overlay_in(net.node2(), &answer)?)?;
+            }
+            for src in [net.world(), net.router(), net.routed()] {
+                let shot = lab.uplink_in(&crate::icmp::error(&there, src, kind, 64))?;
+                shot.dropped(DropReason::IcmpUnrelated).with_context(|| format!("{what}, from {src}"))?;
+            }
+        }
+        // One that does pass there.
+        lab.forget()?;
+        let ask = reach(net.routed());
+        lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
+        for known in [false, true] {
+            if known {
+                passed(&lab.uplink_in(&ask.hop().reply())?)?;
+            }
+            let shot = lab.uplink_in(&crate::icmp::error(&ask.hop(), net.router(), kind, 64))?;
+            ensure!(shot.verdict == crate::harness::REDIRECT, "{shot:?}");
+        }
         Ok(())
     })
 }

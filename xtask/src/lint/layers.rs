@@ -57,7 +57,7 @@ const CRATES: [Crate; 6] = [
         sources: "rustnet-ebpf/src",
         layers: &[
             &["ctx", "wire", "outcome"],
-            &["packet", "xdp"],
+            &["packet", "xdp", "offload"],
             &["maps"],
             &["limit", "family"],
             &["parse"],

@@ -1,0 +1,64 @@
+//! Checksums that a sender leaves to the device. The sender says where the checksum belongs (`PACKET_VNET_HDR`), and the device
+//! writes it there, behind all programs: over the source or a port, if nobody looks. No program can read that place, but helpers
+//! depend on it.
+
+use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_DEC, BPF_CSUM_LEVEL_INC, BPF_CSUM_LEVEL_QUERY};
+use aya_ebpf::helpers::generated as helper;
+use rustnet_common::tuple::proto;
+
+use crate::ctx::Skb;
+
+/// Two bits for each protocol, by the lowest five bits of its number: where in the transport header a checksum stands at the earliest.
+/// 1: at 6, as in UDP (SCTP has its own at 8); 2: at 16, as in TCP; 0: anywhere, for it may belong to an inner packet. What shares
+/// these bits with one of the three has inner packets, if any, behind an IP header.
+const PLACES: u64 = 2 << (2 * (proto::TCP & 31)) | 1 << (2 * (proto::UDP & 31)) | 1 << (2 * (proto::SCTP & 31));
+
+/// The last byte of a checksum that stands there. By arithmetic: the verifier would follow each branch to the end.
+#[inline(always)]
+const fn last_byte(protocol: u8) -> u32 {
+    let place = (PLACES >> (2 * (protocol & 31)) & 3) as u32;
+    place * (2 * place + 4) + 1
+}
+
+const _: () = assert!(last_byte(proto::TCP) == 17 && last_byte(proto::UDP) == 7);
+const _: () = assert!(last_byte(proto::SCTP) == 7 && last_byte(47) == 1);
+
+/// True if a device would write a checksum in front of where the packet's protocol has one, `l4` being the offset of its header. Such
+/// a packet is spoiled by the look: drop it. Pointers into the packet are void afterwards.
+#[inline(always)]
+pub fn has_misplaced_sum(skb: &Skb, l4: usize, protocol: u8) -> bool {
+    rn_misplaced_sum(skb.raw(), l4 as u32, u32::from(protocol)) != 0
+}
+
+/// A function with global linkage, which both families share: the verifier looks at it once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_misplaced_sum(skb: *mut __sk_buff, l4: u32, protocol: u32) -> u32 {
+    if !is_pending(skb) {
+        return 0;
+    }
+    if matches!(protocol as u8, proto::ICMP | proto::ICMPV6) {
+        // No stack leaves these to a device, and what steps go by stands in front.
+        return 1;
+    }
+    // The kernel shortens no packet into a pending checksum (`__bpf_skb_min_len`): it must refuse to take off that byte.
+    // SAFETY: no pointers but the context.
+    u32::from(unsafe { helper::bpf_skb_change_tail(skb, l4 + last_byte(protocol as u8), 0) } == 0)
+}
+
+/// True if the packet's checksum is left to a device (`CHECKSUM_PARTIAL`).
+///
+/// Of the four states, two become or stay "verified" when the level of verified checksums is raised, and have a level then
+/// (`__skb_incr_checksum_unnecessary`); one takes updates of a sum of the whole packet. What is left is the fourth.
+#[inline(always)]
+fn is_pending(skb: *mut __sk_buff) -> bool {
+    // SAFETY: no pointers but the context, here and below.
+    unsafe {
+        helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_INC.into());
+        if helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY.into()) >= 0 {
+            helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC.into());
+            return false;
+        }
+        helper::bpf_csum_update(skb, 0) < 0
+    }
+}
