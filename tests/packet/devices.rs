@@ -1,7 +1,8 @@
 //! Hosts with several devices: masquerade takes the address of the device that a packet leaves by, and its answers find back.
 
-use crate::flows::{ALL, PORT, Proto, from_a};
-use crate::harness::{Flow, Lab, MAC_A, Net, POD_A, SIDE, SNAT, UPLINK, labs};
+use crate::flows::{ALL, PORT, Proto, from_a, from_outside};
+use crate::frame::L4;
+use crate::harness::{Flow, Lab, MAC_A, Net, POD_A, SIDE, SNAT, UPLINK, lab, labs};
 use crate::icmp;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::flags;
@@ -125,6 +126,41 @@ fn all_else_by_such_a_device_is_the_stacks() -> Result<()> {
     })
 }
 
+/// A flow that keeps the pod's address is no masqueraded one: its answers go by the routes of the stack.
+#[test]
+fn answers_to_a_flow_that_nothing_translates_are_the_stacks() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        lab.put_peer(net.machine(), None, peer::flags::NO_MASQ, None)?;
+        each(|proto| {
+            let ask = from_a(net, proto, (net.machine(), port_of(proto, 8000)));
+            lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
+            let answer = ask.hop().reply();
+            lab.side_in(&answer)?.to_stack(&answer)
+        })
+    })
+}
+
+/// The host has to hear that another one on the link has its address (RFC 4862, 5.4).
+#[test]
+fn discovery_by_such_a_device_is_the_stacks() -> Result<()> {
+    lab(|lab| {
+        let net = Net::V6;
+        put_devices(lab, net)?;
+        for kind in [135, 136] {
+            for (source, target) in [(net.side(), net.node()), (net.node(), net.side()), (net.machine(), net.side())] {
+                let frame = from_outside(Proto::Udp, (source, 0), (target, 0)).map(|f| {
+                    f.l4 = L4::Icmp { kind, code: 0, rest: 0 };
+                    f.payload = vec![0; 24];
+                    f.ttl = 255;
+                });
+                lab.side_in(&frame)?.to_stack(&frame).with_context(|| format!("type {kind} from {source}"))?;
+            }
+        }
+        Ok(())
+    })
+}
+
 /// Other nodes know the host by the node's address, whatever device its packets to their pods leave by.
 #[test]
 fn the_host_speaks_to_other_nodes_as_the_node() -> Result<()> {
@@ -171,23 +207,24 @@ fn answers_to_what_the_stack_forwarded_go_to_the_stack() -> Result<()> {
 fn a_port_that_a_socket_of_the_host_has_is_not_kept() -> Result<()> {
     labs(|lab, net| {
         put_devices(lab, net)?;
-        let port = *SNAT.start() + 301;
         let any: IpAddr = if net == Net::V4 { IpAddr::from([0; 4]) } else { IpAddr::from([0_u16; 8]) };
-        let ask = |proto| from_a(net, proto, (net.world(), 123)).map(|f| f.set_ports(port, 123));
-        let chosen = |proto| -> Result<u16> {
-            lab.forget()?;
-            lab.pod_sends(&ask(proto))?;
-            Ok(lab.half(Flow::of(&ask(proto)))?.to.sport)
-        };
-        ensure!(chosen(Proto::Udp)? == port && chosen(Proto::Tcp)? == port, "a free port is kept");
-        let datagrams = std::net::UdpSocket::bind((any, port))?;
-        let other = chosen(Proto::Udp)?;
-        ensure!(other != port && SNAT.contains(&other), "{other}");
-        // One that listens takes no answers.
-        let listener = std::net::TcpListener::bind((any, port))?;
-        ensure!(chosen(Proto::Tcp)? == port, "a listening socket is no rival");
-        drop((datagrams, listener));
-        ensure!(chosen(Proto::Udp)? == port, "the port is free again");
+        for port in [*SNAT.start(), *SNAT.start() + 301, *SNAT.end()] {
+            let ask = |proto| from_a(net, proto, (net.world(), 123)).map(|f| f.set_ports(port, 123));
+            let chosen = |proto| -> Result<u16> {
+                lab.forget()?;
+                lab.pod_sends(&ask(proto))?;
+                Ok(lab.half(Flow::of(&ask(proto)))?.to.sport)
+            };
+            ensure!(chosen(Proto::Udp)? == port && chosen(Proto::Tcp)? == port, "a free port is kept");
+            let datagrams = std::net::UdpSocket::bind((any, port))?;
+            let other = chosen(Proto::Udp)?;
+            ensure!(other != port && SNAT.contains(&other), "{other}");
+            // One that listens takes no answers.
+            let listener = std::net::TcpListener::bind((any, port))?;
+            ensure!(chosen(Proto::Tcp)? == port, "a listening socket is no rival");
+            drop((datagrams, listener));
+            ensure!(chosen(Proto::Udp)? == port, "the port is free again");
+        }
         Ok(())
     })
 }
