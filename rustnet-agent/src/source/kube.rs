@@ -486,4 +486,61 @@ mod tests {
         assert!(has_forgotten.load(Ordering::Relaxed));
         assert_eq!(about_nodes, ["Restart(Node)", "Node n1", "Restart(Node)", "Node n1", "Node n2", "Synced(Node)"]);
     }
+
+    /// Streams the list of Nodes once, and its watch ends at once. Then it has pages alone.
+    async fn answer_without_streams(request: Request<Body>, has_streamed: Arc<AtomicBool>) -> Response<Body> {
+        let query = request.uri().query().unwrap_or_default().to_owned();
+        let node = |name: &str| json!({"metadata": {"name": name, "resourceVersion": "7"}});
+        let failure =
+            |code| json!({"kind": "Status", "status": "Failure", "reason": "x", "message": "x", "code": code});
+        let (code, body) = match request.uri().path() {
+            "/version" => (200, serde_json::to_string(&version("1", "34")).expect("JSON")),
+            "/api/v1/nodes" if query.contains("sendInitialEvents=true") => {
+                let end = json!({"resourceVersion": "7", "annotations": {"k8s.io/initial-events-end": "true"}});
+                let events = [
+                    json!({"type": "ADDED", "object": node("n1")}),
+                    json!({"type": "BOOKMARK", "object": {"kind": "Node", "apiVersion": "v1", "metadata": end}}),
+                    json!({"type": "ERROR", "object": failure(410)}),
+                ];
+                if has_streamed.swap(true, Ordering::Relaxed) {
+                    (422, failure(422).to_string())
+                } else {
+                    (200, events.map(|event| event.to_string()).join("\n"))
+                }
+            }
+            "/api/v1/nodes" if !query.contains("watch=true") => {
+                (200, json!({"metadata": {"resourceVersion": "8"}, "items": [node("n2")]}).to_string())
+            }
+            _ => return std::future::pending().await,
+        };
+        Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
+    }
+
+    /// One of several servers, or one that was set back: it knows streaming lists by its version, and refuses them.
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_streams_no_more_is_asked_for_pages() {
+        let has_streamed = Arc::new(AtomicBool::new(false));
+        let server = tower::service_fn(move |request| {
+            let answer = answer_without_streams(request, Arc::clone(&has_streamed));
+            async { Ok::<_, kube::Error>(answer.await) }
+        });
+        let connection = Connection::new(kube::Client::new(server, "default"), answers::Answers::default());
+        let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
+        let (sender, mut events) = tokio::sync::mpsc::channel(256);
+        tokio::spawn(source.run(sender));
+        let mut about_nodes = Vec::new();
+        let hear = async {
+            while about_nodes.iter().filter(|it| *it == "Synced(Node)").count() < 2 {
+                match events.recv().await.expect("the source runs") {
+                    Event::Restart(Kind::Node) => about_nodes.push("Restart(Node)".to_owned()),
+                    Event::Synced(Kind::Node) => about_nodes.push("Synced(Node)".to_owned()),
+                    Event::Apply(object) => about_nodes.push(object.reference().to_string()),
+                    _ => {}
+                }
+            }
+        };
+        let is_listed = tokio::time::timeout(Duration::from_hours(1), hear).await.is_ok();
+        let all = ["Restart(Node)", "Node n1", "Synced(Node)", "Restart(Node)", "Node n2", "Synced(Node)"];
+        assert!(is_listed && about_nodes == all, "{about_nodes:?}");
+    }
 }
