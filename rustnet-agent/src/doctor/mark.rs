@@ -140,6 +140,8 @@ mod tests {
             (facts(&[(0x1052, u32::MAX)], &[]), "pass for 0x1052/0x107f"),
             (facts(&[(0x50, 0x70)], &[]), "ip rule 100 (fwmark 0x50/0x70) selects packets by bits of the mark"),
             (facts(&[(0, 0x4002)], &[]), "ip rule 100 (fwmark 0x0/0x4002)"),
+            // Bits that it does not compare select nothing, whatever is written there.
+            (facts(&[(0x1052, 0x7f)], &[]), "ip rule 100 (fwmark 0x1052/0x7f) selects packets by bits of the mark"),
             // Of the mark's bits it compares those that are set, and lets others through.
             (facts(&[(0x1052, 0x1052)], &[]), "ip rule 100 (fwmark 0x1052/0x1052) selects packets by bits of the mark"),
         ] {
