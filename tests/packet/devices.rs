@@ -77,6 +77,20 @@ fn a_machine_on_a_bridge_answers() -> Result<()> {
     })
 }
 
+/// A frame with a tag is another device's, on top of this one: its network may have the same addresses.
+#[test]
+fn a_tagged_answer_is_another_devices() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        let to = (net.machine(), 8000);
+        let ask = from_a(net, Proto::Tcp, to);
+        lab.pod_sends(&ask)?;
+        let answer = ask.hop().between((net.side(), PORT), to).reply();
+        lab.side_in_tagged(Some(5), &answer)?.to_stack(&answer)?;
+        lab.side_in(&answer)?.to_the_pod(&answer.hop().map(|f| f.dst = net.a()))
+    })
+}
+
 /// An error about a masqueraded packet reaches the pod, by that device too.
 #[test]
 fn an_error_about_a_packet_to_a_machine() -> Result<()> {
