@@ -242,6 +242,8 @@ impl<'a> Follower<'a> {
         let seconds = || WATCH.0.saturating_sub(u32::try_from(spread(WATCH.1).as_secs()).unwrap_or_default());
         config.timeout = Some(self.source.watch_seconds.unwrap_or_else(seconds));
         let streaming = self.streaming && !self.paging;
+        // Not by the first event of the list alone: a server that refuses to stream it sends none.
+        self.listed = false;
         config = if streaming { config.streaming_lists() } else { config.page_size(PAGE) };
         let stream = watcher(Api::<K>::all(self.source.connection.client.clone()), config);
         pin_mut!(stream);
