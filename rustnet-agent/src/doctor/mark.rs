@@ -86,6 +86,8 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
 fn clash(mark: PacketMark, rule: MarkRule) -> Option<String> {
     let MarkRule { priority, mark: value, mask } = rule;
     let name = format!("ip rule {priority} (fwmark {value:#x}/{mask:#x})");
+    // The kernel keeps a value as it was given, and compares the bits of the mask alone (`fib_rule_match`).
+    let value = value & mask;
     if value & mark.mask == mark.value && mark.mask & !mask == 0 {
         return Some(format!("packets that {name} selects pass for {mark}"));
     }
