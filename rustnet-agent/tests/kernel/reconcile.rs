@@ -13,7 +13,7 @@ use rustnet_agent::bpf::probe;
 use rustnet_agent::bpf::store::node_config::NodeConfigStore;
 use rustnet_agent::bpf::store::{Map, peers, services};
 use rustnet_agent::bpf::sys::{self, TCX_EGRESS, TCX_INGRESS};
-use rustnet_agent::config::Config;
+use rustnet_agent::config::{Config, Routing};
 use rustnet_agent::health::Health;
 use rustnet_agent::model::{
     Condition, Endpoint, EndpointSlice, Family, Node, ObjectName, Service, ServicePort, TargetPort,
@@ -155,7 +155,9 @@ async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
 
     // Somebody meddles: noticed without waiting for the period. Whatever wakes the agent, it looks after the files, too.
     let files = [sandbox.run_dir.join("node.json"), sandbox.dir.join("net.d/05-rustnet.conflist")];
-    files.iter().for_each(|file| std::fs::remove_file(file).unwrap());
+    for file in &files {
+        std::fs::remove_file(file).unwrap();
+    }
     ip("route del 10.1.2.0/24");
     wait_until("the route is back", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
     wait_until("the files are back", || files.iter().all(|file| file.exists())).await;
@@ -254,6 +256,39 @@ fn a_new_default_route_takes_no_program_off_the_nodes_device() {
             next.ready().await;
             assert_eq!(hook("eth1").map(|link| link.0), before.map(|link| link.0), "the same link");
             next.stop().await;
+        });
+    });
+}
+
+/// Between two leases the host has none of the node's addresses, and another device the default route: new pods get the MTU that
+/// the others have.
+#[test]
+fn the_mtu_of_pods_stays_while_the_nodes_addresses_are_away() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let mtu = || nodefile::read(&sandbox.run_dir).unwrap().unwrap().mtu;
+        block_on(async {
+            let config = Config { uplinks: Vec::new(), routing: Routing::Native, ..sandbox.config(&[]) };
+            let agent = Agent::start(config);
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            assert_eq!(mtu(), 1500);
+            ip("link add eth1 mtu 1300 type veth peer name far1");
+            for device in ["eth1", "far1"] {
+                ip(&format!("link set {device} up"));
+            }
+            ip("addr add 198.51.100.1/24 dev eth1");
+            ip("addr flush dev eth0");
+            ip("route add default via 198.51.100.254");
+            let is_known = |it: &String| it.contains("no usable 192.0.2.1");
+            wait_until("the address is missed", || agent.health.complaints().iter().any(is_known)).await;
+            wait_until("the other device is an uplink", || {
+                on_hook(&sandbox.bpffs, "uplink_in", "eth1", Direction::Ingress).is_some()
+            })
+            .await;
+            assert_eq!(mtu(), 1500);
+            agent.stop().await;
         });
     });
 }
@@ -390,7 +425,10 @@ fn a_device_that_is_no_uplink_any_more_is_let_go() {
             tc::set_filter(&mut socket, eth0, direction, program.as_fd(), "uplink_in", false).unwrap();
             tc::set_filter(&mut socket, far1, direction, program.as_fd(), "not_ours", false).unwrap();
         }
+        let link = |device| on_hook(&sandbox.bpffs, "uplink_in", device, Direction::Ingress).map(|link| link.0);
+        let before = link("eth1");
         run(&["--uplink=eth1"]);
+        assert_eq!(link("eth1"), before, "it has its own link, and takes no second program");
         for direction in Direction::BOTH {
             assert_eq!(tc::filter(&mut socket, eth0, direction).unwrap(), None);
         }
