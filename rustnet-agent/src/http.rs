@@ -265,6 +265,20 @@ mod tests {
         server.abort();
     }
 
+    /// A connection has one request: whoever asks for more does not keep its place.
+    #[tokio::test]
+    async fn a_connection_ends_with_its_answer() {
+        let (addr, server) = start(probes(Arc::new(Health::default())), LIMITS);
+        let mut stream = TcpStream::connect(addr).await.expect("connected");
+        let requests = "GET /livez HTTP/1.1\r\nHost: x\r\n\r\n".repeat(2);
+        stream.write_all(requests.as_bytes()).await.expect("asked");
+        let mut answers = Vec::new();
+        // A reset is an end, too.
+        let _ = stream.read_to_end(&mut answers).await;
+        assert_eq!(String::from_utf8_lossy(&answers).matches("HTTP/1.1 200").count(), 1);
+        server.abort();
+    }
+
     /// Its counters are there once somebody sends for them.
     struct Slow(std::sync::Mutex<std::sync::mpsc::Receiver<()>>, Arc<tokio::sync::Notify>);
 

@@ -281,3 +281,51 @@ mod std_net {
         }
     }
 }
+
+#[cfg(all(test, feature = "user"))]
+mod tests {
+    use super::{Address, Ip4, Ip6};
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    /// Scope of the link, martian as a source, martian as a destination.
+    fn kinds(ip: impl Address) -> [bool; 3] {
+        [ip.is_link_scope(), ip.is_martian_source(), ip.is_martian_destination()]
+    }
+
+    #[test]
+    fn kinds_of_ipv4_addresses() {
+        for (ip, want) in [
+            ("10.244.1.2", [false; 3]),
+            ("169.254.1.1", [false; 3]),
+            ("223.255.255.255", [false; 3]),
+            ("240.0.0.1", [false; 3]),
+            ("0.0.0.0", [false, true, true]),
+            ("0.1.2.3", [false, true, true]),
+            ("127.1.2.3", [false, true, true]),
+            ("224.0.0.1", [true, true, false]),
+            ("239.255.255.255", [true, true, false]),
+            ("255.255.255.255", [true, true, false]),
+        ] {
+            assert_eq!(kinds(Ip4 { ip: ip.parse::<Ipv4Addr>().unwrap().octets() }), want, "{ip}");
+        }
+    }
+
+    #[test]
+    fn kinds_of_ipv6_addresses() {
+        for (ip, want) in [
+            ("fd00::1", [false; 3]),
+            ("fec0::1", [false; 3]),
+            ("::2", [false; 3]),
+            ("::1:0:0", [false; 3]),
+            ("64:ff9b::192.0.2.1", [false; 3]),
+            ("fe80::1", [true, false, false]),
+            ("febf:ffff::1", [true, false, false]),
+            ("ff02::1", [true, true, false]),
+            ("::", [false, true, true]),
+            ("::1", [false, true, true]),
+            ("::ffff:10.0.0.1", [false, true, true]),
+        ] {
+            assert_eq!(kinds(Ip6 { ip: ip.parse::<Ipv6Addr>().unwrap().octets() }), want, "{ip}");
+        }
+    }
+}

@@ -184,7 +184,7 @@ shared_type!(CtEntry<Ip6>, 144);
 mod tests {
     use super::state::{ANSWERED, ESTABLISHED, FIN_ACKED, FIN_ORIG, FIN_REPLY, RST_ORIG, RST_REPLY};
     use super::{elapsed, lifetime};
-    use crate::tuple::proto::{SCTP, TCP, UDP};
+    use crate::tuple::proto::{ICMP, ICMPV6, SCTP, TCP, UDP};
 
     #[test]
     fn each_state_has_its_lifetime() {
@@ -199,6 +199,9 @@ mod tests {
         assert_eq!(lifetime(UDP, 0), 120);
         assert_eq!(lifetime(UDP, ANSWERED), 120);
         assert_eq!(lifetime(SCTP, ANSWERED), 210);
+        assert_eq!([lifetime(ICMP, 0), lifetime(ICMPV6, ANSWERED)], [30; 2]);
+        let esp = 50;
+        assert_eq!(lifetime(esp, ANSWERED), 600, "as netfilter's of protocols that it does not know");
     }
 
     #[test]
@@ -206,5 +209,7 @@ mod tests {
         assert_eq!(elapsed(10, 4), 6);
         assert_eq!(elapsed(10, 11), 0);
         assert_eq!(elapsed(3, 0xffff_fffe), 5);
+        let half = i32::MAX as u32;
+        assert_eq!((elapsed(half + 7, 7), elapsed(half + 8, 7)), (half, 0));
     }
 }

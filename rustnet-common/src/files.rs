@@ -108,3 +108,18 @@ pub struct Limit {
 pub fn endpoint_path(run_dir: &Path, container_id: &str, ifname: &str) -> PathBuf {
     run_dir.join(ENDPOINTS_DIR).join(format!("{container_id}@{ifname}.json"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Bandwidth, Limit};
+    use crate::endpoint::flags::VIA_QDISC;
+
+    /// Its queue is on the host's end of the veth. What a pod sends waits in the pod.
+    #[test]
+    fn only_what_a_pod_receives_passes_a_queue_of_the_host() {
+        let limit = Some(Limit { rate: 1, burst: 1 });
+        let flags = |ingress, egress| Bandwidth { ingress, egress }.endpoint_flags();
+        assert_eq!((flags(None, None), flags(None, limit)), (0, 0));
+        assert_eq!((flags(limit, None), flags(limit, limit)), (VIA_QDISC, VIA_QDISC));
+    }
+}

@@ -54,7 +54,11 @@ pub fn on(routing: Routing, test: impl FnOnce(Fabric) -> Result<()>) -> Result<(
 
 /// Starts the agents, adds pods and servers, and runs the test.
 pub fn with_agents(fabric: Fabric, test: impl FnOnce(&Net) -> Result<()>) -> Result<()> {
-    let started = fabric.nodes().iter().try_for_each(|node| node.spawn_agent(&[]));
+    with_options(fabric, &[], test)
+}
+
+fn with_options(fabric: Fabric, options: &[&str], test: impl FnOnce(&Net) -> Result<()>) -> Result<()> {
+    let started = fabric.nodes().iter().try_for_each(|node| node.spawn_agent(options));
     let ready = started.and_then(|()| fabric.nodes().iter().try_for_each(Node::wait_ready));
     ready.with_context(|| fabric.logs())?;
     observed(&Net::furnished(fabric)?, test)
@@ -227,6 +231,24 @@ fn an_internal_address_that_is_the_second_of_its_device(fabric: Fabric) -> Resul
 
 /// Where hosts speak BGP, the node's address is on no NIC.
 fn an_internal_address_on_loopback(fabric: Fabric) -> Result<()> {
+    move_nodes_to_loopback(&fabric)?;
+    with_agents(fabric, |net| {
+        meet(net)?;
+        // The world has no way back to the loopback addresses: packets have that of the NIC.
+        seen_as(&net.a, &net.node(1).addresses())
+    })
+}
+
+/// The same with an overlay between the IPv6 addresses: the kernel would begin its tunnel at that of the NIC.
+#[test]
+fn an_ipv6_overlay_between_addresses_on_loopback() -> Result<()> {
+    on(Routing::Vxlan, |fabric| {
+        move_nodes_to_loopback(&fabric)?;
+        with_options(fabric, &["--overlay-family=ipv6"], meet)
+    })
+}
+
+fn move_nodes_to_loopback(fabric: &Fabric) -> Result<()> {
     let routing = fabric.setup().routing;
     let own = |n: usize| ips(&[&format!("10.255.0.{n}"), &format!("fd00:255::{n}")]);
     for (n, other) in [(1, 2), (2, 1)] {
@@ -252,11 +274,7 @@ fn an_internal_address_on_loopback(fabric: Fabric) -> Result<()> {
             }
         }
     }
-    with_agents(fabric, |net| {
-        meet(net)?;
-        // The world has no way back to the loopback addresses: packets have that of the NIC.
-        seen_as(&net.a, &net.node(1).addresses())
-    })
+    Ok(())
 }
 
 /// Moves the addresses of a node's NIC to a device on top of it.

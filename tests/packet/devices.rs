@@ -1,9 +1,9 @@
 //! Hosts with several devices: masquerade takes the address of the device that a packet leaves by, and its answers find back.
 
 use crate::flows::{ALL, PORT, Proto, from_a, from_outside};
-use crate::frame::Frame;
+use crate::frame::{Frame, L4};
 use crate::harness::{
-    Flow, Lab, MAC_A, Net, OVERLAY, POD_A, POD_B, REDIRECT, SIDE, SNAT, STACK, UPLINK, lab_apart, labs,
+    Flow, Lab, MAC_A, Net, OVERLAY, POD_A, POD_B, REDIRECT, SIDE, SNAT, STACK, UPLINK, lab, lab_apart, labs,
 };
 use crate::icmp;
 use anyhow::{Context, Result, ensure};
@@ -81,6 +81,20 @@ fn a_machine_on_a_bridge_answers() -> Result<()> {
     })
 }
 
+/// A frame with a tag is another device's, on top of this one: its network may have the same addresses.
+#[test]
+fn a_tagged_answer_is_another_devices() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        let to = (net.machine(), 8000);
+        let ask = from_a(net, Proto::Tcp, to);
+        lab.pod_sends(&ask)?;
+        let answer = ask.hop().between((net.side(), PORT), to).reply();
+        lab.side_in_tagged(Some(5), &answer)?.to_stack(&answer)?;
+        lab.side_in(&answer)?.to_the_pod(&answer.hop().map(|f| f.dst = net.a()))
+    })
+}
+
 /// An error about a masqueraded packet reaches the pod, by that device too.
 #[test]
 fn an_error_about_a_packet_to_a_machine() -> Result<()> {
@@ -124,6 +138,41 @@ fn all_else_by_such_a_device_is_the_stacks() -> Result<()> {
             for target in [(net.side(), PORT), (net.a(), 8080), (net.world(), 443)] {
                 let frame = answer.between((source, 8000), target);
                 lab.side_in(&frame)?.dropped(DropReason::Spoofed).with_context(|| format!("{what} to {target:?}"))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A flow that keeps the pod's address is no masqueraded one: its answers go by the routes of the stack.
+#[test]
+fn answers_to_a_flow_that_nothing_translates_are_the_stacks() -> Result<()> {
+    labs(|lab, net| {
+        put_devices(lab, net)?;
+        lab.put_peer(net.machine(), None, peer::flags::NO_MASQ, None)?;
+        each(|proto| {
+            let ask = from_a(net, proto, (net.machine(), port_of(proto, 8000)));
+            lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
+            let answer = ask.hop().reply();
+            lab.side_in(&answer)?.to_stack(&answer)
+        })
+    })
+}
+
+/// The host has to hear that another one on the link has its address (RFC 4862, 5.4).
+#[test]
+fn discovery_by_such_a_device_is_the_stacks() -> Result<()> {
+    lab(|lab| {
+        let net = Net::V6;
+        put_devices(lab, net)?;
+        for kind in [135, 136] {
+            for (source, target) in [(net.side(), net.node()), (net.node(), net.side()), (net.machine(), net.side())] {
+                let frame = from_outside(Proto::Udp, (source, 0), (target, 0)).map(|f| {
+                    f.l4 = L4::Icmp { kind, code: 0, rest: 0 };
+                    f.payload = vec![0; 24];
+                    f.ttl = 255;
+                });
+                lab.side_in(&frame)?.to_stack(&frame).with_context(|| format!("type {kind} from {source}"))?;
             }
         }
         Ok(())
@@ -237,28 +286,30 @@ fn a_flow_over_two_next_hops_stays_on_its_device() -> Result<()> {
 fn a_port_that_a_socket_of_the_host_has_is_not_kept() -> Result<()> {
     labs(|lab, net| {
         put_devices(lab, net)?;
-        let port = *SNAT.start() + 301;
         let any: IpAddr = if net == Net::V4 { IpAddr::from([0; 4]) } else { IpAddr::from([0_u16; 8]) };
-        let ask = |proto| from_a(net, proto, (net.world(), 123)).map(|f| f.set_ports(port, 123));
-        let chosen = |proto| -> Result<u16> {
-            lab.forget()?;
-            lab.pod_sends(&ask(proto))?;
-            Ok(lab.half(Flow::of(&ask(proto)))?.to.sport)
-        };
-        ensure!(chosen(Proto::Udp)? == port && chosen(Proto::Tcp)? == port, "a free port is kept");
-        let datagrams = std::net::UdpSocket::bind((any, port))?;
-        let other = chosen(Proto::Udp)?;
-        ensure!(other != port && SNAT.contains(&other), "{other}");
-        // One that listens takes no answers.
-        let listener = std::net::TcpListener::bind((any, port))?;
-        ensure!(chosen(Proto::Tcp)? == port, "a listening socket is no rival");
-        drop((datagrams, listener));
-        // Another test may be between fork and exec, with a copy of each descriptor.
-        wait::until("the port is free again", || {
-            let again = chosen(Proto::Udp)?;
-            ensure!(again == port, "{again}");
-            Ok(())
-        })
+        for port in [*SNAT.start(), *SNAT.start() + 301, *SNAT.end()] {
+            let ask = |proto| from_a(net, proto, (net.world(), 123)).map(|f| f.set_ports(port, 123));
+            let chosen = |proto| -> Result<u16> {
+                lab.forget()?;
+                lab.pod_sends(&ask(proto))?;
+                Ok(lab.half(Flow::of(&ask(proto)))?.to.sport)
+            };
+            ensure!(chosen(Proto::Udp)? == port && chosen(Proto::Tcp)? == port, "a free port is kept");
+            let datagrams = std::net::UdpSocket::bind((any, port))?;
+            let other = chosen(Proto::Udp)?;
+            ensure!(other != port && SNAT.contains(&other), "{other}");
+            // One that listens takes no answers.
+            let listener = std::net::TcpListener::bind((any, port))?;
+            ensure!(chosen(Proto::Tcp)? == port, "a listening socket is no rival");
+            drop((datagrams, listener));
+            // Another test may be between fork and exec, with a copy of each descriptor.
+            wait::until("the port is free again", || {
+                let again = chosen(Proto::Udp)?;
+                ensure!(again == port, "{again}");
+                Ok(())
+            })?;
+        }
+        Ok(())
     })
 }
 

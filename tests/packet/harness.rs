@@ -463,9 +463,14 @@ impl Lab {
 
     /// A frame comes in by a device that is no uplink.
     pub fn side_in(&self, frame: &Frame) -> Result<Shot> {
+        self.side_in_tagged(None, frame)
+    }
+
+    /// The same, with the VLAN tag that the device took off.
+    pub fn side_in_tagged(&self, vlan: Option<u16>, frame: &Frame) -> Result<Shot> {
         let bytes = frame.bytes();
         check::checksums(&bytes, false).context("the test's own packet")?;
-        self.run(SIDE_IN, hook::UPLINK_IN, &Input { frame: &bytes, ifindex: SIDE, ..Input::default() })
+        self.run(SIDE_IN, hook::UPLINK_IN, &Input { frame: &bytes, ifindex: SIDE, vlan, ..Input::default() })
     }
 
     pub fn uplink_out(&self, frame: &Frame) -> Result<Shot> {

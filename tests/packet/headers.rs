@@ -234,6 +234,9 @@ fn a_later_fragment_without_its_first() -> Result<()> {
         lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
         let other = later.map(|f| (f.src, f.smac) = (net.b(), MAC_B));
         lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
+        // Nor one by another interface, whoever its sender says to be.
+        let other = later.map(|f| f.smac = MAC_B);
+        lab.pod_sends(&other)?.dropped(DropReason::FragNotFound)?;
         if net == Net::V4 {
             // IPv6 fragments are identified without their protocol (RFC 8200, 4.5).
             let other = later.map(|f| f.l4 = L4::Sctp { sport: 1, dport: 2, crc: true });

@@ -238,7 +238,7 @@ fn protocol(text: &str) -> Result<u8, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Clock, Report, protocol, row, states};
+    use super::{Args, Clock, Report, net, protocol, row, states};
     use crate::cli::golden::assert_golden;
     use bytemuck::Zeroable;
     use rustnet_common::addr::Ip4;
@@ -274,5 +274,29 @@ mod tests {
         assert_eq!(states(proto::TCP, state::ANSWERED | state::ESTABLISHED | state::FIN_ORIG), ["established", "fin"]);
         assert_eq!(states(proto::TCP, state::ANSWERED), ["syn-received"]);
         assert_eq!(states(proto::UDP, 0), ["unanswered"]);
+        for reset in [state::RST_ORIG, state::RST_REPLY] {
+            assert_eq!(states(proto::TCP, state::ANSWERED | reset), ["syn-received", "reset"]);
+        }
+    }
+
+    #[test]
+    fn filters_look_at_both_sides_of_a_translation() {
+        let (src, dst) = (Ipv4Addr::new(10, 0, 0, 2).into(), Ipv4Addr::new(10, 96, 0, 1).into());
+        let key: Tuple<Ip4> = Tuple { src, dst, sport: 4000, dport: 80, proto: proto::TCP, ..Tuple::zeroed() };
+        let to = Tuple { dst: Ipv4Addr::new(10, 0, 1, 9).into(), dport: 8080, ..key };
+        let flags = flags::NAT | if key.is_swapped() { flags::SWAPPED } else { 0 };
+        let entry = CtEntry { to, flags, ..CtEntry::zeroed() };
+        let row = row(&key.canonical(), &entry, &Clock { now: 0, hz: 100 });
+        let all = || Args { src: None, dst: None, port: None, proto: None, backend: None, all: false, limit: 1 };
+        for (dst, port, want) in [
+            ("10.96.0.1", 80, true),
+            ("10.0.1.9", 8080, true),
+            ("10.0.0.0/8", 8080, true),
+            ("10.0.0.2", 80, false),
+            ("10.96.0.1", 4000, false),
+        ] {
+            let dst = Some(net(dst).expect("a range"));
+            assert_eq!(Args { dst, port: Some(port), ..all() }.matches(&row), want, "{dst:?} {port}");
+        }
     }
 }

@@ -86,6 +86,8 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
 fn clash(mark: PacketMark, rule: MarkRule) -> Option<String> {
     let MarkRule { priority, mark: value, mask } = rule;
     let name = format!("ip rule {priority} (fwmark {value:#x}/{mask:#x})");
+    // The kernel keeps a value as it was given, and compares the bits of the mask alone (`fib_rule_match`).
+    let value = value & mask;
     if value & mark.mask == mark.value && mark.mask & !mask == 0 {
         return Some(format!("packets that {name} selects pass for {mark}"));
     }
@@ -140,6 +142,10 @@ mod tests {
             (facts(&[(0x1052, u32::MAX)], &[]), "pass for 0x1052/0x107f"),
             (facts(&[(0x50, 0x70)], &[]), "ip rule 100 (fwmark 0x50/0x70) selects packets by bits of the mark"),
             (facts(&[(0, 0x4002)], &[]), "ip rule 100 (fwmark 0x0/0x4002)"),
+            // Bits that it does not compare select nothing, whatever is written there.
+            (facts(&[(0x1052, 0x7f)], &[]), "ip rule 100 (fwmark 0x1052/0x7f) selects packets by bits of the mark"),
+            // Of the mark's bits it compares those that are set, and lets others through.
+            (facts(&[(0x1052, 0x1052)], &[]), "ip rule 100 (fwmark 0x1052/0x1052) selects packets by bits of the mark"),
         ] {
             assert_only(&check(&facts), Level::Warning, detail, "--packet-mark");
         }

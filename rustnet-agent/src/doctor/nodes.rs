@@ -213,6 +213,13 @@ pub(super) mod tests {
         let mut behind = facts(three());
         behind.neighbours.push(("192.0.2.254".parse().expect("ip"), 2, [2, 0, 0, 0, 0, 2]));
         assert_well(&check(&behind));
+        // Two addresses of one node have one MAC.
+        let mut nodes = three();
+        let addresses = ["192.0.2.2", "2001:db8::2"].map(|ip| ip.parse().expect("ip"));
+        Arc::make_mut(&mut nodes[1].node).addresses = addresses.into();
+        let mut both = facts(nodes);
+        both.neighbours.push((addresses[1], 2, [2, 0, 0, 0, 0, 2]));
+        assert_well(&check(&both));
     }
 
     #[test]

@@ -240,6 +240,8 @@ mod tests {
         assert_well(&check(&facts(vec![process(10250, "k3s")])));
         let elsewhere = Listener { addr: [192, 0, 2, 1].into(), ..process(9879, "nginx") };
         assert_well(&check(&facts(vec![elsewhere])));
+        let local = Listener { addr: Ipv4Addr::LOCALHOST.into(), ..process(30_080, "nginx") };
+        assert_well(&check(&facts(vec![local])));
     }
 
     #[test]

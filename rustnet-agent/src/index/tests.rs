@@ -6,8 +6,8 @@ use crate::config::Routing;
 use crate::host::HostFacts;
 use crate::host::build::{device, host};
 use crate::model::build::{endpoint, ip, node, service, slice};
-use crate::model::{Condition, EndpointSlice, Family, ObjectName, Problem};
-use crate::source::{Event, Kind, ObjectRef, Origin};
+use crate::model::{Condition, EndpointSlice, Family, ObjectName, Pod, Problem};
+use crate::source::{Event, Kind, Object, ObjectRef, Origin};
 use crate::ways::Settings;
 use rustnet_common::backend::flags::{LOCAL, TERMINATING};
 use rustnet_common::peer::{Peer, flags as peer, identity};
@@ -15,6 +15,7 @@ use rustnet_common::service::flags::{DROP_EMPTY, VIP};
 use rustnet_common::tuple::proto::{TCP, UDP};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 const VIP4: &str = "10.96.0.10";
 const VIP6: &str = "fd00:96::10";
@@ -314,6 +315,20 @@ fn what_a_fresh_list_does_not_name_is_gone() {
     expect(&it, &key(VIP4, 80, TCP), &[], 0);
 }
 
+/// The same name on another node is another pod, whose addresses are none of this node's.
+#[test]
+fn a_pod_that_is_elsewhere_now_is_forgotten() {
+    let pod = |node: &str| {
+        let (name, addresses) = (ObjectName::namespaced("shop", "db-0"), ["10.244.1.5".parse().unwrap()].into());
+        let pod = Pod { name, uid: "u".into(), node: node.into(), addresses, host_network: false, host_ports: false };
+        Event::Apply(Object::Pod(Arc::new(pod)))
+    };
+    let mut it = index([pod("n1")]);
+    assert_eq!(it.pods().count(), 1);
+    it.handle(pod("n2"));
+    assert_eq!(it.pods().count(), 0);
+}
+
 #[test]
 fn synced_means_all_required_kinds() {
     let mut it = index([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]);
@@ -350,9 +365,14 @@ fn problems_go_when_their_cause_goes() {
     let reference = ObjectRef { kind: Kind::Service, name: ObjectName::namespaced("default", "web") };
     let mut it = index([]);
     it.handle(service("web", &[VIP4]).tcp(80).apply());
-    it.handle(Event::Reject(reference, [bad.clone()].into()));
+    it.handle(Event::Reject(reference.clone(), [bad.clone()].into()));
     assert_eq!(problems(&it), ["Service default/web: spec: bad"]);
     assert_eq!(desired(&it, &key(VIP4, 80, TCP)), None);
+    // Nor does a fresh list that names it hide what is wrong with it.
+    it.handle(Event::Restart(Kind::Service));
+    it.handle(Event::Reject(reference, [bad.clone()].into()));
+    it.handle(Event::Synced(Kind::Service));
+    assert_eq!(problems(&it), ["Service default/web: spec: bad"]);
     it.handle(service("web", &[VIP4]).tcp(80).apply());
     assert_eq!(problems(&it), [""; 0]);
     it.handle(Event::Report { origin: "web.yaml".into(), problems: [bad].into() });

@@ -140,6 +140,17 @@ mod tests {
         matching.last().map(|(_, peer)| **peer)
     }
 
+    /// As an agent of a release before finds it, which left no entry free.
+    #[test]
+    fn a_full_trie_takes_no_value_before_a_prefix_has_gone() {
+        let table = |prefixes: u8, identity| (0..prefixes).map(|n| (prefix(32, n), peer(identity))).collect();
+        let mut peers = Peers::new(table(3, 1), 3);
+        let first = peers.plan(table(2, 2));
+        assert_eq!((first.puts.len(), first.deletes.len(), peers.waits()), (0, 1, true));
+        let second = peers.plan(table(2, 2));
+        assert_eq!((second.puts.len(), second.deletes.len(), peers.waits()), (2, 0, false));
+    }
+
     fn table() -> impl Strategy<Value = BTreeMap<IpNet, Peer>> {
         prop::collection::btree_map(
             (27..=32u8, any::<u8>()).prop_map(|(len, n)| prefix(len, n)),

@@ -107,8 +107,12 @@ mod tests {
         assert_eq!(waits[8], BACK_OFF.1);
         job.finish(Vec::new(), None);
         assert_eq!((job.deadline(), job.is_due()), (None, false));
-        job.finish(vec![failure(Scope::Node, "no")], None);
-        assert_eq!(job.deadline().unwrap() - Instant::now(), BACK_OFF.0);
+        // A failure is not left until the next ordinary turn, nor does it put that off.
+        for (ordinary, wait) in [(Duration::from_secs(30), BACK_OFF.0), (Duration::ZERO, Duration::ZERO)] {
+            job.finish(Vec::new(), None);
+            job.finish(vec![failure(Scope::Node, "no")], Some(Instant::now() + ordinary));
+            assert_eq!(job.deadline().unwrap() - Instant::now(), wait);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -446,3 +446,22 @@ fn or_nothing<T>(read: Result<Vec<T>>) -> Vec<T> {
         Vec::new()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn uplink(ifindex: u32, name: &str) -> Uplink {
+        Uplink { name: name.into(), ifindex, mtu: 1500, addresses: Vec::new() }
+    }
+
+    /// An uplink of before may seem to be another device while it has lost its route: packets would pass two programs.
+    #[test]
+    fn no_device_is_an_uplink_and_a_side_device() {
+        let state = State { uplinks: vec![uplink(2, "eth0")], ..State::default() };
+        let sides = [uplink(2, "eth0"), uplink(3, "br0")];
+        let hooks = device_hooks(&state, sides.iter(), Some(2));
+        let hooks: Vec<_> = hooks.iter().map(|hook| (hook.program, hook.device, hook.further)).collect();
+        assert_eq!(hooks, [("uplink_in", "eth0", None), ("uplink_out", "eth0", None), ("side_in", "br0", Some("br0"))]);
+    }
+}

@@ -242,6 +242,8 @@ impl<'a> Follower<'a> {
         let seconds = || WATCH.0.saturating_sub(u32::try_from(spread(WATCH.1).as_secs()).unwrap_or_default());
         config.timeout = Some(self.source.watch_seconds.unwrap_or_else(seconds));
         let streaming = self.streaming && !self.paging;
+        // Not by the first event of the list alone: a server that refuses to stream it sends none.
+        self.listed = false;
         config = if streaming { config.streaming_lists() } else { config.page_size(PAGE) };
         let stream = watcher(Api::<K>::all(self.source.connection.client.clone()), config);
         pin_mut!(stream);
@@ -388,7 +390,7 @@ mod tests {
     use kube::client::Body;
     use kube::core::Status;
     use serde_json::{Value, json};
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     fn api(code: u16) -> kube::Error {
         let mut status = Status::failure("x", "y");
@@ -485,5 +487,62 @@ mod tests {
         }
         assert!(has_forgotten.load(Ordering::Relaxed));
         assert_eq!(about_nodes, ["Restart(Node)", "Node n1", "Restart(Node)", "Node n1", "Node n2", "Synced(Node)"]);
+    }
+
+    /// Each watch of Nodes ends at once. The second time that their list is asked for as a stream, that is refused.
+    async fn answer_with_gaps(request: Request<Body>, asked: Arc<AtomicU32>) -> Response<Body> {
+        let query = request.uri().query().unwrap_or_default().to_owned();
+        let node = |name: &str| json!({"metadata": {"name": name, "resourceVersion": "7"}});
+        let failure =
+            |code| json!({"kind": "Status", "status": "Failure", "reason": "x", "message": "x", "code": code});
+        let end = json!({"type": "ERROR", "object": failure(410)});
+        let (code, body) = match request.uri().path() {
+            "/version" => (200, serde_json::to_string(&version("1", "34")).expect("JSON")),
+            "/api/v1/nodes" if query.contains("sendInitialEvents=true") => {
+                let last = json!({"resourceVersion": "7", "annotations": {"k8s.io/initial-events-end": "true"}});
+                let events = [
+                    json!({"type": "ADDED", "object": node("n1")}),
+                    json!({"type": "BOOKMARK", "object": {"kind": "Node", "apiVersion": "v1", "metadata": last}}),
+                    end,
+                ];
+                match asked.fetch_add(1, Ordering::Relaxed) {
+                    1 => (422, failure(422).to_string()),
+                    _ => (200, events.map(|event| event.to_string()).join("\n")),
+                }
+            }
+            "/api/v1/nodes" if query.contains("watch=true") => (200, end.to_string()),
+            "/api/v1/nodes" => (200, json!({"metadata": {"resourceVersion": "8"}, "items": [node("n2")]}).to_string()),
+            _ => return std::future::pending().await,
+        };
+        Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
+    }
+
+    /// One of several servers, or one that was set back: it knows streaming lists by its version, and refuses them. The next list may
+    /// be a stream again.
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_streams_no_more_is_asked_for_pages() {
+        let asked = Arc::new(AtomicU32::new(0));
+        let server = tower::service_fn(move |request| {
+            let answer = answer_with_gaps(request, Arc::clone(&asked));
+            async { Ok::<_, kube::Error>(answer.await) }
+        });
+        let connection = Connection::new(kube::Client::new(server, "default"), answers::Answers::default());
+        let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
+        let (sender, mut events) = tokio::sync::mpsc::channel(256);
+        tokio::spawn(source.run(sender));
+        let mut about_nodes = Vec::new();
+        let hear = async {
+            while about_nodes.iter().filter(|it| *it == "Synced(Node)").count() < 3 {
+                match events.recv().await.expect("the source runs") {
+                    Event::Restart(Kind::Node) => about_nodes.push("Restart(Node)".to_owned()),
+                    Event::Synced(Kind::Node) => about_nodes.push("Synced(Node)".to_owned()),
+                    Event::Apply(object) => about_nodes.push(object.reference().to_string()),
+                    _ => {}
+                }
+            }
+        };
+        let is_listed = tokio::time::timeout(Duration::from_hours(1), hear).await.is_ok();
+        let all = ["n1", "n2", "n1"].map(|name| format!("Restart(Node) Node {name} Synced(Node)")).join(" ");
+        assert!(is_listed && about_nodes.join(" ") == all, "{about_nodes:?}");
     }
 }

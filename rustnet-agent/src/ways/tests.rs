@@ -141,6 +141,20 @@ fn an_address_that_is_late() {
     let it = ways(Routing::Vxlan, &facts).place;
     assert_eq!((names(&it), it.addresses.v6), (vec!["eth0"], None));
     assert!(it.problems[0].contains("no usable fd00:18::11"), "{:?}", it.problems);
+    assert!(!it.is_nameless, "one of the two is there");
+    facts.devices[0].addresses[0].is_usable = false;
+    assert!(ways(Routing::Vxlan, &facts).place.is_nameless);
+}
+
+/// The MTU of pods is that of the way to other nodes, however small packets to the world have to be.
+#[test]
+fn the_mtu_is_that_of_the_nodes_device() {
+    let mut facts = host([Device { mtu: 1280, ..device(2, "eth0", &["10.0.2.15/24"]) }, cluster(3, "eth1")]);
+    facts.defaults = vec![default(Family::V4, 100, 2)];
+    assert_eq!(ways(Routing::Vxlan, &facts).place.mtu, 1500);
+    // Of devices that are named, any may lead to other nodes.
+    let settings = Settings { uplinks: vec!["eth1".into(), "eth0".into()], ..Settings::new("n1", Routing::Vxlan) };
+    assert_eq!(ways_of(&settings, &facts, &[own(), other()]).place.mtu, 1280);
 }
 
 #[test]
@@ -233,6 +247,19 @@ fn the_overlay_takes_the_family_of_the_first_addresses_or_the_one_of_both() {
     assert!(why.contains("Node n2: status.addresses: no InternalIP of a family"), "{why}");
     let why = far_end(&both, &[v4], Some(Family::V6)).expect_err("none of that family");
     assert!(why.contains("need IPv6 InternalIPs") && why.contains("--overlay-family"), "{why}");
+    // What is asked for counts before there is another node, too.
+    let settings = Settings { overlay_family: Some(Family::V6), ..Settings::new("n1", Routing::Vxlan) };
+    assert_eq!(ways_of(&settings, &host([cluster(2, "eth0")]), &[own()]).overlay_family(), Family::V6);
+}
+
+/// A range of one address takes that address from nobody.
+#[test]
+fn an_address_stays_its_nodes_whatever_range_claims_it() {
+    for (range, want) in [("172.18.0.11/32", Owner::Host), ("172.18.0.12/32", Owner::Node)] {
+        let nodes = [own(), other(), node("n3", &["172.18.0.13"], &[range])];
+        let it = ways_of(&Settings::new("n1", Routing::Vxlan), &host([cluster(2, "eth0")]), &nodes);
+        assert_eq!(it.entries[&range.parse().unwrap()].owner, want);
+    }
 }
 
 #[test]

@@ -169,6 +169,9 @@ fn a_pod_without_its_classifiers_is_a_degraded_node() {
         // A veth that is gone is no pod without classifiers.
         ip("link del rnv1");
         assert_eq!(check().1, "both on each of 0 pods' interfaces");
+        // Nor is another device that has its index.
+        sandbox.nameless_record("fedcba9876543210", "rnv9", sandbox::ifindex("eth0"), "10.1.1.7");
+        assert_eq!(check().1, "both on each of 0 pods' interfaces");
     });
 }
 

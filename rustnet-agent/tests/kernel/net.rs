@@ -320,8 +320,36 @@ fn uplinks_of_before_count_while_there_are_none() {
         ip("addr flush dev eth0");
         ip("route flush default");
         assert_eq!(look(), ["eth0"]);
+        // Nor does another device that leads into the world take its place.
+        other_way_out();
+        assert_eq!(look(), ["eth1", "eth0"]);
         ip("link del eth0");
+        assert_eq!(look(), ["eth1"]);
+        ip("link del eth1");
         assert!(look().is_empty());
+    });
+}
+
+/// A device with a smaller MTU has the default route.
+fn other_way_out() {
+    ip("link add eth1 mtu 1300 type veth peer name far1");
+    for device in ["eth1", "far1"] {
+        ip(&format!("link set {device} up"));
+    }
+    ip("addr add 198.51.100.1/24 dev eth1");
+    ip("route add default via 198.51.100.254");
+}
+
+/// Between two leases the host has none of the node's addresses: pods that are there need the size that they have.
+#[test]
+fn the_overlay_keeps_its_size_while_the_nodes_addresses_are_away() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let mtu = || repair(sandbox, true, &[peer()], true).overlay.map(|device| device.mtu);
+        assert_eq!(mtu(), Some(1450));
+        ip("addr flush dev eth0");
+        other_way_out();
+        assert_eq!(mtu(), Some(1450));
     });
 }
 

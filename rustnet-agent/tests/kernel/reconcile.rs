@@ -6,12 +6,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytemuck::Zeroable as _;
 use rustnet_agent::bpf::attach::Direction;
-use rustnet_agent::bpf::load::program_path;
+use rustnet_agent::bpf::load::{CLOCK, program_path};
+use rustnet_agent::bpf::probe;
 use rustnet_agent::bpf::store::node_config::NodeConfigStore;
 use rustnet_agent::bpf::store::{Map, peers, services};
 use rustnet_agent::bpf::sys::{self, TCX_EGRESS, TCX_INGRESS};
-use rustnet_agent::config::Config;
+use rustnet_agent::config::{Config, Routing};
 use rustnet_agent::health::Health;
 use rustnet_agent::model::{
     Condition, Endpoint, EndpointSlice, Family, Node, ObjectName, Service, ServicePort, TargetPort,
@@ -21,9 +23,11 @@ use rustnet_agent::net::{link, tc};
 use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
 use rustnet_agent::{nodefile, reconcile};
 use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::conntrack::{CtEntry, flags};
 use rustnet_common::device::Device;
 use rustnet_common::names::{LINKS_DIR, map};
 use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::tuple::Tuple;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -149,9 +153,14 @@ async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
     assert!(peers(&sandbox.bpffs).unwrap().contains_key(&"10.1.2.0/24".parse().unwrap()));
     let links = link_ids(sandbox);
 
-    // Somebody meddles: noticed without waiting for the period.
+    // Somebody meddles: noticed without waiting for the period. Whatever wakes the agent, it looks after the files, too.
+    let files = [sandbox.run_dir.join("node.json"), sandbox.dir.join("net.d/05-rustnet.conflist")];
+    for file in &files {
+        std::fs::remove_file(file).unwrap();
+    }
     ip("route del 10.1.2.0/24");
     wait_until("the route is back", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
+    wait_until("the files are back", || files.iter().all(|file| file.exists())).await;
     ip("link del rn_vxlan");
     let hooks_back = || {
         on_hook(&sandbox.bpffs, "overlay_in", "rn_vxlan", Direction::Ingress).is_some()
@@ -187,6 +196,141 @@ async fn from_start_to_ready_to_restart_in(sandbox: &Sandbox) {
     assert!(!peers(&sandbox.bpffs).unwrap().contains_key(&"10.1.2.0/24".parse().unwrap()));
     wait_until("the route is gone", || ip("route show 10.1.2.0/24").is_empty()).await;
     next.stop().await;
+}
+
+/// Until this node's object is known again, the programs keep the address that it named: the device's first one is another.
+#[test]
+fn a_restart_leaves_the_nodes_address_to_the_programs() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("addr add 192.0.2.99/24 dev eth0");
+        block_on(async {
+            let address = || NodeConfigStore::open(&sandbox.bpffs).unwrap().read().unwrap().node4.octets();
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.99", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            assert_eq!(address(), [192, 0, 2, 99]);
+            agent.stop().await;
+            let before = link_ids(sandbox);
+            let next = Agent::start(sandbox.config(&[]));
+            let is_swapped = || link_ids(sandbox).iter().zip(&before).all(|(new, old)| new.1 != old.1);
+            wait_until("the programs are swapped", is_swapped).await;
+            assert_eq!(address(), [192, 0, 2, 99]);
+            next.stop().await;
+        });
+    });
+}
+
+/// Until this node's object is known again, the device with its address may not seem to be an uplink. It keeps its programs, though
+/// another one has got the default route since.
+#[test]
+fn a_new_default_route_takes_no_program_off_the_nodes_device() {
+    if !has_tcx() {
+        return;
+    }
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add eth1 type veth peer name far1");
+        for device in ["eth1", "far1"] {
+            ip(&format!("link set {device} up"));
+        }
+        ip("addr add 198.51.100.1/24 dev eth1");
+        ip("route del default");
+        let config = || Config { uplinks: Vec::new(), ..sandbox.config(&[]) };
+        let hook = |device| on_hook(&sandbox.bpffs, "uplink_in", device, Direction::Ingress);
+        block_on(async {
+            let agent = Agent::start(config());
+            agent.send([node("n1", "198.51.100.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            agent.stop().await;
+            let before = hook("eth1");
+            assert!(before.is_some() && hook("eth0").is_none());
+            ip("route add default via 192.0.2.254");
+            let next = Agent::start(config());
+            wait_until("the programs are on the other device, too", || hook("eth0").is_some()).await;
+            assert_eq!(hook("eth1"), before);
+            next.send([node("n1", "198.51.100.1", &["10.1.1.0/24"])]).await;
+            next.send(synced()).await;
+            next.ready().await;
+            assert_eq!(hook("eth1").map(|link| link.0), before.map(|link| link.0), "the same link");
+            next.stop().await;
+        });
+    });
+}
+
+/// Between two leases the host has none of the node's addresses, and another device the default route: new pods get the MTU that
+/// the others have.
+#[test]
+fn the_mtu_of_pods_stays_while_the_nodes_addresses_are_away() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let mtu = || nodefile::read(&sandbox.run_dir).unwrap().unwrap().mtu;
+        block_on(async {
+            let config = Config { uplinks: Vec::new(), routing: Routing::Native, ..sandbox.config(&[]) };
+            let agent = Agent::start(config);
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            assert_eq!(mtu(), 1500);
+            ip("link add eth1 mtu 1300 type veth peer name far1");
+            for device in ["eth1", "far1"] {
+                ip(&format!("link set {device} up"));
+            }
+            ip("addr add 198.51.100.1/24 dev eth1");
+            ip("addr flush dev eth0");
+            ip("route add default via 198.51.100.254");
+            let is_known = |it: &String| it.contains("no usable 192.0.2.1");
+            wait_until("the address is missed", || agent.health.complaints().iter().any(is_known)).await;
+            wait_until("the other device is an uplink", || {
+                on_hook(&sandbox.bpffs, "uplink_in", "eth1", Direction::Ingress).is_some()
+            })
+            .await;
+            assert_eq!(mtu(), 1500);
+            agent.stop().await;
+        });
+    });
+}
+
+/// A device gets another address for masquerade, and the host keeps the one of before: flows that have it go on.
+#[test]
+fn masqueraded_flows_go_on_while_the_host_has_their_address() {
+    type Connections = Map<Tuple<Ip4>, CtEntry<Ip4>>;
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("addr add 192.0.2.99/24 dev eth0");
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let table = Connections::open(&sandbox.bpffs, map::CT4_ANY).unwrap();
+            let address = |text: &str| Ip4 { ip: text.parse::<std::net::Ipv4Addr>().unwrap().octets() };
+            let asks = Tuple {
+                src: address("10.1.1.5"),
+                dst: address("198.51.100.7"),
+                sport: 5000,
+                dport: 53,
+                proto: 17,
+                pad: 0,
+                pad2: 0,
+            };
+            let to = Tuple { src: address("192.0.2.1"), ..asks };
+            let swapped = if asks.is_swapped() { flags::SWAPPED } else { 0 };
+            let clock = sys::obj_get(&program_path(&sandbox.bpffs, CLOCK)).unwrap();
+            let seen = probe::jiffies(clock.as_fd()).unwrap();
+            let flow = CtEntry { to, flags: flags::NAT | flags::MASQ | swapped, seen, ..CtEntry::zeroed() };
+            table.put(&asks.canonical(), &flow).unwrap();
+            let devices = Map::<u32, Device>::open(&sandbox.bpffs, map::DEVICES).unwrap();
+            let of_eth0 = || devices.get(&sandbox::ifindex("eth0")).unwrap().map(|device| device.ip4.octets());
+            assert_eq!(of_eth0(), Some([192, 0, 2, 1]));
+            agent.send([node("n1", "192.0.2.99", &["10.1.1.0/24"])]).await;
+            wait_until("the device has the other address", || of_eth0() == Some([192, 0, 2, 99])).await;
+            agent.stop().await;
+            assert!(table.get(&asks.canonical()).unwrap().is_some());
+        });
+    });
 }
 
 /// Its pins are out of sight, and its programs would handle each packet a second time.
@@ -281,7 +425,10 @@ fn a_device_that_is_no_uplink_any_more_is_let_go() {
             tc::set_filter(&mut socket, eth0, direction, program.as_fd(), "uplink_in", false).unwrap();
             tc::set_filter(&mut socket, far1, direction, program.as_fd(), "not_ours", false).unwrap();
         }
+        let link = |device| on_hook(&sandbox.bpffs, "uplink_in", device, Direction::Ingress).map(|link| link.0);
+        let before = link("eth1");
         run(&["--uplink=eth1"]);
+        assert_eq!(link("eth1"), before, "it has its own link, and takes no second program");
         for direction in Direction::BOTH {
             assert_eq!(tc::filter(&mut socket, eth0, direction).unwrap(), None);
         }
@@ -460,6 +607,10 @@ fn leftover_endpoints_are_removed_and_lost_ones_put_back() {
         ip("link add rnv1 type veth peer name pod");
         ip("link set rnv1 up");
         let ifindex = sandbox::ifindex("rnv1");
+        ip("link add other0 type veth peer name other1");
+        ip("link set other0 up");
+        let other = sandbox::ifindex("other0");
+        sandbox.nameless_record("fedcba9876543210", "rnv9", other, "10.1.1.7");
         sandbox.record("rnv1", ifindex, "10.1.1.5");
         sandbox.limit(serde_json::json!({ "ingress": { "rate": 1_000_000, "burst": 1_000_000 } }));
         block_on(async {
@@ -475,14 +626,24 @@ fn leftover_endpoints_are_removed_and_lost_ones_put_back() {
                 all.map(|(ip, entry)| (ip.to_string(), entry.ifindex)).collect::<Vec<_>>()
             };
             assert_eq!(addresses(), [("10.1.1.5".to_owned(), ifindex)], "put back from its record");
+            let is_deleted = endpoints.delete("10.1.1.5".parse().unwrap(), ifindex + 1).unwrap();
+            assert!(!is_deleted && addresses().len() == 1, "the address is another interface's by now");
 
             // A DEL that was cut short: neither interface nor record. And an ADD that is under way: an interface.
             let entry = |ifindex| Entry { ifindex, identity: 0, mac: [0; 6], host_mac: [0; 6], flags: 0, pad: 0 };
             endpoints.put("10.1.1.8".parse().unwrap(), &entry(99_999)).unwrap();
             endpoints.put("10.1.1.9".parse().unwrap(), &entry(ifindex)).unwrap();
+            // And an entry of before, whose interface is gone and whose address another pod has.
+            endpoints.put("10.1.1.5".parse().unwrap(), &entry(99_998)).unwrap();
             ip("link set rnv1 mtu 1400");
             wait_until("the leftover is gone", || addresses().len() == 2).await;
             assert_eq!(addresses()[1].0, "10.1.1.9");
+            wait_until("the record's interface has the address", || addresses()[0].1 == ifindex).await;
+            // A record whose index another device has by now.
+            let mut socket = Socket::open().unwrap();
+            for direction in Direction::BOTH {
+                assert_eq!(tc::filter(&mut socket, other, direction).unwrap(), None, "a program of pods on it");
+            }
             agent.stop().await;
         });
     });

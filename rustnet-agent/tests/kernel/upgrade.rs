@@ -15,13 +15,13 @@ use rustnet_common::addr::Ip4;
 use rustnet_common::config::{NodeConfig, mark};
 use rustnet_common::conntrack::CtEntry;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
-use rustnet_common::names::{PROGRAMS, map};
+use rustnet_common::names::{LINKS_DIR, PROGRAMS, map};
 use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
 
 use crate::load::{load, map_id, prog_id, spoilt};
-use crate::reconcile::{Agent, block_on, node, synced, web};
+use crate::reconcile::{Agent, block_on, node, synced, wait_until, web};
 use crate::sandbox::{self, Sandbox, names, uplink};
 
 type Connections = Map<Tuple<Ip4>, CtEntry<Ip4>>;
@@ -261,6 +261,34 @@ async fn agents_with_other_sizes(sandbox: &Sandbox) {
         assert_tidy(sandbox);
         agent.stop().await;
     }
+}
+
+/// An upgrade that a broken hook holds up holds up no services.
+#[test]
+fn services_follow_their_events_while_an_upgrade_is_held_up() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let own = || [node("n1", "192.0.2.1", &["10.1.1.0/24"])];
+            let agent = Agent::start(sandbox.config(&["--service-entries=512"]));
+            agent.send(own()).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            agent.stop().await;
+            let odd = sandbox.bpffs.join(LINKS_DIR).join("odd");
+            std::fs::create_dir(&odd).unwrap();
+            let next = Agent::start(sandbox.config(&["--service-entries=1024"]));
+            next.send(own().into_iter().chain(web(3))).await;
+            next.send(synced()).await;
+            let is_served = || services(&sandbox.bpffs).is_ok_and(|all| all.len() == 2);
+            wait_until("the service is there", is_served).await;
+            assert!(next.health.readiness().is_err(), "the upgrade is not over");
+            std::fs::remove_dir(&odd).unwrap();
+            next.ready().await;
+            assert_tidy(sandbox);
+            next.stop().await;
+        });
+    });
 }
 
 /// Maps that agents of v1 do not know.

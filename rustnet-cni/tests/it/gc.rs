@@ -48,3 +48,18 @@ fn it_leaves_other_networks_and_foreign_links_alone() {
     assert_eq!(node.traces(), before);
     ping("", &ips(&r)[0].to_string());
 }
+
+/// Another installation has records in another directory, and interfaces of the same prefix.
+#[test]
+fn it_leaves_the_interfaces_of_another_run_directory_alone() {
+    let node = Node::new();
+    let mut other = node.conf("1.1.0");
+    other["runDir"] = json!("/run/other");
+    fs::create_dir("/run/other").expect("/run/other");
+    fs::copy(node.run.join("node.json"), "/run/other/node.json").expect("node.json");
+    let r = Call::of("ADD", &other, "c1", &netns("a")).run().success();
+    let before = node.traces();
+    node.gc(&[]);
+    assert_eq!(node.traces(), before);
+    ping("", &ips(&r)[0].to_string());
+}

@@ -235,11 +235,25 @@ fn a_second_add_fails_and_harms_nothing() {
     assert_eq!(node.traces(), before, "two default routes in one pod are refused, and undone");
 }
 
+/// The kernel takes 255 bytes as an alias. What is longer goes without one, and is found by its name.
+#[test]
+fn an_attachment_whose_names_fit_no_alias() {
+    let node = Node::new();
+    let before = node.traces();
+    let mut conf = node.conf("1.1.0");
+    conf["name"] = json!("n".repeat(100));
+    let (id, ns) = ("c".repeat(200), netns("a"));
+    let r = Call::of("ADD", &conf, &id, &ns).run().success();
+    ping("", &ips(&r)[0].to_string());
+    assert_eq!(Call::of("DEL", &conf, &id, &ns).run().success(), Value::Null);
+    assert_eq!(node.traces(), before);
+}
+
 #[test]
 fn check_finds_every_change() {
     type Change = fn(&Node, &str, &Value);
     let node = Node::new();
-    let changes: [(&str, Change); 12] = [
+    let changes: [(&str, Change); 14] = [
         ("gone", |_, host, _| drop(ip(&["link", "del", host]))),
         ("down", |_, host, _| drop(ip(&["link", "set", host, "down"]))),
         ("down", |_, _, _| drop(ip(&["-n", "a", "link", "set", "eth0", "down"]))),
@@ -250,11 +264,24 @@ fn check_finds_every_change() {
             ip(&["-n", "a", "addr", "del", address, "dev", "eth0"]);
         }),
         ("default route", |_, _, _| drop(ip(&["-n", "a", "route", "del", "default"]))),
+        ("default route", |_, _, _| {
+            let replace = ["-n", "a", "route", "replace", "default", "via", "169.254.1.9", "dev", "eth0", "onlink"];
+            ip(&replace);
+        }),
         ("host's route", |_, host, r| drop(ip(&["route", "del", &ips(r)[0].to_string(), "dev", host]))),
         ("from_pod", |_, host, _| drop(command("tc", &["filter", "del", "dev", host, "ingress"]))),
         ("to_pod", |_, host, _| drop(command("tc", &["filter", "del", "dev", host, "egress"]))),
         ("endpoints map", |node, _, r| bpf::delete(&node.map, ips(r)[1])),
         ("not leased", |node, _, r| fs::remove_file(node.run.join("ipam").join(ips(r)[0].to_string())).expect("lease")),
+        // The last one: the pair in the pod stays.
+        ("not the other end", |_, _, r| {
+            let mac = r["interfaces"][1]["mac"].as_str().expect("MAC");
+            ip(&["-n", "a", "link", "set", "eth0", "down"]);
+            ip(&["-n", "a", "link", "set", "eth0", "name", "eth9"]);
+            let pair = ["link", "add", "eth0", "address", mac, "mtu", "1450", "type", "veth", "peer", "name", "peer0"];
+            ip(&[&["-n", "a"], &pair[..]].concat());
+            ip(&["-n", "a", "link", "set", "eth0", "up"]);
+        }),
     ];
     let ns = netns("a");
     for (part, change) in changes {

@@ -81,7 +81,7 @@ fn a_virtual_address_as_a_source() -> Result<()> {
             // While the pod waits for the answer.
             let ask = from_a(net, proto, (net.vip(1), 53));
             lab.pod_sends(&ask)?.to_the_pod(&ask.hop().between((net.a(), PORT), (net.b(), 8053)))?;
-            let forged = ask.reply().map(|f| (f.smac, f.dmac) = (crate::harness::MAC_OUT, crate::harness::MAC_HOST));
+            let forged = ask.reply().map(|f| (f.smac, f.dmac) = (crate::harness::MAC_OUT, MAC_HOST));
             lab.uplink_in(&forged)?.dropped(DropReason::Spoofed).context("while the pod waits")?;
             lab.forget()
         })
@@ -279,21 +279,24 @@ fn no_overlay_no_port() -> Result<()> {
 #[test]
 fn masquerade_never_takes_the_overlays_port() -> Result<()> {
     labs(|lab, net| {
-        lab.configure(|c| (c.snat_min, c.snat_max) = (8471, 8474))?;
-        let mut seen = std::collections::BTreeSet::new();
-        for client in (1000..1200).chain([8471, 8472, 8473, 8474]) {
-            let ask = from_a(net, Proto::Udp, (net.world(), 53)).map(|f| f.set_ports(client, 53));
-            let shot = lab.pod_sends(&ask)?;
-            ensure!(shot.verdict != STACK, "{shot:?}");
-            let (port, _) = ports_of(net, &shot.frame)?;
-            shot.onto_wire(&ask.hop().between((net.node(), port), (net.world(), 53)))?;
-            ensure!(port != 8472, "port {client} became the overlay's");
-            let answer = answer_to(&ask, net, port);
-            lab.uplink_in(&answer)?.to_the_pod(&answer.hop().between((net.world(), 53), (net.a(), client)))?;
-            seen.insert(port);
-            lab.forget()?;
+        // At either end of the range as well: the port that takes its place must be one of the range.
+        for range in [8470..=8472, 8472..=8474, 8471..=8474_u16] {
+            lab.configure(|c| (c.snat_min, c.snat_max) = (*range.start(), *range.end()))?;
+            let mut seen = std::collections::BTreeSet::new();
+            for client in (1000..1200).chain([8471, 8472, 8473, 8474]) {
+                let ask = from_a(net, Proto::Udp, (net.world(), 53)).map(|f| f.set_ports(client, 53));
+                let shot = lab.pod_sends(&ask)?;
+                ensure!(shot.verdict != STACK, "{shot:?}");
+                let (port, _) = ports_of(net, &shot.frame)?;
+                shot.onto_wire(&ask.hop().between((net.node(), port), (net.world(), 53)))?;
+                ensure!(port != 8472, "port {client} became the overlay's");
+                let answer = answer_to(&ask, net, port);
+                lab.uplink_in(&answer)?.to_the_pod(&answer.hop().between((net.world(), 53), (net.a(), client)))?;
+                seen.insert(port);
+                lab.forget()?;
+            }
+            ensure!(seen.iter().copied().eq(range.filter(|port| *port != 8472)), "{seen:?} are used");
         }
-        ensure!(seen == [8471, 8473, 8474].into(), "only {seen:?} are used");
         // With all others taken there is none left.
         for client in [8471, 8473, 8474] {
             let ask = from_a(net, Proto::Udp, (net.world(), 53)).map(|f| f.set_ports(client, 53));

@@ -168,6 +168,21 @@ fn a_forged_acknowledgement() -> Result<()> {
     })
 }
 
+/// What the pod acknowledges has not all come by here: that opens no window for numbers elsewhere.
+#[test]
+fn a_fin_forged_while_segments_take_another_way() -> Result<()> {
+    connections(|lab, c| {
+        for off in ELSEWHERE {
+            lab.forget()?;
+            c.establish(lab)?;
+            c.asks(lab, ACK, 1, 1 + (3 << 20), b"")?;
+            c.answers(lab, FIN | ACK, 1_u32.wrapping_add(off), 1, b"")?;
+            c.lives(lab, DAY).with_context(|| format!("a FIN {off:#x} off"))?;
+        }
+        Ok(())
+    })
+}
+
 /// A port pair used again: the answer is forged before the true one comes.
 #[test]
 fn a_forged_answer_to_a_second_syn() -> Result<()> {
@@ -211,8 +226,11 @@ fn the_first_segment_after_an_eviction() -> Result<()> {
             silence(lab, c.net, 2)?;
             c.asks(lab, ACK, 1, 1, b"")?;
             ensure!(lab.connections(c.net)?.len() == 2, "not restored");
-            c.answers(lab, FIN | ACK, 1 + off, off, b"")?;
-            c.lives(lab, DAY).with_context(|| format!("a FIN {off:#x} off counts"))?;
+            // The opener has acknowledged what came before: a true acknowledgement makes no number a first one.
+            for ack in [off, 1] {
+                c.answers(lab, FIN | ACK, 1 + off, ack, b"")?;
+                c.lives(lab, DAY).with_context(|| format!("a FIN {off:#x} off, acknowledging {ack:#x}, counts"))?;
+            }
         }
         Ok(())
     })

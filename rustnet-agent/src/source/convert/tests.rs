@@ -298,6 +298,14 @@ fn ports_that_are_none_are_left_out() {
 }
 
 #[test]
+fn one_name_for_two_protocols_is_two_ports() {
+    let dns = json!([{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns", "port": 53, "protocol": "TCP"}]);
+    let it = slice(web_slice("IPv4", &dns, &json!([{"addresses": ["10.244.1.2"]}])));
+    assert_eq!(it.ports.iter().map(|p| p.proto).collect::<Vec<_>>(), [UDP, TCP]);
+    assert_eq!(it.problems.len(), 0);
+}
+
+#[test]
 fn slices_that_are_not_for_us() {
     let ports = json!([{"port": 80}]);
     let endpoints = json!([{"addresses": ["10.0.0.1"]}]);

@@ -263,6 +263,26 @@ mod tests {
         assert_eq!(store.suspects(async || Ok(sight(7, "a"))).await, Some(sight(9, "a")));
     }
 
+    /// A list names objects in the order of their names.
+    #[tokio::test(start_paused = true)]
+    async fn the_newest_version_counts_whenever_it_came() {
+        let store = Store::default();
+        for version in ["5", "9", "6"] {
+            store.saw(Kind::Service, Some(version));
+        }
+        assert_eq!(store.suspects(async || Ok(sight(7, "a"))).await, Some(sight(9, "")));
+    }
+
+    /// An API server that has just begun has no such Service yet: whose the store was is known all the same.
+    #[tokio::test(start_paused = true)]
+    async fn a_look_without_the_service_forgets_nothing() {
+        let store = Store::default();
+        for seen in [sight(5, "a"), sight(6, "")] {
+            assert_eq!(store.suspects(async || Ok(seen.clone())).await, None);
+        }
+        assert_eq!(store.suspects(async || Ok(sight(7, "b"))).await, Some(sight(6, "a")));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn versions_of_other_kinds_prove_nothing() {
         let store = Store::default();

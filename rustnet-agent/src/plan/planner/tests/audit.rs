@@ -92,6 +92,8 @@ fn an_audit_puts_back_what_somebody_else_changed() {
 #[test]
 fn an_audit_that_cannot_write_is_followed_by_a_look_at_everything() {
     let mut rig = Rig::new(64);
+    let period = Duration::from_secs(7);
+    rig.planner = Planner::adopt(&rig.maps).unwrap().with_audit_period(period);
     rig.handle(web(&["10.244.1.2"])).sync();
     rig.maps.meddle().services.clear();
     rig.maps.crash_after(0);
@@ -101,5 +103,6 @@ fn an_audit_that_cannot_write_is_followed_by_a_look_at_everything() {
     rig.maps.repair();
     rig.wait().sync();
     assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"]);
-    assert!(rig.planner.audit_at().is_some());
+    // Everything has just been read: the next audit has a whole period, as it was set.
+    assert_eq!(rig.planner.audit_at(), Some(rig.now + period));
 }

@@ -53,6 +53,25 @@ fn what_waits_for_slots_gets_them_without_another_event() {
     assert_eq!(rig.planner.problems(&rig.index), []);
 }
 
+/// A backend that lingers has its slot already, and needs none when it gets new flows again.
+#[test]
+fn a_backend_that_lingers_comes_back_in_a_full_array() {
+    let mut rig = Rig::new(4);
+    let dns = |first: crate::model::Endpoint, second| {
+        slice("dns-1", "dns", Family::V4).port("dns", 53, UDP).endpoint(first).endpoint(second).apply()
+    };
+    let (first, second) = (|| endpoint("10.244.1.2"), || endpoint("10.244.1.3"));
+    rig.handle(super::dns(&["10.244.1.2"])).sync();
+    let before = rig.backends("10.96.0.53", 53, UDP);
+    rig.handle([dns(first().draining(), second())]).sync();
+    rig.handle(web(&["10.244.1.4", "10.244.1.5"])).sync();
+    rig.settle();
+    assert_eq!(rig.planner.problems(&rig.index), []);
+    rig.handle([dns(first(), second().draining())]).sync();
+    assert_eq!(rig.planner.problems(&rig.index), []);
+    assert_eq!(rig.backends("10.96.0.53", 53, UDP), before);
+}
+
 #[test]
 fn slots_of_deleted_services_are_used_again() {
     let mut rig = Rig::new(3);

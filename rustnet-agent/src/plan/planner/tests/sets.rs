@@ -52,6 +52,22 @@ fn flows_by_a_frontend_that_goes_are_forgotten() {
     assert_eq!(rig.settle(), <[&str; 0]>::default());
 }
 
+/// One of two addresses that share a set passes to another Service: the set stays with the other one.
+#[test]
+fn a_frontend_that_changes_its_service_leaves_the_set_to_the_others() {
+    let mut rig = Rig::new(64);
+    rig.handle(both(&[VIP, VIP2], TCP, &["10.244.1.2"])).sync();
+    let id = rig.backends(VIP2, 80, TCP)[0].id;
+    let other = [
+        service("other", &[VIP]).port("p", 80, TCP).apply(),
+        slice("other-1", "other", Family::V4).port("p", 80, TCP).ready(&["10.244.1.9"]).apply(),
+    ];
+    rig.handle(both(&[VIP2], TCP, &["10.244.1.2"])).handle(other).sync();
+    assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.9"]);
+    assert_eq!(rig.addresses(VIP2, 80, TCP), ["10.244.1.2"]);
+    assert_eq!(rig.backends(VIP2, 80, TCP)[0].id, id, "flows to it go on");
+}
+
 #[test]
 fn entries_that_an_earlier_release_wrote_one_by_one_come_to_share() {
     let mut rig = Rig::new(64);
