@@ -252,6 +252,21 @@ mod tests {
         assert_eq!(changed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["ipv6.conf.eth0.accept_ra: 1 -> 2"]);
     }
 
+    /// One setting that cannot be set, say for a security module, keeps no other one from being set.
+    #[test]
+    fn a_failure_stops_no_other_setting() {
+        let root = tempfile::tempdir().unwrap();
+        // What is a directory cannot be read.
+        fs::create_dir_all(root.path().join("ipv6/conf/eth0/accept_ra")).unwrap();
+        fs::create_dir_all(root.path().join("ipv4")).unwrap();
+        fs::write(root.path().join("ipv4/ip_forward"), "0").unwrap();
+        let devices = Devices { uplinks: vec!["eth0".into()], ..Devices::default() };
+        let mut changed = Vec::new();
+        let error = super::apply(root.path(), &wanted(&devices), &mut changed).unwrap_err();
+        assert!(format!("{error:#}").contains("accept_ra"), "{error:#}");
+        assert_eq!(changed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["ipv4.ip_forward: 0 -> 1"]);
+    }
+
     #[test]
     fn a_missing_ip_forward_is_an_error() {
         let root = tempfile::tempdir().unwrap();
