@@ -109,6 +109,23 @@ fn a_device_with_another_name_keeps_its_program() {
             assert_well(&agent);
             assert_eq!(["wan", "lan2", "lan1"].map(links), before);
             agent.stop().await;
+
+            // An earlier release has pinned links under the names of their devices.
+            let dir = sandbox.bpffs.join(LINKS_DIR);
+            for program in ["side_in", "uplink_in", "uplink_out"] {
+                for name in ["lan1", "lan2"] {
+                    let pin = dir.join(format!("{program}_{}", sandbox::ifindex(name)));
+                    if pin.exists() {
+                        std::fs::rename(pin, dir.join(format!("{program}_{name}"))).unwrap();
+                    }
+                }
+            }
+            let agent = ready(sandbox).await;
+            looked().await;
+            assert_well(&agent);
+            assert_eq!(["wan", "lan2", "lan1"].map(links), before);
+            assert!(sandbox::names(&dir).iter().all(|name| !name.contains("lan")), "{:?}", sandbox::names(&dir));
+            agent.stop().await;
         });
     });
 }
@@ -176,6 +193,57 @@ fn an_agent_file_that_cannot_be_written_ends_no_agent() {
             wait_until("the file is there", || file.is_file()).await;
             wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
             agent.stop().await;
+        });
+    });
+}
+
+/// Nothing in the run directory can be written: the agent says so, and goes on when there is room.
+#[test]
+fn a_full_run_directory_is_reported_and_waited_for() {
+    sandbox::run(|sandbox| {
+        uplink();
+        std::fs::create_dir_all(&sandbox.run_dir).unwrap();
+        let mount = format!("-t tmpfs -o size=64k tmpfs {}", sandbox.run_dir.display());
+        assert!(command("mount", &mount).status.success());
+        let filler = sandbox.run_dir.join("filler");
+        assert!(std::fs::write(&filler, vec![1; 1 << 20]).is_err(), "it is full");
+        block_on(async {
+            let agent = Agent::start(config(sandbox));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
+            agent.send(synced()).await;
+            wait_until("it says why", || agent.health.readiness().is_err_and(|why| why.contains("No space left")))
+                .await;
+            std::fs::remove_file(&filler).unwrap();
+            agent.ready().await;
+            wait_until("all is well", || agent.health.complaints().is_empty()).await;
+            agent.stop().await;
+        });
+    });
+}
+
+/// Somebody empties the run directory: two agents would give the same slots to different Services.
+#[test]
+fn an_agent_whose_locks_were_deleted_keeps_others_away() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = ready(sandbox).await;
+            let locks = ["agent.lock", "writer.lock"].map(|name| sandbox.run_dir.join(name));
+            for lock in &locks {
+                std::fs::remove_file(lock).unwrap();
+            }
+            looked().await;
+            let second = Agent::start(config(sandbox));
+            second.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
+            second.send(synced()).await;
+            wait_until("the second one waits, or works", || {
+                second.health.readiness().map_or_else(|why| why.contains("another agent"), |()| true)
+            })
+            .await;
+            assert!(second.health.readiness().is_err(), "both work");
+            agent.stop().await;
+            second.ready().await;
+            second.stop().await;
         });
     });
 }
