@@ -20,7 +20,7 @@ use super::{endpoints, journal, neighbour, route, sysctl};
 use crate::failure::{Failure, Scope};
 use crate::host::DeviceKind;
 use crate::model::Family;
-use crate::ways::{Uplink, Ways};
+use crate::ways::{Entry, Owner, Uplink, Ways};
 
 /// Settings of the overlay device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +114,8 @@ impl Repairer {
             self.overlay(&mut state, overlay, wanted);
         }
         let veths = veth_names(&state.host.links, &state.endpoints);
-        let wanted_sysctls = sysctl::wanted(&devices(&state.host, &state.uplinks, state.overlay.is_some(), veths));
+        let has_overlay = state.overlay.is_some();
+        let wanted_sysctls = sysctl::wanted(&devices(&state.host, &state.uplinks, wanted.ways, has_overlay, veths));
         let mut changed = Vec::new();
         for done in [
             sysctl::relax(&self.sysctl_dir, &mut changed),
@@ -250,8 +251,9 @@ impl State {
 
 /// The devices that sysctls depend on. Others with an IPv6 default route count: forwarding makes the kernel ignore the router
 /// advertisements that it may come from.
-pub fn devices(host: &Host, uplinks: &[Uplink], has_overlay: bool, veths: Vec<String>) -> sysctl::Devices {
+pub fn devices(host: &Host, uplinks: &[Uplink], ways: &Ways, has_overlay: bool, veths: Vec<String>) -> sysctl::Devices {
     let facts = host.facts();
+    let is_pods = |entry: &Entry| matches!(entry.owner, Owner::OwnPods | Owner::Pods);
     let is_router = |index| facts.defaults.iter().any(|it| it.family == Family::V6 && it.device == index);
     let is_other = |index| !uplinks.iter().any(|it| it.ifindex == index);
     let others = facts.devices.iter().filter(|it| it.kind != DeviceKind::Internal);
@@ -262,6 +264,7 @@ pub fn devices(host: &Host, uplinks: &[Uplink], has_overlay: bool, veths: Vec<St
         overlay: has_overlay.then(|| OVERLAY_DEV.to_owned()),
         veths,
         is_multi_homed: uplinks.len() > 1,
+        has_ipv6_pods: ways.entries.iter().any(|(prefix, entry)| is_pods(entry) && prefix.addr().is_ipv6()),
     }
 }
 
