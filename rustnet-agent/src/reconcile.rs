@@ -58,7 +58,7 @@ const PROBLEMS_PERIOD: Duration = Duration::from_secs(1);
 /// Runs until `shutdown` says so (or its sender is gone).
 ///
 /// # Errors
-/// Only if the source has ended, or the loop cannot begin at all.
+/// Only if the source has ended, the loop cannot begin at all, or another agent has this one's locks.
 pub async fn run(
     config: Arc<Config>,
     events: mpsc::Receiver<Event>,
@@ -79,11 +79,17 @@ pub async fn run_within(
     health: Arc<Health>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
-    let Some(_presence) = takeover::wait(&config.run_dir, &health, &mut shutdown).await? else { return Ok(()) };
+    let Some(mut presence) = takeover::wait(&config.run_dir, &health, &mut shutdown).await else { return Ok(()) };
+    let run_dir = config.run_dir.clone();
     let mut monitor = Monitor::open()?;
     let mut reconciler = Reconciler::new(config, health, shutdown.clone())?;
     let mut batch = Vec::new();
     loop {
+        // An agent that has found no locks meanwhile goes on, and this one ends.
+        match presence.hold(&run_dir) {
+            Ok(held) => held.map_err(anyhow::Error::msg)?,
+            Err(error) => tracing::warn!("{error:#}"),
+        }
         reconciler.step();
         tokio::select! {
             () = stop(&mut shutdown) => return hand_over(reconciler, limit).await,
