@@ -180,6 +180,17 @@ mod tests {
         assert_only(&check(&config(), &host, &[]), Level::Fault, detail, "ip link delete cni0");
     }
 
+    /// The Nodes tell the ranges, whether settings do or not.
+    #[test]
+    fn a_network_in_a_nodes_pod_range_is_reported_without_configured_ranges() {
+        let bare = Config::load(["x", "--node-name=n1", "--manifests=/m"], &|_| None).expect("good");
+        let nodes = [node("n1", "192.0.2.1", "172.17.1.0/24"), node("n2", "192.0.2.2", "172.17.2.0/24")];
+        let docker = host(&[("eth0", "192.0.2.1/24"), ("docker0", "172.17.0.1/16")], &[]);
+        let detail = "the network of docker0 172.17.0.0/16 overlaps the pod range of node n1 172.17.1.0/24";
+        assert_only(&check(&bare, &docker, &nodes), Level::Warning, detail, "ip link delete docker0");
+        assert_well(&check(&bare, &host(&[("eth0", "192.0.2.1/24")], &[]), &nodes));
+    }
+
     #[test]
     fn configured_overlaps_never_become_a_configuration() {
         let args = [
