@@ -122,6 +122,22 @@ fn an_internal_address_of_a_vpn_device() {
     assert_eq!(ways_of(&settings, &facts, &[own(), other()]).place.mtu, 1420);
 }
 
+/// Anycast, BGP and direct server return: the node's address is on loopback, too.
+#[test]
+fn an_internal_address_of_two_devices() {
+    let lo = with_kind(DeviceKind::Local, device(1, "lo", &["172.18.0.11/32", "fd00:18::11/128"]));
+    let mut facts = host([device(2, "eth1", &["192.0.2.1/24"]), lo, Device { mtu: 1400, ..cluster(3, "eth0") }]);
+    for defaults in [facts.defaults.clone(), Vec::new()] {
+        facts.defaults = defaults;
+        for routing in Routing::ALL {
+            let it = ways(routing, &facts);
+            assert_eq!((names(&it.place)[0], it.place.mtu), ("eth0", 1400));
+            assert_eq!(it.place.addresses.v4, Some(ip("172.18.0.11")));
+            assert_eq!(it.place.problems, [""; 0]);
+        }
+    }
+}
+
 /// What is said of an address that is on a device which is no uplink names that device.
 #[test]
 fn an_internal_address_of_a_device_that_cannot_be_an_uplink_is_reported() {

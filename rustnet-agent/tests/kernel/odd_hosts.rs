@@ -378,3 +378,53 @@ fn an_uplink_that_goes_and_comes() {
         });
     });
 }
+
+/// Virtual machines get a bridge while pods run, and it goes again.
+#[test]
+fn an_uplink_that_becomes_a_port_of_a_bridge() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = ready(sandbox).await;
+            let moved = |from: &str, to: &str| {
+                ip(&format!("addr flush dev {from}"));
+                ip(&format!("addr add 192.0.2.1/24 dev {to}"));
+                ip(&format!("addr add 2001:db8::1/64 dev {to} nodad"));
+                ip("route replace default via 192.0.2.254");
+            };
+            ip("link add br0 type bridge");
+            ip("link set br0 addrgenmode none up");
+            ip("link set eth0 master br0");
+            moved("eth0", "br0");
+            looked().await;
+            wait_until("all is well", || agent.health.complaints().is_empty()).await;
+            assert!(!has_tcx() || (links("br0").len() == 1 && links("eth0").is_empty()));
+            moved("br0", "eth0");
+            ip("link del br0");
+            looked().await;
+            wait_until("all is well", || agent.health.complaints().is_empty()).await;
+            assert!(!has_tcx() || links("eth0").len() == 1);
+            agent.stop().await;
+        });
+    });
+}
+
+/// Of the two places for filters, a shaper has taken the one.
+#[test]
+fn another_programs_qdisc_on_a_pods_interface_is_named() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        ip("link set rnv1 up");
+        assert!(command("tc", "qdisc add dev rnv1 ingress").status.success());
+        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.2");
+        block_on(async {
+            let agent = ready(sandbox).await;
+            let is_named = |it: &String| it.contains("rnv1") && it.contains("ingress");
+            wait_until("the qdisc is a problem", || agent.health.complaints().iter().any(is_named)).await;
+            assert!(command("tc", "qdisc del dev rnv1 ingress").status.success());
+            wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
+            agent.stop().await;
+        });
+    });
+}
