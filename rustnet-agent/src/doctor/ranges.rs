@@ -22,6 +22,9 @@ pub fn check(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<Finding> 
         let finding = conflict(Level::Fault, Role::Nodes, &format!("the network of {device}"), net);
         found.extend(finding.map(|finding| if of_pods(config, net) { former(finding, device) } else { finding }));
     }
+    if found.is_empty() {
+        found.extend(networks(host).filter_map(|(device, net)| in_pod_range(device, net, nodes)));
+    }
     for (device, net) in routes(config, host) {
         found.extend(conflict(Level::Warning, Role::Nodes, &format!("the route by {device} to"), net));
     }
@@ -51,6 +54,15 @@ pub fn check(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<Finding> 
         found.push(Finding::ok("ranges", detail));
     }
     found
+}
+
+/// A network in the range that a Node has for its pods: the Nodes tell those, whether settings do or not.
+fn in_pod_range(device: &str, net: IpNet, nodes: &[KnownNode]) -> Option<Finding> {
+    let overlap = |cidr: &IpNet| cidr.contains(&net) || net.contains(cidr);
+    let (name, cidr) =
+        nodes.iter().find_map(|it| Some((&it.node.name, it.node.pod_cidrs.iter().find(|cidr| overlap(cidr))?)))?;
+    let detail = format!("the network of {device} {net} overlaps the pod range of node {name} {cidr}");
+    Some(former(Finding::new(Level::Warning, "overlap", detail), device))
 }
 
 /// Whether a network is a part of the pods' ranges, as one node's share of them is.
