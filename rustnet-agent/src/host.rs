@@ -96,9 +96,14 @@ impl HostFacts {
         self.devices.iter().find(|it| it.index == index)
     }
 
-    /// The device that has this address, and can send from it.
-    pub fn device_with(&self, ip: IpAddr) -> Option<&Device> {
-        self.devices.iter().find(|it| it.has(ip))
+    /// The devices that have this address, and can send from it.
+    pub fn devices_with(&self, ip: IpAddr) -> impl Iterator<Item = &Device> {
+        self.devices.iter().filter(move |it| it.has(ip))
+    }
+
+    /// True if a device has this address, and can send from it.
+    pub fn has(&self, ip: IpAddr) -> bool {
+        self.devices_with(ip).next().is_some()
     }
 
     /// Every address of the host, loopback and IPv6 link-local ones left out; sorted. Those on pods' veths count: a delegated

@@ -104,12 +104,12 @@ pub fn place<'a>(
         .collect();
     let address = |family| {
         let of_family = |ip: &&IpAddr| Family::of(**ip) == family;
-        let by_name = named.iter().filter(of_family).find(|ip| host.device_with(**ip).is_some()).copied();
+        let by_name = named.iter().filter(of_family).find(|ip| host.has(**ip)).copied();
         let by_uplink = || uplinks.iter().find_map(|it| sources.get(&it.index)?.of(family));
         by_name.or_else(by_uplink).or_else(|| sources.values().find_map(|it| it.of(family)))
     };
     let addresses = Sources { v4: address(Family::V4), v6: address(Family::V6) };
-    let absent: Vec<_> = named.iter().filter(|ip| host.device_with(**ip).is_none()).map(ToString::to_string).collect();
+    let absent: Vec<_> = named.iter().filter(|ip| !host.has(**ip)).map(ToString::to_string).collect();
     if let (Some(own), false) = (own, absent.is_empty()) {
         problems.push(format!(
             "Node {}: this host has no usable {}, which its Node names, and other nodes accept no other sender; check --node-name, \
@@ -214,7 +214,8 @@ fn chosen<'a, 'b>(
             found.push(device);
         }
     };
-    let with_named = || named.iter().filter_map(|ip| Some((ip, host.device_with(*ip)?)));
+    // Of several devices with one address (anycast on loopback), each counts.
+    let with_named = || named.iter().flat_map(|ip| host.devices_with(*ip).map(move |device| (ip, device)));
     with_named().for_each(|(_, device)| add(device));
     let ways_out = || host.defaults.iter().filter_map(|it| Some((it, host.device(it.device)?)));
     ways_out().for_each(|(_, device)| add(device));
