@@ -55,8 +55,9 @@ fn parse(body: &[u8]) -> Option<Address> {
             _ => {}
         }
     }
-    // On point-to-point interfaces the other end is `address` and ours is `local`.
-    let net = IpNet::new(local.or(address)?, header.prefix_len).ok()?;
+    // On point-to-point interfaces the other end is `address` and ours is `local`; the prefix is that of the other end's network.
+    let own = local.or(address)?;
+    let net = if address.is_none_or(|far| far == own) { IpNet::new(own, header.prefix_len).ok()? } else { own.into() };
     Some(Address { ifindex: header.index, net, scope: header.scope.into(), flags })
 }
 
