@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod cni;
+pub mod conntrack;
 pub mod filesystem;
 pub mod finding;
 pub mod firewall;
@@ -76,7 +77,8 @@ fn host_settings(config: &Config, host: &Host, ways: &Ways, stage: Stage, nodes:
     let sysctls = sysctls::check(&sysctls::gather(config, host, ways), stage);
     let neighbours = neighbours::gather(config, nodes).iter().flat_map(neighbours::check).collect::<Vec<_>>();
     let manager = manager::gather(host).map(|managed| manager::check(&managed)).unwrap_or_default();
-    [sysctls, neighbours, manager].concat()
+    let connections = conntrack::gather(&config.sysctl_dir).iter().flat_map(conntrack::check).collect::<Vec<_>>();
+    [sysctls, neighbours, connections, manager].concat()
 }
 
 /// Where packets leave this host: as it should be, and as it is once an agent has made its routes.
