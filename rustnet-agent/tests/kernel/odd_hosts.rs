@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+use rustnet_agent::bpf::attach::Direction;
 use rustnet_agent::bpf::sys::{self, TCX_INGRESS};
-use rustnet_agent::config::Config;
+use rustnet_agent::config::{Config, Routing};
+use rustnet_agent::net::netlink::Socket;
+use rustnet_agent::net::tc;
 use rustnet_agent::source::{Event, Kind};
 use rustnet_common::names::LINKS_DIR;
 
@@ -396,14 +399,13 @@ fn an_uplink_that_becomes_a_port_of_a_bridge() {
             ip("link set br0 addrgenmode none up");
             ip("link set eth0 master br0");
             moved("eth0", "br0");
-            looked().await;
-            wait_until("all is well", || agent.health.complaints().is_empty()).await;
-            assert!(!has_tcx() || (links("br0").len() == 1 && links("eth0").is_empty()));
+            let is_on = |device: &str, other: &str| !has_tcx() || (links(device).len() == 1 && links(other).is_empty());
+            let is_well = || agent.health.readiness().is_ok() && agent.health.complaints().is_empty();
+            wait_until("the bridge is the uplink", || is_on("br0", "eth0") && is_well()).await;
+            ip("link set eth0 nomaster");
             moved("br0", "eth0");
             ip("link del br0");
-            looked().await;
-            wait_until("all is well", || agent.health.complaints().is_empty()).await;
-            assert!(!has_tcx() || links("eth0").len() == 1);
+            wait_until("the port is the uplink again", || (!has_tcx() || links("eth0").len() == 1) && is_well()).await;
             agent.stop().await;
         });
     });
@@ -422,7 +424,89 @@ fn another_programs_qdisc_on_a_pods_interface_is_named() {
             let agent = ready(sandbox).await;
             let is_named = |it: &String| it.contains("rnv1") && it.contains("ingress");
             wait_until("the qdisc is a problem", || agent.health.complaints().iter().any(is_named)).await;
+            let mut socket = Socket::open().unwrap();
+            let there = tc::filter(&mut socket, sandbox::ifindex("rnv1"), Direction::Ingress).unwrap();
+            assert_eq!(there.unwrap().name, "from_pod", "what the pod sends is looked at all the same");
             assert!(command("tc", "qdisc del dev rnv1 ingress").status.success());
+            wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
+            agent.stop().await;
+        });
+    });
+}
+
+/// DHCPv6 gives an address alone; that others are on the link, a router advertises.
+#[test]
+fn neighbours_that_a_route_alone_tells_of() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("addr del 2001:db8::1/64 dev eth0");
+        ip("addr add 2001:db8::1/128 dev eth0 nodad");
+        ip("route add 2001:db8::/64 dev eth0 proto ra metric 100");
+        block_on(async {
+            let agent = Agent::start(Config { routing: Routing::Native, ..config(sandbox) });
+            let ranges = ["fd00:1:1::/64", "fd00:1:2::/64"];
+            agent.send([node("n1", "2001:db8::1", &ranges[..1]), node("n2", "2001:db8::2", &ranges[1..])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            wait_until("the route is there", || ip("-6 route show fd00:1:2::/64").contains("via 2001:db8::2 dev eth0"))
+                .await;
+            assert_well(&agent);
+            agent.stop().await;
+        });
+    });
+}
+
+/// A hardening guide, at run time: what the host's own devices have is the administrator's, and pods go on.
+#[test]
+fn ipv6_that_is_turned_off_at_run_time_is_on_again_for_pods() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add rnv1 type veth peer name pod");
+        for device in ["rnv1", "pod"] {
+            ip(&format!("link set {device} addrgenmode none up"));
+        }
+        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "fd00:1:1::2");
+        block_on(async {
+            let agent = Agent::start(config(sandbox));
+            let ranges = [["10.1.1.0/24", "fd00:1:1::/64"], ["10.1.2.0/24", "fd00:1:2::/64"]];
+            agent.send([node("n1", "192.0.2.1", &ranges[0]), node("n2", "192.0.2.2", &ranges[1])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let is_reached = || {
+                command("ip", "-6 route show fd00:1:1::2").stdout.starts_with(b"fd00:1:1::2 dev rnv1")
+                    && ip("-6 neigh show dev rnv1").contains("fd00:1:1::2")
+                    && ip("-6 route show fd00:1:2::/64").contains("rn_vxlan")
+            };
+            wait_until("the pod is reached", is_reached).await;
+            std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+            wait_until("the pod is reached again", is_reached).await;
+            let eth0 = std::fs::read_to_string("/proc/sys/net/ipv6/conf/eth0/disable_ipv6").unwrap();
+            assert_eq!(eth0.trim(), "1");
+            assert_well(&agent);
+            agent.stop().await;
+        });
+    });
+}
+
+/// Below 1280 octets the kernel has no IPv6 on a device.
+#[test]
+fn an_mtu_that_is_too_small_for_ipv6_and_grows_again() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = Agent::start(config(sandbox));
+            let ranges = [["10.1.1.0/24", "fd00:1:1::/64"], ["10.1.2.0/24", "fd00:1:2::/64"]];
+            agent.send([node("n1", "192.0.2.1", &ranges[0]), node("n2", "192.0.2.2", &ranges[1])]).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            let has_route = || ip("-6 route show fd00:1:2::/64").contains("rn_vxlan");
+            wait_until("the route is there", has_route).await;
+            ip("link set eth0 mtu 1300");
+            let is_named = |it: &String| it.contains("1250") && it.contains("IPv6") && it.contains("1280");
+            wait_until("the size is a problem", || agent.health.complaints().iter().any(is_named)).await;
+            assert!(agent.health.readiness().is_ok(), "IPv4 goes on");
+            ip("link set eth0 mtu 1500");
+            wait_until("the route is back", has_route).await;
             wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
             agent.stop().await;
         });
