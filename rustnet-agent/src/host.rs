@@ -47,6 +47,8 @@ pub struct Device {
     pub kind: DeviceKind,
     /// Its addresses, in the kernel's order: the primary one first.
     pub addresses: Vec<DeviceAddress>,
+    /// Further prefixes on the link, which routes tell: DHCPv6 gives addresses alone.
+    pub on_link: Vec<IpNet>,
 }
 
 /// A default route.
@@ -76,6 +78,11 @@ impl Device {
     /// Usable addresses with their on-link prefixes.
     pub fn networks(&self) -> Vec<IpNet> {
         self.addresses.iter().filter(|it| it.is_usable).map(|it| it.net).collect()
+    }
+
+    /// Prefixes whose addresses are reached without a router.
+    pub fn link_prefixes(&self) -> Vec<IpNet> {
+        self.networks().into_iter().chain(self.on_link.iter().copied()).collect()
     }
 
     /// True if it has this address, and can send from it.
@@ -139,6 +146,7 @@ pub mod build {
             mtu: 1500,
             kind: DeviceKind::Ethernet,
             addresses: nets.iter().map(address).collect(),
+            on_link: Vec::new(),
         }
     }
 

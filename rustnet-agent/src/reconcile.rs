@@ -403,6 +403,7 @@ impl Reconciler {
         let leased = |ip: &IpAddr| self.config.run_dir.join(IPAM_DIR).join(ip.to_string()).exists();
         state.problems.extend(node::outsiders(&self.config.node_name, &state.endpoints, own_pod_cidrs, leased));
         state.problems.extend(node::shared_ports(&self.config, local_ports));
+        state.problems.extend(node::too_small(&self.config, self.room, &ways));
         state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni_order::instead_of_ours(dir)));
         self.state = Some(state);
         self.report.want(Duration::ZERO);

@@ -21,8 +21,8 @@ pub struct Uplink {
     pub ifindex: u32,
     /// Its MTU.
     pub mtu: u32,
-    /// Its usable addresses with their on-link prefixes, in the kernel's order: the primary one first.
-    pub addresses: Vec<IpNet>,
+    /// Prefixes on its link: those of its usable addresses, in the kernel's order, and those that routes tell.
+    pub prefixes: Vec<IpNet>,
 }
 
 /// Addresses of both families.
@@ -150,7 +150,7 @@ fn sources_of(device: &Device, named: &[IpAddr]) -> Sources {
 }
 
 fn uplink(device: &Device) -> Uplink {
-    Uplink { name: device.name.clone(), ifindex: device.index, mtu: device.mtu, addresses: device.networks() }
+    Uplink { name: device.name.clone(), ifindex: device.index, mtu: device.mtu, prefixes: device.link_prefixes() }
 }
 
 /// The smallest MTU of the devices that lead to other nodes. A VPN does where the Node's address is its own: no program is on its
@@ -230,7 +230,7 @@ fn chosen<'a, 'b>(
         let addresses: Vec<_> = others.flat_map(|node| node.addresses.iter().copied()).collect();
         let on_segment = |device: &&Device| {
             device.kind == DeviceKind::Ethernet
-                && device.networks().iter().any(|net| addresses.iter().any(|ip| net.contains(ip)))
+                && device.link_prefixes().iter().any(|net| addresses.iter().any(|ip| net.contains(ip)))
         };
         found.extend(host.devices.iter().find(on_segment));
     }
