@@ -219,9 +219,10 @@ fn hooks(places: &Places) -> Result<(Mark, String)> {
         let program = program_of(&path).unwrap_or(&file);
         let name = if program == file { file.clone() } else { format!("{program} ({})", link.name) };
         attached.insert((program.to_owned(), link.index));
-        match link.is_up() {
-            true => alive.push(name),
-            false => dead.push(format!("{name} ({} is down)", link.name)),
+        if link.is_up() {
+            alive.push(name);
+        } else {
+            dead.push(format!("{name} ({} is down)", link.name));
         }
     }
     for device in links.iter().filter(|link| !link.name.starts_with(VETH_PREFIX)) {

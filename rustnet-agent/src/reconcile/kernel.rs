@@ -387,7 +387,7 @@ fn device_hooks<'a>(
     side_devices: impl Iterator<Item = &'a Uplink>,
     first: Option<u32>,
 ) -> Vec<Hook<'a>> {
-    fn pair<'a>(device: &'a str, ifindex: u32, codes: [u8; 2], further: Option<u32>) -> [Hook<'a>; 2] {
+    fn pair(device: &str, ifindex: u32, codes: [u8; 2], further: Option<u32>) -> [Hook<'_>; 2] {
         let hook = |code: u8, direction| {
             let program = hook::NAMES[usize::from(code)];
             Hook { program, device, further, ifindex, direction }

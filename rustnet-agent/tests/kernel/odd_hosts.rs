@@ -267,7 +267,7 @@ fn a_link_that_cannot_be_opened_stays_on_its_device() {
             assert!(command("mount", &format!("--bind /dev/null {pin}")).status.success());
             ip("link set eth0 alias odd");
             wait_until("the pin is a problem", || {
-                agent.health.readiness().is_err_and(|why| why.to_string().contains("link/uplink_in"))
+                agent.health.readiness().is_err_and(|why| why.contains("link/uplink_in"))
             })
             .await;
             looked().await;
@@ -322,7 +322,7 @@ fn a_vxlan_device_on_the_same_port_is_reported_and_waited_for() {
             agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
             agent.send(synced()).await;
             wait_until("the port is a problem", || {
-                agent.health.readiness().is_err_and(|why| why.to_string().contains("UDP port 8472"))
+                agent.health.readiness().is_err_and(|why| why.contains("UDP port 8472"))
             })
             .await;
             ip("link del flannel.1");
