@@ -11,6 +11,8 @@ pub enum Scope {
     Peer,
     /// One pod; all others work.
     Pod,
+    /// What the `rustnetctl` command shows; no packet depends on it.
+    Command,
 }
 
 /// A failure. Its text names the object, and ends with a remedy where there is one.

@@ -47,6 +47,8 @@ pub struct Device {
     pub kind: DeviceKind,
     /// Its addresses, in the kernel's order: the primary one first.
     pub addresses: Vec<DeviceAddress>,
+    /// Further prefixes on the link, which routes tell: DHCPv6 gives addresses alone.
+    pub on_link: Vec<IpNet>,
 }
 
 /// A default route.
@@ -78,6 +80,11 @@ impl Device {
         self.addresses.iter().filter(|it| it.is_usable).map(|it| it.net).collect()
     }
 
+    /// Prefixes whose addresses are reached without a router.
+    pub fn link_prefixes(&self) -> Vec<IpNet> {
+        self.networks().into_iter().chain(self.on_link.iter().copied()).collect()
+    }
+
     /// True if it has this address, and can send from it.
     pub fn has(&self, ip: IpAddr) -> bool {
         self.addresses.iter().any(|it| it.is_usable && it.net.addr() == ip)
@@ -96,9 +103,14 @@ impl HostFacts {
         self.devices.iter().find(|it| it.index == index)
     }
 
-    /// The device that has this address, and can send from it.
-    pub fn device_with(&self, ip: IpAddr) -> Option<&Device> {
-        self.devices.iter().find(|it| it.has(ip))
+    /// The devices that have this address, and can send from it.
+    pub fn devices_with(&self, ip: IpAddr) -> impl Iterator<Item = &Device> {
+        self.devices.iter().filter(move |it| it.has(ip))
+    }
+
+    /// True if a device has this address, and can send from it.
+    pub fn has(&self, ip: IpAddr) -> bool {
+        self.devices_with(ip).next().is_some()
     }
 
     /// Every address of the host, loopback and IPv6 link-local ones left out; sorted. Those on pods' veths count: a delegated
@@ -134,6 +146,7 @@ pub mod build {
             mtu: 1500,
             kind: DeviceKind::Ethernet,
             addresses: nets.iter().map(address).collect(),
+            on_link: Vec::new(),
         }
     }
 

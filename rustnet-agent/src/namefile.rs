@@ -63,6 +63,11 @@ pub fn service_key(ip: IpAddr, port: u16, protocol: u8) -> String {
     format!("{}/{}", SocketAddr::new(ip, port), proto::name(protocol))
 }
 
+/// The address in a [`service_key`].
+pub fn address_of(key: &str) -> Option<IpAddr> {
+    key.split('/').next()?.parse::<SocketAddr>().ok().map(|it| it.ip())
+}
+
 /// Writes both files as the index has it; unchanged content is not written again.
 ///
 /// # Errors

@@ -58,7 +58,7 @@ const PROBLEMS_PERIOD: Duration = Duration::from_secs(1);
 /// Runs until `shutdown` says so (or its sender is gone).
 ///
 /// # Errors
-/// Only if the source has ended, or the loop cannot begin at all.
+/// Only if the source has ended, the loop cannot begin at all, or another agent has this one's locks.
 pub async fn run(
     config: Arc<Config>,
     events: mpsc::Receiver<Event>,
@@ -79,12 +79,17 @@ pub async fn run_within(
     health: Arc<Health>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
-    let Some(_presence) = takeover::wait(&config.run_dir, &health, &mut shutdown).await? else { return Ok(()) };
-    AgentFile::of(&config).write(&config.run_dir)?;
+    let Some(mut presence) = takeover::wait(&config.run_dir, &health, &mut shutdown).await else { return Ok(()) };
+    let run_dir = config.run_dir.clone();
     let mut monitor = Monitor::open()?;
     let mut reconciler = Reconciler::new(config, health, shutdown.clone())?;
     let mut batch = Vec::new();
     loop {
+        // An agent that has found no locks meanwhile goes on, and this one ends.
+        match presence.hold(&run_dir) {
+            Ok(held) => held.map_err(anyhow::Error::msg)?,
+            Err(error) => tracing::warn!("{error:#}"),
+        }
         reconciler.step();
         tokio::select! {
             () = stop(&mut shutdown) => return hand_over(reconciler, limit).await,
@@ -164,6 +169,8 @@ struct Reconciler {
     maps: Job,
     /// Reports what is newly wrong, and what is resolved.
     report: Job,
+    /// Writes where this agent's things are, for the command.
+    presence: Job,
     /// Writes the names of pods, for the command.
     names: Job,
     /// Writes those of Services and Nodes.
@@ -195,8 +202,9 @@ impl Reconciler {
             network: Job::due("the host's network is not as it should be"),
             maps: Job::idle("the maps took not all changes, trying again"),
             report: Job::idle("report"),
-            names: Job::idle("names of pods"),
-            objects: Job::idle("names of Services and Nodes"),
+            presence: Job::due("rustnetctl does not find this agent"),
+            names: Job::idle("rustnetctl does not know the names of pods"),
+            objects: Job::idle("rustnetctl does not know the names of Services and Nodes"),
             net_took: Duration::ZERO,
             state: None,
             ways_seen: 0,
@@ -239,15 +247,18 @@ impl Reconciler {
     fn next_deadline(&self) -> Instant {
         let load = self.load.deadline().filter(|_| self.datapath.is_none());
         let maps = self.maps.deadline().filter(|_| self.can_apply());
-        let others = [self.network.deadline(), self.report.deadline(), self.names.deadline(), self.objects.deadline()];
+        let others = [&self.network, &self.report].into_iter().chain(self.files_of_command()).map(Job::deadline);
         let audit = self.datapath.as_ref().and_then(|it| it.planner.audit_at()).map(|due| self.start + due);
-        let next = others.into_iter().chain([load, maps, audit]).flatten().min();
+        let next = others.chain([load, maps, audit]).flatten().min();
         next.unwrap_or_else(|| Instant::now() + NET_PERIOD)
     }
 
     /// Does all that is due.
     fn step(&mut self) {
         self.health.tick();
+        if self.presence.is_due() {
+            self.write_presence();
+        }
         if self.datapath.is_none() && self.load.is_due() {
             self.load();
         }
@@ -301,6 +312,7 @@ impl Reconciler {
         self.net_took = began.elapsed();
         // Files are looked after like devices and routes: what somebody deleted is put back.
         self.files.distrust();
+        self.presence.want_unless_failed();
         let is_complete = self.index.has_synced(Kind::Node);
         let is_upgrading = failures.is_empty() && is_complete && self.is_upgrading();
         let next = if is_upgrading { Duration::ZERO } else { NET_PERIOD };
@@ -391,6 +403,7 @@ impl Reconciler {
         let leased = |ip: &IpAddr| self.config.run_dir.join(IPAM_DIR).join(ip.to_string()).exists();
         state.problems.extend(node::outsiders(&self.config.node_name, &state.endpoints, own_pod_cidrs, leased));
         state.problems.extend(node::shared_ports(&self.config, local_ports));
+        state.problems.extend(node::too_small(&self.config, self.room, &ways));
         state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni_order::instead_of_ours(dir)));
         self.state = Some(state);
         self.report.want(Duration::ZERO);
@@ -492,30 +505,50 @@ impl Reconciler {
         let objects = self.index.problems_of_this_node(API_SERVER);
         let state = self.state.iter().flat_map(|state| state.problems.iter().cloned());
         let partial = self.network.failures().iter().filter(|it| it.scope != Scope::Node);
+        let partial = partial.chain(self.files_of_command().into_iter().flat_map(Job::failures));
         objects.iter().map(ToString::to_string).chain(state).chain(partial.map(ToString::to_string)).collect()
     }
 
-    /// Writes the names of this node's pods for the `rustnetctl` command. Without them it shows less, so that failing is no
-    /// trouble.
-    fn write_names(&mut self) {
-        // Before the list is complete, an earlier agent's file is better.
-        if self.index.has_synced(Kind::Pod)
-            && let Err(error) = podfile::write(&self.config.run_dir, &podfile::names(self.index.pods()))
-        {
-            tracing::warn!("{error:#}");
-        }
-        self.names.finish(Vec::new(), None);
+    /// The jobs that write what the `rustnetctl` command reads. Without it the command shows less, so that a failure makes no
+    /// node unready; it is tried again.
+    fn files_of_command(&self) -> [&Job; 3] {
+        [&self.presence, &self.names, &self.objects]
     }
 
-    /// Writes the names of Services and Nodes for the command.
+    /// Writes where this agent's things are.
+    fn write_presence(&mut self) {
+        let done = AgentFile::of(&self.config).write(&self.config.run_dir);
+        Self::finish_file(&mut self.presence, &mut self.report, done);
+    }
+
+    /// Writes the names of this node's pods.
+    fn write_names(&mut self) {
+        // Before the list is complete, an earlier agent's file is better.
+        let is_known = self.index.has_synced(Kind::Pod);
+        let write = || podfile::write(&self.config.run_dir, &podfile::names(self.index.pods())).map(drop);
+        let done = if is_known { write() } else { Ok(()) };
+        Self::finish_file(&mut self.names, &mut self.report, done);
+    }
+
+    /// Writes the names of Services and Nodes.
     fn write_objects(&mut self) {
         // Before the lists are complete, an earlier agent's files are better.
-        if self.index.synced()
-            && let Err(error) = namefile::write_all(&self.config.run_dir, &self.index)
-        {
-            tracing::warn!("{error:#}");
+        let is_known = self.index.synced();
+        let done = if is_known { namefile::write_all(&self.config.run_dir, &self.index) } else { Ok(()) };
+        Self::finish_file(&mut self.objects, &mut self.report, done);
+    }
+
+    /// Notes whether a file for the command was written, and has a failure reported.
+    fn finish_file(job: &mut Job, report: &mut Job, done: Result<()>) {
+        let failure = |error: anyhow::Error| Failure {
+            scope: Scope::Command,
+            message: format!("{error:#}; see that there is room for it and that it may be written; it is tried again"),
+        };
+        let had_failed = job.has_failed();
+        job.finish(done.err().map(failure).into_iter().collect(), None);
+        if had_failed || job.has_failed() {
+            report.want(Duration::ZERO);
         }
-        self.objects.finish(Vec::new(), None);
     }
 
     /// Sets what the probes answer, and publishes what the CNI binary reads.

@@ -204,7 +204,8 @@ fn settings(text: &str) -> anyhow::Result<(Settings, HostFacts)> {
     }
     let addresses =
         addresses.into_iter().map(|net| DeviceAddress { net, is_usable: true, is_preferred: true }).collect();
-    let eth0 = Device { index: 2, name: "eth0".into(), mtu: 1500, kind: DeviceKind::Ethernet, addresses };
+    let eth0 =
+        Device { index: 2, name: "eth0".into(), mtu: 1500, kind: DeviceKind::Ethernet, addresses, on_link: Vec::new() };
     let default = DefaultRoute { family: Family::V4, metric: 0, device: 2 };
     Ok((settings, HostFacts { devices: vec![eth0], defaults: vec![default] }))
 }

@@ -191,7 +191,20 @@ pub fn prepare_host(index: u32, alias: &str) -> Vec<Message> {
 ///
 /// Works in the network namespace of the calling thread. A kernel without IPv6 has no such setting.
 pub fn refuse_router_advertisements(name: &str) -> io::Result<()> {
-    match std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0") {
+    set_ipv6(name, "accept_ra")
+}
+
+/// Turns IPv6 on. Hardened hosts have it off for new devices (`net.ipv6.conf.default.disable_ipv6`), and the kernel takes no
+/// IPv6 route or neighbour for such a device.
+///
+/// Works in the network namespace of the calling thread. A kernel without IPv6 has no such setting.
+pub fn turn_ipv6_on(name: &str) -> io::Result<()> {
+    set_ipv6(name, "disable_ipv6")
+}
+
+/// Sets a setting of a device to 0.
+fn set_ipv6(name: &str, key: &str) -> io::Result<()> {
+    match std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{key}"), "0") {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         done => done,
     }
@@ -314,14 +327,21 @@ pub fn full_prefix(ip: IpAddr) -> u8 {
 
 /// Addresses of the link, with prefix lengths.
 pub fn addresses(socket: &mut Socket, index: u32) -> Result<Vec<(IpAddr, u8)>, Refused> {
+    let all = all_addresses(socket)?.into_iter().filter(|(of, ..)| *of == index);
+    Ok(all.map(|(_, ip, prefix)| (ip, prefix)).collect())
+}
+
+/// Addresses of all links: index, address, prefix length.
+pub fn all_addresses(socket: &mut Socket) -> Result<Vec<(u32, IpAddr, u8)>, Refused> {
     let dump = Message::new("list addresses", libc::RTM_GETADDR, NLM_F_DUMP, &AddressHeader::default());
     let replies = socket.run(vec![dump])?;
-    let ours = replies.iter().filter(|r| r.kind == libc::RTM_NEWADDR);
-    Ok(ours
+    let all = replies.iter().filter(|r| r.kind == libc::RTM_NEWADDR);
+    Ok(all
         .filter_map(|r| {
-            let header = AddressHeader::parse(&r.body).ok().filter(|header| header.index == index)?;
+            let header = AddressHeader::parse(&r.body).ok()?;
             let attrs = r.attrs(header.buffer_len());
-            Some((ip_from(attrs.get(IFA_LOCAL).or_else(|| attrs.get(IFA_ADDRESS))?)?, header.prefix_len))
+            let ip = ip_from(attrs.get(IFA_LOCAL).or_else(|| attrs.get(IFA_ADDRESS))?)?;
+            Some((header.index, ip, header.prefix_len))
         })
         .collect())
 }

@@ -4,6 +4,7 @@
 //! Kernels before 6.6 have no TCX: there, and on the pods' veths always, a clsact qdisc carries netlink filters.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -35,14 +36,37 @@ pub enum Outcome {
     Attached,
 }
 
-/// Where a hook's link is pinned: the program's name, and for further uplinks the device's name behind it.
-pub fn link_path(bpffs: &Path, program: &str, further: Option<&str>) -> PathBuf {
+/// Where a hook's link is pinned: the program's name, and for further devices the index behind it. Devices change their names,
+/// and BPF file systems refuse the dots in them.
+pub fn link_path(bpffs: &Path, program: &str, further: Option<u32>) -> PathBuf {
     let dir = bpffs.join(names::LINKS_DIR);
     match further {
         None => dir.join(program),
-        // BPF file systems refuse dots in names, and devices may have them (VLANs).
-        Some(device) => dir.join(format!("{program}_{}", device.replace('.', "-"))),
+        Some(ifindex) => dir.join(format!("{program}_{ifindex}")),
     }
+}
+
+/// The program whose link is pinned at `path`, as far as the name says. Earlier releases have put the device's name behind it.
+pub fn program_of(path: &Path) -> Option<&'static str> {
+    let name = path.file_name()?.to_str()?;
+    let is_of =
+        |program: &&&str| name.strip_prefix(**program).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'));
+    names::PROGRAMS.iter().find(is_of).copied()
+}
+
+/// Renames the pin of a device's link to `path`, if there is one under another name: an earlier release's, or one of the time when
+/// another device was the first uplink. The kernel refuses a second link of one program. True if there was one.
+pub fn adopt_other(pins: &[PathBuf], path: &Path, device: &Device<'_>, direction: Direction) -> Result<bool> {
+    let is_of_device = |pin: &&PathBuf| {
+        let info = info_of(pin);
+        info.is_ok_and(|info| info.ifindex == device.ifindex && info.attach_type == tcx(direction))
+    };
+    let program = program_of(path);
+    let Some(other) = pins.iter().filter(|pin| *pin != path && program_of(pin) == program).find(is_of_device) else {
+        return Ok(false);
+    };
+    fs::rename(other, path).with_context(|| format!("renaming {} to {}", other.display(), path.display()))?;
+    Ok(true)
 }
 
 /// Index of the device of the link that is pinned at `path`, if there is one.
@@ -180,14 +204,20 @@ fn filter(
 
 #[cfg(test)]
 mod tests {
-    use super::link_path;
+    use super::{link_path, program_of};
     use std::path::Path;
 
     #[test]
     fn each_device_has_its_own_link() {
         let path = |further| link_path(Path::new("/b"), "uplink_in", further).to_string_lossy().into_owned();
         assert_eq!(path(None), "/b/link/uplink_in");
-        assert_eq!(path(Some("eth1")), "/b/link/uplink_in_eth1");
-        assert_eq!(path(Some("eth0.10")), "/b/link/uplink_in_eth0-10");
+        assert_eq!(path(Some(12)), "/b/link/uplink_in_12");
+        let program = |name| program_of(&Path::new("/b/link").join(name));
+        for name in ["uplink_in", "uplink_in_12", "uplink_in_eth0-10", "uplink_in_new"] {
+            assert_eq!(program(name), Some("uplink_in"));
+        }
+        for name in ["uplink_input", "odd", "uplink"] {
+            assert_eq!(program(name), None);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! `rustnetctl status`: is everything in its place? Read from pins, maps and files; the agent is asked how it is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -10,20 +10,21 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustnet_common::drop::DropReason;
-use rustnet_common::names::{LINKS_DIR, PROGRAMS, VETH_PREFIX, map};
+use rustnet_common::drop::{DropReason, hook};
+use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGRAMS, VETH_PREFIX, map};
 use serde::Serialize;
 
 use super::maps::percent;
 use super::output::{Output, json, line as print, thousands};
 use super::{Places, endpoints};
-use crate::bpf::attach::Direction;
+use crate::bpf::attach::{Direction, program_of};
 use crate::bpf::load::{CLOCK, program_path};
 use crate::bpf::store::counters::Counters;
 use crate::bpf::store::endpoints::Endpoints;
 use crate::bpf::store::fill;
 use crate::bpf::sys;
 use crate::doctor::finding::Mark;
+use crate::net::link::Link;
 use crate::net::netlink::Socket;
 use crate::net::{link, tc};
 use crate::nodefile;
@@ -205,21 +206,31 @@ fn hooks(places: &Places) -> Result<(Mark, String)> {
     let mut socket = Socket::open()?;
     let links = link::list(&mut socket)?;
     let (mut alive, mut dead) = (Vec::new(), Vec::new());
+    let mut attached = BTreeSet::new();
     for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
         let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let fd = sys::obj_get(&path).with_context(|| format!("opening {}", path.display()))?;
         let info = sys::link_info(fd.as_fd()).with_context(|| format!("asking about {}", path.display()))?;
-        match links.iter().find(|link| link.index == info.ifindex) {
-            Some(link) if link.is_up() => alive.push(name),
-            Some(link) => dead.push(format!("{name} ({} is down)", link.name)),
-            None => dead.push(format!("{name} (its device is gone)")),
+        let Some(link) = links.iter().find(|link| link.index == info.ifindex) else {
+            dead.push(format!("{file} (its device is gone)"));
+            continue;
+        };
+        let program = program_of(&path).unwrap_or(&file);
+        let name = if program == file { file.clone() } else { format!("{program} ({})", link.name) };
+        attached.insert((program.to_owned(), link.index));
+        if link.is_up() {
+            alive.push(name);
+        } else {
+            dead.push(format!("{name} ({} is down)", link.name));
         }
     }
     for device in links.iter().filter(|link| !link.name.starts_with(VETH_PREFIX)) {
         for direction in Direction::BOTH {
             if let Some(filter) = tc::filter(&mut socket, device.index, direction)? {
                 let place = format!("filter on {}", device.name);
+                let program = program_of(Path::new(&filter.name)).unwrap_or(&filter.name);
+                attached.insert((program.to_owned(), device.index));
                 if device.is_up() {
                     alive.push(format!("{} ({place})", filter.name));
                 } else {
@@ -229,13 +240,38 @@ fn hooks(places: &Places) -> Result<(Mark, String)> {
         }
     }
     alive.sort();
+    let missing = missing(&links, &attached);
     Ok(if !dead.is_empty() {
         (Mark::Bad, dead.join(", "))
+    } else if !alive.is_empty() && !missing.is_empty() {
+        let remedy = "a running agent puts them back within 30 s; if not, its log says why";
+        (Mark::Bad, format!("missing {}; {remedy}", missing.join(", ")))
     } else if alive.is_empty() {
         (Mark::Bad, "neither links nor filters: nothing is attached to the uplink; the agent's log says why".to_owned())
     } else {
         (Mark::Ok, alive.join(" "))
     })
+}
+
+/// What belongs to what is there: each of the two programs of an uplink to the other one, and both to the overlay device.
+fn missing(links: &[Link], attached: &BTreeSet<(String, u32)>) -> Vec<String> {
+    let name = |code: u8| hook::NAMES[usize::from(code)];
+    let uplink = [hook::UPLINK_IN, hook::UPLINK_OUT].map(name);
+    let overlay = [hook::OVERLAY_IN, hook::OVERLAY_OUT].map(name);
+    let has = |program: &str, device: u32| attached.contains(&(program.to_owned(), device));
+    let mut missing = Vec::new();
+    for link in links {
+        let is_uplink = uplink.iter().any(|program| has(program, link.index));
+        let wanted: &[&str] = if link.name == OVERLAY_DEV { &overlay } else { &uplink };
+        if link.name == OVERLAY_DEV || is_uplink {
+            let absent = wanted.iter().filter(|program| !has(program, link.index));
+            missing.extend(absent.map(|program| format!("{program} on {}", link.name)));
+        }
+    }
+    if !attached.iter().any(|(program, _)| uplink.contains(&program.as_str())) {
+        missing.push(format!("{} of every uplink", uplink.join(" and ")));
+    }
+    missing
 }
 
 fn pods(places: &Places) -> Result<(Mark, String)> {

@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod cni;
+pub mod conntrack;
 pub mod filesystem;
 pub mod finding;
 pub mod firewall;
@@ -18,6 +19,7 @@ pub mod network;
 pub mod nodes;
 pub mod ports;
 pub mod ranges;
+pub mod reach;
 pub mod sysctls;
 pub mod unserved;
 
@@ -59,7 +61,7 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Group::new("kube-proxy", kube_proxy::check(&kube_proxy::gather())),
         Group::new("API server", api::check(&cluster.api)),
         Group::new("Nodes", nodes::check(&nodes::gather(config, &host, cluster.nodes.as_ref()))),
-        Group::new("Host network", network::check(&ways)),
+        Group::new("Host network", host_network(config, &host, &ways, stage)),
         Group::new("Address ranges", ranges::check(config, &host, nodes)),
         Group::new("MTU", mtu::check(&mtu::gather(config, &host, &ways, nodes))),
     ];
@@ -75,7 +77,14 @@ fn host_settings(config: &Config, host: &Host, ways: &Ways, stage: Stage, nodes:
     let sysctls = sysctls::check(&sysctls::gather(config, host, ways), stage);
     let neighbours = neighbours::gather(config, nodes).iter().flat_map(neighbours::check).collect::<Vec<_>>();
     let manager = manager::gather(host).map(|managed| manager::check(&managed)).unwrap_or_default();
-    [sysctls, neighbours, manager].concat()
+    let connections = conntrack::gather(&config.sysctl_dir).iter().flat_map(conntrack::check).collect::<Vec<_>>();
+    [sysctls, neighbours, connections, manager].concat()
+}
+
+/// Where packets leave this host: as it should be, and as it is once an agent has made its routes.
+fn host_network(config: &Config, host: &Host, ways: &Ways, stage: Stage) -> Vec<Finding> {
+    let reached = if stage == Stage::Running { reach::check(&reach::gather(config, host, ways)) } else { Vec::new() };
+    [network::check(ways), reached].concat()
 }
 
 /// The findings when the settings are refused: the reasons, and all that does not depend on

@@ -22,6 +22,9 @@ pub fn check(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<Finding> 
         let finding = conflict(Level::Fault, Role::Nodes, &format!("the network of {device}"), net);
         found.extend(finding.map(|finding| if of_pods(config, net) { former(finding, device) } else { finding }));
     }
+    if found.is_empty() {
+        found.extend(networks(host).filter_map(|(device, net)| in_pod_range(device, net, nodes)));
+    }
     for (device, net) in routes(config, host) {
         found.extend(conflict(Level::Warning, Role::Nodes, &format!("the route by {device} to"), net));
     }
@@ -51,6 +54,15 @@ pub fn check(config: &Config, host: &Host, nodes: &[KnownNode]) -> Vec<Finding> 
         found.push(Finding::ok("ranges", detail));
     }
     found
+}
+
+/// A network in the range that a Node has for its pods: the Nodes tell those, whether settings do or not.
+fn in_pod_range(device: &str, net: IpNet, nodes: &[KnownNode]) -> Option<Finding> {
+    let overlap = |cidr: &IpNet| cidr.contains(&net) || net.contains(cidr);
+    let (name, cidr) =
+        nodes.iter().find_map(|it| Some((&it.node.name, it.node.pod_cidrs.iter().find(|cidr| overlap(cidr))?)))?;
+    let detail = format!("the network of {device} {net} overlaps the pod range of node {name} {cidr}");
+    Some(former(Finding::new(Level::Warning, "overlap", detail), device))
 }
 
 /// Whether a network is a part of the pods' ranges, as one node's share of them is.
@@ -185,6 +197,17 @@ mod tests {
         let host = host(&[("cni0", "10.244.1.1/24")], &[]);
         let detail = "cni0 10.244.1.0/24 overlaps pod range";
         assert_only(&check(&config(), &host, &[]), Level::Fault, detail, "ip link delete cni0");
+    }
+
+    /// The Nodes tell the ranges, whether settings do or not.
+    #[test]
+    fn a_network_in_a_nodes_pod_range_is_reported_without_configured_ranges() {
+        let bare = Config::load(["x", "--node-name=n1", "--manifests=/m"], &|_| None).expect("good");
+        let nodes = [node("n1", "192.0.2.1", "172.17.1.0/24"), node("n2", "192.0.2.2", "172.17.2.0/24")];
+        let docker = host(&[("eth0", "192.0.2.1/24"), ("docker0", "172.17.0.1/16")], &[]);
+        let detail = "the network of docker0 172.17.0.0/16 overlaps the pod range of node n1 172.17.1.0/24";
+        assert_only(&check(&bare, &docker, &nodes), Level::Warning, detail, "ip link delete docker0");
+        assert_well(&check(&bare, &host(&[("eth0", "192.0.2.1/24")], &[]), &nodes));
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub fn gather(config: &Config, host: &Host, ways: &Ways) -> Facts {
     let dir = &config.sysctl_dir;
     let veths: Vec<_> =
         host.links.iter().map(|it| it.name.clone()).filter(|name| name.starts_with(VETH_PREFIX)).collect();
-    let wanted = sysctl::wanted(&devices(host, &ways.place.uplinks, config.routing.has_overlay(), veths));
+    let wanted = sysctl::wanted(&devices(host, &ways.place.uplinks, ways, config.routing.has_overlay(), veths));
     let looked = wanted.len();
     let is_forwarding_off = |path: &str| {
         // Switching the host's on switches those of all devices on.

@@ -55,14 +55,32 @@ fn parse(body: &[u8]) -> Option<Address> {
             _ => {}
         }
     }
-    // On point-to-point interfaces the other end is `address` and ours is `local`.
-    let net = IpNet::new(local.or(address)?, header.prefix_len).ok()?;
+    // On point-to-point interfaces the other end is `address` and ours is `local`; the prefix is that of the other end's network.
+    let own = local.or(address)?;
+    let net = if address.is_none_or(|far| far == own) { IpNet::new(own, header.prefix_len).ok()? } else { own.into() };
     Some(Address { ifindex: header.index, net, scope: header.scope.into(), flags })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Address;
+    use super::*;
+
+    /// `ip addr add 10.0.0.1 peer 192.168.9.2/24 dev eth1`: the network on the link is the other end's.
+    #[test]
+    fn an_address_with_another_one_at_the_far_end_is_on_no_network() {
+        let of = |local: &str, far: &str, prefix_len| {
+            let mut message = AddressMessage::default();
+            message.header = AddressHeader { prefix_len, index: 3, ..message.header };
+            message.attributes =
+                vec![AddressAttribute::Address(far.parse().unwrap()), AddressAttribute::Local(local.parse().unwrap())];
+            let mut bytes = vec![0; message.buffer_len()];
+            message.emit(&mut bytes);
+            parse(&bytes).unwrap().net.to_string()
+        };
+        assert_eq!(of("10.0.0.1", "192.168.9.2", 24), "10.0.0.1/32");
+        assert_eq!(of("2001:db8::1", "2001:db8:9::2", 64), "2001:db8::1/128");
+        assert_eq!(of("10.0.0.1", "10.0.0.1", 24), "10.0.0.1/24");
+    }
 
     #[test]
     fn only_lasting_addresses_are_usable() {

@@ -1,5 +1,8 @@
 //! What the host's network looks like, and the facts that decisions depend on.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
 use anyhow::Result;
 use ipnet::IpNet;
 use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
@@ -7,7 +10,7 @@ use rustnet_common::names::{OVERLAY_DEV, VETH_PREFIX};
 use super::address::{self, Address};
 use super::link::{self, Link};
 use super::netlink::Socket;
-use super::route::{self, Route};
+use super::route::{self, PROTOCOL, Route, Target};
 use crate::host::{DefaultRoute, Device, DeviceAddress, DeviceKind, HostFacts};
 use crate::model::Family;
 
@@ -47,20 +50,42 @@ impl Host {
         defaults.sort_unstable();
         defaults.dedup();
         // Pods come and go; their veths decide nothing, unless a delegated IPAM has its gateway there.
-        let devices = self.links.iter().map(|link| self.device(link));
+        let mut on_link = self.prefixes_on_links();
+        let devices = self.links.iter().map(|link| self.device(link, on_link.remove(&link.index).unwrap_or_default()));
         let devices =
             devices.filter(|it| it.kind != DeviceKind::Internal || it.addresses.iter().any(|it| it.is_usable));
         HostFacts { devices: devices.collect(), defaults }
     }
 
-    fn device(&self, link: &Link) -> Device {
-        let own = self.addresses.iter().filter(|it| it.ifindex == link.index);
+    /// The prefixes of routes without router, by device: those of neighbours. Default routes, multicast and our own are not. Hosts
+    /// with a million routes exist: each is looked at once.
+    fn prefixes_on_links(&self) -> BTreeMap<u32, BTreeSet<IpNet>> {
+        let mut found: BTreeMap<u32, BTreeSet<IpNet>> = BTreeMap::new();
+        let is_of_neighbours = |it: &&Route| it.protocol != PROTOCOL && it.dst.prefix_len() > 0 && is_unicast(&it.dst);
+        for route in self.routes.iter().filter(is_of_neighbours) {
+            if let Target::Via { oif, gateway: None } = route.target {
+                found.entry(oif).or_default().insert(route.dst);
+            }
+        }
+        found
+    }
+
+    fn device(&self, link: &Link, mut on_link: BTreeSet<IpNet>) -> Device {
+        let own: Vec<_> = self.addresses.iter().filter(|it| it.ifindex == link.index).collect();
+        let kind = self.kind(link);
+        if kind != DeviceKind::Ethernet {
+            on_link.clear();
+        }
+        for address in &own {
+            on_link.remove(&address.net.trunc());
+        }
         Device {
             index: link.index,
             name: link.name.clone(),
             mtu: link.mtu,
-            kind: self.kind(link),
-            addresses: own.map(device_address).collect(),
+            kind,
+            addresses: own.into_iter().map(device_address).collect(),
+            on_link: on_link.into_iter().collect(),
         }
     }
 
@@ -77,6 +102,13 @@ impl Host {
         } else {
             DeviceKind::LayerThree
         }
+    }
+}
+
+fn is_unicast(net: &IpNet) -> bool {
+    match net.addr() {
+        IpAddr::V4(ip) => !ip.is_multicast() && !ip.is_link_local(),
+        IpAddr::V6(ip) => !ip.is_multicast() && !ip.is_unicast_link_local(),
     }
 }
 
@@ -97,7 +129,7 @@ pub fn networks(host: &Host) -> Vec<IpNet> {
 #[cfg(test)]
 mod tests {
     use super::super::route::Hop;
-    use super::{Address, Host, Link, Route};
+    use super::{Address, Host, IpNet, Link, PROTOCOL, Route};
     use crate::host::DefaultRoute;
     use crate::host::DeviceKind::{Ethernet, Internal, LayerThree, Local, Member};
     use crate::model::Family;
@@ -144,6 +176,27 @@ mod tests {
             ("eth2", Ethernet),
         ];
         assert_eq!(kinds, want);
+    }
+
+    #[test]
+    fn prefixes_on_the_link_are_those_that_routes_without_router_tell() {
+        let direct = Target::Via { oif: 2, gateway: None };
+        let ours = Route { protocol: PROTOCOL, ..route("2001:db8:7::/64", direct.clone(), 0) };
+        let by_router = Target::Via { oif: 2, gateway: Some("192.0.2.9".parse().unwrap()) };
+        let routes = vec![
+            route("192.0.2.0/24", direct.clone(), 0),
+            route("2001:db8::/64", direct.clone(), 100),
+            route("2001:db8::/64", direct.clone(), 200),
+            route("fe80::/64", direct.clone(), 256),
+            route("0.0.0.0/0", direct, 0),
+            route("10.0.0.0/8", by_router, 0),
+            route("10.9.0.0/16", Target::Via { oif: 3, gateway: None }, 0),
+            ours,
+        ];
+        let address = Address { ifindex: 2, net: "192.0.2.1/24".parse().unwrap(), scope: 0, flags: 0 };
+        let host = Host { links: vec![link(2, "eth0", "", None)], addresses: vec![address], routes };
+        let facts = host.facts();
+        assert_eq!(facts.devices[0].on_link, ["2001:db8::/64".parse::<IpNet>().unwrap()]);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::plan::Facts;
 use super::route::Target;
 use super::{endpoints, journal, neighbour, route, sysctl};
 use crate::failure::{Failure, Scope};
-use crate::host::DeviceKind;
+use crate::host::{Device, DeviceKind};
 use crate::model::Family;
 use crate::ways::{Uplink, Ways};
 
@@ -114,7 +114,8 @@ impl Repairer {
             self.overlay(&mut state, overlay, wanted);
         }
         let veths = veth_names(&state.host.links, &state.endpoints);
-        let wanted_sysctls = sysctl::wanted(&devices(&state.host, &state.uplinks, state.overlay.is_some(), veths));
+        let has_overlay = state.overlay.is_some();
+        let wanted_sysctls = sysctl::wanted(&devices(&state.host, &state.uplinks, wanted.ways, has_overlay, veths));
         let mut changed = Vec::new();
         for done in [
             sysctl::relax(&self.sysctl_dir, &mut changed),
@@ -131,12 +132,13 @@ impl Repairer {
     }
 
     /// The uplinks. Those of before that have no address at the moment, as between two leases, keep their programs: when the
-    /// address comes back, packets must not come in unverified.
+    /// address comes back, packets must not come in unverified. A port of a bridge gets none back: its packets are the bridge's.
     fn uplinks(&mut self, host: &Host, wanted: &Wanted<'_>) -> Vec<Uplink> {
         let found = &wanted.ways.place.uplinks;
         let facts = host.facts();
         let is_found = |uplink: &Uplink| found.iter().any(|it| it.ifindex == uplink.ifindex);
-        let is_bare = |uplink: &Uplink| facts.device(uplink.ifindex).is_some_and(|it| it.networks().is_empty());
+        let may_return = |it: &Device| it.kind == DeviceKind::Ethernet && it.networks().is_empty();
+        let is_bare = |uplink: &Uplink| facts.device(uplink.ifindex).is_some_and(may_return);
         let kept = self.uplinks.iter().filter(|it| !is_found(it) && (found.is_empty() || is_bare(it)));
         let kept = kept.filter(|it| host.links.iter().any(|link| link.index == it.ifindex)).cloned();
         self.uplinks = found.iter().cloned().chain(kept).collect();
@@ -250,7 +252,7 @@ impl State {
 
 /// The devices that sysctls depend on. Others with an IPv6 default route count: forwarding makes the kernel ignore the router
 /// advertisements that it may come from.
-pub fn devices(host: &Host, uplinks: &[Uplink], has_overlay: bool, veths: Vec<String>) -> sysctl::Devices {
+pub fn devices(host: &Host, uplinks: &[Uplink], ways: &Ways, has_overlay: bool, veths: Vec<String>) -> sysctl::Devices {
     let facts = host.facts();
     let is_router = |index| facts.defaults.iter().any(|it| it.family == Family::V6 && it.device == index);
     let is_other = |index| !uplinks.iter().any(|it| it.ifindex == index);
@@ -262,6 +264,7 @@ pub fn devices(host: &Host, uplinks: &[Uplink], has_overlay: bool, veths: Vec<St
         overlay: has_overlay.then(|| OVERLAY_DEV.to_owned()),
         veths,
         is_multi_homed: uplinks.len() > 1,
+        has_ipv6_pods: ways.has_pods(Family::V6),
     }
 }
 

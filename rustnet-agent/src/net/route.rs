@@ -242,17 +242,41 @@ pub fn add(socket: &mut Socket, route: &Route, replace: bool) -> Result<()> {
 
 /// True if a route to the same destination leads the same way: somebody was faster, the CNI binary for one.
 fn is_there(socket: &mut Socket, route: &Route) -> Result<bool> {
-    let ip = route.dst.network();
-    let mut lookup = RouteMessageBuilder::<IpAddr>::new().destination_prefix(ip, route.dst.max_prefix_len())?.build();
-    let address_family = lookup.header.address_family;
-    let destination_prefix_length = lookup.header.destination_prefix_length;
-    let flags = RouteFlags::FibMatch;
-    lookup.header = RouteHeader { address_family, destination_prefix_length, flags, ..RouteHeader::default() };
+    let lookup = lookup(route.dst.network(), RouteFlags::FibMatch)?;
     match socket.get(&RouteNetlinkMessage::GetRoute(lookup), parse) {
         Ok(found) => Ok(found.is_some_and(|found| found.key() == route.key() && found.target == route.target)),
         Err(Error::Refused(_)) => Ok(false),
         Err(e) => Err(e.into()),
     }
+}
+
+/// Index of the interface that the host's packets to an address leave by, after all rules of the routing policy; `None`: they go
+/// nowhere.
+pub fn device_to(socket: &mut Socket, ip: IpAddr) -> Result<Option<u32>> {
+    let oif = |body: &[u8]| {
+        let header = RouteHeader::parse(body).ok().filter(|header| header.kind == RouteType::Unicast)?;
+        let kind = (header.address_family, header.kind, RouteLwEnCapType::None);
+        let mut all = attributes(&body[header.buffer_len()..]);
+        all.find_map(|attribute| match RouteAttribute::parse_with_param(&attribute, kind) {
+            Ok(RouteAttribute::Oif(value)) => Some(value),
+            _ => None,
+        })
+    };
+    match socket.get(&RouteNetlinkMessage::GetRoute(lookup(ip, RouteFlags::empty())?), oif) {
+        Ok(found) => Ok(found),
+        // Unreachable, prohibited, a black hole: the kernel answers with the error that a sender gets.
+        Err(Error::Refused(_)) => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("asking for the route to {ip}")),
+    }
+}
+
+/// The question for the route to an address.
+fn lookup(ip: IpAddr, flags: RouteFlags) -> Result<RouteMessage> {
+    let length = IpNet::from(ip).prefix_len();
+    let mut lookup = RouteMessageBuilder::<IpAddr>::new().destination_prefix(ip, length)?.build();
+    let address_family = lookup.header.address_family;
+    lookup.header = RouteHeader { address_family, destination_prefix_length: length, flags, ..RouteHeader::default() };
+    Ok(lookup)
 }
 
 /// Deletes a route; false when it was gone.

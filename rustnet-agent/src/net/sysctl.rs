@@ -34,6 +34,8 @@ pub struct Devices {
     pub veths: Vec<String>,
     /// There are several uplinks.
     pub is_multi_homed: bool,
+    /// Pods have IPv6.
+    pub has_ipv6_pods: bool,
 }
 
 /// A setting that was changed.
@@ -64,6 +66,10 @@ pub fn wanted(devices: &Devices) -> Vec<Sysctl> {
     out.push(sysctl("ipv4/ip_forward".into(), "1", &[], false));
     out.push(sysctl("ipv6/conf/all/forwarding".into(), "1", &[], true));
     let internal = || devices.overlay.iter().chain(&devices.veths);
+    // Hardened hosts have it off for new devices (`default`), and the kernel takes no IPv6 route for such a device.
+    for dev in internal().filter(|_| devices.has_ipv6_pods) {
+        out.push(sysctl(format!("ipv6/conf/{dev}/disable_ipv6"), "0", &[], true));
+    }
     // Hardened hosts, and systemd-networkd, switch it off for single devices. The kernel's look-up for programs asks the device
     // that a packet came in by (`bpf_ipv4_fib_lookup`); for those of the host that is lo.
     let forwarding = || devices.uplinks.iter().map(String::as_str).chain(internal().map(String::as_str)).chain(["lo"]);
@@ -136,26 +142,34 @@ impl Sysctl {
     }
 }
 
-/// Sets what differs. Adds what was set to `changed`, also before a failure.
+/// Sets what differs, each whether another one failed or not; the first failure is returned. Adds what was set to `changed`.
 pub fn apply(root: &Path, wanted: &[Sysctl], changed: &mut Vec<Change>) -> Result<()> {
+    let mut first = Ok(());
     for sysctl in wanted {
-        let Some(old) = sysctl.wrong(root)? else { continue };
-        let path: PathBuf = root.join(&sysctl.path);
-        let written = match fs::write(&path, sysctl.want) {
-            // A device that went meanwhile.
-            Err(e) if sysctl.optional && e.kind() == io::ErrorKind::NotFound => continue,
-            written => written,
-        };
-        written.with_context(|| {
+        match set(root, sysctl) {
+            Ok(change) => changed.extend(change),
+            Err(error) => first = first.and(Err(error)),
+        }
+    }
+    first
+}
+
+/// Sets one setting; `None` where it may stay as it is.
+fn set(root: &Path, sysctl: &Sysctl) -> Result<Option<Change>> {
+    let Some(old) = sysctl.wrong(root)? else { return Ok(None) };
+    let path: PathBuf = root.join(&sysctl.path);
+    match fs::write(&path, sysctl.want) {
+        Ok(()) => Ok(Some(Change { path: sysctl.path.clone(), old, new: sysctl.want.to_owned() })),
+        // A device that went meanwhile.
+        Err(e) if sysctl.optional && e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| {
             format!(
                 "setting {} to {}: is it mounted read-only? Name a writable /proc/sys/net by --sysctl-dir, or set it on the host",
                 path.display(),
                 sysctl.want
             )
-        })?;
-        changed.push(Change { path: sysctl.path.clone(), old, new: sysctl.want.to_owned() });
+        }),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -193,6 +207,8 @@ mod tests {
         put("ipv6/conf/eth2/accept_ra", "1\n");
         put("ipv4/conf/eth0/rp_filter", "1\n");
         put("ipv6/conf/rnv1/forwarding", "0\n");
+        put("ipv6/conf/rnv1/disable_ipv6", "1\n");
+        put("ipv6/conf/eth0/disable_ipv6", "1\n");
         put("ipv4/conf/eth0/forwarding", "0\n");
         put("ipv4/conf/eth1/forwarding", "1\n");
         let names = |all: &[&str]| all.iter().map(ToString::to_string).collect();
@@ -202,6 +218,7 @@ mod tests {
             overlay: Some("rn_vxlan".to_owned()),
             veths: names(&["rnv1", "rnv2"]),
             is_multi_homed: true,
+            has_ipv6_pods: true,
         });
         let changed = apply(root.path(), &all).unwrap();
         assert_eq!(
@@ -210,6 +227,7 @@ mod tests {
                 "ipv6.conf.eth1.accept_ra: 1 -> 2",
                 "ipv6.conf.eth2.accept_ra: 1 -> 2",
                 "ipv4.ip_forward: 0 -> 1",
+                "ipv6.conf.rnv1.disable_ipv6: 1 -> 0",
                 "ipv6.conf.rnv1.forwarding: 0 -> 1",
                 "ipv4.conf.eth0.rp_filter: 1 -> 2",
                 "ipv4.conf.eth0.forwarding: 0 -> 1",
@@ -250,6 +268,21 @@ mod tests {
         let mut changed = Vec::new();
         super::apply(root.path(), &wanted(&devices), &mut changed).unwrap_err();
         assert_eq!(changed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["ipv6.conf.eth0.accept_ra: 1 -> 2"]);
+    }
+
+    /// One setting that cannot be set, say for a security module, keeps no other one from being set.
+    #[test]
+    fn a_failure_stops_no_other_setting() {
+        let root = tempfile::tempdir().unwrap();
+        // What is a directory cannot be read.
+        fs::create_dir_all(root.path().join("ipv6/conf/eth0/accept_ra")).unwrap();
+        fs::create_dir_all(root.path().join("ipv4")).unwrap();
+        fs::write(root.path().join("ipv4/ip_forward"), "0").unwrap();
+        let devices = Devices { uplinks: vec!["eth0".into()], ..Devices::default() };
+        let mut changed = Vec::new();
+        let error = super::apply(root.path(), &wanted(&devices), &mut changed).unwrap_err();
+        assert!(format!("{error:#}").contains("accept_ra"), "{error:#}");
+        assert_eq!(changed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["ipv4.ip_forward: 0 -> 1"]);
     }
 
     #[test]

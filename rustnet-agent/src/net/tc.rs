@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use netlink_packet_core::{Emitable, NLM_F_CREATE, Parseable, parse_string};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{
@@ -71,9 +71,15 @@ pub fn set_filter(
 ) -> Result<()> {
     let handle = TcHandle { minor: 0, ..TcHandle::CLSACT };
     let qdisc = message(ifindex, TcHandle::CLSACT, handle, 0, vec![TcAttribute::Kind("clsact".to_owned())]);
-    // Also EEXIST when it is the older `ingress` qdisc: the filter below then names what is wrong.
-    unless(socket.request(&RouteNetlinkMessage::NewQueueDiscipline(qdisc), CREATE), &[libc::EEXIST])
+    let is_new = unless(socket.request(&RouteNetlinkMessage::NewQueueDiscipline(qdisc), CREATE), &[libc::EEXIST])
         .with_context(|| format!("adding a clsact qdisc to interface {ifindex}"))?;
+    // The kernel would take the classifier, and put it into the place of the one for the other direction.
+    if !is_new && direction == Direction::Egress && has_ingress_qdisc(socket, ifindex)? {
+        bail!(
+            "adding classifier {name} to interface {ifindex}: another program has put the older qdisc `ingress` there, which is for \
+             one direction only: remove it (`tc qdisc del dev DEV ingress`), or let that program use clsact"
+        );
+    }
     let options = vec![
         TcFilterBpfOption::ProgFd(prog.as_raw_fd().cast_unsigned()),
         TcFilterBpfOption::ProgName(name.to_owned()),
@@ -90,6 +96,19 @@ pub fn set_filter(
         }),
         Err(e) => Err(e).with_context(|| format!("adding classifier {name} to interface {ifindex}")),
     }
+}
+
+/// True if a device has the qdisc `ingress` where clsact would be.
+fn has_ingress_qdisc(socket: &mut Socket, ifindex: u32) -> Result<bool> {
+    let kind = |body: &[u8]| {
+        let header = TcHeader::parse(body).ok()?;
+        let is_here = header.index == ifindex.cast_signed() && header.parent == TcHandle::CLSACT;
+        let kind = attributes(&body[header.buffer_len()..]).find(|attribute| attribute.kind() == KIND)?;
+        parse_string(kind.value()).ok().filter(|_| is_here)
+    };
+    let all = message(ifindex, TcHandle::UNSPEC, TcHandle::UNSPEC, 0, Vec::new());
+    let there = socket.dump(&RouteNetlinkMessage::GetQueueDiscipline(all), kind).context("listing qdiscs")?;
+    Ok(there.iter().any(|kind| kind == "ingress"))
 }
 
 /// A classifier of ours on a device.

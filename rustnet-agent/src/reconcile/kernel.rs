@@ -223,7 +223,7 @@ impl Kernel {
         Ok(Some(format!("{}: not this host's any more; {forgotten} masqueraded flows forgotten", gone.join(", "))))
     }
 
-    /// The uplink whose links are pinned without its name: the one that has them already, so that no uplink is without programs
+    /// The uplink whose links are pinned without its index: the one that has them already, so that no uplink is without programs
     /// while their order changes.
     fn first_uplink(&self, state: &State, is_complete: bool) -> Option<u32> {
         let name = hook::NAMES[usize::from(hook::UPLINK_IN)];
@@ -231,14 +231,19 @@ impl Kernel {
             Some(device) if state.uplinks.iter().any(|it| it.ifindex == device) => Some(device),
             // It may turn out to be an uplink.
             Some(_) if !is_complete => None,
-            // Nor does a device take a program twice: one with links of its own name keeps them.
-            _ => state.uplinks.iter().find(|it| !self.has_link(name, Some(&it.name), it.ifindex)).map(|it| it.ifindex),
+            // Nor does a device take a program twice: one with links of its own keeps them.
+            _ => {
+                state.uplinks.iter().find(|it| !self.has_link(name, Some(it.ifindex), it.ifindex)).map(|it| it.ifindex)
+            }
         }
     }
 
     fn device_hook(&self, socket: &mut Socket, hook: &Hook<'_>) -> Result<Outcome> {
         let path = attach::link_path(&self.bpffs, hook.program, hook.further);
         let device = Device { name: hook.device, ifindex: hook.ifindex };
+        if !self.has_link(hook.program, hook.further, hook.ifindex) {
+            attach::adopt_other(&self.link_paths()?, &path, &device, hook.direction)?;
+        }
         attach::device_hook(socket, &path, &device, hook.direction, self.programs.get(hook.program)?)
     }
 
@@ -296,7 +301,7 @@ impl Kernel {
         Ok(done)
     }
 
-    fn has_link(&self, program: &str, further: Option<&str>, ifindex: u32) -> bool {
+    fn has_link(&self, program: &str, further: Option<u32>, ifindex: u32) -> bool {
         attach::device_of(&attach::link_path(&self.bpffs, program, further)) == Some(ifindex)
     }
 
@@ -370,8 +375,8 @@ fn lost(before: &[(IpAddr, Endpoint)], state: &State) -> Vec<(IpAddr, Endpoint)>
 struct Hook<'a> {
     program: &'static str,
     device: &'a str,
-    /// The device's name once more, unless it is the first uplink or the overlay device.
-    further: Option<&'a str>,
+    /// The device's index once more, unless it is the first uplink or the overlay device.
+    further: Option<u32>,
     ifindex: u32,
     direction: Direction,
 }
@@ -382,7 +387,7 @@ fn device_hooks<'a>(
     side_devices: impl Iterator<Item = &'a Uplink>,
     first: Option<u32>,
 ) -> Vec<Hook<'a>> {
-    fn pair<'a>(device: &'a str, ifindex: u32, codes: [u8; 2], further: Option<&'a str>) -> [Hook<'a>; 2] {
+    fn pair(device: &str, ifindex: u32, codes: [u8; 2], further: Option<u32>) -> [Hook<'_>; 2] {
         let hook = |code: u8, direction| {
             let program = hook::NAMES[usize::from(code)];
             Hook { program, device, further, ifindex, direction }
@@ -392,14 +397,14 @@ fn device_hooks<'a>(
     let mut hooks = Vec::new();
     for uplink in &state.uplinks {
         let name = uplink.name.as_str();
-        let further = (Some(uplink.ifindex) != first).then_some(name);
+        let further = (Some(uplink.ifindex) != first).then_some(uplink.ifindex);
         hooks.extend(pair(name, uplink.ifindex, [hook::UPLINK_IN, hook::UPLINK_OUT], further));
     }
     let is_uplink = |index| state.uplinks.iter().any(|it| it.ifindex == index);
     for device in side_devices.filter(|it| !is_uplink(it.ifindex)) {
         let name = device.name.as_str();
         let (program, direction) = (names::SIDE_IN, Direction::Ingress);
-        hooks.push(Hook { program, device: name, further: Some(name), ifindex: device.ifindex, direction });
+        hooks.push(Hook { program, device: name, further: Some(device.ifindex), ifindex: device.ifindex, direction });
     }
     if let Some(OverlayDevice { index, .. }) = state.overlay {
         hooks.extend(pair(OVERLAY_DEV, index, [hook::OVERLAY_IN, hook::OVERLAY_OUT], None));
@@ -452,7 +457,7 @@ mod tests {
     use super::*;
 
     fn uplink(ifindex: u32, name: &str) -> Uplink {
-        Uplink { name: name.into(), ifindex, mtu: 1500, addresses: Vec::new() }
+        Uplink { name: name.into(), ifindex, mtu: 1500, prefixes: Vec::new() }
     }
 
     /// An uplink of before may seem to be another device while it has lost its route: packets would pass two programs.
@@ -462,6 +467,6 @@ mod tests {
         let sides = [uplink(2, "eth0"), uplink(3, "br0")];
         let hooks = device_hooks(&state, sides.iter(), Some(2));
         let hooks: Vec<_> = hooks.iter().map(|hook| (hook.program, hook.device, hook.further)).collect();
-        assert_eq!(hooks, [("uplink_in", "eth0", None), ("uplink_out", "eth0", None), ("side_in", "br0", Some("br0"))]);
+        assert_eq!(hooks, [("uplink_in", "eth0", None), ("uplink_out", "eth0", None), ("side_in", "br0", Some(3))]);
     }
 }

@@ -12,7 +12,7 @@ use rustnet_common::files::{EndpointFile, NodeFile};
 use crate::config::{Config, NODE_PORTS, OverlayFamily, Role};
 use crate::model::{Family, Node};
 use crate::net::repair::OverlayDevice;
-use crate::ways::{Place, Settings};
+use crate::ways::{Place, Settings, Ways};
 
 /// Seed of the flow hash: the same in the whole cluster, so that all nodes choose alike.
 const SEED: u32 = 0x7275_7374;
@@ -166,6 +166,20 @@ pub fn outsiders(
         format!(
             "Node {node}: pods have addresses outside of its pod ranges ({ranges}), other nodes do not find them; delete those \
              that `rustnetctl endpoints` shows with others, so that new ones replace them"
+        )
+    })
+}
+
+/// What to say where packets to other nodes can have `room` octets, and IPv6 needs more (RFC 8200, section 5). The kernel takes
+/// IPv6 off devices that are smaller.
+pub fn too_small(config: &Config, room: u32, ways: &Ways) -> Option<String> {
+    const SMALLEST: u32 = 1280;
+    ((1..SMALLEST).contains(&room) && ways.has_pods(Family::V6)).then(|| {
+        format!(
+            "Node {}: packets to other nodes can have {room} octets, and IPv6 needs {SMALLEST}: its pods have none; give the uplinks \
+             an MTU that is larger by {}, on all nodes",
+            config.node_name,
+            SMALLEST - room
         )
     })
 }

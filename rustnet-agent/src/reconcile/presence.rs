@@ -92,9 +92,9 @@ pub fn is_served(run_dir: &Path) -> bool {
 /// Says, as long as it lives, that an agent serves a run directory.
 #[derive(Debug)]
 pub struct Presence {
-    _here: Flock<File>,
+    here: Flock<File>,
     /// The right to write maps, hooks and files; one agent has it.
-    _writer: Option<Flock<File>>,
+    writer: Option<Flock<File>>,
 }
 
 impl Presence {
@@ -107,28 +107,33 @@ impl Presence {
     /// The run directory or a file in it cannot be made, opened or closed to others.
     pub fn enter(run_dir: &Path, may_replace: bool) -> Result<Result<Self, String>> {
         close_dir(run_dir)?;
-        let Some(here) = lock(run_dir, LOCK, FlockArg::LockSharedNonblock, may_replace)? else {
-            let path = run_dir.join(LOCK);
-            return Ok(Err(format!(
-                "{} is locked by a process that is no agent: wait for the end of `rustnet cleanup`, or end the process that \
-                 `lslocks` shows",
-                path.display()
-            )));
-        };
-        let Some(mut writer) = lock(run_dir, WRITER_LOCK, FlockArg::LockExclusiveNonblock, may_replace)? else {
-            let path = run_dir.join(WRITER_LOCK);
-            let holder = std::fs::read_to_string(&path).unwrap_or_default();
-            let holder = if holder.is_empty() { "unknown" } else { holder.trim() };
-            return Ok(Err(format!(
-                "another agent ({holder}) writes the maps of this node and holds {}: this one goes on when that one ends; two \
-                 installations of rustnet cannot serve one node",
-                path.display()
-            )));
-        };
-        let holder = format!("pid {}, version {}\n", std::process::id(), env!("CARGO_PKG_VERSION"));
-        let note = writer.set_len(0).and_then(|()| writer.write_all(holder.as_bytes()));
-        note.with_context(|| format!("{}: cannot write", run_dir.join(WRITER_LOCK).display()))?;
-        Ok(Ok(Self { _here: here, _writer: Some(writer) }))
+        let here = lock(run_dir, LOCK, FlockArg::LockSharedNonblock, may_replace)?;
+        let Some(here) = here else { return Ok(Err(no_agent(run_dir))) };
+        let writer = lock(run_dir, WRITER_LOCK, FlockArg::LockExclusiveNonblock, may_replace)?;
+        let Some(mut writer) = writer else { return Ok(Err(another(run_dir))) };
+        note_holder(&mut writer, run_dir)?;
+        Ok(Ok(Self { here, writer: Some(writer) }))
+    }
+
+    /// Takes locks again whose files somebody has deleted: another agent would find them free. `Err` within says who has found
+    /// them so.
+    ///
+    /// # Errors
+    /// As of [`Presence::enter`].
+    pub fn hold(&mut self, run_dir: &Path) -> Result<Result<(), String>> {
+        if !is_in_place(&self.here, &run_dir.join(LOCK)) {
+            close_dir(run_dir)?;
+            let here = lock(run_dir, LOCK, FlockArg::LockSharedNonblock, false)?;
+            let Some(here) = here else { return Ok(Err(no_agent(run_dir))) };
+            self.here = here;
+        }
+        if self.writer.as_ref().is_some_and(|it| !is_in_place(it, &run_dir.join(WRITER_LOCK))) {
+            let writer = lock(run_dir, WRITER_LOCK, FlockArg::LockExclusiveNonblock, false)?;
+            let Some(mut writer) = writer else { return Ok(Err(another(run_dir))) };
+            note_holder(&mut writer, run_dir)?;
+            self.writer = Some(writer);
+        }
+        Ok(Ok(()))
     }
 
     /// Keeps agents away while the state is removed; `None` if one is here.
@@ -138,8 +143,40 @@ impl Presence {
     pub fn exclude(run_dir: &Path) -> Result<Option<Self>> {
         make_dir(run_dir)?;
         let lock = lock(run_dir, LOCK, FlockArg::LockExclusiveNonblock, false)?;
-        Ok(lock.map(|here| Self { _here: here, _writer: None }))
+        Ok(lock.map(|here| Self { here, writer: None }))
     }
+}
+
+/// Why an agent may not be here.
+fn no_agent(run_dir: &Path) -> String {
+    format!(
+        "{} is locked by a process that is no agent: wait for the end of `rustnet cleanup`, or end the process that `lslocks` shows",
+        run_dir.join(LOCK).display()
+    )
+}
+
+/// Why an agent may not write.
+fn another(run_dir: &Path) -> String {
+    let path = run_dir.join(WRITER_LOCK);
+    let holder = std::fs::read_to_string(&path).unwrap_or_default();
+    let holder = if holder.is_empty() { "unknown" } else { holder.trim() };
+    format!(
+        "another agent ({holder}) writes the maps of this node and holds {}: this one goes on when that one ends; two \
+         installations of rustnet cannot serve one node",
+        path.display()
+    )
+}
+
+fn note_holder(writer: &mut Flock<File>, run_dir: &Path) -> Result<()> {
+    let holder = format!("pid {}, version {}\n", std::process::id(), env!("CARGO_PKG_VERSION"));
+    let note = writer.set_len(0).and_then(|()| writer.write_all(holder.as_bytes()));
+    note.with_context(|| format!("{}: cannot write", run_dir.join(WRITER_LOCK).display()))
+}
+
+/// True if `path` still names the file of this lock.
+fn is_in_place(lock: &Flock<File>, path: &Path) -> bool {
+    let inode = lock.metadata().map(|it| it.ino());
+    inode.is_ok_and(|inode| std::fs::symlink_metadata(path).is_ok_and(|now| now.ino() == inode))
 }
 
 /// Makes the run directory, for root alone.

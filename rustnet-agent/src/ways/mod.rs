@@ -136,6 +136,12 @@ impl Ways {
         table::build(settings, own, nodes, host, place)
     }
 
+    /// True if there are ranges of a family for pods, here or elsewhere.
+    pub fn has_pods(&self, family: Family) -> bool {
+        let is_pods = |entry: &Entry| matches!(entry.owner, Owner::OwnPods | Owner::Pods);
+        self.entries.iter().any(|(prefix, entry)| is_pods(entry) && Family::of(prefix.addr()) == family)
+    }
+
     /// The larger one of the families that the overlay's outer packets have here: its headers count for the MTU.
     pub fn overlay_family(&self) -> Family {
         let tunnels = self.entries.values().filter_map(|entry| match entry.way {

@@ -21,8 +21,8 @@ pub struct Uplink {
     pub ifindex: u32,
     /// Its MTU.
     pub mtu: u32,
-    /// Its usable addresses with their on-link prefixes, in the kernel's order: the primary one first.
-    pub addresses: Vec<IpNet>,
+    /// Prefixes on its link: those of its usable addresses, in the kernel's order, and those that routes tell.
+    pub prefixes: Vec<IpNet>,
 }
 
 /// Addresses of both families.
@@ -104,12 +104,12 @@ pub fn place<'a>(
         .collect();
     let address = |family| {
         let of_family = |ip: &&IpAddr| Family::of(**ip) == family;
-        let by_name = named.iter().filter(of_family).find(|ip| host.device_with(**ip).is_some()).copied();
+        let by_name = named.iter().filter(of_family).find(|ip| host.has(**ip)).copied();
         let by_uplink = || uplinks.iter().find_map(|it| sources.get(&it.index)?.of(family));
         by_name.or_else(by_uplink).or_else(|| sources.values().find_map(|it| it.of(family)))
     };
     let addresses = Sources { v4: address(Family::V4), v6: address(Family::V6) };
-    let absent: Vec<_> = named.iter().filter(|ip| host.device_with(**ip).is_none()).map(ToString::to_string).collect();
+    let absent: Vec<_> = named.iter().filter(|ip| !host.has(**ip)).map(ToString::to_string).collect();
     if let (Some(own), false) = (own, absent.is_empty()) {
         problems.push(format!(
             "Node {}: this host has no usable {}, which its Node names, and other nodes accept no other sender; check --node-name, \
@@ -130,7 +130,7 @@ pub fn place<'a>(
     };
     Place {
         addresses,
-        mtu: mtu(settings, named, &uplinks),
+        mtu: mtu(settings, named, &uplinks, host),
         is_nameless: !named.is_empty() && absent.len() == named.len(),
         side_devices: host.devices.iter().filter(is_side).map(uplink).collect(),
         uplinks: uplinks.into_iter().map(uplink).collect(),
@@ -150,15 +150,18 @@ fn sources_of(device: &Device, named: &[IpAddr]) -> Sources {
 }
 
 fn uplink(device: &Device) -> Uplink {
-    Uplink { name: device.name.clone(), ifindex: device.index, mtu: device.mtu, addresses: device.networks() }
+    Uplink { name: device.name.clone(), ifindex: device.index, mtu: device.mtu, prefixes: device.link_prefixes() }
 }
 
-/// The smallest MTU of the devices that lead to other nodes.
-fn mtu(settings: &Settings, named: &[IpAddr], uplinks: &[&Device]) -> u32 {
-    let all = || uplinks.iter().map(|it| it.mtu).min();
-    let of_cluster = || uplinks.iter().filter(|it| named.iter().any(|ip| it.has(*ip))).map(|it| it.mtu).min();
-    let smallest = if settings.uplinks.is_empty() { of_cluster().or_else(all) } else { all() };
-    smallest.unwrap_or(0)
+/// The smallest MTU of the devices that lead to other nodes. A VPN does where the Node's address is its own: no program is on its
+/// device, but tunnel packets leave by it.
+fn mtu(settings: &Settings, named: &[IpAddr], uplinks: &[&Device], host: &HostFacts) -> u32 {
+    let is_named = |it: &Device| named.iter().any(|ip| it.has(*ip));
+    let vpns = host.devices.iter().filter(|it| it.kind == DeviceKind::LayerThree && is_named(it));
+    let is_chosen = !settings.uplinks.is_empty();
+    let of_cluster = uplinks.iter().copied().filter(|it| is_chosen || is_named(it)).chain(vpns).map(|it| it.mtu).min();
+    let all = uplinks.iter().map(|it| it.mtu).min();
+    all.map_or(0, |all| of_cluster.unwrap_or(all))
 }
 
 /// The devices of these names, each once.
@@ -174,7 +177,7 @@ fn configured<'a>(names: &[String], host: &'a HostFacts, problems: &mut Vec<Stri
                 ));
             }
             Some(device) => match unfit(device) {
-                Some(why) => problems.push(format!("--uplink {name}: {why}")),
+                Some((why, remedy)) => problems.push(format!("--uplink {name}: {why}; {remedy}")),
                 // A device takes a program once.
                 None if found.iter().any(|it| it.index == device.index) => {}
                 None => found.push(device),
@@ -184,16 +187,17 @@ fn configured<'a>(names: &[String], host: &'a HostFacts, problems: &mut Vec<Stri
     found
 }
 
-/// Why a device cannot be an uplink.
-fn unfit(device: &Device) -> Option<&'static str> {
+/// Why a device cannot be an uplink, and the remedy.
+fn unfit(device: &Device) -> Option<(&'static str, &'static str)> {
+    const OTHER: &str = "name the device that leads to other nodes";
     match device.kind {
         DeviceKind::Ethernet => None,
         DeviceKind::LayerThree => {
-            Some("its packets have no Ethernet header, which the programs read; name the device below it")
+            Some(("its packets have no Ethernet header, which the programs read", "name the device below it"))
         }
-        DeviceKind::Local => Some("no packet leaves the host by it; name the device that leads to other nodes"),
-        DeviceKind::Member => Some("it is part of a bond or a bridge; name that"),
-        DeviceKind::Internal => Some("it is one of rustnet's own; name the device that leads to other nodes"),
+        DeviceKind::Local => Some(("no packet leaves the host by it", OTHER)),
+        DeviceKind::Member => Some(("it is part of a bond or a bridge", "name that")),
+        DeviceKind::Internal => Some(("it is one of rustnet's own", OTHER)),
     }
 }
 
@@ -210,7 +214,9 @@ fn chosen<'a, 'b>(
             found.push(device);
         }
     };
-    named.iter().filter_map(|ip| host.device_with(*ip)).for_each(&mut add);
+    // Of several devices with one address (anycast on loopback), each counts.
+    let with_named = || named.iter().flat_map(|ip| host.devices_with(*ip).map(move |device| (ip, device)));
+    with_named().for_each(|(_, device)| add(device));
     let ways_out = || host.defaults.iter().filter_map(|it| Some((it, host.device(it.device)?)));
     ways_out().for_each(|(_, device)| add(device));
     if let Some((route, device)) = ways_out().find(|(_, device)| device.kind == DeviceKind::LayerThree) {
@@ -224,16 +230,24 @@ fn chosen<'a, 'b>(
         let addresses: Vec<_> = others.flat_map(|node| node.addresses.iter().copied()).collect();
         let on_segment = |device: &&Device| {
             device.kind == DeviceKind::Ethernet
-                && device.networks().iter().any(|net| addresses.iter().any(|ip| net.contains(ip)))
+                && device.link_prefixes().iter().any(|net| addresses.iter().any(|ip| net.contains(ip)))
         };
         found.extend(host.devices.iter().find(on_segment));
     }
     if found.is_empty() {
-        problems.push(
-            "no device leads to other nodes: none has an address of this Node, and there is no default route; give the device its \
-             address, or name it with --uplink DEV"
-                .to_owned(),
-        );
+        let unfit: Vec<_> =
+            with_named().filter_map(|(ip, it)| Some(format!("{ip} is on {} ({})", it.name, unfit(it)?.0))).collect();
+        let why = if unfit.is_empty() { "none has an address of this Node".to_owned() } else { unfit.join(", ") };
+        problems.push(format!(
+            "no device leads to other nodes: {why}, and there is no default route; give the device its address, or name it with \
+             --uplink DEV"
+        ));
+    } else if let Some((ip, device)) = with_named().find(|(_, device)| device.kind == DeviceKind::Member) {
+        problems.push(format!(
+            "{ip}, which this Node names, is on {}, and that is part of a bond or a bridge: no program sees what other nodes send; \
+             move the address to the bond or bridge",
+            device.name
+        ));
     }
     found
 }

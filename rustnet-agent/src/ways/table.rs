@@ -116,7 +116,7 @@ impl Table<'_> {
     fn direct(&self, node: &Node, family: Family) -> Option<Way> {
         let on_link = || {
             self.ways.place.uplinks.iter().find_map(|uplink| {
-                let gateway = node.on_link(family, &uplink.addresses)?;
+                let gateway = node.on_link(family, &uplink.prefixes)?;
                 Some(Way::Direct { gateway, device: uplink.ifindex })
             })
         };

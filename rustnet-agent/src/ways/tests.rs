@@ -108,6 +108,55 @@ fn a_vpn_takes_the_default_route() {
     assert!(it.problems[0].contains("tun0"), "{:?}", it.problems);
 }
 
+/// Nodes that meet in a VPN: tunnel packets leave by a device without Ethernet headers, and have to fit there.
+#[test]
+fn an_internal_address_of_a_vpn_device() {
+    let wg = with_kind(
+        DeviceKind::LayerThree,
+        Device { mtu: 1420, ..device(5, "wg0", &["172.18.0.11/24", "fd00:18::11/64"]) },
+    );
+    let facts = host([device(2, "eth0", &["192.0.2.1/24"]), wg]);
+    let it = ways(Routing::Vxlan, &facts).place;
+    assert_eq!((names(&it), it.mtu), (vec!["eth0"], 1420));
+    let settings = Settings { uplinks: vec!["eth0".into()], ..Settings::new("n1", Routing::Vxlan) };
+    assert_eq!(ways_of(&settings, &facts, &[own(), other()]).place.mtu, 1420);
+}
+
+/// Anycast, BGP and direct server return: the node's address is on loopback, too.
+#[test]
+fn an_internal_address_of_two_devices() {
+    let lo = with_kind(DeviceKind::Local, device(1, "lo", &["172.18.0.11/32", "fd00:18::11/128"]));
+    let mut facts = host([device(2, "eth1", &["192.0.2.1/24"]), lo, Device { mtu: 1400, ..cluster(3, "eth0") }]);
+    for defaults in [facts.defaults.clone(), Vec::new()] {
+        facts.defaults = defaults;
+        for routing in Routing::ALL {
+            let it = ways(routing, &facts);
+            assert_eq!((names(&it.place)[0], it.place.mtu), ("eth0", 1400));
+            assert_eq!(it.place.addresses.v4, Some(ip("172.18.0.11")));
+            assert_eq!(it.place.problems, [""; 0]);
+        }
+    }
+}
+
+/// What is said of an address that is on a device which is no uplink names that device.
+#[test]
+fn an_internal_address_of_a_device_that_cannot_be_an_uplink_is_reported() {
+    let bridge = device(3, "br0", &[]);
+    let port = || with_kind(DeviceKind::Member, cluster(2, "eth0"));
+    // The default route leads through another device, and nothing is attached where nodes send to.
+    let mut facts = host([device(4, "eth1", &["192.0.2.1/24"]), bridge.clone(), port()]);
+    let why = ways(Routing::Vxlan, &facts).place.problems.join("; ");
+    assert!(why.contains("172.18.0.11") && why.contains("eth0") && why.contains("part of a bond or a bridge"), "{why}");
+    // No default route at all.
+    facts.defaults.clear();
+    for kind in [DeviceKind::Member, DeviceKind::Local, DeviceKind::LayerThree] {
+        let facts = HostFacts { defaults: Vec::new(), ..host([with_kind(kind, cluster(2, "dev7"))]) };
+        let why = ways(Routing::Vxlan, &facts).place.problems.join("; ");
+        assert!(!why.contains("none has an address of this Node"), "{kind:?}: {why}");
+        assert!(why.contains("dev7") && why.contains("--uplink"), "{kind:?}: {why}");
+    }
+}
+
 #[test]
 fn a_second_lease_with_a_smaller_metric() {
     let mut facts = host([cluster(2, "eth0"), device(3, "wlan0", &["192.168.1.7/24"])]);

@@ -288,6 +288,7 @@ fn host() -> HostFacts {
         mtu: 1500,
         kind: DeviceKind::Ethernet,
         addresses: LINKS.map(address).into(),
+        on_link: Vec::new(),
     };
     let defaults = vec![DefaultRoute { family: Family::V4, metric: 0, device: 2 }];
     HostFacts { devices: vec![eth0], defaults }

@@ -111,6 +111,47 @@ fn a_good_host_is_well_before_the_agent_and_while_it_runs() {
     });
 }
 
+/// Rules of the routing policy, and routes of others to a part of a range, come before the agent's routes.
+#[test]
+fn packets_that_leave_elsewhere_are_named() {
+    sandbox::run(|sandbox| {
+        uplink();
+        ip("link add docker0 type veth peer name inside");
+        ip("link set docker0 up");
+        ip("link set inside up");
+        ip("addr add 172.17.0.1/16 dev docker0");
+        nodes(sandbox);
+        block_on(async {
+            let agent = Agent::start(sandbox.config(&[]));
+            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
+            agent.send(web(2)).await;
+            agent.send(synced()).await;
+            agent.ready().await;
+            wait_until("services have names", || sandbox.run_dir.join("services.json").exists()).await;
+            ip("route add default via 192.0.2.254 table 100");
+            let pods = ["pods of other nodes", "n2 (10.1.2.1)", "ip rule"];
+            let services = ["Services", "default/web (10.96.0.10)", "--service-cidrs"];
+            for (object, by, [name, what, hint]) in [
+                ("rule %s pref 100 to 10.1.2.0/24 lookup 100", "eth0", pods),
+                ("route %s 10.1.2.0/25 via 172.17.0.9", "docker0", pods),
+                ("route %s blackhole 10.1.2.0/25", "nowhere", pods),
+                ("addr %s 10.96.0.1/24 dev docker0", "docker0", services),
+                ("route %s unreachable 10.96.0.0/16", "nowhere", services),
+            ] {
+                ip(&object.replace("%s", "add"));
+                let found = wrong(sandbox, "doctor");
+                let is_it = |it: &[String; 5]| it[0] == "Host network" && it[1] == name;
+                let it = found.iter().find(|it| is_it(it)).unwrap_or_else(|| panic!("{object}: {found:#?}"));
+                assert!(it[3].contains(what) && it[3].contains(by) && it[4].contains(hint), "{object}: {it:?}");
+                ip(&object.replace("%s", "del"));
+                let found = wrong(sandbox, "doctor");
+                assert!(!found.iter().any(is_it), "{found:#?}");
+            }
+            agent.stop().await;
+        });
+    });
+}
+
 /// A Service that wants session affinity.
 fn sticky() -> Event {
     let [service, _] = web(0);

@@ -11,6 +11,7 @@ mod kube_proxy;
 mod load;
 mod log;
 mod net;
+mod odd_hosts;
 mod plan;
 mod reconcile;
 mod sandbox;

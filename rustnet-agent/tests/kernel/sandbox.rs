@@ -76,7 +76,7 @@ pub fn on_hook(bpffs: &Path, program: &str, device: &str, direction: Direction) 
     let index = link::by_name(&mut socket, device).expect("a list of links")?.index;
     if has_tcx() {
         // One uplink's link has no device in its name.
-        let paths = [link_path(bpffs, program, None), link_path(bpffs, program, Some(device))];
+        let paths = [link_path(bpffs, program, None), link_path(bpffs, program, Some(index))];
         let links = paths.iter().filter_map(|path| sys::obj_get(path).ok());
         let mut infos = links.map(|link| sys::link_info(link.as_fd()).expect("a link"));
         return infos.find(|info| info.ifindex == index).map(|info| (info.id, info.prog_id));

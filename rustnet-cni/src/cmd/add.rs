@@ -114,7 +114,7 @@ struct Setup<'a> {
 
 impl Setup<'_> {
     fn finish(&mut self, host: &mut Socket, pod: &mut Socket) -> Result<Value, Error> {
-        let result = self.addresses()?;
+        let result = self.addresses(host)?;
         fault::point("ipam")?;
         let ips: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.addr()).collect();
         state::write_record(&self.call.conf.run_dir, &self.record(&ips))?;
@@ -136,6 +136,10 @@ impl Setup<'_> {
         let name = &self.veth.host.name;
         link::refuse_router_advertisements(name)
             .map_err(|e| Error::io(format!("write 0 to net.ipv6.conf.{name}.accept_ra"), &e))?;
+        if ips.iter().any(IpAddr::is_ipv6) {
+            link::turn_ipv6_on(name)
+                .map_err(|e| Error::io(format!("write 0 to net.ipv6.conf.{name}.disable_ipv6"), &e))?;
+        }
         host.run(self.host_side(&result))?;
         fault::point("host")?;
         self.pod_side(pod, &result)?;
@@ -147,14 +151,17 @@ impl Setup<'_> {
     }
 
     /// Addresses from whoever gives them, each with the gateway to report.
-    fn addresses(&self) -> Result<AddResult, Error> {
+    fn addresses(&self, host: &mut Socket) -> Result<AddResult, Error> {
         let conf = &self.call.conf;
         if let Some(delegate) = self.delegate {
             state::mark_delegated(&conf.run_dir, &conf.name, &self.attachment)?;
             fault::point("mark")?;
             return delegate.add();
         }
-        let leased = Pool::new(&conf.run_dir).allocate(&self.node.pod_cidrs, &conf.name, &self.attachment)?;
+        // A bridge of containers may lie in the range.
+        let own = link::all_addresses(host)?.into_iter().map(|(_, ip, _)| ip).collect();
+        let pool = Pool::new(&conf.run_dir).without(own);
+        let leased = pool.allocate(&self.node.pod_cidrs, &conf.name, &self.attachment)?;
         Ok(AddResult {
             ips: leased
                 .iter()

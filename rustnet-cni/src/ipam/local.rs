@@ -30,6 +30,8 @@ pub struct Pool {
     dir: PathBuf,
     /// How long to wait for others that choose an address.
     patience: Duration,
+    /// Addresses that are not given out.
+    taken: HashSet<IpAddr>,
 }
 
 /// A lease found in the pool.
@@ -46,7 +48,12 @@ pub struct Lease {
 impl Pool {
     /// The pool in a run directory.
     pub fn new(run_dir: &Path) -> Self {
-        Self { dir: run_dir.join(IPAM_DIR), patience: PATIENCE }
+        Self { dir: run_dir.join(IPAM_DIR), patience: PATIENCE, taken: HashSet::new() }
+    }
+
+    /// The same pool without these addresses, which somebody else has.
+    pub fn without(self, taken: HashSet<IpAddr>) -> Self {
+        Self { taken, ..self }
     }
 
     /// Leases one address of each range, or none at all.
@@ -114,12 +121,13 @@ impl Pool {
         let span = Span::of(range).ok_or_else(|| exhausted(range))?;
         let mut next = span.first_after(after);
         for _ in 0..DIRECT_TRIES {
-            if candidate.publish(&self.dir.join(next.to_string()))? {
+            if !self.taken.contains(&next) && candidate.publish(&self.dir.join(next.to_string()))? {
                 return Ok(next);
             }
             next = span.first_after(Some(next));
         }
         let mut used = self.used()?;
+        used.extend(&self.taken);
         while let Some(ip) = span.free(after, &used) {
             if candidate.publish(&self.dir.join(ip.to_string()))? {
                 return Ok(ip);

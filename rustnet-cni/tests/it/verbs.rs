@@ -3,6 +3,7 @@
 use crate::common::{Call, Node, bpf, command, ip, ip_json, ips, netns, ping, remove_netns};
 use serde_json::{Value, json};
 use std::fs;
+use std::net::IpAddr;
 
 const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
@@ -407,6 +408,32 @@ fn ipv6_is_turned_on_where_the_namespace_has_it_off() {
     command("nsenter", &[&format!("--net={ns}"), "sh", "-c", off]);
     for ip in ips(&node.add("c1", &ns)) {
         ping("", &ip.to_string());
+    }
+}
+
+/// Hardened hosts have IPv6 on named devices alone.
+#[test]
+fn ipv6_is_turned_on_where_the_host_has_it_off_for_new_devices() {
+    let node = Node::new();
+    fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").expect("a setting of this namespace");
+    for ip in ips(&node.add("c1", &netns("a"))) {
+        ping("", &ip.to_string());
+    }
+}
+
+/// A bridge of containers or machines in the pods' range: two would have one address.
+#[test]
+fn addresses_of_the_host_are_not_given_to_pods() {
+    let node = Node::with_ranges(&["10.244.1.0/29", "fd00:10:244:1::/120"]);
+    let own = ["10.244.1.2", "10.244.1.4", "fd00:10:244:1::2"].map(|ip| ip.parse::<IpAddr>().expect("an address"));
+    command("ip", &["link", "add", "docker0", "type", "bridge"]);
+    command("ip", &["link", "set", "docker0", "up"]);
+    for ip in own {
+        command("ip", &["addr", "add", &ip.to_string(), "dev", "docker0"]);
+    }
+    for n in 0..3 {
+        let given = ips(&node.add(&format!("c{n}"), &netns(&format!("p{n}"))));
+        assert!(given.iter().all(|ip| !own.contains(ip)), "{given:?}");
     }
 }
 
