@@ -178,6 +178,9 @@ impl Checksums for Skb {
         // SAFETY: the helper checks the offset against the packet. Size 0 in the flags means "`to` is a difference".
         unsafe { helper::bpf_l4_csum_replace(self.0, offset as u32, 0, u64::from(diff.fold32()), flags) == 0 }
     }
+    // A second call of the helper costs more than the rest of a translation, and what the first one made of the field tells how the
+    // checksum stands, which a program cannot ask for. It adds a difference to the sum of a pseudo header that a device will go on
+    // from (`CHECKSUM_PARTIAL`), which has no ports, and takes it from a finished checksum.
     #[inline(always)]
     fn ports_csum_replace(
         &self,
@@ -186,8 +189,19 @@ impl Checksums for Skb {
         diff: Sum,
         zero_is_none: bool,
     ) -> bool {
-        let place = offset as u32 | u32::from(zero_is_none) << PLACE_BITS;
-        rn_ports_csum(self.0, place, u32::from(before), addresses.fold32(), diff.fold32()) != 0
+        if matches!(addresses.fold16(), 0 | u16::MAX) {
+            // Nothing, added or taken.
+            return self.l4_csum_replace(offset, diff, false, zero_is_none, false);
+        }
+        let Some(field) = at::<u16, _>(self, offset) else { return false };
+        // SAFETY: `at` proved two bytes.
+        let now = unsafe { field.read() };
+        if Sum(addresses.0 + u64::from(before) + u64::from(!now)).fold16() != u16::MAX {
+            let csum = csum::update(now, diff);
+            // SAFETY: as above. Of UDP, 0 stands for "none", and all ones are the same number.
+            unsafe { field.write(if zero_is_none && csum == 0 { u16::MAX } else { csum }) };
+        }
+        true
     }
     #[inline(always)]
     fn update_csum(&self, diff: Sum) {
@@ -202,36 +216,6 @@ impl Checksums for Skb {
             self.update_csum(sum.sub(now as u32));
         }
     }
-}
-
-/// Offsets of checksum fields have so many bits.
-const PLACE_BITS: u32 = 10;
-
-/// See [`Checksums::ports_csum_replace`]. A second call of the helper costs more than the rest of a translation, and what the first
-/// one made of the field tells how the checksum stands, which a program cannot ask for. It adds a difference to the sum of a pseudo
-/// header that a device will go on from (`CHECKSUM_PARTIAL`), which has no ports, and takes it from a finished checksum.
-///
-/// With global linkage: both families share it, and it is proved once per program.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn rn_ports_csum(skb: *mut __sk_buff, place: u32, before: u32, addresses: u32, ports: u32) -> u32 {
-    let skb = Skb(skb);
-    let offset = masked::<{ (1 << PLACE_BITS) - 1 }>(place as usize);
-    let zero_is_none = place >> PLACE_BITS != 0;
-    let (addresses, ports) = (Sum(u64::from(addresses)), Sum(u64::from(ports)));
-    if matches!(addresses.fold16(), 0 | u16::MAX) {
-        // Nothing, added or taken.
-        return u32::from(skb.l4_csum_replace(offset, ports, false, zero_is_none, false));
-    }
-    let Some(field) = at::<u16, _>(&skb, offset) else { return 0 };
-    // SAFETY: `at` proved two bytes.
-    let now = unsafe { field.read() };
-    if Sum(addresses.0 + u64::from(before as u16) + u64::from(!now)).fold16() != u16::MAX {
-        let csum = csum::update(now, ports);
-        // SAFETY: as above. Of UDP, 0 stands for "none", and all ones are the same number.
-        unsafe { field.write(if zero_is_none && csum == 0 { u16::MAX } else { csum }) };
-    }
-    1
 }
 
 /// Reads a 32-bit context field that the verifier turns into a 64-bit pointer.

@@ -3,7 +3,7 @@
 use crate::flows::{ALL, PORT, Proto, from_a, from_outside};
 use crate::frame::{Frame, L4};
 use crate::harness::{
-    Flow, Lab, MAC_A, Net, OVERLAY, POD_A, POD_B, REDIRECT, SIDE, SNAT, STACK, UPLINK, lab, lab_apart, labs,
+    BOTH, Flow, Lab, MAC_A, Net, OVERLAY, POD_A, POD_B, REDIRECT, SIDE, SNAT, STACK, UPLINK, lab, lab_apart, labs,
 };
 use crate::icmp;
 use anyhow::{Context, Result, ensure};
@@ -249,33 +249,35 @@ fn a_flow_over_two_next_hops_stays_on_its_device() -> Result<()> {
         nexthop add id 1 via 172.18.0.1 dev eth0
         nexthop add id 2 via 192.168.122.10 dev virbr0
         nexthop add id 3 group 1/2
-        route add 198.18.0.0/15 nhid 3";
+        nexthop add id 4 via fd00:18::1 dev eth0
+        nexthop add id 5 via fd00:7::10 dev virbr0
+        nexthop add id 6 group 4/5
+        route add 198.18.0.0/15 nhid 3
+        route add 2001:db8:18::/48 nhid 6";
     lab_apart(|lab| {
-        let net = Net::V4;
         lab.ip(WAYS)?;
-        put_devices(lab, net)?;
-        for policy in ["0", "1"] {
-            lab.sysctl("ipv4/fib_multipath_hash_policy", policy)?;
-            lab.forget()?;
-            let mut by_side = 0;
-            for host in 1..=64 {
-                let ask =
-                    from_a(net, Proto::Udp, (IpAddr::from([198, 18, 0, host]), 53)).map(|f| f.set_ports(1000, 53));
-                lab.pod_sends(&ask)?;
-                let source = lab.half(Flow::of(&ask))?.to.src;
-                // No packet of this length fits into the narrow one.
-                let long = ask.map(|f| f.payload = vec![7; 1400]);
-                let shot = lab.pod_sends(&long)?;
-                let is_by_side =
-                    shot.verdict == REDIRECT && shot.counted.contains_key(&(DropReason::FragNeeded as u8, 0));
-                ensure!(
-                    (source == net.side()) == is_by_side,
-                    "policy {policy}: {source} to 198.18.0.{host}: {:?}",
-                    shot.counted
-                );
-                by_side += usize::from(is_by_side);
+        for net in BOTH {
+            put_devices(lab, net)?;
+            for policy in ["0", "1"] {
+                let sysctl = if net == Net::V4 { "ipv4" } else { "ipv6" };
+                lab.sysctl(&format!("{sysctl}/fib_multipath_hash_policy"), policy)?;
+                lab.forget()?;
+                let mut by_side = 0;
+                for host in 1..=64_u8 {
+                    let to = net.ip([198, 18, 0, host], &format!("2001:db8:18::{host:x}"));
+                    let place = || format!("{net:?}, policy {policy}, to {to}");
+                    let ask = from_a(net, Proto::Udp, (to, 53)).map(|f| f.set_ports(1000, 53));
+                    lab.pod_sends(&ask)?;
+                    let source = lab.half(Flow::of(&ask))?.to.src;
+                    // No packet of this length fits into the narrow one.
+                    let long = ask.map(|f| f.payload = vec![7; 1400]);
+                    let counted = lab.pod_sends(&long)?.counted;
+                    let is_by_side = counted.contains_key(&(DropReason::FragNeeded as u8, 0));
+                    ensure!((source == net.side()) == is_by_side, "{}: {source}, {counted:?}", place());
+                    by_side += usize::from(is_by_side);
+                }
+                ensure!((1..64).contains(&by_side), "{net:?}, policy {policy}: {by_side} of 64 flows by one device");
             }
-            ensure!((1..64).contains(&by_side), "policy {policy}: {by_side} of 64 flows by one device");
         }
         Ok(())
     })

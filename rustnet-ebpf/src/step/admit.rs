@@ -187,7 +187,8 @@ fn create_pair<F: Reserve>(flow: &mut Flow<F::A>) -> Result<(), DropReason> {
         F::reserve(!ports, true)
     };
     if reservation == Reservation::TAKEN && ports {
-        reservation = search_port::<F>(c, config, reservation);
+        let towards = hash::flow(&Tuple { sport: 0, ..c.original.to }, config.seed);
+        reservation = search_port::<F>(towards, c.original.seen, config, reservation);
     }
     match reservation {
         Reservation::RESERVED => {}
@@ -320,17 +321,15 @@ fn is_reusable<A: Address>(
         || elapsed(c.original.seen, seen) >= lifetime(c.reply_key.proto, old_state).wrapping_mul(config.hz)
 }
 
-/// Searches a source port for which the answers can be distinguished.
+/// Searches a source port for which the answers can be distinguished; `number` is the hash of the destination. The connection is no
+/// argument: while a function has it as one, the compiler may take for granted that no helper's callback writes it.
 #[inline(always)]
-fn search_port<F: Reserve>(c: &mut NewConnection<F::A>, config: &NodeConfig, reservation: u32) -> u32 {
-    let towards = Tuple { sport: 0, ..c.original.to };
-    let number = hash::flow(&towards, config.seed);
+fn search_port<F: Reserve>(number: u32, now: u32, config: &NodeConfig, reservation: u32) -> u32 {
     let full = maps::rn_nat_full.get_ptr_mut(number & (maps::NAT_FULL_SLOTS - 1));
     // A time ahead, of another CPU a moment ago, may be one of before the clock wrapped just as well: the search is a long one.
     // SAFETY: an array's element; two words that another CPU may write in between only cost a longer or shorter search.
-    let is_full = full.is_some_and(|full| unsafe {
-        (*full).destination == number && c.original.seen.wrapping_sub((*full).since) < config.hz
-    });
+    let is_full = full
+        .is_some_and(|full| unsafe { (*full).destination == number && now.wrapping_sub((*full).since) < config.hz });
     let (tries, keep_closing) = if is_full { (TRIES_WHEN_FULL, 0) } else { (TRIES, KEEP_CLOSING_TRIES) };
     let mut search = Search { reservation, keep_closing };
     // SAFETY: the callback has the signature that the helper wants, and `search` outlives the call.
@@ -340,7 +339,7 @@ fn search_port<F: Reserve>(c: &mut NewConnection<F::A>, config: &NodeConfig, res
         && let Some(full) = full
     {
         // SAFETY: see above.
-        unsafe { *full = maps::NatFull { destination: number, since: c.original.seen } };
+        unsafe { *full = maps::NatFull { destination: number, since: now } };
     }
     search.reservation
 }
