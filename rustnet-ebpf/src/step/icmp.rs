@@ -6,7 +6,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::conntrack::{Side, flags};
+use rustnet_common::conntrack::{NOT_LOCAL, SOURCE_HOST, SOURCE_NONE, SOURCE_OUTSIDE, Side, flags};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
@@ -30,11 +30,15 @@ pub enum Reporter {
     /// The receiver alone. A pod is no router: an error about another's flow would carry its own address out as it is, and end
     /// the other's connection.
     Receiver = 1,
+    /// As any hop, of flows whose other end answers by an uplink or has not answered: no machine
+    /// outside sees a packet of the others.
+    Outside = 2,
 }
 
 /// ICMP errors of one family and context.
 pub trait Icmp<C: Ctx>: Family {
-    /// Relates the error to its flow: 1 in the result if it is known. `to` becomes what the error's own addresses become.
+    /// Relates the error to its flow: bit 0 of the result if it is known, others if its far end is not
+    /// [`Reporter::Outside`]. `to` becomes what the error's own addresses become.
     fn relate(ctx: &C, p: &Packet<Self::A>, to: &mut Translation<Self::A>, by: Reporter) -> PackedResult;
 }
 
@@ -54,9 +58,9 @@ macro_rules! global {
             // SAFETY: the only caller is above and passes references; the verifier checks sizes.
             let related = match unsafe { (p.as_ref(), to.as_mut()) } {
                 (Some(p), Some(to)) => try_relate::<$family, _>(&$ctx(ctx), p, to, is_by_receiver),
-                _ => Ok(false),
+                _ => Ok(0),
             };
-            PackedResult::new(related.map(i32::from).map_err(Dropped::from)).bits()
+            PackedResult::new(related.map_err(Dropped::from)).bits()
         }
     };
 }
@@ -74,7 +78,12 @@ pub fn relate<F: Icmp<C>, C: Ctx>(
     by: Reporter,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
     flow.reset(&p.tuple);
-    if F::relate(ctx, p, &mut flow.to, by).result().map_err(|dropped| dropped.reason)? != 0 {
+    let found = F::relate(ctx, p, &mut flow.to, by).result().map_err(|dropped| dropped.reason)?;
+    if by == Reporter::Outside && found & !1 != 0 {
+        // It goes no further, so that it does not matter what of it is translated.
+        return Err(DropReason::IcmpUnrelated);
+    }
+    if found != 0 {
         flow.class = Class::Related;
     }
     Ok(flow)
@@ -86,24 +95,24 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
     p: &Packet<F::A>,
     to: &mut Translation<F::A>,
     is_by_receiver: bool,
-) -> Result<bool, DropReason> {
-    let Some(q) = read_inner::<F, C>(ctx, p.l4() + ICMP_LEN) else { return Ok(false) };
+) -> Result<i32, DropReason> {
+    let Some(q) = read_inner::<F, C>(ctx, p.l4() + ICMP_LEN) else { return Ok(0) };
     if q.l4 + QUOTED_MIN > u32::from(p.l3) + p.ip_len {
         // What stands behind the packet, padding, its checksum does not cover.
-        return Ok(false);
+        return Ok(0);
     }
     if p.tuple.dst != q.tuple.src {
         // An error goes to the sender of what it quotes; else it would carry a quotation to a third party
         // (netfilter: nf_conntrack_inet_error).
-        return Ok(false);
+        return Ok(0);
     }
     if is_by_receiver && p.tuple.src != q.tuple.dst {
-        return Ok(false);
+        return Ok(0);
     }
     let is_swapped = q.tuple.store_reverse_canonical(&mut q.key);
     let entry = table::find::<F>(&q.key, is_swapped);
     if entry.is_null() {
-        return Ok(false);
+        return Ok(0);
     }
     // SAFETY: map values stay readable for this run of the program.
     let (entry_flags, entry_to) = unsafe { ((*entry).flags, &(*entry).to) };
@@ -111,13 +120,16 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
     let dst = if is_nat { entry_to.dst } else { p.tuple.dst };
     let receiver = masked::<1>(usize::from(is_nat || !conntrack::is_reply(entry_flags, is_swapped)));
     // SAFETY: see above; the index is 0 or 1.
-    let ifindex = unsafe { (*(&raw const (*entry).sides).cast::<Side>().add(receiver)).ifindex };
+    let (ifindex, far) = unsafe {
+        let sides = (&raw const (*entry).sides).cast::<Side>();
+        ((*sides.add(receiver)).ifindex, inside(sides.add(receiver ^ 1)))
+    };
     if route::is_replaced(ifindex, dst) {
         // Another pod has the address now: it gets nothing of the connections of the one before.
-        return Ok(false);
+        return Ok(0);
     }
     if !is_nat {
-        return Ok(true);
+        return Ok(far | 1);
     }
     q.translated = entry_to.reversed();
     to.tuple.dst = q.translated.src;
@@ -126,8 +138,21 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
         to.tuple.src = q.translated.dst;
     }
     rewrite::inner::<F, C>(ctx, p.l4(), q)?;
-    Ok(true)
+    Ok(far | 1)
 }
+
+/// 0 if a side of a connection may be beyond an uplink: no pod of this node, no sender in a tunnel, not
+/// this host. Before it has sent anything, only a pod of this node is known to be none. A number, for
+/// the verifier would follow each condition to the end.
+#[inline(always)]
+fn inside(side: *const Side) -> i32 {
+    // SAFETY: the only caller passes a side of a map value.
+    let (source, ifindex) = unsafe { ((*side).source, (*side).ifindex) };
+    let bits = (source[0] ^ SOURCE_OUTSIDE[0]) | (source[1] & !SOURCE_OUTSIDE[1]) | u64::from(ifindex.wrapping_add(1));
+    ((bits | bits >> 32) as u32 & !1) as i32
+}
+
+const _: () = assert!(NOT_LOCAL == u32::MAX && SOURCE_OUTSIDE[1] == 1 && SOURCE_NONE[1] == 0 && SOURCE_HOST[1] == 2);
 
 /// Reads the inner packet at `l3`: at least the first eight bytes of its transport header are there (RFC 792).
 #[inline(always)]
