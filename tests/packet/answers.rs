@@ -5,7 +5,7 @@ use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside,
 use crate::forged::ports_of;
 use crate::frame::{FIN, Frame, L4, Piece, SYN, transport_sum};
 use crate::harness::{
-    BOTH, Lab, MAC_HOST, NARROW_MTU, Net, OVERLAY_MTU, POD_A, REDIRECT, SHOT, STACK, UPLINK, lab_apart, labs,
+    BOTH, Lab, MAC_HOST, NARROW_MTU, Net, OVERLAY_MTU, POD_A, POD_B, REDIRECT, SHOT, STACK, UPLINK, lab_apart, labs,
 };
 use crate::icmp::{error, translated};
 use crate::services::{icmp_error, reset};
@@ -491,6 +491,24 @@ fn errors_are_limited() -> Result<()> {
                 Ok(())
             })?;
         }
+    }
+    Ok(())
+}
+
+/// A pod that asks for errors all the time does not take those of others: without "too big", a connection of theirs stands still.
+#[test]
+fn errors_of_one_pod_do_not_take_anothers() -> Result<()> {
+    for net in BOTH {
+        lab_apart(|lab| {
+            let f = from_b(net, Proto::Udp, (net.world(), 33_434)).map(|f| f.ttl = 1);
+            burst(lab, hook::FROM_POD, POD_B, &f, DropReason::TtlExceeded)?;
+            let bytes = sized(&from_a(net, Proto::Udp, (net.far(), 80)), OVERLAY_MTU + 1).bytes();
+            let input = Input { frame: &bytes, ifindex: POD_A, ..Input::default() };
+            let out = lab.datapath().run(hook::NAMES[hook::FROM_POD as usize], &input)?;
+            let verdict = out.context("no sum was asked for")?.verdict;
+            ensure!(verdict == REDIRECT, "{net:?}: verdict {verdict}: no error for pod A");
+            Ok(())
+        })?;
     }
     Ok(())
 }
