@@ -197,7 +197,8 @@ fn is_hidden(skb: &Skb) -> bool {
     }
     // Not pulled: no device hands over so little that these bytes are not there.
     // SAFETY: `at` proved two bytes.
-    at::<u16, _>(skb, ETH_LEN).is_none_or(|tci| u16::from_be(unsafe { tci.read() }) & 0xfff == 0)
+    let inner = at::<u16, _>(skb, ETH_LEN).map_or(0, |tci| u16::from_be(unsafe { tci.read() }) & 0xfff);
+    inner == 0
 }
 
 /// Declares the type of a hook.

@@ -211,7 +211,7 @@ pub fn unsummed(wanted: &[u8], own: IpAddr) -> Result<Unsummed> {
         IpAddr::V4(own) => bytes[start..start + len].copy_from_slice(&own.octets()),
         IpAddr::V6(own) => bytes[start..start + len].copy_from_slice(&own.octets()),
     }
-    if bytes[start..at] != wanted[start..at] || (bytes.len() - start) % 2 != 0 {
+    if bytes[start..at] != wanted[start..at] || !(bytes.len() - start).is_multiple_of(2) {
         bail!("no packet of {own} can become this one");
     }
     let sum = |bytes: &[u8]| {

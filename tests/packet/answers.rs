@@ -5,7 +5,8 @@ use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside,
 use crate::forged::ports_of;
 use crate::frame::{FIN, Frame, L4, Piece, SYN, transport_sum};
 use crate::harness::{
-    BOTH, Flow, HZ, Lab, MAC_HOST, NARROW_MTU, Net, OVERLAY_MTU, POD_A, REDIRECT, SHOT, STACK, UPLINK, lab_apart, labs,
+    BOTH, Flow, HZ, Lab, MAC_HOST, NARROW_MTU, Net, OVERLAY_MTU, POD_A, POD_B, REDIRECT, SHOT, STACK, UPLINK,
+    lab_apart, labs,
 };
 use crate::icmp::{error, translated};
 use crate::services::{icmp_error, reset};
@@ -515,6 +516,24 @@ fn a_bucket_of_before_the_wrap_is_filled_again() -> Result<()> {
         ensure!(!lab.datapath().events().is_empty(), "no drop is recorded until the clock wraps");
         Ok(())
     })
+}
+
+/// A pod that asks for errors all the time does not take those of others: without "too big", a connection of theirs stands still.
+#[test]
+fn errors_of_one_pod_do_not_take_anothers() -> Result<()> {
+    for net in BOTH {
+        lab_apart(|lab| {
+            let f = from_b(net, Proto::Udp, (net.world(), 33_434)).map(|f| f.ttl = 1);
+            burst(lab, hook::FROM_POD, POD_B, &f, DropReason::TtlExceeded)?;
+            let bytes = sized(&from_a(net, Proto::Udp, (net.far(), 80)), OVERLAY_MTU + 1).bytes();
+            let input = Input { frame: &bytes, ifindex: POD_A, ..Input::default() };
+            let out = lab.datapath().run(hook::NAMES[hook::FROM_POD as usize], &input)?;
+            let verdict = out.context("no sum was asked for")?.verdict;
+            ensure!(verdict == REDIRECT, "{net:?}: verdict {verdict}: no error for pod A");
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// The host complains about an answer of a service: to the backend that sent it, quoting what that has sent.

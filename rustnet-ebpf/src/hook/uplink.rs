@@ -43,7 +43,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
             Err(DropReason::Martian) if !is_for_pod() => return Ok(None),
             Err(reason) => return Err(reason.into()),
         }
-        let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?;
+        let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::Outside)?;
         if flow.class == Class::New {
             return if is_for_pod() { Err(DropReason::IcmpUnrelated.into()) } else { Ok(None) };
         }
@@ -86,7 +86,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
-        icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?
+        icmp::relate::<F, _>(skb, p, flow, Reporter::Outside)?
     } else {
         conntrack::lookup::<F, _>(skb, p, flow, source::OUTSIDE, config, || Ok(()))?
     };

@@ -6,7 +6,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::conntrack::{Side, flags};
+use rustnet_common::conntrack::{NOT_LOCAL, SOURCE_HOST, SOURCE_NONE, SOURCE_OUTSIDE, Side, flags};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
@@ -26,6 +26,8 @@ const QUOTED_MIN: u32 = 8;
 const UNKNOWN: i32 = 0;
 /// See [`UNKNOWN`].
 const KNOWN: i32 = 1;
+/// The flow's far end is a pod of this node, sends through the tunnel, or is this host: see [`Reporter::Outside`].
+const INSIDE: i32 = 2;
 
 /// Who may send an error.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -35,12 +37,15 @@ pub enum Reporter {
     /// The receiver alone. A pod is no router: an error about another's flow would carry its own address out as it is, and end
     /// the other's connection.
     Receiver = 1,
+    /// As any hop, of flows whose other end answers by an uplink or has not answered: no machine
+    /// outside sees a packet of the others.
+    Outside = 2,
 }
 
 /// ICMP errors of one family and context.
 pub trait Icmp<C: Ctx>: Family {
-    /// Relates the error to its flow: not 0 in the result if it is known, with [`flags::VIA_STACK`] of a flow that nothing
-    /// translates. `to` becomes what the error's own addresses become.
+    /// Relates the error to its flow: bits of [`KNOWN`], [`INSIDE`] and [`flags::VIA_STACK`] in the result. `to` becomes what the
+    /// error's own addresses become.
     fn relate(ctx: &C, p: &Packet<Self::A>, to: &mut Translation<Self::A>, by: Reporter) -> PackedResult;
 }
 
@@ -81,6 +86,10 @@ pub fn relate<F: Icmp<C>, C: Ctx>(
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
     flow.reset(&p.tuple);
     let known = F::relate(ctx, p, &mut flow.to, by).result().map_err(|dropped| dropped.reason)?;
+    if by == Reporter::Outside && known & INSIDE != 0 {
+        // It goes no further, so that it does not matter what of it is translated.
+        return Err(DropReason::IcmpUnrelated);
+    }
     if known != UNKNOWN {
         flow.class = Class::Related;
         flow.flags = known as u16 & flags::VIA_STACK;
@@ -119,13 +128,16 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
     let dst = if is_nat { entry_to.dst } else { p.tuple.dst };
     let receiver = masked::<1>(usize::from(is_nat || !conntrack::is_reply(entry_flags, is_swapped)));
     // SAFETY: see above; the index is 0 or 1.
-    let ifindex = unsafe { (*(&raw const (*entry).sides).cast::<Side>().add(receiver)).ifindex };
+    let (ifindex, far) = unsafe {
+        let sides = (&raw const (*entry).sides).cast::<Side>();
+        ((*sides.add(receiver)).ifindex, inside(sides.add(receiver ^ 1)))
+    };
     if route::is_replaced(ifindex, dst) {
         // Another pod has the address now: it gets nothing of the connections of the one before.
         return Ok(UNKNOWN);
     }
     if !is_nat {
-        return Ok(KNOWN | i32::from(entry_flags & flags::VIA_STACK));
+        return Ok(KNOWN | far | i32::from(entry_flags & flags::VIA_STACK));
     }
     q.translated = entry_to.reversed();
     to.tuple.dst = q.translated.src;
@@ -134,8 +146,27 @@ fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksu
         to.tuple.src = q.translated.dst;
     }
     rewrite::inner::<F, C>(ctx, p.l4(), q)?;
-    Ok(KNOWN)
+    Ok(KNOWN | far)
 }
+
+/// [`INSIDE`] unless a side of a connection may be beyond an uplink. Before that side has sent anything, only a pod of this node is
+/// known to be inside. By arithmetic, for the verifier would follow each condition to the end.
+#[inline(always)]
+fn inside(side: *const Side) -> i32 {
+    // SAFETY: the only caller passes a side of a map value.
+    let (source, ifindex) = unsafe { ((*side).source, (*side).ifindex) };
+    let bits = (source[0] ^ SOURCE_OUTSIDE[0]) | (source[1] & !SOURCE_OUTSIDE[1]) | u64::from(ifindex.wrapping_add(1));
+    let is_inside = (bits | bits >> 32) as u32 & !1;
+    ((is_inside | is_inside.wrapping_neg()) >> 31) as i32 * INSIDE
+}
+
+const _: () = assert!(
+    flags::VIA_STACK > 3
+        && NOT_LOCAL == u32::MAX
+        && SOURCE_OUTSIDE[1] == 1
+        && SOURCE_NONE[1] == 0
+        && SOURCE_HOST[1] == 2
+);
 
 /// Reads the inner packet at `l3`: at least the first eight bytes of its transport header are there (RFC 792).
 #[inline(always)]
