@@ -483,7 +483,9 @@ fn errors_are_limited() -> Result<()> {
                     2 => (hook::FROM_POD, POD_A, from_a(net, Proto::Udp, (net.vip(1), 80)), DropReason::NoBackend),
                     _ => {
                         let f = sized(&from_a(net, Proto::Udp, (net.far(), 80)), OVERLAY_MTU + 1);
-                        (hook::FROM_POD, POD_A, f, DropReason::FragNeeded)
+                        let all = burst(lab, hook::FROM_POD, POD_A, &f, DropReason::FragNeeded)?;
+                        ensure!(all == BURST, "{net:?}: {all} of {BURST}: a pod's own packets are too big");
+                        return Ok(());
                     }
                 };
                 let answers = burst(lab, code, ifindex, &f, reason)?;

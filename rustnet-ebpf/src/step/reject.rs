@@ -41,7 +41,11 @@ fn try_reject<F: Rejecting>(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyP
     if p.kind != Kind::Flow || p.tcp_flags & tcp::RST != 0 {
         return None;
     }
-    if what != Rejection::Reset && !limit::take(Bucket::IcmpErrors) {
+    // One pod must not use up the errors that another one's connection waits for. A pod's source is verified, so that it gets no more
+    // of them than it sends packets, and nobody else does. Linux does not limit this error either (`icmpv4_mask_allow`).
+    let is_unlimited =
+        matches!(what, Rejection::Reset) || (path == ReplyPath::Pod && matches!(what, Rejection::TooBig(_)));
+    if !is_unlimited && !limit::take(Bucket::IcmpErrors) {
         return None;
     }
     // The host refuses a packet that comes in with an address of its own as a martian.
