@@ -49,8 +49,7 @@ extern "C" fn rn_misplaced_sum(skb: *mut __sk_buff, l4: u32, protocol: u32) -> u
 /// True if the packet's checksum is left to a device (`CHECKSUM_PARTIAL`).
 ///
 /// Of the four states, two become or stay "verified" when the level of verified checksums is raised, and have a level then
-/// (`__skb_incr_checksum_unnecessary`); one takes updates of a sum of the whole packet, which a device made that received it. What is
-/// left is the fourth.
+/// (`__skb_incr_checksum_unnecessary`); one takes updates of a sum of the whole packet. What is left is the fourth.
 #[inline(always)]
 fn is_pending(skb: *mut __sk_buff) -> bool {
     // SAFETY: no pointers but the context, here and below.
@@ -60,8 +59,6 @@ fn is_pending(skb: *mut __sk_buff) -> bool {
             helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC.into());
             return false;
         }
-        // A packet that a device received has no socket.
-        let has_socket = !(*skb).__bindgen_anon_2.sk.is_null();
-        has_socket || helper::bpf_csum_update(skb, 0) < 0
+        helper::bpf_csum_update(skb, 0) < 0
     }
 }
