@@ -126,10 +126,19 @@ fn serve(mut stream: TcpStream, nodes: u32, is_over: &AtomicBool) -> Result<()> 
             return watch(&mut stream, if has_nodes { nodes } else { 0 }, is_over);
         }
         let list = |items: Vec<Value>| json!({"metadata": {"resourceVersion": "1"}, "items": items});
+        let parameter = |name: &str| uri.split(['?', '&']).find_map(|it| it.strip_prefix(name)?.parse::<u32>().ok());
         let body = match path {
             // It streams no lists.
             "/version" => Some(version()),
-            "/api/v1/nodes" => Some(list((0..nodes).map(|n| object(n, 0)).collect())),
+            "/api/v1/nodes" => {
+                let first = parameter("continue=").unwrap_or(0);
+                let end = nodes.min(first + parameter("limit=").unwrap_or(nodes));
+                let mut page = list((first..end).map(|n| object(n, 0)).collect());
+                if end < nodes {
+                    page["metadata"]["continue"] = end.to_string().into();
+                }
+                Some(page)
+            }
             "/api/v1/services" | "/api/v1/pods" | "/apis/discovery.k8s.io/v1/endpointslices" => Some(list(Vec::new())),
             _ => None,
         };
