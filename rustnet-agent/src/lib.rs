@@ -1,5 +1,6 @@
 //! The node agent as a library; the `rustnet-agent` and `rustnetctl` binaries are thin callers of it.
 
+pub mod api;
 pub mod args;
 pub mod bpf;
 pub mod cli;
@@ -13,6 +14,7 @@ pub mod host;
 pub mod http;
 pub mod index;
 pub mod install;
+pub mod leftovers;
 pub mod metrics;
 pub mod model;
 pub mod namefile;

@@ -4,10 +4,11 @@
 //! on. `rustnetctl cleanup` is what removes them.
 
 use anyhow::Context as _;
+use rustnet_agent::api::{self, NodeStatus, reports};
 use rustnet_agent::config::{Config, LogFormat, Source};
 use rustnet_agent::health::Health;
-use rustnet_agent::source::kube::{KubeSource, NodeStatus, reports};
-use rustnet_agent::source::{Event, kube, manifests};
+use rustnet_agent::source::kube::KubeSource;
+use rustnet_agent::source::{Event, manifests};
 use rustnet_agent::{bpf, http, reconcile};
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
@@ -86,7 +87,7 @@ fn start_source(config: &Config, events: mpsc::Sender<Event>, health: &Arc<Healt
             let (server, name): (_, Arc<str>) = (server.clone(), config.node_name.as_str().into());
             let (health, shutdown) = (Arc::clone(health), shutdown.clone());
             tokio::spawn(async move {
-                let Some(connection) = kube::connect_in_time(&server, &events).await else { return };
+                let Some(connection) = api::connect_in_time(&server, &events).await else { return };
                 let node_status = NodeStatus::new(&name);
                 let client = connection.client.clone();
                 tokio::spawn(node_status.clone().run(client, Arc::clone(&health), shutdown.clone()));

@@ -22,6 +22,7 @@ use rustnet_common::files::IPAM_DIR;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use crate::api::API_SERVER;
 use crate::config::Config;
 use crate::ct_gc::Collector;
 use crate::failure::{self, Failure, Scope};
@@ -32,7 +33,6 @@ use crate::net::monitor::Monitor;
 use crate::net::overlay::mac_of;
 use crate::net::repair::{Overlay, Repairer, State, Wanted};
 use crate::plan::Planner;
-use crate::source::kube::API_SERVER;
 use crate::source::{Event, Kind};
 use crate::{cni_order, install, namefile, podfile};
 use files::Files;

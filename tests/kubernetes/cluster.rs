@@ -9,12 +9,13 @@ use kube::api::{
     Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams,
     ValidationDirective,
 };
+use rustnet_agent::api::{Connection, Deadlines, NodeStatus, connect};
 use rustnet_agent::config::{self, Routing};
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::metrics::Metrics;
 use rustnet_agent::plan::{MemoryMaps, Planner};
 use rustnet_agent::source::convert::Converter;
-use rustnet_agent::source::kube::{Connection, Deadlines, KubeSource, NodeStatus, connect};
+use rustnet_agent::source::kube::KubeSource;
 use rustnet_agent::source::{Event, Kind, Object};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};

@@ -4,8 +4,8 @@ use super::cluster::{Agent, Cluster, Start, expected, with_absent_server, with_s
 use super::kube_source::{DNS, NODES, WEB, WEB_LATER, delete_service, direct, yaml};
 use super::relay::Relay;
 use anyhow::{Context as _, Result, ensure};
+use rustnet_agent::api::Deadlines;
 use rustnet_agent::source::Kind;
-use rustnet_agent::source::kube::Deadlines;
 use std::time::Duration;
 
 #[test]

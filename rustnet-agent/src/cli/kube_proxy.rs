@@ -4,8 +4,8 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::output::{Output, json, line};
-use crate::net::kube_proxy::{Leftovers, METRICS_PORT};
-use crate::net::sockets::{self, Proto};
+use crate::leftovers::kube_proxy::{Leftovers, METRICS_PORT};
+use crate::leftovers::sockets::{self, Proto};
 
 /// How to remove the rest.
 const LEGACY: &str = "run `kube-proxy --cleanup` from kube-proxy's own image, which brings iptables-legacy";

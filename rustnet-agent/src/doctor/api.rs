@@ -14,9 +14,9 @@ use kube::api::{ListParams, PostParams};
 use super::Stage;
 use super::finding::{Finding, Level};
 use super::nodes::KnownNode;
+use crate::api::{self, Connection, Failure};
 use crate::config::{Config, KubeSource, Source};
 use crate::source::convert::Converter;
-use crate::source::kube::{self as source, Connection, Failure};
 use crate::source::manifests::{Catalog, scan};
 use crate::source::{Event, Object};
 
@@ -124,7 +124,7 @@ fn failed(source: &KubeSource, server: String, reached: Reached) -> Cluster {
 
 /// Asks an API server.
 pub async fn ask(source: &KubeSource, scope: Scope<'_>) -> Cluster {
-    let settings = match source::settings(source).await {
+    let settings = match api::settings(source).await {
         Ok(settings) => settings,
         Err(error) => return failed(source, String::new(), Reached::Settings(format!("{error:#}"))),
     };
@@ -132,7 +132,7 @@ pub async fn ask(source: &KubeSource, scope: Scope<'_>) -> Cluster {
     if let Err(reached) = connects(&settings.cluster_url) {
         return failed(source, server, reached);
     }
-    let connection = match source::connection(&settings) {
+    let connection = match api::connection(&settings) {
         Ok(connection) => connection,
         Err(error) => return failed(source, server, Reached::Settings(format!("{error:#}"))),
     };
@@ -176,8 +176,8 @@ pub fn policies(config: &Config) -> Option<Result<(usize, Vec<String>), String>>
 /// # Errors
 /// The server refuses, or is not reached.
 pub async fn list_policies(source: &KubeSource) -> Result<(usize, Vec<String>), String> {
-    let settings = source::settings(source).await.map_err(|error| format!("{error:#}"))?;
-    let connection = source::connection(&settings).map_err(|error| format!("{error:#}"))?;
+    let settings = api::settings(source).await.map_err(|error| format!("{error:#}"))?;
+    let connection = api::connection(&settings).map_err(|error| format!("{error:#}"))?;
     let api: Api<NetworkPolicy> = Api::all(connection.client.clone());
     let list = within(api.list_metadata(&ListParams::default().limit(EXAMPLES))).await;
     let list = list.map_err(|reached| words(&reached).to_owned())?;
@@ -217,7 +217,7 @@ async fn within<T>(answer: impl Future<Output = Result<T, kube::Error>>) -> Resu
 }
 
 fn classify(error: &kube::Error) -> Reached {
-    let text = source::chain(error);
+    let text = api::chain(error);
     match error {
         kube::Error::Api(status) if status.code == 401 => Reached::Unauthorised(status.message.clone()),
         kube::Error::Api(status) if status.code == 403 => Reached::Forbidden(status.message.clone()),

@@ -4,8 +4,8 @@ use anyhow::Result;
 
 use super::finding::{Finding, Level};
 use crate::config::Config;
+use crate::leftovers::firewall::{self, Packet, Ruleset};
 use crate::model::Family;
-use crate::net::firewall::{self, Packet, Ruleset};
 use crate::ways::Ways;
 
 /// `NFPROTO_IPV4`, `NFPROTO_IPV6`.

@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::finding::{Finding, Level};
-use crate::net::kube_proxy::{HEALTH_PORT, Leftovers, METRICS_PORT};
-use crate::net::sockets::{self, Listener, Owner, Proto};
+use crate::leftovers::kube_proxy::{HEALTH_PORT, Leftovers, METRICS_PORT};
+use crate::leftovers::sockets::{self, Listener, Owner, Proto};
 
 /// How many names a finding lists; the finding names the command that lists them all.
 const SHOWN: usize = 4;
@@ -77,7 +77,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
 mod tests {
     use super::super::finding::{assert_only, assert_well};
     use super::*;
-    use crate::net::nftables::{Chain, Family, Table};
+    use crate::leftovers::nftables::{Chain, Family, Table};
     use std::net::Ipv4Addr;
 
     fn facts(leftovers: Leftovers) -> Facts {

@@ -9,9 +9,9 @@ use rustnet_common::names::OVERLAY_DEV;
 
 use super::finding::{Finding, Level};
 use crate::config::{Config, NODE_PORTS};
+use crate::leftovers::sockets::{self, Listener, Owner, Proto};
 use crate::net::link;
 use crate::net::netlink::Socket;
-use crate::net::sockets::{self, Listener, Owner, Proto};
 use crate::reconcile::{node, presence};
 
 /// Kubernetes' components: port and program.

@@ -5,22 +5,17 @@
 
 pub mod address;
 pub mod endpoints;
-pub mod firewall;
 pub mod host;
-pub mod iptables;
 pub mod journal;
-pub mod kube_proxy;
 pub mod link;
 pub mod monitor;
 pub mod neighbour;
 pub mod netlink;
 pub mod nexthop;
-pub mod nftables;
 pub mod overlay;
 pub mod plan;
 pub mod repair;
 pub mod route;
 pub mod rule;
-pub mod sockets;
 pub mod sysctl;
 pub mod tc;

@@ -7,29 +7,17 @@
 //! (410), the kind is listed again, between [`Event::Restart`] and [`Event::Synced`]. So objects
 //! that were deleted meanwhile go.
 
-mod answers;
-mod backoff;
-mod client;
-mod deadline;
-mod failure;
-mod herd;
-mod node_status;
-pub mod reports;
 mod slim;
 mod store;
 mod trouble;
 
-pub use client::{Connection, connect, connect_in_time, connection, settings};
-pub use deadline::Deadlines;
-pub use failure::Failure;
-pub use node_status::NodeStatus;
-
-use self::backoff::{Backoff, spread};
 use self::slim::{SlimNode, SlimPod};
 use self::store::Store;
 use self::trouble::Trouble;
 use super::convert::{self, BadName, Converter};
 use super::{Event, Kind, Origin};
+use crate::api::backoff::{Backoff, spread};
+use crate::api::{Connection, Failure, NodeStatus, chain};
 use crate::metrics::Metrics;
 use futures::{StreamExt as _, pin_mut};
 use k8s_openapi::api::core::v1::Service;
@@ -49,8 +37,6 @@ const OURS: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/servi
 const PAGE: u32 = 250;
 /// How long a watch lasts in seconds, and by how much it may be shorter: watches that began together do not end together.
 const WATCH: (u32, Duration) = (290, Duration::from_mins(1));
-/// What problems with the server as a whole are about. They concern this node, whatever the others have.
-pub const API_SERVER: &str = "API server";
 /// A source on an API server.
 #[derive(Clone)]
 pub struct KubeSource {
@@ -369,20 +355,6 @@ fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
     }
 }
 
-/// An error with its causes, each once: the outermost alone often says only "error trying to connect".
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -471,7 +443,7 @@ mod tests {
         let has_forgotten = Arc::new(AtomicBool::new(false));
         let forgotten = Arc::clone(&has_forgotten);
         let server = tower::service_fn(move |request| answer(request, Arc::clone(&forgotten)));
-        let connection = Connection::new(kube::Client::new(server, "default"), answers::Answers::default());
+        let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
         let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
         let (sender, mut events) = tokio::sync::mpsc::channel(256);
         tokio::spawn(source.run(sender));
@@ -526,7 +498,7 @@ mod tests {
             let answer = answer_with_gaps(request, Arc::clone(&asked));
             async { Ok::<_, kube::Error>(answer.await) }
         });
-        let connection = Connection::new(kube::Client::new(server, "default"), answers::Answers::default());
+        let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
         let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
         let (sender, mut events) = tokio::sync::mpsc::channel(256);
         tokio::spawn(source.run(sender));

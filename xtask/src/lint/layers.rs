@@ -81,11 +81,12 @@ const CRATES: [Crate; 6] = [
             &["source", "install"],
             &["metrics"],
             &["health"],
+            &["api"],
             &["source::kube", "source::manifests"],
             &["index"],
             &["plan"],
             &["net"],
-            &["bpf"],
+            &["bpf", "leftovers"],
             &["ct_gc", "namefile", "nodefile", "podfile", "v1file", "cni_order", "http"],
             // Pure parts that the preflight and the command share with the loop.
             &["reconcile::node", "reconcile::presence"],

@@ -111,7 +111,7 @@ impl From<NodeStatusFields> for NodeStatus {
     fn from(it: NodeStatusFields) -> Self {
         let ours = |it: &Condition| it.kind == ConditionKind::NetworkUnavailable;
         let condition = |it: Condition| NodeCondition {
-            type_: super::node_status::CONDITION.to_owned(),
+            type_: crate::api::CONDITION.to_owned(),
             status: it.status,
             ..NodeCondition::default()
         };

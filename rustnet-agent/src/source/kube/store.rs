@@ -9,10 +9,9 @@
 //!
 //! Only versions of Services are compared: other kinds may be in stores of their own (`--etcd-servers-overrides`).
 
-use super::backoff::{Backoff, spread};
-use super::chain;
-use super::client::Connection;
-use super::herd::Herd;
+use crate::api::backoff::{Backoff, spread};
+use crate::api::herd::Herd;
+use crate::api::{Connection, chain};
 use crate::source::Kind;
 use k8s_openapi::api::core::v1::Service;
 use kube::Api;

@@ -1,7 +1,6 @@
 //! Logs and reports that an origin of events fails, and that it works again.
 
-use super::API_SERVER;
-use super::failure::Failure;
+use crate::api::{API_SERVER, Failure};
 use crate::model::Problem;
 use crate::source::{Event, Origin};
 use std::fmt::{self, Debug};

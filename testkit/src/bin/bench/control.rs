@@ -1,6 +1,7 @@
 //! The control plane at size: from events to entries in real pinned maps, compared with writing the
 //! same entries in bulk; and the memory of an agent.
 
+use crate::nodes;
 use crate::stats::{Sorted, verdict};
 use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable as _;
@@ -54,6 +55,8 @@ pub struct Extent {
     pub changes: u32,
     /// Services of the agent whose memory is looked at.
     pub remembered: u32,
+    /// Nodes whose reports an agent follows, and for how long.
+    pub nodes: (u32, Duration),
 }
 
 /// Seconds that the parts of one round took.
@@ -99,7 +102,8 @@ pub fn run(extent: &Extent) -> Result<()> {
     row("the same entries in bulk", "s", times.bulk, 3, None);
     row("all three / in bulk", "times", times.factor, 1, Some(goals[1]));
     row("one endpoint more or less, from event to map (p99 counts)", "ms", times.change, 3, Some((CHANGE_GOAL, p99)));
-    memory(&fabric, extent.remembered)
+    memory(&fabric, extent.remembered)?;
+    nodes::run(&fabric, extent.nodes.0, extent.nodes.1)
 }
 
 /// Maps as the agent would pin them, big enough.
@@ -303,14 +307,12 @@ fn memory(fabric: &Fabric, services: u32) -> Result<()> {
 fn scrape(node: &Node) -> Result<f64> {
     node.netns().run(|| fill(&node.bpffs()))??;
     let pid = node.agent_pid().context("no agent")?;
-    let before = cpu_ticks(pid)?;
+    let before = cpu_seconds(pid)?;
     for _ in 0..SCRAPES {
         let answer = node.http_get("127.0.0.1:9962".parse()?, "/metrics")?;
         ensure!(answer.starts_with("HTTP/1.1 200"), "/metrics says: {answer}");
     }
-    let tick = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock ticks")?;
-    let tick = f64::from(u32::try_from(tick)?);
-    Ok((cpu_ticks(pid)? - before) / tick * 1000.0 / f64::from(SCRAPES))
+    Ok((cpu_seconds(pid)? - before) * 1000.0 / f64::from(SCRAPES))
 }
 
 fn fill(bpffs: &Path) -> Result<()> {
@@ -320,12 +322,13 @@ fn fill(bpffs: &Path) -> Result<()> {
     table.put_all(&entries)
 }
 
-/// Ticks of CPU that a process has used so far.
-fn cpu_ticks(pid: u32) -> Result<f64> {
+/// Seconds of CPU that a process has used so far.
+pub fn cpu_seconds(pid: u32) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The name may hold spaces; fields 14 and 15 of the whole are 11 and 12 behind it.
     let fields: Vec<_> = stat.rsplit_once(')').context("no stat")?.1.split_whitespace().collect();
-    Ok(fields[11].parse::<f64>()? + fields[12].parse::<f64>()?)
+    let tick = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock ticks")?;
+    Ok((fields[11].parse::<f64>()? + fields[12].parse::<f64>()?) / f64::from(u32::try_from(tick)?))
 }
 
 fn remembered(n: u32) -> Service {
@@ -339,14 +342,17 @@ fn remembered(n: u32) -> Service {
 }
 
 /// MiB of a process.
-struct Memory {
-    resident: f64,
+pub struct Memory {
+    /// In memory now.
+    pub resident: f64,
     proportional: f64,
-    peak: f64,
+    /// The most that were in memory.
+    pub peak: f64,
 }
 
 impl Memory {
-    fn of(node: &Node) -> Result<Self> {
+    /// Of a node's agent.
+    pub fn of(node: &Node) -> Result<Self> {
         let pid = node.agent_pid().context("no agent")?;
         let field = |file: &str, name: &str| -> Result<f64> {
             let path = format!("/proc/{pid}/{file}");

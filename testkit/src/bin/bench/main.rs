@@ -4,6 +4,7 @@
 mod cni;
 mod control;
 mod network;
+mod nodes;
 mod packets;
 mod plugins;
 mod stats;
@@ -110,6 +111,7 @@ fn main() -> Result<()> {
             services: args.size(None, control::FULL.0, 10_000),
             changes: args.size(None, 2000, 200),
             remembered: args.size(None, control::FULL.1, 1000),
+            nodes: args.size(None, (nodes::FULL, Duration::from_mins(2)), (500, Duration::from_secs(10))),
         };
         control::run(&extent).context("control")?;
         println!();

@@ -15,7 +15,7 @@ const MOST: Duration = Duration::from_mins(1);
 
 /// The nodes of the cluster, as far as they are known. Clones share one count.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Herd(Arc<Mutex<Names>>);
+pub(crate) struct Herd(Arc<Mutex<Names>>);
 
 /// Hashes of names: they are counted only.
 #[derive(Debug, Default)]
@@ -27,12 +27,12 @@ struct Names {
 
 impl Herd {
     /// A list of all nodes begins.
-    pub(super) fn restart(&self) {
+    pub(crate) fn restart(&self) {
         self.with(|names| names.listed.clear());
     }
 
     /// There is such a node.
-    pub(super) fn saw(&self, name: &str) {
+    pub(crate) fn saw(&self, name: &str) {
         self.with(|names| {
             names.known.insert(hash(name));
             names.listed.insert(hash(name));
@@ -40,7 +40,7 @@ impl Herd {
     }
 
     /// There is no such node any more.
-    pub(super) fn lost(&self, name: &str) {
+    pub(crate) fn lost(&self, name: &str) {
         self.with(|names| {
             names.known.remove(&hash(name));
             names.listed.remove(&hash(name));
@@ -48,12 +48,12 @@ impl Herd {
     }
 
     /// The list is complete: others are gone.
-    pub(super) fn synced(&self) {
+    pub(crate) fn synced(&self) {
         self.with(|names| names.known.clone_from(&names.listed));
     }
 
     /// How long to wait before something that all agents do at the same moment.
-    pub(super) fn spread(&self) -> Duration {
+    pub(crate) fn spread(&self) -> Duration {
         spread(self.width())
     }
 

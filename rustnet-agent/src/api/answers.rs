@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 
 /// Signals successful answers, and records when the server last sent anything. Clones share one record.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Answers(Arc<Inner>);
+pub(crate) struct Answers(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -19,36 +19,36 @@ struct Inner {
 
 impl Answers {
     /// For waiting until the server has begun to answer a request for this kind.
-    pub(super) fn of(&self, kind: Kind) -> &Notify {
+    pub(crate) fn of(&self, kind: Kind) -> &Notify {
         &self.0.kinds[kind as usize]
     }
 
     /// The same for any kind.
-    pub(super) fn any(&self) -> &Notify {
+    pub(crate) fn any(&self) -> &Notify {
         &self.0.any
     }
 
     /// For how long the server has sent nothing of this kind; `None` if it never has.
-    pub(super) fn silence(&self, kind: Kind) -> Option<Duration> {
+    pub(crate) fn silence(&self, kind: Kind) -> Option<Duration> {
         let heard = self.0.heard.lock().unwrap_or_else(PoisonError::into_inner);
         heard[kind as usize].map(|when| when.elapsed())
     }
 
     /// A successful answer has begun.
-    pub(super) fn begun(&self, kind: Kind) {
+    pub(crate) fn begun(&self, kind: Kind) {
         self.heard(kind);
         self.of(kind).notify_one();
         self.any().notify_one();
     }
 
     /// A part of an answer has come.
-    pub(super) fn heard(&self, kind: Kind) {
+    pub(crate) fn heard(&self, kind: Kind) {
         self.0.heard.lock().unwrap_or_else(PoisonError::into_inner)[kind as usize] = Some(Instant::now());
     }
 }
 
 /// The kind that a request for this path lists or watches: kinds are asked for in all namespaces.
-pub(super) fn kind_of(path: &str) -> Option<Kind> {
+pub(crate) fn kind_of(path: &str) -> Option<Kind> {
     let resources = [
         ("/api/v1/services", Kind::Service),
         ("/apis/discovery.k8s.io/v1/endpointslices", Kind::Slice),

@@ -252,7 +252,7 @@ fn is_reverse_path_check(rule: &[Expression]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::{Chain, ChainName, Element, Expression, Hook, Load, Packet, Ruleset, Verdict, find};
-    use crate::net::firewall::Comparison;
+    use crate::leftovers::firewall::Comparison;
 
     fn name(name: &str) -> ChainName {
         ChainName { family: 1, table: "filter".into(), name: name.into() }

@@ -44,12 +44,12 @@ const UNANSWERED: Duration = Duration::from_secs(30);
 pub struct Connection {
     /// The client.
     pub client: Client,
-    pub(super) answers: Answers,
-    pub(super) herd: Herd,
+    pub(crate) answers: Answers,
+    pub(crate) herd: Herd,
 }
 
 impl Connection {
-    pub(super) fn new(client: Client, answers: Answers) -> Self {
+    pub(crate) fn new(client: Client, answers: Answers) -> Self {
         Self { client, answers, herd: Herd::default() }
     }
 }

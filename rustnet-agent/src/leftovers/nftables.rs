@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use netlink_packet_core::{DefaultNla, Emitable, NetlinkSerializable, parse_string};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::netlink::{self, Socket, attributes, value};
+use crate::net::netlink::{self, Socket, attributes, value};
 
 /// `NFNL_SUBSYS_NFTABLES`, in the upper octet of a message's type.
 const SUBSYSTEM: u16 = 10;

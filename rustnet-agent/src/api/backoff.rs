@@ -11,7 +11,7 @@ const FORGET: Duration = Duration::from_mins(2);
 
 /// The waiting times of one kind of attempt.
 #[derive(Debug)]
-pub(super) struct Backoff {
+pub(crate) struct Backoff {
     base: Duration,
     last: Option<Instant>,
 }
@@ -24,7 +24,7 @@ impl Default for Backoff {
 
 impl Backoff {
     /// How long to wait now: between half and one and a half of a base that doubles with each call.
-    pub(super) fn next(&mut self) -> Duration {
+    pub(crate) fn next(&mut self) -> Duration {
         self.next_at(Instant::now())
     }
 
@@ -39,13 +39,13 @@ impl Backoff {
     }
 
     /// It worked: begin again.
-    pub(super) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.base = FIRST;
     }
 }
 
 /// A random duration below `limit`.
-pub(super) fn spread(limit: Duration) -> Duration {
+pub(crate) fn spread(limit: Duration) -> Duration {
     // Every RandomState has other keys: good enough for jitter, and no crate for it.
     let random = RandomState::new().build_hasher().finish();
     let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX).max(1);

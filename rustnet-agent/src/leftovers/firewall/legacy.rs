@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use anyhow::Result;
 
 use super::{Chain, ChainName, Comparison, Expression, Hook, Load, Verdict};
-use crate::net::iptables::{self, Table};
-use crate::net::nftables::Family;
+use crate::leftovers::iptables::{self, Table};
+use crate::leftovers::nftables::Family;
 
 /// How its table is called, next to nftables' own.
 pub const TABLE: &str = "filter (iptables-legacy)";

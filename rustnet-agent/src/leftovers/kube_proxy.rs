@@ -8,9 +8,9 @@
 use anyhow::Result;
 
 use super::iptables;
-use super::link::{self, Link};
-use super::netlink::Socket;
 use super::nftables::{Chain, Family, Jump, Nftables, Removal, Table};
+use crate::net::link::{self, Link};
+use crate::net::netlink::Socket;
 
 /// Its table in nftables, in both families.
 const TABLE: &str = "kube-proxy";

@@ -19,7 +19,7 @@ use tokio::sync::{Notify, watch};
 /// The taint that an administrator may give new nodes, so that pods wait for the agent.
 pub const TAINT: &str = "rustnet.io/agent-not-ready";
 /// The condition that cloud providers set until there is a network.
-pub(super) const CONDITION: &str = "NetworkUnavailable";
+pub const CONDITION: &str = "NetworkUnavailable";
 const MANAGER: &str = "rustnet-agent";
 
 /// Watches over what the cluster thinks of this node's network.
@@ -36,12 +36,12 @@ impl NodeStatus {
     }
 
     /// The node's name.
-    pub(super) fn node_name(&self) -> &str {
+    pub(crate) fn node_name(&self) -> &str {
         &self.node_name
     }
 
     /// A node's object has passed.
-    pub(super) fn saw(&self, node: &Node) {
+    pub(crate) fn saw(&self, node: &Node) {
         if node.metadata.name.as_deref() == Some(&*self.node_name) && (bad_condition(node) || tainted(node)) {
             self.stale.notify_one();
         }

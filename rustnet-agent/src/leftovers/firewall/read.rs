@@ -4,8 +4,8 @@ use anyhow::{Context, Result};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::{Chain, ChainName, Comparison, Element, Expression, Hook, Load, Ruleset, Verdict, legacy};
+use crate::leftovers::nftables::{Request, text};
 use crate::net::netlink::{self, Socket, value};
-use crate::net::nftables::{Request, text};
 
 /// `NFT_MSG_GETCHAIN`, `NFT_MSG_GETRULE`, `NFT_MSG_GETSETELEM`.
 const GET: [u16; 3] = [4, 7, 13];
