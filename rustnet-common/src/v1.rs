@@ -53,6 +53,9 @@ pub const RETIRED: [Shape; 7] = [
 /// The packet mark, one bit, and a constant of these programs.
 pub const MARK: u32 = 0x0100_0000;
 
+/// The programs on hooks. Its agent replaces their pins, and leaves those of other programs.
+pub const PROGRAMS: [&str; 6] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out"];
+
 /// Maps that all releases share under one name and in one shape.
 pub const SHARED: [&str; 6] = ["rn_endpoints", "rn_peers4", "rn_peers6", "rn_counters", "rn_events", "rn_config"];
 

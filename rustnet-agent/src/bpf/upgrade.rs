@@ -234,14 +234,16 @@ fn retired_pins(
         .collect()
 }
 
-/// Numbers of the maps that the pinned programs use.
+/// Numbers of the maps that the pinned programs use. Only programs that the agents of all releases
+/// replace count: another one stays pinned, with our maps, while an agent of v1 runs.
 fn maps_in_use(bpffs: &Path) -> Result<BTreeSet<u32>> {
-    let dir = bpffs.join(PROGS_DIR);
     let mut used = BTreeSet::new();
-    for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
-        let path = entry.with_context(|| format!("reading {}", dir.display()))?.path();
-        let program =
-            sys::obj_get(&path).map_err(|e| anyhow::anyhow!("opening {}: {e}: {}", path.display(), remedy(&e)))?;
+    for name in v1::PROGRAMS {
+        let path = bpffs.join(PROGS_DIR).join(name);
+        let program = match sys::obj_get(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            program => program.map_err(|e| anyhow::anyhow!("opening {}: {e}: {}", path.display(), remedy(&e)))?,
+        };
         used.extend(
             sys::prog_map_ids(program.as_fd()).with_context(|| format!("{} is not a program", path.display()))?,
         );

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use bytemuck::Zeroable;
-use rustnet_agent::bpf::load::{Load, Programs};
+use rustnet_agent::bpf::load::{Load, Programs, program_path};
 use rustnet_agent::bpf::store::node_config::NodeConfigStore;
 use rustnet_agent::bpf::store::{BpfMaps, Map, services};
 use rustnet_agent::bpf::sys::{self, Layout, TestRun};
@@ -15,7 +15,7 @@ use rustnet_common::addr::Ip4;
 use rustnet_common::config::{NodeConfig, mark};
 use rustnet_common::conntrack::CtEntry;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
-use rustnet_common::names::{LINKS_DIR, PROGRAMS, map};
+use rustnet_common::names::{LINKS_DIR, PROGRAMS, SIDE_IN, map};
 use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
@@ -405,6 +405,28 @@ fn a_bridge_knows_the_mark_of_either_side() {
         let store = NodeConfigStore::open(present.maps_dir(&sandbox.bpffs)).unwrap();
         store.write(&ours).unwrap();
         assert_eq!(mark_behind(&present, "to_pod", v1::MARK), v1::MARK, "it is another's without a bridge");
+    });
+}
+
+/// An agent of v1 replaces the pins of its own programs alone: `side_in` stays pinned, with the maps of this release.
+#[test]
+fn a_program_that_v1_lacks_does_not_make_our_maps_live() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        connections(&sandbox.bpffs).put(&tuple(7), &seen_at(7)).unwrap();
+        let kept = sandbox.bpffs.join("kept");
+        std::fs::create_dir(&kept).unwrap();
+        let pins = [program_path(&sandbox.bpffs, SIDE_IN), sandbox.bpffs.join(TABLE)];
+        let aside = ["program", "table"].map(|name| kept.join(name));
+        pins.iter().zip(&aside).for_each(|(pin, aside)| std::fs::rename(pin, aside).unwrap());
+        v1_node(sandbox);
+        pins.iter().zip(&aside).for_each(|(pin, aside)| std::fs::rename(aside, pin).unwrap());
+
+        let bridge = load(sandbox).run().unwrap();
+        assert_eq!(bridge.bridge(), Bridge::V1);
+        let table = connections(bridge.maps_dir(&sandbox.bpffs));
+        let keys: Vec<u16> = table.entries().unwrap().iter().map(|(key, _)| key.sport.min(key.dport)).collect();
+        assert_eq!(keys, [1], "the connection of v1, and none of before");
     });
 }
 
