@@ -283,7 +283,7 @@ fn reopen<F: Track>(p: &Packet<F::A>, is_reply: bool) -> bool {
 }
 
 #[inline(always)]
-fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
+fn is_reset_acceptable<F: Placed>(p: &Packet<F::A>) -> bool {
     let table = Table::of(&p.key);
     let entry = table::find_in::<F>(table, &p.key, p.is_swapped);
     if entry.is_null() {
@@ -312,7 +312,7 @@ fn is_reset_acceptable<F: Family>(p: &Packet<F::A>) -> bool {
 /// The entry of a translated flow's other direction, found by what this direction becomes; null if it was evicted. Leaves its key
 /// in `key`.
 #[inline(always)]
-fn counterpart<F: Family>(table: Table, to: &Tuple<F::A>, key: &mut Tuple<F::A>) -> *mut CtEntry<F::A> {
+fn counterpart<F: Placed>(table: Table, to: &Tuple<F::A>, key: &mut Tuple<F::A>) -> *mut CtEntry<F::A> {
     let is_swapped = to.store_reverse_canonical(key);
     table::find_in::<F>(table, key, is_swapped)
 }

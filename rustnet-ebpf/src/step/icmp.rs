@@ -10,7 +10,8 @@ use rustnet_common::conntrack::{NOT_LOCAL, SOURCE_HOST, SOURCE_NONE, SOURCE_OUTS
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::proto;
 
-use super::{conntrack, route, table};
+use super::table::{self, Placed};
+use super::{conntrack, route};
 use crate::ctx::{Checksums, Ctx, Skb, at_pulled, masked};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
@@ -98,7 +99,7 @@ pub fn relate<F: Icmp<C>, C: Ctx>(
 }
 
 #[inline(always)]
-fn try_relate<F: Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksums>(
+fn try_relate<F: Placed + Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C: Checksums>(
     ctx: &C,
     p: &Packet<F::A>,
     to: &mut Translation<F::A>,

@@ -27,20 +27,20 @@ impl Table {
 
 /// The entry that serves packets of the key in one direction; null if there is none.
 #[inline(always)]
-pub fn find<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
+pub fn find<F: Placed>(key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
     find_in::<F>(Table::of(key), key, is_swapped)
 }
 
 /// As [`find`], in a given table.
 #[inline(always)]
-pub fn find_in<F: Family>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
+pub fn find_in<F: Placed>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
     let (entry, _) = look_up::<F>(table, key, is_swapped);
     entry
 }
 
 /// As [`find_in`]; the second result is true if no entry stands in the first slot.
 #[inline(always)]
-pub fn look_up<F: Family>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> (*mut CtEntry<F::A>, bool) {
+pub fn look_up<F: Placed>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> (*mut CtEntry<F::A>, bool) {
     let entry = get_from::<F>(table, key);
     let is_vacant = entry.is_null();
     if is_vacant || !serves(entry, is_swapped) {
@@ -85,17 +85,23 @@ impl Place {
 pub trait Placed: Family {
     /// Finds the place of an entry that serves packets of the key in one direction.
     fn place(key: &Tuple<Self::A>, is_swapped: bool) -> Place;
+    /// Stores the key of the second slot in scratch memory. False if no second slot ever held an entry.
+    fn store_second_key(key: &Tuple<Self::A>) -> bool;
 }
 
 /// Declares a family's function with global linkage, for the reason that the parser is one. Bit 0 of its result: taken; bit 1:
 /// contested; above: the slot.
 macro_rules! global {
-    ($family:ident, $addr:ident, $name:ident) => {
+    ($family:ident, $addr:ident, $name:ident, $second:ident) => {
         impl Placed for $family {
             #[inline(always)]
             fn place(key: &Tuple<$addr>, is_swapped: bool) -> Place {
                 let bits = $name(key, u32::from(is_swapped));
                 Place { is_taken: bits & 1 != 0, slot: (bits >> 8 & 1) as u8, is_contested: bits & 2 != 0 }
+            }
+            #[inline(always)]
+            fn store_second_key(key: &Tuple<$addr>) -> bool {
+                $second(key) != 0
             }
         }
         #[unsafe(no_mangle)]
@@ -106,11 +112,21 @@ macro_rules! global {
             let place = find_place::<$family>(key, is_swapped != 0);
             u32::from(place.is_taken) | u32::from(place.is_contested) << 1 | u32::from(place.slot) << 8
         }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $second(key: *const Tuple<$addr>) -> u32 {
+            // SAFETY: see above.
+            let key = unsafe { key.as_ref() }.filter(|_| is_ever_contested()).and_then(slot_key::<$family>);
+            key.map_or(0, |key| {
+                key.pad = SLOT_CONTESTED;
+                1
+            })
+        }
     };
 }
 
-global!(V4, Ip4, rn_ct_place4);
-global!(V6, Ip6, rn_ct_place6);
+global!(V4, Ip4, rn_ct_place4, rn_ct_second4);
+global!(V6, Ip6, rn_ct_place6, rn_ct_second6);
 
 #[inline(always)]
 fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
@@ -144,14 +160,14 @@ fn find_place<F: Family>(key: &Tuple<F::A>, is_swapped: bool) -> Place {
 }
 
 /// The entry in the second slot of a key if it serves packets of this direction, else null.
-#[inline(never)]
-fn second<F: Family>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
-    if !is_ever_contested() {
+#[inline(always)]
+fn second<F: Placed>(table: Table, key: &Tuple<F::A>, is_swapped: bool) -> *mut CtEntry<F::A> {
+    if !F::store_second_key(key) {
         return core::ptr::null_mut();
     }
-    let Some(key) = slot_key::<F>(key) else { return core::ptr::null_mut() };
-    key.pad = SLOT_CONTESTED;
-    let entry = get_from::<F>(table, key);
+    let Some(scratch) = F::scratch() else { return core::ptr::null_mut() };
+    // SAFETY: see `slot_key`.
+    let entry = get_from::<F>(table, unsafe { &(*scratch).slot_key });
     if !entry.is_null() && serves(entry, is_swapped) { entry } else { core::ptr::null_mut() }
 }
 
