@@ -25,17 +25,30 @@ const _: () = assert!(last_byte(proto::SCTP) == 7 && last_byte(47) == 1);
 
 /// True if a device would write a checksum in front of where the packet's protocol has one, `l4` being the offset of its header. Such
 /// a packet is spoiled by the look: drop it. Pointers into the packet are void afterwards.
+///
+/// The overlay's device takes back what is said of a packet's checksum (`iptunnel_handle_offloads`): where nothing is left to a device,
+/// a packet on its way there needs two helpers and no function.
 #[inline(always)]
-pub fn has_misplaced_sum(skb: &Skb, l4: usize, protocol: u8) -> bool {
-    rn_misplaced_sum(skb.raw(), l4 as u32, u32::from(protocol)) != 0
+pub fn has_misplaced_sum(skb: &Skb, l4: usize, protocol: u8, is_tunneled: bool) -> bool {
+    if is_tunneled && raise_level(skb.raw()) {
+        return false;
+    }
+    rn_misplaced_sum(skb.raw(), l4 as u32, u32::from(protocol), u32::from(is_tunneled)) != 0
 }
 
 /// A function with global linkage, which both families share: the verifier looks at it once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn rn_misplaced_sum(skb: *mut __sk_buff, l4: u32, protocol: u32) -> u32 {
-    if !is_pending(skb) {
-        return 0;
+extern "C" fn rn_misplaced_sum(skb: *mut __sk_buff, l4: u32, protocol: u32, is_raised: u32) -> u32 {
+    // SAFETY: no pointers but the context, here and below.
+    unsafe {
+        if is_raised == 0 && raise_level(skb) {
+            helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC.into());
+            return 0;
+        }
+        if helper::bpf_csum_update(skb, 0) >= 0 {
+            return 0;
+        }
     }
     if matches!(protocol as u8, proto::ICMP | proto::ICMPV6) {
         // No stack leaves these to a device, and what steps go by stands in front.
@@ -46,19 +59,16 @@ extern "C" fn rn_misplaced_sum(skb: *mut __sk_buff, l4: u32, protocol: u32) -> u
     u32::from(unsafe { helper::bpf_skb_change_tail(skb, l4 + last_byte(protocol as u8), 0) } == 0)
 }
 
-/// True if the packet's checksum is left to a device (`CHECKSUM_PARTIAL`).
+/// Raises the level of verified checksums, of those that can have one. False where the checksum is left to a device
+/// (`CHECKSUM_PARTIAL`) or is a sum of the whole packet, which takes updates.
 ///
-/// Of the four states, two become or stay "verified" when the level of verified checksums is raised, and have a level then
-/// (`__skb_incr_checksum_unnecessary`); one takes updates of a sum of the whole packet. What is left is the fourth.
+/// Of the four states, two become or stay "verified" when the level is raised, and have a level then
+/// (`__skb_incr_checksum_unnecessary`).
 #[inline(always)]
-fn is_pending(skb: *mut __sk_buff) -> bool {
-    // SAFETY: no pointers but the context, here and below.
+fn raise_level(skb: *mut __sk_buff) -> bool {
+    // SAFETY: no pointers but the context.
     unsafe {
         helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_INC.into());
-        if helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY.into()) >= 0 {
-            helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC.into());
-            return false;
-        }
-        helper::bpf_csum_update(skb, 0) < 0
+        helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY.into()) >= 0
     }
 }

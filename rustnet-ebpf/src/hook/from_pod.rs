@@ -49,7 +49,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     // It may answer what netfilter translated, or be an error about it: a published port, a proxy's rule. Where we translated, too,
     // it is ours.
     if flow.class != Class::Original && flow.flags & (flags::VIA_STACK | flags::NAT) == flags::VIA_STACK {
-        verify_checksum::<F>(skb, p)?;
+        verify_checksum::<F>(skb, p, false)?;
         return Ok(TO_STACK);
     }
     forward::<F>(skb, p, flow, source, Origin::Pod, config, hook::FROM_POD)

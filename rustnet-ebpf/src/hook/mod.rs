@@ -35,8 +35,11 @@ impl<F: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Na
 
 /// Refuses a packet of a pod whose checksum the device would write over what was verified.
 #[inline(always)]
-pub fn verify_checksum<F: Steps>(skb: &Skb, p: &Packet<F::A>) -> Result<(), DropReason> {
-    if offload::has_misplaced_sum(skb, p.l4(), p.tuple.proto) { Err(DropReason::Malformed) } else { Ok(()) }
+pub fn verify_checksum<F: Steps>(skb: &Skb, p: &Packet<F::A>, is_tunneled: bool) -> Result<(), DropReason> {
+    if offload::has_misplaced_sum(skb, p.l4(), p.tuple.proto, is_tunneled) {
+        return Err(DropReason::Malformed);
+    }
+    Ok(())
 }
 
 /// Decides and executes: plans the packet, finds its way, opens the connection of a new flow, translates and sends.
@@ -53,7 +56,7 @@ pub fn forward<F: Steps>(
     let action = plan::plan::<F>(p, &flow.to, origin, config)?;
     // Not on the way into a pod of this node: nothing writes the checksum there.
     if origin == Origin::Pod && action.target != Target::Pod {
-        verify_checksum::<F>(skb, p)?;
+        verify_checksum::<F>(skb, p, action.target == Target::Tunnel)?;
     }
     let egress = exec::resolve::<F>(skb, p, flow, action, origin)?;
     if egress.0 == Egress::Unrouted {
@@ -69,5 +72,5 @@ pub fn forward<F: Steps>(
     } else if flow.class == Class::New && p.is_flow() {
         admit::admit::<F>(skb, p, flow, config, source, hook)?;
     }
-    exec::send::<F>(skb, p, &flow.to.tuple, action, egress, config)
+    exec::send::<F>(skb, p, flow, action, egress, config)
 }

@@ -67,7 +67,7 @@ pub fn read(skb: &Skb, out: &mut Tunnel) {
 
 /// Sets the tunnel that the packet leaves by. The near end is the address by which other nodes know this one: they accept no other
 /// sender. Where it has none of the family, the kernel chooses.
-#[inline(never)]
+#[inline(always)]
 pub fn set(skb: &Skb, node: &Addr, config: &NodeConfig) -> bool {
     let words = node.words();
     let v4 = node.is_v4();
