@@ -1,7 +1,7 @@
 //! What the steps hand to each other about a packet. Plain data, no access to packet memory.
 
 use rustnet_common::addr::Address;
-use rustnet_common::conntrack::CtEntry;
+use rustnet_common::conntrack::{CtEntry, flags};
 use rustnet_common::tuple::Tuple;
 
 use crate::ctx::bounded;
@@ -149,6 +149,12 @@ pub struct Flow<A> {
 }
 
 impl<A: Address> Flow<A> {
+    /// True if the packet belongs to a connection that nothing translates. Cheaper than to compare two tuples.
+    #[inline(always)]
+    pub fn is_plain(&self) -> bool {
+        matches!(self.class, Class::Original | Class::Reply) && self.flags & flags::NAT == 0
+    }
+
     /// Makes it a new flow, as yet without translation.
     #[inline(always)]
     pub fn reset(&mut self, tuple: &Tuple<A>) {

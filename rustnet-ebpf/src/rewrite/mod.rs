@@ -20,7 +20,7 @@ use rustnet_common::tuple::{Tuple, proto};
 use crate::ctx::{Checksums, Skb, at, at_pulled};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
-use crate::packet::{Kind, Packet};
+use crate::packet::{Flow, Kind, Packet};
 use crate::wire::{Header4, Header6};
 use field::{ICMP_CSUM, TCP_CSUM, UDP_CSUM, addresses, no_checksum, ports, store_id, store_ports};
 
@@ -94,11 +94,11 @@ pub trait Rewrite: Family {
     fn set_ttl(skb: &Skb, p: &Packet<Self::A>, ttl: u8) -> Result<(), DropReason>;
 }
 
-/// Makes the packet what `to` says, with hop limit `ttl`. Later fragments and ICMP errors have no ports to change.
+/// Makes the packet what `flow.to` says, with hop limit `ttl`. Later fragments and ICMP errors have no ports to change.
 #[inline(always)]
-pub fn translate<F: Rewrite>(skb: &Skb, p: &Packet<F::A>, to: &Tuple<F::A>, ttl: u8) -> Result<(), DropReason> {
-    if *to != p.tuple {
-        return F::rewrite(skb, p, to, ttl).into_unit();
+pub fn translate<F: Rewrite>(skb: &Skb, p: &Packet<F::A>, flow: &Flow<F::A>, ttl: u8) -> Result<(), DropReason> {
+    if !flow.is_plain() && flow.to.tuple != p.tuple {
+        return F::rewrite(skb, p, &flow.to.tuple, ttl).into_unit();
     }
     if ttl == p.ttl {
         return Ok(());

@@ -5,7 +5,6 @@ use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::DropReason;
-use rustnet_common::tuple::Tuple;
 
 use super::fib::{self, Fib, Routed};
 use super::mark;
@@ -61,7 +60,7 @@ pub fn resolve<F: Routed>(
 pub fn send<F: Rewrite>(
     skb: &Skb,
     p: &Packet<F::A>,
-    to: &Tuple<F::A>,
+    flow: &Flow<F::A>,
     action: Action,
     (egress, verdict): (Egress, i32),
     config: &NodeConfig,
@@ -71,7 +70,7 @@ pub fn send<F: Rewrite>(
         Egress::Fragmenting => p.ttl,
         Egress::Unrouted => return Ok(TO_STACK),
     };
-    rewrite::translate::<F>(skb, p, to, ttl)?;
+    rewrite::translate::<F>(skb, p, flow, ttl)?;
     match action.target {
         Target::Stack => return Ok(TO_STACK),
         // Straight into the pod: no hook of ours follows.
