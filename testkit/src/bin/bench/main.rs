@@ -28,6 +28,9 @@ struct Args {
     /// packets: runs of each measurement; the least of them counts
     #[arg(long)]
     runs: Option<u32>,
+    /// packets: loads of the programs over which known flows are measured
+    #[arg(long)]
+    loads: Option<u32>,
     /// packets: packets in a run
     #[arg(long)]
     repeat: Option<u32>,
@@ -87,6 +90,7 @@ fn main() -> Result<()> {
     if args.wants(What::Packets) {
         let extent = packets::Extent {
             runs: args.size(args.runs, 40, 5),
+            loads: args.size(args.loads, 7, 3),
             repeat: args.size(args.repeat, 200_000, 20_000),
             baseline: args.baseline.clone(),
             only: args.only.clone(),
