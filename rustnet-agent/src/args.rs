@@ -1,266 +1,18 @@
 //! Where settings come from: flags, `RUSTNET_*` variables and the file, one table for all three.
 //!
-//! Every setting is one row of [`SETTINGS`]; its flag, variable and file key cannot drift apart, and the help text is made
-//! of the same row. This module only finds the text of each setting and remembers where it was; [`crate::config`] gives it
-//! a type.
+//! This module only finds the text of each setting and remembers where it was; [`crate::config`] gives it a type.
 
-use anyhow::{Context, bail};
-use clap::{Arg, ArgAction, ArgMatches, Command};
+mod file;
+pub mod settings;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// How many values a setting takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arity {
-    /// One value.
-    One,
-    /// Any number: the flag repeated or separated by commas, a sequence in the file.
-    Many,
-    /// `true` or `false`; the flag alone means `true`.
-    Switch,
-}
+use clap::{Arg, ArgAction, ArgMatches, Command};
 
-/// One setting, by all its names.
-#[derive(Debug)]
-pub struct Setting {
-    /// The flag, without the dashes.
-    pub flag: &'static str,
-    /// The key in the file.
-    pub key: &'static str,
-    /// How many values.
-    pub arity: Arity,
-    /// What stands for the value in the help text.
-    pub value: &'static str,
-    /// One sentence.
-    pub help: &'static str,
-    /// The value when nobody says otherwise; empty when there is none.
-    pub default: &'static str,
-    /// Heading in the help text.
-    pub heading: &'static str,
-}
-
-impl Setting {
-    /// The environment variable.
-    pub fn env(&self) -> String {
-        format!("RUSTNET_{}", self.flag.replace('-', "_").to_uppercase())
-    }
-}
-
-const SOURCE: &str = "Source";
-const NODE: &str = "Node";
-const NETWORK: &str = "Network";
-const TABLES: &str = "Tables";
-const OBSERVE: &str = "Observation";
-
-const fn one(
-    heading: &'static str,
-    flag: &'static str,
-    key: &'static str,
-    value: &'static str,
-    default: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting { flag, key, arity: Arity::One, value, help, default, heading }
-}
-
-const fn many(
-    heading: &'static str,
-    flag: &'static str,
-    key: &'static str,
-    value: &'static str,
-    default: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting { flag, key, arity: Arity::Many, value, help, default, heading }
-}
-
-const fn switch(
-    heading: &'static str,
-    flag: &'static str,
-    key: &'static str,
-    default: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting { flag, key, arity: Arity::Switch, value: "BOOL", help, default, heading }
-}
-
-/// All settings, in the order of the help text.
-pub static SETTINGS: &[Setting] = &[
-    one(SOURCE, "manifests", "manifests", "DIR", "", "Watch a directory of Kubernetes YAML instead of an API server"),
-    one(
-        SOURCE,
-        "kubeconfig",
-        "kubeconfig",
-        "FILE",
-        "",
-        "Watch the API server that this kubeconfig names (its current context)",
-    ),
-    one(
-        SOURCE,
-        "api-server",
-        "apiServer",
-        "URL",
-        "",
-        "Address of the API server, in place of the one in the kubeconfig or in the pod's environment; \
-         needed without kube-proxy, where the service address leads nowhere before the agent runs",
-    ),
-    one(NODE, "node-name", "nodeName", "NAME", "", "Name of this node's Node object"),
-    one(
-        NODE,
-        "bpffs",
-        "bpffs",
-        "DIR",
-        "/sys/fs/bpf/rustnet",
-        "Where maps, programs and links are pinned; on a bpf file system",
-    ),
-    one(NODE, "run-dir", "runDir", "DIR", "/run/rustnet", "Where the agent and the CNI binary keep their files"),
-    one(
-        NODE,
-        "cgroup",
-        "cgroup",
-        "DIR",
-        "/sys/fs/cgroup",
-        "The cgroup v2 directory that holds the host's and the pods' processes",
-    ),
-    one(
-        NODE,
-        "sysctl-dir",
-        "sysctlDir",
-        "DIR",
-        "/proc/sys/net",
-        "A writable /proc/sys/net of the host's network namespace; containers see the usual one read-only",
-    ),
-    many(
-        NODE,
-        "uplink",
-        "uplink",
-        "DEV",
-        "",
-        "Network devices towards the other nodes and the world; when absent, those with the Node's InternalIPs and those of the \
-         default routes",
-    ),
-    one(NODE, "cni-bin-dir", "cniBinDir", "DIR", "", "Install the CNI binary here, from the agent's own directory"),
-    one(NODE, "cni-conf-dir", "cniConfDir", "DIR", "", "Install the CNI configuration here once the agent is ready"),
-    one(
-        NETWORK,
-        "routing",
-        "routing",
-        "MODE",
-        "vxlan",
-        "Reach pods of other nodes by vxlan, native or direct-and-vxlan",
-    ),
-    one(
-        NETWORK,
-        "overlay-family",
-        "overlayFamily",
-        "auto|ipv4|ipv6",
-        "auto",
-        "Family of the overlay's outer packets; auto takes that of the Nodes' first InternalIPs; the same on all nodes",
-    ),
-    one(NETWORK, "overlay-port", "overlayPort", "PORT", "8472", "UDP port of the overlay; the same on all nodes"),
-    one(NETWORK, "vni", "vni", "NUMBER", "1", "Network identifier of the overlay; the same on all nodes"),
-    one(
-        NETWORK,
-        "mtu",
-        "mtu",
-        "auto|BYTES",
-        "auto",
-        "MTU of the pods' interfaces; auto takes the uplink's, less the overlay's share",
-    ),
-    many(
-        NETWORK,
-        "pod-cidrs",
-        "podCIDRs",
-        "CIDR",
-        "",
-        "This node's pod ranges, in place of those of its Node object; at most one a family",
-    ),
-    many(
-        NETWORK,
-        "cluster-pod-cidrs",
-        "clusterPodCIDRs",
-        "CIDR",
-        "",
-        "The ranges that the pods of all nodes come from",
-    ),
-    many(NETWORK, "service-cidrs", "serviceCIDRs", "CIDR", "", "The ranges that service addresses come from"),
-    many(NETWORK, "node-cidrs", "nodeCIDRs", "CIDR", "", "The ranges that node addresses come from"),
-    switch(NETWORK, "masquerade", "masquerade", "true", "Pods that talk to the world get this node's address"),
-    many(
-        NETWORK,
-        "non-masquerade-cidrs",
-        "nonMasqueradeCIDRs",
-        "CIDR",
-        "",
-        "Ranges outside the cluster that see the pods' own addresses",
-    ),
-    one(NETWORK, "snat-ports", "snatPorts", "auto|FIRST-LAST", "auto", "Source ports that masquerade may use"),
-    one(
-        NETWORK,
-        "packet-mark",
-        "packetMark",
-        "VALUE/MASK",
-        "0x1052/0x107f",
-        "Mark of packets between two of rustnet's programs on a node: the bits in MASK are its own and hold VALUE",
-    ),
-    one(TABLES, "service-entries", "serviceEntries", "NUMBER", "65536", "Size of each service table"),
-    one(
-        TABLES,
-        "backend-entries",
-        "backendEntries",
-        "NUMBER",
-        "262144",
-        "Size of the tables of backends and of their ids, at most 1048576",
-    ),
-    one(TABLES, "ct-tcp-entries", "ctTcpEntries", "NUMBER", "65536", "Size of the TCP connection table of each family"),
-    one(
-        TABLES,
-        "ct-any-entries",
-        "ctAnyEntries",
-        "NUMBER",
-        "32768",
-        "Size of the connection table of all other protocols, of each family",
-    ),
-    one(TABLES, "frag-entries", "fragEntries", "NUMBER", "8192", "Size of each table of first fragments"),
-    one(TABLES, "endpoint-entries", "endpointEntries", "NUMBER", "4096", "Size of the table of this node's pods"),
-    one(TABLES, "peer-entries", "peerEntries", "NUMBER", "65536", "Size of each table of other nodes and their ranges"),
-    one(
-        OBSERVE,
-        "health-addr",
-        "healthAddr",
-        "ADDR:PORT|off",
-        "127.0.0.1:9879",
-        "Where /healthz and /readyz are served",
-    ),
-    one(
-        OBSERVE,
-        "metrics-addr",
-        "metricsAddr",
-        "ADDR:PORT|off",
-        "[::]:9962",
-        "Where /metrics is served; [::] is both families",
-    ),
-    many(
-        OBSERVE,
-        "bpf-log",
-        "bpfLog",
-        "off|on|ADDR",
-        "off",
-        "Log each packet that the programs judge, or those with one of up to four addresses, on level info; for debugging, slow",
-    ),
-    switch(OBSERVE, "flow-events", "flowEvents", "false", "Report new flows as events too, not only drops"),
-    one(
-        OBSERVE,
-        "log-level",
-        "logLevel",
-        "LEVEL",
-        "info",
-        "error, warn, info, debug, trace, or filters such as info,rustnet_agent::net=debug",
-    ),
-    one(OBSERVE, "log-format", "logFormat", "FORMAT", "text", "text or json"),
-];
+use settings::{Arity, Group, Setting};
 
 /// Where a value was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -363,11 +115,11 @@ impl Values {
         agent: &BTreeMap<String, Vec<String>>,
     ) -> anyhow::Result<BTreeMap<&'static str, Value>> {
         let mut file = match config {
-            Some(path) => read_file(path)?,
+            Some(path) => file::read(path)?,
             None => BTreeMap::new(),
         };
         let mut values = BTreeMap::new();
-        for setting in SETTINGS {
+        for setting in settings::all() {
             let name = setting.env();
             let from_env = match env(&name) {
                 Some(text) if text.is_empty() => None,
@@ -383,10 +135,8 @@ impl Values {
                 Some((texts, Origin::File(path.to_path_buf())))
             } else if let Some(texts) = agent.get(setting.flag) {
                 Some((texts.clone(), Origin::Agent))
-            } else if setting.default.is_empty() {
-                None
             } else {
-                Some((vec![setting.default.to_owned()], Origin::Default))
+                setting.default.map(|text| (vec![text.to_owned()], Origin::Default))
             };
             if let Some((mut texts, origin)) = found {
                 if setting.arity == Arity::Many {
@@ -412,7 +162,7 @@ impl Given {
     const NOT_LOCAL: [&str; 2] = ["bpffs", "run-dir"];
 
     fn of(matches: &ArgMatches) -> Self {
-        let flags = SETTINGS.iter().filter_map(|setting| {
+        let flags = settings::all().filter_map(|setting| {
             let texts: Vec<String> = matches.try_get_many::<String>(setting.flag).ok()??.cloned().collect();
             Some((setting.flag, texts))
         });
@@ -455,7 +205,7 @@ impl clap::FromArgMatches for Given {
 impl clap::Args for Given {
     fn augment_args(command: Command) -> Command {
         let own = |setting: &&Setting| !Self::NOT_LOCAL.contains(&setting.flag);
-        command.arg(config()).args(SETTINGS.iter().filter(own).map(argument))
+        command.arg(config()).args(arguments(own))
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -469,13 +219,21 @@ fn config() -> Arg {
     )
 }
 
+/// The flags of the settings that a command has, below their headings.
+fn arguments(is_wanted: impl Fn(&&Setting) -> bool) -> impl Iterator<Item = Arg> {
+    let of_group = move |group: &'static Group| {
+        let wanted: Vec<_> = group.settings.iter().filter(&is_wanted).collect();
+        wanted.into_iter().map(|setting| argument(setting).help_heading(group.heading))
+    };
+    settings::GROUPS.iter().flat_map(of_group)
+}
+
 fn argument(setting: &Setting) -> Arg {
     let mut help = format!("{} [env: {}] [file: {}]", setting.help, setting.env(), setting.key);
-    if !setting.default.is_empty() {
-        help = format!("{help} [default: {}]", setting.default);
+    if let Some(default) = setting.default {
+        help = format!("{help} [default: {default}]");
     }
-    let arg =
-        Arg::new(setting.flag).long(setting.flag).value_name(setting.value).help(help).help_heading(setting.heading);
+    let arg = Arg::new(setting.flag).long(setting.flag).value_name(setting.value).help(help);
     match setting.arity {
         Arity::One => arg,
         Arity::Many => arg.action(ArgAction::Append),
@@ -494,130 +252,15 @@ pub fn command() -> Command {
         .version(env!("CARGO_PKG_VERSION"))
         .arg(config())
         .arg(prepare)
-        .args(SETTINGS.iter().map(argument))
-}
-
-/// Reads the file: scalars and sequences of scalars as text, by key.
-fn read_file(path: &Path) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
-    let shown = path.display();
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("{shown}: cannot read the configuration file; check --config and its permissions"))?;
-    if text.trim().is_empty() {
-        return Ok(BTreeMap::new());
-    }
-    let value: serde_json::Value =
-        serde_saphyr::from_str(&text).with_context(|| format!("{shown}: not valid YAML or JSON"))?;
-    let map = match value {
-        serde_json::Value::Null => return Ok(BTreeMap::new()),
-        serde_json::Value::Object(map) => map,
-        _ => bail!("{shown}: the top level must be a mapping, such as `routing: vxlan`"),
-    };
-    let mut out = BTreeMap::new();
-    let mut problems = Vec::new();
-    for (key, value) in map {
-        let Some(setting) = SETTINGS.iter().find(|setting| setting.key == key) else {
-            problems.push(unknown_key(&key));
-            continue;
-        };
-        match scalars(&value) {
-            Some(texts) if texts.len() > 1 && setting.arity != Arity::Many => {
-                problems.push(format!("key {key}: takes one value, not a sequence of {}", texts.len()));
-            }
-            Some(texts) => {
-                if !texts.is_empty() || setting.arity == Arity::Many && !value.is_null() {
-                    out.insert(key, texts);
-                }
-            }
-            None => problems
-                .push(format!("key {key}: neither a value nor a sequence of values; write `{key}: {}`", setting.value)),
-        }
-    }
-    if !problems.is_empty() {
-        bail!("{shown}: {}", problems.join("\n  "));
-    }
-    Ok(out)
-}
-
-/// The text of a scalar or of a sequence of scalars; `None` for mappings and deeper nesting.
-fn scalars(value: &serde_json::Value) -> Option<Vec<String>> {
-    use serde_json::Value::{Array, Bool, Null, Number, Object, String};
-    match value {
-        Null => Some(Vec::new()),
-        Bool(value) => Some(vec![value.to_string()]),
-        Number(value) => Some(vec![value.to_string()]),
-        String(value) => Some(vec![value.clone()]),
-        Array(values) => values
-            .iter()
-            .map(|value| if value.is_array() { None } else { scalars(value) })
-            .collect::<Option<Vec<_>>>()
-            .map(|values| values.concat()),
-        Object(_) => None,
-    }
-}
-
-fn unknown_key(key: &str) -> String {
-    let lower = key.to_lowercase().replace(['-', '_'], "");
-    let nearest = SETTINGS
-        .iter()
-        .map(|setting| (distance(&lower, &setting.key.to_lowercase()), setting.key))
-        .min()
-        .filter(|(distance, near)| *distance <= near.len().max(3) / 3);
-    match nearest {
-        Some((_, near)) => format!("unknown key {key}: did you mean {near}?"),
-        None => format!("unknown key {key}: `rustnet-agent --help` lists the keys"),
-    }
-}
-
-/// Levenshtein distance, by characters.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, cb) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(ca != *cb);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
+        .args(arguments(|_| true))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::command;
 
     #[test]
     fn the_command_line_is_well_formed() {
         command().debug_assert();
-    }
-
-    #[test]
-    fn names_are_unique_and_follow_their_conventions() {
-        for (i, setting) in SETTINGS.iter().enumerate() {
-            assert!(
-                setting.flag.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'),
-                "{setting:?}"
-            );
-            assert_eq!(setting.key.to_lowercase(), setting.flag.replace('-', ""), "flag and key are the same words");
-            assert!(SETTINGS[..i].iter().all(|other| other.flag != setting.flag && other.key != setting.key));
-        }
-    }
-
-    #[test]
-    fn the_nearest_key_is_offered() {
-        for (wrong, right) in [
-            ("podCidrs", "podCIDRs"),
-            ("pod-cidrs", "podCIDRs"),
-            ("upLink", "uplink"),
-            ("uplinks", "uplink"),
-            ("routingMode", "`rustnet-agent --help`"),
-            ("overlay_port", "overlayPort"),
-            ("masqurade", "masquerade"),
-            ("xyz", "`rustnet-agent --help`"),
-        ] {
-            assert!(unknown_key(wrong).contains(right), "{wrong}: {}", unknown_key(wrong));
-        }
     }
 }

@@ -3,7 +3,7 @@
 use super::cluster::{Cluster, documents, with_server};
 use super::server::kubernetes;
 use anyhow::{Context as _, Result, ensure};
-use rustnet_agent::args::SETTINGS;
+use rustnet_agent::args::settings;
 use rustnet_agent::config::{Config, Source};
 use rustnet_agent::doctor::api::RIGHTS;
 use rustnet_agent::reconcile::EXPORT_LIMIT;
@@ -352,7 +352,7 @@ fn the_chart_takes_the_agents_settings_and_no_others() -> Result<()> {
         "podCIDRs",
         "healthAddr",
     ];
-    let mut keys: Vec<&str> = SETTINGS.iter().map(|it| it.key).filter(|key| !fixed.contains(key)).collect();
+    let mut keys: Vec<&str> = settings::all().map(|it| it.key).filter(|key| !fixed.contains(key)).collect();
     keys.sort_unstable();
     let mut in_schema: Vec<&str> = known.keys().map(String::as_str).collect();
     in_schema.sort_unstable();

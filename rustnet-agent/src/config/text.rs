@@ -41,7 +41,7 @@ impl Reader<'_> {
         parse: impl Fn(&str) -> Result<T, String>,
     ) -> T {
         if self.values.get(flag).is_none_or(|value| value.texts.is_empty()) {
-            let setting = crate::args::SETTINGS.iter().find(|setting| setting.flag == flag);
+            let setting = crate::args::settings::all().find(|setting| setting.flag == flag);
             let (env, key) = setting.map_or_else(Default::default, |setting| (setting.env(), setting.key));
             self.problems.push(format!("flag --{flag} (variable {env}, file key {key}): missing; {remedy}"));
             return T::fallback();
