@@ -18,8 +18,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::IPAM_DIR;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
 use crate::api::API_SERVER;
@@ -29,9 +31,11 @@ use crate::failure::{self, Failure, Scope};
 use crate::health::{Health, NotReady};
 use crate::index::{Gate, Index};
 use crate::model::Feature;
+use crate::net::host::Host;
 use crate::net::monitor::Monitor;
+use crate::net::netlink::Socket;
 use crate::net::overlay::mac_of;
-use crate::net::repair::{Overlay, Repairer, State, Wanted};
+use crate::net::repair::{Overlay, Repairer, Wanted};
 use crate::plan::Planner;
 use crate::source::{Event, Kind};
 use crate::{cni_order, install, namefile, podfile};
@@ -91,6 +95,7 @@ pub async fn run_within(
             Err(error) => tracing::warn!("{error:#}"),
         }
         reconciler.step();
+        let deadline = reconciler.next_deadline();
         tokio::select! {
             () = stop(&mut shutdown) => return hand_over(reconciler, limit).await,
             n = events.recv_many(&mut batch, BATCH) => {
@@ -104,7 +109,8 @@ pub async fn run_within(
                     monitor = Monitor::open()?;
                 }
             },
-            () = sleep_until(reconciler.next_deadline()) => {}
+            host = observed(&mut reconciler.look) => reconciler.end_look(host),
+            () = sleep_until(deadline) => {}
         }
     }
 }
@@ -140,6 +146,14 @@ fn install_cni_binary(config: &Config) {
     }
 }
 
+/// What the look that is under way has found. Never ready without one.
+async fn observed(look: &mut Option<Look>) -> Result<Host> {
+    match look {
+        Some(look) => (&mut look.host).await.context("the look at the host's network has panicked")?,
+        None => std::future::pending().await,
+    }
+}
+
 async fn stop(shutdown: &mut watch::Receiver<bool>) {
     // A sender that is gone means shutdown, too.
     let _ = shutdown.wait_for(|stop| *stop).await;
@@ -149,6 +163,21 @@ async fn stop(shutdown: &mut watch::Receiver<bool>) {
 struct Datapath {
     kernel: Kernel,
     planner: Planner,
+}
+
+/// A look at the host's network that is under way, in a thread of its own: hosts with a million routes exist.
+struct Look {
+    began: Instant,
+    before: Before,
+    host: JoinHandle<Result<Host>>,
+}
+
+/// What has to be read before the host's network is: what comes in between must not seem to be left over.
+struct Before {
+    /// All pods that are added from now on get the present programs, or are found by the look.
+    is_pinned: bool,
+    /// See [`Kernel::repair_endpoints`]; `None` while there is no map.
+    endpoints: Option<Vec<(IpAddr, Endpoint)>>,
 }
 
 /// Everything the loop knows: inputs, jobs, and what the jobs have found.
@@ -175,9 +204,10 @@ struct Reconciler {
     names: Job,
     /// Writes those of Services and Nodes.
     objects: Job,
+    look: Option<Look>,
     net_took: Duration,
-    /// What the last look at the host's network found.
-    state: Option<State>,
+    /// What the last look at the host's network found wrong; `None` before the first one.
+    host_problems: Option<Vec<String>>,
     /// The ways that the last look at the network worked by.
     ways_seen: u64,
     /// Octets of packets to other nodes, as of the last look that found a device towards them.
@@ -205,8 +235,9 @@ impl Reconciler {
             presence: Job::due("rustnetctl does not find this agent"),
             names: Job::idle("rustnetctl does not know the names of pods"),
             objects: Job::idle("rustnetctl does not know the names of Services and Nodes"),
+            look: None,
             net_took: Duration::ZERO,
-            state: None,
+            host_problems: None,
             ways_seen: 0,
             room: 0,
             routed: false,
@@ -263,7 +294,7 @@ impl Reconciler {
             self.load();
         }
         if self.network.is_due() {
-            self.look_after_network();
+            self.begin_look();
         }
         if self.can_apply() && self.maps.is_due() {
             self.apply();
@@ -305,11 +336,28 @@ impl Reconciler {
         }
     }
 
+    /// Begins to look at the host's network; [`Self::end_look`] follows.
+    fn begin_look(&mut self) {
+        self.network.begin();
+        match self.read_before() {
+            Ok(before) => {
+                let host = tokio::task::spawn_blocking(|| Host::observe(&mut Socket::open()?));
+                self.look = Some(Look { began: Instant::now(), before, host });
+            }
+            Err(error) => self.finish_network(vec![Failure::new(Scope::Node, &error)]),
+        }
+    }
+
     /// Brings the host's network and the hooks to what they should be.
-    fn look_after_network(&mut self) {
-        let began = Instant::now();
-        let failures = self.repair_network().unwrap_or_else(|error| vec![Failure::new(Scope::Node, &error)]);
+    fn end_look(&mut self, host: Result<Host>) {
+        let Some(Look { began, before, .. }) = self.look.take() else { return };
+        let repaired = host.and_then(|host| self.repair_network(host, before));
+        let failures = repaired.unwrap_or_else(|error| vec![Failure::new(Scope::Node, &error)]);
         self.net_took = began.elapsed();
+        self.finish_network(failures);
+    }
+
+    fn finish_network(&mut self, failures: Vec<Failure>) {
         // Files are looked after like devices and routes: what somebody deleted is put back.
         self.files.distrust();
         self.presence.want_unless_failed();
@@ -323,13 +371,21 @@ impl Reconciler {
         self.datapath.as_ref().is_some_and(|it| it.kernel.is_upgrading())
     }
 
+    fn read_before(&self) -> Result<Before> {
+        let kernel = self.datapath.as_ref().map(|it| &it.kernel);
+        let is_pinned = kernel.is_some_and(Kernel::is_pinned);
+        Ok(Before { is_pinned, endpoints: kernel.map(|it| it.endpoints.read()).transpose()? })
+    }
+
+    /// Looks and repairs in one go.
+    fn repair_at_once(&mut self) -> Result<Vec<Failure>> {
+        let before = self.read_before()?;
+        let host = Host::observe(self.repairer.socket())?;
+        self.repair_network(host, before)
+    }
+
     /// Returns what failed and left the rest standing.
-    fn repair_network(&mut self) -> Result<Vec<Failure>> {
-        // All pods that are added from now on get the present programs, or are found below.
-        let was_pinned = self.datapath.as_ref().is_some_and(|it| it.kernel.is_pinned());
-        // Before the interfaces are looked at; see `Kernel::repair_endpoints`.
-        let endpoints = self.datapath.as_ref().map(|it| it.kernel.endpoints.read()).transpose()?;
-        let host = self.repairer.observe()?;
+    fn repair_network(&mut self, host: Host, before: Before) -> Result<Vec<Failure>> {
         let facts = host.facts();
         let own_addresses = facts.own_addresses();
         if self.index.set_host(facts) {
@@ -361,12 +417,12 @@ impl Reconciler {
             match kernel.attach(self.repairer.socket(), &config, &ways.place, &state, is_complete) {
                 Ok(attached) => {
                     done.extend(attached.done);
-                    if !was_pinned {
+                    if !before.is_pinned {
                         install_cni_binary(&self.config);
                     }
                     // Before all devices are known, programs of before are on some of them, with the earlier maps.
                     let is_on_all = is_complete && !attached.failures.iter().any(|it| it.scope != Scope::Peer);
-                    if was_pinned && is_on_all && kernel.is_upgrading() {
+                    if before.is_pinned && is_on_all && kernel.is_upgrading() {
                         match kernel.go_on_upgrading() {
                             Ok(changed) => done.extend(changed),
                             Err(error) => failures.push(Failure::new(Scope::Node, &error)),
@@ -377,7 +433,9 @@ impl Reconciler {
                 }
                 Err(error) => failures.push(Failure::new(Scope::Node, &error)),
             }
-            match kernel.repair_endpoints(&endpoints.unwrap_or_default(), &state) {
+            // The programs may have been loaded since the look began.
+            let endpoints = before.endpoints.map(|it| kernel.repair_endpoints(&it, &state));
+            match endpoints.unwrap_or_else(|| Ok(Vec::new())) {
                 Ok(changed) => done.extend(changed),
                 Err(error) => failures.push(Failure::new(Scope::Pod, &error)),
             }
@@ -405,15 +463,17 @@ impl Reconciler {
         state.problems.extend(node::shared_ports(&self.config, local_ports));
         state.problems.extend(node::too_small(&self.config, self.room, &ways));
         state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni_order::instead_of_ours(dir)));
-        self.state = Some(state);
+        self.host_problems = Some(state.problems);
         self.report.want(Duration::ZERO);
         Ok(failures)
     }
 
     /// True if there are changes that may be applied. The few moments of an upgrade are waited for: flows that are forgotten
-    /// must not come back from an earlier table. An upgrade that a broken hook holds up is not.
+    /// must not come back from an earlier table. An upgrade that a broken hook holds up is not. The first look at the host is
+    /// waited for, too: without it no node has a way.
     fn can_apply(&self) -> bool {
-        let waits = self.is_upgrading() && !self.network.has_failed();
+        let is_first_look = self.look.is_some() && self.host_problems.is_none();
+        let waits = is_first_look || (self.is_upgrading() && !self.network.has_failed());
         let is_open = Gate::ALL.into_iter().any(|gate| self.index.is_open(gate));
         self.maps.deadline().is_some() && self.datapath.is_some() && is_open && !waits
     }
@@ -429,7 +489,7 @@ impl Reconciler {
         // The first look swaps the hooks, the second finds pods that came while it did.
         for _ in 0..2 {
             ensure!(!is_late.load(Ordering::Relaxed), "no time is left");
-            let failures = self.repair_network()?;
+            let failures = self.repair_at_once()?;
             let is_in_the_way = |it: &Failure| it.scope != Scope::Peer;
             ensure!(!failures.iter().any(is_in_the_way), "{}", failure::texts(&failures));
         }
@@ -473,7 +533,7 @@ impl Reconciler {
         if let Some(Datapath { planner, .. }) = &self.datapath {
             now.extend(planner.problems(&self.index).iter().map(ToString::to_string));
         }
-        now.extend(self.state.iter().flat_map(|state| state.problems.iter().cloned()));
+        now.extend(self.host_problems.iter().flatten().cloned());
         self.health.set_problems(self.of_this_node());
         self.count_unserved();
         for problem in now.difference(&self.problems) {
@@ -503,7 +563,7 @@ impl Reconciler {
     /// What of all that only this node can report, and what failed for a part of it.
     fn of_this_node(&self) -> BTreeSet<String> {
         let objects = self.index.problems_of_this_node(API_SERVER);
-        let state = self.state.iter().flat_map(|state| state.problems.iter().cloned());
+        let state = self.host_problems.iter().flatten().cloned();
         let partial = self.network.failures().iter().filter(|it| it.scope != Scope::Node);
         let partial = partial.chain(self.files_of_command().into_iter().flat_map(Job::failures));
         objects.iter().map(ToString::to_string).chain(state).chain(partial.map(ToString::to_string)).collect()
@@ -569,7 +629,7 @@ impl Reconciler {
         if let Some(failure) = [&self.load, &self.network, &self.maps].into_iter().find_map(Job::node_failure) {
             return Some(NotReady::Failed(failure));
         }
-        if self.datapath.is_none() || self.state.is_none() {
+        if self.datapath.is_none() || self.host_problems.is_none() {
             return starting("the programs are not loaded");
         }
         if self.is_upgrading() {

@@ -97,11 +97,6 @@ impl Repairer {
         &mut self.socket
     }
 
-    /// Looks at the host.
-    pub fn observe(&mut self) -> Result<Host> {
-        Host::observe(&mut self.socket)
-    }
-
     /// Prepares the overlay device and the sysctls of this host.
     pub fn prepare(&mut self, host: Host, wanted: &Wanted<'_>) -> Result<State> {
         let uplinks = self.uplinks(&host, wanted);
@@ -198,8 +193,10 @@ impl Repairer {
         };
         let desired = facts.desired(&state.host.links);
         state.problems.extend(desired.problems.iter().cloned());
-        // A new overlay device takes its predecessor's routes along: look again.
-        let routes = route::list(&mut self.socket);
+        // A new overlay device takes its predecessor's routes along, and sysctls those of a family: look again.
+        let is_as_observed = state.changed.is_empty() && state.failures.is_empty();
+        let observed = is_as_observed.then(|| Ok(std::mem::take(&mut state.host.routes)));
+        let routes = observed.unwrap_or_else(|| route::list(&mut self.socket));
         let neighbours = neighbour::list(&mut self.socket);
         let (routes, neighbours) = match (routes, neighbours) {
             (Ok(routes), Ok(neighbours)) => (routes, neighbours),

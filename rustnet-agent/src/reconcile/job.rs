@@ -16,6 +16,8 @@ pub struct Job {
     due: Option<Instant>,
     wait: Duration,
     failures: Vec<Failure>,
+    /// It is being done; `due` is what was wanted since it began.
+    is_running: bool,
 }
 
 impl Job {
@@ -26,17 +28,22 @@ impl Job {
 
     /// A job that waits to be wanted.
     pub const fn idle(name: &'static str) -> Self {
-        Self { name, due: None, wait: BACK_OFF.0, failures: Vec::new() }
+        Self { name, due: None, wait: BACK_OFF.0, failures: Vec::new(), is_running: false }
     }
 
-    /// When it is due; `None`: when it is wanted.
+    /// When it is due; `None`: when it is wanted, or not before [`Self::finish`].
     pub fn deadline(&self) -> Option<Instant> {
-        self.due
+        self.due.filter(|_| !self.is_running)
     }
 
     /// True if its time has come.
     pub fn is_due(&self) -> bool {
-        self.due.is_some_and(|due| due <= Instant::now())
+        self.deadline().is_some_and(|due| due <= Instant::now())
+    }
+
+    /// Begins a job that goes on while the loop does others. Wanted meanwhile, it is done once more.
+    pub fn begin(&mut self) {
+        (self.due, self.is_running) = (None, true);
     }
 
     /// Wants it done after `gap` at the latest.
@@ -61,13 +68,17 @@ impl Job {
             tracing::info!("{}: resolved: {failure}", self.name);
         }
         self.failures = failures;
-        if self.failures.is_empty() {
-            (self.due, self.wait) = (next, BACK_OFF.0);
+        let wanted = self.due.filter(|_| self.is_running);
+        self.is_running = false;
+        let retry = if self.failures.is_empty() {
+            self.wait = BACK_OFF.0;
+            None
         } else {
             let retry = Instant::now() + self.wait;
             self.wait = (self.wait * 2).min(BACK_OFF.1);
-            self.due = Some(next.map_or(retry, |next| next.min(retry)));
-        }
+            Some(retry)
+        };
+        self.due = [wanted, next, retry].into_iter().flatten().min();
     }
 
     /// What failed the last time.
@@ -127,6 +138,20 @@ mod tests {
         job.finish(Vec::new(), None);
         job.want_unless_failed();
         assert!(job.is_due());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_wanted_while_it_runs_is_done_once_more() {
+        let mut job = Job::due("test");
+        job.begin();
+        assert_eq!((job.deadline(), job.is_due()), (None, false));
+        job.want(Duration::ZERO);
+        assert_eq!((job.deadline(), job.is_due()), (None, false), "not twice at a time");
+        job.finish(Vec::new(), Some(Instant::now() + BACK_OFF.1));
+        assert!(job.is_due());
+        job.begin();
+        job.finish(Vec::new(), None);
+        assert_eq!(job.deadline(), None);
     }
 
     #[test]

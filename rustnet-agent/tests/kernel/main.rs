@@ -10,6 +10,7 @@ mod doctor;
 mod kube_proxy;
 mod load;
 mod log;
+mod look;
 mod net;
 mod odd_hosts;
 mod plan;

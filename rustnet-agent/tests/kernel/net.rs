@@ -6,6 +6,7 @@ use std::path::Path;
 use rustnet_agent::config::Routing;
 use rustnet_agent::failure::Scope;
 use rustnet_agent::model::{Node, ObjectName};
+use rustnet_agent::net::host::Host;
 use rustnet_agent::net::link;
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::overlay::{self, Change, Ensured, Spec, mac_of};
@@ -44,7 +45,7 @@ fn repairer(sandbox: &Sandbox) -> Repairer {
 /// Both halves, as if the programs had been attached in between.
 fn run(sandbox: &Sandbox, wanted: &Wanted<'_>) -> State {
     let mut repairer = repairer(sandbox);
-    let host = repairer.observe().unwrap();
+    let host = Host::observe(repairer.socket()).unwrap();
     let mut state = repairer.prepare(host, wanted).unwrap();
     repairer.connect(&mut state, wanted, true);
     state
@@ -60,7 +61,7 @@ fn overlay_settings() -> Overlay {
 
 /// The ways that follow from the host as it is.
 fn ways(sandbox: &Sandbox, routing: Routing, nodes: &[Node]) -> Ways {
-    let host = repairer(sandbox).observe().unwrap();
+    let host = Host::observe(repairer(sandbox).socket()).unwrap();
     Ways::new(&Settings::new("n1", routing), nodes.iter(), &host.facts())
 }
 
@@ -135,7 +136,7 @@ fn the_overlay_device_is_down_until_its_packets_are_verified() {
         let is_up = || ip("link show rn_vxlan").contains(",UP");
         let mut repairer = repairer(sandbox);
         let mut look = |is_verified| {
-            let host = repairer.observe().unwrap();
+            let host = Host::observe(repairer.socket()).unwrap();
             let mut state = repairer.prepare(host, &wanted).unwrap();
             assert!(state.overlay.is_some());
             repairer.connect(&mut state, &wanted, is_verified);
@@ -312,7 +313,7 @@ fn uplinks_of_before_count_while_there_are_none() {
             let ways = ways(sandbox, Routing::Native, &[own()]);
             let wanted =
                 Wanted { ways: &ways, overlay: None, own_pod_cidrs: &[], service_cidrs: &[], is_complete: true };
-            let host = repairer.observe().unwrap();
+            let host = Host::observe(repairer.socket()).unwrap();
             let state = repairer.prepare(host, &wanted).unwrap();
             state.uplinks.iter().map(|it| it.name.clone()).collect::<Vec<_>>()
         };
