@@ -8,7 +8,7 @@ use rustnet_agent::bpf::pin;
 use rustnet_agent::bpf::sys::{self, Layout};
 use rustnet_common::names::v1;
 
-use crate::reconcile::{Agent, block_on, node, synced, web};
+use crate::agent::{Agent, block_on, make_two_nodes, web};
 use crate::sandbox::{self, Sandbox, ip, names, uplink};
 
 /// Everything on this host that could be left over.
@@ -32,15 +32,10 @@ fn cleanup_leaves_nothing_of_ours_and_all_of_others() {
         fs::write(net_d.join("10-other.conflist"), "{}").unwrap();
         ip("route add 10.9.0.0/16 via 192.0.2.9");
         let before = host();
-        ip("link add rnv1 type veth peer name pod");
-        ip("link set rnv1 up");
-        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        sandbox.add_pod("rnv1", "10.1.1.5");
         block_on(async {
-            let agent = Agent::start(sandbox.config(&[&format!("--cni-conf-dir={}", net_d.display())]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
-            agent.send(web(2)).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let config = sandbox.config(&[&format!("--cni-conf-dir={}", net_d.display())]);
+            let agent = Agent::start_ready(config, make_two_nodes().into_iter().chain(web(2))).await;
             let out = sandbox.rustnetctl("cleanup --yes");
             assert_eq!(out.status.code(), Some(1));
             assert!(String::from_utf8_lossy(&out.stderr).contains("stop it first"));

@@ -12,8 +12,8 @@ use rustnet_agent::net::tc;
 use rustnet_agent::source::{Event, Kind, Object};
 use serde_json::Value;
 
-use crate::reconcile::{Agent, block_on, node, synced, wait_until, web};
-use crate::sandbox::{self, Sandbox, ip, uplink};
+use crate::agent::{Agent, block_on, make_own_node, make_two_nodes, wait_until, web};
+use crate::sandbox::{self, Sandbox, add_pod_veth, ip, uplink};
 
 fn json(sandbox: &Sandbox, args: &str) -> Value {
     let out = sandbox.rustnetctl(&format!("-o json {args}"));
@@ -32,16 +32,10 @@ fn text(sandbox: &Sandbox, args: &str) -> String {
 fn every_command_tells_what_the_maps_hold() {
     sandbox::run(|sandbox| {
         uplink();
-        ip("link add rnv1 type veth peer name pod");
-        ip("link set rnv1 up");
-        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        sandbox.add_pod("rnv1", "10.1.1.5");
         sandbox.limit(serde_json::json!({ "ingress": { "rate": 1_500_000, "burst": 1_048_576 } }));
         block_on(async {
-            let agent = Agent::start(sandbox.config(&[]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
-            agent.send(web(2)).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(sandbox.config(&[]), make_two_nodes().into_iter().chain(web(2))).await;
             let is_named = || json(sandbox, "services")[0]["service"].is_string();
             wait_until("the names are written", is_named).await;
             tell(sandbox);
@@ -96,17 +90,10 @@ fn tell(sandbox: &Sandbox) {
 fn a_pods_name_comes_from_the_source_where_the_runtime_passed_none() {
     sandbox::run(|sandbox| {
         uplink();
-        for veth in ["rnv1", "rnv2"] {
-            ip(&format!("link add {veth} type veth peer name pod-{veth}"));
-            ip(&format!("link set {veth} up"));
-        }
-        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
-        sandbox.nameless_record("fedcba9876543210", "rnv2", sandbox::ifindex("rnv2"), "10.1.1.6");
+        sandbox.add_pod("rnv1", "10.1.1.5");
+        sandbox.nameless_record("fedcba9876543210", "rnv2", add_pod_veth("rnv2"), "10.1.1.6");
         block_on(async {
-            let agent = Agent::start(sandbox.config(&[]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(sandbox.config(&[]), [make_own_node()]).await;
             let names = || {
                 let rows = json(sandbox, "endpoints");
                 rows.as_array().unwrap().iter().map(|row| row["pod"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
@@ -125,16 +112,10 @@ fn a_pods_name_comes_from_the_source_where_the_runtime_passed_none() {
 fn a_pod_without_its_classifiers_is_a_degraded_node() {
     sandbox::run(|sandbox| {
         uplink();
-        ip("link add rnv1 type veth peer name pod");
-        ip("link set rnv1 up");
-        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        sandbox.add_pod("rnv1", "10.1.1.5");
         block_on(async {
             // Without its probes' address the agent may be absent: a warning, and what is asked here is the kernel.
-            let agent = Agent::start(sandbox.config(&[]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
-            agent.stop().await;
+            Agent::start_ready(sandbox.config(&[]), [make_own_node()]).await.stop().await;
         });
         let check = || {
             let status = json(sandbox, "status");
@@ -180,10 +161,7 @@ fn a_drop_is_printed_as_it_happens() {
     sandbox::run(|sandbox| {
         uplink();
         block_on(async {
-            let agent = Agent::start(sandbox.config(&["--flow-events=true"]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(sandbox.config(&["--flow-events=true"]), [make_own_node()]).await;
             // An IPv4 header that promises more than there is.
             let program = sys::obj_get(&load::program_path(&sandbox.bpffs, "from_pod")).unwrap();
             let frame = [&[2; 12][..], &[8, 0, 0x45, 0, 0, 99], &[0; 16]].concat();
@@ -203,10 +181,7 @@ fn a_second_monitor_is_refused_with_the_pid_of_the_first() {
     sandbox::run(|sandbox| {
         uplink();
         block_on(async {
-            let agent = Agent::start(sandbox.config(&[]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(sandbox.config(&[]), [make_own_node()]).await;
             let mut first = sandbox.spawn_rustnetctl("monitor");
             let who = format!("process {} reads the events", first.id());
             let refused = || {

@@ -10,8 +10,8 @@ use rustnet_agent::model::Service;
 use rustnet_agent::source::{Event, Object};
 use serde_json::Value;
 
-use crate::reconcile::{Agent, block_on, node, synced, wait_until, web};
-use crate::sandbox::{self, Sandbox, ip, uplink};
+use crate::agent::{Agent, block_on, make_two_nodes, wait_until, web};
+use crate::sandbox::{self, Sandbox, ip, run_program, uplink};
 
 /// The flags of an agent of this sandbox, and the sandbox made ready for it.
 fn settings(sandbox: &Sandbox) -> String {
@@ -47,6 +47,13 @@ fn nodes(sandbox: &Sandbox) {
     fs::write(sandbox.dir.join("manifests/nodes.yaml"), text).unwrap();
 }
 
+/// Makes a host of two Nodes, on which an agent could start; returns the arguments that check it.
+fn prepare_host(sandbox: &Sandbox) -> String {
+    uplink();
+    nodes(sandbox);
+    settings(sandbox)
+}
+
 /// Everything that is not well: group, check, status, detail, hint.
 fn wrong(sandbox: &Sandbox, args: &str) -> Vec<[String; 5]> {
     let out = sandbox.rustnetctl(&format!("-o json {args}"));
@@ -69,6 +76,10 @@ fn wrong(sandbox: &Sandbox, args: &str) -> Vec<[String; 5]> {
     wrong
 }
 
+fn assert_well(sandbox: &Sandbox, args: &str, why: &str) {
+    assert_eq!(wrong(sandbox, args), Vec::<[String; 5]>::new(), "{why}");
+}
+
 /// One fault makes one finding.
 fn only(sandbox: &Sandbox, args: &str, want: [&str; 5]) {
     let wrong = wrong(sandbox, args);
@@ -81,20 +92,16 @@ fn only(sandbox: &Sandbox, args: &str, want: [&str; 5]) {
 #[test]
 fn a_good_host_is_well_before_the_agent_and_while_it_runs() {
     sandbox::run(|sandbox| {
-        uplink();
-        nodes(sandbox);
-        let args = settings(sandbox);
-        assert_eq!(wrong(sandbox, &format!("{args} --pre")), Vec::<[String; 5]>::new());
+        let args = prepare_host(sandbox);
+        assert_well(sandbox, &format!("{args} --pre"), "no agent has started");
         let text = String::from_utf8(sandbox.rustnetctl(&format!("{args} --pre")).stdout).unwrap();
         assert!(text.starts_with("Configuration\n  ✓ settings ") && !text.contains('\x1b'), "{text}");
         assert!(text.ends_with(" checks, 0 warnings, 0 crosses\n"), "{text}");
         // While an agent runs, no settings are needed: the agent has stored its own.
         block_on(async {
             let net_d = sandbox.dir.join("net.d");
-            let agent = Agent::start(sandbox.config(&[&format!("--cni-conf-dir={}", net_d.display())]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let config = sandbox.config(&[&format!("--cni-conf-dir={}", net_d.display())]);
+            let agent = Agent::start_ready(config, make_two_nodes()).await;
             // The test's agent serves no probes, and this machine's cgroup directory may be of version 1.
             let known = |it: &[String; 5]| it[3].contains("serves no probes") || it[1] == "cgroup v2";
             let found = wrong(sandbox, "doctor");
@@ -122,11 +129,7 @@ fn packets_that_leave_elsewhere_are_named() {
         ip("addr add 172.17.0.1/16 dev docker0");
         nodes(sandbox);
         block_on(async {
-            let agent = Agent::start(sandbox.config(&[]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
-            agent.send(web(2)).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(sandbox.config(&[]), make_two_nodes().into_iter().chain(web(2))).await;
             wait_until("services have names", || sandbox.run_dir.join("services.json").exists()).await;
             ip("route add default via 192.0.2.254 table 100");
             let pods = ["pods of other nodes", "n2 (10.1.2.1)", "ip rule"];
@@ -166,9 +169,7 @@ fn sticky() -> Event {
 #[test]
 fn one_fault_at_a_time_of_ports_and_networks() {
     sandbox::run(|sandbox| {
-        uplink();
-        nodes(sandbox);
-        let pre = format!("{} --pre", settings(sandbox));
+        let pre = format!("{} --pre", prepare_host(sandbox));
         let me = std::env::current_exe().unwrap().file_name().unwrap().to_string_lossy().into_owned();
 
         let taken = TcpListener::bind("127.0.0.1:9879").unwrap();
@@ -199,11 +200,11 @@ fn one_fault_at_a_time_of_ports_and_networks() {
 
         ip("rule add fwmark 0x40000/0xff0000 table 52");
         ip("-6 rule add not fwmark 51820 table 51820");
-        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "rules for other bits");
+        assert_well(sandbox, &pre, "rules for other bits");
         ip("-6 rule add fwmark 0x1052 table 52 priority 77");
         only(sandbox, &pre, ["Packet mark", "packet mark", "warning", "ip rule 77 (fwmark 0x1052", "--packet-mark"]);
         let other = format!("{pre} --packet-mark 0x2a000000/0xff000000");
-        assert_eq!(wrong(sandbox, &other), Vec::<[String; 5]>::new());
+        assert_well(sandbox, &other, "the rule is for other bits");
         ip("link add calia type veth peer name other");
         only(sandbox, &other, ["Packet mark", "packet mark", "warning", "Calico", "--packet-mark"]);
         ip("link del calia");
@@ -218,16 +219,14 @@ fn one_fault_at_a_time_of_ports_and_networks() {
         only(sandbox, &pre, ["MTU", "ways", "warning", "n2 (192.0.2.2) 1400", "--mtu 1350"]);
         ip("route del 192.0.2.2 dev eth0");
         only(sandbox, &format!("{pre} --mtu 1500"), ["MTU", "pods", "warning", "does not fit", "set mtu"]);
-        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "every fault was undone");
+        assert_well(sandbox, &pre, "every fault was undone");
     });
 }
 
 #[test]
 fn one_fault_at_a_time_of_file_systems_and_settings() {
     sandbox::run(|sandbox| {
-        uplink();
-        nodes(sandbox);
-        let args = settings(sandbox);
+        let args = prepare_host(sandbox);
         let pre = format!("{args} --pre");
 
         let other = pre.replace(&sandbox.bpffs.display().to_string(), &sandbox.dir.join("net.d").display().to_string());
@@ -261,7 +260,7 @@ fn one_fault_at_a_time_of_file_systems_and_settings() {
 
         // What the agent wants to set and cannot; what it can set is well.
         fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
-        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
+        assert_well(sandbox, &pre, "the agent can set it");
         let sysctls = Path::new("/proc/sys/net");
         fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
         fs::write("/proc/sys/net/ipv6/conf/eth0/accept_ra", "2").unwrap();
@@ -270,18 +269,16 @@ fn one_fault_at_a_time_of_file_systems_and_settings() {
         umount(sysctls).unwrap();
         let absent = format!("{pre} --sysctl-dir /nonexistent");
         only(sandbox, &absent, ["Host settings", "sysctl directory", "bad", "does not exist", "--sysctl-dir"]);
-        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "every fault was undone");
+        assert_well(sandbox, &pre, "every fault was undone");
     });
 }
 
 #[test]
 fn leftovers_of_kube_proxy_are_named_until_they_are_gone() {
     sandbox::run(|sandbox| {
-        uplink();
-        nodes(sandbox);
-        let pre = format!("{} --pre", settings(sandbox));
+        let pre = format!("{} --pre", prepare_host(sandbox));
         for args in ["add table ip6 kube-proxy", "add table ip nat", "add chain ip nat KUBE-SERVICES"] {
-            assert!(sandbox::command("nft", args).status.success(), "{args}");
+            run_program("nft", args);
         }
         let want =
             ["kube-proxy", "leftovers", "warning", "table ip6 kube-proxy, chain ip nat KUBE-SERVICES", "--dry-run"];
@@ -290,7 +287,7 @@ fn leftovers_of_kube_proxy_are_named_until_they_are_gone() {
         only(sandbox, &pre, want);
         drop(running);
         assert!(sandbox.rustnetctl("cleanup --kube-proxy --yes").status.success());
-        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
+        assert_well(sandbox, &pre, "nothing is left");
     });
 }
 
@@ -298,14 +295,9 @@ fn leftovers_of_kube_proxy_are_named_until_they_are_gone() {
 #[test]
 fn a_firewall_that_drops_the_overlay_is_named() {
     sandbox::run(|sandbox| {
-        uplink();
-        nodes(sandbox);
-        let pre = format!("{} --pre", settings(sandbox));
-        let nft = |args: &str| {
-            let out = sandbox::command("nft", args);
-            assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
-        };
-        let well = |why: &str| assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "{why}");
+        let pre = format!("{} --pre", prepare_host(sandbox));
+        let nft = |args: &str| run_program("nft", args);
+        let well = |why: &str| assert_well(sandbox, &pre, why);
         let drops = ["Firewall", "overlay", "warning", "chain inet t in drops UDP 8472", "udp dport 8472 accept"];
 
         nft("add table inet t");
@@ -350,10 +342,7 @@ fn a_firewall_that_drops_the_overlay_is_named() {
         well("a zone lets it in");
         nft("delete table inet t");
 
-        let iptables = |args: &str| {
-            let out = sandbox::command("iptables-nft", args);
-            assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
-        };
+        let iptables = |args: &str| run_program("iptables-nft", args);
         iptables("-P INPUT DROP");
         iptables("-N ufw-before-input");
         iptables("-A INPUT -j ufw-before-input");
@@ -374,14 +363,9 @@ fn a_firewall_that_drops_the_overlay_is_named() {
 #[test]
 fn a_firewall_of_the_older_iptables_is_read_too() {
     sandbox::run(|sandbox| {
-        uplink();
-        nodes(sandbox);
-        let pre = format!("{} --pre", settings(sandbox));
-        let iptables = |args: &str| {
-            let out = sandbox::command("iptables-legacy", args);
-            assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
-        };
-        let well = |why: &str| assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new(), "{why}");
+        let pre = format!("{} --pre", prepare_host(sandbox));
+        let iptables = |args: &str| run_program("iptables-legacy", args);
+        let well = |why: &str| assert_well(sandbox, &pre, why);
         let drops =
             ["Firewall", "overlay", "warning", "(iptables-legacy) INPUT drops UDP 8472", "iptables-legacy -I INPUT"];
         let first = sandbox::command("iptables-legacy", "-N mine");
@@ -415,31 +399,27 @@ fn a_firewall_of_the_older_iptables_is_read_too() {
 #[test]
 fn a_strict_check_of_reverse_paths_is_named() {
     sandbox::run(|sandbox| {
-        uplink();
-        nodes(sandbox);
-        let pre = format!("{} --pre", settings(sandbox));
-        let nft = |args: &str| assert!(sandbox::command("nft", args).status.success(), "{args}");
+        let pre = format!("{} --pre", prepare_host(sandbox));
+        let nft = |args: &str| run_program("nft", args);
         nft("add table inet t");
         nft("add chain inet t p { type filter hook prerouting priority -310 ; }");
         nft("add chain inet t sub");
         nft("add rule inet t p jump sub");
-        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
+        assert_well(sandbox, &pre, "the chain is empty");
         for rule in ["fib saddr . mark . iif oif missing drop", "fib saddr . iif oif missing log counter drop"] {
             nft(&format!("add rule inet t sub {rule}"));
             only(sandbox, &pre, ["Firewall", "reverse path", "warning", "chain inet t p", "checkReversePath"]);
             nft("flush chain inet t sub");
         }
         nft("add rule inet t sub fib daddr . iif type != local counter");
-        assert_eq!(wrong(sandbox, &pre), Vec::<[String; 5]>::new());
+        assert_well(sandbox, &pre, "the rule drops nothing");
     });
 }
 
 #[test]
 fn without_rights_the_capabilities_are_named() {
     sandbox::run(|sandbox| {
-        uplink();
-        nodes(sandbox);
-        let pre = settings(sandbox);
+        let pre = prepare_host(sandbox);
         let command = env!("CARGO_BIN_EXE_rustnetctl");
         let run_dir = sandbox.run_dir.display();
         let out = sandbox::command(

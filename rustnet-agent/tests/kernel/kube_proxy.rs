@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Output;
 
-use crate::sandbox::{self, Sandbox, command, ip};
+use crate::sandbox::{self, Sandbox, command, ip, run_program};
 
 /// Others' rules, in the tables and chains that kube-proxy uses too: the kubelet's, kube-router's, people's.
 const OTHERS: &str = "
@@ -86,8 +86,7 @@ table ip6 kube-proxy {
 fn load(sandbox: &Sandbox, rules: &str) {
     let file = sandbox.dir.join("rules.nft");
     std::fs::write(&file, rules).unwrap();
-    let out = command("nft", &format!("-f {}", file.display()));
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    run_program("nft", &format!("-f {}", file.display()));
 }
 
 fn ruleset() -> String {
@@ -181,11 +180,9 @@ fn chains_of_the_older_iptables_are_found_and_left_to_its_own_tool() {
         }
         assert!(out.status.success(), "{}", said(&out));
         for args in ["-t nat -A OUTPUT -j KUBE-SERVICES", "-N KUBE-FIREWALL"] {
-            let out = command("iptables-legacy", args);
-            assert!(out.status.success(), "{}", said(&out));
+            run_program("iptables-legacy", args);
         }
-        let out = command("ip6tables-legacy", "-N KUBE-FORWARD");
-        assert!(out.status.success(), "{}", said(&out));
+        run_program("ip6tables-legacy", "-N KUBE-FORWARD");
         let done = sandbox.rustnetctl("cleanup --kube-proxy --yes");
         assert_eq!(done.status.code(), Some(1), "{}", said(&done));
         let lines = said(&done);

@@ -4,7 +4,7 @@ use std::sync::mpsc;
 
 use rustnet_agent::bpf::store::services;
 
-use crate::reconcile::{Agent, node, synced, wait_until, web};
+use crate::agent::{Agent, make_two_nodes, wait_until, web};
 use crate::sandbox::{self, ip, uplink};
 
 /// Backends that the service of [`web`] gets, one after the other. To write them all takes longer than the loop waits before a look.
@@ -18,10 +18,7 @@ fn events_are_applied_while_a_look_is_under_way() {
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = runtime.enable_all().max_blocking_threads(1).build().unwrap();
         runtime.block_on(async {
-            let agent = Agent::start(sandbox.config(&[]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(sandbox.config(&[]), make_two_nodes()).await;
 
             // The only thread for looks is taken.
             let (release, held) = mpsc::channel::<()>();

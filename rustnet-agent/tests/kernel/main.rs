@@ -2,11 +2,13 @@
 //!
 //! Needs root and the eBPF object (`cargo xtask build-ebpf`). Each test has network and mount namespaces of its own.
 
+mod agent;
 mod apparmor;
 mod attach;
 mod cleanup;
 mod cli;
 mod doctor;
+mod host;
 mod kube_proxy;
 mod load;
 mod log;
@@ -15,6 +17,7 @@ mod net;
 mod odd_hosts;
 mod plan;
 mod reconcile;
+mod repair;
 mod sandbox;
 mod store;
 mod takeover;

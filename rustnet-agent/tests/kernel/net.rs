@@ -13,7 +13,7 @@ use rustnet_agent::net::overlay::{self, Change, Ensured, Spec, mac_of};
 use rustnet_agent::net::repair::{Overlay, Repairer, State, Wanted};
 use rustnet_agent::ways::{Settings, Ways};
 
-use crate::sandbox::{self, Sandbox, ip, uplink};
+use crate::sandbox::{self, Sandbox, add_eth1, ip, uplink};
 
 /// Where the kernel shows the settings of the reader's network namespace.
 const SYSCTLS: &str = "/proc/sys/net";
@@ -65,17 +65,22 @@ fn ways(sandbox: &Sandbox, routing: Routing, nodes: &[Node]) -> Ways {
     Ways::new(&Settings::new("n1", routing), nodes.iter(), &host.facts())
 }
 
+/// Wants the overlay and its routes, with all nodes known.
+fn want_overlay<'a>(ways: &'a Ways, own: &'a Node) -> Wanted<'a> {
+    let overlay = Some(overlay_settings());
+    Wanted { ways, overlay, own_pod_cidrs: &own.pod_cidrs, service_cidrs: &[], is_complete: true }
+}
+
+/// Wants the host's devices alone.
+fn want_no_route(ways: &Ways) -> Wanted<'_> {
+    Wanted { ways, overlay: None, own_pod_cidrs: &[], service_cidrs: &[], is_complete: true }
+}
+
 fn repair(sandbox: &Sandbox, vxlan: bool, peers: &[Node], is_complete: bool) -> State {
     let own = own();
     let nodes: Vec<_> = peers.iter().chain([&own]).cloned().collect();
     let ways = ways(sandbox, if vxlan { Routing::Vxlan } else { Routing::Native }, &nodes);
-    let wanted = Wanted {
-        ways: &ways,
-        overlay: vxlan.then(overlay_settings),
-        own_pod_cidrs: &own.pod_cidrs,
-        service_cidrs: &[],
-        is_complete,
-    };
+    let wanted = Wanted { overlay: vxlan.then(overlay_settings), is_complete, ..want_overlay(&ways, &own) };
     let state = run(sandbox, &wanted);
     assert!(state.failures.is_empty(), "{:?}", state.failures);
     state
@@ -126,13 +131,7 @@ fn the_overlay_device_is_down_until_its_packets_are_verified() {
         uplink();
         let (own, peer) = (own(), peer());
         let ways = ways(sandbox, Routing::Vxlan, &[own.clone(), peer.clone()]);
-        let wanted = Wanted {
-            ways: &ways,
-            overlay: Some(overlay_settings()),
-            own_pod_cidrs: &own.pod_cidrs,
-            service_cidrs: &[],
-            is_complete: true,
-        };
+        let wanted = want_overlay(&ways, &own);
         let is_up = || ip("link show rn_vxlan").contains(",UP");
         let mut repairer = repairer(sandbox);
         let mut look = |is_verified| {
@@ -233,13 +232,7 @@ fn a_route_in_the_place_is_named_and_left() {
         ip("route add 10.1.2.0/24 via 192.0.2.9");
         let own = own();
         let ways = ways(sandbox, Routing::Vxlan, &[own.clone(), peer()]);
-        let wanted = Wanted {
-            ways: &ways,
-            overlay: Some(overlay_settings()),
-            own_pod_cidrs: &own.pod_cidrs,
-            service_cidrs: &[],
-            is_complete: true,
-        };
+        let wanted = want_overlay(&ways, &own);
         let state = run(sandbox, &wanted);
         assert!(
             state.failures[0].message.contains("10.1.2.0/24") && state.failures[0].message.contains("another program"),
@@ -256,9 +249,7 @@ fn a_route_in_the_place_is_named_and_left() {
 fn pods_get_back_their_route_and_neighbour() {
     sandbox::run(|sandbox| {
         uplink();
-        ip("link add rnv1 type veth peer name pod");
-        ip("link set rnv1 up");
-        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        sandbox.add_pod("rnv1", "10.1.1.5");
         repair(sandbox, true, &[], true);
         assert!(ip("route show 10.1.1.5").contains("dev rnv1 "));
         let shown = ip("neigh show 10.1.1.5 dev rnv1");
@@ -291,12 +282,10 @@ fn sysctls_of_this_namespace_are_set_again() {
 #[test]
 fn without_an_uplink_pods_are_looked_after() {
     sandbox::run(|sandbox| {
-        ip("link add rnv1 type veth peer name pod");
-        ip("link set rnv1 up");
-        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.5");
+        sandbox.add_pod("rnv1", "10.1.1.5");
         let ways = ways(sandbox, Routing::Native, &[own()]);
         assert!(ways.place.uplinks.is_empty() && !ways.place.problems.is_empty());
-        let wanted = Wanted { ways: &ways, overlay: None, own_pod_cidrs: &[], service_cidrs: &[], is_complete: true };
+        let wanted = want_no_route(&ways);
         let state = run(sandbox, &wanted);
         assert!(state.problems.iter().any(|it| it.contains("no device leads to other nodes")), "{:?}", state.problems);
         assert!(ip("route show 10.1.1.5").contains("dev rnv1 "));
@@ -311,8 +300,7 @@ fn uplinks_of_before_count_while_there_are_none() {
         let mut repairer = repairer(sandbox);
         let mut look = || {
             let ways = ways(sandbox, Routing::Native, &[own()]);
-            let wanted =
-                Wanted { ways: &ways, overlay: None, own_pod_cidrs: &[], service_cidrs: &[], is_complete: true };
+            let wanted = want_no_route(&ways);
             let host = Host::observe(repairer.socket()).unwrap();
             let state = repairer.prepare(host, &wanted).unwrap();
             state.uplinks.iter().map(|it| it.name.clone()).collect::<Vec<_>>()
@@ -333,11 +321,7 @@ fn uplinks_of_before_count_while_there_are_none() {
 
 /// A device with a smaller MTU has the default route.
 fn other_way_out() {
-    ip("link add eth1 mtu 1300 type veth peer name far1");
-    for device in ["eth1", "far1"] {
-        ip(&format!("link set {device} up"));
-    }
-    ip("addr add 198.51.100.1/24 dev eth1");
+    add_eth1(1300);
     ip("route add default via 198.51.100.254");
 }
 

@@ -10,8 +10,8 @@ use rustnet_agent::net::tc;
 use rustnet_agent::source::{Event, Kind};
 use rustnet_common::names::LINKS_DIR;
 
-use crate::reconcile::{Agent, block_on, node, synced, wait_until};
-use crate::sandbox::{self, Sandbox, command, has_tcx, ip, uplink};
+use crate::agent::{Agent, block_on, make_own_node, make_two_dual_stack_nodes, make_two_nodes, node, wait_until};
+use crate::sandbox::{self, Sandbox, command, has_tcx, ip, run_program, uplink};
 
 /// An agent that finds its uplinks by itself.
 fn config(sandbox: &Sandbox) -> Config {
@@ -28,11 +28,7 @@ fn device(name: &str, address: &str) {
 
 /// Starts an agent that knows this node and another one.
 async fn ready(sandbox: &Sandbox) -> Agent {
-    let agent = Agent::start(config(sandbox));
-    agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
-    agent.send(synced()).await;
-    agent.ready().await;
-    agent
+    Agent::start_ready(config(sandbox), make_two_nodes()).await
 }
 
 /// Waits for a whole look at the network that begins after this call.
@@ -140,11 +136,7 @@ fn ipv6_that_is_off_for_new_devices_is_on_for_the_overlay() {
         uplink();
         std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
         block_on(async {
-            let agent = Agent::start(config(sandbox));
-            let ranges = [["10.1.1.0/24", "fd00:1:1::/64"], ["10.1.2.0/24", "fd00:1:2::/64"]];
-            agent.send([node("n1", "192.0.2.1", &ranges[0]), node("n2", "192.0.2.2", &ranges[1])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(config(sandbox), make_two_dual_stack_nodes()).await;
             looked().await;
             assert_well(&agent);
             assert!(ip("-6 route show fd00:1:2::/64").contains("rn_vxlan"));
@@ -166,16 +158,14 @@ fn names_that_could_not_be_written_are_written_later() {
             let agent = ready(sandbox).await;
             agent.send([Event::Synced(Kind::Pod)]).await;
             for file in &files {
-                let name = file.display().to_string();
-                let is_named = || agent.health.complaints().iter().any(|it| it.contains(&name));
-                wait_until("the failure is reported", is_named).await;
+                agent.wait_problem(&[&file.display().to_string()]).await;
             }
             assert!(agent.health.readiness().is_ok(), "no packet depends on it");
             for file in &files {
                 std::fs::remove_dir(file).unwrap();
             }
             wait_until("the files are there", || files.iter().all(|file| file.is_file())).await;
-            wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
+            agent.wait_no_problem().await;
             agent.stop().await;
         });
     });
@@ -190,11 +180,10 @@ fn an_agent_file_that_cannot_be_written_ends_no_agent() {
             let file = sandbox.run_dir.join("agent.json");
             std::fs::create_dir_all(&file).unwrap();
             let agent = ready(sandbox).await;
-            let is_named = |it: &String| it.contains("agent.json");
-            wait_until("the failure is reported", || agent.health.complaints().iter().any(is_named)).await;
+            agent.wait_problem(&["agent.json"]).await;
             std::fs::remove_dir(&file).unwrap();
             wait_until("the file is there", || file.is_file()).await;
-            wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
+            agent.wait_no_problem().await;
             agent.stop().await;
         });
     });
@@ -207,18 +196,16 @@ fn a_full_run_directory_is_reported_and_waited_for() {
         uplink();
         std::fs::create_dir_all(&sandbox.run_dir).unwrap();
         let mount = format!("-t tmpfs -o size=64k tmpfs {}", sandbox.run_dir.display());
-        assert!(command("mount", &mount).status.success());
+        run_program("mount", &mount);
         let filler = sandbox.run_dir.join("filler");
         assert!(std::fs::write(&filler, vec![1; 1 << 20]).is_err(), "it is full");
         block_on(async {
             let agent = Agent::start(config(sandbox));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
-            agent.send(synced()).await;
-            wait_until("it says why", || agent.health.readiness().is_err_and(|why| why.contains("No space left")))
-                .await;
+            agent.send_all(make_two_nodes()).await;
+            agent.wait_unready(&["No space left"]).await;
             std::fs::remove_file(&filler).unwrap();
             agent.ready().await;
-            wait_until("all is well", || agent.health.complaints().is_empty()).await;
+            agent.wait_no_problem().await;
             agent.stop().await;
         });
     });
@@ -237,8 +224,7 @@ fn an_agent_whose_locks_were_deleted_keeps_others_away() {
             }
             looked().await;
             let second = Agent::start(config(sandbox));
-            second.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
-            second.send(synced()).await;
+            second.send_all([make_own_node()]).await;
             wait_until("the second one waits, or works", || {
                 second.health.readiness().map_or_else(|why| why.contains("another agent"), |()| true)
             })
@@ -264,15 +250,12 @@ fn a_link_that_cannot_be_opened_stays_on_its_device() {
             let agent = ready(sandbox).await;
             let before = links("eth0");
             let pin = sandbox.bpffs.join(LINKS_DIR).join("uplink_in").display().to_string();
-            assert!(command("mount", &format!("--bind /dev/null {pin}")).status.success());
+            run_program("mount", &format!("--bind /dev/null {pin}"));
             ip("link set eth0 alias odd");
-            wait_until("the pin is a problem", || {
-                agent.health.readiness().is_err_and(|why| why.contains("link/uplink_in"))
-            })
-            .await;
+            agent.wait_unready(&["link/uplink_in"]).await;
             looked().await;
             assert_eq!(links("eth0"), before);
-            assert!(command("umount", &pin).status.success());
+            run_program("umount", &pin);
             agent.ready().await;
             assert_eq!(links("eth0"), before);
             agent.stop().await;
@@ -319,12 +302,8 @@ fn a_vxlan_device_on_the_same_port_is_reported_and_waited_for() {
         ip("link set flannel.1 up");
         block_on(async {
             let agent = Agent::start(config(sandbox));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"]), node("n2", "192.0.2.2", &["10.1.2.0/24"])]).await;
-            agent.send(synced()).await;
-            wait_until("the port is a problem", || {
-                agent.health.readiness().is_err_and(|why| why.contains("UDP port 8472"))
-            })
-            .await;
+            agent.send_all(make_two_nodes()).await;
+            agent.wait_unready(&["UDP port 8472"]).await;
             ip("link del flannel.1");
             agent.ready().await;
             assert_well(&agent);
@@ -416,19 +395,16 @@ fn an_uplink_that_becomes_a_port_of_a_bridge() {
 fn another_programs_qdisc_on_a_pods_interface_is_named() {
     sandbox::run(|sandbox| {
         uplink();
-        ip("link add rnv1 type veth peer name pod");
-        ip("link set rnv1 up");
-        assert!(command("tc", "qdisc add dev rnv1 ingress").status.success());
-        sandbox.record("rnv1", sandbox::ifindex("rnv1"), "10.1.1.2");
+        let pod = sandbox.add_pod("rnv1", "10.1.1.2");
+        run_program("tc", "qdisc add dev rnv1 ingress");
         block_on(async {
             let agent = ready(sandbox).await;
-            let is_named = |it: &String| it.contains("rnv1") && it.contains("ingress");
-            wait_until("the qdisc is a problem", || agent.health.complaints().iter().any(is_named)).await;
+            agent.wait_problem(&["rnv1", "ingress"]).await;
             let mut socket = Socket::open().unwrap();
-            let there = tc::filter(&mut socket, sandbox::ifindex("rnv1"), Direction::Ingress).unwrap();
+            let there = tc::filter(&mut socket, pod, Direction::Ingress).unwrap();
             assert_eq!(there.unwrap().name, "from_pod", "what the pod sends is looked at all the same");
-            assert!(command("tc", "qdisc del dev rnv1 ingress").status.success());
-            wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
+            run_program("tc", "qdisc del dev rnv1 ingress");
+            agent.wait_no_problem().await;
             agent.stop().await;
         });
     });
@@ -443,11 +419,9 @@ fn neighbours_that_a_route_alone_tells_of() {
         ip("addr add 2001:db8::1/128 dev eth0 nodad");
         ip("route add 2001:db8::/64 dev eth0 proto ra metric 100");
         block_on(async {
-            let agent = Agent::start(Config { routing: Routing::Native, ..config(sandbox) });
-            let ranges = ["fd00:1:1::/64", "fd00:1:2::/64"];
-            agent.send([node("n1", "2001:db8::1", &ranges[..1]), node("n2", "2001:db8::2", &ranges[1..])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let config = Config { routing: Routing::Native, ..config(sandbox) };
+            let nodes = [node("n1", "2001:db8::1", &["fd00:1:1::/64"]), node("n2", "2001:db8::2", &["fd00:1:2::/64"])];
+            let agent = Agent::start_ready(config, nodes).await;
             wait_until("the route is there", || ip("-6 route show fd00:1:2::/64").contains("via 2001:db8::2 dev eth0"))
                 .await;
             assert_well(&agent);
@@ -467,11 +441,7 @@ fn ipv6_that_is_turned_off_at_run_time_is_on_again_for_pods() {
         }
         sandbox.record("rnv1", sandbox::ifindex("rnv1"), "fd00:1:1::2");
         block_on(async {
-            let agent = Agent::start(config(sandbox));
-            let ranges = [["10.1.1.0/24", "fd00:1:1::/64"], ["10.1.2.0/24", "fd00:1:2::/64"]];
-            agent.send([node("n1", "192.0.2.1", &ranges[0]), node("n2", "192.0.2.2", &ranges[1])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(config(sandbox), make_two_dual_stack_nodes()).await;
             let is_reached = || {
                 command("ip", "-6 route show fd00:1:1::2").stdout.starts_with(b"fd00:1:1::2 dev rnv1")
                     && ip("-6 neigh show dev rnv1").contains("fd00:1:1::2")
@@ -494,20 +464,15 @@ fn an_mtu_that_is_too_small_for_ipv6_and_grows_again() {
     sandbox::run(|sandbox| {
         uplink();
         block_on(async {
-            let agent = Agent::start(config(sandbox));
-            let ranges = [["10.1.1.0/24", "fd00:1:1::/64"], ["10.1.2.0/24", "fd00:1:2::/64"]];
-            agent.send([node("n1", "192.0.2.1", &ranges[0]), node("n2", "192.0.2.2", &ranges[1])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(config(sandbox), make_two_dual_stack_nodes()).await;
             let has_route = || ip("-6 route show fd00:1:2::/64").contains("rn_vxlan");
             wait_until("the route is there", has_route).await;
             ip("link set eth0 mtu 1300");
-            let is_named = |it: &String| it.contains("1250") && it.contains("IPv6") && it.contains("1280");
-            wait_until("the size is a problem", || agent.health.complaints().iter().any(is_named)).await;
+            agent.wait_problem(&["1250", "IPv6", "1280"]).await;
             assert!(agent.health.readiness().is_ok(), "IPv4 goes on");
             ip("link set eth0 mtu 1500");
             wait_until("the route is back", has_route).await;
-            wait_until("it is resolved", || agent.health.complaints().is_empty()).await;
+            agent.wait_no_problem().await;
             agent.stop().await;
         });
     });

@@ -41,8 +41,13 @@ pub fn run(test: impl FnOnce(&Sandbox) + Send + 'static) {
 
 /// Runs `ip` in this thread's namespace; must succeed.
 pub fn ip(args: &str) -> String {
-    let out = command("ip", args);
-    assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+    run_program("ip", args)
+}
+
+/// Runs a program with arguments split at spaces, which must succeed; returns its output.
+pub fn run_program(program: &str, args: &str) -> String {
+    let out = command(program, args);
+    assert!(out.status.success(), "{program} {args}: {}", String::from_utf8_lossy(&out.stderr));
     String::from_utf8(out.stdout).expect("text")
 }
 
@@ -61,6 +66,22 @@ pub fn uplink() {
     ip("addr add 192.0.2.1/24 dev eth0");
     ip("addr add 2001:db8::1/64 dev eth0 nodad");
     ip("route add default via 192.0.2.254");
+}
+
+/// Adds `eth1`, a device like the uplink, with an address of a network of its own. `mtu` is in bytes.
+pub fn add_eth1(mtu: u32) {
+    ip(&format!("link add eth1 mtu {mtu} type veth peer name far1"));
+    for dev in ["eth1", "far1"] {
+        ip(&format!("link set {dev} up"));
+    }
+    ip("addr add 198.51.100.1/24 dev eth1");
+}
+
+/// Adds a pod's interface, of which the pod's end stays down. Returns its index.
+pub fn add_pod_veth(name: &str) -> u32 {
+    ip(&format!("link add {name} type veth peer name pod-{name}"));
+    ip(&format!("link set {name} up"));
+    ifindex(name)
 }
 
 /// Whether this kernel has TCX. Before 6.6 devices get filters on a clsact qdisc instead.
@@ -82,6 +103,22 @@ pub fn on_hook(bpffs: &Path, program: &str, device: &str, direction: Direction) 
         return infos.find(|info| info.ifindex == index).map(|info| (info.id, info.prog_id));
     }
     Some((index, tc::filter(&mut socket, index, direction).expect("a list of filters")?.prog_id))
+}
+
+/// The links and the programs, as [`on_hook`] returns them, of the four hooks that each agent with an
+/// overlay has.
+pub fn link_ids(sandbox: &Sandbox) -> Vec<(u32, u32)> {
+    use Direction::{Egress, Ingress};
+    let hooks = [
+        ("uplink_in", "eth0", Ingress),
+        ("uplink_out", "eth0", Egress),
+        ("overlay_in", "rn_vxlan", Ingress),
+        ("overlay_out", "rn_vxlan", Egress),
+    ];
+    let there = |(program, device, direction): (&str, &str, Direction)| {
+        on_hook(&sandbox.bpffs, program, device, direction).unwrap_or_else(|| panic!("{program} hangs on nothing"))
+    };
+    hooks.map(there).to_vec()
 }
 
 /// Index of an interface of this thread's namespace.
@@ -124,6 +161,13 @@ impl Sandbox {
             args.push("--uplink=eth0".into());
         }
         Config::load(args, &|_| None).expect("a configuration")
+    }
+
+    /// Adds a pod's interface with its record. Returns the interface's index.
+    pub fn add_pod(&self, veth: &str, address: &str) -> u32 {
+        let ifindex = add_pod_veth(veth);
+        self.record(veth, ifindex, address);
+        ifindex
     }
 
     /// Writes a record such as the CNI binary leaves.

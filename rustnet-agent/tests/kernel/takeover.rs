@@ -7,7 +7,7 @@ use std::path::Path;
 use rustnet_agent::bpf::store::services;
 use rustnet_agent::reconcile::presence::{self, is_served};
 
-use crate::reconcile::{Agent, block_on, node, synced, wait_until, web};
+use crate::agent::{Agent, block_on, make_own_node, wait_until, web};
 use crate::sandbox::{self, uplink};
 
 #[test]
@@ -16,20 +16,11 @@ fn the_next_agent_writes_only_once_the_first_has_ended() {
         uplink();
         block_on(async {
             let count = || services(&sandbox.bpffs).unwrap().values().map(|entry| entry.count).max();
-            let first = Agent::start(sandbox.config(&[]));
-            first.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
-            first.send(web(2)).await;
-            first.send(synced()).await;
-            first.ready().await;
+            let first = Agent::start_ready(sandbox.config(&[]), [make_own_node()].into_iter().chain(web(2))).await;
             let next = Agent::start(sandbox.config(&[]));
-            next.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
-            next.send(web(5)).await;
-            next.send(synced()).await;
+            next.send_all([make_own_node()].into_iter().chain(web(5))).await;
             let why = format!("another agent (pid {}", std::process::id());
-            wait_until("the next one says what it waits for", || {
-                next.health.readiness().is_err_and(|it| it.contains(&why))
-            })
-            .await;
+            next.wait_unready(&[&why]).await;
             first.send(web(3)).await;
             wait_until("the first one goes on", || count() == Some(3)).await;
             assert!(next.health.liveness().is_ok());
@@ -41,7 +32,7 @@ fn the_next_agent_writes_only_once_the_first_has_ended() {
             let first = Agent::start(sandbox.config(&[]));
             wait_until("it serves", || is_served(&sandbox.run_dir)).await;
             let next = Agent::start(sandbox.config(&[]));
-            wait_until("the next one waits", || next.health.readiness().is_err_and(|it| it.contains(&why))).await;
+            next.wait_unready(&[&why]).await;
             next.stop().await;
             first.stop().await;
         });
@@ -81,10 +72,7 @@ fn no_other_user_keeps_the_agent_from_starting() {
         });
         is_locked.recv().unwrap();
         block_on(async {
-            let agent = Agent::start(sandbox.config(&[]));
-            agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])]).await;
-            agent.send(synced()).await;
-            agent.ready().await;
+            let agent = Agent::start_ready(sandbox.config(&[]), [make_own_node()]).await;
             for name in [".", presence::LOCK, presence::WRITER_LOCK, presence::FILE, "node.json"] {
                 let mode = std::fs::metadata(sandbox.run_dir.join(name)).unwrap().permissions().mode();
                 assert_eq!(mode & 0o077, 0, "{name} is open to other users");

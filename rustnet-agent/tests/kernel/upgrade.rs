@@ -20,8 +20,8 @@ use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
 
+use crate::agent::{Agent, block_on, make_own_node, wait_until, web};
 use crate::load::{load, map_id, prog_id, spoilt};
-use crate::reconcile::{Agent, block_on, node, synced, wait_until, web};
 use crate::sandbox::{self, Sandbox, names, uplink};
 
 type Connections = Map<Tuple<Ip4>, CtEntry<Ip4>>;
@@ -251,10 +251,7 @@ async fn agents_with_other_sizes(sandbox: &Sandbox) {
     let sizes = [["512", "2048"], ["1024", "4096"], ["256", "1024"], ["256", "2048"]];
     for [services_size, backends] in sizes {
         let args = [&*format!("--service-entries={services_size}"), &format!("--backend-entries={backends}")];
-        let agent = Agent::start(sandbox.config(&args));
-        agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])].into_iter().chain(web(3))).await;
-        agent.send(synced()).await;
-        agent.ready().await;
+        let agent = Agent::start_ready(sandbox.config(&args), [make_own_node()].into_iter().chain(web(3))).await;
         assert_eq!(max_entries(sandbox, map::SVC4).to_string(), services_size);
         assert_eq!(max_entries(sandbox, map::BACKENDS).to_string(), backends);
         assert_eq!(services(&sandbox.bpffs).unwrap().len(), 2, "the port and the wildcard");
@@ -269,17 +266,11 @@ fn services_follow_their_events_while_an_upgrade_is_held_up() {
     sandbox::run(|sandbox| {
         uplink();
         block_on(async {
-            let own = || [node("n1", "192.0.2.1", &["10.1.1.0/24"])];
-            let agent = Agent::start(sandbox.config(&["--service-entries=512"]));
-            agent.send(own()).await;
-            agent.send(synced()).await;
-            agent.ready().await;
-            agent.stop().await;
+            Agent::start_ready(sandbox.config(&["--service-entries=512"]), [make_own_node()]).await.stop().await;
             let odd = sandbox.bpffs.join(LINKS_DIR).join("odd");
             std::fs::create_dir(&odd).unwrap();
             let next = Agent::start(sandbox.config(&["--service-entries=1024"]));
-            next.send(own().into_iter().chain(web(3))).await;
-            next.send(synced()).await;
+            next.send_all([make_own_node()].into_iter().chain(web(3))).await;
             let is_served = || services(&sandbox.bpffs).is_ok_and(|all| all.len() == 2);
             wait_until("the service is there", is_served).await;
             assert!(next.health.readiness().is_err(), "the upgrade is not over");
@@ -452,10 +443,7 @@ fn an_agent_follows_one_of_v1_and_leaves_the_node_to_one() {
         v1_node(sandbox);
         block_on(async {
             for _ in 0..2 {
-                let agent = Agent::start(sandbox.config(&[]));
-                agent.send([node("n1", "192.0.2.1", &["10.1.1.0/24"])].into_iter().chain(web(1))).await;
-                agent.send(synced()).await;
-                agent.ready().await;
+                let agent = Agent::start_ready(sandbox.config(&[]), [make_own_node()].into_iter().chain(web(1))).await;
                 assert_tidy(sandbox);
                 agent.stop().await;
                 let services: Map<SvcKey<Ip4>, v1::SvcEntry> = Map::open(&sandbox.bpffs, v1::map::SVC4).unwrap();

@@ -14,7 +14,7 @@ use rustnet_agent::net::monitor::Monitor;
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::route::{self, Hop, PROTOCOL, Route, Target};
 
-use crate::sandbox::{self, ip, uplink};
+use crate::sandbox::{self, add_eth1, ip, uplink};
 
 /// Carries out many lines of `ip`.
 fn batch(family: &str, lines: &str) {
@@ -70,11 +70,7 @@ fn no_route_is_missing_from_a_list_while_others_come_and_go() {
 fn a_default_route_over_two_devices_has_both() {
     sandbox::run(|_| {
         uplink();
-        ip("link add eth1 type veth peer name far1");
-        for dev in ["eth1", "far1"] {
-            ip(&format!("link set {dev} up"));
-        }
-        ip("addr add 198.51.100.1/24 dev eth1");
+        add_eth1(1500);
         ip("route del default");
         ip("route add default metric 50 nexthop via 192.0.2.254 dev eth0 nexthop via inet6 fe80::254 dev eth1");
         ip("-6 route add default nexthop via 2001:db8::254 dev eth0 nexthop via fe80::254 dev eth1");
