@@ -1,10 +1,10 @@
 //! Pods with a limited bandwidth: whatever is for them goes by the host's end of their veth, where the queue is, at every
 //! hook; nothing changes for all other pods.
 
-use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
+use crate::flows::{ALL, PORT, Proto, SERVED, answer_of_b, as_from_b, from_a, from_b, from_host, from_outside, later};
 use crate::frame::Frame;
-use crate::harness::{Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, SNAT, labs, source_of_mac};
-use anyhow::{Context, Result, ensure};
+use crate::harness::{Flow, Lab, MAC_A, MAC_B, Net, POD_A, POD_B, SNAT, each, labs, source_of_mac};
+use anyhow::{Result, ensure};
 use rustnet_common::conntrack::VIA_QDISC;
 use rustnet_common::drop::DropReason;
 use rustnet_common::endpoint::flags;
@@ -17,10 +17,6 @@ fn limited(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
     })
 }
 
-fn each(protocols: &[Proto], mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
-    protocols.iter().try_for_each(|proto| test(*proto).with_context(|| format!("{proto:?}")))
-}
-
 #[test]
 fn from_the_same_node() -> Result<()> {
     limited(|lab, net| {
@@ -29,7 +25,7 @@ fn from_the_same_node() -> Result<()> {
             lab.pod_sends(&ask)?.by_the_queue(&ask.hop())?;
             ensure!(lab.half(Flow::of(&ask))?.out == POD_B | VIA_QDISC, "{:#x}", lab.half(Flow::of(&ask))?.out);
             // The other way there is no queue.
-            let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+            let answer = as_from_b(&ask.reply());
             lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
             ensure!(lab.half(Flow::of(&answer))?.out == POD_A);
             let more = later(&ask);
@@ -73,7 +69,7 @@ fn by_services_masquerade_and_hairpin() -> Result<()> {
             let hairpin = from_b(net, proto, (net.vip(1), 80));
             let arrives = hairpin.hop().between((net.node(), PORT), (net.b(), 8080));
             lab.pod_sends(&hairpin)?.by_the_queue(&arrives)?;
-            let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
+            let answer = answer_of_b(&arrives);
             let back = answer.hop().between((net.vip(1), 80), (net.b(), PORT));
             lab.pod_sends(&answer)?.by_the_queue(&back)?;
 
@@ -108,7 +104,7 @@ fn an_established_flow_learns_of_it() -> Result<()> {
     labs(|lab, net| {
         let ask = from_a(net, Proto::Udp, (net.b(), 80));
         lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
-        let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+        let answer = as_from_b(&ask.reply());
         lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
         ensure!(lab.half(Flow::of(&ask))?.source == source_of_mac(MAC_A));
         lab.put_endpoint_with(net.b(), POD_B, MAC_B, flags::VIA_QDISC)?;

@@ -1,11 +1,11 @@
 //! Hosts with several devices: masquerade takes the address of the device that a packet leaves by, and its answers find back.
 
-use crate::flows::{ALL, PORT, Proto, from_a, from_outside};
+use crate::errors::error;
+use crate::flows::{ALL, PORT, Proto, as_from_a, from_a, from_outside};
 use crate::frame::{Frame, L4};
 use crate::harness::{
-    BOTH, Flow, Lab, MAC_A, Net, OVERLAY, POD_A, POD_B, REDIRECT, SIDE, SNAT, STACK, UPLINK, lab, lab_apart, labs,
+    BOTH, Flow, Lab, MAC_A, Net, OVERLAY, POD_A, POD_B, REDIRECT, SIDE, SNAT, STACK, UPLINK, each, lab, lab_apart, labs,
 };
-use crate::icmp;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::{DropReason, hook};
@@ -13,14 +13,6 @@ use rustnet_common::peer;
 use std::net::IpAddr;
 use testkit::datapath::Input;
 use testkit::wait;
-
-fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
-    ALL.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
-}
-
-fn port_of(proto: Proto, port: u16) -> u16 {
-    if proto == Proto::Echo { 0 } else { port }
-}
 
 /// The uplink has an address other than the node's, as where the node's is on another device.
 fn outside(net: Net) -> IpAddr {
@@ -38,8 +30,8 @@ fn put_devices(lab: &Lab, net: Net) -> Result<()> {
 fn packets_to_the_world_get_the_address_of_their_device() -> Result<()> {
     labs(|lab, net| {
         put_devices(lab, net)?;
-        each(|proto| {
-            let to = (net.world(), port_of(proto, 443));
+        each(&ALL, |proto| {
+            let to = (net.world(), proto.port(443));
             let ask = from_a(net, proto, to);
             let leaves = ask.hop().between((outside(net), PORT), to);
             lab.pod_sends(&ask)?.onto_wire(&leaves)?;
@@ -68,8 +60,8 @@ fn a_device_without_addresses_leaves_the_nodes() -> Result<()> {
 fn a_machine_on_a_bridge_answers() -> Result<()> {
     labs(|lab, net| {
         put_devices(lab, net)?;
-        each(|proto| {
-            let to = (net.machine(), port_of(proto, 8000));
+        each(&ALL, |proto| {
+            let to = (net.machine(), proto.port(8000));
             let ask = from_a(net, proto, to);
             let leaves = ask.hop().between((net.side(), PORT), to);
             lab.pod_sends(&ask)?.onto_wire(&leaves)?;
@@ -104,7 +96,7 @@ fn an_error_about_a_packet_to_a_machine() -> Result<()> {
         let leaves = ask.hop().between((net.side(), PORT), (net.machine(), 8000));
         lab.pod_sends(&ask)?.onto_wire(&leaves)?;
         let kind = if net == Net::V4 { (3, 3, 0) } else { (1, 4, 0) };
-        let shot = lab.side_in(&icmp::error(&leaves, net.machine(), kind, 64))?;
+        let shot = lab.side_in(&error(&leaves, net.machine(), kind, 64))?;
         ensure!(shot.verdict == REDIRECT, "{shot:?}");
         Ok(())
     })
@@ -150,8 +142,8 @@ fn answers_to_a_flow_that_nothing_translates_are_the_stacks() -> Result<()> {
     labs(|lab, net| {
         put_devices(lab, net)?;
         lab.put_peer(net.machine(), None, peer::flags::NO_MASQ, None)?;
-        each(|proto| {
-            let ask = from_a(net, proto, (net.machine(), port_of(proto, 8000)));
+        each(&ALL, |proto| {
+            let ask = from_a(net, proto, (net.machine(), proto.port(8000)));
             lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
             let answer = ask.hop().reply();
             lab.side_in(&answer)?.to_stack(&answer)
@@ -232,8 +224,7 @@ fn errors_about_what_the_stack_forwarded_go_to_the_stack() -> Result<()> {
             });
             let comes = comes.between((client, PORT), (net.a(), 8080));
             lab.to_pod(POD_A, &comes)?.to_stack(&comes)?;
-            let error =
-                icmp::error(&comes, net.a(), kind, 64).map(|f| (f.smac, f.dmac) = (MAC_A, crate::harness::MAC_HOST));
+            let error = as_from_a(&error(&comes, net.a(), kind, 64));
             lab.pod_sends(&error)?.to_stack(&error).with_context(|| format!("to {client}"))?;
         }
         Ok(())
@@ -342,17 +333,17 @@ fn an_error_of_a_machine_about_no_flow() -> Result<()> {
         };
         for about in [net.machine(), net.b(), net.world()] {
             let never_sent = from_a(net, Proto::Udp, (about, 8000));
-            forwarded(&icmp::error(&never_sent, net.machine(), kind, 64))?
+            forwarded(&error(&never_sent, net.machine(), kind, 64))?
                 .dropped(DropReason::IcmpUnrelated)
                 .with_context(|| format!("about a packet to {about}"))?;
         }
         // One about what the pod answered, and the host's own about whatever the host saw.
         let comes = from_outside(Proto::Udp, (net.machine(), 8000), (net.a(), PORT));
         lab.to_pod(POD_A, &comes.map(|f| (f.smac, f.dmac) = (crate::harness::MAC_HOST, MAC_A)))?;
-        let f = icmp::error(&comes.reply(), net.machine(), kind, 64);
+        let f = error(&comes.reply(), net.machine(), kind, 64);
         ensure!(forwarded(&f)?.verdict == STACK, "an error about an answer");
         let never_tracked = from_a(net, Proto::Udp, (net.unreachable(), 8000));
-        let f = icmp::error(&never_tracked, net.node(), kind, 64);
+        let f = error(&never_tracked, net.node(), kind, 64);
         let f = f.map(|f| (f.smac, f.dmac) = (crate::harness::MAC_HOST, MAC_A));
         lab.to_pod(POD_A, &f)?.to_stack(&f)
     })
@@ -365,13 +356,13 @@ fn a_pods_address_is_not_forwarded_from_elsewhere() -> Result<()> {
     labs(|lab, net| {
         put_devices(lab, net)?;
         let comes = |proto, src: IpAddr| {
-            from_outside(proto, (src, port_of(proto, 8000)), (net.a(), PORT))
+            from_outside(proto, (src, proto.port(8000)), (net.a(), PORT))
                 .map(|f| (f.smac, f.dmac) = (crate::harness::MAC_HOST, MAC_A))
         };
         let forwarded = |came_by, f: &Frame| {
             lab.raw(hook::TO_POD, &Input { frame: &f.bytes(), ifindex: POD_A, came_by, ..Input::default() })
         };
-        each(|proto| {
+        each(&ALL, |proto| {
             for (src, own) in [(net.b(), POD_B), (net.far(), OVERLAY)] {
                 let f = comes(proto, src);
                 for elsewhere in [SIDE, UPLINK, POD_A] {

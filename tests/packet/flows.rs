@@ -29,6 +29,11 @@ impl Proto {
         }
     }
 
+    /// A port of the protocol: echo has none.
+    pub fn port(self, port: u16) -> u16 {
+        if self == Self::Echo { 0 } else { port }
+    }
+
     fn l4(self, sport: u16, dport: u16) -> L4 {
         match self {
             Self::Tcp => L4::Tcp { sport, dport, seq: 1000, ack: 0, flags: SYN, window: 64_240 },
@@ -63,6 +68,10 @@ pub fn frame(proto: Proto, macs: ([u8; 6], [u8; 6]), src: (IpAddr, u16), dst: (I
 
 /// Client port of most tests.
 pub const PORT: u16 = 40_001;
+/// Port of most services.
+pub const VIP_PORT: u16 = 80;
+/// Port of their backends.
+pub const TARGET: u16 = 8080;
 
 /// Pod A sends.
 pub fn from_a(net: Net, proto: Proto, dst: (IpAddr, u16)) -> Frame {
@@ -82,6 +91,31 @@ pub fn from_outside(proto: Proto, src: (IpAddr, u16), dst: (IpAddr, u16)) -> Fra
 /// This node's stack sends.
 pub fn from_host(net: Net, proto: Proto, dst: (IpAddr, u16)) -> Frame {
     frame(proto, (MAC_HOST, MAC_OUT), (net.node(), PORT), dst)
+}
+
+/// The same packet, as pod A's interface sends it.
+pub fn as_from_a(f: &Frame) -> Frame {
+    f.map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST))
+}
+
+/// The same packet, as pod B's interface sends it.
+pub fn as_from_b(f: &Frame) -> Frame {
+    f.map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST))
+}
+
+/// Pod B answers what has arrived there.
+pub fn answer_of_b(arrived: &Frame) -> Frame {
+    as_from_b(&arrived.reply()).map(|f| f.ttl = 64)
+}
+
+/// What pod A's packet to a service arrives as at a backend.
+pub fn at_backend(net: Net, f: &Frame, backend: IpAddr) -> Frame {
+    f.hop().between((net.a(), PORT), (backend, TARGET))
+}
+
+/// What a backend's answer arrives as in pod A, which asked the `n`th virtual address.
+pub fn at_client(net: Net, f: &Frame, n: u8) -> Frame {
+    f.hop().between((net.vip(n), VIP_PORT), (net.a(), PORT))
 }
 
 /// As it goes on after the handshake: for TCP, an acknowledging segment with data.

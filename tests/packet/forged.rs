@@ -8,8 +8,8 @@ mod unread;
 mod uplink;
 
 use crate::frame::Frame;
-use crate::harness::{Lab, Net, OVERLAY, SHOT, Shot};
-use anyhow::{Context, Result, bail, ensure};
+use crate::harness::{Lab, Net, OVERLAY, SHOT, Shot, each};
+use anyhow::{Result, bail, ensure};
 use rustnet_common::drop::{DropReason, hook};
 use std::net::IpAddr;
 use testkit::datapath::Input;
@@ -47,9 +47,4 @@ pub fn ports_of(net: Net, frame: &[u8]) -> Result<(u16, u16)> {
 fn passed(shot: &Shot) -> Result<()> {
     ensure!(shot.verdict != SHOT, "dropped: {:?}", shot.counted);
     Ok(())
-}
-
-/// Runs a check for each of several things, and names the one that fails.
-fn each<T: std::fmt::Debug + Copy>(list: &[T], mut check: impl FnMut(T) -> Result<()>) -> Result<()> {
-    list.iter().try_for_each(|item| check(*item).with_context(|| format!("{item:?}")))
 }

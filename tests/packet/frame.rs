@@ -131,6 +131,12 @@ impl Frame {
         self.map(|f| f.ttl -= 1)
     }
 
+    /// A copy whose IP packet has this length.
+    pub fn with_length(&self, total: usize) -> Self {
+        let header = self.ip_bytes().len() - self.payload.len();
+        self.map(|f| f.payload = vec![0x5a; total - header])
+    }
+
     /// A copy with something changed.
     pub fn map(&self, change: impl FnOnce(&mut Self)) -> Self {
         let mut new = self.clone();

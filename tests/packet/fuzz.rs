@@ -4,10 +4,10 @@
 mod model;
 mod packet;
 
-use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_b, from_outside};
+use crate::flows::{ALL, PORT, Proto, SERVED, as_from_a, as_from_b, from_a, from_b, from_outside};
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
 use crate::harness::{
-    BOTH, Lab, MAC_A, MAC_B, MAC_HOST, MAC_OUT, Net, OVERLAY, POD_A, POD_B, REDIRECT, UPLINK, VNI, lab,
+    BOTH, Lab, MAC_A, MAC_B, MAC_HOST, MAC_OUT, Net, OVERLAY, POD_A, POD_B, REDIRECT, UPLINK, VNI, lab, parse_addresses,
 };
 use crate::malformed::{Random, mutate};
 use anyhow::{Context, Result, ensure};
@@ -90,22 +90,20 @@ impl Maker {
             net.ip([10, 244, 2, 21], "fd00:244:0:2::21"),
             net.ip([10, 244, 3, 31], "fd00:244:0:3::31"),
         ];
-        let strange: Vec<IpAddr> = match net {
-            Net::V4 => [
-                [127, 0, 0, 1],
-                [0, 0, 0, 0],
-                [0, 1, 2, 3],
-                [224, 0, 0, 1],
-                [239, 1, 1, 1],
-                [255, 255, 255, 255],
-                [240, 1, 2, 3],
-                [169, 254, 1, 1],
-                [172, 18, 0, 255],
-                [10, 99, 99, 99],
-            ]
-            .map(IpAddr::from)
-            .to_vec(),
-            Net::V6 => [
+        let strange = parse_addresses(match net {
+            Net::V4 => &[
+                "127.0.0.1",
+                "0.0.0.0",
+                "0.1.2.3",
+                "224.0.0.1",
+                "239.1.1.1",
+                "255.255.255.255",
+                "240.1.2.3",
+                "169.254.1.1",
+                "172.18.0.255",
+                "10.99.99.99",
+            ],
+            Net::V6 => &[
                 "::",
                 "::1",
                 "ff02::1",
@@ -117,11 +115,8 @@ impl Maker {
                 "::ffff:192.0.2.10",
                 "fd00:99::99",
                 "::ac12:c",
-            ]
-            .iter()
-            .flat_map(|text| text.parse())
-            .collect(),
-        };
+            ],
+        });
         if self.one_in(5) { self.pick(&strange) } else { self.pick(&honest) }
     }
 
@@ -142,8 +137,8 @@ impl Maker {
         let near =
             |ip: IpAddr| ip == net.far() || ip == net.node2() || ip == net.ip([10, 244, 2, 21], "fd00:244:0:2::21");
         match f.src {
-            src if src == net.a() => (hook::FROM_POD, f.map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST))),
-            src if src == net.b() => (hook::FROM_POD, f.map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST))),
+            src if src == net.a() => (hook::FROM_POD, as_from_a(f)),
+            src if src == net.b() => (hook::FROM_POD, as_from_b(f)),
             src if near(src) => (hook::OVERLAY_IN, f.map(|f| (f.smac, f.dmac) = (MAC_OUT, MAC_HOST))),
             _ => (hook::UPLINK_IN, f.map(|f| (f.smac, f.dmac) = (MAC_OUT, MAC_HOST))),
         }

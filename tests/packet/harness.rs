@@ -82,6 +82,11 @@ pub fn labs(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> 
     })
 }
 
+/// Runs a check for each of several things, and names the one that fails.
+pub fn each<T: std::fmt::Debug + Copy>(list: &[T], mut check: impl FnMut(T) -> Result<()>) -> Result<()> {
+    list.iter().try_for_each(|item| check(*item).with_context(|| format!("{item:?}")))
+}
+
 /// The connection tables of a family: TCP, then all other protocols.
 fn tables<A: Address>() -> [&'static str; 2] {
     if A::IS_V6 { [map::CT6_TCP, map::CT6_ANY] } else { [map::CT4_TCP, map::CT4_ANY] }

@@ -1,16 +1,15 @@
 //! What may stand between the Ethernet header and the ports: tags, options, extension headers, fragments.
 
-use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
+use crate::errors::port_unreachable;
+use crate::flows::{
+    PORT, Proto, SERVED, answer_of_b, at_backend, at_client, from_a, from_b, from_host, from_outside, later,
+};
 use crate::frame::{Frame, L4};
-use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, POD_A, UPLINK, labs};
-use crate::services::port_unreachable;
+use crate::harness::{Flow, Lab, MAC_B, Net, POD_A, UPLINK, each, labs};
+use crate::services::exchange;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::{DropReason, hook};
 use testkit::datapath::Input;
-
-fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
-    SERVED.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
-}
 
 /// A service on pod B, for all protocols.
 fn serve(lab: &Lab, net: Net) -> Result<()> {
@@ -19,15 +18,13 @@ fn serve(lab: &Lab, net: Net) -> Result<()> {
 
 /// What `f`, sent to the service, arrives as.
 fn arrived(net: Net, f: &Frame) -> Frame {
-    f.hop().between((net.a(), PORT), (net.b(), 8080))
+    at_backend(net, f, net.b())
 }
 
 /// Sends a packet with some decoration to the service, and the decorated answer back.
 fn there_and_back(lab: &Lab, net: Net, proto: Proto, decorate: impl Fn(&mut Frame)) -> Result<()> {
     let ask = from_a(net, proto, (net.vip(1), 80)).map(&decorate);
-    lab.pod_sends(&ask)?.to_the_pod(&arrived(net, &ask))?;
-    let answer = arrived(net, &ask).reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-    lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.vip(1), 80), (net.a(), PORT)))?;
+    exchange(lab, net, &ask)?;
     let more = later(&ask);
     lab.pod_sends(&more)?.to_the_pod(&arrived(net, &more))
 }
@@ -64,7 +61,8 @@ fn ipv4_options_of_every_length() -> Result<()> {
                 let len = f.options.len();
                 f.options[..3].copy_from_slice(&[7, len as u8 - 1, 4]);
             };
-            each(|proto| there_and_back(lab, net, proto, options)).with_context(|| format!("{words} words"))?;
+            each(&SERVED, |proto| there_and_back(lab, net, proto, options))
+                .with_context(|| format!("{words} words"))?;
             for proto in [Proto::Udp, Proto::Sctp] {
                 let f = from_a(net, proto, (net.vip(1), 81)).map(options);
                 lab.pod_sends(&f)?
@@ -115,7 +113,7 @@ fn ipv6_extension_headers() -> Result<()> {
         for chain in chains {
             for words in [0, 1, 3] {
                 let decorate = |f: &mut Frame| f.extensions = chain.iter().map(|k| extension(*k, words)).collect();
-                each(|proto| there_and_back(lab, net, proto, decorate))
+                each(&SERVED, |proto| there_and_back(lab, net, proto, decorate))
                     .with_context(|| format!("{chain:?}, {words}"))?;
             }
             let f = from_a(net, Proto::Udp, (net.vip(1), 81)).map(|f| {
@@ -170,8 +168,8 @@ fn fragments_follow_their_first() -> Result<()> {
             }
         }
         // The answer is long, too.
-        let answer = arrives.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-        let back = answer.hop().between((net.vip(1), 80), (net.a(), PORT));
+        let answer = answer_of_b(&arrives);
+        let back = at_client(net, &answer, 1);
         for (f, want) in answer.pieces(7, &[1440]).iter().zip(back.pieces(7, &[1440])) {
             lab.pod_sends(f)?.to_the_pod(&want)?;
         }
@@ -334,7 +332,7 @@ fn what_is_not_ip() -> Result<()> {
 fn padding_is_carried_along() -> Result<()> {
     labs(|lab, net| {
         serve(lab, net)?;
-        each(|proto| {
+        each(&SERVED, |proto| {
             there_and_back(lab, net, proto, |f| {
                 f.payload.truncate(1);
                 f.padding = 17;

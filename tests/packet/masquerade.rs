@@ -2,25 +2,17 @@
 
 use crate::flows::{ALL, PORT, Proto, from_a, from_b, from_outside, later};
 use crate::frame::Frame;
-use crate::harness::{Flow, SNAT, labs};
+use crate::harness::{Flow, SNAT, each, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::{flags, state};
 use rustnet_common::drop::DropReason;
 use rustnet_common::peer;
 
-fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
-    ALL.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
-}
-
-fn port_of(proto: Proto, port: u16) -> u16 {
-    if proto == Proto::Echo { 0 } else { port }
-}
-
 #[test]
 fn there_and_back() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
-            let to = (net.world(), port_of(proto, 443));
+        each(&ALL, |proto| {
+            let to = (net.world(), proto.port(443));
             let ask = from_a(net, proto, to);
             let leaves = ask.hop().between((net.node(), PORT), to);
             lab.pod_sends(&ask)?.onto_wire(&leaves)?;
@@ -42,8 +34,8 @@ fn there_and_back() -> Result<()> {
 #[test]
 fn the_client_port_is_kept_where_it_may_be() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
-            let to = (net.world(), port_of(proto, 443));
+        each(&ALL, |proto| {
+            let to = (net.world(), proto.port(443));
             for port in [*SNAT.start(), *SNAT.end(), *SNAT.start() - 1, *SNAT.end() + 1, 1, 65_535] {
                 let ask = from_a(net, proto, to).map(|f| f.set_ports(port, to.1));
                 let shot = lab.pod_sends(&ask)?;
@@ -65,8 +57,8 @@ fn the_client_port_is_kept_where_it_may_be() -> Result<()> {
 #[test]
 fn pods_do_not_get_each_others_answers() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
-            let to = (net.world(), port_of(proto, 443));
+        each(&ALL, |proto| {
+            let to = (net.world(), proto.port(443));
             let (a, b) = (from_a(net, proto, to), from_b(net, proto, to));
             lab.pod_sends(&a)?.onto_wire(&a.hop().between((net.node(), PORT), to))?;
             let shot = lab.pod_sends(&b)?;
@@ -114,7 +106,7 @@ fn the_range_exhausted_and_reclaimed() -> Result<()> {
         lab.pod_sends(&third)?.dropped(DropReason::NatNoMapping)?;
         ensure!(lab.connections(net)?.len() == 4, "a refused flow is tracked");
         // One that ended is soon reused.
-        let reset = crate::services::reset(&flows[0].hop().map(|f| f.src = net.node()));
+        let reset = crate::errors::reset(&flows[0].hop().map(|f| f.src = net.node()));
         lab.uplink_in(&reset)?.to_the_pod(&reset.hop().map(|f| f.dst = net.a()))?;
         lab.pod_sends(&third)?.onto_wire(&third.hop().between((net.node(), 30_000), to))?;
         Ok(())
@@ -183,7 +175,7 @@ fn ranges_that_are_not_to_be_masqueraded() -> Result<()> {
 #[test]
 fn the_nodes_own_traffic_is_left_alone() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             let f = from_outside(proto, (net.world(), PORT), (net.node(), 22));
             lab.uplink_in(&f)?.to_stack(&f)?;
             let f = crate::flows::from_host(net, proto, (net.world(), 443));

@@ -1,20 +1,15 @@
 //! Pods among themselves: every protocol, every way there is, both directions.
 
-use crate::flows::{ALL, Proto, from_a, from_b, from_outside, later};
-use crate::harness::{Flow, Half, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, labs, source_of_mac};
-use anyhow::{Context, Result, ensure};
+use crate::flows::{ALL, Proto, as_from_b, from_a, from_b, from_outside, later};
+use crate::harness::{Flow, Half, MAC_A, MAC_B, Net, POD_A, POD_B, each, labs, source_of_mac};
+use anyhow::{Result, ensure};
 use rustnet_common::conntrack::{SOURCE_NONE, flags, state};
 use rustnet_common::drop::DropReason;
-
-/// Protocols, and a name for the failure's text.
-fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
-    ALL.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
-}
 
 #[test]
 fn same_node() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             let ask = from_a(net, proto, (net.b(), 80));
             let key = Flow::of(&ask);
             lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
@@ -45,7 +40,7 @@ fn same_node() -> Result<()> {
             ensure!(lab.half(key)? == there, "{:?}", lab.half(key)?);
             ensure!(lab.half(key.reversed())? == back, "{:?}", lab.half(key.reversed())?);
 
-            let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+            let answer = as_from_b(&ask.reply());
             lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
             there.state = state::ANSWERED;
             (back.state, back.source) = (state::ANSWERED, source_of_mac(MAC_B));
@@ -74,7 +69,7 @@ fn same_node() -> Result<()> {
 #[test]
 fn through_the_overlay() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             let ask = from_a(net, proto, (net.far(), 80));
             lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
             let answer = ask.reply();
@@ -88,7 +83,7 @@ fn through_the_overlay() -> Result<()> {
 #[test]
 fn by_the_kernels_routes() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             let ask = from_a(net, proto, (net.routed(), 80));
             lab.pod_sends(&ask)?.onto_wire(&ask.hop())?;
             let answer = ask.reply();
@@ -102,15 +97,15 @@ fn by_the_kernels_routes() -> Result<()> {
 #[test]
 fn another_nodes_pod_asks() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             let ask = from_outside(proto, (net.far(), 1234), (net.b(), 80));
             lab.overlay_in(net.node2(), &ask)?.to_the_pod(&ask.hop())?;
-            let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+            let answer = as_from_b(&ask.reply());
             lab.pod_sends(&answer)?.onto_wire(&answer.hop())?;
 
             let ask = from_outside(proto, (net.routed(), 1234), (net.b(), 80));
             lab.uplink_in(&ask)?.to_the_pod(&ask.hop())?;
-            let answer = ask.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+            let answer = as_from_b(&ask.reply());
             lab.pod_sends(&answer)?.onto_wire(&answer.hop())
         })
     })
@@ -119,7 +114,7 @@ fn another_nodes_pod_asks() -> Result<()> {
 #[test]
 fn to_the_host_and_back() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             // The stack takes the packet: its hop limit stays.
             let ask = from_a(net, proto, (net.node(), 80));
             lab.pod_sends(&ask)?.to_stack(&ask)?;
@@ -132,7 +127,7 @@ fn to_the_host_and_back() -> Result<()> {
             let probe = crate::flows::from_host(net, proto, (net.b(), 8080));
             lab.to_pod(POD_B, &probe)?.to_stack(&probe)?;
             ensure!(lab.half(Flow::of(&probe))?.flags & flags::FROM_HOST != 0, "not known as the host's");
-            let answer = probe.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+            let answer = as_from_b(&probe.reply());
             lab.pod_sends(&answer)?.to_stack(&answer)
         })
     })

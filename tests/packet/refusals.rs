@@ -1,21 +1,19 @@
 //! Who may send what from where: sources, tunnels, doors.
 
-use crate::flows::{ALL, PORT, Proto, from_a, from_host, from_outside, later};
+use crate::flows::{ALL, PORT, Proto, as_from_b, from_a, from_b, from_host, from_outside, later};
 use crate::frame::Frame;
-use crate::harness::{Flow, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, labs};
+use crate::harness::{
+    Flow, MAC_A, MAC_B, MAC_HOST, Net, OVERLAY, POD_A, POD_B, REDIRECT, SHOT, STACK, UPLINK, each, labs,
+};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config::mark::DEFAULT as MARK_PROCESSED;
 use rustnet_common::drop::{DropReason, hook};
 use testkit::datapath::Input;
 
-fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
-    ALL.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
-}
-
 #[test]
 fn a_pod_with_another_ones_address_or_mac() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             let good = from_a(net, proto, (net.b(), 80));
             for src in [net.b(), net.far(), net.node(), net.node2(), net.world(), net.vip(1), net.nobody()] {
                 let f = good.map(|f| f.src = src);
@@ -38,7 +36,7 @@ fn a_pod_with_another_ones_address_or_mac() -> Result<()> {
 #[test]
 fn a_known_flow_claimed_by_another_pod() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             let good = from_a(net, proto, (net.b(), 80));
             lab.pod_sends(&good)?.to_the_pod(&good.hop())?;
             let before = lab.half(Flow::of(&good))?;
@@ -85,7 +83,7 @@ fn a_flow_ends_with_its_pod() -> Result<()> {
 #[test]
 fn own_addresses_from_outside() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             for src in [net.a(), net.nobody(), net.node()] {
                 let f = from_outside(proto, (src, 1), (net.b(), 80));
                 lab.uplink_in(&f)?.dropped(DropReason::Spoofed).with_context(|| format!("as {src}"))?;
@@ -99,7 +97,7 @@ fn own_addresses_from_outside() -> Result<()> {
 #[test]
 fn a_tunnel_from_the_wrong_node() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             let node3 = net.ip([172, 18, 0, 13], "fd00:18::13");
             let f = from_outside(proto, (net.far(), PORT), (net.b(), 80));
             for remote in [node3, net.node(), net.world()] {
@@ -138,7 +136,7 @@ fn a_tunnel_over_the_other_family() -> Result<()> {
         let f = from_outside(Proto::Tcp, (net.far(), PORT), (net.b(), 80));
         lab.overlay_in(net.node2(), &f)?.dropped(DropReason::UnknownSender)?;
         lab.overlay_in(other.node2(), &f)?.to_the_pod(&f.hop())?;
-        let answer = f.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+        let answer = as_from_b(&f.reply());
         lab.pod_sends(&answer)?.onto_wire(&answer.hop())
     })
 }
@@ -148,7 +146,7 @@ fn a_tunnel_over_the_other_family() -> Result<()> {
 fn no_tunnel_at_all() -> Result<()> {
     labs(|lab, net| {
         let bytes = from_outside(Proto::Udp, (net.far(), 1), (net.b(), 80)).bytes();
-        let input = Input { frame: &bytes, ifindex: crate::harness::OVERLAY, ..Input::default() };
+        let input = Input { frame: &bytes, ifindex: OVERLAY, ..Input::default() };
         lab.raw(hook::OVERLAY_IN, &input)?.dropped(DropReason::UnknownSender)
     })
 }
@@ -217,9 +215,9 @@ fn what_an_earlier_hook_has_done_is_let_through() -> Result<()> {
         let foreign_bits = 0x4000;
         for (code, ifindex, f) in [
             (hook::TO_POD, POD_A, from_host(net, Proto::Udp, (net.a(), 80))),
-            (hook::UPLINK_OUT, crate::harness::UPLINK, from_host(net, Proto::Udp, (net.vip(1), 80))),
-            (hook::OVERLAY_OUT, crate::harness::OVERLAY, from_host(net, Proto::Udp, (net.far(), 80))),
-            (hook::UPLINK_IN, crate::harness::UPLINK, from_outside(Proto::Udp, (net.world(), 1), (net.vip(1), 80))),
+            (hook::UPLINK_OUT, UPLINK, from_host(net, Proto::Udp, (net.vip(1), 80))),
+            (hook::OVERLAY_OUT, OVERLAY, from_host(net, Proto::Udp, (net.far(), 80))),
+            (hook::UPLINK_IN, UPLINK, from_outside(Proto::Udp, (net.world(), 1), (net.vip(1), 80))),
         ] {
             let bytes = f.bytes();
             let input = Input { frame: &bytes, ifindex, mark: MARK_PROCESSED | foreign_bits, ..Input::default() };
@@ -227,10 +225,7 @@ fn what_an_earlier_hook_has_done_is_let_through() -> Result<()> {
             // The outer packet needs no steps at the uplink either.
             let left = if code == hook::OVERLAY_OUT { MARK_PROCESSED | foreign_bits } else { foreign_bits };
             ensure!(shot.mark == left, "mark {:#x}, not {left:#x}", shot.mark);
-            ensure!(
-                shot.verdict == crate::harness::STACK && shot.counted.is_empty() && shot.frame == bytes,
-                "{shot:?}"
-            );
+            ensure!(shot.verdict == STACK && shot.counted.is_empty() && shot.frame == bytes, "{shot:?}");
         }
         ensure!(lab.halves()? == 0);
         Ok(())
@@ -244,7 +239,7 @@ fn a_pods_mark_is_no_pass() -> Result<()> {
         let bytes = from_a(net, Proto::Udp, (net.b(), 80)).map(|f| f.src = net.world()).bytes();
         let input = Input { frame: &bytes, ifindex: POD_A, mark: MARK_PROCESSED, ..Input::default() };
         let shot = lab.raw(hook::FROM_POD, &input)?;
-        ensure!(shot.verdict == crate::harness::SHOT, "{shot:?}");
+        ensure!(shot.verdict == SHOT, "{shot:?}");
         Ok(())
     })
 }
@@ -252,7 +247,7 @@ fn a_pods_mark_is_no_pass() -> Result<()> {
 #[test]
 fn the_hosts_way_into_the_overlay() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             for dst in [net.far(), net.node2()] {
                 let f = from_host(net, proto, (dst, 80));
                 lab.overlay_out(&f)?.done_to_stack(&f)?;
@@ -270,7 +265,7 @@ fn the_hosts_way_into_the_overlay() -> Result<()> {
 #[test]
 fn another_nodes_own_address() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&ALL, |proto| {
             let f: Frame = from_a(net, proto, (net.node2(), 80));
             lab.pod_sends(&f)?.onto_wire(&f.hop())?;
             let answer = f.reply();
@@ -278,5 +273,70 @@ fn another_nodes_own_address() -> Result<()> {
             // By the uplink alone nothing shows that it is that node.
             lab.uplink_in(&answer)?.dropped(DropReason::Spoofed)
         })
+    })
+}
+
+/// Marks that others set (Calico: 0x01000000 is "seen"; kube-proxy, Cilium): no packet passes
+/// unchecked for one of them, and each comes out as it went in.
+#[test]
+fn foreign_marks_open_no_door() -> Result<()> {
+    const MARKS: [u32; 14] = [
+        0x0100_0000,
+        0x0300_0000,
+        0x0340_0000,
+        0x0500_0000,
+        0x0710_0000,
+        0x0001_0000,
+        0x0008_0000,
+        0x4000,
+        0x8000,
+        0x0200,
+        0x0a00,
+        0x0b00,
+        0x0e00,
+        0x1,
+    ];
+    labs(|lab, net| {
+        lab.serve(net.vip(1), 80, 17, 0, &[(net.far(), 8080)])?;
+        for mark in MARKS {
+            let refused = [
+                (
+                    hook::UPLINK_IN,
+                    UPLINK,
+                    from_outside(Proto::Udp, (net.world(), 1), (net.vip(1), 80)),
+                    DropReason::IsClusterIp,
+                ),
+                (
+                    hook::UPLINK_IN,
+                    UPLINK,
+                    from_outside(Proto::Udp, (net.node(), 1), (net.a(), 80)),
+                    DropReason::Spoofed,
+                ),
+                (hook::OVERLAY_OUT, OVERLAY, from_host(net, Proto::Udp, (net.world(), 80)), DropReason::NoFib),
+                (hook::FROM_POD, POD_A, from_b(net, Proto::Udp, (net.a(), 80)), DropReason::Spoofed),
+            ];
+            for (code, ifindex, f, reason) in refused {
+                let bytes = f.bytes();
+                let shot = lab.raw(code, &Input { frame: &bytes, ifindex, mark, ..Input::default() })?;
+                let place = || format!("mark {mark:#x} at {}", hook::NAMES[code as usize]);
+                ensure!(
+                    shot.verdict == SHOT && shot.counted.keys().eq([&(reason as u8, code)]),
+                    "{}: {shot:?}",
+                    place()
+                );
+            }
+            // What is the stack's keeps its mark.
+            let f = from_outside(Proto::Udp, (net.world(), 1), (net.node(), 22));
+            let bytes = f.bytes();
+            let shot = lab.raw(hook::UPLINK_IN, &Input { frame: &bytes, ifindex: UPLINK, mark, ..Input::default() })?;
+            ensure!((shot.verdict, shot.mark) == (STACK, mark), "mark {mark:#x} became {:#x}", shot.mark);
+            // What the host asks of a service is led to its backend.
+            let f = from_host(net, Proto::Udp, (net.vip(1), 80));
+            let bytes = f.bytes();
+            let shot =
+                lab.raw(hook::UPLINK_OUT, &Input { frame: &bytes, ifindex: UPLINK, mark, ..Input::default() })?;
+            ensure!(shot.verdict == REDIRECT, "mark {mark:#x}: a service's packet leaves as it is");
+        }
+        Ok(())
     })
 }

@@ -1,11 +1,12 @@
 //! What a reading of the programs by a stranger brought to light: connections that a forged segment ends, entries that disagree,
 //! fragments that lose their way, and errors in the name of others.
 
-use crate::flows::{PORT, Proto, from_a, from_b, from_outside, later};
+use crate::errors::{error, translated};
+use crate::flows::{PORT, Proto, as_from_b, at_backend, at_client, from_a, from_b, from_outside, later};
 use crate::forged::ports_of;
 use crate::frame::{ACK, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, POD_A, POD_B, REDIRECT, SHOT, labs};
-use crate::icmp::{error, translated};
+use crate::harness::{Flow, Lab, Net, POD_A, POD_B, REDIRECT, SHOT, labs};
+use crate::services::exchange;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::state;
 use rustnet_common::drop::{DropReason, hook};
@@ -240,11 +241,9 @@ fn an_evicted_entry_whose_key_was_taken() -> Result<()> {
             lab.forget()?;
             lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
             let ask = from_a(net, proto, (net.vip(1), 80));
-            let there = |f: &Frame| f.hop().between((net.a(), PORT), (net.b(), 8080));
-            let back = |f: &Frame| f.hop().between((net.vip(1), 80), (net.a(), PORT));
-            lab.pod_sends(&ask)?.to_the_pod(&there(&ask))?;
-            let answer = there(&ask).reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-            lab.pod_sends(&answer)?.to_the_pod(&back(&answer))?;
+            let there = |f: &Frame| at_backend(net, f, net.b());
+            let back = |f: &Frame| at_client(net, f, 1);
+            let answer = exchange(lab, net, &ask)?;
             lab.pod_sends(&later(&ask))?.to_the_pod(&there(&later(&ask)))?;
             lab.evict(Flow::of(&answer))?;
             let lost = later(&answer);
@@ -363,11 +362,11 @@ fn quotations_that_go_on_behind_the_packet() -> Result<()> {
     labs(|lab, net| {
         lab.serve(net.vip(1), 80, 17, 0, &[(net.b(), 8080)])?;
         let ask = from_a(net, Proto::Udp, (net.vip(1), 80));
-        let there = ask.hop().between((net.a(), PORT), (net.b(), 8080));
+        let there = at_backend(net, &ask, net.b());
         lab.pod_sends(&ask)?.to_the_pod(&there)?;
         let kind = if net == Net::V4 { (3, 3, 0) } else { (1, 4, 0) };
         let header = if net == Net::V4 { 20 } else { 40 };
-        let whole = error(&there, net.b(), kind, header + 8).map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+        let whole = as_from_b(&error(&there, net.b(), kind, header + 8));
         let bytes = whole.bytes();
         for missing in [1, 4, 8, 12, 24] {
             let short = whole.map(|f| f.payload.truncate(header + 8 - missing));

@@ -1,10 +1,11 @@
 //! What a connection survives, and what it must not: late segments, forged resets, backends and pods that are gone, other flows
 //! with the same ports. Judged by packets: where one goes, and whether a masqueraded port is free for another pod.
 
-use crate::flows::{PORT, Proto, SERVED, from_a, from_b, from_host, later};
+use crate::flows::{PORT, Proto, SERVED, TARGET, as_from_b, at_backend, at_client, from_a, from_b, from_host, later};
 use crate::forged::ports_of;
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
-use crate::harness::{Lab, MAC_B, MAC_HOST, Net, REDIRECT, SHOT, SNAT, UPLINK, labs};
+use crate::harness::{Lab, MAC_B, Net, REDIRECT, SHOT, SNAT, UPLINK, labs};
+use crate::services::exchange;
 use anyhow::{Context, Result, bail, ensure};
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer;
@@ -12,8 +13,6 @@ use rustnet_common::service::SvcEntry;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use testkit::datapath::Input;
-
-const TARGET: u16 = 8080;
 
 /// A segment with these flags, numbers and data.
 pub fn segment(f: &Frame, new_flags: u8, new_seq: u32, new_ack: u32, data: &[u8]) -> Frame {
@@ -23,6 +22,21 @@ pub fn segment(f: &Frame, new_flags: u8, new_seq: u32, new_ack: u32, data: &[u8]
         }
         f.payload = data.to_vec();
     })
+}
+
+/// First number of the side that opens a TCP connection.
+pub const OPENER: u32 = 1000;
+/// First number of the side that answers.
+pub const ANSWERER: u32 = 0xffff_fff0;
+
+/// A segment of the side that opened; `seq` and `ack` count from each side's first number.
+pub fn segment_of_opener(f: &Frame, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Frame {
+    segment(f, flags, OPENER.wrapping_add(seq), ANSWERER.wrapping_add(ack), data)
+}
+
+/// A segment of the side that answers, counted in the same way.
+pub fn segment_of_answerer(f: &Frame, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Frame {
+    segment(f, flags, ANSWERER.wrapping_add(seq), OPENER.wrapping_add(ack), data)
 }
 
 /// Lets all connections be silent for some seconds.
@@ -55,9 +69,6 @@ struct World {
 }
 
 impl World {
-    const OPENER: u32 = 1000;
-    const ANSWERER: u32 = 0xffff_fff0;
-
     fn new(lab: &Lab, net: Net) -> Result<Self> {
         lab.forget()?;
         lab.configure(|c| (c.snat_min, c.snat_max) = (30_000, 30_000))?;
@@ -69,13 +80,13 @@ impl World {
 
     /// Pod A sends; `seq` and `ack` count from each side's first number.
     fn asks(&self, lab: &Lab, net: Net, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Result<()> {
-        let f = segment(&self.ask, flags, Self::OPENER.wrapping_add(seq), Self::ANSWERER.wrapping_add(ack), data);
+        let f = segment_of_opener(&self.ask, flags, seq, ack, data);
         lab.pod_sends(&f)?.onto_wire(&f.hop().map(|f| f.src = net.node()))
     }
 
     /// The world answers, or whoever knows its ports. The segment is delivered: its receiver judges it, too.
     fn answers(&self, lab: &Lab, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Result<()> {
-        let change = |f| segment(f, flags, Self::ANSWERER.wrapping_add(seq), Self::OPENER.wrapping_add(ack), data);
+        let change = |f| segment_of_answerer(f, flags, seq, ack, data);
         lab.uplink_in(&change(&self.answer))?.to_the_pod(&change(&self.arrives))
     }
 
@@ -108,13 +119,9 @@ fn ends(lab: &Lab, net: Net, seconds: u32, over: bool) -> Result<()> {
 fn open_to_b(lab: &Lab, net: Net) -> Result<(u32, Frame, Frame)> {
     let id = lab.serve(net.vip(1), 80, 6, 0, &[(net.b(), TARGET)])?[0];
     let ask = from_a(net, Proto::Tcp, (net.vip(1), 80));
-    let there = ask.hop().between((net.a(), PORT), (net.b(), TARGET));
-    lab.pod_sends(&ask)?.to_the_pod(&there)?;
-    let answer = there.reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-    let back = answer.hop().between((net.vip(1), 80), (net.a(), PORT));
-    lab.pod_sends(&answer)?.to_the_pod(&back)?;
+    let answer = exchange(lab, net, &ask)?;
     let more = later(&ask);
-    lab.pod_sends(&more)?.to_the_pod(&more.hop().between((net.a(), PORT), (net.b(), TARGET)))?;
+    lab.pod_sends(&more)?.to_the_pod(&at_backend(net, &more, net.b()))?;
     Ok((id, ask, answer))
 }
 
@@ -130,10 +137,10 @@ fn late_segments_of_the_connection_before() -> Result<()> {
                     lab.pod_sends(&f)?;
                 }
                 lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), TARGET)])?;
-                let to_far = |f: &Frame| f.hop().between((net.a(), PORT), (net.far(), TARGET));
+                let to_far = |f: &Frame| at_backend(net, f, net.far());
                 lab.pod_sends(&ask)?.onto_wire(&to_far(&ask))?;
                 let from_far = to_far(&ask).reply();
-                let arrives = from_far.hop().between((net.vip(1), 80), (net.a(), PORT));
+                let arrives = at_client(net, &from_far, 1);
                 if answered {
                     lab.overlay_in(net.node2(), &from_far)?.to_the_pod(&arrives)?;
                 }
@@ -167,7 +174,7 @@ fn fins_on_two_cpus() -> Result<()> {
                 .collect();
             let answer = |ask: &Frame| {
                 let there = ask.hop().between((net.a(), ask.ports().0), (net.b(), TARGET));
-                there.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST))
+                as_from_b(&there.reply())
             };
             for ask in &asks {
                 lab.pod_sends(ask)?;
@@ -225,10 +232,10 @@ fn a_syn_whose_backend_is_gone() -> Result<()> {
                 lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), TARGET)])?;
                 lab.withdraw(id)?;
                 let place = || format!("after {before:?}, answered: {heard}");
-                let there = |f: &Frame| f.hop().between((net.a(), PORT), (net.far(), TARGET));
+                let there = |f: &Frame| at_backend(net, f, net.far());
                 lab.pod_sends(&ask)?.onto_wire(&there(&ask)).with_context(place)?;
                 let answer = there(&ask).reply();
-                let arrives = answer.hop().between((net.vip(1), 80), (net.a(), PORT));
+                let arrives = at_client(net, &answer, 1);
                 lab.overlay_in(net.node2(), &answer)?.to_the_pod(&arrives).with_context(place)?;
                 lab.pod_sends(&later(&ask))?.onto_wire(&there(&later(&ask))).with_context(place)?;
             }
@@ -250,7 +257,7 @@ fn a_syn_whose_backend_is_there() -> Result<()> {
     labs(|lab, net| {
         lab.serve(net.vip(1), 80, 6, 0, &[(net.b(), TARGET)])?;
         let ask = from_a(net, Proto::Tcp, (net.vip(1), 80));
-        let there = |f: &Frame| f.hop().between((net.a(), PORT), (net.b(), TARGET));
+        let there = |f: &Frame| at_backend(net, f, net.b());
         lab.pod_sends(&ask)?.to_the_pod(&there(&ask))?;
         lab.pod_sends(&ask)?.to_the_pod(&there(&ask))?;
         lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), TARGET)])?;
@@ -388,12 +395,12 @@ fn a_reset_that_refuses() -> Result<()> {
     labs(|lab, net| {
         let w = World::new(lab, net)?;
         w.asks(lab, net, SYN, 0, 0, b"")?;
-        w.answers(lab, RST | ACK, 0_u32.wrapping_sub(World::ANSWERER), 1, b"")?;
+        w.answers(lab, RST | ACK, 0_u32.wrapping_sub(ANSWERER), 1, b"")?;
         ends(lab, net, 11, true)?;
         // One that acknowledges something else refuses nothing.
         let w = World::new(lab, net)?;
         w.asks(lab, net, SYN, 0, 0, b"")?;
-        w.answers(lab, RST | ACK, 0_u32.wrapping_sub(World::ANSWERER), 0x0100_0000, b"")?;
+        w.answers(lab, RST | ACK, 0_u32.wrapping_sub(ANSWERER), 0x0100_0000, b"")?;
         ends(lab, net, 11, false)
     })
 }

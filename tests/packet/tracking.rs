@@ -1,9 +1,12 @@
 //! The connection table over a flow's life: states, both halves kept alive, evicted halves restored, port pairs reused.
 
-use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_b, from_host, from_outside, later};
+use crate::errors::reset;
+use crate::flows::{
+    ALL, PORT, Proto, SERVED, as_from_b, at_backend, at_client, from_a, from_b, from_host, from_outside, later,
+};
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, OVERLAY, POD_A, POD_B, UPLINK, VNI, labs};
-use crate::services::reset;
+use crate::harness::{Flow, Lab, MAC_B, MAC_HOST, Net, OVERLAY, POD_A, POD_B, UPLINK, VNI, each, labs};
+use crate::services::exchange;
 use anyhow::{Context, Result, bail, ensure};
 use rustnet_common::config;
 use rustnet_common::conntrack::{NOT_LOCAL, SOURCE_NONE, flags, state};
@@ -15,28 +18,22 @@ use testkit::datapath::Input;
 fn begin(lab: &Lab, net: Net, proto: Proto) -> Result<(Frame, Frame)> {
     lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
     let ask = from_a(net, proto, (net.vip(1), 80));
-    lab.pod_sends(&ask)?.to_the_pod(&there(net, &ask))?;
-    let answer = there(net, &ask).reply().map(|f| (f.smac, f.dmac, f.ttl) = (MAC_B, MAC_HOST, 64));
-    lab.pod_sends(&answer)?.to_the_pod(&back(net, &answer))?;
+    let answer = exchange(lab, net, &ask)?;
     Ok((ask, answer))
 }
 
 fn there(net: Net, f: &Frame) -> Frame {
-    f.hop().between((net.a(), PORT), (net.b(), 8080))
+    at_backend(net, f, net.b())
 }
 
 fn back(net: Net, f: &Frame) -> Frame {
-    f.hop().between((net.vip(1), 80), (net.a(), PORT))
-}
-
-fn each(mut test: impl FnMut(Proto) -> Result<()>) -> Result<()> {
-    SERVED.into_iter().try_for_each(|proto| test(proto).with_context(|| format!("{proto:?}")))
+    at_client(net, f, 1)
 }
 
 #[test]
 fn an_evicted_half_is_restored() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&SERVED, |proto| {
             for forwards in [true, false] {
                 let (ask, answer) = begin(lab, net, proto)?;
                 // The third segment of the handshake changes the state.
@@ -78,7 +75,7 @@ fn an_evicted_half_is_restored() -> Result<()> {
 #[test]
 fn one_direction_keeps_both_alive() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&SERVED, |proto| {
             let (ask, answer) = begin(lab, net, proto)?;
             let (key, answer_key) = (Flow::of(&ask), Flow::of(&answer));
             let old = lab.age(answer_key, 30)?;
@@ -95,7 +92,7 @@ fn one_direction_keeps_both_alive() -> Result<()> {
 #[test]
 fn both_halves_evicted() -> Result<()> {
     labs(|lab, net| {
-        each(|proto| {
+        each(&SERVED, |proto| {
             let (ask, answer) = begin(lab, net, proto)?;
             let before = lab.half(Flow::of(&ask))?;
             lab.forget()?;
@@ -111,7 +108,7 @@ fn states_of_a_tcp_connection() -> Result<()> {
     labs(|lab, net| {
         lab.serve(net.vip(1), 80, 6, 0, &[(net.b(), 8080)])?;
         let ask = from_a(net, Proto::Tcp, (net.vip(1), 80));
-        let answer = there(net, &ask).reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+        let answer = as_from_b(&there(net, &ask).reply());
         let (key, answer_key) = (Flow::of(&ask), Flow::of(&answer));
         let open = state::ANSWERED | state::ESTABLISHED;
         let closing = open | state::FIN_ORIG | state::FIN_ACKED;
@@ -179,10 +176,10 @@ fn a_port_pair_is_used_again() -> Result<()> {
             lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), 8080)])?;
             // The old connection's last segments still go the old way.
             lab.pod_sends(&ask.with_flags(ACK))?.to_the_pod(&there(net, &ask.with_flags(ACK)))?;
-            lab.pod_sends(&ask)?.onto_wire(&ask.hop().between((net.a(), PORT), (net.far(), 8080)))?;
+            lab.pod_sends(&ask)?.onto_wire(&at_backend(net, &ask, net.far()))?;
             let half = lab.half(Flow::of(&ask))?;
             ensure!(half.state == 0 && half.packets == 1, "{half:?}");
-            let answer = ask.hop().between((net.a(), PORT), (net.far(), 8080)).reply();
+            let answer = at_backend(net, &ask, net.far()).reply();
             lab.overlay_in(net.node2(), &answer)?.to_the_pod(&back(net, &answer))?;
             // What is left of the old one does not speak for the new one.
             let stale = from_b(net, Proto::Tcp, (net.a(), PORT)).map(|f| f.set_ports(8080, PORT)).with_flags(ACK);
@@ -204,7 +201,7 @@ fn nothing_stays_of_the_connection_before() -> Result<()> {
             lab.pod_sends(&f)?;
         }
         lab.serve(net.vip(1), 80, 6, 0, &[(net.far(), 8080)])?;
-        lab.pod_sends(&ask)?.onto_wire(&ask.hop().between((net.a(), PORT), (net.far(), 8080)))?;
+        lab.pod_sends(&ask)?.onto_wire(&at_backend(net, &ask, net.far()))?;
         ensure!(lab.half(Flow::of(&answer)).is_err() && lab.connections(net)?.len() == 2, "an entry stayed");
         let late = answer.with_flags(ACK);
         lab.pod_sends(&late)?.to_the_pod(&late.hop())
@@ -287,7 +284,7 @@ fn a_flow_loses_its_pod() -> Result<()> {
 fn new_flows_are_reported() -> Result<()> {
     labs(|lab, net| {
         lab.configure(|c| c.flags |= config::flags::FLOW_EVENTS)?;
-        each(|proto| {
+        each(&SERVED, |proto| {
             lab.serve(net.vip(1), 80, proto.number(net), 0, &[(net.b(), 8080)])?;
             let ask = from_a(net, proto, (net.vip(1), 80));
             let incoming = from_outside(proto, (net.far(), PORT), (net.b(), 81));

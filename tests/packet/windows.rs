@@ -10,12 +10,11 @@ use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::{lifetime, state};
 use rustnet_common::tuple::proto;
 
-use crate::flows::{PORT, Proto, from_a};
+use crate::flows::{PORT, Proto, TARGET, from_a};
 use crate::frame::{ACK, FIN, Frame, RST, SYN};
 use crate::harness::{Lab, Net, labs};
-use crate::states::{segment, silence};
+use crate::states::{ANSWERER, segment_of_answerer, segment_of_opener, silence};
 
-const TARGET: u16 = 8080;
 /// Lifetime of an established connection, in seconds.
 const DAY: u32 = 86_400;
 
@@ -29,9 +28,6 @@ struct Connection {
 }
 
 impl Connection {
-    const OPENER: u32 = 1000;
-    const ANSWERER: u32 = 0xffff_fff0;
-
     fn new(lab: &Lab, net: Net, is_translated: bool) -> Result<Self> {
         lab.forget()?;
         let to: (IpAddr, u16) = if is_translated { (net.vip(1), 80) } else { (net.far(), TARGET) };
@@ -47,13 +43,13 @@ impl Connection {
 
     /// Pod A sends; `seq` and `ack` count from each side's first number.
     fn asks(&self, lab: &Lab, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Result<()> {
-        let change = |f| segment(f, flags, Self::OPENER.wrapping_add(seq), Self::ANSWERER.wrapping_add(ack), data);
+        let change = |f| segment_of_opener(f, flags, seq, ack, data);
         lab.pod_sends(&change(&self.ask))?.onto_wire(&change(&self.there))
     }
 
     /// The far end sends, or who forges it. The segment is delivered, whatever its number: the receiver judges it, too.
     fn answers(&self, lab: &Lab, flags: u8, seq: u32, ack: u32, data: &[u8]) -> Result<()> {
-        let change = |f| segment(f, flags, Self::ANSWERER.wrapping_add(seq), Self::OPENER.wrapping_add(ack), data);
+        let change = |f| segment_of_answerer(f, flags, seq, ack, data);
         lab.overlay_in(self.net.node2(), &change(&self.answer))?.to_the_pod(&change(&self.back))
     }
 
@@ -256,7 +252,7 @@ fn numbers_that_wrap() -> Result<()> {
         let data = [0; 15];
         c.answers(lab, ACK, 1, 1, &data)?;
         let last = 1 + data.len() as u32;
-        ensure!(Connection::ANSWERER.wrapping_add(last) == 0);
+        ensure!(ANSWERER.wrapping_add(last) == 0);
         silence(lab, c.net, 2)?;
         c.answers(lab, FIN | ACK, last + (1 << 30), 1, b"")?;
         c.lives(lab, DAY)?;

@@ -332,3 +332,35 @@ fn class_e_is_unicast() -> Result<()> {
         Ok(())
     })
 }
+
+/// Neighbour discovery and the like is between neighbours: this node's stack has it, and nobody
+/// forwards it.
+#[test]
+fn what_concerns_the_link() -> Result<()> {
+    labs(|lab, net| {
+        if net == Net::V4 {
+            return Ok(());
+        }
+        for kind in 133..=137 {
+            let message = |src: IpAddr, dst: IpAddr| message(kind, src, dst).map(|f| f.payload = vec![0; 16]);
+            // A pod's neighbours are permanent: whatever its source, it has nothing to discover.
+            for dst in
+                [ip6("fe80::1"), ip6("ff02::1"), ip6("ff02::1:ff00:11"), net.node(), net.b(), net.far(), net.world()]
+            {
+                for src in [net.a(), net.b(), net.world(), ip6("fe80::a"), ip6("::")] {
+                    let shot = lab.pod_sends(&message(src, dst))?;
+                    shot.dropped(DropReason::NdNotForwarded).with_context(|| format!("{src} to {dst}"))?;
+                }
+            }
+            lab.uplink_in(&message(net.router(), net.node()))?.to_stack(&message(net.router(), net.node()))?;
+            lab.to_pod(POD_A, &message(net.node(), net.a()))?.to_stack(&message(net.node(), net.a()))?;
+
+            lab.uplink_in(&message(net.router(), net.a()))?
+                .dropped(DropReason::NdNotForwarded)
+                .context("from outside")?;
+            lab.overlay_in(net.node2(), &message(net.far(), net.b()))?.dropped(DropReason::UnknownSender)?;
+        }
+        ensure!(lab.halves()? == 0);
+        Ok(())
+    })
+}

@@ -1,8 +1,8 @@
 //! The tunnel: what a pod sends to its port, and what comes out of it without right.
 
 use super::{dropped_as, each, no_trace, out_of_tunnel};
-use crate::flows::{ALL, PORT, Proto, from_a, from_outside};
-use crate::harness::{Flow, MAC_B, MAC_HOST, Net, VNI, labs};
+use crate::flows::{ALL, PORT, Proto, as_from_b, from_a, from_outside};
+use crate::harness::{Flow, Net, VNI, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::DropReason;
 use rustnet_common::peer::flags;
@@ -90,7 +90,7 @@ fn what_a_pod_may_send_to_that_port() -> Result<()> {
         let f = from_outside(Proto::Udp, (net.far(), 53), (net.b(), OVERLAY_PORT));
         lab.overlay_in(net.node2(), &f)?.to_the_pod(&f.hop())?;
         // Its answer has that port as its source.
-        let answer = f.reply().map(|f| (f.smac, f.dmac) = (MAC_B, MAC_HOST));
+        let answer = as_from_b(&f.reply());
         lab.pod_sends(&answer)?.onto_wire(&answer.hop())
     })
 }

@@ -3,7 +3,7 @@
 use super::{dropped_as, each, no_trace, passed, ports_of};
 use crate::flows::{ALL, PORT, Proto, SERVED, from_a, from_outside, later};
 use crate::frame::{Frame, L4};
-use crate::harness::{Flow, MAC_B, MAC_HOST, Net, SHOT, STACK, labs};
+use crate::harness::{Flow, MAC_B, MAC_HOST, Net, SHOT, STACK, labs, parse_addresses};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::DropReason;
 use rustnet_common::peer::flags;
@@ -11,22 +11,10 @@ use std::net::IpAddr;
 
 /// Sources that the kernel refuses in `ip_route_input_slow` and `ip6_rcv_core`, which a redirect goes round.
 fn martians(net: Net) -> Vec<IpAddr> {
-    match net {
-        Net::V4 => [
-            [127, 0, 0, 1],
-            [127, 255, 255, 254],
-            [0, 0, 0, 0],
-            [0, 1, 2, 3],
-            [224, 0, 0, 1],
-            [239, 1, 2, 3],
-            [255, 255, 255, 255],
-        ]
-        .map(IpAddr::from)
-        .to_vec(),
-        Net::V6 => ["::", "::1", "ff02::1", "ff0e::1", "::ffff:192.0.2.10", "::ffff:10.244.1.10", "::ffff:127.0.0.1"]
-            .map(|text| net.ip([0; 4], text))
-            .to_vec(),
-    }
+    parse_addresses(match net {
+        Net::V4 => &["127.0.0.1", "127.255.255.254", "0.0.0.0", "0.1.2.3", "224.0.0.1", "239.1.2.3", "255.255.255.255"],
+        Net::V6 => &["::", "::1", "ff02::1", "ff0e::1", "::ffff:192.0.2.10", "::ffff:10.244.1.10", "::ffff:127.0.0.1"],
+    })
 }
 
 #[test]
@@ -322,15 +310,15 @@ fn errors_to_a_service() -> Result<()> {
         let answer = ask.reply();
         let kind = if net == Net::V4 { (3, 1, 0) } else { (1, 3, 0) };
         for src in [net.router(), net.world(), net.nobody(), net.node2()] {
-            let f = crate::icmp::error(&answer, src, kind, 64);
+            let f = crate::errors::error(&answer, src, kind, 64);
             lab.uplink_in(&f)?.dropped(DropReason::IsClusterIp).with_context(|| format!("from {src}"))?;
         }
         for src in [net.node2(), net.far()] {
-            let f = crate::icmp::error(&answer, src, kind, 64);
+            let f = crate::errors::error(&answer, src, kind, 64);
             lab.overlay_in(net.node2(), &f)?.dropped(DropReason::IsClusterIp).with_context(|| format!("from {src}"))?;
         }
         // Who has got the answer may complain.
-        let f = crate::icmp::error(&answer, net.a(), kind, 64).map(|f| (f.smac, f.dmac) = (ask.smac, ask.dmac));
+        let f = crate::errors::error(&answer, net.a(), kind, 64).map(|f| (f.smac, f.dmac) = (ask.smac, ask.dmac));
         ensure!(lab.pod_sends(&f)?.verdict == crate::harness::REDIRECT, "the asking pod's own error");
         Ok(())
     })
@@ -365,7 +353,7 @@ fn errors_about_flows_that_no_wire_has_seen() -> Result<()> {
             }
             for src in [net.world(), net.router(), net.routed()] {
                 // What it quotes may be translated already.
-                let shot = lab.uplink_in(&crate::icmp::error(&there, src, kind, 64))?;
+                let shot = lab.uplink_in(&crate::errors::error(&there, src, kind, 64))?;
                 let counted = [((DropReason::IcmpUnrelated as u8, shot.hook), 1)];
                 ensure!(shot.verdict == SHOT && shot.counted == counted.into(), "{what}, from {src}: {shot:?}");
             }
@@ -378,7 +366,7 @@ fn errors_about_flows_that_no_wire_has_seen() -> Result<()> {
             if known {
                 passed(&lab.uplink_in(&ask.hop().reply())?)?;
             }
-            let shot = lab.uplink_in(&crate::icmp::error(&ask.hop(), net.router(), kind, 64))?;
+            let shot = lab.uplink_in(&crate::errors::error(&ask.hop(), net.router(), kind, 64))?;
             ensure!(shot.verdict == crate::harness::REDIRECT, "{shot:?}");
         }
         Ok(())

@@ -58,6 +58,11 @@ pub(super) const LINKS: &str = "\
     route add unreachable 203.0.113.0/24
     route add unreachable 2001:db8:dead::/48";
 
+/// Addresses from text.
+pub fn parse_addresses(texts: &[&str]) -> Vec<IpAddr> {
+    texts.iter().map(|text| text.parse().unwrap_or_else(|e| panic!("{text}: {e}"))).collect()
+}
+
 /// An IP family, and the addresses that all tests share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Net {
@@ -72,7 +77,7 @@ impl Net {
     pub fn ip(self, v4: [u8; 4], v6: &str) -> IpAddr {
         match self {
             Self::V4 => IpAddr::from(v4),
-            Self::V6 => v6.parse().unwrap_or_else(|e| panic!("{v6}: {e}")),
+            Self::V6 => parse_addresses(&[v6])[0],
         }
     }
     /// Pod A of this node.

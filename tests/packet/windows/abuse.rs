@@ -4,7 +4,7 @@ use super::{Connection, DAY, ELSEWHERE, connections};
 use crate::flows::{Proto, from_a};
 use crate::frame::{ACK, FIN, RST, SYN};
 use crate::harness::{Flow, Lab, Net, UPLINK, labs};
-use crate::states::{segment, silence};
+use crate::states::{ANSWERER, OPENER, segment, silence};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::state;
 
@@ -62,7 +62,7 @@ fn resets_in_syn_sent() -> Result<()> {
             if let Some(flags) = before {
                 c.answers(lab, flags, 1 << 30, 1 << 30, b"")?;
             }
-            c.answers(lab, RST, number.wrapping_sub(Connection::ANSWERER), 1, b"")?;
+            c.answers(lab, RST, number.wrapping_sub(ANSWERER), 1, b"")?;
             ensure!(!reset_bits(lab, c)?, "a reset with number {number:#x} counts");
         }
         Ok(())
@@ -75,7 +75,7 @@ fn reset_and_syn_in_syn_sent() -> Result<()> {
     connections(|lab, c| {
         lab.forget()?;
         c.asks(lab, SYN, 0, 0, b"")?;
-        c.answers(lab, RST, 0_u32.wrapping_sub(Connection::ANSWERER), 1, b"")?;
+        c.answers(lab, RST, 0_u32.wrapping_sub(ANSWERER), 1, b"")?;
         let change = |f| segment(f, SYN, 77, 0, b"");
         lab.overlay_in(c.net.node2(), &change(&c.answer))?;
         c.answers(lab, SYN | ACK, 0, 1, b"").context("the true answer")
@@ -98,7 +98,7 @@ fn a_forged_syn_while_closing() -> Result<()> {
 /// A part of one scan over the circle of numbers by ACKs, 2^20 apart: a whole round is 4096, from anywhere.
 fn scan(lab: &Lab, c: &Connection) -> Result<()> {
     for k in 0xf00..0xf00 + 0x700_u32 {
-        let f = segment(&c.answer, ACK, k << 20, Connection::OPENER + 1, b"");
+        let f = segment(&c.answer, ACK, k << 20, OPENER + 1, b"");
         lab.overlay_in(c.net.node2(), &f)?;
     }
     Ok(())
@@ -266,7 +266,7 @@ fn a_forged_syn_that_its_own_end_refuses() -> Result<()> {
         for off in ELSEWHERE {
             c.establish(lab)?;
             c.asks(lab, SYN, off, 0, b"")?;
-            let number = Connection::OPENER.wrapping_add(off).wrapping_add(1).wrapping_sub(Connection::ANSWERER);
+            let number = OPENER.wrapping_add(off).wrapping_add(1).wrapping_sub(ANSWERER);
             c.asks(lab, RST | ACK, off, number, b"")?;
             c.lives(lab, DAY).with_context(|| format!("{off:#x} off"))?;
         }
@@ -281,7 +281,7 @@ fn a_second_syn_refused() -> Result<()> {
     connections(|lab, c| {
         c.establish(lab)?;
         c.asks(lab, SYN, AGAIN, 0, b"")?;
-        c.answers(lab, RST | ACK, 0_u32.wrapping_sub(Connection::ANSWERER), AGAIN + 1, b"")?;
+        c.answers(lab, RST | ACK, 0_u32.wrapping_sub(ANSWERER), AGAIN + 1, b"")?;
         c.lives(lab, 10)
     })
 }
@@ -301,7 +301,7 @@ fn an_error_for_the_pod_before() -> Result<()> {
         lab.drop_endpoint(net.a())?;
         lab.put_endpoint(net.a(), UPLINK, [2, 0, 0, 0, 0x0c, 1])?;
         let kind = if net == Net::V4 { (3, 3, 0) } else { (1, 4, 0) };
-        let e = crate::icmp::error(&left, net.world(), kind, 64);
+        let e = crate::errors::error(&left, net.world(), kind, 64);
         let shot = lab.uplink_in(&e)?;
         lab.put_endpoint(net.a(), crate::harness::POD_A, crate::harness::MAC_A)?;
         ensure!(shot.verdict != crate::harness::REDIRECT, "the new pod gets an error about the old one's flow");
@@ -349,7 +349,7 @@ fn scan_in_blocks(lab: &Lab, c: &Connection) -> Result<()> {
     for block in (0..128_u32).rev() {
         for k in 0..32 {
             let number = ((block * 32 + k) << 20).wrapping_add(0x180_0000);
-            lab.overlay_in(c.net.node2(), &segment(&c.answer, ACK, number, Connection::OPENER + 1, b""))?;
+            lab.overlay_in(c.net.node2(), &segment(&c.answer, ACK, number, OPENER + 1, b""))?;
         }
     }
     Ok(())
@@ -399,7 +399,7 @@ fn a_refusal_after_a_forged_ack() -> Result<()> {
         lab.forget()?;
         c.asks(lab, SYN, 0, 0, b"")?;
         c.answers(lab, ACK, 1 << 30, 1 << 30, b"")?;
-        c.answers(lab, RST | ACK, 0_u32.wrapping_sub(Connection::ANSWERER), 1, b"")?;
+        c.answers(lab, RST | ACK, 0_u32.wrapping_sub(ANSWERER), 1, b"")?;
         c.lives(lab, 10)
     })
 }
@@ -414,7 +414,7 @@ fn a_reset_with_number_0_after_an_eviction() -> Result<()> {
         lab.forget()?;
         c.asks(lab, SYN, 0, 0, b"")?;
         lab.evict(Flow::of(&c.ask))?;
-        c.answers(lab, RST, 0_u32.wrapping_sub(Connection::ANSWERER), 0, b"")?;
+        c.answers(lab, RST, 0_u32.wrapping_sub(ANSWERER), 0, b"")?;
         ensure!(!reset_bits(lab, c)?, "counts");
         Ok(())
     })
