@@ -1,6 +1,7 @@
 //! Nodes come and go, change their addresses and their pod ranges, while others talk.
 
 use crate::fixture::{Net, endpoints, observed, world};
+use crate::odd_hosts::replace_addresses;
 use anyhow::{Result, ensure};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -68,16 +69,8 @@ fn a_node_with_new_addresses_is_found(net: &Net) -> Result<()> {
     let loads = traffic(net.a.netns(), &net.b)?;
     let new: [IpAddr; 2] = ["172.18.0.112".parse()?, "fd00:18::112".parse()?];
     let node = net.node(2);
-    // As a DHCP server's new lease: first it is there, then the old one goes, then the kubelet says so.
-    node.netns().sysctl("ipv4/conf/eth0/promote_secondaries", "1")?;
-    node.netns().ip(&format!(
-        "addr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\naddr del {}/24 dev eth0\naddr del {}/64 dev eth0\n\
-         route replace default via 172.18.0.1\nroute replace default via fd00:18::1\n",
-        new[0],
-        new[1],
-        node.v4(),
-        node.v6()
-    ))?;
+    replace_addresses(node, &new)?;
+    // Only then the kubelet says so.
     declare(net, node, &new, node.pod_cidrs())?;
     wait::until("pods of both nodes meet", || {
         reached(net.a.netns(), &net.c)?;

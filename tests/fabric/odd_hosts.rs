@@ -287,6 +287,20 @@ pub fn move_addresses(node: &Node, to: &str) -> Result<()> {
     ))
 }
 
+/// Gives a node new addresses, as a DHCP server's new lease: first they are there, then the old
+/// ones go.
+pub fn replace_addresses(node: &Node, new: &[IpAddr]) -> Result<()> {
+    node.netns().sysctl("ipv4/conf/eth0/promote_secondaries", "1")?;
+    node.netns().ip(&format!(
+        "addr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\naddr del {}/24 dev eth0\naddr del {}/64 dev eth0\n\
+         route replace default via 172.18.0.1\nroute replace default via fd00:18::1\n",
+        new[0],
+        new[1],
+        node.v4(),
+        node.v6()
+    ))
+}
+
 fn a_bridge_as_the_uplink(fabric: Fabric) -> Result<()> {
     for node in fabric.nodes() {
         node.netns().ip("link add br0 type bridge\nlink set eth0 master br0\n")?;
@@ -433,15 +447,7 @@ fn an_address_that_changes_under_datagrams(fabric: Fabric) -> Result<()> {
             let (_, seen) = ask_udp(socket, "before")?;
             ensure!(seen == expected, "{seen}");
         }
-        node.netns().sysctl("ipv4/conf/eth0/promote_secondaries", "1")?;
-        node.netns().ip(&format!(
-            "addr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\naddr del {}/24 dev eth0\naddr del {}/64 dev eth0\n\
-             route replace default via 172.18.0.1\nroute replace default via fd00:18::1\n",
-            new[0],
-            new[1],
-            node.v4(),
-            node.v6()
-        ))?;
+        replace_addresses(node, &new)?;
         net.fabric.manifests().write("node-n1.yaml", &node_yaml(node.name(), &new, node.pod_cidrs()))?;
         for (socket, expected) in sockets.iter().zip(&new) {
             wait::until("the flow goes on from the new address", || {

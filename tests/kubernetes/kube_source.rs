@@ -34,7 +34,10 @@ spec: {podCIDR: 10.244.2.0/24, podCIDRs: [10.244.2.0/24, "fd00:244:0:2::/64"]}
 status: {addresses: [{type: InternalIP, address: 172.18.0.12}, {type: InternalIP, address: "fd00:18::12"}]}
 "#;
 
-pub const WEB: &str = r#"
+/// What a roll-out leaves of the service `web`: all before its affinity and its ports.
+macro_rules! web_service {
+    () => {
+        r#"
 apiVersion: v1
 kind: Service
 metadata: {name: web, namespace: default}
@@ -43,7 +46,27 @@ spec:
   clusterIPs: [10.96.7.1, "fd00:96::71"]
   ipFamilies: [IPv4, IPv6]
   ipFamilyPolicy: RequireDualStack
-  sessionAffinity: ClientIP
+"#
+    };
+}
+
+/// The slice of `web` that a roll-out leaves as it is.
+macro_rules! web_slice_of_ipv6 {
+    () => {
+        r#"---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-6, namespace: default, labels: {kubernetes.io/service-name: web}}
+addressType: IPv6
+ports: [{name: http, port: 8000}]
+endpoints: [{addresses: ["fd00:244:0:1::5"], nodeName: n1}]
+"#
+    };
+}
+
+pub const WEB: &str = concat!(
+    web_service!(),
+    r"  sessionAffinity: ClientIP
   ports: [{name: http, port: 80, targetPort: web}, {name: alt, port: 8080, targetPort: 8080}]
 ---
 apiVersion: discovery.k8s.io/v1
@@ -61,14 +84,9 @@ metadata: {name: web-b, namespace: default, labels: {kubernetes.io/service-name:
 addressType: IPv4
 ports: [{name: http, port: 9000}]
 endpoints: [{addresses: [10.244.2.6], nodeName: n2}]
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {name: web-6, namespace: default, labels: {kubernetes.io/service-name: web}}
-addressType: IPv6
-ports: [{name: http, port: 8000}]
-endpoints: [{addresses: ["fd00:244:0:1::5"], nodeName: n1}]
-"#;
+",
+    web_slice_of_ipv6!()
+);
 
 pub const DNS: &str = r"
 apiVersion: v1
@@ -110,16 +128,9 @@ spec: {clusterIP: 10.96.9.1, ports: [{port: 443}]}
 ";
 
 /// `web` after a roll-out: other endpoints, one port less.
-pub const WEB_LATER: &str = r#"
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: default}
-spec:
-  clusterIP: 10.96.7.1
-  clusterIPs: [10.96.7.1, "fd00:96::71"]
-  ipFamilies: [IPv4, IPv6]
-  ipFamilyPolicy: RequireDualStack
-  sessionAffinity: None
+pub const WEB_LATER: &str = concat!(
+    web_service!(),
+    r"  sessionAffinity: None
   ports: [{name: http, port: 80, targetPort: web}]
 ---
 apiVersion: discovery.k8s.io/v1
@@ -128,14 +139,9 @@ metadata: {name: web-a, namespace: default, labels: {kubernetes.io/service-name:
 addressType: IPv4
 ports: [{name: http, port: 8001}]
 endpoints: [{addresses: [10.244.1.77], nodeName: n1}]
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {name: web-6, namespace: default, labels: {kubernetes.io/service-name: web}}
-addressType: IPv6
-ports: [{name: http, port: 8000}]
-endpoints: [{addresses: ["fd00:244:0:1::5"], nodeName: n1}]
-"#;
+",
+    web_slice_of_ipv6!()
+);
 
 pub fn yaml(parts: &[&str]) -> String {
     parts.join("\n---\n")
@@ -159,6 +165,31 @@ fn of<'a>(requests: &'a [Request], resource: &str, verb: &str) -> Vec<&'a str> {
     requests.iter().filter(|it| it.verb == verb && it.uri.contains(&path)).map(|it| it.uri.as_str()).collect()
 }
 
+/// Starts an agent with its own rights at the server's own address.
+async fn start_agent(server: &Server) -> Result<Agent> {
+    Agent::start(server, Start { user: AGENT, ..Start::new(&direct()) }).await
+}
+
+/// Starts an agent whose role lacks the right to see some kinds; it may see `kept`.
+async fn start_agent_that_sees(server: &Server, cluster: &Cluster, kept: &str) -> Result<Agent> {
+    let rbac = RBAC.replace("resources: [services, nodes, pods, namespaces]", &format!("resources: [{kept}]"));
+    ensure!(rbac != RBAC, "the right is where it was");
+    cluster.apply(&yaml(&[NAMESPACE, &rbac, NODES, WEB])).await?;
+    start_agent(server).await
+}
+
+/// Looks again and again until something is done; fails with this text after a minute.
+async fn wait_until(failure: &'static str, mut is_done: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
+    let done = async {
+        while !is_done().await? {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    };
+    let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_mins(1), done).await;
+    result.context(failure)?
+}
+
 #[test]
 fn the_maps_follow_the_cluster_with_the_agents_own_rights() -> Result<()> {
     with_server(&[], async |server| {
@@ -166,8 +197,7 @@ fn the_maps_follow_the_cluster_with_the_agents_own_rights() -> Result<()> {
         cluster.apply(&yaml(&[NAMESPACE, RBAC])).await?;
         let before = yaml(&[NODES, WEB, DNS, OTHERS]);
         cluster.apply(&before).await?;
-        let url = direct();
-        let mut agent = Agent::start(&server, Start { user: AGENT, ..Start::new(&url) }).await?;
+        let mut agent = start_agent(&server).await?;
         agent.wait_for_maps("the first list", &before).await?;
 
         cluster.apply(WEB_LATER).await?;
@@ -189,8 +219,9 @@ fn the_maps_follow_the_cluster_with_the_agents_own_rights() -> Result<()> {
         agent.wait_for_maps("a node that went", &yaml(&[one_node, WEB_LATER])).await?;
         asked_only_what_it_may(&server.audit(AGENT)?)?;
 
-        let secrets =
-            Api::<Secret>::all(Agent::connect(&server, AGENT, &url).await?.client).list(&ListParams::default()).await;
+        let secrets = Api::<Secret>::all(Agent::connect(&server, AGENT, &direct()).await?.client)
+            .list(&ListParams::default())
+            .await;
         ensure!(matches!(&secrets, Err(kube::Error::Api(status)) if status.code == 403), "secrets: {secrets:?}");
         Ok(())
     })
@@ -332,11 +363,7 @@ fn only_this_nodes_pods_arrive() -> Result<()> {
 fn without_the_right_to_see_pods_services_work() -> Result<()> {
     with_server(&[], async |server| {
         let cluster = Cluster::new(&server)?;
-        let rbac = RBAC.replace("resources: [services, nodes, pods, namespaces]", "resources: [services, nodes]");
-        ensure!(rbac != RBAC, "the right is where it was");
-        cluster.apply(&yaml(&[NAMESPACE, &rbac, NODES, WEB])).await?;
-        let url = direct();
-        let mut agent = Agent::start(&server, Start { user: AGENT, ..Start::new(&url) }).await?;
+        let mut agent = start_agent_that_sees(&server, &cluster, "services, nodes").await?;
         agent.wait_for_maps("the first list", &yaml(&[NODES, WEB])).await?;
         let seen = agent.wait("the refusal is reported", |seen| !seen.trouble.is_empty()).await?;
         let report = seen.trouble.get("watch of Pod").context("its origin")?;
@@ -352,11 +379,7 @@ fn without_the_right_to_see_pods_services_work() -> Result<()> {
 fn without_the_right_to_see_nodes_services_work() -> Result<()> {
     with_server(&[], async |server| {
         let cluster = Cluster::new(&server)?;
-        let rbac = RBAC.replace("resources: [services, nodes, pods, namespaces]", "resources: [services]");
-        ensure!(rbac != RBAC, "the right is where it was");
-        cluster.apply(&yaml(&[NAMESPACE, &rbac, NODES, WEB])).await?;
-        let url = direct();
-        let mut agent = Agent::start(&server, Start { user: AGENT, ..Start::new(&url) }).await?;
+        let mut agent = start_agent_that_sees(&server, &cluster, "services").await?;
         let has = |seen: &Seen, part: &str| seen.dump.iter().any(|line| line.contains(part));
         let seen = agent.wait("services are written", |seen| has(seen, " affinity ")).await?;
         ensure!(!seen.synced && !has(&seen, "Peer {"), "{seen:?}");
@@ -384,18 +407,12 @@ fn an_idle_watch_moves_on_by_bookmarks() -> Result<()> {
         let resumed_at = |uri: &str| -> Option<u64> {
             uri.split(['?', '&']).find_map(|part| part.strip_prefix("resourceVersion="))?.parse().ok()
         };
-        let reached = async {
-            loop {
-                let requests = server.audit(ADMIN)?;
-                let watches = of(&requests, "services", "watch");
-                if watches.iter().filter_map(|uri| resumed_at(uri)).any(|at| at >= moved) {
-                    return Ok(());
-                }
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        };
-        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_mins(1), reached).await;
-        result.context("no watch was resumed after the versions of the bookmarks")??;
+        wait_until("no watch was resumed after the versions of the bookmarks", async || {
+            let requests = server.audit(ADMIN)?;
+            let watches = of(&requests, "services", "watch");
+            Ok(watches.iter().filter_map(|uri| resumed_at(uri)).any(|at| at >= moved))
+        })
+        .await?;
         let seen = agent.wait("nothing was listed again", |_| true).await?;
         ensure!(seen.lists.values().all(|lists| *lists == 1), "{:?}", seen.lists);
         Ok(())
@@ -428,28 +445,22 @@ fn the_nodes_object_tells_of_its_network_once_the_agent_is_ready() -> Result<()>
         ensure!(patches(&server)? == 0, "nothing is said before the agent is ready");
 
         health.set_ready();
-        let repaired = async {
-            loop {
-                let node = serde_json::to_value(cluster.get("v1", "Node", NODE).await?)?;
-                let keys = json!(
-                    node["spec"]["taints"].as_array().into_iter().flatten().map(|it| &it["key"]).collect::<Vec<_>>()
-                );
-                let status = |of: &str| {
-                    let conditions = node["status"]["conditions"].as_array()?;
-                    Some(conditions.iter().find(|it| it["type"] == of)?["status"].clone())
-                };
-                // The API server adds and removes taints of its own by conditions; ours and the administrator's count.
-                let ours = keys.to_string().contains("rustnet.io/agent-not-ready");
-                let others = keys.to_string().contains("mine") && status("Ready") == Some(json!("False"));
-                ensure!(others, "what others say stays: {keys} {:?}", status("Ready"));
-                if !ours && status("NetworkUnavailable") == Some(json!("False")) {
-                    return Ok(());
-                }
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        };
-        let result: Result<Result<()>, _> = tokio::time::timeout(Duration::from_mins(1), repaired).await;
-        result.context("the node's object was not repaired")??;
+        wait_until("the node's object was not repaired", async || {
+            let node = serde_json::to_value(cluster.get("v1", "Node", NODE).await?)?;
+            let keys =
+                json!(node["spec"]["taints"].as_array().into_iter().flatten().map(|it| &it["key"]).collect::<Vec<_>>());
+            let status = |of: &str| {
+                let conditions = node["status"]["conditions"].as_array()?;
+                Some(conditions.iter().find(|it| it["type"] == of)?["status"].clone())
+            };
+            // The API server adds and removes taints of its own by conditions; ours and the
+            // administrator's count.
+            let ours = keys.to_string().contains("rustnet.io/agent-not-ready");
+            let others = keys.to_string().contains("mine") && status("Ready") == Some(json!("False"));
+            ensure!(others, "what others say stays: {keys} {:?}", status("Ready"));
+            Ok(!ours && status("NetworkUnavailable") == Some(json!("False")))
+        })
+        .await?;
         let other = serde_json::to_value(cluster.get("v1", "Node", "n2").await?)?;
         ensure!(
             other.to_string().contains("rustnet.io/agent-not-ready"),

@@ -216,10 +216,15 @@ fn strangers(underlay: Family, far: IpAddr) -> Result<Vec<IpAddr>> {
     Ok(vec![std::net::Ipv6Addr::from(look_alike).into(), underlay.attacker()?, underlay.world()])
 }
 
-fn strangers_fail(stage: &Stage<'_>, underlay: Family) -> Result<()> {
-    let (right, attacker) = (Right::of(stage, underlay)?, stage.attacker()?);
+/// Runs attempts to get packets of each family through the tunnel to node 1. The control is the far
+/// end's own packet to pod `a`.
+fn check_tunnel(
+    stage: &Stage<'_>,
+    underlay: Family,
+    attempt: impl Fn(&mut Trial<'_>, &Right<'_>, Family, &Control<'_>) -> Result<()>,
+) -> Result<()> {
+    let right = Right::of(stage, underlay)?;
     let mut trial = Trial::new(stage)?;
-    let port = trial.watch.port;
     for family in Family::ALL {
         let control = Control {
             sender: &right.sender,
@@ -227,6 +232,15 @@ fn strangers_fail(stage: &Stage<'_>, underlay: Family) -> Result<()> {
             place: Place::Pod("a"),
             source: Some(family.of(stage.tunnel_peer()?)?),
         };
+        attempt(&mut trial, &right, family, &control)?;
+    }
+    trial.finish()
+}
+
+fn strangers_fail(stage: &Stage<'_>, underlay: Family) -> Result<()> {
+    let attacker = stage.attacker()?;
+    check_tunnel(stage, underlay, |trial, right, family, control| {
+        let port = trial.watch.port;
         for stranger in strangers(underlay, right.far)? {
             let near = stage.node(1).address_like(stranger);
             trial.refused(
@@ -237,7 +251,7 @@ fn strangers_fail(stage: &Stage<'_>, underlay: Family) -> Result<()> {
                     let inner = only_by_the_far_end(stage, family, mark, port)?;
                     inner.iter().map(|inner| attacker.tunnel(stranger, near, VNI, inner)).collect()
                 },
-                &control,
+                control,
             )?;
         }
         // Behind a router, and in the name of a node that is none.
@@ -250,10 +264,10 @@ fn strangers_fail(stage: &Stage<'_>, underlay: Family) -> Result<()> {
                 let inner = only_by_the_far_end(stage, family, mark, port)?;
                 inner.iter().map(|inner| outsider.tunnel(underlay.outsider()?, right.near, VNI, inner)).collect()
             },
-            &control,
+            control,
         )?;
-    }
-    trial.finish()
+        Ok(())
+    })
 }
 
 fn a_tunnel_of_a_stranger(stage: &Stage<'_>) -> Result<()> {
@@ -263,17 +277,9 @@ fn a_tunnel_of_a_stranger(stage: &Stage<'_>) -> Result<()> {
 /// A network identifier that is not ours, and a node's address of the family that is not the
 /// tunnel's. The attacker uses the far end's own addresses.
 fn others_fail(stage: &Stage<'_>, underlay: Family) -> Result<()> {
-    let (right, attacker) = (Right::of(stage, underlay)?, stage.attacker()?);
-    let mut trial = Trial::new(stage)?;
-    let port = trial.watch.port;
-    let peer = stage.tunnel_peer()?.node();
-    for family in Family::ALL {
-        let control = Control {
-            sender: &right.sender,
-            make: &|mark| Ok(vec![right.shot(stage, family, mark)?]),
-            place: Place::Pod("a"),
-            source: Some(family.of(stage.tunnel_peer()?)?),
-        };
+    let (attacker, peer) = (stage.attacker()?, stage.tunnel_peer()?.node());
+    check_tunnel(stage, underlay, |trial, right, family, control| {
+        let port = trial.watch.port;
         let mut attempts: Vec<_> = [0, 2, 0x0001_0001, 0x00ff_ffff].map(|vni| (right.far, right.near, vni)).into();
         if stage.node(1).netns().exec("ip", &["-4", "addr", "show", "dev", "eth0"])?.contains("inet ") {
             let other = if underlay == Family::V4 { Family::V6 } else { Family::V4 };
@@ -288,11 +294,11 @@ fn others_fail(stage: &Stage<'_>, underlay: Family) -> Result<()> {
                     let inner = only_by_the_far_end(stage, family, mark, port)?;
                     inner.iter().map(|inner| attacker.tunnel(far, near, vni, inner)).collect()
                 },
-                &control,
+                control,
             )?;
         }
-    }
-    trial.finish()
+        Ok(())
+    })
 }
 
 fn another_vni_or_family(stage: &Stage<'_>) -> Result<()> {
@@ -301,17 +307,8 @@ fn another_vni_or_family(stage: &Stage<'_>) -> Result<()> {
 
 /// The node at the far end is one of the cluster, and may use its own addresses and its pods' only.
 fn foreign_sources_fail(stage: &Stage<'_>, underlay: Family) -> Result<()> {
-    let right = Right::of(stage, underlay)?;
-    let mut trial = Trial::new(stage)?;
-    let port = trial.watch.port;
-    let peer = stage.tunnel_peer()?;
-    for family in Family::ALL {
-        let control = Control {
-            sender: &right.sender,
-            make: &|mark| Ok(vec![right.shot(stage, family, mark)?]),
-            place: Place::Pod("a"),
-            source: Some(family.of(peer)?),
-        };
+    check_tunnel(stage, underlay, |trial, right, family, control| {
+        let port = trial.watch.port;
         let mut sources = vec![
             family.of(&stage.net.a)?,
             family.of(&stage.net.b)?,
@@ -339,11 +336,11 @@ fn foreign_sources_fail(stage: &Stage<'_>, underlay: Family) -> Result<()> {
                     }
                     Ok(shots)
                 },
-                &control,
+                control,
             )?;
         }
-    }
-    trial.finish()
+        Ok(())
+    })
 }
 
 fn a_source_that_the_far_end_does_not_own(stage: &Stage<'_>) -> Result<()> {
@@ -352,18 +349,9 @@ fn a_source_that_the_far_end_does_not_own(stage: &Stage<'_>) -> Result<()> {
 
 /// Out of the tunnel come packets to this node and its pods. The node is no router for the rest.
 fn a_destination_beyond_this_node(stage: &Stage<'_>) -> Result<()> {
-    let right = Right::of(stage, Family::V4)?;
-    let mut trial = Trial::new(stage)?;
-    let port = trial.watch.port;
-    let peer = stage.tunnel_peer()?;
-    for family in Family::ALL {
-        let own = family.of(peer)?;
-        let control = Control {
-            sender: &right.sender,
-            make: &|mark| Ok(vec![right.shot(stage, family, mark)?]),
-            place: Place::Pod("a"),
-            source: Some(own),
-        };
+    check_tunnel(stage, Family::V4, |trial, right, family, control| {
+        let port = trial.watch.port;
+        let own = family.of(stage.tunnel_peer()?)?;
         let mut beyond: Vec<SocketAddr> = vec![
             (family.world(), port).into(),
             (family.attacker()?, port).into(),
@@ -386,24 +374,16 @@ fn a_destination_beyond_this_node(stage: &Stage<'_>) -> Result<()> {
                 let tunnel = |inner: Vec<u8>| right.sender.tunnel(right.far, right.near, VNI, &inner);
                 beyond.iter().map(|to| inner(to).and_then(tunnel)).collect()
             },
-            &control,
+            control,
         )?;
-    }
-    trial.finish()
+        Ok(())
+    })
 }
 
 fn a_tag_in_the_tunnel(stage: &Stage<'_>) -> Result<()> {
-    let right = Right::of(stage, Family::V4)?;
-    let mut trial = Trial::new(stage)?;
-    let port = trial.watch.port;
-    for family in Family::ALL {
+    check_tunnel(stage, Family::V4, |trial, right, family, control| {
+        let port = trial.watch.port;
         let own = family.of(stage.tunnel_peer()?)?;
-        let control = Control {
-            sender: &right.sender,
-            make: &|mark| Ok(vec![right.shot(stage, family, mark)?]),
-            place: Place::Pod("a"),
-            source: Some(own),
-        };
         for to in [family.of(&stage.net.a)?, family.of_node(stage.node(1))] {
             let tags = [&[(0x8100, 100)][..], &[(0x8100, 0)], &[(0x88a8, 5)], &[(0x8100, 7), (0x8100, 8)]];
             let forged = |mark: &Mark| {
@@ -411,10 +391,10 @@ fn a_tag_in_the_tunnel(stage: &Stage<'_>) -> Result<()> {
                 let tunnel = |tags: &&[_]| right.sender.tunnel(right.far, right.near, VNI, &tagged(&frame, tags));
                 tags.iter().map(tunnel).collect()
             };
-            trial.refused(&format!("to {to}"), &right.sender, &[DropReason::VlanFiltered], &forged, &control)?;
+            trial.refused(&format!("to {to}"), &right.sender, &[DropReason::VlanFiltered], &forged, control)?;
         }
-    }
-    trial.finish()
+        Ok(())
+    })
 }
 
 /// Nodes whose interfaces have IPv6 addresses only: the tunnel is over IPv6, where any sender may
