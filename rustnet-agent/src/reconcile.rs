@@ -7,21 +7,18 @@ mod audit;
 mod files;
 mod job;
 mod kernel;
+mod network;
 pub mod node;
 pub mod presence;
 mod takeover;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rustnet_common::endpoint::Endpoint;
-use rustnet_common::files::IPAM_DIR;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
 use crate::api::API_SERVER;
@@ -31,17 +28,15 @@ use crate::failure::{self, Failure, Scope};
 use crate::health::{Health, NotReady};
 use crate::index::{Gate, Index};
 use crate::model::Feature;
-use crate::net::host::Host;
 use crate::net::monitor::Monitor;
-use crate::net::netlink::Socket;
-use crate::net::overlay::mac_of;
-use crate::net::repair::{Overlay, Repairer, Wanted};
+use crate::net::repair::Repairer;
 use crate::plan::Planner;
 use crate::source::{Event, Kind};
-use crate::{cni_order, install, namefile, podfile};
+use crate::{install, namefile, podfile};
 use files::Files;
 use job::Job;
 use kernel::{Kernel, Stats};
+use network::{Look, observed};
 use presence::AgentFile;
 
 /// Most events taken in before they are applied.
@@ -146,14 +141,6 @@ fn install_cni_binary(config: &Config) {
     }
 }
 
-/// What the look that is under way has found. Never ready without one.
-async fn observed(look: &mut Option<Look>) -> Result<Host> {
-    match look {
-        Some(look) => (&mut look.host).await.context("the look at the host's network has panicked")?,
-        None => std::future::pending().await,
-    }
-}
-
 async fn stop(shutdown: &mut watch::Receiver<bool>) {
     // A sender that is gone means shutdown, too.
     let _ = shutdown.wait_for(|stop| *stop).await;
@@ -163,21 +150,6 @@ async fn stop(shutdown: &mut watch::Receiver<bool>) {
 struct Datapath {
     kernel: Kernel,
     planner: Planner,
-}
-
-/// A look at the host's network that is under way, in a thread of its own: hosts with a million routes exist.
-struct Look {
-    began: Instant,
-    before: Before,
-    host: JoinHandle<Result<Host>>,
-}
-
-/// What has to be read before the host's network is: what comes in between must not seem to be left over.
-struct Before {
-    /// All pods that are added from now on get the present programs, or are found by the look.
-    is_pinned: bool,
-    /// See [`Kernel::repair_endpoints`]; `None` while there is no map.
-    endpoints: Option<Vec<(IpAddr, Endpoint)>>,
 }
 
 /// Everything the loop knows: inputs, jobs, and what the jobs have found.
@@ -336,136 +308,8 @@ impl Reconciler {
         }
     }
 
-    /// Begins to look at the host's network; [`Self::end_look`] follows.
-    fn begin_look(&mut self) {
-        self.network.begin();
-        match self.read_before() {
-            Ok(before) => {
-                let host = tokio::task::spawn_blocking(|| Host::observe(&mut Socket::open()?));
-                self.look = Some(Look { began: Instant::now(), before, host });
-            }
-            Err(error) => self.finish_network(vec![Failure::new(Scope::Node, &error)]),
-        }
-    }
-
-    /// Brings the host's network and the hooks to what they should be.
-    fn end_look(&mut self, host: Result<Host>) {
-        let Some(Look { began, before, .. }) = self.look.take() else { return };
-        let repaired = host.and_then(|host| self.repair_network(host, before));
-        let failures = repaired.unwrap_or_else(|error| vec![Failure::new(Scope::Node, &error)]);
-        self.net_took = began.elapsed();
-        self.finish_network(failures);
-    }
-
-    fn finish_network(&mut self, failures: Vec<Failure>) {
-        // Files are looked after like devices and routes: what somebody deleted is put back.
-        self.files.distrust();
-        self.presence.want_unless_failed();
-        let is_complete = self.index.has_synced(Kind::Node);
-        let is_upgrading = failures.is_empty() && is_complete && self.is_upgrading();
-        let next = if is_upgrading { Duration::ZERO } else { NET_PERIOD };
-        self.network.finish(failures, Some(Instant::now() + next));
-    }
-
     fn is_upgrading(&self) -> bool {
         self.datapath.as_ref().is_some_and(|it| it.kernel.is_upgrading())
-    }
-
-    fn read_before(&self) -> Result<Before> {
-        let kernel = self.datapath.as_ref().map(|it| &it.kernel);
-        let is_pinned = kernel.is_some_and(Kernel::is_pinned);
-        Ok(Before { is_pinned, endpoints: kernel.map(|it| it.endpoints.read()).transpose()? })
-    }
-
-    /// Looks and repairs in one go.
-    fn repair_at_once(&mut self) -> Result<Vec<Failure>> {
-        let before = self.read_before()?;
-        let host = Host::observe(self.repairer.socket())?;
-        self.repair_network(host, before)
-    }
-
-    /// Returns what failed and left the rest standing.
-    fn repair_network(&mut self, host: Host, before: Before) -> Result<Vec<Failure>> {
-        let facts = host.facts();
-        let own_addresses = facts.own_addresses();
-        if self.index.set_host(facts) {
-            self.maps.want_unless_failed();
-        }
-        self.ways_seen = self.index.ways_version();
-        let ways = self.index.ways();
-        let own = self.index.own_node();
-        let own_pod_cidrs = self.index.settings().own_pod_cidrs(own);
-        let is_complete = self.index.has_synced(Kind::Node);
-        let overlay = Overlay { port: self.config.overlay_port, mac: mac_of(&self.config.node_name) };
-        let wanted = Wanted {
-            ways: &ways,
-            overlay: self.config.routing.has_overlay().then_some(overlay),
-            own_pod_cidrs,
-            service_cidrs: &self.config.service_cidrs,
-            is_complete,
-        };
-        let mut state = self.repairer.prepare(host, &wanted)?;
-        let mut failures = Vec::new();
-        let mut done = Vec::new();
-        let mut is_overlay_verified = false;
-        let local_ports = node::local_ports()?;
-        if let Some(Datapath { kernel, .. }) = &mut self.datapath {
-            let mut config = node::config(&self.config, &ways.place, state.overlay, kernel.hz, local_ports);
-            if own.is_none() {
-                node::keep_addresses(&mut config, &kernel.config.read()?, &own_addresses);
-            }
-            match kernel.attach(self.repairer.socket(), &config, &ways.place, &state, is_complete) {
-                Ok(attached) => {
-                    done.extend(attached.done);
-                    if !before.is_pinned {
-                        install_cni_binary(&self.config);
-                    }
-                    // Before all devices are known, programs of before are on some of them, with the earlier maps.
-                    let is_on_all = is_complete && !attached.failures.iter().any(|it| it.scope != Scope::Peer);
-                    if before.is_pinned && is_on_all && kernel.is_upgrading() {
-                        match kernel.go_on_upgrading() {
-                            Ok(changed) => done.extend(changed),
-                            Err(error) => failures.push(Failure::new(Scope::Node, &error)),
-                        }
-                    }
-                    failures.extend(attached.failures);
-                    is_overlay_verified = attached.is_overlay_verified;
-                }
-                Err(error) => failures.push(Failure::new(Scope::Node, &error)),
-            }
-            // The programs may have been loaded since the look began.
-            let endpoints = before.endpoints.map(|it| kernel.repair_endpoints(&it, &state));
-            match endpoints.unwrap_or_else(|| Ok(Vec::new())) {
-                Ok(changed) => done.extend(changed),
-                Err(error) => failures.push(Failure::new(Scope::Pod, &error)),
-            }
-        }
-        self.repairer.connect(&mut state, &wanted, is_overlay_verified);
-        // While no device leads to other nodes, pods get the MTU of before.
-        match state.overlay.map_or(ways.place.mtu, |device| device.mtu) {
-            0 => {}
-            _ if ways.place.is_nameless && self.room != 0 => {}
-            room => self.room = room,
-        }
-        self.routed |= is_complete && state.is_connected(wanted.overlay.is_some());
-        failures.append(&mut state.failures);
-        if state.uplinks.is_empty() {
-            // A node that never had one. Where one is away for a while, pods of this node go on.
-            let why = ways.place.problems.join("; ");
-            failures.push(Failure { scope: Scope::Node, message: why });
-        }
-        done.append(&mut state.changed);
-        for what in done {
-            tracing::info!("{what}");
-        }
-        let leased = |ip: &IpAddr| self.config.run_dir.join(IPAM_DIR).join(ip.to_string()).exists();
-        state.problems.extend(node::outsiders(&self.config.node_name, &state.endpoints, own_pod_cidrs, leased));
-        state.problems.extend(node::shared_ports(&self.config, local_ports));
-        state.problems.extend(node::too_small(&self.config, self.room, &ways));
-        state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni_order::instead_of_ours(dir)));
-        self.host_problems = Some(state.problems);
-        self.report.want(Duration::ZERO);
-        Ok(failures)
     }
 
     /// True if there are changes that may be applied. The few moments of an upgrade are waited for: flows that are forgotten
