@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Instant;
 
 use rustnet_agent::config::Routing;
 use rustnet_agent::failure::Scope;
@@ -346,5 +347,45 @@ fn forwarding_of_single_devices_is_switched_on_again() {
         let path = "/proc/sys/net/ipv4/conf/eth0/forwarding";
         fs::write(path, "0").unwrap();
         assert_eq!(repair(sandbox, true, &[], true).changed, ["ipv4.conf.eth0.forwarding: 0 -> 1"]);
+    });
+}
+
+/// What a look at a host with a million routes costs: in its thread, and then in the loop.
+#[test]
+#[ignore = "prints figures"]
+fn a_look_at_a_million_routes() {
+    const NETS: u8 = 16;
+    sandbox::run(|sandbox| {
+        uplink();
+        for net in 0..NETS {
+            let line = |i: u32| format!("route add 10.{}.{}.{} via 192.0.2.254\n", 100 + net, i >> 8, i & 255);
+            let lines: String = (0..62_500).map(line).collect();
+            sandbox::ip_batch("-4", &lines);
+        }
+        let (ways, own) = (ways(sandbox, Routing::Vxlan, &[own(), peer()]), own());
+        let wanted = want_overlay(&ways, &own);
+        run(sandbox, &wanted);
+        let mut repairer = repairer(sandbox);
+        for _ in 0..3 {
+            let began = Instant::now();
+            let host = Host::observe(repairer.socket()).unwrap();
+            let (observed, routes) = (began.elapsed(), host.routes.len());
+            let began = Instant::now();
+            let facts = host.facts();
+            let mut state = repairer.prepare(host, &wanted).unwrap();
+            repairer.connect(&mut state, &wanted, true);
+            let is_idle = state.changed.is_empty() && state.failures.is_empty();
+            drop(state);
+            println!(
+                "{routes} routes: {observed:?}, then {:?}; {} devices, idle: {is_idle}",
+                began.elapsed(),
+                facts.devices.len()
+            );
+        }
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        println!(
+            "{}",
+            status.lines().filter(|line| line.starts_with("VmHWM") || line.starts_with("VmRSS")).collect::<String>()
+        );
     });
 }

@@ -1,5 +1,6 @@
 //! A network namespace, a mount namespace and a BPF file system for one test; all gone when its thread ends.
 
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -42,6 +43,13 @@ pub fn run(test: impl FnOnce(&Sandbox) + Send + 'static) {
 /// Runs `ip` in this thread's namespace; must succeed.
 pub fn ip(args: &str) -> String {
     run_program("ip", args)
+}
+
+/// Carries out many lines of `ip` for a family, `-4` or `-6`.
+pub fn ip_batch(family: &str, lines: &str) {
+    let mut child = Command::new("ip").args([family, "-batch", "-"]).stdin(Stdio::piped()).spawn().expect("ip");
+    child.stdin.take().expect("a pipe").write_all(lines.as_bytes()).expect("lines");
+    assert!(child.wait().expect("ip").success(), "ip {family} -batch");
 }
 
 /// Runs a program with arguments split at spaces, which must succeed; returns its output.

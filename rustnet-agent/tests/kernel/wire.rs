@@ -3,8 +3,6 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::future::Future;
-use std::io::Write as _;
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -14,14 +12,7 @@ use rustnet_agent::net::monitor::Monitor;
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::route::{self, Hop, PROTOCOL, Route, Target};
 
-use crate::sandbox::{self, add_eth1, ip, uplink};
-
-/// Carries out many lines of `ip`.
-fn batch(family: &str, lines: &str) {
-    let mut child = Command::new("ip").args([family, "-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
-    assert!(child.wait().unwrap().success(), "ip {family} -batch");
-}
+use crate::sandbox::{self, add_eth1, ip, ip_batch, uplink};
 
 /// A line for each of `count` routes of a family; `family` is `-4` or `-6`.
 fn lines(op: &str, family: &str, net: u8, count: u32, protocol: &str) -> String {
@@ -40,14 +31,14 @@ fn no_route_is_missing_from_a_list_while_others_come_and_go() {
     sandbox::run(|_| {
         uplink();
         for family in ["-4", "-6"] {
-            batch(family, &lines("add", family, 1, KEPT, "114"));
+            ip_batch(family, &lines("add", family, 1, KEPT, "114"));
         }
         let stop = AtomicBool::new(false);
         std::thread::scope(|threads| {
             threads.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     for (op, family) in [("add", "-4"), ("del", "-4"), ("add", "-6"), ("del", "-6")] {
-                        batch(family, &lines(op, family, 0, 1000, "static"));
+                        ip_batch(family, &lines(op, family, 0, 1000, "static"));
                     }
                 }
             });
