@@ -7,9 +7,10 @@ use anyhow::Context as _;
 use rustnet_agent::api::{self, NodeStatus, reports};
 use rustnet_agent::config::{Config, LogFormat, Source};
 use rustnet_agent::health::Health;
+use rustnet_agent::reconcile::{self, Surroundings};
 use rustnet_agent::source::kube::KubeSource;
 use rustnet_agent::source::{Event, manifests};
-use rustnet_agent::{bpf, http, reconcile};
+use rustnet_agent::{bpf, http};
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -73,7 +74,7 @@ async fn run(config: Arc<Config>) -> anyhow::Result<()> {
     let (sender, events) = mpsc::channel(EVENTS);
     start_source(&config, sender, &health, &shutdown);
     tokio::spawn(trim_after_first_sync(Arc::clone(&health)));
-    reconcile::run(config, events, health, shutdown).await?;
+    reconcile::run(Surroundings::default(), config, events, health, shutdown).await?;
     tracing::info!("stopped; forwarding goes on");
     Ok(())
 }

@@ -28,7 +28,9 @@ use crate::failure::{self, Failure, Scope};
 use crate::health::{Health, NotReady};
 use crate::index::{Gate, Index};
 use crate::model::Feature;
+use crate::net::host::Host;
 use crate::net::monitor::Monitor;
+use crate::net::netlink::Socket;
 use crate::net::repair::Repairer;
 use crate::plan::Planner;
 use crate::source::{Event, Kind};
@@ -36,7 +38,7 @@ use crate::{install, namefile, podfile};
 use files::Files;
 use job::Job;
 use kernel::{Kernel, Stats};
-use network::{Look, observed};
+use network::{Look, Observe, observed};
 use presence::AgentFile;
 
 /// Most events taken in before they are applied.
@@ -51,28 +53,34 @@ const NET_SETTLE_FAILED: Duration = Duration::from_secs(1);
 const NET_SHARE: u32 = 20;
 /// How long the end of the agent may take; `terminationGracePeriodSeconds` of the DaemonSet is longer.
 pub const EXPORT_LIMIT: Duration = Duration::from_secs(20);
+/// Lists of a million routes take less than a second.
+const LOOK_LIMIT: Duration = Duration::from_mins(2);
 /// Problems in the input are looked for at most this often, and names of pods written.
 const PROBLEMS_PERIOD: Duration = Duration::from_secs(1);
+
+/// What the loop has around it, and tests replace.
+pub struct Surroundings {
+    /// How long the end of the agent may take.
+    pub export_limit: Duration,
+    /// A look at the host's network that takes longer is a failure of the node.
+    pub look_limit: Duration,
+    /// Looks at the host's network, in a thread of its own.
+    pub observe: Observe,
+}
+
+impl Default for Surroundings {
+    fn default() -> Self {
+        let observe = Arc::new(|| Host::observe(&mut Socket::open()?));
+        Self { export_limit: EXPORT_LIMIT, look_limit: LOOK_LIMIT, observe }
+    }
+}
 
 /// Runs until `shutdown` says so (or its sender is gone).
 ///
 /// # Errors
 /// Only if the source has ended, the loop cannot begin at all, or another agent has this one's locks.
 pub async fn run(
-    config: Arc<Config>,
-    events: mpsc::Receiver<Event>,
-    health: Arc<Health>,
-    shutdown: watch::Receiver<bool>,
-) -> Result<()> {
-    run_within(EXPORT_LIMIT, config, events, health, shutdown).await
-}
-
-/// The same with another limit of what the end may take.
-///
-/// # Errors
-/// As of [`run`].
-pub async fn run_within(
-    limit: Duration,
+    surroundings: Surroundings,
     config: Arc<Config>,
     mut events: mpsc::Receiver<Event>,
     health: Arc<Health>,
@@ -81,7 +89,8 @@ pub async fn run_within(
     let Some(mut presence) = takeover::wait(&config.run_dir, &health, &mut shutdown).await else { return Ok(()) };
     let run_dir = config.run_dir.clone();
     let mut monitor = Monitor::open()?;
-    let mut reconciler = Reconciler::new(config, health, shutdown.clone())?;
+    let export_limit = surroundings.export_limit;
+    let mut reconciler = Reconciler::new(surroundings, config, health, shutdown.clone())?;
     let mut batch = Vec::new();
     loop {
         // An agent that has found no locks meanwhile goes on, and this one ends.
@@ -92,7 +101,7 @@ pub async fn run_within(
         reconciler.step();
         let deadline = reconciler.next_deadline();
         tokio::select! {
-            () = stop(&mut shutdown) => return hand_over(reconciler, limit).await,
+            () = stop(&mut shutdown) => return hand_over(reconciler, export_limit).await,
             n = events.recv_many(&mut batch, BATCH) => {
                 ensure!(n > 0, "the source has ended");
                 reconciler.take_in(&mut batch);
@@ -104,7 +113,7 @@ pub async fn run_within(
                     monitor = Monitor::open()?;
                 }
             },
-            host = observed(&mut reconciler.look) => reconciler.end_look(host),
+            (host, took) = observed(&mut reconciler.look) => reconciler.end_look(host, took),
             () = sleep_until(deadline) => {}
         }
     }
@@ -157,6 +166,8 @@ struct Reconciler {
     config: Arc<Config>,
     health: Arc<Health>,
     shutdown: watch::Receiver<bool>,
+    look_limit: Duration,
+    observe: Observe,
     start: Instant,
     index: Index,
     repairer: Repairer,
@@ -177,6 +188,8 @@ struct Reconciler {
     /// Writes those of Services and Nodes.
     objects: Job,
     look: Option<Look>,
+    /// The network has changed since the look began.
+    is_net_changed: bool,
     net_took: Duration,
     /// What the last look at the host's network found wrong; `None` before the first one.
     host_problems: Option<Vec<String>>,
@@ -190,13 +203,20 @@ struct Reconciler {
 }
 
 impl Reconciler {
-    fn new(config: Arc<Config>, health: Arc<Health>, shutdown: watch::Receiver<bool>) -> Result<Self> {
+    fn new(
+        surroundings: Surroundings,
+        config: Arc<Config>,
+        health: Arc<Health>,
+        shutdown: watch::Receiver<bool>,
+    ) -> Result<Self> {
         Ok(Self {
             index: Index::new(node::settings(&config)),
             repairer: Repairer::new(&config.run_dir, &config.sysctl_dir)?,
             config,
             health,
             shutdown,
+            look_limit: surroundings.look_limit,
+            observe: surroundings.observe,
             start: Instant::now(),
             datapath: None,
             files: Files::default(),
@@ -208,6 +228,7 @@ impl Reconciler {
             names: Job::idle("rustnetctl does not know the names of pods"),
             objects: Job::idle("rustnetctl does not know the names of Services and Nodes"),
             look: None,
+            is_net_changed: false,
             net_took: Duration::ZERO,
             host_problems: None,
             ways_seen: 0,
@@ -243,6 +264,11 @@ impl Reconciler {
 
     /// Something about the network changed: look soon, but not all the time.
     fn net_changed(&mut self) {
+        if self.look.is_some() {
+            // Whether that look has seen it is not known; how soon the next one may be, it decides.
+            self.is_net_changed = true;
+            return;
+        }
         let least = if self.network.has_failed() { NET_SETTLE_FAILED } else { NET_SETTLE };
         self.network.want(least.max(self.net_took * NET_SHARE));
     }
@@ -252,13 +278,18 @@ impl Reconciler {
         let maps = self.maps.deadline().filter(|_| self.can_apply());
         let others = [&self.network, &self.report].into_iter().chain(self.files_of_command()).map(Job::deadline);
         let audit = self.datapath.as_ref().and_then(|it| it.planner.audit_at()).map(|due| self.start + due);
-        let next = others.chain([load, maps, audit]).flatten().min();
-        next.unwrap_or_else(|| Instant::now() + NET_PERIOD)
+        let stuck = self.look.as_ref().map(|look| look.began() + self.look_limit).filter(|at| *at > Instant::now());
+        // Nothing else is due for long while a look is under way, and the probes want to see the loop turn.
+        let turn = Instant::now() + NET_PERIOD;
+        others.chain([load, maps, audit, stuck]).flatten().fold(turn, Instant::min)
     }
 
     /// Does all that is due.
     fn step(&mut self) {
-        self.health.tick();
+        // A thread that the kernel holds ends with the process alone.
+        if self.stuck_look().is_none() {
+            self.health.tick();
+        }
         if self.presence.is_due() {
             self.write_presence();
         }
@@ -313,11 +344,9 @@ impl Reconciler {
     }
 
     /// True if there are changes that may be applied. The few moments of an upgrade are waited for: flows that are forgotten
-    /// must not come back from an earlier table. An upgrade that a broken hook holds up is not. The first look at the host is
-    /// waited for, too: without it no node has a way.
+    /// must not come back from an earlier table. An upgrade that a broken hook holds up is not.
     fn can_apply(&self) -> bool {
-        let is_first_look = self.look.is_some() && self.host_problems.is_none();
-        let waits = is_first_look || (self.is_upgrading() && !self.network.has_failed());
+        let waits = self.is_upgrading() && (self.look.is_some() || !self.network.has_failed());
         let is_open = Gate::ALL.into_iter().any(|gate| self.index.is_open(gate));
         self.maps.deadline().is_some() && self.datapath.is_some() && is_open && !waits
     }
@@ -325,8 +354,16 @@ impl Reconciler {
     /// Exports the maps for an agent of v1 (see [`crate::bpf::upgrade`]); false if there is nothing to export. Stops between two
     /// steps when it `is_late`.
     fn export(&mut self, is_late: &AtomicBool) -> Result<bool> {
-        let Some(Datapath { kernel, .. }) = &mut self.datapath else { return Ok(false) };
+        let Some(Datapath { kernel, .. }) = &self.datapath else { return Ok(false) };
         // In the middle of an upgrade the maps of v1 are still there, and the programs of the bridge write them.
+        if kernel.has_earlier_tables() {
+            return Ok(false);
+        }
+        if !kernel.is_pinned() && kernel.has_upgraded() {
+            // The last step of the upgrade.
+            self.repair_at_once()?;
+        }
+        let Some(Datapath { kernel, .. }) = &mut self.datapath else { return Ok(false) };
         if kernel.is_upgrading() || !kernel.begin_export()? {
             return Ok(false);
         }
@@ -470,6 +507,9 @@ impl Reconciler {
     /// Why this node must not get pods, if so.
     fn not_ready(&self) -> Option<NotReady> {
         let starting = |stage: &str| Some(NotReady::Starting(stage.to_owned()));
+        if let Some(failure) = self.stuck_look() {
+            return Some(NotReady::Failed(failure));
+        }
         if let Some(failure) = [&self.load, &self.network, &self.maps].into_iter().find_map(Job::node_failure) {
             return Some(NotReady::Failed(failure));
         }

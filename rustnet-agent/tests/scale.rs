@@ -2,6 +2,7 @@
 //! on the machine and on the profile. What is asserted is the work done: which writes a change leads to.
 
 use rustnet_agent::config::Routing;
+use rustnet_agent::host::HostFacts;
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::Problem;
 use rustnet_agent::plan::{Maps, MemoryMaps, Plan, Planner, Snapshot, Write};
@@ -27,6 +28,7 @@ impl Maps for NoMaps {
 
 fn synced() -> Index {
     let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
+    index.set_host(HostFacts::default());
     for kind in Kind::REQUIRED {
         index.handle(Event::Synced(kind));
     }

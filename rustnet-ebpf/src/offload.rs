@@ -26,8 +26,8 @@ const _: () = assert!(last_byte(proto::SCTP) == 7 && last_byte(47) == 1);
 /// True if a device would write a checksum in front of where the packet's protocol has one, `l4` being the offset of its header. Such
 /// a packet is spoiled by the look: drop it. Pointers into the packet are void afterwards.
 ///
-/// The overlay's device takes back what is said of a packet's checksum (`iptunnel_handle_offloads`): where nothing is left to a device,
-/// a packet on its way there needs two helpers and no function.
+/// The overlay's device takes back what is said of a packet's checksum (`iptunnel_handle_offloads`; not of a segmented frame, whose
+/// checksum is always left to a device): where nothing is left to a device, a packet on its way there needs two helpers and no function.
 #[inline(always)]
 pub fn has_misplaced_sum(skb: &Skb, l4: usize, protocol: u8, is_tunneled: bool) -> bool {
     if is_tunneled && raise_level(skb.raw()) {

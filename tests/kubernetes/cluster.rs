@@ -11,6 +11,7 @@ use kube::api::{
 };
 use rustnet_agent::api::{Connection, Deadlines, NodeStatus, connect};
 use rustnet_agent::config::{self, Routing};
+use rustnet_agent::host::HostFacts;
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::metrics::Metrics;
 use rustnet_agent::plan::{MemoryMaps, Planner};
@@ -188,12 +189,9 @@ struct Plane {
 impl Plane {
     fn new() -> Result<Self> {
         let maps = MemoryMaps::new(65_536);
-        Ok(Self {
-            index: Index::new(Settings::new(NODE, Routing::Vxlan)),
-            planner: Planner::adopt(&maps)?,
-            maps,
-            start: Instant::now(),
-        })
+        let mut index = Index::new(Settings::new(NODE, Routing::Vxlan));
+        index.set_host(HostFacts::default());
+        Ok(Self { index, planner: Planner::adopt(&maps)?, maps, start: Instant::now() })
     }
 
     fn sync(&mut self) -> Result<()> {

@@ -48,6 +48,7 @@ impl Gate {
 pub struct Index {
     settings: Settings,
     host: HostFacts,
+    is_host_known: bool,
     services: Services,
     nodes: Nodes,
     /// Decided when somebody asks; emptied by whatever they depend on. For thousands of nodes that takes a few milliseconds.
@@ -69,6 +70,7 @@ impl Index {
             services: Services::new(Arc::clone(&settings.node_name)),
             settings,
             host: HostFacts::default(),
+            is_host_known: false,
             nodes: Nodes::default(),
             ways: OnceCell::new(),
             ways_version: 0,
@@ -122,7 +124,8 @@ impl Index {
 
     /// Takes in what the host looks like. Returns whether that is news.
     pub fn set_host(&mut self, host: HostFacts) -> bool {
-        let is_news = self.host != host;
+        let is_news = self.host != host || !self.is_host_known;
+        self.is_host_known = true;
         if is_news {
             self.host = host;
             self.own_node_changed();
@@ -144,7 +147,8 @@ impl Index {
                 let has_nodes = self.has_synced(Kind::Node) || self.reports.contains_key(&Origin::Watch(Kind::Node));
                 self.has_synced(Kind::Service) && self.has_synced(Kind::Slice) && has_nodes
             }
-            Gate::Peers => self.has_synced(Kind::Node),
+            // Without the host's devices no node has a way, and what the maps hold is better.
+            Gate::Peers => self.has_synced(Kind::Node) && self.is_host_known,
         }
     }
 

@@ -26,6 +26,7 @@ fn settings(routing: Routing) -> Settings {
 
 fn index(events: impl IntoIterator<Item = Event>) -> Index {
     let mut index = Index::new(settings(Routing::Vxlan));
+    index.set_host(HostFacts::default());
     index.handle(node("n1", &["172.18.0.11"], &["10.244.1.0/24"]).zone("z1").apply());
     for event in events {
         index.handle(event);
@@ -343,6 +344,9 @@ fn synced_means_all_required_kinds() {
 fn a_kind_that_cannot_be_had_holds_up_only_what_follows_from_it() {
     let it = index([Event::Synced(Kind::Node)]);
     assert!(it.is_open(Gate::Peers) && !it.is_open(Gate::Services));
+    let mut it = Index::new(settings(Routing::Vxlan));
+    it.handle(Event::Synced(Kind::Node));
+    assert!(!it.is_open(Gate::Peers), "without the host no node has a way");
 
     let mut it = index([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]);
     let of_gates = |it: &Index| Gate::ALL.map(|gate| it.is_open(gate));

@@ -3,8 +3,8 @@
 //! The messages are those of rtnetlink and netlink-packet-route; only the exchange is here. rtnetlink's own connection drops
 //! a message that it cannot decode, and its caller gets a shorter list: after an upgrade of the kernel a pod's device could
 //! be missing, and the pod would get neither routes nor programs. It also asks its callers to be asynchronous, and those
-//! that attach programs or clean up are not. A request takes microseconds, and the socket works in a thread that has entered
-//! another network namespace.
+//! that attach programs or clean up are not. A request takes microseconds; the long lists have a thread of their own. The socket
+//! works in a thread that has entered another network namespace, too.
 
 use std::io;
 

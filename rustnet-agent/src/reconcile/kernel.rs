@@ -43,6 +43,8 @@ pub struct Kernel {
     packet_log: PacketLog,
     programs: Programs,
     pinned: bool,
+    /// The programs are those of the second load of an upgrade.
+    has_upgraded: bool,
     /// Prints the packet log of `programs`.
     printer: JoinSet<()>,
     /// The plan's maps.
@@ -78,6 +80,7 @@ impl Kernel {
             sizes: config.maps,
             packet_log: config.bpf_log.clone(),
             pinned: false,
+            has_upgraded: false,
             printer,
             maps: BpfMaps::open(maps)?,
             config: NodeConfigStore::open(maps)?,
@@ -100,8 +103,18 @@ impl Kernel {
 
     /// True while programs of an earlier agent, or those of a bridge, may be on hooks besides the present ones.
     pub fn is_upgrading(&self) -> bool {
+        !self.pinned || self.has_earlier_tables()
+    }
+
+    /// True once an upgrade has come to its second load, which may not be on the hooks yet.
+    pub fn has_upgraded(&self) -> bool {
+        self.has_upgraded
+    }
+
+    /// True while the programs use the tables of an earlier agent, too.
+    pub fn has_earlier_tables(&self) -> bool {
         let is_bridge = self.programs.bridge() != Bridge::None && !self.programs.is_export();
-        !self.pinned || self.programs.has_leftovers() || is_bridge
+        self.programs.has_leftovers() || is_bridge
     }
 
     /// Loads programs with which an agent of v1 can start. They come onto the hooks like any others.
@@ -144,6 +157,7 @@ impl Kernel {
         if self.programs.bridge() != Bridge::None {
             let programs = self.reload()?.run_without_bridge()?;
             self.use_programs(programs);
+            self.has_upgraded = true;
             done.push("programs loaded that use the new maps alone".to_owned());
         }
         Ok(done)

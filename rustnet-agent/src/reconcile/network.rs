@@ -2,12 +2,13 @@
 //! neighbours, pods' entries.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::IPAM_DIR;
-use tokio::task::JoinHandle;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::kernel::Kernel;
@@ -15,16 +16,26 @@ use super::{Datapath, NET_PERIOD, Reconciler, install_cni_binary, node};
 use crate::cni_order;
 use crate::failure::{Failure, Scope};
 use crate::net::host::Host;
-use crate::net::netlink::Socket;
 use crate::net::overlay::mac_of;
 use crate::net::repair::{Overlay, Wanted};
 use crate::source::Kind;
 
-/// A look at the host's network that is under way, in a thread of its own: hosts with a million routes exist.
+/// A function that looks at the host's network.
+pub type Observe = Arc<dyn Fn() -> Result<Host> + Send + Sync>;
+
+/// A look at the host's network that is under way, in a thread of its own: hosts with a million routes exist. The threads of the
+/// runtime's pool are few, and look-ups of names can take all of them for long.
 pub struct Look {
     began: Instant,
     before: Before,
-    host: JoinHandle<Result<Host>>,
+    host: oneshot::Receiver<(Result<Host>, Duration)>,
+}
+
+impl Look {
+    /// When it began.
+    pub fn began(&self) -> Instant {
+        self.began
+    }
 }
 
 /// What has to be read before the host's network is: what comes in between must not seem to be left over.
@@ -35,33 +46,56 @@ pub struct Before {
     endpoints: Option<Vec<(IpAddr, Endpoint)>>,
 }
 
-/// What the look that is under way has found. Never ready without one.
-pub async fn observed(look: &mut Option<Look>) -> Result<Host> {
-    match look {
-        Some(look) => (&mut look.host).await.context("the look at the host's network has panicked")?,
-        None => std::future::pending().await,
-    }
+/// What the look that is under way has found, and how long that took. Never ready without one.
+pub async fn observed(look: &mut Option<Look>) -> (Result<Host>, Duration) {
+    let Some(look) = look else { return std::future::pending().await };
+    let panicked = |_| (Err(anyhow!("the look at the host's network has panicked")), look.began.elapsed());
+    (&mut look.host).await.unwrap_or_else(panicked)
 }
 
 impl Reconciler {
     /// Begins to look at the host's network; [`Self::end_look`] follows.
     pub(super) fn begin_look(&mut self) {
         self.network.begin();
-        match self.read_before() {
-            Ok(before) => {
-                let host = tokio::task::spawn_blocking(|| Host::observe(&mut Socket::open()?));
-                self.look = Some(Look { began: Instant::now(), before, host });
-            }
+        match self.read_before().and_then(|before| Ok((before, self.observe()?))) {
+            Ok((before, host)) => self.look = Some(Look { began: Instant::now(), before, host }),
             Err(error) => self.finish_network(vec![Failure::new(Scope::Node, &error)]),
         }
     }
 
+    fn observe(&self) -> Result<oneshot::Receiver<(Result<Host>, Duration)>> {
+        let (sender, host) = oneshot::channel();
+        let observe = Arc::clone(&self.observe);
+        let look = move || {
+            let began = std::time::Instant::now();
+            let found = observe();
+            // A loop that has ended needs it no more.
+            let _ = sender.send((found, began.elapsed()));
+        };
+        let thread = std::thread::Builder::new().name("look".to_owned()).spawn(look);
+        thread.context("no thread to look at the host's network; raise the limit of tasks")?;
+        Ok(host)
+    }
+
+    /// What to report of a look that takes too long. Its thread waits for the kernel.
+    pub(super) fn stuck_look(&self) -> Option<String> {
+        let limit = self.look_limit;
+        let is_stuck = self.look.as_ref().is_some_and(|look| look.began.elapsed() >= limit);
+        is_stuck.then(|| {
+            format!(
+                "the kernel has not listed the host's network within {limit:?}: look for tasks that wait for the RTNL lock \
+                 (`echo w > /proc/sysrq-trigger`, then `dmesg`)"
+            )
+        })
+    }
+
     /// Brings the host's network and the hooks to what they should be.
-    pub(super) fn end_look(&mut self, host: Result<Host>) {
-        let Some(Look { began, before, .. }) = self.look.take() else { return };
+    pub(super) fn end_look(&mut self, host: Result<Host>, took: Duration) {
+        let Some(Look { before, .. }) = self.look.take() else { return };
+        let began = Instant::now();
         let repaired = host.and_then(|host| self.repair_network(host, before));
         let failures = repaired.unwrap_or_else(|error| vec![Failure::new(Scope::Node, &error)]);
-        self.net_took = began.elapsed();
+        self.net_took = took + began.elapsed();
         self.finish_network(failures);
     }
 
@@ -73,6 +107,9 @@ impl Reconciler {
         let is_upgrading = failures.is_empty() && is_complete && self.is_upgrading();
         let next = if is_upgrading { Duration::ZERO } else { NET_PERIOD };
         self.network.finish(failures, Some(Instant::now() + next));
+        if std::mem::take(&mut self.is_net_changed) {
+            self.net_changed();
+        }
     }
 
     fn read_before(&self) -> Result<Before> {

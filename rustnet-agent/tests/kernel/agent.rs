@@ -9,7 +9,7 @@ use rustnet_agent::health::Health;
 use rustnet_agent::model::{
     Condition, Endpoint, EndpointSlice, Family, Node, ObjectName, Service, ServicePort, TargetPort,
 };
-use rustnet_agent::reconcile;
+use rustnet_agent::reconcile::{self, Surroundings};
 use rustnet_agent::source::{Event, Kind, Object};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -26,11 +26,15 @@ pub struct Agent {
 
 impl Agent {
     pub fn start(config: Config) -> Self {
+        Self::start_in(Surroundings { export_limit: sandbox::deadline(), ..Surroundings::default() }, config)
+    }
+
+    pub fn start_in(surroundings: Surroundings, config: Config) -> Self {
         let (events, receiver) = mpsc::channel(1024);
         let (stop, stopped) = watch::channel(false);
         let health = Arc::new(Health::default());
         let (config, shared) = (Arc::new(config), Arc::clone(&health));
-        let task = tokio::spawn(reconcile::run_within(sandbox::deadline(), config, receiver, shared, stopped));
+        let task = tokio::spawn(reconcile::run(surroundings, config, receiver, shared, stopped));
         Self { events, health, stop, task }
     }
 

@@ -1,45 +1,108 @@
-//! The loop while a look at the host's network takes its time.
+//! The loop while a look at the host's network takes its time, or fails.
 
-use std::sync::mpsc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use rustnet_agent::bpf::store::services;
+use anyhow::ensure;
+use rustnet_agent::bpf::store::{peers, services};
+use rustnet_agent::config::{Config, Routing};
+use rustnet_agent::net::host::Host;
+use rustnet_agent::net::netlink::Socket;
+use rustnet_agent::reconcile::Surroundings;
+use tokio::sync::Mutex;
 
-use crate::agent::{Agent, make_two_nodes, wait_until, web};
-use crate::sandbox::{self, ip, uplink};
+use crate::agent::{Agent, block_on, make_two_nodes, wait_until, web};
+use crate::sandbox::{self, Sandbox, ip, uplink};
 
 /// Backends that the service of [`web`] gets, one after the other. To write them all takes longer than the loop waits before a look.
 const CHANGES: u8 = 100;
 
-/// On a host with a million routes a look takes seconds.
+/// Surroundings in which a look ends only while nobody holds the lock.
+fn make_held(look_limit: Duration) -> (Surroundings, Arc<Mutex<()>>) {
+    let lock = Arc::new(Mutex::new(()));
+    let held = Arc::clone(&lock);
+    let observe = Arc::new(move || {
+        drop(held.blocking_lock());
+        Host::observe(&mut Socket::open()?)
+    });
+    (Surroundings { export_limit: sandbox::deadline(), look_limit, observe }, lock)
+}
+
+fn count_backends(sandbox: &Sandbox) -> Option<u32> {
+    services(&sandbox.bpffs).unwrap().values().map(|entry| entry.count).max()
+}
+
+/// On a host with a million routes a look takes a second.
 #[test]
 fn events_are_applied_while_a_look_is_under_way() {
     sandbox::run(|sandbox| {
         uplink();
-        let mut runtime = tokio::runtime::Builder::new_current_thread();
-        let runtime = runtime.enable_all().max_blocking_threads(1).build().unwrap();
-        runtime.block_on(async {
-            let agent = Agent::start_ready(sandbox.config(&[]), make_two_nodes()).await;
+        block_on(async {
+            let (surroundings, lock) = make_held(sandbox::deadline());
+            let agent = Agent::start_in(surroundings, sandbox.config(&[]));
+            agent.make_ready(make_two_nodes()).await;
 
-            // The only thread for looks is taken.
-            let (release, held) = mpsc::channel::<()>();
-            let (began, is_taken) = tokio::sync::oneshot::channel();
-            let other = tokio::task::spawn_blocking(move || {
-                began.send(()).unwrap();
-                held.recv().unwrap();
-            });
-            is_taken.await.unwrap();
+            let held = lock.lock().await;
             ip("route del 10.1.2.0/24");
-            let count = || services(&sandbox.bpffs).unwrap().values().map(|entry| entry.count).max();
             for backends in 1..=CHANGES {
                 agent.send(web(backends)).await;
-                wait_until("the change is in the map", || count() == Some(backends.into())).await;
+                wait_until("the change is in the map", || count_backends(sandbox) == Some(backends.into())).await;
             }
             assert_eq!(ip("route show 10.1.2.0/24"), "", "the look has not ended");
             assert!(agent.health.readiness().is_ok(), "{:?}", agent.health.readiness());
-
-            release.send(()).unwrap();
-            other.await.unwrap();
+            drop(held);
             wait_until("the route is back", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
+            agent.stop().await;
+        });
+    });
+}
+
+#[test]
+fn a_look_that_does_not_end_is_a_failure_of_the_node() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let (surroundings, lock) = make_held(Duration::from_millis(100));
+            let agent = Agent::start_in(surroundings, sandbox.config(&[]));
+            agent.make_ready(make_two_nodes()).await;
+            let held = lock.lock().await;
+            ip("link set eth0 alias changed");
+            agent.wait_unready(&["RTNL"]).await;
+            drop(held);
+            agent.ready().await;
+            agent.stop().await;
+        });
+    });
+}
+
+/// Without the host's devices each node would seem to be reached by the kernel's routes.
+#[test]
+fn peers_stay_as_they_are_until_the_host_is_known() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let config = || Config { routing: Routing::Native, ..sandbox.config(&[]) };
+            let agent = Agent::start_ready(config(), make_two_nodes()).await;
+            agent.stop().await;
+            let before = peers(&sandbox.bpffs).unwrap();
+            assert!(!before.is_empty());
+
+            let is_blind = Arc::new(AtomicBool::new(true));
+            let blind = Arc::clone(&is_blind);
+            let observe = Arc::new(move || {
+                ensure!(!blind.load(Ordering::Relaxed), "no list");
+                Host::observe(&mut Socket::open()?)
+            });
+            let surroundings = Surroundings { observe, ..Surroundings::default() };
+            let agent = Agent::start_in(surroundings, config());
+            agent.send_all(make_two_nodes().into_iter().chain(web(3))).await;
+            agent.wait_unready(&["no list"]).await;
+            wait_until("the service is in the map", || count_backends(sandbox) == Some(3)).await;
+            assert_eq!(peers(&sandbox.bpffs).unwrap(), before);
+            is_blind.store(false, Ordering::Relaxed);
+            agent.ready().await;
+            assert_eq!(peers(&sandbox.bpffs).unwrap(), before);
             agent.stop().await;
         });
     });

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustnet_agent::bpf::store::{BpfMaps, Map};
 use rustnet_agent::config::Routing;
+use rustnet_agent::host::HostFacts;
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::{
     Condition, Endpoint, EndpointSlice, Family, Node, ObjectName, Service, ServicePort, TargetPort,
@@ -37,6 +38,7 @@ impl Rig {
         load.run().unwrap().pin(&sandbox.bpffs).unwrap();
         let maps = BpfMaps::open(&sandbox.bpffs).unwrap();
         let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
+        index.set_host(HostFacts::default());
         for kind in Kind::REQUIRED {
             index.handle(Event::Synced(kind));
         }

@@ -7,6 +7,7 @@ mod sets;
 
 use super::{Capacity, Plan, Planner};
 use crate::config::{AUDIT_PERIOD, Routing};
+use crate::host::HostFacts;
 use crate::index::{Index, Settings};
 use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{EndpointSlice, Family, ObjectName, Problem};
@@ -87,8 +88,14 @@ impl Rig {
     }
 }
 
-fn synced_index() -> Index {
+fn make_index() -> Index {
     let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
+    index.set_host(HostFacts::default());
+    index
+}
+
+fn synced_index() -> Index {
+    let mut index = make_index();
     for kind in Kind::REQUIRED {
         index.handle(Event::Synced(kind));
     }
@@ -226,7 +233,7 @@ fn a_backend_is_cleared_only_once_everything_is_known_again() {
     let mut rig = Rig::new(64);
     rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
     rig.handle(web(&["10.244.1.3"])).sync();
-    rig.index = Index::new(Settings::new("n1", Routing::Vxlan));
+    rig.index = make_index();
     rig.restart();
     assert_eq!(rig.settle(), <[&str; 0]>::default());
     rig.handle(web(&["10.244.1.3"])).handle(Kind::REQUIRED.map(Event::Synced));
@@ -273,7 +280,7 @@ fn before_everything_is_known_nothing_is_written_or_pruned() {
     rig.handle(web(&["10.244.1.2"])).handle(dns(&["10.244.1.3"])).sync();
     let mut index = synced_index();
     std::mem::swap(&mut rig.index, &mut index);
-    rig.index = Index::new(Settings::new("n1", Routing::Vxlan));
+    rig.index = make_index();
     rig.restart().handle(web(&["10.244.1.2"])).handle([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]);
     assert_eq!(rig.sync(), Plan::default());
     let plan = rig.handle([Event::Synced(Kind::Node)]).sync();
@@ -291,14 +298,14 @@ fn what_follows_from_a_missing_kind_stays_and_the_rest_changes() {
     let (peers, services) = (rig.maps.held().peers.clone(), rig.maps.held().services.clone());
     assert!(!peers.is_empty() && !services.is_empty());
 
-    rig.index = Index::new(Settings::new("n1", Routing::Vxlan));
+    rig.index = make_index();
     rig.restart().handle([Event::Synced(Kind::Node), nodes("10.244.3.0/24")]).sync();
     assert_eq!(rig.maps.held().services, services);
     assert!(rig.maps.held().peers.contains_key(&"10.244.3.0/24".parse().unwrap()));
     assert!(!rig.maps.held().peers.contains_key(&"10.244.2.0/24".parse().unwrap()));
 
     let peers = rig.maps.held().peers.clone();
-    rig.index = Index::new(Settings::new("n1", Routing::Vxlan));
+    rig.index = make_index();
     let problems = [Problem::new(&"watch of Node".into(), "", "forbidden")].into();
     rig.restart().handle([Event::Report { origin: Origin::Watch(Kind::Node), problems }]);
     rig.handle([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]).handle(web(&["10.244.2.9"])).sync();

@@ -11,6 +11,7 @@ use rustnet_agent::bpf::store::backends::{Access, Backends};
 use rustnet_agent::bpf::store::{BpfMaps, Map};
 use rustnet_agent::config::PacketLog;
 use rustnet_agent::config::{MapSizes, Routing};
+use rustnet_agent::host::HostFacts;
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::plan::{Maps, Planner, Snapshot, Write};
 use rustnet_agent::source::convert::Converter;
@@ -155,6 +156,7 @@ fn write(node: &Node, extent: &Extent) -> Result<Times> {
         let mut planner = Planner::adopt(&maps)?;
         let start = Instant::now();
         let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
+        index.set_host(HostFacts::default());
         for event in events.into_iter().chain(Kind::REQUIRED.map(Event::Synced)) {
             index.handle(event);
         }
