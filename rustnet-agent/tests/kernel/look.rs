@@ -76,6 +76,39 @@ fn a_look_that_does_not_end_is_a_failure_of_the_node() {
     });
 }
 
+/// What the kernel listed before, this look does not see.
+#[test]
+fn what_changes_during_a_look_leads_to_another() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let (lock, has_list) = (Arc::new(Mutex::new(())), Arc::new(AtomicBool::new(false)));
+            let (held, has_listed) = (Arc::clone(&lock), Arc::clone(&has_list));
+            let observe = Arc::new(move || {
+                let host = Host::observe(&mut Socket::open()?);
+                has_listed.store(true, Ordering::Relaxed);
+                drop(held.blocking_lock());
+                has_listed.store(false, Ordering::Relaxed);
+                host
+            });
+            let agent = Agent::start_in(Surroundings { observe, ..Surroundings::default() }, sandbox.config(&[]));
+            agent.make_ready(make_two_nodes()).await;
+            let held = lock.lock().await;
+            ip("link set eth0 alias changed");
+            wait_until("the network is listed", || has_list.load(Ordering::Relaxed)).await;
+            ip("route del 10.1.2.0/24");
+            // The loop hears of it before the look ends.
+            for backends in 1..=3 {
+                agent.send(web(backends)).await;
+                wait_until("the change is in the map", || count_backends(sandbox) == Some(backends.into())).await;
+            }
+            drop(held);
+            wait_until("the route is back", || ip("route show 10.1.2.0/24").contains("rn_vxlan")).await;
+            agent.stop().await;
+        });
+    });
+}
+
 /// Without the host's devices each node would seem to be reached by the kernel's routes.
 #[test]
 fn peers_stay_as_they_are_until_the_host_is_known() {
