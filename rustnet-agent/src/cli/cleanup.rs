@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{IsTerminal, Write};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
@@ -269,7 +270,7 @@ impl Hand {
                 let is_listed = [LINKS_DIR, PROGS_DIR].iter().any(|name| *entry == path.join(name));
                 is_listed || removed.contains(&shown)
             };
-            return Ok(is_there(path)? && entries(path)?.iter().all(is_ours));
+            return Ok(is_there(path)? && !is_mount_point(path)? && entries(path)?.iter().all(is_ours));
         }
         match fs::remove_dir(path) {
             Err(e) if matches!(e.kind(), DirectoryNotEmpty | ResourceBusy) => Ok(false),
@@ -284,6 +285,16 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(e) => Err(e).with_context(|| format!("reading {}", dir.display())),
     }
+}
+
+/// True if a file system is mounted there: the kernel does not remove the directory.
+fn is_mount_point(path: &Path) -> Result<bool> {
+    let device = |path: &Path| {
+        let found = fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+        Ok::<_, anyhow::Error>(found.dev())
+    };
+    let Some(parent) = path.parent() else { return Ok(true) };
+    Ok(device(path)? != device(parent)?)
 }
 
 fn is_there(path: &Path) -> Result<bool> {

@@ -99,6 +99,26 @@ fn a_mistyped_run_directory_removes_nothing_of_another_agent() {
     });
 }
 
+/// Kernels without the module bpf_preload have nothing of their own in a BPF file system, as a tmpfs has.
+#[test]
+fn a_dry_run_lists_no_mount_point() {
+    sandbox::run(|sandbox| {
+        let bpffs = sandbox.dir.join("mounted");
+        fs::create_dir(&bpffs).unwrap();
+        let mounted = sandbox::command("mount", &format!("-t tmpfs none {}", bpffs.display()));
+        assert!(mounted.status.success(), "{mounted:?}");
+        fs::write(bpffs.join("rn_config"), "").unwrap();
+        let removed = |extra: &str| {
+            let out = sandbox.rustnetctl(&format!("-o json --bpffs {} cleanup {extra}", bpffs.display()));
+            let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+            report["removed"].clone()
+        };
+        let listed = removed("--dry-run");
+        assert_eq!(listed, serde_json::json!([bpffs.join("rn_config")]));
+        assert_eq!(listed, removed("--yes"));
+    });
+}
+
 #[test]
 fn a_loopback_plugin_goes_only_if_it_is_ours() {
     sandbox::run(|sandbox| {
