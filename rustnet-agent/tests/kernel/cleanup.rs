@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::AsFd;
 
+use nix::mount::{MsFlags, mount};
 use rustnet_agent::bpf::pin;
 use rustnet_agent::bpf::sys::{self, Layout};
 use rustnet_common::names::v1;
@@ -105,8 +106,7 @@ fn a_dry_run_lists_no_mount_point() {
     sandbox::run(|sandbox| {
         let bpffs = sandbox.dir.join("mounted");
         fs::create_dir(&bpffs).unwrap();
-        let mounted = sandbox::command("mount", &format!("-t tmpfs none {}", bpffs.display()));
-        assert!(mounted.status.success(), "{mounted:?}");
+        mount(Some("none"), &bpffs, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         fs::write(bpffs.join("rn_config"), "").unwrap();
         let removed = |extra: &str| {
             let out = sandbox.rustnetctl(&format!("-o json --bpffs {} cleanup {extra}", bpffs.display()));
