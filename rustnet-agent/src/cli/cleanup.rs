@@ -293,8 +293,7 @@ fn is_mount_point(path: &Path) -> Result<bool> {
         let found = fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
         Ok::<_, anyhow::Error>(found.dev())
     };
-    let Some(parent) = path.parent() else { return Ok(true) };
-    Ok(device(path)? != device(parent)?)
+    Ok(device(path)? != device(&path.join(".."))?)
 }
 
 fn is_there(path: &Path) -> Result<bool> {
