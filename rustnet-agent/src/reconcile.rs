@@ -278,7 +278,7 @@ impl Reconciler {
         let maps = self.maps.deadline().filter(|_| self.can_apply());
         let others = [&self.network, &self.report].into_iter().chain(self.files_of_command()).map(Job::deadline);
         let audit = self.datapath.as_ref().and_then(|it| it.planner.audit_at()).map(|due| self.start + due);
-        let stuck = self.look.as_ref().map(|look| look.began() + self.look_limit).filter(|at| *at > Instant::now());
+        let stuck = self.look.as_ref().map(|look| look.began + self.look_limit).filter(|at| *at > Instant::now());
         // Nothing else is due for long while a look is under way, and the probes want to see the loop turn.
         let turn = Instant::now() + NET_PERIOD;
         others.chain([load, maps, audit, stuck]).flatten().fold(turn, Instant::min)

@@ -234,8 +234,8 @@ fn retired_pins(
         .collect()
 }
 
-/// Numbers of the maps that the pinned programs use. Only programs that the agents of all releases
-/// replace count: another one stays pinned, with our maps, while an agent of v1 runs.
+/// Numbers of the maps that the pinned programs use. Only programs count that the agents of all
+/// releases replace. Another one stays pinned, with our maps, while an agent of v1 runs.
 fn maps_in_use(bpffs: &Path) -> Result<BTreeSet<u32>> {
     let mut used = BTreeSet::new();
     for name in v1::PROGRAMS {

@@ -193,7 +193,8 @@ impl Repairer {
         };
         let desired = facts.desired(&state.host.links);
         state.problems.extend(desired.problems.iter().cloned());
-        // A new overlay device takes its predecessor's routes along, and sysctls those of a family: look again.
+        // A new overlay device takes its predecessor's routes along. A sysctl that turns IPv6 off takes its routes along. List them
+        // again after a change.
         let is_as_observed = state.changed.is_empty() && state.failures.is_empty();
         let observed = is_as_observed.then(|| Ok(std::mem::take(&mut state.host.routes)));
         let routes = observed.unwrap_or_else(|| route::list(&mut self.socket));

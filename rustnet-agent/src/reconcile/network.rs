@@ -26,16 +26,10 @@ pub type Observe = Arc<dyn Fn() -> Result<Host> + Send + Sync>;
 /// A look at the host's network that is under way, in a thread of its own: hosts with a million routes exist. The threads of the
 /// runtime's pool are few, and look-ups of names can take all of them for long.
 pub struct Look {
-    began: Instant,
+    /// When it began.
+    pub began: Instant,
     before: Before,
     host: oneshot::Receiver<(Result<Host>, Duration)>,
-}
-
-impl Look {
-    /// When it began.
-    pub fn began(&self) -> Instant {
-        self.began
-    }
 }
 
 /// What has to be read before the host's network is: what comes in between must not seem to be left over.
