@@ -199,7 +199,7 @@ impl Metrics {
     }
 
     /// From now on it can be asked for how long the source's server has sent nothing of a kind. The first caller wins.
-    pub fn set_source_silence(&self, silence: Box<dyn Fn(Kind) -> Option<Duration> + Send + Sync>) {
+    pub fn set_source_silence(&self, silence: Box<dyn Fn(Kind) -> Duration + Send + Sync>) {
         let _ = self.0.source_silence.set(Silence(silence));
     }
 
@@ -283,12 +283,12 @@ impl Metrics {
         own.register("source_synced", "1 once the full list has been delivered", it.source_synced.clone());
         if let Some(Silence(of)) = it.source_silence.get() {
             let silence = Family::<KindLabel, Gauge<f64, AtomicU64>>::default();
-            for (kind, time) in Kind::ALL.into_iter().filter_map(|kind| Some((kind, of(kind)?))) {
-                silence.get_or_create(&kind.into()).set(time.as_secs_f64());
+            for kind in Kind::ALL {
+                silence.get_or_create(&kind.into()).set(of(kind).as_secs_f64());
             }
             own.register_with_unit(
                 "source_silence",
-                "Time since the API server last sent anything",
+                "Time since the API server last sent anything, or since the start",
                 Unit::Seconds,
                 silence,
             );
@@ -302,7 +302,7 @@ impl Metrics {
     }
 }
 
-struct Silence(Box<dyn Fn(Kind) -> Option<Duration> + Send + Sync>);
+struct Silence(Box<dyn Fn(Kind) -> Duration + Send + Sync>);
 
 impl std::fmt::Debug for Silence {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -452,7 +452,7 @@ mod tests {
         metrics.map_repaired("rn_svc4_v2");
         metrics.set_ready(true);
         metrics.source_event(Kind::Slice);
-        metrics.set_source_silence(Box::new(|kind| (kind == Kind::Node).then_some(Duration::from_secs(7))));
+        metrics.set_source_silence(Box::new(|kind| Duration::from_secs(if kind == Kind::Node { 7 } else { 0 })));
         metrics.set_unsupported(Feature::HostPort, 2);
         metrics.set_kernel_stats(Arc::new(Fake::default()));
         metrics.count_entries();

@@ -243,8 +243,10 @@ pub fn expected(yaml: &str) -> Result<Dump> {
 pub struct Seen {
     /// What is in its maps.
     pub dump: Dump,
-    /// Every kind has been delivered in full.
+    /// Every kind that the agent needs has been delivered in full.
     pub synced: bool,
+    /// The kinds that have been delivered in full.
+    pub listed: BTreeSet<Kind>,
     /// How often each kind was listed.
     pub lists: BTreeMap<Kind, u32>,
     /// This node's pods and their addresses.
@@ -330,6 +332,12 @@ impl Agent {
         Ok(seen)
     }
 
+    /// Waits until the maps hold what these objects mean and every kind has been listed: Pods, of which maps tell nothing, too.
+    pub async fn wait_for_first_lists(&mut self, yaml: &str) -> Result<Seen> {
+        self.wait("every kind is listed", |seen| seen.listed.len() == Kind::ALL.len()).await?;
+        self.wait_for_maps("the first list", yaml).await
+    }
+
     /// Waits until the maps hold what these objects mean.
     pub async fn wait_for_maps(&mut self, what: &str, yaml: &str) -> Result<Seen> {
         let expected = expected(yaml)?;
@@ -349,6 +357,7 @@ async fn follow(mut plane: Plane, mut events: mpsc::Receiver<Event>, seen: &watc
         let mut now = seen.borrow().clone();
         for event in batch.drain(..) {
             match &event {
+                Event::Synced(kind) => drop(now.listed.insert(*kind)),
                 Event::Restart(kind) => *now.lists.entry(*kind).or_default() += 1,
                 Event::Report { origin, problems } => match problems.first() {
                     Some(problem) => drop(now.trouble.insert(origin.to_string(), problem.to_string())),

@@ -15,7 +15,7 @@ fn changes_during_a_cut_are_caught_up_with() -> Result<()> {
         cluster.apply(&yaml(&[NODES, WEB, DNS])).await?;
         let relay = Relay::start().await?;
         let mut agent = Agent::start(&server, Start::new(&relay.url())).await?;
-        agent.wait_for_maps("the first list", &yaml(&[NODES, WEB, DNS])).await?;
+        agent.wait_for_first_lists(&yaml(&[NODES, WEB, DNS])).await?;
 
         relay.cut();
         agent.wait("the cut is reported", |seen| seen.trouble.len() == Kind::ALL.len()).await?;
@@ -86,7 +86,7 @@ fn a_server_that_accepts_and_stays_silent_is_noticed_and_left() -> Result<()> {
         let second = Duration::from_secs(1);
         let deadlines = Deadlines { connection: second, head: second * 2, body: second * 5, silence: second * 3 };
         let mut agent = Agent::start(&server, Start { deadlines, ..Start::new(&url) }).await?;
-        agent.wait_for_maps("the first list", &yaml(&[NODES, WEB, DNS])).await?;
+        agent.wait_for_first_lists(&yaml(&[NODES, WEB, DNS])).await?;
 
         relay.hold();
         let seen = agent.wait("the silence is reported", |seen| seen.trouble.len() == Kind::ALL.len()).await?;

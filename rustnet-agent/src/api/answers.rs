@@ -10,11 +10,18 @@ use tokio::sync::Notify;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Answers(Arc<Inner>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
     kinds: [Notify; Kind::ALL.len()],
     any: Notify,
-    heard: Mutex<[Option<Instant>; Kind::ALL.len()]>,
+    heard: Mutex<[Instant; Kind::ALL.len()]>,
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        let heard = Mutex::new([Instant::now(); Kind::ALL.len()]);
+        Self { kinds: Default::default(), any: Notify::default(), heard }
+    }
 }
 
 impl Answers {
@@ -28,10 +35,10 @@ impl Answers {
         &self.0.any
     }
 
-    /// For how long the server has sent nothing of this kind; `None` if it never has.
-    pub(crate) fn silence(&self, kind: Kind) -> Option<Duration> {
-        let heard = self.0.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard[kind as usize].map(|when| when.elapsed())
+    /// For how long the server has sent nothing of this kind. Until the first answer, it counts from the start of the agent:
+    /// a server that never answers raises the same alert as one that stops.
+    pub(crate) fn silence(&self, kind: Kind) -> Duration {
+        self.0.heard.lock().unwrap_or_else(PoisonError::into_inner)[kind as usize].elapsed()
     }
 
     /// A successful answer has begun.
@@ -43,7 +50,7 @@ impl Answers {
 
     /// A part of an answer has come.
     pub(crate) fn heard(&self, kind: Kind) {
-        self.0.heard.lock().unwrap_or_else(PoisonError::into_inner)[kind as usize] = Some(Instant::now());
+        self.0.heard.lock().unwrap_or_else(PoisonError::into_inner)[kind as usize] = Instant::now();
     }
 }
 
@@ -81,11 +88,15 @@ mod tests {
     }
 
     #[test]
-    fn silence_is_counted_by_kind() {
+    fn silence_is_counted_by_kind_and_from_the_start() {
         let answers = Answers::default();
-        assert_eq!(answers.silence(Kind::Node), None);
+        let heard = |kind: Kind| answers.0.heard.lock().expect("no panic")[kind as usize];
+        let start = heard(Kind::Node);
+        while start.elapsed().is_zero() {}
         answers.begun(Kind::Node);
-        assert!(answers.silence(Kind::Node).is_some());
-        assert_eq!(answers.silence(Kind::Pod), None);
+        assert!(heard(Kind::Node) > start);
+        assert_eq!(heard(Kind::Pod), start);
+        let since_start = start.elapsed();
+        assert!(answers.silence(Kind::Pod) >= since_start);
     }
 }
