@@ -101,6 +101,8 @@ impl<A: Address> Packet<A> {
 /// source is verified once per flow.
 #[derive(Clone, Copy)]
 pub struct Source {
+    /// The hook is that of a pod. A constant of each hook, unlike `ifindex`.
+    pub is_pod: bool,
     /// Interface of the pod that sends, or [`rustnet_common::conntrack::NOT_LOCAL`].
     pub ifindex: u32,
     /// See [`rustnet_common::conntrack::Side::source`].

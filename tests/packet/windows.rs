@@ -130,6 +130,21 @@ fn forged_numbers_before_a_reset() -> Result<()> {
     })
 }
 
+/// An acknowledgement that another one overtook does not open the window of resets again.
+#[test]
+fn acknowledgements_out_of_order() -> Result<()> {
+    connections(|lab, c| {
+        c.establish(lab)?;
+        c.answers(lab, ACK, 1, 1, b"data")?;
+        c.asks(lab, ACK, 1, 5, b"")?;
+        c.asks(lab, ACK, 1, 1, b"")?;
+        c.answers(lab, RST, 3, 1, b"")?;
+        c.lives(lab, DAY).context("a reset within what is acknowledged")?;
+        c.answers(lab, RST, 5, 1, b"")?;
+        c.lives(lab, 10)
+    })
+}
+
 /// A forged SYN of the opener, on whichever side of this node the opener is: what comes after it with its numbers does not count.
 #[test]
 fn a_forged_syn() -> Result<()> {

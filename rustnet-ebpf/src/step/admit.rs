@@ -86,7 +86,11 @@ macro_rules! global {
         extern "C" fn $name(flow: *mut Flow<$addr>, ifindex: u32, source: u64, source2: u64, len: u32) -> u64 {
             // SAFETY: see above.
             let created = match unsafe { flow.as_mut() } {
-                Some(flow) => create::<$family>(flow, Source { ifindex, bytes: [source, source2] }, len),
+                Some(flow) => create::<$family>(
+                    flow,
+                    Source { is_pod: ifindex != NOT_LOCAL, ifindex, bytes: [source, source2] },
+                    len,
+                ),
                 None => Err(DropReason::CtCreateFailed),
             };
             PackedResult::new(created.map_err(Dropped::from)).bits()
@@ -100,7 +104,7 @@ global!(V6, Ip6, rn_ct_create6, rn_ct_pair6);
 /// Fills in the connection in this CPU's scratch memory.
 #[inline(always)]
 fn prepare<A: Address>(c: &mut NewConnection<A>, flow: &Flow<A>, p: &Packet<A>, source: Source, len: u32) {
-    let local = if source.ifindex == NOT_LOCAL { NOT_LOCAL } else { route::local_pod(p.tuple.src) };
+    let local = if source.is_pod { route::local_pod(p.tuple.src) } else { NOT_LOCAL };
     let egress = if flow.to.egress == 0 { route::local_pod(flow.to.tuple.dst) } else { flow.to.egress };
     c.tuple = p.tuple;
     c.key = p.key;

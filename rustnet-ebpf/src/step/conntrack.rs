@@ -73,7 +73,7 @@ fn classify<F: Track>(
     // SAFETY: see above.
     let (bytes, ifindex) = unsafe { ((*sender).source, (*sender).ifindex) };
     let is_moved = (ifindex ^ source.ifindex) & !VIA_QDISC != 0;
-    if is_moved || bytes != source.bytes || (source.ifindex == NOT_LOCAL && is_due()) {
+    if is_moved || bytes != source.bytes || (!source.is_pod && is_due()) {
         // What holds for new flows holds for known ones, too: peers may have changed since.
         verify()?;
         if !F::accept_source(source) {
@@ -95,7 +95,8 @@ fn classify<F: Track>(
     let reset = state::RST_ORIG << (3 * u32::from(is_reply));
     if p.tuple.proto == proto::TCP && p.kind == Kind::Flow {
         if tcp_flags & bits::RST == 0 {
-            set |= tcp::follow(sender, receiver, p, old, is_reply);
+            // SAFETY: see above.
+            set |= unsafe { tcp::follow(sender, receiver, p, old, is_reply) };
         } else if F::is_reset_acceptable() {
             set |= reset;
         }
@@ -193,7 +194,7 @@ macro_rules! global {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $accept(ifindex: u32, source: u64, source2: u64) -> u32 {
-            let source = Source { ifindex, bytes: [source, source2] };
+            let source = Source { is_pod: ifindex != NOT_LOCAL, ifindex, bytes: [source, source2] };
             u32::from(in_hand::<$family>().is_none_or(|p| accept_source::<$family>(p, source)))
         }
         #[unsafe(no_mangle)]
@@ -254,7 +255,7 @@ fn accept_source<F: Track>(p: &Packet<F::A>, source: Source) -> bool {
                 F::forget();
                 return false;
             }
-            (*sender).ifindex = if source.ifindex == NOT_LOCAL { NOT_LOCAL } else { route::local_pod(p.tuple.src) };
+            (*sender).ifindex = if source.is_pod { route::local_pod(p.tuple.src) } else { NOT_LOCAL };
         }
         (*sender).source = source.bytes;
     }

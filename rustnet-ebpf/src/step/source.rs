@@ -18,9 +18,9 @@ use crate::packet::{Packet, Source};
 use crate::wire::Ethernet;
 
 /// This node's own stack, whose addresses need no proof.
-pub const HOST: Source = Source { ifindex: NOT_LOCAL, bytes: SOURCE_HOST };
+pub const HOST: Source = Source { is_pod: false, ifindex: NOT_LOCAL, bytes: SOURCE_HOST };
 /// Whatever comes in by an uplink.
-pub const OUTSIDE: Source = Source { ifindex: NOT_LOCAL, bytes: SOURCE_OUTSIDE };
+pub const OUTSIDE: Source = Source { is_pod: false, ifindex: NOT_LOCAL, bytes: SOURCE_OUTSIDE };
 
 /// The pod behind the interface of this hook, with the MAC that it sends from.
 #[inline(always)]
@@ -28,7 +28,7 @@ pub fn of_pod<C: Ctx>(ctx: &C) -> Result<Source, DropReason> {
     let eth = at_pulled::<Ethernet, C>(ctx, 0).ok_or(DropReason::Malformed)?;
     // SAFETY: `at_pulled` proved an Ethernet header; the source MAC is at an even address.
     let mac = unsafe { core::ptr::addr_of!((*eth).src).cast::<[u16; 3]>().read() };
-    Ok(Source { ifindex: ctx.ifindex(), bytes: [pack(mac), 0] })
+    Ok(Source { is_pod: true, ifindex: ctx.ifindex(), bytes: [pack(mac), 0] })
 }
 
 /// The far end of a tunnel, all of it.
@@ -36,6 +36,7 @@ pub fn of_pod<C: Ctx>(ctx: &C) -> Result<Source, DropReason> {
 pub fn of_tunnel(tunnel: &Tunnel) -> Source {
     let w = tunnel.remote.words();
     Source {
+        is_pod: false,
         ifindex: NOT_LOCAL,
         bytes: [u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3])],
     }

@@ -12,11 +12,37 @@ use crate::wire::tcp;
 pub const CLEAR: u32 = 32;
 
 /// Follows a segment that is no RST; returns bits of the state to set, and [`CLEAR`] places higher those to clear.
+///
+/// # Safety
+/// Both are sides of a map value: that of the sender and that of the receiver.
 #[inline(always)]
-pub fn follow<A>(sender: *mut Side, receiver: *mut Side, p: &Packet<A>, old: u64, is_reply: bool) -> u64 {
+pub unsafe fn follow<A>(sender: *mut Side, receiver: *mut Side, p: &Packet<A>, old: u64, is_reply: bool) -> u64 {
+    // SAFETY: see above; other CPUs write the side, too, as in `rn_tcp`.
+    unsafe {
+        if is_next(&raw const *sender, p, old) {
+            ((*sender).seq_end, (*sender).ack) = (p.seq_end, p.ack);
+            return old & state::ESTABLISHED;
+        }
+    }
     let numbers = u64::from(p.seq) | u64::from(p.ack) << 32;
     let control = u64::from(p.seq_end) | u64::from(p.tcp_flags) << 32 | u64::from(is_reply) << 40;
     rn_tcp(sender, receiver, numbers, control, old)
+}
+
+/// True for what most segments are: the next one of an established connection, with nothing but data and an acknowledgement. What
+/// [`rn_tcp`] makes of it takes no call.
+#[inline(always)]
+unsafe fn is_next<A>(sender: *const Side, p: &Packet<A>, old: u64) -> bool {
+    const ESTABLISHED: u64 = state::ANSWERED | state::ESTABLISHED;
+    // SAFETY: `follow` passes a side of a map value.
+    let (expected, acknowledged) = unsafe { ((*sender).seq_end, (*sender).ack) };
+    old == ESTABLISHED
+        && p.tcp_flags & (tcp::FIN | tcp::SYN | tcp::ACK) == tcp::ACK
+        && p.seq == expected
+        // 0 is "none yet".
+        && p.seq != 0
+        && p.seq_end != 0
+        && p.ack.wrapping_sub(acknowledged) as i32 >= 0
 }
 
 /// A segment and the state before it.

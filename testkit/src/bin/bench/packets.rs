@@ -17,6 +17,7 @@ use testkit::netns::{Holder, Own};
 
 const POD: u32 = 21;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0x0a, 1];
+const MAC_B: [u8; 6] = [2, 0, 0, 0, 0x0b, 1];
 const MAC_HOST: [u8; 6] = [2, 0, 0, 0, 0xff, 1];
 /// Sources, all of one pod: new flows need more of them than there are ports.
 const A4: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 16);
@@ -30,6 +31,12 @@ const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x18, 0, 0, 0, 0, 0, 0x11);
 /// The first of 65,536 addresses out in the world (RFC 2544 sets them aside for benchmarks).
 const WORLD: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
 const VIPS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 0);
+/// The port of all backends.
+const BACKEND_PORT: u16 = 8080;
+/// Bytes of a padded frame.
+const FRAME: usize = 106;
+/// The one service of TCP.
+const TCP_VIP: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 1);
 const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 1);
 /// First backend of the IPv6 service, behind those of all others.
 const BACKEND6: u32 = 500_000;
@@ -78,6 +85,8 @@ struct Case {
     /// Services in the tables.
     services: u32,
     frame: Vec<u8>,
+    /// What the two ends send before.
+    before: Vec<Vec<u8>>,
     vary: Vary,
     /// Packets before the measurement.
     warm: u32,
@@ -161,13 +170,40 @@ fn load(extent: &Extent) -> Result<Vec<Side>> {
 /// Flows within the cluster.
 fn led() -> Result<Vec<Case>> {
     let vip4 = Ipv4Addr::from(u32::from(VIPS) + 1);
-    let established =
-        |name, services, frame| Case { name, services, frame, vary: Vary::Nothing, warm: 1, verdict: REDIRECT };
+    let established = |name, services, frame| Case {
+        name,
+        services,
+        frame,
+        before: Vec::new(),
+        vary: Vary::Nothing,
+        warm: 1,
+        verdict: REDIRECT,
+    };
+    let tcp = |name, port, to| -> Result<Case> {
+        let (ask, answer) = ((MAC, (A4, port), to), (MAC_B, (B4, BACKEND_PORT), (A4, port)));
+        let before = vec![
+            tcp4(ask, true, false)?,
+            tcp4(answer, true, true)?,
+            tcp4(ask, false, true)?,
+            tcp4(answer, false, true)?,
+        ];
+        Ok(Case { before, ..established(name, FEW_SERVICES, tcp4(ask, false, true)?) })
+    };
     let flow = Vary::Flow { port: PORT4, host: HOST4 };
     let any = Vary::FlowAndAddress { port: PORT4, host: HOST4, to: TO4, first: u32::from(VIPS) };
-    let new = |name, services, frame, vary| Case { name, services, frame, vary, warm: FILL, verdict: REDIRECT };
+    let new = |name, services, frame, vary| Case {
+        name,
+        services,
+        frame,
+        before: Vec::new(),
+        vary,
+        warm: FILL,
+        verdict: REDIRECT,
+    };
     Ok(vec![
         established("established, to a pod here, IPv4", FEW_SERVICES, udp4(B4, 80)?),
+        tcp("established TCP, to a pod here, IPv4", 40_000, (B4, BACKEND_PORT))?,
+        tcp("established TCP, to a service, IPv4", 40_001, (TCP_VIP, 80))?,
         established("established, to a pod here, IPv6", FEW_SERVICES, udp6(B6, 80)?),
         established("established, to a pod behind the overlay, IPv4", FEW_SERVICES, udp4(FAR4, 80)?),
         established("established, to a pod behind the overlay, IPv6", FEW_SERVICES, udp6(FAR6, 80)?),
@@ -186,20 +222,37 @@ fn led() -> Result<Vec<Case>> {
 fn refused() -> Result<Case> {
     let vary = Vary::Flow { port: PORT4, host: HOST4 };
     let name = "new, masqueraded, all ports taken: refused, IPv4";
-    Ok(Case { name, services: 0, frame: udp4(WORLD, 53)?, vary, warm: FILL / SLOW, verdict: SHOT })
+    Ok(Case { name, services: 0, frame: udp4(WORLD, 53)?, before: Vec::new(), vary, warm: FILL / SLOW, verdict: SHOT })
 }
 
 /// New flows to many servers outside.
 fn accepted() -> Result<Case> {
     let vary = Vary::FlowAndAddress { port: PORT4, host: HOST4, to: TO4, first: u32::from(WORLD) };
     let name = "new, masqueraded, to any of 65,536 servers: accepted, IPv4";
-    Ok(Case { name, services: 0, frame: udp4(WORLD, 53)?, vary, warm: FILL, verdict: REDIRECT })
+    Ok(Case { name, services: 0, frame: udp4(WORLD, 53)?, before: Vec::new(), vary, warm: FILL, verdict: REDIRECT })
 }
 
 fn udp4(to: Ipv4Addr, port: u16) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     let step = PacketBuilder::ethernet2(MAC, MAC_HOST).ipv4(A4.octets(), to.octets(), 64);
     step.udp(40_000, port).write(&mut out, &[7; 64])?;
+    Ok(out)
+}
+
+/// A segment without data, in a frame with padding: each repetition is the next segment of its connection.
+fn tcp4((mac, from, to): ([u8; 6], (Ipv4Addr, u16), (Ipv4Addr, u16)), syn: bool, ack: bool) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    let step = PacketBuilder::ethernet2(mac, MAC_HOST).ipv4(from.0.octets(), to.0.octets(), 64);
+    // A SYN counts as a byte.
+    let mut step = step.tcp(from.1, to.1, if syn { 1000 } else { 1001 }, 4096);
+    if syn {
+        step = step.syn();
+    }
+    if ack {
+        step = step.ack(1001);
+    }
+    step.write(&mut out, &[])?;
+    out.resize(FRAME, 0);
     Ok(out)
 }
 
@@ -262,6 +315,9 @@ fn sample(sides: &[Side], case: &Case, extent: &Extent, samples: &mut Samples) -
     let timer = |side: &Side| side.datapath.timer("from_pod", &input, case.vary);
     let mut timers: Vec<Timer> = sides.iter().map(timer).collect::<Result<_>>()?;
     for (timer, side) in timers.iter_mut().zip(sides) {
+        for frame in &case.before {
+            side.datapath.run("from_pod", &Input { frame, ..input })?;
+        }
         timer.run(case.warm)?;
         let verdict = timer.run(1)?.1;
         ensure!(verdict == case.verdict, "{}: {name}: verdict {verdict}, not {}", side.name, case.verdict);
@@ -307,14 +363,24 @@ fn fill(d: &Datapath) -> Result<()> {
         table.put(&Addr::from(IpAddr::V6(Ipv6Addr::from(u128::from(A6) + u128::from(i)))), &endpoint)?;
     }
     for other in [IpAddr::V4(B4), IpAddr::V6(B6)] {
-        table.put(&Addr::from(other), &Endpoint { mac: [2, 0, 0, 0, 0x0b, 1], ..endpoint })?;
+        table.put(&Addr::from(other), &Endpoint { mac: MAC_B, ..endpoint })?;
     }
     let node = Addr::from(IpAddr::V4(Ipv4Addr::new(172, 18, 0, 12)));
     let peer = Peer { node, identity: 0, flags: flags::POD | flags::TUNNEL, pad: 0 };
     d.table(map::PEERS4)?.put(&PeerKey { prefix_len: 24, data: Ip4::from(FAR4) }, &peer)?;
     d.table(map::PEERS6)?.put(&PeerKey { prefix_len: 64, data: Ip6::from(FAR6) }, &peer)?;
-    let backends = vec![(B6, 8080).into()];
-    d.serve(&[Service { vip: VIP6.into(), port: 80, proto: proto::UDP, id: u32::MAX, first: BACKEND6, backends }])
+    let one = |vip: IpAddr, proto, id, first, backend: IpAddr| Service {
+        vip,
+        port: 80,
+        proto,
+        id,
+        first,
+        backends: vec![(backend, BACKEND_PORT).into()],
+    };
+    d.serve(&[
+        one(VIP6.into(), proto::UDP, u32::MAX, BACKEND6, B6.into()),
+        one(TCP_VIP.into(), proto::TCP, u32::MAX - 1, BACKEND6 + 1, B4.into()),
+    ])
 }
 
 /// Adds services to the tables of all sides, which have some already.
