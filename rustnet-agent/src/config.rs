@@ -62,6 +62,8 @@ pub struct Config {
     pub routing: Routing,
     /// Family of the overlay's outer packets.
     pub overlay_family: OverlayFamily,
+    /// Who writes the overlay's headers.
+    pub overlay_path: OverlayPath,
     /// UDP port of the overlay.
     pub overlay_port: u16,
     /// Network identifier of the overlay.
@@ -138,6 +140,15 @@ pub enum OverlayFamily {
     Ipv4,
     /// IPv6.
     Ipv6,
+}
+
+/// Who writes the overlay's headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OverlayPath {
+    /// The programs where they can, else the kernel's device.
+    Programs,
+    /// Always the kernel's device.
+    Device,
 }
 
 /// How pods of other nodes are reached.
@@ -287,6 +298,11 @@ impl Config {
                 "ipv4" => Ok(OverlayFamily::Ipv4),
                 "ipv6" => Ok(OverlayFamily::Ipv6),
                 _ => Err("is no family; give one of auto, ipv4, ipv6".to_owned()),
+            }),
+            overlay_path: read.required("overlay-path", "give programs or device", |text| match text {
+                "programs" => Ok(OverlayPath::Programs),
+                "device" => Ok(OverlayPath::Device),
+                _ => Err("is no path of the overlay; give programs or device".to_owned()),
             }),
             overlay_port: read.required("overlay-port", "give a UDP port", |text| number(text, 1, 65_535)),
             vni: read.required("vni", "give a number", |text| number(text, 1, (1 << 24) - 1)),

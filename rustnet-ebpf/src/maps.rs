@@ -4,7 +4,7 @@
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
-use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::backend::Backend;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::CtEntry;
@@ -75,6 +75,26 @@ pub struct NatFull {
 /// Elements of `rn_nat_full`, a power of two.
 pub const NAT_FULL_SLOTS: u32 = 256;
 
+/// The way to another node, as the kernel's routes had it a moment ago.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct NextHop {
+    /// The node.
+    pub node: Addr,
+    /// Jiffies when the kernel was asked.
+    pub since: u32,
+    /// Interface to leave by; 0 where the packets have to take the device.
+    pub ifindex: u32,
+    /// Largest IP packet on the way.
+    pub mtu: u32,
+    /// Address family of `addr`.
+    pub family: u32,
+    /// The neighbour.
+    pub addr: [u32; 4],
+}
+/// Elements of `rn_next_hops`, a power of two.
+pub const NEXT_HOPS: u32 = 256;
+
 /// Token buckets there are.
 const BUCKETS: usize = 2;
 
@@ -138,6 +158,9 @@ pub static AYA_LOGS: RingBuf<(), 131_072> = RingBuf::new();
 /// Destinations without a free source port, by hash; not pinned.
 #[btf_map]
 pub static rn_nat_full: Array<NatFull, { NAT_FULL_SLOTS as usize }> = Array::new();
+/// Ways to other nodes, by a hash of the node's address; not pinned. Of each CPU, so that nobody reads what is half written.
+#[btf_map]
+pub static rn_next_hops: PerCpuArray<NextHop, { NEXT_HOPS as usize }> = PerCpuArray::new();
 /// See [`crate::limit`]; not pinned.
 #[btf_map]
 pub static rn_limits: PerCpuArray<Tokens, BUCKETS> = PerCpuArray::new();

@@ -23,40 +23,58 @@ const fn last_byte(protocol: u8) -> u32 {
 const _: () = assert!(last_byte(proto::TCP) == 17 && last_byte(proto::UDP) == 7);
 const _: () = assert!(last_byte(proto::SCTP) == 7 && last_byte(47) == 1);
 
-/// True if a device would write a checksum in front of where the packet's protocol has one, `l4` being the offset of its header. Such
-/// a packet is spoiled by the look: drop it. Pointers into the packet are void afterwards.
+/// What is said of a packet's checksum.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Offload {
+    /// Nothing that concerns a router.
+    Fine,
+    /// A device would write a checksum in front of where the packet's protocol has one. The packet is spoiled by the look: drop it.
+    Misplaced,
+    /// A sum of the whole packet is known (`CHECKSUM_COMPLETE`), and has to follow each change.
+    Summed,
+}
+
+/// What is said of a packet's checksum, `l4` being the offset of its transport header. Pointers into the packet are void afterwards.
 ///
 /// The overlay's device takes back what is said of a packet's checksum (`iptunnel_handle_offloads`; not of a segmented frame, whose
 /// checksum is always left to a device): where nothing is left to a device, a packet on its way there needs two helpers and no function.
 #[inline(always)]
-pub fn has_misplaced_sum(skb: &Skb, l4: usize, protocol: u8, is_tunneled: bool) -> bool {
+pub fn of(skb: &Skb, l4: usize, protocol: u8, is_tunneled: bool) -> Offload {
     if is_tunneled && raise_level(skb.raw()) {
-        return false;
+        return Offload::Fine;
     }
-    rn_misplaced_sum(skb.raw(), l4 as u32, u32::from(protocol), u32::from(is_tunneled)) != 0
+    match rn_offload(skb.raw(), l4 as u32, u32::from(protocol), u32::from(is_tunneled)) {
+        FINE => Offload::Fine,
+        SUMMED => Offload::Summed,
+        _ => Offload::Misplaced,
+    }
 }
+
+const FINE: u32 = 0;
+const MISPLACED: u32 = 1;
+const SUMMED: u32 = 2;
 
 /// A function with global linkage, which both families share: the verifier looks at it once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn rn_misplaced_sum(skb: *mut __sk_buff, l4: u32, protocol: u32, is_raised: u32) -> u32 {
+extern "C" fn rn_offload(skb: *mut __sk_buff, l4: u32, protocol: u32, is_raised: u32) -> u32 {
     // SAFETY: no pointers but the context, here and below.
     unsafe {
         if is_raised == 0 && raise_level(skb) {
             helper::bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC.into());
-            return 0;
+            return FINE;
         }
         if helper::bpf_csum_update(skb, 0) >= 0 {
-            return 0;
+            return SUMMED;
         }
     }
     if matches!(protocol as u8, proto::ICMP | proto::ICMPV6) {
         // No stack leaves these to a device, and what steps go by stands in front.
-        return 1;
+        return MISPLACED;
     }
     // The kernel shortens no packet into a pending checksum (`__bpf_skb_min_len`): it must refuse to take off that byte.
     // SAFETY: no pointers but the context.
-    u32::from(unsafe { helper::bpf_skb_change_tail(skb, l4 + last_byte(protocol as u8), 0) } == 0)
+    if unsafe { helper::bpf_skb_change_tail(skb, l4 + last_byte(protocol as u8), 0) } == 0 { MISPLACED } else { FINE }
 }
 
 /// Raises the level of verified checksums, of those that can have one. False where the checksum is left to a device

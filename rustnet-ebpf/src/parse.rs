@@ -287,7 +287,7 @@ options!(rn_options, Skb, __sk_buff);
 options!(rn_xdp_options, Xdp, xdp_md);
 
 /// A family's parser for packets of a context.
-pub trait Parse<C: Ctx>: Family {
+pub trait Parse<C: Ctx>: Remember {
     /// Fills in `p`, of which the offset of the IP header is known.
     fn parse(ctx: &C, p: &mut Packet<Self::A>) -> PackedResult;
 }
@@ -306,9 +306,9 @@ pub fn packet<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Parsed<F::A>, D
     Ok((p, flow))
 }
 
-/// The packet that [`packet`] refused, with what was read of it; the addresses are unspecified where not even they were.
+/// The packet that [`packet`] has read or refused, with what was read of it; the addresses are unspecified where not even they were.
 #[inline(always)]
-pub fn refused<F: Family>() -> Option<&'static Packet<F::A>> {
+pub fn last<F: Family>() -> Option<&'static Packet<F::A>> {
     // SAFETY: as in `packet`, which has returned.
     F::scratch().map(|scratch| unsafe { &(*scratch).packet })
 }
@@ -473,15 +473,43 @@ fn fragment_key<A: Address>(p: &Packet<A>, ifindex: u32) -> FragKey<A> {
 }
 
 /// Remembers the ports of a first fragment for the later ones. Called once the packet's source is verified: one that is
-/// dropped must not name the ports of another sender's fragments.
+/// dropped must not name the ports of another sender's fragments. `p` is the packet that [`packet`] has read.
 #[inline(always)]
-pub fn remember_ports<F: Family>(p: &Packet<F::A>, ifindex: u32) {
+pub fn remember_ports<F: Remember>(p: &Packet<F::A>, ifindex: u32) {
     if p.is_first_fragment() {
-        let ports = FragPorts { sport: p.tuple.sport, dport: p.tuple.dport, proto: p.tuple.proto, pad: [0; 3] };
-        // A full table only costs later fragments; the LRU makes room for the next.
-        let _ = F::fragments().insert(fragment_key(p, ifindex), ports, 0);
+        F::remember(ifindex);
     }
 }
+
+/// First fragments of one family.
+pub trait Remember: Family {
+    /// Remembers the ports of the packet in hand.
+    fn remember(ifindex: u32);
+}
+
+/// Declares a family's function with global linkage: the verifier looks at it once. It takes the packet from scratch memory.
+macro_rules! remember {
+    ($family:ident, $name:ident) => {
+        impl Remember for $family {
+            #[inline(always)]
+            fn remember(ifindex: u32) {
+                $name(ifindex);
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(ifindex: u32) -> u32 {
+            let Some(p) = last::<$family>() else { return 0 };
+            let ports = FragPorts { sport: p.tuple.sport, dport: p.tuple.dport, proto: p.tuple.proto, pad: [0; 3] };
+            // A full table only costs later fragments; the LRU makes room for the next.
+            let _ = <$family>::fragments().insert(fragment_key(p, ifindex), ports, 0);
+            1
+        }
+    };
+}
+
+remember!(V4, rn_fragment4);
+remember!(V6, rn_fragment6);
 
 /// A later fragment has the ports of the first, which came before it.
 #[inline(always)]

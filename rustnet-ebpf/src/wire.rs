@@ -73,6 +73,30 @@ pub struct Header6 {
     pub dst: Ip6,
 }
 
+/// A UDP header (RFC 768), all fields in network order.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Udp {
+    /// Source port.
+    pub sport: u16,
+    /// Destination port.
+    pub dport: u16,
+    /// Bytes of this header and what follows.
+    pub len: u16,
+    /// Checksum, 0 for none.
+    pub csum: u16,
+}
+
+/// A VXLAN header (RFC 7348, 5), both words in network order.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Vxlan {
+    /// Flags and reserved bits.
+    pub flags: u32,
+    /// Network identifier in the upper 24 bits.
+    pub vni: u32,
+}
+
 /// A TCP header without options (RFC 9293, 3.1), all fields in network order.
 #[repr(C)]
 #[derive(Clone, Copy)]

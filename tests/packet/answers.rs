@@ -143,7 +143,7 @@ fn a_bucket_of_before_the_wrap_is_filled_again() -> Result<()> {
         let now = lab.half(Flow::of(&ask))?.seen;
         let before_the_wrap = now.wrapping_add(200 * HZ);
         for bucket in 0..2 {
-            lab.datapath().fill_percpu("rn_limits", bucket, [before_the_wrap, 1000])?;
+            lab.datapath().fill_percpu("rn_limits", bucket, &[before_the_wrap, 1000])?;
         }
         let refused = from_a(net, Proto::Udp, (net.vip(1), 80));
         let answers = burst(lab, hook::FROM_POD, POD_A, &refused, DropReason::NoBackend)?;

@@ -150,6 +150,11 @@ impl Lab {
         Ok(())
     }
 
+    /// Makes the programs ask for the ways to other nodes again.
+    pub fn forget_next_hops(&self) -> Result<()> {
+        self.datapath.clear_percpu("rn_next_hops")
+    }
+
     /// Changes the node's devices and routes by a batch of `ip`. No reset takes that back.
     pub fn ip(&self, batch: &str) -> Result<()> {
         self.netns.ip(batch)
@@ -413,12 +418,27 @@ impl Lab {
 
     /// Runs a program, which counts at a hook, on raw bytes.
     pub fn run(&self, name: &str, code: u8, input: &Input<'_>) -> Result<Shot> {
+        self.run_summed(name, code, input, self.sums_up)
+    }
+
+    /// Pod A sends a frame, of which no device has delivered a sum.
+    pub fn pod_sends_unsummed(&self, frame: &[u8]) -> Result<Shot> {
+        let input = Input { frame, ifindex: POD_A, ..Input::default() };
+        self.run_summed(hook::NAMES[hook::FROM_POD as usize], hook::FROM_POD, &input, false)
+    }
+
+    /// True if the kernel can deliver sums of the whole packet.
+    pub fn has_sums(&self) -> bool {
+        self.sums_up
+    }
+
+    fn run_summed(&self, name: &str, code: u8, input: &Input<'_>, is_summed: bool) -> Result<Shot> {
         // A second of this clock is longer than a test: the limits of errors and records would be used up.
-        self.datapath.clear_percpu("rn_limits", 2)?;
+        self.datapath.clear_percpu("rn_limits")?;
         let mut before = self.datapath.counts()?;
         self.datapath.events();
         let mut sum_is_right = true;
-        let first = self.datapath.run(name, &Input { complete: self.sums_up && input.cut == 0, ..*input })?;
+        let first = self.datapath.run(name, &Input { complete: is_summed && input.cut == 0, ..*input })?;
         let output = if let Some(output) = first {
             output
         } else {

@@ -6,6 +6,7 @@
 mod answers;
 mod bandwidth;
 mod devices;
+mod encap;
 mod errors;
 mod flows;
 mod forged;

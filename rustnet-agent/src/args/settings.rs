@@ -172,6 +172,14 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
+                flag: "overlay-path",
+                key: "overlayPath",
+                value: "programs|device",
+                default: Some("programs"),
+                help: "Who writes the overlay's headers: the programs where they can, or always the kernel's device",
+                ..ONE
+            },
+            Setting {
                 flag: "overlay-port",
                 key: "overlayPort",
                 value: "PORT",

@@ -166,6 +166,7 @@ fn bad_values_are_refused_with_origin_and_remedy() {
         ("metrics-addr", "metricsAddr", "9962", "or off"),
         ("log-level", "logLevel", "a=b=c", "error, warn, info"),
         ("log-format", "logFormat", "xml", "text or json"),
+        ("overlay-path", "overlayPath", "kernel", "programs or device"),
     ] {
         let variable = format!("RUSTNET_{}", flag.replace('-', "_").to_uppercase());
         // node-name and manifests are on the good command line already: only the flag of a bare one can show them bad.

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use rustnet_common::log::FILTERS;
 
-use super::{KubeSource, LogFormat, NODE_PORTS, OverlayFamily, PacketLog, PacketMark, Routing, Source};
+use super::{KubeSource, LogFormat, NODE_PORTS, OverlayFamily, OverlayPath, PacketLog, PacketMark, Routing, Source};
 use crate::args::{Value, Values};
 
 /// Reads values and collects what is wrong with them. A refused value is replaced by its type's default, which never
@@ -95,7 +95,7 @@ macro_rules! fallback {
 
 fallback!(
     String => Self::new(), PathBuf => Self::new(), Routing => Self::Vxlan, LogFormat => Self::Text, bool => false, u16 => 0, u32 => 0,
-    PacketMark => Self::default(), OverlayFamily => Self::Auto,
+    PacketMark => Self::default(), OverlayFamily => Self::Auto, OverlayPath => Self::Programs,
 );
 
 impl<T> Fallback for Option<T> {

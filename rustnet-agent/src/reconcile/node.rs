@@ -9,7 +9,7 @@ use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::config::{NodeConfig, flags};
 use rustnet_common::files::{EndpointFile, NodeFile};
 
-use crate::config::{Config, NODE_PORTS, OverlayFamily, Role};
+use crate::config::{Config, NODE_PORTS, OverlayFamily, OverlayPath, Role};
 use crate::model::{Family, Node};
 use crate::net::repair::OverlayDevice;
 use crate::ways::{Place, Settings, Ways};
@@ -129,7 +129,8 @@ pub fn config(
         snat_min,
         snat_max,
         flags: if config.masquerade { flags::MASQUERADE } else { 0 }
-            | if config.flow_events { flags::FLOW_EVENTS } else { 0 },
+            | if config.flow_events { flags::FLOW_EVENTS } else { 0 }
+            | if config.overlay_path == OverlayPath::Programs { flags::ENCAPSULATE } else { 0 },
         vni: config.vni,
         hz,
         seed: SEED,

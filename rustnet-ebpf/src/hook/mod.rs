@@ -11,7 +11,7 @@ use rustnet_common::drop::DropReason;
 
 use crate::ctx::{Ctx, Skb};
 use crate::event::Report;
-use crate::offload;
+use crate::offload::{self, Offload};
 use crate::outcome::Dropped;
 use crate::packet::{Class, Flow, Packet, Source};
 use crate::parse::{self, Parse};
@@ -35,11 +35,11 @@ impl<F: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Na
 
 /// Refuses a packet of a pod whose checksum the device would write over what was verified.
 #[inline(always)]
-pub fn verify_checksum<F: Steps>(skb: &Skb, p: &Packet<F::A>, is_tunneled: bool) -> Result<(), DropReason> {
-    if offload::has_misplaced_sum(skb, p.l4(), p.tuple.proto, is_tunneled) {
-        return Err(DropReason::Malformed);
+pub fn verify_checksum<F: Steps>(skb: &Skb, p: &Packet<F::A>, is_tunneled: bool) -> Result<Offload, DropReason> {
+    match offload::of(skb, p.l4(), p.tuple.proto, is_tunneled) {
+        Offload::Misplaced => Err(DropReason::Malformed),
+        offload => Ok(offload),
     }
-    Ok(())
 }
 
 /// Decides and executes: plans the packet, finds its way, opens the connection of a new flow, translates and sends.
@@ -55,9 +55,9 @@ pub fn forward<F: Steps>(
 ) -> Result<i32, Dropped> {
     let action = plan::plan::<F>(p, &flow.to, origin, config)?;
     // Not on the way into a pod of this node: nothing writes the checksum there.
-    if origin == Origin::Pod && action.target != Target::Pod {
-        verify_checksum::<F>(skb, p, action.target == Target::Tunnel)?;
-    }
+    let can_encapsulate = origin == Origin::Pod
+        && action.target != Target::Pod
+        && verify_checksum::<F>(skb, p, action.target == Target::Tunnel)? == Offload::Fine;
     let egress = exec::resolve::<F>(skb, p, flow, action, origin)?;
     if egress.0 == Egress::Unrouted {
         // Not translated, not tracked: the stack gets the packet as its sender sent it. A known flow that is translated must
@@ -72,5 +72,5 @@ pub fn forward<F: Steps>(
     } else if flow.class == Class::New && p.is_flow() {
         admit::admit::<F>(skb, p, flow, config, source, hook)?;
     }
-    exec::send::<F>(skb, p, flow, action, egress, config)
+    exec::send::<F>(skb, p, flow, action, egress, can_encapsulate, config)
 }

@@ -66,7 +66,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         // As by an uplink, see `parse_in`.
         Err(DropReason::Martian) => return Err(DropReason::Martian.into()),
         Err(_) => {
-            let Some(p) = parse::refused::<F>() else { return Ok(TO_STACK) };
+            let Some(p) = parse::last::<F>() else { return Ok(TO_STACK) };
             (p, None)
         }
     };
@@ -109,7 +109,7 @@ pub fn parse_in<F: Parse<C> + Verify, C: Ctx>(ctx: &C, l3: usize) -> Result<Opti
         Err(DropReason::Martian) => return Err(DropReason::Martian.into()),
         Err(reason) => reason,
     };
-    let Some(p) = parse::refused::<F>() else { return Ok(None) };
+    let Some(p) = parse::last::<F>() else { return Ok(None) };
     if route::is_local_pod(p.tuple.dst) {
         // The stack could reassemble what came in pieces, and would forward it.
         return Err(reason.into());

@@ -1,13 +1,15 @@
-//! The only place where packet bytes and checksums change: address translation here, the inner packets of ICMP errors and
-//! rejections in the other files.
+//! The only place where packet bytes and checksums change: address translation here; the inner packets of ICMP errors, rejections and
+//! the overlay's headers in the other files.
 //!
 //! Order inside each function: direct stores first, checksum helpers last, since a helper voids all packet pointers.
 
+mod encap;
 mod field;
 mod inner;
 mod reject;
 mod sctp;
 
+pub use encap::{Encap, Encapsulated, encapsulate};
 pub use inner::{WriteInner, inner};
 pub use reject::{BuildHeader, Rejection, reject};
 

@@ -51,7 +51,7 @@ pub fn admit<F: Report + Create>(
 }
 
 /// Creation of connections of one family.
-pub trait Create: Family {
+pub trait Create: parse::Remember {
     /// Inserts the entry of the flow of the packet in hand, or returns [`NEEDS_PAIR`]. `len` is the length of its frame.
     fn create(flow: &mut Flow<Self::A>, source: Source, len: u32) -> PackedResult;
     /// Inserts both entries of the flow that [`Create::create`] was called for.

@@ -143,7 +143,7 @@ pub fn is_reply(e_flags: u16, is_swapped: bool) -> bool {
 /// The steps of tracking of one family, functions with global linkage for the reason that the parser is one. Those that are not
 /// needed for each packet find its entry again. They take the packet in hand from scratch memory: kernels before 6.2 refuse a look-up
 /// whose key stands behind an argument of such a function.
-pub trait Track: Placed + Old {
+pub trait Track: Placed + Old + parse::Remember {
     /// Remembers another verified source. False if the connection is over: another pod has the address now, and the connections of
     /// the one before are none of its own.
     fn accept_source(source: Source) -> bool;

@@ -55,7 +55,7 @@ pub fn resolve<F: Routed>(
     }
 }
 
-/// Translates the packet and sends it.
+/// Translates the packet and sends it. `can_encapsulate`: the overlay's headers need not be its device's.
 #[inline(always)]
 pub fn send<F: Rewrite>(
     skb: &Skb,
@@ -63,6 +63,7 @@ pub fn send<F: Rewrite>(
     flow: &Flow<F::A>,
     action: Action,
     (egress, verdict): (Egress, i32),
+    can_encapsulate: bool,
     config: &NodeConfig,
 ) -> Result<i32, Dropped> {
     let ttl = match egress {
@@ -80,10 +81,11 @@ pub fn send<F: Rewrite>(
     if action.target != Target::Tunnel {
         return Ok(verdict);
     }
-    match action.peer {
-        Some(peer) if tunnel::set(skb, &peer.node, config) => Ok(redirect(config.overlay, 0)),
-        _ => Err(DropReason::WriteError.into()),
-    }
+    let Some(peer) = action.peer else { return Err(DropReason::WriteError.into()) };
+    // What may be fragmented, and has to be, is the device's.
+    let len = if p.mtu_len != 0 { p.mtu_len } else { p.ip_len };
+    let fits = can_encapsulate && len <= config.overlay_mtu;
+    Ok(tunnel::send(skb, &peer.node, if fits { len } else { 0 }, config)?)
 }
 
 /// Where a rejection goes: back to where the packet came from.

@@ -16,21 +16,31 @@ use crate::packet::{Class, Flow};
 
 /// `struct bpf_fib_lookup` (uapi/linux/bpf.h), with its unions as plain words.
 #[repr(C)]
-struct FibLookup {
-    family: u8,
-    l4_protocol: u8,
-    sport: u16,
-    dport: u16,
+pub(super) struct FibLookup {
+    pub(super) family: u8,
+    pub(super) l4_protocol: u8,
+    pub(super) sport: u16,
+    pub(super) dport: u16,
     /// In: length to check against the MTU; out: the MTU.
-    tot_len: u16,
+    pub(super) tot_len: u16,
     /// In: the interface to look from; out: the one to leave by.
-    ifindex: u32,
-    tos: u32,
-    src: [u32; 4],
+    pub(super) ifindex: u32,
+    pub(super) tos: u32,
+    pub(super) src: [u32; 4],
     /// In: the destination; out: the next hop.
-    dst: [u32; 4],
-    vlan: u32,
-    macs: [u16; 6],
+    pub(super) dst: [u32; 4],
+    pub(super) vlan: u32,
+    /// Out: of the device that the packet leaves by, then of the next hop.
+    pub(super) macs: [u16; 6],
+}
+
+impl FibLookup {
+    /// Asks the kernel, for a packet with this context.
+    #[inline(always)]
+    pub(super) fn ask(&mut self, skb: &Skb) -> i64 {
+        // SAFETY: this has the layout and the size of the kernel's structure.
+        unsafe { helper::bpf_fib_lookup(skb.raw().cast(), (&raw mut *self).cast(), size_of::<Self>() as i32, 0) }
+    }
 }
 
 /// `struct bpf_redir_neigh`.
@@ -42,8 +52,8 @@ struct NextHop {
 
 /// Where the kernel looks from for packets of its own stack (`LOOPBACK_IFINDEX`). Not `BPF_FIB_LOOKUP_OUTPUT`: that asks for a route
 /// by the device at hand alone, and a Service's backend may lie behind another one than the Service's address.
-const LOOPBACK: u32 = 1;
-const RET_SUCCESS: i64 = 0;
+pub(super) const LOOPBACK: u32 = 1;
+pub(super) const RET_SUCCESS: i64 = 0;
 const RET_UNSUPP_LWT: i64 = 6;
 const RET_NO_NEIGH: i64 = 7;
 const RET_FRAG_NEEDED: i64 = 8;
@@ -176,9 +186,7 @@ fn try_redirect<F: Family>(
         vlan: 0,
         macs: [0; 6],
     };
-    // SAFETY: `fib` has the layout and the size of the kernel's structure.
-    let rc =
-        unsafe { helper::bpf_fib_lookup(skb.raw().cast(), (&raw mut fib).cast(), size_of::<FibLookup>() as i32, 0) };
+    let rc = fib.ask(skb);
     match rc {
         // The family may change on the way: an IPv4 route can have an IPv6 next hop (RFC 5549).
         RET_SUCCESS | RET_NO_NEIGH => {
@@ -199,7 +207,7 @@ fn try_redirect<F: Family>(
 /// `is_waiting`: a packet of this host whose next hop has no MAC yet. It waits for one, and leaves by the route that is attached to it
 /// (`neigh_update`), which is the one to the Service's address. Without a next hop, the helper attaches the one to its destination.
 #[inline(always)]
-fn redirect_neigh(ifindex: u32, family: u8, addr: [u32; 4], is_waiting: bool) -> i32 {
+pub(super) fn redirect_neigh(ifindex: u32, family: u8, addr: [u32; 4], is_waiting: bool) -> i32 {
     let mut hop = NextHop { family: u32::from(family), addr };
     let size = if is_waiting { 0 } else { size_of::<NextHop>() };
     // SAFETY: `hop` has the layout and the size of the kernel's structure.

@@ -13,6 +13,7 @@ pub mod lb;
 pub mod mark;
 pub mod migrate;
 pub mod nat;
+pub mod nexthop;
 pub mod plan;
 pub mod reject;
 pub mod route;

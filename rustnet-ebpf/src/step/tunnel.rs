@@ -1,11 +1,17 @@
-//! Tunnel metadata of a packet. Contract: reads and writes the far end and the network identifier that the overlay device
-//! takes from, or gives to, the outer headers.
+//! The overlay. Contract: sends a packet through it, by its device or past it; reads and writes the far end and the network identifier
+//! that the device takes from, or gives to, the outer headers.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
-use rustnet_common::config::NodeConfig;
+use rustnet_common::config::{NodeConfig, flags};
+use rustnet_common::drop::DropReason;
 
-use crate::ctx::Skb;
+use super::{fib, nexthop};
+use crate::ctx::{Ctx, Skb};
+use crate::family::{V4, V6};
+use crate::maps;
+use crate::rewrite::{self, Encap, Encapsulated};
 
 /// `struct bpf_tunnel_key` without the near end.
 #[repr(C)]
@@ -63,6 +69,57 @@ pub fn read(skb: &Skb, out: &mut Tunnel) {
         }
     };
     out.id = key.id;
+}
+
+/// Sends a finished packet to a node, marked as processed. `len` is that of the IP packet, or of one segment, if its headers may be
+/// written here; 0 if it has to take the device.
+#[inline(always)]
+pub fn send(skb: &Skb, node: &Addr, len: u32, config: &NodeConfig) -> Result<i32, DropReason> {
+    if len != 0 && config.flags & flags::ENCAPSULATE != 0 {
+        let w = node.words();
+        let (high, low) = (u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3]));
+        match rn_encap(skb.raw(), high, low, len) {
+            BY_DEVICE => {}
+            WRITE_ERROR => return Err(DropReason::WriteError),
+            verdict => return Ok(verdict),
+        }
+    }
+    if !set(skb, node, config) {
+        return Err(DropReason::WriteError);
+    }
+    // SAFETY: no pointers are involved.
+    Ok(unsafe { helper::bpf_redirect(config.overlay, 0) as i32 })
+}
+
+/// In place of a verdict, which is never negative: the packet is unchanged, and takes the device.
+const BY_DEVICE: i32 = -2;
+/// The packet is not whole any more.
+const WRITE_ERROR: i32 = -1;
+
+/// A function with global linkage, which both families share: the verifier looks at it once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i32 {
+    let skb = &Skb(skb);
+    let node = Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
+    let Some(config) = maps::config() else { return BY_DEVICE };
+    let Some(hop) = nexthop::to(skb, &node, config) else { return BY_DEVICE };
+    let overhead = if node.is_v4() { V4::OVERHEAD } else { V6::OVERHEAD };
+    // Without a check of its own the redirect would send what no device takes. The device fragments, and takes BIG TCP.
+    if len + overhead > hop.mtu || skb.len() + overhead > u32::from(u16::MAX) {
+        return BY_DEVICE;
+    }
+    let words = node.words();
+    let done = if node.is_v4() {
+        rewrite::encapsulate::<V4>(skb, config.node4, Ip4::from_word(words[3]), config)
+    } else {
+        rewrite::encapsulate::<V6>(skb, config.node6, Ip6::from_words(words), config)
+    };
+    match done {
+        Encapsulated::Done => fib::redirect_neigh(hop.ifindex, hop.family as u8, hop.addr, false),
+        Encapsulated::Refused => BY_DEVICE,
+        Encapsulated::Failed => WRITE_ERROR,
+    }
 }
 
 /// Sets the tunnel that the packet leaves by. The near end is the address by which other nodes know this one: they accept no other

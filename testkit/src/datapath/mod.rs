@@ -214,21 +214,28 @@ impl Datapath {
 
     /// A map as a table of plain values.
     pub fn table<K: Pod, V: Pod>(&self, name: &str) -> Result<Table<K, V>> {
-        let map = self.maps.get(name).with_context(|| format!("the object has no map {name}"))?;
-        Table::from_fd(map.try_clone()?, name)
+        Table::from_fd(self.map(name)?.try_clone()?, name)
     }
 
-    /// Writes zeros to all elements of a per-CPU array of words of 64 bits.
-    pub fn clear_percpu(&self, name: &str, elements: u32) -> Result<()> {
-        (0..elements).try_for_each(|element| self.fill_percpu(name, element, [0, 0]))
+    /// Writes zeros to all elements of a per-CPU array.
+    pub fn clear_percpu(&self, name: &str) -> Result<()> {
+        let Layout { value_size, max_entries, .. } = sys::map_info(self.map(name)?.as_fd())?.layout();
+        let words = vec![0; value_size as usize / 4];
+        (0..max_entries).try_for_each(|element| self.fill_percpu(name, element, &words))
     }
 
-    /// Writes two words of 32 bits to an element of a per-CPU array of such, for all CPUs.
-    pub fn fill_percpu(&self, name: &str, element: u32, words: [u32; 2]) -> Result<()> {
-        let map = self.maps.get(name).with_context(|| format!("the object has no map {name}"))?;
+    /// Writes the words of 32 bits of an element of a per-CPU array, for all CPUs.
+    pub fn fill_percpu(&self, name: &str, element: u32, words: &[u32]) -> Result<()> {
         let cpus = aya::util::nr_cpus().map_err(|(what, e)| anyhow::anyhow!("{what}: {e}"))?;
-        sys::map_update(map.as_fd(), &element.to_ne_bytes(), &words.map(u32::to_ne_bytes).concat().repeat(cpus))?;
+        // The kernel has a multiple of eight bytes for each CPU.
+        let mut value: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        value.resize(value.len().next_multiple_of(8), 0);
+        sys::map_update(self.map(name)?.as_fd(), &element.to_ne_bytes(), &value.repeat(cpus))?;
         Ok(())
+    }
+
+    fn map(&self, name: &str) -> Result<&OwnedFd> {
+        self.maps.get(name).with_context(|| format!("the object has no map {name}"))
     }
 
     /// Runs a program once. Nothing comes out if the program spoiled the sum of a frame with [`Input::complete`].

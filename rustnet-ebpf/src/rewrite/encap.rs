@@ -1,0 +1,123 @@
+//! VXLAN headers (RFC 7348) in front of a frame, as the kernel's device writes them.
+
+use aya_ebpf::helpers::generated as helper;
+use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::config::NodeConfig;
+use rustnet_common::csum::Sum;
+use rustnet_common::tuple::proto;
+
+use crate::ctx::{Ctx, Skb, at, random};
+use crate::family::{Family, V4, V6};
+use crate::wire::{ETH_LEN, ETH_P_IPV6, Ethernet, Header4, Header6, Udp, Vxlan};
+
+/// `bpf_skb_adjust_room`: the room is behind the Ethernet header.
+const BPF_ADJ_ROOM_MAC: u32 = 1;
+/// Segments keep their size: pods know the MTU of the overlay.
+const FIXED_GSO: u64 = 1;
+const ENCAP_L3_IPV4: u64 = 1 << 1;
+const ENCAP_L3_IPV6: u64 = 1 << 2;
+const ENCAP_L4_UDP: u64 = 1 << 4;
+/// What is inside is an Ethernet frame, whose header has the length in the upper eight bits.
+const ENCAP_L2_ETH: u64 = 1 << 6 | (ETH_LEN as u64) << 56;
+/// Hop limit of outer packets, that of the device.
+const TTL: u8 = 64;
+/// First source port: the ports that nobody is assigned (RFC 6335, 6), as RFC 7348 recommends.
+const FIRST_PORT: u16 = 0xc000;
+/// The first word of a VXLAN header with a network identifier.
+const VXLAN_FLAGS: u32 = 0x0800_0000_u32.to_be();
+/// The two bits of explicit congestion notification (RFC 3168).
+const ECN: u8 = 3;
+/// "Congestion experienced".
+const CE: u8 = 3;
+/// "ECN-capable transport".
+const ECT_0: u8 = 2;
+
+/// All that stands in front of an inner packet, behind the outer Ethernet header.
+#[repr(C, packed(2))]
+struct Outer<H> {
+    ip: H,
+    udp: Udp,
+    vxlan: Vxlan,
+    inner: Ethernet,
+}
+
+/// The outer IP header of a family.
+pub trait OuterHeader<A>: Sized {
+    /// How the kernel is asked for the room.
+    const ROOM: u64;
+    /// A header of a datagram of `len` bytes with the UDP header.
+    fn new(src: A, dst: A, len: u16, ecn: u8) -> Self;
+}
+
+impl OuterHeader<Ip4> for Header4 {
+    const ROOM: u64 = ENCAP_L3_IPV4;
+
+    #[inline(always)]
+    fn new(src: Ip4, dst: Ip4, len: u16, ecn: u8) -> Self {
+        let (total, id) = (len + size_of::<Self>() as u16, random() as u16);
+        let sum = Sum::default().add16(0x4500 | u16::from(ecn)).add16(total).add16(id);
+        let csum = sum.add16(u16::from(TTL) << 8 | u16::from(proto::UDP)).add_addr(src).add_addr(dst).finish();
+        let (total, id) = (total.to_be(), id.to_be());
+        // Routers may fragment it, as they may the device's: large packets get through a narrow path between nodes.
+        Self { ver_ihl: 0x45, tos: ecn, total, id, frag: 0, ttl: TTL, proto: proto::UDP, csum, src, dst }
+    }
+}
+
+impl OuterHeader<Ip6> for Header6 {
+    const ROOM: u64 = ENCAP_L3_IPV6;
+
+    #[inline(always)]
+    fn new(src: Ip6, dst: Ip6, len: u16, ecn: u8) -> Self {
+        let ver_flow = (6 << 28 | u32::from(ecn) << 20).to_be();
+        Self { ver_flow, payload: len.to_be(), next: proto::UDP, hop_limit: TTL, src, dst }
+    }
+}
+
+/// A family of outer packets.
+pub trait Encap: Family<Header: OuterHeader<Self::A>> {
+    /// Bytes that the headers take, the inner Ethernet header included.
+    const OVERHEAD: u32 = size_of::<Outer<Self::Header>>() as u32;
+}
+
+impl Encap for V4 {}
+impl Encap for V6 {}
+
+const _: () = assert!(V4::OVERHEAD == 50 && V6::OVERHEAD == 70);
+
+/// What became of a frame.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Encapsulated {
+    /// It has its headers. The outer Ethernet header is not written: a redirect to a neighbour does it.
+    Done,
+    /// The kernel makes no room in front of such a frame (SCTP that stands for several packets). It is unchanged.
+    Refused,
+    /// It is changed, and not whole.
+    Failed,
+}
+
+/// Puts headers in front of a frame that is to go to another node. All pointers into the packet are void afterwards.
+#[inline(always)]
+pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, config: &NodeConfig) -> Encapsulated {
+    let Some(eth) = at::<Ethernet, _>(skb, 0) else { return Encapsulated::Refused };
+    let Some(first) = at::<[u8; 2], _>(skb, ETH_LEN) else { return Encapsulated::Refused };
+    // SAFETY: `at` proved both.
+    let (inner, [version, tos]) = unsafe { (eth.read(), first.read()) };
+    // Traffic class: the lower half of the first byte, the upper half of the second one.
+    let tos = if inner.ethertype == ETH_P_IPV6 { version << 4 | tos >> 4 } else { tos };
+    // RFC 6040, 4.1: what came through congestion is congestion of the inner packet alone.
+    let ecn = if tos & ECN == CE { ECT_0 } else { tos & ECN };
+    let len = skb.len() as u16 + (size_of::<Udp>() + size_of::<Vxlan>()) as u16;
+    // SAFETY: no pointers but the context, here and below.
+    let hash = unsafe { helper::bpf_get_hash_recalc(skb.raw()) } as u16;
+    let flags = FIXED_GSO | F::Header::ROOM | ENCAP_L4_UDP | ENCAP_L2_ETH;
+    // SAFETY: see above.
+    if unsafe { helper::bpf_skb_adjust_room(skb.raw(), F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, flags) } != 0 {
+        return Encapsulated::Refused;
+    }
+    let Some(outer) = at::<Outer<F::Header>, _>(skb, ETH_LEN) else { return Encapsulated::Failed };
+    let udp = Udp { sport: (FIRST_PORT | hash).to_be(), dport: config.overlay_port.to_be(), len: len.to_be(), csum: 0 };
+    let vxlan = Vxlan { flags: VXLAN_FLAGS, vni: (config.vni << 8).to_be() };
+    // SAFETY: `at` proved all of it.
+    unsafe { outer.write(Outer { ip: F::Header::new(src, dst, len, ecn), udp, vxlan, inner }) };
+    Encapsulated::Done
+}

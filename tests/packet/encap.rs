@@ -1,0 +1,179 @@
+//! The overlay without its device: the headers that programs put in front of a pod's packet, and which packets take the device.
+
+use anyhow::{Context, Result, ensure};
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::config;
+use rustnet_common::peer::flags;
+
+use crate::flows::{Proto, TARGET, from_a};
+use crate::frame::{Frame, L4};
+use crate::harness::{BOTH, Lab, Net, OVERLAY_MTU, VNI, lab_apart};
+
+/// The other node as a neighbour with a MAC. What is tried on the way there, the kernel does not ask for.
+const NEIGHBOURS: &str = "\
+    neigh add 172.18.0.12 lladdr 02:00:00:00:0c:02 dev eth0
+    neigh add fd00:18::12 lladdr 02:00:00:00:0c:02 dev eth0";
+
+/// Runs a test on a node that knows its neighbours, for each family of pods in each of nodes.
+fn encapsulating(test: impl Fn(&Lab, Net, Net) -> Result<()> + Send + Sync) -> Result<()> {
+    lab_apart(|lab| {
+        lab.ip(NEIGHBOURS)?;
+        for (inner, outer) in BOTH.into_iter().flat_map(|inner| BOTH.map(|outer| (inner, outer))) {
+            lab.forget()?;
+            lab.configure(|c| c.flags |= config::flags::ENCAPSULATE)?;
+            lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(outer.node2()))?;
+            test(lab, inner, outer).with_context(|| format!("{inner:?} in {outer:?}"))?;
+        }
+        Ok(())
+    })
+}
+
+/// What has left for the other node: `inner` behind the headers of RFC 7348, with this source port and identification.
+fn outer(net: Net, inner: &Frame, sport: u16, id: u16) -> Frame {
+    let mut payload = vec![8, 0, 0, 0];
+    payload.extend((VNI << 8).to_be_bytes());
+    payload.extend(inner.bytes());
+    let l4 = L4::Udp { sport, dport: 8472, checksum: false };
+    let (src, dst) = (net.node(), net.node2());
+    Frame { src, dst, ttl: 64, id, flow: 0, l4, payload, may_be_cut: true, ..inner.clone() }
+}
+
+/// The EtherType of the frame, which a redirect to a neighbour replaces together with the MACs.
+const ETHERTYPE: std::ops::Range<usize> = 12..14;
+
+#[test]
+fn a_packet_gets_its_headers() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        for proto in [Proto::Tcp, Proto::Udp, Proto::Sctp, Proto::Echo] {
+            let ask = from_a(inner, proto, (inner.far(), TARGET));
+            let mut shot = lab.pod_sends_unsummed(&ask.bytes())?;
+            let ip = if net == Net::V4 { 20 } else { 40 };
+            let word = |at: usize| u16::from_be_bytes([shot.frame[at], shot.frame[at + 1]]);
+            let (id, sport) = (word(18), word(14 + ip));
+            ensure!(sport >= 0xc000, "source port {sport}");
+            let want = outer(net, &ask.hop(), sport, id);
+            shot.frame[ETHERTYPE].copy_from_slice(&want.bytes()[ETHERTYPE]);
+            shot.onto_wire(&want).with_context(|| format!("{proto:?}"))?;
+        }
+        Ok(())
+    })
+}
+
+/// Flows of one pair of pods spread over the paths between their nodes, and each keeps its own.
+#[test]
+fn source_ports_are_those_of_flows() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        let at = if net == Net::V4 { 34 } else { 54 };
+        let port = |shot: crate::harness::Shot| u16::from_be_bytes([shot.frame[at], shot.frame[at + 1]]);
+        let mut seen = std::collections::BTreeSet::new();
+        for dport in TARGET..TARGET + 16 {
+            // A flow label stands for the flow, where there is one.
+            let ask = from_a(inner, Proto::Udp, (inner.far(), dport)).map(|f| f.flow = 0);
+            let first = port(lab.pod_sends_unsummed(&ask.bytes())?);
+            ensure!(first == port(lab.pod_sends_unsummed(&ask.bytes())?), "another port");
+            seen.insert(first);
+        }
+        ensure!(seen.len() > 8, "ports {seen:?}");
+        Ok(())
+    })
+}
+
+/// As the device does (RFC 6040): the inner packet's bits, and "congestion experienced" as "capable".
+#[test]
+fn congestion_bits_are_shown_outside() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        for (tos, want) in [(0, 0), (1, 1), (2, 2), (3, 2), (0xb8, 0), (0xb9, 1)] {
+            let mut bytes = from_a(inner, Proto::Udp, (inner.far(), TARGET)).bytes();
+            if inner == Net::V4 {
+                bytes[15] = tos;
+                let sum = u16::from_be_bytes([bytes[24], bytes[25]]) - u16::from(tos);
+                bytes[24..26].copy_from_slice(&sum.to_be_bytes());
+            } else {
+                bytes[14] |= tos >> 4;
+                bytes[15] |= tos << 4;
+            }
+            let shot = lab.pod_sends_unsummed(&bytes)?;
+            let found = if net == Net::V4 { shot.frame[15] } else { shot.frame[14] << 4 | shot.frame[15] >> 4 };
+            ensure!(found == want, "inner {tos:#x}: outer {found:#x}, not {want:#x}");
+        }
+        Ok(())
+    })
+}
+
+/// The device gets what nobody can send past it.
+#[test]
+fn the_device_takes_the_rest() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        let ask = from_a(inner, Proto::Udp, (inner.far(), TARGET));
+        let by_device = || lab.pod_sends_unsummed(&ask.bytes())?.onto_wire(&ask.hop());
+        // Switched off.
+        lab.configure(|_| {})?;
+        by_device().context("switched off")?;
+        let encapsulate = |c: &mut config::NodeConfig| c.flags |= config::flags::ENCAPSULATE;
+        // Without a near end.
+        lab.configure(|c| {
+            encapsulate(c);
+            match net {
+                Net::V4 => c.node4 = Ip4::UNSPECIFIED,
+                Net::V6 => c.node6 = Ip6::UNSPECIFIED,
+            }
+        })?;
+        lab.forget_next_hops()?;
+        by_device().context("no address of the node's")?;
+        lab.configure(encapsulate)?;
+        // A sum of the whole packet, which the device drops.
+        if lab.has_sums() {
+            lab.pod_sends(&ask)?.onto_wire(&ask.hop()).context("with a sum")?;
+        }
+        // A node that no route leads to, and one whose MAC is not known.
+        for node in [net.unreachable(), net.router()] {
+            lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(node))?;
+            by_device().with_context(|| format!("node {node}"))?;
+        }
+        // Larger than the overlay's MTU, and no reason to refuse it.
+        if inner == Net::V4 {
+            lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(net.node2()))?;
+            let large = ask.with_length(OVERLAY_MTU + 1).map(|f| f.may_be_cut = true);
+            lab.pod_sends_unsummed(&large.bytes())?.onto_wire(&large.hop()).context("to be fragmented")?;
+        }
+        Ok(())
+    })
+}
+
+/// A path that is narrower than the devices at its ends: the device fragments, or drops.
+#[test]
+fn a_narrow_path_is_the_devices() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        let node = net.node2();
+        let (len, overhead) = if net == Net::V4 { (32, 50) } else { (128, 70) };
+        let large = from_a(inner, Proto::Udp, (inner.far(), TARGET)).with_length(1400);
+        for (mtu, want) in [(1400 + overhead, true), (1400 + overhead - 1, false)] {
+            lab.ip(&format!("route replace {node}/{len} dev eth0 mtu lock {mtu}"))?;
+            lab.forget_next_hops()?;
+            let is_encapsulated = lab.pod_sends_unsummed(&large.bytes())?.frame.len() > large.bytes().len();
+            ensure!(is_encapsulated == want, "an MTU of {mtu}");
+        }
+        lab.ip(&format!("route del {node}/{len} dev eth0"))
+    })
+}
+
+/// A route that changes is followed without anybody's word.
+#[test]
+fn a_change_of_route_is_noticed() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        let ask = from_a(inner, Proto::Udp, (inner.far(), TARGET));
+        let wait = |what: &str, want: bool| {
+            testkit::wait::until(what, || {
+                let is_encapsulated = lab.pod_sends_unsummed(&ask.bytes())?.frame.len() > ask.bytes().len();
+                ensure!(is_encapsulated == want, "encapsulated: {is_encapsulated}");
+                Ok(())
+            })
+        };
+        wait("the way is found", true)?;
+        let len = if net == Net::V4 { 32 } else { 128 };
+        lab.ip(&format!("route add unreachable {}/{len}", net.node2()))?;
+        wait("the way is lost", false)?;
+        lab.ip(&format!("route del unreachable {}/{len}", net.node2()))?;
+        wait("the way is found again", true)
+    })
+}
