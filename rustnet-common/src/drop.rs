@@ -87,7 +87,8 @@ reasons! {
 /// Directions that `rn_counters` tells apart; see [`counter_index`].
 pub mod hook {
     /// Names by code.
-    pub const NAMES: [&str; 6] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out"];
+    pub const NAMES: [&str; 7] =
+        ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out", "tunnel_in"];
     /// TC ingress of a pod's host-side veth.
     pub const FROM_POD: u8 = 0;
     /// TC egress of a pod's host-side veth.
@@ -100,6 +101,8 @@ pub mod hook {
     pub const OVERLAY_IN: u8 = 4;
     /// TC egress of the overlay device.
     pub const OVERLAY_OUT: u8 = 5;
+    /// TC ingress of the uplink, of tunnel packets that go past the overlay device.
+    pub const TUNNEL_IN: u8 = 6;
 }
 
 /// Hooks that one reason has room for in `rn_counters`.

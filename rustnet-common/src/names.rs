@@ -27,6 +27,16 @@ pub const TC_PRIORITY: u16 = 1;
 /// Handle of our classifiers; with it, a replace swaps the program atomically.
 pub const TC_HANDLE: u32 = 1;
 
+/// Programs that another one jumps to, by their index in [`TAILS_MAP`]. They are on no hook.
+pub const TAILS: [&str; 2] = [TUNNEL_IN, UPLINK_IN];
+/// The program of tunnel packets that come in by an uplink.
+pub const TUNNEL_IN: &str = "tunnel_in";
+/// The program of an uplink's ingress hook.
+pub const UPLINK_IN: &str = "uplink_in";
+/// The map of [`TAILS`]. It belongs to one load of the programs, and is pinned with them: without a pin, the kernel would empty it
+/// when the agent ends.
+pub const TAILS_MAP: &str = "rn_tails";
+
 /// Program names.
 pub const PROGRAMS: [&str; 7] = ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out", SIDE_IN];
 /// The program of devices with addresses that are no uplinks. It counts as `uplink_in`.

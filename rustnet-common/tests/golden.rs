@@ -112,7 +112,7 @@ fn settings() {
             ("seed", 68)
         ]
     );
-    assert_eq!((config::flags::MASQUERADE, config::flags::FLOW_EVENTS), (1, 2));
+    assert_eq!((config::flags::MASQUERADE, config::flags::FLOW_EVENTS, config::flags::ENCAPSULATE), (1, 2, 4));
 }
 
 #[test]
@@ -120,7 +120,8 @@ fn counters() {
     assert_eq!((size_of::<Counter>(), COUNTERS, HOOKS), (16, 256, 8));
     assert_eq!(offsets!(Counter: packets, bytes), [("packets", 0), ("bytes", 8)]);
     assert_eq!(counter_index(DropReason::NoBackend as u8, hook::OVERLAY_IN), 52);
-    assert_eq!(hook::NAMES, names::PROGRAMS[..hook::NAMES.len()]);
+    assert_eq!(hook::NAMES[..6], names::PROGRAMS[..6]);
+    assert_eq!(hook::NAMES[usize::from(hook::TUNNEL_IN)], names::TUNNEL_IN);
     // Codes are indices: a reason that goes leaves a hole, a new one gets a new code.
     let codes = [
         (DropReason::Forwarded, 0),

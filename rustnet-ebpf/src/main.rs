@@ -34,6 +34,7 @@ mod rewrite;
 #[cfg(feature = "skeletons")]
 mod skeleton;
 mod step;
+mod tail;
 mod wire;
 #[cfg(feature = "skeletons")]
 mod xdp;
@@ -50,16 +51,17 @@ use crate::ctx::{Ctx, Skb, at, jiffies};
 use crate::event::Report;
 use crate::family::{V4, V6};
 use crate::hook::Steps;
+use crate::hook::tunnel::{self, Outer, Outside};
 use crate::log::{Log, macro_support};
 use crate::outcome::{Dropped, PackedResult};
 use crate::step::exec::{ReplyPath, TO_STACK};
 use crate::step::mark;
-use crate::step::tunnel::{self, Tunnel};
+use crate::step::tunnel::{self as overlay, Tunnel};
 use crate::wire::{ETH_LEN, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6};
 
 /// Maps a hook's result to a verdict. This is the only place that drops or rejects.
 #[inline(always)]
-fn verdict<H: Hook, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Dropped>) -> i32 {
+fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Dropped>) -> i32 {
     match result {
         Ok(TO_STACK) => TO_STACK,
         Ok(action) => {
@@ -128,11 +130,15 @@ global!(V4, rn_reject4);
 global!(V6, rn_reject6);
 
 /// A place in the kernel where packets pass.
-trait Hook {
+trait Place {
     /// Its code in counters and events.
     const CODE: u8;
     /// Where rejections go from here.
     const REPLY_PATH: ReplyPath;
+}
+
+/// A place that a program of its own begins at.
+trait Hook: Place {
     /// The sender may send nothing but untagged IP: other frames are dropped. Elsewhere they are the stack's.
     const IS_IP_ONLY: bool;
     /// Runs its steps; `tunnel` is where the packet came from if it came through one.
@@ -205,9 +211,11 @@ fn is_hidden(skb: &Skb) -> bool {
 macro_rules! hook {
     ($type:ident, $code:expr, $path:expr, $ip_only:literal, $run:path $(, $tunnel:ident)?) => {
         enum $type {}
-        impl Hook for $type {
+        impl Place for $type {
             const CODE: u8 = $code;
             const REPLY_PATH: ReplyPath = $path;
+        }
+        impl Hook for $type {
             const IS_IP_ONLY: bool = $ip_only;
             #[inline(always)]
             fn run<F: Steps>(skb: &Skb, l3: usize, _tunnel: &Tunnel) -> Result<i32, Dropped> {
@@ -226,6 +234,13 @@ hook!(UplinkOut, hooks::UPLINK_OUT, ReplyPath::Host, false, hook::uplink::run_ou
 hook!(OverlayIn, hooks::OVERLAY_IN, ReplyPath::Tunnel, true, hook::overlay::run_in::<F>, tunnel);
 hook!(OverlayOut, hooks::OVERLAY_OUT, ReplyPath::Host, false, hook::overlay::run_out::<F>);
 
+/// Where tunnel packets go past the overlay's device. Whatever needs an answer takes the device.
+enum TunnelIn {}
+impl Place for TunnelIn {
+    const CODE: u8 = hooks::TUNNEL_IN;
+    const REPLY_PATH: ReplyPath = ReplyPath::Tunnel;
+}
+
 /// TC ingress of a pod's host-side veth.
 #[classifier]
 pub fn from_pod(ctx: TcContext) -> i32 {
@@ -243,7 +258,68 @@ pub fn to_pod(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn uplink_in(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if mark::take_processed(&skb) { TO_STACK } else { dispatch::<UplinkIn>(&skb, &Tunnel::NONE) }
+    if mark::take_processed(&skb) {
+        return TO_STACK;
+    }
+    if !tail::is_left() && maps::config().is_some_and(|config| tunnel::is_candidate(&skb, config)) {
+        tail::jump(&ctx, tail::TUNNEL_IN);
+    }
+    dispatch::<UplinkIn>(&skb, &Tunnel::NONE)
+}
+
+/// The part of `uplink_in` for tunnel packets, attached nowhere.
+#[classifier]
+pub fn tunnel_in(ctx: TcContext) -> i32 {
+    let skb = Skb(ctx.skb.skb);
+    let mut outside = Outside::NONE;
+    let verdict = match parse::ethertype(&skb) {
+        Some(ETH_P_IP) => inner::<V4>(&skb, &mut outside),
+        Some(ETH_P_IPV6) => inner::<V6>(&skb, &mut outside),
+        _ => tunnel::BACK,
+    };
+    if verdict == tunnel::BACK {
+        tail::leave();
+        tail::jump(&ctx, tail::UPLINK_IN);
+        // These programs are being replaced. Nothing is known of the packet's source.
+        event::count(&skb, DropReason::UnknownSender as u8, TunnelIn::CODE);
+        return TC_ACT_SHOT;
+    }
+    verdict
+}
+
+/// The verdict on a tunnel packet of one outer family.
+#[inline(always)]
+fn inner<F: Outer>(skb: &Skb, outside: &mut Outside) -> i32 {
+    let Some(config) = maps::config() else { return tunnel::BACK };
+    if !tunnel::read::<F>(skb, config, outside) {
+        return tunnel::BACK;
+    }
+    match outside.ethertype {
+        ETH_P_IP => untunneled::<V4>(skb, F::OVERHEAD, outside),
+        ETH_P_IPV6 => untunneled::<V6>(skb, F::OVERHEAD, outside),
+        _ => tunnel::BACK,
+    }
+}
+
+/// The same of one inner family.
+#[inline(always)]
+fn untunneled<F: Reject>(skb: &Skb, overhead: u32, outside: &Outside) -> i32 {
+    let result = inner_steps::<F>(skb, overhead, outside);
+    match result.result() {
+        Ok(tunnel::BACK) => tunnel::BACK,
+        unpacked => {
+            if log::is_on() {
+                F::log(result, skb.ifindex(), TunnelIn::CODE);
+            }
+            verdict::<TunnelIn, F>(skb, ETH_LEN, unpacked)
+        }
+    }
+}
+
+/// As [`steps`].
+#[inline(never)]
+fn inner_steps<F: Steps>(skb: &Skb, overhead: u32, outside: &Outside) -> PackedResult {
+    PackedResult::new(tunnel::run::<F>(skb, overhead, outside))
 }
 
 /// TC ingress of this host's other devices with addresses.
@@ -265,7 +341,7 @@ pub fn uplink_out(ctx: TcContext) -> i32 {
 pub fn overlay_in(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
     let mut from = Tunnel::NONE;
-    tunnel::read(&skb, &mut from);
+    overlay::read(&skb, &mut from);
     // The inner frame bears the sender's idea of our MAC; what comes out of the tunnel is for this host all the same.
     skb.set_packet_host();
     dispatch::<OverlayIn>(&skb, &from)

@@ -2,7 +2,7 @@
 #![allow(non_upper_case_globals, reason = "these are the names that bpftool shows")]
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::backend::Backend;
@@ -12,6 +12,7 @@ use rustnet_common::device::Device;
 use rustnet_common::drop::{COUNTERS, Counter};
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::frag::{FragKey, FragPorts};
+use rustnet_common::names::TAILS;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::tuple::Tuple;
@@ -161,6 +162,12 @@ pub static rn_nat_full: Array<NatFull, { NAT_FULL_SLOTS as usize }> = Array::new
 /// Ways to other nodes, by a hash of the node's address; not pinned. Of each CPU, so that nobody reads what is half written.
 #[btf_map]
 pub static rn_next_hops: PerCpuArray<NextHop, { NEXT_HOPS as usize }> = PerCpuArray::new();
+/// Programs to jump to: [`rustnet_common::names::TAILS`].
+#[btf_map]
+pub static rn_tails: ProgramArray<{ TAILS.len() }> = ProgramArray::new();
+/// 1 while a packet that `tunnel_in` left to the device is on its way back to `uplink_in`; not pinned.
+#[btf_map]
+pub static rn_left: PerCpuArray<u32, 1> = PerCpuArray::new();
 /// See [`crate::limit`]; not pinned.
 #[btf_map]
 pub static rn_limits: PerCpuArray<Tokens, BUCKETS> = PerCpuArray::new();

@@ -87,6 +87,15 @@ pub struct Udp {
     pub csum: u16,
 }
 
+/// The first word of a VXLAN header with a network identifier, network order.
+pub const VXLAN_FLAGS: u32 = 0x0800_0000_u32.to_be();
+/// The two bits of explicit congestion notification in a type of service (RFC 3168).
+pub const ECN: u8 = 3;
+/// "Congestion experienced".
+pub const ECN_CE: u8 = 3;
+/// "ECN-capable transport".
+pub const ECN_ECT_0: u8 = 2;
+
 /// A VXLAN header (RFC 7348, 5), both words in network order.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -95,6 +104,20 @@ pub struct Vxlan {
     pub flags: u32,
     /// Network identifier in the upper 24 bits.
     pub vni: u32,
+}
+
+/// All that stands between the Ethernet header and the IP packet inside the tunnel. `H` is the outer IP header.
+#[repr(C, packed(2))]
+#[derive(Clone, Copy)]
+pub struct Outer<H: Copy> {
+    /// Outer IP header.
+    pub ip: H,
+    /// Outer UDP header.
+    pub udp: Udp,
+    /// VXLAN header.
+    pub vxlan: Vxlan,
+    /// Inner Ethernet header.
+    pub inner: Ethernet,
 }
 
 /// A TCP header without options (RFC 9293, 3.1), all fields in network order.

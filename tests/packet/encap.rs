@@ -10,7 +10,7 @@ use crate::frame::{Frame, L4};
 use crate::harness::{BOTH, Lab, Net, OVERLAY_MTU, VNI, lab_apart};
 
 /// The other node as a neighbour with a MAC. What is tried on the way there, the kernel does not ask for.
-const NEIGHBOURS: &str = "\
+pub const NEIGHBOURS: &str = "\
     neigh add 172.18.0.12 lladdr 02:00:00:00:0c:02 dev eth0
     neigh add fd00:18::12 lladdr 02:00:00:00:0c:02 dev eth0";
 

@@ -498,6 +498,12 @@ impl Lab {
         self.run(SIDE_IN, hook::UPLINK_IN, &Input { frame: &bytes, ifindex: SIDE, vlan, ..Input::default() })
     }
 
+    /// A tunnel packet comes in by the uplink, of which no device has delivered a sum.
+    pub fn tunnel_in(&self, frame: &[u8]) -> Result<Shot> {
+        let input = Input { frame, ifindex: UPLINK, ..Input::default() };
+        self.run_summed(hook::NAMES[hook::UPLINK_IN as usize], hook::TUNNEL_IN, &input, false)
+    }
+
     pub fn uplink_out(&self, frame: &Frame) -> Result<Shot> {
         self.shoot(hook::UPLINK_OUT, UPLINK, frame)
     }

@@ -5,6 +5,7 @@
 
 mod answers;
 mod bandwidth;
+mod decap;
 mod devices;
 mod encap;
 mod errors;

@@ -174,9 +174,9 @@ pub static GROUPS: &[Group] = &[
             Setting {
                 flag: "overlay-path",
                 key: "overlayPath",
-                value: "programs|device",
-                default: Some("programs"),
-                help: "Who writes the overlay's headers: the programs where they can, or always the kernel's device",
+                value: "device|programs",
+                default: Some("device"),
+                help: "Who writes and takes off the overlay's headers: the kernel's device, or the programs where they can (faster; past IPsec and the host's firewall)",
                 ..ONE
             },
             Setting {

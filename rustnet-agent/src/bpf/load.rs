@@ -5,11 +5,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use aya::EbpfLoader;
+use aya::maps::Map as AyaMap;
 use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya_obj::Object;
 use rustnet_common::{names, v1};
@@ -47,6 +48,8 @@ pub struct Load<'a> {
 pub struct Programs {
     by_name: BTreeMap<&'static str, OwnedFd>,
     maps: BTreeMap<String, OwnedFd>,
+    /// Where programs jump to, until it is pinned.
+    tails: Option<OwnedFd>,
     /// Maps whose pins are new or replaced.
     replaced: Vec<String>,
     /// Earlier maps that stay pinned until no program uses them.
@@ -128,6 +131,18 @@ impl Programs {
         }
         self.by_name.iter().try_for_each(|(name, fd)| pin::replace(&program_path(bpffs, name), fd.as_fd()))?;
         self.staged = None;
+        Ok(())
+    }
+
+    /// Pins where programs jump to, in the place of the map before, which the kernel empties then. To be called once no program but
+    /// these is on an uplink. Does nothing the second time.
+    ///
+    /// # Errors
+    /// What the BPF file system refuses. Until another try, tunnel packets take the device once this agent has ended.
+    pub fn pin_tails(&mut self, bpffs: &Path) -> Result<()> {
+        let Some(tails) = &self.tails else { return Ok(()) };
+        pin::replace(&program_path(bpffs, names::TAILS_MAP), tails.as_fd())?;
+        self.tails = None;
         Ok(())
     }
 
@@ -340,6 +355,7 @@ impl Load<'_> {
 
     fn load(&self, plan: Plan, to_v1: Option<migrate::Export>) -> Result<Programs> {
         let csum_ipv6 = u32::from(probe::l4_csum_ipv6()?);
+        let decap_l3 = u32::from(probe::decap_l3()?);
         let migrate = plan.bridge as u32;
         let staged = Staged::new(self.bpffs)?;
         let mut old = BTreeMap::new();
@@ -350,6 +366,7 @@ impl Load<'_> {
         let mut loader = EbpfLoader::new();
         log.set(&mut loader);
         loader.override_global("L4_CSUM_IPV6", &csum_ipv6, true);
+        loader.override_global("DECAP_L3", &decap_l3, true);
         loader.override_global("MIGRATE", &migrate, plan.bridge != Bridge::None);
         for (name, (layout, source)) in &plan.maps {
             if *source == Source::Adopted {
@@ -372,19 +389,35 @@ impl Load<'_> {
         drop(loader);
         drop(bridged);
         let staged = Some(staged);
-        let mut programs = Programs { by_name, maps, replaced, old, plan, copied, from_v1: None, to_v1, staged, log };
+        let mut programs =
+            Programs { by_name, maps, tails: None, replaced, old, plan, copied, from_v1: None, to_v1, staged, log };
         if !programs.is_export() {
             programs.fill()?;
         }
-        for name in names::PROGRAMS.into_iter().chain([CLOCK]) {
+        for name in names::PROGRAMS.into_iter().chain([names::TUNNEL_IN, CLOCK]) {
             let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
             let Program::SchedClassifier(program) = program else { bail!("program {name} is not a classifier") };
             load_program(program).map_err(|e| load_error(name, e))?;
             let fd = program.fd().with_context(|| format!("program {name}"))?;
             programs.by_name.insert(name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?);
         }
+        programs.tails = Some(fill_tails(&ebpf, &programs.by_name)?);
         Ok(programs)
     }
+}
+
+/// Fills in where programs jump to, and returns the map.
+fn fill_tails(ebpf: &aya::Ebpf, by_name: &BTreeMap<&'static str, OwnedFd>) -> Result<OwnedFd> {
+    let Some(AyaMap::ProgramArray(map)) = ebpf.map(names::TAILS_MAP) else {
+        bail!("the eBPF object has no map {} of programs", names::TAILS_MAP)
+    };
+    let map = map.fd().as_fd().try_clone_to_owned().with_context(|| format!("map {}", names::TAILS_MAP))?;
+    for (index, name) in (0_u32..).zip(names::TAILS) {
+        let program = by_name.get(name).with_context(|| format!("no program {name}"))?;
+        sys::map_update(map.as_fd(), &index.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes())
+            .with_context(|| format!("writing {name} to {}", names::TAILS_MAP))?;
+    }
+    Ok(map)
 }
 
 /// Loads a program. A signal interrupts the verifier, which then has to start again (libbpf, too,

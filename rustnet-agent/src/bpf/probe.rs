@@ -15,6 +15,10 @@ use super::sys::{self, TestRun, instruction};
 const F_IPV6: u32 = 0x80;
 /// `BPF_FUNC_l4_csum_replace`.
 const L4_CSUM_REPLACE: u32 = 11;
+/// `BPF_FUNC_skb_adjust_room`.
+const SKB_ADJUST_ROOM: u32 = 50;
+/// `BPF_F_ADJ_ROOM_DECAP_L3_IPV6`.
+const DECAP_L3_IPV6: u32 = 1 << 8;
 
 /// A program that returns what `bpf_l4_csum_replace(skb, 50, 0, 1, PSEUDO_HDR | F_IPV6)` says.
 const fn csum_probe() -> [u64; 6] {
@@ -39,6 +43,30 @@ pub fn l4_csum_ipv6() -> Result<bool> {
         .map_err(|e| anyhow::anyhow!("loading a probe program: {e}: {}", remedy(&e)))?;
     let ran = sys::test_run(prog.as_fd(), TestRun { packet: &[0; 128], ..TestRun::default() });
     Ok(ran.context("running a probe program")?.verdict == 0)
+}
+
+/// A program that asks for less room in front of a packet that has no IP header: `-EINVAL` for a flag that the kernel does not
+/// know, another error for one that it knows.
+const fn decap_probe() -> [u64; 5] {
+    const MOV_IMM: u8 = 0xb7;
+    const CALL: u8 = 0x85;
+    const EXIT: u8 = 0x95;
+    [
+        instruction(MOV_IMM, 2, 0, 0, 0xffff_ffec),
+        instruction(MOV_IMM, 3, 0, 0, 1),
+        instruction(MOV_IMM, 4, 0, 0, DECAP_L3_IPV6),
+        instruction(CALL, 0, 0, 0, SKB_ADJUST_ROOM),
+        instruction(EXIT, 0, 0, 0, 0),
+    ]
+}
+
+/// True if `bpf_skb_adjust_room` knows `BPF_F_ADJ_ROOM_DECAP_L3_IPV6` (kernel 6.3): an overlay packet of one family can lose headers of
+/// the other.
+pub fn decap_l3() -> Result<bool> {
+    let prog = sys::prog_load_sched_cls("rn_probe", &decap_probe())
+        .map_err(|e| anyhow::anyhow!("loading a probe program: {e}: {}", remedy(&e)))?;
+    let ran = sys::test_run(prog.as_fd(), TestRun { packet: &[0; 128], ..TestRun::default() });
+    Ok(ran.context("running a probe program")?.verdict.cast_signed() != -libc::EINVAL)
 }
 
 /// Timer ticks in a second, the unit of `seen` in the connection table.
@@ -180,8 +208,8 @@ pub fn has_tcx() -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::{
-        age, effective_capabilities, has_tcx, hz, hz_of_tick, l4_csum_ipv6, missing_capabilities, missing_features,
-        too_old, version,
+        age, decap_l3, effective_capabilities, has_tcx, hz, hz_of_tick, l4_csum_ipv6, missing_capabilities,
+        missing_features, too_old, version,
     };
 
     #[test]
@@ -217,6 +245,7 @@ mod tests {
         assert_eq!(missing_features().unwrap(), Vec::<String>::new());
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
         assert_eq!(has_tcx().unwrap(), version(&release).unwrap() >= (6, 6), "TCX came with 6.6");
+        assert_eq!(decap_l3().unwrap(), version(&release).unwrap() >= (6, 3), "the flag came with 6.3");
     }
 
     #[test]

@@ -211,6 +211,14 @@ impl Kernel {
             take(self.drop_other_links(&hooks), &mut done, &mut failures);
             take(self.drop_other_filters(socket, &hooks, state), &mut done, &mut failures);
         }
+        // Only now is no earlier program on an uplink, which could be about to jump.
+        let has_uplinks = failures.iter().all(|failure| failure.scope == Scope::Peer);
+        if has_uplinks
+            && is_complete
+            && let Err(e) = self.programs.pin_tails(&self.bpffs)
+        {
+            failures.push(Failure::new(Scope::Node, &e));
+        }
         take(self.drop_strays(&hooks), &mut done, &mut failures);
         for record in &state.endpoints {
             let hooks = self.pod_hooks(socket, record, state);

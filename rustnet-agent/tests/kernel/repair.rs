@@ -1,18 +1,21 @@
 //! What the loop repairs and removes, and what it reports until somebody else repairs it.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use rustnet_agent::bpf::attach::Direction;
+use rustnet_agent::bpf::load::program_path;
 use rustnet_agent::bpf::store::{Map, services};
 use rustnet_agent::bpf::sys::{self, TCX_EGRESS, TCX_INGRESS};
 use rustnet_agent::config::Config;
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::tc;
 use rustnet_common::addr::Ip4;
-use rustnet_common::names::{LINKS_DIR, map};
+use rustnet_common::names::{LINKS_DIR, TAILS, TAILS_MAP, map};
 use rustnet_common::service::{SvcEntry, SvcKey};
 
 use crate::agent::{Agent, block_on, make_own_node, make_two_nodes, node, wait_until, web};
+use crate::load::prog_id;
 use crate::sandbox::{self, add_pod_veth, has_tcx, ip, link_ids, run_program, uplink};
 
 /// Its pins are out of sight, and its programs would handle each packet a second time.
@@ -45,6 +48,30 @@ fn programs_of_a_bpf_file_system_that_another_one_hides_are_taken_off() {
             }
         }
         run_program("umount", &above);
+    });
+}
+
+/// Without a pin, the kernel empties such a map with the agent's end.
+#[test]
+fn programs_jump_on_when_the_agent_has_ended() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let run = || {
+            block_on(async {
+                Agent::start_ready(sandbox.config(&["--uplink=eth0"]), [make_own_node()]).await.stop().await;
+            });
+            let map = sys::obj_get(&program_path(&sandbox.bpffs, TAILS_MAP)).unwrap();
+            let target = |index: u32| {
+                let mut id = [0; 4];
+                assert!(sys::map_lookup(map.as_fd(), &index.to_ne_bytes(), &mut id).unwrap(), "no program at {index}");
+                u32::from_ne_bytes(id)
+            };
+            let targets = [target(0), target(1)];
+            assert_eq!(targets, TAILS.map(|name| prog_id(sandbox, name)));
+            targets
+        };
+        let before = run();
+        assert_ne!(run(), before, "the map belongs to the programs of the last agent");
     });
 }
 

@@ -4,6 +4,7 @@
 pub mod from_pod;
 pub mod overlay;
 pub mod to_pod;
+pub mod tunnel;
 pub mod uplink;
 
 use rustnet_common::config::NodeConfig;
@@ -70,7 +71,7 @@ pub fn forward<F: Steps>(
             parse::remember_ports::<F>(p, skb.ifindex());
         }
     } else if flow.class == Class::New && p.is_flow() {
-        admit::admit::<F>(skb, p, flow, config, source, hook)?;
+        admit::admit::<F>(skb, p, flow, config, source, skb.len(), hook)?;
     }
     exec::send::<F>(skb, p, flow, action, egress, can_encapsulate, config)
 }

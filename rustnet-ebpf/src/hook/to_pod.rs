@@ -8,7 +8,7 @@ use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::tuple::proto;
 
 use super::Steps;
-use crate::ctx::Skb;
+use crate::ctx::{Ctx, Skb};
 use crate::family::Family;
 use crate::maps;
 use crate::outcome::Dropped;
@@ -62,7 +62,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
                 flow.flags |= flags::VIA_STACK;
             }
             // A collision may cost the flow its source port.
-            admit::admit::<F>(skb, p, flow, config, source::HOST, hook::TO_POD)?;
+            admit::admit::<F>(skb, p, flow, config, source::HOST, skb.len(), hook::TO_POD)?;
         }
         flow
     };

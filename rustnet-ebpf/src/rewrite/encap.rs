@@ -1,5 +1,7 @@
-//! VXLAN headers (RFC 7348) in front of a frame, as the kernel's device writes them.
+//! VXLAN headers (RFC 7348): written in front of a frame as the kernel's device writes them, and taken off.
 
+use aya_ebpf::Global;
+use aya_ebpf::bindings::BPF_CSUM_LEVEL_DEC;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Ip4, Ip6};
 use rustnet_common::config::NodeConfig;
@@ -8,7 +10,9 @@ use rustnet_common::tuple::proto;
 
 use crate::ctx::{Ctx, Skb, at, random};
 use crate::family::{Family, V4, V6};
-use crate::wire::{ETH_LEN, ETH_P_IPV6, Ethernet, Header4, Header6, Udp, Vxlan};
+use crate::wire::{
+    ECN, ECN_CE, ECN_ECT_0, ETH_LEN, ETH_P_IPV6, Ethernet, Header4, Header6, Outer, Udp, VXLAN_FLAGS, Vxlan,
+};
 
 /// `bpf_skb_adjust_room`: the room is behind the Ethernet header.
 const BPF_ADJ_ROOM_MAC: u32 = 1;
@@ -19,30 +23,21 @@ const ENCAP_L3_IPV6: u64 = 1 << 2;
 const ENCAP_L4_UDP: u64 = 1 << 4;
 /// What is inside is an Ethernet frame, whose header has the length in the upper eight bits.
 const ENCAP_L2_ETH: u64 = 1 << 6 | (ETH_LEN as u64) << 56;
+/// What is said of the checksum stays, and is this file's to change.
+const NO_CSUM_RESET: u64 = 1 << 5;
+/// The packet inside is of another family than the one outside (kernel 6.3).
+const DECAP_L3_IPV4: u64 = 1 << 7;
+/// See [`DECAP_L3_IPV4`].
+const DECAP_L3_IPV6: u64 = 1 << 8;
+/// 1 where the kernel knows [`DECAP_L3_IPV6`]; set by the loader.
+#[unsafe(no_mangle)]
+pub static DECAP_L3: Global<u32> = Global::new(0);
 /// Hop limit of outer packets, that of the device.
 const TTL: u8 = 64;
 /// First source port: the ports that nobody is assigned (RFC 6335, 6), as RFC 7348 recommends.
 const FIRST_PORT: u16 = 0xc000;
-/// The first word of a VXLAN header with a network identifier.
-const VXLAN_FLAGS: u32 = 0x0800_0000_u32.to_be();
-/// The two bits of explicit congestion notification (RFC 3168).
-const ECN: u8 = 3;
-/// "Congestion experienced".
-const CE: u8 = 3;
-/// "ECN-capable transport".
-const ECT_0: u8 = 2;
-
-/// All that stands in front of an inner packet, behind the outer Ethernet header.
-#[repr(C, packed(2))]
-struct Outer<H> {
-    ip: H,
-    udp: Udp,
-    vxlan: Vxlan,
-    inner: Ethernet,
-}
-
 /// The outer IP header of a family.
-pub trait OuterHeader<A>: Sized {
+pub trait OuterHeader<A>: Copy {
     /// How the kernel is asked for the room.
     const ROOM: u64;
     /// A header of a datagram of `len` bytes with the UDP header.
@@ -102,10 +97,14 @@ pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, config: &NodeConfi
     let Some(first) = at::<[u8; 2], _>(skb, ETH_LEN) else { return Encapsulated::Refused };
     // SAFETY: `at` proved both.
     let (inner, [version, tos]) = unsafe { (eth.read(), first.read()) };
+    if inner.dst[0] & 1 != 0 {
+        // A redirect to a neighbour takes nothing for a group of MACs.
+        return Encapsulated::Refused;
+    }
     // Traffic class: the lower half of the first byte, the upper half of the second one.
     let tos = if inner.ethertype == ETH_P_IPV6 { version << 4 | tos >> 4 } else { tos };
     // RFC 6040, 4.1: what came through congestion is congestion of the inner packet alone.
-    let ecn = if tos & ECN == CE { ECT_0 } else { tos & ECN };
+    let ecn = if tos & ECN == ECN_CE { ECN_ECT_0 } else { tos & ECN };
     let len = skb.len() as u16 + (size_of::<Udp>() + size_of::<Vxlan>()) as u16;
     // SAFETY: no pointers but the context, here and below.
     let hash = unsafe { helper::bpf_get_hash_recalc(skb.raw()) } as u16;
@@ -120,4 +119,36 @@ pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, config: &NodeConfi
     // SAFETY: `at` proved all of it.
     unsafe { outer.write(Outer { ip: F::Header::new(src, dst, len, ecn), udp, vxlan, inner }) };
     Encapsulated::Done
+}
+
+/// True if the kernel can take the headers of one family off a packet of the other.
+#[inline(always)]
+pub fn can_change_family() -> bool {
+    DECAP_L3.load() != 0
+}
+
+/// Takes the headers off a frame, of which `overhead` bytes stand behind the Ethernet header; `inner` is the EtherType of what is in
+/// the tunnel. Congestion on the way becomes the inner packet's, which bears the mark if its sender is capable of it. All pointers into
+/// the packet are void afterwards. False if the frame is not whole any more.
+#[inline(always)]
+pub fn decapsulate(skb: &Skb, overhead: u32, inner: u16, is_congested: bool) -> bool {
+    let Some(eth) = at::<Ethernet, _>(skb, 0) else { return false };
+    // SAFETY: `at` proved a whole header.
+    let is_other = unsafe { (*eth).ethertype } != inner;
+    let other = if inner == ETH_P_IPV6 { DECAP_L3_IPV6 } else { DECAP_L3_IPV4 };
+    let flags = FIXED_GSO | NO_CSUM_RESET | if is_other { other } else { 0 };
+    // SAFETY: no pointers but the context, here and below.
+    if unsafe { helper::bpf_skb_adjust_room(skb.raw(), -(overhead as i32), BPF_ADJ_ROOM_MAC, flags) } != 0 {
+        return false;
+    }
+    // The outer checksum of 0 counts as one that was verified (`__skb_checksum_validate_needed`).
+    // SAFETY: see above.
+    unsafe { helper::bpf_csum_level(skb.raw(), BPF_CSUM_LEVEL_DEC.into()) };
+    if is_other {
+        let Some(eth) = at::<Ethernet, _>(skb, 0) else { return false };
+        // SAFETY: `at` proved a whole header.
+        unsafe { (*eth).ethertype = inner };
+    }
+    // SAFETY: no pointers but the context. The helper corrects the checksum of an IPv4 header.
+    !is_congested || unsafe { helper::bpf_skb_ecn_set_ce(skb.raw()) } == 1
 }

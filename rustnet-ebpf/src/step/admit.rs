@@ -30,7 +30,7 @@ const TRIES_WHEN_FULL: u32 = 16;
 /// Of these, the first that leave alone connections which merely are closing.
 const KEEP_CLOSING_TRIES: u32 = 16;
 
-/// Opens the connection of a new flow, whose source port may change. Emits a flow event if `FLOW_EVENTS` is set.
+/// Opens the connection of a new flow, whose source port may change. `len` is the length of the frame that is counted. Emits a flow event if `FLOW_EVENTS` is set.
 #[inline(always)]
 pub fn admit<F: Report + Create>(
     skb: &Skb,
@@ -38,9 +38,10 @@ pub fn admit<F: Report + Create>(
     flow: &mut Flow<F::A>,
     config: &NodeConfig,
     source: Source,
+    len: u32,
     hook: u8,
 ) -> Result<(), DropReason> {
-    if F::create(flow, source, skb.len()).result().map_err(|dropped| dropped.reason)? == NEEDS_PAIR {
+    if F::create(flow, source, len).result().map_err(|dropped| dropped.reason)? == NEEDS_PAIR {
         F::create_pair(flow).into_unit()?;
     }
     parse::remember_ports::<F>(p, skb.ifindex());

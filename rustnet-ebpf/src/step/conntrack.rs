@@ -30,8 +30,25 @@ pub fn lookup<F: Track, C: Ctx>(
     config: &NodeConfig,
     verify: impl Fn() -> Result<(), DropReason>,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
+    lookup_if::<F, C>(ctx, p, flow, source, config, ctx.len(), verify, |_| true)
+}
+
+/// As [`lookup`]. A packet whose receiver `takes` refuses is not followed, and ends in an error: another hook will see it. The receiver
+/// is the interface of a pod, as in [`Side::ifindex`]. `len` is the length of the frame that is counted.
+#[allow(clippy::too_many_arguments, reason = "inlined; a structure would cost stack")]
+#[inline(always)]
+pub fn lookup_if<F: Track, C: Ctx>(
+    ctx: &C,
+    p: &Packet<F::A>,
+    flow: &'static mut Flow<F::A>,
+    source: Source,
+    config: &NodeConfig,
+    len: u32,
+    verify: impl Fn() -> Result<(), DropReason>,
+    takes: impl Fn(u32) -> bool,
+) -> Result<&'static mut Flow<F::A>, DropReason> {
     flow.reset(&p.tuple);
-    classify::<F>(flow, p, source, ctx.len(), config.hz, verify)?;
+    classify::<F>(flow, p, source, len, config.hz, verify, takes)?;
     if flow.class != Class::New {
         parse::remember_ports::<F>(p, ctx.ifindex());
     }
@@ -47,6 +64,7 @@ fn classify<F: Track>(
     len: u32,
     hz: u32,
     verify: impl Fn() -> Result<(), DropReason>,
+    takes: impl Fn(u32) -> bool,
 ) -> Result<(), DropReason> {
     let (mut entry, is_vacant) = table::look_up::<F>(Table::of(&p.key), &p.key, p.is_swapped);
     if migrate::is_migrating() && entry.is_null() && migrate::adopt::<F>(p) {
@@ -79,6 +97,10 @@ fn classify<F: Track>(
         if !F::accept_source(source) {
             return Ok(());
         }
+    }
+    // SAFETY: see above.
+    if !takes(unsafe { (*receiver).ifindex }) {
+        return Err(DropReason::NoFib);
     }
     // SAFETY: see above.
     let backend = unsafe { (*entry).backend };

@@ -137,7 +137,7 @@ pub fn send_back(skb: &Skb, path: ReplyPath, config: &NodeConfig) -> Result<i32,
 
 /// Into the pod behind a host-side veth, past its qdisc.
 #[inline(always)]
-fn redirect_peer(ifindex: u32) -> i32 {
+pub fn redirect_peer(ifindex: u32) -> i32 {
     // SAFETY: no pointers are involved.
     unsafe { helper::bpf_redirect_peer(ifindex, 0) as i32 }
 }

@@ -2,6 +2,7 @@
 //!
 //! Each CPU remembers the ways to some nodes. A route that changes is noticed within [`lifetime`], with the agent dead or alive.
 
+use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::addr::{Addr, Address};
 use rustnet_common::config::NodeConfig;
 use rustnet_common::tuple::proto;
@@ -30,6 +31,21 @@ pub fn to(skb: &Skb, node: &Addr, config: &NodeConfig) -> Option<&'static NextHo
         hop.since = now;
     }
     (hop.ifindex != 0).then_some(hop)
+}
+
+/// The interface that leads to a node; 0 where packets have to take the device.
+#[inline(always)]
+pub fn interface_to(skb: &Skb, node: &Addr) -> u32 {
+    let w = node.words();
+    rn_hop(skb.raw(), u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3]))
+}
+
+/// A function with global linkage, for the sake of its stack frame.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_hop(skb: *mut __sk_buff, high: u64, low: u64) -> u32 {
+    let node = Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
+    maps::config().and_then(|config| to(&Skb(skb), &node, config)).map_or(0, |hop| hop.ifindex)
 }
 
 /// Where the way to a node is remembered. Nodes of one link differ in their last bytes.

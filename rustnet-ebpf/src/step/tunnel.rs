@@ -96,7 +96,8 @@ const BY_DEVICE: i32 = -2;
 /// The packet is not whole any more.
 const WRITE_ERROR: i32 = -1;
 
-/// A function with global linkage, which both families share: the verifier looks at it once.
+/// Writes the tunnel's headers and returns the verdict. A function with global linkage, which both families share: the verifier looks
+/// at it once.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i32 {

@@ -128,19 +128,22 @@ impl Datapath {
         let object = std::fs::read(path).with_context(|| format!("cannot read {}: run `{made_by}`", path.display()))?;
         // The helper's flag of that name came with 6.16; the tests' machine is newer, and a wrong checksum would tell.
         let csum_ipv6 = u32::from(probe::l4_csum_ipv6()?);
+        let decap_l3 = u32::from(probe::decap_l3()?);
         let mut loader = EbpfLoader::new();
         loader.verifier_log_level(VerifierLogLevel::STATS).override_global("L4_CSUM_IPV6", &csum_ipv6, true);
+        // Objects to compare with may be older than this one.
+        loader.override_global("DECAP_L3", &decap_l3, false);
         for (map, size) in sizes {
             loader.map_max_entries(map, *size);
         }
         let mut ebpf = loader.load(&object).with_context(|| format!("cannot load {}", path.display()))?;
         let mut programs = BTreeMap::new();
         let mut facts = Vec::new();
-        for name in names::PROGRAMS.into_iter().chain([CLOCK]) {
+        for name in names::PROGRAMS.into_iter().chain([names::TUNNEL_IN, CLOCK]) {
             let program = match ebpf.program_mut(name) {
                 Some(program) => program,
                 // Objects to compare with may be older than this program.
-                None if name == names::SIDE_IN => continue,
+                None if [names::SIDE_IN, names::TUNNEL_IN].contains(&name) => continue,
                 None => bail!("the object has no program {name}"),
             };
             let Program::SchedClassifier(program) = program else { bail!("program {name} is no classifier") };
@@ -169,11 +172,17 @@ impl Datapath {
             | Map::LruHashMap(data)
             | Map::LpmTrie(data)
             | Map::PerCpuArray(data)
+            | Map::ProgramArray(data)
             | Map::RingBuf(data)) = map
             else {
                 bail!("map {name} is of a type that is not known here")
             };
             maps.insert(name.to_owned(), data.fd().as_fd().try_clone_to_owned()?);
+        }
+        if let Some(tails) = maps.get(names::TAILS_MAP) {
+            for (index, name) in (0_u32..).zip(names::TAILS) {
+                sys::map_update(tails.as_fd(), &index.to_ne_bytes(), &programs[name].as_raw_fd().to_ne_bytes())?;
+            }
         }
         let shape = Shape::detect(maps.keys().map(String::as_str));
         let events = ebpf.take_map(names::map::EVENTS).context("the object has no ring buffer")?;

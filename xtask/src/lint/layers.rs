@@ -64,7 +64,7 @@ const CRATES: [Crate; 6] = [
             &["event", "rewrite"],
             &["step"],
             &["log", "hook"],
-            &["skeleton"],
+            &["skeleton", "tail"],
             &["crate"],
         ],
         is_strict: true,
