@@ -89,6 +89,13 @@ impl Skb {
         unsafe { (*self.0).ingress_ifindex }
     }
 
+    /// Packets that a frame stands for, 0 or 1 for one that stands for itself.
+    #[inline(always)]
+    pub fn gso_segs(&self) -> u32 {
+        // SAFETY: valid context, see `fields`.
+        unsafe { (*self.0).gso_segs }
+    }
+
     fields! {
         /// The packet's mark.
         mark;
@@ -321,6 +328,31 @@ pub unsafe fn atomic_or(word: *mut u64, bits: u64) {
     // SAFETY: see above.
     unsafe {
         *word |= bits;
+    }
+}
+
+/// Adds to a word that other CPUs add to at the same time, and returns what it was before; see [`atomic_or`].
+///
+/// # Safety
+/// As for [`atomic_or`].
+#[inline(always)]
+pub unsafe fn fetch_add(word: *mut u64, number: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut out = number;
+        // SAFETY: see above.
+        unsafe {
+            core::arch::asm!("{out} = atomic_fetch_add((u64 *)({word} + 0), {out})", word = in(reg) word,
+                out = inout(reg) out, options(nostack, preserves_flags));
+        }
+        out
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: see above.
+    unsafe {
+        let before = *word;
+        *word = before.wrapping_add(number);
+        before
     }
 }
 

@@ -90,11 +90,15 @@ pub struct NextHop {
     pub mtu: u32,
     /// Address family of `addr`.
     pub family: u32,
+    /// Which of [`WAYS`] it is.
+    pub way: u32,
     /// The neighbour.
     pub addr: [u32; 4],
 }
 /// Elements of `rn_next_hops`, a power of two.
 pub const NEXT_HOPS: u32 = 256;
+/// Ways that are remembered to one node, a power of two: with several equal routes, flows spread over these.
+pub const WAYS: u32 = 4;
 
 /// Token buckets there are.
 const BUCKETS: usize = 2;
@@ -162,6 +166,9 @@ pub static rn_nat_full: Array<NatFull, { NAT_FULL_SLOTS as usize }> = Array::new
 /// Ways to other nodes, by a hash of the node's address; not pinned. Of each CPU, so that nobody reads what is half written.
 #[btf_map]
 pub static rn_next_hops: PerCpuArray<NextHop, { NEXT_HOPS as usize }> = PerCpuArray::new();
+/// The next identification of outer IPv4 packets, by the same hash; not pinned. Of all CPUs: fragments of two packets must not meet.
+#[btf_map]
+pub static rn_outer_ids: Array<u64, { NEXT_HOPS as usize }> = Array::new();
 /// Programs to jump to: [`rustnet_common::names::TAILS`].
 #[btf_map]
 pub static rn_tails: ProgramArray<{ TAILS.len() }> = ProgramArray::new();

@@ -78,6 +78,21 @@ fn source_ports_are_those_of_flows() -> Result<()> {
     })
 }
 
+/// Fragments of two packets to one node must not meet.
+#[test]
+fn identifications_follow_one_another() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        let ask = from_a(inner, Proto::Udp, (inner.far(), TARGET));
+        let id = || {
+            let frame = lab.pod_sends_unsummed(&ask.bytes())?.frame;
+            Ok::<_, anyhow::Error>(u16::from_be_bytes([frame[18], frame[19]]))
+        };
+        let (first, second) = (id()?, id()?);
+        ensure!(net == Net::V6 || second == first.wrapping_add(1), "{first}, then {second}");
+        Ok(())
+    })
+}
+
 /// As the device does (RFC 6040): the inner packet's bits, and "congestion experienced" as "capable".
 #[test]
 fn congestion_bits_are_shown_outside() -> Result<()> {
@@ -130,9 +145,12 @@ fn the_device_takes_the_rest() -> Result<()> {
             lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(node))?;
             by_device().with_context(|| format!("node {node}"))?;
         }
+        // A group of MACs.
+        lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(net.node2()))?;
+        let group = ask.map(|f| f.dmac = [3, 0, 0, 0, 0, 1]);
+        lab.pod_sends_unsummed(&group.bytes())?.onto_wire(&group.hop()).context("a group of MACs")?;
         // Larger than the overlay's MTU, and no reason to refuse it.
         if inner == Net::V4 {
-            lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(net.node2()))?;
             let large = ask.with_length(OVERLAY_MTU + 1).map(|f| f.may_be_cut = true);
             lab.pod_sends_unsummed(&large.bytes())?.onto_wire(&large.hop()).context("to be fragmented")?;
         }

@@ -8,7 +8,7 @@ use rustnet_common::config::NodeConfig;
 use rustnet_common::csum::Sum;
 use rustnet_common::tuple::proto;
 
-use crate::ctx::{Ctx, Skb, at, random};
+use crate::ctx::{Ctx, Skb, at};
 use crate::family::{Family, V4, V6};
 use crate::wire::{
     ECN, ECN_CE, ECN_ECT_0, ETH_LEN, ETH_P_IPV6, Ethernet, Header4, Header6, Outer, Udp, VXLAN_FLAGS, Vxlan,
@@ -35,21 +35,21 @@ pub static DECAP_L3: Global<u32> = Global::new(0);
 /// Hop limit of outer packets, that of the device.
 const TTL: u8 = 64;
 /// First source port: the ports that nobody is assigned (RFC 6335, 6), as RFC 7348 recommends.
-const FIRST_PORT: u16 = 0xc000;
+pub const FIRST_PORT: u16 = 0xc000;
 /// The outer IP header of a family.
 pub trait OuterHeader<A>: Copy {
     /// How the kernel is asked for the room.
     const ROOM: u64;
-    /// A header of a datagram of `len` bytes with the UDP header.
-    fn new(src: A, dst: A, len: u16, ecn: u8) -> Self;
+    /// A header of a datagram of `len` bytes with the UDP header. `id`: identification (IPv4).
+    fn new(src: A, dst: A, len: u16, id: u16, ecn: u8) -> Self;
 }
 
 impl OuterHeader<Ip4> for Header4 {
     const ROOM: u64 = ENCAP_L3_IPV4;
 
     #[inline(always)]
-    fn new(src: Ip4, dst: Ip4, len: u16, ecn: u8) -> Self {
-        let (total, id) = (len + size_of::<Self>() as u16, random() as u16);
+    fn new(src: Ip4, dst: Ip4, len: u16, id: u16, ecn: u8) -> Self {
+        let total = len + size_of::<Self>() as u16;
         let sum = Sum::default().add16(0x4500 | u16::from(ecn)).add16(total).add16(id);
         let csum = sum.add16(u16::from(TTL) << 8 | u16::from(proto::UDP)).add_addr(src).add_addr(dst).finish();
         let (total, id) = (total.to_be(), id.to_be());
@@ -62,7 +62,7 @@ impl OuterHeader<Ip6> for Header6 {
     const ROOM: u64 = ENCAP_L3_IPV6;
 
     #[inline(always)]
-    fn new(src: Ip6, dst: Ip6, len: u16, ecn: u8) -> Self {
+    fn new(src: Ip6, dst: Ip6, len: u16, _id: u16, ecn: u8) -> Self {
         let ver_flow = (6 << 28 | u32::from(ecn) << 20).to_be();
         Self { ver_flow, payload: len.to_be(), next: proto::UDP, hop_limit: TTL, src, dst }
     }
@@ -90,9 +90,10 @@ pub enum Encapsulated {
     Failed,
 }
 
-/// Puts headers in front of a frame that is to go to another node. All pointers into the packet are void afterwards.
+/// Puts headers in front of a frame that is to go to another node. The flow's `hash` becomes the source port. All pointers into the
+/// packet are void afterwards.
 #[inline(always)]
-pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, config: &NodeConfig) -> Encapsulated {
+pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, hash: u16, id: u16, config: &NodeConfig) -> Encapsulated {
     let Some(eth) = at::<Ethernet, _>(skb, 0) else { return Encapsulated::Refused };
     let Some(first) = at::<[u8; 2], _>(skb, ETH_LEN) else { return Encapsulated::Refused };
     // SAFETY: `at` proved both.
@@ -106,10 +107,8 @@ pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, config: &NodeConfi
     // RFC 6040, 4.1: what came through congestion is congestion of the inner packet alone.
     let ecn = if tos & ECN == ECN_CE { ECN_ECT_0 } else { tos & ECN };
     let len = skb.len() as u16 + (size_of::<Udp>() + size_of::<Vxlan>()) as u16;
-    // SAFETY: no pointers but the context, here and below.
-    let hash = unsafe { helper::bpf_get_hash_recalc(skb.raw()) } as u16;
     let flags = FIXED_GSO | F::Header::ROOM | ENCAP_L4_UDP | ENCAP_L2_ETH;
-    // SAFETY: see above.
+    // SAFETY: no pointers but the context.
     if unsafe { helper::bpf_skb_adjust_room(skb.raw(), F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, flags) } != 0 {
         return Encapsulated::Refused;
     }
@@ -117,7 +116,7 @@ pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, config: &NodeConfi
     let udp = Udp { sport: (FIRST_PORT | hash).to_be(), dport: config.overlay_port.to_be(), len: len.to_be(), csum: 0 };
     let vxlan = Vxlan { flags: VXLAN_FLAGS, vni: (config.vni << 8).to_be() };
     // SAFETY: `at` proved all of it.
-    unsafe { outer.write(Outer { ip: F::Header::new(src, dst, len, ecn), udp, vxlan, inner }) };
+    unsafe { outer.write(Outer { ip: F::Header::new(src, dst, len, id, ecn), udp, vxlan, inner }) };
     Encapsulated::Done
 }
 

@@ -8,9 +8,10 @@ use rustnet_common::config::NodeConfig;
 use rustnet_common::tuple::proto;
 
 use super::fib::{FibLookup, LOOPBACK, RET_SUCCESS};
-use crate::ctx::{Skb, jiffies, masked};
+use crate::ctx::{Skb, fetch_add, jiffies, masked};
 use crate::family::{Family, V4, V6};
 use crate::maps::{self, NextHop};
+use crate::rewrite::FIRST_PORT;
 
 /// Ticks for which a way is remembered: an eighth of a second.
 #[inline(always)]
@@ -18,16 +19,17 @@ fn lifetime(config: &NodeConfig) -> u32 {
     config.hz >> 3
 }
 
-/// The way to a node; `None` where packets have to take the device.
+/// The way to a node for flows of this hash; `None` where packets have to take the device.
 #[inline(always)]
-pub fn to(skb: &Skb, node: &Addr, config: &NodeConfig) -> Option<&'static NextHop> {
-    let hop = maps::rn_next_hops.get_ptr_mut(slot(node))?;
+pub fn to(skb: &Skb, node: &Addr, hash: u32, config: &NodeConfig) -> Option<&'static NextHop> {
+    let way = hash & (maps::WAYS - 1);
+    let hop = maps::rn_next_hops.get_ptr_mut(slot(node, way))?;
     // SAFETY: the element belongs to this CPU, and TC programs do not interrupt each other.
     let hop = unsafe { &mut *hop };
     let now = jiffies();
-    if hop.node != *node || now.wrapping_sub(hop.since) >= lifetime(config) {
-        find(skb, hop, node, config);
-        hop.node = *node;
+    if hop.node != *node || hop.way != way || now.wrapping_sub(hop.since) >= lifetime(config) {
+        find(skb, hop, node, way, config);
+        (hop.node, hop.way) = (*node, way);
         hop.since = now;
     }
     (hop.ifindex != 0).then_some(hop)
@@ -45,21 +47,33 @@ pub fn interface_to(skb: &Skb, node: &Addr) -> u32 {
 #[inline(never)]
 extern "C" fn rn_hop(skb: *mut __sk_buff, high: u64, low: u64) -> u32 {
     let node = Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
-    maps::config().and_then(|config| to(&Skb(skb), &node, config)).map_or(0, |hop| hop.ifindex)
+    maps::config().and_then(|config| to(&Skb(skb), &node, 0, config)).map_or(0, |hop| hop.ifindex)
+}
+
+/// The next identification of an outer packet to a node, which is the first of as many as the frame stands for.
+#[inline(always)]
+pub fn identification(skb: &Skb, node: &Addr) -> u16 {
+    let Some(next) = maps::rn_outer_ids.get_ptr_mut(slot(node, 0)) else { return 0 };
+    let segments = skb.gso_segs();
+    // SAFETY: an element of an array.
+    let id = unsafe { fetch_add(next, u64::from(segments + u32::from(segments == 0))) };
+    id as u16
 }
 
 /// Where the way to a node is remembered. Nodes of one link differ in their last bytes.
 #[inline(always)]
-fn slot(node: &Addr) -> u32 {
+fn slot(node: &Addr, way: u32) -> u32 {
     let [a, b, c, d] = node.words();
     let word = a ^ b ^ c ^ d;
     let half = word ^ word >> 16;
-    masked::<{ maps::NEXT_HOPS - 1 }>((half ^ half >> 8) as usize) as u32
+    let apart = way * (maps::NEXT_HOPS / maps::WAYS);
+    masked::<{ maps::NEXT_HOPS - 1 }>((half ^ half >> 8 ^ apart) as usize) as u32
 }
 
-/// Asks the kernel's routes, as the overlay's device does.
+/// Asks the kernel's routes. One source port stands for all flows of a way: where ports decide between several next hops, each way has
+/// one of them.
 #[inline(always)]
-fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, config: &NodeConfig) {
+fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, way: u32, config: &NodeConfig) {
     let words = node.words();
     let (family, src, dst) = if node.is_v4() {
         (V4::AF, config.node4.words(), [words[3], 0, 0, 0])
@@ -69,7 +83,7 @@ fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, config: &NodeConfig) {
     let mut fib = FibLookup {
         family,
         l4_protocol: proto::UDP,
-        sport: 0,
+        sport: (FIRST_PORT + way as u16).to_be(),
         dport: config.overlay_port.to_be(),
         // Any length makes the kernel return the MTU.
         tot_len: 1,

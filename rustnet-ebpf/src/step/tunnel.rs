@@ -104,7 +104,9 @@ extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i3
     let skb = &Skb(skb);
     let node = Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
     let Some(config) = maps::config() else { return BY_DEVICE };
-    let Some(hop) = nexthop::to(skb, &node, config) else { return BY_DEVICE };
+    // SAFETY: no pointers but the context.
+    let hash = unsafe { helper::bpf_get_hash_recalc(skb.raw()) } as u32;
+    let Some(hop) = nexthop::to(skb, &node, hash, config) else { return BY_DEVICE };
     let overhead = if node.is_v4() { V4::OVERHEAD } else { V6::OVERHEAD };
     // Without a check of its own the redirect would send what no device takes. The device fragments, and takes BIG TCP.
     if len + overhead > hop.mtu || skb.len() + overhead > u32::from(u16::MAX) {
@@ -112,9 +114,10 @@ extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i3
     }
     let words = node.words();
     let done = if node.is_v4() {
-        rewrite::encapsulate::<V4>(skb, config.node4, Ip4::from_word(words[3]), config)
+        let id = nexthop::identification(skb, &node);
+        rewrite::encapsulate::<V4>(skb, config.node4, Ip4::from_word(words[3]), hash as u16, id, config)
     } else {
-        rewrite::encapsulate::<V6>(skb, config.node6, Ip6::from_words(words), config)
+        rewrite::encapsulate::<V6>(skb, config.node6, Ip6::from_words(words), hash as u16, 0, config)
     };
     match done {
         Encapsulated::Done => fib::redirect_neigh(hop.ifindex, hop.family as u8, hop.addr, false),

@@ -70,6 +70,12 @@ const NEAR_GOALS: &[Goal] = &[
 ];
 const ROUTED_GOALS: &[Goal] = &[Goal { test: Test::Rr, least: 1.0 }, Goal { test: Test::Crr, least: 1.0 }];
 const TUNNEL_GOALS: &[Goal] = &[Goal { test: Test::Rr, least: 0.95 }, Goal { test: Test::Stream, least: 0.95 }];
+/// What a packet saves that goes past the device.
+const PAST_GOALS: &[Goal] = &[
+    Goal { test: Test::Rr, least: 1.05 },
+    Goal { test: Test::Crr, least: 1.0 },
+    Goal { test: Test::Stream, least: 0.95 },
+];
 
 impl<'a> Case<'a> {
     fn places(name: &'static str, client: &'a Place, server: &'a Place) -> Self {
@@ -126,11 +132,13 @@ pub fn run(extent: &Extent) -> Result<()> {
     let direct = kernel::direct()?;
     let hosts = Hosts::new()?;
     let bare = [Bare::new(Hook::Clsact)?, Bare::new(Hook::Tcx)?];
-    let native = Ours::start(Routing::Native, extent.services).context("rustnet, native routing")?;
-    let vxlan = Ours::start(Routing::Vxlan, extent.services).context("rustnet, VXLAN")?;
+    let native = Ours::start(Routing::Native, extent.services, &[]).context("rustnet, native routing")?;
+    let vxlan = Ours::start(Routing::Vxlan, extent.services, &[]).context("rustnet, VXLAN")?;
+    let past = Ours::start(Routing::Vxlan, extent.services, &["--overlay-path", "programs"])
+        .context("rustnet, VXLAN past its device")?;
     let bridge = present("bridge plugin", Bridge::start(None));
     let proxied = present("bridge plugin with kube-proxy", Bridge::start(Some(extent.services)));
-    let groups = groups(&direct, &hosts, &bare, [&native, &vxlan], [bridge.as_ref(), proxied.as_ref()])?;
+    let groups = groups(&direct, &hosts, &bare, [&native, &vxlan, &past], [bridge.as_ref(), proxied.as_ref()])?;
     for case in groups.iter().flat_map(|g| &g.cases) {
         for netns in [case.client, case.server] {
             netns.sysctl("ipv4/tcp_congestion_control", CONGESTION)?;
@@ -184,7 +192,7 @@ fn groups<'a>(
     direct: &'a [Place; 2],
     hosts: &'a Hosts,
     bare: &'a [Bare; 2],
-    [native, vxlan]: [&'a Ours; 2],
+    [native, vxlan, past]: [&'a Ours; 3],
     [bridge, proxied]: [Option<&'a Bridge>; 2],
 ) -> Result<Vec<Group<'a>>> {
     let mut near = vec![
@@ -212,10 +220,14 @@ fn groups<'a>(
     far.push(Case::to_address("rustnet native, pod", a, c, native.pods[2].addresses())?.goals(ROUTED_GOALS));
     far.push(Case::to_service("rustnet native, ClusterIP", a, c, FAR));
     let [a, _, c] = pods(vxlan);
+    let [client, _, server] = pods(past);
     let tunnel = vec![
         tunnel,
         Case::to_address("rustnet VXLAN, pod", a, c, vxlan.pods[2].addresses())?.goals(TUNNEL_GOALS),
         Case::to_service("rustnet VXLAN, ClusterIP", a, c, FAR),
+        Case::to_address("rustnet VXLAN past the device, pod", client, server, past.pods[2].addresses())?
+            .goals(PAST_GOALS),
+        Case::to_service("rustnet VXLAN past the device, ClusterIP", client, server, FAR),
     ];
     Ok(vec![
         Group { title: "One node, MTU 1500", cases: near },

@@ -45,9 +45,9 @@ pub const NEAR: u32 = 0;
 pub const FAR: u32 = 1;
 
 impl Ours {
-    /// Starts everything, with `services` services in all.
-    pub fn start(routing: Routing, services: u32) -> Result<Self> {
-        let fabric = Fabric::build(Setup { nodes: 2, routing, mtu: MTU, ..Setup::default() })?;
+    /// Starts everything, with `services` services in all, and agents with further arguments.
+    pub fn start(routing: Routing, services: u32, agent: &'static [&'static str]) -> Result<Self> {
+        let fabric = Fabric::build(Setup { nodes: 2, routing, mtu: MTU, agent, ..Setup::default() })?;
         straighten(&fabric)?;
         let fillers: Vec<Service> = (2..services).map(filler).collect();
         for (i, some) in fillers.chunks(FILE as usize).enumerate() {
