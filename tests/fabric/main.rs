@@ -22,6 +22,7 @@ mod masquerade;
 mod mixed;
 mod nodes;
 mod odd_hosts;
+mod overlay;
 mod path;
 mod pods;
 mod refusal;

@@ -55,7 +55,7 @@ struct NextHop {
 pub(super) const LOOPBACK: u32 = 1;
 pub(super) const RET_SUCCESS: i64 = 0;
 const RET_UNSUPP_LWT: i64 = 6;
-const RET_NO_NEIGH: i64 = 7;
+pub(super) const RET_NO_NEIGH: i64 = 7;
 const RET_FRAG_NEEDED: i64 = 8;
 const MTU_FRAG_NEEDED: i64 = 1;
 

@@ -7,7 +7,7 @@ use rustnet_common::addr::{Addr, Address};
 use rustnet_common::config::NodeConfig;
 use rustnet_common::tuple::proto;
 
-use super::fib::{FibLookup, LOOPBACK, RET_SUCCESS};
+use super::fib::{FibLookup, LOOPBACK, RET_NO_NEIGH, RET_SUCCESS};
 use crate::ctx::{Skb, fetch_add, jiffies, masked};
 use crate::family::{Family, V4, V6};
 use crate::maps::{self, NextHop};
@@ -28,9 +28,10 @@ pub fn to(skb: &Skb, node: &Addr, hash: u32, config: &NodeConfig) -> Option<&'st
     let hop = unsafe { &mut *hop };
     let now = jiffies();
     if hop.node != *node || hop.way != way || now.wrapping_sub(hop.since) >= lifetime(config) {
-        find(skb, hop, node, way, config);
+        let is_waiting = find(skb, hop, node, way, config);
         (hop.node, hop.way) = (*node, way);
-        hop.since = now;
+        // A neighbour's MAC comes in a moment.
+        hop.since = if is_waiting { now.wrapping_sub(lifetime(config)) } else { now };
     }
     (hop.ifindex != 0).then_some(hop)
 }
@@ -70,10 +71,10 @@ fn slot(node: &Addr, way: u32) -> u32 {
     masked::<{ maps::NEXT_HOPS - 1 }>((half ^ half >> 8 ^ apart) as usize) as u32
 }
 
-/// Asks the kernel's routes. One source port stands for all flows of a way: where ports decide between several next hops, each way has
+/// Asks the kernel's routes. True for a neighbour without a MAC yet, which is the device's to ask for. One source port stands for all flows of a way: where ports decide between several next hops, each way has
 /// one of them.
 #[inline(always)]
-fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, way: u32, config: &NodeConfig) {
+fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, way: u32, config: &NodeConfig) -> bool {
     let words = node.words();
     let (family, src, dst) = if node.is_v4() {
         (V4::AF, config.node4.words(), [words[3], 0, 0, 0])
@@ -94,8 +95,8 @@ fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, way: u32, config: &NodeConfig
         vlan: 0,
         macs: [0; 6],
     };
-    // A neighbour without a MAC yet is the device's to ask for.
-    let is_found = fib.ask(skb) == RET_SUCCESS;
+    let found = fib.ask(skb);
+    let is_found = found == RET_SUCCESS;
     // Devices without Ethernet headers have no MAC of their own.
     let has_mac = fib.macs[0] | fib.macs[1] | fib.macs[2] != 0;
     // Without an address of this node's, the kernel chooses the near end.
@@ -104,4 +105,5 @@ fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, way: u32, config: &NodeConfig
     hop.mtu = u32::from(fib.tot_len);
     hop.family = u32::from(fib.family);
     hop.addr = fib.dst;
+    found == RET_NO_NEIGH
 }
