@@ -179,13 +179,13 @@ fn a_narrow_path_is_the_devices() -> Result<()> {
 #[test]
 fn a_neighbour_is_waited_for() -> Result<()> {
     encapsulating(|lab, inner, net| {
-        lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(net.router()))?;
+        lab.ip(&format!("neigh del {} dev eth0", net.node2()))?;
+        lab.forget_next_hops()?;
         let ask = from_a(inner, Proto::Udp, (inner.far(), TARGET));
         lab.pod_sends_unsummed(&ask.bytes())?.onto_wire(&ask.hop()).context("no MAC yet")?;
-        lab.ip(&format!("neigh replace {} lladdr 02:00:00:00:0c:01 dev eth0", net.router()))?;
-        let len = lab.pod_sends_unsummed(&ask.bytes())?.frame.len();
-        lab.ip(&format!("neigh del {} dev eth0", net.router()))?;
-        ensure!(len > ask.bytes().len(), "not encapsulated");
+        lab.ip(&format!("neigh replace {} lladdr 02:00:00:00:0c:02 dev eth0", net.node2()))?;
+        let frame = lab.pod_sends_unsummed(&ask.bytes())?.frame;
+        ensure!(frame.len() > ask.bytes().len(), "not encapsulated");
         Ok(())
     })
 }
