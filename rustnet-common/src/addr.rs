@@ -129,6 +129,19 @@ impl Ip6 {
         Self { words }
     }
 
+    /// The address as two numbers, which fit into registers: arguments of functions that take no pointers.
+    #[inline(always)]
+    pub fn halves(self) -> (u64, u64) {
+        let w = self.words();
+        (u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3]))
+    }
+
+    /// The inverse of [`Ip6::halves`].
+    #[inline(always)]
+    pub const fn from_halves(high: u64, low: u64) -> Self {
+        Self::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32])
+    }
+
     /// The octets.
     #[inline(always)]
     pub const fn octets(self) -> [u8; 16] {
@@ -180,8 +193,7 @@ impl Address for Ip6 {
     }
     #[inline(always)]
     fn order(self) -> (u64, u64) {
-        let w = self.words();
-        (u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3]))
+        self.halves()
     }
     #[inline(always)]
     fn is_link_scope(self) -> bool {

@@ -39,10 +39,15 @@ const fn csum_probe() -> [u64; 6] {
 /// True if `bpf_l4_csum_replace` knows `BPF_F_IPV6`, without which it spoils `skb->csum` of IPv6 packets under
 /// CHECKSUM_COMPLETE. The fix was carried to old kernels, so the version says nothing.
 pub fn l4_csum_ipv6() -> Result<bool> {
-    let prog = sys::prog_load_sched_cls("rn_probe", &csum_probe())
+    Ok(run(&csum_probe())? == 0)
+}
+
+/// What a probe program returns for a packet of zeros.
+fn run(code: &[u64]) -> Result<i32> {
+    let prog = sys::prog_load_sched_cls("rn_probe", code)
         .map_err(|e| anyhow::anyhow!("loading a probe program: {e}: {}", remedy(&e)))?;
     let ran = sys::test_run(prog.as_fd(), TestRun { packet: &[0; 128], ..TestRun::default() });
-    Ok(ran.context("running a probe program")?.verdict == 0)
+    Ok(ran.context("running a probe program")?.verdict.cast_signed())
 }
 
 /// A program that asks for less room in front of a packet that has no IP header: `-EINVAL` for a flag that the kernel does not
@@ -63,10 +68,7 @@ const fn decap_probe() -> [u64; 5] {
 /// True if `bpf_skb_adjust_room` knows `BPF_F_ADJ_ROOM_DECAP_L3_IPV6` (kernel 6.3): an overlay packet of one family can lose headers of
 /// the other.
 pub fn decap_l3() -> Result<bool> {
-    let prog = sys::prog_load_sched_cls("rn_probe", &decap_probe())
-        .map_err(|e| anyhow::anyhow!("loading a probe program: {e}: {}", remedy(&e)))?;
-    let ran = sys::test_run(prog.as_fd(), TestRun { packet: &[0; 128], ..TestRun::default() });
-    Ok(ran.context("running a probe program")?.verdict.cast_signed() != -libc::EINVAL)
+    Ok(run(&decap_probe())? != -libc::EINVAL)
 }
 
 /// Timer ticks in a second, the unit of `seen` in the connection table.

@@ -39,15 +39,15 @@ pub fn to(skb: &Skb, node: &Addr, hash: u32, config: &NodeConfig) -> Option<&'st
 /// The interface that leads to a node; 0 where packets have to take the device.
 #[inline(always)]
 pub fn interface_to(skb: &Skb, node: &Addr) -> u32 {
-    let w = node.words();
-    rn_hop(skb.raw(), u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3]))
+    let (high, low) = node.halves();
+    rn_hop(skb.raw(), high, low)
 }
 
 /// A function with global linkage, for the sake of its stack frame.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rn_hop(skb: *mut __sk_buff, high: u64, low: u64) -> u32 {
-    let node = Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
+    let node = Addr::from_halves(high, low);
     maps::config().and_then(|config| to(&Skb(skb), &node, 0, config)).map_or(0, |hop| hop.ifindex)
 }
 

@@ -40,8 +40,8 @@ pub struct Destination {
 /// [`NOT_LOCAL`].
 #[inline(always)]
 pub fn local_pod<A: Address>(dst: A) -> u32 {
-    let w = dst.to_addr().words();
-    rn_local_pod(u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3]))
+    let (high, low) = dst.to_addr().halves();
+    rn_local_pod(high, low)
 }
 
 /// True if a pod of this node has the address.
@@ -60,7 +60,7 @@ pub fn is_replaced<A: Address>(ifindex: u32, addr: A) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rn_local_pod(high: u64, low: u64) -> u32 {
-    let addr = Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
+    let addr = Addr::from_halves(high, low);
     match maps::endpoint(addr) {
         None => NOT_LOCAL,
         Some(ep) if ep.flags & endpoint::flags::VIA_QDISC != 0 => ep.ifindex | VIA_QDISC,

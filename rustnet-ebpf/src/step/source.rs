@@ -34,12 +34,8 @@ pub fn of_pod<C: Ctx>(ctx: &C) -> Result<Source, DropReason> {
 /// The far end of a tunnel, all of it.
 #[inline(always)]
 pub fn of_tunnel(tunnel: &Tunnel) -> Source {
-    let w = tunnel.remote.words();
-    Source {
-        is_pod: false,
-        ifindex: NOT_LOCAL,
-        bytes: [u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3])],
-    }
+    let (high, low) = tunnel.remote.halves();
+    Source { is_pod: false, ifindex: NOT_LOCAL, bytes: [high, low] }
 }
 
 #[inline(always)]

@@ -76,8 +76,7 @@ pub fn read(skb: &Skb, out: &mut Tunnel) {
 #[inline(always)]
 pub fn send(skb: &Skb, node: &Addr, len: u32, config: &NodeConfig) -> Result<i32, DropReason> {
     if len != 0 && config.flags & flags::ENCAPSULATE != 0 {
-        let w = node.words();
-        let (high, low) = (u64::from(w[0]) << 32 | u64::from(w[1]), u64::from(w[2]) << 32 | u64::from(w[3]));
+        let (high, low) = node.halves();
         match rn_encap(skb.raw(), high, low, len) {
             BY_DEVICE => {}
             WRITE_ERROR => return Err(DropReason::WriteError),
@@ -102,7 +101,7 @@ const WRITE_ERROR: i32 = -1;
 #[inline(never)]
 extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i32 {
     let skb = &Skb(skb);
-    let node = Addr::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
+    let node = Addr::from_halves(high, low);
     let Some(config) = maps::config() else { return BY_DEVICE };
     // SAFETY: no pointers but the context.
     let hash = unsafe { helper::bpf_get_hash_recalc(skb.raw()) } as u32;
