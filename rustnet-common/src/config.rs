@@ -103,12 +103,15 @@ pub mod flags {
     pub const FLOW_EVENTS: u16 = 2;
     /// Packets to pods of other nodes get their tunnel headers from the programs, not from the overlay's device.
     pub const ENCAPSULATE: u16 = 4;
+    /// Services have addresses for clients outside.
+    pub const EXTERNAL: u16 = 8;
 }
 
 shared_type!(NodeConfig, 72);
 const _: () = assert!(core::mem::offset_of!(NodeConfig, mark_mask) == 36);
 const _: () = assert!(core::mem::offset_of!(NodeConfig, mark) == 44);
-const _: () = assert!((flags::MASQUERADE | flags::FLOW_EVENTS | flags::ENCAPSULATE) >> meaning::SHIFT == 0);
+const _: () =
+    assert!((flags::MASQUERADE | flags::FLOW_EVENTS | flags::ENCAPSULATE | flags::EXTERNAL) >> meaning::SHIFT == 0);
 
 #[cfg(all(test, feature = "user"))]
 mod tests {

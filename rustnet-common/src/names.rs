@@ -27,10 +27,14 @@ pub const TC_PRIORITY: u16 = 1;
 /// Handle of our classifiers; with it, a replace swaps the program atomically.
 pub const TC_HANDLE: u32 = 1;
 
-/// Programs that another one jumps to, by their index in [`TAILS_MAP`]. They are on no hook.
-pub const TAILS: [&str; 2] = [TUNNEL_IN, UPLINK_IN];
+/// Programs that another one jumps to, by their index in [`TAILS_MAP`].
+pub const TAILS: [&str; 3] = [TUNNEL_IN, UPLINK_IN, EXTERNAL_IN];
+/// Those of [`TAILS`] that are on no hook.
+pub const UNATTACHED: [&str; 2] = [TUNNEL_IN, EXTERNAL_IN];
 /// The program of tunnel packets that come in by an uplink.
 pub const TUNNEL_IN: &str = "tunnel_in";
+/// The program of flows from outside to Services.
+pub const EXTERNAL_IN: &str = "external_in";
 /// The program of an uplink's ingress hook.
 pub const UPLINK_IN: &str = "uplink_in";
 /// The map of [`TAILS`]. It belongs to one load of the programs, and is pinned with them: without a pin, the kernel would empty it

@@ -15,14 +15,16 @@ pub struct SvcKey<A> {
     pub port: u16,
     /// IP protocol number.
     pub proto: u8,
-    /// [`scope::CLUSTER`]; other scopes come with external traffic.
+    /// See [`scope`].
     pub scope: u8,
 }
 
 /// Who asks. One VIP can have other backends for traffic from outside.
 pub mod scope {
-    /// Pods and hosts of the cluster.
+    /// Pods and the host of this node, at any address of a Service.
     pub const CLUSTER: u8 = 0;
+    /// Whoever comes in by a device of this node, at node ports, load balancers' addresses and external IPs.
+    pub const EXTERNAL: u8 = 1;
 }
 
 /// Value of `rn_svc4_v2` and `rn_svc6_v2`: a range of `rn_backend_ids`. One update of this entry
@@ -51,6 +53,8 @@ pub mod flags {
     pub const DROP_EMPTY: u16 = 1;
     /// The wildcard entry of a VIP.
     pub const VIP: u16 = 2;
+    /// The wildcard entry of an address that machines outside may have, too: a load balancer's, or an external IP.
+    pub const SHARED: u16 = 4;
 }
 
 shared_type!(SvcKey<Ip4>, 8);

@@ -50,13 +50,13 @@ use rustnet_common::drop::{DropReason, hook as hooks};
 use crate::ctx::{Ctx, Skb, at, jiffies};
 use crate::event::Report;
 use crate::family::{V4, V6};
-use crate::hook::Steps;
 use crate::hook::tunnel::{self, Outer, Outside};
+use crate::hook::{Steps, external};
 use crate::log::{Log, macro_support};
 use crate::outcome::{Dropped, PackedResult};
 use crate::step::exec::{ReplyPath, TO_STACK};
-use crate::step::mark;
 use crate::step::tunnel::{self as overlay, Tunnel};
+use crate::step::{mark, source};
 use crate::wire::{ETH_LEN, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6};
 
 /// Maps a hook's result to a verdict. This is the only place that drops or rejects.
@@ -141,6 +141,8 @@ trait Place {
 trait Hook: Place {
     /// The sender may send nothing but untagged IP: other frames are dropped. Elsewhere they are the stack's.
     const IS_IP_ONLY: bool;
+    /// Its packets may be those of flows from outside to Services.
+    const MAY_JUMP: bool;
     /// Runs its steps; `tunnel` is where the packet came from if it came through one.
     fn run<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dropped>;
 }
@@ -154,6 +156,11 @@ fn steps<H: Hook, F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> PackedResu
 #[inline(always)]
 fn one_family<H: Hook, F: Reject>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> i32 {
     let result = steps::<H, F>(skb, l3, tunnel);
+    if H::MAY_JUMP && matches!(result.result(), Ok(external::JUMP)) {
+        tail::jump(&TcContext::new(skb.raw()), tail::EXTERNAL_IN);
+        // These programs are being replaced. The sender tries again.
+        return verdict::<H, F>(skb, l3, Err(DropReason::BackendLookupFailed.into()));
+    }
     if log::is_on() {
         F::log(result, skb.ifindex(), H::CODE);
     }
@@ -217,6 +224,8 @@ macro_rules! hook {
         }
         impl Hook for $type {
             const IS_IP_ONLY: bool = $ip_only;
+            const MAY_JUMP: bool =
+                $code == hooks::UPLINK_IN || $code == hooks::OVERLAY_IN;
             #[inline(always)]
             fn run<F: Steps>(skb: &Skb, l3: usize, _tunnel: &Tunnel) -> Result<i32, Dropped> {
                 $(let $tunnel = _tunnel;)?
@@ -320,6 +329,41 @@ fn untunneled<F: Reject>(skb: &Skb, overhead: u32, outside: &Outside) -> i32 {
 #[inline(never)]
 fn inner_steps<F: Steps>(skb: &Skb, overhead: u32, outside: &Outside) -> PackedResult {
     PackedResult::new(tunnel::run::<F>(skb, overhead, outside))
+}
+
+/// The part of the ingress hooks for flows from outside to Services, attached nowhere.
+#[classifier]
+pub fn external_in(ctx: TcContext) -> i32 {
+    let skb = Skb(ctx.skb.skb);
+    let is_tunneled = maps::config().is_some_and(|config| config.overlay != 0 && config.overlay == skb.ifindex());
+    match parse::ethertype(&skb) {
+        Some(ETH_P_IP) if is_tunneled => outside::<OverlayIn, V4>(&skb),
+        Some(ETH_P_IPV6) if is_tunneled => outside::<OverlayIn, V6>(&skb),
+        Some(ETH_P_IP) => outside::<UplinkIn, V4>(&skb),
+        Some(ETH_P_IPV6) => outside::<UplinkIn, V6>(&skb),
+        _ => TO_STACK,
+    }
+}
+
+/// The same of one family, and of the hook that the packet came in by.
+#[inline(always)]
+fn outside<H: Place, F: Reject>(skb: &Skb) -> i32 {
+    let mut from = Tunnel::NONE;
+    if H::CODE == hooks::OVERLAY_IN {
+        overlay::read(skb, &mut from);
+    }
+    let result = external_steps::<F>(skb, &from, H::CODE);
+    if log::is_on() {
+        F::log(result, skb.ifindex(), H::CODE);
+    }
+    verdict::<H, F>(skb, ETH_LEN, result.result())
+}
+
+/// As [`steps`].
+#[inline(never)]
+fn external_steps<F: Steps>(skb: &Skb, from: &Tunnel, hook: u8) -> PackedResult {
+    let source = if hook == hooks::OVERLAY_IN { source::of_tunnel(from) } else { source::OUTSIDE };
+    PackedResult::new(external::run::<F>(skb, source, hook))
 }
 
 /// TC ingress of this host's other devices with addresses.

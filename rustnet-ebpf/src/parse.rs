@@ -306,6 +306,14 @@ pub fn packet<F: Parse<C>, C: Ctx>(ctx: &C, l3: usize) -> Result<Parsed<F::A>, D
     Ok((p, flow))
 }
 
+/// The packet that [`packet`] has read in the program that jumped here, and its flow.
+#[inline(always)]
+pub fn in_hand<F: Family>() -> Option<Parsed<F::A>> {
+    let scratch = F::scratch()?;
+    // SAFETY: as in `packet`, whose borrows ended with the program before.
+    Some(unsafe { (&(*scratch).packet, &mut (*scratch).flow) })
+}
+
 /// The packet that [`packet`] has read or refused, with what was read of it; the addresses are unspecified where not even they were.
 #[inline(always)]
 pub fn last<F: Family>() -> Option<&'static Packet<F::A>> {

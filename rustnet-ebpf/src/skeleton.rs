@@ -13,6 +13,8 @@ use aya_ebpf::btf_maps::Array;
 use aya_ebpf::macros::{btf_map, cgroup_sock_addr, xdp};
 use aya_ebpf::programs::{SockAddrContext, XdpContext};
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
+use rustnet_common::conntrack::flags;
+use rustnet_common::service::scope;
 use rustnet_common::skeleton::{Decision, verdict};
 use rustnet_common::tuple::Tuple;
 
@@ -62,6 +64,10 @@ fn try_decide<F: Classify<Xdp>>(xdp: &Xdp) -> Result<Decision, Dropped> {
     let Some(config) = maps::config() else { return Ok(STACK) };
     let Some((p, flow)) = uplink::parse_in::<F, _>(xdp, ETH_LEN)? else { return Ok(STACK) };
     let Some(flow) = uplink::classify_in::<F, _>(xdp, p, flow, config, |_| Ok(None))? else { return Ok(STACK) };
+    if flow.flags & flags::EXTERNAL != 0 {
+        // Its backend is chosen in a program of its own.
+        return Ok(STACK);
+    }
     let action = plan::plan::<F>(p, &flow.to, Origin::Uplink, config)?;
     if action.target == Target::Stack {
         return Ok(STACK);
@@ -103,7 +109,7 @@ fn connect<F: Family>(dst: F::A, sock: *mut bpf_sock_addr) {
     // SAFETY: a valid context; the verifier rewrites these loads. The port is in network order in the lower half.
     let (port, proto) = unsafe { (u16::from_be((*sock).user_port as u16), (*sock).protocol as u8) };
     let t = Tuple { src: F::A::UNSPECIFIED, dst, sport: 0, dport: port, proto, pad: 0, pad2: 0 };
-    store(match lb::select::<F>(&t, random()) {
+    store(match lb::select::<F>(&t, scope::CLUSTER, random()) {
         Ok(Some(backend)) => {
             Decision { verdict: verdict::FORWARD, detail: backend.id, dst: backend.addr, dport: backend.port, ..STACK }
         }

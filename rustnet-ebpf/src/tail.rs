@@ -9,8 +9,10 @@ use crate::maps;
 pub const TUNNEL_IN: u32 = 0;
 /// Index of `uplink_in`.
 pub const UPLINK_IN: u32 = 1;
+/// Index of `external_in`.
+pub const EXTERNAL_IN: u32 = 2;
 
-const _: () = assert!(TAILS.len() == 2);
+const _: () = assert!(TAILS.len() == 3);
 
 /// Goes on in another program, for good. Returns where there is none.
 #[inline(always)]

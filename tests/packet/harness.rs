@@ -23,7 +23,7 @@ use rustnet_common::endpoint::Endpoint;
 use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::names::{SIDE_IN, map};
 use rustnet_common::peer::{Peer, PeerKey, flags};
-use rustnet_common::service::{SvcEntry, SvcKey, scope};
+use rustnet_common::service::{self, SvcEntry, SvcKey, scope};
 use rustnet_common::tuple::{Tuple, proto};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -237,6 +237,42 @@ impl Lab {
 
     /// Writes a service; gives the backends' ids.
     pub fn serve(&self, vip: IpAddr, port: u16, proto: u8, flags: u16, to: &[(IpAddr, u16)]) -> Result<Vec<u32>> {
+        let ids = self.serve_to(scope::CLUSTER, vip, port, proto, flags, to)?;
+        self.put_wildcard(scope::CLUSTER, vip, 0)?;
+        Ok(ids)
+    }
+
+    /// Writes a service for clients outside, at an address of this node or another; gives the backends' ids.
+    pub fn publish(&self, at: IpAddr, port: u16, proto: u8, flags: u16, to: &[(IpAddr, u16)]) -> Result<Vec<u32>> {
+        self.serve_to(scope::EXTERNAL, at, port, proto, flags, to)
+    }
+
+    /// Writes a service for the cluster at an address that has ports of others, too.
+    pub fn serve_at_node(&self, at: IpAddr, port: u16, proto: u8, to: &[(IpAddr, u16)]) -> Result<Vec<u32>> {
+        self.serve_to(scope::CLUSTER, at, port, proto, 0, to)
+    }
+
+    /// Writes the wildcard entries of a load balancer's address.
+    pub fn share(&self, vip: IpAddr) -> Result<()> {
+        [scope::CLUSTER, scope::EXTERNAL]
+            .into_iter()
+            .try_for_each(|scope| self.put_wildcard(scope, vip, service::flags::SHARED))
+    }
+
+    fn put_wildcard(&self, scope: u8, vip: IpAddr, flags: u16) -> Result<()> {
+        let flags = service::flags::VIP | flags;
+        self.put_entry(scope, vip, 0, 0, &SvcEntry { first: 0, count: 0, id: 0, affinity: 0, flags, pad: 0 })
+    }
+
+    fn serve_to(
+        &self,
+        scope: u8,
+        vip: IpAddr,
+        port: u16,
+        proto: u8,
+        flags: u16,
+        to: &[(IpAddr, u16)],
+    ) -> Result<Vec<u32>> {
         let first = self.backends.fetch_add(to.len() as u32, Ordering::Relaxed);
         let service = 1 + first;
         let mut ids = Vec::new();
@@ -250,10 +286,7 @@ impl Lab {
             ids.push(id);
         }
         let entry = SvcEntry { first, count: to.len() as u32, id: service, affinity: 0, flags, pad: 0 };
-        self.put_service(vip, port, proto, &entry)?;
-        let wildcard =
-            SvcEntry { first: 0, count: 0, id: 0, affinity: 0, flags: rustnet_common::service::flags::VIP, pad: 0 };
-        self.put_service(vip, 0, 0, &wildcard)?;
+        self.put_entry(scope, vip, port, proto, &entry)?;
         Ok(ids)
     }
 
@@ -277,7 +310,10 @@ impl Lab {
     }
 
     pub fn put_service(&self, vip: IpAddr, port: u16, proto: u8, entry: &SvcEntry) -> Result<()> {
-        let scope = scope::CLUSTER;
+        self.put_entry(scope::CLUSTER, vip, port, proto, entry)
+    }
+
+    fn put_entry(&self, scope: u8, vip: IpAddr, port: u16, proto: u8, entry: &SvcEntry) -> Result<()> {
         match vip {
             IpAddr::V4(_) => {
                 self.datapath.table(map::SVC4)?.put(&SvcKey { vip: Ip4::from_ip(vip), port, proto, scope }, entry)

@@ -9,6 +9,7 @@ mod decap;
 mod devices;
 mod encap;
 mod errors;
+mod external;
 mod flows;
 mod forged;
 mod frame;

@@ -394,7 +394,7 @@ impl Load<'_> {
         if !programs.is_export() {
             programs.fill()?;
         }
-        for name in names::PROGRAMS.into_iter().chain([names::TUNNEL_IN, CLOCK]) {
+        for name in names::PROGRAMS.into_iter().chain(names::UNATTACHED).chain([CLOCK]) {
             let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
             let Program::SchedClassifier(program) = program else { bail!("program {name} is not a classifier") };
             load_program(program).map_err(|e| load_error(name, e))?;

@@ -1,6 +1,7 @@
 //! One file per hook or pair of hooks. Each classifies its packets and lists the steps that follow, in order. No hook writes a
 //! packet byte.
 
+pub mod external;
 pub mod from_pod;
 pub mod overlay;
 pub mod to_pod;

@@ -6,10 +6,11 @@
 //! carries the processed mark.
 
 use rustnet_common::addr::Address;
+use rustnet_common::conntrack::flags;
 use rustnet_common::drop::{DropReason, hook};
-use rustnet_common::peer::flags;
+use rustnet_common::peer;
 
-use super::{Steps, forward};
+use super::{Steps, external, forward};
 use crate::ctx::{Ctx, Skb};
 use crate::maps;
 use crate::outcome::Dropped;
@@ -38,7 +39,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
     let is_for_pod = || route::is_local_pod(p.tuple.dst);
     let flow = if p.kind == Kind::IcmpError {
         verify()?;
-        if lb::is_vip::<F>(p.tuple.dst) {
+        if lb::is_cluster_ip::<F>(p.tuple.dst) {
             // No packet in a tunnel has such a source.
             return Err(DropReason::IsClusterIp.into());
         }
@@ -51,6 +52,9 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
         let flow = conntrack::lookup::<F, _>(skb, p, flow, source, config, verify)?;
         if flow.class == Class::New {
             verify()?;
+            if lb::is_external::<F>(&p.tuple) {
+                return Ok(external::JUMP);
+            }
             if !is_for_pod() {
                 // Packets for the host's own stack need no connection of ours.
                 plan::plan::<F>(p, &flow.to, Origin::Tunnel, config)?;
@@ -60,6 +64,9 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
         }
         flow
     };
+    if flow.flags & flags::EXTERNAL != 0 {
+        return Ok(external::JUMP);
+    }
     forward::<F>(skb, p, flow, source, Origin::Tunnel, config, hook::OVERLAY_IN)
 }
 
@@ -67,13 +74,14 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
 #[inline(always)]
 pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let Some(config) = maps::config() else { return Ok(TO_STACK) };
-    let (p, _) = parse::packet::<F, _>(skb, l3)?;
+    let (p, flow) = parse::packet::<F, _>(skb, l3)?;
     if p.tuple.dst.is_link_scope() {
         // The device's own multicast listener reports: without a tunnel they go nowhere.
         return Ok(TO_STACK);
     }
     match F::peer(p.tuple.dst) {
-        Some(peer) if peer.flags & flags::TUNNEL != 0 => {
+        Some(peer) if peer.flags & peer::flags::TUNNEL != 0 => {
+            external::answer::<F>(skb, p, flow, config)?;
             if !tunnel::set(skb, &peer.node, config) {
                 return Err(DropReason::WriteError.into());
             }

@@ -7,9 +7,10 @@ use rustnet_common::addr::Address;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::{DropReason, hook};
+use rustnet_common::service::scope;
 use rustnet_common::tuple::proto;
 
-use super::{Steps, forward};
+use super::{Steps, external, forward};
 use crate::ctx::{Ctx, Skb};
 use crate::family::Family;
 use crate::maps;
@@ -33,7 +34,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let Some((p, flow)) = parse_in::<F, _>(skb, l3)? else { return Ok(TO_STACK) };
     let relate = |flow| {
         let is_for_pod = || route::is_local_pod(p.tuple.dst);
-        if lb::is_vip::<F>(p.tuple.dst) {
+        if lb::is_cluster_ip::<F>(p.tuple.dst) {
             // No packet on a wire has such a source, so that no error about one comes from there.
             return Err(DropReason::IsClusterIp.into());
         }
@@ -50,6 +51,9 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         Ok(Some(flow))
     };
     let Some(flow) = classify_in::<F, _>(skb, p, flow, config, relate)? else { return Ok(TO_STACK) };
+    if flow.flags & flags::EXTERNAL != 0 {
+        return Ok(external::JUMP);
+    }
     forward::<F>(skb, p, flow, source::OUTSIDE, Origin::Uplink, config, hook::UPLINK_IN)
 }
 
@@ -82,7 +86,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         Err(_) => return Ok(TO_STACK),
     }
     let Some(flow) = flow else { return Ok(TO_STACK) };
-    if !source::is_host::<F>(p.tuple.dst) {
+    if !source::is_host::<F>(p.tuple.dst) && !lb::is_external::<F>(&p.tuple) {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
@@ -91,7 +95,10 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         conntrack::lookup::<F, _>(skb, p, flow, source::OUTSIDE, config, || Ok(()))?
     };
     if flow.class == Class::New {
-        return Ok(TO_STACK);
+        return Ok(if p.is_flow() && lb::is_external::<F>(&p.tuple) { external::JUMP } else { TO_STACK });
+    }
+    if flow.flags & flags::EXTERNAL != 0 {
+        return Ok(external::JUMP);
     }
     forward::<F>(skb, p, flow, source::OUTSIDE, Origin::Uplink, config, hook::UPLINK_IN)
 }
@@ -151,6 +158,11 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
     let flow = conntrack::lookup::<F, _>(ctx, p, flow, source::OUTSIDE, config, verify)?;
     if flow.class == Class::New {
         if !is_for_pod() {
+            if lb::is_external::<F>(&p.tuple) {
+                verify()?;
+                flow.flags |= flags::EXTERNAL;
+                return Ok(Some(flow));
+            }
             not_for_pods::<F>(p, config)?;
             return Ok(None);
         }
@@ -175,7 +187,7 @@ fn is_tunnel_packet<A: Address>(p: &Packet<A>, config: &NodeConfig) -> bool {
 /// What is neither for a pod of this node nor of a known flow is the stack's, but for what only a forger sends.
 #[inline(always)]
 fn not_for_pods<F: Verify>(p: &Packet<F::A>, config: &NodeConfig) -> Result<(), Dropped> {
-    if lb::is_vip::<F>(p.tuple.dst) {
+    if lb::is_cluster_ip::<F>(p.tuple.dst) {
         // The stack would send it back to where it came from, and it would circle.
         return Err(DropReason::IsClusterIp.into());
     }
@@ -201,7 +213,10 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         return Ok(TO_STACK);
     }
     let Ok((p, flow)) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
-    if p.kind == Kind::LinkLocal || !lb::is_vip::<F>(p.tuple.dst) {
+    if !lb::is_vip::<F>(p.tuple.dst) {
+        return external::answer::<F>(skb, p, flow, config);
+    }
+    if p.kind == Kind::LinkLocal {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
@@ -217,7 +232,7 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
                 // It came from elsewhere, and this node forwards it: Services are for pods and for the node itself.
                 return Err(DropReason::IsClusterIp.into());
             }
-            let Some(backend) = lb::select::<F>(&p.tuple, config.seed)? else { return Ok(TO_STACK) };
+            let Some(backend) = lb::select::<F>(&p.tuple, scope::CLUSTER, config.seed)? else { return Ok(TO_STACK) };
             flow.to.tuple.dst = F::A::from_addr(backend.addr);
             flow.to.tuple.dport = backend.port;
             flow.backend = backend.id;

@@ -45,7 +45,7 @@ pub enum Reporter {
 
 /// ICMP errors of one family and context.
 pub trait Icmp<C: Ctx>: Family {
-    /// Relates the error to its flow: bits of [`KNOWN`], [`INSIDE`] and [`flags::VIA_STACK`] in the result. `to` becomes what the
+    /// Relates the error to its flow: bits of [`KNOWN`], [`INSIDE`], [`flags::VIA_STACK`] and [`flags::EXTERNAL`] in the result. `to` becomes what the
     /// error's own addresses become.
     fn relate(ctx: &C, p: &Packet<Self::A>, to: &mut Translation<Self::A>, by: Reporter) -> PackedResult;
 }
@@ -93,7 +93,7 @@ pub fn relate<F: Icmp<C>, C: Ctx>(
     }
     if known != UNKNOWN {
         flow.class = Class::Related;
-        flow.flags = known as u16 & flags::VIA_STACK;
+        flow.flags = known as u16 & (flags::VIA_STACK | flags::EXTERNAL);
     }
     Ok(flow)
 }
@@ -147,7 +147,7 @@ fn try_relate<F: Placed + Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C
         to.tuple.src = q.translated.dst;
     }
     rewrite::inner::<F, C>(ctx, p.l4(), q)?;
-    Ok(KNOWN | far)
+    Ok(KNOWN | far | i32::from(entry_flags & flags::EXTERNAL))
 }
 
 /// [`INSIDE`] unless a side of a connection may be beyond an uplink. Before that side has sent anything, only a pod of this node is
@@ -163,6 +163,7 @@ fn inside(side: *const Side) -> i32 {
 
 const _: () = assert!(
     flags::VIA_STACK > 3
+        && flags::EXTERNAL > 3
         && NOT_LOCAL == u32::MAX
         && SOURCE_OUTSIDE[1] == 1
         && SOURCE_NONE[1] == 0

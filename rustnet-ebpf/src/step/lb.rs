@@ -4,17 +4,36 @@
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::drop::DropReason;
 use rustnet_common::hash;
-use rustnet_common::service::{SvcKey, flags, scope};
+use rustnet_common::service::{SvcEntry, SvcKey, flags, scope};
 use rustnet_common::tuple::Tuple;
 
 use crate::family::Family;
 use crate::maps;
 
+/// The wildcard entry of a VIP.
+#[inline(always)]
+fn wildcard<F: Family>(vip: F::A, scope: u8) -> Option<*const SvcEntry> {
+    F::services().get_ptr(SvcKey { vip, port: 0, proto: 0, scope })
+}
+
 /// True if the address is a VIP of ours, whatever the port.
 #[inline(always)]
 pub fn is_vip<F: Family>(addr: F::A) -> bool {
-    let key = SvcKey { vip: addr, port: 0, proto: 0, scope: scope::CLUSTER };
-    F::services().get_ptr(key).is_some()
+    wildcard::<F>(addr, scope::CLUSTER).is_some()
+}
+
+/// True if the address is a VIP that no machine outside can have.
+#[inline(always)]
+pub fn is_cluster_ip<F: Family>(addr: F::A) -> bool {
+    // SAFETY: a map value stays readable for this run of the program.
+    wildcard::<F>(addr, scope::CLUSTER).is_some_and(|entry| unsafe { (*entry).flags } & flags::SHARED == 0)
+}
+
+/// True if a flow from outside asks for a Service that clients outside may have, whatever the port of a VIP.
+#[inline(always)]
+pub fn is_external<F: Family>(t: &Tuple<F::A>) -> bool {
+    let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope: scope::EXTERNAL };
+    F::services().get_ptr(key).is_some() || wildcard::<F>(t.dst, scope::EXTERNAL).is_some()
 }
 
 /// True if a flow asks for a port that a VIP has.
@@ -37,12 +56,12 @@ fn backend(backend_id: u32) -> Option<&'static Backend> {
     if b.id == backend_id && backend_id != 0 { Some(b) } else { None }
 }
 
-/// Chooses the backend of a new flow by its hash; `None` if it asks for no service.
+/// Chooses the backend of a new flow by its hash, for clients of a [`scope`]; `None` if it asks for no service.
 #[inline(always)]
-pub fn select<F: Family>(t: &Tuple<F::A>, seed: u32) -> Result<Option<&'static Backend>, DropReason> {
-    let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope: scope::CLUSTER };
+pub fn select<F: Family>(t: &Tuple<F::A>, scope: u8, seed: u32) -> Result<Option<&'static Backend>, DropReason> {
+    let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope };
     let Some(entry) = F::services().get_ptr(key) else {
-        return if is_vip::<F>(t.dst) { Err(DropReason::NoServicePort) } else { Ok(None) };
+        return if wildcard::<F>(t.dst, scope).is_some() { Err(DropReason::NoServicePort) } else { Ok(None) };
     };
     // SAFETY: the entry lies in a map, whose memory stays mapped for this run. User space may
     // replace the entry, and the kernel may give its memory to another key at once: the backend's

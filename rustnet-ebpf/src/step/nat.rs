@@ -1,15 +1,15 @@
-//! The translation of new flows. Contract: says what a pod's flow becomes: backend (DNAT), node address (hairpin, masquerade), or
-//! itself.
+//! The translation of new flows. Contract: says what a flow becomes: backend (DNAT), node address (hairpin, masquerade), or itself.
 
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config;
-use rustnet_common::conntrack::flags;
+use rustnet_common::conntrack::{NOT_LOCAL, flags};
 use rustnet_common::drop::DropReason;
+use rustnet_common::service::scope;
 use rustnet_common::tuple::{Tuple, proto};
 
-use super::lb;
 use super::route::{self, Route};
+use super::{lb, source};
 use crate::ctx::Skb;
 use crate::family::{Family, V4, V6};
 use crate::maps;
@@ -20,16 +20,32 @@ use crate::packet::{Flow, Packet};
 pub trait Nat: Family {
     /// Fills in what a pod's new flow becomes.
     fn translate_new(p: &Packet<Self::A>, flow: &mut Flow<Self::A>) -> PackedResult;
+    /// Fills in what a new flow from outside to a Service becomes.
+    fn translate_external(p: &Packet<Self::A>, flow: &mut Flow<Self::A>) -> PackedResult;
 }
 
 /// Declares a family's function with global linkage, for the reason that the parser is one.
 macro_rules! global {
-    ($family:ident, $addr:ident, $name:ident) => {
+    ($family:ident, $addr:ident, $name:ident, $external:ident) => {
         impl Nat for $family {
             #[inline(always)]
             fn translate_new(p: &Packet<$addr>, flow: &mut Flow<$addr>) -> PackedResult {
                 PackedResult::from_bits($name(p, flow))
             }
+            #[inline(always)]
+            fn translate_external(p: &Packet<$addr>, flow: &mut Flow<$addr>) -> PackedResult {
+                PackedResult::from_bits($external(p, flow))
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $external(p: *const Packet<$addr>, flow: *mut Flow<$addr>) -> u64 {
+            // SAFETY: as below.
+            let translated = match unsafe { (p.as_ref(), flow.as_mut()) } {
+                (Some(p), Some(flow)) => translate_external::<$family>(p, flow),
+                _ => Err(DropReason::Malformed),
+            };
+            PackedResult::new(translated.map(|()| 0).map_err(Dropped::from)).bits()
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -44,8 +60,8 @@ macro_rules! global {
     };
 }
 
-global!(V4, Ip4, rn_nat4);
-global!(V6, Ip6, rn_nat6);
+global!(V4, Ip4, rn_nat4, rn_external4);
+global!(V6, Ip6, rn_nat6, rn_external6);
 
 /// Gives a flow that is masqueraded the address of the device that it leaves by, if that has one. A port that the pod would keep is
 /// given up where the host has a socket that would miss its answers.
@@ -53,7 +69,7 @@ global!(V6, Ip6, rn_nat6);
 pub fn choose_source<F: Family>(skb: &Skb, flow: &mut Flow<F::A>, ifindex: u32) {
     let to = &mut flow.to.tuple;
     // To other nodes and their pods the host speaks with the address that they know.
-    let is_between_nodes = flow.flags & flags::FROM_HOST != 0 && F::peer(to.dst).is_some();
+    let is_between_nodes = flow.flags & (flags::FROM_HOST | flags::EXTERNAL) != 0 && F::peer(to.dst).is_some();
     if let (false, Some(device)) = (is_between_nodes, maps::rn_devices.get_ptr(&ifindex)) {
         // SAFETY: map values stay valid for this run of the program.
         let address = F::device(unsafe { &*device });
@@ -118,7 +134,7 @@ const TCP_LISTEN: u32 = 10;
 fn translate_new<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
     let Some(config) = maps::config() else { return Ok(()) };
     let to = &mut flow.to;
-    if let Some(backend) = lb::select::<F>(&p.tuple, config.seed)? {
+    if let Some(backend) = lb::select::<F>(&p.tuple, scope::CLUSTER, config.seed)? {
         to.tuple.dst = F::A::from_addr(backend.addr);
         to.tuple.dport = backend.port;
         flow.backend = backend.id;
@@ -132,6 +148,30 @@ fn translate_new<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(
         flow.flags |= flags::MASQ;
     }
     if flow.flags & (flags::HAIRPIN | flags::MASQ) != 0 {
+        to.tuple.src = F::node(config);
+        if to.tuple.src == F::A::UNSPECIFIED {
+            return Err(DropReason::NoFib);
+        }
+    }
+    Ok(())
+}
+
+/// The client keeps its address where the answers pass here anyhow: a backend on this node. Others answer to this node's address.
+#[inline(always)]
+fn translate_external<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
+    let Some(config) = maps::config() else { return Err(DropReason::NoFib) };
+    let Some(backend) = lb::select::<F>(&p.tuple, scope::EXTERNAL, config.seed)? else {
+        // Its entry went since the packet was classified.
+        return Err(DropReason::BackendLookupFailed);
+    };
+    let to = &mut flow.to;
+    to.tuple.dst = F::A::from_addr(backend.addr);
+    to.tuple.dport = backend.port;
+    to.egress = route::local_pod(to.tuple.dst);
+    flow.backend = backend.id;
+    flow.flags |= flags::EXTERNAL;
+    if to.egress == NOT_LOCAL && !source::is_host::<F>(to.tuple.dst) {
+        flow.flags |= flags::MASQ;
         to.tuple.src = F::node(config);
         if to.tuple.src == F::A::UNSPECIFIED {
             return Err(DropReason::NoFib);

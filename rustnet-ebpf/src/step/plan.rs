@@ -21,6 +21,8 @@ pub enum Origin {
     Uplink,
     /// The overlay.
     Tunnel,
+    /// An uplink or the overlay, of a flow that came from outside to a Service: this node forwards it.
+    External,
     /// This node's own stack, which has done all that a router does.
     Host,
 }

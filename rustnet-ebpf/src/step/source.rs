@@ -136,7 +136,7 @@ fn is_forged_outside<F: Family>(src: F::A, dst: F::A) -> bool {
         Some(peer) if peer.flags & (flags::HOST | flags::LOCAL_PODS) != 0 => true,
         Some(peer) if peer.flags & flags::TUNNEL == 0 => false,
         Some(peer) => peer.flags & flags::NODE == 0 || route::is_local_pod(dst),
-        None => lb::is_vip::<F>(src),
+        None => lb::is_cluster_ip::<F>(src),
     }
 }
 

@@ -139,11 +139,11 @@ impl Datapath {
         let mut ebpf = loader.load(&object).with_context(|| format!("cannot load {}", path.display()))?;
         let mut programs = BTreeMap::new();
         let mut facts = Vec::new();
-        for name in names::PROGRAMS.into_iter().chain([names::TUNNEL_IN, CLOCK]) {
+        for name in names::PROGRAMS.into_iter().chain(names::UNATTACHED).chain([CLOCK]) {
             let program = match ebpf.program_mut(name) {
                 Some(program) => program,
                 // Objects to compare with may be older than this program.
-                None if [names::SIDE_IN, names::TUNNEL_IN].contains(&name) => continue,
+                None if name == names::SIDE_IN || names::UNATTACHED.contains(&name) => continue,
                 None => bail!("the object has no program {name}"),
             };
             let Program::SchedClassifier(program) = program else { bail!("program {name} is no classifier") };
@@ -180,7 +180,8 @@ impl Datapath {
             maps.insert(name.to_owned(), data.fd().as_fd().try_clone_to_owned()?);
         }
         if let Some(tails) = maps.get(names::TAILS_MAP) {
-            for (index, name) in (0_u32..).zip(names::TAILS) {
+            let room = sys::map_info(tails.as_fd())?.layout().max_entries;
+            for (index, name) in (0..room).zip(names::TAILS) {
                 sys::map_update(tails.as_fd(), &index.to_ne_bytes(), &programs[name].as_raw_fd().to_ne_bytes())?;
             }
         }

@@ -1,0 +1,55 @@
+//! `external_in`: flows from outside to Services, at node ports, load balancers' addresses and external IPs.
+//!
+//! `uplink_in`, `side_in` and `overlay_in` classify their packets, and jump here with those of such a flow, of either direction. The
+//! packet and its flow stand in this CPU's scratch memory.
+
+use rustnet_common::config::NodeConfig;
+use rustnet_common::conntrack::flags;
+
+use super::{Steps, forward};
+use crate::ctx::Skb;
+use crate::maps;
+use crate::outcome::Dropped;
+use crate::packet::{Class, Flow, Kind, Packet, Source};
+use crate::parse;
+use crate::rewrite;
+use crate::step::exec::TO_STACK;
+use crate::step::icmp::{self, Reporter};
+use crate::step::plan::Origin;
+use crate::step::{conntrack, source};
+
+/// The verdict on a packet that `external_in` goes on with: none of the kernel's.
+pub const JUMP: i32 = i32::MAX - 1;
+
+/// The program, for one family. `hook`: where the packet came in.
+#[inline(always)]
+pub fn run<F: Steps>(skb: &Skb, source: Source, hook: u8) -> Result<i32, Dropped> {
+    let (Some(config), Some((p, flow))) = (maps::config(), parse::in_hand::<F>()) else { return Ok(TO_STACK) };
+    if flow.class == Class::New {
+        F::translate_external(p, flow).into_unit()?;
+    }
+    forward::<F>(skb, p, flow, source, Origin::External, config, hook)
+}
+
+/// What this node's own stack sends to an address that is no VIP: answers of backends that use the host's network get the
+/// Service's address back.
+#[inline(always)]
+pub fn answer<F: Steps>(
+    skb: &Skb,
+    p: &Packet<F::A>,
+    flow: &'static mut Flow<F::A>,
+    config: &NodeConfig,
+) -> Result<i32, Dropped> {
+    if config.flags & rustnet_common::config::flags::EXTERNAL == 0 || p.kind == Kind::LinkLocal {
+        return Ok(TO_STACK);
+    }
+    let flow = if p.kind == Kind::IcmpError {
+        icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?
+    } else {
+        conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?
+    };
+    if flow.class != Class::New && flow.flags & flags::EXTERNAL != 0 {
+        rewrite::translate::<F>(skb, p, flow, p.ttl)?;
+    }
+    Ok(TO_STACK)
+}
