@@ -143,9 +143,11 @@ mod tests {
             name: ObjectName::namespaced("kube-system", "kube-dns"),
             created: 0,
             vips: ["10.96.0.10".parse().unwrap()].into(),
-            ports: [ServicePort { name: "dns".into(), port: 53, proto: proto::UDP }].into(),
+            ports: [ServicePort { name: "dns".into(), port: 53, proto: proto::UDP, node_port: 0 }].into(),
             affinity: 0,
             internal_local: false,
+            external: Box::default(),
+            external_local: false,
             unserved: Box::default(),
             problems: [].into(),
         }))));

@@ -195,6 +195,8 @@ struct Reconciler {
     host_problems: Option<Vec<String>>,
     /// The ways that the last look at the network worked by.
     ways_seen: u64,
+    /// What the programs' settings say of Services for clients outside.
+    external_seen: bool,
     /// Octets of packets to other nodes, as of the last look that found a device towards them.
     room: u32,
     /// The network has been looked after since all nodes are known: the routes to them are there.
@@ -232,6 +234,7 @@ impl Reconciler {
             net_took: Duration::ZERO,
             host_problems: None,
             ways_seen: 0,
+            external_seen: false,
             room: 0,
             routed: false,
             problems: BTreeSet::new(),
@@ -249,6 +252,10 @@ impl Reconciler {
                 self.objects.want(PROBLEMS_PERIOD);
             }
             self.index.handle(event);
+        }
+        if self.index.has_external() != self.external_seen {
+            // The programs' settings have it.
+            self.net_changed();
         }
         if self.index.ways_version() != self.ways_seen {
             self.net_changed();

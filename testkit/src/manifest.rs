@@ -49,6 +49,29 @@ impl Endpoint {
     }
 }
 
+/// How clients outside reach a service: by nothing, unless said otherwise.
+#[derive(Clone, Debug, Default)]
+pub struct Outside {
+    /// Port at all nodes, of the first number of a service's ports; 0 for none.
+    pub node_port: u16,
+    /// Addresses of its load balancer.
+    pub balancer: Vec<IpAddr>,
+    /// Its external IPs.
+    pub ips: Vec<IpAddr>,
+    /// `externalTrafficPolicy: Local`.
+    pub is_local: bool,
+}
+
+impl Outside {
+    fn type_(&self) -> &'static str {
+        match (self.balancer.is_empty(), self.node_port) {
+            (false, _) => "LoadBalancer",
+            (true, 0) => "ClusterIP",
+            (true, _) => "NodePort",
+        }
+    }
+}
+
 /// A service with its endpoints.
 #[derive(Clone, Debug)]
 pub struct Service {
@@ -58,6 +81,8 @@ pub struct Service {
     pub vips: Vec<IpAddr>,
     /// Ports.
     pub ports: Vec<Port>,
+    /// How clients outside reach it.
+    pub outside: Outside,
     /// Endpoints, of both families; they are parted into one slice a family.
     pub endpoints: Vec<Endpoint>,
 }
@@ -69,7 +94,13 @@ const fn family(address: IpAddr) -> &'static str {
 impl Service {
     /// A service with TCP and UDP on one port.
     pub fn new(name: &str, vips: &[IpAddr], port: u16, target: u16) -> Self {
-        Self { name: name.into(), vips: vips.to_vec(), ports: Port::both(port, target), endpoints: Vec::new() }
+        Self {
+            name: name.into(),
+            vips: vips.to_vec(),
+            ports: Port::both(port, target),
+            outside: Outside::default(),
+            endpoints: Vec::new(),
+        }
     }
 
     /// The Service object.
@@ -80,17 +111,29 @@ impl Service {
         let policy = if self.vips.len() > 1 { "PreferDualStack" } else { "SingleStack" };
         let first = self.vips.first().map(ToString::to_string).unwrap_or_default();
         let mut out = format!(
-            "apiVersion: v1\nkind: Service\nmetadata:\n  name: {}\n  namespace: default\nspec:\n  type: ClusterIP\n  \
+            "apiVersion: v1\nkind: Service\nmetadata:\n  name: {}\n  namespace: default\nspec:\n  type: {}\n  \
              clusterIP: \"{first}\"\n  clusterIPs: [{vips}]\n  ipFamilies: [{families}]\n  ipFamilyPolicy: {policy}\n  \
              ports:\n",
-            self.name
+            self.name,
+            self.outside.type_(),
         );
         for p in &self.ports {
             let _ = writeln!(
                 out,
-                "    - {{name: {}, protocol: {}, port: {}, targetPort: {}}}",
-                p.name, p.proto, p.port, p.target
+                "    - {{name: {}, protocol: {}, port: {}, targetPort: {}, nodePort: {}}}",
+                p.name, p.proto, p.port, p.target, self.outside.node_port
             );
+        }
+        let Outside { balancer, ips, is_local, .. } = &self.outside;
+        if *is_local {
+            out += "  externalTrafficPolicy: Local\n";
+        }
+        if !ips.is_empty() {
+            let _ = writeln!(out, "  externalIPs: [{}]", list(ips.iter().map(|ip| format!("\"{ip}\"")).collect()));
+        }
+        if !balancer.is_empty() {
+            let ingress = balancer.iter().map(|ip| format!("{{ip: \"{ip}\"}}")).collect();
+            let _ = writeln!(out, "status:\n  loadBalancer:\n    ingress: [{}]", list(ingress));
         }
         out
     }

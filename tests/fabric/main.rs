@@ -11,6 +11,7 @@ mod cleanup;
 mod cycles;
 mod delegated;
 mod emptied;
+mod external;
 mod fixture;
 mod flows;
 mod forged;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Result, bail};
 use rustnet_common::backend::{Backend, flags as backend_flags};
-use rustnet_common::service::{SvcEntry, flags};
+use rustnet_common::service::{SvcEntry, flags, scope};
 use rustnet_common::tuple::proto;
 use serde::Serialize;
 
@@ -32,6 +32,8 @@ struct Row {
     vip: IpAddr,
     port: u16,
     protocol: &'static str,
+    /// `cluster`: pods and the host of this node; `external`: whoever comes in by a device.
+    clients: &'static str,
     id: u32,
     affinity_seconds: u32,
     drop_when_empty: bool,
@@ -61,7 +63,7 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
     if let Some(vip) = args.vip.filter(|_| services.is_empty()) {
         bail!("no Service has the address {vip} here: `rustnetctl services` lists all");
     }
-    out.print(&services, &["SERVICE", "PORT", "VIP", "PROTOCOL", "ID", "AFFINITY", "BACKENDS"], || {
+    out.print(&services, &["SERVICE", "PORT", "ADDRESS", "PROTOCOL", "CLIENTS", "ID", "AFFINITY", "BACKENDS"], || {
         services.iter().map(row).collect()
     })
 }
@@ -75,6 +77,7 @@ fn read(key: &VipKey, entry: &SvcEntry, all: &Backends, names: &Services) -> Row
         vip: key.ip,
         port: key.port,
         protocol: proto::name(key.proto),
+        clients: if key.scope == scope::EXTERNAL { "external" } else { "cluster" },
         id: entry.id,
         affinity_seconds: entry.affinity,
         drop_when_empty: entry.flags & flags::DROP_EMPTY != 0,
@@ -108,7 +111,16 @@ fn row(service: &Row) -> Vec<String> {
     let vip = SocketAddr::new(service.vip, service.port).to_string();
     let or_dash = |name: &Option<String>| name.clone().unwrap_or_else(|| "-".to_owned());
     let (name, port) = (or_dash(&service.service), or_dash(&service.port_name));
-    vec![name, port, vip, service.protocol.to_owned(), service.id.to_string(), affinity, backends.join(", ")]
+    vec![
+        name,
+        port,
+        vip,
+        service.protocol.to_owned(),
+        service.clients.to_owned(),
+        service.id.to_string(),
+        affinity,
+        backends.join(", "),
+    ]
 }
 
 fn show(backend: &ServiceBackend) -> String {
@@ -141,13 +153,14 @@ mod tests {
             vip: "10.96.0.10".parse().unwrap(),
             port: 53,
             protocol: "UDP",
+            clients: "cluster",
             id: 7,
             affinity_seconds: 0,
             drop_when_empty: false,
             backends: vec![backend],
             missing: 0,
         };
-        let want = ["kube-system/kube-dns", "dns", "10.96.0.10:53", "UDP", "7", "-", "10.1.1.5:5353 (here)"]
+        let want = ["kube-system/kube-dns", "dns", "10.96.0.10:53", "UDP", "cluster", "7", "-", "10.1.1.5:5353 (here)"]
             .map(str::to_owned);
         assert_eq!(row(&named), want);
         let nameless = Row { service: None, port_name: None, backends: Vec::new(), ..named };

@@ -182,6 +182,11 @@ impl Index {
         self.services.owner(key)
     }
 
+    /// True if clients outside have an address of a Service.
+    pub fn has_external(&self) -> bool {
+        self.services.has_external()
+    }
+
     /// True if the peers table may be other than at the last call.
     pub fn take_peers_dirty(&mut self) -> bool {
         std::mem::take(&mut self.peers_dirty)

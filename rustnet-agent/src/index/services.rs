@@ -3,7 +3,7 @@
 use super::backends::{BackendSet, Choice, Place, choose};
 use super::vip::VipKey;
 use crate::model::{EndpointSlice, Family, Frontend, ObjectName, Problem, Service, ServicePort};
-use rustnet_common::service::flags;
+use rustnet_common::service::{flags, scope};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -56,14 +56,42 @@ pub struct Services {
     claims: HashMap<VipKey, Claim>,
     /// Entries with more than one claim.
     contested: BTreeSet<VipKey>,
-    /// How many services have this virtual address.
-    vips: HashMap<IpAddr, u32>,
+    /// Addresses of this node that have node ports.
+    node_ips: Box<[IpAddr]>,
+    /// How many services have an address.
+    vips: HashMap<IpAddr, Users>,
+    /// Services that clients outside have an address of.
+    external: u32,
     dirty: HashSet<VipKey>,
 }
 
+/// How many services have an address.
+#[derive(Clone, Copy, Debug, Default)]
+struct Users {
+    /// As their cluster address.
+    cluster: u32,
+    /// For clients outside.
+    external: u32,
+}
+
+impl Users {
+    /// True if nobody has the address.
+    fn is_empty(self) -> bool {
+        self.cluster + self.external == 0
+    }
+
+    /// Flags of the wildcard entry for clients of a scope, if there is to be one.
+    fn wildcard(self, scope: u8) -> Option<u16> {
+        if scope == scope::EXTERNAL {
+            return (self.external > 0).then_some(flags::VIP);
+        }
+        (!self.is_empty()).then_some(if self.cluster == 0 { flags::VIP | flags::SHARED } else { flags::VIP })
+    }
+}
+
 /// The entries of a Service's frontends.
-fn port_keys(service: &Service) -> impl Iterator<Item = VipKey> + '_ {
-    service.frontends().flat_map(VipKey::of)
+fn port_keys<'a>(service: &'a Service, nodes: &'a [IpAddr]) -> impl Iterator<Item = VipKey> + 'a {
+    service.frontends(nodes).flat_map(VipKey::of)
 }
 
 impl Services {
@@ -76,7 +104,9 @@ impl Services {
             slice_owner: HashMap::new(),
             claims: HashMap::new(),
             contested: BTreeSet::new(),
+            node_ips: Box::default(),
             vips: HashMap::new(),
+            external: 0,
             dirty: HashSet::new(),
         }
     }
@@ -142,11 +172,29 @@ impl Services {
             self.zone = zone;
             self.dirty.extend(self.claims.keys());
         }
-        for ip in self.own.symmetric_difference(&addresses).filter(|ip| self.vips.contains_key(ip)) {
+        for ip in self.own.symmetric_difference(&addresses) {
+            let Some(users) = self.vips.get(ip) else { continue };
             self.dirty.insert(VipKey::wildcard(*ip));
+            self.dirty.extend((users.external > 0).then(|| VipKey::external_wildcard(*ip)));
             self.dirty.extend(self.claims.keys().filter(|key| key.ip == *ip));
         }
+        if self.own != addresses {
+            let all = self.states.values().filter_map(|state| state.service.clone());
+            let moved: Vec<_> = all.filter(|service| service.has_node_ports()).collect();
+            for service in &moved {
+                self.unclaim(service);
+            }
+            self.node_ips = addresses.iter().copied().collect();
+            for service in &moved {
+                self.claim(service);
+            }
+        }
         self.own = addresses;
+    }
+
+    /// True if clients outside have an address of a Service.
+    pub fn has_external(&self) -> bool {
+        self.external > 0
     }
 
     pub fn take_dirty(&mut self) -> Vec<VipKey> {
@@ -154,8 +202,8 @@ impl Services {
     }
 
     pub fn keys(&self) -> impl Iterator<Item = VipKey> + '_ {
-        let wildcards = self.vips.keys().map(|ip| VipKey::wildcard(*ip));
-        self.claims.keys().copied().chain(wildcards).filter(|key| !self.own.contains(&key.ip))
+        let wildcards = self.vips.keys().flat_map(|ip| [VipKey::wildcard(*ip), VipKey::external_wildcard(*ip)]);
+        self.claims.keys().copied().chain(wildcards).filter(|key| self.is_desired(key))
     }
 
     pub fn service_names(&self) -> impl Iterator<Item = ObjectName> + '_ {
@@ -167,31 +215,33 @@ impl Services {
     }
 
     pub fn owner(&self, key: &VipKey) -> Option<(&ObjectName, &ServicePort)> {
-        let service = self.states.get(self.claims.get(key)?.winner()?)?.service.as_ref()?;
-        let frontend = service.frontends().find(|frontend| key.is_of(frontend))?;
+        let (_, service, frontend) = self.find(key)?;
         Some((&service.name, frontend.target))
     }
 
+    /// Who has an entry, and by which frontend. A cluster address that is this node's own nobody gets.
+    fn find(&self, key: &VipKey) -> Option<(&State, &Service, Frontend<'_>)> {
+        let state = self.states.get(self.claims.get(key)?.winner()?)?;
+        let service = state.service.as_deref()?;
+        let frontend = service.frontends(&self.node_ips).find(|frontend| key.is_of(frontend))?;
+        (frontend.is_external || !self.own.contains(&key.ip)).then_some((state, service, frontend))
+    }
+
+    /// Flags of a wildcard entry, if there is to be one. The other ports of this node's addresses are the host's.
+    fn wildcard(&self, key: &VipKey) -> Option<u16> {
+        self.vips.get(&key.ip).filter(|_| !self.own.contains(&key.ip))?.wildcard(key.scope)
+    }
+
     pub fn is_desired(&self, key: &VipKey) -> bool {
-        let is_known = if key.is_wildcard() { self.vips.contains_key(&key.ip) } else { self.owner(key).is_some() };
-        is_known && !self.own.contains(&key.ip)
+        if key.is_wildcard() { self.wildcard(key).is_some() } else { self.find(key).is_some() }
     }
 
     pub fn desired(&self, key: &VipKey, choice: &mut Choice) -> Option<DesiredService> {
         choice.clear();
-        if self.own.contains(&key.ip) {
-            return None;
-        }
         if key.is_wildcard() {
-            return self.vips.contains_key(&key.ip).then_some(DesiredService {
-                set: None,
-                flags: flags::VIP,
-                affinity: 0,
-            });
+            return self.wildcard(key).map(|flags| DesiredService { set: None, flags, affinity: 0 });
         }
-        let state = self.states.get(self.claims.get(key)?.winner()?)?;
-        let service = state.service.as_ref()?;
-        let Frontend { is_local, target, .. } = service.frontends().find(|frontend| key.is_of(frontend))?;
+        let (state, service, Frontend { is_local, target, .. }) = self.find(key)?;
         let family = Family::of(key.ip);
         let here = Place { node: &self.node_name, zone: &self.zone };
         let flags = choose(is_local, target, family, &state.slices, here, choice);
@@ -239,10 +289,15 @@ impl Services {
 
     fn claim(&mut self, service: &Service) {
         for ip in &service.vips {
-            *self.vips.entry(*ip).or_default() += 1;
+            self.vips.entry(*ip).or_default().cluster += 1;
             self.dirty.insert(VipKey::wildcard(*ip));
         }
-        for key in port_keys(service) {
+        for ip in &service.external {
+            self.vips.entry(*ip).or_default().external += 1;
+            self.dirty.extend([VipKey::wildcard(*ip), VipKey::external_wildcard(*ip)]);
+        }
+        self.external += u32::from(service.is_external());
+        for key in port_keys(service, &self.node_ips) {
             self.dirty.insert(key);
             let claim = match self.claims.remove(&key) {
                 None => Claim::One(service.name.clone()),
@@ -261,16 +316,20 @@ impl Services {
     }
 
     fn unclaim(&mut self, service: &Service) {
-        for ip in &service.vips {
+        let addresses = service.vips.iter().map(|ip| (ip, 1, 0)).chain(service.external.iter().map(|ip| (ip, 0, 1)));
+        for (ip, cluster, external) in addresses {
             self.dirty.insert(VipKey::wildcard(*ip));
-            if let Some(count) = self.vips.get_mut(ip) {
-                *count -= 1;
-                if *count == 0 {
+            self.dirty.extend((external > 0).then(|| VipKey::external_wildcard(*ip)));
+            if let Some(users) = self.vips.get_mut(ip) {
+                users.cluster -= cluster;
+                users.external -= external;
+                if users.is_empty() {
                     self.vips.remove(ip);
                 }
             }
         }
-        for key in port_keys(service) {
+        self.external -= u32::from(service.is_external());
+        for key in port_keys(service, &self.node_ips) {
             self.dirty.insert(key);
             if let Some(Claim::Many(mut claims)) = self.claims.remove(&key) {
                 claims.remove(&(service.created, service.name.clone()));
@@ -288,7 +347,7 @@ impl Services {
     /// The slices of a service changed: all its entries may.
     fn endpoints_changed(&mut self, service: &ObjectName) {
         if let Some(service) = self.states.get(service).and_then(|state| state.service.as_ref()) {
-            self.dirty.extend(port_keys(service));
+            self.dirty.extend(port_keys(service, &self.node_ips));
         }
     }
 

@@ -1,5 +1,7 @@
 //! Events in, desired entries and peers out.
 
+mod external;
+
 use super::VipKey;
 use super::{Choice, DesiredBackend, Gate, Index};
 use crate::config::Routing;

@@ -75,18 +75,21 @@ mod tests {
     #[test]
     fn each_feature_is_one_problem_with_three_names() {
         let mut services: Vec<_> =
-            ["d", "c", "b", "a"].into_iter().map(|name| service(name, &[Feature::NodePort], 0)).collect();
-        services.push(service("sticky", &[Feature::ExternalIps], 10_800));
+            ["d", "c", "b", "a"].into_iter().map(|name| service(name, &[Feature::SourceRanges], 0)).collect();
+        services.push(service("sticky", &[Feature::HealthCheck], 10_800));
         services.push(service("plain", &[], 0));
         let pods = [pod("proxy", true, true), pod("registry", true, false), pod("web", false, false)];
         let found = find(services.iter(), pods.iter());
         let counts: Vec<_> = found.iter().map(|(feature, askers)| (feature.name(), askers.count)).collect();
-        assert_eq!(counts, [("node_port", 4), ("external_ips", 1), ("session_affinity", 1), ("host_port", 1)]);
+        assert_eq!(
+            counts,
+            [("source_ranges", 4), ("health_check_node_port", 1), ("session_affinity", 1), ("host_port", 1)]
+        );
         let problems: Vec<_> = problems(&found).map(|problem| problem.to_string()).collect();
         assert_eq!(
             problems[0],
-            "Service spec.type: NodePort: not served, but asked for by default/a, default/b, default/c and others; let clients \
-             outside come by an ingress that uses the host's network; the cluster address is served"
+            "Service spec.loadBalancerSourceRanges: not served, but asked for by default/a, default/b, default/c and others; \
+             filter before the nodes and remove the field; until then no address of its load balancer is served"
         );
         assert!(
             problems[3].starts_with("Pod hostPort: not served, but asked for by default/registry; "),

@@ -1,6 +1,7 @@
 //! What services are known by.
 
 use crate::model::Frontend;
+use rustnet_common::service::scope;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -32,7 +33,12 @@ impl VipKey {
 
     /// The wildcard entry of an address.
     pub const fn wildcard(ip: IpAddr) -> Self {
-        Self { ip, port: 0, proto: 0, scope: rustnet_common::service::scope::CLUSTER }
+        Self { ip, port: 0, proto: 0, scope: scope::CLUSTER }
+    }
+
+    /// The wildcard entry of an address for clients outside.
+    pub const fn external_wildcard(ip: IpAddr) -> Self {
+        Self { scope: scope::EXTERNAL, ..Self::wildcard(ip) }
     }
 
     /// True for the wildcard entry of an address.
@@ -44,9 +50,11 @@ impl VipKey {
 impl fmt::Display for VipKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_wildcard() {
-            return write!(f, "{} (whole address)", self.ip);
+            write!(f, "{} (whole address)", self.ip)?;
+        } else {
+            let proto = rustnet_common::tuple::proto::name(self.proto);
+            write!(f, "{}/{proto}", std::net::SocketAddr::new(self.ip, self.port))?;
         }
-        let proto = rustnet_common::tuple::proto::name(self.proto);
-        write!(f, "{}/{proto}", std::net::SocketAddr::new(self.ip, self.port))
+        if self.scope == scope::EXTERNAL { f.write_str(" from outside") } else { Ok(()) }
     }
 }

@@ -21,6 +21,8 @@ pub fn service(name: &str, vips: &[&str]) -> Service {
         ports: Box::default(),
         affinity: 0,
         internal_local: false,
+        external: Box::default(),
+        external_local: false,
         unserved: Box::default(),
         problems: Box::default(),
     }
@@ -29,7 +31,7 @@ pub fn service(name: &str, vips: &[&str]) -> Service {
 impl Service {
     /// Adds a port.
     pub fn port(mut self, name: &str, port: u16, proto: u8) -> Self {
-        let added = ServicePort { name: name.into(), port, proto };
+        let added = ServicePort { name: name.into(), port, proto, node_port: 0 };
         self.ports = self.ports.into_iter().chain([added]).collect();
         self
     }
@@ -37,6 +39,19 @@ impl Service {
     /// Adds an unnamed TCP port.
     pub fn tcp(self, port: u16) -> Self {
         self.port("", port, TCP)
+    }
+
+    /// Gives its last port a node port.
+    pub fn node_port(mut self, node_port: u16) -> Self {
+        if let Some(port) = self.ports.last_mut() {
+            port.node_port = node_port;
+        }
+        self
+    }
+
+    /// Gives it addresses for clients outside.
+    pub fn external(self, addresses: &[&str]) -> Self {
+        Self { external: addresses.iter().map(|address| ip(address)).collect(), ..self }
     }
 
     /// Sets the age.

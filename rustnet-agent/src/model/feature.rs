@@ -3,12 +3,10 @@
 /// A feature of Kubernetes that is not served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Feature {
-    /// `type: NodePort`.
-    NodePort,
-    /// `type: LoadBalancer`: neither its addresses nor its node ports.
-    LoadBalancer,
-    /// `externalIPs`.
-    ExternalIps,
+    /// `loadBalancerSourceRanges`: not applied, so that its load balancer's addresses are not served.
+    SourceRanges,
+    /// `healthCheckNodePort`: no answer, so that load balancers take all nodes for failed or none.
+    HealthCheck,
     /// `sessionAffinity: ClientIP`: recorded, and not applied.
     SessionAffinity,
     /// `hostPort` of a pod that does not use the host's network.
@@ -17,15 +15,13 @@ pub enum Feature {
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::NodePort, Self::LoadBalancer, Self::ExternalIps, Self::SessionAffinity, Self::HostPort];
+    pub const ALL: [Self; 4] = [Self::SourceRanges, Self::HealthCheck, Self::SessionAffinity, Self::HostPort];
 
     /// The name in metrics and files.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::NodePort => "node_port",
-            Self::LoadBalancer => "load_balancer",
-            Self::ExternalIps => "external_ips",
+            Self::SourceRanges => "source_ranges",
+            Self::HealthCheck => "health_check_node_port",
             Self::SessionAffinity => "session_affinity",
             Self::HostPort => "host_port",
         }
@@ -39,9 +35,8 @@ impl Feature {
     /// What people call it: kind and field of the objects that ask for it.
     pub const fn field(self) -> &'static str {
         match self {
-            Self::NodePort => "Service spec.type: NodePort",
-            Self::LoadBalancer => "Service spec.type: LoadBalancer",
-            Self::ExternalIps => "Service spec.externalIPs",
+            Self::SourceRanges => "Service spec.loadBalancerSourceRanges",
+            Self::HealthCheck => "Service spec.healthCheckNodePort",
             Self::SessionAffinity => "Service spec.sessionAffinity: ClientIP",
             Self::HostPort => "Pod hostPort",
         }
@@ -50,9 +45,10 @@ impl Feature {
     /// What to do without it.
     pub const fn remedy(self) -> &'static str {
         match self {
-            Self::NodePort | Self::LoadBalancer | Self::ExternalIps => {
-                "let clients outside come by an ingress that uses the host's network; the cluster address is served"
+            Self::SourceRanges => {
+                "filter before the nodes and remove the field; until then no address of its load balancer is served"
             }
+            Self::HealthCheck => "let the load balancer probe the node port itself",
             Self::SessionAffinity => "do not rely on it: each connection may go to another endpoint",
             Self::HostPort => "give the pod hostNetwork: true, or a Service",
         }

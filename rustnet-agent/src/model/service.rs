@@ -14,12 +14,16 @@ pub struct Service {
     pub created: i64,
     /// Virtual addresses, at most one a family.
     pub vips: Box<[IpAddr]>,
+    /// Addresses for clients outside, of load balancers and `externalIPs`, each once.
+    pub external: Box<[IpAddr]>,
     /// Ports, each (port, protocol) once.
     pub ports: Box<[ServicePort]>,
     /// Session affinity in seconds, 0 for none.
     pub affinity: u32,
     /// `internalTrafficPolicy: Local`.
     pub internal_local: bool,
+    /// `externalTrafficPolicy: Local`.
+    pub external_local: bool,
     /// What it asks for and does not get, besides affinity.
     pub unserved: Box<[Feature]>,
     /// What was wrong with it.
@@ -39,21 +43,44 @@ pub struct Frontend<'a> {
     pub scope: u8,
     /// Traffic policy Local: only endpoints of this node.
     pub is_local: bool,
+    /// The addresses may be of this node.
+    pub is_external: bool,
     /// The port of the Service that it leads to.
     pub target: &'a ServicePort,
 }
 
 impl Service {
-    /// All frontends: today each port at the virtual addresses.
-    pub fn frontends(&self) -> impl Iterator<Item = Frontend<'_>> {
-        self.ports.iter().map(|target| Frontend {
-            addresses: &self.vips,
-            port: target.port,
-            proto: target.proto,
-            scope: scope::CLUSTER,
-            is_local: self.internal_local,
-            target,
+    /// All frontends. `nodes`: the addresses of this node that have node ports.
+    ///
+    /// Pods and the host of this node get all endpoints at an address for clients outside, whatever its traffic policy (kube-proxy:
+    /// "short-circuit").
+    pub fn frontends<'a>(&'a self, nodes: &'a [IpAddr]) -> impl Iterator<Item = Frontend<'a>> {
+        self.ports.iter().flat_map(move |target| {
+            let at = move |addresses, port, scope, is_local, is_external| {
+                let proto = target.proto;
+                (port != 0).then_some(Frontend { addresses, port, proto, scope, is_local, is_external, target })
+            };
+            let (external, local) = (&*self.external, self.external_local);
+            [
+                at(&self.vips, target.port, scope::CLUSTER, self.internal_local, false),
+                at(external, target.port, scope::CLUSTER, false, true),
+                at(external, target.port, scope::EXTERNAL, local, true),
+                at(nodes, target.node_port, scope::CLUSTER, false, true),
+                at(nodes, target.node_port, scope::EXTERNAL, local, true),
+            ]
+            .into_iter()
+            .flatten()
         })
+    }
+
+    /// True if clients outside have an address of it.
+    pub fn is_external(&self) -> bool {
+        !self.external.is_empty() || self.has_node_ports()
+    }
+
+    /// True if it has a node port.
+    pub fn has_node_ports(&self) -> bool {
+        self.ports.iter().any(|port| port.node_port != 0)
     }
 }
 
@@ -66,4 +93,6 @@ pub struct ServicePort {
     pub port: u16,
     /// IP protocol number: TCP, UDP or SCTP.
     pub proto: u8,
+    /// Port at the addresses of all nodes; 0 for none.
+    pub node_port: u16,
 }

@@ -145,7 +145,9 @@ impl Reconciler {
         let mut is_overlay_verified = false;
         let local_ports = node::local_ports()?;
         if let Some(Datapath { kernel, .. }) = &mut self.datapath {
-            let mut config = node::config(&self.config, &ways.place, state.overlay, kernel.hz, local_ports);
+            let (overlay, has_external) = (state.overlay, self.index.has_external());
+            let mut config = node::config(&self.config, &ways.place, overlay, kernel.hz, local_ports, has_external);
+            self.external_seen = has_external;
             if own.is_none() {
                 node::keep_addresses(&mut config, &kernel.config.read()?, &own_addresses);
             }

@@ -112,6 +112,7 @@ pub fn config(
     overlay: Option<OverlayDevice>,
     hz: u32,
     local_ports: (u16, u16),
+    has_external: bool,
 ) -> NodeConfig {
     let chosen = snat_ports(local_ports);
     let (snat_min, snat_max) = config.snat_ports.unwrap_or((chosen.first, chosen.last));
@@ -129,6 +130,7 @@ pub fn config(
         snat_min,
         snat_max,
         flags: if config.masquerade { flags::MASQUERADE } else { 0 }
+            | if has_external { flags::EXTERNAL } else { 0 }
             | if config.flow_events { flags::FLOW_EVENTS } else { 0 }
             | if config.overlay_path == OverlayPath::Programs { flags::ENCAPSULATE } else { 0 },
         vni: config.vni,

@@ -143,9 +143,11 @@ pub fn web(backends: u8) -> [Event; 2] {
         name: name.clone(),
         created: 0,
         vips: ["10.96.0.10".parse().unwrap()].into(),
-        ports: [ServicePort { name: "".into(), port: 80, proto: 6 }].into(),
+        ports: [ServicePort { name: "".into(), port: 80, proto: 6, node_port: 0 }].into(),
         affinity: 0,
         internal_local: false,
+        external: Box::default(),
+        external_local: false,
         unserved: Box::default(),
         problems: Box::default(),
     };

@@ -56,7 +56,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         if flow.class == Class::New {
             // Answers to the overlay's port are not for the stack: nobody gets tunnel packets through a pod.
             let is_from_overlay_port = p.tuple.proto == proto::UDP && p.tuple.sport == config.overlay_port;
-            if source::is_host::<F>(p.tuple.src) {
+            if route::is_host::<F>(p.tuple.src) {
                 flow.flags |= flags::FROM_HOST;
             } else if !is_from_overlay_port {
                 flow.flags |= flags::VIA_STACK;

@@ -86,7 +86,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         Err(_) => return Ok(TO_STACK),
     }
     let Some(flow) = flow else { return Ok(TO_STACK) };
-    if !source::is_host::<F>(p.tuple.dst) && !lb::is_external::<F>(&p.tuple) {
+    if !route::is_host::<F>(p.tuple.dst) && !lb::is_external::<F>(&p.tuple) {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
@@ -198,7 +198,7 @@ fn not_for_pods<F: Verify>(p: &Packet<F::A>, config: &NodeConfig) -> Result<(), 
     match F::verify_outside(p) {
         Err(DropReason::Spoofed) => Err(DropReason::Spoofed.into()),
         // The kernel takes `::` for a source like others. On the link, DHCP and neighbour discovery have such.
-        Err(DropReason::Martian) if p.tuple.src.is_martian_source() && source::is_host::<F>(p.tuple.dst) => {
+        Err(DropReason::Martian) if p.tuple.src.is_martian_source() && route::is_host::<F>(p.tuple.dst) => {
             Err(DropReason::Martian.into())
         }
         _ => Ok(()),

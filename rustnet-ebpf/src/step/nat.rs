@@ -8,8 +8,8 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::service::scope;
 use rustnet_common::tuple::{Tuple, proto};
 
+use super::lb;
 use super::route::{self, Route};
-use super::{lb, source};
 use crate::ctx::Skb;
 use crate::family::{Family, V4, V6};
 use crate::maps;
@@ -170,7 +170,7 @@ fn translate_external<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Res
     to.egress = route::local_pod(to.tuple.dst);
     flow.backend = backend.id;
     flow.flags |= flags::EXTERNAL;
-    if to.egress == NOT_LOCAL && !source::is_host::<F>(to.tuple.dst) {
+    if to.egress == NOT_LOCAL && !route::is_host::<F>(to.tuple.dst) {
         flow.flags |= flags::MASQ;
         to.tuple.src = F::node(config);
         if to.tuple.src == F::A::UNSPECIFIED {

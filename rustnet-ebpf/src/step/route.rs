@@ -50,6 +50,12 @@ pub fn is_local_pod<A: Address>(addr: A) -> bool {
     local_pod(addr) != NOT_LOCAL
 }
 
+/// True if the address is this node's own.
+#[inline(always)]
+pub fn is_host<F: Family>(addr: F::A) -> bool {
+    F::peer(addr).is_some_and(|peer| peer.flags & flags::HOST != 0)
+}
+
 /// True if a side of a connection was a pod, and another one has its address now, or none.
 #[inline(always)]
 pub fn is_replaced<A: Address>(ifindex: u32, addr: A) -> bool {

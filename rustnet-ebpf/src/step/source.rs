@@ -166,9 +166,3 @@ pub fn is_tunneled_pod<F: Family>(src: F::A) -> bool {
 pub fn is_own_range<F: Family>(addr: F::A) -> bool {
     F::peer(addr).is_some_and(|peer| peer.flags & flags::LOCAL_PODS != 0)
 }
-
-/// True if the address is this node's own.
-#[inline(always)]
-pub fn is_host<F: Family>(addr: F::A) -> bool {
-    F::peer(addr).is_some_and(|peer| peer.flags & flags::HOST != 0)
-}

@@ -33,7 +33,11 @@ impl Converter {
                  ipFamilies (or clusterIP: None for a headless service)",
             ));
         }
-        let ports = self.service_ports(spec, &mut findings);
+        let mut ports = self.service_ports(spec, &mut findings);
+        if !matches!(spec.type_.as_deref(), Some("NodePort" | "LoadBalancer")) {
+            // The API server keeps numbers of another type before.
+            ports.iter_mut().for_each(|port| port.node_port = 0);
+        }
         if ports.is_empty() && findings.list.is_empty() {
             findings.add("spec.ports", "no ports, so that every connection to it is refused; add one");
         }
@@ -43,7 +47,17 @@ impl Converter {
             vips,
             ports,
             affinity: affinity(spec, &mut findings),
-            internal_local: internal_local(spec, &mut findings),
+            internal_local: is_local(
+                spec.internal_traffic_policy.as_deref(),
+                "spec.internalTrafficPolicy",
+                &mut findings,
+            ),
+            external: external(service, spec, &mut findings),
+            external_local: is_local(
+                spec.external_traffic_policy.as_deref(),
+                "spec.externalTrafficPolicy",
+                &mut findings,
+            ),
             unserved: unserved(spec),
             problems: findings.done(),
         };
@@ -67,6 +81,13 @@ impl Converter {
                     continue;
                 }
             };
+            let node_port = match given.node_port.filter(|number| *number != 0).map(port).transpose() {
+                Ok(number) => number.unwrap_or(0),
+                Err(wrong) => {
+                    findings.add(format!("spec.ports[{i}].nodePort"), wrong);
+                    0
+                }
+            };
             let name = given.name.as_deref().unwrap_or("");
             if ports.iter().any(|p| p.port == number && p.proto == proto) {
                 findings.add(
@@ -85,7 +106,7 @@ impl Converter {
                 );
                 continue;
             }
-            ports.push(ServicePort { name: self.strings.intern(name), port: number, proto });
+            ports.push(ServicePort { name: self.strings.intern(name), port: number, proto, node_port });
         }
         ports.into()
     }
@@ -157,26 +178,54 @@ fn affinity(spec: &ServiceSpec, findings: &mut Findings) -> u32 {
     }
 }
 
-/// Read only to be reported.
-fn unserved(spec: &ServiceSpec) -> Box<[Feature]> {
-    let of_type = match spec.type_.as_deref() {
-        Some("NodePort") => Some(Feature::NodePort),
-        Some("LoadBalancer") => Some(Feature::LoadBalancer),
-        _ => None,
-    };
-    let has_external = spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty());
-    of_type.into_iter().chain(has_external.then_some(Feature::ExternalIps)).collect()
+/// Addresses for clients outside: `externalIPs`, and those of load balancers that deliver packets as they are (`ipMode: VIP`,
+/// KEP-1860).
+fn external(service: &KubeService, spec: &ServiceSpec, findings: &mut Findings) -> Box<[IpAddr]> {
+    let ips = spec.external_ips.iter().flatten().enumerate().map(|(i, ip)| (format!("spec.externalIPs[{i}]"), ip));
+    // Served to nobody rather than to everybody.
+    let is_open = is_balanced(spec) && !has_source_ranges(spec);
+    let status = service.status.as_ref().filter(|_| is_open).and_then(|status| status.load_balancer.as_ref());
+    let balanced = status.and_then(|status| status.ingress.as_ref()).into_iter().flatten().enumerate();
+    let balanced = balanced.filter(|(_, it)| it.ip_mode.as_deref() != Some("Proxy")).filter_map(|(i, it)| {
+        let ip = it.ip.as_ref().filter(|ip| !ip.is_empty())?;
+        Some((format!("status.loadBalancer.ingress[{i}].ip"), ip))
+    });
+    let mut found: Vec<IpAddr> = Vec::new();
+    for (field, text) in ips.chain(balanced) {
+        match unicast(text) {
+            Ok(ip) if found.contains(&ip) => {}
+            Ok(ip) => found.push(ip),
+            Err(wrong) => findings.add(field, wrong),
+        }
+    }
+    found.into()
 }
 
-fn internal_local(spec: &ServiceSpec, findings: &mut Findings) -> bool {
-    match spec.internal_traffic_policy.as_deref() {
+/// True for a Service with a load balancer.
+fn is_balanced(spec: &ServiceSpec) -> bool {
+    spec.type_.as_deref() == Some("LoadBalancer")
+}
+
+/// True if only some clients may use its load balancer.
+fn has_source_ranges(spec: &ServiceSpec) -> bool {
+    spec.load_balancer_source_ranges.iter().flatten().any(|range| !range.trim().is_empty())
+}
+
+/// Read only to be reported.
+fn unserved(spec: &ServiceSpec) -> Box<[Feature]> {
+    let has_check = spec.external_traffic_policy.as_deref() == Some("Local")
+        && spec.health_check_node_port.is_some_and(|port| port != 0);
+    let ranges = (is_balanced(spec) && has_source_ranges(spec)).then_some(Feature::SourceRanges);
+    ranges.into_iter().chain((is_balanced(spec) && has_check).then_some(Feature::HealthCheck)).collect()
+}
+
+/// What a traffic policy says: only endpoints of this node.
+fn is_local(policy: Option<&str>, field: &str, findings: &mut Findings) -> bool {
+    match policy {
         None | Some("" | "Cluster") => false,
         Some("Local") => true,
         Some(other) => {
-            findings.add(
-                "spec.internalTrafficPolicy",
-                format!("{other:?} is unknown, Cluster is used; use Cluster or Local"),
-            );
+            findings.add(field, format!("{other:?} is unknown, Cluster is used; use Cluster or Local"));
             false
         }
     }

@@ -417,14 +417,18 @@ fn names_are_checked() {
 
 #[test]
 fn what_is_asked_for_and_not_served_is_noted() {
-    use crate::model::Feature::{ExternalIps, LoadBalancer, NodePort};
-    for (type_, external, want) in [
-        ("ClusterIP", json!([]), vec![]),
-        ("NodePort", json!([]), vec![NodePort]),
-        ("LoadBalancer", json!(["192.0.2.9"]), vec![LoadBalancer, ExternalIps]),
+    use crate::model::Feature::{HealthCheck, SourceRanges};
+    for (type_, policy, ranges, want) in [
+        ("NodePort", "Local", json!(["192.0.2.0/24"]), vec![]),
+        ("LoadBalancer", "Cluster", json!([" "]), vec![]),
+        ("LoadBalancer", "Cluster", json!(["192.0.2.0/24"]), vec![SourceRanges]),
+        ("LoadBalancer", "Local", json!([]), vec![HealthCheck]),
     ] {
-        let spec = json!({"clusterIP": "10.96.0.1", "type": type_, "externalIPs": external, "ports": [{"port": 80}]});
-        assert_eq!(*service(web(&spec)).unserved, *want, "{type_}");
+        let spec = json!({
+            "clusterIP": "10.96.0.1", "type": type_, "ports": [{"port": 80}], "externalTrafficPolicy": policy,
+            "healthCheckNodePort": 30_001, "loadBalancerSourceRanges": ranges,
+        });
+        assert_eq!(*service(web(&spec)).unserved, *want, "{type_} {policy}");
     }
     for (ports, want) in
         [(json!([{"containerPort": 80}]), false), (json!([{"containerPort": 80, "hostPort": 80}]), true)]

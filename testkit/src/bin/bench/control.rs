@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use testkit::manifest::{Endpoint, Port, Service};
+use testkit::manifest::{Endpoint, Outside, Port, Service};
 use testkit::{Fabric, Node, Proto, Setup, wait};
 
 /// Endpoints of each service that is written.
@@ -339,6 +339,7 @@ fn remembered(n: u32) -> Service {
         name: format!("service-{n}"),
         vips: vec![vip(n).into()],
         ports: vec![Port { name: "http".into(), proto: Proto::Tcp, port: 80, target: 8080 }],
+        outside: Outside::default(),
         endpoints: (n * 5..n * 5 + 5).map(endpoint).collect(),
     }
 }

@@ -1,0 +1,84 @@
+//! Services for clients outside.
+
+use super::{VIP4, desired, gone, index, key};
+use crate::index::{Index, VipKey};
+use crate::model::build::{endpoint, ip, node, service, slice};
+use crate::model::{Family, Service};
+use crate::source::Kind;
+use rustnet_common::service::flags::{SHARED, VIP};
+use rustnet_common::service::scope;
+use rustnet_common::tuple::proto::TCP;
+use std::collections::BTreeSet;
+
+fn outside(key: VipKey) -> VipKey {
+    VipKey { scope: scope::EXTERNAL, ..key }
+}
+
+/// An index of node n1 with one address, and a Service with an endpoint here and one elsewhere.
+fn published(service: Service) -> Index {
+    let mut it = index([service.apply()]);
+    let slice = slice("web-1", "web", Family::V4).tcp(8080);
+    it.handle(slice.endpoint(endpoint("10.244.1.5").on("n1")).endpoint(endpoint("10.244.2.5").on("n2")).apply());
+    it
+}
+
+const BALANCER: &str = "203.0.113.7";
+
+#[test]
+fn a_node_port_is_at_the_nodes_addresses() {
+    let mut it = published(service("web", &[VIP4]).tcp(80).node_port(30_080));
+    let at_node = key("172.18.0.11", 30_080, TCP);
+    for key in [at_node, outside(at_node)] {
+        assert_eq!(desired(&it, &key).expect("an entry").0.len(), 2, "{key}");
+    }
+    assert!(it.has_external());
+    assert_eq!(desired(&it, &VipKey::wildcard(ip("172.18.0.11"))), None, "the other ports are the host's");
+    assert_eq!(desired(&it, &outside(key(VIP4, 80, TCP))), None, "a cluster address is not for clients outside");
+    it.take_dirty_services();
+    // Another address takes the place of the first.
+    it.handle(node("n1", &["172.18.0.12"], &["10.244.1.0/24"]).apply());
+    let dirty: BTreeSet<_> = it.take_dirty_services().into_iter().collect();
+    let moved = key("172.18.0.12", 30_080, TCP);
+    assert!(dirty.is_superset(&[at_node, outside(at_node), moved, outside(moved)].into()), "{dirty:?}");
+    assert!(desired(&it, &at_node).is_none() && desired(&it, &outside(moved)).is_some());
+    it.handle(gone(Kind::Service, "web"));
+    assert!(!it.has_external() && desired(&it, &outside(moved)).is_none());
+}
+
+/// Clients outside get the endpoints of this node alone, those inside all (kube-proxy's short-circuit).
+#[test]
+fn an_external_policy_of_local_is_for_clients_outside() {
+    let web = service("web", &[VIP4]).tcp(80).node_port(30_080).external(&[BALANCER]);
+    let it = published(Service { external_local: true, ..web });
+    for (at, port) in [("172.18.0.11", 30_080), (BALANCER, 80)] {
+        let inside = key(at, port, TCP);
+        assert_eq!(desired(&it, &inside).expect("an entry").0.len(), 2, "{inside}");
+        assert_eq!(desired(&it, &outside(inside)).expect("an entry").0.len(), 1, "{inside}");
+    }
+}
+
+#[test]
+fn a_load_balancers_address_has_wildcards_of_its_own() {
+    let it = published(service("web", &[VIP4]).tcp(80).external(&[BALANCER]));
+    let whole = VipKey::wildcard(ip(BALANCER));
+    assert_eq!(desired(&it, &whole), Some((Vec::new(), VIP | SHARED)));
+    assert_eq!(desired(&it, &outside(whole)), Some((Vec::new(), VIP)));
+    assert_eq!(desired(&it, &VipKey::wildcard(ip(VIP4))), Some((Vec::new(), VIP)));
+    assert_eq!(desired(&it, &outside(VipKey::wildcard(ip(VIP4)))), None);
+    // One that is a cluster address of another Service: no machine outside has it.
+    let mut it = published(service("web", &[VIP4]).tcp(80).external(&[VIP_OF_TWO]));
+    it.handle(service("other", &[VIP_OF_TWO]).tcp(81).apply());
+    assert_eq!(desired(&it, &VipKey::wildcard(ip(VIP_OF_TWO))), Some((Vec::new(), VIP)));
+}
+
+const VIP_OF_TWO: &str = "10.96.0.99";
+
+/// `externalIPs` that name this node: its other ports stay the host's.
+#[test]
+fn an_external_ip_of_the_node() {
+    let it = published(service("web", &[VIP4]).tcp(80).external(&["172.18.0.11"]));
+    let at_node = key("172.18.0.11", 80, TCP);
+    assert!(desired(&it, &at_node).is_some() && desired(&it, &outside(at_node)).is_some());
+    let whole = VipKey::wildcard(ip("172.18.0.11"));
+    assert!(desired(&it, &whole).is_none() && desired(&it, &outside(whole)).is_none());
+}

@@ -1,0 +1,230 @@
+//! Services for clients outside: node ports, load balancers' addresses, external IPs.
+
+use crate::fixture::{Net, TestService, endpoints, in_each_routing, world};
+use anyhow::{Context, Result, ensure};
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
+use testkit::client::{Connection, ask, ask_sized};
+use testkit::manifest::{Endpoint, Outside};
+use testkit::{Netns, Node, Pod, Proto, wait};
+
+in_each_routing!(
+    node_ports_of_each_node,
+    large_transfers,
+    a_local_policy_keeps_the_client,
+    without_endpoints_clients_are_refused,
+    a_load_balancers_address,
+    an_external_ip_of_a_node,
+    clients_inside,
+    a_backend_that_is_the_node,
+    connections_outlive_their_endpoint,
+);
+
+/// A node port that no other test has.
+fn node_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(30_100);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A service with a node port, which both nodes know.
+fn published(net: &Net, outside: Outside, endpoints: Vec<Endpoint>) -> Result<TestService<'_>> {
+    let mut service = net.unknown_service();
+    service.service.outside = outside;
+    service.set(endpoints)?;
+    service.wait_known()?;
+    Ok(service)
+}
+
+fn at_nodes() -> Outside {
+    Outside { node_port: node_port(), ..Outside::default() }
+}
+
+/// The node port at a node, of each family.
+fn targets(node: &Node, service: &TestService<'_>) -> [SocketAddr; 2] {
+    world().map(|like| SocketAddr::new(node.address_like(like), service.service.outside.node_port))
+}
+
+/// Waits until somebody answers there.
+fn wait_served(from: &Netns, target: SocketAddr) -> Result<()> {
+    wait::until(&format!("{target} served"), || ask(from, Proto::Udp, target, 1)?.all_answered())
+}
+
+/// What servers on pods see of the world, which asks a node: itself on that node, the node's address elsewhere.
+fn seen(node: &Node, pods: &[&Pod], like: IpAddr) -> BTreeSet<IpAddr> {
+    let of = |pod: &&Pod| {
+        if pod.node().name() == node.name() { world()[usize::from(like.is_ipv6())] } else { node.address_like(like) }
+    };
+    pods.iter().map(of).collect()
+}
+
+fn node_ports_of_each_node(net: &Net) -> Result<()> {
+    let pods = [&net.a, &net.b, &net.c];
+    let service = published(net, at_nodes(), endpoints(&pods))?;
+    for node in net.fabric.nodes() {
+        for target in targets(node, &service) {
+            wait_served(net.fabric.world(), target)?;
+            for proto in Proto::ALL {
+                let answers = ask(net.fabric.world(), proto, target, 60)?;
+                answers.only_by(&["a", "b", "c"])?;
+                let want = seen(node, &pods, target.ip());
+                ensure!(answers.seen_as == want, "{proto} {target}: {answers}, not seen as {want:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Larger than one packet, through the overlay and back: segments, fragments, and the path's MTU.
+fn large_transfers(net: &Net) -> Result<()> {
+    let service = published(net, at_nodes(), endpoints(&[&net.c]))?;
+    for target in targets(net.node(1), &service) {
+        wait_served(net.fabric.world(), target)?;
+        for (proto, size) in [(Proto::Tcp, 60_000), (Proto::Udp, 1400), (Proto::Udp, 8000)] {
+            // A client behind IPv6 learns the path's MTU by an error first.
+            wait::until(&format!("{proto} {target}, {size} bytes"), || {
+                ask_sized(net.fabric.world(), proto, target, 5, size)?.only_by(&["c"])
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn a_local_policy_keeps_the_client(net: &Net) -> Result<()> {
+    let outside = Outside { is_local: true, ..at_nodes() };
+    let service = published(net, outside, endpoints(&[&net.a, &net.b]))?;
+    for target in targets(net.node(1), &service) {
+        wait_served(net.fabric.world(), target)?;
+        for proto in Proto::ALL {
+            let answers = ask(net.fabric.world(), proto, target, 40)?;
+            answers.only_by(&["a", "b"])?;
+            answers.only_as(world()[usize::from(target.is_ipv6())])?;
+        }
+    }
+    // The other node has no endpoint: nobody answers, and nobody refuses.
+    for target in targets(net.node(2), &service) {
+        ask(net.fabric.world(), Proto::Tcp, target, 1)?.all_failed(ErrorKind::TimedOut)?;
+        // Its pods get all endpoints by the same address.
+        ask(net.c.netns(), Proto::Tcp, target, 20)?.only_by(&["a", "b"])?;
+    }
+    Ok(())
+}
+
+fn without_endpoints_clients_are_refused(net: &Net) -> Result<()> {
+    let mut service = published(net, at_nodes(), endpoints(&[&net.a]))?;
+    for node in net.fabric.nodes() {
+        for target in targets(node, &service) {
+            wait_served(net.fabric.world(), target)?;
+        }
+    }
+    service.set(Vec::new())?;
+    service.wait_refused()?;
+    for node in net.fabric.nodes() {
+        for target in targets(node, &service) {
+            for proto in Proto::ALL {
+                ask(net.fabric.world(), proto, target, 3)?.all_failed(ErrorKind::ConnectionRefused)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The segment's router leads the addresses to a node, as a load balancer does.
+fn a_load_balancers_address(net: &Net) -> Result<()> {
+    static NEXT: AtomicU16 = AtomicU16::new(1);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    let balancer: Vec<IpAddr> = vec![format!("203.0.113.{n}").parse()?, format!("2001:db8:113::{n}").parse()?];
+    for vip in &balancer {
+        net.fabric.switch().ip(&format!("route add {vip} via {}\n", net.node(1).address_like(*vip)))?;
+    }
+    let pods = [&net.a, &net.c];
+    let outside = Outside { balancer: balancer.clone(), ..at_nodes() };
+    let service = published(net, outside, endpoints(&pods))?;
+    let port = service.targets()[0].port();
+    for vip in balancer {
+        let target = SocketAddr::new(vip, port);
+        wait_served(net.fabric.world(), target)?;
+        for proto in Proto::ALL {
+            let answers = ask(net.fabric.world(), proto, target, 40)?;
+            answers.only_by(&["a", "c"])?;
+            let want = seen(net.node(1), &pods, vip);
+            ensure!(answers.seen_as == want, "{proto} {target}: {answers}, not seen as {want:?}");
+            // Pods and hosts of the cluster do not leave it.
+            for from in [net.a.netns(), net.c.netns(), net.node(1).netns(), net.node(2).netns()] {
+                ask(from, proto, target, 20)?.only_by(&["a", "c"])?;
+            }
+            let other = SocketAddr::new(vip, port + 1);
+            ask(net.fabric.world(), proto, other, 2)?.all_failed(ErrorKind::ConnectionRefused)?;
+        }
+    }
+    Ok(())
+}
+
+/// Its other ports stay the host's.
+fn an_external_ip_of_a_node(net: &Net) -> Result<()> {
+    let ips = world().map(|like| net.node(1).address_like(like)).to_vec();
+    let outside = Outside { ips: ips.clone(), ..Outside::default() };
+    let service = published(net, outside, endpoints(&[&net.c]))?;
+    let port = service.targets()[0].port();
+    for ip in ips {
+        let target = SocketAddr::new(ip, port);
+        wait_served(net.fabric.world(), target)?;
+        for proto in Proto::ALL {
+            ask(net.fabric.world(), proto, target, 10)?.only_by(&["c"])?;
+            let own = SocketAddr::new(ip, testkit::pod::PORT);
+            ask(net.fabric.world(), proto, own, 5)?.only_by(&["n1"])?;
+        }
+    }
+    Ok(())
+}
+
+/// Pods here and there, and the other node's host, at the node ports of node 1.
+fn clients_inside(net: &Net) -> Result<()> {
+    let service = published(net, at_nodes(), endpoints(&[&net.a, &net.c]))?;
+    for target in targets(net.node(1), &service) {
+        wait_served(net.fabric.world(), target)?;
+        for from in [net.a.netns(), net.b.netns(), net.c.netns(), net.node(2).netns()] {
+            for proto in Proto::ALL {
+                ask(from, proto, target, 30)?.only_by(&["a", "c"]).with_context(|| format!("{proto} {target}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A backend on the network of the node that is asked, and of another.
+fn a_backend_that_is_the_node(net: &Net) -> Result<()> {
+    for of in [1, 2] {
+        let node = net.node(of);
+        let at = world().map(|like| Endpoint::ready(node.address_like(like), Some(node.name())));
+        let service = published(net, at_nodes(), at.to_vec())?;
+        for target in targets(net.node(1), &service) {
+            wait_served(net.fabric.world(), target)?;
+            for proto in Proto::ALL {
+                for from in [net.fabric.world(), net.a.netns(), net.c.netns()] {
+                    ask(from, proto, target, 10)?
+                        .only_by(&[node.name()])
+                        .with_context(|| format!("{proto} {target}"))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// TCP connections stay with their endpoint when it leaves the service.
+fn connections_outlive_their_endpoint(net: &Net) -> Result<()> {
+    let mut service = published(net, at_nodes(), endpoints(&[&net.c]))?;
+    for target in targets(net.node(1), &service) {
+        wait_served(net.fabric.world(), target)?;
+        let mut open = Connection::open_in(net.fabric.world(), target)?;
+        ensure!(open.ask("1")?.0 == "c", "another server");
+        service.set(endpoints(&[&net.b]))?;
+        wait::until("the other endpoint", || ask(net.fabric.world(), Proto::Udp, target, 1)?.only_by(&["b"]))?;
+        ensure!(open.ask("2")?.0 == "c", "the connection moved");
+        service.set(endpoints(&[&net.c]))?;
+        wait::until("the first endpoint", || ask(net.fabric.world(), Proto::Udp, target, 1)?.only_by(&["c"]))?;
+    }
+    Ok(())
+}
