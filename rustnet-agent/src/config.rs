@@ -224,6 +224,8 @@ pub struct MapSizes {
     pub ct_any: u32,
     /// `rn_frag4`, `rn_frag6`, each.
     pub frags: u32,
+    /// Clients of services with session affinity.
+    pub affinities: u32,
     /// `rn_endpoints`.
     pub endpoints: u32,
     /// `rn_peers4`, `rn_peers6`, each.
@@ -238,6 +240,7 @@ impl Default for MapSizes {
             ct_tcp: 65_536,
             ct_any: 32_768,
             frags: 8192,
+            affinities: 32_768,
             endpoints: 4096,
             peers: 65_536,
         }
@@ -325,6 +328,7 @@ impl Config {
                 ct_tcp: read.entries("ct-tcp-entries"),
                 ct_any: read.entries("ct-any-entries"),
                 frags: read.entries("frag-entries"),
+                affinities: read.entries("affinity-entries"),
                 endpoints: read.entries("endpoint-entries"),
                 peers: read.entries("peer-entries"),
             },

@@ -1,4 +1,4 @@
-//! Collects connections that have been silent for longer than their kind may be.
+//! Collects connections that have been silent for longer than their kind may be, and clients whose session affinity is over.
 //!
 //! The programs only refresh entries; without this, an LRU that is full of dead flows would evict live ones.
 
@@ -8,10 +8,12 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use rustnet_common::affinity::MAX_SECONDS;
 use rustnet_common::conntrack::lifetime;
 use tokio::sync::watch;
 
 use crate::bpf::probe::{age, jiffies};
+use crate::bpf::store::affinity::Affinities;
 use crate::bpf::store::conntrack::{Conntrack, Swept};
 use crate::metrics::Metrics;
 
@@ -21,6 +23,7 @@ pub const PERIOD: Duration = Duration::from_secs(30);
 /// The collector.
 pub struct Collector {
     conntrack: Conntrack,
+    affinities: Affinities,
     clock: OwnedFd,
     hz: u32,
 }
@@ -28,13 +31,14 @@ pub struct Collector {
 impl Collector {
     /// Collects from the tables pinned in `bpffs`, with the time from the `clock` program.
     pub fn open(bpffs: &Path, clock: OwnedFd, hz: u32) -> Result<Self> {
-        Ok(Self { conntrack: Conntrack::open(bpffs)?, clock, hz })
+        Ok(Self { conntrack: Conntrack::open(bpffs)?, affinities: Affinities::open(bpffs)?, clock, hz })
     }
 
     /// Goes through the tables once.
     pub fn sweep(&self) -> Result<Swept> {
         // Before the tables are read: what is seen later counts as just seen.
         let now = jiffies(self.clock.as_fd())?;
+        self.affinities.sweep(|seen| is_older(now, self.hz, seen, MAX_SECONDS))?;
         self.conntrack.sweep(|proto, state, seen| expired(now, self.hz, proto, state, seen))
     }
 
@@ -72,7 +76,12 @@ impl Collector {
 
 /// True if one entry of a connection has been silent for too long. `now`: the low 31 bits of jiffies.
 pub fn expired(now: u32, hz: u32, proto: u8, state: u64, seen: u32) -> bool {
-    u64::from(age(now, seen)) > u64::from(lifetime(proto, state)) * u64::from(hz)
+    is_older(now, hz, seen, lifetime(proto, state))
+}
+
+/// True if something was seen more than `seconds` ago.
+fn is_older(now: u32, hz: u32, seen: u32, seconds: u32) -> bool {
+    u64::from(age(now, seen)) > u64::from(seconds) * u64::from(hz)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 #![cfg_attr(not(feature = "user"), no_std)]
 
 pub mod addr;
+pub mod affinity;
 pub mod backend;
 pub mod config;
 pub mod conntrack;

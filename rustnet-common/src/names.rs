@@ -70,6 +70,8 @@ pub mod map {
     pub const FRAG4: &str = "rn_frag4_v2";
     /// First fragments, IPv6.
     pub const FRAG6: &str = "rn_frag6_v2";
+    /// Backends of clients, of services with session affinity.
+    pub const AFFINITY: &str = "rn_affinity";
     /// Pods of this node.
     pub const ENDPOINTS: &str = "rn_endpoints";
     /// Everything else, IPv4.
@@ -85,7 +87,7 @@ pub mod map {
     /// Addresses of this host's devices.
     pub const DEVICES: &str = "rn_devices";
     /// All of them.
-    pub const ALL: [&str; 18] = [
+    pub const ALL: [&str; 19] = [
         SVC4,
         SVC6,
         BACKEND_IDS,
@@ -104,6 +106,7 @@ pub mod map {
         CONFIG,
         CT_CONTESTED,
         DEVICES,
+        AFFINITY,
     ];
 }
 

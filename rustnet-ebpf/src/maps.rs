@@ -5,6 +5,7 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
+use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::backend::Backend;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::CtEntry;
@@ -129,6 +130,8 @@ pub static rn_ct_contested: Array<u32, 1> = Array::new();
 pub static rn_frag4_v2: Fragments<Ip4> = Fragments::new();
 #[btf_map]
 pub static rn_frag6_v2: Fragments<Ip6> = Fragments::new();
+#[btf_map]
+pub static rn_affinity: LruHashMap<AffinityKey, Affinity, 32_768> = LruHashMap::new();
 #[btf_map]
 pub static rn_endpoints: HashMap<EndpointKey, Endpoint, 4096, GROWS> = HashMap::new();
 #[btf_map]

@@ -14,6 +14,7 @@ use crate::frame::Frame;
 use anyhow::{Context, Result, anyhow, ensure};
 use bytemuck::Pod;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
+use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED};
@@ -128,6 +129,7 @@ impl Lab {
         d.table::<PeerKey<Ip6>, Peer>(map::PEERS6)?.clear()?;
         d.table::<Addr, Endpoint>(map::ENDPOINTS)?.clear()?;
         d.table::<u32, Device>(map::DEVICES)?.clear()?;
+        d.table::<AffinityKey, Affinity>(map::AFFINITY)?.clear()?;
         let none = Backend::cleared(0);
         for used in 0..self.backends.swap(0, Ordering::Relaxed) {
             d.table(map::BACKENDS)?.put(&used, &none)?;
@@ -247,6 +249,14 @@ impl Lab {
         self.serve_to(scope::EXTERNAL, at, port, proto, flags, to)
     }
 
+    /// The same, with session affinity for `seconds`.
+    pub fn publish_sticky(&self, at: IpAddr, port: u16, proto: u8, seconds: u32, to: &[(IpAddr, u16)]) -> Result<()> {
+        let first = self.backends.load(Ordering::Relaxed);
+        self.publish(at, port, proto, 0, to)?;
+        let entry = SvcEntry { first, count: to.len() as u32, id: 1 + first, affinity: seconds, flags: 0, pad: 0 };
+        self.put_entry(scope::EXTERNAL, at, port, proto, &entry)
+    }
+
     /// Writes a service for the cluster at an address that has ports of others, too.
     pub fn serve_at_node(&self, at: IpAddr, port: u16, proto: u8, to: &[(IpAddr, u16)]) -> Result<Vec<u32>> {
         self.serve_to(scope::CLUSTER, at, port, proto, 0, to)
@@ -322,6 +332,21 @@ impl Lab {
                 self.datapath.table(map::SVC6)?.put(&SvcKey { vip: Ip6::from_ip(vip), port, proto, scope }, entry)
             }
         }
+    }
+
+    /// Gives a service session affinity for `seconds`.
+    pub fn stick(&self, vip: IpAddr, port: u16, proto: u8, seconds: u32) -> Result<()> {
+        let entry = self.service(vip, port, proto)?;
+        self.put_service(vip, port, proto, &SvcEntry { affinity: seconds, ..entry })
+    }
+
+    /// Makes all clients with session affinity look as if they had come some seconds (as the programs count) before.
+    pub fn age_affinities(&self, seconds: u32) -> Result<()> {
+        let table = self.datapath.table::<AffinityKey, Affinity>(map::AFFINITY)?;
+        for (key, known) in table.entries()? {
+            table.put(&key, &Affinity { seen: known.seen.wrapping_sub(seconds * HZ), ..known })?;
+        }
+        Ok(())
     }
 
     /// Takes a service away.

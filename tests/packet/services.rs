@@ -1,5 +1,6 @@
 //! Services: the way to a backend and back.
 
+mod affinity;
 mod checksums;
 mod ports;
 mod refusals;

@@ -307,6 +307,14 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
+                flag: "affinity-entries",
+                key: "affinityEntries",
+                value: "NUMBER",
+                default: Some("32768"),
+                help: "Size of the table of clients of Services with session affinity",
+                ..ONE
+            },
+            Setting {
                 flag: "endpoint-entries",
                 key: "endpointEntries",
                 value: "NUMBER",

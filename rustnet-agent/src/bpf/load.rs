@@ -281,9 +281,10 @@ pub fn program_path(bpffs: &Path, name: &str) -> PathBuf {
 /// Map sizes of the configuration, by map name.
 pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
     use names::map::{
-        BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6, SVC4, SVC6,
+        AFFINITY, BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6,
+        SVC4, SVC6,
     };
-    let MapSizes { services, backends, ct_tcp, ct_any, frags, endpoints, peers } = *maps;
+    let MapSizes { services, backends, ct_tcp, ct_any, frags, affinities, endpoints, peers } = *maps;
     let sizes = [
         (SVC4, services),
         (SVC6, services),
@@ -295,6 +296,7 @@ pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
         (CT6_ANY, ct_any),
         (FRAG4, frags),
         (FRAG6, frags),
+        (AFFINITY, affinities),
         (ENDPOINTS, endpoints),
         (PEERS4, peers),
         (PEERS6, peers),

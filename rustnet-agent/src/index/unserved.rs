@@ -39,8 +39,7 @@ pub type Unserved = BTreeMap<Feature, Askers>;
 pub fn find<'a>(services: impl Iterator<Item = &'a Service>, pods: impl Iterator<Item = &'a Pod>) -> Unserved {
     let mut found = Unserved::new();
     for service in services {
-        let affinity = (service.affinity > 0).then_some(Feature::SessionAffinity);
-        for feature in service.unserved.iter().copied().chain(affinity) {
+        for feature in service.unserved.iter().copied() {
             found.entry(feature).or_default().add(&service.name);
         }
     }
@@ -63,8 +62,8 @@ mod tests {
     use super::{find, problems};
     use crate::model::{Feature, ObjectName, Pod, Service, build};
 
-    fn service(name: &str, unserved: &[Feature], affinity: u32) -> Service {
-        Service { unserved: unserved.into(), affinity, ..build::service(name, &[]) }
+    fn service(name: &str, unserved: &[Feature]) -> Service {
+        Service { unserved: unserved.into(), ..build::service(name, &[]) }
     }
 
     fn pod(name: &str, host_ports: bool, host_network: bool) -> Pod {
@@ -75,16 +74,13 @@ mod tests {
     #[test]
     fn each_feature_is_one_problem_with_three_names() {
         let mut services: Vec<_> =
-            ["d", "c", "b", "a"].into_iter().map(|name| service(name, &[Feature::SourceRanges], 0)).collect();
-        services.push(service("sticky", &[Feature::HealthCheck], 10_800));
-        services.push(service("plain", &[], 0));
+            ["d", "c", "b", "a"].into_iter().map(|name| service(name, &[Feature::SourceRanges])).collect();
+        services.push(service("sticky", &[Feature::HealthCheck]));
+        services.push(service("plain", &[]));
         let pods = [pod("proxy", true, true), pod("registry", true, false), pod("web", false, false)];
         let found = find(services.iter(), pods.iter());
         let counts: Vec<_> = found.iter().map(|(feature, askers)| (feature.name(), askers.count)).collect();
-        assert_eq!(
-            counts,
-            [("source_ranges", 4), ("health_check_node_port", 1), ("session_affinity", 1), ("host_port", 1)]
-        );
+        assert_eq!(counts, [("source_ranges", 4), ("health_check_node_port", 1), ("host_port", 1)]);
         let problems: Vec<_> = problems(&found).map(|problem| problem.to_string()).collect();
         assert_eq!(
             problems[0],
@@ -92,7 +88,7 @@ mod tests {
              filter before the nodes and remove the field; until then no address of its load balancer is served"
         );
         assert!(
-            problems[3].starts_with("Pod hostPort: not served, but asked for by default/registry; "),
+            problems[2].starts_with("Pod hostPort: not served, but asked for by default/registry; "),
             "{problems:?}"
         );
         assert!(Feature::ALL.into_iter().all(|feature| Feature::of_name(feature.name()) == Some(feature)));

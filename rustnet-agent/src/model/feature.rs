@@ -7,22 +7,19 @@ pub enum Feature {
     SourceRanges,
     /// `healthCheckNodePort`: no answer, so that load balancers take all nodes for failed or none.
     HealthCheck,
-    /// `sessionAffinity: ClientIP`: recorded, and not applied.
-    SessionAffinity,
     /// `hostPort` of a pod that does not use the host's network.
     HostPort,
 }
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::SourceRanges, Self::HealthCheck, Self::SessionAffinity, Self::HostPort];
+    pub const ALL: [Self; 3] = [Self::SourceRanges, Self::HealthCheck, Self::HostPort];
 
     /// The name in metrics and files.
     pub const fn name(self) -> &'static str {
         match self {
             Self::SourceRanges => "source_ranges",
             Self::HealthCheck => "health_check_node_port",
-            Self::SessionAffinity => "session_affinity",
             Self::HostPort => "host_port",
         }
     }
@@ -37,7 +34,6 @@ impl Feature {
         match self {
             Self::SourceRanges => "Service spec.loadBalancerSourceRanges",
             Self::HealthCheck => "Service spec.healthCheckNodePort",
-            Self::SessionAffinity => "Service spec.sessionAffinity: ClientIP",
             Self::HostPort => "Pod hostPort",
         }
     }
@@ -49,7 +45,6 @@ impl Feature {
                 "filter before the nodes and remove the field; until then no address of its load balancer is served"
             }
             Self::HealthCheck => "let the load balancer probe the node port itself",
-            Self::SessionAffinity => "do not rely on it: each connection may go to another endpoint",
             Self::HostPort => "give the pod hostNetwork: true, or a Service",
         }
     }

@@ -24,7 +24,7 @@ pub struct Service {
     pub internal_local: bool,
     /// `externalTrafficPolicy: Local`.
     pub external_local: bool,
-    /// What it asks for and does not get, besides affinity.
+    /// What it asks for and does not get.
     pub unserved: Box<[Feature]>,
     /// What was wrong with it.
     pub problems: Box<[Problem]>,

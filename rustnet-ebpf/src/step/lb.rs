@@ -1,12 +1,17 @@
 //! Service load-balancing. Contract: returns the backend of a flow, or the reason why it gets none. The choice depends on the
-//! flow's hash alone, so that every node, and this one after an eviction, chooses alike.
+//! flow's hash alone, so that every node, and this one after an eviction, chooses alike; and, with session affinity, on the backend
+//! that the client had before.
 
+use rustnet_common::addr::{Addr, Address};
+use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::backend::{Backend, id};
+use rustnet_common::conntrack::elapsed;
 use rustnet_common::drop::DropReason;
 use rustnet_common::hash;
 use rustnet_common::service::{SvcEntry, SvcKey, flags, scope};
 use rustnet_common::tuple::Tuple;
 
+use crate::ctx::jiffies;
 use crate::family::Family;
 use crate::maps;
 
@@ -66,7 +71,8 @@ pub fn select<F: Family>(t: &Tuple<F::A>, scope: u8, seed: u32) -> Result<Option
     // SAFETY: the entry lies in a map, whose memory stays mapped for this run. User space may
     // replace the entry, and the kernel may give its memory to another key at once: the backend's
     // service, compared below, shows that.
-    let (first, count, service, svc_flags) = unsafe { ((*entry).first, (*entry).count, (*entry).id, (*entry).flags) };
+    let (first, count, service, svc_flags, affinity) =
+        unsafe { ((*entry).first, (*entry).count, (*entry).id, (*entry).flags, (*entry).affinity) };
     if count == 0 {
         return Err(if svc_flags & flags::DROP_EMPTY != 0 {
             DropReason::NoLocalBackend
@@ -75,9 +81,35 @@ pub fn select<F: Family>(t: &Tuple<F::A>, scope: u8, seed: u32) -> Result<Option
         });
     }
     let index = first.wrapping_add(hash::pick(hash::flow(t, seed), count));
-    let found = maps::rn_backend_ids.get(index).and_then(|backend_id| backend(*backend_id));
-    match found {
+    let chosen = maps::rn_backend_ids.get(index).copied();
+    let chosen = match chosen {
+        Some(chosen) if affinity != 0 => {
+            let (high, low) = t.src.to_addr().halves();
+            Some(rn_affine(high, low, service, affinity, chosen))
+        }
+        chosen => chosen,
+    };
+    match chosen.and_then(backend) {
         Some(b) if b.service == service => Ok(Some(b)),
         _ => Err(DropReason::BackendLookupFailed),
     }
+}
+
+/// The id of the backend that a client of a service has, which is the `chosen` one if it has none; the client has it for `seconds`
+/// from now. A function with global linkage, which both families share: the verifier looks at it once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_affine(high: u64, low: u64, service: u32, seconds: u32, chosen: u32) -> u32 {
+    let key = AffinityKey { client: Addr::from_halves(high, low), service };
+    let Some(config) = maps::config() else { return chosen };
+    let now = jiffies();
+    let kept = maps::rn_affinity.get_ptr(key).map_or(0, |known| {
+        // SAFETY: a map value stays readable for this run of the program.
+        let Affinity { backend, seen } = unsafe { known.read() };
+        if elapsed(now, seen) < seconds.wrapping_mul(config.hz) { backend } else { 0 }
+    });
+    let kept = if backend(kept).is_some_and(|b| b.service == service) { kept } else { chosen };
+    // A full table only costs the client its backend; the LRU makes room for the next.
+    let _ = maps::rn_affinity.insert(key, Affinity { backend: kept, seen: now }, 0);
+    kept
 }

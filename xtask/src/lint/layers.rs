@@ -34,6 +34,7 @@ const CRATES: [Crate; 6] = [
             &["addr", "crc32c", "names"],
             &["tuple", "endpoint"],
             &[
+                "affinity",
                 "backend",
                 "config",
                 "conntrack",

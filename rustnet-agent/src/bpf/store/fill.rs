@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use bytemuck::Pod;
 use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::conntrack::CtEntry;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::frag::{FragKey, FragPorts};
@@ -41,6 +42,7 @@ pub fn read(bpffs: &Path) -> Result<Vec<Fill>> {
         count::<Tuple<Ip6>, CtEntry<Ip6>>(bpffs, map::CT6_ANY)?,
         count::<FragKey<Ip4>, FragPorts>(bpffs, map::FRAG4)?,
         count::<FragKey<Ip6>, FragPorts>(bpffs, map::FRAG6)?,
+        count::<AffinityKey, Affinity>(bpffs, map::AFFINITY)?,
         count::<EndpointKey, Endpoint>(bpffs, map::ENDPOINTS)?,
         count::<PeerKey<Ip4>, Peer>(bpffs, map::PEERS4)?,
         count::<PeerKey<Ip6>, Peer>(bpffs, map::PEERS6)?,

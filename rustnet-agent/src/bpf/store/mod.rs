@@ -1,6 +1,7 @@
 //! Typed stores: the only code that writes the maps. [`BpfMaps`] is the plan's view of the real maps; connections, endpoints,
 //! counters and settings have their own.
 
+pub mod affinity;
 pub mod backends;
 pub mod conntrack;
 pub mod counters;
