@@ -151,6 +151,24 @@ pub enum OverlayPath {
     Device,
 }
 
+impl OverlayPath {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Programs, Self::Device];
+
+    /// The one with this word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|path| path.word() == word)
+    }
+
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Programs => "programs",
+            Self::Device => "device",
+        }
+    }
+}
+
 /// How pods of other nodes are reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Routing {
@@ -302,10 +320,8 @@ impl Config {
                 "ipv6" => Ok(OverlayFamily::Ipv6),
                 _ => Err("is no family; give one of auto, ipv4, ipv6".to_owned()),
             }),
-            overlay_path: read.required("overlay-path", "give programs or device", |text| match text {
-                "programs" => Ok(OverlayPath::Programs),
-                "device" => Ok(OverlayPath::Device),
-                _ => Err("is no path of the overlay; give programs or device".to_owned()),
+            overlay_path: read.required("overlay-path", "give programs or device", |text| {
+                OverlayPath::parse(text).ok_or("is no path of the overlay; give programs or device".to_owned())
             }),
             overlay_port: read.required("overlay-port", "give a UDP port", |text| number(text, 1, 65_535)),
             vni: read.required("vni", "give a number", |text| number(text, 1, (1 << 24) - 1)),

@@ -6,6 +6,7 @@
 
 mod changes;
 
+use crate::config::OverlayPath;
 use crate::model::Feature;
 use crate::source::{Event, Kind};
 use changes::Changes;
@@ -71,6 +72,7 @@ struct Inner {
     map_writes: Counter,
     map_repairs: Family<MapLabel, Counter>,
     ready: Gauge,
+    overlay_path: Family<PathLabel, Gauge>,
     unsupported: Family<FeatureLabel, Gauge>,
     source_events: Family<KindLabel, Counter>,
     source_relists: Family<KindLabel, Counter>,
@@ -94,6 +96,11 @@ struct KindLabel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct MapLabel {
     map: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PathLabel {
+    path: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -124,6 +131,7 @@ impl Default for Inner {
             map_writes: Counter::default(),
             map_repairs: Family::default(),
             ready: Gauge::default(),
+            overlay_path: Family::default(),
             unsupported: Family::default(),
             source_events: Family::default(),
             source_relists: Family::default(),
@@ -219,6 +227,16 @@ impl Metrics {
         self.0.ready.set(i64::from(ready));
     }
 
+    /// The overlay's packets take this way from now on; `None` if there is no overlay.
+    pub fn set_overlay_path(&self, used: Option<OverlayPath>) {
+        if used.is_none() {
+            self.0.overlay_path.clear();
+        }
+        for path in OverlayPath::ALL.into_iter().filter(|_| used.is_some()) {
+            self.0.overlay_path.get_or_create(&PathLabel { path: path.word() }).set(i64::from(used == Some(path)));
+        }
+    }
+
     pub(crate) fn healthz(&self, code: u16) {
         self.0.healthz.get_or_create(&Code { code }).inc();
     }
@@ -273,6 +291,8 @@ impl Metrics {
         let own = registry.sub_registry_with_prefix("rustnet");
         own.register("build", "The agent's version", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
         own.register("ready", "1 when the agent is ready", it.ready.clone());
+        let help = "1 for the way of the overlay's packets that is in use, 0 for the other one";
+        own.register("overlay_path", help, it.overlay_path.clone());
         own.register("map_writes", "Writes to the maps of services and peers", it.map_writes.clone());
         let help = "Entries of the maps that somebody else had changed, written again";
         own.register("map_repairs", help, it.map_repairs.clone());
@@ -420,6 +440,7 @@ mod tests {
             let count = |packets, bytes| HookCounter { packets, bytes };
             vec![
                 HookCount { reason: DropReason::Forwarded, hook: hook::FROM_POD, count: count(10, 1000) },
+                HookCount { reason: DropReason::Forwarded, hook: hook::TUNNEL_IN, count: count(3, 300) },
                 HookCount { reason: DropReason::NoBackend, hook: hook::FROM_POD, count: count(2, 148) },
                 HookCount { reason: DropReason::Spoofed, hook: hook::OVERLAY_IN, count: count(1, 60) },
             ]
@@ -451,6 +472,8 @@ mod tests {
         metrics.map_writes(12);
         metrics.map_repaired("rn_svc4_v2");
         metrics.set_ready(true);
+        metrics.set_overlay_path(Some(OverlayPath::Device));
+        metrics.set_overlay_path(Some(OverlayPath::Programs));
         metrics.source_event(Kind::Slice);
         metrics.set_source_silence(Box::new(|kind| Duration::from_secs(if kind == Kind::Node { 7 } else { 0 })));
         metrics.set_unsupported(Feature::HostPort, 2);
@@ -471,6 +494,8 @@ mod tests {
             "kubeproxy_proxy_healthz_total{code=\"200\"} 1",
             "kubeproxy_proxy_livez_total{code=\"503\"} 1",
             "rustnet_ready 1",
+            "rustnet_overlay_path{path=\"programs\"} 1",
+            "rustnet_overlay_path{path=\"device\"} 0",
             "rustnet_unsupported{feature=\"host_port\"} 2",
             "rustnet_map_writes_total 12",
             "rustnet_map_repairs_total{map=\"rn_svc4_v2\"} 1",
@@ -479,6 +504,7 @@ mod tests {
             "rustnet_drop_packets_total{reason=\"no_backend\",hook=\"from_pod\"} 2",
             "rustnet_drop_bytes_total{reason=\"spoofed\",hook=\"overlay_in\"} 60",
             "rustnet_forward_packets_total{hook=\"from_pod\"} 10",
+            "rustnet_forward_packets_total{hook=\"tunnel_in\"} 3",
             "rustnet_map_entries{map=\"rn_ct4_tcp\"} 7",
             "rustnet_map_max_entries{map=\"rn_ct4_tcp\"} 131072",
             "# EOF",

@@ -9,6 +9,7 @@ mod job;
 mod kernel;
 mod network;
 pub mod node;
+pub mod overlay_path;
 pub mod presence;
 mod takeover;
 
@@ -29,7 +30,7 @@ use crate::health::{Health, NotReady};
 use crate::index::{Gate, Index};
 use crate::model::Feature;
 use crate::net::host::Host;
-use crate::net::monitor::Monitor;
+use crate::net::monitor::{Changed, Monitor};
 use crate::net::netlink::Socket;
 use crate::net::repair::Repairer;
 use crate::plan::Planner;
@@ -39,6 +40,7 @@ use files::Files;
 use job::Job;
 use kernel::{Kernel, Stats};
 use network::{Look, Observe, observed};
+use overlay_path::Choice;
 use presence::AgentFile;
 
 /// Most events taken in before they are applied.
@@ -107,7 +109,8 @@ pub async fn run(
                 reconciler.take_in(&mut batch);
             }
             changed = monitor.changed() => match changed {
-                Ok(()) => reconciler.net_changed(),
+                Ok(Changed::Network) => reconciler.net_changed(),
+                Ok(Changed::Policies) => reconciler.policies_changed(),
                 Err(error) => {
                     tracing::warn!("{error:#}; the network is looked at every {NET_PERIOD:?} only");
                     monitor = Monitor::open()?;
@@ -191,6 +194,8 @@ struct Reconciler {
     /// The network has changed since the look began.
     is_net_changed: bool,
     net_took: Duration,
+    /// Who writes the overlay's headers, as the programs' settings say; `None` without an overlay.
+    choice: Option<Choice>,
     /// What the last look at the host's network found wrong; `None` before the first one.
     host_problems: Option<Vec<String>>,
     /// The ways that the last look at the network worked by.
@@ -232,6 +237,7 @@ impl Reconciler {
             look: None,
             is_net_changed: false,
             net_took: Duration::ZERO,
+            choice: None,
             host_problems: None,
             ways_seen: 0,
             external_seen: false,

@@ -60,6 +60,8 @@ over_each_family!(
     a_pod_puts_what_it_receives_into_its_own_tunnel,
     streams_between_cpus_stay_in_order,
     streams_survive_routes_that_change,
+    while_there_are_ipsec_policies_packets_take_the_device,
+    ipsec_policies_that_forbid_the_tunnel_are_obeyed,
 );
 
 /// Said aloud, because the environment may say something else.
@@ -578,4 +580,83 @@ fn goes_on(node: &Netns, received: &[[AtomicU64; 2]; 2], mac: [u8; 6]) -> Result
         ensure!(now.iter().zip(&before).all(|(now, before)| *now >= before + (1 << 20)), "{before:?}, then {now:?}");
         Ok(())
     })
+}
+
+/// Which of a node's counters of the device move with its tunnel's packets.
+fn takes_the_device(node: &Node, is_device: bool) -> Result<()> {
+    const LOOK: usize = 100;
+    let is_of_tunnel = |f: &Frame| f.headers().is_some_and(|h| h.dport == VXLAN_PORT);
+    wait::until(if is_device { "packets take the device" } else { "packets go past the device" }, || {
+        let wire = Sniffer::start_short(node.netns(), "eth0")?;
+        let before = device_packets(node)?;
+        wait::until("packets of the tunnel", || {
+            let seen = wire.matching(LOOK, is_of_tunnel).len();
+            ensure!(seen == LOOK, "{seen} of {LOOK}");
+            Ok(())
+        })?;
+        let moved = device_packets(node)? - before;
+        // Seen first on one side, and counted first on the other.
+        let is_moved = moved >= LOOK as u64 * 9 / 10;
+        ensure!(is_moved == is_device && (is_moved || moved == 0), "{moved} of {LOOK} or more");
+        Ok(())
+    })
+}
+
+/// A selector of all packets of the tunnel, whose nodes know each other by addresses of one family.
+fn tunnel_selector(net: &Net) -> String {
+    let all = if net.fabric.setup().ipv6_first { "::/0" } else { "0.0.0.0/0" };
+    format!("src {all} dst {all} proto udp dport {VXLAN_PORT}")
+}
+
+/// Policies for each direction come and go under traffic.
+fn while_there_are_ipsec_policies_packets_take_the_device(net: &Net) -> Result<()> {
+    introduce_nodes(net)?;
+    let (node, other) = (net.node(1), net.node(2));
+    let start = |ip: &IpAddr| Stream::start(net.a.netns(), SocketAddr::new(*ip, PORT), 4, Duration::from_millis(1));
+    let streams = net.c.addresses().iter().map(start).collect::<Result<Vec<_>>>()?;
+    takes_the_device(node, false)?;
+    let selector = tunnel_selector(net);
+    for direction in ["out", "in"] {
+        node.netns().ip(&format!("xfrm policy add {selector} dir {direction} action allow\n"))?;
+        takes_the_device(node, true).with_context(|| format!("a policy for {direction}"))?;
+        takes_the_device(other, false).context("no policy of its own")?;
+        node.netns().ip(&format!("xfrm policy del {selector} dir {direction}\n"))?;
+        takes_the_device(node, false).with_context(|| format!("no policy for {direction} any more"))?;
+    }
+    streams.into_iter().try_for_each(|stream| stream.stop()?.no_loss())
+}
+
+/// One of a node's counters in `/proc/net/xfrm_stat`.
+fn ipsec_counter(node: &Node, name: &str) -> Result<u64> {
+    // Of the namespace of this thread, and not that of its process.
+    let text = node.netns().run(|| std::fs::read_to_string("/proc/thread-self/net/xfrm_stat"))?;
+    let text = text.context("no counters of IPsec: is CONFIG_XFRM_STATISTICS in the kernel?")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    line.with_context(|| format!("no {name} in {text}"))?.trim().parse().context("a counter of IPsec")
+}
+
+/// What policies are for: packets that the programs sent or took would pass unseen.
+fn ipsec_policies_that_forbid_the_tunnel_are_obeyed(net: &Net) -> Result<()> {
+    introduce_nodes(net)?;
+    let node = net.node(1);
+    let selector = tunnel_selector(net);
+    let to = net.c.addresses()[0];
+    for (direction, counter) in [("out", "XfrmOutPolBlock"), ("in", "XfrmInPolBlock")] {
+        let stream = Stream::start(net.a.netns(), SocketAddr::new(to, PORT), 4, Duration::from_millis(1))?;
+        takes_the_device(node, false)?;
+        let before = ipsec_counter(node, counter)?;
+        node.netns().ip(&format!("xfrm policy add {selector} dir {direction} action block\n"))?;
+        wait::until("the policy is obeyed", || {
+            let now = ipsec_counter(node, counter)?;
+            ensure!(now > before, "{counter} is still {now}");
+            Ok(())
+        })?;
+        let reply = Ping::default().send(net.a.netns(), to);
+        ensure!(reply.is_err(), "a policy for {direction} forbids it: {reply:?}");
+        node.netns().ip(&format!("xfrm policy del {selector} dir {direction}\n"))?;
+        takes_the_device(node, false)?;
+        pods_exchange(&net.a, &net.c)?;
+        stream.stop()?;
+    }
+    Ok(())
 }

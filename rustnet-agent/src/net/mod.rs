@@ -6,6 +6,7 @@
 pub mod address;
 pub mod endpoints;
 pub mod host;
+pub mod ipsec;
 pub mod journal;
 pub mod link;
 pub mod monitor;

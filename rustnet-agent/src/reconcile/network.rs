@@ -12,10 +12,12 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::kernel::Kernel;
+use super::overlay_path::Choice;
 use super::{Datapath, NET_PERIOD, Reconciler, install_cni_binary, node};
 use crate::cni_order;
 use crate::failure::{Failure, Scope};
 use crate::net::host::Host;
+use crate::net::ipsec::Ipsec;
 use crate::net::overlay::mac_of;
 use crate::net::repair::{Overlay, Wanted};
 use crate::source::Kind;
@@ -144,9 +146,14 @@ impl Reconciler {
         let mut done = Vec::new();
         let mut is_overlay_verified = false;
         let local_ports = node::local_ports()?;
+        // Now, not when the look began: what was heard meanwhile is done.
+        let choice = Choice::new(self.config.overlay_path, Ipsec::read());
+        let mut written = None;
         if let Some(Datapath { kernel, .. }) = &mut self.datapath {
-            let (overlay, has_external) = (state.overlay, self.index.has_external());
-            let mut config = node::config(&self.config, &ways.place, overlay, kernel.hz, local_ports, has_external);
+            let has_external = self.index.has_external();
+            let (overlay, path) = (state.overlay, choice.path());
+            let mut config =
+                node::config(&self.config, &ways.place, overlay, path, kernel.hz, local_ports, has_external);
             self.external_seen = has_external;
             if own.is_none() {
                 node::keep_addresses(&mut config, &kernel.config.read()?, &own_addresses);
@@ -167,6 +174,7 @@ impl Reconciler {
                     }
                     failures.extend(attached.failures);
                     is_overlay_verified = attached.is_overlay_verified;
+                    written = Some(state.overlay.map(|_| choice.clone()));
                 }
                 Err(error) => failures.push(Failure::new(Scope::Node, &error)),
             }
@@ -199,9 +207,41 @@ impl Reconciler {
         state.problems.extend(node::outsiders(&self.config.node_name, &state.endpoints, own_pod_cidrs, leased));
         state.problems.extend(node::shared_ports(&self.config, local_ports));
         state.problems.extend(node::too_small(&self.config, self.room, &ways));
+        state.problems.extend(state.overlay.and_then(|_| choice.problem()));
         state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni_order::instead_of_ours(dir)));
         self.host_problems = Some(state.problems);
         self.report.want(Duration::ZERO);
+        if let Some(choice) = written {
+            self.note_choice(choice);
+        }
         Ok(failures)
+    }
+
+    /// The host's IPsec policies have changed, and with them, maybe, who writes the overlay's headers. A whole look may have to wait
+    /// for long on a host with many routes.
+    pub(super) fn policies_changed(&mut self) {
+        // Before, the programs have no settings, and the first look asks.
+        let (Some(Datapath { kernel, .. }), Some(_)) = (&self.datapath, &self.choice) else { return };
+        let choice = Choice::new(self.config.overlay_path, Ipsec::read());
+        match kernel.config.set_encapsulate(choice.is_programs()) {
+            Ok(_) if choice.problem().is_none() => self.note_choice(Some(choice)),
+            Ok(_) => self.net_changed(),
+            Err(error) => {
+                tracing::warn!("overlay path: {error:#}; the next look at the host's network tries again");
+                self.net_changed();
+            }
+        }
+    }
+
+    /// Notes who writes the overlay's headers, as the programs' settings say; `None` if there is no overlay.
+    fn note_choice(&mut self, choice: Option<Choice>) {
+        let path = |choice: &Option<Choice>| choice.as_ref().map(Choice::path);
+        if path(&choice) != path(&self.choice)
+            && let Some(choice) = &choice
+        {
+            tracing::info!("overlay path: {choice}");
+        }
+        self.health.metrics.set_overlay_path(path(&choice));
+        self.choice = choice;
     }
 }

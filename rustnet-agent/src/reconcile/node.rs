@@ -105,11 +105,12 @@ pub fn parse_port_range(text: &str) -> Result<(u16, u16)> {
     }
 }
 
-/// What the programs must know.
+/// What the programs must know. `path`: who writes and takes off the overlay's headers at this moment.
 pub fn config(
     config: &Config,
     place: &Place,
     overlay: Option<OverlayDevice>,
+    path: OverlayPath,
     hz: u32,
     local_ports: (u16, u16),
     has_external: bool,
@@ -132,7 +133,7 @@ pub fn config(
         flags: if config.masquerade { flags::MASQUERADE } else { 0 }
             | if has_external { flags::EXTERNAL } else { 0 }
             | if config.flow_events { flags::FLOW_EVENTS } else { 0 }
-            | if config.overlay_path == OverlayPath::Programs { flags::ENCAPSULATE } else { 0 },
+            | if path == OverlayPath::Programs { flags::ENCAPSULATE } else { 0 },
         vni: config.vni,
         hz,
         seed: SEED,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use rustnet_common::config::{NodeConfig, meaning};
+use rustnet_common::config::{NodeConfig, flags, meaning};
 use rustnet_common::names::map;
 
 use super::Map;
@@ -44,5 +44,12 @@ impl NodeConfigStore {
             self.map.put(&0, &config)?;
         }
         Ok(differs)
+    }
+    /// Has the programs write and take off the overlay's headers, or leave both to its device; true when that is a change.
+    pub fn set_encapsulate(&self, is_on: bool) -> Result<bool> {
+        let mut config = self.read()?;
+        let flags = config.flags & !flags::ENCAPSULATE;
+        config.flags = if is_on { flags | flags::ENCAPSULATE } else { flags };
+        self.write(&config)
     }
 }
