@@ -17,17 +17,23 @@ use serde::Serialize;
 use super::maps::percent;
 use super::output::{Output, json, line as print, thousands};
 use super::{Places, endpoints};
+use crate::args::settings;
 use crate::bpf::attach::{Direction, program_of};
 use crate::bpf::load::{CLOCK, program_path};
 use crate::bpf::store::counters::Counters;
 use crate::bpf::store::endpoints::Endpoints;
 use crate::bpf::store::fill;
+use crate::bpf::store::node_config::NodeConfigStore;
 use crate::bpf::sys;
+use crate::config::OverlayPath;
 use crate::doctor::finding::Mark;
+use crate::doctor::overlay;
+use crate::net::ipsec::Ipsec;
 use crate::net::link::Link;
 use crate::net::netlink::Socket;
 use crate::net::{link, tc};
 use crate::nodefile;
+use crate::reconcile::overlay_path::Choice;
 
 /// A map fuller than this many per cent deserves a word.
 const NEARLY_FULL: f64 = 85.0;
@@ -105,6 +111,7 @@ pub fn check(places: &Places) -> Vec<Line> {
     // Without pins, all that follows would say the same.
     if checks[2].status == Mark::Ok {
         checks.push(line("Hooks", hooks(places)));
+        checks.extend(overlay_line(places).transpose().map(|result| line("Overlay path", result)));
         checks.push(line("Endpoints", pods(places)));
         checks.push(line("Classifiers", classifiers(places)));
         match places.bpffs().and_then(fill::read) {
@@ -274,6 +281,28 @@ fn missing(links: &[Link], attached: &BTreeSet<(String, u32)>) -> Vec<String> {
     missing
 }
 
+/// Who writes and takes off the overlay's headers; `None` without an overlay.
+fn overlay_line(places: &Places) -> Result<Option<(Mark, String)>> {
+    const FLAG: &str = "overlay-path";
+    let config = NodeConfigStore::open(places.bpffs()?)?.read()?;
+    if config.overlay == 0 {
+        return Ok(None);
+    }
+    let chosen = places.agent.as_ref().and_then(|agent| agent.settings.get(FLAG)?.last());
+    let default = || settings::all().find(|setting| setting.flag == FLAG)?.default;
+    let setting = chosen.map(String::as_str).or_else(default).and_then(OverlayPath::parse);
+    let setting = setting.context("the agent's settings name no overlay path")?;
+    Ok(Some(overlay_path(overlay::path_in(config.flags), &Choice::new(setting, Ipsec::read()))))
+}
+
+fn overlay_path(used: OverlayPath, choice: &Choice) -> (Mark, String) {
+    match choice.mismatch(used) {
+        Some(wrong) => (Mark::Warning, wrong),
+        None if choice.problem().is_some() => (Mark::Warning, choice.to_string()),
+        None => (Mark::Ok, choice.to_string()),
+    }
+}
+
 fn pods(places: &Places) -> Result<(Mark, String)> {
     let map = Endpoints::open(places.bpffs()?)?.read()?;
     let records = endpoints::by_address(places)?;
@@ -351,7 +380,7 @@ fn packets(places: &Places) -> Result<(Mark, String)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Line, Mark, Report};
+    use super::{Choice, Ipsec, Line, Mark, OverlayPath, Report, overlay_path};
     use crate::cli::golden::assert_golden;
 
     #[test]
@@ -359,5 +388,24 @@ mod tests {
         let line = |name: &str, status| Line { name: name.into(), status, detail: "in words".into() };
         let marks = [("Agent", Mark::Warning), ("Node", Mark::Ok), ("Map rn_svc4_v2", Mark::Bad)];
         assert_golden("status", &Report::of(marks.map(|(name, mark)| line(name, mark)).into()));
+    }
+    #[test]
+    fn the_overlays_path_has_a_reason() {
+        let unknown = || Ipsec::Unknown("EPERM".to_owned());
+        for (used, setting, ipsec, mark, words) in [
+            (OverlayPath::Programs, OverlayPath::Programs, Ipsec::None, Mark::Ok, "programs"),
+            (OverlayPath::Device, OverlayPath::Device, unknown(), Mark::Ok, "device (--overlay-path device)"),
+            (OverlayPath::Device, OverlayPath::Programs, unknown(), Mark::Warning, "device (the kernel does not tell"),
+            (
+                OverlayPath::Programs,
+                OverlayPath::Device,
+                Ipsec::None,
+                Mark::Warning,
+                "programs, but it should be device",
+            ),
+        ] {
+            let (found, text) = overlay_path(used, &Choice::new(setting, ipsec));
+            assert!(found == mark && text.starts_with(words), "{found:?} {text}");
+        }
     }
 }

@@ -3,9 +3,11 @@
 use anyhow::Result;
 
 use super::finding::{Finding, Level};
-use crate::config::Config;
+use crate::config::{Config, OverlayPath};
 use crate::leftovers::firewall::{self, Packet, Ruleset};
 use crate::model::Family;
+use crate::net::ipsec::Ipsec;
+use crate::reconcile::overlay_path::Choice;
 use crate::ways::Ways;
 
 /// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
@@ -17,6 +19,8 @@ pub struct Facts {
     pub rules: Result<Ruleset>,
     /// The overlay's packets, as they come from other nodes; none without an overlay.
     pub overlay: Option<Packet>,
+    /// Who writes and takes off the overlay's headers. No chain judges what the programs take.
+    pub path: OverlayPath,
 }
 
 /// Looks.
@@ -28,7 +32,7 @@ pub fn gather(config: &Config, ways: &Ways) -> Facts {
         device,
         port: config.overlay_port,
     });
-    Facts { rules: firewall::read(), overlay }
+    Facts { rules: firewall::read(), overlay, path: Choice::new(config.overlay_path, Ipsec::read()).path() }
 }
 
 /// Judges.
@@ -43,16 +47,25 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
         found.push(match rules.dropped_by(packet) {
             None => Finding::ok(what, format!("no chain is known to drop UDP {port}")),
             Some(chain) => {
-                let detail =
-                    format!("the chain {chain} drops UDP {port} from other nodes: their pods are not reached from here");
+                let lost = match facts.path {
+                    OverlayPath::Device => "their pods are not reached from here",
+                    OverlayPath::Programs => {
+                        "what the programs leave to the device is lost (fragments, segmented UDP, errors), and the rest passes"
+                    }
+                };
+                let detail = format!("the chain {chain} drops UDP {port} from other nodes: {lost}");
                 let own_tool = if chain.is_legacy() {
                     format!("iptables-legacy -I {} -p udp --dport {port} -j ACCEPT", chain.name)
                 } else {
                     format!("nft insert rule {chain} udp dport {port} accept")
                 };
+                let meant = match facts.path {
+                    OverlayPath::Device => "",
+                    OverlayPath::Programs => "; if the rule is meant, give --overlay-path device",
+                };
                 let hint = format!(
                     "let it accept UDP {port} from the nodes: `{own_tool}`, `ufw allow {port}/udp` or `firewall-cmd --permanent \
-                     --add-port={port}/udp`"
+                     --add-port={port}/udp`{meant}"
                 );
                 Finding::new(Level::Warning, what, detail).hint(hint)
             }

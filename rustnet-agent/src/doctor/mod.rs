@@ -17,6 +17,7 @@ pub mod mtu;
 pub mod neighbours;
 pub mod network;
 pub mod nodes;
+pub mod overlay;
 pub mod ports;
 pub mod ranges;
 pub mod reach;
@@ -56,6 +57,7 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Group::new("Host settings", host_settings(config, &host, &ways, stage, nodes.len())),
         Group::new("Ports", ports::check(&ports::gather(config))),
         Group::new("Firewall", firewall::check(&firewall::gather(config, &ways))),
+        Group::new("Overlay", overlay::gather(config, &ways, stage).iter().flat_map(overlay::check).collect()),
         Group::new("Packet mark", mark::check(&mark::gather(config))),
         Group::new("CNI", cni::check(&cni::gather(config), stage)),
         Group::new("kube-proxy", kube_proxy::check(&kube_proxy::gather())),

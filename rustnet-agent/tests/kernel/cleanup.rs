@@ -85,7 +85,9 @@ fn clean(sandbox: &Sandbox) {
     assert_eq!(all(&listed), all(&report), "the dry run lists what goes");
     let removed: Vec<_> = report["removed"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
     let hook = if sandbox::has_tcx() { "link/uplink_in" } else { "classifier on eth0" };
-    for part in ["rn_svc4_v2", "prog/from_pod", hook, "device rn_vxlan", "device rnv1", "05-rustnet.conflist"] {
+    let programs = ["prog/from_pod", "prog/tunnel_in", "prog/rn_tails"];
+    let others = ["rn_svc4_v2", hook, "device rn_vxlan", "device rnv1", "05-rustnet.conflist"];
+    for part in programs.into_iter().chain(others) {
         assert!(removed.iter().any(|what| what.contains(part)), "{part} is missing in {removed:?}");
     }
 }

@@ -360,6 +360,27 @@ fn a_firewall_that_drops_the_overlay_is_named() {
     });
 }
 
+/// What the programs send and take, no chain and no policy judges.
+#[test]
+fn what_the_overlay_past_its_device_does_not_pass_is_named() {
+    sandbox::run(|sandbox| {
+        let pre = format!("{} --pre --overlay-path", prepare_host(sandbox));
+        let [programs, device] = ["programs", "device"].map(|path| format!("{pre} {path}"));
+        for path in [&programs, &device] {
+            assert_well(sandbox, path, "nothing is in the way");
+        }
+        run_program("nft", "add table inet t");
+        run_program("nft", "add chain inet t in { type filter hook input priority 0 ; policy drop ; }");
+        only(sandbox, &programs, ["Firewall", "overlay", "warning", "the rest passes", "--overlay-path device"]);
+        only(sandbox, &device, ["Firewall", "overlay", "warning", "pods are not reached", "udp dport 8472 accept"]);
+        run_program("nft", "delete table inet t");
+
+        ip("xfrm policy add src 192.0.2.0/24 dst 192.0.2.0/24 dir in action allow");
+        only(sandbox, &programs, ["Overlay", "path", "warning", "1 in, 0 out", "ip xfrm policy"]);
+        assert_well(sandbox, &device, "that is meant");
+    });
+}
+
 #[test]
 fn a_firewall_of_the_older_iptables_is_read_too() {
     sandbox::run(|sandbox| {

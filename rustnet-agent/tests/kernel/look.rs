@@ -19,7 +19,7 @@ use crate::sandbox::{self, Sandbox, ip, uplink};
 const CHANGES: u8 = 100;
 
 /// Surroundings in which a look ends only while nobody holds the lock.
-fn make_held(look_limit: Duration) -> (Surroundings, Arc<Mutex<()>>) {
+pub fn make_held(look_limit: Duration) -> (Surroundings, Arc<Mutex<()>>) {
     let lock = Arc::new(Mutex::new(()));
     let held = Arc::clone(&lock);
     let observe = Arc::new(move || {

@@ -9,6 +9,7 @@ mod cleanup;
 mod cli;
 mod doctor;
 mod host;
+mod ipsec;
 mod kube_proxy;
 mod load;
 mod log;
