@@ -176,7 +176,7 @@ pub static GROUPS: &[Group] = &[
                 key: "overlayPath",
                 value: "device|programs",
                 default: Some("device"),
-                help: "Who writes and takes off the overlay's headers: the kernel's device, or the programs where they can (faster; past IPsec and the host's firewall)",
+                help: "Who writes and takes off the overlay's headers: the kernel's device, or the programs where they can (faster; past the host's firewall; not while the host has IPsec policies)",
                 ..ONE
             },
             Setting {
