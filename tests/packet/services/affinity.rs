@@ -107,7 +107,7 @@ fn without_affinity_flows_spread() -> Result<()> {
     })
 }
 
-/// Clients outside are told apart by their own addresses.
+/// Each address outside is a client of its own.
 #[test]
 fn clients_outside_have_affinity_too() -> Result<()> {
     labs(|lab, net| {
