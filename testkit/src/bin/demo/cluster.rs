@@ -1,6 +1,6 @@
 //! What the demo runs on: agents, pods, a host outside, and services that lead to them.
 
-use crate::addresses::vips;
+use crate::addresses::{self, vips};
 use crate::examples;
 use crate::table;
 use anyhow::{Context, Result, ensure};
@@ -10,13 +10,23 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::time::Instant;
 use testkit::apiserver::ApiServer;
-use testkit::manifest::{Endpoint, Service};
+use testkit::manifest::{Endpoint, Outside, Service};
 use testkit::pod::PORT;
 use testkit::server::Server;
 use testkit::{Fabric, Netns, Node, Pod, dist, wait};
 
 /// The port of the services.
 pub const SERVICE_PORT: u16 = 80;
+
+/// The node port of one of them.
+const NODE_PORT: u16 = 30_080;
+
+/// A load balancer's addresses. An API server keeps those for its controllers: there, they are external IPs.
+fn balancer(has_api: bool) -> Outside {
+    let addresses = addresses::balancer().to_vec();
+    let (balancer, ips) = if has_api { (Vec::new(), addresses) } else { (addresses, Vec::new()) };
+    Outside { balancer, ips, is_local: true, ..Outside::default() }
+}
 
 /// Agents, pods and services.
 pub struct Cluster<'a> {
@@ -32,6 +42,10 @@ pub struct Cluster<'a> {
     pub outside: Service,
     /// Backend: the first node's own address.
     pub host: Service,
+    /// Backends: one pod of each node, at a node port.
+    pub published: Service,
+    /// The same at a load balancer's address, with `externalTrafficPolicy: Local`.
+    pub balanced: Service,
     /// Backend: the first pod. Nobody asks it while it has one: a UDP flow to a backend that is gone goes on when nothing else
     /// serves, and some later request could have that flow's port.
     pub unasked: Service,
@@ -95,18 +109,24 @@ impl<'a> Cluster<'a> {
         let (world4, world6) = testkit::fabric::WORLD;
         let outside = [IpAddr::from(world4), world6.into()].map(|a| Endpoint::ready(a, None)).to_vec();
         let host = first_node.addresses().map(|a| Endpoint::ready(a, Some(first_node.name()))).to_vec();
+        let mixed: Vec<Endpoint> = pods.iter().take(fabric.nodes().len()).flat_map(endpoints).collect();
         let cluster = Self {
-            mixed: service("mixed", 1, pods.iter().take(fabric.nodes().len()).flat_map(endpoints).collect()),
+            mixed: service("mixed", 1, mixed.clone()),
             one: service("one", 2, pods.first().map(endpoints).unwrap_or_default()),
             outside: service("outside", 3, outside),
             host: service("host", 4, host),
+            published: Service {
+                outside: Outside { node_port: NODE_PORT, ..Outside::default() },
+                ..service("published", 6, mixed.clone())
+            },
+            balanced: Service { outside: balancer(api.is_some()), ..service("balanced", 7, mixed.clone()) },
             unasked: service("unasked", 5, pods.first().map(endpoints).unwrap_or_default()),
             fabric,
             pods,
             api,
             _servers: servers,
         };
-        let all = || cluster.services().into_iter().chain([&cluster.unasked]);
+        let all = || cluster.services().into_iter().chain([&cluster.published, &cluster.balanced, &cluster.unasked]);
         all().try_for_each(|service| cluster.write(service))?;
         for text in examples::texts(fabric)? {
             cluster.apply_text(&text)?;

@@ -5,6 +5,7 @@
 mod addresses;
 mod cluster;
 mod examples;
+mod external;
 mod rows;
 mod signals;
 mod table;
@@ -96,6 +97,7 @@ fn run(args: &Args) -> Result<bool> {
     let mut cluster = cluster::Cluster::start(&fabric, api.as_ref()).with_context(|| fabric.logs())?;
     let requests = usize::from(args.requests);
     let held = rows::all(&cluster, requests, &mut table)
+        .and_then(|()| external::rows(&cluster, requests, &mut table))
         .and_then(|()| examples::rows(&cluster, requests, &mut table))
         .and_then(|()| traffic::all(&mut cluster, requests, &mut table))
         .and_then(|()| rows::refusals(&cluster, requests, &mut table));
