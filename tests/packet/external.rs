@@ -2,15 +2,18 @@
 
 use crate::errors::{error, refusal, translated};
 use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, from_a, from_outside, later};
-use crate::frame::Frame;
-use crate::harness::{Flow, Lab, Net, OVERLAY_MTU, SNAT, each, labs};
+use crate::frame::{ACK, Frame, SYN};
+use crate::harness::{Flow, Lab, Net, OVERLAY_MTU, REDIRECT, SNAT, each, labs};
 use crate::icmp::kinds;
 use anyhow::{Result, ensure};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
 use rustnet_common::config;
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
 use rustnet_common::service;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
 
 /// A port of the usual range.
 const NODE_PORT: u16 = 30_080;
@@ -249,5 +252,39 @@ fn a_pod_here_asks() -> Result<()> {
             let answer = answer_of_b(&arrives);
             lab.pod_sends(&answer)?.to_the_pod(&answer.hop().between((net.node(), NODE_PORT), (net.a(), PORT)))
         })
+    })
+}
+
+/// The host's own connections may have ports that are node ports: their answers are the host's. What opens a connection is no answer.
+#[test]
+fn answers_to_the_host_at_a_node_port() -> Result<()> {
+    labs(|lab, net| {
+        let at = SocketAddr::new(net.node(), NODE_PORT);
+        for proto in [Proto::Tcp, Proto::Udp] {
+            publish(lab, net, proto, (net.b(), TARGET))?;
+        }
+        let datagram = ask(net, Proto::Udp);
+        let unconnected = UdpSocket::bind(at)?;
+        ensure!(
+            lab.uplink_in(&datagram)?.verdict == REDIRECT,
+            "a socket without a peer does not take a Service's port"
+        );
+        lab.forget()?;
+        unconnected.connect((net.world(), PORT))?;
+        lab.uplink_in(&datagram)?.to_stack(&datagram)?;
+        // Another client's datagram is the Service's.
+        let other = datagram.map(|f| f.set_ports(PORT + 1, NODE_PORT));
+        lab.uplink_in(&other)?.to_the_pod(&other.hop().between((net.world(), PORT + 1), (net.b(), TARGET)))?;
+
+        // A connection that waits for its answer: nobody is there.
+        let family = if net == Net::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let waiting = socket(family, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+        bind(waiting.as_raw_fd(), &SockaddrStorage::from(at))?;
+        let connecting = connect(waiting.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(net.world(), PORT)));
+        ensure!(connecting == Err(Errno::EINPROGRESS), "{connecting:?}");
+        let answer = ask(net, Proto::Tcp).with_flags(SYN | ACK);
+        lab.uplink_in(&answer)?.to_stack(&answer)?;
+        let opening = ask(net, Proto::Tcp);
+        lab.uplink_in(&opening)?.to_the_pod(&opening.hop().between((net.world(), PORT), (net.b(), TARGET)))
     })
 }

@@ -185,7 +185,7 @@ impl Lab {
             overlay_port: 8472,
             snat_min: *SNAT.start(),
             snat_max: *SNAT.end(),
-            flags: config::flags::MASQUERADE,
+            flags: config::flags::MASQUERADE | config::flags::EXTERNAL,
             vni: VNI,
             hz: HZ,
             seed: 7,

@@ -52,7 +52,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
         let flow = conntrack::lookup::<F, _>(skb, p, flow, source, config, verify)?;
         if flow.class == Class::New {
             verify()?;
-            if lb::is_external::<F>(&p.tuple) {
+            if external::is_asked::<F>(p, config) {
                 return Ok(external::JUMP);
             }
             if !is_for_pod() {

@@ -86,7 +86,8 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         Err(_) => return Ok(TO_STACK),
     }
     let Some(flow) = flow else { return Ok(TO_STACK) };
-    if !route::is_host::<F>(p.tuple.dst) && !lb::is_external::<F>(&p.tuple) {
+    let is_asked = || external::is_asked::<F>(p, config);
+    if !route::is_host::<F>(p.tuple.dst) && !is_asked() {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
@@ -95,7 +96,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         conntrack::lookup::<F, _>(skb, p, flow, source::OUTSIDE, config, || Ok(()))?
     };
     if flow.class == Class::New {
-        return Ok(if p.is_flow() && lb::is_external::<F>(&p.tuple) { external::JUMP } else { TO_STACK });
+        return Ok(if p.is_flow() && is_asked() { external::JUMP } else { TO_STACK });
     }
     if flow.flags & flags::EXTERNAL != 0 {
         return Ok(external::JUMP);
@@ -158,7 +159,7 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
     let flow = conntrack::lookup::<F, _>(ctx, p, flow, source::OUTSIDE, config, verify)?;
     if flow.class == Class::New {
         if !is_for_pod() {
-            if lb::is_external::<F>(&p.tuple) {
+            if external::is_asked::<F>(p, config) {
                 verify()?;
                 flow.flags |= flags::EXTERNAL;
                 return Ok(Some(flow));

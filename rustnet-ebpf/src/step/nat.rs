@@ -99,8 +99,28 @@ fn is_port_of_host<F: Family>(skb: &Skb, to: &Tuple<F::A>) -> bool {
         return false;
     }
     // As the answer comes in: from the far end, to this host.
-    let (src, dst) = (to.dst.words(), to.src.words());
-    let ports = u32::from(to.dport.to_be()) | u32::from(to.sport.to_be()) << 16;
+    let answer = Tuple { src: to.dst, dst: to.src, sport: to.dport, dport: to.sport, ..*to };
+    // A socket that listens does not miss answers.
+    match socket_state::<F>(skb, &answer) {
+        NO_SOCKET => false,
+        TCP_LISTEN => to.proto != proto::TCP,
+        _ => true,
+    }
+}
+
+/// True if a packet that comes in answers a socket of this host, which is connected to its sender.
+#[inline(always)]
+pub fn is_answer_to_host<F: Family>(skb: &Skb, t: &Tuple<F::A>) -> bool {
+    let is_known = t.proto == proto::UDP || t.proto == proto::TCP;
+    is_known && !matches!(socket_state::<F>(skb, t), NO_SOCKET | TCP_CLOSE | TCP_LISTEN)
+}
+
+/// State of the socket of this host that would get a packet of TCP or UDP, or [`NO_SOCKET`]. Unconnected UDP sockets are
+/// [`TCP_CLOSE`].
+#[inline(always)]
+fn socket_state<F: Family>(skb: &Skb, t: &Tuple<F::A>) -> u32 {
+    let (src, dst) = (t.src.words(), t.dst.words());
+    let ports = u32::from(t.sport.to_be()) | u32::from(t.dport.to_be()) << 16;
     let mut tuple = SockTuple { words: [src[0], src[1], src[2], src[3], dst[0], dst[1], dst[2], dst[3]], ports };
     let mut len = size_of::<SockTuple>() as u32;
     if F::BITS == 32 {
@@ -110,25 +130,28 @@ fn is_port_of_host<F: Family>(skb: &Skb, to: &Tuple<F::A>) -> bool {
     let (skb, at) = (skb.raw().cast(), (&raw mut tuple).cast());
     // SAFETY: `tuple` has the layout that the helpers want for this length, and a socket that is found is released.
     unsafe {
-        let socket = if to.proto == proto::UDP {
+        let socket = if t.proto == proto::UDP {
             helper::bpf_sk_lookup_udp(skb, at, len, THIS_NETNS, 0)
         } else {
             helper::bpf_sk_lookup_tcp(skb, at, len, THIS_NETNS, 0)
         };
         if socket.is_null() {
-            return false;
+            return NO_SOCKET;
         }
-        // A socket that listens does not miss answers.
-        let is_listening = (*socket).state == TCP_LISTEN && to.proto == proto::TCP;
+        let state = (*socket).state;
         helper::bpf_sk_release(socket.cast());
-        !is_listening
+        state
     }
 }
 
 /// `BPF_F_CURRENT_NETNS`.
 const THIS_NETNS: u64 = u64::MAX;
-/// `TCP_LISTEN` (include/net/tcp_states.h).
+/// States (include/net/tcp_states.h).
+const TCP_CLOSE: u32 = 7;
+/// See [`TCP_CLOSE`].
 const TCP_LISTEN: u32 = 10;
+/// None of the kernel's.
+const NO_SOCKET: u32 = 0;
 
 #[inline(always)]
 fn translate_new<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
