@@ -19,7 +19,8 @@ use rustnet_common::config::mark;
 
 pub use self::ranges::Role;
 use self::text::{
-    Reader, boolean, cidr, device, directory, listen, log_level, node_name, number, packet_mark, snat_ports, source,
+    Reader, boolean, cidr, device, directory, listen, log_level, node_name, node_port_addresses, number, packet_mark,
+    snat_ports, source,
 };
 use crate::args::Values;
 
@@ -82,6 +83,8 @@ pub struct Config {
     pub non_masquerade_cidrs: Vec<IpNet>,
     /// Pods that talk to the world get this node's address.
     pub masquerade: bool,
+    /// Addresses of this node that have node ports; empty: all.
+    pub node_port_addresses: Vec<NodePortAddresses>,
     /// Source ports that masquerade may use, both ends included; `None`: the agent chooses.
     pub snat_ports: Option<(u16, u16)>,
     /// Mark of packets that have passed their steps on this node.
@@ -128,6 +131,15 @@ pub struct KubeSource {
     pub kubeconfig: Option<PathBuf>,
     /// An address in place of the kubeconfig's or the environment's: `http://` or `https://`, host, optional port.
     pub api_server: Option<String>,
+}
+
+/// Addresses of this node that have node ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// Those of its Node object.
+    Primary,
+    /// Those in a range.
+    In(IpNet),
 }
 
 /// Family of the overlay's outer packets.
@@ -336,6 +348,7 @@ impl Config {
             node_cidrs: read.list("node-cidrs", cidr),
             non_masquerade_cidrs: read.list("non-masquerade-cidrs", cidr),
             masquerade: read.required("masquerade", "give true or false", boolean),
+            node_port_addresses: read.list("node-port-addresses", node_port_addresses),
             snat_ports: read.required("snat-ports", "give auto or a range", snat_ports),
             packet_mark: read.required("packet-mark", "give a value and a mask", packet_mark),
             maps: MapSizes {

@@ -246,6 +246,14 @@ pub static GROUPS: &[Group] = &[
                 ..MANY
             },
             Setting {
+                flag: "node-port-addresses",
+                key: "nodePortAddresses",
+                value: "primary|CIDR",
+                help: "Addresses of this node that have node ports: those of its Node object (primary), those in these ranges; \
+         without any, all but loopback and link-local ones",
+                ..MANY
+            },
+            Setting {
                 flag: "snat-ports",
                 key: "snatPorts",
                 value: "auto|FIRST-LAST",

@@ -7,7 +7,10 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use rustnet_common::log::FILTERS;
 
-use super::{KubeSource, LogFormat, NODE_PORTS, OverlayFamily, OverlayPath, PacketLog, PacketMark, Routing, Source};
+use super::{
+    KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily, OverlayPath, PacketLog, PacketMark, Routing,
+    Source,
+};
 use crate::args::{Value, Values};
 
 /// Reads values and collects what is wrong with them. A refused value is replaced by its type's default, which never
@@ -212,6 +215,13 @@ pub(super) fn cidr(text: &str) -> Result<IpNet, String> {
         return Err(format!("has bits set behind its prefix; give {}", net.trunc()));
     }
     Ok(net)
+}
+
+pub(super) fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {
+    if text == "primary" {
+        return Ok(NodePortAddresses::Primary);
+    }
+    cidr(text).map(NodePortAddresses::In).map_err(|wrong| format!("{wrong}, or primary"))
 }
 
 pub(super) fn snat_ports(text: &str) -> Result<Option<(u16, u16)>, String> {

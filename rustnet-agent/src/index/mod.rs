@@ -328,7 +328,10 @@ impl Index {
         let own = self.nodes.get(&self.settings.node_name);
         addresses.extend(own.iter().flat_map(|node| node.addresses.iter().copied()));
         let zone: Arc<str> = own.map_or_else(|| "".into(), |node| Arc::clone(&node.zone));
-        self.services.set_own(addresses, zone);
+        let primary = own.map_or(&[][..], |node| &node.addresses);
+        let has_node_ports = |ip: &IpAddr| self.settings.has_node_ports(*ip, primary.contains(ip));
+        let node_ips = addresses.iter().copied().filter(has_node_ports).collect();
+        self.services.set_own(addresses, node_ips, zone);
         self.nodes_changed(false);
     }
 

@@ -166,8 +166,8 @@ impl Services {
         self.forget_if_empty(&owner);
     }
 
-    /// Replaces this node's addresses and zone.
-    pub fn set_own(&mut self, addresses: BTreeSet<IpAddr>, zone: Arc<str>) {
+    /// Replaces this node's addresses, those of them that have node ports, and its zone.
+    pub fn set_own(&mut self, addresses: BTreeSet<IpAddr>, node_ips: Box<[IpAddr]>, zone: Arc<str>) {
         if self.zone != zone {
             self.zone = zone;
             self.dirty.extend(self.claims.keys());
@@ -178,13 +178,13 @@ impl Services {
             self.dirty.extend((users.external > 0).then(|| VipKey::external_wildcard(*ip)));
             self.dirty.extend(self.claims.keys().filter(|key| key.ip == *ip));
         }
-        if self.own != addresses {
+        if self.node_ips != node_ips {
             let all = self.states.values().filter_map(|state| state.service.clone());
             let moved: Vec<_> = all.filter(|service| service.has_node_ports()).collect();
             for service in &moved {
                 self.unclaim(service);
             }
-            self.node_ips = addresses.iter().copied().collect();
+            self.node_ips = node_ips;
             for service in &moved {
                 self.claim(service);
             }

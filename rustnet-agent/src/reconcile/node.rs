@@ -36,6 +36,7 @@ pub fn settings(config: &Config) -> Settings {
         },
         pod_cidrs: config.pod_cidrs.clone(),
         no_masquerade: config.non_masquerade_cidrs.clone(),
+        node_ports: config.node_port_addresses.clone(),
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub use self::place::{Place, Sources, Uplink, place};
-use crate::config::Routing;
+use crate::config::{NodePortAddresses, Routing};
 use crate::host::HostFacts;
 use crate::model::{Family, Node, Problem};
 
@@ -36,9 +36,20 @@ pub struct Settings {
     pub pod_cidrs: Vec<IpNet>,
     /// Ranges beyond pods and nodes to which pods keep their address.
     pub no_masquerade: Vec<IpNet>,
+    /// Addresses of this node that have node ports; empty: all.
+    pub node_ports: Vec<NodePortAddresses>,
 }
 
 impl Settings {
+    /// True if an address of this node has node ports; `is_primary`: its Node object has it.
+    pub fn has_node_ports(&self, ip: IpAddr, is_primary: bool) -> bool {
+        let is_named = |it: &NodePortAddresses| match it {
+            NodePortAddresses::Primary => is_primary,
+            NodePortAddresses::In(range) => range.contains(&ip),
+        };
+        self.node_ports.is_empty() || self.node_ports.iter().any(is_named)
+    }
+
     /// Those of a node without any preference.
     pub fn new(node_name: &str, routing: Routing) -> Self {
         Self {
@@ -48,6 +59,7 @@ impl Settings {
             overlay_family: None,
             pod_cidrs: Vec::new(),
             no_masquerade: Vec::new(),
+            node_ports: Vec::new(),
         }
     }
 

@@ -1,7 +1,9 @@
 //! Services for clients outside.
 
 use super::{VIP4, desired, gone, index, key};
-use crate::index::{Index, VipKey};
+use crate::config::{NodePortAddresses, Routing};
+use crate::host::build::{device, host};
+use crate::index::{Index, Settings, VipKey};
 use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{Family, Service};
 use crate::source::Kind;
@@ -81,4 +83,28 @@ fn an_external_ip_of_the_node() {
     assert!(desired(&it, &at_node).is_some() && desired(&it, &outside(at_node)).is_some());
     let whole = VipKey::wildcard(ip("172.18.0.11"));
     assert!(desired(&it, &whole).is_none() && desired(&it, &outside(whole)).is_none());
+}
+
+#[test]
+fn only_some_addresses_of_the_node_have_node_ports() {
+    let in_range = || NodePortAddresses::In("192.0.2.0/24".parse().unwrap());
+    for (node_ports, want) in [
+        (vec![], ["172.18.0.11", "192.0.2.1", "198.51.100.1"].as_slice()),
+        (vec![NodePortAddresses::Primary], &["172.18.0.11"]),
+        (vec![in_range()], &["192.0.2.1"]),
+        (vec![in_range(), NodePortAddresses::Primary], &["172.18.0.11", "192.0.2.1"]),
+    ] {
+        let mut it = Index::new(Settings { node_ports, ..Settings::new("n1", Routing::Vxlan) });
+        it.set_host(host([
+            device(1, "eth0", &["172.18.0.11/24", "192.0.2.1/24"]),
+            device(2, "br0", &["198.51.100.1/24"]),
+        ]));
+        it.handle(node("n1", &["172.18.0.11"], &["10.244.1.0/24"]).apply());
+        it.handle(service("web", &[VIP4]).tcp(80).node_port(30_080).apply());
+        let mut at: Vec<_> =
+            it.service_keys().filter(|key| key.port == 30_080 && key.scope == scope::EXTERNAL).collect();
+        at.sort_unstable();
+        let want: Vec<_> = want.iter().map(|address| outside(key(address, 30_080, TCP))).collect();
+        assert_eq!(at, want);
+    }
 }
