@@ -89,9 +89,14 @@ impl Users {
     }
 }
 
-/// The entries of a Service's frontends.
-fn port_keys<'a>(service: &'a Service, nodes: &'a [IpAddr]) -> impl Iterator<Item = VipKey> + 'a {
-    service.frontends(nodes).flat_map(VipKey::of)
+/// The entries of a Service's frontends, each once: an external IP may be the cluster address, or this node's.
+fn port_keys(service: &Service, nodes: &[IpAddr]) -> Vec<VipKey> {
+    let mut keys: Vec<_> = service.frontends(nodes).flat_map(VipKey::of).collect();
+    if service.is_external() {
+        keys.sort_unstable();
+        keys.dedup();
+    }
+    keys
 }
 
 impl Services {
@@ -223,8 +228,10 @@ impl Services {
     fn find(&self, key: &VipKey) -> Option<(&State, &Service, Frontend<'_>)> {
         let state = self.states.get(self.claims.get(key)?.winner()?)?;
         let service = state.service.as_deref()?;
-        let frontend = service.frontends(&self.node_ips).find(|frontend| key.is_of(frontend))?;
-        (frontend.is_external || !self.own.contains(&key.ip)).then_some((state, service, frontend))
+        let is_allowed = |frontend: &Frontend<'_>| frontend.is_external || !self.own.contains(&key.ip);
+        let mut frontends = service.frontends(&self.node_ips);
+        let frontend = frontends.find(|frontend| key.is_of(frontend) && is_allowed(frontend))?;
+        Some((state, service, frontend))
     }
 
     /// Flags of a wildcard entry, if there is to be one. The other ports of this node's addresses are the host's.

@@ -21,14 +21,14 @@ pub struct VipKey {
 impl VipKey {
     /// The entries of a frontend.
     pub fn of(frontend: Frontend<'_>) -> impl Iterator<Item = Self> {
-        let Frontend { addresses, port, proto, scope, .. } = frontend;
-        addresses.iter().map(move |ip| Self { ip: *ip, port, proto, scope })
+        let Frontend { port, proto, scope, .. } = frontend;
+        frontend.addresses().map(move |ip| Self { ip, port, proto, scope })
     }
 
     /// True if a frontend has this entry.
     pub fn is_of(&self, frontend: &Frontend<'_>) -> bool {
-        let Frontend { addresses, port, proto, scope, .. } = *frontend;
-        (self.port, self.proto, self.scope) == (port, proto, scope) && addresses.contains(&self.ip)
+        let Frontend { port, proto, scope, .. } = *frontend;
+        (self.port, self.proto, self.scope) == (port, proto, scope) && frontend.addresses().any(|ip| ip == self.ip)
     }
 
     /// The wildcard entry of an address.

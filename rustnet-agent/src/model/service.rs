@@ -1,6 +1,6 @@
 //! A Service that has virtual addresses.
 
-use super::{Feature, ObjectName, Problem};
+use super::{Family, Feature, ObjectName, Problem};
 use rustnet_common::service::scope;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -33,8 +33,10 @@ pub struct Service {
 /// How a port of a Service is reached: at which addresses, in which scope, and which endpoints may answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frontend<'a> {
-    /// Its addresses, of both families.
-    pub addresses: &'a [IpAddr],
+    /// Addresses, of which those of the Service's families are its own.
+    at: &'a [IpAddr],
+    /// One address of each family of the Service.
+    vips: &'a [IpAddr],
     /// Port at these addresses.
     pub port: u16,
     /// IP protocol number.
@@ -49,6 +51,14 @@ pub struct Frontend<'a> {
     pub target: &'a ServicePort,
 }
 
+impl<'a> Frontend<'a> {
+    /// Its addresses.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<'a> {
+        let vips = self.vips;
+        self.at.iter().copied().filter(move |ip| vips.iter().any(|vip| Family::of(*vip) == Family::of(*ip)))
+    }
+}
+
 impl Service {
     /// All frontends. `nodes`: the addresses of this node that have node ports.
     ///
@@ -56,9 +66,9 @@ impl Service {
     /// "short-circuit").
     pub fn frontends<'a>(&'a self, nodes: &'a [IpAddr]) -> impl Iterator<Item = Frontend<'a>> {
         self.ports.iter().flat_map(move |target| {
-            let at = move |addresses, port, scope, is_local, is_external| {
-                let proto = target.proto;
-                (port != 0).then_some(Frontend { addresses, port, proto, scope, is_local, is_external, target })
+            let at = move |at, port, scope, is_local, is_external| {
+                let (vips, proto) = (&*self.vips, target.proto);
+                (port != 0).then_some(Frontend { at, vips, port, proto, scope, is_local, is_external, target })
             };
             let (external, local) = (&*self.external, self.external_local);
             [

@@ -51,7 +51,17 @@ pub struct Service {
     pub ports: Vec<(String, u16, &'static str)>,
     pub affinity: Option<u32>,
     pub local: bool,
+    /// Each port has a node port, see [`node_port`].
+    pub has_node_ports: bool,
+    /// `externalIPs`.
+    pub external: Vec<String>,
+    pub external_local: bool,
     pub sort: Sort,
+}
+
+/// The node port of a port.
+pub fn node_port(port: u16) -> u16 {
+    if port == 0 { 0 } else { 30_000 + port }
 }
 
 /// What a service is apart from its addresses.
@@ -129,6 +139,16 @@ impl Service {
         }
         if self.local {
             spec["internalTrafficPolicy"] = json!("Local");
+        }
+        if self.has_node_ports {
+            spec["type"] = json!("NodePort");
+            for (port, (_, number, _)) in spec["ports"].as_array_mut().into_iter().flatten().zip(&self.ports) {
+                port["nodePort"] = json!(node_port(*number));
+            }
+        }
+        spec["externalIPs"] = json!(self.external);
+        if self.external_local {
+            spec["externalTrafficPolicy"] = json!("Local");
         }
         let mut labels = json!({});
         match self.sort {
@@ -208,14 +228,21 @@ fn service() -> impl Strategy<Value = Service> {
     let v4 = sometimes(vec!["10.96.0.1", "10.96.0.2", "172.18.0.11", "127.0.0.1"]);
     let v6 = sometimes(vec!["fd00:96::1", "fd00:96::2"]);
     let affinity = prop::option::weighted(0.2, prop::sample::select(vec![60, 10_800]));
-    (0..3u8, 0..3u8, (v4, v6), port_list(), affinity, prop::bool::weighted(0.3), sort).prop_map(
-        |(name, created, (v4, v6), ports, affinity, local, sort)| Service {
+    // A balancer's, an address of this node, a cluster address.
+    let external = prop::sample::subsequence(vec!["203.0.113.7", "172.18.0.15", "10.96.0.1", "2001:db8:7::7"], 0..3);
+    let external = prop_oneof![2 => Just(Vec::new()), 1 => external];
+    let outside = (prop::bool::weighted(0.3), external, prop::bool::weighted(0.3));
+    (0..3u8, 0..3u8, (v4, v6), port_list(), affinity, prop::bool::weighted(0.3), outside, sort).prop_map(
+        |(name, created, (v4, v6), ports, affinity, local, (has_node_ports, external, external_local), sort)| Service {
             name: format!("s{name}"),
             created,
             vips: v4.into_iter().chain(v6).map(str::to_owned).collect(),
             ports,
             affinity,
             local,
+            has_node_ports,
+            external: external.into_iter().map(str::to_owned).collect(),
+            external_local,
             sort,
         },
     )
@@ -296,6 +323,9 @@ pub fn of_every_slot(slots: u32) -> Vec<Event> {
         ports: ports(),
         affinity: None,
         local: false,
+        has_node_ports: false,
+        external: Vec::new(),
+        external_local: false,
         sort: Sort::Plain,
     };
     let endpoint = |n: u32| Endpoint {

@@ -79,6 +79,8 @@ struct World {
     flows: BTreeMap<u32, (Key, (IpAddr, u16))>,
     /// Numbers that ports with backends have had: none is given to another port of another Service.
     numbers: BTreeMap<u32, (BTreeSet<Key>, BTreeSet<String>)>,
+    /// Numbers and entries that an agent has found at its start.
+    adopted: BTreeSet<(u32, Key)>,
 }
 
 impl World {
@@ -94,6 +96,7 @@ impl World {
             converter: Converter::new(),
             flows: BTreeMap::new(),
             numbers: BTreeMap::new(),
+            adopted: BTreeSet::new(),
         };
         for kind in Kind::REQUIRED {
             world.index.handle(Event::Synced(kind));
@@ -159,6 +162,11 @@ impl World {
     /// A new agent finds the maps as they are.
     fn restart(&mut self, seed: u64) {
         self.index = index(self.settings.clone());
+        // What an entry without backends was called, its next ones may be called.
+        for (key, entry) in &self.maps.held().services {
+            let key = (key.ip, key.port, key.proto, key.scope);
+            self.adopted.insert((entry.id, key));
+        }
         self.planner = Planner::adopt(&self.maps).unwrap();
         self.relist(seed, false);
     }
@@ -172,16 +180,18 @@ impl World {
         }
         for (key, entry) in self.maps.held().services.iter().filter(|(key, _)| key.proto == UDP) {
             for b in self.maps.backends(entry) {
-                self.flows.insert(b.id, ((key.ip, key.port, key.proto), (b.addr.into(), b.port)));
+                self.flows.insert(b.id, ((key.ip, key.port, key.proto, key.scope), (b.addr.into(), b.port)));
             }
         }
         for (key, entry) in self.maps.held().services.iter().filter(|(_, entry)| entry.count > 0) {
-            let key = (key.ip, key.port, key.proto);
-            let vip = VipKey { ip: key.0, port: key.1, proto: key.2, scope: 0 };
+            let key = (key.ip, key.port, key.proto, key.scope);
+            let vip = VipKey { ip: key.0, port: key.1, proto: key.2, scope: key.3 };
             let owner = self.index.owner(&vip).map(|(name, port)| format!("{name} {}/{}", port.port, port.proto));
             let (keys, owners) = self.numbers.entry(entry.id).or_default();
-            let is_known =
-                keys.is_empty() || keys.contains(&key) || owner.as_ref().is_some_and(|it| owners.contains(it));
+            let is_known = self.adopted.contains(&(entry.id, key))
+                || keys.is_empty()
+                || keys.contains(&key)
+                || owner.as_ref().is_some_and(|it| owners.contains(it));
             assert!(is_known, "number {} of {key:?}, {owner:?} was of {keys:?}, {owners:?}", entry.id);
             keys.insert(key);
             owners.extend(owner);
@@ -269,6 +279,7 @@ fn settings() -> impl Strategy<Value = Settings> {
             overlay_family,
             pod_cidrs: Vec::new(),
             no_masquerade: if no_masquerade { vec!["172.18.0.0/24".parse().unwrap()] } else { Vec::new() },
+            node_ports: Vec::new(),
         },
     )
 }

@@ -1,17 +1,18 @@
 //! The plain model: from all objects at once to what packets should meet, with no state, no order and no cleverness.
 
-use super::cluster::{Cluster, Endpoint, Node, Object, Service, Slice, Sort};
+use super::cluster::{Cluster, Endpoint, Node, Object, Service, Slice, Sort, node_port};
 use ipnet::IpNet;
 use rustnet_agent::config::Routing;
 use rustnet_agent::index::Settings;
 use rustnet_agent::model::Family;
 use rustnet_agent::plan::MemoryMaps;
+use rustnet_common::service::scope;
 use rustnet_common::{backend, peer, service};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-/// Address, port, protocol.
-pub type Key = (IpAddr, u16, u8);
+/// Address, port, protocol, scope.
+pub type Key = (IpAddr, u16, u8, u8);
 /// Address, port, flags.
 type Backend = (IpAddr, u16, u16);
 /// Flags, affinity, backends in order.
@@ -31,7 +32,7 @@ impl Table {
     pub fn of(maps: &MemoryMaps) -> Self {
         let services = maps.held().services.iter().map(|(key, entry)| {
             let backends = maps.backends(entry).iter().map(|b| (b.addr.into(), b.port, b.flags)).collect();
-            ((key.ip, key.port, key.proto), (entry.flags, entry.affinity, backends))
+            ((key.ip, key.port, key.proto, key.scope), (entry.flags, entry.affinity, backends))
         });
         let peers = maps.held().peers.iter().map(|(prefix, peer)| {
             let node: IpAddr = peer.node.into();
@@ -52,15 +53,16 @@ impl Table {
         for key in keys {
             let (is, was, will) = (self.services.get(key), old.services.get(key), new.services.get(key));
             assert!(alike(is, was) || alike(is, will), "{key:?}: {is:?} is neither {was:?} nor {will:?}");
-            let has = |backend| [was, will].into_iter().flatten().any(|(.., all)| all.contains(backend));
+            // A set that other entries have, too, changes its flags for all.
+            let has = |backend| was.into_iter().chain(new.services.values()).any(|(.., all)| all.contains(backend));
             assert!(
                 is.is_none_or(|(.., all)| all.iter().all(has)),
                 "{key:?}: flags of {is:?} are not of {was:?} or {will:?}"
             );
             // A wildcard refuses what has no entry: it must not come before the ports do.
-            let wildcard = (key.0, 0, 0);
+            let wildcard = (key.0, 0, 0, key.3);
             let new = self.services.contains_key(&wildcard) && !old.services.contains_key(&wildcard);
-            assert!(!new || alike(is, will), "{key:?} is refused for a moment");
+            assert!(!new || will.is_none() || alike(is, will), "{key:?} is refused for a moment");
         }
         let prefixes: BTreeSet<_> = [self, old, new].into_iter().flat_map(|table| table.peers.keys()).collect();
         for prefix in prefixes {
@@ -126,26 +128,85 @@ fn own_addresses(cluster: &Cluster, settings: &Settings) -> BTreeSet<IpAddr> {
     links().iter().map(IpNet::addr).chain(named).collect()
 }
 
-fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
-    let own = own_addresses(cluster, settings);
+/// A way to a port of a Service.
+struct Frontend<'a> {
+    service: &'a Service,
+    /// Name of the port.
+    name: String,
+    is_local: bool,
+}
+
+/// Services that are served, the oldest first.
+fn plain(cluster: &Cluster) -> Vec<&Service> {
     let mut all: Vec<&Service> =
         cluster.values().filter_map(|o| if let Object::Service(s) = o { Some(s) } else { None }).collect();
     all.retain(|service| service.sort == Sort::Plain);
     all.sort_by_key(|service| (service.created, service.name.clone()));
-    let mut table = BTreeMap::new();
-    for service in all {
-        for vip in service.vips.iter().map(|vip| vip.parse::<IpAddr>().unwrap()) {
-            if own.contains(&vip) || vip.is_loopback() {
+    all
+}
+
+fn parsed(addresses: &[String]) -> Vec<IpAddr> {
+    addresses.iter().map(|it| it.parse::<IpAddr>().unwrap()).filter(|ip| !ip.is_loopback()).collect()
+}
+
+/// Who has each entry, and how it gets there: the oldest Service that names it, unless it is an address of this node that a Service
+/// has for its own.
+fn frontends<'a>(cluster: &'a Cluster, settings: &Settings) -> BTreeMap<Key, Frontend<'a>> {
+    let own = own_addresses(cluster, settings);
+    let mut owners: BTreeMap<Key, Vec<(&Service, Option<Frontend<'a>>)>> = BTreeMap::new();
+    for service in plain(cluster) {
+        let vips = parsed(&service.vips);
+        let of_family = |ip: &IpAddr| vips.iter().any(|vip| vip.is_ipv6() == ip.is_ipv6());
+        let external: Vec<IpAddr> = parsed(&service.external).into_iter().filter(of_family).collect();
+        let nodes: Vec<IpAddr> = own.iter().copied().filter(of_family).collect();
+        for (name, port, protocol) in valid(&service.ports, true) {
+            let mut add = |addresses: &[IpAddr], port: u16, scope: u8, is_local: bool, is_external: bool| {
+                for ip in addresses {
+                    let frontend = Frontend { service, name: name.clone(), is_local };
+                    let allowed = is_external || !own.contains(ip);
+                    owners
+                        .entry((*ip, port, protocol, scope))
+                        .or_default()
+                        .push((service, allowed.then_some(frontend)));
+                }
+            };
+            add(&vips, port, scope::CLUSTER, service.local, false);
+            add(&external, port, scope::CLUSTER, false, true);
+            add(&external, port, scope::EXTERNAL, service.external_local, true);
+            if service.has_node_ports {
+                add(&nodes, node_port(port), scope::CLUSTER, false, true);
+                add(&nodes, node_port(port), scope::EXTERNAL, service.external_local, true);
+            }
+        }
+    }
+    let first = |all: Vec<(&Service, Option<Frontend<'a>>)>| {
+        let winner = all.first()?.0.name.clone();
+        all.into_iter().filter(|(service, _)| service.name == winner).find_map(|(_, frontend)| frontend)
+    };
+    owners.into_iter().filter_map(|(key, all)| Some((key, first(all)?))).collect()
+}
+
+fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
+    let own = own_addresses(cluster, settings);
+    let mut table: BTreeMap<Key, Entry> = BTreeMap::new();
+    for ((ip, port, protocol, scope), Frontend { service, name, is_local }) in frontends(cluster, settings) {
+        let (flags, backends) = backends(cluster, settings, service, is_local, &name, protocol, ip.is_ipv6());
+        table.insert((ip, port, protocol, scope), (flags, service.affinity.unwrap_or(0), backends));
+    }
+    for service in plain(cluster) {
+        let vips = parsed(&service.vips);
+        let external = parsed(&service.external).into_iter();
+        let external = external.filter(|ip| vips.iter().any(|vip| vip.is_ipv6() == ip.is_ipv6()));
+        for (ip, is_external) in vips.iter().map(|ip| (*ip, false)).chain(external.map(|ip| (ip, true))) {
+            if own.contains(&ip) {
                 continue;
             }
-            table.insert((vip, 0, 0), (service::flags::VIP, 0, Vec::new()));
-            for (name, port, protocol) in valid(&service.ports, true) {
-                let entry = || {
-                    let (flags, backends) = backends(cluster, settings, service, &name, protocol, vip.is_ipv6());
-                    (flags, service.affinity.unwrap_or(0), backends)
-                };
-                // The oldest comes first.
-                table.entry((vip, port, protocol)).or_insert_with(entry);
+            // What one Service has for its own, no machine outside has.
+            let flags = if is_external { service::flags::VIP | service::flags::SHARED } else { service::flags::VIP };
+            let cluster = table.entry((ip, 0, 0, scope::CLUSTER)).or_insert((flags, 0, Vec::new()));
+            cluster.0 &= flags;
+            if is_external {
+                table.insert((ip, 0, 0, scope::EXTERNAL), (service::flags::VIP, 0, Vec::new()));
             }
         }
     }
@@ -156,6 +217,7 @@ fn backends(
     cluster: &Cluster,
     settings: &Settings,
     service: &Service,
+    is_local: bool,
     name: &str,
     protocol: u8,
     v6: bool,
@@ -190,7 +252,7 @@ fn backends(
     let of = |keep: &dyn Fn(&Endpoint, bool) -> bool| -> Vec<Backend> {
         usable.iter().filter(|(_, _, e, local)| keep(e, *local)).map(entry).collect()
     };
-    if service.local {
+    if is_local {
         let chosen = of(&|e, local| ready(e) && local);
         let chosen = if chosen.is_empty() { of(&|_, local| local) } else { chosen };
         let elsewhere = chosen.is_empty() && !usable.is_empty();
@@ -247,20 +309,9 @@ fn endpoints<'a>(
 }
 
 /// The targets that serve a UDP port, whether or not they get new flows.
-pub fn serving(cluster: &Cluster, settings: &Settings, (vip, port, protocol): Key) -> BTreeSet<(IpAddr, u16)> {
-    let mut owners: Vec<(&Service, String)> = Vec::new();
-    for object in cluster.values() {
-        if let Object::Service(service) = object
-            && service.sort == Sort::Plain
-            && service.vips.iter().any(|v| v.parse() == Ok(vip))
-            && !own_addresses(cluster, settings).contains(&vip)
-        {
-            let ports = valid(&service.ports, true).into_iter().filter(|(_, p, pr)| (*p, *pr) == (port, protocol));
-            owners.extend(ports.map(|(name, ..)| (service, name)));
-        }
-    }
-    let owner = owners.into_iter().min_by_key(|(service, _)| (service.created, service.name.clone()));
-    let all = owner.map(|(service, name)| endpoints(cluster, service, &name, protocol, vip.is_ipv6()));
+pub fn serving(cluster: &Cluster, settings: &Settings, key: Key) -> BTreeSet<(IpAddr, u16)> {
+    let frontends = frontends(cluster, settings);
+    let all = frontends.get(&key).map(|it| endpoints(cluster, it.service, &it.name, key.2, key.0.is_ipv6()));
     let all = all.into_iter().flatten().filter(|(_, _, e)| serves(e));
     all.map(|(addr, port, _)| (addr, port)).collect()
 }

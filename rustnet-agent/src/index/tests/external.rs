@@ -108,3 +108,17 @@ fn only_some_addresses_of_the_node_have_node_ports() {
         assert_eq!(at, want);
     }
 }
+
+/// An external IP that is the cluster address of the same Service: one claim, and nothing is left of it.
+#[test]
+fn an_address_that_a_service_names_twice() {
+    let web = || service("web", &[VIP4]).tcp(80).external(&[VIP4]);
+    let mut it = published(web());
+    let at_vip = key(VIP4, 80, TCP);
+    assert!(it.problems().is_empty(), "{:?}", it.problems());
+    assert!(desired(&it, &at_vip).is_some() && desired(&it, &outside(at_vip)).is_some());
+    it.handle(gone(Kind::Service, "web"));
+    it.handle(service("other", &[VIP4]).tcp(80).apply());
+    assert_eq!(it.owner(&at_vip).expect("an owner").0.to_string(), "default/other");
+    assert!(it.problems().is_empty() && desired(&it, &outside(at_vip)).is_none());
+}

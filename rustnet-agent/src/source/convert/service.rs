@@ -41,6 +41,7 @@ impl Converter {
         if ports.is_empty() && findings.list.is_empty() {
             findings.add("spec.ports", "no ports, so that every connection to it is refused; add one");
         }
+        let external = external(service, spec, &vips, &mut findings);
         let service = Service {
             name: object.name,
             created: created(&service.metadata),
@@ -52,7 +53,7 @@ impl Converter {
                 "spec.internalTrafficPolicy",
                 &mut findings,
             ),
-            external: external(service, spec, &mut findings),
+            external,
             external_local: is_local(
                 spec.external_traffic_policy.as_deref(),
                 "spec.externalTrafficPolicy",
@@ -180,7 +181,7 @@ fn affinity(spec: &ServiceSpec, findings: &mut Findings) -> u32 {
 
 /// Addresses for clients outside: `externalIPs`, and those of load balancers that deliver packets as they are (`ipMode: VIP`,
 /// KEP-1860).
-fn external(service: &KubeService, spec: &ServiceSpec, findings: &mut Findings) -> Box<[IpAddr]> {
+fn external(service: &KubeService, spec: &ServiceSpec, vips: &[IpAddr], findings: &mut Findings) -> Box<[IpAddr]> {
     let ips = spec.external_ips.iter().flatten().enumerate().map(|(i, ip)| (format!("spec.externalIPs[{i}]"), ip));
     // Served to nobody rather than to everybody.
     let is_open = is_balanced(spec) && !has_source_ranges(spec);
@@ -194,6 +195,15 @@ fn external(service: &KubeService, spec: &ServiceSpec, findings: &mut Findings) 
     for (field, text) in ips.chain(balanced) {
         match unicast(text) {
             Ok(ip) if found.contains(&ip) => {}
+            Ok(ip) if vips.iter().all(|vip| Family::of(*vip) != Family::of(ip)) => {
+                findings.add(
+                    field,
+                    format!(
+                        "the Service has no {} address, {ip} is left out; add the family to ipFamilies",
+                        Family::of(ip)
+                    ),
+                );
+            }
             Ok(ip) => found.push(ip),
             Err(wrong) => findings.add(field, wrong),
         }
