@@ -1,6 +1,8 @@
 //! The overlay without its device: tunnel packets that lose their headers at the uplink, and those that the device gets.
 
-use anyhow::{Context, Result, ensure};
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, bail, ensure};
 use rustnet_common::config;
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint;
@@ -171,6 +173,14 @@ fn odd_inner_packets_are_the_devices() -> Result<()> {
         }
         let forged = outer(net, ask).map(|f| f.src = net.router()).bytes();
         ensure!(lab.tunnel_in(&forged)?.verdict == SHOT, "no node at all, which the uplink drops");
+        if net == Net::V6 {
+            // The other node's IPv4 address as a mapped one: what looks the same in the maps.
+            let IpAddr::V4(node) = Net::V4.node2() else { bail!("no IPv4 address") };
+            lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(node.into()))?;
+            let mapped = outer(net, ask).map(|f| f.src = node.to_ipv6_mapped().into()).bytes();
+            ensure!(lab.tunnel_in(&mapped)?.verdict == SHOT, "a mapped address, which the uplink drops");
+            lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(net.node2()))?;
+        }
         lab.put_peer(net.router(), None, flags::NODE | flags::TUNNEL, Some(net.router()))?;
         by_device(lab, inner, &forged).context("another node")?;
         lab.put_endpoint_with(inner.a(), POD_A, MAC_A, endpoint::flags::VIA_QDISC)?;

@@ -29,7 +29,7 @@ pub const BACK: i32 = i32::MAX;
 pub trait ReadOuter<A>: Copy {
     /// True for what may be a UDP packet to this node.
     fn is_udp(&self, node: A) -> bool;
-    /// Its source, if it is not fragmented.
+    /// Its source, if it can be a node's and the packet is not fragmented.
     fn source(&self) -> Option<A>;
     /// Its type of service.
     fn tos(&self) -> u8;
@@ -68,7 +68,8 @@ impl ReadOuter<Ip6> for Header6 {
 
     #[inline(always)]
     fn source(&self) -> Option<Ip6> {
-        Some(self.src)
+        // A mapped address is none of the wire (`ip6_rcv_core` drops it), and would pass for the node that has the IPv4 one.
+        (!self.src.is_v4()).then_some(self.src)
     }
 
     #[inline(always)]
