@@ -55,6 +55,8 @@ enum Place {
 pub struct Model {
     pub services: Vec<Service>,
     masquerade: bool,
+    /// The other node, as the far end of tunnels.
+    far_end: IpAddr,
     /// What each direction of each connection becomes.
     table: HashMap<Tuple, Tuple>,
     /// Flows of first fragments, by interface, addresses, identification and (IPv4) protocol; none where only the
@@ -99,10 +101,11 @@ fn net_of(ip: IpAddr) -> Net {
 }
 
 impl Model {
-    pub fn new(services: Vec<Service>, masquerade: bool) -> Self {
+    pub fn new(services: Vec<Service>, masquerade: bool, far_end: IpAddr) -> Self {
         Self {
             services,
             masquerade,
+            far_end,
             table: HashMap::new(),
             fragments: HashMap::new(),
             maybe: Vec::new(),
@@ -119,10 +122,10 @@ impl Model {
             _ if ip == net.a() => Place::Pod(POD_A, MAC_A),
             _ if ip == net.b() => Place::Pod(POD_B, MAC_B),
             _ if ip == net.node() => Place::Host,
-            _ if ip == net.node2() => Place::Tunnel(net.node2(), true),
+            _ if ip == net.node2() => Place::Tunnel(self.far_end, true),
             _ if self.services.iter().any(|s| s.vip == ip) => Place::Vip,
             _ if near(net.nobody()) => Place::Nobody,
-            _ if near(net.far()) => Place::Tunnel(net.node2(), false),
+            _ if near(net.far()) => Place::Tunnel(self.far_end, false),
             _ if near(net.routed()) || near(net.narrow()) => Place::Routed,
             _ => Place::World,
         }
