@@ -7,6 +7,7 @@
 
 use crate::netns::Netns;
 use crate::stream::ROOM;
+use crate::wait;
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -96,6 +97,8 @@ fn converse(stream: TcpStream, heading: &str, name: &str, stop: &AtomicBool) -> 
     stream.set_nonblocking(false)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(IDLE))?;
+    // A client that is gone must not keep a test from its end: TCP alone gives up after a quarter of an hour.
+    stream.set_write_timeout(Some(wait::DEADLINE))?;
     let mut writer = stream.try_clone()?;
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
