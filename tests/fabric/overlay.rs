@@ -4,29 +4,28 @@
 
 mod noise;
 mod offload;
+mod routes;
 
 use crate::fixture::{Net, endpoints, observed};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
-use noise::{Noise, exchange, exchange_until};
+use noise::{Noise, exchange};
 use offload::{all_offloads, set_offloads};
+use routes::{flows_spread_over_equal_routes, streams_survive_routes_that_change};
 use rustnet_common::names;
 use std::collections::BTreeSet;
 use std::io::IoSliceMut;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
-use testkit::check::VXLAN_PORT;
 use testkit::client::{TIMEOUT, ask, ask_sized, connected_udp};
 use testkit::icmp::{Ping, Reply};
 use testkit::netns::{Holder, Own};
-use testkit::packet::{mac_of, neighbour_mac};
 use testkit::pod::PORT;
 use testkit::server::Server;
-use testkit::sniff::{Frame, Sniffer};
+use testkit::sniff::Sniffer;
 use testkit::stream::Stream;
 use testkit::{Netns, Node, Pod, Proto, Setup, wait};
 
@@ -62,6 +61,8 @@ over_each_family!(
     streams_survive_routes_that_change,
     while_there_are_ipsec_policies_packets_take_the_device,
     ipsec_policies_that_forbid_the_tunnel_are_obeyed,
+    flows_spread_over_equal_routes,
+    an_emptied_map_of_jumps_loses_nothing,
 );
 
 /// Said aloud, because the environment may say something else.
@@ -496,90 +497,41 @@ fn streams_between_cpus_stay_in_order(net: &Net) -> Result<()> {
     Ok(())
 }
 
-/// The way to the other node leads by its link, then by a router and back, and by a route that is
-/// narrower than the link.
-fn streams_survive_routes_that_change(net: &Net) -> Result<()> {
-    let (node, switch, far) = (net.node(1).netns(), net.fabric.switch(), net.node(2));
-    // A router that knows a shorter way tells so, and the kernel would take it.
-    for link in ["all", "br0"] {
-        switch.sysctl(&format!("ipv4/conf/{link}/send_redirects"), "0")?;
-    }
-    for link in ["all", "eth0"] {
-        node.sysctl(&format!("ipv6/conf/{link}/accept_redirects"), "0")?;
-    }
+/// The kernel empties the map once nobody holds it, as a release does that does not know it. Then the device takes all.
+fn an_emptied_map_of_jumps_loses_nothing(net: &Net) -> Result<()> {
+    const MORE: usize = 1000;
     introduce_nodes(net)?;
-    let outer = usize::from(net.fabric.setup().ipv6_first);
-    let (to, router) = (far.addresses()[outer], ["172.18.0.1", "fd00:18::1"][outer]);
-    let (direct, routed) = (neighbour_mac(node, "eth0", to)?, mac_of(switch, "br0")?);
-    let mut changes = vec![
-        (format!("route add {to} via {router}"), routed),
-        (format!("route change {to} dev eth0"), direct),
-        (format!("route change {to} via {router} mtu 1500"), routed),
-        (format!("route del {to}"), direct),
-        (format!("route add {to} via {router} metric 7"), routed),
-        (format!("route add {to} dev eth0 metric 5"), direct),
-        (format!("route del {to} metric 5"), routed),
-        (format!("route del {to} metric 7"), direct),
-    ];
-    if outer == 0 {
-        // The device fragments outer packets. Over IPv6 it does not (docs/status.md).
-        changes.push((format!("route add {to} dev eth0 mtu 1400"), direct));
-        changes.push((format!("route del {to}"), direct));
+    let streams: Vec<_> = net
+        .c
+        .addresses()
+        .iter()
+        .map(|ip| Stream::start(net.a.netns(), SocketAddr::new(*ip, PORT), 4, Duration::from_millis(1)))
+        .collect::<Result<_>>()?;
+    let go_on = || {
+        let before: Vec<_> = streams.iter().map(Stream::answered).collect();
+        wait::until("all streams go on", || {
+            let now: Vec<_> = streams.iter().map(Stream::answered).collect();
+            ensure!(now.iter().zip(&before).all(|(now, before)| *now >= before + MORE), "{before:?}, then {now:?}");
+            Ok(())
+        })
+    };
+    let before = all_device_packets(net)?;
+    go_on()?;
+    let moved = all_device_packets(net)? - before;
+    ensure!(moved <= FEW, "{moved} packets took the device before");
+    for node in net.fabric.nodes() {
+        let before = device_packets(node)?;
+        let path = node.bpffs().join("prog").join(names::TAILS_MAP).to_string_lossy().into_owned();
+        // In the kernel's order. Between the two, nothing may need the second one.
+        for index in 0..names::TAILS.len() {
+            let key = index.to_string();
+            node.netns().exec("bpftool", &["map", "delete", "pinned", &path, "key", &key, "0", "0", "0"])?;
+        }
+        go_on()?;
+        let moved = device_packets(node)? - before;
+        ensure!(moved >= MORE as u64, "{moved} packets took the device of {} after", node.name());
     }
-    let targets: Vec<SocketAddr> = net.c.addresses().iter().map(|ip| SocketAddr::new(*ip, STREAM)).collect();
-    let stop = AtomicBool::new(false);
-    let received: [[AtomicU64; 2]; 2] = Default::default();
-    thread::scope(|scope| {
-        let streams: Vec<_> = targets
-            .iter()
-            .zip(&received)
-            .map(|(target, received)| {
-                let is_enough = |_| stop.load(Ordering::Relaxed);
-                let server = (net.c.netns(), *target);
-                scope.spawn(move || exchange_until(net.a.netns(), server, *target, &is_enough, received))
-            })
-            .collect();
-        let datagrams = net
-            .c
-            .addresses()
-            .iter()
-            .map(|ip| Stream::start(net.a.netns(), SocketAddr::new(*ip, PORT), 4, Duration::from_millis(1)));
-        let changed = datagrams.collect::<Result<Vec<_>>>().and_then(|datagrams| {
-            for (change, mac) in &changes {
-                node.ip(&format!("{change}\n"))?;
-                goes_on(node, &received, *mac).with_context(|| change.clone())?;
-            }
-            datagrams.into_iter().try_for_each(|stream| stream.stop()?.no_loss())
-        });
-        stop.store(true, Ordering::Relaxed);
-        let ends = streams.into_iter().map(|stream| stream.join().unwrap_or_else(|_| bail!("panicked")));
-        let ended = ends.collect::<Result<Vec<_>>>();
-        changed.and(ended.map(drop))
-    })
-}
-
-/// Waits until all packets of the tunnel leave a node for this MAC, and until all streams have brought more since.
-fn goes_on(node: &Netns, received: &[[AtomicU64; 2]; 2], mac: [u8; 6]) -> Result<()> {
-    const LOOK: usize = 50;
-    let is_of_tunnel = |f: &Frame| f.outgoing && f.headers().is_some_and(|h| h.dport == VXLAN_PORT);
-    wait::until("the packets take the new way", || {
-        let wire = Sniffer::start_short(node, "eth0")?;
-        let frames = wait::until("packets of the tunnel", || {
-            let frames = wire.matching(LOOK, is_of_tunnel);
-            ensure!(frames.len() == LOOK, "{} of {LOOK}", frames.len());
-            Ok(frames)
-        })?;
-        let old = frames.iter().filter(|frame| !frame.bytes.starts_with(&mac)).count();
-        ensure!(old == 0, "{old} of {LOOK} take another one");
-        Ok(())
-    })?;
-    let counts = || received.iter().flatten().map(|count| count.load(Ordering::Relaxed)).collect::<Vec<_>>();
-    let before = counts();
-    wait::until("all streams go on", || {
-        let now = counts();
-        ensure!(now.iter().zip(&before).all(|(now, before)| *now >= before + (1 << 20)), "{before:?}, then {now:?}");
-        Ok(())
-    })
+    streams.into_iter().try_for_each(|stream| stream.stop()?.no_loss())
 }
 
 /// Which of a node's counters of the device move with its tunnel's packets.
