@@ -384,6 +384,10 @@ pub fn uplink_out(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn overlay_in(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
+    if mark::take_processed(&skb) {
+        // The answer of `overlay_out` to a packet of this host.
+        return TO_STACK;
+    }
     let mut from = Tunnel::NONE;
     overlay::read(&skb, &mut from);
     // The inner frame bears the sender's idea of our MAC; what comes out of the tunnel is for this host all the same.

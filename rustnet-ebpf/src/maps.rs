@@ -77,6 +77,34 @@ pub struct NatFull {
 /// Elements of `rn_nat_full`, a power of two.
 pub const NAT_FULL_SLOTS: u32 = 256;
 
+/// `struct bpf_fib_lookup` (uapi/linux/bpf.h), with its unions as plain words.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct FibLookup {
+    /// Address family; out: of the next hop.
+    pub family: u8,
+    /// Protocol.
+    pub l4_protocol: u8,
+    /// Source port, in network order.
+    pub sport: u16,
+    /// Destination port, in network order.
+    pub dport: u16,
+    /// In: length to check against the MTU; out: the MTU.
+    pub tot_len: u16,
+    /// In: the interface to look from; out: the one to leave by.
+    pub ifindex: u32,
+    /// Type of service.
+    pub tos: u32,
+    /// The source.
+    pub src: [u32; 4],
+    /// In: the destination; out: the next hop.
+    pub dst: [u32; 4],
+    /// VLAN protocol and tag.
+    pub vlan: u32,
+    /// Out: of the device that the packet leaves by, then of the next hop.
+    pub macs: [u16; 6],
+}
+
 /// The way to another node, as the kernel's routes had it a moment ago.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -85,16 +113,14 @@ pub struct NextHop {
     pub node: Addr,
     /// Jiffies when the kernel was asked.
     pub since: u32,
-    /// Interface to leave by; 0 where the packets have to take the device.
-    pub ifindex: u32,
-    /// Largest IP packet on the way.
-    pub mtu: u32,
-    /// Address family of `addr`.
-    pub family: u32,
     /// Which of [`WAYS`] it is.
     pub way: u32,
-    /// The neighbour.
-    pub addr: [u32; 4],
+    /// Interface to leave by; 0 where the packets have to take the device.
+    pub ifindex: u32,
+    /// Largest IP packet on the way; 0 where the kernel did not tell.
+    pub mtu: u32,
+    /// The kernel's answer. Here, and not on the stack, for which it is too large.
+    pub fib: FibLookup,
 }
 /// Elements of `rn_next_hops`, a power of two.
 pub const NEXT_HOPS: u32 = 256;

@@ -5,7 +5,7 @@ mod hops;
 mod sizes;
 
 use crate::errors::{error, reset};
-use crate::flows::{Proto, from_a, from_b, from_outside};
+use crate::flows::{Proto, from_a, from_b, from_host, from_outside};
 use crate::frame::{FIN, Frame, RST, SYN};
 use crate::harness::{
     BOTH, Flow, HZ, Lab, MAC_A, MAC_HOST, MAC_OUT, Net, OVERLAY_MTU, POD_A, POD_B, REDIRECT, SHOT, UPLINK, lab_apart,
@@ -166,6 +166,12 @@ fn errors_of_one_pod_do_not_take_anothers() -> Result<()> {
             let out = lab.datapath().run(hook::NAMES[hook::FROM_POD as usize], &input)?;
             let verdict = out.context("no sum was asked for")?.verdict;
             ensure!(verdict == REDIRECT, "{net:?}: verdict {verdict}: no error for pod A");
+            lab.serve(net.vip(1), 80, 17, 0, &[(net.far(), 8080)])?;
+            let bytes = from_host(net, Proto::Udp, (net.vip(1), 80)).with_length(OVERLAY_MTU + 1).bytes();
+            let input = Input { frame: &bytes, ifindex: UPLINK, ..Input::default() };
+            let out = lab.datapath().run(hook::NAMES[hook::UPLINK_OUT as usize], &input)?;
+            let verdict = out.context("no sum was asked for")?.verdict;
+            ensure!(verdict == REDIRECT, "{net:?}: verdict {verdict}: no error for the host");
             Ok(())
         })?;
     }

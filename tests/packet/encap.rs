@@ -3,11 +3,14 @@
 use anyhow::{Context, Result, ensure};
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config;
+use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer::flags;
+use testkit::datapath::Input;
 
-use crate::flows::{Proto, TARGET, from_a};
-use crate::frame::{Frame, L4};
-use crate::harness::{BOTH, Lab, Net, OVERLAY_MTU, VNI, lab_apart};
+use crate::errors::icmp_error;
+use crate::flows::{Proto, TARGET, from_a, from_host};
+use crate::frame::{ACK, Frame, L4};
+use crate::harness::{BOTH, Lab, Net, OVERLAY, OVERLAY_MTU, POD_A, VNI, lab_apart};
 
 /// The other node as a neighbour with a MAC. What is tried on the way there, the kernel does not ask for.
 pub const NEIGHBOURS: &str = "\
@@ -145,31 +148,121 @@ fn the_device_takes_the_rest() -> Result<()> {
             lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(node))?;
             by_device().with_context(|| format!("node {node}"))?;
         }
+        // A node behind a device without MACs, to which a redirect to a neighbour would give Ethernet headers.
+        let (node, len) = (net.node2(), if net == Net::V4 { 32 } else { 128 });
+        lab.ip(&format!(
+            "tuntap add dev tun0 mode tun\nlink set tun0 up\n\
+             route replace {node}/{len} dev tun0\nneigh add {node} dev tun0 nud noarp"
+        ))?;
+        lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(node))?;
+        lab.forget_next_hops()?;
+        by_device().context("a device without MACs")?;
+        lab.ip("link del tun0")?;
+        lab.forget_next_hops()?;
         // A group of MACs.
         lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(net.node2()))?;
         let group = ask.map(|f| f.dmac = [3, 0, 0, 0, 0, 1]);
         lab.pod_sends_unsummed(&group.bytes())?.onto_wire(&group.hop()).context("a group of MACs")?;
-        // Larger than the overlay's MTU, and no reason to refuse it.
+        // Larger than the overlay's MTU, and no reason to refuse it, unless nobody can fragment the outer packet.
         if inner == Net::V4 {
             let large = ask.with_length(OVERLAY_MTU + 1).map(|f| f.may_be_cut = true);
-            lab.pod_sends_unsummed(&large.bytes())?.onto_wire(&large.hop()).context("to be fragmented")?;
+            let shot = lab.pod_sends_unsummed(&large.bytes())?;
+            match net {
+                Net::V4 => shot.onto_wire(&large.hop()).context("to be fragmented")?,
+                Net::V6 => shot.answered(DropReason::FragNeeded, &too_big(inner, &large, 1500 - 70))?,
+            }
         }
         Ok(())
     })
 }
 
-/// A path that is narrower than the devices at its ends: the device fragments, or drops.
+/// What a pod hears of a packet that fits nowhere.
+fn too_big(inner: Net, f: &Frame, mtu: usize) -> Frame {
+    let (kind, code) = if inner == Net::V4 { (3, 4) } else { (2, 0) };
+    icmp_error(f, inner.node(), kind, code, mtu as u32).map(|f| f.may_be_cut = false)
+}
+
+/// A path that is narrower than the devices at its ends. Over IPv4 the device fragments. Over IPv6 nobody does: the pod learns what
+/// fits, by either way.
 #[test]
-fn a_narrow_path_is_the_devices() -> Result<()> {
+fn a_narrow_path_is_the_devices_or_reported() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        const FITS: usize = 1400;
+        let node = net.node2();
+        let (len, overhead) = if net == Net::V4 { (32, 50) } else { (128, 70) };
+        let large = from_a(inner, Proto::Udp, (inner.far(), TARGET)).with_length(FITS);
+        let narrow = |mtu: usize| -> Result<()> {
+            lab.ip(&format!("route replace {node}/{len} dev eth0 mtu lock {mtu}"))?;
+            lab.forget_next_hops()
+        };
+        narrow(FITS + overhead)?;
+        let frame = lab.pod_sends_unsummed(&large.bytes())?.frame;
+        ensure!(frame.len() > large.bytes().len(), "not encapsulated");
+        narrow(FITS + overhead - 1)?;
+        for flags in [config::flags::ENCAPSULATE, 0] {
+            lab.configure(|c| c.flags |= flags)?;
+            for may_be_cut in [false, true] {
+                let large = large.map(|f| f.may_be_cut = may_be_cut);
+                let shot = lab.pod_sends_unsummed(&large.bytes())?;
+                if net == Net::V4 {
+                    shot.onto_wire(&large.hop())?;
+                    continue;
+                }
+                shot.answered(DropReason::FragNeeded, &too_big(inner, &large, FITS - 1))
+                    .with_context(|| format!("flags {flags}, may be cut: {may_be_cut}"))?;
+            }
+        }
+        // Without a MAC the kernel says nothing of the path.
+        lab.ip(&format!("neigh del {node} dev eth0"))?;
+        lab.forget_next_hops()?;
+        lab.pod_sends_unsummed(&large.bytes())?.onto_wire(&large.hop()).context("no MAC")?;
+        lab.ip(&format!("neigh replace {node} lladdr 02:00:00:00:0c:02 dev eth0"))?;
+        lab.ip(&format!("route del {node}/{len} dev eth0"))
+    })
+}
+
+/// A packet of this host has no route any more whose MTU the device could lower: the host learns the same, by the overlay's device.
+#[test]
+fn the_host_hears_of_a_narrow_path() -> Result<()> {
     encapsulating(|lab, inner, net| {
         let node = net.node2();
         let (len, overhead) = if net == Net::V4 { (32, 50) } else { (128, 70) };
-        let large = from_a(inner, Proto::Udp, (inner.far(), TARGET)).with_length(1400);
-        for (mtu, want) in [(1400 + overhead, true), (1400 + overhead - 1, false)] {
+        let large = from_host(inner, Proto::Udp, (inner.far(), TARGET)).with_length(1400);
+        for (mtu, fits) in [(1400 + overhead, true), (1400 + overhead - 1, net == Net::V4)] {
             lab.ip(&format!("route replace {node}/{len} dev eth0 mtu lock {mtu}"))?;
             lab.forget_next_hops()?;
-            let is_encapsulated = lab.pod_sends_unsummed(&large.bytes())?.frame.len() > large.bytes().len();
-            ensure!(is_encapsulated == want, "an MTU of {mtu}");
+            let shot = lab.overlay_out(&large)?;
+            if fits {
+                shot.done_to_stack(&large)?;
+                continue;
+            }
+            // In its own name it would be a martian.
+            let report = too_big(inner, &large, 1399).map(|f| f.src = inner.far());
+            shot.answered(DropReason::FragNeeded, &report)?;
+            let input = Input { frame: &shot.frame, ifindex: OVERLAY, mark: shot.mark, ..Input::default() };
+            lab.raw(hook::OVERLAY_IN, &input)?.to_stack(&report).context("on its way back")?;
+        }
+        lab.ip(&format!("route del {node}/{len} dev eth0"))
+    })
+}
+
+/// The segments of a frame are measured one by one; where they may be fragmented, their length is not known.
+#[test]
+fn segments_are_measured_against_the_path() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        let (node, len) = (net.node2(), if net == Net::V4 { 32 } else { 128 });
+        lab.ip(&format!("route replace {node}/{len} dev eth0 mtu lock 1400"))?;
+        lab.forget_next_hops()?;
+        let headers = if inner == Net::V4 { 40 } else { 60 };
+        for (payload, may_be_cut) in [(1330 - headers, false), (1331 - headers, false), (1331 - headers, true)] {
+            let many = from_a(inner, Proto::Tcp, (inner.far(), TARGET)).with_flags(ACK).with_length(headers + 3000);
+            let many = many.map(|f| f.may_be_cut = may_be_cut).bytes();
+            let input = Input { frame: &many, ifindex: POD_A, gso_size: payload as u32, ..Input::default() };
+            let shot = lab.raw(hook::FROM_POD, &input)?;
+            let is_refused = net == Net::V6 && payload + headers > 1330 && (!may_be_cut || inner == Net::V6);
+            let reason = if is_refused { DropReason::FragNeeded } else { DropReason::Forwarded };
+            let counted = shot.counted;
+            ensure!(counted.keys().eq([&(reason as u8, hook::FROM_POD)]), "{payload}, {may_be_cut}: {counted:?}");
         }
         lab.ip(&format!("route del {node}/{len} dev eth0"))
     })

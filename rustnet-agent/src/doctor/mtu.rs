@@ -134,7 +134,10 @@ fn paths(facts: &Facts, pods: u32) -> Option<Finding> {
         ));
     }
     let smallest = facts.paths.iter().map(|(_, _, mtu)| *mtu).min().unwrap_or_default();
-    let detail = format!("{need} octets do not fit through to {}: large packets are lost", narrow.join(", "));
+    let detail = format!(
+        "{need} octets do not fit through to {}: large packets go in fragments, or are refused",
+        narrow.join(", ")
+    );
     Some(
         Finding::new(Level::Fault, "ways to other nodes", detail).hint(format!(
             "widen the link, or give all agents --mtu {} or less",

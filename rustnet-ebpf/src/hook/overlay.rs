@@ -81,6 +81,8 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     }
     match F::peer(p.tuple.dst) {
         Some(peer) if peer.flags & peer::flags::TUNNEL != 0 => {
+            // With the tunnel's far end on it, a packet has no route any more whose MTU the device could lower.
+            tunnel::verify_path(skb, p, &peer.node)?;
             external::answer::<F>(skb, p, flow, config)?;
             if !tunnel::set(skb, &peer.node, config) {
                 return Err(DropReason::WriteError.into());

@@ -40,7 +40,13 @@ pub fn resolve<F: Routed>(
 ) -> Result<(Egress, i32), Dropped> {
     let is_host = origin == Origin::Host;
     let fib = match action.target {
-        Target::Stack | Target::Pod | Target::Tunnel => return Ok((Egress::Planned, TO_STACK)),
+        Target::Stack | Target::Pod => return Ok((Egress::Planned, TO_STACK)),
+        Target::Tunnel => {
+            if let Some(peer) = action.peer {
+                tunnel::verify_path(skb, p, &peer.node)?;
+            }
+            return Ok((Egress::Planned, TO_STACK));
+        }
         Target::PodQdisc => fib::redirect_via_qdisc::<F>(skb, action.ifindex, &flow.to.tuple.dst, p.mtu_len, !is_host)?,
         Target::Routed => fib::redirect::<F>(skb, flow, p.tuple.sport, p.mtu_len, is_host)?,
     };

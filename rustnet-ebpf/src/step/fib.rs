@@ -10,29 +10,9 @@ use rustnet_common::drop::DropReason;
 use super::nat;
 use crate::ctx::{Ctx, Skb};
 use crate::family::{Family, V4, V6};
-use crate::maps;
+use crate::maps::{self, FibLookup};
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Class, Flow};
-
-/// `struct bpf_fib_lookup` (uapi/linux/bpf.h), with its unions as plain words.
-#[repr(C)]
-pub(super) struct FibLookup {
-    pub(super) family: u8,
-    pub(super) l4_protocol: u8,
-    pub(super) sport: u16,
-    pub(super) dport: u16,
-    /// In: length to check against the MTU; out: the MTU.
-    pub(super) tot_len: u16,
-    /// In: the interface to look from; out: the one to leave by.
-    pub(super) ifindex: u32,
-    pub(super) tos: u32,
-    pub(super) src: [u32; 4],
-    /// In: the destination; out: the next hop.
-    pub(super) dst: [u32; 4],
-    pub(super) vlan: u32,
-    /// Out: of the device that the packet leaves by, then of the next hop.
-    pub(super) macs: [u16; 6],
-}
 
 impl FibLookup {
     /// Asks the kernel, for a packet with this context.

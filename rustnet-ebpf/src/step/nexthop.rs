@@ -7,10 +7,10 @@ use rustnet_common::addr::{Addr, Address};
 use rustnet_common::config::NodeConfig;
 use rustnet_common::tuple::proto;
 
-use super::fib::{FibLookup, LOOPBACK, RET_NO_NEIGH, RET_SUCCESS};
+use super::fib::{LOOPBACK, RET_NO_NEIGH, RET_SUCCESS};
 use crate::ctx::{Skb, fetch_add, jiffies, masked};
 use crate::family::{Family, V4, V6};
-use crate::maps::{self, NextHop};
+use crate::maps::{self, FibLookup, NextHop};
 use crate::rewrite::FIRST_PORT;
 
 /// Ticks for which a way is remembered: an eighth of a second.
@@ -21,10 +21,45 @@ fn lifetime(config: &NodeConfig) -> u32 {
 
 /// The way to a node for flows of this hash; `None` where packets have to take the device.
 #[inline(always)]
-pub fn to(skb: &Skb, node: &Addr, hash: u32, config: &NodeConfig) -> Option<&'static NextHop> {
-    let way = hash & (maps::WAYS - 1);
-    let hop = maps::rn_next_hops.get_ptr_mut(slot(node, way))?;
+pub fn to(skb: &Skb, node: &Addr, hash: u32) -> Option<&'static NextHop> {
+    known(skb, node, hash).filter(|hop| hop.ifindex != 0)
+}
+
+/// The interface that leads to a node; 0 where packets have to take the device.
+#[inline(always)]
+pub fn interface_to(skb: &Skb, node: &Addr) -> u32 {
+    known(skb, node, 0).map_or(0, |hop| hop.ifindex)
+}
+
+/// The largest IP packet on the way to a node, with the outer headers; 0 if the kernel's routes have no answer at the moment.
+///
+/// What a router has said of the path is in it: the overlay's port has a socket, so that the kernel believes an error about it.
+#[inline(always)]
+pub fn path_mtu(skb: &Skb, node: &Addr, hash: u32) -> u32 {
+    known(skb, node, hash).map_or(0, |hop| hop.mtu)
+}
+
+/// What is remembered of the way to a node, and no older than [`lifetime`].
+#[inline(always)]
+fn known(skb: &Skb, node: &Addr, hash: u32) -> Option<&'static NextHop> {
+    let (high, low) = node.halves();
+    let hop = maps::rn_next_hops.get_ptr(rn_hop(skb.raw(), high, low, hash))?;
     // SAFETY: the element belongs to this CPU, and TC programs do not interrupt each other.
+    Some(unsafe { &*hop })
+}
+
+/// Brings an element of `rn_next_hops` up to date and returns its index; one beyond the map without settings. A function with global
+/// linkage: the verifier looks at it once, and it has a stack frame of its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_hop(skb: *mut __sk_buff, high: u64, low: u64, hash: u32) -> u32 {
+    let (skb, node) = (&Skb(skb), &Addr::from_halves(high, low));
+    let way = hash & (maps::WAYS - 1);
+    let slot = slot(node, way);
+    let (Some(config), Some(hop)) = (maps::config(), maps::rn_next_hops.get_ptr_mut(slot)) else {
+        return maps::NEXT_HOPS;
+    };
+    // SAFETY: see `known`.
     let hop = unsafe { &mut *hop };
     let now = jiffies();
     if hop.node != *node || hop.way != way || now.wrapping_sub(hop.since) >= lifetime(config) {
@@ -33,22 +68,7 @@ pub fn to(skb: &Skb, node: &Addr, hash: u32, config: &NodeConfig) -> Option<&'st
         // A neighbour's MAC comes in a moment.
         hop.since = if is_waiting { now.wrapping_sub(lifetime(config)) } else { now };
     }
-    (hop.ifindex != 0).then_some(hop)
-}
-
-/// The interface that leads to a node; 0 where packets have to take the device.
-#[inline(always)]
-pub fn interface_to(skb: &Skb, node: &Addr) -> u32 {
-    let (high, low) = node.halves();
-    rn_hop(skb.raw(), high, low)
-}
-
-/// A function with global linkage, for the sake of its stack frame.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn rn_hop(skb: *mut __sk_buff, high: u64, low: u64) -> u32 {
-    let node = Addr::from_halves(high, low);
-    maps::config().and_then(|config| to(&Skb(skb), &node, 0, config)).map_or(0, |hop| hop.ifindex)
+    slot
 }
 
 /// The next identification of an outer packet to a node, which is the first of as many as the frame stands for.
@@ -76,13 +96,9 @@ fn slot(node: &Addr, way: u32) -> u32 {
 #[inline(always)]
 fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, way: u32, config: &NodeConfig) -> bool {
     let words = node.words();
-    let (family, src, dst) = if node.is_v4() {
-        (V4::AF, config.node4.words(), [words[3], 0, 0, 0])
-    } else {
-        (V6::AF, config.node6.words(), words)
-    };
-    let mut fib = FibLookup {
-        family,
+    let fib = &mut hop.fib;
+    *fib = FibLookup {
+        family: V6::AF,
         l4_protocol: proto::UDP,
         sport: (FIRST_PORT + way as u16).to_be(),
         dport: config.overlay_port.to_be(),
@@ -90,20 +106,23 @@ fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, way: u32, config: &NodeConfig
         tot_len: 1,
         ifindex: LOOPBACK,
         tos: 0,
-        src,
-        dst,
+        src: config.node6.words(),
+        dst: words,
         vlan: 0,
         macs: [0; 6],
     };
+    if node.is_v4() {
+        (fib.family, fib.src, fib.dst[0]) = (V4::AF, config.node4.words(), words[3]);
+    }
+    // Without an address of this node's, the kernel chooses the near end.
+    let has_source = fib.src != [0; 4];
     let found = fib.ask(skb);
     let is_found = found == RET_SUCCESS;
     // Devices without Ethernet headers have no MAC of their own.
     let has_mac = fib.macs[0] | fib.macs[1] | fib.macs[2] != 0;
-    // Without an address of this node's, the kernel chooses the near end.
-    let is_usable = is_found && has_mac && fib.ifindex != config.overlay && src != [0; 4];
+    let is_usable = is_found && has_mac && fib.ifindex != config.overlay && has_source;
     hop.ifindex = if is_usable { fib.ifindex } else { 0 };
-    hop.mtu = u32::from(fib.tot_len);
-    hop.family = u32::from(fib.family);
-    hop.addr = fib.dst;
+    // The helper returns an MTU with a neighbour's MAC alone, and otherwise leaves the length as it was asked.
+    hop.mtu = if is_found { u32::from(fib.tot_len) } else { 0 };
     found == RET_NO_NEIGH
 }

@@ -42,9 +42,10 @@ fn try_reject<F: Rejecting>(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyP
         return None;
     }
     // One pod must not use up the errors that another one's connection waits for. A pod's source is verified, so that it gets no more
-    // of them than it sends packets, and nobody else does. Linux does not limit this error either (`icmpv4_mask_allow`).
-    let is_unlimited =
-        matches!(what, Rejection::Reset) || (path == ReplyPath::Pod && matches!(what, Rejection::TooBig(_)));
+    // of them than it sends packets, and nobody else does. The same holds for this host. Linux does not limit this error either
+    // (`icmpv4_mask_allow`).
+    let is_unlimited = matches!(what, Rejection::Reset)
+        || (matches!(path, ReplyPath::Pod | ReplyPath::Host) && matches!(what, Rejection::TooBig(_)));
     if !is_unlimited && !limit::take(Bucket::IcmpErrors) {
         return None;
     }

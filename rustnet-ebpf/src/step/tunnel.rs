@@ -11,6 +11,8 @@ use super::{fib, nexthop};
 use crate::ctx::{Ctx, Skb};
 use crate::family::{V4, V6};
 use crate::maps;
+use crate::outcome::Dropped;
+use crate::packet::Packet;
 use crate::rewrite::{self, Encap, Encapsulated};
 
 /// `struct bpf_tunnel_key` without the near end.
@@ -71,6 +73,27 @@ pub fn read(skb: &Skb, out: &mut Tunnel) {
     out.id = key.id;
 }
 
+/// The smallest MTU of IPv6 (RFC 8200, 5).
+const IPV6_MIN_MTU: u32 = 1280;
+
+/// Refuses a packet that the path to a node does not let through: nobody fragments outer packets over IPv6, and the device drops
+/// without a word. Over IPv4, routers do.
+#[inline(always)]
+pub fn verify_path<A>(skb: &Skb, p: &Packet<A>, node: &Addr) -> Result<(), Dropped> {
+    // A frame that stands for several packets, which may be fragmented, says nothing of their length.
+    let len = if skb.gso_size() != 0 { p.mtu_len } else { p.ip_len };
+    if node.is_v4() || len + V6::OVERHEAD <= IPV6_MIN_MTU {
+        return Ok(());
+    }
+    // SAFETY: no pointers but the context.
+    let hash = unsafe { helper::bpf_get_hash_recalc(skb.raw()) } as u32;
+    let mtu = nexthop::path_mtu(skb, node, hash);
+    if mtu != 0 && len + V6::OVERHEAD > mtu {
+        return Err(Dropped { reason: DropReason::FragNeeded, mtu: mtu - V6::OVERHEAD });
+    }
+    Ok(())
+}
+
 /// Sends a finished packet to a node, marked as processed. `len` is that of the IP packet, or of one segment, if its headers may be
 /// written here; 0 if it has to take the device.
 #[inline(always)]
@@ -105,7 +128,7 @@ extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i3
     let Some(config) = maps::config() else { return BY_DEVICE };
     // SAFETY: no pointers but the context.
     let hash = unsafe { helper::bpf_get_hash_recalc(skb.raw()) } as u32;
-    let Some(hop) = nexthop::to(skb, &node, hash, config) else { return BY_DEVICE };
+    let Some(hop) = nexthop::to(skb, &node, hash) else { return BY_DEVICE };
     let overhead = if node.is_v4() { V4::OVERHEAD } else { V6::OVERHEAD };
     // Without a check of its own the redirect would send what no device takes. The device fragments, and takes BIG TCP.
     if len + overhead > hop.mtu || skb.len() + overhead > u32::from(u16::MAX) {
@@ -119,7 +142,7 @@ extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i3
         rewrite::encapsulate::<V6>(skb, config.node6, Ip6::from_words(words), hash as u16, 0, config)
     };
     match done {
-        Encapsulated::Done => fib::redirect_neigh(hop.ifindex, hop.family as u8, hop.addr, false),
+        Encapsulated::Done => fib::redirect_neigh(hop.ifindex, hop.fib.family, hop.fib.dst, false),
         Encapsulated::Refused => BY_DEVICE,
         Encapsulated::Failed => WRITE_ERROR,
     }
