@@ -67,6 +67,7 @@ struct Inner {
     service_changes_pending: Gauge,
     endpoint_changes: Counter,
     endpoint_changes_pending: Gauge,
+    no_local_endpoints: Family<PolicyLabel, Gauge>,
     healthz: Family<Code, Counter>,
     livez: Family<Code, Counter>,
     map_writes: Counter,
@@ -86,6 +87,11 @@ struct Inner {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Code {
     code: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PolicyLabel {
+    traffic_policy: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -126,6 +132,7 @@ impl Default for Inner {
             service_changes_pending: Gauge::default(),
             endpoint_changes: Counter::default(),
             endpoint_changes_pending: Gauge::default(),
+            no_local_endpoints: Family::default(),
             healthz: Family::default(),
             livez: Family::default(),
             map_writes: Counter::default(),
@@ -184,6 +191,12 @@ impl Metrics {
     pub fn set_unsupported(&self, feature: Feature, objects: usize) {
         let count = i64::try_from(objects).unwrap_or(i64::MAX);
         self.0.unsupported.get_or_create(&FeatureLabel { feature: feature.name() }).set(count);
+    }
+
+    /// So many ports of Services with a traffic policy (`internal` or `external`) of Local have endpoints elsewhere and none here.
+    pub fn set_no_local_endpoints(&self, traffic_policy: &'static str, ports: usize) {
+        let count = i64::try_from(ports).unwrap_or(i64::MAX);
+        self.0.no_local_endpoints.get_or_create(&PolicyLabel { traffic_policy }).set(count);
     }
 
     /// A source has delivered an event of this kind.
@@ -278,6 +291,12 @@ impl Metrics {
             "endpoint_changes_pending",
             "EndpointSlice changes not yet applied",
             it.endpoint_changes_pending.clone(),
+        );
+        // A gauge by kube-proxy's name: no suffix is appended.
+        rules.register(
+            "no_local_endpoints_total",
+            "Ports of Services with a Local traffic policy that have endpoints, and none on this node",
+            it.no_local_endpoints.clone(),
         );
         proxy.register_with_unit(
             "network_programming_duration",
@@ -469,6 +488,8 @@ mod tests {
         }
         metrics.healthz(200);
         metrics.livez(503);
+        metrics.set_no_local_endpoints("internal", 0);
+        metrics.set_no_local_endpoints("external", 3);
         metrics.map_writes(12);
         metrics.map_repaired("rn_svc4_v2");
         metrics.set_ready(true);
@@ -488,6 +509,9 @@ mod tests {
             "kubeproxy_sync_proxy_rules_service_changes_pending 0",
             "kubeproxy_sync_proxy_rules_endpoint_changes_total 2",
             "kubeproxy_sync_proxy_rules_endpoint_changes_pending 2",
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"internal\"} 0",
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"external\"} 3",
+            "# TYPE kubeproxy_sync_proxy_rules_no_local_endpoints_total gauge",
             "kubeproxy_network_programming_duration_seconds_count 1",
             "kubeproxy_network_programming_duration_seconds_bucket{le=\"0.25\"} 1",
             "kubeproxy_network_programming_duration_seconds_bucket{le=\"300.0\"} 1",
@@ -534,6 +558,15 @@ mod tests {
         let buckets: Vec<_> = lines.iter().filter(|line| line.contains("rules_duration_seconds_bucket")).collect();
         assert_eq!(buckets.len(), 16, "15 and +Inf");
         assert!(buckets[14].contains("16.384"), "{}", buckets[14]);
+    }
+
+    #[test]
+    fn programming_buckets_are_kube_proxys() {
+        let buckets: Vec<_> = programming_buckets().collect();
+        assert_eq!(buckets[..4], [0.25, 0.5, 1.0, 2.0]);
+        assert_eq!(buckets[60..63], [59.0, 60.0, 65.0]);
+        assert_eq!(buckets[72..], [115.0, 120.0, 150.0, 180.0, 210.0, 240.0, 270.0, 300.0]);
+        assert!(buckets.is_sorted(), "{buckets:?}");
     }
 
     #[test]

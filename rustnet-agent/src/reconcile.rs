@@ -440,12 +440,16 @@ impl Reconciler {
         self.report.finish(Vec::new(), None);
     }
 
-    /// Counts what objects ask for and do not get.
+    /// Counts what objects ask for and do not get, and what they want on this node and is elsewhere.
     fn count_unserved(&self) {
         let unserved = self.index.unserved();
         for feature in Feature::ALL {
             let count = unserved.get(&feature).map_or(0, |askers| askers.count);
             self.health.metrics.set_unsupported(feature, count);
+        }
+        let without = self.index.count_without_local_endpoints();
+        for (policy, ports) in [("internal", without.internal), ("external", without.external)] {
+            self.health.metrics.set_no_local_endpoints(policy, ports);
         }
         if self.index.synced()
             && let Err(error) = namefile::write_unserved(&self.config.run_dir, &unserved)

@@ -11,7 +11,7 @@ pub mod unserved;
 mod vip;
 
 pub use backends::{BackendSet, Choice, DesiredBackend};
-pub use services::DesiredService;
+pub use services::{DesiredService, WithoutLocalEndpoints};
 pub use vip::VipKey;
 
 use crate::host::HostFacts;
@@ -185,6 +185,11 @@ impl Index {
     /// True if clients outside have an address of a Service.
     pub fn has_external(&self) -> bool {
         self.services.has_external()
+    }
+
+    /// Counts the ports of Services with a traffic policy of Local that have endpoints elsewhere and none here.
+    pub fn count_without_local_endpoints(&self) -> WithoutLocalEndpoints {
+        self.services.count_without_local_endpoints()
     }
 
     /// True if the peers table may be other than at the last call.

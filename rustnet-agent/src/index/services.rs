@@ -65,6 +65,15 @@ pub struct Services {
     dirty: HashSet<VipKey>,
 }
 
+/// How many ports of Services have endpoints elsewhere and none here, by the traffic policy that would need them here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WithoutLocalEndpoints {
+    /// `internalTrafficPolicy: Local`.
+    pub internal: usize,
+    /// `externalTrafficPolicy: Local`.
+    pub external: usize,
+}
+
 /// How many services have an address.
 #[derive(Clone, Copy, Debug, Default)]
 struct Users {
@@ -204,6 +213,27 @@ impl Services {
 
     pub fn take_dirty(&mut self) -> Vec<VipKey> {
         self.dirty.drain().collect()
+    }
+
+    /// Counts the ports of Services with a traffic policy of Local that have endpoints elsewhere and none here.
+    pub fn count_without_local_endpoints(&self) -> WithoutLocalEndpoints {
+        let (mut count, mut choice) = (WithoutLocalEndpoints::default(), Choice::default());
+        let here = Place { node: &self.node_name, zone: &self.zone };
+        for state in self.states.values() {
+            let Some(service) = state.service.as_deref().filter(|it| it.internal_local || it.external_local) else {
+                continue;
+            };
+            for port in &service.ports {
+                let has_none = service.vips.iter().any(|ip| {
+                    choice.clear();
+                    choose(true, port, Family::of(*ip), &state.slices, here, &mut choice) == flags::DROP_EMPTY
+                });
+                let is_external = !service.external.is_empty() || port.node_port != 0;
+                count.internal += usize::from(has_none && service.internal_local);
+                count.external += usize::from(has_none && service.external_local && is_external);
+            }
+        }
+        count
     }
 
     pub fn keys(&self) -> impl Iterator<Item = VipKey> + '_ {

@@ -3,9 +3,9 @@
 use super::{VIP4, desired, gone, index, key};
 use crate::config::{NodePortAddresses, Routing};
 use crate::host::build::{device, host};
-use crate::index::{Index, Settings, VipKey};
+use crate::index::{Index, Settings, VipKey, WithoutLocalEndpoints};
 use crate::model::build::{endpoint, ip, node, service, slice};
-use crate::model::{Family, Service};
+use crate::model::{EndpointSlice, Family, Service};
 use crate::source::Kind;
 use rustnet_common::service::flags::{SHARED, VIP};
 use rustnet_common::service::scope;
@@ -121,4 +121,27 @@ fn an_address_that_a_service_names_twice() {
     it.handle(service("other", &[VIP4]).tcp(80).apply());
     assert_eq!(it.owner(&at_vip).expect("an owner").0.to_string(), "default/other");
     assert!(it.problems().is_empty() && desired(&it, &outside(at_vip)).is_none());
+}
+fn services_without_an_endpoint_here_are_counted_by_policy() {
+    let count = |service: Service, slice: EndpointSlice| {
+        let it = index([service.apply(), slice.apply()]);
+        let WithoutLocalEndpoints { internal, external } = it.count_without_local_endpoints();
+        [internal, external]
+    };
+    let elsewhere = slice("web-1", "web", Family::V4).tcp(8080).endpoint(endpoint("10.244.2.5").on("n2"));
+    let here = elsewhere.clone().endpoint(endpoint("10.244.1.5").on("n1").draining());
+    let web = service("web", &[VIP4]).tcp(80);
+    let external = Service { external_local: true, ..web.clone().node_port(30_080) };
+    let internal = Service { internal_local: true, ..web.clone() };
+    let hidden = Service { external_local: true, ..web };
+    for (service, slice, want) in [
+        (&external, &elsewhere, [0, 1]),
+        (&internal, &elsewhere, [1, 0]),
+        (&Service { internal_local: true, ..external.clone() }, &elsewhere, [1, 1]),
+        (&external, &here, [0, 0]),
+        (&internal, &slice("web-1", "web", Family::V4).tcp(8080), [0, 0]),
+        (&hidden, &elsewhere, [0, 0]),
+    ] {
+        assert_eq!(count(service.clone(), slice.clone()), want, "{service:?}");
+    }
 }
