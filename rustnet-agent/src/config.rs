@@ -19,7 +19,7 @@ use rustnet_common::config::mark;
 
 pub use self::ranges::Role;
 use self::text::{
-    Reader, boolean, cidr, device, directory, listen, log_level, node_name, node_port_addresses, number, packet_mark,
+    Reader, boolean, cidr, device, directory, healthz_bind_address, listen, log_level, node_name, node_port_addresses, number, packet_mark,
     snat_ports, source,
 };
 use crate::args::Values;
@@ -97,6 +97,8 @@ pub struct Config {
     pub cni_conf_dir: Option<PathBuf>,
     /// Where `/healthz` and `/readyz` are served; `None`: nowhere.
     pub health_addr: Option<SocketAddr>,
+    /// Where kube-proxy's `/healthz` and `/livez` are served; `None`: nowhere.
+    pub healthz_bind_address: Option<SocketAddr>,
     /// Where `/metrics` is served; `None`: nowhere.
     pub metrics_addr: Option<SocketAddr>,
     /// Which packets the programs log.
@@ -364,6 +366,11 @@ impl Config {
             cni_bin_dir: read.optional("cni-bin-dir", directory),
             cni_conf_dir: read.optional("cni-conf-dir", directory),
             health_addr: read.required("health-addr", "give an address and port, or off", listen),
+            healthz_bind_address: read.required(
+                "healthz-bind-address",
+                "give an address and port, or off",
+                healthz_bind_address,
+            ),
             metrics_addr: read.required("metrics-addr", "give an address and port, or off", listen),
             bpf_log: read.packet_log("bpf-log"),
             audit_period: AUDIT_PERIOD,
@@ -383,17 +390,29 @@ impl Config {
     }
 
     fn check_listeners(&self, read: &mut Reader<'_>) {
-        if let (Some(health), Some(metrics)) = (self.health_addr, self.metrics_addr) {
-            let same_host =
-                health.ip() == metrics.ip() || health.ip().is_unspecified() || metrics.ip().is_unspecified();
-            if same_host && health.port() == metrics.port() && health.port() != 0 {
-                read.problems.push(format!(
-                    "{}: {metrics} and {health} of {} cannot be had both; choose another port",
-                    read.name("metrics-addr"),
-                    read.name("health-addr")
-                ));
+        let all = self.listeners();
+        for (i, (flag, addr)) in all.iter().enumerate() {
+            for (other_flag, other) in &all[..i] {
+                let is_same_host = addr.ip() == other.ip() || addr.ip().is_unspecified() || other.ip().is_unspecified();
+                if is_same_host && addr.port() == other.port() && addr.port() != 0 {
+                    read.problems.push(format!(
+                        "{}: {addr} and {other} of {} cannot be had both; choose another port",
+                        read.name(flag),
+                        read.name(other_flag)
+                    ));
+                }
             }
         }
+    }
+
+    /// The addresses that the agent serves by setting, each with its flag.
+    pub fn listeners(&self) -> Vec<(&'static str, SocketAddr)> {
+        let all = [
+            ("health-addr", self.health_addr),
+            ("healthz-bind-address", self.healthz_bind_address),
+            ("metrics-addr", self.metrics_addr),
+        ];
+        all.into_iter().filter_map(|(flag, addr)| Some((flag, addr?))).collect()
     }
 }
 

@@ -14,6 +14,10 @@ use tokio::sync::watch;
 
 /// A loop that has not turned for this long hangs.
 pub const TICK_LIMIT: Duration = Duration::from_mins(1);
+/// Changes that wait longer than this for being applied make the proxy unhealthy: kube-proxy's limit, twice the default of its
+/// `--sync-period`.
+pub const QUEUE_LIMIT: Duration = Duration::from_mins(1);
+
 /// Why the agent is not ready.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotReady {
@@ -59,15 +63,33 @@ impl Changes {
     }
 }
 
+/// The state of health by kube-proxy's rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProxyHealth {
+    /// Changes are applied in time.
+    pub is_healthy: bool,
+    /// For how long the oldest change waits for being applied; `None` if none does.
+    pub waiting: Option<Duration>,
+    /// Load balancers may send new connections to this node.
+    pub is_node_eligible: bool,
+    /// When all changes had been applied last, or when the agent started.
+    pub last_sync: SystemTime,
+}
+
 #[derive(Debug)]
 struct State {
     last_tick: Instant,
     last_sync: SystemTime,
+    /// Since when a change waits for being applied.
+    queued: Option<Instant>,
+    is_node_eligible: bool,
 }
 
 impl Default for Health {
     fn default() -> Self {
-        let state = State { last_tick: Instant::now(), last_sync: SystemTime::now() };
+        let (last_tick, last_sync) = (Instant::now(), SystemTime::now());
+        // A node that nobody has said anything about is eligible.
+        let state = State { last_tick, last_sync, queued: None, is_node_eligible: true };
         let readiness = watch::Sender::new(Err(NotReady::Starting("nothing has been applied yet".to_owned())));
         Self { metrics: Metrics::default(), state: Mutex::new(state), readiness, problems: watch::Sender::default() }
     }
@@ -79,10 +101,22 @@ impl Health {
         self.state().last_tick = Instant::now();
     }
 
+    /// A change waits for being applied.
+    pub fn queued(&self) {
+        self.queued_at(Instant::now());
+    }
+
     /// All changes received so far have been applied, in this time.
     pub fn applied(&self, took: Duration) {
-        self.state().last_sync = SystemTime::now();
+        let mut state = self.state();
+        (state.last_sync, state.queued) = (SystemTime::now(), None);
+        drop(state);
         self.metrics.synced(took);
+    }
+
+    /// Says whether load balancers may send new connections to this node.
+    pub fn set_node_eligible(&self, is_eligible: bool) {
+        self.state().is_node_eligible = is_eligible;
     }
 
     /// Pods can be connected and services are served.
@@ -139,6 +173,24 @@ impl Health {
         self.state().last_sync
     }
 
+    /// The state of health by kube-proxy's rules.
+    pub fn proxy(&self) -> ProxyHealth {
+        self.proxy_at(Instant::now())
+    }
+
+    fn proxy_at(&self, now: Instant) -> ProxyHealth {
+        // A loop that hangs takes in no change, and would be healthy for ever.
+        let is_alive = self.liveness_at(now).is_ok();
+        let state = self.state();
+        let waiting = state.queued.map(|since| now.saturating_duration_since(since));
+        let is_healthy = is_alive && waiting.is_none_or(|waiting| waiting < QUEUE_LIMIT);
+        ProxyHealth { is_healthy, waiting, is_node_eligible: state.is_node_eligible, last_sync: state.last_sync }
+    }
+
+    fn queued_at(&self, now: Instant) {
+        self.state().queued.get_or_insert(now);
+    }
+
     fn liveness_at(&self, now: Instant) -> Result<(), String> {
         let idle = now.saturating_duration_since(self.state().last_tick);
         if idle > TICK_LIMIT {
@@ -163,7 +215,7 @@ impl Health {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // The state is three plain values: a panic elsewhere cannot leave them half written.
+        // The state is a few plain values: a panic elsewhere cannot leave them half written.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -181,6 +233,21 @@ mod tests {
         assert!(health.liveness_at(later).expect_err("dead").contains("has not turned for 6"));
         health.state().last_tick = later;
         assert_eq!(health.liveness_at(later), Ok(()));
+    }
+
+    #[test]
+    fn a_change_that_waits_too_long_makes_the_proxy_unhealthy() {
+        let health = Health::default();
+        let is_healthy = |at| health.proxy_at(at).is_healthy;
+        let start = Instant::now();
+        health.queued_at(start);
+        health.queued_at(start + QUEUE_LIMIT / 2);
+        health.state().last_tick = start + QUEUE_LIMIT;
+        assert!(is_healthy((start + QUEUE_LIMIT).checked_sub(Duration::from_millis(1)).unwrap()));
+        assert!(!is_healthy(start + QUEUE_LIMIT), "the oldest change counts");
+        health.applied(Duration::ZERO);
+        assert!(is_healthy(start + QUEUE_LIMIT));
+        assert!(!is_healthy(start + QUEUE_LIMIT + TICK_LIMIT * 2), "the loop hangs");
     }
 
     #[tokio::test]

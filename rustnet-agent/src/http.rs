@@ -1,4 +1,5 @@
-//! The endpoints that probes and Prometheus ask: `/healthz`, `/livez` and `/readyz` on one port, `/metrics` on another.
+//! The endpoints that probes, load balancers and Prometheus ask: `/healthz`, `/livez` and `/readyz` on one port, `/metrics` on
+//! another; kube-proxy's on its own port (`kube_proxy`).
 //!
 //! A port that somebody else holds is reported and tried again, because the network must not wait for it; the old agent
 //! holds it during an upgrade, for one.
@@ -6,6 +7,9 @@
 //! Anybody who reaches a port may ask, so that connections are few and short: each has one request, little time for it, and is
 //! closed. `/metrics` answers one at a time.
 
+mod kube_proxy;
+
+pub use self::kube_proxy::kube_proxy;
 pub use crate::health::Health;
 
 use axum::extract::State;
@@ -223,7 +227,7 @@ mod tests {
     use tokio::net::TcpStream;
 
     /// Serves on a port of the kernel's choice and asks one question of a plain socket.
-    async fn ask(router: Router, path: &str) -> (u16, String) {
+    pub(super) async fn ask(router: Router, path: &str) -> (u16, String) {
         let (addr, server) = start(router, LIMITS);
         let answer = ask_at(addr, path).await;
         server.abort();

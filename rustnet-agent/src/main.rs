@@ -64,6 +64,7 @@ async fn run(config: Arc<Config>) -> anyhow::Result<()> {
     end_on_signals(stop)?;
     let endpoints = [
         (config.health_addr, "health-addr", http::probes(Arc::clone(&health))),
+        (config.healthz_bind_address, "healthz-bind-address", http::kube_proxy(Arc::clone(&health))),
         (config.metrics_addr, "metrics-addr", http::metrics(Arc::clone(&health))),
     ];
     for (addr, flag, router) in endpoints {

@@ -157,6 +157,7 @@ mod tests {
             addresses: ["192.0.2.2".parse().unwrap()].into(),
             pod_cidrs: ["10.1.2.0/24".parse().unwrap()].into(),
             zone: "".into(),
+            is_leaving: false,
             problems: [].into(),
         }))));
         write_all(run.path(), &index).unwrap();

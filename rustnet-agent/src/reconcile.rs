@@ -271,8 +271,19 @@ impl Reconciler {
         if !self.routed && self.index.has_synced(Kind::Node) {
             self.network.want_unless_failed();
         }
+        if let Some(node) = self.index.own_node() {
+            self.health.set_node_eligible(!node.is_leaving);
+        }
+        // While lists are incomplete the agent starts, and nothing is late.
+        if self.is_any_gate_open() {
+            self.health.queued();
+        }
         self.maps.want_unless_failed();
         self.report.want(PROBLEMS_PERIOD);
+    }
+
+    fn is_any_gate_open(&self) -> bool {
+        Gate::ALL.into_iter().any(|gate| self.index.is_open(gate))
     }
 
     /// Something about the network changed: look soon, but not all the time.
@@ -360,8 +371,7 @@ impl Reconciler {
     /// must not come back from an earlier table. An upgrade that a broken hook holds up is not.
     fn can_apply(&self) -> bool {
         let waits = self.is_upgrading() && (self.look.is_some() || !self.network.has_failed());
-        let is_open = Gate::ALL.into_iter().any(|gate| self.index.is_open(gate));
-        self.maps.deadline().is_some() && self.datapath.is_some() && is_open && !waits
+        self.maps.deadline().is_some() && self.datapath.is_some() && self.is_any_gate_open() && !waits
     }
 
     /// Exports the maps for an agent of v1 (see [`crate::bpf::upgrade`]); false if there is nothing to export. Stops between two

@@ -352,6 +352,15 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
+                flag: "healthz-bind-address",
+                key: "healthzBindAddress",
+                value: "ADDR:PORT|off",
+                default: Some("0.0.0.0:10256"),
+                help: "Where /healthz and /livez are served for load balancers, as kube-proxy does; 0.0.0.0 is both families, off or an \
+         empty value none",
+                ..ONE
+            },
+            Setting {
                 flag: "metrics-addr",
                 key: "metricsAddr",
                 value: "ADDR:PORT|off",

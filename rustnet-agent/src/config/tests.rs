@@ -36,6 +36,7 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(config.packet_mark, PacketMark::default());
     assert_eq!(config.maps, MapSizes::default());
     assert_eq!(config.health_addr, "127.0.0.1:9879".parse().ok());
+    assert_eq!(config.healthz_bind_address, "[::]:10256".parse().ok(), "0.0.0.0 is both families");
     assert_eq!(config.metrics_addr, "[::]:9962".parse().ok());
     assert_eq!((config.cni_bin_dir, config.cni_conf_dir), (None, None));
     assert!(config.uplinks.is_empty());
@@ -163,6 +164,7 @@ fn bad_values_are_refused_with_origin_and_remedy() {
         ("backend-entries", "backendEntries", "1048577", "16 to 1048576"),
         ("cni-bin-dir", "cniBinDir", "bin", "begin it with /"),
         ("health-addr", "healthAddr", "localhost", "127.0.0.1:9879"),
+        ("healthz-bind-address", "healthzBindAddress", "0.0.0.0", "or off"),
         ("metrics-addr", "metricsAddr", "9962", "or off"),
         ("log-level", "logLevel", "a=b=c", "error, warn, info"),
         ("log-format", "logFormat", "xml", "text or json"),
@@ -330,6 +332,13 @@ fn one_source_and_the_winning_layer_chooses_it() {
 fn both_listeners_on_one_port_are_refused() {
     let message = refusal(&["--metrics-addr=0.0.0.0:9879"], &[], None);
     assert!(message.contains("--metrics-addr") && message.contains("--health-addr"), "{message}");
+    let message = refusal(&["--healthz-bind-address=127.0.0.1:9879"], &[], None);
+    assert!(message.contains("--healthz-bind-address") && message.contains("--health-addr"), "{message}");
+    for (args, file) in [(&["--healthz-bind-address="][..], None), (&[], Some("healthzBindAddress: \"\""))] {
+        assert_eq!(load(args, &[], file).expect("good").healthz_bind_address, None);
+    }
+    let config = load(&["--healthz-bind-address=192.0.2.1:10256"], &[], None).expect("good");
+    assert_eq!(config.healthz_bind_address, "192.0.2.1:10256".parse().ok());
     let config = load(&["--metrics-addr=off", "--health-addr=off"], &[], None).expect("good");
     assert_eq!((config.health_addr, config.metrics_addr), (None, None));
 }

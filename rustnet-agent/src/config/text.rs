@@ -1,6 +1,6 @@
 //! The text of each setting becomes a value of its type, or a sentence that says what would be right.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -272,6 +272,18 @@ pub(super) fn listen(text: &str) -> Result<Option<SocketAddr>, String> {
     }
     let wrong = |_| "is not an address and port; give such as 127.0.0.1:9879 or [::1]:9879, or off".to_owned();
     text.parse().map(Some).map_err(wrong)
+}
+
+/// kube-proxy serves all addresses of both families at `0.0.0.0`, and nothing when the value is empty.
+pub(super) fn healthz_bind_address(text: &str) -> Result<Option<SocketAddr>, String> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let both_families = |addr: SocketAddr| {
+        let is_any = addr.ip() == IpAddr::from(Ipv4Addr::UNSPECIFIED);
+        if is_any { (Ipv6Addr::UNSPECIFIED, addr.port()).into() } else { addr }
+    };
+    Ok(listen(text)?.map(both_families))
 }
 
 fn url(text: &str) -> Result<String, String> {

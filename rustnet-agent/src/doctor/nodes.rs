@@ -183,6 +183,7 @@ pub(super) mod tests {
             addresses: [address.parse().expect("ip")].into(),
             pod_cidrs: [cidr.parse().expect("net")].into(),
             zone: "".into(),
+            is_leaving: false,
             problems: [].into(),
         };
         KnownNode { node: Arc::new(node), host_name: Some(name.into()), system_uuid: Some(format!("uuid of {name}")) }

@@ -27,6 +27,10 @@ const COMPONENTS: [(u16, &str); 6] = [
 const ALL_IN_ONE: [&str; 6] = ["k3s", "rke2", "k0s", "microk8s", "kubelite", "hyperkube"];
 /// The agent's program.
 const AGENT: &str = "rustnet-agent";
+/// What the agent takes the place of: it serves the same ports, one of them by default.
+const KUBE_PROXY: &str = "kube-proxy";
+/// The setting of that port.
+const HEALTHZ: &str = "healthz-bind-address";
 
 /// What was found.
 pub struct Facts {
@@ -48,14 +52,17 @@ pub struct Facts {
 
 /// Looks.
 pub fn gather(config: &Config) -> Facts {
-    let own =
-        [("agent health", "health-addr", config.health_addr), ("agent metrics", "metrics-addr", config.metrics_addr)];
+    let name = |flag| match flag {
+        "health-addr" => "agent health",
+        HEALTHZ => "proxy health",
+        _ => "agent metrics",
+    };
     let links = Socket::open().map_err(anyhow::Error::from).and_then(|mut socket| link::list(&mut socket));
     let vxlans = links.unwrap_or_default().into_iter().filter_map(|link| Some((link.name, link.vxlan?.port)));
     Facts {
         listeners: sockets::listeners(),
         agent_here: presence::is_served(&config.run_dir),
-        own: own.into_iter().filter_map(|(what, flag, addr)| Some((what, flag, addr?))).collect(),
+        own: config.listeners().into_iter().map(|(flag, addr)| (name(flag), flag, addr)).collect(),
         overlay: config.routing.has_overlay().then_some(config.overlay_port),
         vxlans: vxlans.collect(),
         local: node::local_ports(),
@@ -101,8 +108,15 @@ fn own(what: &'static str, flag: &str, port: u16, there: Option<&Listener>, agen
         None => Finding::ok(what, "free"),
         Some(Owner::Process(name)) if name == AGENT => Finding::ok(what, AGENT),
         Some(Owner::Hidden) if agent_here => Finding::ok(what, "in use, and an agent runs here"),
-        Some(owner) => Finding::new(Level::Fault, what, format!("taken by {}", name(owner)))
-            .hint(format!("free the port, or give the agent another one with --{flag}")),
+        Some(Owner::Process(name)) if name == KUBE_PROXY && flag == HEALTHZ => {
+            Finding::ok(what, "kube-proxy's; the agent takes it when that is gone")
+        }
+        Some(owner) => {
+            // Pods need no load balancer, and the process may be kube-proxy.
+            let level = if flag == HEALTHZ { Level::Warning } else { Level::Fault };
+            Finding::new(level, what, format!("taken by {}", name(owner)))
+                .hint(format!("free the port, or give the agent another one with --{flag}"))
+        }
     };
     finding.called(format!("{what}, TCP {port}"))
 }
@@ -204,6 +218,7 @@ mod tests {
             agent_here: false,
             own: vec![
                 ("agent health", "health-addr", (Ipv4Addr::LOCALHOST, 9879).into()),
+                ("proxy health", HEALTHZ, (Ipv4Addr::UNSPECIFIED, 10_256).into()),
                 ("agent metrics", "metrics-addr", (Ipv4Addr::UNSPECIFIED, 9962).into()),
             ],
             overlay: Some(8472),
@@ -238,6 +253,9 @@ mod tests {
         let hidden = [9879, 9962, 6443, 10250].map(|port| listener(Proto::Tcp, port, Owner::Hidden));
         assert_well(&check(&Facts { agent_here: true, ..facts(hidden.into()) }));
         assert_well(&check(&facts(vec![process(10250, "k3s")])));
+        for name in [AGENT, KUBE_PROXY] {
+            assert_well(&check(&facts(vec![process(10_256, name)])));
+        }
         let elsewhere = Listener { addr: [192, 0, 2, 1].into(), ..process(9879, "nginx") };
         assert_well(&check(&facts(vec![elsewhere])));
         let local = Listener { addr: Ipv4Addr::LOCALHOST.into(), ..process(30_080, "nginx") };
@@ -250,6 +268,7 @@ mod tests {
         for (facts, level, detail, hint) in [
             (facts(vec![process(9879, "nginx")]), Level::Fault, "taken by nginx", "--health-addr"),
             (facts(vec![listener(Proto::Tcp, 9962, Owner::Hidden)]), Level::Fault, "cannot be seen", "--metrics-addr"),
+            (facts(vec![process(10_256, "nginx")]), Level::Warning, "taken by nginx", "--healthz-bind-address"),
             (facts(vec![process(2380, "nginx")]), Level::Warning, "taken by nginx", "etcd"),
             (facts(vec![process(10250, "etcd")]), Level::Warning, "taken by etcd", "kubelet"),
             (Facts { vxlans: flannel, ..facts(Vec::new()) }, Level::Fault, "flannel.1", "--overlay-port"),

@@ -144,6 +144,7 @@ pub fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
         addresses: addresses.iter().map(|addr| ip(addr)).collect(),
         pod_cidrs: pod_cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
         zone: "".into(),
+        is_leaving: false,
         problems: Box::default(),
     }
 }

@@ -18,6 +18,8 @@ pub struct Node {
     pub pod_cidrs: Box<[IpNet]>,
     /// Its zone; empty when it has none.
     pub zone: Arc<str>,
+    /// It is being deleted, or is about to be: load balancers should send it nothing new.
+    pub is_leaving: bool,
     /// What was wrong with it.
     pub problems: Box<[Problem]>,
 }

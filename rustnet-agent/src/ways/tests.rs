@@ -353,6 +353,7 @@ proptest! {
             addresses: addresses.into(),
             pod_cidrs: [cidr.parse().unwrap()].into(),
             zone: "".into(),
+            is_leaving: false,
             problems: Box::default(),
         };
         let nodes = [make("n1", shifted(&a, 10), "10.244.1.0/24"), make("n2", shifted(&b, 20), "10.244.2.0/24")];

@@ -116,6 +116,7 @@ pub fn node(name: &str, address: &str, pod_cidrs: &[&str]) -> Event {
         addresses: [address.parse().unwrap()].into(),
         pod_cidrs: pod_cidrs.iter().map(|c| c.parse().unwrap()).collect(),
         zone: "".into(),
+        is_leaving: false,
         problems: Box::default(),
     })))
 }

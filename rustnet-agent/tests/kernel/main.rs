@@ -8,6 +8,7 @@ mod attach;
 mod cleanup;
 mod cli;
 mod doctor;
+mod health_checks;
 mod host;
 mod ipsec;
 mod kube_proxy;

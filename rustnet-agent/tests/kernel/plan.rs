@@ -115,6 +115,7 @@ fn node(address: &str, pod_cidrs: impl Iterator<Item = String>) -> Event {
         addresses: [address.parse().unwrap()].into(),
         pod_cidrs: pod_cidrs.map(|cidr| cidr.parse().unwrap()).collect(),
         zone: "".into(),
+        is_leaving: false,
         problems: Box::default(),
     })))
 }

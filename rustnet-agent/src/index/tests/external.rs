@@ -122,6 +122,8 @@ fn an_address_that_a_service_names_twice() {
     assert_eq!(it.owner(&at_vip).expect("an owner").0.to_string(), "default/other");
     assert!(it.problems().is_empty() && desired(&it, &outside(at_vip)).is_none());
 }
+
+#[test]
 fn services_without_an_endpoint_here_are_counted_by_policy() {
     let count = |service: Service, slice: EndpointSlice| {
         let it = index([service.apply(), slice.apply()]);

@@ -20,6 +20,7 @@ fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
         addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
         pod_cidrs: pod_cidrs.iter().map(|c| net(c)).collect(),
         zone: "".into(),
+        is_leaving: false,
         problems: Box::default(),
     }
 }

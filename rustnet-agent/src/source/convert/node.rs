@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 /// Label of a node's zone.
 const ZONE: &str = "topology.kubernetes.io/zone";
+/// Taint of a node that the cluster autoscaler is about to remove.
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
 impl Converter {
     /// What an added or changed Node means.
@@ -43,6 +45,7 @@ impl Converter {
             addresses: addresses.into(),
             pod_cidrs,
             zone: self.strings.intern(zone),
+            is_leaving: is_leaving(node),
             problems: findings.done(),
         };
         Ok(Event::Apply(Object::Node(Arc::new(node))))
@@ -68,6 +71,12 @@ impl Converter {
         };
         Ok(Event::Apply(Object::Pod(Arc::new(pod))))
     }
+}
+
+/// True if kube-proxy reports such a node as not eligible for load balancers' traffic (KEP-3836).
+fn is_leaving(node: &KubeNode) -> bool {
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+    node.metadata.deletion_timestamp.is_some() || taints.iter().any(|taint| taint.key == TO_BE_DELETED)
 }
 
 fn pod_cidrs(spec: &NodeSpec, findings: &mut Findings) -> Box<[IpNet]> {

@@ -442,6 +442,21 @@ fn what_is_asked_for_and_not_served_is_noted() {
 }
 
 #[test]
+fn a_node_leaves_when_it_is_deleted_or_the_autoscaler_says_so() {
+    let is_leaving = |deleted: Value, taints: &[&str]| {
+        let taints: Vec<_> = taints.iter().map(|key| json!({"key": key, "effect": "NoSchedule"})).collect();
+        let value = json!({"metadata": {"name": "n1", "deletionTimestamp": deleted}, "spec": {"taints": taints}});
+        match Converter::new().node(&serde_json::from_value(value).unwrap()).unwrap() {
+            Event::Apply(Object::Node(node)) => node.is_leaving,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(!is_leaving(json!(null), &["node.kubernetes.io/unschedulable"]));
+    assert!(is_leaving(json!(null), &["other", "ToBeDeletedByClusterAutoscaler"]));
+    assert!(is_leaving(json!("2026-01-03T03:04:05Z"), &[]));
+}
+
+#[test]
 fn a_slice_says_what_set_it_off() {
     let mut value = web_slice("IPv4", &json!([{"port": 80}]), &json!([]));
     assert_eq!(slice(value.clone()).triggered, None);

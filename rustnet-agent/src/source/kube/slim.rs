@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-/// A Node with its name, labels, age, ranges, taints and addresses, and the condition NetworkUnavailable.
+/// A Node with its name, labels, age, deletion, ranges, taints and addresses, and the condition NetworkUnavailable.
 #[derive(Clone, Debug)]
 pub(super) struct SlimNode(pub(super) Node);
 
@@ -29,6 +29,7 @@ struct Meta {
     uid: Option<String>,
     resource_version: Option<String>,
     creation_timestamp: Option<Time>,
+    deletion_timestamp: Option<Time>,
     labels: Option<BTreeMap<String, String>>,
 }
 
@@ -101,6 +102,7 @@ impl From<Meta> for ObjectMeta {
             uid: it.uid,
             resource_version: it.resource_version,
             creation_timestamp: it.creation_timestamp,
+            deletion_timestamp: it.deletion_timestamp,
             labels: it.labels,
             ..Self::default()
         }
@@ -217,6 +219,10 @@ mod tests {
         let (slim, whole) = (read::<SlimNode>(&node()).0, read::<Node>(&node()));
         let convert = |node: &Node| Converter::new().node(node).expect("an event");
         assert_eq!(convert(&slim), convert(&whole));
+        let mut leaving = node();
+        leaving["metadata"]["deletionTimestamp"] = json!("2026-01-03T03:04:05Z");
+        assert_eq!(convert(&read::<SlimNode>(&leaving).0), convert(&read::<Node>(&leaving)));
+        assert_ne!(convert(&read::<SlimNode>(&leaving).0), convert(&slim));
         assert_eq!(slim.spec.as_ref().map(|it| &it.taints), whole.spec.as_ref().map(|it| &it.taints));
         assert_eq!(slim.metadata.resource_version, whole.metadata.resource_version);
     }
