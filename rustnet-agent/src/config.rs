@@ -19,8 +19,8 @@ use rustnet_common::config::mark;
 
 pub use self::ranges::Role;
 use self::text::{
-    Reader, boolean, cidr, device, directory, healthz_bind_address, listen, log_level, node_name, node_port_addresses, number, packet_mark,
-    snat_ports, source,
+    Reader, boolean, cidr, device, directory, healthz_bind_address, listen, log_level, node_name, node_port_addresses,
+    number, packet_mark, snat_ports, source,
 };
 use crate::args::Values;
 

@@ -11,6 +11,8 @@ pub enum Scope {
     Peer,
     /// One pod; all others work.
     Pod,
+    /// What a load balancer hears of one Service; packets go on.
+    Service,
     /// What the `rustnetctl` command shows; no packet depends on it.
     Command,
 }

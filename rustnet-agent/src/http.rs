@@ -1,5 +1,5 @@
 //! The endpoints that probes, load balancers and Prometheus ask: `/healthz`, `/livez` and `/readyz` on one port, `/metrics` on
-//! another; kube-proxy's on its own port (`kube_proxy`).
+//! another; kube-proxy's on its own ports (`kube_proxy`, `check_ports`).
 //!
 //! A port that somebody else holds is reported and tried again, because the network must not wait for it; the old agent
 //! holds it during an upgrade, for one.
@@ -7,8 +7,10 @@
 //! Anybody who reaches a port may ask, so that connections are few and short: each has one request, little time for it, and is
 //! closed. `/metrics` answers one at a time.
 
+mod check_ports;
 mod kube_proxy;
 
+pub use self::check_ports::CheckPorts;
 pub use self::kube_proxy::kube_proxy;
 pub use crate::health::Health;
 
@@ -241,7 +243,7 @@ mod tests {
     }
 
     /// Asks without `Connection: close`: the server ends the connection by itself.
-    async fn ask_at(addr: SocketAddr, path: &str) -> (u16, String) {
+    pub(super) async fn ask_at(addr: SocketAddr, path: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(addr).await.expect("connected");
         let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
         stream.write_all(request.as_bytes()).await.expect("asked");

@@ -31,6 +31,7 @@ fn main() -> ExitCode {
     };
     log_to_stderr(&config);
     share_heaps();
+    raise_file_limit();
     match start(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -137,6 +138,19 @@ fn share_heaps() {
     // SAFETY: called before there are threads; the option exists in every glibc since 2.10.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// Each health check node port is an open file, and many systems begin with 1024 of them: the limit is raised as far as this process
+/// may, as Go's runtime does.
+fn raise_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls get a pointer to a structure of their type that lives longer than they run.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
     }
 }
 

@@ -148,6 +148,7 @@ mod tests {
             internal_local: false,
             external: Box::default(),
             external_local: false,
+            health_check_port: 0,
             unserved: Box::default(),
             problems: [].into(),
         }))));

@@ -27,6 +27,7 @@ use crate::config::Config;
 use crate::ct_gc::Collector;
 use crate::failure::{self, Failure, Scope};
 use crate::health::{Health, NotReady};
+use crate::http::CheckPorts;
 use crate::index::{Gate, Index};
 use crate::model::Feature;
 use crate::net::host::Host;
@@ -176,12 +177,16 @@ struct Reconciler {
     repairer: Repairer,
     datapath: Option<Datapath>,
     files: Files,
+    /// The ports at which load balancers ask for Services.
+    check_ports: CheckPorts,
     /// Loads the programs and adopts what the maps hold.
     load: Job,
     /// Brings the host's network and the hooks to what they should be.
     network: Job,
     /// Brings the maps to what the index wants.
     maps: Job,
+    /// Opens those ports.
+    checks: Job,
     /// Reports what is newly wrong, and what is resolved.
     report: Job,
     /// Writes where this agent's things are, for the command.
@@ -220,16 +225,17 @@ impl Reconciler {
             index: Index::new(node::settings(&config)),
             repairer: Repairer::new(&config.run_dir, &config.sysctl_dir)?,
             config,
-            health,
             shutdown,
             look_limit: surroundings.look_limit,
             observe: surroundings.observe,
             start: Instant::now(),
             datapath: None,
             files: Files::default(),
+            check_ports: CheckPorts::new(Arc::clone(&health)),
             load: Job::due("the programs cannot be loaded; what is attached runs on"),
             network: Job::due("the host's network is not as it should be"),
             maps: Job::idle("the maps took not all changes, trying again"),
+            checks: Job::idle("load balancers get no answer for a Service"),
             report: Job::idle("report"),
             presence: Job::due("rustnetctl does not find this agent"),
             names: Job::idle("rustnetctl does not know the names of pods"),
@@ -244,6 +250,7 @@ impl Reconciler {
             room: 0,
             routed: false,
             problems: BTreeSet::new(),
+            health,
         })
     }
 
@@ -300,7 +307,8 @@ impl Reconciler {
     fn next_deadline(&self) -> Instant {
         let load = self.load.deadline().filter(|_| self.datapath.is_none());
         let maps = self.maps.deadline().filter(|_| self.can_apply());
-        let others = [&self.network, &self.report].into_iter().chain(self.files_of_command()).map(Job::deadline);
+        let others =
+            [&self.network, &self.checks, &self.report].into_iter().chain(self.files_of_command()).map(Job::deadline);
         let audit = self.datapath.as_ref().and_then(|it| it.planner.audit_at()).map(|due| self.start + due);
         let stuck = self.look.as_ref().map(|look| look.began + self.look_limit).filter(|at| *at > Instant::now());
         // Nothing else is due for long while a look is under way, and the probes want to see the loop turn.
@@ -325,6 +333,9 @@ impl Reconciler {
         }
         if self.can_apply() && self.maps.is_due() {
             self.apply();
+        }
+        if self.checks.is_due() {
+            self.open_check_ports();
         }
         self.audit();
         if self.report.is_due() {
@@ -414,11 +425,32 @@ impl Reconciler {
                 self.maps.finish(Vec::new(), plan.retry_at.map(|at| self.start + at));
                 self.health.metrics.map_writes(plan.writes.len() as u64);
                 self.health.applied(began.elapsed());
+                self.set_health_checks();
                 if !plan.writes.is_empty() {
                     tracing::debug!(writes = plan.writes.len(), took = ?began.elapsed(), "applied");
                 }
             }
             Err(error) => self.maps.finish(vec![Failure::new(Scope::Node, &error)], None),
+        }
+    }
+
+    /// Has load balancers hear what has been applied.
+    fn set_health_checks(&mut self) {
+        // Before the lists are complete, a count would be wrong.
+        if self.index.is_open(Gate::Services)
+            && let Some(checks) = self.index.take_health_checks()
+            && (self.check_ports.set(checks) || self.checks.has_failed())
+        {
+            self.checks.want(Duration::ZERO);
+        }
+    }
+
+    /// Opens the ports of load balancers' health checks that are not open yet.
+    fn open_check_ports(&mut self) {
+        let had_failed = self.checks.has_failed();
+        self.checks.finish(self.check_ports.open(), None);
+        if had_failed || self.checks.has_failed() {
+            self.report.want(Duration::ZERO);
         }
     }
 
@@ -473,7 +505,8 @@ impl Reconciler {
         let objects = self.index.problems_of_this_node(API_SERVER);
         let state = self.host_problems.iter().flatten().cloned();
         let partial = self.network.failures().iter().filter(|it| it.scope != Scope::Node);
-        let partial = partial.chain(self.files_of_command().into_iter().flat_map(Job::failures));
+        let partial =
+            partial.chain(self.checks.failures()).chain(self.files_of_command().into_iter().flat_map(Job::failures));
         objects.iter().map(ToString::to_string).chain(state).chain(partial.map(ToString::to_string)).collect()
     }
 

@@ -20,12 +20,13 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
+use testkit::check::VXLAN_PORT;
 use testkit::client::{TIMEOUT, ask, ask_sized, connected_udp};
 use testkit::icmp::{Ping, Reply};
 use testkit::netns::{Holder, Own};
 use testkit::pod::PORT;
 use testkit::server::Server;
-use testkit::sniff::Sniffer;
+use testkit::sniff::{Frame, Sniffer};
 use testkit::stream::Stream;
 use testkit::{Netns, Node, Pod, Proto, Setup, wait};
 

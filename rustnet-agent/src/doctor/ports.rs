@@ -91,7 +91,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     }
     found.push(local_range(&facts.local));
     found.extend(facts.local.as_ref().ok().filter(|_| facts.is_masquerade_chosen).map(|local| masquerade(*local)));
-    found.extend(inside_node_ports(listeners));
+    found.extend(inside_node_ports(listeners, facts.agent_here));
     found
 }
 
@@ -185,10 +185,19 @@ fn masquerade(local: (u16, u16)) -> Finding {
     Finding::new(Level::Warning, what, detail).hint(node::PORT_RANGE_REMEDY)
 }
 
-/// Servers of the host on ports that Kubernetes may give to Services.
-fn inside_node_ports(listeners: &[Listener]) -> Option<Finding> {
+/// Servers of the host on ports that Kubernetes may give to Services. The answers to load balancers' health checks are there as they
+/// should be.
+fn inside_node_ports(listeners: &[Listener], agent_here: bool) -> Option<Finding> {
     let (first, last) = NODE_PORTS;
-    let inside = |it: &&Listener| it.proto == Proto::Tcp && (first..=last).contains(&it.port) && !it.addr.is_loopback();
+    let is_check = |it: &Listener| match &it.owner {
+        Owner::Process(name) => [AGENT, KUBE_PROXY].contains(&name.as_str()),
+        Owner::Hidden => agent_here,
+        Owner::Kernel => false,
+    };
+    let inside = |it: &&Listener| {
+        let is_node_port = it.proto == Proto::Tcp && (first..=last).contains(&it.port);
+        is_node_port && !it.addr.is_loopback() && !is_check(it)
+    };
     let mut names: Vec<_> =
         listeners.iter().filter(inside).map(|it| format!("{} ({})", it.port, name(&it.owner))).collect();
     names.dedup();
@@ -254,7 +263,7 @@ mod tests {
         assert_well(&check(&Facts { agent_here: true, ..facts(hidden.into()) }));
         assert_well(&check(&facts(vec![process(10250, "k3s")])));
         for name in [AGENT, KUBE_PROXY] {
-            assert_well(&check(&facts(vec![process(10_256, name)])));
+            assert_well(&check(&facts(vec![process(10_256, name), process(32_001, name)])));
         }
         let elsewhere = Listener { addr: [192, 0, 2, 1].into(), ..process(9879, "nginx") };
         assert_well(&check(&facts(vec![elsewhere])));

@@ -1,16 +1,22 @@
-//! kube-proxy's own answers: `/healthz` and `/livez`. Load balancers of clouds are built for them (`pkg/proxy/healthcheck` of kube-proxy, KEP-3836).
+//! kube-proxy's own answers: `/healthz` and `/livez` of the proxy, and the health check of one Service. Load balancers of clouds
+//! are built for them (`pkg/proxy/healthcheck` of kube-proxy, KEP-3836).
 
 use super::Health;
 use crate::health::ProxyHealth;
+use crate::index::HealthCheck;
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::SystemTime;
+use tokio::sync::watch;
+
+/// How many endpoints this node has: some load balancers send as many connections in proportion.
+const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
 
 /// The answer of the proxy.
 #[derive(Debug, Serialize)]
@@ -23,9 +29,29 @@ struct ProxyBody {
     node_eligible: Option<bool>,
 }
 
+/// The answer of one Service.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ServiceBody<'a> {
+    service: ServiceName<'a>,
+    local_endpoints: usize,
+    service_proxy_healthy: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct ServiceName<'a> {
+    namespace: &'a str,
+    name: &'a str,
+}
+
 /// The endpoints of the proxy.
 pub fn kube_proxy(health: Arc<Health>) -> Router {
     Router::new().route("/healthz", get(healthz)).route("/livez", get(livez)).with_state(health)
+}
+
+/// The endpoint of one Service, whatever the path.
+pub(super) fn health_check(check: watch::Receiver<HealthCheck>, health: Arc<Health>) -> Router {
+    Router::new().fallback(of_service).with_state((check, health))
 }
 
 async fn healthz(State(health): State<Arc<Health>>) -> Response {
@@ -42,11 +68,25 @@ async fn livez(State(health): State<Arc<Health>>) -> Response {
     answer(code, &body)
 }
 
+async fn of_service(State((check, health)): State<(watch::Receiver<HealthCheck>, Arc<Health>)>) -> Response {
+    let check = check.borrow().clone();
+    let (code, body) = service_body(&check, health.proxy().is_healthy);
+    let weight = [(WEIGHT, check.local_endpoints.to_string())];
+    (weight, answer(code, &body)).into_response()
+}
+
 fn of_proxy(proxy: &ProxyHealth, is_well: bool, now: SystemTime) -> (StatusCode, ProxyBody) {
     let text = |time| Timestamp::try_from(time).map_or_else(|_| String::new(), |time| time.to_string());
     // kube-proxy's releases before 1.28 wrote the time at every turn of their loop; who is well is up to date.
     let last_updated = text(if is_well { now } else { proxy.last_sync });
     (status(is_well), ProxyBody { last_updated, current_time: text(now), node_eligible: None })
+}
+
+fn service_body(check: &HealthCheck, is_proxy_healthy: bool) -> (StatusCode, ServiceBody<'_>) {
+    let (namespace, name) = check.service.as_str().split_once('/').unwrap_or_default();
+    let service = ServiceName { namespace, name };
+    let body = ServiceBody { service, local_endpoints: check.local_endpoints, service_proxy_healthy: is_proxy_healthy };
+    (status(check.local_endpoints > 0 && is_proxy_healthy), body)
 }
 
 fn status(is_well: bool) -> StatusCode {
@@ -63,10 +103,15 @@ fn answer(code: StatusCode, body: &impl Serialize) -> Response {
 mod tests {
     use super::super::tests::ask;
     use super::*;
+    use crate::model::ObjectName;
     use std::time::Duration;
 
     fn at(seconds: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    fn check(local_endpoints: usize) -> HealthCheck {
+        HealthCheck { service: ObjectName::namespaced("shop", "web"), local_endpoints }
     }
 
     #[test]
@@ -83,6 +128,31 @@ mod tests {
         let (code, body) = of_proxy(&proxy, true, at(1_795_867_260));
         assert_eq!(code, 200);
         assert_eq!(body.last_updated, body.current_time, "who is well is up to date");
+
+        let service = r#"{"service":{"namespace":"shop","name":"web"},"#;
+        for (endpoints, is_healthy, want) in [(2, true, 200), (0, true, 503), (2, false, 503), (0, false, 503)] {
+            let check = check(endpoints);
+            let (code, body) = service_body(&check, is_healthy);
+            let rest = format!(r#""localEndpoints":{endpoints},"serviceProxyHealthy":{is_healthy}}}"#);
+            assert_eq!(serde_json::to_string(&body).expect("JSON"), format!("{service}{rest}"));
+            assert_eq!(code, want, "{endpoints} {is_healthy}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_service_answers_on_every_path_with_its_weight() {
+        let (sender, receiver) = watch::channel(check(3));
+        let router = health_check(receiver, Arc::new(Health::default()));
+        for path in ["/", "/healthz", "/a/b?c"] {
+            let (code, text) = ask(router.clone(), path).await;
+            assert_eq!(code, 200, "{text}");
+            for header in ["content-type: application/json", "x-content-type-options: nosniff", "endpoint-weight: 3"] {
+                assert!(text.contains(&format!("{header}\r\n")), "{header} is missing in {text}");
+            }
+        }
+        sender.send_replace(check(0));
+        let (code, text) = ask(router, "/").await;
+        assert!(code == 503 && text.contains("endpoint-weight: 0\r\n"), "{text}");
     }
 
     #[tokio::test]

@@ -1,9 +1,10 @@
 //! From events to the desired state of the maps. Pure: no I/O, no clock, no maps.
 //!
 //! [`Index`] owns everything. `services` knows who claims which virtual address and marks what changed; `backends` chooses
-//! the endpoints of one service port; `nodes` makes the peers table; `relist` finds what a fresh list left out.
+//! the endpoints of one service port; `health_checks` knows the ports of load balancers' probes; `nodes` makes the peers table; `relist` finds what a fresh list left out.
 
 mod backends;
+mod health_checks;
 mod nodes;
 mod relist;
 mod services;
@@ -11,6 +12,7 @@ pub mod unserved;
 mod vip;
 
 pub use backends::{BackendSet, Choice, DesiredBackend};
+pub use health_checks::{HealthCheck, HealthChecks};
 pub use services::{DesiredService, WithoutLocalEndpoints};
 pub use vip::VipKey;
 
@@ -185,6 +187,11 @@ impl Index {
     /// True if clients outside have an address of a Service.
     pub fn has_external(&self) -> bool {
         self.services.has_external()
+    }
+
+    /// What each health check node port of this node should answer, if it may be other than at the last call.
+    pub fn take_health_checks(&mut self) -> Option<HealthChecks> {
+        self.services.take_health_checks()
     }
 
     /// Counts the ports of Services with a traffic policy of Local that have endpoints elsewhere and none here.

@@ -1,6 +1,7 @@
 //! Services and their slices: who claims which virtual address, and which entries a change touches.
 
 use super::backends::{BackendSet, Choice, Place, choose};
+use super::health_checks::{self, HealthCheck, HealthChecks};
 use super::vip::VipKey;
 use crate::model::{EndpointSlice, Family, Frontend, ObjectName, Problem, Service, ServicePort};
 use rustnet_common::service::{flags, scope};
@@ -62,6 +63,7 @@ pub struct Services {
     vips: HashMap<IpAddr, Users>,
     /// Services that clients outside have an address of.
     external: u32,
+    checks: health_checks::Claims,
     dirty: HashSet<VipKey>,
 }
 
@@ -121,6 +123,7 @@ impl Services {
             node_ips: Box::default(),
             vips: HashMap::new(),
             external: 0,
+            checks: health_checks::Claims::default(),
             dirty: HashSet::new(),
         }
     }
@@ -215,6 +218,17 @@ impl Services {
         self.dirty.drain().collect()
     }
 
+    /// What each health check node port should answer, if it may be other than at the last call.
+    pub fn take_health_checks(&mut self) -> Option<HealthChecks> {
+        let check = |name: &ObjectName| {
+            let slices = self.states.get(name).map_or(&[][..], |state| &state.slices);
+            let local_endpoints = health_checks::count_local_endpoints(slices, &self.node_name);
+            HealthCheck { service: name.clone(), local_endpoints }
+        };
+        let is_dirty = self.checks.take_dirty();
+        is_dirty.then(|| self.checks.winners().map(|(port, name)| (port, check(name))).collect())
+    }
+
     /// Counts the ports of Services with a traffic policy of Local that have endpoints elsewhere and none here.
     pub fn count_without_local_endpoints(&self) -> WithoutLocalEndpoints {
         let (mut count, mut choice) = (WithoutLocalEndpoints::default(), Choice::default());
@@ -306,6 +320,7 @@ impl Services {
                 ));
             }
         }
+        problems.extend(self.checks.conflicts());
         if self.own.iter().any(|ip| self.vips.contains_key(ip)) {
             let services = self.states.values().filter_map(|state| state.service.as_ref());
             let mut taken: Vec<_> = services
@@ -325,6 +340,7 @@ impl Services {
     }
 
     fn claim(&mut self, service: &Service) {
+        self.checks.add(service);
         for ip in &service.vips {
             self.vips.entry(*ip).or_default().cluster += 1;
             self.dirty.insert(VipKey::wildcard(*ip));
@@ -353,6 +369,7 @@ impl Services {
     }
 
     fn unclaim(&mut self, service: &Service) {
+        self.checks.remove(service);
         let addresses = service.vips.iter().map(|ip| (ip, 1, 0)).chain(service.external.iter().map(|ip| (ip, 0, 1)));
         for (ip, cluster, external) in addresses {
             self.dirty.insert(VipKey::wildcard(*ip));
@@ -385,6 +402,7 @@ impl Services {
     fn endpoints_changed(&mut self, service: &ObjectName) {
         if let Some(service) = self.states.get(service).and_then(|state| state.service.as_ref()) {
             self.dirty.extend(port_keys(service, &self.node_ips));
+            self.checks.endpoints_changed(service);
         }
     }
 

@@ -1,6 +1,7 @@
 //! Events in, desired entries and peers out.
 
 mod external;
+mod health_checks;
 
 use super::VipKey;
 use super::{Choice, DesiredBackend, Gate, Index};

@@ -75,12 +75,11 @@ mod tests {
     fn each_feature_is_one_problem_with_three_names() {
         let mut services: Vec<_> =
             ["d", "c", "b", "a"].into_iter().map(|name| service(name, &[Feature::SourceRanges])).collect();
-        services.push(service("sticky", &[Feature::HealthCheck]));
         services.push(service("plain", &[]));
         let pods = [pod("proxy", true, true), pod("registry", true, false), pod("web", false, false)];
         let found = find(services.iter(), pods.iter());
         let counts: Vec<_> = found.iter().map(|(feature, askers)| (feature.name(), askers.count)).collect();
-        assert_eq!(counts, [("source_ranges", 4), ("health_check_node_port", 1), ("host_port", 1)]);
+        assert_eq!(counts, [("source_ranges", 4), ("host_port", 1)]);
         let problems: Vec<_> = problems(&found).map(|problem| problem.to_string()).collect();
         assert_eq!(
             problems[0],
@@ -88,7 +87,7 @@ mod tests {
              filter before the nodes and remove the field; until then no address of its load balancer is served"
         );
         assert!(
-            problems[2].starts_with("Pod hostPort: not served, but asked for by default/registry; "),
+            problems[1].starts_with("Pod hostPort: not served, but asked for by default/registry; "),
             "{problems:?}"
         );
         assert!(Feature::ALL.into_iter().all(|feature| Feature::of_name(feature.name()) == Some(feature)));

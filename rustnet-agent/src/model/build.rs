@@ -23,6 +23,7 @@ pub fn service(name: &str, vips: &[&str]) -> Service {
         internal_local: false,
         external: Box::default(),
         external_local: false,
+        health_check_port: 0,
         unserved: Box::default(),
         problems: Box::default(),
     }

@@ -5,21 +5,18 @@
 pub enum Feature {
     /// `loadBalancerSourceRanges`: not applied, so that its load balancer's addresses are not served.
     SourceRanges,
-    /// `healthCheckNodePort`: no answer, so that load balancers take all nodes for failed or none.
-    HealthCheck,
     /// `hostPort` of a pod that does not use the host's network.
     HostPort,
 }
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::SourceRanges, Self::HealthCheck, Self::HostPort];
+    pub const ALL: [Self; 2] = [Self::SourceRanges, Self::HostPort];
 
     /// The name in metrics and files.
     pub const fn name(self) -> &'static str {
         match self {
             Self::SourceRanges => "source_ranges",
-            Self::HealthCheck => "health_check_node_port",
             Self::HostPort => "host_port",
         }
     }
@@ -33,7 +30,6 @@ impl Feature {
     pub const fn field(self) -> &'static str {
         match self {
             Self::SourceRanges => "Service spec.loadBalancerSourceRanges",
-            Self::HealthCheck => "Service spec.healthCheckNodePort",
             Self::HostPort => "Pod hostPort",
         }
     }
@@ -44,7 +40,6 @@ impl Feature {
             Self::SourceRanges => {
                 "filter before the nodes and remove the field; until then no address of its load balancer is served"
             }
-            Self::HealthCheck => "let the load balancer probe the node port itself",
             Self::HostPort => "give the pod hostNetwork: true, or a Service",
         }
     }

@@ -24,6 +24,8 @@ pub struct Service {
     pub internal_local: bool,
     /// `externalTrafficPolicy: Local`.
     pub external_local: bool,
+    /// TCP port at which load balancers ask whether this node has a ready endpoint; 0 for none.
+    pub health_check_port: u16,
     /// What it asks for and does not get.
     pub unserved: Box<[Feature]>,
     /// What was wrong with it.

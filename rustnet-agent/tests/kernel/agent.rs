@@ -149,6 +149,7 @@ pub fn web(backends: u8) -> [Event; 2] {
         internal_local: false,
         external: Box::default(),
         external_local: false,
+        health_check_port: 0,
         unserved: Box::default(),
         problems: Box::default(),
     };

@@ -89,6 +89,7 @@ fn service_of(n: u32, backends: u8) -> [Event; 2] {
         internal_local: false,
         external: Box::default(),
         external_local: false,
+        health_check_port: 0,
         unserved: Box::default(),
         problems: Box::default(),
     };

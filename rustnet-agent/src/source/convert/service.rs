@@ -59,6 +59,7 @@ impl Converter {
                 "spec.externalTrafficPolicy",
                 &mut findings,
             ),
+            health_check_port: health_check_port(spec, &mut findings),
             unserved: unserved(spec),
             problems: findings.done(),
         };
@@ -223,10 +224,20 @@ fn has_source_ranges(spec: &ServiceSpec) -> bool {
 
 /// Read only to be reported.
 fn unserved(spec: &ServiceSpec) -> Box<[Feature]> {
-    let has_check = spec.external_traffic_policy.as_deref() == Some("Local")
-        && spec.health_check_node_port.is_some_and(|port| port != 0);
-    let ranges = (is_balanced(spec) && has_source_ranges(spec)).then_some(Feature::SourceRanges);
-    ranges.into_iter().chain((is_balanced(spec) && has_check).then_some(Feature::HealthCheck)).collect()
+    (is_balanced(spec) && has_source_ranges(spec)).then_some(Feature::SourceRanges).into_iter().collect()
+}
+
+/// The health check node port of a Service that has one: with a load balancer that must know which nodes have endpoints.
+fn health_check_port(spec: &ServiceSpec, findings: &mut Findings) -> u16 {
+    let has_check = is_balanced(spec) && spec.external_traffic_policy.as_deref() == Some("Local");
+    let given = spec.health_check_node_port.filter(|number| has_check && *number != 0);
+    given.map(port).transpose().map_or_else(
+        |wrong| {
+            findings.add("spec.healthCheckNodePort", wrong);
+            0
+        },
+        Option::unwrap_or_default,
+    )
 }
 
 /// What a traffic policy says: only endpoints of this node.

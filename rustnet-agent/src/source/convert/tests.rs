@@ -417,16 +417,16 @@ fn names_are_checked() {
 
 #[test]
 fn what_is_asked_for_and_not_served_is_noted() {
-    use crate::model::Feature::{HealthCheck, SourceRanges};
+    use crate::model::Feature::SourceRanges;
     for (type_, policy, ranges, want) in [
         ("NodePort", "Local", json!(["192.0.2.0/24"]), vec![]),
         ("LoadBalancer", "Cluster", json!([" "]), vec![]),
         ("LoadBalancer", "Cluster", json!(["192.0.2.0/24"]), vec![SourceRanges]),
-        ("LoadBalancer", "Local", json!([]), vec![HealthCheck]),
+        ("LoadBalancer", "Local", json!([]), vec![]),
     ] {
         let spec = json!({
             "clusterIP": "10.96.0.1", "type": type_, "ports": [{"port": 80}], "externalTrafficPolicy": policy,
-            "healthCheckNodePort": 30_001, "loadBalancerSourceRanges": ranges,
+            "loadBalancerSourceRanges": ranges,
         });
         assert_eq!(*service(web(&spec)).unserved, *want, "{type_} {policy}");
     }
@@ -454,6 +454,36 @@ fn a_node_leaves_when_it_is_deleted_or_the_autoscaler_says_so() {
     assert!(!is_leaving(json!(null), &["node.kubernetes.io/unschedulable"]));
     assert!(is_leaving(json!(null), &["other", "ToBeDeletedByClusterAutoscaler"]));
     assert!(is_leaving(json!("2026-01-03T03:04:05Z"), &[]));
+}
+
+#[test]
+fn only_load_balancers_with_policy_local_have_a_health_check_port() {
+    for (type_, policy, given, want) in [
+        ("LoadBalancer", "Local", json!(30_001), 30_001),
+        ("LoadBalancer", "Local", json!(0), 0),
+        ("LoadBalancer", "Local", json!(null), 0),
+        ("LoadBalancer", "Cluster", json!(30_001), 0),
+        ("NodePort", "Local", json!(30_001), 0),
+        ("ClusterIP", "Local", json!(70_000), 0),
+    ] {
+        let spec = json!({
+            "clusterIP": "10.96.0.1", "type": type_, "ports": [{"port": 80}], "externalTrafficPolicy": policy,
+            "healthCheckNodePort": given,
+        });
+        let it = service(web(&spec));
+        assert_eq!((it.health_check_port, &*it.problems), (want, &[][..]), "{type_} {policy} {given}");
+    }
+    let spec = json!({
+        "clusterIP": "10.96.0.1", "type": "LoadBalancer", "ports": [{"port": 80}], "externalTrafficPolicy": "Local",
+        "healthCheckNodePort": 70_000,
+    });
+    let it = service(web(&spec));
+    assert_eq!(it.health_check_port, 0);
+    let problems: Vec<_> = it.problems.iter().map(ToString::to_string).collect();
+    assert!(
+        matches!(&problems[..], [it] if it.contains("spec.healthCheckNodePort: 70000 is not a port")),
+        "{problems:?}"
+    );
 }
 
 #[test]
