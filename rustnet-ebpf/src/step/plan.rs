@@ -65,7 +65,9 @@ pub fn plan<F: Verify>(
 ) -> Result<Action, Dropped> {
     let Destination { route, egress, peer } = route::of::<F>(to);
     let is_host = origin == Origin::Host;
-    if origin == Origin::Pod && to.tuple.proto == proto::UDP && to.tuple.dport == config.overlay_port {
+    // Of clients outside neither: this node would lend them its address.
+    let is_of_others = matches!(origin, Origin::Pod | Origin::External);
+    if is_of_others && to.tuple.proto == proto::UDP && to.tuple.dport == config.overlay_port {
         F::verify_encap(&to.tuple)?;
     }
     let target = match route {
