@@ -59,7 +59,9 @@ pub fn answer<F: Steps>(
     flow: &'static mut Flow<F::A>,
     config: &NodeConfig,
 ) -> Result<i32, Dropped> {
-    if !is_served(config) || p.kind == Kind::LinkLocal {
+    // What the stack forwards is not this host's: it says nothing of the flows that it looks like.
+    let is_forwarded = skb.ingress_ifindex() != 0;
+    if !is_served(config) || is_forwarded || p.kind == Kind::LinkLocal {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {

@@ -1,10 +1,12 @@
 //! What clients outside must not get by a Service, and what a Service for them must not do to other flows.
 
 use super::{NODE_PORT, ask, publish};
-use crate::flows::{PORT, Proto, TARGET, from_outside};
-use crate::harness::{Flow, labs};
+use crate::flows::{PORT, Proto, TARGET, answer_of_b, from_outside};
+use crate::harness::{Flow, MAC_A, MAC_HOST, POD_A, SIDE, UPLINK, each, labs};
 use anyhow::{Context, Result, ensure};
-use rustnet_common::drop::DropReason;
+use rustnet_common::config;
+use rustnet_common::drop::{DropReason, hook};
+use testkit::datapath::Input;
 
 /// Who may write an EndpointSlice could name another node's tunnel as a backend, and this node would lend everybody its address
 /// there.
@@ -34,5 +36,33 @@ fn no_answer_goes_to_the_overlays_port() -> Result<()> {
         let source = lab.half(Flow::of(&ask))?.to.sport;
         let answer = ask.hop().between((net.node(), source), (net.far(), TARGET)).reply();
         lab.overlay_in(net.node2(), &answer)?.dropped(DropReason::EncapProhibited)
+    })
+}
+
+/// What the stack forwards is not this host's, and says nothing of a pod's flows: whoever forges a pod's address behind a device
+/// without a program of ours would end them, and so would answers that netfilter sends another way than their requests came.
+#[test]
+fn what_the_stack_forwards_ends_no_flow() -> Result<()> {
+    labs(|lab, net| {
+        lab.configure(|c| c.flags |= config::flags::EXTERNAL)?;
+        each(&[Proto::Tcp, Proto::Udp], |proto| {
+            publish(lab, net, proto, (net.b(), TARGET))?;
+            let ask = ask(net, proto);
+            lab.uplink_in(&ask)?;
+            let answer = answer_of_b(&ask.hop().between((net.world(), PORT), (net.b(), TARGET)));
+            let forged = answer.map(|f| (f.smac, f.dmac) = (MAC_HOST, MAC_A));
+            let forwarded = Input { frame: &forged.bytes(), ifindex: UPLINK, came_by: SIDE, ..Input::default() };
+            lab.raw(hook::UPLINK_OUT, &forwarded)?.to_stack(&forged)?;
+            lab.half(Flow::of(&answer)).context("the forged answer ended the flow")?;
+
+            let comes = from_outside(proto, (net.world(), PORT + 1), (net.a(), TARGET));
+            lab.to_pod(POD_A, &comes.map(|f| (f.smac, f.dmac) = (MAC_HOST, MAC_A)))?;
+            let back = comes.reply();
+            lab.pod_sends(&back.map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST)))?;
+            let forwarded = Input { frame: &back.bytes(), ifindex: UPLINK, came_by: POD_A, ..Input::default() };
+            lab.raw(hook::UPLINK_OUT, &forwarded)?.to_stack(&back)?;
+            ensure!(lab.connections(net)?.contains_key(&Flow::of(&comes)), "the answer ended the flow");
+            lab.forget()
+        })
     })
 }
