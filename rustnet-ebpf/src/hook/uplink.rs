@@ -46,7 +46,9 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         }
         let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::Outside)?;
         if flow.class == Class::New {
-            return if is_for_pod() { Err(DropReason::IcmpUnrelated.into()) } else { Ok(None) };
+            // One to a Service's address would circle, see `not_for_pods`.
+            let is_ours = is_for_pod() || lb::is_vip::<F>(p.tuple.dst);
+            return if is_ours { Err(DropReason::IcmpUnrelated.into()) } else { Ok(None) };
         }
         Ok(Some(flow))
     };
@@ -118,8 +120,8 @@ pub fn parse_in<F: Parse<C> + Verify, C: Ctx>(ctx: &C, l3: usize) -> Result<Opti
         Err(reason) => reason,
     };
     let Some(p) = parse::last::<F>() else { return Ok(None) };
-    if route::is_local_pod(p.tuple.dst) {
-        // The stack could reassemble what came in pieces, and would forward it.
+    if route::is_local_pod(p.tuple.dst) || lb::is_vip::<F>(p.tuple.dst) {
+        // The stack could reassemble what came in pieces, and would forward it: to a pod, or back to where it came from.
         return Err(reason.into());
     }
     // Fragments for the host, headers that its stack may well understand: the stack judges them,

@@ -1,8 +1,11 @@
 //! What clients outside must not get by a Service, and what a Service for them must not do to other flows.
 
 use super::{NODE_PORT, ask, publish};
-use crate::flows::{PORT, Proto, TARGET, answer_of_b, from_outside};
+use crate::errors::error;
+use crate::flows::{PORT, Proto, TARGET, VIP_PORT, answer_of_b, from_outside};
+use crate::frame::Piece;
 use crate::harness::{Flow, MAC_A, MAC_HOST, POD_A, SIDE, UPLINK, each, labs};
+use crate::icmp::kinds;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config;
 use rustnet_common::drop::{DropReason, hook};
@@ -64,5 +67,25 @@ fn what_the_stack_forwards_ends_no_flow() -> Result<()> {
             ensure!(lab.connections(net)?.contains_key(&Flow::of(&comes)), "the answer ended the flow");
             lab.forget()
         })
+    })
+}
+
+/// The stack would send back to its router what no step can read, and it would circle.
+#[test]
+fn nothing_for_a_load_balancers_address_circles() -> Result<()> {
+    labs(|lab, net| {
+        let vip = net.ip([203, 0, 114, 7], "2001:db8:7::7");
+        lab.share(vip)?;
+        lab.publish(vip, VIP_PORT, Proto::Udp.number(net), 0, &[(net.b(), TARGET)])?;
+        let ask = from_outside(Proto::Udp, (net.world(), PORT), (vip, VIP_PORT));
+        let later = ask.map(|f| f.piece = Some(Piece { id: 77, from: 16, to: 24, more: false }));
+        lab.uplink_in(&later)?.dropped(DropReason::FragNotFound)?;
+        let unknown = ask.reply().map(|f| f.set_ports(VIP_PORT, 1));
+        for kind in kinds(net) {
+            lab.uplink_in(&error(&unknown, net.router(), kind, 1000))?.dropped(DropReason::IcmpUnrelated)?;
+        }
+        // To this node they are the stack's.
+        let later = later.map(|f| f.dst = net.node());
+        lab.uplink_in(&later)?.to_stack(&later)
     })
 }
