@@ -150,7 +150,8 @@ fn try_redirect<F: Family>(
     // Of several next hops the kernel chooses by a hash of addresses, and with a sysctl of ports. Each packet of a flow looks as
     // the first one does, whose address and port of masquerade are not known yet: the flow keeps the device whose address it has.
     let src = match maps::config() {
-        Some(config) if flow.flags & flags::MASQ != 0 => F::node(config),
+        // Answers bear the address that the client asked.
+        Some(config) if flow.flags & (flags::MASQ | flags::REPLY) == flags::MASQ => F::node(config),
         _ => to.src,
     };
     let mut fib = FibLookup {

@@ -2,13 +2,14 @@
 
 use super::{NODE_PORT, ask, publish};
 use crate::errors::error;
-use crate::flows::{PORT, Proto, TARGET, VIP_PORT, answer_of_b, from_outside};
+use crate::flows::{PORT, Proto, TARGET, VIP_PORT, answer_of_b, as_from_b, from_outside};
 use crate::frame::Piece;
-use crate::harness::{Flow, MAC_A, MAC_HOST, POD_A, SIDE, UPLINK, each, labs};
+use crate::harness::{Flow, MAC_A, MAC_HOST, Net, POD_A, SIDE, UPLINK, each, lab_apart, labs};
 use crate::icmp::kinds;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config;
 use rustnet_common::drop::{DropReason, hook};
+use rustnet_common::peer;
 use testkit::datapath::Input;
 
 /// Who may write an EndpointSlice could name another node's tunnel as a backend, and this node would lend everybody its address
@@ -87,5 +88,37 @@ fn nothing_for_a_load_balancers_address_circles() -> Result<()> {
         // To this node they are the stack's.
         let later = later.map(|f| f.dst = net.node());
         lab.uplink_in(&later)?.to_stack(&later)
+    })
+}
+
+/// The host routes by source, as hosts with two uplinks do: answers leave by the device of the address that the client asked.
+/// IPv4 alone: a batch of `ip` takes a rule for no other family.
+#[test]
+fn answers_leave_by_the_way_of_the_address_that_was_asked() -> Result<()> {
+    const WAYS: &str = "\
+        link set virbr0 mtu 1400
+        rule add from 172.18.0.99 lookup 77
+        route add default via 192.168.122.10 dev virbr0 table 77";
+    let net = Net::V4;
+    let second = net.ip([172, 18, 0, 99], "");
+    lab_apart(|lab| {
+        lab.ip(WAYS)?;
+        lab.put_peer(second, None, peer::flags::HOST, None)?;
+        for to in [net.b(), net.far()] {
+            lab.publish(second, NODE_PORT, Proto::Udp.number(net), 0, &[(to, TARGET)])?;
+            let ask = from_outside(Proto::Udp, (net.world(), PORT), (second, NODE_PORT));
+            lab.uplink_in(&ask)?;
+            let opened = lab.half(Flow::of(&ask))?.to.src;
+            let source = lab.half(Flow::of(&ask))?.to.sport;
+            let answer = ask.hop().between((opened, source), (to, TARGET)).reply();
+            // No answer of this length fits into the device of the second address, and each fits into the first's.
+            let long = answer.map(|f| f.payload = vec![7; 1400]);
+            let shot =
+                if to == net.b() { lab.pod_sends(&as_from_b(&long))? } else { lab.overlay_in(net.node2(), &long)? };
+            let is_too_big = shot.counted.keys().any(|(reason, _)| *reason == DropReason::FragNeeded as u8);
+            ensure!(is_too_big, "of {to}: {:?}", shot.counted);
+            lab.forget()?;
+        }
+        Ok(())
     })
 }
