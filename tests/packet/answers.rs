@@ -177,3 +177,24 @@ fn errors_of_one_pod_do_not_take_anothers() -> Result<()> {
     }
     Ok(())
 }
+
+/// Clients outside neither: whoever asks for refusals all the time does not take the size of the path from those who upload.
+#[test]
+fn errors_of_one_client_outside_do_not_take_anothers() -> Result<()> {
+    for net in BOTH {
+        lab_apart(|lab| {
+            lab.publish(net.node(), 30_080, 17, 0, &[])?;
+            let f = from_outside(Proto::Udp, (net.router(), 1), (net.node(), 30_080));
+            burst(lab, hook::UPLINK_IN, UPLINK, &f, DropReason::NoBackend)?;
+            lab.publish(net.node(), 30_081, 17, 0, &[(net.far(), 80)])?;
+            let bytes =
+                from_outside(Proto::Udp, (net.world(), 1), (net.node(), 30_081)).with_length(OVERLAY_MTU + 1).bytes();
+            let input = Input { frame: &bytes, ifindex: UPLINK, ..Input::default() };
+            let out = lab.datapath().run(hook::NAMES[hook::UPLINK_IN as usize], &input)?;
+            let verdict = out.context("no sum was asked for")?.verdict;
+            ensure!(verdict == REDIRECT, "{net:?}: verdict {verdict}: no error for the other client");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}

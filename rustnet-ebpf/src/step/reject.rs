@@ -41,11 +41,10 @@ fn try_reject<F: Rejecting>(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyP
     if p.kind != Kind::Flow || p.tcp_flags & tcp::RST != 0 {
         return None;
     }
-    // One pod must not use up the errors that another one's connection waits for. A pod's source is verified, so that it gets no more
-    // of them than it sends packets, and nobody else does. The same holds for this host. Linux does not limit this error either
+    // Nobody must use up the errors that another one's connection waits for: a pod, or a client outside who asks for refusals. A
+    // forged source makes nothing louder of it, for the error is smaller than its packet. Linux does not limit it either
     // (`icmpv4_mask_allow`).
-    let is_unlimited = matches!(what, Rejection::Reset)
-        || (matches!(path, ReplyPath::Pod | ReplyPath::Host) && matches!(what, Rejection::TooBig(_)));
+    let is_unlimited = matches!(what, Rejection::Reset | Rejection::TooBig(_));
     if !is_unlimited && !limit::take(Bucket::IcmpErrors) {
         return None;
     }
