@@ -173,7 +173,9 @@ fn an_external_ip_of_a_node(net: &Net) -> Result<()> {
         for proto in Proto::ALL {
             ask(net.fabric.world(), proto, target, 10)?.only_by(&["c"])?;
             let own = SocketAddr::new(ip, testkit::pod::PORT);
-            ask(net.fabric.world(), proto, own, 5)?.only_by(&["n1"])?;
+            for from in [net.fabric.world(), net.a.netns(), net.c.netns(), net.node(2).netns()] {
+                ask(from, proto, own, 5)?.only_by(&["n1"]).with_context(|| format!("{proto} {own}"))?;
+            }
         }
     }
     Ok(())

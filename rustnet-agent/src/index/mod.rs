@@ -287,9 +287,10 @@ impl Index {
             Object::Service(service) => self.services.apply_service(&service),
             Object::Slice(slice) => self.services.apply_slice(&slice),
             Object::Node(node) => {
-                let is_own = self.settings.is_own(&node);
-                if self.nodes.apply(node) {
-                    self.nodes_changed(is_own);
+                if let Some(before) = self.nodes.apply(&node) {
+                    self.services
+                        .node_changed(before.as_ref().map_or(&[][..], |node| &*node.addresses), &node.addresses);
+                    self.nodes_changed(self.settings.is_own(&node));
                 }
             }
             // A directory of manifests may name the whole cluster's.
@@ -303,7 +304,8 @@ impl Index {
             Kind::Service => self.services.delete_service(&object.name),
             Kind::Slice => self.services.delete_slice(&object.name),
             Kind::Node => {
-                if self.nodes.delete(&object.name) {
+                if let Some(before) = self.nodes.delete(&object.name) {
+                    self.services.node_changed(&before.addresses, &[]);
                     self.nodes_changed(object.name.as_str() == &*self.settings.node_name);
                 }
             }

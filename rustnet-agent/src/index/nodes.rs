@@ -8,23 +8,24 @@ use rustnet_common::peer::{Peer, flags, identity};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// A node before it changed; `None` for a new one.
+type Before = Option<Arc<Node>>;
+
 /// All nodes.
 #[derive(Debug, Default)]
 pub struct Nodes(BTreeMap<ObjectName, Arc<Node>>);
 
 impl Nodes {
-    /// Takes a node in; returns whether that is news. Every node's status is written every few minutes, mostly with nothing new.
-    pub fn apply(&mut self, node: Arc<Node>) -> bool {
-        let is_news = self.0.get(&node.name) != Some(&node);
-        if is_news {
-            self.0.insert(node.name.clone(), node);
-        }
-        is_news
+    /// Takes a node in; returns what was known of it before, or `None` if it is no news. Every node's status is written every few
+    /// minutes, mostly with nothing new.
+    pub fn apply(&mut self, node: &Arc<Node>) -> Option<Before> {
+        let is_news = self.0.get(&node.name) != Some(node);
+        is_news.then(|| self.0.insert(node.name.clone(), Arc::clone(node)))
     }
 
-    /// Removes a node; returns whether it was there.
-    pub fn delete(&mut self, name: &ObjectName) -> bool {
-        self.0.remove(name).is_some()
+    /// Removes a node and returns it.
+    pub fn delete(&mut self, name: &ObjectName) -> Option<Arc<Node>> {
+        self.0.remove(name)
     }
 
     pub fn get(&self, name: &str) -> Option<&Node> {

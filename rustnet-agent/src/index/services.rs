@@ -59,6 +59,8 @@ pub struct Services {
     contested: BTreeSet<VipKey>,
     /// Addresses of this node that have node ports.
     node_ips: Box<[IpAddr]>,
+    /// How many nodes have an address, by their objects.
+    of_nodes: HashMap<IpAddr, u32>,
     /// How many services have an address.
     vips: HashMap<IpAddr, Users>,
     /// Services that clients outside have an address of.
@@ -121,6 +123,7 @@ impl Services {
             claims: HashMap::new(),
             contested: BTreeSet::new(),
             node_ips: Box::default(),
+            of_nodes: HashMap::new(),
             vips: HashMap::new(),
             external: 0,
             checks: health_checks::Claims::default(),
@@ -209,6 +212,23 @@ impl Services {
         self.own = addresses;
     }
 
+    /// A node's addresses have changed; `old` is empty for a new one, `new` for one that is gone.
+    pub fn node_changed(&mut self, old: &[IpAddr], new: &[IpAddr]) {
+        for ip in new {
+            *self.of_nodes.entry(*ip).or_default() += 1;
+        }
+        for ip in old {
+            if let Some(nodes) = self.of_nodes.get_mut(ip) {
+                *nodes -= 1;
+                if *nodes == 0 {
+                    self.of_nodes.remove(ip);
+                }
+            }
+        }
+        let served = old.iter().chain(new).filter(|ip| self.vips.contains_key(ip));
+        self.dirty.extend(served.flat_map(|ip| [VipKey::wildcard(*ip), VipKey::external_wildcard(*ip)]));
+    }
+
     /// True if clients outside have an address of a Service.
     pub fn has_external(&self) -> bool {
         self.external > 0
@@ -278,9 +298,11 @@ impl Services {
         Some((state, service, frontend))
     }
 
-    /// Flags of a wildcard entry, if there is to be one. The other ports of this node's addresses are the host's.
+    /// Flags of a wildcard entry, if there is to be one. The other ports of nodes' addresses are the nodes': of this one, and of others,
+    /// whose addresses are external IPs and those of load balancers in many clusters.
     fn wildcard(&self, key: &VipKey) -> Option<u16> {
-        self.vips.get(&key.ip).filter(|_| !self.own.contains(&key.ip))?.wildcard(key.scope)
+        let is_nodes = self.own.contains(&key.ip) || self.of_nodes.contains_key(&key.ip);
+        self.vips.get(&key.ip).filter(|_| !is_nodes)?.wildcard(key.scope)
     }
 
     pub fn is_desired(&self, key: &VipKey) -> bool {

@@ -147,3 +147,30 @@ fn services_without_an_endpoint_here_are_counted_by_policy() {
         assert_eq!(count(service.clone(), slice.clone()), want, "{service:?}");
     }
 }
+
+/// Nodes' addresses are often external IPs, and those of load balancers: their other ports are the nodes' on all nodes.
+#[test]
+fn an_external_ip_of_another_node() {
+    let (of_two, moved) = ("172.18.0.12", "172.18.0.13");
+    let mut it = published(service("web", &[VIP4]).tcp(80).external(&[of_two, moved]));
+    let wildcards = |of: &str| [VipKey::wildcard(ip(of)), outside(VipKey::wildcard(ip(of)))];
+    let is_served = |it: &Index, of: &str| wildcards(of).map(|key| desired(it, &key).is_some());
+    assert_eq!(is_served(&it, of_two), [true, true], "no node has it yet");
+    it.take_dirty_services();
+    it.handle(node("n2", &[of_two], &["10.244.2.0/24"]).apply());
+    let dirty: BTreeSet<_> = it.take_dirty_services().into_iter().collect();
+    assert!(dirty.is_superset(&wildcards(of_two).into()), "{dirty:?}");
+    assert_eq!((is_served(&it, of_two), is_served(&it, moved)), ([false, false], [true, true]));
+    assert!(desired(&it, &key(of_two, 80, TCP)).is_some() && desired(&it, &outside(key(of_two, 80, TCP))).is_some());
+    assert!(!it.service_keys().any(|key| wildcards(of_two).contains(&key)));
+    // Another node claims it, too; then the first has another, then none.
+    it.handle(node("n3", &[of_two], &["10.244.3.0/24"]).apply());
+    it.handle(node("n2", &[moved], &["10.244.2.0/24"]).apply());
+    assert_eq!((is_served(&it, of_two), is_served(&it, moved)), ([false, false], [false, false]));
+    it.take_dirty_services();
+    it.handle(gone(Kind::Node, "n2"));
+    it.handle(gone(Kind::Node, "n3"));
+    let dirty: BTreeSet<_> = it.take_dirty_services().into_iter().collect();
+    assert!(dirty.is_superset(&wildcards(moved).into()) && dirty.is_superset(&wildcards(of_two).into()), "{dirty:?}");
+    assert_eq!((is_served(&it, of_two), is_served(&it, moved)), ([true, true], [true, true]));
+}
