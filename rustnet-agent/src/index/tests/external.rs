@@ -1,6 +1,6 @@
 //! Services for clients outside.
 
-use super::{VIP4, desired, gone, index, key};
+use super::{VIP4, desired, gone, index, key, problems};
 use crate::config::{NodePortAddresses, Routing};
 use crate::host::build::{device, host};
 use crate::index::{Index, Settings, VipKey, WithoutLocalEndpoints};
@@ -173,4 +173,26 @@ fn an_external_ip_of_another_node() {
     let dirty: BTreeSet<_> = it.take_dirty_services().into_iter().collect();
     assert!(dirty.is_superset(&wildcards(moved).into()) && dirty.is_superset(&wildcards(of_two).into()), "{dirty:?}");
     assert_eq!((is_served(&it, of_two), is_served(&it, moved)), ([true, true], [true, true]));
+}
+
+/// An external IP that is the Service's own cluster address, and a node port that is its port at an external IP of the node: one
+/// entry each, wanted twice.
+#[test]
+fn an_entry_that_a_service_wants_twice() {
+    let own = "172.18.0.11";
+    let twice = || service("web", &[VIP4]).tcp(30_080).node_port(30_080).external(&[VIP4, own]);
+    let keys = [key(VIP4, 30_080, TCP), key(own, 30_080, TCP), outside(key(own, 30_080, TCP))];
+    let mut it = published(twice());
+    for key in &keys {
+        assert_eq!(desired(&it, key).map(|it| it.0.len()), Some(2), "{key}");
+    }
+    // The younger one gets what the first leaves.
+    it.handle(service("other", &["10.96.0.99"]).created(9).tcp(30_080).external(&[VIP4, own]).apply());
+    it.handle(gone(Kind::Service, "web"));
+    for key in &keys {
+        assert_eq!(it.owner(key).map(|it| it.0.to_string()), Some("default/other".to_owned()), "{key}");
+    }
+    assert!(problems(&it).is_empty(), "{:?}", problems(&it));
+    it.handle(gone(Kind::Service, "other"));
+    assert!(keys.iter().all(|key| desired(&it, key).is_none()) && !it.has_external());
 }
