@@ -1,6 +1,6 @@
 //! Services for clients outside: node ports, load balancers' addresses, external IPs.
 
-use crate::fixture::{Net, TestService, endpoints, in_each_routing, world};
+use crate::fixture::{Net, TestService, endpoints, in_each_routing, observed, world};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use testkit::client::{Connection, ask, ask_sized};
 use testkit::manifest::{Endpoint, Outside};
-use testkit::{Netns, Node, Pod, Proto, wait};
+use testkit::{Netns, Node, Pod, Proto, Setup, wait};
 
 in_each_routing!(
     node_ports_of_each_node,
@@ -229,4 +229,26 @@ fn connections_outlive_their_endpoint(net: &Net) -> Result<()> {
         wait::until("the first endpoint", || ask(net.fabric.world(), Proto::Udp, target, 1)?.only_by(&["c"]))?;
     }
     Ok(())
+}
+
+/// This node gives answers of its own processes the node port back, whatever the agent knows of Services at the moment.
+#[test]
+fn connections_to_a_node_outlive_the_agent_and_the_service() -> Result<()> {
+    observed(&Net::start(Setup::default())?, |net| {
+        let node = net.node(1);
+        let at = world().map(|like| Endpoint::ready(node.address_like(like), Some(node.name())));
+        let service = published(net, at_nodes(), at.to_vec())?;
+        let mut open = Vec::new();
+        for target in targets(node, &service) {
+            wait_served(net.fabric.world(), target)?;
+            open.push(Connection::open_in(net.fabric.world(), target)?);
+        }
+        drop(service);
+        node.kill_agent()?;
+        node.start_agent(&[])?;
+        for connection in &mut open {
+            ensure!(connection.ask("1")?.0 == node.name(), "another server");
+        }
+        Ok(())
+    })
 }

@@ -155,8 +155,10 @@ impl Reconciler {
             let mut config =
                 node::config(&self.config, &ways.place, overlay, path, kernel.hz, local_ports, has_external);
             self.external_seen = has_external;
+            let before_now = kernel.config.read()?;
+            node::keep_external(&mut config, &before_now);
             if own.is_none() {
-                node::keep_addresses(&mut config, &kernel.config.read()?, &own_addresses);
+                node::keep_addresses(&mut config, &before_now, &own_addresses);
             }
             match kernel.attach(self.repairer.socket(), &config, &ways.place, &state, is_complete) {
                 Ok(attached) => {

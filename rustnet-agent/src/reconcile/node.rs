@@ -141,6 +141,12 @@ pub fn config(
     }
 }
 
+/// Goes on with the translation of what this host answers to clients outside, once there was reason for it: their connections outlive
+/// their Service, and an agent that begins knows of none yet.
+pub fn keep_external(config: &mut NodeConfig, before: &NodeConfig) {
+    config.flags |= before.flags & flags::EXTERNAL;
+}
+
 /// Keeps the addresses that an earlier agent has set, while this host has them and this node's own object is not known yet:
 /// else masquerade would change its source for a moment at every restart.
 pub fn keep_addresses(config: &mut NodeConfig, before: &NodeConfig, own: &[IpAddr]) {
