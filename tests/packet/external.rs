@@ -3,11 +3,11 @@
 mod abuse;
 
 use crate::errors::{error, refusal, translated};
-use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, from_a, from_outside, later};
+use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, as_from_b, from_a, from_outside, later};
 use crate::frame::{ACK, Frame, SYN};
-use crate::harness::{Flow, Lab, Net, OVERLAY_MTU, REDIRECT, SNAT, each, labs};
+use crate::harness::{Flow, Lab, Net, OVERLAY_MTU, REDIRECT, SNAT, UPLINK, each, labs};
 use crate::icmp::kinds;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
 use rustnet_common::config;
@@ -58,6 +58,8 @@ fn a_backend_here_sees_the_client() -> Result<()> {
 #[test]
 fn a_backend_elsewhere_sees_this_node() -> Result<()> {
     labs(|lab, net| {
+        // Whatever address the device has: other nodes know that of the node.
+        lab.put_device(UPLINK, Some(net.ip([172, 18, 0, 99], "fd00:18::99")))?;
         for to in [net.far(), net.routed()] {
             lab.forget()?;
             each(&SERVED, |proto| {
@@ -184,7 +186,32 @@ fn clients_on_a_bridge_of_machines() -> Result<()> {
             let answer = answer_of_b(&arrives);
             let leaves = answer.hop().between((net.side(), NODE_PORT), (net.machine(), PORT));
             lab.pod_sends(&answer)?.onto_wire(&leaves)?;
-            lab.side_in(&later(&ask))?.to_the_pod(&later(&arrives))
+            lab.side_in(&later(&ask))?.to_the_pod(&later(&arrives))?;
+
+            lab.publish(net.side(), NODE_PORT, proto.number(net), 0, &[(net.far(), TARGET)])?;
+            let ask = from_outside(proto, (net.machine(), PORT + 1), (net.side(), NODE_PORT));
+            for f in [ask.clone(), later(&ask)] {
+                let shot = lab.side_in(&f)?;
+                let source = lab.half(Flow::of(&ask))?.to.sport;
+                shot.onto_wire(&f.hop().between((net.node(), source), (net.far(), TARGET)))?;
+            }
+            Ok(())
+        })
+    })
+}
+
+#[test]
+fn a_load_balancers_address_on_a_bridge_of_machines() -> Result<()> {
+    labs(|lab, net| {
+        let vip = net.ip([203, 0, 114, 7], "2001:db8:7::7");
+        lab.share(vip)?;
+        each(&SERVED, |proto| {
+            lab.publish(vip, VIP_PORT, proto.number(net), 0, &[(net.b(), TARGET)])?;
+            let ask = from_outside(proto, (net.machine(), PORT), (vip, VIP_PORT));
+            lab.side_in(&ask)?.to_the_pod(&ask.hop().between((net.machine(), PORT), (net.b(), TARGET)))?;
+            // An error about no flow is no request.
+            let e = error(&ask.reply().map(|f| f.set_ports(VIP_PORT, 1)), net.machine(), kinds(net)[0], 1000);
+            lab.side_in(&e)?.to_stack(&e)
         })
     })
 }
@@ -288,5 +315,55 @@ fn answers_to_the_host_at_a_node_port() -> Result<()> {
         lab.uplink_in(&answer)?.to_stack(&answer)?;
         let opening = ask(net, Proto::Tcp);
         lab.uplink_in(&opening)?.to_the_pod(&opening.hop().between((net.world(), PORT), (net.b(), TARGET)))
+    })
+}
+
+/// From the pod itself, a router on the way to it, and a pod behind the tunnel, whose addresses no client knows.
+#[test]
+fn errors_from_the_backends_side_reach_the_client() -> Result<()> {
+    labs(|lab, net| {
+        for (to, reporter, seen) in [
+            (net.b(), net.b(), net.node()),
+            (net.routed(), net.router(), net.router()),
+            (net.routed(), net.routed(), net.node()),
+            (net.far(), net.far(), net.node()),
+        ] {
+            lab.forget()?;
+            publish(lab, net, Proto::Udp, (to, TARGET))?;
+            let ask = ask(net, Proto::Udp);
+            lab.uplink_in(&ask)?;
+            let opened = lab.half(Flow::of(&ask))?.to;
+            let arrives = ask.hop().between((opened.src, opened.sport), (to, TARGET));
+            for kind in kinds(net) {
+                let e = error(&arrives, reporter, kind, 1000);
+                let want = translated(&e, &arrives, &ask.hop(), seen).hop();
+                let shot = match to {
+                    _ if to == net.b() => lab.pod_sends(&as_from_b(&e))?,
+                    _ if to == net.far() => lab.overlay_in(net.node2(), &e)?,
+                    _ => lab.uplink_in(&e)?,
+                };
+                let want = if to == net.b() { as_from_b(&want) } else { want };
+                shot.onto_wire(&want).with_context(|| format!("{kind:?} of {reporter} about {to}"))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A packet that may not go on is answered by this node, by whichever device it came.
+#[test]
+fn a_hop_limit_that_runs_out() -> Result<()> {
+    labs(|lab, net| {
+        for to in [net.b(), net.far(), net.routed()] {
+            publish(lab, net, Proto::Udp, (to, TARGET))?;
+            let last = ask(net, Proto::Udp).map(|f| f.ttl = 1);
+            let shot = lab.uplink_in(&last)?;
+            let refused = shot.counted.keys().any(|(reason, _)| *reason == DropReason::TtlExceeded as u8);
+            ensure!(refused && shot.verdict == REDIRECT, "to {to}: {shot:?}");
+        }
+        // This node itself is no hop.
+        publish(lab, net, Proto::Udp, (net.node(), TARGET))?;
+        let last = ask(net, Proto::Udp).map(|f| f.ttl = 1);
+        lab.uplink_in(&last)?.to_stack(&last.between((net.world(), PORT), (net.node(), TARGET)))
     })
 }

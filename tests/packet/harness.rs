@@ -342,9 +342,15 @@ impl Lab {
 
     /// Makes all clients with session affinity look as if they had come some seconds (as the programs count) before.
     pub fn age_affinities(&self, seconds: u32) -> Result<()> {
+        self.change_affinities(|known| known.seen = known.seen.wrapping_sub(seconds * HZ))
+    }
+
+    /// Changes what is known of all clients with session affinity.
+    pub fn change_affinities(&self, change: impl Fn(&mut Affinity)) -> Result<()> {
         let table = self.datapath.table::<AffinityKey, Affinity>(map::AFFINITY)?;
-        for (key, known) in table.entries()? {
-            table.put(&key, &Affinity { seen: known.seen.wrapping_sub(seconds * HZ), ..known })?;
+        for (key, mut known) in table.entries()? {
+            change(&mut known);
+            table.put(&key, &known)?;
         }
         Ok(())
     }

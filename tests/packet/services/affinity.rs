@@ -94,6 +94,21 @@ fn a_backend_that_is_gone_is_replaced() -> Result<()> {
     })
 }
 
+/// A service's id may have been another's, whose clients are remembered yet.
+#[test]
+fn a_backend_of_another_service_is_none() -> Result<()> {
+    labs(|lab, net| {
+        let other = lab.serve(net.vip(2), VIP_PORT, Proto::Tcp.number(net), 0, &[(net.far(), TARGET)])?[0];
+        let ids = serve(lab, net, Proto::Tcp)?;
+        let ask = from_a(net, Proto::Tcp, (net.vip(1), VIP_PORT));
+        chosen(lab, &ask, 0..1)?;
+        lab.change_affinities(|known| known.backend = other)?;
+        let now = chosen(lab, &ask, 1..FLOWS)?;
+        ensure!(now.len() == 1 && now.is_subset(&ids.iter().copied().collect()), "{now:?}, not of {ids:?}");
+        Ok(())
+    })
+}
+
 /// Without affinity, or with it taken away, flows spread.
 #[test]
 fn without_affinity_flows_spread() -> Result<()> {
