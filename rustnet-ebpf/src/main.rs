@@ -50,8 +50,9 @@ use rustnet_common::drop::{DropReason, hook as hooks};
 use crate::ctx::{Ctx, Skb, at, jiffies};
 use crate::event::Report;
 use crate::family::{V4, V6};
+use crate::hook::Steps;
+use crate::hook::external::{self, Answer};
 use crate::hook::tunnel::{self, Outer, Outside};
-use crate::hook::{Steps, external};
 use crate::log::{Log, macro_support};
 use crate::outcome::{Dropped, PackedResult};
 use crate::step::exec::{ReplyPath, TO_STACK};
@@ -102,7 +103,7 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
 }
 
 /// Rejections of one family. A function with global linkage: the verifier checks it once, not once per path that reaches it.
-trait Reject: Steps + Report + Log {
+trait Reject: Answer + Report + Log {
     /// See [`step::reject::reject`].
     fn reject(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> i32;
 }
@@ -143,6 +144,8 @@ trait Hook: Place {
     const IS_IP_ONLY: bool;
     /// Its packets may be those of flows from outside to Services.
     const MAY_JUMP: bool;
+    /// Its packets may be answers of backends that use the host's network.
+    const MAY_ANSWER: bool;
     /// Runs its steps; `tunnel` is where the packet came from if it came through one.
     fn run<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dropped>;
 }
@@ -155,7 +158,11 @@ fn steps<H: Hook, F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> PackedResu
 
 #[inline(always)]
 fn one_family<H: Hook, F: Reject>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> i32 {
-    let result = steps::<H, F>(skb, l3, tunnel);
+    let mut result = steps::<H, F>(skb, l3, tunnel);
+    if H::MAY_ANSWER && matches!(result.result(), Ok(external::ANSWER)) {
+        // Not from the frame of those steps: together they would need more stack than there is.
+        result = F::answer(skb);
+    }
     if H::MAY_JUMP && matches!(result.result(), Ok(external::JUMP)) {
         tail::jump(&TcContext::new(skb.raw()), tail::EXTERNAL_IN);
         // These programs are being replaced. The sender tries again.
@@ -226,6 +233,7 @@ macro_rules! hook {
             const IS_IP_ONLY: bool = $ip_only;
             const MAY_JUMP: bool =
                 $code == hooks::UPLINK_IN || $code == hooks::OVERLAY_IN;
+            const MAY_ANSWER: bool = $code == hooks::UPLINK_OUT || $code == hooks::OVERLAY_OUT;
             #[inline(always)]
             fn run<F: Steps>(skb: &Skb, l3: usize, _tunnel: &Tunnel) -> Result<i32, Dropped> {
                 $(let $tunnel = _tunnel;)?

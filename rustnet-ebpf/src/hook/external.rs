@@ -3,15 +3,16 @@
 //! `uplink_in`, `side_in` and `overlay_in` classify their packets, and jump here with those of such a flow, of either direction. The
 //! packet and its flow stand in this CPU's scratch memory.
 
+use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::flags;
 
 use super::{Steps, forward};
 use crate::ctx::Skb;
-use crate::family::Family;
+use crate::family::{Family, V4, V6};
 use crate::maps;
-use crate::outcome::Dropped;
-use crate::packet::{Class, Flow, Kind, Packet, Source};
+use crate::outcome::{Dropped, PackedResult};
+use crate::packet::{Class, Kind, Packet, Source};
 use crate::parse;
 use crate::rewrite;
 use crate::step::exec::TO_STACK;
@@ -23,6 +24,9 @@ use crate::wire::tcp as bits;
 
 /// The verdict on a packet that `external_in` goes on with: none of the kernel's.
 pub const JUMP: i32 = i32::MAX - 1;
+
+/// The verdict on a packet of this node's own stack that [`Answer::answer`] goes on with: none of the kernel's.
+pub const ANSWER: i32 = i32::MAX - 2;
 
 /// The program, for one family. `hook`: where the packet came in.
 #[inline(always)]
@@ -50,20 +54,36 @@ fn is_served(config: &NodeConfig) -> bool {
     config.flags & config::flags::EXTERNAL != 0
 }
 
-/// What this node's own stack sends to an address that is no VIP: answers of backends that use the host's network get the
-/// Service's address back.
+/// What this node's own stack sends, in one family.
+pub trait Answer: Steps {
+    /// Gives an answer of a backend that uses the host's network the Service's address back. All else stays as it is. The packet is
+    /// the one in hand.
+    fn answer(skb: &Skb) -> PackedResult;
+}
+
+/// Declares a family's function with global linkage: the verifier looks at it once, not once for each path that leads there.
+macro_rules! global {
+    ($family:ident, $name:ident) => {
+        impl Answer for $family {
+            #[inline(always)]
+            fn answer(skb: &Skb) -> PackedResult {
+                PackedResult::from_bits($name(skb.raw()))
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(skb: *mut __sk_buff) -> u64 {
+            PackedResult::new(answer::<$family>(&Skb(skb)).map(|()| TO_STACK)).bits()
+        }
+    };
+}
+
+global!(V4, rn_answer4);
+global!(V6, rn_answer6);
+
 #[inline(always)]
-pub fn answer<F: Steps>(
-    skb: &Skb,
-    p: &Packet<F::A>,
-    flow: &'static mut Flow<F::A>,
-    config: &NodeConfig,
-) -> Result<i32, Dropped> {
-    // What the stack forwards is not this host's: it says nothing of the flows that it looks like.
-    let is_forwarded = skb.ingress_ifindex() != 0;
-    if !is_served(config) || is_forwarded || p.kind == Kind::LinkLocal {
-        return Ok(TO_STACK);
-    }
+fn answer<F: Steps>(skb: &Skb) -> Result<(), Dropped> {
+    let (Some(config), Some((p, flow))) = (maps::config(), parse::in_hand::<F>()) else { return Ok(()) };
     let flow = if p.kind == Kind::IcmpError {
         icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?
     } else {
@@ -72,5 +92,13 @@ pub fn answer<F: Steps>(
     if flow.class != Class::New && flow.flags & flags::EXTERNAL != 0 {
         rewrite::translate::<F>(skb, p, flow, p.ttl)?;
     }
-    Ok(TO_STACK)
+    Ok(())
+}
+
+/// The verdict on a packet that may be such an answer: [`ANSWER`], else that of the kernel's stack.
+#[inline(always)]
+pub fn may_answer<A>(skb: &Skb, p: &Packet<A>, config: &NodeConfig) -> i32 {
+    // What the stack forwards is not this host's: it says nothing of the flows that it looks like.
+    let is_forwarded = skb.ingress_ifindex() != 0;
+    if !is_served(config) || is_forwarded || p.kind == Kind::LinkLocal { TO_STACK } else { ANSWER }
 }

@@ -74,7 +74,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
 #[inline(always)]
 pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let Some(config) = maps::config() else { return Ok(TO_STACK) };
-    let (p, flow) = parse::packet::<F, _>(skb, l3)?;
+    let (p, _) = parse::packet::<F, _>(skb, l3)?;
     if p.tuple.dst.is_link_scope() {
         // The device's own multicast listener reports: without a tunnel they go nowhere.
         return Ok(TO_STACK);
@@ -83,13 +83,12 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         Some(peer) if peer.flags & peer::flags::TUNNEL != 0 => {
             // With the tunnel's far end on it, a packet has no route any more whose MTU the device could lower.
             tunnel::verify_path(skb, p, &peer.node)?;
-            external::answer::<F>(skb, p, flow, config)?;
             if !tunnel::set(skb, &peer.node, config) {
                 return Err(DropReason::WriteError.into());
             }
             // The outer packet is this node's own and asks no service: the uplink's hook has nothing to do with it.
             mark::set_processed(skb, config);
-            Ok(TO_STACK)
+            Ok(external::may_answer(skb, p, config))
         }
         _ => Err(DropReason::NoFib.into()),
     }

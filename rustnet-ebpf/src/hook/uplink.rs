@@ -217,7 +217,7 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     }
     let Ok((p, flow)) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
     if !lb::is_vip::<F>(p.tuple.dst) {
-        return external::answer::<F>(skb, p, flow, config);
+        return Ok(external::may_answer(skb, p, config));
     }
     if p.kind == Kind::LinkLocal {
         return Ok(TO_STACK);
