@@ -174,8 +174,8 @@ pub static GROUPS: &[Group] = &[
             Setting {
                 flag: "overlay-path",
                 key: "overlayPath",
-                value: "device|programs",
-                default: Some("device"),
+                value: "programs|device",
+                default: Some("programs"),
                 help: "Who writes and takes off the overlay's headers: the kernel's device, or the programs where they can (faster; past the host's firewall; not while the host has IPsec policies)",
                 ..ONE
             },

@@ -98,7 +98,7 @@ macro_rules! fallback {
 
 fallback!(
     String => Self::new(), PathBuf => Self::new(), Routing => Self::Vxlan, LogFormat => Self::Text, bool => false, u16 => 0, u32 => 0,
-    PacketMark => Self::default(), OverlayFamily => Self::Auto, OverlayPath => Self::Device,
+    PacketMark => Self::default(), OverlayFamily => Self::Auto, OverlayPath => Self::Programs,
 );
 
 impl<T> Fallback for Option<T> {
