@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustnet_common::drop::{DropReason, hook};
-use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGRAMS, TAILS_MAP, TUNNEL_IN, VETH_PREFIX, map};
+use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGRAMS, TAILS_MAP, UNATTACHED, VETH_PREFIX, map};
 use serde::Serialize;
 
 use super::maps::percent;
@@ -195,7 +195,7 @@ fn pins(places: &Places) -> Line {
 }
 
 fn check_pins(bpffs: &Path) -> (Mark, String) {
-    let programs = PROGRAMS.iter().chain(&[TUNNEL_IN, TAILS_MAP, CLOCK]).map(|name| program_path(bpffs, name));
+    let programs = PROGRAMS.iter().chain(&UNATTACHED).chain(&[TAILS_MAP, CLOCK]).map(|name| program_path(bpffs, name));
     let maps = map::ALL.iter().map(|name| bpffs.join(name));
     let paths: Vec<_> = programs.chain(maps).collect();
     let error = |path: &PathBuf| sys::obj_get(path).err().map(|e| format!("{} ({e})", path.display()));

@@ -52,7 +52,7 @@ fn a_second_load_adopts_the_maps_and_replaces_the_programs() {
         for (name, old) in PROGRAMS.iter().zip(programs) {
             assert_ne!(prog_id(sandbox, name), old, "{name}");
         }
-        assert_eq!(names(&sandbox.bpffs.join("prog")).len(), PROGRAMS.len() + 2, "no temporary pin is left");
+        assert_eq!(names(&sandbox.bpffs.join("prog")).len(), PROGRAMS.len() + 3, "no temporary pin is left");
     });
 }
 
