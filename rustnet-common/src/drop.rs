@@ -82,6 +82,8 @@ reasons! {
     SourceRoute = 24, "source_route", "source routes are refused: capture at the sender";
     /// An address that no packet on a wire may have.
     Martian = 25, "martian", "a loopback, multicast or IPv4-mapped address where none can be";
+    /// A client outside the ranges that a load balancer's address is for.
+    NotInSourceRange = 26, "not_in_source_range", "the client is in none of the service's loadBalancerSourceRanges: rustnetctl services";
 }
 
 /// Directions that `rn_counters` tells apart; see [`counter_index`].

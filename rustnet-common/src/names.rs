@@ -72,6 +72,8 @@ pub mod map {
     pub const FRAG6: &str = "rn_frag6_v2";
     /// Backends of clients, of services with session affinity.
     pub const AFFINITY: &str = "rn_affinity";
+    /// Clients outside that may use load balancers' addresses.
+    pub const SOURCE_RANGES: &str = "rn_source_ranges";
     /// Pods of this node.
     pub const ENDPOINTS: &str = "rn_endpoints";
     /// Everything else, IPv4.
@@ -87,7 +89,7 @@ pub mod map {
     /// Addresses of this host's devices.
     pub const DEVICES: &str = "rn_devices";
     /// All of them.
-    pub const ALL: [&str; 19] = [
+    pub const ALL: [&str; 20] = [
         SVC4,
         SVC6,
         BACKEND_IDS,
@@ -107,6 +109,7 @@ pub mod map {
         CT_CONTESTED,
         DEVICES,
         AFFINITY,
+        SOURCE_RANGES,
     ];
 }
 

@@ -13,6 +13,7 @@ use rustnet_common::names::{self, map};
 use rustnet_common::peer::flags::{HOST, LOCAL_PODS, NO_MASQ, NODE, POD, TUNNEL};
 use rustnet_common::peer::{Peer, PeerKey, identity};
 use rustnet_common::service::{self, SvcKey};
+use rustnet_common::source_range::{self, SourceRange, SourceRangeKey};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
 
@@ -204,6 +205,31 @@ fn service_keys() {
     let six = bytes(&SvcKey { vip: B6, port: 0x1f90, proto: proto::UDP, scope: 1 });
     assert_eq!((&six[..16], &six[16..]), (&bytes(&B6)[..], &[0x90, 0x1f, 17, 1][..]));
     assert_eq!((service::flags::DROP_EMPTY, service::flags::VIP, service::scope::CLUSTER), (1, 2, 0));
+    assert_eq!((service::flags::SHARED, service::flags::SOURCE_RANGES, service::scope::EXTERNAL), (4, 8, 1));
+}
+
+#[test]
+fn source_ranges() {
+    assert_eq!((size_of::<SourceRange>(), size_of::<SourceRangeKey>()), (36, 40));
+    let of = |vip, len, client| {
+        let data = SourceRange { vip, port: 0x1f90, proto: proto::UDP, pad: 0, client };
+        bytes(&SourceRangeKey { prefix_len: source_range::prefix_len(vip.is_v4(), len), data })
+    };
+    let (vip, client) = (rustnet_common::addr::Address::to_addr(B4), rustnet_common::addr::Address::to_addr(A4));
+    let four = of(vip, 24, client);
+    assert_eq!(four[..4], (160_u32 + 96 + 24).to_ne_bytes());
+    assert_eq!((&four[4..20], &four[24..]), (&bytes(&vip)[..], &bytes(&client)[..]));
+    assert_eq!(four[20..24], [0x90, 0x1f, 17, 0]);
+    let six = of(B6, 64, A6);
+    assert_eq!(six[..4], (160_u32 + 64).to_ne_bytes());
+    assert_eq!((&six[4..20], &six[24..]), (&bytes(&B6)[..], &bytes(&A6)[..]));
+    assert_eq!((source_range::FULL, source_range::ALLOWED), (288, 1));
+    for (is_v4, most) in [(true, 32), (false, 128)] {
+        let len_of = |prefix| source_range::range_len(is_v4, prefix);
+        assert!((0..=most).all(|len| len_of(source_range::prefix_len(is_v4, len)) == Some(len)));
+        assert_eq!(len_of(source_range::prefix_len(is_v4, 0) - 1), None);
+        assert_eq!(len_of(source_range::prefix_len(is_v4, most) + 1), None);
+    }
 }
 
 #[test]

@@ -94,7 +94,8 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
             | DropReason::VlanFiltered
             | DropReason::UnsupportedL2
             | DropReason::SourceRoute
-            | DropReason::Martian => {
+            | DropReason::Martian
+            | DropReason::NotInSourceRange => {
                 F::report(skb, l3, dropped.reason, H::CODE);
                 TC_ACT_SHOT
             }

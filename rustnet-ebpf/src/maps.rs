@@ -16,6 +16,7 @@ use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::names::TAILS;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::source_range::SourceRange;
 use rustnet_common::tuple::Tuple;
 use rustnet_common::v1;
 
@@ -158,6 +159,8 @@ pub static rn_frag4_v2: Fragments<Ip4> = Fragments::new();
 pub static rn_frag6_v2: Fragments<Ip6> = Fragments::new();
 #[btf_map]
 pub static rn_affinity: LruHashMap<AffinityKey, Affinity, 32_768> = LruHashMap::new();
+#[btf_map]
+pub static rn_source_ranges: LpmTrie<SourceRange, u32, 4096> = LpmTrie::new();
 #[btf_map]
 pub static rn_endpoints: HashMap<EndpointKey, Endpoint, 4096, GROWS> = HashMap::new();
 #[btf_map]

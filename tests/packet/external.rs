@@ -1,6 +1,7 @@
 //! Services for clients outside: node ports, load balancers' addresses, external IPs.
 
 mod abuse;
+mod source_ranges;
 
 use crate::errors::{error, refusal, translated};
 use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, as_from_b, from_a, from_outside, later};

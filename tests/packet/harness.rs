@@ -25,6 +25,7 @@ use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::names::{SIDE_IN, map};
 use rustnet_common::peer::{Peer, PeerKey, flags};
 use rustnet_common::service::{self, SvcEntry, SvcKey, scope};
+use rustnet_common::source_range::{self, SourceRange, SourceRangeKey};
 use rustnet_common::tuple::{Tuple, proto};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -130,6 +131,7 @@ impl Lab {
         d.table::<Addr, Endpoint>(map::ENDPOINTS)?.clear()?;
         d.table::<u32, Device>(map::DEVICES)?.clear()?;
         d.table::<AffinityKey, Affinity>(map::AFFINITY)?.clear()?;
+        d.table::<SourceRangeKey, u32>(map::SOURCE_RANGES)?.clear()?;
         let none = Backend::cleared(0);
         for used in 0..self.backends.swap(0, Ordering::Relaxed) {
             d.table(map::BACKENDS)?.put(&used, &none)?;
@@ -255,6 +257,18 @@ impl Lab {
         self.publish(at, port, proto, 0, to)?;
         let entry = SvcEntry { first, count: to.len() as u32, id: 1 + first, affinity: seconds, flags: 0, pad: 0 };
         self.put_entry(scope::EXTERNAL, at, port, proto, &entry)
+    }
+
+    /// Allows clients of a range, of this length, to use an entry for clients outside.
+    pub fn allow(&self, at: IpAddr, port: u16, proto: u8, client: IpAddr, len: u8) -> Result<()> {
+        let data = SourceRange { vip: at.into(), port, proto, pad: 0, client: client.into() };
+        let key = SourceRangeKey { prefix_len: source_range::prefix_len(client.is_ipv4(), len), data };
+        self.datapath.table(map::SOURCE_RANGES)?.put(&key, &source_range::ALLOWED)
+    }
+
+    /// Takes all ranges away.
+    pub fn forbid_all(&self) -> Result<()> {
+        self.datapath.table::<SourceRangeKey, u32>(map::SOURCE_RANGES)?.clear()
     }
 
     /// Writes a service for the cluster at an address that has ports of others, too.

@@ -1,7 +1,8 @@
 //! Service load-balancing. Contract: returns the backend of a flow, or the reason why it gets none. The choice depends on the
 //! flow's hash alone, so that every node, and this one after an eviction, chooses alike; and, with session affinity, on the backend
-//! that the client had before.
+//! that the client had before. Before that, a load balancer's address asks who the client outside is.
 
+use aya_ebpf::btf_maps::lpm_trie::Key;
 use rustnet_common::addr::{Addr, Address};
 use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::backend::{Backend, id};
@@ -9,6 +10,7 @@ use rustnet_common::conntrack::elapsed;
 use rustnet_common::drop::DropReason;
 use rustnet_common::hash;
 use rustnet_common::service::{SvcEntry, SvcKey, flags, scope};
+use rustnet_common::source_range::{self, SourceRange};
 use rustnet_common::tuple::Tuple;
 
 use crate::ctx::jiffies;
@@ -73,6 +75,9 @@ pub fn select<F: Family>(t: &Tuple<F::A>, scope: u8, seed: u32) -> Result<Option
     // service, compared below, shows that.
     let (first, count, service, svc_flags, affinity) =
         unsafe { ((*entry).first, (*entry).count, (*entry).id, (*entry).flags, (*entry).affinity) };
+    if scope == scope::EXTERNAL && svc_flags & flags::SOURCE_RANGES != 0 && !is_allowed(t) {
+        return Err(DropReason::NotInSourceRange);
+    }
     if count == 0 {
         return Err(if svc_flags & flags::DROP_EMPTY != 0 {
             DropReason::NoLocalBackend
@@ -95,6 +100,13 @@ pub fn select<F: Family>(t: &Tuple<F::A>, scope: u8, seed: u32) -> Result<Option
     }
 }
 
+/// True if the client of a flow is in one of the ranges that the Service's entry is for.
+#[inline(always)]
+fn is_allowed<A: Address>(t: &Tuple<A>) -> bool {
+    let ((client_high, client_low), (high, low)) = (t.src.to_addr().halves(), t.dst.to_addr().halves());
+    rn_allowed(client_high, client_low, high, low, u32::from(t.dport) << 8 | u32::from(t.proto)) != 0
+}
+
 /// The id of the backend that a client of a service has, which is the `chosen` one if it has none; the client has it for `seconds`
 /// from now. A function with global linkage, which both families share: the verifier looks at it once.
 #[unsafe(no_mangle)]
@@ -112,4 +124,14 @@ extern "C" fn rn_affine(high: u64, low: u64, service: u32, seconds: u32, chosen:
     // A full table only costs the client its backend; the LRU makes room for the next.
     let _ = maps::rn_affinity.insert(key, Affinity { backend: kept, seen: now }, 0);
     kept
+}
+
+/// 1 for a client that an entry's ranges have, else 0. `port`: that of the entry, and its protocol in the low 8 bits. A function with
+/// global linkage for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_allowed(client_high: u64, client_low: u64, vip_high: u64, vip_low: u64, port: u32) -> u32 {
+    let (vip, client) = (Addr::from_halves(vip_high, vip_low), Addr::from_halves(client_high, client_low));
+    let asked = SourceRange { vip, port: (port >> 8) as u16, proto: port as u8, pad: 0, client };
+    u32::from(maps::rn_source_ranges.get(&Key::new(source_range::FULL, asked)).is_some())
 }

@@ -48,6 +48,7 @@ const CRATES: [Crate; 6] = [
                 "log",
                 "peer",
                 "service",
+                "source_range",
             ],
             &["skeleton", "v1"],
         ],
