@@ -258,6 +258,8 @@ pub struct MapSizes {
     pub frags: u32,
     /// Clients of services with session affinity.
     pub affinities: u32,
+    /// Ranges of clients of load balancers.
+    pub source_ranges: u32,
     /// `rn_endpoints`.
     pub endpoints: u32,
     /// `rn_peers4`, `rn_peers6`, each.
@@ -273,6 +275,7 @@ impl Default for MapSizes {
             ct_any: 32_768,
             frags: 8192,
             affinities: 32_768,
+            source_ranges: 4096,
             endpoints: 4096,
             peers: 65_536,
         }
@@ -360,6 +363,7 @@ impl Config {
                 ct_any: read.entries("ct-any-entries"),
                 frags: read.entries("frag-entries"),
                 affinities: read.entries("affinity-entries"),
+                source_ranges: read.entries("source-range-entries"),
                 endpoints: read.entries("endpoint-entries"),
                 peers: read.entries("peer-entries"),
             },

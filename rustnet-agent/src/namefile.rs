@@ -147,6 +147,8 @@ mod tests {
             affinity: 0,
             internal_local: false,
             external: Box::default(),
+            balanced: Box::default(),
+            source_ranges: None,
             external_local: false,
             health_check_port: 0,
             unserved: Box::default(),

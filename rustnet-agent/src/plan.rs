@@ -11,8 +11,9 @@ mod ranges;
 mod services;
 mod sets;
 mod slots;
+mod source_ranges;
 
-pub use crate::index::VipKey;
+pub use crate::index::{SourceRange, VipKey};
 pub use audit::Difference;
 pub use memory::MemoryMaps;
 pub use planner::{Plan, Planner};
@@ -71,6 +72,16 @@ pub enum Write {
         /// Its prefix.
         prefix: IpNet,
     },
+    /// Lets clients come by an entry that asks for them.
+    PutSourceRange {
+        /// Who, and by which.
+        range: SourceRange,
+    },
+    /// The opposite.
+    DeleteSourceRange {
+        /// Who, and by which.
+        range: SourceRange,
+    },
     /// Frees slots of `rn_backends_v2`. No service has referred to them for a grace period.
     ClearBackends {
         /// The ids that the slots hold.
@@ -107,6 +118,8 @@ pub struct Snapshot {
     pub backends: Vec<Backend>,
     /// Peers of both families.
     pub peers: BTreeMap<IpNet, Peer>,
+    /// `rn_source_ranges`: each range is `rustnet_common::source_range::ALLOWED`.
+    pub source_ranges: BTreeMap<SourceRange, u32>,
 }
 
 impl Snapshot {
@@ -127,6 +140,8 @@ impl Snapshot {
 pub enum Table {
     /// Backends and their ids.
     Backends,
+    /// Ranges of clients, of both families.
+    SourceRanges,
     /// Services, IPv4.
     Services4,
     /// Services, IPv6.
@@ -137,7 +152,7 @@ pub enum Table {
 
 impl Table {
     /// All of them, in the order in which they are read: what is led to before what leads there.
-    pub const ALL: [Self; 4] = [Self::Backends, Self::Services4, Self::Services6, Self::Peers];
+    pub const ALL: [Self; 5] = [Self::Backends, Self::SourceRanges, Self::Services4, Self::Services6, Self::Peers];
 }
 
 /// The maps, as the plan sees them.
@@ -163,6 +178,10 @@ pub trait Maps {
     }
     /// Peers of either family that the maps can hold.
     fn peer_capacity(&self) -> u32 {
+        u32::MAX
+    }
+    /// Ranges of clients that the map can hold.
+    fn source_range_capacity(&self) -> u32 {
         u32::MAX
     }
 }

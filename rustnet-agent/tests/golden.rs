@@ -174,6 +174,8 @@ fn count(writes: &[Write]) -> String {
             Write::DeleteService { .. } => "delete service",
             Write::PutPeer { .. } => "put peer",
             Write::DeletePeer { .. } => "delete peer",
+            Write::PutSourceRange { .. } => "put source range",
+            Write::DeleteSourceRange { .. } => "delete source range",
             Write::ForgetFlows { .. } => "forget flows",
             Write::RestoreBackends { .. } | Write::RestoreIds { .. } => "restore",
         };

@@ -323,6 +323,14 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
+                flag: "source-range-entries",
+                key: "sourceRangeEntries",
+                value: "NUMBER",
+                default: Some("4096"),
+                help: "Size of the table of loadBalancerSourceRanges: ranges times ports times addresses",
+                ..ONE
+            },
+            Setting {
                 flag: "endpoint-entries",
                 key: "endpointEntries",
                 value: "NUMBER",

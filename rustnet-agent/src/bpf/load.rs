@@ -282,9 +282,9 @@ pub fn program_path(bpffs: &Path, name: &str) -> PathBuf {
 pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
     use names::map::{
         AFFINITY, BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6,
-        SVC4, SVC6,
+        SOURCE_RANGES, SVC4, SVC6,
     };
-    let MapSizes { services, backends, ct_tcp, ct_any, frags, affinities, endpoints, peers } = *maps;
+    let MapSizes { services, backends, ct_tcp, ct_any, frags, affinities, source_ranges, endpoints, peers } = *maps;
     let sizes = [
         (SVC4, services),
         (SVC6, services),
@@ -297,6 +297,7 @@ pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
         (FRAG4, frags),
         (FRAG6, frags),
         (AFFINITY, affinities),
+        (SOURCE_RANGES, source_ranges),
         (ENDPOINTS, endpoints),
         (PEERS4, peers),
         (PEERS6, peers),

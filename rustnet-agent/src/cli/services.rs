@@ -1,9 +1,11 @@
-//! `rustnetctl services`: what the programs will do with a virtual address, from the maps of services
-//! and backends.
+//! `rustnetctl services`: what the programs will do with a virtual address, from the maps of services,
+//! backends and source ranges.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Result, bail};
+use ipnet::IpNet;
 use rustnet_common::backend::{Backend, flags as backend_flags};
 use rustnet_common::service::{SvcEntry, flags, scope};
 use rustnet_common::tuple::proto;
@@ -14,7 +16,7 @@ use super::output::Output;
 use crate::bpf::store;
 use crate::bpf::store::backends::{Access, Backends};
 use crate::namefile::{self, SERVICES, Services, service_key};
-use crate::plan::VipKey;
+use crate::plan::{SourceRange, VipKey};
 
 /// Options.
 #[derive(Debug, clap::Args)]
@@ -37,6 +39,8 @@ struct Row {
     id: u32,
     affinity_seconds: u32,
     drop_when_empty: bool,
+    /// The clients that may come by it; null for all, an empty list for nobody.
+    source_ranges: Option<Vec<IpNet>>,
     backends: Vec<ServiceBackend>,
     /// Ids that the entry points to and that are of no backend of it: the maps disagree.
     missing: u32,
@@ -56,19 +60,25 @@ struct ServiceBackend {
 pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
     let backends = Backends::open(places.bpffs()?, Access::Read)?;
     let all = store::services(places.bpffs()?)?;
+    let ranges = if all.values().any(is_judged) { store::source_ranges(places.bpffs()?)? } else { BTreeSet::new() };
     let wanted =
         all.iter().filter(|(key, entry)| entry.flags & flags::VIP == 0 && args.vip.is_none_or(|vip| vip == key.ip));
     let names: Services = namefile::read(&places.run_dir, SERVICES)?;
-    let services: Vec<_> = wanted.map(|(key, entry)| read(key, entry, &backends, &names)).collect();
+    let services: Vec<_> = wanted.map(|(key, entry)| read(key, entry, &backends, &ranges, &names)).collect();
     if let Some(vip) = args.vip.filter(|_| services.is_empty()) {
         bail!("no Service has the address {vip} here: `rustnetctl services` lists all");
     }
-    out.print(&services, &["SERVICE", "PORT", "ADDRESS", "PROTOCOL", "CLIENTS", "ID", "AFFINITY", "BACKENDS"], || {
-        services.iter().map(row).collect()
-    })
+    let columns = ["SERVICE", "PORT", "ADDRESS", "PROTOCOL", "CLIENTS", "SOURCE RANGES", "ID", "AFFINITY", "BACKENDS"];
+    out.print(&services, &columns, || services.iter().map(row).collect())
 }
 
-fn read(key: &VipKey, entry: &SvcEntry, all: &Backends, names: &Services) -> Row {
+/// True for an entry that asks for the client.
+fn is_judged(entry: &SvcEntry) -> bool {
+    entry.flags & flags::SOURCE_RANGES != 0
+}
+
+fn read(key: &VipKey, entry: &SvcEntry, all: &Backends, ranges: &BTreeSet<SourceRange>, names: &Services) -> Row {
+    let ranges = ranges.iter().filter(|range| range.key == *key).map(|range| range.clients);
     let name = names.get(&service_key(key.ip, key.port, key.proto));
     let backends: Vec<_> = all.of(entry).flatten().map(|b| backend(&b)).collect();
     Row {
@@ -81,6 +91,7 @@ fn read(key: &VipKey, entry: &SvcEntry, all: &Backends, names: &Services) -> Row
         id: entry.id,
         affinity_seconds: entry.affinity,
         drop_when_empty: entry.flags & flags::DROP_EMPTY != 0,
+        source_ranges: is_judged(entry).then(|| ranges.collect()),
         missing: entry.count - backends.len() as u32,
         backends,
     }
@@ -101,6 +112,11 @@ fn row(service: &Row) -> Vec<String> {
         0 => "-".to_owned(),
         seconds => format!("{seconds}s"),
     };
+    let ranges = match service.source_ranges.as_deref() {
+        None => "-".to_owned(),
+        Some([]) => "none (dropped)".to_owned(),
+        Some(ranges) => ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    };
     let mut backends: Vec<String> = service.backends.iter().map(show).collect();
     if service.missing > 0 {
         backends.push(format!("({} missing: restart the agent and report this)", service.missing));
@@ -117,6 +133,7 @@ fn row(service: &Row) -> Vec<String> {
         vip,
         service.protocol.to_owned(),
         service.clients.to_owned(),
+        ranges,
         service.id.to_string(),
         affinity,
         backends.join(", "),
@@ -157,13 +174,20 @@ mod tests {
             id: 7,
             affinity_seconds: 0,
             drop_when_empty: false,
+            source_ranges: None,
             backends: vec![backend],
             missing: 0,
         };
-        let want = ["kube-system/kube-dns", "dns", "10.96.0.10:53", "UDP", "cluster", "7", "-", "10.1.1.5:5353 (here)"]
-            .map(str::to_owned);
+        let want =
+            ["kube-system/kube-dns", "dns", "10.96.0.10:53", "UDP", "cluster", "-", "7", "-", "10.1.1.5:5353 (here)"]
+                .map(str::to_owned);
         assert_eq!(row(&named), want);
-        let nameless = Row { service: None, port_name: None, backends: Vec::new(), ..named };
+        let closed = Row { source_ranges: Some(Vec::new()), ..named };
+        assert_eq!(row(&closed)[5], "none (dropped)");
+        let ranges = ["192.0.2.0/24", "198.51.100.0/24"].map(|range| range.parse().unwrap());
+        let judged = Row { source_ranges: Some(ranges.to_vec()), ..closed };
+        assert_eq!(row(&judged)[5], "192.0.2.0/24, 198.51.100.0/24");
+        let nameless = Row { service: None, port_name: None, backends: Vec::new(), ..judged };
         assert_eq!(row(&nameless)[..2], ["-", "-"]);
         assert_golden("services", &[nameless]);
     }

@@ -14,7 +14,7 @@ mod vip;
 pub use backends::{BackendSet, Choice, DesiredBackend};
 pub use health_checks::{HealthCheck, HealthChecks};
 pub use services::{DesiredService, WithoutLocalEndpoints};
-pub use vip::VipKey;
+pub use vip::{ServiceRanges, SourceRange, VipKey};
 
 use crate::host::HostFacts;
 use crate::model::{Node, ObjectName, Pod, Problem, ServicePort};
@@ -199,6 +199,16 @@ impl Index {
         self.services.count_without_local_endpoints()
     }
 
+    /// True if the desired ranges of clients may be other than at the last call.
+    pub fn take_ranges_dirty(&mut self) -> bool {
+        self.services.take_ranges_dirty()
+    }
+
+    /// Who may come by the entries that ask for the client, the oldest Service first.
+    pub fn desired_ranges(&self) -> Vec<ServiceRanges> {
+        self.services.desired_ranges()
+    }
+
     /// True if the peers table may be other than at the last call.
     pub fn take_peers_dirty(&mut self) -> bool {
         std::mem::take(&mut self.peers_dirty)
@@ -261,7 +271,7 @@ impl Index {
 
     /// What objects ask for and do not get.
     pub fn unserved(&self) -> unserved::Unserved {
-        unserved::find(self.services.iter(), self.pods())
+        unserved::find(self.pods())
     }
 
     /// All that is wrong with the input at present.

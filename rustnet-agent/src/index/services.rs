@@ -2,10 +2,10 @@
 
 use super::backends::{BackendSet, Choice, Place, choose};
 use super::health_checks::{self, HealthCheck, HealthChecks};
-use super::vip::VipKey;
+use super::vip::{ServiceRanges, VipKey};
 use crate::model::{EndpointSlice, Family, Frontend, ObjectName, Problem, Service, ServicePort};
 use rustnet_common::service::{flags, scope};
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -67,6 +67,9 @@ pub struct Services {
     external: u32,
     checks: health_checks::Claims,
     dirty: HashSet<VipKey>,
+    /// Services whose load balancer is only for some clients, by age.
+    restricted: BTreeSet<(i64, ObjectName)>,
+    ranges_dirty: bool,
 }
 
 /// How many ports of Services have endpoints elsewhere and none here, by the traffic policy that would need them here.
@@ -128,6 +131,8 @@ impl Services {
             external: 0,
             checks: health_checks::Claims::default(),
             dirty: HashSet::new(),
+            restricted: BTreeSet::new(),
+            ranges_dirty: false,
         }
     }
 
@@ -262,12 +267,34 @@ impl Services {
                     choice.clear();
                     choose(true, port, Family::of(*ip), &state.slices, here, &mut choice) == flags::DROP_EMPTY
                 });
-                let is_external = !service.external.is_empty() || port.node_port != 0;
+                let is_external = service.outside().next().is_some() || port.node_port != 0;
                 count.internal += usize::from(has_none && service.internal_local);
                 count.external += usize::from(has_none && service.external_local && is_external);
             }
         }
         count
+    }
+
+    pub fn take_ranges_dirty(&mut self) -> bool {
+        std::mem::take(&mut self.ranges_dirty)
+    }
+
+    /// Who may come by the entries that ask for the client, the oldest Service first.
+    pub fn desired_ranges(&self) -> Vec<ServiceRanges> {
+        let of = |name: &ObjectName| {
+            let service = self.states.get(name)?.service.as_deref()?;
+            let mut entries = BTreeMap::new();
+            for key in port_keys(service, &self.node_ips) {
+                // The entry may be another Service's, or another frontend's.
+                let Some((_, owner, Frontend { source_ranges: Some(ranges), .. })) = self.find(&key) else { continue };
+                if owner.name == *name {
+                    let family = ranges.iter().filter(|range| range.addr().is_ipv4() == key.ip.is_ipv4());
+                    entries.insert(key, family.copied().collect());
+                }
+            }
+            Some(ServiceRanges { service: name.clone(), entries })
+        };
+        self.restricted.iter().filter_map(|(_, name)| of(name)).collect()
     }
 
     pub fn keys(&self) -> impl Iterator<Item = VipKey> + '_ {
@@ -314,10 +341,11 @@ impl Services {
         if key.is_wildcard() {
             return self.wildcard(key).map(|flags| DesiredService { set: None, flags, affinity: 0 });
         }
-        let (state, service, Frontend { is_local, target, .. }) = self.find(key)?;
+        let (state, service, Frontend { is_local, target, source_ranges, .. }) = self.find(key)?;
         let family = Family::of(key.ip);
         let here = Place { node: &self.node_name, zone: &self.zone };
-        let flags = choose(is_local, target, family, &state.slices, here, choice);
+        let judged = if source_ranges.is_some() { flags::SOURCE_RANGES } else { 0 };
+        let flags = choose(is_local, target, family, &state.slices, here, choice) | judged;
         let set =
             BackendSet { service: service.name.clone(), port: target.port, proto: target.proto, family, is_local };
         Some(DesiredService { set: Some(set), flags, affinity: service.affinity })
@@ -367,11 +395,15 @@ impl Services {
             self.vips.entry(*ip).or_default().cluster += 1;
             self.dirty.insert(VipKey::wildcard(*ip));
         }
-        for ip in &service.external {
-            self.vips.entry(*ip).or_default().external += 1;
-            self.dirty.extend([VipKey::wildcard(*ip), VipKey::external_wildcard(*ip)]);
+        for ip in service.outside() {
+            self.vips.entry(ip).or_default().external += 1;
+            self.dirty.extend([VipKey::wildcard(ip), VipKey::external_wildcard(ip)]);
         }
         self.external += u32::from(service.is_external());
+        if service.has_source_ranges() {
+            self.restricted.insert((service.created, service.name.clone()));
+        }
+        self.ranges_dirty |= service.is_external() && !self.restricted.is_empty();
         for key in port_keys(service, &self.node_ips) {
             self.dirty.insert(key);
             let claim = match self.claims.remove(&key) {
@@ -394,19 +426,21 @@ impl Services {
 
     fn unclaim(&mut self, service: &Service) {
         self.checks.remove(service);
-        let addresses = service.vips.iter().map(|ip| (ip, 1, 0)).chain(service.external.iter().map(|ip| (ip, 0, 1)));
+        let addresses = service.vips.iter().map(|ip| (*ip, 1, 0)).chain(service.outside().map(|ip| (ip, 0, 1)));
         for (ip, cluster, external) in addresses {
-            self.dirty.insert(VipKey::wildcard(*ip));
-            self.dirty.extend((external > 0).then(|| VipKey::external_wildcard(*ip)));
-            if let Some(users) = self.vips.get_mut(ip) {
+            self.dirty.insert(VipKey::wildcard(ip));
+            self.dirty.extend((external > 0).then(|| VipKey::external_wildcard(ip)));
+            if let Some(users) = self.vips.get_mut(&ip) {
                 users.cluster -= cluster;
                 users.external -= external;
                 if users.is_empty() {
-                    self.vips.remove(ip);
+                    self.vips.remove(&ip);
                 }
             }
         }
         self.external -= u32::from(service.is_external());
+        self.ranges_dirty |= service.is_external() && !self.restricted.is_empty();
+        self.restricted.remove(&(service.created, service.name.clone()));
         for key in port_keys(service, &self.node_ips) {
             self.dirty.insert(key);
             let left = match self.claims.remove(&key) {

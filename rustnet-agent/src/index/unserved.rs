@@ -1,6 +1,6 @@
 //! Which objects ask for what is not served: how many, and a few names.
 
-use crate::model::{Feature, ObjectName, Pod, Problem, Service};
+use crate::model::{Feature, ObjectName, Pod, Problem};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Names that are given of each feature.
@@ -36,13 +36,8 @@ impl Askers {
 pub type Unserved = BTreeMap<Feature, Askers>;
 
 /// Looks through all objects.
-pub fn find<'a>(services: impl Iterator<Item = &'a Service>, pods: impl Iterator<Item = &'a Pod>) -> Unserved {
+pub fn find<'a>(pods: impl Iterator<Item = &'a Pod>) -> Unserved {
     let mut found = Unserved::new();
-    for service in services {
-        for feature in service.unserved.iter().copied() {
-            found.entry(feature).or_default().add(&service.name);
-        }
-    }
     for pod in pods.filter(|pod| pod.host_ports && !pod.host_network) {
         found.entry(Feature::HostPort).or_default().add(&pod.name);
     }
@@ -60,11 +55,7 @@ pub fn problems(unserved: &Unserved) -> impl Iterator<Item = Problem> + '_ {
 #[cfg(test)]
 mod tests {
     use super::{find, problems};
-    use crate::model::{Feature, ObjectName, Pod, Service, build};
-
-    fn service(name: &str, unserved: &[Feature]) -> Service {
-        Service { unserved: unserved.into(), ..build::service(name, &[]) }
-    }
+    use crate::model::{Feature, ObjectName, Pod};
 
     fn pod(name: &str, host_ports: bool, host_network: bool) -> Pod {
         let name = ObjectName::namespaced("default", name);
@@ -73,22 +64,18 @@ mod tests {
 
     #[test]
     fn each_feature_is_one_problem_with_three_names() {
-        let mut services: Vec<_> =
-            ["d", "c", "b", "a"].into_iter().map(|name| service(name, &[Feature::SourceRanges])).collect();
-        services.push(service("plain", &[]));
-        let pods = [pod("proxy", true, true), pod("registry", true, false), pod("web", false, false)];
-        let found = find(services.iter(), pods.iter());
+        let mut pods: Vec<_> = ["d", "c", "b", "a"].into_iter().map(|name| pod(name, true, false)).collect();
+        pods.extend([pod("proxy", true, true), pod("web", false, false)]);
+        let found = find(pods.iter());
         let counts: Vec<_> = found.iter().map(|(feature, askers)| (feature.name(), askers.count)).collect();
-        assert_eq!(counts, [("source_ranges", 4), ("host_port", 1)]);
+        assert_eq!(counts, [("host_port", 4)]);
         let problems: Vec<_> = problems(&found).map(|problem| problem.to_string()).collect();
         assert_eq!(
-            problems[0],
-            "Service spec.loadBalancerSourceRanges: not served, but asked for by default/a, default/b, default/c and others; \
-             filter before the nodes and remove the field; until then no address of its load balancer is served"
-        );
-        assert!(
-            problems[1].starts_with("Pod hostPort: not served, but asked for by default/registry; "),
-            "{problems:?}"
+            problems,
+            [
+                "Pod hostPort: not served, but asked for by default/a, default/b, default/c and others; give the pod hostNetwork: true, \
+              or a Service"
+            ]
         );
         assert!(Feature::ALL.into_iter().all(|feature| Feature::of_name(feature.name()) == Some(feature)));
     }

@@ -1,7 +1,9 @@
 //! What services are known by.
 
-use crate::model::Frontend;
+use crate::model::{Frontend, ObjectName};
+use ipnet::IpNet;
 use rustnet_common::service::scope;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -57,4 +59,28 @@ impl fmt::Display for VipKey {
         }
         if self.scope == scope::EXTERNAL { f.write_str(" from outside") } else { Ok(()) }
     }
+}
+
+/// Clients that may come by an entry of a load balancer's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourceRange {
+    /// The entry, for clients outside.
+    pub key: VipKey,
+    /// The clients, of the entry's family.
+    pub clients: IpNet,
+}
+
+impl fmt::Display for SourceRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.clients, self.key)
+    }
+}
+
+/// Who may come by the entries of one Service that ask for the client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceRanges {
+    /// The Service.
+    pub service: ObjectName,
+    /// The ranges of each entry; none closes it.
+    pub entries: BTreeMap<VipKey, BTreeSet<IpNet>>,
 }

@@ -22,9 +22,10 @@ pub fn service(name: &str, vips: &[&str]) -> Service {
         affinity: 0,
         internal_local: false,
         external: Box::default(),
+        balanced: Box::default(),
+        source_ranges: None,
         external_local: false,
         health_check_port: 0,
-        unserved: Box::default(),
         problems: Box::default(),
     }
 }
@@ -53,6 +54,16 @@ impl Service {
     /// Gives it addresses for clients outside.
     pub fn external(self, addresses: &[&str]) -> Self {
         Self { external: addresses.iter().map(|address| ip(address)).collect(), ..self }
+    }
+
+    /// Gives it addresses of a load balancer.
+    pub fn balanced(self, addresses: &[&str]) -> Self {
+        Self { balanced: addresses.iter().map(|address| ip(address)).collect(), ..self }
+    }
+
+    /// Leaves its load balancer to clients in these ranges.
+    pub fn source_ranges(self, ranges: &[&str]) -> Self {
+        Self { source_ranges: Some(ranges.iter().map(|range| range.parse().unwrap()).collect()), ..self }
     }
 
     /// Sets the age.

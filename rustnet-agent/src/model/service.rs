@@ -1,6 +1,7 @@
 //! A Service that has virtual addresses.
 
-use super::{Family, Feature, ObjectName, Problem};
+use super::{Family, ObjectName, Problem};
+use ipnet::IpNet;
 use rustnet_common::service::scope;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,8 +15,13 @@ pub struct Service {
     pub created: i64,
     /// Virtual addresses, at most one a family.
     pub vips: Box<[IpAddr]>,
-    /// Addresses for clients outside, of load balancers and `externalIPs`, each once.
+    /// `externalIPs` for clients outside, each once, without those that are a load balancer's, too: such an address is only for the
+    /// clients of the load balancer.
     pub external: Box<[IpAddr]>,
+    /// Addresses of load balancers for clients outside, each once.
+    pub balanced: Box<[IpAddr]>,
+    /// The clients outside that the load balancer is for, each range once; `None` for all, an empty list for nobody.
+    pub source_ranges: Option<Box<[IpNet]>>,
     /// Ports, each (port, protocol) once.
     pub ports: Box<[ServicePort]>,
     /// Session affinity in seconds, 0 for none.
@@ -26,8 +32,6 @@ pub struct Service {
     pub external_local: bool,
     /// TCP port at which load balancers ask whether this node has a ready endpoint; 0 for none.
     pub health_check_port: u16,
-    /// What it asks for and does not get.
-    pub unserved: Box<[Feature]>,
     /// What was wrong with it.
     pub problems: Box<[Problem]>,
 }
@@ -49,6 +53,8 @@ pub struct Frontend<'a> {
     pub is_local: bool,
     /// The addresses may be of this node.
     pub is_external: bool,
+    /// Clients that may come by it, of both families; `None` for all.
+    pub source_ranges: Option<&'a [IpNet]>,
     /// The port of the Service that it leads to.
     pub target: &'a ServicePort,
 }
@@ -69,14 +75,18 @@ impl Service {
     pub fn frontends<'a>(&'a self, nodes: &'a [IpAddr]) -> impl Iterator<Item = Frontend<'a>> {
         self.ports.iter().flat_map(move |target| {
             let at = move |at, port, scope, is_local, is_external| {
-                let (vips, proto) = (&*self.vips, target.proto);
-                (port != 0).then_some(Frontend { at, vips, port, proto, scope, is_local, is_external, target })
+                let (vips, proto, source_ranges) = (&*self.vips, target.proto, None);
+                let frontend = Frontend { at, vips, port, proto, scope, is_local, is_external, source_ranges, target };
+                (port != 0).then_some(frontend)
             };
-            let (external, local) = (&*self.external, self.external_local);
+            let (external, balanced, local) = (&*self.external, &*self.balanced, self.external_local);
+            let judged = at(balanced, target.port, scope::EXTERNAL, local, true);
             [
                 at(&self.vips, target.port, scope::CLUSTER, self.internal_local, false),
                 at(external, target.port, scope::CLUSTER, false, true),
                 at(external, target.port, scope::EXTERNAL, local, true),
+                at(balanced, target.port, scope::CLUSTER, false, true),
+                judged.map(|frontend| Frontend { source_ranges: self.source_ranges.as_deref(), ..frontend }),
                 at(nodes, target.node_port, scope::CLUSTER, false, true),
                 at(nodes, target.node_port, scope::EXTERNAL, local, true),
             ]
@@ -85,9 +95,19 @@ impl Service {
         })
     }
 
+    /// Its addresses for clients outside, without those of nodes.
+    pub fn outside(&self) -> impl Iterator<Item = IpAddr> {
+        self.external.iter().chain(&self.balanced).copied()
+    }
+
+    /// True if not all clients outside may use its load balancer.
+    pub fn has_source_ranges(&self) -> bool {
+        self.source_ranges.is_some() && !self.balanced.is_empty()
+    }
+
     /// True if clients outside have an address of it.
     pub fn is_external(&self) -> bool {
-        !self.external.is_empty() || self.has_node_ports()
+        self.outside().next().is_some() || self.has_node_ports()
     }
 
     /// True if it has a node port.

@@ -1,7 +1,7 @@
 //! The audit: now and then every map is read back and compared with what the plan has written, and what somebody else
 //! changed is written again. One piece a step, so that no step keeps events waiting for long.
 
-use super::{Snapshot, Table, VipKey, Write};
+use super::{Snapshot, SourceRange, Table, VipKey, Write};
 use crate::config::AUDIT_PERIOD;
 use ipnet::IpNet;
 use rustnet_common::backend::Backend;
@@ -136,6 +136,19 @@ impl Key for IpNet {
     }
     fn delete(self) -> Write {
         Write::DeletePeer { prefix: self }
+    }
+}
+
+impl Key for SourceRange {
+    type Value = u32;
+    fn map(&self) -> &'static str {
+        map::SOURCE_RANGES
+    }
+    fn put(self, _: u32) -> Write {
+        Write::PutSourceRange { range: self }
+    }
+    fn delete(self) -> Write {
+        Write::DeleteSourceRange { range: self }
     }
 }
 

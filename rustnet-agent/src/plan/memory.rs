@@ -1,10 +1,16 @@
 //! Maps in memory, which refuse every order of writes that would hurt a reader, and can fail after any step.
 
+mod clients;
+
 use super::{GRACE, Maps, Snapshot, VipKey, Write};
 use anyhow::{Context, bail, ensure};
+use clients::Clients;
+#[cfg(test)]
+pub use clients::passes;
 use ipnet::IpNet;
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::service::SvcEntry;
+use rustnet_common::source_range::ALLOWED;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -15,6 +21,8 @@ pub struct MemoryMaps {
     capacity: u32,
     /// Services and peers, of each family.
     room: (u32, u32),
+    /// Ranges of clients.
+    range_room: u32,
     now: Duration,
     /// When an index of `rn_backend_ids` was last let go of.
     let_go: BTreeMap<u32, Duration>,
@@ -33,6 +41,7 @@ impl MemoryMaps {
             held: Snapshot::default(),
             capacity,
             room: (u32::MAX, u32::MAX),
+            range_room: u32::MAX,
             now: Duration::ZERO,
             let_go: BTreeMap::new(),
             unused: BTreeMap::new(),
@@ -51,6 +60,12 @@ impl MemoryMaps {
     #[must_use]
     pub fn with_room(self, services: u32, peers: u32) -> Self {
         Self { room: (services, peers), ..self }
+    }
+
+    /// The same maps with room for so many ranges of clients.
+    #[must_use]
+    pub fn with_range_room(self, range_room: u32) -> Self {
+        Self { range_room, ..self }
     }
 
     /// Sets the time, by which the reuse of slots is judged.
@@ -259,6 +274,7 @@ impl Maps for MemoryMaps {
     }
 
     fn apply(&mut self, writes: &[Write]) -> anyhow::Result<()> {
+        let clients = Clients::new(&self.held, writes, self.range_room);
         for write in writes {
             match write {
                 Write::Backends { .. } | Write::BackendIds { .. } | Write::ClearBackends { .. } => {}
@@ -284,11 +300,22 @@ impl Maps for MemoryMaps {
                 Write::DeletePeer { prefix } => {
                     ensure!(self.held.peers.remove(prefix).is_some(), "peer {prefix} is deleted, but it is not there");
                 }
+                Write::PutSourceRange { range } => {
+                    let is_full = self.held.source_ranges.len() as u32 >= self.range_room;
+                    ensure!(!is_full, "{range} does not fit: the map is full ({} entries)", self.range_room);
+                    let old = self.held.source_ranges.insert(*range, ALLOWED);
+                    ensure!(old != Some(ALLOWED), "{range} is written, but it is there already");
+                }
+                Write::DeleteSourceRange { range } => {
+                    let was = self.held.source_ranges.remove(range).is_some();
+                    ensure!(was, "{range} is deleted, but it is not there");
+                }
                 Write::ForgetFlows { proto, backends } => {
                     ensure!(!backends.is_empty(), "flows to no backend are forgotten");
                     self.forgotten.push((*proto, backends.clone()));
                 }
             }
+            clients.check(&self.held).with_context(|| format!("{write:?}"))?;
         }
         Ok(())
     }
@@ -304,13 +331,18 @@ impl Maps for MemoryMaps {
     fn peer_capacity(&self) -> u32 {
         self.room.1
     }
+
+    fn source_range_capacity(&self) -> u32 {
+        self.range_room
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::{Backend, GRACE, MemoryMaps, SvcEntry, VipKey, Write, id};
     use crate::model::build::ip;
-    use crate::plan::Maps;
+    use crate::plan::{Maps, SourceRange};
+    use rustnet_common::service::flags::SOURCE_RANGES;
     use std::time::Duration;
 
     fn backend(slot: u32, generation: u32, service: u32) -> Backend {
@@ -361,6 +393,31 @@ mod tests {
         ] {
             let error = maps().apply(std::slice::from_ref(&write)).unwrap_err().to_string();
             assert!(error.contains(why), "{write:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn orders_that_would_hurt_clients_are_refused() {
+        let key = VipKey { ip: ip("203.0.113.7"), port: 80, proto: 6, scope: 1 };
+        let range = |clients: &str| SourceRange { key, clients: clients.parse().unwrap() };
+        let (office, home) = (range("192.0.2.0/24"), range("198.51.100.0/24"));
+        let entry = |flags, id| Write::PutService {
+            key,
+            entry: SvcEntry { first: 0, count: 0, id, affinity: 0, flags, pad: 0 },
+        };
+        let (open, closed, others) = (entry(0, 1), entry(SOURCE_RANGES, 1), entry(SOURCE_RANGES, 2));
+        let (put, delete) = (|range| Write::PutSourceRange { range }, |range| Write::DeleteSourceRange { range });
+        for (held, writes, why) in [
+            (vec![open.clone()], [closed.clone(), put(office)], "192.0.2.0 is refused"),
+            (vec![closed.clone(), put(office)], [delete(office), open.clone()], "192.0.2.0 is refused"),
+            (vec![closed.clone(), put(office)], [delete(office), put(range("192.0.2.0/28"))], "192.0.2.0 is refused"),
+            (vec![closed.clone(), put(office)], [put(home), others.clone()], "198.51.100.0 gets through"),
+            (vec![closed.clone(), put(office)], [others, delete(office)], "192.0.2.0 gets through"),
+        ] {
+            let mut maps = MemoryMaps::new(16);
+            maps.apply(&held).unwrap();
+            let error = format!("{:#}", maps.apply(&writes).unwrap_err());
+            assert!(error.contains(why), "{writes:?}: {error}");
         }
     }
 

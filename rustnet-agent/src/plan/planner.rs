@@ -4,11 +4,13 @@
 use super::audit::{Difference, Progress, Repair};
 use super::peers::{PeerWrites, Peers};
 use super::services::{ServiceWrites, Services};
-use super::{Maps, Snapshot, Table, VipKey, Write};
-use crate::index::{Gate, Index};
+use super::source_ranges::{Entry, RangeWrites, SourceRanges};
+use super::{Maps, Snapshot, SourceRange, Table, VipKey, Write};
+use crate::index::{Gate, Index, ServiceRanges};
 use crate::model::Problem;
 use ipnet::IpNet;
 use rustnet_common::peer::Peer;
+use rustnet_common::source_range::ALLOWED;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -21,14 +23,15 @@ pub struct Plan {
     pub retry_at: Option<Duration>,
 }
 
-/// The order between the tables: peers; each service's backends, then the range of their ids, then its entry; wildcard
-/// entries; deletions the other way round, a backend's value no sooner than a grace period after; and before the peers'
-/// deletions the flows to forget, as by then no packet makes them again.
+/// The order between the tables: peers; the ranges of clients that service entries ask for; each service's backends, then the range of
+/// their ids, then its entry; wildcard entries; deletions the other way round, a backend's value no sooner than a grace period after;
+/// and before the deletions of ranges and peers the flows to forget, as by then no packet makes them again.
 ///
 /// Puts come before deletions, so that a full map takes an entry only after another has gone: what does not fit next to the
 /// entries that go is left to a second plan.
-fn in_order(peers: PeerWrites, services: ServiceWrites) -> Vec<Write> {
-    peers.puts.into_iter().chain(services.in_order()).chain(peers.deletes).collect()
+fn in_order(peers: PeerWrites, ranges: RangeWrites, services: ServiceWrites) -> Vec<Write> {
+    let services = ranges.before.into_iter().chain(services.in_order()).chain(ranges.after);
+    peers.puts.into_iter().chain(services).chain(peers.deletes).collect()
 }
 
 /// What the maps hold, and all that is needed to go on from there.
@@ -36,6 +39,7 @@ fn in_order(peers: PeerWrites, services: ServiceWrites) -> Vec<Write> {
 pub struct Planner {
     services: Services,
     peers: Peers,
+    source_ranges: SourceRanges,
     audit: Progress,
     /// Compare all services, not only what changed.
     compare_services: bool,
@@ -52,6 +56,7 @@ impl Planner {
             services: maps.service_capacity(),
             backends: maps.backend_capacity(),
             peers: maps.peer_capacity(),
+            source_ranges: maps.source_range_capacity(),
         };
         Ok(Self::from_snapshot(maps.snapshot()?, room))
     }
@@ -59,6 +64,7 @@ impl Planner {
     fn from_snapshot(mut snapshot: Snapshot, room: Capacity) -> Self {
         Self {
             peers: Peers::new(std::mem::take(&mut snapshot.peers), room.peers),
+            source_ranges: SourceRanges::new(snapshot.source_ranges.keys().copied(), room.source_ranges),
             services: Services::adopt(snapshot, room.services, room.backends),
             audit: Progress::default(),
             compare_services: true,
@@ -104,7 +110,7 @@ impl Planner {
     /// True once a table has been compared as a whole with what the index wants.
     fn is_compared(&self, table: Table) -> bool {
         match table {
-            Table::Backends | Table::Services4 | Table::Services6 => !self.compare_services,
+            Table::Backends | Table::SourceRanges | Table::Services4 | Table::Services6 => !self.compare_services,
             Table::Peers => !self.compare_peers,
         }
     }
@@ -129,6 +135,13 @@ impl Planner {
             Table::Services4 | Table::Services6 => {
                 let look_up = is_last_piece.then_some(|key: &VipKey| maps.service(key));
                 self.services.audit(table == Table::Services4, &found, &mut self.audit, look_up, &mut repair)?;
+            }
+            Table::SourceRanges => {
+                let held: BTreeSet<SourceRange> = self.source_ranges.held().collect();
+                for range in held.iter().chain(found.source_ranges.keys().filter(|range| !held.contains(range))) {
+                    let should = held.contains(range).then_some(ALLOWED);
+                    repair.entry(*range, found.source_ranges.get(range).copied(), should);
+                }
             }
             Table::Peers => {
                 let held = self.peers.held();
@@ -157,17 +170,38 @@ impl Planner {
     pub fn plan(&mut self, index: &mut Index, now: Duration) -> Plan {
         let peers = if index.is_open(Gate::Peers) { self.plan_peers(index) } else { PeerWrites::default() };
         let mut retry_at = self.waits().then_some(now);
-        let services = if index.is_open(Gate::Services) {
+        let (services, ranges) = if index.is_open(Gate::Services) {
             let all = std::mem::take(&mut self.compare_services);
+            let is_due = index.take_ranges_dirty() | all | self.source_ranges.is_unfinished();
+            let desired = is_due.then(|| index.desired_ranges());
+            let before = desired.as_ref().map(|desired| self.judged(desired));
             let services = self.services.plan(index, all, now);
+            let ranges = desired.zip(before).map(|(desired, before)| self.plan_ranges(desired, &before));
+            let ranges = ranges.unwrap_or_default();
             let again = self.waits().then_some(now);
             retry_at = self.services.next_time(now).into_iter().chain(again).min();
-            services
+            (services, ranges)
         } else {
             self.services.tick(now);
-            ServiceWrites::default()
+            (ServiceWrites::default(), RangeWrites::default())
         };
-        Plan { writes: in_order(peers, services), retry_at }
+        Plan { writes: in_order(peers, ranges, services), retry_at }
+    }
+
+    /// Entries that ask for clients, as they are, and the number of the set that each leads to.
+    fn judged(&self, desired: &[ServiceRanges]) -> BTreeMap<VipKey, u32> {
+        let keys = self.source_ranges.keys().chain(desired.iter().flat_map(|of| of.entries.keys().copied()));
+        keys.filter_map(|key| Some((key, self.services.judged(&key)?))).collect()
+    }
+
+    /// To be called once the entries are planned. `before`: what [`Self::judged`] was before that.
+    fn plan_ranges(&mut self, desired: Vec<ServiceRanges>, before: &BTreeMap<VipKey, u32>) -> RangeWrites {
+        let services = &self.services;
+        self.source_ranges.plan(desired, |key| match (before.get(key), services.judged(key)) {
+            (Some(_), Some(_)) if services.has_failed(key) => Entry::Stuck,
+            (Some(before), Some(after)) if *before != after => Entry::Passes,
+            _ => Entry::Stays,
+        })
     }
 
     fn plan_peers(&mut self, index: &mut Index) -> PeerWrites {
@@ -178,12 +212,12 @@ impl Planner {
 
     /// True if deletions of the last plan make room for what did not fit.
     fn waits(&self) -> bool {
-        self.peers.waits() || self.services.waits()
+        self.peers.waits() || self.services.waits() || self.source_ranges.waits()
     }
 
     /// What did not fit into the maps.
     pub fn problems(&self, index: &Index) -> Vec<Problem> {
-        self.services.problems(index).chain(self.peers.problem()).collect()
+        self.services.problems(index).chain(self.source_ranges.problems()).chain(self.peers.problem()).collect()
     }
 
     /// The peers that the maps hold.
@@ -203,6 +237,7 @@ struct Capacity {
     services: u32,
     backends: u32,
     peers: u32,
+    source_ranges: u32,
 }
 
 #[cfg(test)]

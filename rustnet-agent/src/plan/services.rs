@@ -10,7 +10,7 @@ use super::sets::{BackendWrites, Led, Sets, Span};
 use super::{Snapshot, VipKey, Write};
 use crate::index::{Choice, DesiredService, Index};
 use crate::model::Problem;
-use rustnet_common::service::SvcEntry;
+use rustnet_common::service::{SvcEntry, flags};
 use rustnet_common::tuple::proto::UDP;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -121,6 +121,16 @@ impl Services {
         self.entries.len()
     }
 
+    /// The number of the set that an entry leads to, if it asks for the client.
+    pub fn judged(&self, key: &VipKey) -> Option<u32> {
+        self.entries.get(key).filter(|entry| entry.flags & flags::SOURCE_RANGES != 0).map(|entry| entry.id)
+    }
+
+    /// True for an entry that did not fit: it stayed as it was, or away.
+    pub fn has_failed(&self, key: &VipKey) -> bool {
+        self.failed.contains_key(key)
+    }
+
     /// What did not fit.
     pub fn problems(&self, index: &Index) -> impl Iterator<Item = Problem> {
         self.failed.iter().map(|(key, message)| {
@@ -182,16 +192,26 @@ impl Services {
         }
         for key in keys {
             let Some(desired) = index.desired_service(&key, &mut choice) else { continue };
+            let judged = desired.flags & flags::SOURCE_RANGES;
             match self.put(key, desired, &choice, draft) {
                 Ok(()) => {
                     self.failed.remove(&key);
                 }
                 Err(message) => {
+                    self.judge(key, judged, draft);
                     self.failed.insert(key, message.into());
                 }
             }
         }
         self.follow_sets(draft);
+    }
+
+    /// An entry that has no room to change asks for its clients all the same, if it should.
+    fn judge(&mut self, key: VipKey, judged: u16, draft: &mut ServiceWrites) {
+        if let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.flags & judged != judged) {
+            entry.flags |= judged;
+            draft.puts.push(Write::PutService { key, entry: *entry });
+        }
     }
 
     /// Entries flip with their set, also those of which nothing else changed.

@@ -148,9 +148,10 @@ pub fn web(backends: u8) -> [Event; 2] {
         affinity: 0,
         internal_local: false,
         external: Box::default(),
+        balanced: Box::default(),
+        source_ranges: None,
         external_local: false,
         health_check_port: 0,
-        unserved: Box::default(),
         problems: Box::default(),
     };
     let endpoint =

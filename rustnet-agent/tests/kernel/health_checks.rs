@@ -35,7 +35,6 @@ fn balanced(name: &str, last: u8, check: u16) -> Event {
         external: [[203, 0, 113, last].into()].into(),
         external_local: true,
         health_check_port: check,
-        unserved: Box::default(),
         problems: Box::default(),
     })))
 }

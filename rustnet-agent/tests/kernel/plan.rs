@@ -19,6 +19,7 @@ use rustnet_common::backend::Backend;
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
 use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::source_range::{self, SourceRange, SourceRangeKey};
 
 use crate::load::load;
 use crate::sandbox::{self, Sandbox};
@@ -88,9 +89,10 @@ fn service_of(n: u32, backends: u8) -> [Event; 2] {
         affinity: 0,
         internal_local: false,
         external: Box::default(),
+        balanced: Box::default(),
+        source_ranges: None,
         external_local: false,
         health_check_port: 0,
-        unserved: Box::default(),
         problems: Box::default(),
     };
     let endpoint = |i: u8| {
@@ -182,6 +184,52 @@ fn an_audit_puts_back_what_bpftool_changed() {
         assert_eq!(rig.audit(), [map::BACKENDS, map::BACKEND_IDS, map::SVC4, map::SVC4, map::SVC4, map::PEERS4]);
         assert_eq!(rig.maps.snapshot().unwrap(), before);
         assert_eq!(rig.audit(), <[&str; 0]>::default());
+    });
+}
+
+/// Service default/s1 with a load balancer of both families for these clients.
+fn judged(ranges: &[&str]) -> Event {
+    let [Event::Apply(Object::Service(service)), _] = service(1) else { panic!("no Service") };
+    let balanced = ["203.0.113.7", "2001:db8:7::7"].map(|ip| ip.parse().unwrap()).into();
+    let source_ranges = Some(ranges.iter().map(|range| range.parse().unwrap()).collect());
+    Event::Apply(Object::Service(Arc::new(Service { balanced, source_ranges, ..(*service).clone() })))
+}
+
+#[test]
+fn source_ranges_of_both_families() {
+    sandbox::run(|sandbox| {
+        let mut rig = Rig::new(sandbox, &[(map::SOURCE_RANGES, 8)]);
+        let ranges = |rig: &Rig| {
+            let held = rig.maps.snapshot().unwrap().source_ranges;
+            held.iter().map(|(range, value)| format!("{range} {value}")).collect::<Vec<_>>()
+        };
+        let four = |range: &str| format!("{range} at 203.0.113.7:80/TCP from outside 1");
+        let six = |range: &str| format!("{range} at [2001:db8:7::7]:80/TCP from outside 1");
+        rig.sync([judged(&["0.0.0.0/0", "192.0.2.0/24", "::/0", "2001:db8::1/128"])]);
+        let want = [four("0.0.0.0/0"), four("192.0.2.0/24"), six("::/0"), six("2001:db8::1/128")];
+        assert_eq!(ranges(&rig), want);
+        // Another agent adopts them.
+        rig.planner = Planner::adopt(&rig.maps).unwrap();
+        rig.sync([]);
+        assert_eq!(ranges(&rig), want);
+
+        let map = Map::<SourceRangeKey, u32>::open(&sandbox.bpffs, map::SOURCE_RANGES).unwrap();
+        let vip = Addr::from("203.0.113.7".parse::<IpAddr>().unwrap());
+        let key = |client: [u8; 4], len| SourceRangeKey {
+            prefix_len: source_range::prefix_len(true, len),
+            data: SourceRange { vip, port: 80, proto: 6, pad: 0, client: IpAddr::from(client).into() },
+        };
+        assert!(map.delete(&key([192, 0, 2, 0], 24)).unwrap());
+        map.put(&key([198, 51, 100, 0], 24), &1).unwrap();
+        map.put(&key([0, 0, 0, 0], 0), &9).unwrap();
+        assert_eq!(rig.audit(), [map::SOURCE_RANGES; 3]);
+        assert_eq!(ranges(&rig), want);
+
+        rig.sync([judged(&["192.0.2.0/25", "192.0.2.128/25", "192.0.2.0/26", "2001:db8::1/128", "2001:db8::/32"])]);
+        let four = ["192.0.2.0/25", "192.0.2.0/26", "192.0.2.128/25"].map(four);
+        assert_eq!(ranges(&rig), [&four[..], &["2001:db8::/32", "2001:db8::1/128"].map(six)].concat());
+        rig.sync([delete(Kind::Service, "s1")]);
+        assert_eq!(ranges(&rig), [""; 0]);
     });
 }
 

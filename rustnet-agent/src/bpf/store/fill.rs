@@ -12,6 +12,7 @@ use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
 use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::source_range::SourceRangeKey;
 use rustnet_common::tuple::Tuple;
 
 use super::Map;
@@ -43,6 +44,7 @@ pub fn read(bpffs: &Path) -> Result<Vec<Fill>> {
         count::<FragKey<Ip4>, FragPorts>(bpffs, map::FRAG4)?,
         count::<FragKey<Ip6>, FragPorts>(bpffs, map::FRAG6)?,
         count::<AffinityKey, Affinity>(bpffs, map::AFFINITY)?,
+        count::<SourceRangeKey, u32>(bpffs, map::SOURCE_RANGES)?,
         count::<EndpointKey, Endpoint>(bpffs, map::ENDPOINTS)?,
         count::<PeerKey<Ip4>, Peer>(bpffs, map::PEERS4)?,
         count::<PeerKey<Ip6>, Peer>(bpffs, map::PEERS6)?,

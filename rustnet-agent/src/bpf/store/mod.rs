@@ -14,4 +14,4 @@ pub mod node_config;
 mod plan;
 
 pub use map::Map;
-pub use plan::{BpfMaps, peers, services};
+pub use plan::{BpfMaps, peers, services, source_ranges};

@@ -1,4 +1,4 @@
-//! The plan's maps on the real ones: services, backends and peers of both families.
+//! The plan's maps on the real ones: services, backends, peers and ranges of clients.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -7,16 +7,17 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use bytemuck::Pod;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::addr::{Addr, Ip4, Ip6};
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
-use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::service::{SvcEntry, SvcKey, scope};
+use rustnet_common::source_range::{self, SourceRangeKey};
 
 use super::backends::{Access, Backends};
 use super::conntrack::Conntrack;
 use super::{Map, fault};
 use crate::bpf::sys;
-use crate::plan::{Maps, Snapshot, Table, VipKey, Write};
+use crate::plan::{Maps, Snapshot, SourceRange, Table, VipKey, Write};
 
 /// Services that an audit reads at once: some milliseconds' work.
 const AUDIT_BATCH: usize = 16_384;
@@ -27,6 +28,7 @@ pub struct BpfMaps {
     svc6: Map<SvcKey<Ip6>, SvcEntry>,
     peers4: Map<PeerKey<Ip4>, Peer>,
     peers6: Map<PeerKey<Ip6>, Peer>,
+    source_ranges: SourceRanges,
     backends: Backends,
     conntrack: Conntrack,
     /// Where the audit of a service map goes on.
@@ -41,6 +43,7 @@ impl BpfMaps {
             svc6: Map::open(bpffs, map::SVC6)?,
             peers4: Map::open(bpffs, map::PEERS4)?,
             peers6: Map::open(bpffs, map::PEERS6)?,
+            source_ranges: Map::open(bpffs, map::SOURCE_RANGES)?,
             backends: Backends::open(bpffs, Access::Write)?,
             conntrack: Conntrack::open(bpffs)?,
             cursor: sys::Cursor::default(),
@@ -102,6 +105,17 @@ impl BpfMaps {
                     pick(run, |w| if let Write::DeletePeer { prefix } = w { Some(peer_key(prefix)) } else { None });
                 delete(&keys, &self.peers4, &self.peers6)
             }
+            Write::PutSourceRange { .. } => run.iter().try_for_each(|write| match write {
+                Write::PutSourceRange { range } => self
+                    .source_ranges
+                    .put(&range_key(range), &source_range::ALLOWED)
+                    .with_context(|| format!("source range {range}")),
+                _ => Ok(()),
+            }),
+            Write::DeleteSourceRange { .. } => run.iter().try_for_each(|write| match write {
+                Write::DeleteSourceRange { range } => self.source_ranges.delete(&range_key(range)).map(drop),
+                _ => Ok(()),
+            }),
             Write::ClearBackends { .. } => run.iter().try_for_each(|write| match write {
                 Write::ClearBackends { ids } => self.backends.clear(ids),
                 _ => Ok(()),
@@ -131,6 +145,7 @@ impl Maps for BpfMaps {
             ids: self.backends.ids(),
             backends: self.backends.slots(),
             peers: peers_of(&self.peers4, &self.peers6)?,
+            source_ranges: ranges_of(&self.source_ranges)?,
         })
     }
 
@@ -146,6 +161,10 @@ impl Maps for BpfMaps {
             })?,
             Table::Backends => {
                 (out.ids, out.backends) = (self.backends.ids(), self.backends.slots());
+                true
+            }
+            Table::SourceRanges => {
+                out.source_ranges = ranges_of(&self.source_ranges)?;
                 true
             }
             Table::Peers => {
@@ -192,6 +211,10 @@ impl Maps for BpfMaps {
     fn peer_capacity(&self) -> u32 {
         self.peers4.max_entries().min(self.peers6.max_entries())
     }
+
+    fn source_range_capacity(&self) -> u32 {
+        self.source_ranges.max_entries()
+    }
 }
 
 /// Writes of one rank may go together.
@@ -204,6 +227,8 @@ fn rank(write: &Write) -> u8 {
         Write::ForgetFlows { .. } => 4,
         Write::ClearBackends { .. } => 5,
         Write::RestoreBackends { .. } | Write::RestoreIds { .. } => 6,
+        Write::PutSourceRange { .. } => 7,
+        Write::DeleteSourceRange { .. } => 8,
     }
 }
 
@@ -244,6 +269,22 @@ fn peer_key(prefix: &IpNet) -> Either<PeerKey<Ip4>, PeerKey<Ip6>> {
     }
 }
 
+fn range_key(range: &SourceRange) -> SourceRangeKey {
+    let SourceRange { key: VipKey { ip, port, proto, .. }, clients } = *range;
+    let (vip, client) = (Addr::from(ip), Addr::from(clients.network()));
+    let data = source_range::SourceRange { vip, port, proto, pad: 0, client };
+    SourceRangeKey { prefix_len: source_range::prefix_len(ip.is_ipv4(), clients.prefix_len()), data }
+}
+
+/// `None` for a key that the agent never writes.
+fn range_of(key: &SourceRangeKey) -> Option<SourceRange> {
+    let source_range::SourceRange { vip, port, proto, client, .. } = key.data;
+    let (ip, client) = (IpAddr::from(vip), IpAddr::from(client));
+    let len = source_range::range_len(ip.is_ipv4(), key.prefix_len)?;
+    let clients = IpNet::new(client, len).ok()?;
+    Some(SourceRange { key: VipKey { ip, port, proto, scope: scope::EXTERNAL }, clients })
+}
+
 fn prefix4(key: PeerKey<Ip4>) -> Option<IpNet> {
     Ipv4Net::new(Ipv4Addr::from(key.data), u8::try_from(key.prefix_len).ok()?).ok().map(IpNet::V4)
 }
@@ -254,6 +295,7 @@ fn prefix6(key: &PeerKey<Ip6>) -> Option<IpNet> {
 
 type Services<A> = Map<SvcKey<A>, SvcEntry>;
 type Peers<A> = Map<PeerKey<A>, Peer>;
+type SourceRanges = Map<SourceRangeKey, u32>;
 
 fn services_of(four: &Services<Ip4>, six: &Services<Ip6>) -> Result<BTreeMap<VipKey, SvcEntry>> {
     let mut out = BTreeMap::new();
@@ -271,6 +313,17 @@ fn peers_of(four: &Peers<Ip4>, six: &Peers<Ip6>) -> Result<BTreeMap<IpNet, Peer>
     four.for_each(|k, v| out.extend(prefix4(*k).map(|prefix| (prefix, *v))))?;
     six.for_each(|k, v| out.extend(prefix6(k).map(|prefix| (prefix, *v))))?;
     Ok(out)
+}
+
+fn ranges_of(ranges: &SourceRanges) -> Result<BTreeMap<SourceRange, u32>> {
+    let mut out = BTreeMap::new();
+    ranges.for_each(|k, v| out.extend(range_of(k).map(|range| (range, *v))))?;
+    Ok(out)
+}
+
+/// Reads `rn_source_ranges`, for the command.
+pub fn source_ranges(bpffs: &Path) -> Result<BTreeSet<SourceRange>> {
+    Ok(ranges_of(&Map::open(bpffs, map::SOURCE_RANGES)?)?.into_keys().collect())
 }
 
 /// Reads the services of both families, for the command.

@@ -7,7 +7,7 @@ use crate::index::{Index, Settings, VipKey, WithoutLocalEndpoints};
 use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{EndpointSlice, Family, Service};
 use crate::source::Kind;
-use rustnet_common::service::flags::{SHARED, VIP};
+use rustnet_common::service::flags::{SHARED, SOURCE_RANGES, VIP};
 use rustnet_common::service::scope;
 use rustnet_common::tuple::proto::TCP;
 use std::collections::BTreeSet;
@@ -195,4 +195,60 @@ fn an_entry_that_a_service_wants_twice() {
     assert!(problems(&it).is_empty(), "{:?}", problems(&it));
     it.handle(gone(Kind::Service, "other"));
     assert!(keys.iter().all(|key| desired(&it, key).is_none()) && !it.has_external());
+}
+
+/// The ranges of each entry, by its text.
+fn ranges(it: &Index) -> Vec<(String, Vec<String>)> {
+    let entries = it.desired_ranges().into_iter().flat_map(|of| of.entries);
+    entries.map(|(key, all)| (key.to_string(), all.iter().map(ToString::to_string).collect())).collect()
+}
+
+/// Only the load balancer's addresses, and only for clients outside.
+#[test]
+fn source_ranges_are_of_the_load_balancers_entries() {
+    const BALANCER6: &str = "2001:db8:7::7";
+    let web = || service("web", &[VIP4]).tcp(80).node_port(30_080).external(&["198.51.100.7"]);
+    let balanced = || web().balanced(&[BALANCER, BALANCER6]);
+    let mut it = published(balanced().source_ranges(&["192.0.2.0/24", "198.51.100.0/24"]));
+    let at = key(BALANCER, 80, TCP);
+    let flags = |it: &Index, key: VipKey| desired(it, &key).expect("an entry").1;
+    assert_eq!(flags(&it, outside(at)), SOURCE_RANGES);
+    for open in [key(VIP4, 80, TCP), at, key("198.51.100.7", 80, TCP), key("172.18.0.11", 30_080, TCP)] {
+        assert_eq!(flags(&it, open), 0, "{open}");
+    }
+    for open in [key("198.51.100.7", 80, TCP), key("172.18.0.11", 30_080, TCP)] {
+        assert_eq!(flags(&it, outside(open)), 0, "{open}");
+    }
+    let both = vec!["192.0.2.0/24".to_owned(), "198.51.100.0/24".to_owned()];
+    let (four, six) = (outside(at).to_string(), outside(key(BALANCER6, 80, TCP)).to_string());
+    assert_eq!(ranges(&it), [(four.clone(), both), (six.clone(), Vec::new())]);
+    assert!(it.take_ranges_dirty() && !it.take_ranges_dirty());
+    // Of one family: the other is closed.
+    it.handle(balanced().source_ranges(&["2001:db8::/32"]).apply());
+    assert!(it.take_ranges_dirty());
+    assert_eq!(ranges(&it), [(four.clone(), Vec::new()), (six, vec!["2001:db8::/32".to_owned()])]);
+    assert_eq!(flags(&it, outside(at)), SOURCE_RANGES);
+    // Another Service has the entry.
+    let older = service("older", &["10.96.0.99"]).tcp(80).balanced(&[BALANCER]).created(-1);
+    it.handle(older.apply());
+    assert!(it.take_ranges_dirty());
+    assert_eq!((ranges(&it).len(), flags(&it, outside(at))), (1, 0));
+    it.handle(gone(Kind::Service, "older"));
+    assert!(it.take_ranges_dirty() && ranges(&it).iter().any(|(key, _)| *key == four));
+    it.handle(balanced().apply());
+    assert!(it.take_ranges_dirty() && ranges(&it).is_empty());
+    assert_eq!(flags(&it, outside(at)), 0);
+    // Nobody has ranges any more.
+    it.handle(web().apply());
+    assert!(!it.take_ranges_dirty());
+}
+
+/// The oldest Service comes first: what does not fit is of the youngest.
+#[test]
+fn source_ranges_of_the_oldest_service_first() {
+    let named = |name, at, created| service(name, &[]).tcp(80).balanced(&[at]).created(created).source_ranges(&[]);
+    let mut it = index([named("a", "203.0.113.1", 3).apply(), named("b", "203.0.113.2", 1).apply()]);
+    it.handle(named("c", "203.0.113.3", 2).apply());
+    let names: Vec<_> = it.desired_ranges().into_iter().map(|of| of.service.to_string()).collect();
+    assert_eq!(names, ["default/b", "default/c", "default/a"]);
 }

@@ -4,6 +4,7 @@ mod audit;
 mod damage;
 mod full;
 mod sets;
+mod source_ranges;
 
 use super::{Capacity, Plan, Planner};
 use crate::config::{AUDIT_PERIOD, Routing};
@@ -135,6 +136,8 @@ fn shape(plan: &Plan) -> Vec<&'static str> {
         Write::DeleteService { .. } => "delete service",
         Write::PutPeer { .. } => "put peer",
         Write::DeletePeer { .. } => "delete peer",
+        Write::PutSourceRange { .. } => "put range",
+        Write::DeleteSourceRange { .. } => "delete range",
         Write::ForgetFlows { .. } => "forget",
     };
     plan.writes.iter().map(name).collect()

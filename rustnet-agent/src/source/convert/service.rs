@@ -1,10 +1,12 @@
 //! `v1/Service`: which have virtual addresses, which addresses and ports.
 
-use super::{BadName, Converter, Findings, created, family, is_foreign, port, protocol, reference, unicast};
-use crate::model::{Family, Feature, Service, ServicePort};
+use super::{BadName, Converter, Findings, created, family, is_foreign, port, protocol, range, reference, unicast};
+use crate::model::{Family, Service, ServicePort};
 use crate::source::{Event, Kind, Object};
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Service as KubeService, ServiceSpec};
 use rustnet_common::tuple::proto;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -41,7 +43,8 @@ impl Converter {
         if ports.is_empty() && findings.list.is_empty() {
             findings.add("spec.ports", "no ports, so that every connection to it is refused; add one");
         }
-        let external = external(service, spec, &vips, &mut findings);
+        let balanced = balanced(service, spec, &vips, &mut findings);
+        let external = external(spec, &vips, &balanced, &mut findings);
         let service = Service {
             name: object.name,
             created: created(&service.metadata),
@@ -54,13 +57,14 @@ impl Converter {
                 &mut findings,
             ),
             external,
+            balanced,
+            source_ranges: source_ranges(spec, &mut findings),
             external_local: is_local(
                 spec.external_traffic_policy.as_deref(),
                 "spec.externalTrafficPolicy",
                 &mut findings,
             ),
             health_check_port: health_check_port(spec, &mut findings),
-            unserved: unserved(spec),
             problems: findings.done(),
         };
         Ok(Event::Apply(Object::Service(Arc::new(service))))
@@ -180,22 +184,34 @@ fn affinity(spec: &ServiceSpec, findings: &mut Findings) -> u32 {
     }
 }
 
-/// Addresses for clients outside: `externalIPs`, and those of load balancers that deliver packets as they are (`ipMode: VIP`,
-/// KEP-1860).
-fn external(service: &KubeService, spec: &ServiceSpec, vips: &[IpAddr], findings: &mut Findings) -> Box<[IpAddr]> {
-    let ips = spec.external_ips.iter().flatten().enumerate().map(|(i, ip)| (format!("spec.externalIPs[{i}]"), ip));
-    // Served to nobody rather than to everybody.
-    let is_open = is_balanced(spec) && !has_source_ranges(spec);
-    let status = service.status.as_ref().filter(|_| is_open).and_then(|status| status.load_balancer.as_ref());
-    let balanced = status.and_then(|status| status.ingress.as_ref()).into_iter().flatten().enumerate();
-    let balanced = balanced.filter(|(_, it)| it.ip_mode.as_deref() != Some("Proxy")).filter_map(|(i, it)| {
-        let ip = it.ip.as_ref().filter(|ip| !ip.is_empty())?;
+/// Addresses of load balancers that deliver packets as they are (`ipMode: VIP`, KEP-1860).
+fn balanced(service: &KubeService, spec: &ServiceSpec, vips: &[IpAddr], findings: &mut Findings) -> Box<[IpAddr]> {
+    let status = service.status.as_ref().filter(|_| is_balanced(spec)).and_then(|status| status.load_balancer.as_ref());
+    let ingress = status.and_then(|status| status.ingress.as_ref()).into_iter().flatten().enumerate();
+    let given = ingress.filter(|(_, it)| it.ip_mode.as_deref() != Some("Proxy")).filter_map(|(i, it)| {
+        let ip = it.ip.as_deref().filter(|ip| !ip.is_empty())?;
         Some((format!("status.loadBalancer.ingress[{i}].ip"), ip))
     });
+    addresses(given, vips, &[], findings)
+}
+
+/// `externalIPs`. One that is a load balancer's, too, is left out: it is only for the clients of that.
+fn external(spec: &ServiceSpec, vips: &[IpAddr], balanced: &[IpAddr], findings: &mut Findings) -> Box<[IpAddr]> {
+    let given = spec.external_ips.iter().flatten().enumerate();
+    addresses(given.map(|(i, ip)| (format!("spec.externalIPs[{i}]"), ip.as_str())), vips, balanced, findings)
+}
+
+/// Addresses with the fields that they stand in, each once, of the families of `vips` and none of `others`.
+fn addresses<'a>(
+    given: impl Iterator<Item = (String, &'a str)>,
+    vips: &[IpAddr],
+    others: &[IpAddr],
+    findings: &mut Findings,
+) -> Box<[IpAddr]> {
     let mut found: Vec<IpAddr> = Vec::new();
-    for (field, text) in ips.chain(balanced) {
+    for (field, text) in given {
         match unicast(text) {
-            Ok(ip) if found.contains(&ip) => {}
+            Ok(ip) if found.contains(&ip) || others.contains(&ip) => {}
             Ok(ip) if vips.iter().all(|vip| Family::of(*vip) != Family::of(ip)) => {
                 findings.add(
                     field,
@@ -212,19 +228,27 @@ fn external(service: &KubeService, spec: &ServiceSpec, vips: &[IpAddr], findings
     found.into()
 }
 
+/// The clients that a load balancer is for; `None` if the Service does not say. What is no range allows nobody.
+fn source_ranges(spec: &ServiceSpec, findings: &mut Findings) -> Option<Box<[IpNet]>> {
+    let given = spec.load_balancer_source_ranges.as_ref().filter(|given| is_balanced(spec) && !given.is_empty())?;
+    let mut ranges = BTreeSet::new();
+    for (i, text) in given.iter().enumerate() {
+        match range(text.trim()) {
+            Some(range) => {
+                ranges.insert(range.trunc());
+            }
+            None => findings.add(
+                format!("spec.loadBalancerSourceRanges[{i}]"),
+                format!("{text:?} is not a range, it allows nobody; write an address and a length, as in 192.0.2.0/24"),
+            ),
+        }
+    }
+    Some(ranges.into_iter().collect())
+}
+
 /// True for a Service with a load balancer.
 fn is_balanced(spec: &ServiceSpec) -> bool {
     spec.type_.as_deref() == Some("LoadBalancer")
-}
-
-/// True if only some clients may use its load balancer.
-fn has_source_ranges(spec: &ServiceSpec) -> bool {
-    spec.load_balancer_source_ranges.iter().flatten().any(|range| !range.trim().is_empty())
-}
-
-/// Read only to be reported.
-fn unserved(spec: &ServiceSpec) -> Box<[Feature]> {
-    (is_balanced(spec) && has_source_ranges(spec)).then_some(Feature::SourceRanges).into_iter().collect()
 }
 
 /// The health check node port of a Service that has one: with a load balancer that must know which nodes have endpoints.

@@ -415,21 +415,54 @@ fn names_are_checked() {
     }
 }
 
+/// A Service of this type with these ranges, an external IP and two addresses of a load balancer.
+fn with_source_ranges(type_: &str, ranges: &Value) -> Arc<Service> {
+    let mut value = web(&json!({
+        "clusterIP": "10.96.0.1", "type": type_, "ports": [{"port": 80}], "loadBalancerSourceRanges": ranges,
+        "externalIPs": ["198.51.100.7", "203.0.113.7"],
+    }));
+    value["status"] =
+        json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}, {"ip": "2001:db8:7::7"}, {"ip": "203.0.113.7"}]}});
+    service(value)
+}
+
+#[test]
+fn source_ranges() {
+    for (given, want) in [
+        (json!(null), None),
+        (json!([]), None),
+        (
+            json!([" 192.0.2.0/24 ", "2001:db8::/32", "192.0.2.0/24", "010.1.2.3/8"]),
+            Some(vec!["10.0.0.0/8", "192.0.2.0/24", "2001:db8::/32"]),
+        ),
+        (json!(["0.0.0.0/0"]), Some(vec!["0.0.0.0/0"])),
+    ] {
+        let it = with_source_ranges("LoadBalancer", &given);
+        let ranges = it.source_ranges.as_ref().map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(ranges, want.map(|all| all.into_iter().map(str::to_owned).collect()), "{given}");
+        assert_eq!(texts(&it.problems), [""; 0]);
+        assert_eq!(it.balanced, ["203.0.113.7".parse().unwrap(), "2001:db8:7::7".parse().unwrap()].into());
+        assert_eq!(it.external, ["198.51.100.7".parse().unwrap()].into());
+    }
+    // Those of another type, as the API server may keep them.
+    let it = with_source_ranges("NodePort", &json!(["192.0.2.0/24"]));
+    assert_eq!((&it.source_ranges, it.balanced.len(), it.external.len()), (&None, 0, 2));
+}
+
+#[test]
+fn what_is_no_source_range_allows_nobody() {
+    for bad in ["", " ", "192.0.2.1", "192.0.2.0/33", "2001:db8::/129", "all", "192.0.2.0/24, 198.51.100.0/24"] {
+        let it = with_source_ranges("LoadBalancer", &json!(["192.0.2.0/24", bad]));
+        assert_eq!(it.source_ranges, Some(["192.0.2.0/24".parse().unwrap()].into()), "{bad:?}");
+        only_problem(&it.problems, &["spec.loadBalancerSourceRanges[1]: ", "is not a range", "; write"]);
+        let it = with_source_ranges("LoadBalancer", &json!([bad]));
+        assert_eq!(it.source_ranges, Some([].into()), "{bad:?}");
+        assert_eq!(it.balanced.len(), 2);
+    }
+}
+
 #[test]
 fn what_is_asked_for_and_not_served_is_noted() {
-    use crate::model::Feature::SourceRanges;
-    for (type_, policy, ranges, want) in [
-        ("NodePort", "Local", json!(["192.0.2.0/24"]), vec![]),
-        ("LoadBalancer", "Cluster", json!([" "]), vec![]),
-        ("LoadBalancer", "Cluster", json!(["192.0.2.0/24"]), vec![SourceRanges]),
-        ("LoadBalancer", "Local", json!([]), vec![]),
-    ] {
-        let spec = json!({
-            "clusterIP": "10.96.0.1", "type": type_, "ports": [{"port": 80}], "externalTrafficPolicy": policy,
-            "loadBalancerSourceRanges": ranges,
-        });
-        assert_eq!(*service(web(&spec)).unserved, *want, "{type_} {policy}");
-    }
     for (ports, want) in
         [(json!([{"containerPort": 80}]), false), (json!([{"containerPort": 80, "hostPort": 80}]), true)]
     {

@@ -106,7 +106,7 @@ fn a_smaller_array_than_the_one_read_back() {
     let backends: Vec<Backend> = (0..8).map(backend).collect();
     let mut held = Snapshot { ids: backends.iter().map(|b| b.id).collect(), backends, ..Snapshot::default() };
     held.services.insert(key(VIP, 80, TCP), SvcEntry { first: 6, count: 1, id: 1, affinity: 0, flags: 0, pad: 0 });
-    let room = Capacity { services: 8, backends: 4, peers: 8 };
+    let room = Capacity { services: 8, backends: 4, peers: 8, source_ranges: 8 };
     let mut planner = Planner::from_snapshot(held, room);
     let mut index = synced_index();
     for event in web(&["10.244.1.2"]) {
