@@ -56,6 +56,8 @@ pub struct Outside {
     pub node_port: u16,
     /// Addresses of its load balancer.
     pub balancer: Vec<IpAddr>,
+    /// The clients that its load balancer is for; empty for all.
+    pub source_ranges: Vec<String>,
     /// Its external IPs.
     pub ips: Vec<IpAddr>,
     /// `externalTrafficPolicy: Local`.
@@ -124,12 +126,16 @@ impl Service {
                 p.name, p.proto, p.port, p.target, self.outside.node_port
             );
         }
-        let Outside { balancer, ips, is_local, .. } = &self.outside;
+        let Outside { balancer, source_ranges, ips, is_local, .. } = &self.outside;
         if *is_local {
             out += "  externalTrafficPolicy: Local\n";
         }
         if !ips.is_empty() {
             let _ = writeln!(out, "  externalIPs: [{}]", list(ips.iter().map(|ip| format!("\"{ip}\"")).collect()));
+        }
+        if !source_ranges.is_empty() {
+            let ranges = source_ranges.iter().map(|range| format!("\"{range}\"")).collect();
+            let _ = writeln!(out, "  loadBalancerSourceRanges: [{}]", list(ranges));
         }
         if !balancer.is_empty() {
             let ingress = balancer.iter().map(|ip| format!("{{ip: \"{ip}\"}}")).collect();

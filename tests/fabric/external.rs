@@ -16,6 +16,7 @@ in_each_routing!(
     a_local_policy_keeps_the_client,
     without_endpoints_clients_are_refused,
     a_load_balancers_address,
+    a_load_balancer_for_some,
     an_external_ip_of_a_node,
     clients_inside,
     a_backend_that_is_the_node,
@@ -130,14 +131,19 @@ fn without_endpoints_clients_are_refused(net: &Net) -> Result<()> {
     Ok(())
 }
 
-/// The segment's router leads the addresses to a node, as a load balancer does.
-fn a_load_balancers_address(net: &Net) -> Result<()> {
+/// Addresses that no other test has. The segment's router leads them to a node, as a load balancer does.
+fn balancer(net: &Net) -> Result<Vec<IpAddr>> {
     static NEXT: AtomicU16 = AtomicU16::new(1);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
     let balancer: Vec<IpAddr> = vec![format!("203.0.113.{n}").parse()?, format!("2001:db8:113::{n}").parse()?];
     for vip in &balancer {
         net.fabric.switch().ip(&format!("route add {vip} via {}\n", net.node(1).address_like(*vip)))?;
     }
+    Ok(balancer)
+}
+
+fn a_load_balancers_address(net: &Net) -> Result<()> {
+    let balancer = balancer(net)?;
     let pods = [&net.a, &net.c];
     let outside = Outside { balancer: balancer.clone(), ..at_nodes() };
     let service = published(net, outside, endpoints(&pods))?;
@@ -159,6 +165,58 @@ fn a_load_balancers_address(net: &Net) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The address of the world is in its ranges, then in none, then in those of one family.
+fn a_load_balancer_for_some(net: &Net) -> Result<()> {
+    let balancer = balancer(net)?;
+    let [world4, world6] = world();
+    let source_ranges = vec![format!("{world4}/30"), format!(" {world6}/126 "), "192.0.2.128/25".into()];
+    let outside = Outside { balancer: balancer.clone(), source_ranges, ..at_nodes() };
+    let mut service = published(net, outside, endpoints(&[&net.a, &net.c]))?;
+    let port = service.targets()[0].port();
+    let [four, six] = [0, 1].map(|i| SocketAddr::new(balancer[i], port));
+    let mut open = Vec::new();
+    for target in [four, six] {
+        wait_served(net.fabric.world(), target)?;
+        for proto in Proto::ALL {
+            ask(net.fabric.world(), proto, target, 20)?.only_by(&["a", "c"])?;
+        }
+        open.push(Connection::open_in(net.fabric.world(), target)?);
+    }
+
+    let judge = |service: &mut TestService<'_>, ranges: &[&str]| {
+        service.service.outside.source_ranges = ranges.iter().map(|range| (*range).to_owned()).collect();
+        service.set(endpoints(&[&net.a, &net.c]))
+    };
+    let wait_closed = |target| {
+        wait::until(&format!("{target} closed"), || {
+            ask(net.fabric.world(), Proto::Udp, target, 1)?.all_failed(ErrorKind::TimedOut)
+        })
+    };
+    judge(&mut service, &["192.0.2.128/25", "2001:db8:ffff::/48"])?;
+    for target in [four, six] {
+        wait_closed(target)?;
+        ask(net.fabric.world(), Proto::Tcp, target, 1)?.all_failed(ErrorKind::TimedOut)?;
+        // Pods and hosts of the cluster are not asked.
+        for from in [net.a.netns(), net.c.netns(), net.node(1).netns(), net.node(2).netns()] {
+            for proto in Proto::ALL {
+                ask(from, proto, target, 20)?.only_by(&["a", "c"]).with_context(|| format!("{proto} {target}"))?;
+            }
+        }
+    }
+    for target in net.fabric.nodes().iter().flat_map(|node| targets(node, &service)) {
+        ask(net.fabric.world(), Proto::Tcp, target, 20)?.only_by(&["a", "c"]).with_context(|| format!("{target}"))?;
+    }
+    for connection in &mut open {
+        connection.ask("again").context("a known connection")?;
+    }
+
+    judge(&mut service, &["0.0.0.0/0"])?;
+    wait_served(net.fabric.world(), four)?;
+    wait_closed(six)?;
+    judge(&mut service, &[])?;
+    wait_served(net.fabric.world(), six)
 }
 
 /// Its other ports stay the host's.
