@@ -151,7 +151,6 @@ mod tests {
             source_ranges: None,
             external_local: false,
             health_check_port: 0,
-            unserved: Box::default(),
             problems: [].into(),
         }))));
         index.handle(Event::Apply(Object::Node(Arc::new(Node {

@@ -136,11 +136,6 @@ impl Services {
         }
     }
 
-    /// All Services, in no order.
-    pub fn iter(&self) -> impl Iterator<Item = &Service> {
-        self.states.values().filter_map(|state| state.service.as_deref())
-    }
-
     pub fn apply_service(&mut self, service: &Arc<Service>) {
         let state = self.states.entry(service.name.clone()).or_default();
         if state.service.as_ref() == Some(service) {

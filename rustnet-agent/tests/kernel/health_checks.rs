@@ -32,6 +32,8 @@ fn balanced(name: &str, last: u8, check: u16) -> Event {
         ports: [ServicePort { name: "".into(), port: 80, proto: 6, node_port }].into(),
         affinity: 0,
         internal_local: false,
+        balanced: [].into(),
+        source_ranges: None,
         external: [[203, 0, 113, last].into()].into(),
         external_local: true,
         health_check_port: check,

@@ -1,6 +1,6 @@
 //! Services for clients outside.
 
-use super::{VIP4, desired, gone, index, key, problems};
+use super::{VIP4, VIP6, desired, gone, index, key, problems};
 use crate::config::{NodePortAddresses, Routing};
 use crate::host::build::{device, host};
 use crate::index::{Index, Settings, VipKey, WithoutLocalEndpoints};
@@ -207,7 +207,7 @@ fn ranges(it: &Index) -> Vec<(String, Vec<String>)> {
 #[test]
 fn source_ranges_are_of_the_load_balancers_entries() {
     const BALANCER6: &str = "2001:db8:7::7";
-    let web = || service("web", &[VIP4]).tcp(80).node_port(30_080).external(&["198.51.100.7"]);
+    let web = || service("web", &[VIP4, VIP6]).tcp(80).node_port(30_080).external(&["198.51.100.7"]);
     let balanced = || web().balanced(&[BALANCER, BALANCER6]);
     let mut it = published(balanced().source_ranges(&["192.0.2.0/24", "198.51.100.0/24"]));
     let at = key(BALANCER, 80, TCP);

@@ -418,7 +418,7 @@ fn names_are_checked() {
 /// A Service of this type with these ranges, an external IP and two addresses of a load balancer.
 fn with_source_ranges(type_: &str, ranges: &Value) -> Arc<Service> {
     let mut value = web(&json!({
-        "clusterIP": "10.96.0.1", "type": type_, "ports": [{"port": 80}], "loadBalancerSourceRanges": ranges,
+        "clusterIPs": ["10.96.0.1", "fd00:96::1"], "type": type_, "ports": [{"port": 80}], "loadBalancerSourceRanges": ranges,
         "externalIPs": ["198.51.100.7", "203.0.113.7"],
     }));
     value["status"] =
