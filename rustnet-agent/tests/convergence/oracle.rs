@@ -193,12 +193,15 @@ fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
         let (flags, backends) = backends(cluster, settings, service, is_local, &name, protocol, ip.is_ipv6());
         table.insert((ip, port, protocol, scope), (flags, service.affinity.unwrap_or(0), backends));
     }
+    let of_nodes: BTreeSet<IpAddr> =
+        nodes(cluster).iter().flat_map(|node| node.addresses.iter().map(|it| it.parse().unwrap())).collect();
     for service in plain(cluster) {
         let vips = parsed(&service.vips);
         let external = parsed(&service.external).into_iter();
         let external = external.filter(|ip| vips.iter().any(|vip| vip.is_ipv6() == ip.is_ipv6()));
         for (ip, is_external) in vips.iter().map(|ip| (*ip, false)).chain(external.map(|ip| (ip, true))) {
-            if own.contains(&ip) {
+            // Its other ports are a node's.
+            if own.contains(&ip) || of_nodes.contains(&ip) {
                 continue;
             }
             // What one Service has for its own, no machine outside has.

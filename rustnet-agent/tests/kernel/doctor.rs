@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount, umount};
-use rustnet_agent::model::Service;
+use rustnet_agent::model::{ObjectName, Pod};
 use rustnet_agent::source::{Event, Object};
 use serde_json::Value;
 
@@ -107,10 +107,10 @@ fn a_good_host_is_well_before_the_agent_and_while_it_runs() {
             let found = wrong(sandbox, "doctor");
             assert!(found.iter().all(known), "{found:#?}");
             // What the agent counts and does not serve.
-            agent.send([sticky()]).await;
+            agent.send([published()]).await;
             let is_named =
                 || wrong(sandbox, "doctor").iter().any(|it| it[0] == "Features" && it[3].contains("default/web"));
-            wait_until("the doctor names the Service", is_named).await;
+            wait_until("the doctor names the pod", is_named).await;
             fs::remove_file(net_d.join("05-rustnet.conflist")).unwrap();
             assert!(wrong(sandbox, "doctor").iter().any(|it| it[0] == "CNI" && it[2] == "bad"));
             agent.stop().await;
@@ -155,15 +155,12 @@ fn packets_that_leave_elsewhere_are_named() {
     });
 }
 
-/// A Service that wants session affinity.
-fn sticky() -> Event {
-    let [service, _] = web(0);
-    match service {
-        Event::Apply(Object::Service(service)) => {
-            Event::Apply(Object::Service(Arc::new(Service { affinity: 10_800, ..(*service).clone() })))
-        }
-        other => other,
-    }
+/// A pod that wants a port of the host.
+fn published() -> Event {
+    let name = ObjectName::namespaced("default", "web");
+    let (host_network, host_ports) = (false, true);
+    let pod = Pod { name, uid: "u".into(), node: "n1".into(), addresses: [].into(), host_network, host_ports };
+    Event::Apply(Object::Pod(Arc::new(pod)))
 }
 
 #[test]
