@@ -153,6 +153,9 @@ fn ports_of_a_load_balancers_address() -> Result<()> {
             lab.uplink_in(&ask)?.to_the_pod(&ask.hop().between((net.world(), PORT), (net.b(), TARGET)))?;
             let other = from_outside(proto, (net.world(), PORT), (vip, VIP_PORT + 1));
             lab.uplink_in(&other)?.answered(DropReason::NoServicePort, &refusal(&other))?;
+            // To pods, the balancer may serve other ports.
+            let inside = from_a(net, proto, (vip, VIP_PORT + 1));
+            lab.pod_sends(&inside)?.onto_wire(&inside.hop().between((net.node(), PORT), (vip, VIP_PORT + 1)))?;
             // Machines outside may have that address, too: a balancer that probes.
             let probe = from_outside(proto, (vip, PORT), (net.node(), NODE_PORT));
             lab.uplink_in(&probe)?.to_stack(&probe)

@@ -278,9 +278,8 @@ impl Lab {
 
     /// Writes the wildcard entries of a load balancer's address.
     pub fn share(&self, vip: IpAddr) -> Result<()> {
-        [scope::CLUSTER, scope::EXTERNAL]
-            .into_iter()
-            .try_for_each(|scope| self.put_wildcard(scope, vip, service::flags::SHARED))
+        self.put_wildcard(scope::CLUSTER, vip, service::flags::SHARED)?;
+        self.put_wildcard(scope::EXTERNAL, vip, 0)
     }
 
     fn put_wildcard(&self, scope: u8, vip: IpAddr, flags: u16) -> Result<()> {

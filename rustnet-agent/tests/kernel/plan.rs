@@ -192,7 +192,8 @@ fn judged(ranges: &[&str]) -> Event {
     let [Event::Apply(Object::Service(service)), _] = service(1) else { panic!("no Service") };
     let balanced = ["203.0.113.7", "2001:db8:7::7"].map(|ip| ip.parse().unwrap()).into();
     let source_ranges = Some(ranges.iter().map(|range| range.parse().unwrap()).collect());
-    Event::Apply(Object::Service(Arc::new(Service { balanced, source_ranges, ..(*service).clone() })))
+    let vips = [service.vips[0], "fd00:96::1".parse().unwrap()].into();
+    Event::Apply(Object::Service(Arc::new(Service { vips, balanced, source_ranges, ..(*service).clone() })))
 }
 
 #[test]

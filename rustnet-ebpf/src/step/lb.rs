@@ -32,8 +32,15 @@ pub fn is_vip<F: Family>(addr: F::A) -> bool {
 /// True if the address is a VIP that no machine outside can have.
 #[inline(always)]
 pub fn is_cluster_ip<F: Family>(addr: F::A) -> bool {
+    refuses_ports::<F>(addr, scope::CLUSTER)
+}
+
+/// True if the ports of an address that no Service has are refused to clients of a [`scope`]. For pods and the host, a load balancer
+/// may have such a port: the API server's, for example. What it sends back here comes from outside, where there are none.
+#[inline(always)]
+fn refuses_ports<F: Family>(vip: F::A, scope: u8) -> bool {
     // SAFETY: a map value stays readable for this run of the program.
-    wildcard::<F>(addr, scope::CLUSTER).is_some_and(|entry| unsafe { (*entry).flags } & flags::SHARED == 0)
+    wildcard::<F>(vip, scope).is_some_and(|entry| unsafe { (*entry).flags } & flags::SHARED == 0)
 }
 
 /// True if a flow from outside asks for a Service that clients outside may have, whatever the port of a VIP.
@@ -68,7 +75,7 @@ fn backend(backend_id: u32) -> Option<&'static Backend> {
 pub fn select<F: Family>(t: &Tuple<F::A>, scope: u8, seed: u32) -> Result<Option<&'static Backend>, DropReason> {
     let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope };
     let Some(entry) = F::services().get_ptr(key) else {
-        return if wildcard::<F>(t.dst, scope).is_some() { Err(DropReason::NoServicePort) } else { Ok(None) };
+        return if refuses_ports::<F>(t.dst, scope) { Err(DropReason::NoServicePort) } else { Ok(None) };
     };
     // SAFETY: the entry lies in a map, whose memory stays mapped for this run. User space may
     // replace the entry, and the kernel may give its memory to another key at once: the backend's

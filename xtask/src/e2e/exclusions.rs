@@ -20,15 +20,14 @@ const fn rustnet(part: &'static str, reason: &'static str) -> Exclusion {
     Exclusion { part, reason, rustnet: true }
 }
 
-const NODE_PORTS: &str = "rustnet: node ports and external addresses are not served yet";
-const AFFINITY: &str = "rustnet: session affinity is not applied yet";
+const HAIRPIN: &str = "rustnet: a node does not reach itself through a Service, nor its own node ports, yet";
 const INTERNET: &str = "the cluster has no way to the Internet";
 const KUBE_PROXY: &str = "about kube-proxy itself";
 const MORE_NODES: &str = "wants more nodes in more zones";
 const DISRUPTIVE: &str = "breaks components by ssh";
 
 /// All of them; the first that matches gives the reason.
-static ALL: [Exclusion; 37] = [
+static ALL: [Exclusion; 26] = [
     // What this cluster, machine or kernel cannot do, whatever the network.
     here("[Feature:LoadBalancer]", "no controller gives out load-balancer addresses"),
     here("[Feature:SCTPConnectivity]", "SCTP sockets, which not every kernel has"),
@@ -50,22 +49,11 @@ static ALL: [Exclusion; 37] = [
     // What rustnet does not do yet.
     rustnet("should check kube-proxy urls", KUBE_PROXY),
     rustnet("KubeProxy should set TCP CLOSE_WAIT", KUBE_PROXY),
-    rustnet("node-Service", NODE_PORTS),
-    rustnet("pod-Service", NODE_PORTS),
-    rustnet("endpoint-Service", NODE_PORTS),
-    rustnet("odePort", NODE_PORTS),
-    rustnet("xternalTrafficPolicy", NODE_PORTS),
-    rustnet("xternallTrafficPolicy", NODE_PORTS),
-    rustnet("ExternalIP", NODE_PORTS),
-    rustnet("service endpoints using hostNetwork", NODE_PORTS),
-    rustnet("health check node port", NODE_PORTS),
-    rustnet("multiple endpoint-Services", NODE_PORTS),
-    rustnet("a basic SCTP service", NODE_PORTS),
-    rustnet("different protocol for internal traffic on Type LoadBalancer", NODE_PORTS),
-    rustnet("PublishNotReadyAddresses is true", NODE_PORTS),
-    rustnet("serve on different Service CIDRs", NODE_PORTS),
-    rustnet("Local Pod and Node, to Pod", "rustnet: a host does not reach itself through a service yet"),
-    rustnet("session affinity", AFFINITY),
+    rustnet("Local Pod and Node, to Pod", HAIRPIN),
+    rustnet("node-Service", HAIRPIN),
+    rustnet("basic nodePort", HAIRPIN),
+    rustnet("update nodePort", HAIRPIN),
+    rustnet("service endpoints using hostNetwork", HAIRPIN),
     rustnet("HostPort", "rustnet: host ports are not served yet"),
     rustnet("hostPort", "rustnet: host ports are not served yet"),
 ];
