@@ -403,8 +403,6 @@ impl Services {
             self.dirty.insert(key);
             let claim = match self.claims.remove(&key) {
                 None => Claim::One(service.name.clone()),
-                // Two of its frontends want the same.
-                Some(Claim::One(own)) if own == service.name => Claim::One(own),
                 Some(Claim::One(other)) => {
                     self.contested.insert(key);
                     let age = self.states.get(&other).and_then(|s| s.service.as_ref()).map_or(0, |s| s.created);
@@ -438,21 +436,16 @@ impl Services {
         self.restricted.remove(&(service.created, service.name.clone()));
         for key in port_keys(service, &self.node_ips) {
             self.dirty.insert(key);
-            let left = match self.claims.remove(&key) {
-                Some(Claim::Many(mut claims)) => {
-                    claims.remove(&(service.created, service.name.clone()));
-                    if claims.len() == 1 {
-                        self.contested.remove(&key);
-                        claims.pop_first().map(|(_, name)| Claim::One(name))
-                    } else {
-                        Some(Claim::Many(claims))
-                    }
-                }
-                // Two of its frontends wanted the same: by now it is another's.
-                Some(Claim::One(other)) if other != service.name => Some(Claim::One(other)),
-                Some(Claim::One(_)) | None => None,
-            };
-            self.claims.extend(left.map(|left| (key, left)));
+            if let Some(Claim::Many(mut claims)) = self.claims.remove(&key) {
+                claims.remove(&(service.created, service.name.clone()));
+                let left = if claims.len() == 1 {
+                    self.contested.remove(&key);
+                    claims.pop_first().map(|(_, name)| Claim::One(name))
+                } else {
+                    Some(Claim::Many(claims))
+                };
+                self.claims.extend(left.map(|left| (key, left)));
+            }
         }
     }
 
