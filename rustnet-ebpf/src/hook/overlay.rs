@@ -52,10 +52,10 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
         let flow = conntrack::lookup::<F, _>(skb, p, flow, source, config, verify)?;
         if flow.class == Class::New {
             verify()?;
-            if external::is_asked::<F>(p, config) {
-                return Ok(external::JUMP);
-            }
             if !is_for_pod() {
+                if external::is_asked::<F>(p, config) {
+                    return Ok(external::JUMP);
+                }
                 // Packets for the host's own stack need no connection of ours.
                 plan::plan::<F>(p, &flow.to, Origin::Tunnel, config)?;
                 parse::remember_ports::<F>(p, skb.ifindex());
