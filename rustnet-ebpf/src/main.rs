@@ -45,6 +45,7 @@ extern crate self as aya_log_ebpf;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use rustnet_common::addr::Addr;
 use rustnet_common::drop::{DropReason, hook as hooks};
 
 use crate::ctx::{Ctx, Skb, at, jiffies};
@@ -107,16 +108,28 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
 trait Reject: Answer + Report + Log {
     /// See [`step::reject::reject`].
     fn reject(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> i32;
+    /// See [`inner_steps`]. `high` and `low` are the halves of the tunnel's far end.
+    fn inner(skb: &Skb, overhead: u32, high: u64, low: u64, congested: u32) -> PackedResult;
 }
 
 /// Declares the global function of a family.
 macro_rules! global {
-    ($family:ident, $name:ident) => {
+    ($family:ident, $name:ident, $inner:ident, $ethertype:expr) => {
         impl Reject for $family {
             #[inline(always)]
             fn reject(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> i32 {
                 $name(skb.raw(), l3 as u32, u32::from(dropped.reason as u8), dropped.mtu, path as u32)
             }
+            #[inline(always)]
+            fn inner(skb: &Skb, overhead: u32, high: u64, low: u64, congested: u32) -> PackedResult {
+                PackedResult::from_bits($inner(skb.raw(), overhead, high, low, congested))
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $inner(skb: *mut __sk_buff, overhead: u32, high: u64, low: u64, congested: u32) -> u64 {
+            inner_steps::<$family>(&Skb(skb), overhead & 0x7f, Addr::from_halves(high, low), $ethertype, congested)
+                .bits()
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -128,8 +141,8 @@ macro_rules! global {
     };
 }
 
-global!(V4, rn_reject4);
-global!(V6, rn_reject6);
+global!(V4, rn_reject4, rn_inner4, ETH_P_IP);
+global!(V6, rn_reject6, rn_inner6, ETH_P_IPV6);
 
 /// A place in the kernel where packets pass.
 trait Place {
@@ -322,7 +335,8 @@ fn inner<F: Outer>(skb: &Skb, outside: &mut Outside) -> i32 {
 /// The same of one inner family.
 #[inline(always)]
 fn untunneled<F: Reject>(skb: &Skb, overhead: u32, outside: &Outside) -> i32 {
-    let result = inner_steps::<F>(skb, overhead, outside);
+    let (high, low) = outside.tunnel.remote.halves();
+    let result = F::inner(skb, overhead, high, low, outside.congested);
     match result.result() {
         Ok(tunnel::BACK) => tunnel::BACK,
         unpacked => {
@@ -334,10 +348,13 @@ fn untunneled<F: Reject>(skb: &Skb, overhead: u32, outside: &Outside) -> i32 {
     }
 }
 
-/// As [`steps`].
-#[inline(never)]
-fn inner_steps<F: Steps>(skb: &Skb, overhead: u32, outside: &Outside) -> PackedResult {
-    PackedResult::new(tunnel::run::<F>(skb, overhead, outside))
+/// The steps of a tunnel packet of one inner family.
+#[inline(always)]
+fn inner_steps<F: Steps>(skb: &Skb, overhead: u32, remote: Addr, ethertype: u16, congested: u32) -> PackedResult {
+    let Some(config) = maps::config() else { return PackedResult::new(Ok(tunnel::BACK)) };
+    // `tunnel::read` has compared the network.
+    let outside = Outside { tunnel: Tunnel { remote, id: config.vni }, ethertype, congested };
+    PackedResult::new(tunnel::run::<F>(skb, overhead, &outside))
 }
 
 /// The part of the ingress hooks for flows from outside to Services, attached nowhere.
