@@ -85,6 +85,8 @@ pub struct Config {
     pub masquerade: bool,
     /// Addresses of this node that have node ports; empty: all.
     pub node_port_addresses: Vec<NodePortAddresses>,
+    /// Whose sockets ask for Services by themselves.
+    pub socket_lb: SocketLb,
     /// Source ports that masquerade may use, both ends included; `None`: the agent chooses.
     pub snat_ports: Option<(u16, u16)>,
     /// Mark of packets that have passed their steps on this node.
@@ -179,6 +181,33 @@ impl OverlayPath {
         match self {
             Self::Programs => "programs",
             Self::Device => "device",
+        }
+    }
+}
+
+/// Whose sockets ask for Services by themselves, and not by packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketLb {
+    /// Those of this host's own processes.
+    Host,
+    /// Nobody's.
+    Off,
+}
+
+impl SocketLb {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Host, Self::Off];
+
+    /// The one with this word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|it| it.word() == word)
+    }
+
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Off => "off",
         }
     }
 }
@@ -352,6 +381,9 @@ impl Config {
             service_cidrs: read.list("service-cidrs", cidr),
             node_cidrs: read.list("node-cidrs", cidr),
             non_masquerade_cidrs: read.list("non-masquerade-cidrs", cidr),
+            socket_lb: read.required("socket-lb", "give host or off", |text| {
+                SocketLb::parse(text).ok_or("is nobody whose sockets are balanced; give host or off".to_owned())
+            }),
             masquerade: read.required("masquerade", "give true or false", boolean),
             node_port_addresses: read.list("node-port-addresses", node_port_addresses),
             snat_ports: read.required("snat-ports", "give auto or a range", snat_ports),

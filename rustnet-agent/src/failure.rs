@@ -13,6 +13,8 @@ pub enum Scope {
     Pod,
     /// What a load balancer hears of one Service; packets go on.
     Service,
+    /// Processes of this host; pods work.
+    Host,
     /// What the `rustnetctl` command shows; no packet depends on it.
     Command,
 }

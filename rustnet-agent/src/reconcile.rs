@@ -11,6 +11,7 @@ mod network;
 pub mod node;
 pub mod overlay_path;
 pub mod presence;
+mod sockets;
 mod takeover;
 
 use std::collections::BTreeSet;
@@ -187,6 +188,8 @@ struct Reconciler {
     maps: Job,
     /// Opens those ports.
     checks: Job,
+    /// Has the programs of socket calls on their hooks, and ends sockets whose backend is gone.
+    sockets: Job,
     /// Reports what is newly wrong, and what is resolved.
     report: Job,
     /// Writes where this agent's things are, for the command.
@@ -207,6 +210,8 @@ struct Reconciler {
     ways_seen: u64,
     /// What the programs' settings say of Services for clients outside.
     external_seen: bool,
+    /// There are TCP connections whose backend serves no more, and whose endpoint is known to the API.
+    has_outlived: bool,
     /// Octets of packets to other nodes, as of the last look that found a device towards them.
     room: u32,
     /// The network has been looked after since all nodes are known: the routes to them are there.
@@ -236,6 +241,7 @@ impl Reconciler {
             network: Job::due("the host's network is not as it should be"),
             maps: Job::idle("the maps took not all changes, trying again"),
             checks: Job::idle("load balancers get no answer for a Service"),
+            sockets: Job::idle("socket load-balancing is not as it should be"),
             report: Job::idle("report"),
             presence: Job::due("rustnetctl does not find this agent"),
             names: Job::idle("rustnetctl does not know the names of pods"),
@@ -247,6 +253,7 @@ impl Reconciler {
             host_problems: None,
             ways_seen: 0,
             external_seen: false,
+            has_outlived: false,
             room: 0,
             routed: false,
             problems: BTreeSet::new(),
@@ -307,8 +314,10 @@ impl Reconciler {
     fn next_deadline(&self) -> Instant {
         let load = self.load.deadline().filter(|_| self.datapath.is_none());
         let maps = self.maps.deadline().filter(|_| self.can_apply());
-        let others =
-            [&self.network, &self.checks, &self.report].into_iter().chain(self.files_of_command()).map(Job::deadline);
+        let others = [&self.network, &self.checks, &self.sockets, &self.report]
+            .into_iter()
+            .chain(self.files_of_command())
+            .map(Job::deadline);
         let audit = self.datapath.as_ref().and_then(|it| it.planner.audit_at()).map(|due| self.start + due);
         let stuck = self.look.as_ref().map(|look| look.began + self.look_limit).filter(|at| *at > Instant::now());
         // Nothing else is due for long while a look is under way, and the probes want to see the loop turn.
@@ -336,6 +345,9 @@ impl Reconciler {
         }
         if self.checks.is_due() {
             self.open_check_ports();
+        }
+        if self.sockets.is_due() {
+            self.look_after_sockets();
         }
         self.audit();
         if self.report.is_due() {
@@ -426,6 +438,7 @@ impl Reconciler {
                 self.health.metrics.map_writes(plan.writes.len() as u64);
                 self.health.applied(began.elapsed());
                 self.set_health_checks();
+                self.note_backends(&plan.writes);
                 if !plan.writes.is_empty() {
                     tracing::debug!(writes = plan.writes.len(), took = ?began.elapsed(), "applied");
                 }
@@ -505,8 +518,8 @@ impl Reconciler {
         let objects = self.index.problems_of_this_node(API_SERVER);
         let state = self.host_problems.iter().flatten().cloned();
         let partial = self.network.failures().iter().filter(|it| it.scope != Scope::Node);
-        let partial =
-            partial.chain(self.checks.failures()).chain(self.files_of_command().into_iter().flat_map(Job::failures));
+        let partial = partial.chain(self.checks.failures()).chain(self.sockets.failures());
+        let partial = partial.chain(self.files_of_command().into_iter().flat_map(Job::failures));
         objects.iter().map(ToString::to_string).chain(state).chain(partial.map(ToString::to_string)).collect()
     }
 

@@ -22,6 +22,7 @@ pub mod names;
 pub mod peer;
 pub mod service;
 pub mod skeleton;
+pub mod socket;
 pub mod source_range;
 pub mod tuple;
 pub mod v1;

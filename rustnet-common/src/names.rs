@@ -46,6 +46,18 @@ pub const PROGRAMS: [&str; 7] = ["from_pod", "to_pod", "uplink_in", "uplink_out"
 /// The program of devices with addresses that are no uplinks. It counts as `uplink_in`.
 pub const SIDE_IN: &str = "side_in";
 
+/// Programs of socket calls, attached to the control group of all processes.
+pub const SOCKET_PROGRAMS: [&str; 8] = [
+    "sock_connect4",
+    "sock_connect6",
+    "sock_sendmsg4",
+    "sock_sendmsg6",
+    "sock_recvmsg4",
+    "sock_recvmsg6",
+    "sock_getpeer4",
+    "sock_getpeer6",
+];
+
 /// Map names; each is pinned as a file of its own name. A map whose shape changes gets a new name.
 pub mod map {
     /// Services, IPv4.
@@ -88,8 +100,14 @@ pub mod map {
     pub const CONFIG: &str = "rn_config";
     /// Addresses of this host's devices.
     pub const DEVICES: &str = "rn_devices";
+    /// Network namespaces whose sockets ask for Services.
+    pub const SOCK_NETNS: &str = "rn_sock_netns";
+    /// Backends of sockets that are not connected.
+    pub const SOCK_FWD: &str = "rn_sock_fwd";
+    /// What a socket asked for that talks to a backend.
+    pub const SOCK_REV: &str = "rn_sock_rev";
     /// All of them.
-    pub const ALL: [&str; 20] = [
+    pub const ALL: [&str; 23] = [
         SVC4,
         SVC6,
         BACKEND_IDS,
@@ -110,6 +128,9 @@ pub mod map {
         DEVICES,
         AFFINITY,
         SOURCE_RANGES,
+        SOCK_NETNS,
+        SOCK_FWD,
+        SOCK_REV,
     ];
 }
 

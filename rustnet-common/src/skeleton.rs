@@ -1,9 +1,9 @@
-//! What the skeletons of the next stage's programs decide, for the tests that compare it (see rustnet-ebpf's `skeleton`).
+//! What the skeleton of the next stage's program decides, for the tests that compare it (see rustnet-ebpf's `skeleton`).
 
 use crate::addr::Addr;
 use crate::shared_type;
 
-/// What becomes of a packet or connection.
+/// What becomes of a packet.
 pub mod verdict {
     /// Nothing of ours: the stack goes on with it.
     pub const STACK: u32 = 1;
@@ -19,7 +19,7 @@ pub mod verdict {
 pub struct Decision {
     /// See [`verdict`].
     pub verdict: u32,
-    /// Of a drop: the code of its reason. Of a packet to a pod: its interface. Of a connection: the backend's id.
+    /// Of a drop: the code of its reason. Of a packet to a pod: its interface.
     pub detail: u32,
     /// The source that it leaves with.
     pub src: Addr,

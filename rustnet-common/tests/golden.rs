@@ -13,6 +13,7 @@ use rustnet_common::names::{self, map};
 use rustnet_common::peer::flags::{HOST, LOCAL_PODS, NO_MASQ, NODE, POD, TUNNEL};
 use rustnet_common::peer::{Peer, PeerKey, identity};
 use rustnet_common::service::{self, SvcKey};
+use rustnet_common::socket::{Asked, CLIENT_HIGH, SocketKey, netns};
 use rustnet_common::source_range::{self, SourceRange, SourceRangeKey};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
@@ -114,6 +115,18 @@ fn settings() {
         ]
     );
     assert_eq!((config::flags::MASQUERADE, config::flags::FLOW_EVENTS, config::flags::ENCAPSULATE), (1, 2, 4));
+}
+
+#[test]
+fn sockets() {
+    assert_eq!([map::SOCK_NETNS, map::SOCK_FWD, map::SOCK_REV], ["rn_sock_netns", "rn_sock_fwd", "rn_sock_rev"]);
+    assert_eq!((size_of::<SocketKey>(), size_of::<Asked>()), (32, 24));
+    assert_eq!(offsets!(SocketKey: cookie, addr, port), [("cookie", 0), ("addr", 8), ("port", 24)]);
+    assert_eq!(
+        offsets!(Asked: addr, port, proto, backend),
+        [("addr", 0), ("port", 16), ("proto", 18), ("backend", 20)]
+    );
+    assert_eq!((netns::HOST, CLIENT_HIGH), (1, 0x0100_0000_0000_0000));
 }
 
 #[test]

@@ -33,6 +33,7 @@ mod parse;
 mod rewrite;
 #[cfg(feature = "skeletons")]
 mod skeleton;
+mod sock;
 mod step;
 mod tail;
 mod wire;

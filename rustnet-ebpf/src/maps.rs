@@ -16,6 +16,7 @@ use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::names::TAILS;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::socket::{Asked, SocketKey};
 use rustnet_common::source_range::SourceRange;
 use rustnet_common::tuple::Tuple;
 use rustnet_common::v1;
@@ -213,6 +214,13 @@ pub static rn_limits: PerCpuArray<Tokens, BUCKETS> = PerCpuArray::new();
 /// A device without an entry has no addresses of its own: packets that leave by it get the node's.
 #[btf_map]
 pub static rn_devices: HashMap<u32, Device, 1024, GROWS> = HashMap::new();
+/// Network namespaces whose sockets ask for Services: [`rustnet_common::socket::netns`].
+#[btf_map]
+pub static rn_sock_netns: HashMap<u64, u32, 4096, GROWS> = HashMap::new();
+#[btf_map]
+pub static rn_sock_fwd: LruHashMap<SocketKey, u32, 16_384> = LruHashMap::new();
+#[btf_map]
+pub static rn_sock_rev: LruHashMap<SocketKey, Asked, 65_536> = LruHashMap::new();
 #[btf_map]
 pub static rn_config: Array<NodeConfig, 1> = Array::new();
 

@@ -1,30 +1,25 @@
-//! Skeletons of the next stage's programs: XDP at the uplink, and connect(2) in a cgroup.
+//! Skeleton of the next stage's program: XDP at the uplink.
 //!
-//! They prove, when they are built and when a kernel verifies them, that the steps carry these contexts as they are. They decide
-//! as the TC hooks do, store the decision in `rn_decision`, where a test compares it, and act on nothing: packets pass and
-//! connections go where they went. Feature `skeletons` alone builds them, into an object of its own; the agent has neither the
-//! object nor a place to attach them.
+//! It proves, when it is built and when a kernel verifies it, that the steps carry this context as they are. It decides as the TC
+//! hooks do, stores the decision in `rn_decision`, where a test compares it, and acts on nothing: packets pass. Feature `skeletons` alone
+//! builds it, into an object of its own; the agent has neither the object nor a place to attach it.
 //!
 //! What the next stage has to add: rewriting and redirects for XDP (all of `rewrite` and `exec` is for an skb), ICMP errors there
-//! (which are rewritten), counters; and for connect(2) the new address, and what getpeername(2) and recvmsg(2) return of it.
+//! (which are rewritten), counters.
 
-use aya_ebpf::bindings::{bpf_sock_addr, xdp_action};
+use aya_ebpf::bindings::xdp_action;
 use aya_ebpf::btf_maps::Array;
-use aya_ebpf::macros::{btf_map, cgroup_sock_addr, xdp};
-use aya_ebpf::programs::{SockAddrContext, XdpContext};
-use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
+use aya_ebpf::macros::{btf_map, xdp};
+use aya_ebpf::programs::XdpContext;
+use rustnet_common::addr::{Addr, Address};
 use rustnet_common::conntrack::flags;
-use rustnet_common::service::scope;
 use rustnet_common::skeleton::{Decision, verdict};
-use rustnet_common::tuple::Tuple;
 
-use crate::ctx::random;
-use crate::family::{Family, V4, V6};
+use crate::family::{V4, V6};
 use crate::hook::uplink::{self, Classify};
 use crate::maps;
 use crate::outcome::Dropped;
 use crate::parse;
-use crate::step::lb;
 use crate::step::plan::{self, Origin, Target};
 use crate::wire::{ETH_LEN, ETH_P_IP, ETH_P_IPV6};
 use crate::xdp::Xdp;
@@ -100,41 +95,4 @@ pub fn skeleton_xdp(ctx: XdpContext) -> u32 {
         _ => store(STACK),
     }
     xdp_action::XDP_PASS
-}
-
-/// What a connection to a service would become. A socket that connects has no source yet, so that chance takes the place of its
-/// flow's hash.
-#[inline(always)]
-fn connect<F: Family>(dst: F::A, sock: *mut bpf_sock_addr) {
-    // SAFETY: a valid context; the verifier rewrites these loads. The port is in network order in the lower half.
-    let (port, proto) = unsafe { (u16::from_be((*sock).user_port as u16), (*sock).protocol as u8) };
-    let t = Tuple { src: F::A::UNSPECIFIED, dst, sport: 0, dport: port, proto, pad: 0, pad2: 0 };
-    store(match lb::select::<F>(&t, scope::CLUSTER, random()) {
-        Ok(Some(backend)) => {
-            Decision { verdict: verdict::FORWARD, detail: backend.id, dst: backend.addr, dport: backend.port, ..STACK }
-        }
-        Ok(None) => STACK,
-        Err(reason) => dropped(reason),
-    });
-}
-
-/// What connect programs return to allow the call.
-const ALLOW: i32 = 1;
-
-/// connect(2) of IPv4 sockets: decides and allows.
-#[cgroup_sock_addr(connect4)]
-pub fn skeleton_connect4(ctx: SockAddrContext) -> i32 {
-    // SAFETY: a valid context; the verifier rewrites this load.
-    let dst = Ip4::from_word(unsafe { (*ctx.sock_addr).user_ip4 });
-    connect::<V4>(dst, ctx.sock_addr);
-    ALLOW
-}
-
-/// connect(2) of IPv6 sockets: decides and allows.
-#[cgroup_sock_addr(connect6)]
-pub fn skeleton_connect6(ctx: SockAddrContext) -> i32 {
-    // SAFETY: a valid context; the verifier rewrites this load.
-    let dst = Ip6::from_words(unsafe { (*ctx.sock_addr).user_ip6 });
-    connect::<V6>(dst, ctx.sock_addr);
-    ALLOW
 }

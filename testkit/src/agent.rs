@@ -36,6 +36,9 @@ impl Node {
         if !extra.iter().any(|arg| ["--kubeconfig", "--api-server", "--manifests"].contains(arg)) {
             args.extend(["--manifests".to_owned(), path(plan.manifests.clone())]);
         }
+        if self.cgroup().is_none() {
+            args.extend(["--socket-lb", "off"].map(ToOwned::to_owned));
+        }
         args.extend(plan.agent.iter().chain(extra).map(ToString::to_string));
         args
     }

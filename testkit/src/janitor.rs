@@ -22,6 +22,8 @@ type Job = Box<dyn FnOnce() + Send>;
 struct Left {
     pids: BTreeSet<u32>,
     cgroups: Vec<PathBuf>,
+    /// The control group that this process was in before it got one of its own.
+    cgroup_before: Option<PathBuf>,
     dirs: Vec<PathBuf>,
     counter: u32,
     /// All has been removed: a thread that does not know yet must not begin again.
@@ -53,15 +55,19 @@ extern "C" fn at_exit() {
 /// Ends every process that was started here and removes every registered directory and control group. For a signal
 /// handling thread and for the end of the process; a `Drop` does the same for its own things.
 pub fn clean_up() {
-    let (pids, cgroups, dirs) = with_left(|l| {
+    let (pids, cgroups, cgroup_before, dirs) = with_left(|l| {
         l.over = true;
-        (std::mem::take(&mut l.pids), std::mem::take(&mut l.cgroups), std::mem::take(&mut l.dirs))
+        let groups = (std::mem::take(&mut l.cgroups), l.cgroup_before.take());
+        (std::mem::take(&mut l.pids), groups.0, groups.1, std::mem::take(&mut l.dirs))
     });
     for pid in &pids {
         let _ = kill(Pid::from_raw((*pid).cast_signed()), Signal::SIGKILL);
     }
     for pid in &pids {
         let _ = nix::sys::wait::waitpid(Pid::from_raw((*pid).cast_signed()), None);
+    }
+    if let Some(before) = cgroup_before {
+        let _ = std::fs::write(before.join("cgroup.procs"), "0");
     }
     for cgroup in cgroups.iter().rev() {
         remove_cgroup(cgroup);
@@ -72,15 +78,16 @@ pub fn clean_up() {
 }
 
 /// A control group can be removed once the kernel has reaped its members, which may be a moment after they died.
-pub(crate) fn remove_cgroup(path: &Path) {
+pub(crate) fn remove_cgroup(path: &Path) -> bool {
     for _ in 0..200 {
         match std::fs::remove_dir(path) {
             Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => {
                 thread::sleep(std::time::Duration::from_millis(2));
             }
-            _ => return,
+            result => return result.is_ok(),
         }
     }
+    false
 }
 
 /// A name nobody else has: `rn<pid>` for the first, then `rn<pid>b`, `rn<pid>c`...
@@ -112,21 +119,47 @@ pub(crate) fn remove_dir(path: &Path) {
     let _ = std::fs::remove_dir_all(path);
 }
 
-/// Creates a version 2 control group, where this machine has the hierarchy and lets us.
+/// Creates a version 2 control group for threads of this process and others, where this machine has the hierarchy and lets us.
 pub(crate) fn make_cgroup(name: &str) -> Option<PathBuf> {
-    static SWEPT: OnceLock<()> = OnceLock::new();
-    let root = cgroup2_root()?;
-    SWEPT.get_or_init(|| sweep(&root, remove_cgroup));
-    let path = root.join(name);
+    static OURS: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let path = OURS.get_or_init(own_cgroup).as_ref()?.join(name);
     with_left(|l| {
         (!l.over && std::fs::create_dir(&path).is_ok()).then(|| l.cgroups.push(path.clone()))?;
+        std::fs::write(path.join("cgroup.type"), "threaded").ok()?;
         Some(path)
     })
 }
 
-pub(crate) fn drop_cgroup(path: &Path) {
-    with_left(|l| l.cgroups.retain(|c| c != path));
+/// A group that holds this process: threads can only change between groups below one that holds them all.
+fn own_cgroup() -> Option<PathBuf> {
+    let root = cgroup2_root()?;
+    sweep(&root, remove_cgroup_tree);
+    let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let before = own.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/');
+    let path = root.join(format!("rn{}", std::process::id()));
+    with_left(|l| {
+        (!l.over && std::fs::create_dir(&path).is_ok()).then(|| l.cgroups.push(path.clone()))?;
+        l.cgroup_before = Some(root.join(before));
+        std::fs::write(path.join("cgroup.procs"), "0").ok()?;
+        Some(path)
+    })
+}
+
+/// Removes a control group and those below it.
+fn remove_cgroup_tree(path: &Path) {
+    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroup_tree(&entry.path());
+        }
+    }
     remove_cgroup(path);
+}
+
+pub(crate) fn drop_cgroup(path: &Path) {
+    // Threads may still be in it: then it goes at the end.
+    if remove_cgroup(path) {
+        with_left(|l| l.cgroups.retain(|c| c != path));
+    }
 }
 
 /// Where the version 2 hierarchy is mounted.

@@ -85,6 +85,8 @@ pub struct Service {
     pub ports: Vec<Port>,
     /// How clients outside reach it.
     pub outside: Outside,
+    /// `sessionAffinity: ClientIP`.
+    pub affinity: bool,
     /// Endpoints, of both families; they are parted into one slice a family.
     pub endpoints: Vec<Endpoint>,
 }
@@ -101,6 +103,7 @@ impl Service {
             vips: vips.to_vec(),
             ports: Port::both(port, target),
             outside: Outside::default(),
+            affinity: false,
             endpoints: Vec::new(),
         }
     }
@@ -125,6 +128,9 @@ impl Service {
                 "    - {{name: {}, protocol: {}, port: {}, targetPort: {}, nodePort: {}}}",
                 p.name, p.proto, p.port, p.target, self.outside.node_port
             );
+        }
+        if self.affinity {
+            out += "  sessionAffinity: ClientIP\n";
         }
         let Outside { balancer, source_ranges, ips, is_local, .. } = &self.outside;
         if *is_local {

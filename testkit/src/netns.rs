@@ -209,6 +209,10 @@ impl Netns {
     }
 
     fn enter(&self) -> Result<()> {
+        if let Some(cgroup) = &self.cgroup {
+            let threads = cgroup.join("cgroup.threads");
+            std::fs::write(&threads, "0").with_context(|| format!("cannot join {}", threads.display()))?;
+        }
         if let Some(mounts) = &self.mounts {
             unshare(CloneFlags::CLONE_FS).context("cannot unshare the working directory")?;
             setns(mounts, CloneFlags::CLONE_NEWNS)

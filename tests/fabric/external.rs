@@ -1,6 +1,8 @@
 //! Services for clients outside: node ports, load balancers' addresses, external IPs.
 
-use crate::fixture::{Net, TestService, endpoints, in_each_routing, observed, world};
+use crate::fixture::{
+    Net, TestService, endpoints, in_each_routing, node_port, node_ports, observed, published, wait_served, world,
+};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -8,7 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use testkit::client::{Connection, ask, ask_sized};
 use testkit::manifest::{Endpoint, Outside};
-use testkit::{Netns, Node, Pod, Proto, Setup, wait};
+use testkit::{Node, Pod, Proto, Setup, wait};
 
 in_each_routing!(
     node_ports_of_each_node,
@@ -23,33 +25,8 @@ in_each_routing!(
     connections_outlive_their_endpoint,
 );
 
-/// A node port that no other test has.
-fn node_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(30_100);
-    NEXT.fetch_add(1, Ordering::Relaxed)
-}
-
-/// A service with a node port, which both nodes know.
-fn published(net: &Net, outside: Outside, endpoints: Vec<Endpoint>) -> Result<TestService<'_>> {
-    let mut service = net.unknown_service();
-    service.service.outside = outside;
-    service.set(endpoints)?;
-    service.wait_known()?;
-    Ok(service)
-}
-
 fn at_nodes() -> Outside {
     Outside { node_port: node_port(), ..Outside::default() }
-}
-
-/// The node port at a node, of each family.
-fn targets(node: &Node, service: &TestService<'_>) -> [SocketAddr; 2] {
-    world().map(|like| SocketAddr::new(node.address_like(like), service.service.outside.node_port))
-}
-
-/// Waits until somebody answers there.
-fn wait_served(from: &Netns, target: SocketAddr) -> Result<()> {
-    wait::until(&format!("{target} served"), || ask(from, Proto::Udp, target, 1)?.all_answered())
 }
 
 /// What servers on pods see of the world, which asks a node: itself on that node, the node's address elsewhere.
@@ -64,7 +41,7 @@ fn node_ports_of_each_node(net: &Net) -> Result<()> {
     let pods = [&net.a, &net.b, &net.c];
     let service = published(net, at_nodes(), endpoints(&pods))?;
     for node in net.fabric.nodes() {
-        for target in targets(node, &service) {
+        for target in node_ports(node, &service) {
             wait_served(net.fabric.world(), target)?;
             for proto in Proto::ALL {
                 let answers = ask(net.fabric.world(), proto, target, 60)?;
@@ -80,7 +57,7 @@ fn node_ports_of_each_node(net: &Net) -> Result<()> {
 /// Larger than one packet, through the overlay and back: segments, fragments, and the path's MTU.
 fn large_transfers(net: &Net) -> Result<()> {
     let service = published(net, at_nodes(), endpoints(&[&net.c]))?;
-    for target in targets(net.node(1), &service) {
+    for target in node_ports(net.node(1), &service) {
         wait_served(net.fabric.world(), target)?;
         for (proto, size) in [(Proto::Tcp, 60_000), (Proto::Udp, 1400), (Proto::Udp, 8000)] {
             // A client behind IPv6 learns the path's MTU by an error first.
@@ -95,7 +72,7 @@ fn large_transfers(net: &Net) -> Result<()> {
 fn a_local_policy_keeps_the_client(net: &Net) -> Result<()> {
     let outside = Outside { is_local: true, ..at_nodes() };
     let service = published(net, outside, endpoints(&[&net.a, &net.b]))?;
-    for target in targets(net.node(1), &service) {
+    for target in node_ports(net.node(1), &service) {
         wait_served(net.fabric.world(), target)?;
         for proto in Proto::ALL {
             let answers = ask(net.fabric.world(), proto, target, 40)?;
@@ -104,7 +81,7 @@ fn a_local_policy_keeps_the_client(net: &Net) -> Result<()> {
         }
     }
     // The other node has no endpoint: nobody answers, and nobody refuses.
-    for target in targets(net.node(2), &service) {
+    for target in node_ports(net.node(2), &service) {
         ask(net.fabric.world(), Proto::Tcp, target, 1)?.all_failed(ErrorKind::TimedOut)?;
         // Its pods get all endpoints by the same address.
         ask(net.c.netns(), Proto::Tcp, target, 20)?.only_by(&["a", "b"])?;
@@ -115,14 +92,14 @@ fn a_local_policy_keeps_the_client(net: &Net) -> Result<()> {
 fn without_endpoints_clients_are_refused(net: &Net) -> Result<()> {
     let mut service = published(net, at_nodes(), endpoints(&[&net.a]))?;
     for node in net.fabric.nodes() {
-        for target in targets(node, &service) {
+        for target in node_ports(node, &service) {
             wait_served(net.fabric.world(), target)?;
         }
     }
     service.set(Vec::new())?;
     service.wait_refused()?;
     for node in net.fabric.nodes() {
-        for target in targets(node, &service) {
+        for target in node_ports(node, &service) {
             for proto in Proto::ALL {
                 ask(net.fabric.world(), proto, target, 3)?.all_failed(ErrorKind::ConnectionRefused)?;
             }
@@ -205,7 +182,7 @@ fn a_load_balancer_for_some(net: &Net) -> Result<()> {
             }
         }
     }
-    for target in net.fabric.nodes().iter().flat_map(|node| targets(node, &service)) {
+    for target in net.fabric.nodes().iter().flat_map(|node| node_ports(node, &service)) {
         ask(net.fabric.world(), Proto::Tcp, target, 20)?.only_by(&["a", "c"]).with_context(|| format!("{target}"))?;
     }
     for connection in &mut open {
@@ -242,7 +219,7 @@ fn an_external_ip_of_a_node(net: &Net) -> Result<()> {
 /// Pods here and there, and the other node's host, at the node ports of node 1.
 fn clients_inside(net: &Net) -> Result<()> {
     let service = published(net, at_nodes(), endpoints(&[&net.a, &net.c]))?;
-    for target in targets(net.node(1), &service) {
+    for target in node_ports(net.node(1), &service) {
         wait_served(net.fabric.world(), target)?;
         for from in [net.a.netns(), net.b.netns(), net.c.netns(), net.node(2).netns()] {
             for proto in Proto::ALL {
@@ -259,7 +236,7 @@ fn a_backend_that_is_the_node(net: &Net) -> Result<()> {
         let node = net.node(of);
         let at = world().map(|like| Endpoint::ready(node.address_like(like), Some(node.name())));
         let service = published(net, at_nodes(), at.to_vec())?;
-        for target in targets(net.node(1), &service) {
+        for target in node_ports(net.node(1), &service) {
             wait_served(net.fabric.world(), target)?;
             for proto in Proto::ALL {
                 for from in [net.fabric.world(), net.a.netns(), net.c.netns()] {
@@ -276,7 +253,7 @@ fn a_backend_that_is_the_node(net: &Net) -> Result<()> {
 /// TCP connections stay with their endpoint when it leaves the service.
 fn connections_outlive_their_endpoint(net: &Net) -> Result<()> {
     let mut service = published(net, at_nodes(), endpoints(&[&net.c]))?;
-    for target in targets(net.node(1), &service) {
+    for target in node_ports(net.node(1), &service) {
         wait_served(net.fabric.world(), target)?;
         let mut open = Connection::open_in(net.fabric.world(), target)?;
         ensure!(open.ask("1")?.0 == "c", "another server");
@@ -297,7 +274,7 @@ fn connections_to_a_node_outlive_the_agent_and_the_service() -> Result<()> {
         let at = world().map(|like| Endpoint::ready(node.address_like(like), Some(node.name())));
         let service = published(net, at_nodes(), at.to_vec())?;
         let mut open = Vec::new();
-        for target in targets(node, &service) {
+        for target in node_ports(node, &service) {
             wait_served(net.fabric.world(), target)?;
             open.push(Connection::open_in(net.fabric.world(), target)?);
         }

@@ -4,9 +4,9 @@ use anyhow::{Context, Result, anyhow};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use testkit::client::ask;
-use testkit::manifest::{Endpoint, Service};
+use testkit::manifest::{Endpoint, Outside, Service};
 use testkit::pod::PORT;
 use testkit::server::Server;
 use testkit::sniff::recorded;
@@ -160,6 +160,31 @@ impl Drop for TestService<'_> {
         // The fabric may be on its way out as well.
         let _ = self.net.fabric.manifests().delete(&self.service);
     }
+}
+
+/// A node port that no other test has.
+pub fn node_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(30_100);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A service with a node port, which both nodes know.
+pub fn published(net: &Net, outside: Outside, endpoints: Vec<Endpoint>) -> Result<TestService<'_>> {
+    let mut service = net.unknown_service();
+    service.service.outside = outside;
+    service.set(endpoints)?;
+    service.wait_known()?;
+    Ok(service)
+}
+
+/// The node port at a node, of each family.
+pub fn node_ports(node: &Node, service: &TestService<'_>) -> [SocketAddr; 2] {
+    world().map(|like| SocketAddr::new(node.address_like(like), service.service.outside.node_port))
+}
+
+/// Waits until somebody answers there.
+pub fn wait_served(from: &Netns, target: SocketAddr) -> Result<()> {
+    wait::until(&format!("{target} served"), || ask(from, Proto::Udp, target, 1)?.all_answered())
 }
 
 /// The fabric of a routing mode that all tests share.

@@ -28,6 +28,7 @@ mod path;
 mod pods;
 mod refusal;
 mod services;
+mod sockets;
 mod stacked;
 mod state;
 mod upgrade;

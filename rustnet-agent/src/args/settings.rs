@@ -254,6 +254,14 @@ pub static GROUPS: &[Group] = &[
                 ..MANY
             },
             Setting {
+                flag: "socket-lb",
+                key: "socketLb",
+                value: "host|off",
+                default: Some("host"),
+                help: "Whose sockets get a Service's backend when they connect, and not by their packets: the host's own processes, which then reach node ports of this host, too; needs --cgroup",
+                ..ONE
+            },
+            Setting {
                 flag: "snat-ports",
                 key: "snatPorts",
                 value: "auto|FIRST-LAST",

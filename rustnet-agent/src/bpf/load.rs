@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use aya::EbpfLoader;
 use aya::maps::Map as AyaMap;
-use aya::programs::{Program, ProgramError, SchedClassifier};
+use aya::programs::{Program, ProgramError};
 use aya_obj::Object;
 use rustnet_common::{names, v1};
 
@@ -42,11 +42,15 @@ pub struct Load<'a> {
     pub sizes: BTreeMap<String, u32>,
     /// Which packets the programs log.
     pub log: PacketLog,
+    /// Load the programs of socket calls, too.
+    pub has_sockets: bool,
 }
 
 /// The programs of one object with their maps, loaded and not attached.
 pub struct Programs {
     by_name: BTreeMap<&'static str, OwnedFd>,
+    /// Why there are no programs of socket calls, if there should be.
+    sockets: Result<(), String>,
     maps: BTreeMap<String, OwnedFd>,
     /// Where programs jump to, until it is pinned.
     tails: Option<OwnedFd>,
@@ -107,6 +111,14 @@ impl Programs {
     /// The program of a name in [`names::PROGRAMS`], or [`CLOCK`].
     pub fn get(&self, name: &str) -> Result<BorrowedFd<'_>> {
         self.by_name.get(name).map(AsFd::as_fd).with_context(|| format!("no program {name}"))
+    }
+
+    /// Why there are no programs of socket calls.
+    ///
+    /// # Errors
+    /// There should be some, and the kernel refused one.
+    pub fn check_sockets(&self) -> Result<()> {
+        self.sockets.clone().map_err(anyhow::Error::msg)
     }
 
     /// Where the maps of these programs are pinned: in a directory of their own until
@@ -392,17 +404,34 @@ impl Load<'_> {
         drop(loader);
         drop(bridged);
         let staged = Some(staged);
-        let mut programs =
-            Programs { by_name, maps, tails: None, replaced, old, plan, copied, from_v1: None, to_v1, staged, log };
+        let mut programs = Programs {
+            by_name,
+            sockets: Ok(()),
+            maps,
+            tails: None,
+            replaced,
+            old,
+            plan,
+            copied,
+            from_v1: None,
+            to_v1,
+            staged,
+            log,
+        };
         if !programs.is_export() {
             programs.fill()?;
         }
         for name in names::PROGRAMS.into_iter().chain(names::UNATTACHED).chain([CLOCK]) {
             let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
             let Program::SchedClassifier(program) = program else { bail!("program {name} is not a classifier") };
-            load_program(program).map_err(|e| load_error(name, e))?;
+            load_program(|| program.load()).map_err(|e| load_error(name, e))?;
             let fd = program.fd().with_context(|| format!("program {name}"))?;
             programs.by_name.insert(name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?);
+        }
+        if self.has_sockets {
+            // Pods do without; what is wrong is reported where these programs are attached.
+            let loaded = load_sockets(&mut ebpf);
+            programs.sockets = loaded.map(|loaded| programs.by_name.extend(loaded)).map_err(|e| format!("{e:#}"));
         }
         programs.tails = Some(fill_tails(&ebpf, &programs.by_name)?);
         Ok(programs)
@@ -425,14 +454,26 @@ fn fill_tails(ebpf: &aya::Ebpf, by_name: &BTreeMap<&'static str, OwnedFd>) -> Re
 
 /// Loads a program. A signal interrupts the verifier, which then has to start again (libbpf, too,
 /// tries five times).
-fn load_program(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+fn load_program(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
     for _ in 1..LOAD_ATTEMPTS {
-        match program.load() {
+        match load() {
             Err(ProgramError::LoadError { io_error, .. }) if io_error.raw_os_error() == Some(libc::EAGAIN) => {}
             result => return result,
         }
     }
-    program.load()
+    load()
+}
+
+/// Loads the programs of socket calls: all, or none.
+fn load_sockets(ebpf: &mut aya::Ebpf) -> Result<Vec<(&'static str, OwnedFd)>> {
+    let mut load = |name: &'static str| {
+        let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
+        let Program::CgroupSockAddr(program) = program else { bail!("program {name} is for no socket calls") };
+        load_program(|| program.load()).map_err(|e| load_error(name, e))?;
+        let fd = program.fd().with_context(|| format!("program {name}"))?;
+        Ok((name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?))
+    };
+    names::SOCKET_PROGRAMS.into_iter().map(&mut load).collect()
 }
 
 /// The earlier tables that a bridge uses, by the names that the object has for them, with their

@@ -2,6 +2,7 @@
 //! Nothing outside this room calls bpf(2).
 
 pub mod attach;
+pub mod cgroup;
 pub mod convert;
 pub mod copy;
 pub mod fs;

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustnet_common::drop::{DropReason, hook};
-use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGRAMS, TAILS_MAP, UNATTACHED, VETH_PREFIX, map};
+use rustnet_common::names::{
+    LINKS_DIR, OVERLAY_DEV, PROGRAMS, SOCKET_PROGRAMS, TAILS_MAP, UNATTACHED, VETH_PREFIX, map,
+};
 use serde::Serialize;
 
 use super::maps::percent;
@@ -24,8 +26,8 @@ use crate::bpf::store::counters::Counters;
 use crate::bpf::store::endpoints::Endpoints;
 use crate::bpf::store::fill;
 use crate::bpf::store::node_config::NodeConfigStore;
-use crate::bpf::sys;
-use crate::config::OverlayPath;
+use crate::bpf::{cgroup, sys};
+use crate::config::{OverlayPath, SocketLb};
 use crate::doctor::finding::Mark;
 use crate::doctor::overlay;
 use crate::net::ipsec::Ipsec;
@@ -112,6 +114,7 @@ pub fn check(places: &Places) -> Vec<Line> {
     if checks[2].status == Mark::Ok {
         checks.push(line("Hooks", hooks(places)));
         checks.extend(overlay_line(places).transpose().map(|result| line("Overlay path", result)));
+        checks.push(line("Sockets", sockets(places)));
         checks.push(line("Endpoints", pods(places)));
         checks.push(line("Classifiers", classifiers(places)));
         match places.bpffs().and_then(fill::read) {
@@ -216,6 +219,9 @@ fn hooks(places: &Places) -> Result<(Mark, String)> {
     let mut attached = BTreeSet::new();
     for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
         let path = entry?.path();
+        if cgroup::is_link(&path) {
+            continue;
+        }
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let fd = sys::obj_get(&path).with_context(|| format!("opening {}", path.display()))?;
         let info = sys::link_info(fd.as_fd()).with_context(|| format!("asking about {}", path.display()))?;
@@ -281,16 +287,43 @@ fn missing(links: &[Link], attached: &BTreeSet<(String, u32)>) -> Vec<String> {
     missing
 }
 
+/// A setting of the agent, or its default.
+fn setting<'a>(places: &'a Places, flag: &str) -> Option<&'a str> {
+    let chosen = places.agent.as_ref().and_then(|agent| agent.settings.get(flag)?.last());
+    chosen.map(String::as_str).or_else(|| settings::all().find(|it| it.flag == flag)?.default)
+}
+
+/// Whose sockets ask for Services by themselves.
+fn sockets(places: &Places) -> Result<(Mark, String)> {
+    let wanted = setting(places, "socket-lb").and_then(SocketLb::parse).context("the agent's settings name nobody")?;
+    let attached = cgroup::attached(places.bpffs()?)?;
+    let total = SOCKET_PROGRAMS.len();
+    Ok(match (wanted, attached) {
+        (SocketLb::Off, 0) => {
+            (Mark::Ok, "off (--socket-lb off); processes of this host reach no node ports of it".to_owned())
+        }
+        (SocketLb::Off, _) => {
+            (Mark::Warning, format!("off, but {attached} programs are attached; a running agent takes them off"))
+        }
+        (SocketLb::Host, _) if attached == total => {
+            (Mark::Ok, "those of this host's processes ask for Services".to_owned())
+        }
+        (SocketLb::Host, _) => (
+            Mark::Warning,
+            format!(
+                "{attached} of {total} programs are attached; a running agent attaches them within 30 s; if not, its log says why"
+            ),
+        ),
+    })
+}
+
 /// Who writes and takes off the overlay's headers; `None` without an overlay.
 fn overlay_line(places: &Places) -> Result<Option<(Mark, String)>> {
-    const FLAG: &str = "overlay-path";
     let config = NodeConfigStore::open(places.bpffs()?)?.read()?;
     if config.overlay == 0 {
         return Ok(None);
     }
-    let chosen = places.agent.as_ref().and_then(|agent| agent.settings.get(FLAG)?.last());
-    let default = || settings::all().find(|setting| setting.flag == FLAG)?.default;
-    let setting = chosen.map(String::as_str).or_else(default).and_then(OverlayPath::parse);
+    let setting = setting(places, "overlay-path").and_then(OverlayPath::parse);
     let setting = setting.context("the agent's settings name no overlay path")?;
     Ok(Some(overlay_path(overlay::path_in(config.flags), &Choice::new(setting, Ipsec::read()))))
 }

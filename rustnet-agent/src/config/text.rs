@@ -9,7 +9,7 @@ use rustnet_common::log::FILTERS;
 
 use super::{
     KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily, OverlayPath, PacketLog, PacketMark, Routing,
-    Source,
+    SocketLb, Source,
 };
 use crate::args::{Value, Values};
 
@@ -99,6 +99,7 @@ macro_rules! fallback {
 fallback!(
     String => Self::new(), PathBuf => Self::new(), Routing => Self::Vxlan, LogFormat => Self::Text, bool => false, u16 => 0, u32 => 0,
     PacketMark => Self::default(), OverlayFamily => Self::Auto, OverlayPath => Self::Programs,
+    SocketLb => Self::Off,
 );
 
 impl<T> Fallback for Option<T> {

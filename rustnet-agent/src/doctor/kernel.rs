@@ -7,7 +7,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::finding::{Finding, Level};
 use crate::bpf::{fs, load, object, probe};
-use crate::config::Config;
+use crate::config::{Config, SocketLb};
 
 /// Where the kernel says whether it compiles programs.
 const JIT: &str = "/proc/sys/net/core/bpf_jit_enable";
@@ -42,7 +42,7 @@ pub struct Facts {
     pub jit: Option<String>,
     /// Where pins go, and whether that is on a BPF file system.
     pub bpffs: Option<(PathBuf, Result<bool>)>,
-    /// The configured cgroup directory, and whether it is one of version 2.
+    /// The cgroup directory for socket load-balancing, and whether it is one of version 2.
     pub cgroup: Option<(PathBuf, Result<bool>)>,
 }
 
@@ -58,7 +58,7 @@ pub fn gather(config: Option<&Config>) -> Facts {
         options: std::fs::read_to_string(format!("/boot/config-{}", probe::release())).ok(),
         jit: std::fs::read_to_string(JIT).ok().map(|text| text.trim().to_owned()),
         bpffs: config.map(|it| (it.bpffs.clone(), fs::is_bpffs(&fs::nearest_existing(&it.bpffs)))),
-        cgroup: config.map(|it| (it.cgroup.clone(), is_cgroup2(&it.cgroup))),
+        cgroup: config.filter(|it| it.socket_lb != SocketLb::Off).map(|it| (it.cgroup.clone(), is_cgroup2(&it.cgroup))),
     }
 }
 
@@ -174,12 +174,13 @@ fn bpffs(dir: &Path, is: &Result<bool>) -> Finding {
 
 fn cgroup(dir: &Path, is: &Result<bool>) -> Finding {
     let (what, shown) = ("cgroup v2", dir.display());
-    match is {
-        Ok(true) => Finding::ok(what, format!("{shown} is one")),
-        // No program is attached to it yet: worth a word, not a cross.
-        Ok(false) | Err(_) => Finding::new(Level::Warning, what, format!("{shown} is not mounted as cgroup2"))
-            .hint("boot with systemd.unified_cgroup_hierarchy=1, or name the mount with --cgroup"),
+    if matches!(is, Ok(true)) {
+        return Finding::ok(what, format!("{shown} is one"));
     }
+    // Pods do without.
+    let lost = "processes of this host do not reach its own node ports";
+    Finding::new(Level::Warning, what, format!("{shown} is not mounted as cgroup2: {lost}"))
+        .hint("boot with systemd.unified_cgroup_hierarchy=1, or name the mount with --cgroup, or give --socket-lb off")
 }
 
 #[cfg(test)]

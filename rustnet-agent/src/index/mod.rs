@@ -28,8 +28,11 @@ use rustnet_common::peer::Peer;
 use services::Services;
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
+
+/// Addresses that stand for all loopback addresses in the entries of node ports.
+const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
 /// What waits for kinds of its own, so that a kind that cannot be had does not hold up the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,6 +185,11 @@ impl Index {
     /// The Service and the port that an entry belongs to; `None` for wildcard entries and unknown ones.
     pub fn owner(&self, key: &VipKey) -> Option<(&ObjectName, &ServicePort)> {
         self.services.owner(key)
+    }
+
+    /// Those of some addresses that no endpoint has, in whatever condition.
+    pub fn without_endpoint(&self, addresses: BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
+        self.services.without_endpoint(addresses)
     }
 
     /// True if clients outside have an address of a Service.
@@ -354,7 +362,9 @@ impl Index {
         let zone: Arc<str> = own.map_or_else(|| "".into(), |node| Arc::clone(&node.zone));
         let primary = own.map_or(&[][..], |node| &node.addresses);
         let has_node_ports = |ip: &IpAddr| self.settings.has_node_ports(*ip, primary.contains(ip));
-        let node_ips = addresses.iter().copied().filter(has_node_ports).collect();
+        // Packets with these addresses do not leave a host: only its sockets ask for them.
+        let loopback = LOOPBACK.iter().filter(|_| self.settings.has_host_sockets);
+        let node_ips = addresses.iter().chain(loopback).copied().filter(has_node_ports).collect();
         self.services.set_own(addresses, node_ips, zone);
         self.nodes_changed(false);
     }

@@ -155,6 +155,16 @@ impl Services {
         }
     }
 
+    pub fn without_endpoint(&self, mut addresses: BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
+        if !addresses.is_empty() {
+            let slices = self.states.values().flat_map(|state| state.slices.iter());
+            for endpoint in slices.flat_map(|slice| slice.endpoints.iter()) {
+                addresses.remove(&endpoint.addr);
+            }
+        }
+        addresses
+    }
+
     pub fn apply_slice(&mut self, slice: &Arc<EndpointSlice>) {
         match self.slice_owner.get(&slice.name) {
             Some(owner) if *owner == slice.service => {}

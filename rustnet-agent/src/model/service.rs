@@ -60,10 +60,11 @@ pub struct Frontend<'a> {
 }
 
 impl<'a> Frontend<'a> {
-    /// Its addresses.
+    /// Its addresses. Nobody outside has a packet for a loopback one.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<'a> {
-        let vips = self.vips;
-        self.at.iter().copied().filter(move |ip| vips.iter().any(|vip| Family::of(*vip) == Family::of(*ip)))
+        let (vips, is_outside) = (self.vips, self.scope == scope::EXTERNAL);
+        let is_of_family = move |ip: &IpAddr| vips.iter().any(|vip| Family::of(*vip) == Family::of(*ip));
+        self.at.iter().copied().filter(is_of_family).filter(move |ip| !(is_outside && ip.is_loopback()))
     }
 }
 

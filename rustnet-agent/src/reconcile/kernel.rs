@@ -12,6 +12,7 @@ use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::EndpointFile;
 use rustnet_common::names::{self, LINKS_DIR, OVERLAY_DEV, PROGRAMS, VETH_PREFIX};
+use rustnet_common::socket;
 use tokio::task::JoinSet;
 
 use crate::bpf::attach::{self, Device, Direction, Outcome};
@@ -22,16 +23,17 @@ use crate::bpf::store::counters::Counters;
 use crate::bpf::store::devices::Devices;
 use crate::bpf::store::endpoints::{self, Endpoints};
 use crate::bpf::store::node_config::NodeConfigStore;
+use crate::bpf::store::sockets::Sockets;
 use crate::bpf::store::{BpfMaps, fill};
 use crate::bpf::upgrade::Bridge;
-use crate::bpf::{load, object, pin, probe};
-use crate::config::{Config, MapSizes, PacketLog};
+use crate::bpf::{cgroup, load, object, pin, probe};
+use crate::config::{Config, MapSizes, PacketLog, SocketLb};
 use crate::failure::{Failure, Scope};
 use crate::metrics::{HookCount, KernelStats, MapFill};
 use crate::net::endpoints::parse_mac;
 use crate::net::netlink::Socket;
 use crate::net::repair::{OverlayDevice, State};
-use crate::net::{link, tc};
+use crate::net::{link, netns, tc};
 use crate::v1file;
 use crate::ways::{Place, Uplink};
 
@@ -54,6 +56,8 @@ pub struct Kernel {
     /// The pods of this node.
     pub endpoints: Endpoints,
     devices: Devices,
+    /// The control group whose sockets ask for Services, and the maps of these; `None` without socket load-balancing.
+    sockets: Option<(PathBuf, Sockets)>,
     /// Timer ticks in a second.
     pub hz: u32,
 }
@@ -71,7 +75,8 @@ pub struct Attached {
 impl Kernel {
     /// Loads the programs while the earlier ones run, and opens their maps.
     pub fn load(config: &Config) -> Result<Self> {
-        let mut programs = load(&config.bpffs, &config.maps, &config.bpf_log)?.run()?;
+        let has_sockets = config.socket_lb != SocketLb::Off;
+        let mut programs = load(&config.bpffs, &config.maps, &config.bpf_log, has_sockets)?.run()?;
         let printer = print_log(&mut programs);
         let maps = programs.maps_dir(&config.bpffs);
         Ok(Self {
@@ -86,6 +91,9 @@ impl Kernel {
             config: NodeConfigStore::open(maps)?,
             endpoints: Endpoints::open(maps)?,
             devices: Devices::open(maps)?,
+            sockets: has_sockets
+                .then(|| Ok::<_, anyhow::Error>((config.cgroup.clone(), Sockets::open(maps)?)))
+                .transpose()?,
             hz: probe::hz()?,
             programs,
         })
@@ -127,7 +135,7 @@ impl Kernel {
     }
 
     fn reload(&self) -> Result<Load<'_>> {
-        load(&self.bpffs, &self.sizes, &self.packet_log)
+        load(&self.bpffs, &self.sizes, &self.packet_log, self.sockets.is_some())
     }
 
     /// Takes programs in the place of the present ones; they are not pinned yet.
@@ -300,11 +308,29 @@ impl Kernel {
         Ok(done)
     }
 
-    /// The pins of links that there are.
+    /// The pins of links to devices that there are.
     fn link_paths(&self) -> Result<Vec<PathBuf>> {
         let dir = self.bpffs.join(LINKS_DIR);
         let entries = fs::read_dir(&dir).and_then(|entries| entries.map(|it| Ok(it?.path())).collect());
-        entries.with_context(|| format!("reading {}", dir.display()))
+        let mut paths: Vec<_> = entries.with_context(|| format!("reading {}", dir.display()))?;
+        paths.retain(|path| !cgroup::is_link(path));
+        Ok(paths)
+    }
+
+    /// Has the programs of socket calls on the control group of all processes, and this host's sockets ask for Services; or nobody's.
+    /// To be called once the programs are pinned. Returns what was done.
+    pub fn attach_sockets(&self) -> Result<Vec<String>> {
+        let Some((cgroup, sockets)) = &self.sockets else {
+            return Ok(cgroup::detach(&self.bpffs)?.into_iter().collect());
+        };
+        self.programs.check_sockets().context("socket load-balancing")?;
+        sockets.set_namespaces(&[(netns::cookie()?, socket::netns::HOST)].into())?;
+        cgroup::attach(&self.bpffs, cgroup, |name| self.programs.get(name))
+    }
+
+    /// The sockets that talk to backends; `None` without socket load-balancing.
+    pub fn sockets(&self) -> Option<&Sockets> {
+        self.sockets.as_ref().map(|(_, sockets)| sockets)
     }
 
     /// Removes our filters from devices that need none. Where there is TCX, no device but the pods' needs one.
@@ -365,8 +391,8 @@ fn take(step: Result<impl IntoIterator<Item = String>>, done: &mut Vec<String>, 
     }
 }
 
-fn load<'a>(bpffs: &'a Path, sizes: &MapSizes, log: &PacketLog) -> Result<Load<'a>> {
-    Ok(Load { object: object::embedded()?, bpffs, sizes: load::sizes(sizes), log: log.clone() })
+fn load<'a>(bpffs: &'a Path, sizes: &MapSizes, log: &PacketLog, has_sockets: bool) -> Result<Load<'a>> {
+    Ok(Load { object: object::embedded()?, bpffs, sizes: load::sizes(sizes), log: log.clone(), has_sockets })
 }
 
 /// Prints the packet log of these programs, if it is on, until the result is dropped.

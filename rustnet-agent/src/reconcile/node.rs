@@ -9,7 +9,7 @@ use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::config::{NodeConfig, flags};
 use rustnet_common::files::{EndpointFile, NodeFile};
 
-use crate::config::{Config, NODE_PORTS, OverlayFamily, OverlayPath, Role};
+use crate::config::{Config, NODE_PORTS, OverlayFamily, OverlayPath, Role, SocketLb};
 use crate::model::{Family, Node};
 use crate::net::repair::OverlayDevice;
 use crate::ways::{Place, Settings, Ways};
@@ -37,6 +37,7 @@ pub fn settings(config: &Config) -> Settings {
         pod_cidrs: config.pod_cidrs.clone(),
         no_masquerade: config.non_masquerade_cidrs.clone(),
         node_ports: config.node_port_addresses.clone(),
+        has_host_sockets: config.socket_lb == SocketLb::Host,
     }
 }
 

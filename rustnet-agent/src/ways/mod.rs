@@ -38,6 +38,8 @@ pub struct Settings {
     pub no_masquerade: Vec<IpNet>,
     /// Addresses of this node that have node ports; empty: all.
     pub node_ports: Vec<NodePortAddresses>,
+    /// Sockets of this host ask for Services by themselves, and reach node ports at loopback addresses.
+    pub has_host_sockets: bool,
 }
 
 impl Settings {
@@ -60,6 +62,7 @@ impl Settings {
             pod_cidrs: Vec::new(),
             no_masquerade: Vec::new(),
             node_ports: Vec::new(),
+            has_host_sockets: false,
         }
     }
 

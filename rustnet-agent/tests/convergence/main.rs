@@ -271,14 +271,15 @@ impl World {
 const FAMILIES: [Option<Family>; 3] = [None, Some(Family::V4), Some(Family::V6)];
 
 fn settings() -> impl Strategy<Value = Settings> {
-    (select(&Routing::ALL[..]), select(&FAMILIES[..]), any::<bool>()).prop_map(
-        |(routing, overlay_family, no_masquerade)| Settings {
+    (select(&Routing::ALL[..]), select(&FAMILIES[..]), any::<bool>(), any::<bool>()).prop_map(
+        |(routing, overlay_family, no_masquerade, has_host_sockets)| Settings {
             node_name: "n1".into(),
             routing,
             uplinks: Vec::new(),
             overlay_family,
             pod_cidrs: Vec::new(),
             no_masquerade: if no_masquerade { vec!["172.18.0.0/24".parse().unwrap()] } else { Vec::new() },
+            has_host_sockets,
             node_ports: Vec::new(),
         },
     )

@@ -159,6 +159,10 @@ fn frontends<'a>(cluster: &'a Cluster, settings: &Settings) -> BTreeMap<Key, Fro
         let of_family = |ip: &IpAddr| vips.iter().any(|vip| vip.is_ipv6() == ip.is_ipv6());
         let external: Vec<IpAddr> = parsed(&service.external).into_iter().filter(of_family).collect();
         let nodes: Vec<IpAddr> = own.iter().copied().filter(of_family).collect();
+        // Sockets of the host ask there, and no packet does.
+        let loopback = ["127.0.0.1", "::1"].map(|ip| ip.parse::<IpAddr>().unwrap());
+        let loopback = loopback.into_iter().filter(|ip| settings.has_host_sockets && of_family(ip));
+        let loopback: Vec<IpAddr> = loopback.collect();
         for (name, port, protocol) in valid(&service.ports, true) {
             let mut add = |addresses: &[IpAddr], port: u16, scope: u8, is_local: bool, is_external: bool| {
                 for ip in addresses {
@@ -174,6 +178,7 @@ fn frontends<'a>(cluster: &'a Cluster, settings: &Settings) -> BTreeMap<Key, Fro
             add(&external, port, scope::CLUSTER, false, true);
             add(&external, port, scope::EXTERNAL, service.external_local, true);
             if service.has_node_ports {
+                add(&loopback, node_port(port), scope::CLUSTER, false, true);
                 add(&nodes, node_port(port), scope::CLUSTER, false, true);
                 add(&nodes, node_port(port), scope::EXTERNAL, service.external_local, true);
             }

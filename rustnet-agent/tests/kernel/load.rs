@@ -9,7 +9,7 @@ use rustnet_agent::bpf::sys::{self, Layout};
 use rustnet_agent::bpf::{object, probe};
 use rustnet_agent::config::PacketLog;
 use rustnet_agent::plan::{Maps, VipKey, Write};
-use rustnet_common::names::{PROGRAMS, map};
+use rustnet_common::names::{PROGRAMS, SOCKET_PROGRAMS, map};
 use rustnet_common::service::SvcEntry;
 
 use crate::sandbox::{self, Sandbox, names};
@@ -17,7 +17,7 @@ use crate::sandbox::{self, Sandbox, names};
 /// Small maps, so that tests cost no memory.
 pub fn load(sandbox: &Sandbox) -> Load<'_> {
     let sizes = map::ALL[..13].iter().map(|name| ((*name).to_owned(), 4096)).collect();
-    Load { object: object::embedded().unwrap(), bpffs: &sandbox.bpffs, sizes, log: PacketLog::Off }
+    Load { object: object::embedded().unwrap(), bpffs: &sandbox.bpffs, sizes, log: PacketLog::Off, has_sockets: true }
 }
 
 pub fn map_id(sandbox: &Sandbox, name: &str) -> u32 {
@@ -52,7 +52,11 @@ fn a_second_load_adopts_the_maps_and_replaces_the_programs() {
         for (name, old) in PROGRAMS.iter().zip(programs) {
             assert_ne!(prog_id(sandbox, name), old, "{name}");
         }
-        assert_eq!(names(&sandbox.bpffs.join("prog")).len(), PROGRAMS.len() + 3, "no temporary pin is left");
+        assert_eq!(
+            names(&sandbox.bpffs.join("prog")).len(),
+            PROGRAMS.len() + 3 + SOCKET_PROGRAMS.len(),
+            "no temporary pin is left"
+        );
     });
 }
 

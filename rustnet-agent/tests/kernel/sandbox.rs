@@ -168,6 +168,10 @@ impl Sandbox {
         if !args.iter().any(|arg| arg.starts_with("--uplink=")) {
             args.push("--uplink=eth0".into());
         }
+        // No test attaches programs to a control group that is not its own.
+        if !args.iter().any(|arg| arg.starts_with("--socket-lb=")) {
+            args.push("--socket-lb=off".into());
+        }
         Config::load(args, &|_| None).expect("a configuration")
     }
 

@@ -65,7 +65,7 @@ pub fn is_backend(backend_id: u32) -> bool {
 
 /// The backend with this id, while it serves.
 #[inline(always)]
-fn backend(backend_id: u32) -> Option<&'static Backend> {
+pub fn backend(backend_id: u32) -> Option<&'static Backend> {
     let b = maps::rn_backends_v2.get(id::slot_of(backend_id))?;
     if b.id == backend_id && backend_id != 0 { Some(b) } else { None }
 }
@@ -73,6 +73,17 @@ fn backend(backend_id: u32) -> Option<&'static Backend> {
 /// Chooses the backend of a new flow by its hash, for clients of a [`scope`]; `None` if it asks for no service.
 #[inline(always)]
 pub fn select<F: Family>(t: &Tuple<F::A>, scope: u8, seed: u32) -> Result<Option<&'static Backend>, DropReason> {
+    select_for::<F>(t, scope, || hash::flow(t, seed), || t.src.to_addr().halves())
+}
+
+/// As [`select`], by the hash and for the client that these return. The tuple's source counts only for an entry that asks who may come.
+#[inline(always)]
+pub fn select_for<F: Family>(
+    t: &Tuple<F::A>,
+    scope: u8,
+    hash: impl FnOnce() -> u32,
+    client: impl FnOnce() -> (u64, u64),
+) -> Result<Option<&'static Backend>, DropReason> {
     let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope };
     let Some(entry) = F::services().get_ptr(key) else {
         return if refuses_ports::<F>(t.dst, scope) { Err(DropReason::NoServicePort) } else { Ok(None) };
@@ -92,11 +103,11 @@ pub fn select<F: Family>(t: &Tuple<F::A>, scope: u8, seed: u32) -> Result<Option
             DropReason::NoBackend
         });
     }
-    let index = first.wrapping_add(hash::pick(hash::flow(t, seed), count));
+    let index = first.wrapping_add(hash::pick(hash(), count));
     let chosen = maps::rn_backend_ids.get(index).copied();
     let chosen = match chosen {
         Some(chosen) if affinity != 0 => {
-            let (high, low) = t.src.to_addr().halves();
+            let (high, low) = client();
             Some(rn_affine(high, low, service, affinity, chosen))
         }
         chosen => chosen,

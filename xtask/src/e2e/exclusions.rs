@@ -20,14 +20,13 @@ const fn rustnet(part: &'static str, reason: &'static str) -> Exclusion {
     Exclusion { part, reason, rustnet: true }
 }
 
-const HAIRPIN: &str = "rustnet: a node does not reach itself through a Service, nor its own node ports, yet";
 const INTERNET: &str = "the cluster has no way to the Internet";
 const KUBE_PROXY: &str = "about kube-proxy itself";
 const MORE_NODES: &str = "wants more nodes in more zones";
 const DISRUPTIVE: &str = "breaks components by ssh";
 
 /// All of them; the first that matches gives the reason.
-static ALL: [Exclusion; 26] = [
+static ALL: [Exclusion; 21] = [
     // What this cluster, machine or kernel cannot do, whatever the network.
     here("[Feature:LoadBalancer]", "no controller gives out load-balancer addresses"),
     here("[Feature:SCTPConnectivity]", "SCTP sockets, which not every kernel has"),
@@ -49,11 +48,6 @@ static ALL: [Exclusion; 26] = [
     // What rustnet does not do yet.
     rustnet("should check kube-proxy urls", KUBE_PROXY),
     rustnet("KubeProxy should set TCP CLOSE_WAIT", KUBE_PROXY),
-    rustnet("Local Pod and Node, to Pod", HAIRPIN),
-    rustnet("node-Service", HAIRPIN),
-    rustnet("basic nodePort", HAIRPIN),
-    rustnet("update nodePort", HAIRPIN),
-    rustnet("service endpoints using hostNetwork", HAIRPIN),
     rustnet("HostPort", "rustnet: host ports are not served yet"),
     rustnet("hostPort", "rustnet: host ports are not served yet"),
 ];

@@ -41,6 +41,11 @@ impl Backends {
         Ok(Self { ids: Memory::new(ids, access)?, slots: Memory::new(slots, access)? })
     }
 
+    /// True if the slot of an id has it.
+    pub fn has(&self, backend: u32) -> bool {
+        backend != 0 && self.slots.get(id::slot_of(backend)).is_some_and(|held| held.id == backend)
+    }
+
     /// Ids and slots, each.
     pub fn capacity(&self) -> u32 {
         self.ids.capacity.min(self.slots.capacity).min(id::MAX_SLOTS)

@@ -12,6 +12,7 @@ pub mod fill;
 pub mod map;
 pub mod node_config;
 mod plan;
+pub mod sockets;
 
 pub use map::Map;
 pub use plan::{BpfMaps, peers, services, source_ranges};

@@ -50,6 +50,11 @@ impl BpfMaps {
         })
     }
 
+    /// True if a backend serves: its slot still has this id.
+    pub fn serves(&self, backend: u32) -> bool {
+        self.backends.has(backend)
+    }
+
     fn put_services(&self, services: &[(VipKey, SvcEntry)]) -> Result<()> {
         let (mut four, mut six) = (Vec::new(), Vec::new());
         for (key, entry) in services {

@@ -29,6 +29,40 @@ pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     info(fd)
 }
 
+/// `struct bpf_link_info`, its beginning, with the member for control groups of the union.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct CgroupLinkInfo {
+    kind: u32,
+    id: u32,
+    /// The program it runs.
+    pub prog_id: u32,
+    pad: u32,
+    /// The control group; 0 once it is gone.
+    pub cgroup_id: u64,
+    /// `enum bpf_attach_type`.
+    pub attach_type: u32,
+    pad2: u32,
+}
+
+/// What the kernel says of a link to a control group.
+pub fn cgroup_link_info(fd: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
+    info(fd)
+}
+
+/// Attaches a program to a hook of a control group. Others may be there, too.
+pub fn link_create_cgroup(prog: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        target_fd: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let mut attr = Attr { prog_fd: raw(prog), target_fd: raw(cgroup), attach_type, flags: 0 };
+    owned(bpf(cmd::LINK_CREATE, &mut attr)?)
+}
+
 /// Attaches a program to a TCX hook. EINVAL where the kernel has no TCX (before 6.6).
 pub fn link_create_tcx(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> io::Result<OwnedFd> {
     #[repr(C)]

@@ -109,6 +109,31 @@ fn only_some_addresses_of_the_node_have_node_ports() {
     }
 }
 
+/// Where sockets of this host ask for Services, they do so at loopback addresses, too, and nobody outside does.
+#[test]
+fn node_ports_at_loopback_addresses() {
+    let in_range = || NodePortAddresses::In("127.0.0.0/8".parse().unwrap());
+    for (has_host_sockets, node_ports, want) in [
+        (false, vec![], ["172.18.0.11"].as_slice()),
+        (true, vec![], &["127.0.0.1", "172.18.0.11"]),
+        (true, vec![NodePortAddresses::Primary], &["172.18.0.11"]),
+        (true, vec![in_range()], &["127.0.0.1"]),
+    ] {
+        let settings = Settings { node_ports, has_host_sockets, ..Settings::new("n1", Routing::Vxlan) };
+        let mut it = Index::new(settings);
+        it.set_host(host([device(1, "eth0", &["172.18.0.11/24"])]));
+        it.handle(node("n1", &["172.18.0.11"], &["10.244.1.0/24"]).apply());
+        it.handle(service("web", &[VIP4]).tcp(80).node_port(30_080).apply());
+        let mut at: Vec<_> = it.service_keys().filter(|key| key.port == 30_080).collect();
+        at.sort_unstable();
+        let cluster = want.iter().map(|address| key(address, 30_080, TCP));
+        let external = cluster.clone().filter(|key| !key.ip.is_loopback()).map(outside);
+        let mut want: Vec<_> = cluster.chain(external).collect();
+        want.sort_unstable();
+        assert_eq!(at, want);
+    }
+}
+
 /// An external IP that is the cluster address of the same Service: one claim, and nothing is left of it.
 #[test]
 fn an_address_that_a_service_names_twice() {

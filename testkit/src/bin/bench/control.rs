@@ -111,7 +111,7 @@ pub fn run(extent: &Extent) -> Result<()> {
 fn load(bpffs: &Path, services: u32) -> Result<BpfMaps> {
     let entries = (services * 2 + 1000).next_power_of_two();
     let sizes = sizes(&MapSizes { services: entries, backends: services * ENDPOINTS + 4096, ..MapSizes::default() });
-    Load { object: object::embedded()?, bpffs, sizes, log: PacketLog::Off }.run()?.pin(bpffs)?;
+    Load { object: object::embedded()?, bpffs, sizes, log: PacketLog::Off, has_sockets: false }.run()?.pin(bpffs)?;
     BpfMaps::open(bpffs)
 }
 
@@ -340,6 +340,7 @@ fn remembered(n: u32) -> Service {
         vips: vec![vip(n).into()],
         ports: vec![Port { name: "http".into(), proto: Proto::Tcp, port: 80, target: 8080 }],
         outside: Outside::default(),
+        affinity: false,
         endpoints: (n * 5..n * 5 + 5).map(endpoint).collect(),
     }
 }

@@ -77,6 +77,11 @@ fn start_agents(fabric: &Fabric, api: Option<&ApiServer>) -> Result<()> {
 }
 
 impl<'a> Cluster<'a> {
+    /// True if the nodes have control groups, which socket load-balancing needs.
+    pub fn has_sockets(&self) -> bool {
+        self.fabric.nodes().iter().all(|node| node.cgroup().is_some())
+    }
+
     /// Starts agents, adds pods, writes services, and waits until they are known.
     pub fn start(fabric: &'a Fabric, api: Option<&'a ApiServer>) -> Result<Self> {
         let start = Instant::now();

@@ -5,7 +5,7 @@ use crate::cluster::{Cluster, SERVICE_PORT};
 use crate::rows::enough;
 use crate::table::{self, Table};
 use anyhow::Result;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use testkit::client::ask;
 use testkit::{Proto, wait};
 
@@ -26,6 +26,9 @@ pub fn rows(cluster: &Cluster<'_>, requests: usize, table: &mut Table) -> Result
             }
         }
     }
+    if cluster.has_sockets() {
+        own_rows(cluster, &backends, requests, table)?;
+    }
     let (world4, world6) = testkit::fabric::WORLD;
     let first = cluster.fabric.node(1);
     for vip in balancer() {
@@ -37,6 +40,23 @@ pub fn rows(cluster: &Cluster<'_>, requests: usize, table: &mut Table) -> Result
             let answers = ask(world, proto, target, requests)?;
             let verdict = answers.only_by(&backends[..1]).and_then(|()| answers.only_as(own));
             table.answers("outside > load balancer", family(vip), &proto.to_string(), &answers, verdict);
+        }
+    }
+    Ok(())
+}
+
+/// Processes of the nodes at their own node ports: by the node's address, and by loopback ones.
+fn own_rows(cluster: &Cluster<'_>, backends: &[&str], requests: usize, table: &mut Table) -> Result<()> {
+    for node in cluster.fabric.nodes() {
+        let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        let places = node.addresses().map(|ip| (ip, "its node port")).into_iter();
+        for (address, place) in places.chain(loopback.map(|ip: IpAddr| (ip, "localhost"))) {
+            let target = SocketAddr::new(address, cluster.published.outside.node_port);
+            for proto in Proto::ALL {
+                let answers = ask(node.netns(), proto, target, enough(requests, backends.len()))?;
+                let what = format!("{} > {place}", node.name());
+                table.answers(&what, family(address), &proto.to_string(), &answers, answers.only_by(backends));
+            }
         }
     }
     Ok(())

@@ -114,8 +114,11 @@ fn service_rows(
     let names = backends(cluster, service, vip);
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     for proto in Proto::ALL {
-        // The host cannot ask itself by the per-packet path: its own address never leaves the stack.
-        if service.name == "host" && client.netns.name() == cluster.fabric.node(1).netns().name() {
+        // The host cannot ask itself by packets: its own address never leaves the stack.
+        if !cluster.has_sockets()
+            && service.name == "host"
+            && client.netns.name() == cluster.fabric.node(1).netns().name()
+        {
             continue;
         }
         let count = enough(requests, names.len());

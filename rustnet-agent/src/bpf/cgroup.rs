@@ -1,0 +1,125 @@
+//! Puts the programs of socket calls on a control group of version 2, or swaps those that are there.
+//!
+//! Their links are pinned, so that they outlive the agent. A call runs the programs of its process's group and of all above it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use aya_obj::generated::bpf_attach_type;
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
+use rustnet_common::names::SOCKET_PROGRAMS;
+
+use super::attach::{Outcome, link_path};
+use super::{pin, remedy, sys};
+
+/// The hooks, in the order of [`SOCKET_PROGRAMS`].
+const HOOKS: [bpf_attach_type; SOCKET_PROGRAMS.len()] = [
+    bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+    bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+    bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+    bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
+    bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG,
+    bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG,
+    bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+    bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+];
+
+/// True for the pin of a link to a control group.
+pub fn is_link(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| SOCKET_PROGRAMS.contains(&name))
+}
+
+/// Has all programs on the group in `dir`. Those that show a socket the Service's address come first: a socket that is led elsewhere
+/// must not see where.
+///
+/// # Errors
+/// It is no control group of version 2, or the kernel refuses a program there.
+pub fn attach<'a>(bpffs: &Path, dir: &Path, program: impl Fn(&str) -> Result<BorrowedFd<'a>>) -> Result<Vec<String>> {
+    let group = open(dir)?;
+    let mut done = Vec::new();
+    for (name, hook) in SOCKET_PROGRAMS.into_iter().zip(HOOKS).rev() {
+        let path = link_path(bpffs, name, None);
+        match hook_on(&path, &group, hook as u32, program(name)?) {
+            Ok(Outcome::Unchanged) => {}
+            Ok(Outcome::Swapped) => done.push(format!("{name}: program swapped")),
+            Ok(Outcome::Attached) => done.push(format!("{name} attached to {}", dir.display())),
+            Err(e) => return Err(e.context(format!("attaching {name} to the control group {}", dir.display()))),
+        }
+    }
+    Ok(done)
+}
+
+/// Takes the programs off, those that lead sockets elsewhere first. Returns what was done.
+///
+/// # Errors
+/// A pin cannot be removed.
+pub fn detach(bpffs: &Path) -> Result<Option<String>> {
+    let mut is_any_removed = false;
+    for name in SOCKET_PROGRAMS {
+        is_any_removed |= pin::remove(&link_path(bpffs, name, None))?;
+    }
+    Ok(is_any_removed.then(|| "programs of socket calls taken off".to_owned()))
+}
+
+/// How many of the programs are attached to a control group that lives.
+///
+/// # Errors
+/// A pin cannot be read.
+pub fn attached(bpffs: &Path) -> Result<usize> {
+    let mut count = 0;
+    for name in SOCKET_PROGRAMS {
+        let path = link_path(bpffs, name, None);
+        match sys::obj_get(&path).and_then(|link| sys::cgroup_link_info(link.as_fd())) {
+            Ok(info) => count += usize::from(info.cgroup_id != 0),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => bail!("opening {}: {e}: {}", path.display(), remedy(&e)),
+        }
+    }
+    Ok(count)
+}
+
+/// A control group.
+struct Group {
+    dir: File,
+    /// The kernel's number of it.
+    id: u64,
+}
+
+fn open(path: &Path) -> Result<Group> {
+    let remedy = "mount cgroup2 there, or name the directory where it is with --cgroup, or give --socket-lb off";
+    let open = || -> Result<Group> {
+        let dir = File::open(path)?;
+        if fstatfs(&dir)?.filesystem_type() != CGROUP2_SUPER_MAGIC {
+            bail!("it is no control group of version 2");
+        }
+        let id = dir.metadata()?.ino();
+        Ok(Group { dir, id })
+    };
+    open().with_context(|| format!("the control group {} of all processes cannot be used: {remedy}", path.display()))
+}
+
+fn hook_on(path: &Path, group: &Group, hook: u32, prog: BorrowedFd<'_>) -> Result<Outcome> {
+    match sys::obj_get(path) {
+        Ok(link) => {
+            let info = sys::cgroup_link_info(link.as_fd()).with_context(|| format!("{} is no link", path.display()))?;
+            if (info.cgroup_id, info.attach_type) == (group.id, hook) {
+                if info.prog_id == sys::prog_id(prog).context("asking for a program's id")? {
+                    return Ok(Outcome::Unchanged);
+                }
+                sys::link_update(link.as_fd(), prog)?;
+                return Ok(Outcome::Swapped);
+            }
+            // Its group is gone, or it was for another one.
+            fs::remove_file(path).with_context(|| format!("removing {}", path.display()))?;
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => bail!("opening {}: {e}: {}", path.display(), remedy(&e)),
+    }
+    let link = sys::link_create_cgroup(prog, group.dir.as_fd(), hook)?;
+    pin::replace(path, link.as_fd())?;
+    Ok(Outcome::Attached)
+}

@@ -1,0 +1,63 @@
+//! `rn_sock_netns` and `rn_sock_rev`: whose sockets ask for Services, and which of them talk to which backend.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+use rustnet_common::names::map;
+use rustnet_common::socket::{Asked, SocketKey};
+
+use super::Map;
+
+/// The tables of sockets.
+pub struct Sockets {
+    namespaces: Map<u64, u32>,
+    backends: Map<SocketKey, Asked>,
+}
+
+impl Sockets {
+    /// Opens the pins in `bpffs`.
+    ///
+    /// # Errors
+    /// There are none.
+    pub fn open(bpffs: &Path) -> Result<Self> {
+        Ok(Self { namespaces: Map::open(bpffs, map::SOCK_NETNS)?, backends: Map::open(bpffs, map::SOCK_REV)? })
+    }
+
+    /// Has the sockets of these network namespaces ask for Services, with these flags, and no others.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_namespaces(&self, wanted: &BTreeMap<u64, u32>) -> Result<()> {
+        let found: BTreeMap<u64, u32> = self.namespaces.entries()?.into_iter().collect();
+        for (cookie, flags) in wanted.iter().filter(|(cookie, flags)| found.get(cookie) != Some(flags)) {
+            self.namespaces.put(cookie, flags)?;
+        }
+        for cookie in found.keys().filter(|cookie| !wanted.contains_key(cookie)) {
+            self.namespaces.delete(cookie)?;
+        }
+        Ok(())
+    }
+
+    /// The sockets whose backend `is_gone`, with what they asked for.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn of_backends(&self, is_gone: impl Fn(u32) -> bool) -> Result<Vec<(SocketKey, Asked)>> {
+        let mut found = Vec::new();
+        self.backends.for_each(|key, asked| {
+            if is_gone(asked.backend) {
+                found.push((*key, *asked));
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// Forgets sockets.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn forget(&self, sockets: &[SocketKey]) -> Result<()> {
+        self.backends.delete_all(sockets).map(drop)
+    }
+}

@@ -1,0 +1,52 @@
+//! `rn_sock_netns`, `rn_sock_fwd` and `rn_sock_rev`: which sockets ask for Services, and what the programs made of their addresses.
+
+use crate::addr::Addr;
+use crate::shared_type;
+
+/// A socket and an address that it sends to. Key of `rn_sock_fwd`, where the address is a Service's, and of `rn_sock_rev`, where it is
+/// a backend's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(Hash, PartialOrd, Ord))]
+#[repr(C)]
+pub struct SocketKey {
+    /// The kernel's number of the socket, as `SO_COOKIE` returns it.
+    pub cookie: u64,
+    /// The address; IPv4 as mapped.
+    pub addr: Addr,
+    /// Port, host order.
+    pub port: u16,
+    /// Zero.
+    pub pad: u16,
+    /// Zero.
+    pub pad2: u32,
+}
+
+/// Value of `rn_sock_rev`: what a socket asked for that talks to a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Asked {
+    /// The Service's address; IPv4 as mapped.
+    pub addr: Addr,
+    /// Port, host order.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Zero.
+    pub pad: u8,
+    /// Id of the backend.
+    pub backend: u32,
+}
+
+/// Values of `rn_sock_netns`, whose keys are the kernel's numbers of network namespaces, as `SO_NETNS_COOKIE` returns them. Sockets of
+/// other namespaces keep their addresses.
+pub mod netns {
+    /// The host's: its sockets reach node ports at loopback addresses, too.
+    pub const HOST: u32 = 1;
+}
+
+/// High half of the address that stands for a network namespace in `rn_affinity`, its number being the low half: of the range that
+/// no packet comes from (100::/64, RFC 6666).
+pub const CLIENT_HIGH: u64 = 0x0100 << 48;
+
+shared_type!(SocketKey, 32);
+shared_type!(Asked, 24);

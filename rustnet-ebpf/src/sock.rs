@@ -1,0 +1,232 @@
+//! Programs of socket calls. Where a socket of a namespace in `rn_sock_netns` connects or sends to a Service, its destination becomes
+//! a backend at once, so that no packet has to be changed; what it is shown of its peer is the Service's address.
+//!
+//! Only what has a backend is changed. All else goes on as a packet, and the TC programs refuse or drop it, with counter and event.
+
+use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::helpers::generated as helper;
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
+use rustnet_common::backend::Backend;
+use rustnet_common::service::scope;
+use rustnet_common::socket::{Asked, CLIENT_HIGH, SocketKey, netns};
+use rustnet_common::tuple::{Tuple, proto};
+
+use crate::ctx::random;
+use crate::family::{Family, V4, V6};
+use crate::maps;
+use crate::step::lb;
+
+/// What a program returns to let the call go on.
+const ALLOW: i32 = 1;
+
+/// A call on a socket: the gate to its context.
+#[derive(Clone, Copy)]
+struct Call(*mut bpf_sock_addr);
+
+impl Call {
+    /// IP protocol number.
+    #[inline(always)]
+    fn proto(self) -> u8 {
+        // SAFETY: the kernel hands the program a valid context; the verifier rewrites this load.
+        unsafe { (*self.0).protocol as u8 }
+    }
+
+    /// Port of the address in hand, host order.
+    #[inline(always)]
+    fn port(self) -> u16 {
+        // SAFETY: as above. The port is in network order in the lower half.
+        u16::from_be(unsafe { (*self.0).user_port } as u16)
+    }
+
+    #[inline(always)]
+    fn set_port(self, port: u16) {
+        // SAFETY: as above; all hooks here may write the address.
+        unsafe { (*self.0).user_port = u32::from(port.to_be()) }
+    }
+
+    /// The kernel's number of the socket.
+    #[inline(always)]
+    fn cookie(self) -> u64 {
+        // SAFETY: a valid context.
+        unsafe { helper::bpf_get_socket_cookie(self.0.cast()) }
+    }
+
+    /// The kernel's number of the socket's network namespace.
+    #[inline(always)]
+    fn netns(self) -> u64 {
+        // SAFETY: a valid context.
+        unsafe { helper::bpf_get_netns_cookie(self.0.cast()) }
+    }
+
+    #[inline(always)]
+    fn key(self, cookie: u64, addr: Addr) -> SocketKey {
+        SocketKey { cookie, addr, port: self.port(), pad: 0, pad2: 0 }
+    }
+}
+
+/// Where the address in hand stands in the context, by the family of the socket.
+trait SocketFamily {
+    /// The address, IPv4 as mapped: an IPv6 socket may use IPv4.
+    fn address(call: Call) -> Addr;
+    /// Changes it to one of the same family.
+    fn set_address(call: Call, addr: Addr);
+}
+
+impl SocketFamily for V4 {
+    #[inline(always)]
+    fn address(call: Call) -> Addr {
+        // SAFETY: see `Call::proto`.
+        Ip4::from_word(unsafe { (*call.0).user_ip4 }).to_addr()
+    }
+
+    #[inline(always)]
+    fn set_address(call: Call, addr: Addr) {
+        // SAFETY: see `Call::set_port`.
+        unsafe { (*call.0).user_ip4 = addr.words()[3] }
+    }
+}
+
+impl SocketFamily for V6 {
+    #[inline(always)]
+    fn address(call: Call) -> Addr {
+        // SAFETY: see `Call::proto`. Word by word, as the verifier wants it.
+        unsafe {
+            let words = &raw const (*call.0).user_ip6;
+            let word = |n: usize| words.cast::<u32>().add(n).read_volatile();
+            Ip6::from_words([word(0), word(1), word(2), word(3)])
+        }
+    }
+
+    #[inline(always)]
+    fn set_address(call: Call, addr: Addr) {
+        let w = addr.words();
+        // SAFETY: see `Call::set_port` and above.
+        unsafe {
+            let words = (&raw mut (*call.0).user_ip6).cast::<u32>();
+            words.write_volatile(w[0]);
+            words.add(1).write_volatile(w[1]);
+            words.add(2).write_volatile(w[2]);
+            words.add(3).write_volatile(w[3]);
+        }
+    }
+}
+
+/// The flags of the socket's namespace; `None` for sockets that keep their addresses.
+#[inline(always)]
+fn namespace(number: u64) -> Option<u32> {
+    // SAFETY: a map value stays readable for this run of the program.
+    maps::rn_sock_netns.get_ptr(number).map(|flags| unsafe { *flags })
+}
+
+/// The backend that a namespace gets of the Service that is asked for, if it is one and has any.
+#[inline(always)]
+fn choose<F: Family>(asked: F::A, port: u16, proto: u8, namespace: u64) -> Option<&'static Backend> {
+    let t = Tuple { src: F::A::UNSPECIFIED, dst: asked, sport: 0, dport: port, proto, pad: 0, pad2: 0 };
+    // Of what is refused, the packets are.
+    lb::select_for::<F>(&t, scope::CLUSTER, random, || (CLIENT_HIGH, namespace)).ok().flatten()
+}
+
+/// As [`choose`], for an address of either family. A loopback address or none stands for the node ports of this host, whose entries
+/// have the first loopback address; sockets of pods mean their own.
+#[inline(always)]
+fn choose_any(asked: Addr, port: u16, proto: u8, number: u64, flags: u32) -> Option<&'static Backend> {
+    if asked.is_v4() {
+        let ip = Ip4::from_addr(asked);
+        if !ip.is_martian_destination() {
+            return choose::<V4>(ip, port, proto, number);
+        }
+        let loopback = Ip4::from_word(u32::from_ne_bytes([127, 0, 0, 1]));
+        return if flags & netns::HOST == 0 { None } else { choose::<V4>(loopback, port, proto, number) };
+    }
+    if !asked.is_martian_destination() {
+        return choose::<V6>(asked, port, proto, number);
+    }
+    let loopback = Ip6::from_words([0, 0, 0, 1_u32.to_be()]);
+    if flags & netns::HOST == 0 { None } else { choose::<V6>(loopback, port, proto, number) }
+}
+
+/// Leads a call to a backend, and stores what was asked for.
+#[inline(always)]
+fn lead<S: SocketFamily>(call: Call, cookie: u64, asked: Addr, backend: &Backend) {
+    let value = Asked { addr: asked, port: call.port(), proto: call.proto(), pad: 0, backend: backend.id };
+    let key = SocketKey { cookie, addr: backend.addr, port: backend.port, pad: 0, pad2: 0 };
+    // SAFETY: a map value stays readable for this run of the program.
+    let is_known = maps::rn_sock_rev.get_ptr(key).is_some_and(|known| unsafe { known.read() == value });
+    if !is_known {
+        // A full table forgets the oldest: such a socket is shown its backend.
+        let _ = maps::rn_sock_rev.insert(key, value, 0);
+    }
+    S::set_address(call, backend.addr);
+    call.set_port(backend.port);
+}
+
+/// Before a connection: one backend for as long as it lasts.
+#[inline(always)]
+fn connect<S: SocketFamily>(call: Call) {
+    let (number, proto) = (call.netns(), call.proto());
+    if proto != proto::TCP && proto != proto::UDP {
+        return;
+    }
+    let Some(flags) = namespace(number) else { return };
+    let asked = S::address(call);
+    match choose_any(asked, call.port(), proto, number, flags) {
+        Some(backend) => lead::<S>(call, call.cookie(), asked, backend),
+        // A UDP socket may have had this peer by way of a Service.
+        None if proto == proto::UDP => {
+            let _ = maps::rn_sock_rev.remove(call.key(call.cookie(), asked));
+        }
+        None => {}
+    }
+}
+
+/// Before a datagram of a socket that is not connected: the same backend for as long as it serves.
+#[inline(always)]
+fn sendmsg<S: SocketFamily>(call: Call) {
+    let number = call.netns();
+    let Some(flags) = namespace(number) else { return };
+    let (asked, cookie) = (S::address(call), call.cookie());
+    let key = call.key(cookie, asked);
+    // SAFETY: a map value stays readable for this run of the program.
+    let known = maps::rn_sock_fwd.get_ptr(key).and_then(|id| lb::backend(unsafe { *id }));
+    if let Some(backend) = known {
+        return lead::<S>(call, cookie, asked, backend);
+    }
+    let Some(backend) = choose_any(asked, call.port(), proto::UDP, number, flags) else { return };
+    // A full table costs a socket its backend: the next datagram chooses again.
+    let _ = maps::rn_sock_fwd.insert(key, backend.id, 0);
+    lead::<S>(call, cookie, asked, backend);
+}
+
+/// After a datagram, or where a socket asks for its peer: the backend's address becomes the Service's.
+#[inline(always)]
+fn show<S: SocketFamily>(call: Call) {
+    let key = call.key(call.cookie(), S::address(call));
+    let Some(asked) = maps::rn_sock_rev.get_ptr(key) else { return };
+    // SAFETY: a map value stays readable for this run of the program.
+    let Asked { addr, port, .. } = unsafe { asked.read() };
+    S::set_address(call, addr);
+    call.set_port(port);
+}
+
+/// Declares the programs of one family.
+macro_rules! programs {
+    ($family:ident, $connect:ident $on_connect:ident, $sendmsg:ident $on_sendmsg:ident, $recvmsg:ident $on_recvmsg:ident,
+     $getpeer:ident $on_getpeer:ident) => {
+        programs!(@ $family, $connect, $on_connect, connect);
+        programs!(@ $family, $sendmsg, $on_sendmsg, sendmsg);
+        programs!(@ $family, $recvmsg, $on_recvmsg, show);
+        programs!(@ $family, $getpeer, $on_getpeer, show);
+    };
+    (@ $family:ident, $program:ident, $hook:ident, $steps:ident) => {
+        #[cgroup_sock_addr($hook)]
+        pub fn $program(ctx: SockAddrContext) -> i32 {
+            $steps::<$family>(Call(ctx.sock_addr));
+            ALLOW
+        }
+    };
+}
+
+programs!(V4, sock_connect4 connect4, sock_sendmsg4 sendmsg4, sock_recvmsg4 recvmsg4, sock_getpeer4 getpeername4);
+programs!(V6, sock_connect6 connect6, sock_sendmsg6 sendmsg6, sock_recvmsg6 recvmsg6, sock_getpeer6 getpeername6);

@@ -1,0 +1,313 @@
+//! Socket load-balancing: the nodes' own processes at Services, and what becomes of their sockets when a backend goes.
+
+use crate::fixture::{
+    Net, SERVICE_PORT, TestService, endpoints, in_each_routing, node_port, node_ports, published, wait_served,
+};
+use anyhow::{Context, Result, ensure};
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+use testkit::client::{Connection, ask, ask_udp, connected_udp};
+use testkit::manifest::{Endpoint, Outside};
+use testkit::pod::PORT;
+use testkit::{Proto, Setup, wait};
+
+in_each_routing!(
+    a_node_asks_its_own_node_port,
+    a_node_port_at_loopback_addresses,
+    loopback_of_a_pod_is_its_own,
+    a_node_is_its_own_backend,
+    a_socket_sees_the_service,
+    datagrams_of_one_socket_to_several_services,
+    mapped_addresses,
+    connected_udp_sockets_end_with_their_backend,
+    tcp_connections_end_with_their_endpoint_and_not_before,
+    the_sockets_of_others_stay,
+    without_an_endpoint_packets_are_refused,
+    affinity_of_a_node,
+);
+
+fn loopback(target: SocketAddr) -> SocketAddr {
+    let ip: IpAddr = if target.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    SocketAddr::new(ip, target.port())
+}
+
+fn with_node_port(net: &Net, endpoints: Vec<Endpoint>) -> Result<TestService<'_>> {
+    published(net, Outside { node_port: node_port(), ..Outside::default() }, endpoints)
+}
+
+fn a_node_asks_its_own_node_port(net: &Net) -> Result<()> {
+    let service = with_node_port(net, endpoints(&[&net.a, &net.c]))?;
+    for node in net.fabric.nodes() {
+        for target in node_ports(node, &service) {
+            wait_served(node.netns(), target)?;
+            for proto in Proto::ALL {
+                let answers = ask(node.netns(), proto, target, 40)?;
+                answers.only_by(&["a", "c"])?;
+                ensure!(answers.by_server.len() == 2, "{proto} {target}: {answers}, of one backend alone");
+                answers.only_as(node.address_like(target.ip()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn a_node_port_at_loopback_addresses(net: &Net) -> Result<()> {
+    let service = with_node_port(net, endpoints(&[&net.a, &net.c]))?;
+    let node = net.node(1);
+    for target in node_ports(node, &service).map(loopback) {
+        wait_served(node.netns(), target)?;
+        for proto in Proto::ALL {
+            ask(node.netns(), proto, target, 40)?.only_by(&["a", "c"])?;
+        }
+    }
+    // Any of them, and none: they stand for this host.
+    for other in ["127.3.2.1", "0.0.0.0"] {
+        let target = SocketAddr::new(other.parse()?, service.service.outside.node_port);
+        ask(node.netns(), Proto::Tcp, target, 30)?.only_by(&["a", "c"])?;
+    }
+    // The port of the service itself is nobody's there.
+    let target = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), SERVICE_PORT);
+    ask(node.netns(), Proto::Tcp, target, 2)?.all_failed(ErrorKind::ConnectionRefused)
+}
+
+fn loopback_of_a_pod_is_its_own(net: &Net) -> Result<()> {
+    let service = with_node_port(net, endpoints(&[&net.c]))?;
+    for target in node_ports(net.node(1), &service) {
+        wait_served(net.node(1).netns(), loopback(target))?;
+        ask(net.a.netns(), Proto::Tcp, loopback(target), 2)?.all_failed(ErrorKind::ConnectionRefused)?;
+        // By packets.
+        ask(net.a.netns(), Proto::Tcp, target, 10)?.only_by(&["c"])?;
+    }
+    Ok(())
+}
+
+/// A backend on the host's network, asked by that host.
+fn a_node_is_its_own_backend(net: &Net) -> Result<()> {
+    let node = net.node(1);
+    let own = node.addresses().map(|ip| Endpoint::ready(ip, Some(node.name())));
+    let service = with_node_port(net, own.to_vec())?;
+    for target in service.targets().into_iter().chain(node_ports(node, &service)) {
+        for proto in Proto::ALL {
+            let answers = ask(node.netns(), proto, target, 10)?;
+            answers.only_by(&[node.name()])?;
+        }
+    }
+    Ok(())
+}
+
+/// The peer of a connected socket is what was asked for, of either protocol.
+fn a_socket_sees_the_service(net: &Net) -> Result<()> {
+    let service = with_node_port(net, endpoints(&[&net.a, &net.c]))?;
+    let node = net.node(1);
+    let all = service.targets().into_iter().chain(node_ports(node, &service)).collect::<Vec<_>>();
+    for target in all.iter().copied().chain([loopback(all[2]), loopback(all[3])]) {
+        wait_served(node.netns(), target)?;
+        let (tcp, udp) = node.netns().run(|| -> Result<_> {
+            Ok((TcpStream::connect(target)?.peer_addr()?, connected_udp(target)?.peer_addr()?))
+        })??;
+        ensure!((tcp, udp) == (target, target), "{target} shows as {tcp} and {udp}");
+    }
+    Ok(())
+}
+
+fn open_udp(like: SocketAddr) -> Result<UdpSocket> {
+    let any: IpAddr = if like.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    Ok(socket)
+}
+
+/// A datagram there and one back by a socket without a peer: who answered, and from where.
+fn exchange(socket: &UdpSocket, target: SocketAddr, text: &str) -> Result<(String, SocketAddr)> {
+    let mut buffer = [0; 512];
+    socket.send_to(text.as_bytes(), target)?;
+    let (len, from) = socket.recv_from(&mut buffer).with_context(|| format!("no answer from {target}"))?;
+    let answer = String::from_utf8_lossy(&buffer[..len]).into_owned();
+    Ok((answer.split(' ').next().unwrap_or_default().to_owned(), from))
+}
+
+/// Each has one backend for as long as it serves, and each answer comes from the service that was asked.
+fn datagrams_of_one_socket_to_several_services(net: &Net) -> Result<()> {
+    let one = net.service(endpoints(&[&net.a, &net.b, &net.c]))?;
+    let two = net.service(endpoints(&[&net.a, &net.b, &net.c]))?;
+    net.node(1).netns().run(|| -> Result<()> {
+        for targets in [[one.targets()[0], two.targets()[0]], [one.targets()[1], two.targets()[1]]] {
+            let socket = open_udp(targets[0])?;
+            for target in targets {
+                let mut by = BTreeSet::new();
+                for n in 0..20 {
+                    let (server, from) = exchange(&socket, target, &format!("n{n}"))?;
+                    ensure!(from == target, "{target} answers from {from}");
+                    by.insert(server);
+                }
+                ensure!(by.len() == 1, "{target}: one socket has the backends {by:?}");
+            }
+        }
+        Ok(())
+    })?
+}
+
+/// IPv6 sockets that speak IPv4.
+fn mapped_addresses(net: &Net) -> Result<()> {
+    let service = with_node_port(net, endpoints(&[&net.a, &net.c]))?;
+    let node = net.node(1);
+    let map = |target: SocketAddr| match target.ip() {
+        IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), target.port()),
+        IpAddr::V6(_) => target,
+    };
+    for target in
+        [service.targets()[0], node_ports(node, &service)[0], loopback(node_ports(node, &service)[0])].map(map)
+    {
+        let shown = node.netns().run(|| -> Result<_> {
+            let socket = open_udp(target)?;
+            let (server, from) = exchange(&socket, target, "mapped")?;
+            ensure!(["a", "c"].contains(&server.as_str()), "{server} answered");
+            Ok((TcpStream::connect(target)?.peer_addr()?, from))
+        })??;
+        ensure!(shown == (target, target), "{target} shows as {shown:?}");
+    }
+    Ok(())
+}
+
+fn connected_udp_sockets_end_with_their_backend(net: &Net) -> Result<()> {
+    let mut service = net.service(endpoints(&[&net.a]))?;
+    let netns = net.node(1).netns();
+    for target in service.targets() {
+        service.set(endpoints(&[&net.a]))?;
+        service.wait_known()?;
+        wait::until("the old endpoint again", || ask(netns, Proto::Udp, target, 1)?.only_by(&["a"]))?;
+        let socket = netns.run(|| connected_udp(target))??;
+        ensure!(ask_udp(&socket, "before")?.0 == "a");
+        service.set(endpoints(&[&net.c]))?;
+        wait::until("the socket ended", || match ask_udp(&socket, "after") {
+            Err(e) if e.raw_os_error() == Some(nix::libc::EDESTADDRREQ) => Ok(()),
+            other => anyhow::bail!("{other:?}"),
+        })?;
+        // The owner sees the error once.
+        ensure!(socket.take_error()?.is_some_and(|e| e.kind() == ErrorKind::ConnectionAborted));
+        netns.run(|| socket.connect(target))??;
+        ensure!(ask_udp(&socket, "again")?.0 == "c");
+    }
+    Ok(())
+}
+
+fn tcp_connections_end_with_their_endpoint_and_not_before(net: &Net) -> Result<()> {
+    let mut service = net.service(endpoints(&[&net.a]))?;
+    let netns = net.node(1).netns();
+    for target in service.targets() {
+        service.set(endpoints(&[&net.a]))?;
+        service.wait_known()?;
+        wait::until("the old endpoint again", || ask(netns, Proto::Tcp, target, 1)?.only_by(&["a"]))?;
+        let mut connection = Connection::open_in(netns, target)?;
+        connection.ask("before")?;
+        // An endpoint that is not ready, and does not serve, is known nevertheless.
+        let mut unready = endpoints(&[&net.a, &net.c]);
+        for endpoint in unready.iter_mut().filter(|it| it.node.as_deref() == Some("n1")) {
+            (endpoint.ready, endpoint.serving) = (false, false);
+        }
+        service.set(unready)?;
+        wait::until("the endpoint gets no new ones", || ask(netns, Proto::Tcp, target, 10)?.only_by(&["c"]))?;
+        // The agent has seen to its sockets once the UDP socket of such a backend would have ended; see the other test. Here: the
+        // connection still answers after the slot of its backend was cleared and another change applied.
+        let marker = net.service(endpoints(&[&net.c]))?;
+        drop(marker);
+        ensure!(connection.ask("unready")?.0 == "a");
+        service.set(endpoints(&[&net.c]))?;
+        wait::until("the connection ended", || match connection.ask("gone") {
+            Err(e) if e.kind() == ErrorKind::ConnectionAborted => Ok(()),
+            Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+            other => anyhow::bail!("{other:?}"),
+        })?;
+    }
+    Ok(())
+}
+
+/// Sockets without a peer, sockets that never asked for a Service, and those of pods.
+fn the_sockets_of_others_stay(net: &Net) -> Result<()> {
+    let mut service = net.service(endpoints(&[&net.a, &net.c]))?;
+    let netns = net.node(1).netns();
+    let target = service.targets()[0];
+    let pod = net.a.addresses()[0];
+    let direct_target = SocketAddr::new(pod, PORT);
+    let (open, direct, watched) = netns.run(|| -> Result<_> {
+        let open = open_udp(target)?;
+        exchange(&open, target, "before")?;
+        let mut watched = Vec::new();
+        // Until one of them has the backend that goes.
+        while !watched.iter().any(|socket| ask_udp(socket, "who").is_ok_and(|(by, _)| by == "a")) {
+            watched.push(connected_udp(target)?);
+            ensure!(watched.len() < 64, "nobody answers as a");
+        }
+        Ok((open, connected_udp(direct_target)?, watched))
+    })??;
+    let mut direct_tcp = Connection::open_in(netns, direct_target)?;
+    let mut of_pod = Connection::open_in(net.b.netns(), target)?;
+    service.set(endpoints(&[&net.c]))?;
+    wait::until("a socket ended", || {
+        let has_ended = |socket: &UdpSocket| {
+            ask_udp(socket, "who").is_err_and(|e| e.raw_os_error() == Some(nix::libc::EDESTADDRREQ))
+        };
+        ensure!(watched.iter().any(has_ended), "none has ended");
+        Ok(())
+    })?;
+    let (by, from) = netns.run(|| exchange(&open, target, "after"))??;
+    ensure!((by.as_str(), from) == ("c", target), "{by} {from}");
+    ensure!(ask_udp(&direct, "direct")?.0 == "a");
+    ensure!(direct_tcp.ask("direct")?.0 == "a");
+    of_pod.ask("pod")?;
+    Ok(())
+}
+
+fn without_an_endpoint_packets_are_refused(net: &Net) -> Result<()> {
+    let mut service = net.service(endpoints(&[&net.a]))?;
+    service.set(Vec::new())?;
+    service.wait_refused()?;
+    for target in service.targets() {
+        for proto in Proto::ALL {
+            ask(net.node(1).netns(), proto, target, 3)?.all_failed(ErrorKind::ConnectionRefused)?;
+        }
+    }
+    Ok(())
+}
+
+/// All sockets of a node are one client.
+fn affinity_of_a_node(net: &Net) -> Result<()> {
+    let mut service = net.unknown_service();
+    service.service.affinity = true;
+    service.set(endpoints(&[&net.a, &net.b, &net.c]))?;
+    service.wait_known()?;
+    for target in service.targets() {
+        let answers = ask(net.node(1).netns(), Proto::Tcp, target, 20)?;
+        answers.all_answered()?;
+        ensure!(answers.by_server.len() == 1, "{target}: {answers}");
+    }
+    Ok(())
+}
+
+/// Connections, what their sockets see, and new ones go on while no agent runs and while another one takes over; without socket
+/// load-balancing, the sockets are left alone.
+#[test]
+fn the_agent_comes_and_goes() -> Result<()> {
+    let net = Net::start(Setup::default())?;
+    crate::fixture::observed(&net, |net| {
+        let service = with_node_port(net, endpoints(&[&net.a, &net.c]))?;
+        let node = net.node(1);
+        let target = loopback(node_ports(node, &service)[0]);
+        wait_served(node.netns(), target)?;
+        let mut connection = Connection::open_in(node.netns(), target)?;
+        node.kill_agent()?;
+        ask(node.netns(), Proto::Tcp, target, 30)?.only_by(&["a", "c"])?;
+        connection.ask("dead")?;
+        node.start_agent(&[])?;
+        ask(node.netns(), Proto::Tcp, target, 30)?.only_by(&["a", "c"])?;
+        connection.ask("again")?;
+        node.stop_agent()?;
+        node.start_agent(&["--socket-lb", "off"])?;
+        connection.ask("off")?;
+        ask(node.netns(), Proto::Tcp, target, 3)?.all_failed(ErrorKind::ConnectionRefused)?;
+        // By packets, as before.
+        ask(node.netns(), Proto::Tcp, service.targets()[0], 30)?.only_by(&["a", "c"])
+    })
+}
