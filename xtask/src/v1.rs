@@ -20,12 +20,12 @@ pub fn dist() -> PathBuf {
     paths::target().join("v1/dist")
 }
 
-/// Where the files of that commit are.
+/// Where the files of that commit are: outside of this work tree, whose `.cargo/config.toml` cargo would join with theirs.
 pub fn source() -> PathBuf {
-    paths::target().join("v1/source")
+    paths::cache().join("v1").join(COMMIT).join("source")
 }
 
-/// The command: leaves the programs in `target/v1/dist`, and the files in `target/v1/source`.
+/// The command: leaves the programs in `target/v1/dist`, and the files in [`source`].
 pub fn run() -> Result<()> {
     let dist = dist();
     extract()?;
@@ -45,7 +45,7 @@ fn cached(program: &str) -> PathBuf {
 fn extract() -> Result<()> {
     let source = source();
     std::fs::create_dir_all(&source)?;
-    let archive = paths::target().join("v1/source.tar");
+    let archive = paths::target().join("v1-source.tar");
     Cmd::new("git")
         .args(["archive", "--output"])
         .arg(&archive)

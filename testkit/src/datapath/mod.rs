@@ -40,6 +40,7 @@ pub struct Datapath {
     maps: BTreeMap<String, OwnedFd>,
     facts: Vec<Fact>,
     shape: Shape,
+    decap_l3: u32,
     events: Mutex<RingBuf<MapData>>,
     jumps: OwnedFd,
     preludes: Mutex<BTreeMap<(String, Option<IpAddr>), OwnedFd>>,
@@ -157,11 +158,8 @@ impl Datapath {
         }
         let mut skeletons = BTreeMap::new();
         for (name, program) in ebpf.programs_mut() {
-            let fd = match program {
-                Program::Xdp(program) => program.load().and_then(|()| program.fd()),
-                Program::CgroupSockAddr(program) => program.load().and_then(|()| program.fd()),
-                _ => continue,
-            };
+            let Program::Xdp(program) = program else { continue };
+            let fd = program.load().and_then(|()| program.fd());
             let fd = fd.with_context(|| format!("the kernel refused program {name}"))?;
             skeletons.insert(name.to_owned(), fd.as_fd().try_clone_to_owned()?);
         }
@@ -200,6 +198,7 @@ impl Datapath {
             maps,
             facts,
             shape,
+            decap_l3,
             events: Mutex::new(RingBuf::try_from(events)?),
             jumps,
             preludes: Mutex::default(),
@@ -273,9 +272,9 @@ impl Datapath {
         Ok(Some(Output { verdict: ran.verdict.cast_signed(), frame, mark: context[word::MARK] }))
     }
 
-    /// Names of the skeletons.
-    pub fn skeletons(&self) -> Vec<&str> {
-        self.skeletons.keys().map(String::as_str).collect()
+    /// True if this kernel can take tunnel headers off a packet of the other family (since 6.3).
+    pub fn takes_off_other_family(&self) -> bool {
+        self.decap_l3 != 0
     }
 
     /// Runs a skeleton on a frame; returns what it returned.

@@ -32,7 +32,8 @@ pub const LINES: [Line; 3] = [
 /// The package that depends on a suite's present kernel. The kind for virtual machines is the smallest.
 const PACKAGE: &str = "linux-image-cloud-amd64";
 /// What is a module in Debian's kernels, and not in every developer's.
-const MODULES: [&str; 8] = ["veth", "vxlan", "bridge", "bonding", "sch_ingress", "cls_bpf", "8021q", "sctp"];
+const MODULES: [&str; 11] =
+    ["veth", "vxlan", "bridge", "bonding", "sch_ingress", "cls_bpf", "8021q", "sctp", "tun", "tcp_diag", "udp_diag"];
 /// The file in the cache that holds release and version; written last.
 const NAMES: &str = "release";
 
