@@ -17,6 +17,7 @@ pub mod endpoint;
 pub mod event;
 pub mod frag;
 pub mod hash;
+pub mod host_port;
 pub mod log;
 pub mod names;
 pub mod peer;

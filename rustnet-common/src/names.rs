@@ -86,6 +86,8 @@ pub mod map {
     pub const AFFINITY: &str = "rn_affinity";
     /// Clients outside that may use load balancers' addresses.
     pub const SOURCE_RANGES: &str = "rn_source_ranges";
+    /// Ports of this node that pods have.
+    pub const HOST_PORTS: &str = "rn_host_ports";
     /// Pods of this node.
     pub const ENDPOINTS: &str = "rn_endpoints";
     /// Everything else, IPv4.
@@ -107,7 +109,7 @@ pub mod map {
     /// What a socket asked for that talks to a backend.
     pub const SOCK_REV: &str = "rn_sock_rev";
     /// All of them.
-    pub const ALL: [&str; 23] = [
+    pub const ALL: [&str; 24] = [
         SVC4,
         SVC6,
         BACKEND_IDS,
@@ -131,6 +133,7 @@ pub mod map {
         SOCK_NETNS,
         SOCK_FWD,
         SOCK_REV,
+        HOST_PORTS,
     ];
 }
 

@@ -9,6 +9,7 @@ use rustnet_common::drop::{COUNTERS, Counter, DropReason, HOOKS, counter_index, 
 use rustnet_common::endpoint::{self, Endpoint, EndpointKey};
 use rustnet_common::event::Event;
 use rustnet_common::hash;
+use rustnet_common::host_port::{self, HostPort, HostPortKey};
 use rustnet_common::names::{self, map};
 use rustnet_common::peer::flags::{HOST, LOCAL_PODS, NO_MASQ, NODE, POD, TUNNEL};
 use rustnet_common::peer::{Peer, PeerKey, identity};
@@ -82,6 +83,16 @@ fn endpoints() {
     assert_eq!(endpoint::flags::VIA_QDISC, 1);
     let mapped = Addr { ip: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 1, 2] };
     assert_eq!(rustnet_common::addr::Address::to_addr(A4), mapped);
+}
+
+#[test]
+fn host_ports() {
+    assert_eq!(map::HOST_PORTS, "rn_host_ports");
+    assert_eq!((size_of::<HostPortKey>(), size_of::<HostPort>()), (20, 24));
+    assert_eq!(offsets!(HostPortKey: addr, port, proto, pad), [("addr", 0), ("port", 16), ("proto", 18), ("pad", 19)]);
+    assert_eq!(offsets!(HostPort: pod, ifindex, port, pad), [("pod", 0), ("ifindex", 16), ("port", 20), ("pad", 22)]);
+    let mapped = Addr { ip: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0] };
+    assert_eq!((host_port::any(true), host_port::any(false)), (mapped, Addr { ip: [0; 16] }));
 }
 
 #[test]

@@ -13,6 +13,7 @@ use rustnet_common::device::Device;
 use rustnet_common::drop::{COUNTERS, Counter};
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::frag::{FragKey, FragPorts};
+use rustnet_common::host_port::{HostPort, HostPortKey};
 use rustnet_common::names::TAILS;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::{SvcEntry, SvcKey};
@@ -55,6 +56,8 @@ pub struct Scratch<A> {
     pub connection: NewConnection<A>,
     /// The packet that an ICMP error quotes.
     pub inner: InnerPacket<A>,
+    /// The pod that has the port of this node which a packet asks for.
+    pub host_port: HostPort,
     /// An entry of a table of v1, while it is written.
     pub half: v1::CtEntry<A>,
 }
@@ -164,6 +167,8 @@ pub static rn_affinity: LruHashMap<AffinityKey, Affinity, 32_768> = LruHashMap::
 pub static rn_source_ranges: LpmTrie<SourceRange, u32, 4096> = LpmTrie::new();
 #[btf_map]
 pub static rn_endpoints: HashMap<EndpointKey, Endpoint, 4096, GROWS> = HashMap::new();
+#[btf_map]
+pub static rn_host_ports: HashMap<HostPortKey, HostPort, 4096, GROWS> = HashMap::new();
 #[btf_map]
 pub static rn_peers4: Peers<Ip4> = Peers::new();
 #[btf_map]

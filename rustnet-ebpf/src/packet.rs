@@ -157,6 +157,17 @@ impl<A: Address> Flow<A> {
         matches!(self.class, Class::Original | Class::Reply) && self.flags & flags::NAT == 0
     }
 
+    /// Has a new flow of a pod lead to a backend. `tuple` is that of its first packet.
+    #[inline(always)]
+    pub fn lead_to(&mut self, dst: A, port: u16, tuple: &Tuple<A>) {
+        self.to.tuple.dst = dst;
+        self.to.tuple.dport = port;
+        if dst == tuple.src {
+            // A pod does not accept a packet from its own address: the node's stands in for it.
+            self.flags |= flags::HAIRPIN;
+        }
+    }
+
     /// Makes it a new flow, as yet without translation.
     #[inline(always)]
     pub fn reset(&mut self, tuple: &Tuple<A>) {

@@ -22,6 +22,7 @@ use rustnet_common::device::Device;
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::frag::{FragKey, FragPorts};
+use rustnet_common::host_port::{self, HostPort, HostPortKey};
 use rustnet_common::names::{SIDE_IN, map};
 use rustnet_common::peer::{Peer, PeerKey, flags};
 use rustnet_common::service::{self, SvcEntry, SvcKey, scope};
@@ -132,6 +133,7 @@ impl Lab {
         d.table::<u32, Device>(map::DEVICES)?.clear()?;
         d.table::<AffinityKey, Affinity>(map::AFFINITY)?.clear()?;
         d.table::<SourceRangeKey, u32>(map::SOURCE_RANGES)?.clear()?;
+        d.table::<HostPortKey, HostPort>(map::HOST_PORTS)?.clear()?;
         let none = Backend::cleared(0);
         for used in 0..self.backends.swap(0, Ordering::Relaxed) {
             d.table(map::BACKENDS)?.put(&used, &none)?;
@@ -216,6 +218,23 @@ impl Lab {
     pub fn put_endpoint_with(&self, ip: IpAddr, ifindex: u32, mac: [u8; 6], flags: u16) -> Result<()> {
         let value = Endpoint { ifindex, identity: 0, mac, host_mac: MAC_HOST, flags, pad: 0 };
         self.datapath.table(map::ENDPOINTS)?.put(&Addr::from(ip), &value)
+    }
+
+    /// Gives a pod's interface a port of an address.
+    pub fn put_host_port(&self, at: (IpAddr, u16), proto: u8, pod: (IpAddr, u16), ifindex: u32) -> Result<()> {
+        let key = HostPortKey { addr: at.0.into(), port: at.1, proto, pad: 0 };
+        let value = HostPort { pod: pod.0.into(), ifindex, port: pod.1, pad: 0 };
+        self.datapath.table(map::HOST_PORTS)?.put(&key, &value)
+    }
+
+    /// Gives a pod's interface a port of all addresses of the pod's family that this node has.
+    pub fn put_port_of_all(&self, port: u16, proto: u8, pod: (IpAddr, u16), ifindex: u32) -> Result<()> {
+        self.put_host_port((host_port::any(pod.0.is_ipv4()).into(), port), proto, pod, ifindex)
+    }
+
+    /// Takes all ports of this node from its pods.
+    pub fn drop_host_ports(&self) -> Result<()> {
+        self.datapath.table::<HostPortKey, HostPort>(map::HOST_PORTS)?.clear()
     }
 
     /// Takes a pod away.

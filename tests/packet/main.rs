@@ -16,6 +16,7 @@ mod frame;
 mod fuzz;
 mod harness;
 mod headers;
+mod host_ports;
 mod icmp;
 mod malformed;
 mod masquerade;

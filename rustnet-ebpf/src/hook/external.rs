@@ -16,6 +16,7 @@ use crate::packet::{Class, Kind, Packet, Source};
 use crate::parse;
 use crate::rewrite;
 use crate::step::exec::TO_STACK;
+use crate::step::host_port::HostPorts;
 use crate::step::icmp::{self, Reporter};
 use crate::step::lb;
 use crate::step::plan::Origin;
@@ -42,9 +43,16 @@ pub fn run<F: Steps>(skb: &Skb, source: Source, hook: u8) -> Result<i32, Dropped
     forward::<F>(skb, p, flow, source, Origin::External, config, hook)
 }
 
-/// True if a packet that no flow has asks for a Service at an address for clients outside.
+/// True if a packet that no flow has asks for a Service at an address for clients outside, or for a pod's port of this node. The CNI
+/// binary gives pods their ports while no agent may live: no setting says whether there are any.
 #[inline(always)]
-pub fn is_asked<F: Family>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
+pub fn is_asked<F: HostPorts>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
+    is_service_asked::<F>(p, config) || F::is_host_port(p)
+}
+
+/// True if a packet asks for a Service at an address for clients outside.
+#[inline(always)]
+pub fn is_service_asked<F: Family>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
     is_served(config) && lb::is_external::<F>(&p.tuple)
 }
 

@@ -19,6 +19,7 @@ use crate::packet::{Class, Flow, Kind, Packet};
 use crate::parse::{self, Parse, Parsed};
 use crate::step::conntrack::{self, Track};
 use crate::step::exec::TO_STACK;
+use crate::step::host_port::HostPorts;
 use crate::step::icmp::Reporter;
 use crate::step::plan::Origin;
 use crate::step::source::{self, Verify};
@@ -88,8 +89,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         Err(_) => return Ok(TO_STACK),
     }
     let Some(flow) = flow else { return Ok(TO_STACK) };
-    let is_asked = || external::is_asked::<F>(p, config);
-    if !route::is_host::<F>(p.tuple.dst) && !is_asked() {
+    if !route::is_host::<F>(p.tuple.dst) && !external::is_service_asked::<F>(p, config) {
         return Ok(TO_STACK);
     }
     let flow = if p.kind == Kind::IcmpError {
@@ -98,7 +98,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         conntrack::lookup::<F, _>(skb, p, flow, source::OUTSIDE, config, || Ok(()))?
     };
     if flow.class == Class::New {
-        return Ok(if p.is_flow() && is_asked() { external::JUMP } else { TO_STACK });
+        return Ok(if p.is_flow() && external::is_asked::<F>(p, config) { external::JUMP } else { TO_STACK });
     }
     if flow.flags & flags::EXTERNAL != 0 {
         return Ok(external::JUMP);
@@ -107,8 +107,8 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
 }
 
 /// Everything that [`classify_in`] asks of a family.
-pub trait Classify<C: Ctx>: Parse<C> + Track + Verify {}
-impl<C: Ctx, F: Parse<C> + Track + Verify> Classify<C> for F {}
+pub trait Classify<C: Ctx>: Parse<C> + Track + Verify + HostPorts {}
+impl<C: Ctx, F: Parse<C> + Track + Verify + HostPorts> Classify<C> for F {}
 
 /// Parses a packet that comes in by the uplink, in any context; `None`: it is the stack's.
 #[inline(always)]

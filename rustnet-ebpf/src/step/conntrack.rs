@@ -12,7 +12,7 @@ use rustnet_common::tuple::{Tuple, proto};
 use super::migrate::{self, Old};
 use super::table::{NOTHING_SENT, Placed, Table};
 use super::tcp::{self, CLEAR};
-use super::{lb, route, table};
+use super::{host_port::HostPorts, lb, route, table};
 use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
 use crate::family::{Family, V4, V6};
 use crate::packet::{Class, Flow, Kind, Packet, Source};
@@ -349,7 +349,7 @@ fn scratch_key<F: Family>() -> Option<&'static mut Tuple<F::A>> {
 }
 
 #[inline(always)]
-fn refresh<F: Track + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
+fn refresh<F: Track + HostPorts + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
     let entry = table::find::<F>(&p.key, p.is_swapped);
     if entry.is_null() {
         // Evicted since the look-up; the packet itself goes on.
@@ -368,7 +368,7 @@ fn refresh<F: Track + Old>(p: &Packet<F::A>, set: u64, now: u32) -> bool {
         }
         if (*entry).backend == 0
             && (is_reply || (state_of(entry) | set) & state::ANSWERED == 0)
-            && lb::is_service::<F>(&p.tuple)
+            && F::is_asked(p, !is_nat && !is_reply)
         {
             // The flow is older than the service that it asks for, and nothing has answered; or the entry was opened by the
             // address that is a VIP now. Either way the packet would miss the service.

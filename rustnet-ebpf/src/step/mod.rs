@@ -8,6 +8,7 @@ pub mod admit;
 pub mod conntrack;
 pub mod exec;
 pub mod fib;
+pub mod host_port;
 pub mod icmp;
 pub mod lb;
 pub mod mark;

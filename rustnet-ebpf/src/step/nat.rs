@@ -8,6 +8,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::service::scope;
 use rustnet_common::tuple::{Tuple, proto};
 
+use super::host_port::HostPorts;
 use super::lb;
 use super::route::{self, Route};
 use crate::ctx::Skb;
@@ -17,7 +18,7 @@ use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Flow, Packet};
 
 /// Translation of new flows of one family.
-pub trait Nat: Family {
+pub trait Nat: HostPorts {
     /// Fills in what a pod's new flow becomes.
     fn translate_new(p: &Packet<Self::A>, flow: &mut Flow<Self::A>) -> PackedResult;
     /// Fills in what a new flow from outside to a Service becomes.
@@ -154,18 +155,15 @@ const TCP_LISTEN: u32 = 10;
 const NO_SOCKET: u32 = 0;
 
 #[inline(always)]
-fn translate_new<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
+fn translate_new<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
     let Some(config) = maps::config() else { return Ok(()) };
-    let to = &mut flow.to;
     if let Some(backend) = lb::select::<F>(&p.tuple, scope::CLUSTER, config.seed)? {
-        to.tuple.dst = F::A::from_addr(backend.addr);
-        to.tuple.dport = backend.port;
+        flow.lead_to(F::A::from_addr(backend.addr), backend.port, &p.tuple);
         flow.backend = backend.id;
-        if to.tuple.dst == p.tuple.src {
-            // A pod does not accept a packet from its own address: the node's stands in for it.
-            flow.flags |= flags::HAIRPIN;
-        }
+    } else {
+        F::translate_to_host_port(p, flow);
     }
+    let to = &mut flow.to;
     to.egress = route::local_pod(to.tuple.dst);
     if config.flags & config::flags::MASQUERADE != 0 && route::of::<F>(to).route == Route::World {
         flow.flags |= flags::MASQ;
@@ -181,17 +179,18 @@ fn translate_new<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(
 
 /// The client keeps its address where the answers pass here anyhow: a backend on this node. Others answer to this node's address.
 #[inline(always)]
-fn translate_external<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
+fn translate_external<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
     let Some(config) = maps::config() else { return Err(DropReason::NoFib) };
-    let Some(backend) = lb::select::<F>(&p.tuple, scope::EXTERNAL, config.seed)? else {
+    if let Some(backend) = lb::select::<F>(&p.tuple, scope::EXTERNAL, config.seed)? {
+        flow.to.tuple.dst = F::A::from_addr(backend.addr);
+        flow.to.tuple.dport = backend.port;
+        flow.backend = backend.id;
+    } else if !F::translate_to_host_port(p, flow) {
         // Its entry went since the packet was classified.
         return Err(DropReason::BackendLookupFailed);
-    };
+    }
     let to = &mut flow.to;
-    to.tuple.dst = F::A::from_addr(backend.addr);
-    to.tuple.dport = backend.port;
     to.egress = route::local_pod(to.tuple.dst);
-    flow.backend = backend.id;
     flow.flags |= flags::EXTERNAL;
     if to.egress == NOT_LOCAL && !route::is_host::<F>(to.tuple.dst) {
         flow.flags |= flags::MASQ;

@@ -32,7 +32,7 @@ const CRATES: [Crate; 6] = [
         layers: &[
             &["crate"],
             &["addr", "crc32c", "names"],
-            &["tuple", "endpoint"],
+            &["tuple", "endpoint", "host_port"],
             &[
                 "affinity",
                 "backend",
@@ -104,7 +104,7 @@ const CRATES: [Crate; 6] = [
         sources: "rustnet-cni/src",
         layers: &[
             &["types"],
-            &["fault", "env", "netlink", "netns", "state"],
+            &["fault", "env", "maps", "netlink", "netns", "state"],
             &["call", "link", "attach"],
             &["shape", "ipam"],
             &["cmd"],
