@@ -12,6 +12,7 @@ mod env;
 mod fault;
 mod ipam;
 mod link;
+mod maps;
 mod netlink;
 mod netns;
 mod shape;

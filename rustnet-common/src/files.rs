@@ -3,7 +3,11 @@
 //! The agent writes [`NodeFile`] (atomically, by rename); the CNI binary only reads it, so that it works while the agent is
 //! down. The CNI binary writes one [`EndpointFile`] an interface and removes it on DEL; the agent only reads those.
 
+use crate::addr::Addr;
+use crate::host_port::{HostPort, HostPortKey, any};
+use crate::tuple::proto;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -69,6 +73,101 @@ pub struct EndpointFile {
     /// The limits of its bandwidth.
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
     pub bandwidth: Bandwidth,
+    /// The ports of the node that it has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_ports: Vec<PortMapping>,
+}
+
+impl EndpointFile {
+    /// The entries of `rn_host_ports` that the interface should have. A port that it asks for twice is that of the first mapping.
+    pub fn host_port_entries(&self) -> Vec<(HostPortKey, HostPort)> {
+        let mut entries: Vec<(HostPortKey, HostPort)> = Vec::new();
+        for mapping in &self.host_ports {
+            for pod in first_of_each_family(&self.addresses).filter(|pod| mapping.is_of_family(pod)) {
+                let addr = mapping.host_ip.map_or_else(|| any(pod.is_ipv4()), Addr::from);
+                let key = HostPortKey { addr, port: mapping.host_port, proto: mapping.protocol.number(), pad: 0 };
+                let value = HostPort { pod: pod.into(), ifindex: self.ifindex, port: mapping.container_port, pad: 0 };
+                if entries.iter().all(|(known, _)| *known != key) {
+                    entries.push((key, value));
+                }
+            }
+        }
+        entries
+    }
+}
+
+/// Traffic to a port goes to one address, whatever else the pod has.
+fn first_of_each_family(addresses: &[IpAddr]) -> impl Iterator<Item = IpAddr> {
+    let first = |is_v4: bool| addresses.iter().copied().find(move |ip| ip.is_ipv4() == is_v4);
+    [first(true), first(false)].into_iter().flatten()
+}
+
+/// A port of the node that a pod has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortMapping {
+    /// The node's address; absent: each one. The unspecified address: each one of its family.
+    #[serde(rename = "hostIP", default, skip_serializing_if = "Option::is_none")]
+    pub host_ip: Option<IpAddr>,
+    /// The node's port.
+    pub host_port: u16,
+    /// The pod's port.
+    pub container_port: u16,
+    /// See [`Protocol`].
+    pub protocol: Protocol,
+}
+
+impl PortMapping {
+    /// True if the mapping is for an address of the pod's of this family.
+    pub fn is_of_family(&self, pod: &IpAddr) -> bool {
+        self.host_ip.is_none_or(|ip| ip.is_ipv4() == pod.is_ipv4())
+    }
+}
+
+impl fmt::Display for PortMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(ip) = self.host_ip {
+            write!(f, "{}", std::net::SocketAddr::new(ip, self.host_port))?;
+        } else {
+            write!(f, "{}", self.host_port)?;
+        }
+        write!(f, "->{}/{}", self.container_port, self.protocol.name())
+    }
+}
+
+/// A protocol with ports that a pod can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl Protocol {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
+    /// IP protocol number.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => proto::TCP,
+            Self::Udp => proto::UDP,
+            Self::Sctp => proto::SCTP,
+        }
+    }
+
+    /// The name that the CNI specification uses.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
 }
 
 /// The limits of an interface's bandwidth, as the pod sees it.
@@ -111,8 +210,68 @@ pub fn endpoint_path(run_dir: &Path, container_id: &str, ifname: &str) -> PathBu
 
 #[cfg(test)]
 mod tests {
-    use super::{Bandwidth, Limit};
+    use super::{Bandwidth, EndpointFile, Limit, PortMapping, Protocol};
     use crate::endpoint::flags::VIA_QDISC;
+    use std::net::IpAddr;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    /// Address, port and protocol of each entry, and where it leads.
+    fn entries(addresses: &[&str], host_ports: &[(Option<&str>, u16, u16)]) -> Vec<(IpAddr, u16, IpAddr, u16)> {
+        let mapping = |(host_ip, host_port, container_port): &(Option<&str>, u16, u16)| PortMapping {
+            host_ip: host_ip.map(ip),
+            host_port: *host_port,
+            container_port: *container_port,
+            protocol: Protocol::Udp,
+        };
+        let record = EndpointFile {
+            container_id: "c".into(),
+            ifname: "eth0".into(),
+            netns: "/n".into(),
+            network: "rustnet".into(),
+            host_ifname: "rnv1".into(),
+            ifindex: 9,
+            mac: String::new(),
+            addresses: addresses.iter().map(|text| ip(text)).collect(),
+            pod_namespace: String::new(),
+            pod_name: String::new(),
+            pod_uid: String::new(),
+            bandwidth: Bandwidth::default(),
+            host_ports: host_ports.iter().map(mapping).collect(),
+        };
+        let entries = record.host_port_entries();
+        assert!(entries.iter().all(|(key, value)| (key.proto, value.ifindex) == (17, 9)));
+        entries.into_iter().map(|(key, value)| (key.addr.into(), key.port, value.pod.into(), value.port)).collect()
+    }
+
+    #[test]
+    fn a_port_of_all_addresses_has_an_entry_of_each_family() {
+        let both = ["10.0.0.2", "fd00::2", "10.0.0.3"];
+        let (v4, v6) = ((ip("0.0.0.0"), 53, ip("10.0.0.2"), 5353), (ip("::"), 53, ip("fd00::2"), 5353));
+        assert_eq!(entries(&both, &[(None, 53, 5353)]), [v4, v6]);
+        assert_eq!(entries(&both, &[(Some("0.0.0.0"), 53, 5353)]), [v4]);
+        assert_eq!(entries(&both, &[(Some("::"), 53, 5353)]), [v6]);
+        assert_eq!(entries(&both[..1], &[(None, 53, 5353)]), [v4]);
+        // The first mapping of a port counts.
+        assert_eq!(entries(&both, &[(None, 53, 5353), (Some("::"), 53, 1)]), [v4, v6]);
+        let own = (ip("192.0.2.1"), 53, ip("10.0.0.2"), 1);
+        assert_eq!(entries(&both, &[(None, 53, 5353), (Some("192.0.2.1"), 53, 1)]), [v4, v6, own]);
+    }
+
+    #[test]
+    fn ports_are_shown_as_people_write_them() {
+        let mapping = |host_ip: Option<&str>| PortMapping {
+            host_ip: host_ip.map(ip),
+            host_port: 80,
+            container_port: 8080,
+            protocol: Protocol::Tcp,
+        };
+        assert_eq!(mapping(None).to_string(), "80->8080/tcp");
+        assert_eq!(mapping(Some("127.0.0.1")).to_string(), "127.0.0.1:80->8080/tcp");
+        assert_eq!(mapping(Some("::1")).to_string(), "[::1]:80->8080/tcp");
+    }
 
     /// Its queue is on the host's end of the veth. What a pod sends waits in the pod.
     #[test]

@@ -13,6 +13,7 @@ use crate::fault;
 use crate::ipam::delegate::Delegate;
 use crate::ipam::local::{self, Pool};
 use crate::link::{self, Link, Mac, Veth};
+use crate::maps::HostPorts;
 use crate::netlink::{Message, Refused, Socket};
 use crate::netns::Netns;
 use crate::shape;
@@ -20,10 +21,11 @@ use crate::state;
 use crate::types::bandwidth;
 use crate::types::conf::Attachment;
 use crate::types::error::{Error, code};
+use crate::types::port_mappings;
 use crate::types::result::{AddResult, Interface, Ip, Route};
 use ipnet::IpNet;
 use rustnet_common::endpoint::Endpoint;
-use rustnet_common::files::{Bandwidth, EndpointFile, NodeFile};
+use rustnet_common::files::{Bandwidth, EndpointFile, NodeFile, PortMapping};
 use serde_json::{Map, Value};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -34,7 +36,9 @@ pub fn run(call: &Call) -> Result<Value, Error> {
     let node = state::load_node(&conf.run_dir)?;
     let mtu = conf.mtu.unwrap_or(node.mtu);
     let bandwidth = bandwidth::parse(conf.bandwidth.as_ref(), mtu)?;
+    let port_mappings = port_mappings::parse(conf.port_mappings.as_ref())?;
     let pins = Pins::open(&conf.bpffs)?;
+    let host_ports = if port_mappings.is_empty() { None } else { Some(HostPorts::open(&conf.bpffs)?) };
     let delegate = Delegate::find(conf, &call.env.path)?;
     if delegate.is_none() {
         local::require_ranges(&node.pod_cidrs)?;
@@ -50,10 +54,12 @@ pub fn run(call: &Call) -> Result<Value, Error> {
         call,
         node: &node,
         pins: &pins,
+        host_ports: host_ports.as_ref(),
         delegate: delegate.as_ref(),
         netns: &netns,
         attachment,
         bandwidth,
+        port_mappings,
         veth,
     };
     let done = setup.finish(&mut host, &mut pod);
@@ -105,10 +111,12 @@ struct Setup<'a> {
     call: &'a Call,
     node: &'a NodeFile,
     pins: &'a Pins,
+    host_ports: Option<&'a HostPorts>,
     delegate: Option<&'a Delegate<'a>>,
     netns: &'a Netns,
     attachment: Attachment,
     bandwidth: Bandwidth,
+    port_mappings: Vec<PortMapping>,
     veth: Pair,
 }
 
@@ -117,7 +125,9 @@ impl Setup<'_> {
         let result = self.addresses(host)?;
         fault::point("ipam")?;
         let ips: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.addr()).collect();
-        state::write_record(&self.call.conf.run_dir, &self.record(&ips))?;
+        port_mappings::require_families(&self.port_mappings, &ips)?;
+        let record = self.record(&ips);
+        state::write_record(&self.call.conf.run_dir, &record)?;
         fault::point("record")?;
         let entry = Endpoint {
             ifindex: self.veth.host.index,
@@ -128,10 +138,12 @@ impl Setup<'_> {
             pad: 0,
         };
         for ip in &ips {
-            let put = self.pins.endpoints.put(*ip, &entry);
+            let put = self.pins.endpoints.put((*ip).into(), &entry);
             put.map_err(|e| Error::io(format!("write {ip} to the endpoints map"), &e))?;
         }
         fault::point("map")?;
+        self.take_ports(&record)?;
+        fault::point("ports")?;
         self.limit(host, pod)?;
         let name = &self.veth.host.name;
         link::refuse_router_advertisements(name)
@@ -190,7 +202,25 @@ impl Setup<'_> {
             pod_name: env.pod.name.clone(),
             pod_uid: env.pod.uid.clone(),
             bandwidth: self.bandwidth,
+            host_ports: self.port_mappings.clone(),
         }
+    }
+
+    /// Gives the pod its ports of the node. One that another pod has left behind, or is about to leave, becomes this pod's: of two pods
+    /// with one port, the scheduler has ended the first.
+    fn take_ports(&self, record: &EndpointFile) -> Result<(), Error> {
+        let Some(map) = self.host_ports else { return Ok(()) };
+        for (key, value) in record.host_port_entries() {
+            map.put(key, &value).map_err(|e| match e.raw_os_error() {
+                Some(libc::E2BIG | libc::ENOMEM) => {
+                    let text = format!("port {} of the node: the map of host ports is full", key.port);
+                    Error::new(code::IO, text)
+                        .details("pods of this node have too many host ports: move some to another node")
+                }
+                _ => Error::io(format!("write port {} to the map of host ports", key.port), &e),
+            })?;
+        }
+        Ok(())
     }
 
     /// Each limit on the end that sends what it is for, while both are down.

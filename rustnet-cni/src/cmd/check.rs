@@ -1,10 +1,11 @@
 //! CHECK: is the pod's network still what ADD made?
 
-use crate::attach::{Endpoints, missing_filters};
+use crate::attach::missing_filters;
 use crate::call::Call;
 use crate::ipam::delegate::Delegate;
 use crate::ipam::local::Pool;
 use crate::link::{self, Link};
+use crate::maps::{Endpoints, HostPorts};
 use crate::netlink::Socket;
 use crate::netns::Netns;
 use crate::shape;
@@ -12,7 +13,7 @@ use crate::state;
 use crate::types::conf::{Attachment, parse_mac};
 use crate::types::error::{Error, code};
 use crate::types::result::{AddResult, Interface};
-use rustnet_common::files::Limit;
+use rustnet_common::files::{EndpointFile, Limit};
 use std::net::IpAddr;
 
 /// Fails with what has changed, the first thing found.
@@ -55,13 +56,14 @@ pub fn run(call: &Call) -> Result<(), Error> {
     check_host(&mut host, &host_link, &ips)?;
     let attachment = Attachment { container_id: env.container_id.clone(), ifname: env.ifname.clone() };
     // The limits that ADD kept. Without its record nothing is known of any.
-    let bandwidth = state::read_record(&conf.run_dir, &attachment)?.map(|r| r.bandwidth).unwrap_or_default();
+    let record = state::read_record(&conf.run_dir, &attachment)?;
+    let bandwidth = record.as_ref().map(|r| r.bandwidth).unwrap_or_default();
     check_limit(&mut host, &host_link, bandwidth.ingress)?;
     check_limit(&mut pod, &pod_link, bandwidth.egress)?;
 
     let map = Endpoints::open(&conf.bpffs)?;
     for ip in &ips {
-        match map.get(*ip).map_err(|e| Error::io(format!("read {ip} in the endpoints map"), &e))? {
+        match map.get((*ip).into()).map_err(|e| Error::io(format!("read {ip} in the endpoints map"), &e))? {
             None => return Err(changed(format!("{ip} is not in the endpoints map"))),
             Some(e) if (e.ifindex, e.mac, e.host_mac) != (host_link.index, pod_link.mac, host_link.mac) => {
                 return Err(changed(format!("the endpoints map has another interface for {ip}")));
@@ -72,6 +74,7 @@ pub fn run(call: &Call) -> Result<(), Error> {
             Some(_) => {}
         }
     }
+    check_host_ports(call, record.as_ref())?;
     match Delegate::find(conf, &env.path)? {
         Some(delegate) => delegate.check(),
         None => check_leases(call, &attachment, &prev),
@@ -132,6 +135,23 @@ fn check_limit(socket: &mut Socket, link: &Link, limit: Option<Limit>) -> Result
         None => Ok(()),
         Some(what) => Err(changed(format!("the bandwidth of {} {what}", link.name))),
     }
+}
+
+fn check_host_ports(call: &Call, record: Option<&EndpointFile>) -> Result<(), Error> {
+    let Some(record) = record.filter(|record| !record.host_ports.is_empty()) else { return Ok(()) };
+    let map = HostPorts::open(&call.conf.bpffs)?;
+    for (key, want) in record.host_port_entries() {
+        let port = key.port;
+        let found = map.get(key).map_err(|e| Error::io(format!("read port {port} in the map of host ports"), &e))?;
+        match found {
+            None => return Err(changed(format!("port {port} is not in the map of host ports"))),
+            Some(found) if found != want => {
+                return Err(changed(format!("port {port} is another pod's in the map of host ports")));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
 }
 
 fn check_leases(call: &Call, owner: &Attachment, prev: &AddResult) -> Result<(), Error> {

@@ -1,9 +1,9 @@
 //! DEL: disconnects a pod. Needs neither its namespace, nor prevResult, nor the agent; may be repeated.
 
 use super::detach::find_and_remove;
-use crate::attach::Endpoints;
 use crate::call::Call;
 use crate::ipam::delegate::Delegate;
+use crate::maps::Endpoints;
 use crate::netlink::Socket;
 use crate::types::conf::Attachment;
 use crate::types::error::Error;

@@ -3,15 +3,16 @@
 //! The order is the reverse of ADD's, and each step's traces outlive it: map entries are found through the record, the
 //! lease goes last, so that an address is never free while something still points to it.
 
-use crate::attach::Endpoints;
 use crate::fault;
 use crate::ipam::delegate::Delegate;
 use crate::ipam::local::Pool;
 use crate::link;
+use crate::maps::{Endpoints, HostPorts};
 use crate::netlink::Socket;
 use crate::state;
 use crate::types::conf::{Attachment, NetConf};
 use crate::types::error::Error;
+use rustnet_common::files::EndpointFile;
 use std::net::IpAddr;
 
 /// The alias of the host's veth: the network and attachment that own it, readable by `ip link` and
@@ -41,6 +42,10 @@ pub fn find_and_remove(
     let record = state::read_record(run_dir, a)?;
     let veth = link::get(host, &link::host_name(&a.container_id, &a.ifname))?;
 
+    if let Some(record) = &record {
+        give_ports_back(conf, record)?;
+        fault::point("unport")?;
+    }
     let held = pool.held_by(a)?;
     if let Some(map) = endpoints {
         // An address leased to this attachment is nobody else's. One that only the record names may have been given out
@@ -50,7 +55,7 @@ pub fn find_and_remove(
         }
         let indices = [record.as_ref().map(|r| r.ifindex), veth.as_ref().map(|l| l.index)];
         for ip in record.iter().flat_map(|r| &r.addresses) {
-            let entry = map.get(*ip).map_err(|e| Error::io(format!("read {ip} in the endpoints map"), &e))?;
+            let entry = map.get((*ip).into()).map_err(|e| Error::io(format!("read {ip} in the endpoints map"), &e))?;
             if entry.is_some_and(|e| indices.contains(&Some(e.ifindex))) {
                 delete_entry(map, *ip)?;
             }
@@ -71,6 +76,19 @@ pub fn find_and_remove(
     state::unmark_delegated(run_dir, &conf.name, a)
 }
 
+/// Deletes the entries of the node's ports that still are this interface's: a pod that came since may have them.
+fn give_ports_back(conf: &NetConf, record: &EndpointFile) -> Result<(), Error> {
+    if record.host_ports.is_empty() {
+        return Ok(());
+    }
+    let Some(map) = HostPorts::open_for_removal(&conf.bpffs)? else { return Ok(()) };
+    for (key, own) in record.host_port_entries() {
+        map.delete_if(key, |entry| entry.ifindex == own.ifindex)
+            .map_err(|e| Error::io(format!("delete port {} from the map of host ports", key.port), &e))?;
+    }
+    Ok(())
+}
+
 fn delete_entry(map: &Endpoints, ip: IpAddr) -> Result<(), Error> {
-    map.delete(ip).map_err(|e| Error::io(format!("delete {ip} from the endpoints map"), &e))
+    map.delete(ip.into()).map_err(|e| Error::io(format!("delete {ip} from the endpoints map"), &e))
 }

@@ -1,11 +1,11 @@
 //! GC: removes what belongs to this network and to no valid attachment. Without a list it removes nothing.
 
 use super::detach::{attachment_of_alias, find_and_remove};
-use crate::attach::Endpoints;
 use crate::call::Call;
 use crate::ipam::delegate::Delegate;
 use crate::ipam::local::Pool;
 use crate::link;
+use crate::maps::Endpoints;
 use crate::netlink::Socket;
 use crate::state;
 use crate::types::conf::Attachment;

@@ -31,6 +31,8 @@ pub struct NetConf {
     pub mac: Option<[u8; 6]>,
     /// The bandwidth that the runtime wants for the pod, as it came: only ADD reads it, by [`super::bandwidth`].
     pub bandwidth: Option<Value>,
+    /// The ports of the node that the runtime wants for the pod, as they came: only ADD reads them, by [`super::port_mappings`].
+    pub port_mappings: Option<Value>,
     /// ADD's result as it came: only CHECK reads it, so that nothing in it can keep a pod from going.
     pub prev_result: Option<Value>,
     /// The attachments that GC is to keep; `None` when the runtime did not say.
@@ -123,6 +125,7 @@ impl NetConf {
             dns: wishes.dns,
             mac: wishes.mac,
             bandwidth: wishes.bandwidth,
+            port_mappings: wishes.port_mappings,
             prev_result: raw.prev_result,
             valid_attachments: raw.valid_attachments,
             stdin,
@@ -165,6 +168,7 @@ struct Wishes {
     dns: Dns,
     mac: Option<[u8; 6]>,
     bandwidth: Option<Value>,
+    port_mappings: Option<Value>,
 }
 
 impl Pod {
@@ -207,7 +211,9 @@ impl Pod {
             Some(_) => return Err(wrong("mac")),
         };
         let dns = if dns.is_empty() { own.unwrap_or_default() } else { dns };
-        Ok(Wishes { mtu, dns, mac, bandwidth: take(&map, "bandwidth").cloned() })
+        let as_it_came = |key: &str| take(&map, key).cloned();
+        let (bandwidth, port_mappings) = (as_it_came("bandwidth"), as_it_came("portMappings"));
+        Ok(Wishes { mtu, dns, mac, bandwidth, port_mappings })
     }
 }
 

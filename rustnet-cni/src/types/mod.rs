@@ -3,5 +3,6 @@
 pub mod bandwidth;
 pub mod conf;
 pub mod error;
+pub mod port_mappings;
 pub mod result;
 pub mod version;

@@ -88,6 +88,17 @@ fn with_delegated_addresses() {
 }
 
 #[test]
+fn with_ports_of_the_node() {
+    let node = Node::new();
+    let mut conf = node.conf("1.1.0");
+    conf["runtimeConfig"] = json!({ "portMappings": [{ "hostPort": 80, "containerPort": 80, "protocol": "tcp" }] });
+    let before = node.traces();
+    add_crashes(&node, &conf, &["record", "map", "ports", "host"], &before);
+    del_crashes(&node, &conf, &["unport", "unmap", "unlink", "unrecord"], &before);
+    add_failures(&node, &conf, &["record", "map", "ports", "host"], &before);
+}
+
+#[test]
 fn a_half_written_record_is_no_obstacle() {
     let node = Node::new();
     let before = node.traces();

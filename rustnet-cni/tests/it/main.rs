@@ -8,6 +8,7 @@ mod common;
 mod crash;
 mod delegate;
 mod gc;
+mod host_ports;
 mod load;
 mod loopback;
 mod verbs;

@@ -1,7 +1,8 @@
-//! Stands in for the agent: pins programs that let everything pass and an endpoints map, by raw bpf(2).
+//! Stands in for the agent: pins programs that let everything pass and the maps of pods, by raw bpf(2).
 
 use rustnet_common::addr::Addr;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
+use rustnet_common::host_port::{HostPort, HostPortKey};
 use std::ffi::CString;
 use std::io;
 use std::net::IpAddr;
@@ -74,19 +75,30 @@ fn pin(fd: &OwnedFd, path: &Path) {
 
 /// All entries of an endpoints map, by address.
 pub fn entries(map: &OwnedFd) -> Vec<(IpAddr, Endpoint)> {
+    all::<EndpointKey, Endpoint>(map).into_iter().map(|(key, value)| (key.into(), value)).collect()
+}
+
+/// All entries of a map of host ports.
+pub fn host_ports(map: &OwnedFd) -> Vec<(HostPortKey, HostPort)> {
+    let mut all = all::<HostPortKey, HostPort>(map);
+    all.sort_unstable_by_key(|(key, _)| *key);
+    all
+}
+
+fn all<K: bytemuck::Pod, V: bytemuck::Pod>(map: &OwnedFd) -> Vec<(K, V)> {
     let fd = map.as_raw_fd().cast_unsigned();
     let mut out = Vec::new();
-    let mut key: Option<EndpointKey> = None;
+    let mut key: Option<K> = None;
     loop {
-        let mut next: EndpointKey = bytemuck::Zeroable::zeroed();
+        let mut next: K = bytemuck::Zeroable::zeroed();
         let attr = Attr::new().u32(0, fd).ptr(16, &raw mut next);
         let attr = if let Some(k) = &key { attr.ptr(8, &raw const *k) } else { attr };
         if attr.call(MAP_GET_NEXT_KEY).is_err() {
             return out;
         }
-        let mut value: Endpoint = bytemuck::Zeroable::zeroed();
+        let mut value: V = bytemuck::Zeroable::zeroed();
         Attr::new().u32(0, fd).ptr(8, &raw const next).ptr(16, &raw mut value).call(MAP_LOOKUP_ELEM).expect("entry");
-        out.push((next.into(), value));
+        out.push((next, value));
         key = Some(next);
     }
 }
@@ -102,4 +114,16 @@ pub fn put(map: &OwnedFd, ip: IpAddr, value: &Endpoint) {
 pub fn delete(map: &OwnedFd, ip: IpAddr) {
     let key: EndpointKey = Addr::from(ip);
     Attr::new().u32(0, map.as_raw_fd().cast_unsigned()).ptr(8, &raw const key).call(MAP_DELETE_ELEM).expect("entry");
+}
+
+/// Writes an entry of a map of host ports.
+pub fn put_host_port(map: &OwnedFd, key: &HostPortKey, value: &HostPort) {
+    let attr = Attr::new().u32(0, map.as_raw_fd().cast_unsigned()).ptr(8, std::ptr::from_ref(key));
+    attr.ptr(16, std::ptr::from_ref(value)).call(MAP_UPDATE_ELEM).expect("entry");
+}
+
+/// Deletes an entry of a map of host ports.
+pub fn delete_host_port(map: &OwnedFd, key: &HostPortKey) {
+    let attr = Attr::new().u32(0, map.as_raw_fd().cast_unsigned()).ptr(8, std::ptr::from_ref(key));
+    attr.call(MAP_DELETE_ELEM).expect("entry");
 }

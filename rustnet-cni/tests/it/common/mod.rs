@@ -3,6 +3,7 @@
 pub mod bpf;
 
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
+use rustnet_common::host_port::{HostPort, HostPortKey};
 use rustnet_common::names;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -25,6 +26,8 @@ const BPFFS: &str = "/run/bpf";
 pub struct Node {
     /// The endpoints map.
     pub map: OwnedFd,
+    /// The map of host ports.
+    pub host_ports: OwnedFd,
     /// The run directory.
     pub run: PathBuf,
     /// The directory with the pins.
@@ -147,6 +150,7 @@ pub struct Traces {
     neighbours: BTreeSet<String>,
     files: BTreeSet<String>,
     entries: BTreeSet<IpAddr>,
+    host_ports: BTreeSet<(IpAddr, u16)>,
 }
 
 impl Traces {
@@ -198,7 +202,9 @@ impl Node {
         }
         let (key, value) = (size_of::<EndpointKey>() as u32, size_of::<Endpoint>() as u32);
         let map = bpf::pin_map(&bpffs.join(names::map::ENDPOINTS), key, value, 4096);
-        let node = Self { map, run: "/run/rustnet".into(), bpffs };
+        let (key, value) = (size_of::<HostPortKey>() as u32, size_of::<HostPort>() as u32);
+        let host_ports = bpf::pin_map(&bpffs.join(names::map::HOST_PORTS), key, value, 16);
+        let node = Self { map, host_ports, run: "/run/rustnet".into(), bpffs };
         node.write_node_file(&json!({ "version": 1, "nodeName": "n1", "podCIDRs": ranges, "mtu": 1450 }));
         node
     }
@@ -263,6 +269,7 @@ impl Node {
             neighbours: set(&["neigh", "show", "nud", "permanent"], &["dst", "dev"]),
             files,
             entries: bpf::entries(&self.map).into_iter().map(|e| e.0).collect(),
+            host_ports: bpf::host_ports(&self.host_ports).into_iter().map(|e| (e.0.addr.into(), e.0.port)).collect(),
         }
     }
 }
