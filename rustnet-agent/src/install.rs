@@ -102,8 +102,8 @@ pub fn conflist_text(config: &Config) -> String {
         "name": NETWORK,
         "plugins": [{
             "type": BINARY,
-            // Runtimes hand over what pods' annotations say of bandwidth only to those who ask.
-            "capabilities": { "bandwidth": true },
+            // Runtimes hand over what pods' annotations say of bandwidth, and their host ports, only to those who ask.
+            "capabilities": { "bandwidth": true, "portMappings": true },
             "bpffs": config.bpffs,
             "runDir": config.run_dir,
         }],
@@ -196,7 +196,8 @@ mod tests {
         assert_eq!(plugin["type"], "rustnet-cni");
         assert_eq!(plugin["bpffs"], "/sys/fs/bpf/one");
         assert_eq!(plugin["runDir"], "/run/one");
-        assert_eq!(plugin["capabilities"], json!({ "bandwidth": true }), "nothing more is promised than is kept");
+        let capabilities = json!({ "bandwidth": true, "portMappings": true });
+        assert_eq!(plugin["capabilities"], capabilities, "nothing more is promised than is kept");
         assert_eq!(std::fs::metadata(&path).expect("meta").mode() & 0o777, 0o644);
         assert_eq!(names(&dir.path().join("net.d")), [CONFLIST], "nothing temporary is left");
     }

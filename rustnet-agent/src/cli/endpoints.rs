@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use anyhow::Result;
-use rustnet_common::files::{Bandwidth, EndpointFile, Limit};
+use rustnet_common::files::{Bandwidth, EndpointFile, Limit, PortMapping};
 use serde::Serialize;
 
 use super::Places;
 use super::output::Output;
 use crate::bpf::store::endpoints::Endpoints;
+use crate::bpf::store::host_ports::{Entries, HostPorts};
 use crate::net::endpoints as records;
 use crate::podfile;
 
@@ -26,6 +27,10 @@ struct Row {
     identity: u32,
     /// In bits, for what the pod receives and what it sends.
     bandwidth: Bandwidth,
+    /// The ports of this node that it asked for.
+    host_ports: Vec<PortMapping>,
+    /// False where the programs know another pod, or none, for one of these ports.
+    has_host_ports: bool,
     /// False where only the record has it: the programs do not know the pod.
     in_map: bool,
 }
@@ -54,13 +59,17 @@ pub fn run(places: &Places, out: &Output) -> Result<()> {
     let mut records = by_address(places)?;
     let names = names(places, &records)?;
     let mut rows = Vec::new();
-    for (address, endpoint) in Endpoints::open(places.bpffs()?)?.read()? {
+    let bpffs = places.bpffs()?;
+    let ports = HostPorts::open(bpffs)?.read()?;
+    for (address, endpoint) in Endpoints::open(bpffs)?.read()? {
         let record = records.remove(&address);
         rows.push(Row {
             address,
             pod: names.get(&address).cloned(),
             container_id: record.as_ref().map(|r| r.container_id.clone()),
             bandwidth: record.as_ref().map(|r| r.bandwidth).unwrap_or_default(),
+            host_ports: record.as_ref().map_or_else(Vec::new, |r| ports_of(r, address)),
+            has_host_ports: record.as_ref().is_none_or(|r| has_ports(&ports, r)),
             interface: record.map(|r| r.host_ifname),
             ifindex: endpoint.ifindex,
             mac: mac(endpoint.mac),
@@ -76,22 +85,28 @@ pub fn run(places: &Places, out: &Output) -> Result<()> {
         identity: 0,
         in_map: false,
         bandwidth: record.bandwidth,
+        host_ports: ports_of(&record, address),
+        has_host_ports: has_ports(&ports, &record),
         container_id: Some(record.container_id),
         interface: Some(record.host_ifname),
     }));
     rows.sort_by_key(|row| row.address);
-    out.print(&rows, &["ADDRESS", "POD", "INTERFACE", "IFINDEX", "MAC", "INGRESS", "EGRESS", "STATE"], || {
-        rows.iter().map(line).collect()
-    })
+    out.print(
+        &rows,
+        &["ADDRESS", "POD", "INTERFACE", "IFINDEX", "MAC", "INGRESS", "EGRESS", "HOST PORTS", "STATE"],
+        || rows.iter().map(line).collect(),
+    )
 }
 
 fn line(row: &Row) -> Vec<String> {
     let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
     let state = match (row.in_map, row.container_id.is_some()) {
+        (true, true) if !row.has_host_ports => "host ports not in the map",
         (true, true) => "ok",
         (true, false) => "no record",
         (false, _) => "not in the map",
     };
+    let ports: Vec<_> = row.host_ports.iter().map(ToString::to_string).collect();
     vec![
         row.address.to_string(),
         or_dash(&row.pod),
@@ -100,8 +115,19 @@ fn line(row: &Row) -> Vec<String> {
         row.mac.clone(),
         rate(row.bandwidth.ingress),
         rate(row.bandwidth.egress),
+        if row.host_ports.is_empty() { "-".to_owned() } else { ports.join(", ") },
         state.to_owned(),
     ]
+}
+
+/// The ports of the node by which an address of a pod is reached.
+fn ports_of(record: &EndpointFile, address: IpAddr) -> Vec<PortMapping> {
+    record.host_ports.iter().filter(|mapping| mapping.is_of_family(&address)).copied().collect()
+}
+
+/// True if all ports of a record are in the map.
+fn has_ports(known: &Entries, record: &EndpointFile) -> bool {
+    record.host_port_entries().iter().all(|(key, value)| known.get(key) == Some(value))
 }
 
 /// A limit with the largest unit that holds it exactly, as in the pods' annotations.
@@ -119,8 +145,9 @@ fn mac(mac: [u8; 6]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Bandwidth, Limit, Row};
+    use super::{Bandwidth, Limit, PortMapping, Row};
     use crate::cli::golden::assert_golden;
+    use rustnet_common::files::Protocol;
 
     #[test]
     fn its_json_is_an_interface() {
@@ -134,6 +161,13 @@ mod tests {
             mac: "02:00:00:00:00:07".into(),
             identity: 0,
             bandwidth: Bandwidth { ingress: limit, egress: limit },
+            host_ports: vec![PortMapping {
+                host_ip: Some("127.0.0.1".parse().unwrap()),
+                host_port: 8080,
+                container_port: 80,
+                protocol: Protocol::Tcp,
+            }],
+            has_host_ports: true,
             in_map: true,
         };
         assert_golden("endpoints", &[row]);

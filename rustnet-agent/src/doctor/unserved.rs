@@ -73,7 +73,7 @@ mod tests {
         assert_well(&check(&facts(Ok(Unserved::new()))));
         let askers = Askers { count: 4, examples: vec!["shop/web".into()] };
         let unserved = Unserved::from([("host_port".into(), askers.clone()), ("of_a_later_release".into(), askers)]);
-        assert_only(&check(&facts(Ok(unserved))), Level::Warning, "asked for by 4: shop/web", "hostNetwork");
+        assert_only(&check(&facts(Ok(unserved))), Level::Warning, "asked for by 4: shop/web", "portMappings");
         assert_only(&check(&facts(Err(anyhow::anyhow!("unreadable")))), Level::Warning, "not checked", "root");
     }
     #[test]

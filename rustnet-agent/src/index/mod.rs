@@ -61,6 +61,8 @@ pub struct Index {
     ways_version: u64,
     peers_dirty: bool,
     pods: BTreeMap<ObjectName, Arc<Pod>>,
+    /// Addresses of pods that were connected with ports of this node.
+    port_holders: BTreeSet<IpAddr>,
     relist: Relist,
     /// Problems of objects, rejected ones included.
     problems: BTreeMap<ObjectRef, Box<[Problem]>>,
@@ -81,6 +83,7 @@ impl Index {
             ways_version: 0,
             peers_dirty: true,
             pods: BTreeMap::new(),
+            port_holders: BTreeSet::new(),
             relist: Relist::default(),
             problems: BTreeMap::new(),
             reports: BTreeMap::new(),
@@ -277,9 +280,14 @@ impl Index {
         own
     }
 
+    /// Takes in which pods were connected with ports of this node, by their addresses.
+    pub fn set_port_holders(&mut self, addresses: BTreeSet<IpAddr>) {
+        self.port_holders = addresses;
+    }
+
     /// What objects ask for and do not get.
     pub fn unserved(&self) -> unserved::Unserved {
-        unserved::find(self.pods())
+        unserved::find(self.pods(), &self.port_holders)
     }
 
     /// All that is wrong with the input at present.

@@ -2,6 +2,7 @@
 
 use crate::model::{Feature, ObjectName, Pod, Problem};
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 /// Names that are given of each feature.
 const EXAMPLES: usize = 3;
@@ -35,10 +36,13 @@ impl Askers {
 /// Askers by feature; features that nobody asks for are left out.
 pub type Unserved = BTreeMap<Feature, Askers>;
 
-/// Looks through all objects.
-pub fn find<'a>(pods: impl Iterator<Item = &'a Pod>) -> Unserved {
+/// Looks through all objects. `port_holders`: addresses of pods that were connected with ports of this node. One without an address is
+/// not connected yet.
+pub fn find<'a>(pods: impl Iterator<Item = &'a Pod>, port_holders: &BTreeSet<IpAddr>) -> Unserved {
     let mut found = Unserved::new();
-    for pod in pods.filter(|pod| pod.host_ports && !pod.host_network) {
+    let is_without =
+        |pod: &&Pod| !pod.addresses.is_empty() && pod.addresses.iter().all(|ip| !port_holders.contains(ip));
+    for pod in pods.filter(|pod| pod.host_ports && !pod.host_network).filter(is_without) {
         found.entry(Feature::HostPort).or_default().add(&pod.name);
     }
     found
@@ -59,22 +63,32 @@ mod tests {
 
     fn pod(name: &str, host_ports: bool, host_network: bool) -> Pod {
         let name = ObjectName::namespaced("default", name);
-        Pod { name, uid: "u".into(), node: "n1".into(), addresses: [].into(), host_network, host_ports }
+        let addresses = ["10.0.0.2".parse().unwrap()].into();
+        Pod { name, uid: "u".into(), node: "n1".into(), addresses, host_network, host_ports }
+    }
+
+    #[test]
+    fn a_pod_that_was_connected_with_its_ports_is_served() {
+        let pods = [pod("a", true, false)];
+        assert_eq!(find(pods.iter(), &["10.0.0.3".parse().unwrap()].into()).len(), 1);
+        assert_eq!(find(pods.iter(), &["10.0.0.2".parse().unwrap()].into()).len(), 0);
+        let waiting = [Pod { addresses: [].into(), ..pod("b", true, false) }];
+        assert_eq!(find(waiting.iter(), &[].into()).len(), 0);
     }
 
     #[test]
     fn each_feature_is_one_problem_with_three_names() {
         let mut pods: Vec<_> = ["d", "c", "b", "a"].into_iter().map(|name| pod(name, true, false)).collect();
         pods.extend([pod("proxy", true, true), pod("web", false, false)]);
-        let found = find(pods.iter());
+        let found = find(pods.iter(), &[].into());
         let counts: Vec<_> = found.iter().map(|(feature, askers)| (feature.name(), askers.count)).collect();
         assert_eq!(counts, [("host_port", 4)]);
         let problems: Vec<_> = problems(&found).map(|problem| problem.to_string()).collect();
         assert_eq!(
             problems,
             [
-                "Pod hostPort: not served, but asked for by default/a, default/b, default/c and others; give the pod hostNetwork: true, \
-              or a Service"
+                "Pod hostPort: not served, but asked for by default/a, default/b, default/c and others; delete the pod: the next one is \
+                 connected with its ports; or declare the capability portMappings in your CNI configuration"
             ]
         );
         assert!(Feature::ALL.into_iter().all(|feature| Feature::of_name(feature.name()) == Some(feature)));

@@ -3,7 +3,7 @@
 /// A feature of Kubernetes that is not served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Feature {
-    /// `hostPort` of a pod that does not use the host's network.
+    /// `hostPort` of a pod that was connected without it: before this node's CNI configuration asked for such ports.
     HostPort,
 }
 
@@ -33,7 +33,9 @@ impl Feature {
     /// What to do without it.
     pub const fn remedy(self) -> &'static str {
         match self {
-            Self::HostPort => "give the pod hostNetwork: true, or a Service",
+            Self::HostPort => {
+                "delete the pod: the next one is connected with its ports; or declare the capability portMappings in your CNI configuration"
+            }
         }
     }
 }

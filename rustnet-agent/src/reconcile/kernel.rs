@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -11,8 +11,10 @@ use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::EndpointFile;
+use rustnet_common::host_port::HostPortKey;
 use rustnet_common::names::{self, LINKS_DIR, OVERLAY_DEV, PROGRAMS, VETH_PREFIX};
 use rustnet_common::socket;
+use rustnet_common::tuple::proto;
 use tokio::task::JoinSet;
 
 use crate::bpf::attach::{self, Device, Direction, Outcome};
@@ -22,6 +24,7 @@ use crate::bpf::store::conntrack::Conntrack;
 use crate::bpf::store::counters::Counters;
 use crate::bpf::store::devices::Devices;
 use crate::bpf::store::endpoints::{self, Endpoints};
+use crate::bpf::store::host_ports::{self, HostPorts};
 use crate::bpf::store::node_config::NodeConfigStore;
 use crate::bpf::store::sockets::Sockets;
 use crate::bpf::store::{BpfMaps, fill};
@@ -55,6 +58,8 @@ pub struct Kernel {
     pub config: NodeConfigStore,
     /// The pods of this node.
     pub endpoints: Endpoints,
+    /// The ports of this node that pods have.
+    pub host_ports: HostPorts,
     devices: Devices,
     /// The control group whose sockets ask for Services, and the maps of these; `None` without socket load-balancing.
     sockets: Option<(PathBuf, Sockets)>,
@@ -90,6 +95,7 @@ impl Kernel {
             maps: BpfMaps::open(maps)?,
             config: NodeConfigStore::open(maps)?,
             endpoints: Endpoints::open(maps)?,
+            host_ports: HostPorts::open(maps)?,
             devices: Devices::open(maps)?,
             sockets: has_sockets
                 .then(|| Ok::<_, anyhow::Error>((config.cgroup.clone(), Sockets::open(maps)?)))
@@ -380,6 +386,28 @@ impl Kernel {
             done.push(format!("endpoint {ip} put back"));
         }
         Ok(done)
+    }
+
+    /// The same for `rn_host_ports`.
+    pub fn repair_host_ports(&self, before: &host_ports::Entries, state: &State) -> Result<Vec<String>> {
+        let interfaces = state.host.links.iter().map(|link| (link.index, link.name.as_str())).collect();
+        let mut done = Vec::new();
+        for change in host_ports::repair(before, &interfaces, &state.endpoints) {
+            if self.host_ports.carry_out(&change)? {
+                done.push(port_word(&change));
+            }
+        }
+        Ok(done)
+    }
+}
+
+/// What a change of a port's entry means, for the log.
+fn port_word(change: &host_ports::Change) -> String {
+    let HostPortKey { addr, port, proto, .. } = change.key;
+    let at = format!("port {} {}", SocketAddr::new(addr.into(), port), proto::name(proto));
+    match change.after {
+        Some(value) => format!("{at} given to pod {}", IpAddr::from(value.pod)),
+        None => format!("{at} given back: its pod has gone"),
     }
 }
 

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use rustnet_common::endpoint::Endpoint;
-use rustnet_common::files::IPAM_DIR;
+use rustnet_common::files::{EndpointFile, IPAM_DIR};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::kernel::Kernel;
 use super::overlay_path::Choice;
 use super::{Datapath, NET_PERIOD, Reconciler, install_cni_binary, node};
+use crate::bpf::store::host_ports;
 use crate::cni_order;
 use crate::failure::{Failure, Scope};
 use crate::net::host::Host;
@@ -38,8 +39,8 @@ pub struct Look {
 pub struct Before {
     /// All pods that are added from now on get the present programs, or are found by the look.
     is_pinned: bool,
-    /// See [`Kernel::repair_endpoints`]; `None` while there is no map.
-    endpoints: Option<Vec<(IpAddr, Endpoint)>>,
+    /// See [`Kernel::repair_endpoints`] and [`Kernel::repair_host_ports`]; `None` while there are no maps.
+    pods: Option<(Vec<(IpAddr, Endpoint)>, host_ports::Entries)>,
 }
 
 /// What the look that is under way has found, and how long that took. Never ready without one.
@@ -112,7 +113,8 @@ impl Reconciler {
     fn read_before(&self) -> Result<Before> {
         let kernel = self.datapath.as_ref().map(|it| &it.kernel);
         let is_pinned = kernel.is_some_and(Kernel::is_pinned);
-        Ok(Before { is_pinned, endpoints: kernel.map(|it| it.endpoints.read()).transpose()? })
+        let read = |it: &Kernel| Ok::<_, anyhow::Error>((it.endpoints.read()?, it.host_ports.read()?));
+        Ok(Before { is_pinned, pods: kernel.map(read).transpose()? })
     }
 
     /// Looks and repairs in one go.
@@ -182,10 +184,15 @@ impl Reconciler {
                 Err(error) => failures.push(Failure::new(Scope::Node, &error)),
             }
             // The programs may have been loaded since the look began.
-            let endpoints = before.endpoints.map(|it| kernel.repair_endpoints(&it, &state));
-            match endpoints.unwrap_or_else(|| Ok(Vec::new())) {
-                Ok(changed) => done.extend(changed),
-                Err(error) => failures.push(Failure::new(Scope::Pod, &error)),
+            if let Some((endpoints, host_ports)) = before.pods {
+                let repairs =
+                    [kernel.repair_endpoints(&endpoints, &state), kernel.repair_host_ports(&host_ports, &state)];
+                for repaired in repairs {
+                    match repaired {
+                        Ok(changed) => done.extend(changed),
+                        Err(error) => failures.push(Failure::new(Scope::Pod, &error)),
+                    }
+                }
             }
         }
         self.repairer.connect(&mut state, &wanted, is_overlay_verified);
@@ -212,6 +219,9 @@ impl Reconciler {
         state.problems.extend(node::too_small(&self.config, self.room, &ways));
         state.problems.extend(state.overlay.and_then(|_| choice.problem()));
         state.problems.extend(self.config.cni_conf_dir.iter().flat_map(|dir| cni_order::instead_of_ours(dir)));
+        let has_ports = |record: &&EndpointFile| !record.host_ports.is_empty();
+        let holders = state.endpoints.iter().filter(has_ports).flat_map(|record| record.addresses.iter().copied());
+        self.index.set_port_holders(holders.collect());
         self.host_problems = Some(state.problems);
         self.report.want(Duration::ZERO);
         if let Some(choice) = written {

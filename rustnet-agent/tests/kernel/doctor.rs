@@ -159,7 +159,14 @@ fn packets_that_leave_elsewhere_are_named() {
 fn published() -> Event {
     let name = ObjectName::namespaced("default", "web");
     let (host_network, host_ports) = (false, true);
-    let pod = Pod { name, uid: "u".into(), node: "n1".into(), addresses: [].into(), host_network, host_ports };
+    let pod = Pod {
+        name,
+        uid: "u".into(),
+        node: "n1".into(),
+        addresses: ["10.1.1.9".parse().unwrap()].into(),
+        host_network,
+        host_ports,
+    };
     Event::Apply(Object::Pod(Arc::new(pod)))
 }
 

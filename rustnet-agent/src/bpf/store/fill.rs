@@ -9,6 +9,7 @@ use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::conntrack::CtEntry;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::frag::{FragKey, FragPorts};
+use rustnet_common::host_port::{HostPort, HostPortKey};
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
 use rustnet_common::service::{SvcEntry, SvcKey};
@@ -46,6 +47,7 @@ pub fn read(bpffs: &Path) -> Result<Vec<Fill>> {
         count::<AffinityKey, Affinity>(bpffs, map::AFFINITY)?,
         count::<SourceRangeKey, u32>(bpffs, map::SOURCE_RANGES)?,
         count::<EndpointKey, Endpoint>(bpffs, map::ENDPOINTS)?,
+        count::<HostPortKey, HostPort>(bpffs, map::HOST_PORTS)?,
         count::<PeerKey<Ip4>, Peer>(bpffs, map::PEERS4)?,
         count::<PeerKey<Ip6>, Peer>(bpffs, map::PEERS6)?,
     ])

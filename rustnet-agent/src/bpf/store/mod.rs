@@ -9,6 +9,7 @@ pub mod devices;
 pub mod endpoints;
 mod fault;
 pub mod fill;
+pub mod host_ports;
 pub mod map;
 pub mod node_config;
 mod plan;

@@ -39,6 +39,7 @@ fn endpoint() -> EndpointFile {
         pod_name: String::new(),
         pod_uid: String::new(),
         bandwidth: Bandwidth::default(),
+        host_ports: Vec::new(),
     }
 }
 
