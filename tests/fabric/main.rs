@@ -16,6 +16,7 @@ mod fixture;
 mod flows;
 mod forged;
 mod fragments;
+mod host_ports;
 mod hosts;
 mod kills;
 mod limits;

@@ -26,7 +26,7 @@ const MORE_NODES: &str = "wants more nodes in more zones";
 const DISRUPTIVE: &str = "breaks components by ssh";
 
 /// All of them; the first that matches gives the reason.
-static ALL: [Exclusion; 21] = [
+static ALL: [Exclusion; 19] = [
     // What this cluster, machine or kernel cannot do, whatever the network.
     here("[Feature:LoadBalancer]", "no controller gives out load-balancer addresses"),
     here("[Feature:SCTPConnectivity]", "SCTP sockets, which not every kernel has"),
@@ -48,8 +48,6 @@ static ALL: [Exclusion; 21] = [
     // What rustnet does not do yet.
     rustnet("should check kube-proxy urls", KUBE_PROXY),
     rustnet("KubeProxy should set TCP CLOSE_WAIT", KUBE_PROXY),
-    rustnet("HostPort", "rustnet: host ports are not served yet"),
-    rustnet("hostPort", "rustnet: host ports are not served yet"),
 ];
 
 /// Those that concern a network.
