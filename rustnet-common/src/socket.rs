@@ -33,7 +33,7 @@ pub struct Asked {
     pub proto: u8,
     /// Zero.
     pub pad: u8,
-    /// Id of the backend.
+    /// Id of the backend; 0 for a pod that has a port of this host.
     pub backend: u32,
 }
 

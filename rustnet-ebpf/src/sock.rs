@@ -16,7 +16,7 @@ use rustnet_common::tuple::{Tuple, proto};
 use crate::ctx::random;
 use crate::family::{Family, V4, V6};
 use crate::maps;
-use crate::step::lb;
+use crate::step::{host_port, lb, route};
 
 /// What a program returns to let the call go on.
 const ALLOW: i32 = 1;
@@ -115,64 +115,97 @@ impl SocketFamily for V6 {
 
 /// The flags of the socket's namespace; `None` for sockets that keep their addresses.
 #[inline(always)]
-fn namespace(number: u64) -> Option<u32> {
+fn flags_of(namespace: u64) -> Option<u32> {
     // SAFETY: a map value stays readable for this run of the program.
-    maps::rn_sock_netns.get_ptr(number).map(|flags| unsafe { *flags })
+    maps::rn_sock_netns.get_ptr(namespace).map(|flags| unsafe { *flags })
 }
 
-/// The backend that a namespace gets of the Service that is asked for, if it is one and has any.
+/// Where a call is led.
+struct Target {
+    addr: Addr,
+    port: u16,
+    /// Id of the backend; 0 for a pod that has a port of this host.
+    backend: u32,
+}
+
+impl Target {
+    #[inline(always)]
+    fn of(backend: &Backend) -> Self {
+        Self { addr: backend.addr, port: backend.port, backend: backend.id }
+    }
+}
+
+/// What is asked for, and by which network namespace.
+struct Asking {
+    addr: Addr,
+    port: u16,
+    proto: u8,
+    /// The kernel's number of the namespace.
+    namespace: u64,
+    /// See [`netns`].
+    flags: u32,
+}
+
+/// Where a namespace is led: to a backend of the Service that it asks for, or, from this host, to the pod that has a port of it. A
+/// loopback address or none stands for the node ports and host ports of this host, and entries of Services have `loopback` for all of
+/// them; sockets of pods mean their own.
 #[inline(always)]
-fn choose<F: Family>(asked: F::A, port: u16, proto: u8, namespace: u64) -> Option<&'static Backend> {
-    let t = Tuple { src: F::A::UNSPECIFIED, dst: asked, sport: 0, dport: port, proto, pad: 0, pad2: 0 };
+fn choose<F: Family>(asked: F::A, loopback: F::A, asking: &Asking) -> Option<Target> {
+    let (is_host, is_loopback) = (asking.flags & netns::HOST != 0, asked.is_martian_destination());
+    if is_loopback && !is_host {
+        return None;
+    }
+    let dst = if is_loopback { loopback } else { asked };
+    let (dport, proto) = (asking.port, asking.proto);
+    let t = Tuple { src: F::A::UNSPECIFIED, dst, sport: 0, dport, proto, pad: 0, pad2: 0 };
     // Of what is refused, the packets are.
-    lb::select_for::<F>(&t, scope::CLUSTER, random, || (CLIENT_HIGH, namespace)).ok().flatten()
+    let backend = lb::select_for::<F>(&t, scope::CLUSTER, random, || (CLIENT_HIGH, asking.namespace)).ok()?;
+    if let Some(backend) = backend {
+        return Some(Target::of(backend));
+    }
+    if !is_host || !(is_loopback || route::is_host::<F>(asked)) {
+        return None;
+    }
+    let (addr, port) = host_port::pod_at(asking.addr, dport, proto)?;
+    Some(Target { addr, port, backend: 0 })
 }
 
-/// As [`choose`], for an address of either family. A loopback address or none stands for the node ports of this host, whose entries
-/// have the first loopback address; sockets of pods mean their own.
+/// As [`choose`], for an address of either family.
 #[inline(always)]
-fn choose_any(asked: Addr, port: u16, proto: u8, number: u64, flags: u32) -> Option<&'static Backend> {
-    if asked.is_v4() {
-        let ip = Ip4::from_addr(asked);
-        if !ip.is_martian_destination() {
-            return choose::<V4>(ip, port, proto, number);
-        }
-        let loopback = Ip4::from_word(u32::from_ne_bytes([127, 0, 0, 1]));
-        return if flags & netns::HOST == 0 { None } else { choose::<V4>(loopback, port, proto, number) };
+fn choose_any(asking: &Asking) -> Option<Target> {
+    if asking.addr.is_v4() {
+        choose::<V4>(Ip4::from_addr(asking.addr), Ip4::from_word(u32::from_ne_bytes([127, 0, 0, 1])), asking)
+    } else {
+        choose::<V6>(asking.addr, Ip6::from_words([0, 0, 0, 1_u32.to_be()]), asking)
     }
-    if !asked.is_martian_destination() {
-        return choose::<V6>(asked, port, proto, number);
-    }
-    let loopback = Ip6::from_words([0, 0, 0, 1_u32.to_be()]);
-    if flags & netns::HOST == 0 { None } else { choose::<V6>(loopback, port, proto, number) }
 }
 
 /// Leads a call to a backend, and stores what was asked for.
 #[inline(always)]
-fn lead<S: SocketFamily>(call: Call, cookie: u64, asked: Addr, backend: &Backend) {
-    let value = Asked { addr: asked, port: call.port(), proto: call.proto(), pad: 0, backend: backend.id };
-    let key = SocketKey { cookie, addr: backend.addr, port: backend.port, pad: 0, pad2: 0 };
+fn lead<S: SocketFamily>(call: Call, cookie: u64, asked: Addr, to: &Target) {
+    let value = Asked { addr: asked, port: call.port(), proto: call.proto(), pad: 0, backend: to.backend };
+    let key = SocketKey { cookie, addr: to.addr, port: to.port, pad: 0, pad2: 0 };
     // SAFETY: a map value stays readable for this run of the program.
     let is_known = maps::rn_sock_rev.get_ptr(key).is_some_and(|known| unsafe { known.read() == value });
     if !is_known {
         // A full table forgets the oldest: such a socket is shown its backend.
         let _ = maps::rn_sock_rev.insert(key, value, 0);
     }
-    S::set_address(call, backend.addr);
-    call.set_port(backend.port);
+    S::set_address(call, to.addr);
+    call.set_port(to.port);
 }
 
 /// Before a connection: one backend for as long as it lasts.
 #[inline(always)]
 fn connect<S: SocketFamily>(call: Call) {
-    let (number, proto) = (call.netns(), call.proto());
+    let (namespace, proto) = (call.netns(), call.proto());
     if proto != proto::TCP && proto != proto::UDP {
         return;
     }
-    let Some(flags) = namespace(number) else { return };
+    let Some(flags) = flags_of(namespace) else { return };
     let asked = S::address(call);
-    match choose_any(asked, call.port(), proto, number, flags) {
-        Some(backend) => lead::<S>(call, call.cookie(), asked, backend),
+    match choose_any(&Asking { addr: asked, port: call.port(), proto, namespace, flags }) {
+        Some(to) => lead::<S>(call, call.cookie(), asked, &to),
         // A UDP socket may have had this peer by way of a Service.
         None if proto == proto::UDP => {
             let _ = maps::rn_sock_rev.remove(call.key(call.cookie(), asked));
@@ -184,19 +217,22 @@ fn connect<S: SocketFamily>(call: Call) {
 /// Before a datagram of a socket that is not connected: the same backend for as long as it serves.
 #[inline(always)]
 fn sendmsg<S: SocketFamily>(call: Call) {
-    let number = call.netns();
-    let Some(flags) = namespace(number) else { return };
+    let namespace = call.netns();
+    let Some(flags) = flags_of(namespace) else { return };
     let (asked, cookie) = (S::address(call), call.cookie());
     let key = call.key(cookie, asked);
     // SAFETY: a map value stays readable for this run of the program.
     let known = maps::rn_sock_fwd.get_ptr(key).and_then(|id| lb::backend(unsafe { *id }));
     if let Some(backend) = known {
-        return lead::<S>(call, cookie, asked, backend);
+        return lead::<S>(call, cookie, asked, &Target::of(backend));
     }
-    let Some(backend) = choose_any(asked, call.port(), proto::UDP, number, flags) else { return };
-    // A full table costs a socket its backend: the next datagram chooses again.
-    let _ = maps::rn_sock_fwd.insert(key, backend.id, 0);
-    lead::<S>(call, cookie, asked, backend);
+    let asking = Asking { addr: asked, port: call.port(), proto: proto::UDP, namespace, flags };
+    let Some(to) = choose_any(&asking) else { return };
+    if to.backend != 0 {
+        // A full table costs a socket its backend: the next datagram chooses again.
+        let _ = maps::rn_sock_fwd.insert(key, to.backend, 0);
+    }
+    lead::<S>(call, cookie, asked, &to);
 }
 
 /// After a datagram, or where a socket asks for its peer: the backend's address becomes the Service's.

@@ -21,31 +21,31 @@ in_each_routing!(
 );
 
 /// A port of the node that no other test has.
-fn host_port() -> u16 {
+pub fn host_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(9_100);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Both protocols of a port of the node, as containerd asks for them.
-fn mappings(port: u16, host_ip: &str) -> Value {
+pub fn mappings(port: u16, host_ip: &str) -> Value {
     let one = |proto: &str| json!({ "HostPort": port, "ContainerPort": PORT, "Protocol": proto, "HostIP": host_ip });
     json!({ "runtimeConfig": { "portMappings": [one("tcp"), one("udp")] } })
 }
 
 /// A pod of a node with a port at all addresses of it.
-fn add_pod(node: &Node, name: &str, port: u16) -> Result<Pod> {
+pub fn add_pod(node: &Node, name: &str, port: u16) -> Result<Pod> {
     let mut pod = node.add_pod_with(name, &mappings(port, ""))?;
     pod.serve(PORT)?;
     Ok(pod)
 }
 
 /// A port at a node's address of each family.
-fn targets(node: &Node, port: u16) -> [SocketAddr; 2] {
+pub fn targets(node: &Node, port: u16) -> [SocketAddr; 2] {
     node.addresses().map(|ip| SocketAddr::new(ip, port))
 }
 
 /// A request of each protocol is answered by the server, which sees the client as `seen`.
-fn served(from: &Netns, target: SocketAddr, by: &str, seen: IpAddr) -> Result<()> {
+pub fn served(from: &Netns, target: SocketAddr, by: &str, seen: IpAddr) -> Result<()> {
     for proto in Proto::ALL {
         let answers = ask(from, proto, target, 5)?;
         answers.only_by(&[by]).and_then(|()| answers.only_as(seen)).with_context(|| format!("{proto} {target}"))?;
@@ -54,7 +54,7 @@ fn served(from: &Netns, target: SocketAddr, by: &str, seen: IpAddr) -> Result<()
 }
 
 /// Nobody has the port: the node's own stack refuses it.
-fn refused(from: &Netns, target: SocketAddr) -> Result<()> {
+pub fn refused(from: &Netns, target: SocketAddr) -> Result<()> {
     for proto in Proto::ALL {
         ask(from, proto, target, 2)?
             .all_failed(ErrorKind::ConnectionRefused)

@@ -3,6 +3,7 @@
 use crate::fixture::{
     Net, SERVICE_PORT, TestService, endpoints, in_each_routing, node_port, node_ports, published, wait_served,
 };
+use crate::host_ports::{add_pod, host_port, mappings, refused, served, targets};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -26,6 +27,8 @@ in_each_routing!(
     the_sockets_of_others_stay,
     without_an_endpoint_packets_are_refused,
     affinity_of_a_node,
+    host_ports_of_the_node_itself,
+    a_host_port_at_a_loopback_address_alone,
 );
 
 fn loopback(target: SocketAddr) -> SocketAddr {
@@ -282,6 +285,47 @@ fn affinity_of_a_node(net: &Net) -> Result<()> {
         let answers = ask(net.node(1).netns(), Proto::Tcp, target, 20)?;
         answers.all_answered()?;
         ensure!(answers.by_server.len() == 1, "{target}: {answers}");
+    }
+    Ok(())
+}
+
+fn host_ports_of_the_node_itself(net: &Net) -> Result<()> {
+    let (node, port) = (net.node(1), host_port());
+    let pod = add_pod(node, "own", port)?;
+    for target in targets(node, port) {
+        served(node.netns(), target, "own", node.address_like(target.ip()))?;
+        served(node.netns(), loopback(target), "own", node.address_like(target.ip()))?;
+        // A loopback address of a pod is its own, and another node's port is none of this one.
+        refused(net.a.netns(), loopback(target))?;
+        refused(net.node(2).netns(), loopback(target))?;
+        let (connected, from) = node.netns().run(|| -> Result<_> {
+            let from = exchange(&open_udp(target)?, target, "datagram")?.1;
+            Ok((TcpStream::connect(loopback(target))?.peer_addr()?, from))
+        })??;
+        ensure!((connected, from) == (loopback(target), target), "{target} shows as {connected} and {from}");
+        // Another port is the node's own.
+        served(node.netns(), SocketAddr::new(target.ip(), PORT), "n1", target.ip())?;
+    }
+    pod.delete()?;
+    for target in targets(node, port) {
+        refused(node.netns(), target)?;
+        refused(node.netns(), loopback(target))?;
+    }
+    Ok(())
+}
+
+fn a_host_port_at_a_loopback_address_alone(net: &Net) -> Result<()> {
+    let (node, port) = (net.node(1), host_port());
+    for like in ["127.0.0.1", "::1"] {
+        let mut pod = node.add_pod_with("local", &mappings(port, like))?;
+        pod.serve(PORT)?;
+        let target = SocketAddr::new(like.parse()?, port);
+        served(node.netns(), target, "local", node.address_like(target.ip()))?;
+        let outside = SocketAddr::new(node.address_like(target.ip()), port);
+        refused(net.fabric.world(), outside)?;
+        refused(node.netns(), outside)?;
+        refused(net.a.netns(), outside)?;
+        pod.delete()?;
     }
     Ok(())
 }

@@ -59,7 +59,7 @@ impl Reconciler {
         let Some(sockets) = kernel.sockets().filter(|_| self.index.is_open(Gate::Services)) else { return Ok(()) };
         let mut over = Vec::new();
         let mut has_outlived = false;
-        let found = sockets.of_backends(|id| !kernel.maps.serves(id))?;
+        let found = sockets.of_backends(|id| id != 0 && !kernel.maps.serves(id))?;
         let gone = self.index.without_endpoint(found.iter().map(|(key, _)| IpAddr::from(key.addr)).collect());
         for (key, asked) in found {
             // A Service that is gone says nothing of its endpoints.

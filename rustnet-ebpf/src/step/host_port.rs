@@ -68,6 +68,15 @@ macro_rules! global {
 global!(V4, Ip4, rn_host_port4, rn_is_asked4, rn_to_host_port4);
 global!(V6, Ip6, rn_host_port6, rn_is_asked6, rn_to_host_port6);
 
+/// The address and port of the pod that has this port at an address of this node, for those who know that it is one.
+#[inline(always)]
+pub fn pod_at(addr: Addr, port: u16, proto: u8) -> Option<(Addr, u16)> {
+    let (high, low) = addr.halves();
+    let mut found = HostPort { pod: Addr::UNSPECIFIED, ifindex: 0, port: 0, pad: 0 };
+    let is_found = rn_host_port(high, low, u32::from(port) << 8 | u32::from(proto), &raw mut found) != 0;
+    is_found.then_some((found.pod, found.port))
+}
+
 /// What the last look-up has found.
 #[inline(always)]
 fn found<F: Family>() -> Option<&'static mut HostPort> {
@@ -88,7 +97,7 @@ fn is_host_port<F: Family>(p: &Packet<F::A>) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rn_host_port(high: u64, low: u64, port: u32, out: *mut HostPort) -> u32 {
-    // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
+    // SAFETY: the callers are above and pass references; the verifier checks the size.
     let Some(out) = (unsafe { out.as_mut() }) else { return 0 };
     let addr = Addr::from_halves(high, low);
     let mut key = HostPortKey { addr, port: (port >> 8) as u16, proto: port as u8, pad: 0 };
