@@ -23,6 +23,7 @@ pub mod nodefile;
 pub mod plan;
 pub mod podfile;
 pub mod reconcile;
+pub mod servicefile;
 pub mod source;
 pub mod v1file;
 pub mod ways;

@@ -37,7 +37,7 @@ use crate::net::netlink::Socket;
 use crate::net::repair::Repairer;
 use crate::plan::Planner;
 use crate::source::{Event, Kind};
-use crate::{install, namefile, podfile};
+use crate::{install, namefile, podfile, servicefile};
 use files::Files;
 use job::Job;
 use kernel::{Kernel, Stats};
@@ -55,6 +55,8 @@ const NET_SETTLE: Duration = Duration::from_millis(50);
 const NET_SETTLE_FAILED: Duration = Duration::from_secs(1);
 /// Share of the time that looking at the network may take, as 1 in so many: hosts with a million routes exist.
 const NET_SHARE: u32 = 20;
+/// Share of the time that writing the endpoints of all Services may take, as 1 in so many: ten thousand Services are 7 MB.
+const FILE_SHARE: u32 = 100;
 /// How long the end of the agent may take; `terminationGracePeriodSeconds` of the DaemonSet is longer.
 pub const EXPORT_LIMIT: Duration = Duration::from_secs(20);
 /// Lists of a million routes take less than a second.
@@ -198,6 +200,9 @@ struct Reconciler {
     names: Job,
     /// Writes those of Services and Nodes.
     objects: Job,
+    /// Writes what their objects say of Services and endpoints.
+    details: Job,
+    details_took: Duration,
     look: Option<Look>,
     /// The network has changed since the look began.
     is_net_changed: bool,
@@ -246,6 +251,8 @@ impl Reconciler {
             presence: Job::due("rustnetctl does not find this agent"),
             names: Job::idle("rustnetctl does not know the names of pods"),
             objects: Job::idle("rustnetctl does not know the names of Services and Nodes"),
+            details: Job::idle("rustnetctl does not know the endpoints of Services"),
+            details_took: Duration::ZERO,
             look: None,
             is_net_changed: false,
             net_took: Duration::ZERO,
@@ -270,6 +277,10 @@ impl Reconciler {
             }
             if event.object_kind() == Some(Kind::Service) || matches!(event, Event::Synced(_)) {
                 self.objects.want(PROBLEMS_PERIOD);
+            }
+            let is_service = matches!(event.object_kind(), Some(Kind::Service | Kind::Slice));
+            if is_service || matches!(event, Event::Synced(_)) {
+                self.details.want(PROBLEMS_PERIOD.max(self.details_took * FILE_SHARE));
             }
             self.index.handle(event);
         }
@@ -358,6 +369,9 @@ impl Reconciler {
         }
         if self.objects.is_due() {
             self.write_objects();
+        }
+        if self.details.is_due() {
+            self.write_details();
         }
         self.set_readiness();
     }
@@ -525,8 +539,8 @@ impl Reconciler {
 
     /// The jobs that write what the `rustnetctl` command reads. Without it the command shows less, so that a failure makes no
     /// node unready; it is tried again.
-    fn files_of_command(&self) -> [&Job; 3] {
-        [&self.presence, &self.names, &self.objects]
+    fn files_of_command(&self) -> [&Job; 4] {
+        [&self.presence, &self.names, &self.objects, &self.details]
     }
 
     /// Writes where this agent's things are.
@@ -550,6 +564,15 @@ impl Reconciler {
         let is_known = self.index.synced();
         let done = if is_known { namefile::write_all(&self.config.run_dir, &self.index) } else { Ok(()) };
         Self::finish_file(&mut self.objects, &mut self.report, done);
+    }
+
+    /// Writes what the objects say of Services and endpoints.
+    fn write_details(&mut self) {
+        let began = Instant::now();
+        let is_known = self.index.synced();
+        let done = if is_known { servicefile::write(&self.config.run_dir, &self.index) } else { Ok(()) };
+        self.details_took = began.elapsed();
+        Self::finish_file(&mut self.details, &mut self.report, done);
     }
 
     /// Notes whether a file for the command was written, and has a failure reported.

@@ -6,6 +6,7 @@ use rustnet_agent::host::HostFacts;
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::Problem;
 use rustnet_agent::plan::{Maps, MemoryMaps, Plan, Planner, Snapshot, Write};
+use rustnet_agent::servicefile;
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind, ObjectRef};
 use std::net::Ipv4Addr;
@@ -181,4 +182,9 @@ fn ten_thousand_services_with_five_endpoints() {
     assert_eq!(written(&plan), (50_000, 50_000));
     drop(plan);
     println!("10,000 services x 5 endpoints: {} KiB resident for index and plan", resident().saturating_sub(empty));
+    let run = tempfile::tempdir().unwrap();
+    let began = Instant::now();
+    servicefile::write(run.path(), &index).unwrap();
+    let size = std::fs::metadata(run.path().join(servicefile::FILE)).unwrap().len();
+    println!("their details for the command: {} KiB written in {:?}", size / 1024, began.elapsed());
 }

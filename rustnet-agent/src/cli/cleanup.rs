@@ -21,7 +21,7 @@ use crate::install::{BINARY, CONFLIST, LOOPBACK, loopback_is_ours};
 use crate::net::netlink::Socket;
 use crate::net::{journal, link, neighbour, route, tc};
 use crate::reconcile::presence::{self, Presence};
-use crate::{namefile, podfile, v1file};
+use crate::{namefile, podfile, servicefile, v1file};
 
 /// Options.
 #[derive(Debug, clap::Args)]
@@ -162,6 +162,7 @@ fn clean(places: &Places, args: &Args, report: &mut Report) {
         namefile::SERVICES,
         namefile::NODES,
         namefile::UNSERVED,
+        servicefile::FILE,
         presence::FILE,
         presence::WRITER_LOCK,
         v1file::FILE,

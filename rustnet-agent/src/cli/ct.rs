@@ -154,6 +154,49 @@ fn row<A: Address>(key: &Tuple<A>, entry: &CtEntry<A>, clock: &Clock) -> Row {
     }
 }
 
+/// A live flow to a backend, in the direction that opened it.
+pub struct Flow {
+    /// IP protocol number.
+    pub proto: u8,
+    /// Where the client asks.
+    pub asked: SocketAddr,
+    /// Where its packets go.
+    pub led_to: SocketAddr,
+    /// Id of the backend.
+    pub backend: u32,
+}
+
+/// Calls `visit` for each live flow to a backend: one that has not expired and does not end.
+pub fn for_each_backend_flow(places: &Places, mut visit: impl FnMut(Flow)) -> Result<()> {
+    let clock = clock(places)?;
+    let tables = Conntrack::open(places.bpffs()?)?;
+    for table in tables.v4.both() {
+        backend_flows::<Ip4>(table, &clock, &mut visit)?;
+    }
+    for table in tables.v6.both() {
+        backend_flows::<Ip6>(table, &clock, &mut visit)?;
+    }
+    Ok(())
+}
+
+fn backend_flows<A>(table: &Map<Tuple<A>, CtEntry<A>>, clock: &Clock, visit: &mut impl FnMut(Flow)) -> Result<()>
+where
+    A: Address,
+    Tuple<A>: Pod,
+    CtEntry<A>: Pod,
+{
+    table.for_each(|key, entry| visit_flow(key, entry, clock, visit))
+}
+
+fn visit_flow<A: Address>(key: &Tuple<A>, entry: &CtEntry<A>, clock: &Clock, visit: &mut impl FnMut(Flow)) {
+    let idle = age(clock.now, entry.seen) / clock.hz;
+    let is_live = idle < lifetime(key.proto, entry.state) && !state::is_closing(entry.state);
+    if is_live && entry.backend != 0 && entry.flags & flags::REPLY == 0 {
+        let (asked, led_to) = (ends(&entry.tuple(key)).1, ends(&entry.to).1);
+        visit(Flow { proto: key.proto, asked, led_to, backend: entry.backend });
+    }
+}
+
 fn states(protocol: u8, bits: u64) -> Vec<&'static str> {
     let names =
         [(state::FIN_ORIG, "fin"), (state::FIN_REPLY, "fin-reply"), (state::RST_ORIG | state::RST_REPLY, "reset")];
@@ -267,6 +310,30 @@ mod tests {
         let want = ["TCP", "10.0.0.2:4000", "10.96.0.1:80", "10.0.1.9:8080", "established", "10s", "7", "0", "nat"];
         assert_eq!(line, want);
         assert_golden("ct-list", &Report { connections: vec![row], found: 2, truncated: true });
+    }
+
+    #[test]
+    fn flows_to_backends_are_those_that_live_in_the_direction_of_the_opener() {
+        let (src, dst) = (Ipv4Addr::new(10, 0, 0, 2).into(), Ipv4Addr::new(10, 96, 0, 1).into());
+        let key: Tuple<Ip4> = Tuple { src, dst, sport: 4000, dport: 80, proto: proto::TCP, ..Tuple::zeroed() };
+        let to = Tuple { dst: Ipv4Addr::new(10, 0, 1, 9).into(), dport: 8080, ..key };
+        let swapped = if key.is_swapped() { flags::SWAPPED } else { 0 };
+        let live = CtEntry { to, state: 0, flags: flags::NAT | swapped, seen: 900, backend: 7, ..CtEntry::zeroed() };
+        let clock = Clock { now: 1000, hz: 100 };
+        for (entry, want) in [
+            (live, 1),
+            (CtEntry { backend: 0, ..live }, 0),
+            (CtEntry { flags: live.flags | flags::REPLY, ..live }, 0),
+            (CtEntry { state: state::RST_ORIG, ..live }, 0),
+            (CtEntry { seen: 1000_u32.wrapping_sub(120 * 100), ..live }, 0),
+        ] {
+            let mut found = Vec::new();
+            super::visit_flow(&key.canonical(), &entry, &clock, &mut |flow| {
+                found.push((flow.proto, flow.asked.to_string(), flow.led_to.to_string(), flow.backend));
+            });
+            let flow = (proto::TCP, "10.96.0.1:80".to_owned(), "10.0.1.9:8080".to_owned(), 7);
+            assert_eq!(found, vec![flow; want], "{entry:?}");
+        }
     }
 
     #[test]

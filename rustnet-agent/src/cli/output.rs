@@ -84,7 +84,7 @@ pub fn line(text: &str) -> Result<()> {
 }
 
 /// Columns without lines, two spaces apart, as kubectl prints.
-fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(header.iter().copied());

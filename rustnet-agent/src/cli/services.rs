@@ -1,75 +1,87 @@
-//! `rustnetctl services`: what the programs will do with a virtual address, from the maps of services,
-//! backends and source ranges.
+//! `rustnetctl services`: what the programs do with Services: the list of entries, and one Service with its backends.
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+mod detail;
+mod list;
 
-use anyhow::{Result, bail};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use anyhow::Result;
 use ipnet::IpNet;
-use rustnet_common::backend::{Backend, flags as backend_flags};
 use rustnet_common::service::{SvcEntry, flags, scope};
-use rustnet_common::tuple::proto;
-use serde::Serialize;
 
 use super::Places;
-use super::output::Output;
+use super::output::{Output, Usage};
 use crate::bpf::store;
 use crate::bpf::store::backends::{Access, Backends};
-use crate::namefile::{self, SERVICES, Services, service_key};
+use crate::namefile::{self, SERVICES, Services};
 use crate::plan::{SourceRange, VipKey};
 
 /// Options.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Only this virtual address
-    vip: Option<IpAddr>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Row {
-    /// `namespace/name`, and the name of the port; null where the agent's file has none.
-    service: Option<String>,
-    port_name: Option<String>,
-    vip: IpAddr,
-    port: u16,
-    protocol: &'static str,
-    /// `cluster`: pods and the host of this node; `external`: whoever comes in by a device.
-    clients: &'static str,
-    id: u32,
-    affinity_seconds: u32,
-    drop_when_empty: bool,
-    /// The clients that may come by it; null for all, an empty list for nobody.
-    source_ranges: Option<Vec<IpNet>>,
-    backends: Vec<ServiceBackend>,
-    /// Ids that the entry points to and that are of no backend of it: the maps disagree.
-    missing: u32,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct ServiceBackend {
-    address: IpAddr,
-    port: u16,
-    id: u32,
-    local: bool,
-    terminating: bool,
+    /// One Service in full: namespace/name, or its name with --namespace. Or only the entries of this virtual address
+    what: Option<String>,
+    /// Only Services of this namespace
+    #[arg(short, long)]
+    namespace: Option<String>,
 }
 
 /// Prints the services.
 pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
-    let backends = Backends::open(places.bpffs()?, Access::Read)?;
-    let all = store::services(places.bpffs()?)?;
-    let ranges = if all.values().any(is_judged) { store::source_ranges(places.bpffs()?)? } else { BTreeSet::new() };
-    let wanted =
-        all.iter().filter(|(key, entry)| entry.flags & flags::VIP == 0 && args.vip.is_none_or(|vip| vip == key.ip));
-    let names: Services = namefile::read(&places.run_dir, SERVICES)?;
-    let services: Vec<_> = wanted.map(|(key, entry)| read(key, entry, &backends, &ranges, &names)).collect();
-    if let Some(vip) = args.vip.filter(|_| services.is_empty()) {
-        bail!("no Service has the address {vip} here: `rustnetctl services` lists all");
+    match Wanted::of(args)? {
+        Wanted::Entries { vip, namespace } => list::run(places, vip, namespace, out),
+        Wanted::Service(name) => detail::run(places, &name, out),
     }
-    let columns = ["SERVICE", "PORT", "ADDRESS", "PROTOCOL", "CLIENTS", "SOURCE RANGES", "ID", "AFFINITY", "BACKENDS"];
-    out.print(&services, &columns, || services.iter().map(row).collect())
+}
+
+/// What a command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Wanted<'a> {
+    Entries {
+        vip: Option<IpAddr>,
+        namespace: Option<&'a str>,
+    },
+    /// `namespace/name`.
+    Service(String),
+}
+
+impl<'a> Wanted<'a> {
+    fn of(args: &'a Args) -> Result<Self, Usage> {
+        let namespace = args.namespace.as_deref();
+        let Some(what) = args.what.as_deref() else { return Ok(Self::Entries { vip: None, namespace }) };
+        match (what.parse::<IpAddr>(), what.split_once('/'), namespace) {
+            (Ok(vip), _, namespace) => Ok(Self::Entries { vip: Some(vip), namespace }),
+            (Err(_), Some((in_name, _)), given) if given.is_none_or(|given| given == in_name) => {
+                Ok(Self::Service(what.to_owned()))
+            }
+            (Err(_), Some(_), _) => {
+                Err(Usage(format!("{what} is of another namespace: leave out --namespace, or write only the name")))
+            }
+            (Err(_), None, Some(namespace)) => Ok(Self::Service(format!("{namespace}/{what}"))),
+            (Err(_), None, None) => {
+                Err(Usage(format!("{what}: of which namespace? Write namespace/{what}, or give --namespace")))
+            }
+        }
+    }
+}
+
+/// What the maps and the agent's file of names hold.
+struct Maps {
+    services: BTreeMap<VipKey, SvcEntry>,
+    backends: Backends,
+    ranges: BTreeSet<SourceRange>,
+    names: Services,
+}
+
+impl Maps {
+    fn read(places: &Places) -> Result<Self> {
+        let backends = Backends::open(places.bpffs()?, Access::Read)?;
+        let services = store::services(places.bpffs()?)?;
+        let is_any_judged = services.values().any(is_judged);
+        let ranges = if is_any_judged { store::source_ranges(places.bpffs()?)? } else { BTreeSet::new() };
+        Ok(Self { services, backends, ranges, names: namefile::read(&places.run_dir, SERVICES)? })
+    }
 }
 
 /// True for an entry that asks for the client.
@@ -77,118 +89,51 @@ fn is_judged(entry: &SvcEntry) -> bool {
     entry.flags & flags::SOURCE_RANGES != 0
 }
 
-fn read(key: &VipKey, entry: &SvcEntry, all: &Backends, ranges: &BTreeSet<SourceRange>, names: &Services) -> Row {
-    let ranges = ranges.iter().filter(|range| range.key == *key).map(|range| range.clients);
-    let name = names.get(&service_key(key.ip, key.port, key.proto));
-    let backends: Vec<_> = all.of(entry).flatten().map(|b| backend(&b)).collect();
-    Row {
-        service: name.map(|name| name.service.clone()),
-        port_name: name.map(|name| name.port.clone()).filter(|port| !port.is_empty()),
-        vip: key.ip,
-        port: key.port,
-        protocol: proto::name(key.proto),
-        clients: if key.scope == scope::EXTERNAL { "external" } else { "cluster" },
-        id: entry.id,
-        affinity_seconds: entry.affinity,
-        drop_when_empty: entry.flags & flags::DROP_EMPTY != 0,
-        source_ranges: is_judged(entry).then(|| ranges.collect()),
-        missing: entry.count - backends.len() as u32,
-        backends,
-    }
+/// The clients that may come by an entry; `None` for all.
+fn ranges_of(key: &VipKey, entry: &SvcEntry, ranges: &BTreeSet<SourceRange>) -> Option<Vec<IpNet>> {
+    let of_key = || ranges.iter().filter(|range| range.key == *key).map(|range| range.clients).collect();
+    is_judged(entry).then(of_key)
 }
 
-fn backend(backend: &Backend) -> ServiceBackend {
-    ServiceBackend {
-        address: backend.addr.into(),
-        port: backend.port,
-        id: backend.id,
-        local: backend.flags & backend_flags::LOCAL != 0,
-        terminating: backend.flags & backend_flags::TERMINATING != 0,
-    }
+/// `cluster`: pods and the host of this node; `external`: whoever comes in by a device.
+fn clients(key: &VipKey) -> &'static str {
+    if key.scope == scope::EXTERNAL { "external" } else { "cluster" }
 }
 
-fn row(service: &Row) -> Vec<String> {
-    let affinity = match service.affinity_seconds {
-        0 => "-".to_owned(),
-        seconds => format!("{seconds}s"),
-    };
-    let ranges = match service.source_ranges.as_deref() {
+fn show_ranges(ranges: Option<&[IpNet]>) -> String {
+    match ranges {
         None => "-".to_owned(),
         Some([]) => "none (dropped)".to_owned(),
         Some(ranges) => ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
-    };
-    let mut backends: Vec<String> = service.backends.iter().map(show).collect();
-    if service.missing > 0 {
-        backends.push(format!("({} missing: restart the agent and report this)", service.missing));
     }
-    if backends.is_empty() {
-        backends.push(if service.drop_when_empty { "none (dropped)" } else { "none (refused)" }.to_owned());
-    }
-    let vip = SocketAddr::new(service.vip, service.port).to_string();
-    let or_dash = |name: &Option<String>| name.clone().unwrap_or_else(|| "-".to_owned());
-    let (name, port) = (or_dash(&service.service), or_dash(&service.port_name));
-    vec![
-        name,
-        port,
-        vip,
-        service.protocol.to_owned(),
-        service.clients.to_owned(),
-        ranges,
-        service.id.to_string(),
-        affinity,
-        backends.join(", "),
-    ]
 }
 
-fn show(backend: &ServiceBackend) -> String {
-    let marks = match (backend.local, backend.terminating) {
-        (false, false) => "",
-        (true, false) => " (here)",
-        (false, true) => " (terminating)",
-        (true, true) => " (here, terminating)",
-    };
-    format!("{}{marks}", SocketAddr::new(backend.address, backend.port))
+/// What becomes of clients of an entry without backends.
+const fn no_backends(is_dropped: bool) -> &'static str {
+    if is_dropped { "none (dropped)" } else { "none (refused)" }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Row, ServiceBackend, row};
-    use crate::cli::golden::assert_golden;
+    use super::{Args, Wanted};
 
     #[test]
-    fn a_service_is_called_by_its_name() {
-        let backend = ServiceBackend {
-            address: "10.1.1.5".parse().unwrap(),
-            port: 5353,
-            id: 1_048_577,
-            local: true,
-            terminating: false,
+    fn names_and_addresses() {
+        let parse = |what: Option<&str>, namespace: Option<&str>| {
+            let args = Args { what: what.map(Into::into), namespace: namespace.map(Into::into) };
+            match Wanted::of(&args) {
+                Ok(Wanted::Service(name)) => name,
+                Ok(Wanted::Entries { vip, namespace }) => format!("{vip:?} {namespace:?}"),
+                Err(wrong) => wrong.to_string(),
+            }
         };
-        let named = Row {
-            service: Some("kube-system/kube-dns".into()),
-            port_name: Some("dns".into()),
-            vip: "10.96.0.10".parse().unwrap(),
-            port: 53,
-            protocol: "UDP",
-            clients: "cluster",
-            id: 7,
-            affinity_seconds: 0,
-            drop_when_empty: false,
-            source_ranges: None,
-            backends: vec![backend],
-            missing: 0,
-        };
-        let want =
-            ["kube-system/kube-dns", "dns", "10.96.0.10:53", "UDP", "cluster", "-", "7", "-", "10.1.1.5:5353 (here)"]
-                .map(str::to_owned);
-        assert_eq!(row(&named), want);
-        let closed = Row { source_ranges: Some(Vec::new()), ..named };
-        assert_eq!(row(&closed)[5], "none (dropped)");
-        let ranges = ["192.0.2.0/24", "198.51.100.0/24"].map(|range| range.parse().unwrap());
-        let judged = Row { source_ranges: Some(ranges.to_vec()), ..closed };
-        assert_eq!(row(&judged)[5], "192.0.2.0/24, 198.51.100.0/24");
-        let nameless = Row { service: None, port_name: None, backends: Vec::new(), ..judged };
-        assert_eq!(row(&nameless)[..2], ["-", "-"]);
-        assert_golden("services", &[nameless]);
+        assert_eq!(parse(None, None), "None None");
+        assert_eq!(parse(None, Some("shop")), "None Some(\"shop\")");
+        assert_eq!(parse(Some("fd00::1"), None), "Some(fd00::1) None");
+        assert_eq!(parse(Some("shop/web"), None), "shop/web");
+        assert_eq!(parse(Some("shop/web"), Some("shop")), "shop/web");
+        assert_eq!(parse(Some("web"), Some("shop")), "shop/web");
+        assert!(parse(Some("shop/web"), Some("x")).contains("another namespace"));
+        assert!(parse(Some("web"), None).contains("namespace/web"));
     }
 }

@@ -17,7 +17,7 @@ pub use services::{DesiredService, WithoutLocalEndpoints};
 pub use vip::{ServiceRanges, SourceRange, VipKey};
 
 use crate::host::HostFacts;
-use crate::model::{Node, ObjectName, Pod, Problem, ServicePort};
+use crate::model::{EndpointSlice, Node, ObjectName, Pod, Problem, Service, ServicePort};
 use crate::source::{Event, Kind, Object, ObjectRef, Origin};
 pub use crate::ways::Settings;
 use crate::ways::Ways;
@@ -178,6 +178,11 @@ impl Index {
     /// True if there should be such a service entry.
     pub fn is_desired(&self, key: &VipKey) -> bool {
         self.services.is_desired(key)
+    }
+
+    /// All Services that have virtual addresses, each with its slices.
+    pub fn services(&self) -> impl Iterator<Item = (&Service, &[Arc<EndpointSlice>])> {
+        self.services.objects()
     }
 
     /// All service entries that there should be.

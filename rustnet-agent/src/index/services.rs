@@ -307,6 +307,10 @@ impl Services {
         self.claims.keys().copied().chain(wildcards).filter(|key| self.is_desired(key))
     }
 
+    pub fn objects(&self) -> impl Iterator<Item = (&Service, &[Arc<EndpointSlice>])> {
+        self.states.values().filter_map(|state| Some((state.service.as_deref()?, &*state.slices)))
+    }
+
     pub fn service_names(&self) -> impl Iterator<Item = ObjectName> + '_ {
         self.states.iter().filter(|(_, state)| state.service.is_some()).map(|(name, _)| name.clone())
     }

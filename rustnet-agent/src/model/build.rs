@@ -122,13 +122,18 @@ impl EndpointSlice {
 
 /// A ready endpoint on no known node.
 pub fn endpoint(addr: &str) -> Endpoint {
-    Endpoint { addr: ip(addr), condition: Condition::Ready, node: "".into(), hints: None }
+    Endpoint { addr: ip(addr), condition: Condition::Ready, node: "".into(), pod: "".into(), hints: None }
 }
 
 impl Endpoint {
     /// Puts it on a node.
     pub fn on(self, node: &str) -> Self {
         Self { node: node.into(), ..self }
+    }
+
+    /// Gives its pod a name.
+    pub fn pod(self, pod: &str) -> Self {
+        Self { pod: pod.into(), ..self }
     }
 
     /// Terminating, and still serving.

@@ -44,6 +44,8 @@ pub struct Endpoint {
     pub condition: Condition,
     /// Name of its node; empty when unknown.
     pub node: Arc<str>,
+    /// Name of its pod, in the slice's namespace; empty when it is none. For people alone.
+    pub pod: Box<str>,
     /// The nodes and zones to which the controller assigns it; `None` is the common case and costs
     /// nothing.
     pub hints: Option<Box<Hints>>,

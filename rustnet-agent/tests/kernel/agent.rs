@@ -154,8 +154,13 @@ pub fn web(backends: u8) -> [Event; 2] {
         health_check_port: 0,
         problems: Box::default(),
     };
-    let endpoint =
-        |i| Endpoint { addr: [10, 1, 2, i].into(), condition: Condition::Ready, node: "n2".into(), hints: None };
+    let endpoint = |i: u8| Endpoint {
+        addr: [10, 1, 2, i].into(),
+        condition: Condition::Ready,
+        node: "n2".into(),
+        pod: format!("web-{i}").into(),
+        hints: None,
+    };
     let slice = EndpointSlice {
         name: ObjectName::namespaced("default", "web-1"),
         service: name,

@@ -1,15 +1,23 @@
 //! The `rustnetctl` command on maps that an agent filled.
 
+use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
+
 use rustnet_agent::bpf::attach::{Direction, pod_hooks};
+use rustnet_agent::bpf::probe::jiffies;
+use rustnet_agent::bpf::store::conntrack::Conntrack;
 use rustnet_agent::bpf::sys::TestRun;
 use rustnet_agent::bpf::{load, sys};
 use rustnet_agent::model::{ObjectName, Pod};
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::tc;
 use rustnet_agent::source::{Event, Kind, Object};
+use rustnet_common::addr::Ip4;
+use rustnet_common::conntrack::{CtEntry, flags as ct_flags};
+use rustnet_common::tuple::{Tuple, proto};
 use serde_json::Value;
 
 use crate::agent::{Agent, block_on, make_own_node, make_two_nodes, wait_until, web};
@@ -38,6 +46,8 @@ fn every_command_tells_what_the_maps_hold() {
             let agent = Agent::start_ready(sandbox.config(&[]), make_two_nodes().into_iter().chain(web(2))).await;
             let is_named = || json(sandbox, "services")[0]["service"].is_string();
             wait_until("the names are written", is_named).await;
+            let has_details = || json(sandbox, "services default/web")["policies"].is_object();
+            wait_until("the details are written", has_details).await;
             tell(sandbox);
             agent.stop().await;
         });
@@ -56,6 +66,8 @@ fn tell(sandbox: &Sandbox) {
     let unknown = sandbox.rustnetctl("services 10.96.0.11");
     assert_eq!(unknown.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("no Service has the address 10.96.0.11"));
+
+    tell_service(sandbox);
 
     let endpoints = json(sandbox, "endpoints");
     assert_eq!((&endpoints[0]["address"], &endpoints[0]["pod"]), (&"10.1.1.5".into(), &"default/web-0".into()));
@@ -84,6 +96,46 @@ fn tell(sandbox: &Sandbox) {
     assert_eq!(status["ok"], true, "{status:#}");
     let hooks = if sandbox::has_tcx() { "uplink_in" } else { "uplink_in (filter on eth0)" };
     assert!(text(sandbox, "status").contains(hooks));
+}
+
+/// One Service in full, with a flow to one of its backends.
+fn tell_service(sandbox: &Sandbox) {
+    let service = json(sandbox, "services web -n default");
+    let backend = |i: usize| service["backends"][i].clone();
+    assert_eq!((&service["service"], &service["frontEnds"][0]["kind"]), (&"default/web".into(), &"clusterIP".into()));
+    assert_eq!(service["policies"]["internalTrafficPolicy"], "Cluster");
+    for (field, want) in [("pod", "default/web-1"), ("node", "n2"), ("address", "10.1.2.1"), ("state", "ready")] {
+        assert_eq!(backend(0)[field], want, "{service:#}");
+    }
+    assert_eq!((&backend(0)["liveFlows"], &backend(1)["liveFlows"]), (&0.into(), &0.into()));
+
+    let ids = backend(1)["ids"][0].as_u64().unwrap();
+    let tables = Conntrack::open(&sandbox.bpffs).unwrap();
+    let clock = sys::obj_get(&load::program_path(&sandbox.bpffs, load::CLOCK)).unwrap();
+    let (src, dst) = (Ipv4Addr::new(10, 1, 1, 5).into(), Ipv4Addr::new(10, 96, 0, 10).into());
+    let tuple: Tuple<Ip4> = Tuple { src, dst, sport: 4000, dport: 80, proto: proto::TCP, ..Tuple::zeroed() };
+    let to = Tuple { dst: Ipv4Addr::new(10, 1, 2, 2).into(), dport: 8080, ..tuple };
+    let swapped = if tuple.is_swapped() { ct_flags::SWAPPED } else { 0 };
+    let entry = CtEntry {
+        to,
+        flags: ct_flags::NAT | swapped,
+        seen: jiffies(clock.as_fd()).unwrap(),
+        backend: ids as u32,
+        ..CtEntry::zeroed()
+    };
+    tables.v4.tcp.put(&tuple.canonical(), &entry).unwrap();
+    let shown = text(sandbox, "services default/web");
+    let line = shown.lines().find(|line| line.starts_with("10.1.2.2:8080")).unwrap();
+    let words: Vec<_> = line.split_whitespace().collect();
+    let want = ["10.1.2.2:8080", "-", "TCP", "default/web-2", "n2", "ready", "1", "1"];
+    assert_eq!(words, want, "{shown}");
+    assert!(tables.v4.tcp.delete(&tuple.canonical()).unwrap());
+
+    assert_eq!(json(sandbox, "services -n default").as_array().unwrap().len(), 1);
+    assert_eq!(json(sandbox, "services -n other").as_array().unwrap().len(), 0);
+    let unknown = sandbox.rustnetctl("services default/db");
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("no Service default/db here"));
 }
 
 #[test]

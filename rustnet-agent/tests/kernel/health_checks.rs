@@ -47,6 +47,7 @@ fn endpoints(service: &str, all: &[(u8, Condition, &str)]) -> Event {
         addr: [10, 1, 1, *last].into(),
         condition: *condition,
         node: (*node).into(),
+        pod: Box::default(),
         hints: None,
     };
     Event::Apply(Object::Slice(Arc::new(EndpointSlice {

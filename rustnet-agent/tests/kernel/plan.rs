@@ -97,7 +97,7 @@ fn service_of(n: u32, backends: u8) -> [Event; 2] {
     };
     let endpoint = |i: u8| {
         let addr = [10 + 10 * i, 1 + high, middle, low].into();
-        Endpoint { addr, condition: Condition::Ready, node: "n2".into(), hints: None }
+        Endpoint { addr, condition: Condition::Ready, node: "n2".into(), pod: Box::default(), hints: None }
     };
     let slice = EndpointSlice {
         name: ObjectName::namespaced("default", &format!("s{n}-1")),

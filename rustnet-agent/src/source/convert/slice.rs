@@ -126,6 +126,7 @@ impl Converter {
             addr,
             condition: condition(given.conditions.as_ref()),
             node: self.strings.intern(given.node_name.as_deref().unwrap_or("")),
+            pod: pod(given).into(),
             hints: given.hints.as_ref().and_then(|hints| self.hints(hints)),
         })
     }
@@ -135,6 +136,12 @@ impl Converter {
         let zones: Box<[_]> = given.for_zones.iter().flatten().map(|hint| self.strings.intern(&hint.name)).collect();
         (!nodes.is_empty() || !zones.is_empty()).then(|| Box::new(Hints { nodes, zones }))
     }
+}
+
+/// The name of an endpoint's pod; empty when it is none.
+fn pod(given: &KubeEndpoint) -> &str {
+    let target = given.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
+    target.and_then(|target| target.name.as_deref()).unwrap_or_default()
 }
 
 /// Absent `ready` and `serving` mean true, absent `terminating` means false. What `publishNotReadyAddresses` publishes
