@@ -169,6 +169,11 @@ impl Given {
         Self { flags: flags.collect(), config: matches.get_one::<String>("config").map(PathBuf::from) }
     }
 
+    /// True if no setting is on the command line.
+    pub fn is_empty(&self) -> bool {
+        self.flags.is_empty() && self.config.is_none()
+    }
+
     /// Gives a setting that the command line has no flag for.
     pub fn set(&mut self, flag: &'static str, text: String) {
         self.flags.insert(flag, vec![text]);

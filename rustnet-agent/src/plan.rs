@@ -12,11 +12,13 @@ mod services;
 mod sets;
 mod slots;
 mod source_ranges;
+mod verify;
 
 pub use crate::index::{SourceRange, VipKey};
 pub use audit::Difference;
 pub use memory::MemoryMaps;
-pub use planner::{Plan, Planner};
+pub use planner::{Capacity, Plan, Planner};
+pub use verify::{Deviation, Kind as DeviationKind, verify};
 
 use ipnet::IpNet;
 use rustnet_common::backend::{Backend, id};

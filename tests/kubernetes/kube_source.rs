@@ -9,7 +9,8 @@ use kube::Api;
 use kube::api::ListParams;
 use rustnet_agent::api::NodeStatus;
 use rustnet_agent::health::Health;
-use rustnet_agent::source::Kind;
+use rustnet_agent::source::kube::list::list;
+use rustnet_agent::source::{Event, Kind};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -466,6 +467,48 @@ fn the_nodes_object_tells_of_its_network_once_the_agent_is_ready() -> Result<()>
             other.to_string().contains("rustnet.io/agent-not-ready"),
             "the other node's object is not ours: {other}"
         );
+        Ok(())
+    })
+}
+
+/// Commands that read once get what the agent gets, over more than one page.
+#[test]
+fn a_list_is_what_a_source_delivers() -> Result<()> {
+    with_server(&[], async |server| {
+        let (cluster, url) = (Cluster::new(&server)?, format!("https://{}", Server::address()));
+        cluster.apply(NODES).await?;
+        cluster.apply(WEB).await?;
+        let mut slices = String::new();
+        for i in 0..260 {
+            writeln!(
+                slices,
+                "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nports: []\nendpoints: []\n\
+                 metadata: {{name: many-{i}, namespace: default, labels: {{kubernetes.io/service-name: many}}}}"
+            )?;
+        }
+        cluster.apply(&slices).await?;
+        // Not for us.
+        let headless = "apiVersion: v1\nkind: Service\nmetadata: {name: db, namespace: default, \
+                        labels: {service.kubernetes.io/headless: ''}}\nspec: {clusterIP: None, ports: [{port: 1}]}\n";
+        cluster.apply(headless).await?;
+        let events = list(&Agent::connect(&server, ADMIN, &url).await?).await?;
+        let mut count: BTreeMap<Kind, usize> = BTreeMap::new();
+        let mut names = Vec::new();
+        for event in &events {
+            if let Event::Apply(object) = event {
+                *count.entry(object.kind()).or_default() += 1;
+                names.extend((object.kind() == Kind::Service).then(|| object.reference().name.to_string()));
+            }
+        }
+        names.sort();
+        assert_eq!(names, ["default/kubernetes", "default/web"]);
+        // The server has a slice of its own.
+        ensure!(count[&Kind::Slice] >= 263 && count[&Kind::Node] == 2, "{count:?}");
+        let synced: Vec<_> = events.iter().rev().take(3).collect();
+        ensure!(Kind::REQUIRED.iter().all(|kind| synced.contains(&&Event::Synced(*kind))), "{synced:?}");
+        let refused = list(&Agent::connect(&server, AGENT, &url).await?).await;
+        let refused = refused.err().context("no rights")?.to_string();
+        ensure!(refused.contains("listing Services") && refused.contains("forbidden"), "{refused}");
         Ok(())
     })
 }

@@ -5,9 +5,9 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::output::{Output, json, line};
+use super::settings::{self, Whose};
 use super::{Places, status};
 use crate::args::Given;
-use crate::config::Config;
 use crate::doctor::finding::{Finding, Group, Level, Mark};
 use crate::doctor::{self, Stage};
 
@@ -67,18 +67,8 @@ struct Check<'a> {
 pub fn run(find: impl Fn() -> Result<Places>, args: Args, out: &Output) -> Result<bool> {
     let places = find()?;
     let stage = if args.pre { Stage::Before } else { Stage::Running };
-    let mut given = args.settings;
-    if let Some(bpffs) = places.bpffs.as_ref().filter(|_| places.bpffs_is_given) {
-        given.set("bpffs", bpffs.display().to_string());
-    }
-    if places.run_dir != std::path::Path::new(rustnet_common::names::DEFAULT_RUN_DIR) {
-        given.set("run-dir", places.run_dir.display().to_string());
-    }
-    // A running agent's settings count. Before the agent starts, they would be its predecessor's.
-    let running = places.agent.as_ref().filter(|_| stage == Stage::Running).map(|agent| agent.settings.clone());
-    let env = |name: &str| std::env::var_os(name);
-    let in_pod = env("KUBERNETES_SERVICE_HOST").is_some_and(|host| !host.is_empty());
-    let groups = match Config::validate(&given.gather(&env, &running.unwrap_or_default())?, in_pod) {
+    let whose = if stage == Stage::Running { Whose::RunningAgent } else { Whose::OwnAlone };
+    let groups = match settings::config(&places, args.settings, whose)? {
         Ok(config) => {
             let mut groups = doctor::examine(&config, stage);
             if stage == Stage::Running {

@@ -17,6 +17,7 @@ mod output;
 mod peers;
 mod reader;
 mod services;
+mod settings;
 mod status;
 
 use std::ffi::OsString;
@@ -54,7 +55,7 @@ enum Command {
     /// What keeps rustnet from working here, and the remedies; takes the agent's settings. Exit code 1 if there is a cross
     Doctor(Box<doctor::Args>),
     /// Virtual addresses and their backends
-    Services(services::Args),
+    Services(Box<services::Args>),
     /// This node's pods
     Endpoints,
     /// Nodes, their pod ranges, and how they are reached
@@ -150,8 +151,8 @@ fn dispatch(cli: Cli) -> Result<bool> {
     let places = || Places::find(cli.bpffs.clone(), cli.run_dir.clone());
     match cli.command {
         Command::Status(args) => return status::run(places, &args, &out),
+        Command::Services(args) => return services::run(&places()?, *args, &out),
         Command::Doctor(args) => return doctor::run(places, *args, &out),
-        Command::Services(args) => services::run(&places()?, &args, &out)?,
         Command::Endpoints => endpoints::run(&places()?, &out)?,
         Command::Nodes => nodes::run(&places()?, &out)?,
         Command::Peers => peers::run(&places()?, &out)?,

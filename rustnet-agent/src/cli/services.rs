@@ -1,7 +1,9 @@
-//! `rustnetctl services`: what the programs do with Services: the list of entries, and one Service with its backends.
+//! `rustnetctl services`: what the programs do with Services: the list of entries, one Service with its backends, and the
+//! comparison of this node's maps with the source.
 
 mod detail;
 mod list;
+mod verify;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -10,29 +12,44 @@ use anyhow::Result;
 use ipnet::IpNet;
 use rustnet_common::service::{SvcEntry, flags, scope};
 
-use super::Places;
 use super::output::{Output, Usage};
+use super::{Places, settings};
+use crate::args::Given;
 use crate::bpf::store;
 use crate::bpf::store::backends::{Access, Backends};
 use crate::namefile::{self, SERVICES, Services};
 use crate::plan::{SourceRange, VipKey};
 
 /// Options.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct Args {
     /// One Service in full: namespace/name, or its name with --namespace. Or only the entries of this virtual address
     what: Option<String>,
     /// Only Services of this namespace
     #[arg(short, long)]
     namespace: Option<String>,
+    /// Compare this node's maps with what the agent's source says; exit code 1 if they differ. Takes the agent's settings
+    #[arg(long, conflicts_with_all = ["what", "namespace"])]
+    verify: bool,
+    #[command(flatten)]
+    settings: Given,
 }
 
-/// Prints the services.
-pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
-    match Wanted::of(args)? {
-        Wanted::Entries { vip, namespace } => list::run(places, vip, namespace, out),
-        Wanted::Service(name) => detail::run(places, &name, out),
+/// Prints the services; true unless a comparison finds a difference.
+pub fn run(places: &Places, args: Args, out: &Output) -> Result<bool> {
+    if args.verify {
+        let config = settings::config(places, args.settings, settings::Whose::RunningAgent)?;
+        let config = config.map_err(|refused| Usage(format!("settings: {}", refused.0.join("; "))))?;
+        return verify::run(places, &config, out);
     }
+    if !args.settings.is_empty() {
+        return Err(Usage("settings are for --verify alone: leave them out, or add it".into()).into());
+    }
+    match Wanted::of(&args)? {
+        Wanted::Entries { vip, namespace } => list::run(places, vip, namespace, out)?,
+        Wanted::Service(name) => detail::run(places, &name, out)?,
+    }
+    Ok(true)
 }
 
 /// What a command line asks for.
@@ -120,7 +137,7 @@ mod tests {
     #[test]
     fn names_and_addresses() {
         let parse = |what: Option<&str>, namespace: Option<&str>| {
-            let args = Args { what: what.map(Into::into), namespace: namespace.map(Into::into) };
+            let args = Args { what: what.map(Into::into), namespace: namespace.map(Into::into), ..Args::default() };
             match Wanted::of(&args) {
                 Ok(Wanted::Service(name)) => name,
                 Ok(Wanted::Entries { vip, namespace }) => format!("{vip:?} {namespace:?}"),

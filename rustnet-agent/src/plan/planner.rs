@@ -61,7 +61,8 @@ impl Planner {
         Ok(Self::from_snapshot(maps.snapshot()?, room))
     }
 
-    fn from_snapshot(mut snapshot: Snapshot, room: Capacity) -> Self {
+    /// Begins with this, in maps that can hold so much.
+    pub fn from_snapshot(mut snapshot: Snapshot, room: Capacity) -> Self {
         Self {
             peers: Peers::new(std::mem::take(&mut snapshot.peers), room.peers),
             source_ranges: SourceRanges::new(snapshot.source_ranges.keys().copied(), room.source_ranges),
@@ -215,6 +216,11 @@ impl Planner {
         self.peers.waits() || self.services.waits() || self.source_ranges.waits()
     }
 
+    /// Service entries that did not fit, and why.
+    pub fn failed(&self) -> impl Iterator<Item = (VipKey, &str)> {
+        self.services.failed()
+    }
+
     /// What did not fit into the maps.
     pub fn problems(&self, index: &Index) -> Vec<Problem> {
         self.services.problems(index).chain(self.source_ranges.problems()).chain(self.peers.problem()).collect()
@@ -233,11 +239,15 @@ impl Planner {
 
 /// How much fits.
 #[derive(Clone, Copy, Debug)]
-struct Capacity {
-    services: u32,
-    backends: u32,
-    peers: u32,
-    source_ranges: u32,
+pub struct Capacity {
+    /// Services of either family.
+    pub services: u32,
+    /// Backends, and ids of backends.
+    pub backends: u32,
+    /// Peers of either family.
+    pub peers: u32,
+    /// Ranges of clients.
+    pub source_ranges: u32,
 }
 
 #[cfg(test)]

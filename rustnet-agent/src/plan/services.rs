@@ -131,6 +131,11 @@ impl Services {
         self.failed.contains_key(key)
     }
 
+    /// Entries that did not fit, and why.
+    pub fn failed(&self) -> impl Iterator<Item = (VipKey, &str)> {
+        self.failed.iter().map(|(key, why)| (*key, &**why))
+    }
+
     /// What did not fit.
     pub fn problems(&self, index: &Index) -> impl Iterator<Item = Problem> {
         self.failed.iter().map(|(key, message)| {

@@ -7,6 +7,7 @@
 //! (410), the kind is listed again, between [`Event::Restart`] and [`Event::Synced`]. So objects
 //! that were deleted meanwhile go.
 
+pub mod list;
 mod slim;
 mod store;
 mod trouble;

@@ -12,7 +12,7 @@ use rustnet_agent::config::Routing;
 use rustnet_agent::host::{DefaultRoute, Device, DeviceAddress, DeviceKind, HostFacts};
 use rustnet_agent::index::{Gate, Index, Settings};
 use rustnet_agent::model::Family;
-use rustnet_agent::plan::{GRACE, MemoryMaps, Planner, VipKey, Write};
+use rustnet_agent::plan::{Capacity, GRACE, MemoryMaps, Planner, VipKey, Write, verify};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind};
 use rustnet_common::tuple::proto::UDP;
@@ -323,7 +323,10 @@ proptest! {
         prop_assert_eq!(world.table(), expected(&world.cluster, &world.settings));
         prop_assert_eq!(world.planner.problems(&world.index), []);
         world.flows_are_alive();
-        // Nothing is left to do, for this agent and for the next one.
+        // Nothing is left to do, for this agent and for the next one, and a comparison finds nothing.
+        world.restart(2);
+        let room = Capacity { services: u32::MAX, backends: SLOTS, peers: u32::MAX, source_ranges: u32::MAX };
+        prop_assert_eq!(verify(&mut world.index, world.maps.held(), room), []);
         world.restart(1);
         let plan = world.planner.plan(&mut world.index, world.now);
         let harmless = |write: &_| matches!(write, Write::ForgetFlows { .. } | Write::ClearBackends { .. });

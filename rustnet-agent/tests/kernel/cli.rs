@@ -3,20 +3,26 @@
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytemuck::Zeroable;
 
 use rustnet_agent::bpf::attach::{Direction, pod_hooks};
 use rustnet_agent::bpf::probe::jiffies;
+use rustnet_agent::bpf::store::BpfMaps;
 use rustnet_agent::bpf::store::conntrack::Conntrack;
 use rustnet_agent::bpf::sys::TestRun;
 use rustnet_agent::bpf::{load, sys};
+use rustnet_agent::config::Config;
 use rustnet_agent::model::{ObjectName, Pod};
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::tc;
+use rustnet_agent::plan::{Maps, VipKey, Write};
+use rustnet_agent::source::manifests::{Catalog, scan};
 use rustnet_agent::source::{Event, Kind, Object};
 use rustnet_common::addr::Ip4;
 use rustnet_common::conntrack::{CtEntry, flags as ct_flags};
+use rustnet_common::service::SvcEntry;
 use rustnet_common::tuple::{Tuple, proto};
 use serde_json::Value;
 
@@ -287,5 +293,85 @@ fn exit_codes_tell_wrong_usage_from_trouble() {
         let error = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(1));
         assert!(error.contains("rn_backend_ids"), "{error}");
+    });
+}
+
+/// Two nodes, and a Service with an endpoint and a node port, as a source delivers them.
+const MANIFESTS: &str = r#"
+{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"},
+ "spec": {"podCIDR": "10.1.1.0/24"}, "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]}}
+---
+{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n2"},
+ "spec": {"podCIDR": "10.1.2.0/24"}, "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.2"}]}}
+---
+{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "shop"},
+ "spec": {"type": "NodePort", "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10"], "ipFamilies": ["IPv4"],
+          "ports": [{"name": "http", "port": 80, "nodePort": 30080}]}}
+---
+{"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+ "metadata": {"name": "web-1", "namespace": "shop", "labels": {"kubernetes.io/service-name": "web"}},
+ "ports": [{"name": "http", "port": 8080}],
+ "endpoints": [{"addresses": ["10.1.2.1"], "nodeName": "n2", "targetRef": {"kind": "Pod", "name": "web-0"}},
+               {"addresses": ["10.1.2.2"], "nodeName": "n2"}]}
+"#;
+
+#[test]
+fn maps_are_compared_with_what_the_source_says() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let dir = sandbox.dir.join("manifests");
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("all.yaml"), MANIFESTS).unwrap();
+        let events = scan(&mut Catalog::default(), &dir).unwrap();
+        let verify = || {
+            let out = sandbox.rustnetctl("services --verify");
+            (out.status.code(), String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+        };
+        block_on(async {
+            // It audits only when it is asked to: at its start.
+            let agent = Agent::start_ready(sandbox.config(&[]), events.clone()).await;
+            let (code, shown, errors) = verify();
+            assert_eq!((code, shown.as_str()), (Some(0), "all 3 front ends are as the source says\n"), "{errors}");
+            agent.stop().await;
+
+            let mut maps = BpfMaps::open(&sandbox.bpffs).unwrap();
+            let key = VipKey { ip: "10.96.0.10".parse().unwrap(), port: 80, proto: proto::TCP, scope: 0 };
+            let entry = maps.service(&key).unwrap().unwrap();
+            let other = VipKey { ip: "10.96.0.77".parse().unwrap(), ..key };
+            let writes = [
+                Write::DeleteService { key: VipKey::wildcard(key.ip) },
+                Write::PutService { key, entry: SvcEntry { count: 1, ..entry } },
+                Write::PutService { key: other, entry: SvcEntry { first: 0, count: 0, id: 900, ..entry } },
+            ];
+            maps.apply(&writes).unwrap();
+            let (code, shown, errors) = verify();
+            assert_eq!(code, Some(1), "{shown}{errors}");
+            let lines: Vec<_> =
+                shown.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+            for line in [
+                "missing shop/web - 10.96.0.10 (whole address) - cluster -",
+                "differs shop/web http 10.96.0.10:80 TCP cluster lacks backend 10.1.2.2:8080",
+                "extra - - 10.96.0.77:80 TCP cluster -",
+            ] {
+                assert!(lines.iter().any(|it| it == line), "{line}\n{shown}");
+            }
+            // The two entries of the node port share the set of backends of the one that was changed.
+            let report = json(sandbox, "services --verify");
+            assert_eq!((&report["ok"], &report["differences"].as_array().unwrap().len()), (&false.into(), &5));
+
+            // Of another node the maps are not.
+            let out = sandbox.rustnetctl("services --verify --manifests /nonexistent");
+            assert_eq!(out.status.code(), Some(1));
+            assert!(String::from_utf8_lossy(&out.stderr).contains("reading /nonexistent"));
+
+            let config = Config { audit_period: Duration::from_millis(50), ..sandbox.config(&[]) };
+            // An agent puts right what it finds; what is changed behind its back, its audit.
+            let agent = Agent::start_ready(config, events).await;
+            assert_eq!(verify().0, Some(0));
+            maps.apply(&[Write::DeleteService { key }]).unwrap();
+            wait_until("the audit has put it back", || maps.service(&key).unwrap().is_some()).await;
+            assert_eq!(verify().0, Some(0));
+            agent.stop().await;
+        });
     });
 }

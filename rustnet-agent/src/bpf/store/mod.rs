@@ -16,4 +16,4 @@ mod plan;
 pub mod sockets;
 
 pub use map::Map;
-pub use plan::{BpfMaps, peers, services, source_ranges};
+pub use plan::{BpfMaps, peers, services, snapshot, source_ranges};

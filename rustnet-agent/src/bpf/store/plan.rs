@@ -17,7 +17,7 @@ use super::backends::{Access, Backends};
 use super::conntrack::Conntrack;
 use super::{Map, fault};
 use crate::bpf::sys;
-use crate::plan::{Maps, Snapshot, SourceRange, Table, VipKey, Write};
+use crate::plan::{Capacity, Maps, Snapshot, SourceRange, Table, VipKey, Write};
 
 /// Services that an audit reads at once: some milliseconds' work.
 const AUDIT_BATCH: usize = 16_384;
@@ -324,6 +324,28 @@ fn ranges_of(ranges: &SourceRanges) -> Result<BTreeMap<SourceRange, u32>> {
     let mut out = BTreeMap::new();
     ranges.for_each(|k, v| out.extend(range_of(k).map(|range| (range, *v))))?;
     Ok(out)
+}
+
+/// Reads all that the plan writes, and how much fits, for the command.
+pub fn snapshot(bpffs: &Path) -> Result<(Snapshot, Capacity)> {
+    let backends = Backends::open(bpffs, Access::Read)?;
+    let (svc4, svc6) = (Services::<Ip4>::open(bpffs, map::SVC4)?, Services::<Ip6>::open(bpffs, map::SVC6)?);
+    let (peers4, peers6) = (Peers::<Ip4>::open(bpffs, map::PEERS4)?, Peers::<Ip6>::open(bpffs, map::PEERS6)?);
+    let source_ranges = SourceRanges::open(bpffs, map::SOURCE_RANGES)?;
+    let room = Capacity {
+        services: svc4.max_entries().min(svc6.max_entries()),
+        backends: backends.capacity(),
+        peers: peers4.max_entries().min(peers6.max_entries()),
+        source_ranges: source_ranges.max_entries(),
+    };
+    let snapshot = Snapshot {
+        services: services_of(&svc4, &svc6)?,
+        ids: backends.ids(),
+        backends: backends.slots(),
+        peers: peers_of(&peers4, &peers6)?,
+        source_ranges: ranges_of(&source_ranges)?,
+    };
+    Ok((snapshot, room))
 }
 
 /// Reads `rn_source_ranges`, for the command.

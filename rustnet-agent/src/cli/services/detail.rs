@@ -394,7 +394,7 @@ fn front_end_row(it: &FrontEnd) -> Vec<String> {
         None => format!("*:{}", it.port),
     };
     let backends = match it {
-        FrontEnd { in_maps: false, .. } => "not in the maps: see the agent's log".to_owned(),
+        FrontEnd { in_maps: false, .. } => "not in the maps: see `services --verify`".to_owned(),
         FrontEnd { missing: 1.., .. } => {
             format!("{} ({} missing: restart the agent and report this)", it.backends, it.missing)
         }

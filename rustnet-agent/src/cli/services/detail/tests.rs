@@ -114,7 +114,7 @@ Health check port: 32000, 1 ready endpoint here
 FRONT END     PORT  ADDRESS          PROTOCOL  CLIENTS   SOURCE RANGES  AFFINITY  SET  BACKENDS
 clusterIP     http  10.96.0.10:80    TCP       cluster   -              600s      7    2
 externalIP    http  198.51.100.9:80  TCP       cluster   -              600s      7    2
-externalIP    http  198.51.100.9:80  TCP       external  -              -         -    not in the maps: see the agent's log
+externalIP    http  198.51.100.9:80  TCP       external  -              -         -    not in the maps: see `services --verify`
 loadBalancer  http  203.0.113.7:80   TCP       cluster   -              600s      7    2
 loadBalancer  http  203.0.113.7:80   TCP       external  192.0.2.0/24   600s      9    1
 nodePort      http  192.0.2.1:30080  TCP       cluster   -              600s      7    2
