@@ -35,7 +35,7 @@ pub struct Args {
     /// Where the CNI configuration is installed [default: where the agent installed it]
     #[arg(long, value_name = "DIR")]
     cni_conf_dir: Option<PathBuf>,
-    /// Remove what kube-proxy left instead: its tables, its chains, the rules that lead to them, its device
+    /// Remove what kube-proxy left instead: tables, chains, the rules that lead to them, sets of ipset, virtual servers, device
     #[arg(long, conflicts_with_all = ["cni_bin_dir", "cni_conf_dir"])]
     kube_proxy: bool,
     /// Only list what would go; exit code 1 if there is something

@@ -9,7 +9,7 @@ use crate::leftovers::sockets::{self, Proto};
 
 /// How to remove the rest.
 const LEGACY: &str = "run `kube-proxy --cleanup` from kube-proxy's own image, which brings iptables-legacy";
-const IPVS: &str = "if nobody else uses IPVS here, `ipvsadm --clear` removes them";
+const IPVS: &str = "it is not certainly kube-proxy's; if nobody else uses it, `ipvsadm --delete-service` removes it";
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -37,7 +37,8 @@ pub fn run(dry_run: bool, confirm: impl FnOnce(&str) -> Result<()>, out: &Output
     }
     if !dry_run && !found.is_empty() {
         confirm(
-            "This removes kube-proxy's tables, chains, the rules that lead to them, and its device (--dry-run lists them).",
+            "This removes kube-proxy's tables, chains, the rules that lead to them, its sets and virtual servers, and its device \
+             (--dry-run lists them).",
         )?;
         found.remove()?;
     }
@@ -61,9 +62,7 @@ fn left(found: &Leftovers) -> Vec<Left> {
         .iter()
         .map(|chain| Left { what: format!("chain {chain} of iptables-legacy"), hint: LEGACY })
         .collect();
-    if found.virtual_servers > 0 {
-        left.push(Left { what: format!("{} virtual servers of IPVS", found.virtual_servers), hint: IPVS });
-    }
+    left.extend(found.other_servers.iter().map(|server| Left { what: server.to_string(), hint: IPVS }));
     left
 }
 
@@ -74,7 +73,7 @@ mod tests {
 
     #[test]
     fn its_json_is_an_interface() {
-        let left = vec![Left { what: "2 virtual servers of IPVS".into(), hint: IPVS }];
+        let left = vec![Left { what: "virtual server TCP 192.0.2.1:80 of IPVS".into(), hint: IPVS }];
         assert_golden("cleanup-kube-proxy", &Report { dry_run: true, removed: vec!["device kube-ipvs0".into()], left });
     }
 }

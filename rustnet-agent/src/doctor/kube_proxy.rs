@@ -61,9 +61,11 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
                 .hint("run `kube-proxy --cleanup` from kube-proxy's own image, which brings iptables-legacy"),
         );
     }
-    if left.virtual_servers > 0 {
+    if let Some(first) = left.other_servers.first() {
+        let detail =
+            format!("{} virtual servers that are not certainly its, such as the {first}", left.other_servers.len());
         found.push(
-            Finding::new(Level::Warning, "IPVS", format!("{} virtual servers", left.virtual_servers))
+            Finding::new(Level::Warning, "IPVS", detail)
                 .hint("if nobody else uses IPVS here, `ipvsadm --clear` removes them"),
         );
     }
@@ -77,6 +79,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
 mod tests {
     use super::super::finding::{assert_only, assert_well};
     use super::*;
+    use crate::leftovers::ipvs::{Takes, VirtualServer};
     use crate::leftovers::nftables::{Chain, Family, Table};
     use std::net::Ipv4Addr;
 
@@ -100,6 +103,7 @@ mod tests {
         let table = |name: &str| Table { family: Family::Ip, name: name.into() };
         let chains = (0..9).map(|i| Chain { table: table("nat"), name: format!("KUBE-{i}") }).collect();
         let legacy = vec!["ip nat KUBE-SERVICES".to_owned()];
+        let server = VirtualServer { takes: Takes::Mark(7), real: Vec::new() };
         for (leftovers, detail, hint) in [
             (
                 Leftovers { tables: vec![table("kube-proxy")], ..Leftovers::default() },
@@ -108,7 +112,7 @@ mod tests {
             ),
             (Leftovers { chains, ..Leftovers::default() }, "and 5 more", "--dry-run"),
             (Leftovers { legacy, ..Leftovers::default() }, "1 chains", "kube-proxy --cleanup"),
-            (Leftovers { virtual_servers: 3, ..Leftovers::default() }, "3 virtual servers", "ipvsadm"),
+            (Leftovers { other_servers: vec![server], ..Leftovers::default() }, "1 virtual servers", "ipvsadm"),
         ] {
             assert_only(&check(&facts(leftovers)), Level::Warning, detail, hint);
         }

@@ -2,7 +2,9 @@
 //! the loop does not depend on any of it.
 
 pub mod firewall;
+pub mod ipset;
 pub mod iptables;
+pub mod ipvs;
 pub mod kube_proxy;
 pub mod nftables;
 pub mod sockets;
