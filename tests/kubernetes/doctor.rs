@@ -4,7 +4,7 @@ use super::cluster::{Cluster, with_server};
 use super::server::{ADMIN, AGENT, Server, User};
 use anyhow::{Context as _, Result};
 use rustnet_agent::config::KubeSource;
-use rustnet_agent::doctor::api::{Facts, Reached, Scope, ask, check, list_policies};
+use rustnet_agent::doctor::api::{Facts, Reached, Scope, ask, ask_for_kube_proxy_config, check, list_policies};
 use rustnet_agent::doctor::finding::Level;
 use std::net::{Ipv4Addr, TcpListener};
 
@@ -116,6 +116,27 @@ fn network_policies_are_counted_with_the_right_to_list_them() -> Result<()> {
         assert_eq!(list_policies(&source(ADMIN)?).await, Ok((5, names)));
         let refused = list_policies(&source(AGENT)?).await;
         assert!(refused.as_ref().is_err_and(|why| why.contains("forbidden")), "{refused:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn kube_proxys_configuration_is_read_with_the_right_to() -> Result<()> {
+    with_server(&[], async |server| {
+        let (cluster, url) = (Cluster::new(&server)?, format!("https://{}", Server::address()));
+        let read = async |user| -> Result<_> {
+            let source = KubeSource { kubeconfig: Some(server.kubeconfig(user, &url)?), api_server: None };
+            Ok(ask_for_kube_proxy_config(&source).await)
+        };
+        assert_eq!(read(ADMIN).await?, Ok(None));
+        let config = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: ipvs\n";
+        let map = format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: kube-proxy, namespace: kube-system}}\n\
+             data:\n  kubeconfig.conf: x\n  config.conf: {config:?}\n"
+        );
+        cluster.apply(&map).await?;
+        assert_eq!(read(ADMIN).await?, Ok(Some(config.to_owned())));
+        assert!(matches!(read(AGENT).await?, Err(Reached::Forbidden(_))));
         Ok(())
     })
 }

@@ -1,6 +1,8 @@
 //! `rustnetctl doctor`: prints the preflight's groups, each check with a tick, an exclamation mark or a cross, and the
 //! remedies.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use serde::Serialize;
 
@@ -20,6 +22,10 @@ pub struct Args {
     /// End with 0 whatever is found: for init containers before an agent, which waits for the remedies by itself and tells its Node
     #[arg(long)]
     warn_only: bool,
+    /// A file with kube-proxy's configuration, or its ConfigMap: says what becomes of each setting [default: the ConfigMap
+    /// kube-system/kube-proxy, while an agent runs]
+    #[arg(long, value_name = "FILE")]
+    kube_proxy_config: Option<PathBuf>,
     #[command(flatten)]
     settings: Given,
 }
@@ -70,7 +76,7 @@ pub fn run(find: impl Fn() -> Result<Places>, args: Args, out: &Output) -> Resul
     let whose = if stage == Stage::Running { Whose::RunningAgent } else { Whose::OwnAlone };
     let groups = match settings::config(&places, args.settings, whose)? {
         Ok(config) => {
-            let mut groups = doctor::examine(&config, stage);
+            let mut groups = doctor::examine(&config, stage, args.kube_proxy_config.as_deref());
             if stage == Stage::Running {
                 groups.push(agent(&places));
             }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
@@ -189,6 +189,30 @@ pub async fn list_policies(source: &KubeSource) -> Result<(usize, Vec<String>), 
     Ok((list.items.len() + more, list.items.iter().map(|it| name(&it.metadata)).collect()))
 }
 
+/// The data of kubeadm's ConfigMap for kube-proxy. `None` without an API server, or where there is none.
+///
+/// # Errors
+/// Those of [`ask_for_kube_proxy_config`].
+pub fn kube_proxy_config(config: &Config) -> Result<Option<String>, Reached> {
+    let Source::Kube(source) = &config.source else { return Ok(None) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Reached::Settings(format!("cannot start a runtime: {error}")))?;
+    runtime.block_on(ask_for_kube_proxy_config(source))
+}
+
+/// The same, of an API server.
+///
+/// # Errors
+/// The server refuses, as it does an agent's own account, or is not reached.
+pub async fn ask_for_kube_proxy_config(source: &KubeSource) -> Result<Option<String>, Reached> {
+    let settings = api::settings(source).await.map_err(|error| Reached::Settings(format!("{error:#}")))?;
+    let connection = api::connection(&settings).map_err(|error| Reached::Settings(format!("{error:#}")))?;
+    let maps: Api<ConfigMap> = Api::namespaced(connection.client.clone(), "kube-system");
+    let map = within(maps.get_opt("kube-proxy")).await?;
+    let data = map.and_then(|map| map.data).unwrap_or_default();
+    Ok(data.into_values().find(|text| text.contains("KubeProxyConfiguration")))
+}
+
 /// Whether the address can be found and connected to.
 fn connects(url: &axum::http::Uri) -> Result<(), Reached> {
     let port = url.port_u16().unwrap_or(if url.scheme_str() == Some("http") { 80 } else { 443 });
@@ -227,7 +251,8 @@ fn classify(error: &kube::Error) -> Reached {
     }
 }
 
-fn words(reached: &Reached) -> &str {
+/// What is known of it.
+pub fn words(reached: &Reached) -> &str {
     match reached {
         Reached::NotNeeded(text)
         | Reached::Settings(text)

@@ -19,6 +19,7 @@ pub mod network;
 pub mod nodes;
 pub mod overlay;
 pub mod ports;
+pub mod proxy_config;
 pub mod ranges;
 pub mod reach;
 pub mod sysctls;
@@ -30,6 +31,7 @@ use crate::net::netlink::Socket;
 use crate::reconcile::node::settings;
 use crate::ways::Ways;
 use finding::{Finding, Group, Level, split_remedy};
+use std::path::Path;
 
 /// When the checks are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +43,9 @@ pub enum Stage {
 }
 
 /// All groups that need a configuration, in the order in which they are printed.
-pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
+///
+/// `proxy_config`: a file with kube-proxy's own configuration; without one, the API server is asked.
+pub fn examine(config: &Config, stage: Stage, proxy_config: Option<&Path>) -> Vec<Group> {
     let host = Socket::open().map_err(anyhow::Error::from).and_then(|mut socket| Host::observe(&mut socket));
     let host = match host {
         Ok(host) => host,
@@ -61,6 +65,10 @@ pub fn examine(config: &Config, stage: Stage) -> Vec<Group> {
         Group::new("Packet mark", mark::check(&mark::gather(config))),
         Group::new("CNI", cni::check(&cni::gather(config), stage)),
         Group::new("kube-proxy", kube_proxy::check(&kube_proxy::gather())),
+        Group::new(
+            "kube-proxy's configuration",
+            proxy_config::check(&proxy_config::gather(config, stage, proxy_config)),
+        ),
         Group::new("API server", api::check(&cluster.api)),
         Group::new("Nodes", nodes::check(&nodes::gather(config, &host, cluster.nodes.as_ref()))),
         Group::new("Host network", host_network(config, &host, &ways, stage)),

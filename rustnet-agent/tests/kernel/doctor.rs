@@ -118,6 +118,30 @@ fn a_good_host_is_well_before_the_agent_and_while_it_runs() {
     });
 }
 
+#[test]
+fn kube_proxys_configuration_is_read_from_a_file() {
+    sandbox::run(|sandbox| {
+        let args = prepare_host(sandbox);
+        let file = sandbox.dir.join("kube-proxy.yaml");
+        let args = format!("{args} --pre --kube-proxy-config {}", file.display());
+        let write = |body: &str| {
+            let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+            fs::write(&file, format!("{head}{body}")).unwrap();
+        };
+        let group = "kube-proxy's configuration";
+        only(sandbox, &args, [group, "read", "warning", "No such file", "--kube-proxy-config"]);
+        write("mode: nftables\nclusterCIDR: ''\n");
+        assert_well(sandbox, &args, "a mode has no effect");
+        write("nodePortAddresses: [primary]\n");
+        let setting = "--node-port-addresses=primary";
+        only(sandbox, &args, [group, "nodePortAddresses primary", "warning", setting, setting]);
+        assert_well(sandbox, &format!("{args} {setting}"), "the agent has it");
+        // Before the agent starts, only what it cannot run with is a cross.
+        write("ipvs: {sheduler: rr}\n");
+        only(sandbox, &args, [group, "field", "warning", "ipvs.sheduler: kube-proxy has no such field", "correct it"]);
+    });
+}
+
 /// Rules of the routing policy, and routes of others to a part of a range, come before the agent's routes.
 #[test]
 fn packets_that_leave_elsewhere_are_named() {
