@@ -3,6 +3,7 @@
 mod audit;
 mod damage;
 mod full;
+mod kube_proxy;
 mod sets;
 mod source_ranges;
 
