@@ -4,6 +4,7 @@ use crate::fixture::{
     Net, TestService, endpoints, in_each_routing, node_port, node_ports, observed, published, wait_served, world,
 };
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
@@ -23,6 +24,7 @@ in_each_routing!(
     clients_inside,
     a_backend_that_is_the_node,
     connections_outlive_their_endpoint,
+    the_command_shows_where_connections_are,
 );
 
 fn at_nodes() -> Outside {
@@ -264,6 +266,48 @@ fn connections_outlive_their_endpoint(net: &Net) -> Result<()> {
         wait::until("the first endpoint", || ask(net.fabric.world(), Proto::Udp, target, 1)?.only_by(&["c"]))?;
     }
     Ok(())
+}
+
+/// `rustnetctl services NAME`: an open connection is counted at its endpoint, whatever becomes of that; and the maps are as the
+/// source says.
+fn the_command_shows_where_connections_are(net: &Net) -> Result<()> {
+    let mut service = published(net, at_nodes(), endpoints(&[&net.c]))?;
+    let name = format!("default/{}", service.service.name);
+    let rows = |like: IpAddr| -> Result<Vec<(String, u64, bool)>> {
+        let shown: Value = serde_json::from_str(&net.node(1).rustnetctl(&["-o", "json", "services", &name])?)?;
+        let address = net.c.address_like(like)?.to_string();
+        let is_it = |it: &&Value| it["protocol"] == "TCP" && it["address"] == *address;
+        let backends = shown["backends"].as_array().context("backends")?.iter().filter(is_it);
+        let row = |it: &Value| {
+            let state = it["state"].as_str().unwrap_or_default().to_owned();
+            let is_led_to = it["sets"].as_array().is_some_and(|sets| !sets.is_empty());
+            (state, it["liveFlows"].as_u64().unwrap_or_default(), is_led_to)
+        };
+        Ok(backends.map(row).collect())
+    };
+    for target in targets(net.node(1), &service) {
+        let shows = |state: &str, is_led_to: bool| {
+            wait::until(&format!("an endpoint that is {state}, with a connection"), || {
+                let rows = rows(target.ip())?;
+                ensure!(rows == [(state.to_owned(), 1, is_led_to)], "{rows:?}");
+                Ok(())
+            })
+        };
+        wait_served(net.fabric.world(), target)?;
+        let mut open = Connection::open_in(net.fabric.world(), target)?;
+        ensure!(open.ask("1")?.0 == "c", "another server");
+        shows("ready", true)?;
+        let leaving = endpoints(&[&net.c]).into_iter().map(|it| Endpoint { ready: false, terminating: true, ..it });
+        service.set(endpoints(&[&net.b]).into_iter().chain(leaving).collect())?;
+        shows("draining", false)?;
+        service.set(endpoints(&[&net.b]))?;
+        shows("gone", false)?;
+        ensure!(open.ask("2")?.0 == "c", "the connection moved");
+        service.set(endpoints(&[&net.c]))?;
+        shows("ready", true)?;
+    }
+    // It ends with an error if something differs.
+    net.fabric.nodes().iter().try_for_each(|node| node.rustnetctl(&["services", "--verify"]).map(drop))
 }
 
 /// This node gives answers of its own processes the node port back, whatever the agent knows of Services at the moment.
