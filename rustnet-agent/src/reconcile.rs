@@ -4,6 +4,7 @@
 //! forwards packets. Killing the agent at any point leaves a state that works.
 
 mod audit;
+mod details;
 mod files;
 mod job;
 mod kernel;
@@ -37,7 +38,8 @@ use crate::net::netlink::Socket;
 use crate::net::repair::Repairer;
 use crate::plan::Planner;
 use crate::source::{Event, Kind};
-use crate::{install, namefile, podfile, servicefile};
+use crate::{install, namefile, podfile};
+use details::Writing;
 use files::Files;
 use job::Job;
 use kernel::{Kernel, Stats};
@@ -121,6 +123,7 @@ pub async fn run(
                 }
             },
             (host, took) = observed(&mut reconciler.look) => reconciler.end_look(host, took),
+            (done, took) = details::written(&mut reconciler.writing) => reconciler.end_details(done, took),
             () = sleep_until(deadline) => {}
         }
     }
@@ -203,6 +206,8 @@ struct Reconciler {
     /// Writes what their objects say of Services and endpoints.
     details: Job,
     details_took: Duration,
+    /// What is being written of them.
+    writing: Option<Writing>,
     look: Option<Look>,
     /// The network has changed since the look began.
     is_net_changed: bool,
@@ -253,6 +258,7 @@ impl Reconciler {
             objects: Job::idle("rustnetctl does not know the names of Services and Nodes"),
             details: Job::idle("rustnetctl does not know the endpoints of Services"),
             details_took: Duration::ZERO,
+            writing: None,
             look: None,
             is_net_changed: false,
             net_took: Duration::ZERO,
@@ -371,7 +377,7 @@ impl Reconciler {
             self.write_objects();
         }
         if self.details.is_due() {
-            self.write_details();
+            self.begin_details();
         }
         self.set_readiness();
     }
@@ -564,15 +570,6 @@ impl Reconciler {
         let is_known = self.index.synced();
         let done = if is_known { namefile::write_all(&self.config.run_dir, &self.index) } else { Ok(()) };
         Self::finish_file(&mut self.objects, &mut self.report, done);
-    }
-
-    /// Writes what the objects say of Services and endpoints.
-    fn write_details(&mut self) {
-        let began = Instant::now();
-        let is_known = self.index.synced();
-        let done = if is_known { servicefile::write(&self.config.run_dir, &self.index) } else { Ok(()) };
-        self.details_took = began.elapsed();
-        Self::finish_file(&mut self.details, &mut self.report, done);
     }
 
     /// Notes whether a file for the command was written, and has a failure reported.

@@ -120,14 +120,25 @@ impl From<Condition> for State {
     }
 }
 
-/// What the index knows, one Service after the other: all at once would be megabytes more.
-struct Known<'a>(&'a Index);
+/// The objects that the file is made of, as the index has them now: quickly taken, to be written by a thread of its own.
+pub struct Objects {
+    here: Arc<str>,
+    services: Vec<(Arc<model::Service>, Vec<Arc<model::EndpointSlice>>)>,
+}
 
-impl Serialize for Known<'_> {
+impl Objects {
+    /// Those of an index.
+    pub fn of(index: &Index) -> Self {
+        let services = index.services().map(|(service, slices)| (Arc::clone(service), slices.to_vec()));
+        Self { here: Arc::clone(&index.settings().node_name), services: services.collect() }
+    }
+}
+
+/// One Service after the other: all at once would be megabytes more.
+impl Serialize for Objects {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let here = &*self.0.settings().node_name;
-        let services = self.0.services();
-        serializer.collect_map(services.map(|(service, slices)| (service.name.as_str(), of(service, slices, here))))
+        let services = self.services.iter();
+        serializer.collect_map(services.map(|(service, slices)| (service.name.as_str(), of(service, slices, &self.here))))
     }
 }
 
@@ -165,13 +176,13 @@ fn of_slice<'a>(slice: &'a model::EndpointSlice, here: &str) -> Slice<'a> {
     Slice { ports: ports.collect(), endpoints: endpoints.collect() }
 }
 
-/// Writes what the index knows; unchanged content is not written again.
+/// Writes what the objects say; unchanged content is not written again.
 ///
 /// # Errors
 /// The run directory cannot be written.
-pub fn write(run_dir: &Path, index: &Index) -> anyhow::Result<()> {
+pub fn write(run_dir: &Path, objects: &Objects) -> anyhow::Result<()> {
     // Without spaces: of a large cluster it is megabytes.
-    let text = serde_json::to_vec(&Known(index)).context(FILE)?;
+    let text = serde_json::to_vec(objects).context(FILE)?;
     write_atomic(&run_dir.join(FILE), &text, 0o644).map(drop)
 }
 
@@ -185,7 +196,7 @@ pub fn read(run_dir: &Path) -> anyhow::Result<Details<'static>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{FILE, State, read, write};
+    use super::{FILE, Objects, State, read, write};
     use crate::config::Routing;
     use crate::index::{Index, Settings};
     use crate::model::Family;
@@ -203,7 +214,7 @@ mod tests {
         index.handle(endpoints.endpoint(endpoint("10.244.1.3").draining()).apply());
         // Slices of nothing that is served.
         index.handle(slice("db-1", "db", Family::V4).tcp(1).ready(&["10.244.1.4"]).apply());
-        write(run.path(), &index).unwrap();
+        write(run.path(), &Objects::of(&index)).unwrap();
         let details = read(run.path()).unwrap();
         assert_eq!(details.keys().collect::<Vec<_>>(), ["default/web"]);
         let web = &details["default/web"];

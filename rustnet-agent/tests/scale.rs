@@ -184,7 +184,7 @@ fn ten_thousand_services_with_five_endpoints() {
     println!("10,000 services x 5 endpoints: {} KiB resident for index and plan", resident().saturating_sub(empty));
     let run = tempfile::tempdir().unwrap();
     let began = Instant::now();
-    servicefile::write(run.path(), &index).unwrap();
+    servicefile::write(run.path(), &servicefile::Objects::of(&index)).unwrap();
     let size = std::fs::metadata(run.path().join(servicefile::FILE)).unwrap().len();
     println!("their details for the command: {} KiB written in {:?}", size / 1024, began.elapsed());
 }

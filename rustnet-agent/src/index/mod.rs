@@ -181,7 +181,7 @@ impl Index {
     }
 
     /// All Services that have virtual addresses, each with its slices.
-    pub fn services(&self) -> impl Iterator<Item = (&Service, &[Arc<EndpointSlice>])> {
+    pub fn services(&self) -> impl Iterator<Item = (&Arc<Service>, &[Arc<EndpointSlice>])> {
         self.services.objects()
     }
 

@@ -307,8 +307,8 @@ impl Services {
         self.claims.keys().copied().chain(wildcards).filter(|key| self.is_desired(key))
     }
 
-    pub fn objects(&self) -> impl Iterator<Item = (&Service, &[Arc<EndpointSlice>])> {
-        self.states.values().filter_map(|state| Some((state.service.as_deref()?, &*state.slices)))
+    pub fn objects(&self) -> impl Iterator<Item = (&Arc<Service>, &[Arc<EndpointSlice>])> {
+        self.states.values().filter_map(|state| Some((state.service.as_ref()?, &*state.slices)))
     }
 
     pub fn service_names(&self) -> impl Iterator<Item = ObjectName> + '_ {

@@ -2,7 +2,7 @@ use super::{Entry, Flow, Held, Report, VipKey, report, text};
 use crate::cli::golden::assert_golden;
 use crate::model::build::{endpoint, ip, service, slice};
 use crate::namefile::{ServiceName, Services, service_key};
-use crate::servicefile::{self, Details};
+use crate::servicefile::{self, Details, Objects};
 use crate::{config::Routing, index::Index, index::Settings, model::Family};
 use rustnet_common::backend::{flags as backend_flags, id};
 use rustnet_common::service::{SvcEntry, flags, scope};
@@ -49,7 +49,7 @@ fn details(run: &std::path::Path) -> Details<'static> {
     // The best state that any slice gives an endpoint counts.
     let again = slice("web-2", "web", Family::V4).port("http", 8080, proto::TCP);
     index.handle(again.endpoint(endpoint("10.244.1.2").on("n1").unusable()).apply());
-    servicefile::write(run, &index).unwrap();
+    servicefile::write(run, &Objects::of(&index)).unwrap();
     servicefile::read(run).unwrap()
 }
 
