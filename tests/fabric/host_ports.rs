@@ -5,10 +5,12 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
 use testkit::client::{Connection, ask, ask_sized, ask_udp, connected_udp};
 use testkit::manifest::Outside;
-use testkit::pod::PORT;
+use testkit::pod::{PORT, Sandbox};
+use testkit::server::Server;
 use testkit::{Netns, Node, Pod, Proto, Setup, wait};
 
 in_each_routing!(
@@ -247,6 +249,45 @@ fn dump_keys(node: &Node) -> Result<Vec<Vec<u8>>> {
         .flatten()
         .map(|entry| entry["key"].as_array().into_iter().flatten().map(byte).collect::<Result<Vec<_>>>());
     keys.collect()
+}
+
+/// The reference plugin behind ours in a chain: alone, and with ours asked, too. What a node asks of itself is `portmap`'s in both.
+#[test]
+fn with_the_plugin_portmap() -> Result<()> {
+    observed(&Net::start(Setup::default())?, |net| {
+        let node = net.node(1);
+        let plugin = ["/usr/lib/cni/portmap", "/opt/cni/bin/portmap"].into_iter().find(|path| Path::new(path).exists());
+        let plugin = plugin.context("the reference plugins are not installed: cargo xtask setup")?;
+        std::fs::copy(plugin, node.cni_bin_dir().join("portmap"))?;
+        for both in [true, false] {
+            let port = host_port();
+            let asked = mappings(port, "")["runtimeConfig"].clone();
+            let mut list = node.conflist()?;
+            list["plugins"][0]["runtimeConfig"] = if both { asked.clone() } else { json!({}) };
+            let plugins = list["plugins"].as_array_mut().context("no plugins")?;
+            plugins.push(json!({ "type": "portmap", "snat": true, "runtimeConfig": asked }));
+            let sandbox = Sandbox::new(node, "web")?;
+            let attachment = sandbox.attachment("web");
+            let result = node.cni_add(&list, &attachment)?;
+            let _server = Server::start(sandbox.netns(), "web", PORT)?;
+            for target in targets(node, port) {
+                for from in [net.fabric.world(), net.a.netns(), net.c.netns(), node.netns()] {
+                    for proto in Proto::ALL {
+                        ask(from, proto, target, 3)?
+                            .only_by(&["web"])
+                            .with_context(|| format!("{proto} {target}, both: {both}, from {}", from.name()))?;
+                    }
+                }
+            }
+            node.cni_del(&list, &attachment, Some(&result))?;
+            for target in targets(node, port) {
+                for from in [net.fabric.world(), net.a.netns(), node.netns()] {
+                    refused(from, target)?;
+                }
+            }
+        }
+        Ok(())
+    })
 }
 
 /// Established connections do not ask for the port again.

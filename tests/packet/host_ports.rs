@@ -1,13 +1,14 @@
 //! Ports of the node that pods have.
 
 use crate::errors::{error, translated};
-use crate::flows::{PORT, Proto, SERVED, TARGET, answer_of_b, from_a, from_outside, later};
+use crate::flows::{PORT, Proto, SERVED, TARGET, answer_of_b, as_from_b, from_a, from_outside, later};
 use crate::frame::{ACK, Frame, SYN};
 use crate::harness::{Flow, Lab, MAC_B, Net, POD_A, POD_B, REDIRECT, each, labs};
 use crate::icmp::kinds;
 use anyhow::{Result, ensure};
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
+use rustnet_common::endpoint;
 use rustnet_common::peer;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
@@ -302,6 +303,20 @@ fn forged_clients() -> Result<()> {
     })
 }
 
+/// Through the queue of a pod whose bandwidth is limited.
+#[test]
+fn a_limited_pod() -> Result<()> {
+    labs(|lab, net| {
+        lab.put_endpoint_with(net.b(), POD_B, MAC_B, endpoint::flags::VIA_QDISC)?;
+        each(&SERVED, |proto| {
+            give(lab, net, proto)?;
+            let ask = ask(net, proto);
+            lab.uplink_in(&ask)?.by_the_queue(&arrives_at_b(net, &ask))
+        })?;
+        lab.put_endpoint(net.b(), POD_B, MAC_B)
+    })
+}
+
 /// Whatever pods ask for, tunnel packets of other nodes are the overlay's.
 #[test]
 fn the_overlays_port_stays_the_overlays() -> Result<()> {
@@ -329,13 +344,29 @@ fn loopback_is_not_on_the_wire() -> Result<()> {
     })
 }
 
-/// A connection that the host has opened from the port, before it was a pod's.
+/// Only a socket of the host's makes an answer the host's.
 #[test]
-fn what_opens_no_connection_and_belongs_to_none() -> Result<()> {
+fn an_answer_that_no_socket_waits_for() -> Result<()> {
     labs(|lab, net| {
         give(lab, net, Proto::Tcp)?;
         let answer = ask(net, Proto::Tcp).with_flags(SYN | ACK);
         lab.uplink_in(&answer)?.to_the_pod(&arrives_at_b(net, &answer))
+    })
+}
+
+#[test]
+fn errors_from_the_pod_reach_the_client() -> Result<()> {
+    labs(|lab, net| {
+        give(lab, net, Proto::Udp)?;
+        let ask = ask(net, Proto::Udp);
+        lab.uplink_in(&ask)?;
+        let arrives = arrives_at_b(net, &ask);
+        for kind in kinds(net) {
+            let e = error(&arrives, net.b(), kind, 1000);
+            let want = translated(&e, &arrives, &ask.hop(), net.node()).hop();
+            lab.pod_sends(&as_from_b(&e))?.onto_wire(&as_from_b(&want))?;
+        }
+        Ok(())
     })
 }
 

@@ -1,6 +1,8 @@
 //! Ports of this node that pods have (`hostPort`). Contract: finds the pod of this node that a packet to an address of this node is
 //! for, by its port. Services come first: only what no Service has is asked for here.
 
+use core::ptr::null_mut;
+
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::conntrack::VIA_QDISC;
 use rustnet_common::host_port::{self, HostPort, HostPortKey};
@@ -12,21 +14,21 @@ use crate::packet::{Flow, Packet};
 
 /// Look-ups of one family.
 pub trait HostPorts: Family {
-    /// True if a pod has the port of this node which a packet asks for. Leaves the pod in scratch memory.
+    /// True if a pod has the port of this node which a packet asks for.
     fn is_host_port(p: &Packet<Self::A>) -> bool;
     /// True if a packet asks for a port of a Service; or, with `ports`, for a port of this node that a pod has.
     fn is_asked(p: &Packet<Self::A>, ports: bool) -> bool;
-    /// Has a new flow lead to that pod. False if there is none.
+    /// Has a new flow lead to the pod that has the port of this node which its first packet asks for. False if there is none.
     fn translate_to_host_port(p: &Packet<Self::A>, flow: &mut Flow<Self::A>) -> bool;
 }
 
 /// Declares a family's functions with global linkage: what they write leaves the verifier one state, not one for each path.
 macro_rules! global {
-    ($family:ident, $addr:ident, $name:ident, $asked:ident, $translate:ident) => {
+    ($family:ident, $addr:ident, $name:ident, $asked:ident) => {
         impl HostPorts for $family {
             #[inline(always)]
             fn is_host_port(p: &Packet<$addr>) -> bool {
-                $name(p) != 0
+                $name(p, null_mut()) != 0
             }
             #[inline(always)]
             fn is_asked(p: &Packet<$addr>, ports: bool) -> bool {
@@ -34,14 +36,15 @@ macro_rules! global {
             }
             #[inline(always)]
             fn translate_to_host_port(p: &Packet<$addr>, flow: &mut Flow<$addr>) -> bool {
-                $translate(p, flow) != 0
+                $name(p, flow) != 0
             }
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $name(p: *const Packet<$addr>) -> u32 {
-            // SAFETY: the only caller is above and passes a reference; the verifier checks its size.
-            u32::from(unsafe { p.as_ref() }.is_some_and(is_host_port::<$family>))
+        extern "C" fn $name(p: *const Packet<$addr>, flow: *mut Flow<$addr>) -> u32 {
+            // SAFETY: the only callers are above and pass references, or none; the verifier checks sizes.
+            let (p, flow) = unsafe { (p.as_ref(), flow.as_mut()) };
+            u32::from(p.is_some_and(|p| find::<$family>(p, flow)))
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -50,23 +53,11 @@ macro_rules! global {
             let Some(p) = (unsafe { p.as_ref() }) else { return 0 };
             u32::from(lb::is_service::<$family>(&p.tuple) || (ports != 0 && $family::is_host_port(p)))
         }
-        #[unsafe(no_mangle)]
-        #[inline(never)]
-        extern "C" fn $translate(p: *const Packet<$addr>, flow: *mut Flow<$addr>) -> u32 {
-            // SAFETY: see above.
-            let (Some(p), Some(flow)) = (unsafe { (p.as_ref(), flow.as_mut()) }) else { return 0 };
-            if !$family::is_host_port(p) {
-                return 0;
-            }
-            let Some(found) = found::<$family>() else { return 0 };
-            flow.lead_to($addr::from_addr(found.pod), found.port, &p.tuple);
-            1
-        }
     };
 }
 
-global!(V4, Ip4, rn_host_port4, rn_is_asked4, rn_to_host_port4);
-global!(V6, Ip6, rn_host_port6, rn_is_asked6, rn_to_host_port6);
+global!(V4, Ip4, rn_host_port4, rn_is_asked4);
+global!(V6, Ip6, rn_host_port6, rn_is_asked6);
 
 /// The address and port of the pod that has this port at an address of this node, for those who know that it is one.
 #[inline(always)]
@@ -77,19 +68,21 @@ pub fn pod_at(addr: Addr, port: u16, proto: u8) -> Option<(Addr, u16)> {
     is_found.then_some((found.pod, found.port))
 }
 
-/// What the last look-up has found.
+/// True if a pod has the port of this node which a packet asks for; a flow is led there.
 #[inline(always)]
-fn found<F: Family>() -> Option<&'static mut HostPort> {
+fn find<F: Family>(p: &Packet<F::A>, flow: Option<&mut Flow<F::A>>) -> bool {
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and nobody else uses the field.
-    F::scratch().map(|scratch| unsafe { &mut (*scratch).host_port })
-}
-
-#[inline(always)]
-fn is_host_port<F: Family>(p: &Packet<F::A>) -> bool {
-    let (t, Some(found)) = (&p.tuple, found::<F>()) else { return false };
-    let (high, low) = t.dst.to_addr().halves();
+    let Some(found) = F::scratch().map(|scratch| unsafe { &mut (*scratch).host_port }) else { return false };
+    let (t, (high, low)) = (&p.tuple, p.tuple.dst.to_addr().halves());
     // Few ports are a pod's: the cheaper look-up comes first.
-    rn_host_port(high, low, u32::from(t.dport) << 8 | u32::from(t.proto), found) != 0 && route::is_host::<F>(t.dst)
+    if rn_host_port(high, low, u32::from(t.dport) << 8 | u32::from(t.proto), found) == 0 || !route::is_host::<F>(t.dst)
+    {
+        return false;
+    }
+    if let Some(flow) = flow {
+        flow.lead_to(F::A::from_addr(found.pod), found.port, t);
+    }
+    true
 }
 
 /// 1 if a living pod has the port at this address, which is filled in then; else 0. `port`: with the protocol in the low 8 bits. Both
