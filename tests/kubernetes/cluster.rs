@@ -103,6 +103,11 @@ impl Cluster {
         Ok(())
     }
 
+    /// Applies one object, status included.
+    pub async fn apply_object(&self, object: &Value) -> Result<()> {
+        self.apply_one(object, false).await
+    }
+
     /// Asks the server what it thinks of an object: unknown fields and wrong types are errors. Nothing is stored.
     pub async fn check(&self, document: &Value) -> Result<()> {
         self.apply_one(document, true).await
@@ -154,7 +159,7 @@ impl Cluster {
         let what = || format!("applying {kind} {name}");
         let mut document = document.clone();
         // A Node's list of addresses has two of one type, which its merge key forbids; a Pod's status is a resource of its own.
-        let has_status = ["Node", "Pod"].contains(&kind);
+        let has_status = ["Node", "Pod", "Service"].contains(&kind);
         let status = document.as_object_mut().filter(|_| has_status).and_then(|it| it.remove("status"));
         api.patch(name, &params, &Patch::Apply(document)).await.with_context(what)?;
         if let Some(status) = status.filter(|_| !dry_run) {

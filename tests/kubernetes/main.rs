@@ -7,6 +7,7 @@
 mod badinput;
 mod cluster;
 mod deploy;
+mod differential;
 mod doctor;
 mod kube_source;
 mod outages;

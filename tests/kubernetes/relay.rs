@@ -26,7 +26,11 @@ pub struct Relay {
 impl Relay {
     /// Begins to listen, with the line whole.
     pub async fn start() -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        Self::on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?)
+    }
+
+    /// The same on a listener of one's own, which may be of another namespace.
+    pub fn on(listener: TcpListener) -> Result<Self> {
         let address = listener.local_addr()?;
         let (sender, line) = watch::channel(Line::Whole);
         tokio::spawn(async move {

@@ -79,6 +79,11 @@ impl Server {
         self.server.renew_store()
     }
 
+    /// The namespace it is in.
+    pub fn netns(&self) -> &Netns {
+        self.server.netns()
+    }
+
     /// Runs kubectl as [`ADMIN`].
     pub fn kubectl(&self, args: &[&str]) -> Result<String> {
         self.server.kubectl(args)

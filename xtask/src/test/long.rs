@@ -11,6 +11,7 @@ use super::table::{Row, Table};
 use super::{counted, prepare, this_program};
 use crate::cmd::Cmd;
 use crate::dist::Profile;
+use crate::setup::{self, Need};
 use crate::{paths, ui, v1};
 
 /// One campaign.
@@ -29,16 +30,18 @@ enum Work {
     ClusterV1(&'static str),
 }
 
+/// The tests that need programs of Kubernetes.
+const KUBERNETES: &str = "kubernetes";
 /// The campaign that needs the programs of v1.
 const VERSIONS: &str = "versions";
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 12] = [
+const CAMPAIGNS: [Campaign; 13] = [
     Campaign {
         name: VERSIONS,
         work: Work::Tests { program: "fabric", filter: "upgrades_from_v1_and_back_lose_nothing", env: &[] },
     },
-    Campaign { name: "silence", work: Work::Tests { program: "kubernetes", filter: "a_stopped_api_server", env: &[] } },
+    Campaign { name: "silence", work: Work::Tests { program: KUBERNETES, filter: "a_stopped_api_server", env: &[] } },
     Campaign {
         name: "pods",
         work: Work::Tests {
@@ -61,6 +64,14 @@ const CAMPAIGNS: [Campaign; 12] = [
             program: "fabric",
             filter: "an_agent_that_dies_between_two_writes_leaves_a_working_state",
             env: &[("RUSTNET_CRASHES", "8")],
+        },
+    },
+    Campaign {
+        name: "differential",
+        work: Work::Tests {
+            program: KUBERNETES,
+            filter: "random_services_are_served_as_kube_proxy_serves_them",
+            env: &[("RUSTNET_SERVICES", "500")],
         },
     },
     Campaign {
@@ -116,6 +127,9 @@ impl Campaign {
         }
         match self.work {
             Work::Tests { program, filter, env } => {
+                if program == KUBERNETES {
+                    setup::ensure(&[Need::ApiServer, Need::KubeProxy])?;
+                }
                 let command = tests(program, filter, env, profile);
                 let (status, table) = counted(&prepare(command, profile)?, stdout())?;
                 row = Row { name: row.name, ..table.sum("") };
