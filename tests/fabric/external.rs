@@ -331,3 +331,44 @@ fn connections_to_a_node_outlive_the_agent_and_the_service() -> Result<()> {
         Ok(())
     })
 }
+
+/// Gives node 1 an address that its object does not name, one of each family.
+fn second_addresses(net: &Net) -> Result<[IpAddr; 2]> {
+    let addresses: [IpAddr; 2] = ["10.99.0.1".parse()?, "fd00:99::1".parse()?];
+    let [v4, v6] = addresses;
+    net.node(1).netns().ip(&format!(
+        "link add second type bridge\naddr add {v4}/32 dev second\naddr add {v6}/128 dev second nodad\nlink set second up\n"
+    ))?;
+    for ip in addresses {
+        net.fabric.switch().ip(&format!("route add {ip} via {}\n", net.node(1).address_like(ip)))?;
+    }
+    Ok(addresses)
+}
+
+/// Node ports at an address of node 1 that its object does not name, asked from here.
+fn at_a_second_address(from: impl Fn(&Net) -> Vec<&Netns>) -> Result<()> {
+    observed(&Net::start(Setup::default())?, |net| {
+        let addresses = second_addresses(net)?;
+        let service = published(net, at_nodes(), endpoints(&[&net.a, &net.c]))?;
+        for ip in addresses {
+            let target = SocketAddr::new(ip, service.service.outside.node_port);
+            wait_served(net.fabric.world(), target)?;
+            for (from, proto) in from(net).into_iter().flat_map(|from| Proto::ALL.map(|proto| (from, proto))) {
+                let answers = ask(from, proto, target, 20)?;
+                answers.only_by(&["a", "c"]).with_context(|| format!("{proto} {target} from {}", from.name()))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn node_ports_at_a_second_address() -> Result<()> {
+    at_a_second_address(|net| vec![net.fabric.world(), net.a.netns(), net.b.netns()])
+}
+
+#[test]
+#[ignore = "the answers go into the overlay, where the other node does not know the address as node 1's and drops them"]
+fn node_ports_at_a_second_address_from_other_nodes() -> Result<()> {
+    at_a_second_address(|net| vec![net.c.netns(), net.node(2).netns()])
+}

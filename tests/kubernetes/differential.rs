@@ -217,6 +217,8 @@ fn campaign(routing: Routing, count: u16, seed: u64) -> Result<()> {
         let numbers = next..next + batch - changed;
         next = numbers.end;
         let mut cases: Vec<Case> = numbers.clone().map(&mut draw).collect();
+        // Those that are changed below keep their addresses to themselves.
+        model::share_addresses(&mut cases[changed.into()..], &mut Random::new(seed ^ u64::from(drawn)));
         total.add(rig.judge(&cases, cases.len(), &gone)?);
         for (case, number) in cases.iter_mut().zip(numbers.take(changed.into())) {
             *case = draw(number);
@@ -239,6 +241,12 @@ fn number<T: std::str::FromStr>(variable: &str, usual: T) -> Result<T> {
 #[test]
 fn random_services_are_served_as_kube_proxy_serves_them() -> Result<()> {
     campaign(Routing::Vxlan, number("RUSTNET_SERVICES", 60)?, number("RUSTNET_SERVICES_SEED", 1)?)
+}
+
+#[test]
+#[ignore = "the long tier runs it"]
+fn random_services_are_served_as_kube_proxy_serves_them_with_native_routing() -> Result<()> {
+    campaign(Routing::Native, number("RUSTNET_SERVICES", 60)?, number("RUSTNET_SERVICES_SEED", 1)?)
 }
 
 #[test]

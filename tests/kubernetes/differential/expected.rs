@@ -35,9 +35,10 @@ impl Context<'_> {
 }
 
 impl Context<'_> {
-    /// True if the address is a load balancer's.
+    /// True if the address is a load balancer's, and served: the Service has its family.
     fn is_for_balancer(&self) -> bool {
-        matches!(self.question.front, Front::Balancer(true) | Front::ExternalBalancer)
+        let has_family = self.case.vip(self.question.family()).is_some();
+        has_family && matches!(self.question.front, Front::Balancer(true) | Front::ExternalBalancer)
     }
 
     /// True if the load balancer is only for some clients of the question's family.
@@ -57,7 +58,7 @@ pub fn node_of(server: &str) -> Option<&'static str> {
 }
 
 /// All of them, in the order in which they apply.
-pub const RULES: [Rule; 10] = [
+pub const RULES: [Rule; 9] = [
     Rule { name: "Cluster addresses from outside", predict: cluster_addresses_are_closed },
     Rule { name: "Addresses of the service range that no Service has", predict: unknown_addresses_are_routed },
     Rule {
@@ -67,13 +68,12 @@ pub const RULES: [Rule; 10] = [
     Rule { name: "`loadBalancerSourceRanges` of one family", predict: the_other_family_is_closed },
     Rule { name: "`loadBalancerSourceRanges`, clients in the cluster", predict: ranges_are_for_clients_outside },
     Rule { name: "Node ports: addresses", predict: second_addresses_have_node_ports },
+    Rule { name: "Node ports at `localhost`", predict: loopback_addresses_have_node_ports },
     Rule {
         name: "`externalTrafficPolicy: Local`, a pod that asks another node",
         predict: pods_of_other_nodes_get_local_endpoints,
     },
     Rule { name: "Client's address, `externalTrafficPolicy: Cluster`", predict: the_client_keeps_its_address },
-    Rule { name: "Node ports at `localhost`, and from a node to its own address", predict: own_node_ports_are_closed },
-    Rule { name: "A node that asks for a backend on its own network", predict: the_own_host_is_out_of_reach },
 ];
 
 fn cluster_addresses_are_closed(context: &Context<'_>, it: &mut Observed) {
@@ -117,6 +117,12 @@ fn second_addresses_have_node_ports(context: &Context<'_>, it: &mut Observed) {
     }
 }
 
+fn loopback_addresses_have_node_ports(context: &Context<'_>, it: &mut Observed) {
+    if let (Front::Loopback, Some(sibling)) = (context.question.front, context.sibling) {
+        it.clone_from(sibling);
+    }
+}
+
 /// Answers of a backend on the node that is asked pass this node anyhow; so do all of a client's own node.
 fn the_client_keeps_its_address(context: &Context<'_>, it: &mut Observed) {
     let question = context.question;
@@ -138,25 +144,6 @@ fn pods_of_other_nodes_get_local_endpoints(context: &Context<'_>, it: &mut Obser
     let is_elsewhere = matches!(context.question.front, Front::NodePort(_)) && !context.question.is_asked_at_home();
     if let Some(sibling) = context.sibling.filter(|_| is_pod && is_elsewhere && context.case.external_local) {
         it.clone_from(sibling);
-    }
-}
-
-fn own_node_ports_are_closed(context: &Context<'_>, it: &mut Observed) {
-    let question = context.question;
-    if question.from.is_node() && matches!(question.front, Front::NodePort(_)) && question.is_asked_at_home() {
-        *it = Observed::only(Failure::Refused);
-    }
-}
-
-fn the_own_host_is_out_of_reach(context: &Context<'_>, it: &mut Observed) {
-    let question = context.question;
-    let Some(node) = question.from.node().filter(|_| question.from.is_node() && question.is_asked_at_home()) else {
-        return;
-    };
-    let before = it.answers.len();
-    it.answers.retain(|server, _| !server.starts_with(node));
-    if it.answers.len() < before {
-        it.failures.insert(Failure::Dropped);
     }
 }
 

@@ -343,6 +343,21 @@ impl Case {
     }
 }
 
+/// Lets some load balancers have an address in common with the one before, where no port of one is the other's.
+pub fn share_addresses(cases: &mut [Case], random: &mut Random) {
+    for pair in cases.chunks_exact_mut(2) {
+        let [first, second] = pair else { continue };
+        let is_taken =
+            |port: &ServicePort| first.ports.iter().any(|it| (it.proto, it.number) == (port.proto, port.number));
+        let have_both = |ip: IpAddr| [first, &*second].iter().all(|it| it.vip(Family::of(ip)).is_some());
+        let common: Vec<Ingress> = first.ingress.iter().copied().filter(|it| have_both(it.ip)).collect();
+        let is_possible = second.type_ == Type::LoadBalancer && !second.ports.iter().any(is_taken);
+        if is_possible && !common.is_empty() && random.percent(60) {
+            second.ingress = common;
+        }
+    }
+}
+
 /// The cluster address of a Service.
 pub fn vip(number: u16, family: Family) -> IpAddr {
     let [high, low] = number.to_be_bytes();

@@ -133,7 +133,7 @@ fn front_of(case: &Case, ip: IpAddr) -> Front {
 }
 
 /// For each question the one that tells what the answer would be if something did not stand in the way: of source ranges, the
-/// node port at the client's own node; of a node's second address, its first; of a pod that asks another node, a client outside.
+/// node port at the client's own node; of a node's second address, its first; of a loopback address, the node's own; of a pod that asks another node, a client outside.
 pub fn siblings(questions: &[Question]) -> Vec<Option<usize>> {
     let key = |it: &Question, from, node| (it.case, it.port, it.family(), from, node);
     let nodes = questions.iter().enumerate().filter_map(|(i, it)| match it.front {
@@ -145,7 +145,7 @@ pub fn siblings(questions: &[Question]) -> Vec<Option<usize>> {
         let (from, node) = match it.front {
             Front::NodePort(node) if !it.from.is_node() && !it.is_asked_at_home() => (Place::Outside, node),
             Front::SecondAddress(node) => (it.from, node),
-            Front::Balancer(true) | Front::ExternalBalancer => (it.from, it.from.node()?),
+            Front::Balancer(true) | Front::ExternalBalancer | Front::Loopback => (it.from, it.from.node()?),
             _ => return None,
         };
         nodes.get(&key(it, from, node)).copied()
