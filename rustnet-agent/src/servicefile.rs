@@ -138,7 +138,8 @@ impl Objects {
 impl Serialize for Objects {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let services = self.services.iter();
-        serializer.collect_map(services.map(|(service, slices)| (service.name.as_str(), of(service, slices, &self.here))))
+        serializer
+            .collect_map(services.map(|(service, slices)| (service.name.as_str(), of(service, slices, &self.here))))
     }
 }
 

@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use testkit::client::{Connection, ask, ask_sized};
 use testkit::manifest::{Endpoint, Outside};
-use testkit::{Node, Pod, Proto, Setup, wait};
+use testkit::{Netns, Node, Pod, Proto, Setup, wait};
 
 in_each_routing!(
     node_ports_of_each_node,
@@ -285,7 +285,7 @@ fn the_command_shows_where_connections_are(net: &Net) -> Result<()> {
         };
         Ok(backends.map(row).collect())
     };
-    for target in targets(net.node(1), &service) {
+    for target in node_ports(net.node(1), &service) {
         let shows = |state: &str, is_led_to: bool| {
             wait::until(&format!("an endpoint that is {state}, with a connection"), || {
                 let rows = rows(target.ip())?;

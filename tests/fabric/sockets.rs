@@ -174,6 +174,14 @@ fn mapped_addresses(net: &Net) -> Result<()> {
     Ok(())
 }
 
+/// Waits until a UDP socket has no peer any more.
+fn wait_ended(socket: &UdpSocket) -> Result<()> {
+    wait::until("the socket ended", || match ask_udp(socket, "after") {
+        Err(e) if e.raw_os_error() == Some(nix::libc::EDESTADDRREQ) => Ok(()),
+        other => anyhow::bail!("{other:?}"),
+    })
+}
+
 fn connected_udp_sockets_end_with_their_backend(net: &Net) -> Result<()> {
     let mut service = net.service(endpoints(&[&net.a]))?;
     let netns = net.node(1).netns();
@@ -184,10 +192,7 @@ fn connected_udp_sockets_end_with_their_backend(net: &Net) -> Result<()> {
         let socket = netns.run(|| connected_udp(target))??;
         ensure!(ask_udp(&socket, "before")?.0 == "a");
         service.set(endpoints(&[&net.c]))?;
-        wait::until("the socket ended", || match ask_udp(&socket, "after") {
-            Err(e) if e.raw_os_error() == Some(nix::libc::EDESTADDRREQ) => Ok(()),
-            other => anyhow::bail!("{other:?}"),
-        })?;
+        wait_ended(&socket)?;
         // The owner sees the error once.
         ensure!(socket.take_error()?.is_some_and(|e| e.kind() == ErrorKind::ConnectionAborted));
         netns.run(|| socket.connect(target))??;
@@ -205,6 +210,8 @@ fn tcp_connections_end_with_their_endpoint_and_not_before(net: &Net) -> Result<(
         wait::until("the old endpoint again", || ask(netns, Proto::Tcp, target, 1)?.only_by(&["a"]))?;
         let mut connection = Connection::open_in(netns, target)?;
         connection.ask("before")?;
+        let socket = netns.run(|| connected_udp(target))??;
+        ensure!(ask_udp(&socket, "before")?.0 == "a");
         // An endpoint that is not ready, and does not serve, is known nevertheless.
         let mut unready = endpoints(&[&net.a, &net.c]);
         for endpoint in unready.iter_mut().filter(|it| it.node.as_deref() == Some("n1")) {
@@ -212,10 +219,8 @@ fn tcp_connections_end_with_their_endpoint_and_not_before(net: &Net) -> Result<(
         }
         service.set(unready)?;
         wait::until("the endpoint gets no new ones", || ask(netns, Proto::Tcp, target, 10)?.only_by(&["c"]))?;
-        // The agent has seen to its sockets once the UDP socket of such a backend would have ended; see the other test. Here: the
-        // connection still answers after the slot of its backend was cleared and another change applied.
-        let marker = net.service(endpoints(&[&net.c]))?;
-        drop(marker);
+        // The agent has looked: a UDP socket with the same backend has ended.
+        wait_ended(&socket)?;
         ensure!(connection.ask("unready")?.0 == "a");
         service.set(endpoints(&[&net.c]))?;
         wait::until("the connection ended", || match connection.ask("gone") {
