@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
-use testkit::client::{Connection, ask, ask_sized};
+use testkit::client::{Connection, ask, ask_sized, ask_udp, udp_from_port};
 use testkit::manifest::{Endpoint, Outside};
 use testkit::{Netns, Node, Pod, Proto, Setup, wait};
 
@@ -371,4 +371,32 @@ fn node_ports_at_a_second_address() -> Result<()> {
 #[ignore = "the answers go into the overlay, where the other node does not know the address as node 1's and drops them"]
 fn node_ports_at_a_second_address_from_other_nodes() -> Result<()> {
     at_a_second_address(|net| vec![net.c.netns(), net.node(2).netns()])
+}
+
+/// A node port whose backend is on the node's own network, and then that backend itself, both from one port of the client. What the
+/// node sends from the node port resets a TCP connection's attempts until the entry of the first has expired.
+#[test]
+#[ignore = "the node sends the answer of the backend itself from the node port: the packets of a host have no entry of their own"]
+fn a_node_port_and_then_its_backend_from_one_port() -> Result<()> {
+    observed(&Net::start(Setup::default())?, |net| {
+        let node = net.node(1);
+        let at = world().map(|like| Endpoint::ready(node.address_like(like), Some(node.name())));
+        let service = published(net, at_nodes(), at.to_vec())?;
+        for target in targets(node, &service) {
+            wait_served(net.fabric.world(), target)?;
+            let itself = SocketAddr::new(target.ip(), testkit::pod::PORT);
+            net.fabric.world().run(|| -> Result<()> {
+                for (i, to) in [target, itself].into_iter().enumerate() {
+                    let answer = ask_udp(&udp_from_port(41_000, to)?, &i.to_string());
+                    ensure!(answer.with_context(|| format!("UDP {to}"))?.0 == node.name(), "another server");
+                }
+                for (i, to) in [target, itself].into_iter().enumerate() {
+                    let answer = Connection::open_from_port(41_001, to)?.ask(&i.to_string());
+                    ensure!(answer.with_context(|| format!("TCP {to}"))?.0 == node.name(), "another server");
+                }
+                Ok(())
+            })??;
+        }
+        Ok(())
+    })
 }

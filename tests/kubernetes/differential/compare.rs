@@ -222,6 +222,9 @@ pub fn compare(cases: &[Case], questions: &[Question], reference: &World, ours: 
     let all: Vec<usize> = (0..questions.len()).collect();
     let mut open = it.attempt(&all, FIRST)?;
     it.report.unsteady = open.len();
+    for difference in &it.report.differences {
+        eprint!("asked again: {difference}");
+    }
     // Whether there are many or few: some that stay are enough.
     while !open.is_empty() {
         let mut some = open.split_off(open.len().saturating_sub(AT_ONCE));
