@@ -189,7 +189,7 @@ pub fn kubernetes(program: &str) -> Result<PathBuf> {
     let path = dir.join(program);
     ensure!(
         path.is_file(),
-        "{} is missing: run `cargo xtask setup --with kubernetes`, which builds it",
+        "{} is missing: run `cargo xtask setup --with kubernetes --with kube-proxy`, which builds it",
         path.display()
     );
     Ok(path)

@@ -64,7 +64,7 @@ pub struct Args {
 enum Extra {
     /// kube-apiserver, kubectl, etcd and helm, built from the Go module proxy (4 minutes on 2 cores, 2 GB of memory)
     Kubernetes,
-    /// kube-proxy, from the same sources, for benchmarks
+    /// kube-proxy, from the same sources, for benchmarks and the comparison with it
     KubeProxy,
     /// All that `cluster up` and `e2e` need: the rest of Kubernetes, containerd, CoreDNS, images (8 minutes on 2 cores)
     Cluster,
