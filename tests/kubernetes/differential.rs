@@ -31,7 +31,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 use testkit::apiserver::Store;
 use testkit::netns::{Holder, Own};
-use testkit::{Proto, Routing, wait};
+use testkit::{Node, Proto, Routing, wait};
 use world::{Place, World};
 
 const DOCUMENT: &str = include_str!("../../docs/kube-proxy-differences.md");
@@ -41,6 +41,8 @@ const AT_ONCE: u16 = 60;
 const SHRINKS: usize = 25;
 /// The number of the first sentinel: its address is above those of all others.
 const SENTINELS: u16 = 0xf000;
+/// The node port of the sentinel.
+const SENTINEL_PORT: u16 = 32_760;
 
 /// Both worlds and the API server that feeds them. The order of the fields is the order of their end.
 struct Rig {
@@ -160,8 +162,9 @@ impl Rig {
         let mut objects: Vec<Value> = vec![json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
             "spec": {
-                "clusterIP": vips[0], "clusterIPs": vips, "ipFamilies": ["IPv4", "IPv6"],
-                "ipFamilyPolicy": "RequireDualStack", "ports": [{"name": "udp", "protocol": "UDP", "port": 7}],
+                "type": "NodePort", "clusterIP": vips[0], "clusterIPs": vips, "ipFamilies": ["IPv4", "IPv6"],
+                "ipFamilyPolicy": "RequireDualStack",
+                "ports": [{"name": "udp", "protocol": "UDP", "port": 7, "nodePort": SENTINEL_PORT}],
             },
         })];
         for (kind, ip) in [("IPv4", world.address(Family::V4)), ("IPv6", world.address(Family::V6))] {
@@ -176,9 +179,14 @@ impl Rig {
             }));
         }
         let server = &self.server;
+        let before = format!("sentinel-{}", number - 1);
         server.netns().run(|| {
             block_on(async {
                 let cluster = Cluster::new(server)?;
+                if number > SENTINELS + 1 {
+                    // It has the node port.
+                    cluster.delete("v1", "Service", &before).await?;
+                }
                 for object in &objects {
                     cluster.apply_object(object).await?;
                 }
@@ -187,9 +195,13 @@ impl Rig {
         })??;
         let patience = Patience { tries: 1, timeout: Duration::from_secs(4), timeouts: 1 };
         for world in self.worlds() {
-            for (place, vip) in [Place::PodA, Place::PodB].into_iter().flat_map(|place| vips.map(|vip| (place, vip))) {
-                wait::until(&format!("{}: {vip} served at {place:?}", world.name), || {
-                    let heard = world.ask(place, Proto::Udp, SocketAddr::new(vip, 7), patience)?;
+            let inside = [Place::PodA, Place::PodB].into_iter();
+            let inside = inside.flat_map(|place| vips.map(|vip| (place, SocketAddr::new(vip, 7))));
+            let addresses = world.nodes().iter().flat_map(Node::addresses);
+            let outside = addresses.map(|ip| (Place::Outside, SocketAddr::new(ip, SENTINEL_PORT)));
+            for (place, target) in inside.chain(outside) {
+                wait::until(&format!("{}: {target} served at {place:?}", world.name), || {
+                    let heard = world.ask(place, Proto::Udp, target, patience)?;
                     ensure!(!heard.answers.is_empty(), "{heard}");
                     Ok(())
                 })

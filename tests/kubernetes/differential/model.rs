@@ -350,7 +350,8 @@ pub fn share_addresses(cases: &mut [Case], random: &mut Random) {
         let is_taken =
             |port: &ServicePort| first.ports.iter().any(|it| (it.proto, it.number) == (port.proto, port.number));
         let have_both = |ip: IpAddr| [first, &*second].iter().all(|it| it.vip(Family::of(ip)).is_some());
-        let common: Vec<Ingress> = first.ingress.iter().copied().filter(|it| have_both(it.ip)).collect();
+        let common: Vec<Ingress> =
+            first.ingress.iter().copied().filter(|it| it.mode != Some("Proxy") && have_both(it.ip)).collect();
         let is_possible = second.type_ == Type::LoadBalancer && !second.ports.iter().any(is_taken);
         if is_possible && !common.is_empty() && random.percent(60) {
             second.ingress = common;
