@@ -4,7 +4,7 @@
 //! | Environment | Default |
 //! |---|---|
 //! | `RUSTNET_SERVICES` | 60: how many Services are drawn |
-//! | `RUSTNET_SERVICES_SEED` | 1: the seed of the draw |
+//! | `RUSTNET_SERVICES_SEED` | 2: the seed of the draw |
 
 mod compare;
 mod expected;
@@ -252,13 +252,13 @@ fn number<T: std::str::FromStr>(variable: &str, usual: T) -> Result<T> {
 
 #[test]
 fn random_services_are_served_as_kube_proxy_serves_them() -> Result<()> {
-    campaign(Routing::Vxlan, number("RUSTNET_SERVICES", 60)?, number("RUSTNET_SERVICES_SEED", 1)?)
+    campaign(Routing::Vxlan, number("RUSTNET_SERVICES", 60)?, number("RUSTNET_SERVICES_SEED", 2)?)
 }
 
 #[test]
 #[ignore = "the long tier runs it"]
 fn random_services_are_served_as_kube_proxy_serves_them_with_native_routing() -> Result<()> {
-    campaign(Routing::Native, number("RUSTNET_SERVICES", 60)?, number("RUSTNET_SERVICES_SEED", 1)?)
+    campaign(Routing::Native, number("RUSTNET_SERVICES", 60)?, number("RUSTNET_SERVICES_SEED", 2)?)
 }
 
 #[test]

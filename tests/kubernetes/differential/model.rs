@@ -392,9 +392,7 @@ fn draw_slices(case: &Case, random: &mut Random, backends: &[Backend]) -> Vec<Sl
     let (zones, nodes) = (random.percent(12), random.percent(8));
     let mut slices = Vec::new();
     for family in &case.families {
-        // A client that has a node for its backend has it for good: where nodes do not reach themselves, it would get nowhere.
         let mut left: Vec<Backend> = backends.to_vec();
-        left.retain(|backend| !case.affinity || backend.node != Some(backend.name));
         left.retain(|backend| only_on.is_none_or(|node| backend.node == Some(node)));
         let count = random.one_of(&[0, 1, 1, 2, 2, 3, 3, 4]);
         let mut chosen = Vec::new();
