@@ -222,6 +222,7 @@ struct Reconciler {
     external_seen: bool,
     /// There are TCP connections whose backend serves no more, and whose endpoint is known to the API.
     has_outlived: bool,
+    sockets_since: sockets::Since,
     /// Octets of packets to other nodes, as of the last look that found a device towards them.
     room: u32,
     /// The network has been looked after since all nodes are known: the routes to them are there.
@@ -267,6 +268,7 @@ impl Reconciler {
             ways_seen: 0,
             external_seen: false,
             has_outlived: false,
+            sockets_since: sockets::Since::new(),
             room: 0,
             routed: false,
             problems: BTreeSet::new(),

@@ -148,15 +148,18 @@ struct Asking {
 
 /// Where a namespace is led: to a backend of the Service that it asks for, or, from this host, to the pod that has a port of it. A
 /// loopback address or none stands for the node ports and host ports of this host, and entries of Services have `loopback` for all of
-/// them; sockets of pods mean their own.
+/// them; sockets of pods mean their own. `kept`: id of the backend that the socket had, or 0.
 #[inline(always)]
-fn choose<F: Family>(asked: F::A, loopback: F::A, asking: &Asking) -> Option<Target> {
+fn choose<F: Family>(asked: F::A, loopback: F::A, asking: &Asking, kept: u32) -> Option<Target> {
     let (is_host, is_loopback) = (asking.flags & netns::HOST != 0, asked.is_martian_destination());
     if is_loopback && !is_host {
         return None;
     }
     let dst = if is_loopback { loopback } else { asked };
     let (dport, proto) = (asking.port, asking.proto);
+    if let Some(backend) = lb::kept::<F>(dst, dport, proto, kept) {
+        return Some(Target::of(backend));
+    }
     let t = Tuple { src: F::A::UNSPECIFIED, dst, sport: 0, dport, proto, pad: 0, pad2: 0 };
     // Of what is refused, the packets are.
     let backend = lb::select_for::<F>(&t, scope::CLUSTER, random, || (CLIENT_HIGH, asking.namespace)).ok()?;
@@ -172,11 +175,11 @@ fn choose<F: Family>(asked: F::A, loopback: F::A, asking: &Asking) -> Option<Tar
 
 /// As [`choose`], for an address of either family.
 #[inline(always)]
-fn choose_any(asking: &Asking) -> Option<Target> {
+fn choose_any(asking: &Asking, kept: u32) -> Option<Target> {
     if asking.addr.is_v4() {
-        choose::<V4>(Ip4::from_addr(asking.addr), Ip4::from_word(u32::from_ne_bytes([127, 0, 0, 1])), asking)
+        choose::<V4>(Ip4::from_addr(asking.addr), Ip4::from_word(u32::from_ne_bytes([127, 0, 0, 1])), asking, kept)
     } else {
-        choose::<V6>(asking.addr, Ip6::from_words([0, 0, 0, 1_u32.to_be()]), asking)
+        choose::<V6>(asking.addr, Ip6::from_words([0, 0, 0, 1_u32.to_be()]), asking, kept)
     }
 }
 
@@ -204,7 +207,7 @@ fn connect<S: SocketFamily>(call: Call) {
     }
     let Some(flags) = flags_of(namespace) else { return };
     let asked = S::address(call);
-    match choose_any(&Asking { addr: asked, port: call.port(), proto, namespace, flags }) {
+    match choose_any(&Asking { addr: asked, port: call.port(), proto, namespace, flags }, 0) {
         Some(to) => lead::<S>(call, call.cookie(), asked, &to),
         // A UDP socket may have had this peer by way of a Service.
         None if proto == proto::UDP => {
@@ -221,14 +224,11 @@ fn sendmsg<S: SocketFamily>(call: Call) {
     let Some(flags) = flags_of(namespace) else { return };
     let (asked, cookie) = (S::address(call), call.cookie());
     let key = call.key(cookie, asked);
-    // SAFETY: a map value stays readable for this run of the program.
-    let known = maps::rn_sock_fwd.get_ptr(key).and_then(|id| lb::backend(unsafe { *id }));
-    if let Some(backend) = known {
-        return lead::<S>(call, cookie, asked, &Target::of(backend));
-    }
     let asking = Asking { addr: asked, port: call.port(), proto: proto::UDP, namespace, flags };
-    let Some(to) = choose_any(&asking) else { return };
-    if to.backend != 0 {
+    // SAFETY: a map value stays readable for this run of the program.
+    let kept = maps::rn_sock_fwd.get_ptr(key).map_or(0, |id| unsafe { *id });
+    let Some(to) = choose_any(&asking, kept) else { return };
+    if to.backend != kept && to.backend != 0 {
         // A full table costs a socket its backend: the next datagram chooses again.
         let _ = maps::rn_sock_fwd.insert(key, to.backend, 0);
     }

@@ -382,7 +382,7 @@ fn a_node_port_and_then_its_backend_from_one_port() -> Result<()> {
         let node = net.node(1);
         let at = world().map(|like| Endpoint::ready(node.address_like(like), Some(node.name())));
         let service = published(net, at_nodes(), at.to_vec())?;
-        for target in targets(node, &service) {
+        for target in node_ports(node, &service) {
             wait_served(net.fabric.world(), target)?;
             let itself = SocketAddr::new(target.ip(), testkit::pod::PORT);
             net.fabric.world().run(|| -> Result<()> {

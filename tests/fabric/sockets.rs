@@ -1,7 +1,7 @@
 //! Socket load-balancing: the nodes' own processes at Services, and what becomes of their sockets when a backend goes.
 
 use crate::fixture::{
-    Net, SERVICE_PORT, TestService, endpoints, in_each_routing, node_port, node_ports, published, wait_served,
+    Net, SERVICE_PORT, TestService, endpoints, in_each_routing, node_port, node_ports, published, wait_served, world,
 };
 use crate::host_ports::{add_pod, host_port, mappings, refused, served, targets};
 use anyhow::{Context, Result, ensure};
@@ -24,16 +24,26 @@ in_each_routing!(
     mapped_addresses,
     connected_udp_sockets_end_with_their_backend,
     tcp_connections_end_with_their_endpoint_and_not_before,
+    tcp_connections_to_living_servers_stay,
     the_sockets_of_others_stay,
     without_an_endpoint_packets_are_refused,
     affinity_of_a_node,
     host_ports_of_the_node_itself,
     a_host_port_at_a_loopback_address_alone,
+    connected_udp_sockets_end_with_their_host_port,
+    an_address_that_another_service_gets,
 );
 
 fn loopback(target: SocketAddr) -> SocketAddr {
     let ip: IpAddr = if target.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     SocketAddr::new(ip, target.port())
+}
+
+/// Without programs of socket calls, packets would do the same in some tests.
+fn needs_sockets(net: &Net) -> Result<()> {
+    let shown = net.node(1).rustnetctl(&["status"])?;
+    ensure!(shown.contains("those of this host's processes ask for Services"), "{shown}");
+    Ok(())
 }
 
 fn with_node_port(net: &Net, endpoints: Vec<Endpoint>) -> Result<TestService<'_>> {
@@ -76,6 +86,7 @@ fn a_node_port_at_loopback_addresses(net: &Net) -> Result<()> {
 }
 
 fn loopback_of_a_pod_is_its_own(net: &Net) -> Result<()> {
+    needs_sockets(net)?;
     let service = with_node_port(net, endpoints(&[&net.c]))?;
     for target in node_ports(net.node(1), &service) {
         wait_served(net.node(1).netns(), loopback(target))?;
@@ -133,6 +144,7 @@ fn exchange(socket: &UdpSocket, target: SocketAddr, text: &str) -> Result<(Strin
 
 /// Each has one backend for as long as it serves, and each answer comes from the service that was asked.
 fn datagrams_of_one_socket_to_several_services(net: &Net) -> Result<()> {
+    needs_sockets(net)?;
     let one = net.service(endpoints(&[&net.a, &net.b, &net.c]))?;
     let two = net.service(endpoints(&[&net.a, &net.b, &net.c]))?;
     net.node(1).netns().run(|| -> Result<()> {
@@ -201,33 +213,63 @@ fn connected_udp_sockets_end_with_their_backend(net: &Net) -> Result<()> {
     Ok(())
 }
 
+/// To a pod of another node; what lives here is known.
 fn tcp_connections_end_with_their_endpoint_and_not_before(net: &Net) -> Result<()> {
-    let mut service = net.service(endpoints(&[&net.a]))?;
+    let mut service = net.service(endpoints(&[&net.c]))?;
     let netns = net.node(1).netns();
     for target in service.targets() {
-        service.set(endpoints(&[&net.a]))?;
+        service.set(endpoints(&[&net.c]))?;
         service.wait_known()?;
-        wait::until("the old endpoint again", || ask(netns, Proto::Tcp, target, 1)?.only_by(&["a"]))?;
+        wait::until("the old endpoint again", || ask(netns, Proto::Tcp, target, 1)?.only_by(&["c"]))?;
         let mut connection = Connection::open_in(netns, target)?;
         connection.ask("before")?;
         let socket = netns.run(|| connected_udp(target))??;
-        ensure!(ask_udp(&socket, "before")?.0 == "a");
+        ensure!(ask_udp(&socket, "before")?.0 == "c");
         // An endpoint that is not ready, and does not serve, is known nevertheless.
         let mut unready = endpoints(&[&net.a, &net.c]);
-        for endpoint in unready.iter_mut().filter(|it| it.node.as_deref() == Some("n1")) {
+        for endpoint in unready.iter_mut().filter(|it| it.node.as_deref() == Some("n2")) {
             (endpoint.ready, endpoint.serving) = (false, false);
         }
         service.set(unready)?;
-        wait::until("the endpoint gets no new ones", || ask(netns, Proto::Tcp, target, 10)?.only_by(&["c"]))?;
+        wait::until("the endpoint gets no new ones", || ask(netns, Proto::Tcp, target, 10)?.only_by(&["a"]))?;
         // The agent has looked: a UDP socket with the same backend has ended.
         wait_ended(&socket)?;
-        ensure!(connection.ask("unready")?.0 == "a");
-        service.set(endpoints(&[&net.c]))?;
+        ensure!(connection.ask("unready")?.0 == "c");
+        service.set(endpoints(&[&net.a]))?;
         wait::until("the connection ended", || match connection.ask("gone") {
             Err(e) if e.kind() == ErrorKind::ConnectionAborted => Ok(()),
             Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
             other => anyhow::bail!("{other:?}"),
         })?;
+    }
+    Ok(())
+}
+
+/// A pod of this node that is no endpoint any more, and a server that is no pod.
+fn tcp_connections_to_living_servers_stay(net: &Net) -> Result<()> {
+    let world = world().map(|ip| Endpoint::ready(ip, None));
+    for (before, name) in [(endpoints(&[&net.a]), "a"), (world.to_vec(), "world")] {
+        let mut service = net.service(before)?;
+        let netns = net.node(1).netns();
+        let mut open = Vec::new();
+        for target in service.targets() {
+            let mut connection = Connection::open_in(netns, target)?;
+            ensure!(connection.ask("before")?.0 == name);
+            let socket = netns.run(|| connected_udp(target))??;
+            ask_udp(&socket, "before")?;
+            open.push((connection, socket));
+        }
+        service.set(endpoints(&[&net.c]))?;
+        for (_, socket) in &open {
+            wait_ended(socket)?;
+        }
+        // A second look comes after the time that an endpoint may be missing.
+        let watched = netns.run(|| connected_udp(service.targets()[0]))??;
+        service.set(endpoints(&[&net.b]))?;
+        wait_ended(&watched)?;
+        for (connection, _) in &mut open {
+            ensure!(connection.ask("after")?.0 == name);
+        }
     }
     Ok(())
 }
@@ -269,6 +311,7 @@ fn the_sockets_of_others_stay(net: &Net) -> Result<()> {
 }
 
 fn without_an_endpoint_packets_are_refused(net: &Net) -> Result<()> {
+    needs_sockets(net)?;
     let mut service = net.service(endpoints(&[&net.a]))?;
     service.set(Vec::new())?;
     service.wait_refused()?;
@@ -282,6 +325,7 @@ fn without_an_endpoint_packets_are_refused(net: &Net) -> Result<()> {
 
 /// All sockets of a node are one client.
 fn affinity_of_a_node(net: &Net) -> Result<()> {
+    needs_sockets(net)?;
     let mut service = net.unknown_service();
     service.service.affinity = true;
     service.set(endpoints(&[&net.a, &net.b, &net.c]))?;
@@ -315,6 +359,57 @@ fn host_ports_of_the_node_itself(net: &Net) -> Result<()> {
     for target in targets(node, port) {
         refused(node.netns(), target)?;
         refused(node.netns(), loopback(target))?;
+    }
+    Ok(())
+}
+
+fn connected_udp_sockets_end_with_their_host_port(net: &Net) -> Result<()> {
+    let (node, port) = (net.node(1), host_port());
+    let pod = add_pod(node, "one", port)?;
+    let sockets: Vec<_> = targets(node, port).into_iter().flat_map(|it| [it, loopback(it)]).collect();
+    let sockets = node.netns().run(|| sockets.into_iter().map(connected_udp).collect::<Result<Vec<_>, _>>())??;
+    for socket in &sockets {
+        ensure!(ask_udp(socket, "before")?.0 == "one");
+    }
+    pod.delete()?;
+    let next = add_pod(node, "two", port)?;
+    for socket in &sockets {
+        let target = node.netns().run(|| socket.peer_addr())?;
+        wait_ended(socket).with_context(|| format!("{target:?}"))?;
+    }
+    next.delete()
+}
+
+/// A socket without a peer has its backend for as long as the Service that it asks for has it.
+fn an_address_that_another_service_gets(net: &Net) -> Result<()> {
+    let port = node_port();
+    let at = |node_port| Outside { node_port, ..Outside::default() };
+    let mut one = published(net, at(port), endpoints(&[&net.a]))?;
+    let node = net.node(1);
+    for target in node_ports(node, &one).map(loopback) {
+        wait_served(node.netns(), target)?;
+    }
+    let targets = node_ports(node, &one).map(loopback);
+    let sockets =
+        targets.map(|target| node.netns().run(|| Ok::<_, anyhow::Error>((open_udp(target)?, connected_udp(target)?))));
+    let mut open = Vec::new();
+    for (target, sockets) in targets.into_iter().zip(sockets) {
+        let (without_peer, connected) = sockets??;
+        ensure!(node.netns().run(|| exchange(&without_peer, target, "before"))??.0 == "a");
+        ensure!(ask_udp(&connected, "before")?.0 == "a");
+        open.push((target, without_peer, connected));
+    }
+    // The first Service lives on by its own address.
+    one.service.outside = at(0);
+    one.set(endpoints(&[&net.a]))?;
+    let _two = published(net, at(port), endpoints(&[&net.c]))?;
+    for (target, without_peer, connected) in &open {
+        wait::until("the other Service answers", || {
+            let (by, _) = node.netns().run(|| exchange(without_peer, *target, "after"))??;
+            ensure!(by == "c", "{by} answers");
+            Ok(())
+        })?;
+        wait_ended(connected)?;
     }
     Ok(())
 }

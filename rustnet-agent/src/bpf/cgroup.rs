@@ -14,6 +14,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 use rustnet_common::names::SOCKET_PROGRAMS;
 
 use super::attach::{Outcome, link_path};
+use super::load::program_path;
 use super::{pin, remedy, sys};
 
 /// The hooks, in the order of [`SOCKET_PROGRAMS`].
@@ -65,7 +66,7 @@ pub fn detach(bpffs: &Path) -> Result<Option<String>> {
     Ok(is_any_removed.then(|| "programs of socket calls taken off".to_owned()))
 }
 
-/// How many of the programs are attached to a control group that lives.
+/// How many of the pinned programs are attached to a control group that lives.
 ///
 /// # Errors
 /// A pin cannot be read.
@@ -73,8 +74,9 @@ pub fn attached(bpffs: &Path) -> Result<usize> {
     let mut count = 0;
     for name in SOCKET_PROGRAMS {
         let path = link_path(bpffs, name, None);
+        let pinned = sys::obj_get(&program_path(bpffs, name)).and_then(|program| sys::prog_id(program.as_fd())).ok();
         match sys::obj_get(&path).and_then(|link| sys::cgroup_link_info(link.as_fd())) {
-            Ok(info) => count += usize::from(info.cgroup_id != 0),
+            Ok(info) => count += usize::from(info.cgroup_id != 0 && pinned == Some(info.prog_id)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => bail!("opening {}: {e}: {}", path.display(), remedy(&e)),
         }

@@ -3,7 +3,7 @@
 //! Two requests with fields of a fixed size. The crate for this family of netlink (netlink-packet-sock-diag) has no request that ends
 //! a socket.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;
 use std::net::SocketAddr;
 
@@ -93,29 +93,42 @@ impl NetlinkSerializable for Request {
     }
 }
 
-/// Ends the sockets of a protocol, TCP or UDP, that have these cookies and are connected to these addresses and ports. Their owners get
-/// ECONNABORTED. Returns how many there were.
+/// A socket that is connected.
+#[derive(Clone, Copy, Debug)]
+pub struct Connected {
+    family: u8,
+    proto: u8,
+    id: SocketId,
+}
+
+/// The sockets of a protocol, TCP or UDP, that have these cookies and are connected to these addresses and ports.
 ///
 /// # Errors
-/// The kernel refuses: EOPNOTSUPP without `CONFIG_INET_DIAG_DESTROY`, ENOENT without `CONFIG_UDP_DIAG`.
-pub fn end(proto: u8, sockets: &BTreeSet<(u64, SocketAddr)>) -> Result<usize, Error> {
+/// The kernel refuses: ENOENT without `CONFIG_UDP_DIAG`.
+pub fn find(proto: u8, wanted: &BTreeSet<(u64, SocketAddr)>) -> Result<BTreeMap<(u64, SocketAddr), Connected>, Error> {
     let mut socket = Socket::of(NETLINK_SOCK_DIAG)?;
     let states = if proto == TCP { WITH_PEER } else { CONNECTED };
-    let mut ended = 0;
+    let mut all = BTreeMap::new();
     for family in [AF_INET, AF_INET6] {
         let body = Body { family, proto, states, ..Body::zeroed() };
-        let found = socket.dump(&Request { kind: LIST, body }, |message| {
-            let found: Found = bytemuck::pod_read_unaligned(message.get(..size_of::<Found>())?);
-            sockets.contains(&(found.id.cookie(), found.id.peer(found.family))).then_some(found)
-        })?;
-        for Found { family, id, .. } in found {
-            let body = Body { family, id, ..body };
-            // It may have ended by itself meanwhile.
-            let end = socket.request(&Request { kind: END, body }, CHANGE);
-            ended += usize::from(unless(end, &[libc::ENOENT, libc::ESTALE])?);
-        }
+        all.extend(socket.dump(&Request { kind: LIST, body }, |message| {
+            let Found { family, id, .. } = bytemuck::pod_read_unaligned(message.get(..size_of::<Found>())?);
+            let key = (id.cookie(), id.peer(family));
+            wanted.contains(&key).then_some((key, Connected { family, proto, id }))
+        })?);
     }
-    Ok(ended)
+    Ok(all)
+}
+
+/// Ends a socket: its owner gets ECONNABORTED. False if it has ended by itself meanwhile.
+///
+/// # Errors
+/// The kernel refuses: EOPNOTSUPP without `CONFIG_INET_DIAG_DESTROY`.
+pub fn end(it: &Connected) -> Result<bool, Error> {
+    let Connected { family, proto, id } = *it;
+    let body = Body { family, proto, id, ..Body::zeroed() };
+    let ended = Socket::of(NETLINK_SOCK_DIAG)?.request(&Request { kind: END, body }, CHANGE);
+    unless(ended, &[libc::ENOENT, libc::ESTALE])
 }
 
 #[cfg(test)]

@@ -329,9 +329,17 @@ impl Kernel {
         let Some((cgroup, sockets)) = &self.sockets else {
             return Ok(cgroup::detach(&self.bpffs)?.into_iter().collect());
         };
-        self.programs.check_sockets().context("socket load-balancing")?;
-        sockets.set_namespaces(&[(netns::cookie()?, socket::netns::HOST)].into())?;
-        cgroup::attach(&self.bpffs, cgroup, |name| self.programs.get(name))
+        let attach = || {
+            self.programs.check_sockets().context("socket load-balancing")?;
+            sockets.set_namespaces(&[(netns::cookie()?, socket::netns::HOST)].into())?;
+            cgroup::attach(&self.bpffs, cgroup, |name| self.programs.get(name))
+        };
+        attach().inspect_err(|_| {
+            // Programs of before may be left with maps that nobody writes. The packet path works.
+            if let Err(error) = cgroup::detach(&self.bpffs) {
+                tracing::warn!("{error:#}");
+            }
+        })
     }
 
     /// The sockets that talk to backends; `None` without socket load-balancing.

@@ -2,32 +2,50 @@
 //!
 //! A connected socket has one backend for as long as it lives. When that stops serving, a UDP socket would send to nobody for ever: it
 //! is ended, and its owner connects again. A TCP connection goes on while its endpoint is known to the API, as it does with kube-proxy:
-//! an endpoint that is not ready may finish what it began.
+//! an endpoint that is not ready may finish what it began. Only one to a pod is ended: another server outlives its endpoint.
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustnet_common::endpoint::Endpoint;
+use rustnet_common::host_port::{HostPortKey, any};
 use rustnet_common::service::scope;
 use rustnet_common::socket::{Asked, SocketKey};
 use rustnet_common::tuple::proto::{TCP, UDP};
+use tokio::time::Instant;
 
+use super::kernel::Kernel;
 use super::{Datapath, Reconciler};
+use crate::bpf::store::host_ports::Entries;
 use crate::failure::{Failure, Scope};
 use crate::index::Gate;
 use crate::net::sock_diag;
 use crate::plan::{Maps, VipKey, Write};
 
-/// While a connection outlives its place in a Service, changes are waited out this long before its endpoint is looked for again.
-const SETTLE: Duration = Duration::from_millis(300);
+/// Changes that may concern sockets are waited out this long. An endpoint that moves between two slices is missing for a moment: a TCP
+/// connection is ended when it is missing for longer.
+const SETTLE: Duration = Duration::from_millis(500);
+/// What a socket asked for is kept this long after its backend has gone: an answer may be under way, or a call of connect(2).
+const LINGER: Duration = Duration::from_secs(10);
+const REMEDY: &str = "sockets of this host may be connected to backends that are gone: the kernel needs CONFIG_INET_DIAG_DESTROY and \
+                      CONFIG_INET_UDP_DIAG; or give --socket-lb off";
+
+/// Since when each socket is without a backend.
+pub type Since = HashMap<SocketKey, Instant>;
 
 impl Reconciler {
-    /// Notes that these writes may have taken the backends of sockets, and other changes the endpoints of those that wait for that.
+    /// Notes that these writes may have taken the backends of sockets, or the events before them the endpoints of those that outlive
+    /// their backend.
     pub(super) fn note_backends(&mut self, writes: &[Write]) {
+        let is_of_datagrams = |write: &Write| match write {
+            Write::PutService { key, .. } | Write::DeleteService { key } => key.proto == UDP,
+            _ => false,
+        };
         if writes.iter().any(|write| matches!(write, Write::ClearBackends { .. })) {
             self.sockets.want_unless_failed();
-        } else if self.has_outlived {
+        } else if self.has_outlived || writes.iter().any(is_of_datagrams) {
             self.sockets.want(SETTLE);
         }
     }
@@ -35,8 +53,11 @@ impl Reconciler {
     /// Has the programs of socket calls on their hooks, and ends the sockets whose backend is gone.
     pub(super) fn look_after_sockets(&mut self) {
         let had_failed = self.sockets.has_failed();
-        let failed = self.attach_sockets().and_then(|()| self.end_sockets()).err();
-        self.sockets.finish(failed.map(|error| Failure::new(Scope::Host, &error)).into_iter().collect(), None);
+        let attached = self.attach_sockets();
+        let ended = self.end_sockets();
+        let failures = [attached.err(), ended.as_ref().err().map(|error| anyhow::anyhow!("{error:#}"))];
+        let failures = failures.iter().flatten().map(|error| Failure::new(Scope::Host, error)).collect();
+        self.sockets.finish(failures, ended.unwrap_or_default().map(|after| Instant::now() + after));
         if had_failed || self.sockets.has_failed() {
             self.report.want(Duration::ZERO);
         }
@@ -53,46 +74,128 @@ impl Reconciler {
         Ok(())
     }
 
-    fn end_sockets(&mut self) -> Result<()> {
-        let Some(Datapath { kernel, .. }) = &self.datapath else { return Ok(()) };
+    /// Returns after which time to look again.
+    fn end_sockets(&mut self) -> Result<Option<Duration>> {
+        let Some(Datapath { kernel, .. }) = &self.datapath else { return Ok(None) };
         // Before the lists are complete, an endpoint may seem to be gone.
-        let Some(sockets) = kernel.sockets().filter(|_| self.index.is_open(Gate::Services)) else { return Ok(()) };
-        let mut over = Vec::new();
-        let mut has_outlived = false;
-        let found = sockets.of_backends(|id| id != 0 && !kernel.maps.serves(id))?;
-        let gone = self.index.without_endpoint(found.iter().map(|(key, _)| IpAddr::from(key.addr)).collect());
-        for (key, asked) in found {
-            // A Service that is gone says nothing of its endpoints.
-            let is_known = || Ok::<_, anyhow::Error>(kernel.maps.service(&vip(&asked))?.is_some());
-            if asked.proto == UDP || (gone.contains(&IpAddr::from(key.addr)) && is_known()?) {
-                over.push((key, asked));
-            } else {
-                has_outlived |= is_known()?;
-            }
-        }
-        let mut ended = 0;
+        let Some(sockets) = kernel.sockets().filter(|_| self.index.is_open(Gate::Services)) else { return Ok(None) };
+        let left = left(kernel, sockets.entries()?)?;
+        let now = Instant::now();
+        let known: HashSet<&SocketKey> = left.iter().map(|(key, _)| key).collect();
+        self.sockets_since.retain(|key, _| known.contains(key));
+        let mut since = std::mem::take(&mut self.sockets_since);
+        let (mut forget, mut next, mut ended) = (HashSet::new(), None, 0);
+        let mut look_again = |after: Duration| next = Some(next.map_or(after, |next: Duration| next.min(after)));
+        self.has_outlived = false;
+        let over = self.over(kernel, &left)?;
         for proto in [TCP, UDP] {
-            let of_proto = |(_, asked): &&(SocketKey, Asked)| asked.proto == proto;
-            let peer = |key: &SocketKey| (key.cookie, SocketAddr::new(key.addr.into(), key.port));
-            let sockets: BTreeSet<_> = over.iter().filter(of_proto).map(|(key, _)| peer(key)).collect();
-            if !sockets.is_empty() {
-                ended += sock_diag::end(proto, &sockets).context(
-                    "sockets of this host may be connected to backends that are gone: the kernel needs CONFIG_INET_DIAG_DESTROY and \
-                     CONFIG_INET_UDP_DIAG; or give --socket-lb off",
-                )?;
+            let of_proto = || left.iter().filter(|(_, asked)| asked.proto == proto).map(|(key, _)| key);
+            let peers: BTreeSet<_> = of_proto().map(peer).collect();
+            if peers.is_empty() {
+                continue;
+            }
+            let alive = sock_diag::find(proto, &peers).context(REMEDY)?;
+            for key in of_proto() {
+                let age = now - *since.entry(*key).or_insert(now);
+                let Some(socket) = alive.get(&peer(key)) else {
+                    // Closed, without a peer, or about to be connected.
+                    if age >= LINGER {
+                        forget.insert(*key);
+                    } else {
+                        look_again(LINGER);
+                    }
+                    continue;
+                };
+                let is_over = proto == UDP || over.contains(key);
+                if is_over && (proto == UDP || age >= SETTLE) {
+                    ended += usize::from(sock_diag::end(socket).context(REMEDY)?);
+                    forget.insert(*key);
+                } else if is_over {
+                    look_again(SETTLE);
+                } else {
+                    self.has_outlived = true;
+                }
             }
         }
-        let keys: Vec<SocketKey> = over.into_iter().map(|(key, _)| key).collect();
-        sockets.forget(&keys)?;
+        sockets.forget(&forget.iter().copied().collect::<Vec<_>>())?;
+        since.retain(|key, _| !forget.contains(key));
+        self.sockets_since = since;
         if ended > 0 {
             tracing::info!(ended, "sockets of this host ended: their backends are gone");
         }
-        self.has_outlived = has_outlived;
-        Ok(())
+        Ok(next)
+    }
+
+    /// Those of the TCP connections whose pod is gone: no endpoint has its address, and it does not live here. A Service that is gone
+    /// says nothing of its endpoints, and a server that is no pod may live on.
+    fn over(&self, kernel: &Kernel, left: &[(SocketKey, Asked)]) -> Result<HashSet<SocketKey>> {
+        let tcp = || left.iter().filter(|(_, asked)| asked.proto == TCP);
+        let mut gone = self.index.without_endpoint(tcp().map(|(key, _)| IpAddr::from(key.addr)).collect());
+        gone.retain(|ip| self.index.nodes().any(|node| node.pod_cidrs.iter().any(|range| range.contains(ip))));
+        if !gone.is_empty() {
+            let here: BTreeSet<IpAddr> = kernel.endpoints.read()?.into_iter().map(|(ip, _)| ip).collect();
+            gone.retain(|ip| !here.contains(ip));
+        }
+        let mut over = HashSet::new();
+        for (key, asked) in tcp().filter(|(key, _)| gone.contains(&IpAddr::from(key.addr))) {
+            if kernel.maps.service(&vip(asked))?.is_some() {
+                over.insert(*key);
+            }
+        }
+        Ok(over)
     }
 }
 
-/// The entry that a socket asked for.
+/// Those of the sockets that what they asked for does not lead any more to where they send. A TCP connection to a host port is the pod's
+/// own affair.
+fn left(kernel: &Kernel, mut all: Vec<(SocketKey, Asked)>) -> Result<Vec<(SocketKey, Asked)>> {
+    let is_to_host_port = |asked: &Asked| asked.backend == 0;
+    let (ports, pods): (Entries, HashMap<IpAddr, Endpoint>) = if all.iter().any(|(_, asked)| is_to_host_port(asked)) {
+        (kernel.host_ports.read()?, kernel.endpoints.read()?.into_iter().collect())
+    } else {
+        Default::default()
+    };
+    let leads_to_pod = |key: &SocketKey, asked: &Asked| {
+        let at = |addr| ports.get(&HostPortKey { addr, port: asked.port, proto: asked.proto, pad: 0 });
+        let entry = at(asked.addr).or_else(|| at(any(asked.addr.is_v4())));
+        let lives = |ifindex| pods.get(&IpAddr::from(key.addr)).is_some_and(|pod| pod.ifindex == ifindex);
+        entry.is_some_and(|it| (it.pod, it.port) == (key.addr, key.port) && lives(it.ifindex))
+    };
+    // Many sockets ask for few Services.
+    let mut sets: HashMap<VipKey, Option<u32>> = HashMap::new();
+    let mut failed = None;
+    all.retain(|(key, asked)| {
+        if is_to_host_port(asked) {
+            return asked.proto == UDP && !leads_to_pod(key, asked);
+        }
+        let Some(set) = kernel.maps.set_of(asked.backend) else { return true };
+        if asked.proto != UDP {
+            return false;
+        }
+        let asked = vip(asked);
+        let led_to = sets.get(&asked).copied().unwrap_or_else(|| {
+            let entry = kernel.maps.service(&asked).unwrap_or_else(|error| {
+                failed = Some(error);
+                None
+            });
+            *sets.entry(asked).or_insert(entry.map(|entry| entry.id))
+        });
+        led_to != Some(set)
+    });
+    failed.map_or(Ok(all), Err)
+}
+
+/// Number of the socket, and where it is connected to.
+fn peer(key: &SocketKey) -> (u64, SocketAddr) {
+    (key.cookie, SocketAddr::new(key.addr.into(), key.port))
+}
+
+/// The entry that a socket asked for: all loopback addresses have that of the first.
 fn vip(asked: &Asked) -> VipKey {
-    VipKey { ip: asked.addr.into(), port: asked.port, proto: asked.proto, scope: scope::CLUSTER }
+    let ip = match IpAddr::from(asked.addr) {
+        IpAddr::V4(ip) if ip.is_loopback() || ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    VipKey { ip, port: asked.port, proto: asked.proto, scope: scope::CLUSTER }
 }

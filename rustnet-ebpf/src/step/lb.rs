@@ -65,9 +65,18 @@ pub fn is_backend(backend_id: u32) -> bool {
 
 /// The backend with this id, while it serves.
 #[inline(always)]
-pub fn backend(backend_id: u32) -> Option<&'static Backend> {
+fn backend(backend_id: u32) -> Option<&'static Backend> {
     let b = maps::rn_backends_v2.get(id::slot_of(backend_id))?;
     if b.id == backend_id && backend_id != 0 { Some(b) } else { None }
+}
+
+/// The backend with this id, while the Service that is asked for leads to it.
+#[inline(always)]
+pub fn kept<F: Family>(vip: F::A, port: u16, proto: u8, backend_id: u32) -> Option<&'static Backend> {
+    let entry = F::services().get_ptr(SvcKey { vip, port, proto, scope: scope::CLUSTER })?;
+    // SAFETY: a map value stays readable for this run of the program.
+    let service = unsafe { (*entry).id };
+    backend(backend_id).filter(|b| b.service == service)
 }
 
 /// Chooses the backend of a new flow by its hash, for clients of a [`scope`]; `None` if it asks for no service.

@@ -41,9 +41,10 @@ impl Backends {
         Ok(Self { ids: Memory::new(ids, access)?, slots: Memory::new(slots, access)? })
     }
 
-    /// True if the slot of an id has it.
-    pub fn has(&self, backend: u32) -> bool {
-        backend != 0 && self.slots.get(id::slot_of(backend)).is_some_and(|held| held.id == backend)
+    /// Number of the set of a backend, while the slot of its id has it.
+    pub fn set_of(&self, backend: u32) -> Option<u32> {
+        let held = self.slots.get(id::slot_of(backend)).filter(|held| backend != 0 && held.id == backend)?;
+        Some(held.service)
     }
 
     /// Ids and slots, each.

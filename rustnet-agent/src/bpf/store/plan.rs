@@ -50,9 +50,9 @@ impl BpfMaps {
         })
     }
 
-    /// True if a backend serves: its slot still has this id.
-    pub fn serves(&self, backend: u32) -> bool {
-        self.backends.has(backend)
+    /// Number of the set of a backend that serves: its slot still has this id.
+    pub fn set_of(&self, backend: u32) -> Option<u32> {
+        self.backends.set_of(backend)
     }
 
     fn put_services(&self, services: &[(VipKey, SvcEntry)]) -> Result<()> {

@@ -39,18 +39,12 @@ impl Sockets {
         Ok(())
     }
 
-    /// The sockets whose backend `is_gone`, with what they asked for.
+    /// All sockets that talk to a backend, with what they asked for.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn of_backends(&self, is_gone: impl Fn(u32) -> bool) -> Result<Vec<(SocketKey, Asked)>> {
-        let mut found = Vec::new();
-        self.backends.for_each(|key, asked| {
-            if is_gone(asked.backend) {
-                found.push((*key, *asked));
-            }
-        })?;
-        Ok(found)
+    pub fn entries(&self) -> Result<Vec<(SocketKey, Asked)>> {
+        self.backends.entries()
     }
 
     /// Forgets sockets.
