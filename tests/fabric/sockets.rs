@@ -213,20 +213,21 @@ fn connected_udp_sockets_end_with_their_backend(net: &Net) -> Result<()> {
     Ok(())
 }
 
-/// To a pod of another node; what lives here is known.
+/// To a pod of another node that is no endpoint of any Service: what lives here is known.
 fn tcp_connections_end_with_their_endpoint_and_not_before(net: &Net) -> Result<()> {
-    let mut service = net.service(endpoints(&[&net.c]))?;
+    let pod = net.node(2).add_pod("leaver")?;
+    let mut service = net.service(endpoints(&[&pod]))?;
     let netns = net.node(1).netns();
     for target in service.targets() {
-        service.set(endpoints(&[&net.c]))?;
+        service.set(endpoints(&[&pod]))?;
         service.wait_known()?;
-        wait::until("the old endpoint again", || ask(netns, Proto::Tcp, target, 1)?.only_by(&["c"]))?;
+        wait::until("the old endpoint again", || ask(netns, Proto::Tcp, target, 1)?.only_by(&["leaver"]))?;
         let mut connection = Connection::open_in(netns, target)?;
         connection.ask("before")?;
         let socket = netns.run(|| connected_udp(target))??;
-        ensure!(ask_udp(&socket, "before")?.0 == "c");
+        ensure!(ask_udp(&socket, "before")?.0 == "leaver");
         // An endpoint that is not ready, and does not serve, is known nevertheless.
-        let mut unready = endpoints(&[&net.a, &net.c]);
+        let mut unready = endpoints(&[&net.a, &pod]);
         for endpoint in unready.iter_mut().filter(|it| it.node.as_deref() == Some("n2")) {
             (endpoint.ready, endpoint.serving) = (false, false);
         }
@@ -234,7 +235,7 @@ fn tcp_connections_end_with_their_endpoint_and_not_before(net: &Net) -> Result<(
         wait::until("the endpoint gets no new ones", || ask(netns, Proto::Tcp, target, 10)?.only_by(&["a"]))?;
         // The agent has looked: a UDP socket with the same backend has ended.
         wait_ended(&socket)?;
-        ensure!(connection.ask("unready")?.0 == "c");
+        ensure!(connection.ask("unready")?.0 == "leaver");
         service.set(endpoints(&[&net.a]))?;
         wait::until("the connection ended", || match connection.ask("gone") {
             Err(e) if e.kind() == ErrorKind::ConnectionAborted => Ok(()),
@@ -242,7 +243,7 @@ fn tcp_connections_end_with_their_endpoint_and_not_before(net: &Net) -> Result<(
             other => anyhow::bail!("{other:?}"),
         })?;
     }
-    Ok(())
+    pod.delete()
 }
 
 /// A pod of this node that is no endpoint any more, and a server that is no pod.
