@@ -106,7 +106,8 @@ pub mod flags {
     /// Opened by what this node's stack forwarded to a pod of it from elsewhere: answers go back through the stack, which may have
     /// translated the flow.
     pub const VIA_STACK: u16 = 64;
-    /// Opened from outside at a Service's address for clients outside, or at a pod's port of this node: this node forwards both directions, wherever they lead.
+    /// Opened from outside at a Service's address for clients outside, or at a pod's port of this node: this node forwards both
+    /// directions, wherever they lead.
     pub const EXTERNAL: u16 = 128;
 }
 

@@ -101,34 +101,49 @@ pub struct Connected {
     id: SocketId,
 }
 
-/// The sockets of a protocol, TCP or UDP, that have these cookies and are connected to these addresses and ports.
-///
-/// # Errors
-/// The kernel refuses: ENOENT without `CONFIG_UDP_DIAG`.
-pub fn find(proto: u8, wanted: &BTreeSet<(u64, SocketAddr)>) -> Result<BTreeMap<(u64, SocketAddr), Connected>, Error> {
-    let mut socket = Socket::of(NETLINK_SOCK_DIAG)?;
-    let states = if proto == TCP { WITH_PEER } else { CONNECTED };
-    let mut all = BTreeMap::new();
-    for family in [AF_INET, AF_INET6] {
-        let body = Body { family, proto, states, ..Body::zeroed() };
-        all.extend(socket.dump(&Request { kind: LIST, body }, |message| {
-            let Found { family, id, .. } = bytemuck::pod_read_unaligned(message.get(..size_of::<Found>())?);
-            let key = (id.cookie(), id.peer(family));
-            wanted.contains(&key).then_some((key, Connected { family, proto, id }))
-        })?);
-    }
-    Ok(all)
-}
+/// Asks the kernel about the sockets of one network namespace.
+pub struct SockDiag(Socket);
 
-/// Ends a socket: its owner gets ECONNABORTED. False if it has ended by itself meanwhile.
-///
-/// # Errors
-/// The kernel refuses: EOPNOTSUPP without `CONFIG_INET_DIAG_DESTROY`.
-pub fn end(it: &Connected) -> Result<bool, Error> {
-    let Connected { family, proto, id } = *it;
-    let body = Body { family, proto, id, ..Body::zeroed() };
-    let ended = Socket::of(NETLINK_SOCK_DIAG)?.request(&Request { kind: END, body }, CHANGE);
-    unless(ended, &[libc::ENOENT, libc::ESTALE])
+impl SockDiag {
+    /// For the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The kernel has no such sockets for us.
+    pub fn open() -> Result<Self, Error> {
+        Socket::of(NETLINK_SOCK_DIAG).map(Self)
+    }
+
+    /// The sockets of a protocol, TCP or UDP, that have these cookies and are connected to these addresses and ports.
+    ///
+    /// # Errors
+    /// The kernel refuses: ENOENT without `CONFIG_UDP_DIAG`.
+    pub fn find(
+        &mut self,
+        proto: u8,
+        wanted: &BTreeSet<(u64, SocketAddr)>,
+    ) -> Result<BTreeMap<(u64, SocketAddr), Connected>, Error> {
+        let states = if proto == TCP { WITH_PEER } else { CONNECTED };
+        let mut all = BTreeMap::new();
+        for family in [AF_INET, AF_INET6] {
+            let body = Body { family, proto, states, ..Body::zeroed() };
+            all.extend(self.0.dump(&Request { kind: LIST, body }, |message| {
+                let Found { family, id, .. } = bytemuck::pod_read_unaligned(message.get(..size_of::<Found>())?);
+                let key = (id.cookie(), id.peer(family));
+                wanted.contains(&key).then_some((key, Connected { family, proto, id }))
+            })?);
+        }
+        Ok(all)
+    }
+
+    /// Ends a socket: its owner gets ECONNABORTED. False if it has ended by itself meanwhile.
+    ///
+    /// # Errors
+    /// The kernel refuses: EOPNOTSUPP without `CONFIG_INET_DIAG_DESTROY`.
+    pub fn end(&mut self, it: &Connected) -> Result<bool, Error> {
+        let Connected { family, proto, id } = *it;
+        let body = Body { family, proto, id, ..Body::zeroed() };
+        unless(self.0.request(&Request { kind: END, body }, CHANGE), &[libc::ENOENT, libc::ESTALE])
+    }
 }
 
 #[cfg(test)]

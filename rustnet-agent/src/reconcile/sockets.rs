@@ -21,7 +21,7 @@ use super::{Datapath, Reconciler};
 use crate::bpf::store::host_ports::Entries;
 use crate::failure::{Failure, Scope};
 use crate::index::Gate;
-use crate::net::sock_diag;
+use crate::net::sock_diag::SockDiag;
 use crate::plan::{Maps, VipKey, Write};
 
 /// Changes that may concern sockets are waited out this long. An endpoint that moves between two slices is missing for a moment: a TCP
@@ -94,7 +94,8 @@ impl Reconciler {
             if peers.is_empty() {
                 continue;
             }
-            let alive = sock_diag::find(proto, &peers).context(REMEDY)?;
+            let mut diag = SockDiag::open()?;
+            let alive = diag.find(proto, &peers).context(REMEDY)?;
             for key in of_proto() {
                 let age = now - *since.entry(*key).or_insert(now);
                 let Some(socket) = alive.get(&peer(key)) else {
@@ -108,7 +109,7 @@ impl Reconciler {
                 };
                 let is_over = proto == UDP || over.contains(key);
                 if is_over && (proto == UDP || age >= SETTLE) {
-                    ended += usize::from(sock_diag::end(socket).context(REMEDY)?);
+                    ended += usize::from(diag.end(socket).context(REMEDY)?);
                     forget.insert(*key);
                 } else if is_over {
                     look_again(SETTLE);
