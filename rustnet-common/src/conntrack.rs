@@ -46,6 +46,20 @@ impl<A: Address> CtEntry<A> {
         if self.flags & flags::SWAPPED != 0 { key.reversed() } else { Tuple { pad: 0, ..*key } }
     }
 
+    /// True if some packets of the key that both have are served by either.
+    pub fn is_rival_of(&self, other: &Self) -> bool {
+        (self.flags & other.flags & flags::NAT == 0) || (self.flags ^ other.flags) & flags::SWAPPED == 0
+    }
+
+    /// True if `other`, an entry for the same packets in another table, was seen later and translates them otherwise: then the
+    /// tuple has been given to another flow since.
+    #[inline(always)]
+    pub fn is_superseded_by(&self, other: &Self) -> bool {
+        let is_nat = self.flags & flags::NAT != 0;
+        let is_other = is_nat != (other.flags & flags::NAT != 0) || (is_nat && self.to != other.to);
+        is_other && is_later(other.seen, self.seen)
+    }
+
     /// True if the entry serves packets of this tuple, whose key it has.
     pub fn serves(&self, tuple: &Tuple<A>) -> bool {
         self.flags & flags::NAT == 0 || (self.flags & flags::SWAPPED != 0) == tuple.is_swapped()
@@ -179,6 +193,12 @@ pub const fn elapsed(now: u32, then: u32) -> u32 {
     if age > i32::MAX as u32 { 0 } else { age }
 }
 
+/// True if `one` is a later time than `other`, for clocks of 32 bits that wrap.
+#[inline(always)]
+pub const fn is_later(one: u32, other: u32) -> bool {
+    one.wrapping_sub(other).cast_signed() > 0
+}
+
 shared_type!(Side, 40);
 shared_type!(CtEntry<Ip4>, 120);
 shared_type!(CtEntry<Ip6>, 144);
@@ -186,8 +206,34 @@ shared_type!(CtEntry<Ip6>, 144);
 #[cfg(test)]
 mod tests {
     use super::state::{ANSWERED, ESTABLISHED, FIN_ACKED, FIN_ORIG, FIN_REPLY, RST_ORIG, RST_REPLY};
-    use super::{elapsed, lifetime};
+    use super::{CtEntry, elapsed, flags, is_later, lifetime};
+    use crate::addr::Ip4;
     use crate::tuple::proto::{ICMP, ICMPV6, SCTP, TCP, UDP};
+
+    #[test]
+    fn an_entry_is_superseded_by_a_later_one_that_translates_otherwise() {
+        let entry = |flags, dport, seen| {
+            let mut entry: CtEntry<Ip4> = bytemuck::Zeroable::zeroed();
+            (entry.flags, entry.to.dport, entry.seen) = (flags, dport, seen);
+            entry
+        };
+        let nat = entry(flags::NAT | flags::REPLY, 80, u32::MAX);
+        for (other, is_superseded) in [
+            (entry(0, 0, 1), true),
+            (entry(flags::NAT, 81, 1), true),
+            (entry(flags::NAT, 80, 1), false),
+            (entry(0, 0, u32::MAX), false),
+            (entry(0, 0, u32::MAX - 1), false),
+        ] {
+            assert_eq!(nat.is_superseded_by(&other), is_superseded, "{other:?}");
+        }
+        let plain = entry(0, 0, u32::MAX);
+        assert!(plain.is_superseded_by(&entry(flags::NAT, 80, 1)));
+        assert!(!plain.is_superseded_by(&entry(flags::SWAPPED, 9, 1)), "nothing translates either");
+        assert!(plain.is_rival_of(&nat) && nat.is_rival_of(&plain) && nat.is_rival_of(&nat));
+        assert!(!nat.is_rival_of(&entry(flags::NAT | flags::SWAPPED, 80, 0)), "of opposite directions");
+        assert!(is_later(1, u32::MAX) && !is_later(7, 7) && !is_later(u32::MAX, 1));
+    }
 
     #[test]
     fn each_state_has_its_lifetime() {

@@ -2,10 +2,12 @@
 //! the kernel about. [`lab`] gives one to each test.
 
 mod addresses;
+mod bridge;
 mod connections;
 mod shot;
 
 pub use addresses::*;
+pub use bridge::labs_of_bridge;
 pub use connections::{Flow, Half, source_of_mac};
 use connections::{Plain, change, flow, half, tuple};
 pub use shot::{REDIRECT, SHOT, STACK, Shot};

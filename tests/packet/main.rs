@@ -5,6 +5,7 @@
 
 mod answers;
 mod bandwidth;
+mod bridge;
 mod decap;
 mod devices;
 mod encap;

@@ -150,6 +150,23 @@ impl<'a> Place<'a> {
         Ok(added)
     }
 
+    /// As [`Place::insert_missing`], and replaces those that an entry of `content` supersedes. Programs that
+    /// write the same entry between the look and the replacement lose it: they have written it into both
+    /// maps.
+    pub fn insert_later(&self, content: &Content, is_superseded: impl Fn(&[u8], &[u8]) -> bool) -> io::Result<usize> {
+        let mut added = 0;
+        let mut here = vec![0; content.value_size];
+        for (key, value) in content.iter() {
+            let mut is_added = sys::map_insert(self.map, key, value)?;
+            if !is_added && sys::map_lookup(self.map, key, &mut here)? && is_superseded(&here, value) {
+                sys::map_update(self.map, key, value)?;
+                is_added = true;
+            }
+            added += usize::from(is_added);
+        }
+        Ok(added)
+    }
+
     /// True if the kernel evicts entries when the map is full.
     pub fn evicts(&self) -> bool {
         self.layout.kind == kind::LRU_HASH

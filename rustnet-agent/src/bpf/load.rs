@@ -18,7 +18,7 @@ use rustnet_common::{names, v1};
 use super::copy::{Place, lru_room};
 use super::log::Packets;
 use super::store::Map;
-use super::store::conntrack::clock_offset;
+use super::store::conntrack::{clock_offset, is_superseded};
 use super::upgrade::{self, Bridge, Found, NEXT_DIR, Plan, Source};
 use super::{fs, migrate, pin, probe, remedy, sys};
 use crate::config::{MapSizes, PacketLog};
@@ -217,7 +217,7 @@ impl Programs {
             if let Some(since) = self.copied.get(name) {
                 content.retain_since(offset, *since);
             }
-            added += new.insert_missing(&content)?;
+            added += new.insert_later(&content, |here, there| is_superseded(name, here, there))?;
             Ok(())
         })?;
         if let Some(upgrade) = &self.from_v1 {
@@ -237,8 +237,10 @@ impl Programs {
             }
             match self.plan.maps[name].1 {
                 // A predecessor was killed after programs had begun to use it: what is there is
-                // newer.
-                Source::Adopted if new.evicts() => new.insert_missing(&content).map(drop),
+                // newer as a rule.
+                Source::Adopted if new.evicts() => {
+                    new.insert_later(&content, |here, there| is_superseded(name, here, there)).map(drop)
+                }
                 Source::Adopted => Ok(()),
                 Source::Resized | Source::New => new.write(&content),
             }

@@ -1,7 +1,7 @@
 //! The content of the retired maps passes to the present ones, and back. See [`super::convert`] for
 //! what becomes what.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::os::fd::OwnedFd;
 
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use bytemuck::Pod;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::backend::{Backend, id};
-use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, flags};
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, is_later};
 use rustnet_common::names::map;
 use rustnet_common::service::SvcKey;
 use rustnet_common::tuple::{Tuple, proto};
@@ -22,9 +22,6 @@ use super::sys::{self, Layout};
 
 /// Maps by name.
 pub type Maps = BTreeMap<String, OwnedFd>;
-
-/// Bits that tell which packets an entry serves.
-const DIRECTION: u16 = flags::NAT | flags::SWAPPED;
 
 /// An upgrade from v1.
 pub struct Upgrade {
@@ -137,7 +134,7 @@ impl Upgrade {
     }
 }
 
-/// Adds an entry unless one serves its packets. False if so.
+/// Adds an entry unless there is one for packets of it, which it does not supersede. False if so.
 fn insert<A>(
     table: &Map<Tuple<A>, CtEntry<A>>,
     contested: &Map<u32, u32>,
@@ -149,18 +146,23 @@ where
     Tuple<A>: Pod,
     CtEntry<A>: Pod,
 {
-    key.pad = 0;
-    if table.insert(&key, entry)? {
-        return Ok(true);
-    }
-    let serves_same = |there: CtEntry<A>| there.flags & flags::NAT == 0 || (there.flags ^ entry.flags) & DIRECTION == 0;
-    if table.get(&key)?.is_some_and(serves_same) {
+    for slot in [0, SLOT_CONTESTED] {
+        key.pad = slot;
+        if slot == SLOT_CONTESTED {
+            // Programs look into the second slot only after this.
+            contested.put(&0, &1)?;
+        }
+        if table.insert(&key, entry)? {
+            return Ok(true);
+        }
+        let Some(there) = table.get(&key)?.filter(|there| there.is_rival_of(entry)) else { continue };
+        if there.is_superseded_by(entry) {
+            table.put(&key, entry)?;
+            return Ok(true);
+        }
         return Ok(false);
     }
-    key.pad = SLOT_CONTESTED;
-    // Programs look into the second slot only after this.
-    contested.put(&0, &1)?;
-    table.insert(&key, entry)
+    Ok(false)
 }
 
 /// Those that a table takes, of entries of which the newest come last.
@@ -270,11 +272,19 @@ impl Export {
             halves.sort_by_key(|(_, half)| std::cmp::Reverse(newest.wrapping_sub(half.seen)));
         }
         let table: Map<Tuple<A>, v1::CtEntry<A>> = present(&self.maps, retired)?;
-        let there: HashSet<Tuple<A>> = table.entries()?.into_iter().map(|(key, _)| key).collect();
-        halves.retain(|(key, _)| !there.contains(key));
+        let there: HashMap<Tuple<A>, v1::CtEntry<A>> = table.entries()?.into_iter().collect();
+        // What another flow has superseded since goes, too.
+        halves.retain(|(key, half)| {
+            there.get(key).is_none_or(|there| there.to != half.to && is_later(half.seen, there.seen))
+        });
         let mut added = 0;
         for (key, half) in newest_of(&halves, table.max_entries()) {
-            added += usize::from(table.insert(key, half)?);
+            // What programs have written since the look stays.
+            let is_added = table.insert(key, half)?;
+            if !is_added && there.contains_key(key) {
+                table.put(key, half)?;
+            }
+            added += usize::from(is_added || there.contains_key(key));
         }
         Ok(added)
     }

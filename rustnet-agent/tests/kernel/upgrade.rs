@@ -13,7 +13,7 @@ use rustnet_agent::bpf::upgrade::Bridge;
 use rustnet_agent::plan::{Maps, VipKey, Write};
 use rustnet_common::addr::Ip4;
 use rustnet_common::config::{NodeConfig, mark};
-use rustnet_common::conntrack::CtEntry;
+use rustnet_common::conntrack::{CtEntry, flags};
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::names::{LINKS_DIR, PROGRAMS, SIDE_IN, map};
 use rustnet_common::service::{SvcEntry, SvcKey};
@@ -116,7 +116,15 @@ fn connections_of_the_old_programs_are_copied_when_the_last_of_them_is_gone() {
         new.put(&tuple(7), &seen_at(1100)).unwrap();
         // One that the collector took meanwhile stays away.
         new.delete(&tuple(3)).unwrap();
-        assert_eq!(next.catch_up().unwrap(), 1);
+        // One that is over, and whose tuple an old program gives to another flow.
+        let translated = CtEntry { flags: flags::NAT, ..seen_at(1101) };
+        old.put(&tuple(8), &translated).unwrap();
+        // One that a new program opened there, too, later.
+        old.put(&tuple(9), &translated).unwrap();
+        new.put(&tuple(9), &seen_at(1102)).unwrap();
+        assert_eq!(next.catch_up().unwrap(), 2);
+        assert_eq!(new.get(&tuple(8)).unwrap(), Some(translated));
+        assert_eq!(new.get(&tuple(9)).unwrap(), Some(seen_at(1102)));
         assert_eq!(new.get(&tuple(200)).unwrap(), Some(seen_at(1100)));
         assert_eq!(new.get(&tuple(7)).unwrap(), Some(seen_at(1100)));
         assert_eq!(new.get(&tuple(3)).unwrap(), None);

@@ -66,10 +66,10 @@ fn classify<F: Track>(
     verify: impl Fn() -> Result<(), DropReason>,
     takes: impl Fn(u32) -> bool,
 ) -> Result<(), DropReason> {
-    let (mut entry, is_vacant) = table::look_up::<F>(Table::of(&p.key), &p.key, p.is_swapped);
-    if migrate::is_migrating() && entry.is_null() && migrate::adopt::<F>(p) {
-        entry = table::find::<F>(&p.key, p.is_swapped);
+    if migrate::is_migrating() {
+        F::adopt();
     }
+    let (entry, is_vacant) = table::look_up::<F>(Table::of(&p.key), &p.key, p.is_swapped);
     if entry.is_null() {
         flow.is_vacant = is_vacant;
         return Ok(());
@@ -182,11 +182,15 @@ pub trait Track: Placed + Old + parse::Remember {
     fn forget();
     /// See [`tcp::is_reset_acceptable`].
     fn is_reset_acceptable() -> bool;
+    /// See [`migrate::adopt`].
+    fn adopt();
 }
 
 /// Declares the functions of a family.
 macro_rules! global {
-    ($family:ident, $accept:ident, $reopen:ident, $refresh:ident, $couple:ident, $forget:ident, $reset:ident) => {
+    (
+        $family:ident, $accept:ident, $reopen:ident, $refresh:ident, $couple:ident, $forget:ident, $reset:ident, $adopt:ident
+    ) => {
         impl Track for $family {
             #[inline(always)]
             fn accept_source(source: Source) -> bool {
@@ -212,6 +216,18 @@ macro_rules! global {
             fn is_reset_acceptable() -> bool {
                 $reset() != 0
             }
+            #[inline(always)]
+            fn adopt() {
+                $adopt();
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $adopt() -> u32 {
+            in_hand::<$family>().map_or(0, |p| {
+                migrate::adopt::<$family>(p);
+                1
+            })
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -258,8 +274,8 @@ fn in_hand<F: Family>() -> Option<&'static Packet<F::A>> {
     F::scratch().map(|scratch| unsafe { &(*scratch).packet })
 }
 
-global!(V4, rn_ct_accept4, rn_ct_reopen4, rn_ct_refresh4, rn_ct_couple4, rn_ct_forget4, rn_ct_reset4);
-global!(V6, rn_ct_accept6, rn_ct_reopen6, rn_ct_refresh6, rn_ct_couple6, rn_ct_forget6, rn_ct_reset6);
+global!(V4, rn_ct_accept4, rn_ct_reopen4, rn_ct_refresh4, rn_ct_couple4, rn_ct_forget4, rn_ct_reset4, rn_ct_adopt4);
+global!(V6, rn_ct_accept6, rn_ct_reopen6, rn_ct_refresh6, rn_ct_couple6, rn_ct_forget6, rn_ct_reset6, rn_ct_adopt6);
 
 #[inline(always)]
 fn accept_source<F: Track>(p: &Packet<F::A>, source: Source) -> bool {

@@ -67,20 +67,38 @@ impl Old for V6 {
     }
 }
 
-/// Takes the flow of a packet over from the old table; false if that does not know it either.
-#[inline(never)]
-pub fn adopt<F: Old + Placed>(p: &Packet<F::A>) -> bool {
-    let Some(scratch) = F::scratch() else { return false };
+/// Takes the flow of a packet over from the old table if the present one has none, or one that it supersedes: a program of the
+/// earlier agent has opened a flow under the tuple of one that is over, of which the present table has a copy.
+#[inline(always)]
+pub fn adopt<F: Old + Placed>(p: &Packet<F::A>) {
+    let Some(scratch) = F::scratch() else { return };
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and no connection is being opened yet.
     let c = unsafe { &mut (*scratch).connection };
-    match MIGRATE.load() {
-        FROM_V1 => adopt_v1::<F>(c, p),
-        _ => adopt_old::<F>(c, p),
+    let is_found = match MIGRATE.load() {
+        FROM_V1 => read_v1::<F>(c, p),
+        _ => read_old::<F>(c, p),
+    };
+    if !is_found {
+        return;
     }
+    c.key = p.key;
+    let place = F::place(&c.key, p.is_swapped);
+    c.key.pad = place.slot;
+    let mut how = BPF_NOEXIST;
+    if place.is_taken {
+        let entry = table::get::<F>(&c.key);
+        // SAFETY: a map value stays readable for this run of the program.
+        if !entry.is_null() && !unsafe { &*entry }.is_superseded_by(&c.original) {
+            return;
+        }
+        how = BPF_ANY;
+    }
+    table::insert::<F>(&c.key, &c.original, how.into());
 }
 
+/// Stores the flow of a packet as the table of v1 has it. False if there is none.
 #[inline(always)]
-fn adopt_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bool {
+fn read_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bool {
     let Some(half) = F::v1().get_ptr(&p.tuple) else { return false };
     // SAFETY: a map value stays readable for this run of the program.
     let half = unsafe { &*half };
@@ -107,17 +125,15 @@ fn adopt_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> b
     entry.identity = 0;
     // Interfaces of 0 are looked up, and sources verified, at the next packet; the refresh then restores the other direction.
     entry.sides = [UNKNOWN; 2];
-    c.key = p.key;
-    let place = F::place(&c.key, p.is_swapped);
-    c.key.pad = place.slot;
-    place.is_taken || table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into())
+    true
 }
 
 /// A side of which nothing is known.
 const UNKNOWN: Side = table::NOTHING_SENT;
 
+/// The same of the old table of the present shape.
 #[inline(always)]
-fn adopt_old<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bool {
+fn read_old<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bool {
     c.key = p.key;
     for slot in [0, SLOT_CONTESTED] {
         c.key.pad = slot;
@@ -127,9 +143,7 @@ fn adopt_old<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> 
         }
         // SAFETY: a map value stays readable for this run of the program.
         c.original = unsafe { *entry };
-        let place = F::place(&p.key, p.is_swapped);
-        c.key.pad = place.slot;
-        return place.is_taken || table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into());
+        return true;
     }
     false
 }

@@ -18,6 +18,7 @@ use rustnet_agent::bpf::probe;
 pub use rustnet_agent::bpf::store::Map as Table;
 use rustnet_agent::bpf::store::counters::Counters;
 use rustnet_agent::bpf::sys::{self, Layout, TestRun, instruction};
+pub use rustnet_agent::bpf::upgrade::Bridge;
 use rustnet_common::event::Event;
 use rustnet_common::names;
 use skb::{CHECKSUM_COMPLETE, SkBuff, word};
@@ -112,28 +113,34 @@ pub fn skeletons_path() -> PathBuf {
 impl Datapath {
     /// Loads the object with maps of the given sizes, the object's own for those that are not named.
     pub fn load(sizes: &[(&str, u32)]) -> Result<Self> {
-        Self::load_from(&object_path(), "cargo xtask build-ebpf", sizes)
+        Self::load_from(&object_path(), "cargo xtask build-ebpf", sizes, Bridge::None)
+    }
+
+    /// As [`Self::load`], of programs that use the tables of an earlier agent, too.
+    pub fn load_bridge(bridge: Bridge, sizes: &[(&str, u32)]) -> Result<Self> {
+        Self::load_from(&object_path(), "cargo xtask build-ebpf", sizes, bridge)
     }
 
     /// As [`Self::load`], of the object with skeletons, for [`Self::run_skeleton`].
     pub fn load_skeletons(sizes: &[(&str, u32)]) -> Result<Self> {
-        Self::load_from(&skeletons_path(), "cargo xtask build-ebpf --skeletons", sizes)
+        Self::load_from(&skeletons_path(), "cargo xtask build-ebpf --skeletons", sizes, Bridge::None)
     }
 
     /// Loads an object of this or an earlier release; sizes of maps that it does not have are ignored.
     pub fn load_object(path: &Path, sizes: &[(&str, u32)]) -> Result<Self> {
-        Self::load_from(path, "cargo xtask build-ebpf", sizes)
+        Self::load_from(path, "cargo xtask build-ebpf", sizes, Bridge::None)
     }
 
-    fn load_from(path: &Path, made_by: &str, sizes: &[(&str, u32)]) -> Result<Self> {
+    fn load_from(path: &Path, made_by: &str, sizes: &[(&str, u32)], bridge: Bridge) -> Result<Self> {
         let object = std::fs::read(path).with_context(|| format!("cannot read {}: run `{made_by}`", path.display()))?;
         // The helper's flag of that name came with 6.16; the tests' machine is newer, and a wrong checksum would tell.
         let csum_ipv6 = u32::from(probe::l4_csum_ipv6()?);
         let decap_l3 = u32::from(probe::decap_l3()?);
+        let migrate = bridge as u32;
         let mut loader = EbpfLoader::new();
         loader.verifier_log_level(VerifierLogLevel::STATS).override_global("L4_CSUM_IPV6", &csum_ipv6, true);
         // Objects to compare with may be older than this one.
-        loader.override_global("DECAP_L3", &decap_l3, false);
+        loader.override_global("DECAP_L3", &decap_l3, false).override_global("MIGRATE", &migrate, false);
         for (map, size) in sizes {
             loader.map_max_entries(map, *size);
         }

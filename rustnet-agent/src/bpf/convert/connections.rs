@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 
 use rustnet_common::addr::Address;
-use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, SOURCE_NONE, Side, flags};
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, SOURCE_NONE, Side, flags, is_later};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
 
@@ -22,8 +22,7 @@ where
 {
     let all: HashMap<Tuple<A>, v1::CtEntry<A>> = halves.iter().copied().collect();
     let mut done = HashSet::new();
-    let mut taken = HashSet::new();
-    let mut out = Vec::with_capacity(halves.len());
+    let mut placed: HashMap<Tuple<A>, Vec<CtEntry<A>>> = HashMap::with_capacity(halves.len());
     for (key, half) in halves {
         let asks = asking_half((*key, *half));
         if !done.insert(asks.0) {
@@ -45,14 +44,26 @@ where
         } else {
             [asks, answers].map(|half| both.entry(half, [side(key.proto, &half.1), NOTHING_SENT])).into()
         };
-        for (mut key, entry) in entries {
-            if !taken.insert(key) {
-                key.pad = SLOT_CONTESTED;
-            }
-            out.push((key, entry));
+        for (key, entry) in entries {
+            place(placed.entry(key).or_default(), entry);
         }
     }
-    out
+    placed
+        .into_iter()
+        .flat_map(|(key, entries)| {
+            [0, SLOT_CONTESTED].into_iter().zip(entries).map(move |(pad, entry)| (Tuple { pad, ..key }, entry))
+        })
+        .collect()
+}
+
+/// Adds an entry to those of its key, which are two at most, of opposite directions. Of two for the same packets the later stays:
+/// v1 had given the tuple of the other, which was over, to its flow.
+fn place<A: Address>(entries: &mut Vec<CtEntry<A>>, entry: CtEntry<A>) {
+    if entries.iter().any(|one| one.is_rival_of(&entry) && !is_later(entry.seen, one.seen)) {
+        return;
+    }
+    entries.retain(|one| !one.is_rival_of(&entry));
+    entries.push(entry);
 }
 
 /// A side that has sent nothing yet.
@@ -259,16 +270,18 @@ mod tests {
     where
         A: Address + Eq + Hash + Ord + std::fmt::Debug,
     {
-        let halves: Vec<Half<A>> = table(flows).into_iter().flatten().collect();
+        let pairs = table(flows);
+        let wanted: usize = pairs.iter().map(|[(key, asks), _]| if asks.to == *key { 1 } else { 2 }).sum();
+        let halves: Vec<Half<A>> = pairs.into_iter().flatten().collect();
         let entries = upgrade(&halves, backend);
         let keys: HashSet<(Tuple<A>, u8)> = entries.iter().map(|(key, _)| (*key, key.pad)).collect();
+        assert_eq!(keys.len(), entries.len());
         for (key, entry) in &entries {
             assert_eq!(key.canonical(), Tuple { pad: 0, ..*key });
             assert_eq!((entry.to.pad, entry.sides[0].ifindex, entry.sides[0].source), (0, 0, SOURCE_NONE));
         }
-        // Three flows can want one key only where v1 had an untranslated flow among them; the
-        // programs drop the last then.
-        if keys.len() < entries.len() {
+        // Where v1 had an untranslated flow and another one for tuples of one key, the later stays.
+        if entries.len() < wanted {
             return;
         }
         let back: BTreeMap<_, _> = downgrade(&entries).into_iter().map(|(key, half)| (key, kept(&half))).collect();
@@ -356,6 +369,29 @@ mod tests {
             entries.iter().filter(|(k, _)| k.canonical() == key.canonical()).map(|(k, _)| k.pad).collect();
         slots.sort_unstable();
         assert_eq!(slots, [0, SLOT_CONTESTED]);
+    }
+
+    /// The answers of a service's connection that is over have the tuple of a later one to the backend itself. And the other way round.
+    #[test]
+    fn of_two_flows_for_the_same_packets_the_later_stays() {
+        let (asks, direct) = (tuple::<Ip4>([1, 4, 3, 4], proto::TCP), tuple([1, 0, 3, 5], proto::TCP));
+        for is_direct_later in [true, false] {
+            let seen = |is_later| Flow { seen: if is_later { 60 } else { 50 }, ..tcp(1) };
+            let service = pair(asks, direct, &seen(!is_direct_later));
+            let plain = pair(direct, direct, &seen(is_direct_later));
+            // What v1 wrote last stands under the tuple that both want.
+            let halves = if is_direct_later {
+                [&service[..1], &plain[..]].concat()
+            } else {
+                [&plain[..1], &service[..]].concat()
+            };
+            for halves in [halves.clone(), halves.into_iter().rev().collect()] {
+                let entries = upgrade(&halves, backend);
+                let there: Vec<_> = entries.iter().filter(|(key, _)| key.canonical() == direct.canonical()).collect();
+                let [(key, entry)] = there[..] else { panic!("{entries:?}") };
+                assert_eq!((key.pad, entry.flags & flags::NAT == 0), (0, is_direct_later));
+            }
+        }
     }
 
     #[test]

@@ -143,6 +143,33 @@ fn what_the_old_programs_open_meanwhile_is_added_and_nothing_comes_back() {
     assert_eq!(upgrade.catch_up(&old, &new).unwrap(), 0);
 }
 
+/// A service's connection is over, and old programs give its tuple to one of its backend itself, after the copy. And back.
+#[test]
+fn what_supersedes_an_expired_connection_is_copied() {
+    let (old, new) = (retired(), fresh());
+    let direct = tuple(ip(1), ip(3), 7, proto::TCP);
+    let asks = Tuple { dst: ip(96), ..direct };
+    connect(&old, v1::map::CT4, asks, direct, 5, 0);
+    let another = tuple(ip(1), ip(3), 8, proto::TCP);
+    connect(&old, v1::map::CT4, another, another, 6, 0);
+    let upgrade = Upgrade::run(&old, &new, false).unwrap();
+    let table = present::<Tuple<Ip4>, CtEntry<Ip4>>(&new, map::CT4_TCP).unwrap();
+    let nat = || table.get(&direct.canonical()).unwrap().unwrap().flags & flags::NAT;
+    assert_eq!(nat(), flags::NAT);
+    connect(&old, v1::map::CT4, direct, direct, 7, 0);
+    assert_eq!(upgrade.catch_up(&old, &new).unwrap(), 1);
+    assert_eq!(nat(), 0);
+
+    let sizes: BTreeMap<String, u32> = v1::RETIRED.iter().map(|shape| (shape.name.to_owned(), 512)).collect();
+    let export = Export::new(&new, &sizes).unwrap();
+    let later = CtEntry { flags: flags::NAT, seen: 8, to: asks, ..CtEntry::zeroed() };
+    put(&new, map::CT4_TCP, direct.canonical(), later);
+    export.catch_up(&new).unwrap();
+    let half = present::<Tuple<Ip4>, v1::CtEntry<Ip4>>(export.maps(), v1::map::CT4).unwrap();
+    assert_eq!(half.get(&direct.canonical()).unwrap().unwrap().to, asks);
+    assert_eq!(export.catch_up(&new).unwrap(), 0);
+}
+
 #[test]
 fn a_connection_that_a_program_took_over_gets_the_present_id_of_its_backend() {
     let (old, new) = (node(), fresh());

@@ -92,6 +92,22 @@ pub fn clock_offset(name: &str) -> Option<usize> {
     }
 }
 
+/// True if a value of a connection table supersedes another one of the same key. False for other maps.
+pub fn is_superseded(name: &str, here: &[u8], there: &[u8]) -> bool {
+    fn is_of<A: Address>(here: &[u8], there: &[u8]) -> bool
+    where
+        CtEntry<A>: Pod,
+    {
+        let read = bytemuck::try_pod_read_unaligned::<CtEntry<A>>;
+        matches!((read(here), read(there)), (Ok(here), Ok(there)) if here.is_superseded_by(&there))
+    }
+    match name {
+        map::CT4_TCP | map::CT4_ANY => is_of::<Ip4>(here, there),
+        map::CT6_TCP | map::CT6_ANY => is_of::<Ip6>(here, there),
+        _ => false,
+    }
+}
+
 impl<A: Address + Ord> Tables<A>
 where
     Tuple<A>: Pod,

@@ -1,0 +1,111 @@
+//! Nodes between two agents, whose programs use the tables of the earlier agent, too.
+
+use super::addresses::{BOTH, Net};
+use super::{HZ, Lab, tables};
+use anyhow::{Context, Result};
+use bytemuck::Pod;
+use rustnet_agent::bpf::upgrade::earlier;
+use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::conntrack::CtEntry;
+use rustnet_common::tuple::Tuple;
+use rustnet_common::v1;
+use testkit::datapath::{Bridge, Datapath, Table};
+
+/// Runs a test for each family, on a node that no other test gets.
+pub fn labs_of_bridge(bridge: Bridge, test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
+    let lab = Lab::with(|sizes| Datapath::load_bridge(bridge, sizes))?;
+    lab.reset()?;
+    lab.netns.run(|| BOTH.into_iter().try_for_each(|net| test(&lab, net).with_context(|| format!("{net:?}"))))?
+}
+
+/// Keys and entries of a family's tables.
+type Rows<A> = [Vec<(Tuple<A>, CtEntry<A>)>; 2];
+
+/// Connections of both families.
+pub struct Copied(Rows<Ip4>, Rows<Ip6>);
+
+impl Lab {
+    /// Takes all connections out of the present tables.
+    pub fn take_connections(&self) -> Result<Copied> {
+        let copied = Copied(self.rows_of()?, self.rows_of()?);
+        self.forget()?;
+        Ok(copied)
+    }
+
+    /// Makes these the only connections of the present tables.
+    pub fn put_connections(&self, copied: &Copied) -> Result<()> {
+        self.forget()?;
+        self.put_rows(&copied.0)?;
+        self.put_rows(&copied.1)
+    }
+
+    /// Forgets all connections of the earlier agent.
+    pub fn forget_earlier(&self) -> Result<()> {
+        self.each_earlier::<Ip4>(Table::clear, Table::clear)?;
+        self.each_earlier::<Ip6>(Table::clear, Table::clear)
+    }
+
+    /// Makes all connections of the earlier agent look as if they had last been seen some seconds (as the programs count) before.
+    pub fn age_earlier(&self, seconds: u32) -> Result<()> {
+        self.age_family::<Ip4>(seconds * HZ)?;
+        self.age_family::<Ip6>(seconds * HZ)
+    }
+
+    fn age_family<A: Address>(&self, ticks: u32) -> Result<()>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+        v1::CtEntry<A>: Pod,
+    {
+        self.each_earlier::<A>(
+            |table| change_all(table, |entry| entry.seen = entry.seen.wrapping_sub(ticks)),
+            |table| change_all(table, |half| half.seen = half.seen.wrapping_sub(ticks)),
+        )
+    }
+
+    /// Calls one function with each table of the present shape, and the other with that of v1.
+    fn each_earlier<A: Address>(
+        &self,
+        present: impl Fn(&Table<Tuple<A>, CtEntry<A>>) -> Result<()>,
+        retired: impl Fn(&Table<Tuple<A>, v1::CtEntry<A>>) -> Result<()>,
+    ) -> Result<()>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+        v1::CtEntry<A>: Pod,
+    {
+        for name in tables::<A>() {
+            present(&self.datapath.table(&earlier(name))?)?;
+        }
+        retired(&self.datapath.table(if A::IS_V6 { v1::map::CT6 } else { v1::map::CT4 })?)
+    }
+
+    fn rows_of<A: Address>(&self) -> Result<Rows<A>>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+    {
+        let [tcp, any] = tables::<A>();
+        Ok([self.datapath.table(tcp)?.entries()?, self.datapath.table(any)?.entries()?])
+    }
+
+    fn put_rows<A: Address>(&self, rows: &Rows<A>) -> Result<()>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+    {
+        for (name, rows) in tables::<A>().into_iter().zip(rows) {
+            let table = self.datapath.table(name)?;
+            rows.iter().try_for_each(|(key, entry)| table.put(key, entry))?;
+        }
+        Ok(())
+    }
+}
+
+fn change_all<K: Pod, V: Pod>(table: &Table<K, V>, change: impl Fn(&mut V)) -> Result<()> {
+    for (key, mut value) in table.entries()? {
+        change(&mut value);
+        table.put(&key, &value)?;
+    }
+    Ok(())
+}
