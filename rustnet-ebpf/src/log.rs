@@ -163,14 +163,14 @@ const UNWANTED: u32 = u32::MAX;
 fn judge<F: Family>(result: PackedResult) -> u32 {
     let Some(scratch) = F::scratch() else { return UNWANTED };
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and the hook is done with it.
-    let (t, to) = unsafe { (&(*scratch).packet.tuple, &(*scratch).flow.to) };
-    if !is_wanted(t, &to.tuple) {
+    let (t, flow) = unsafe { (&(*scratch).packet.tuple, &(*scratch).flow) };
+    if !is_wanted(t, &flow.to.tuple) {
         return UNWANTED;
     }
     match result.result() {
         Err(dropped) => outcome::DROP | u32::from(dropped.reason as u8) << 8,
         Ok(TO_STACK) => outcome::PASS,
-        Ok(_) => match route::of::<F>(to).route {
+        Ok(_) => match route::of::<F>(&flow.to, flow.flags).route {
             Route::Pod => outcome::POD,
             Route::Tunnel => outcome::TUNNEL,
             Route::Direct => outcome::DIRECT,

@@ -63,7 +63,7 @@ fn try_decide<F: Classify<Xdp>>(xdp: &Xdp) -> Result<Decision, Dropped> {
         // Its backend is chosen in a program of its own.
         return Ok(STACK);
     }
-    let action = plan::plan::<F>(p, &flow.to, Origin::Uplink, config)?;
+    let action = plan::plan::<F>(p, flow, Origin::Uplink, config)?;
     if action.target == Target::Stack {
         return Ok(STACK);
     }

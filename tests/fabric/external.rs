@@ -368,16 +368,13 @@ fn node_ports_at_a_second_address() -> Result<()> {
 }
 
 #[test]
-#[ignore = "the answers go into the overlay, where the other node does not know the address as node 1's and drops them"]
 fn node_ports_at_a_second_address_from_other_nodes() -> Result<()> {
     at_a_second_address(|net| vec![net.c.netns(), net.node(2).netns()])
 }
 
-/// A node port whose backend is on the node's own network, and then that backend itself, both from one port of the client. What the
-/// node sends from the node port resets a TCP connection's attempts until the entry of the first has expired.
+/// A node port whose backend is on the node's own network, and that backend itself, both from one port of the client, in either order.
 #[test]
-#[ignore = "the node sends the answer of the backend itself from the node port: the packets of a host have no entry of their own"]
-fn a_node_port_and_then_its_backend_from_one_port() -> Result<()> {
+fn a_node_port_and_its_backend_from_one_port() -> Result<()> {
     observed(&Net::start(Setup::default())?, |net| {
         let node = net.node(1);
         let at = world().map(|like| Endpoint::ready(node.address_like(like), Some(node.name())));
@@ -385,18 +382,28 @@ fn a_node_port_and_then_its_backend_from_one_port() -> Result<()> {
         for target in node_ports(node, &service) {
             wait_served(net.fabric.world(), target)?;
             let itself = SocketAddr::new(target.ip(), testkit::pod::PORT);
-            net.fabric.world().run(|| -> Result<()> {
-                for (i, to) in [target, itself].into_iter().enumerate() {
-                    let answer = ask_udp(&udp_from_port(41_000, to)?, &i.to_string());
-                    ensure!(answer.with_context(|| format!("UDP {to}"))?.0 == node.name(), "another server");
+            for client in [net.fabric.world(), net.c.netns()] {
+                for (port, order) in [(41_000, [target, itself]), (41_001, [itself, target])] {
+                    client
+                        .run(|| both_answer(port, order))?
+                        .with_context(|| format!("from {}, port {port}", client.name()))?;
                 }
-                for (i, to) in [target, itself].into_iter().enumerate() {
-                    let answer = Connection::open_from_port(41_001, to)?.ask(&i.to_string());
-                    ensure!(answer.with_context(|| format!("TCP {to}"))?.0 == node.name(), "another server");
-                }
-                Ok(())
-            })??;
+            }
         }
         Ok(())
     })
+}
+
+/// UDP, then TCP, to two addresses of node 1 from one port. The first is asked again while the connection to the second is open.
+fn both_answer(port: u16, targets: [SocketAddr; 2]) -> Result<()> {
+    for (i, to) in targets.into_iter().enumerate() {
+        let answer = ask_udp(&udp_from_port(port, to)?, &i.to_string());
+        ensure!(answer.with_context(|| format!("UDP {to}"))?.0 == "n1", "another server");
+    }
+    let [mut first, mut second] =
+        [Connection::open_from_port(port, targets[0])?, Connection::open_from_port(port, targets[1])?];
+    for (to, open) in [(targets[1], &mut second), (targets[0], &mut first)] {
+        ensure!(open.ask("1").with_context(|| format!("TCP {to}"))?.0 == "n1", "another server");
+    }
+    Ok(())
 }

@@ -12,7 +12,7 @@ use crate::ctx::Skb;
 use crate::family::{Family, V4, V6};
 use crate::maps;
 use crate::outcome::{Dropped, PackedResult};
-use crate::packet::{Class, Kind, Packet, Source};
+use crate::packet::{Class, Flow, Kind, Packet, Source};
 use crate::parse;
 use crate::rewrite;
 use crate::step::exec::TO_STACK;
@@ -20,7 +20,7 @@ use crate::step::host_port::HostPorts;
 use crate::step::icmp::{self, Reporter};
 use crate::step::lb;
 use crate::step::plan::Origin;
-use crate::step::{conntrack, nat, source};
+use crate::step::{conntrack, nat, route, source};
 use crate::wire::tcp as bits;
 
 /// The verdict on a packet that `external_in` goes on with: none of the kernel's.
@@ -39,15 +39,23 @@ pub fn run<F: Steps>(skb: &Skb, source: Source, hook: u8) -> Result<i32, Dropped
             return Ok(TO_STACK);
         }
         F::translate_external(p, flow).into_unit()?;
+        if nat::is_answer_to_host::<F>(skb, &flow.to.tuple) {
+            // The backend is a process of this node that the client has asked itself, from the same port.
+            flow.flags |= flags::MASQ;
+            flow.to.tuple.sport = 0;
+        }
     }
     forward::<F>(skb, p, flow, source, Origin::External, config, hook)
 }
 
 /// True if a packet that no flow has asks for a Service at an address for clients outside, or for a pod's port of this node. The CNI
-/// binary gives pods their ports while no agent may live: no setting says whether there are any.
+/// binary gives pods their ports while no agent may live: no setting says whether there are any. True, too, if it asks this node itself,
+/// and the answers would be taken for those of a flow to a Service: then it needs a flow with another source port.
 #[inline(always)]
-pub fn is_asked<F: HostPorts>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
-    is_service_asked::<F>(p, config) || F::is_host_port(p)
+pub fn is_asked<F: HostPorts>(p: &Packet<F::A>, flow: &Flow<F::A>, config: &NodeConfig) -> bool {
+    is_service_asked::<F>(p, config)
+        || F::is_host_port(p)
+        || (!flow.is_vacant && p.is_flow() && route::is_host::<F>(p.tuple.dst))
 }
 
 /// True if a packet asks for a Service at an address for clients outside.

@@ -55,7 +55,7 @@ pub fn forward<F: Steps>(
     config: &NodeConfig,
     hook: u8,
 ) -> Result<i32, Dropped> {
-    let action = plan::plan::<F>(p, &flow.to, origin, config)?;
+    let action = plan::plan::<F>(p, flow, origin, config)?;
     // Not on the way into a pod of this node: nothing writes the checksum there.
     let can_encapsulate = origin == Origin::Pod
         && action.target != Target::Pod

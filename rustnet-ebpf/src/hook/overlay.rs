@@ -53,11 +53,11 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
         if flow.class == Class::New {
             verify()?;
             if !is_for_pod() {
-                if external::is_asked::<F>(p, config) {
+                if external::is_asked::<F>(p, flow, config) {
                     return Ok(external::JUMP);
                 }
                 // Packets for the host's own stack need no connection of ours.
-                plan::plan::<F>(p, &flow.to, Origin::Tunnel, config)?;
+                plan::plan::<F>(p, flow, Origin::Tunnel, config)?;
                 parse::remember_ports::<F>(p, skb.ifindex());
                 return Ok(TO_STACK);
             }

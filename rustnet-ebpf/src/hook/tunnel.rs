@@ -194,7 +194,7 @@ pub fn run<F: Steps>(skb: &Skb, overhead: u32, outside: &Outside) -> Result<i32,
     if flow.class == Class::New && (verify().is_err() || !is_taken(route::local_pod(p.tuple.dst))) {
         return Ok(BACK);
     }
-    let Ok(action) = plan::plan::<F>(p, &flow.to, Origin::Tunnel, config) else { return Ok(BACK) };
+    let Ok(action) = plan::plan::<F>(p, flow, Origin::Tunnel, config) else { return Ok(BACK) };
     if action.target != Target::Pod {
         return Ok(BACK);
     }

@@ -165,7 +165,7 @@ fn translate_new<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Resul
     }
     let to = &mut flow.to;
     to.egress = route::local_pod(to.tuple.dst);
-    if config.flags & config::flags::MASQUERADE != 0 && route::of::<F>(to).route == Route::World {
+    if config.flags & config::flags::MASQUERADE != 0 && route::of::<F>(to, flow.flags).route == Route::World {
         flow.flags |= flags::MASQ;
     }
     if flow.flags & (flags::HAIRPIN | flags::MASQ) != 0 {
@@ -185,7 +185,7 @@ fn translate_external<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> 
         flow.to.tuple.dst = F::A::from_addr(backend.addr);
         flow.to.tuple.dport = backend.port;
         flow.backend = backend.id;
-    } else if !F::translate_to_host_port(p, flow) {
+    } else if !F::translate_to_host_port(p, flow) && !route::is_host::<F>(p.tuple.dst) {
         // Its entry went since the packet was classified.
         return Err(DropReason::BackendLookupFailed);
     }

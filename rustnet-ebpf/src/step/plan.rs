@@ -10,7 +10,7 @@ use rustnet_common::tuple::proto;
 use super::route::{self, Destination, Route};
 use super::source::Verify;
 use crate::outcome::Dropped;
-use crate::packet::{Packet, Translation};
+use crate::packet::{Flow, Packet};
 
 /// Where a packet comes from.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,15 +55,16 @@ pub struct Action {
     pub ttl: u8,
 }
 
-/// Decides what becomes of a packet that is to become `to`.
+/// Decides what becomes of a packet of a flow.
 #[inline(always)]
 pub fn plan<F: Verify>(
     p: &Packet<F::A>,
-    to: &Translation<F::A>,
+    flow: &Flow<F::A>,
     origin: Origin,
     config: &NodeConfig,
 ) -> Result<Action, Dropped> {
-    let Destination { route, egress, peer } = route::of::<F>(to);
+    let to = &flow.to;
+    let Destination { route, egress, peer } = route::of::<F>(to, flow.flags);
     let is_host = origin == Origin::Host;
     // Of clients outside neither: this node would lend them its address.
     let is_of_others = matches!(origin, Origin::Pod | Origin::External);

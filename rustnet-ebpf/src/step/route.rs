@@ -1,7 +1,7 @@
 //! Where a destination lies. Contract: maps an address to one [`Route`], by look-ups in our own maps alone.
 
 use rustnet_common::addr::{Addr, Address};
-use rustnet_common::conntrack::{NOT_LOCAL, VIA_QDISC};
+use rustnet_common::conntrack::{self, NOT_LOCAL, VIA_QDISC};
 use rustnet_common::endpoint;
 use rustnet_common::peer::{Peer, flags};
 
@@ -74,16 +74,28 @@ extern "C" fn rn_local_pod(high: u64, low: u64) -> u32 {
     }
 }
 
-/// Finds where a translated packet leads, from what its connection remembers if it does.
+/// Finds where a translated packet of a flow with these flags leads, from what its connection remembers if it does.
 #[inline(always)]
-pub fn of<F: Family>(to: &Translation<F::A>) -> Destination {
+pub fn of<F: Family>(to: &Translation<F::A>, flow_flags: u16) -> Destination {
     let egress = if to.egress == 0 { local_pod(to.tuple.dst) } else { to.egress };
-    if egress == NOT_LOCAL { remote::<F>(to.tuple.dst) } else { Destination { route: Route::Pod, egress, peer: None } }
+    if egress == NOT_LOCAL {
+        remote::<F>(to.tuple.dst, flow_flags)
+    } else {
+        Destination { route: Route::Pod, egress, peer: None }
+    }
+}
+
+/// [`flags::NODE`] of the answers to a client outside, else 0. Another node is such a client where it asks past the overlay, maybe at an
+/// address that it does not know as this node's: it would refuse that inside the tunnel. Without a branch, for the verifier would
+/// follow each to the end.
+#[inline(always)]
+fn past_tunnel(flow_flags: u16) -> u16 {
+    ((flow_flags / conntrack::flags::EXTERNAL) & (flow_flags / conntrack::flags::REPLY) & 1) * flags::NODE
 }
 
 /// Finds where an address lies that no pod of this node has.
 #[inline(always)]
-fn remote<F: Family>(dst: F::A) -> Destination {
+fn remote<F: Family>(dst: F::A, flow_flags: u16) -> Destination {
     let without_peer = |route| Destination { route, egress: NOT_LOCAL, peer: None };
     if dst.is_link_scope() {
         return without_peer(Route::Stack);
@@ -91,7 +103,7 @@ fn remote<F: Family>(dst: F::A) -> Destination {
     match F::peer(dst) {
         None => without_peer(Route::World),
         Some(p) if p.flags & (flags::HOST | flags::LOCAL_PODS) != 0 => without_peer(Route::Stack),
-        Some(p) if p.flags & flags::TUNNEL != 0 => {
+        Some(p) if p.flags & (flags::TUNNEL | past_tunnel(flow_flags)) == flags::TUNNEL => {
             Destination { route: Route::Tunnel, egress: NOT_LOCAL, peer: Some(p) }
         }
         Some(_) => without_peer(Route::Direct),
