@@ -43,8 +43,7 @@ pub struct Own {
 impl Holder {
     /// Makes a new network namespace with loopback up.
     pub fn new(name: &str, own: Own) -> Result<Self> {
-        let mut command = Command::new("sleep");
-        command.arg0(name).arg("infinity").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut command = sleeper(name);
         let cgroup = own.cgroup.as_deref().map(open_procs).transpose()?;
         let flags = if own.mounts { libc::CLONE_NEWNET | libc::CLONE_NEWNS } else { libc::CLONE_NEWNET };
         let procs = cgroup.as_ref().map(AsRawFd::as_raw_fd);
@@ -75,6 +74,30 @@ impl Holder {
         holder.ip("link set lo up")?;
         Ok(holder)
     }
+
+    /// Holds a network namespace that somebody else made, by a file that stands for it.
+    pub fn of(name: &str, file: &Path) -> Result<Self> {
+        let net = File::open(file).with_context(|| format!("cannot open the namespace {}", file.display()))?;
+        let mut command = sleeper(name);
+        let fd = net.as_raw_fd();
+        // SAFETY: only an async-signal-safe system call between fork and exec; the file is open until after spawn.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::setns(fd, libc::CLONE_NEWNET) == 0 { Ok(()) } else { Err(Error::last_os_error()) }
+            });
+        }
+        let process = Process::spawn(command).with_context(|| format!("cannot enter {}", file.display()))?;
+        let netns =
+            Netns { name: name.into(), pid: process.pid(), net: Arc::new(net.into()), mounts: None, cgroup: None };
+        Ok(Self { netns, _process: process })
+    }
+}
+
+/// The process of a [`Holder`].
+fn sleeper(name: &str) -> Command {
+    let mut command = Command::new("sleep");
+    command.arg0(name).arg("infinity").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
 }
 
 impl std::ops::Deref for Holder {

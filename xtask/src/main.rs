@@ -1,5 +1,6 @@
 //! Every developer command of rustnet: `cargo xtask --help`.
 
+mod bench;
 mod cache;
 mod cluster;
 mod cmd;
@@ -103,7 +104,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo(args) => return play::demo(&args),
         Command::Test(args) => return test::run(&args),
         Command::Lint(args) => lint::run(&args)?,
-        Command::Bench(args) => return play::bench(&args),
+        Command::Bench(args) => return bench::run(&args),
         Command::Kernels(args) => kernels::run(&args)?,
         Command::Guest(args) => return kernels::guest::run(&args),
         Command::CleanNets(args) => nets::run(&args)?,

@@ -15,7 +15,14 @@ use crate::{ebpf, paths, test};
 pub struct Args {
     /// Options of the program itself; --help lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<String>,
+    pub args: Vec<String>,
+}
+
+impl Args {
+    /// True where the program only prints its options.
+    pub fn asks_for_help(&self) -> bool {
+        self.args.iter().any(|a| a == "--help" || a == "-h")
+    }
 }
 
 /// The demo.
@@ -36,6 +43,11 @@ pub fn bench(args: &Args) -> Result<ExitCode> {
     play("bench", args, &needs)
 }
 
+/// The program of the benchmarks, built, with the options of its command.
+pub fn bench_program(args: &Args) -> Result<Cmd> {
+    Ok(build("bench", &[Need::Build, Need::Network])?.args(&args.args))
+}
+
 /// kube-proxy, and the API server that it asks, are compared with by the group `network` alone.
 fn needs_kubernetes(args: &[String]) -> bool {
     let named = |group: &str| args.iter().any(|a| a == group);
@@ -43,18 +55,23 @@ fn needs_kubernetes(args: &[String]) -> bool {
 }
 
 fn play(name: &str, args: &Args, needs: &[Need]) -> Result<ExitCode> {
-    if args.args.iter().any(|a| a == "--help" || a == "-h") {
+    if args.asks_for_help() {
         // Help must not wait for an optimised build, nor ask for root.
         let run = Cmd::cargo().args(["run", "--quiet", "--package", "testkit", "--bin", name, "--", "--help"]);
         return Ok(test::exit_code(run.dir(paths::root()).status()?.code()));
     }
+    let program = build(name, needs)?;
+    // Replacing this process: Ctrl-C reaches the program alone, and its status is the command's.
+    Err(program.args(&args.args).exec())
+}
+
+/// Builds everything as for users; returns the program without arguments.
+fn build(name: &str, needs: &[Need]) -> Result<Cmd> {
     need_root(name)?;
     setup::ensure(needs)?;
     ebpf::build(&ebpf::Args::default())?;
     dist::build(Profile::Release, &["testkit"])?;
-    let program = test::prepare(Cmd::new(Profile::Release.built().join(name)), Profile::Release)?;
-    // Replacing this process: Ctrl-C reaches the program alone, and its status is the command's.
-    Err(program.args(&args.args).exec())
+    test::prepare(Cmd::new(Profile::Release.built().join(name)), Profile::Release)
 }
 
 #[cfg(test)]

@@ -12,12 +12,14 @@
 //! | `images` | what containers run |
 //! | `network` | rustnet, or the reference to compare with |
 //! | `relay` | the API server for this machine's own shells |
+//! | `pods`, `ends` | running pods: their namespaces; those of the benchmark |
 //! | `lifecycle` | nodes that reboot, come and go |
 //! | `up`, `down`, `status`, `trial` | the commands |
 
 mod cgroup;
 mod components;
 mod down;
+pub mod ends;
 mod images;
 mod init;
 mod layout;
@@ -25,6 +27,7 @@ mod lifecycle;
 mod network;
 mod node;
 mod pki;
+mod pods;
 mod process;
 mod relay;
 mod settings;
@@ -43,7 +46,7 @@ use crate::cmd::need_root;
 use crate::test::exit_code;
 pub use layout::Cluster;
 pub use process::tail;
-pub use settings::{Network, SERVICES, Settings};
+pub use settings::{Network, Routing, SERVICES, Settings};
 
 use layout::Node;
 
@@ -171,11 +174,15 @@ fn find(cluster: &Cluster, name: &str) -> Result<Node> {
 
 /// What `up` would take without options; `down` after a `down` that was interrupted needs some.
 fn defaults() -> Result<Settings> {
+    settings(&["--nodes", "9"])
+}
+
+/// What `up` takes with these options.
+pub fn settings(options: &[&str]) -> Result<Settings> {
     #[derive(Parser)]
     struct Line {
         #[command(flatten)]
         settings: Settings,
     }
-    let line = Line { settings: Line::try_parse_from(["up", "--nodes", "9"])?.settings };
-    Ok(line.settings)
+    Ok(Line::try_parse_from([&["up"], options].concat())?.settings)
 }

@@ -141,7 +141,7 @@ const CRATES: [Crate; 6] = [
             &["dist"],
             &["image", "kernels", "lint", "test"],
             &["cluster", "play"],
-            &["e2e"],
+            &["bench", "e2e"],
             &["crate"],
         ],
         is_strict: false,

@@ -49,6 +49,13 @@ struct Args {
     /// network: the CPU that both ends of a connection share; the last one when absent
     #[arg(long)]
     cpu: Option<usize>,
+    /// network: measure in a real cluster instead (rnb without a name); one that runs is used as it is, else one is started and removed,
+    /// for each routing
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = "rnb")]
+    cluster: Option<String>,
+    /// network: with --cluster, measure only this routing
+    #[arg(long, value_enum, requires = "cluster")]
+    routing: Option<Routing>,
     /// packets, network: measure only rows or tables whose title holds this, such as "established", "VXLAN" or "TCP_RR"
     #[arg(long, default_value = "")]
     only: String,
@@ -71,6 +78,15 @@ enum What {
     Control,
     /// How long the CNI binary takes, compared with the reference plugins
     Cni,
+}
+
+/// Routings of clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Routing {
+    /// In a tunnel
+    Vxlan,
+    /// By plain routes
+    Native,
 }
 
 impl Args {
@@ -106,7 +122,10 @@ fn main() -> Result<()> {
             cpu: args.cpu.unwrap_or(cpus().saturating_sub(1)),
             only: args.only.clone(),
         };
-        network::run(&extent).context("network")?;
+        match &args.cluster {
+            Some(_) => network::cluster::run(&extent).context("network")?,
+            None => network::run(&extent).context("network")?,
+        }
         println!();
     }
     if args.wants(What::Control) {

@@ -8,7 +8,7 @@ mod static_pod;
 mod uninstall;
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,8 +17,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::layout::{Cluster, Node};
 use super::network::rustnet;
+use super::pods::{self, Pod};
 use super::settings::Network;
-use super::{lifecycle, node, up, wait, wires};
+use super::{lifecycle, node, up, wait};
 use crate::{image, paths, ui};
 use load::{Kind, Load, Stream, Tally};
 
@@ -301,32 +302,7 @@ fn streams(cluster: &Cluster, trial: Trial) -> Result<Vec<Stream>> {
     Ok(streams)
 }
 
-/// A pod of the trial.
-struct Pod {
-    name: String,
-    netns: PathBuf,
-    addresses: Vec<IpAddr>,
-}
-
-/// A running pod of this app on this node.
+/// A running pod of this app of the trial on this node.
 fn pod(cluster: &Cluster, app: &str, on: &Node) -> Result<Pod> {
-    let (selector, field) = (format!("--selector=app={app}"), format!("--field-selector=spec.nodeName={}", on.name));
-    let format = "jsonpath={.items[0].status.podIPs[*].ip}";
-    let text = cluster.ask(&["--namespace=trial", "get", "pods", &selector, &field, "-o", format])?;
-    let addresses: Vec<IpAddr> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
-    let address = addresses.first().with_context(|| format!("no pod of {app} on {}", on.name))?;
-    let netns = netns_of(cluster, on, *address)?;
-    Ok(Pod { name: format!("{app} on {}", on.name), netns, addresses })
-}
-
-/// The namespace, among those that the node's runtime has made, that has this address.
-fn netns_of(cluster: &Cluster, on: &Node, address: IpAddr) -> Result<PathBuf> {
-    let dir = node::root(cluster, on)?.join("run/netns");
-    for entry in fs::read_dir(&dir)?.flatten() {
-        // Only who has an address can bind to it.
-        if wires::inside(&entry.path(), || UdpSocket::bind((address, 0)).is_ok()).unwrap_or(false) {
-            return Ok(entry.path());
-        }
-    }
-    bail!("no namespace in {} has {address}", dir.display())
+    pods::find(cluster, "trial", app, on)
 }

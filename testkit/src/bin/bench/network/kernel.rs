@@ -76,53 +76,102 @@ pub struct Hosts {
 /// The second octet of routed pods' addresses, and of tunnelled ones'.
 const ROUTED: u8 = 201;
 const TUNNELLED: u8 = 202;
+/// The device of the tunnel.
+const TUNNEL: &str = "vx0";
 
 impl Hosts {
     /// Builds them.
     pub fn new() -> Result<Self> {
-        let hosts = [namespace("kernel-1")?, namespace("kernel-2")?];
-        let [one, two] = [host_address(0x14, 1), host_address(0x14, 2)];
-        for host in &hosts {
-            host.sysctl("ipv4/ip_forward", "1")?;
-            host.sysctl("ipv6/conf/all/forwarding", "1")?;
+        let routers = [namespace("kernel-1")?, namespace("kernel-2")?];
+        let addresses = [host_address(0x14, 1), host_address(0x14, 2)];
+        for router in &routers {
+            router.sysctl("ipv4/ip_forward", "1")?;
+            router.sysctl("ipv6/conf/all/forwarding", "1")?;
         }
-        join(&hosts[0], &hosts[1], "eth0", [one, two])?;
-        for (host, n, (near, far)) in [(&hosts[0], 1, (one, two)), (&hosts[1], 2, (two, one))] {
-            let other = 3 - n;
-            let (vx, vx_far) = (host_address(0x15, n), host_address(0x15, other));
-            let net = |second| pod_address(second, other, 0);
-            let (routed, tunnelled) = (net(ROUTED), net(TUNNELLED));
-            host.ip(&format!(
-                "route add {}/24 via {}\nroute add {}/64 via {}\n\
-                 link add vx0 mtu {TUNNEL_MTU} type vxlan id 42 dstport 4789 local {} remote {} dev eth0\n\
-                 addr add {}/24 dev vx0\naddr add {}/64 dev vx0 nodad\nlink set vx0 up\n\
-                 route add {}/24 via {}\nroute add {}/64 via {}\n",
-                routed.0,
-                far.0,
-                routed.1,
-                far.1,
-                near.0,
-                far.0,
-                vx.0,
-                vx.1,
-                tunnelled.0,
-                vx_far.0,
-                tunnelled.1,
-                vx_far.1
-            ))?;
-        }
+        join(&routers[0], &routers[1], "eth0", addresses)?;
+        let pair = Pair { hosts: [&routers[0], &routers[1]], addresses };
+        pair.add_routes()?;
+        pair.add_tunnel()?;
         Ok(Self {
             routed: [
-                pod(&hosts[0], "kernel-pod-1", pod_address(ROUTED, 1, 1), MTU)?,
-                pod(&hosts[0], "kernel-pod-2", pod_address(ROUTED, 1, 2), MTU)?,
-                pod(&hosts[1], "kernel-pod-3", pod_address(ROUTED, 2, 3), MTU)?,
+                pod(&routers[0], "kernel-pod-1", pod_address(ROUTED, 1, 1), MTU)?,
+                pod(&routers[0], "kernel-pod-2", pod_address(ROUTED, 1, 2), MTU)?,
+                pod(&routers[1], "kernel-pod-3", pod_address(ROUTED, 2, 3), MTU)?,
             ],
-            tunnelled: [
-                pod(&hosts[0], "vxlan-pod-1", pod_address(TUNNELLED, 1, 1), TUNNEL_MTU)?,
-                pod(&hosts[1], "vxlan-pod-2", pod_address(TUNNELLED, 2, 2), TUNNEL_MTU)?,
-            ],
-            _routers: hosts,
+            tunnelled: pair.add_tunnelled_pods("vxlan-pod")?,
+            _routers: routers,
         })
+    }
+}
+
+/// Two hosts with `eth0`, each of which forwards and reaches the other.
+pub struct Pair<'a> {
+    /// The hosts.
+    pub hosts: [&'a Netns; 2],
+    /// Their addresses.
+    pub addresses: [Both; 2],
+}
+
+impl Pair<'_> {
+    /// Routes to the pods of the other host by its address. [`Pair::remove`] removes them.
+    pub fn add_routes(&self) -> Result<()> {
+        self.each(|host, other, _, far| {
+            let pods = pod_address(ROUTED, other, 0);
+            host.ip(&format!("route add {}/24 via {}\nroute add {}/64 via {}\n", pods.0, far.0, pods.1, far.1))
+        })
+    }
+
+    /// A VXLAN device on either host, and routes to the pods of the other host through it. [`Pair::remove`] removes them.
+    ///
+    /// The devices have addresses of the link alone: to a network of Kubernetes, one with others is a way to the world, which wants its
+    /// programs.
+    pub fn add_tunnel(&self) -> Result<()> {
+        self.each(|host, other, near, far| {
+            let end = |n| (Ipv4Addr::new(169, 254, 0x15, n), Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x15, n.into()));
+            let (own, next, pods) = (end(3 - other), end(other), pod_address(TUNNELLED, other, 0));
+            host.ip(&format!(
+                "link add {TUNNEL} mtu {TUNNEL_MTU} type vxlan id 42 dstport 4789 local {} remote {} dev eth0\n\
+                 addr add {}/24 dev {TUNNEL} scope link\naddr add {}/64 dev {TUNNEL} nodad\nlink set {TUNNEL} up\n\
+                 route add {}/24 via {} dev {TUNNEL}\nroute add {}/64 via {} dev {TUNNEL}\n",
+                near.0, far.0, own.0, own.1, pods.0, next.0, pods.1, next.1
+            ))
+        })
+    }
+
+    /// A pod of each host, whose names begin with `name`, behind [`Pair::add_routes`].
+    pub fn add_routed_pods(&self, name: &str) -> Result<[Place; 2]> {
+        self.add_pods(name, ROUTED, MTU)
+    }
+
+    /// A pod of each host, whose names begin with `name`, behind [`Pair::add_tunnel`].
+    pub fn add_tunnelled_pods(&self, name: &str) -> Result<[Place; 2]> {
+        self.add_pods(name, TUNNELLED, TUNNEL_MTU)
+    }
+
+    fn add_pods(&self, name: &str, net: u8, mtu: u32) -> Result<[Place; 2]> {
+        let add = |n: u8| pod(self.hosts[usize::from(n) - 1], &format!("{name}-{n}"), pod_address(net, n, n), mtu);
+        Ok([add(1)?, add(2)?])
+    }
+
+    /// Removes what [`Pair::add_routes`] and [`Pair::add_tunnel`] have added, as far as it is there.
+    pub fn remove(&self) -> Result<()> {
+        self.each(|host, other, _, _| {
+            let pods = pod_address(ROUTED, other, 0);
+            // Each of these may be missing.
+            for line in
+                [format!("link del {TUNNEL}"), format!("route del {}/24", pods.0), format!("route del {}/64", pods.1)]
+            {
+                let _ = host.ip(&format!("{line}\n"));
+            }
+            Ok(())
+        })
+    }
+
+    /// Calls with a host, the number of the other, the host's addresses and the other's.
+    fn each(&self, mut act: impl FnMut(&Netns, u8, &Both, &Both) -> Result<()>) -> Result<()> {
+        let [one, two] = &self.addresses;
+        act(self.hosts[0], 2, one, two)?;
+        act(self.hosts[1], 1, two, one)
     }
 }
 
@@ -132,7 +181,7 @@ fn pod(host: &Netns, name: &str, addresses: Both, mtu: u32) -> Result<Place> {
     let (v4, v6) = addresses;
     host.ip(&format!(
         "link add {name} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}\n\
-         addr add 169.254.1.1/32 dev {name}\naddr add fe80::1/64 dev {name} nodad\nlink set {name} up\n\
+         addr add 169.254.1.1/32 dev {name} scope link\naddr add fe80::1/64 dev {name} nodad\nlink set {name} up\n\
          route add {v4}/32 dev {name}\nroute add {v6}/128 dev {name}\n",
         pod.pid()
     ))?;
