@@ -92,6 +92,9 @@ fn plug(cluster: &Cluster, name: &str, own: Both<String>) -> Result<bool> {
     let (netns, switch, port) = (cluster.netns(name), cluster.netns("sw"), port(name));
     ip(&["-n", &netns, "link", "add", "eth0", "type", "veth", "peer", "name", &port, "netns", &switch])?;
     sysctls(cluster, name, &[("ipv6/conf/all/accept_ra", "0"), ("ipv6/conf/default/accept_ra", "0")])?;
+    // A machine that stands still for seconds loses none of its neighbours, nor what waits for them.
+    let patient = [("ipv4/neigh/eth0/ucast_solicit", "20"), ("ipv6/neigh/eth0/ucast_solicit", "20")];
+    sysctls(cluster, name, &patient)?;
     addresses(cluster, name, "eth0", own)?;
     ip(&["-n", &netns, "link", "set", "eth0", "up"])?;
     ip(&["-n", &switch, "link", "set", &port, "master", "br0", "up"])?;
