@@ -4,6 +4,7 @@
 //! forwards packets. Killing the agent at any point leaves a state that works.
 
 mod audit;
+mod command;
 mod details;
 mod files;
 mod job;
@@ -38,14 +39,13 @@ use crate::net::netlink::Socket;
 use crate::net::repair::Repairer;
 use crate::plan::Planner;
 use crate::source::{Event, Kind};
-use crate::{install, namefile, podfile};
+use crate::{install, namefile};
 use details::Writing;
 use files::Files;
 use job::Job;
 use kernel::{Kernel, Stats};
 use network::{Look, Observe, observed};
 use overlay_path::Choice;
-use presence::AgentFile;
 
 /// Most events taken in before they are applied.
 const BATCH: usize = 256;
@@ -543,48 +543,6 @@ impl Reconciler {
         let partial = partial.chain(self.checks.failures()).chain(self.sockets.failures());
         let partial = partial.chain(self.files_of_command().into_iter().flat_map(Job::failures));
         objects.iter().map(ToString::to_string).chain(state).chain(partial.map(ToString::to_string)).collect()
-    }
-
-    /// The jobs that write what the `rustnetctl` command reads. Without it the command shows less, so that a failure makes no
-    /// node unready; it is tried again.
-    fn files_of_command(&self) -> [&Job; 4] {
-        [&self.presence, &self.names, &self.objects, &self.details]
-    }
-
-    /// Writes where this agent's things are.
-    fn write_presence(&mut self) {
-        let done = AgentFile::of(&self.config).write(&self.config.run_dir);
-        Self::finish_file(&mut self.presence, &mut self.report, done);
-    }
-
-    /// Writes the names of this node's pods.
-    fn write_names(&mut self) {
-        // Before the list is complete, an earlier agent's file is better.
-        let is_known = self.index.has_synced(Kind::Pod);
-        let write = || podfile::write(&self.config.run_dir, &podfile::names(self.index.pods())).map(drop);
-        let done = if is_known { write() } else { Ok(()) };
-        Self::finish_file(&mut self.names, &mut self.report, done);
-    }
-
-    /// Writes the names of Services and Nodes.
-    fn write_objects(&mut self) {
-        // Before the lists are complete, an earlier agent's files are better.
-        let is_known = self.index.synced();
-        let done = if is_known { namefile::write_all(&self.config.run_dir, &self.index) } else { Ok(()) };
-        Self::finish_file(&mut self.objects, &mut self.report, done);
-    }
-
-    /// Notes whether a file for the command was written, and has a failure reported.
-    fn finish_file(job: &mut Job, report: &mut Job, done: Result<()>) {
-        let failure = |error: anyhow::Error| Failure {
-            scope: Scope::Command,
-            message: format!("{error:#}; see that there is room for it and that it may be written; it is tried again"),
-        };
-        let had_failed = job.has_failed();
-        job.finish(done.err().map(failure).into_iter().collect(), None);
-        if had_failed || job.has_failed() {
-            report.want(Duration::ZERO);
-        }
     }
 
     /// Sets what the probes answer, and publishes what the CNI binary reads.
