@@ -95,6 +95,12 @@ pub mod meaning {
     pub const SHIFT: u32 = 8;
 }
 
+/// Source ports of tunnel packets: the first, from which on nobody is assigned one (RFC 6335, 6; RFC 7348 recommends them).
+pub const FIRST_TUNNEL_PORT: u16 = 0xc000;
+/// So many of them, a power of two, for packets that the stack of a node sends or receives. Where a firewall or kubelet's rules switch
+/// nf_conntrack on, each is an entry for each node: few enough for its table, enough for the queues of a NIC.
+pub const NODE_TUNNEL_PORTS: u16 = 32;
+
 /// Bits of [`NodeConfig::flags`].
 pub mod flags {
     /// Pods that talk to the world get this node's address.

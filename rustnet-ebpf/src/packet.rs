@@ -32,8 +32,10 @@ pub struct Packet<A> {
     pub(crate) l4: u16,
     /// Length of the IP packet in bytes by its own header, or by the frame where the header cannot hold it (BIG TCP).
     pub ip_len: u32,
-    /// Bytes that a link's MTU has to hold: `ip_len`, or the length of one segment of a GSO frame. 0 if the packet may be
-    /// fragmented on its way (IPv4 without "don't fragment"), or if the segments have different lengths (SCTP).
+    /// The same of one segment of a GSO frame; 0 where the segments have different lengths (SCTP).
+    pub seg_len: u32,
+    /// Bytes that a link's MTU has to hold: `seg_len`, or 0 if the packet may be fragmented on its way (IPv4 without "don't
+    /// fragment"), or if the segments have different lengths.
     pub mtu_len: u32,
     /// TTL or hop limit.
     pub ttl: u8,

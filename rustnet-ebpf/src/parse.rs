@@ -75,6 +75,7 @@ impl ReadHeader<Ip4> for Header4 {
         p.tuple.proto = h.proto;
         p.ttl = h.ttl;
         p.ip_len = total;
+        p.seg_len = total;
         p.id = u32::from(h.id);
         p.offset = frag & 0x1fff;
         p.more = frag & 0x2000 != 0;
@@ -114,6 +115,7 @@ impl ReadHeader<Ip6> for Header6 {
             0 if ctx.gso_size() != 0 => present,
             payload => u32::from(payload) + size_of::<Self>() as u32,
         };
+        p.seg_len = p.ip_len;
         if h.ver_flow.to_ne_bytes()[0] >> 4 != 6 || p.ip_len > present {
             return Err(DropReason::Malformed);
         }
@@ -412,13 +414,14 @@ fn transport<F: Family<Header: ReadHeader<F::A>>, C: Options>(
         proto::ICMPV6 if F::A::IS_V6 => icmp(ctx, l4, p, inside, 128, 129, |t| matches!(t, 1..=4))?,
         _ => {}
     }
-    if p.mtu_len != 0 {
-        match ctx.gso_size() {
-            0 => {}
-            GSO_BY_FRAGS => p.mtu_len = 0,
-            payload => {
-                let jumbo = if F::A::IS_V6 && p.mtu_len == IS_JUMBO { JUMBO_LEN } else { 0 };
-                p.mtu_len = payload + (l4 - l3) as u32 + u32::from(l4_len) - jumbo;
+    match ctx.gso_size() {
+        0 => {}
+        GSO_BY_FRAGS => (p.mtu_len, p.seg_len) = (0, 0),
+        payload => {
+            let jumbo = if F::A::IS_V6 && p.mtu_len == IS_JUMBO { JUMBO_LEN } else { 0 };
+            p.seg_len = payload + (l4 - l3) as u32 + u32::from(l4_len) - jumbo;
+            if p.mtu_len != 0 {
+                p.mtu_len = p.seg_len;
             }
         }
     }

@@ -2,12 +2,15 @@
 //! takes the rest. Inner packets of both families, between nodes that know each other by IPv4 and
 //! by IPv6 addresses.
 
+mod ipsec;
 mod noise;
 mod offload;
 mod routes;
+mod tracked;
 
 use crate::fixture::{Net, endpoints, observed};
 use anyhow::{Context, Result, ensure};
+use ipsec::{ipsec_policies_that_forbid_the_tunnel_are_obeyed, while_there_are_ipsec_policies_packets_take_the_device};
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
 use noise::{Noise, exchange};
@@ -29,6 +32,7 @@ use testkit::server::Server;
 use testkit::sniff::{Frame, Sniffer};
 use testkit::stream::Stream;
 use testkit::{Netns, Node, Pod, Proto, Setup, wait};
+use tracked::connections_between_pods_leave_no_tunnels_in_nf_conntrack;
 
 /// One test of each function with outer packets of each family, on a fabric of its own.
 macro_rules! over_each_family {
@@ -56,6 +60,7 @@ over_each_family!(
     streams_arrive_under_all_offload_settings,
     connections_between_pods_leave_no_tunnels_in_nf_conntrack,
     traffic_between_pods_takes_no_device,
+    segments_that_may_be_fragmented_take_no_device,
     a_pod_forwards_what_it_receives,
     a_pod_puts_what_it_receives_into_its_own_tunnel,
     streams_between_cpus_stay_in_order,
@@ -338,7 +343,21 @@ fn traffic_between_pods_takes_no_device(net: &Net) -> Result<()> {
     Ok(())
 }
 
-/// What the test above relies on: the device counts.
+/// TCP that asks for no "don't fragment", as pods can choose it: large frames are measured by their segments, so that no connection is
+/// parted between the device and the programs.
+fn segments_that_may_be_fragmented_take_no_device(net: &Net) -> Result<()> {
+    for pod in [&net.a, &net.c] {
+        pod.netns().sysctl("ipv4/ip_no_pmtu_disc", "1")?;
+    }
+    introduce_nodes(net)?;
+    let before = all_device_packets(net)?;
+    (0..4).try_for_each(|_| pods_exchange(&net.a, &net.c))?;
+    let moved = all_device_packets(net)? - before;
+    ensure!(moved <= FEW, "{moved} packets took the device");
+    Ok(())
+}
+
+/// What the tests above rely on: the device counts.
 fn all_traffic_takes_the_device(net: &Net) -> Result<()> {
     let before = all_device_packets(net)?;
     all_traffic(net)?;
@@ -353,55 +372,6 @@ fn all_traffic_takes_the_device(net: &Net) -> Result<()> {
 fn traffic_between_pods_takes_the_device_when_asked_to() -> Result<()> {
     over(false, DEVICE, all_traffic_takes_the_device)?;
     over(true, DEVICE, all_traffic_takes_the_device)
-}
-
-/// A firewall whose rules look at the state of connections: the kernel tracks all that goes up and
-/// down the host's stack.
-fn track(node: &Node) -> Result<()> {
-    node.netns().exec("nft", &["add table inet watch"])?;
-    for hook in ["input", "output"] {
-        node.netns()
-            .exec("nft", &[&format!("add chain inet watch {hook} {{ type filter hook {hook} priority 0; }}")])?;
-        node.netns().exec("nft", &[&format!("add rule inet watch {hook} ct state new counter")])?;
-    }
-    Ok(())
-}
-
-/// Tunnels in the nodes' tables, each by its five numbers.
-fn tracked_tunnels(net: &Net) -> Result<usize> {
-    let mut count = 0;
-    for node in net.fabric.nodes() {
-        let table = node.netns().exec("cat", &["/proc/net/nf_conntrack"]);
-        let table = table.context("no table of nf_conntrack: is CONFIG_NF_CONNTRACK_PROCFS in the kernel?")?;
-        count += table.lines().filter(|line| line.contains(" dport=8472 ")).count();
-    }
-    Ok(count)
-}
-
-/// How many tunnels some hundred connections add.
-fn tunnels_of_connections(net: &Net) -> Result<usize> {
-    let before = tracked_tunnels(net)?;
-    requests(net, Proto::Tcp)?;
-    Ok(tracked_tunnels(net)?.saturating_sub(before))
-}
-
-fn connections_between_pods_leave_no_tunnels_in_nf_conntrack(net: &Net) -> Result<()> {
-    net.fabric.nodes().iter().try_for_each(track)?;
-    introduce_nodes(net)?;
-    let added = tunnels_of_connections(net)?;
-    ensure!(added as u64 <= FEW, "{added} tunnels are tracked");
-    Ok(())
-}
-
-/// What the test above relies on: the kernel tracks, and each connection has a tunnel of its own.
-#[test]
-fn connections_between_pods_leave_tunnels_in_nf_conntrack_by_the_device() -> Result<()> {
-    over(false, DEVICE, |net| {
-        net.fabric.nodes().iter().try_for_each(track)?;
-        let added = tunnels_of_connections(net)?;
-        ensure!(added >= REQUESTS, "{added} tunnels are tracked");
-        Ok(())
-    })
 }
 
 /// Makes a pod a router that gives streams and datagrams for ports of its own to somebody else.
@@ -553,63 +523,4 @@ fn takes_the_device(node: &Node, is_device: bool) -> Result<()> {
         ensure!(is_moved == is_device && (is_moved || moved == 0), "{moved} of {LOOK} or more");
         Ok(())
     })
-}
-
-/// A selector of all packets of the tunnel, whose nodes know each other by addresses of one family.
-fn tunnel_selector(net: &Net) -> String {
-    let all = if net.fabric.setup().ipv6_first { "::/0" } else { "0.0.0.0/0" };
-    format!("src {all} dst {all} proto udp dport {VXLAN_PORT}")
-}
-
-/// Policies for each direction come and go under traffic.
-fn while_there_are_ipsec_policies_packets_take_the_device(net: &Net) -> Result<()> {
-    introduce_nodes(net)?;
-    let (node, other) = (net.node(1), net.node(2));
-    let start = |ip: &IpAddr| Stream::start(net.a.netns(), SocketAddr::new(*ip, PORT), 4, Duration::from_millis(1));
-    let streams = net.c.addresses().iter().map(start).collect::<Result<Vec<_>>>()?;
-    takes_the_device(node, false)?;
-    let selector = tunnel_selector(net);
-    for direction in ["out", "in"] {
-        node.netns().ip(&format!("xfrm policy add {selector} dir {direction} action allow\n"))?;
-        takes_the_device(node, true).with_context(|| format!("a policy for {direction}"))?;
-        takes_the_device(other, false).context("no policy of its own")?;
-        node.netns().ip(&format!("xfrm policy del {selector} dir {direction}\n"))?;
-        takes_the_device(node, false).with_context(|| format!("no policy for {direction} any more"))?;
-    }
-    streams.into_iter().try_for_each(|stream| stream.stop()?.no_loss())
-}
-
-/// One of a node's counters in `/proc/net/xfrm_stat`.
-fn ipsec_counter(node: &Node, name: &str) -> Result<u64> {
-    // Of the namespace of this thread, and not that of its process.
-    let text = node.netns().run(|| std::fs::read_to_string("/proc/thread-self/net/xfrm_stat"))?;
-    let text = text.context("no counters of IPsec: is CONFIG_XFRM_STATISTICS in the kernel?")?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    line.with_context(|| format!("no {name} in {text}"))?.trim().parse().context("a counter of IPsec")
-}
-
-/// What policies are for: packets that the programs sent or took would pass unseen.
-fn ipsec_policies_that_forbid_the_tunnel_are_obeyed(net: &Net) -> Result<()> {
-    introduce_nodes(net)?;
-    let node = net.node(1);
-    let selector = tunnel_selector(net);
-    let to = net.c.addresses()[0];
-    for (direction, counter) in [("out", "XfrmOutPolBlock"), ("in", "XfrmInPolBlock")] {
-        let stream = Stream::start(net.a.netns(), SocketAddr::new(to, PORT), 4, Duration::from_millis(1))?;
-        takes_the_device(node, false)?;
-        let before = ipsec_counter(node, counter)?;
-        node.netns().ip(&format!("xfrm policy add {selector} dir {direction} action block\n"))?;
-        wait::until("the policy is obeyed", || {
-            let now = ipsec_counter(node, counter)?;
-            ensure!(now > before, "{counter} is still {now}");
-            Ok(())
-        })?;
-        let reply = Ping::default().send(net.a.netns(), to);
-        ensure!(reply.is_err(), "a policy for {direction} forbids it: {reply:?}");
-        node.netns().ip(&format!("xfrm policy del {selector} dir {direction}\n"))?;
-        takes_the_device(node, false)?;
-        pods_exchange(&net.a, &net.c)?;
-        stream.stop()?;
-    }
-    Ok(())
 }

@@ -1,5 +1,7 @@
 //! Network interfaces: list them, make the overlay device, change and delete what is ours.
 
+use std::ops::RangeInclusive;
+
 use anyhow::{Context, Result};
 use netlink_packet_core::{Emitable, NlaBuffer, Parseable, parse_string, parse_u8, parse_u32};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -170,15 +172,24 @@ fn port_taken(port: u16) -> String {
     )
 }
 
-/// Makes a VXLAN device that takes the tunnel key from each packet; left down.
-pub fn create_vxlan(socket: &mut Socket, name: &str, vxlan: &Vxlan, mac: [u8; 6], mtu: u32) -> Result<()> {
+/// Makes a VXLAN device that takes the tunnel key from each packet, and sends from ports of a range; left down.
+pub fn create_vxlan(
+    socket: &mut Socket,
+    name: &str,
+    vxlan: &Vxlan,
+    source_ports: RangeInclusive<u16>,
+    mac: [u8; 6],
+    mtu: u32,
+) -> Result<()> {
     let create = LinkMessageBuilder::<LinkVxlan>::new(name)
         .address(mac.to_vec())
         .mtu(mtu)
         .collect_metadata(vxlan.collect_metadata)
         .learning(vxlan.learning)
         .udp_zero_csum6_rx(vxlan.zero_csum6_rx)
-        .port(vxlan.port);
+        .port(vxlan.port)
+        // The kernel takes the upper bound for the first port that is not used.
+        .port_range(*source_ports.start(), source_ports.end() + 1);
     match socket.request(&RouteNetlinkMessage::NewLink(create.build()), CREATE) {
         Ok(()) => Ok(()),
         // The name was free: it is the port that is taken.

@@ -1,11 +1,17 @@
 //! The overlay device: made, brought into shape, and made again when it is another one than wanted.
 
+use std::ops::RangeInclusive;
+
 use anyhow::Result;
+use rustnet_common::config::{FIRST_TUNNEL_PORT, NODE_TUNNEL_PORTS};
 use rustnet_common::names::OVERLAY_DEV;
 
 use super::link::{self, Link, Vxlan};
 use super::netlink::Socket;
 use crate::model::Family;
+
+/// UDP ports that the device sends from, by the hash of what is inside. The kernel changes them on no device that is there.
+pub const SOURCE_PORTS: RangeInclusive<u16> = FIRST_TUNNEL_PORT..=FIRST_TUNNEL_PORT + NODE_TUNNEL_PORTS - 1;
 
 /// What the overlay device must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +97,7 @@ pub fn ensure(socket: &mut Socket, spec: &Spec) -> Result<Ensured> {
             if let Some(link) = there {
                 link::delete(socket, link.index)?;
             }
-            link::create_vxlan(socket, OVERLAY_DEV, &spec.vxlan(), spec.mac, spec.mtu)?;
+            link::create_vxlan(socket, OVERLAY_DEV, &spec.vxlan(), SOURCE_PORTS, spec.mac, spec.mtu)?;
             (link::by_name(socket, OVERLAY_DEV)?.map(|link| link.index).unwrap_or_default(), false)
         }
     };

@@ -4,7 +4,7 @@ use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_CSUM_LEVEL_DEC;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Ip4, Ip6};
-use rustnet_common::config::NodeConfig;
+use rustnet_common::config::{FIRST_TUNNEL_PORT, NodeConfig};
 use rustnet_common::csum::Sum;
 use rustnet_common::tuple::proto;
 
@@ -34,8 +34,6 @@ const DECAP_L3_IPV6: u64 = 1 << 8;
 pub static DECAP_L3: Global<u32> = Global::new(0);
 /// Hop limit of outer packets, that of the device.
 const TTL: u8 = 64;
-/// First source port: the ports that nobody is assigned (RFC 6335, 6), as RFC 7348 recommends.
-pub const FIRST_PORT: u16 = 0xc000;
 /// The outer IP header of a family.
 pub trait OuterHeader<A>: Copy {
     /// How the kernel is asked for the room.
@@ -113,7 +111,12 @@ pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, hash: u16, id: u16
         return Encapsulated::Refused;
     }
     let Some(outer) = at::<Outer<F::Header>, _>(skb, ETH_LEN) else { return Encapsulated::Failed };
-    let udp = Udp { sport: (FIRST_PORT | hash).to_be(), dport: config.overlay_port.to_be(), len: len.to_be(), csum: 0 };
+    let udp = Udp {
+        sport: (FIRST_TUNNEL_PORT | hash).to_be(),
+        dport: config.overlay_port.to_be(),
+        len: len.to_be(),
+        csum: 0,
+    };
     let vxlan = Vxlan { flags: VXLAN_FLAGS, vni: (config.vni << 8).to_be() };
     // SAFETY: `at` proved all of it.
     unsafe { outer.write(Outer { ip: F::Header::new(src, dst, len, id, ecn), udp, vxlan, inner }) };

@@ -9,7 +9,7 @@ mod inner;
 mod reject;
 mod sctp;
 
-pub use encap::{Encap, Encapsulated, FIRST_PORT, can_change_family, decapsulate, encapsulate};
+pub use encap::{Encap, Encapsulated, can_change_family, decapsulate, encapsulate};
 pub use inner::{WriteInner, inner};
 pub use reject::{BuildHeader, Rejection, reject};
 

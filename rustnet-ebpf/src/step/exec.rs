@@ -89,9 +89,8 @@ pub fn send<F: Rewrite>(
     }
     let Some(peer) = action.peer else { return Err(DropReason::WriteError.into()) };
     // What may be fragmented, and has to be, is the device's.
-    let len = if p.mtu_len != 0 { p.mtu_len } else { p.ip_len };
-    let fits = can_encapsulate && len <= config.overlay_mtu;
-    Ok(tunnel::send(skb, &peer.node, if fits { len } else { 0 }, config)?)
+    let fits = can_encapsulate && p.seg_len <= config.overlay_mtu;
+    Ok(tunnel::send(skb, peer, if fits { p.seg_len } else { 0 }, config)?)
 }
 
 /// Where a rejection goes: back to where the packet came from.

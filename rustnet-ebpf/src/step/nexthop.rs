@@ -4,6 +4,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::addr::{Addr, Address};
+use rustnet_common::config::FIRST_TUNNEL_PORT;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::tuple::proto;
 
@@ -11,7 +12,6 @@ use super::fib::{LOOPBACK, RET_NO_NEIGH, RET_SUCCESS};
 use crate::ctx::{Skb, fetch_add, jiffies, masked};
 use crate::family::{Family, V4, V6};
 use crate::maps::{self, FibLookup, NextHop};
-use crate::rewrite::FIRST_PORT;
 
 /// Ticks for which a way is remembered: an eighth of a second.
 #[inline(always)]
@@ -100,7 +100,7 @@ fn find(skb: &Skb, hop: &mut NextHop, node: &Addr, way: u32, config: &NodeConfig
     *fib = FibLookup {
         family: V6::AF,
         l4_protocol: proto::UDP,
-        sport: (FIRST_PORT + way as u16).to_be(),
+        sport: (FIRST_TUNNEL_PORT + way as u16).to_be(),
         dport: config.overlay_port.to_be(),
         // Any length makes the kernel return the MTU.
         tot_len: 1,

@@ -4,8 +4,9 @@
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
-use rustnet_common::config::{NodeConfig, flags};
+use rustnet_common::config::{NODE_TUNNEL_PORTS, NodeConfig, flags};
 use rustnet_common::drop::DropReason;
+use rustnet_common::peer::{self, Peer};
 
 use super::{fib, nexthop};
 use crate::ctx::{Ctx, Skb};
@@ -80,8 +81,7 @@ const IPV6_MIN_MTU: u32 = 1280;
 /// without a word. Over IPv4, routers do.
 #[inline(always)]
 pub fn verify_path<A>(skb: &Skb, p: &Packet<A>, node: &Addr) -> Result<(), Dropped> {
-    // A frame that stands for several packets, which may be fragmented, says nothing of their length.
-    let len = if skb.gso_size() != 0 { p.mtu_len } else { p.ip_len };
+    let len = p.seg_len;
     if node.is_v4() || len + V6::OVERHEAD <= IPV6_MIN_MTU {
         return Ok(());
     }
@@ -97,10 +97,11 @@ pub fn verify_path<A>(skb: &Skb, p: &Packet<A>, node: &Addr) -> Result<(), Dropp
 /// Sends a finished packet to a node, marked as processed. `len` is that of the IP packet, or of one segment, if its headers may be
 /// written here; 0 if it has to take the device.
 #[inline(always)]
-pub fn send(skb: &Skb, node: &Addr, len: u32, config: &NodeConfig) -> Result<i32, DropReason> {
+pub fn send(skb: &Skb, peer: &Peer, len: u32, config: &NodeConfig) -> Result<i32, DropReason> {
+    let node = &peer.node;
     if len != 0 && config.flags & flags::ENCAPSULATE != 0 {
         let (high, low) = node.halves();
-        match rn_encap(skb.raw(), high, low, len) {
+        match rn_encap(skb.raw(), high, low, len | (u32::from(peer.flags & peer::flags::NODE) * FOR_NODE)) {
             BY_DEVICE => {}
             WRITE_ERROR => return Err(DropReason::WriteError),
             verdict => return Ok(verdict),
@@ -118,17 +119,25 @@ const BY_DEVICE: i32 = -2;
 /// The packet is not whole any more.
 const WRITE_ERROR: i32 = -1;
 
-/// Writes the tunnel's headers and returns the verdict. A function with global linkage, which both families share: the verifier looks
-/// at it once.
+/// In the length, for [`rn_encap`]: the packet is for the stack of a node.
+const FOR_NODE: u32 = 1 << 30;
+
+const _: () = assert!(peer::flags::NODE <= 2 && NODE_TUNNEL_PORTS.is_power_of_two());
+
+/// Writes the tunnel's headers and returns the verdict. `len`: that of the packet or of a segment, with [`FOR_NODE`] times
+/// [`peer::flags::NODE`]. A function with global linkage, which both families share: the verifier looks at it once.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i32 {
     let skb = &Skb(skb);
     let node = Addr::from_halves(high, low);
     let Some(config) = maps::config() else { return BY_DEVICE };
+    let ports = if len >= FOR_NODE { NODE_TUNNEL_PORTS - 1 } else { u16::MAX };
+    let len = len & (FOR_NODE - 1);
     // SAFETY: no pointers but the context.
     let hash = unsafe { helper::bpf_get_hash_recalc(skb.raw()) } as u32;
     let Some(hop) = nexthop::to(skb, &node, hash) else { return BY_DEVICE };
+    let port = hash as u16 & ports;
     let overhead = if node.is_v4() { V4::OVERHEAD } else { V6::OVERHEAD };
     // Without a check of its own the redirect would send what no device takes. The device fragments, and takes BIG TCP.
     if len + overhead > hop.mtu || skb.len() + overhead > u32::from(u16::MAX) {
@@ -137,9 +146,9 @@ extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i3
     let words = node.words();
     let done = if node.is_v4() {
         let id = nexthop::identification(skb, &node);
-        rewrite::encapsulate::<V4>(skb, config.node4, Ip4::from_word(words[3]), hash as u16, id, config)
+        rewrite::encapsulate::<V4>(skb, config.node4, Ip4::from_word(words[3]), port, id, config)
     } else {
-        rewrite::encapsulate::<V6>(skb, config.node6, Ip6::from_words(words), hash as u16, 0, config)
+        rewrite::encapsulate::<V6>(skb, config.node6, Ip6::from_words(words), port, 0, config)
     };
     match done {
         Encapsulated::Done => fib::redirect_neigh(hop.ifindex, hop.fib.family, hop.fib.dst, false),
