@@ -123,6 +123,8 @@ pub mod flags {
     /// Opened from outside at a Service's address for clients outside, or at a pod's port of this node: this node forwards both
     /// directions, wherever they lead.
     pub const EXTERNAL: u16 = 128;
+    /// With [`EXTERNAL`]: asked at another address than the one by which other nodes know this one. They refuse it inside the tunnel.
+    pub const SECOND_ADDRESS: u16 = 256;
 }
 
 /// Bits of [`CtEntry::state`].

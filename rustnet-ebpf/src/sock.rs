@@ -208,12 +208,18 @@ fn connect<S: SocketFamily>(call: Call) {
     let Some(flags) = flags_of(namespace) else { return };
     let asked = S::address(call);
     match choose_any(&Asking { addr: asked, port: call.port(), proto, namespace, flags }, 0) {
-        Some(to) => lead::<S>(call, call.cookie(), asked, &to),
-        // A UDP socket may have had this peer by way of a Service.
-        None if proto == proto::UDP => {
+        Some(to) => {
+            let cookie = call.cookie();
+            if proto == proto::UDP && to.backend != 0 {
+                // The peer may be named once more, for a datagram.
+                let _ = maps::rn_sock_fwd.insert(call.key(cookie, asked), to.backend, 0);
+            }
+            lead::<S>(call, cookie, asked, &to);
+        }
+        // The socket may have had this peer by way of a Service, or have tried to.
+        None => {
             let _ = maps::rn_sock_rev.remove(call.key(call.cookie(), asked));
         }
-        None => {}
     }
 }
 

@@ -5,9 +5,12 @@ use crate::fixture::{
 };
 use crate::host_ports::{add_pod, host_port, mappings, refused, served, targets};
 use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 use testkit::client::{Connection, ask, ask_udp, connected_udp};
 use testkit::manifest::{Endpoint, Outside};
@@ -21,6 +24,8 @@ in_each_routing!(
     a_node_is_its_own_backend,
     a_socket_sees_the_service,
     datagrams_of_one_socket_to_several_services,
+    a_connected_socket_that_names_its_service_again,
+    a_socket_that_was_refused_by_a_service,
     mapped_addresses,
     connected_udp_sockets_end_with_their_backend,
     tcp_connections_end_with_their_endpoint_and_not_before,
@@ -162,6 +167,49 @@ fn datagrams_of_one_socket_to_several_services(net: &Net) -> Result<()> {
         }
         Ok(())
     })?
+}
+
+/// Each datagram goes to the backend that the socket is connected to, or its answer would be none of the peer's.
+fn a_connected_socket_that_names_its_service_again(net: &Net) -> Result<()> {
+    needs_sockets(net)?;
+    let service = net.service(endpoints(&[&net.a, &net.b, &net.c]))?;
+    net.node(1).netns().run(|| -> Result<()> {
+        for target in service.targets() {
+            for n in 0..10 {
+                let socket = connected_udp(target)?;
+                let (server, from) = exchange(&socket, target, &format!("n{n}"))?;
+                ensure!(from == target, "{target} answers from {from}");
+                let again = ask_udp(&socket, "again")?.0;
+                ensure!(again == server, "{target}: one socket has the backends {server} and {again}");
+            }
+        }
+        Ok(())
+    })?
+}
+
+/// A socket that a Service's backend has refused connects to that backend itself: it has asked for no Service.
+fn a_socket_that_was_refused_by_a_service(net: &Net) -> Result<()> {
+    needs_sockets(net)?;
+    let mut mute = net.node(2).add_silent_pod("mute")?;
+    let mut service = net.service(endpoints(&[&net.c]))?;
+    service.set(endpoints(&[&mute]))?;
+    let refused = |target: SocketAddr| -> Result<OwnedFd> {
+        let family = if target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        let refusal = connect(fd.as_raw_fd(), &SockaddrStorage::from(target));
+        ensure!(refusal == Err(Errno::ECONNREFUSED), "{target}: {refusal:?}");
+        Ok(fd)
+    };
+    let node = net.node(1).netns();
+    let sockets = service.targets().map(|target| wait::until("a refusal", || node.run(|| refused(target))?));
+    mute.serve(PORT)?;
+    for (fd, target) in sockets.into_iter().zip(service.targets()) {
+        let (fd, itself) = (fd?, SocketAddr::new(mute.address_like(target.ip())?, PORT));
+        node.run(|| connect(fd.as_raw_fd(), &SockaddrStorage::from(itself)))?.context("the backend itself")?;
+        let shown = TcpStream::from(fd).peer_addr()?;
+        ensure!(shown == itself, "{itself} shows as {shown}");
+    }
+    Ok(())
 }
 
 /// IPv6 sockets that speak IPv4.

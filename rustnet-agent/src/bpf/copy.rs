@@ -189,7 +189,8 @@ impl Content {
         self.keys.chunks_exact(self.key_size).zip(self.values.chunks_exact(self.value_size))
     }
 
-    fn retain(&mut self, keep: impl Fn(&[u8], &[u8]) -> bool) {
+    /// Keeps the entries for which `keep` returns true.
+    pub fn retain(&mut self, keep: impl Fn(&[u8], &[u8]) -> bool) {
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for (key, value) in self.iter().filter(|(key, value)| keep(key, value)) {
             keys.extend_from_slice(key);

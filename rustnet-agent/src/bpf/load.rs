@@ -3,7 +3,7 @@
 //! Nothing that forwards packets changes here: the old programs stay on their hooks, all pins stay
 //! as they are until [`Programs::pin`], and a failure leaves everything as it was.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -13,12 +13,13 @@ use aya::EbpfLoader;
 use aya::maps::Map as AyaMap;
 use aya::programs::{Program, ProgramError};
 use aya_obj::Object;
+use rustnet_common::backend::Backend;
 use rustnet_common::{names, v1};
 
 use super::copy::{Place, lru_room};
 use super::log::Packets;
 use super::store::Map;
-use super::store::conntrack::{clock_offset, is_superseded};
+use super::store::conntrack::{clock_offset, is_forgotten, is_superseded};
 use super::upgrade::{self, Bridge, Found, NEXT_DIR, Plan, Source};
 use super::{fs, migrate, pin, probe, remedy, sys};
 use crate::config::{MapSizes, PacketLog};
@@ -210,6 +211,7 @@ impl Programs {
     /// once no program but these is on a hook. Returns how many there were.
     pub fn catch_up(&self) -> Result<usize> {
         let mut added = 0;
+        let backends = self.live_backends()?;
         self.each_earlier(|name, new, old| {
             let Some(offset) = clock_offset(name) else { return Ok(()) };
             let mut content = old.read()?;
@@ -217,6 +219,7 @@ impl Programs {
             if let Some(since) = self.copied.get(name) {
                 content.retain_since(offset, *since);
             }
+            content.retain(|_, value| !is_forgotten(name, value, |id| backends.contains(&id)));
             added += new.insert_later(&content, |here, there| is_superseded(name, here, there))?;
             Ok(())
         })?;
@@ -224,6 +227,15 @@ impl Programs {
             added += upgrade.catch_up(&self.old, &self.maps)?;
         }
         Ok(added)
+    }
+
+    /// Ids of the backends that Services lead to.
+    fn live_backends(&self) -> Result<HashSet<u32>> {
+        let map = self.map(names::map::BACKENDS)?.try_clone_to_owned()?;
+        let mut ids = HashSet::new();
+        Map::<u32, Backend>::from_fd(map, names::map::BACKENDS)?
+            .for_each(|_, backend| ids.extend((backend.id != 0).then_some(backend.id)))?;
+        Ok(ids)
     }
 
     /// Fills the new maps with the content of the earlier ones.

@@ -390,8 +390,10 @@ impl Kernel {
             }
         }
         for (ip, endpoint) in lost(before, state) {
-            self.endpoints.put(ip, &endpoint)?;
-            done.push(format!("endpoint {ip} put back"));
+            let read = before.iter().find(|(there, _)| *there == ip).map(|(_, endpoint)| endpoint);
+            if self.endpoints.put_back(ip, read, &endpoint)? {
+                done.push(format!("endpoint {ip} put back"));
+            }
         }
         Ok(done)
     }

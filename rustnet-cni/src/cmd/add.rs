@@ -142,8 +142,6 @@ impl Setup<'_> {
             put.map_err(|e| Error::io(format!("write {ip} to the endpoints map"), &e))?;
         }
         fault::point("map")?;
-        self.take_ports(&record)?;
-        fault::point("ports")?;
         self.limit(host, pod)?;
         let name = &self.veth.host.name;
         link::refuse_router_advertisements(name)
@@ -154,6 +152,9 @@ impl Setup<'_> {
         }
         host.run(self.host_side(&result))?;
         fault::point("host")?;
+        // As late as it can be: of a call that fails, another pod would have lost them for nothing.
+        self.take_ports(&record)?;
+        fault::point("ports")?;
         self.pod_side(pod, &result)?;
         fault::point("pod")?;
         link::settle(pod, self.veth.pod_index, &ips)?;

@@ -8,7 +8,7 @@ use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::flags;
 
 use super::{Steps, forward};
-use crate::ctx::Skb;
+use crate::ctx::{Ctx, Skb};
 use crate::family::{Family, V4, V6};
 use crate::maps;
 use crate::outcome::{Dropped, PackedResult};
@@ -20,6 +20,7 @@ use crate::step::host_port::HostPorts;
 use crate::step::icmp::{self, Reporter};
 use crate::step::lb;
 use crate::step::plan::Origin;
+use crate::step::table::{self, Placed};
 use crate::step::{conntrack, nat, route, source};
 use crate::wire::tcp as bits;
 
@@ -36,6 +37,7 @@ pub fn run<F: Steps>(skb: &Skb, source: Source, hook: u8) -> Result<i32, Dropped
     if flow.class == Class::New {
         // The host's own ports may be node ports, too. What opens a TCP connection is no answer.
         if p.tcp_flags & (bits::SYN | bits::ACK) != bits::SYN && nat::is_answer_to_host::<F>(skb, &p.tuple) {
+            parse::remember_ports::<F>(p, skb.ifindex());
             return Ok(TO_STACK);
         }
         F::translate_external(p, flow).into_unit()?;
@@ -49,13 +51,20 @@ pub fn run<F: Steps>(skb: &Skb, source: Source, hook: u8) -> Result<i32, Dropped
 }
 
 /// True if a packet that no flow has asks for a Service at an address for clients outside, or for a pod's port of this node. The CNI
-/// binary gives pods their ports while no agent may live: no setting says whether there are any. True, too, if it asks this node itself,
-/// and the answers would be taken for those of a flow to a Service: then it needs a flow with another source port.
+/// binary gives pods their ports while no agent may live: no setting says whether there are any.
 #[inline(always)]
-pub fn is_asked<F: HostPorts>(p: &Packet<F::A>, flow: &Flow<F::A>, config: &NodeConfig) -> bool {
-    is_service_asked::<F>(p, config)
-        || F::is_host_port(p)
-        || (!flow.is_vacant && p.is_flow() && route::is_host::<F>(p.tuple.dst))
+pub fn is_asked<F: HostPorts>(p: &Packet<F::A>, config: &NodeConfig) -> bool {
+    is_service_asked::<F>(p, config) || F::is_host_port(p)
+}
+
+/// True if a packet that no flow has asks this node itself, and the answers would be taken for those of a flow to a Service: it needs a
+/// flow of its own, with another source port. Only where a program sees the answers.
+#[inline(always)]
+pub fn is_rival<F: Placed>(p: &Packet<F::A>, flow: &Flow<F::A>) -> bool {
+    // A flow that was forgotten a moment ago leaves its place free, and the look-up before does not say so.
+    let may_have = !flow.is_vacant || table::is_ever_contested();
+    let has_other = || may_have && F::place(&p.key, p.is_swapped).is_contested;
+    p.is_flow() && has_other() && route::is_host::<F>(p.tuple.dst)
 }
 
 /// True if a packet asks for a Service at an address for clients outside.

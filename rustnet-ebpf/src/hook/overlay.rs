@@ -53,7 +53,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
         if flow.class == Class::New {
             verify()?;
             if !is_for_pod() {
-                if external::is_asked::<F>(p, flow, config) {
+                if external::is_asked::<F>(p, config) || external::is_rival::<F>(p, flow) {
                     return Ok(external::JUMP);
                 }
                 // Packets for the host's own stack need no connection of ours.

@@ -98,7 +98,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         conntrack::lookup::<F, _>(skb, p, flow, source::OUTSIDE, config, || Ok(()))?
     };
     if flow.class == Class::New {
-        return Ok(if p.is_flow() && external::is_asked::<F>(p, flow, config) { external::JUMP } else { TO_STACK });
+        return Ok(if p.is_flow() && external::is_asked::<F>(p, config) { external::JUMP } else { TO_STACK });
     }
     if flow.flags & flags::EXTERNAL != 0 {
         return Ok(external::JUMP);
@@ -161,7 +161,7 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
     let flow = conntrack::lookup::<F, _>(ctx, p, flow, source::OUTSIDE, config, verify)?;
     if flow.class == Class::New {
         if !is_for_pod() {
-            if external::is_asked::<F>(p, flow, config) {
+            if external::is_asked::<F>(p, config) || external::is_rival::<F>(p, flow) {
                 verify()?;
                 flow.flags |= flags::EXTERNAL;
                 return Ok(Some(flow));

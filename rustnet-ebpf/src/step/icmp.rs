@@ -29,6 +29,8 @@ const UNKNOWN: i32 = 0;
 const KNOWN: i32 = 1;
 /// The flow's far end is a pod of this node, sends through the tunnel, or is this host: see [`Reporter::Outside`].
 const INSIDE: i32 = 2;
+/// Flags of the flows of clients outside.
+const OUTSIDE: u16 = flags::EXTERNAL | flags::SECOND_ADDRESS;
 
 /// Who may send an error.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -45,7 +47,7 @@ pub enum Reporter {
 
 /// ICMP errors of one family and context.
 pub trait Icmp<C: Ctx>: Family {
-    /// Relates the error to its flow: bits of [`KNOWN`], [`INSIDE`], [`flags::VIA_STACK`] and [`flags::EXTERNAL`] in the result. `to` becomes what the
+    /// Relates the error to its flow: bits of [`KNOWN`], [`INSIDE`], [`flags::VIA_STACK`] and [`OUTSIDE`] in the result. `to` becomes what the
     /// error's own addresses become.
     fn relate(ctx: &C, p: &Packet<Self::A>, to: &mut Translation<Self::A>, by: Reporter) -> PackedResult;
 }
@@ -93,7 +95,7 @@ pub fn relate<F: Icmp<C>, C: Ctx>(
     }
     if known != UNKNOWN {
         flow.class = Class::Related;
-        flow.flags = known as u16 & (flags::VIA_STACK | flags::EXTERNAL);
+        flow.flags = known as u16 & (flags::VIA_STACK | OUTSIDE);
     }
     Ok(flow)
 }
@@ -147,7 +149,7 @@ fn try_relate<F: Placed + Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C
         to.tuple.src = q.translated.dst;
     }
     rewrite::inner::<F, C>(ctx, p.l4(), q)?;
-    Ok(KNOWN | far | i32::from(entry_flags & flags::EXTERNAL))
+    Ok(KNOWN | far | i32::from(entry_flags & OUTSIDE))
 }
 
 /// [`INSIDE`] unless a side of a connection may be beyond an uplink. Before that side has sent anything, only a pod of this node is
@@ -164,6 +166,7 @@ fn inside(side: *const Side) -> i32 {
 const _: () = assert!(
     flags::VIA_STACK > 3
         && flags::EXTERNAL > 3
+        && flags::SECOND_ADDRESS > 3
         && NOT_LOCAL == u32::MAX
         && SOURCE_OUTSIDE[1] == 1
         && SOURCE_NONE[1] == 0

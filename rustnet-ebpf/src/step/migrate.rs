@@ -6,12 +6,14 @@
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use rustnet_common::addr::{Address, Ip4, Ip6};
-use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, Side, flags, state};
-use rustnet_common::tuple::proto;
+use rustnet_common::config::NodeConfig;
+use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, Side, elapsed, flags, lifetime, state};
+use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
 
+use super::lb;
 use super::table::{self, Placed};
-use crate::ctx::atomic_or;
+use crate::ctx::{atomic_or, jiffies};
 use crate::family::{Family, V4, V6};
 use crate::maps::{self, OldConnections, V1Connections};
 use crate::packet::{NewConnection, Packet};
@@ -43,7 +45,33 @@ pub trait Old: Family {
     fn v1() -> &'static V1Connections<Self::A>;
     /// Of the present shape: TCP, then all other protocols.
     fn old() -> [&'static OldConnections<Self::A>; 2];
+    /// Finds the entry of the old table of the present shape that serves packets of the key in scratch memory in one direction, and
+    /// stores its slot there. False if there is none.
+    fn find_old(is_swapped: bool) -> bool;
 }
+
+/// Declares a family's function with global linkage: the verifier looks at it once, not once for each place that calls it.
+macro_rules! global {
+    ($family:ident, $name:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(is_swapped: u32) -> u32 {
+            let Some(scratch) = $family::scratch() else { return 0 };
+            // SAFETY: the element belongs to this CPU, and TC programs do not interrupt each other.
+            let key = unsafe { &mut (*scratch).slot_key };
+            for slot in [0, SLOT_CONTESTED] {
+                key.pad = slot;
+                if old::<$family>(key.proto).get_ptr(&*key).is_some_and(|entry| table::serves(entry, is_swapped != 0)) {
+                    return 1;
+                }
+            }
+            0
+        }
+    };
+}
+
+global!(V4, rn_old_find4);
+global!(V6, rn_old_find6);
 
 impl Old for V4 {
     #[inline(always)]
@@ -53,6 +81,10 @@ impl Old for V4 {
     #[inline(always)]
     fn old() -> [&'static OldConnections<Ip4>; 2] {
         [&maps::rn_ct4_tcp_old, &maps::rn_ct4_any_old]
+    }
+    #[inline(always)]
+    fn find_old(is_swapped: bool) -> bool {
+        rn_old_find4(is_swapped.into()) != 0
     }
 }
 
@@ -64,6 +96,10 @@ impl Old for V6 {
     #[inline(always)]
     fn old() -> [&'static OldConnections<Ip6>; 2] {
         [&maps::rn_ct6_tcp_old, &maps::rn_ct6_any_old]
+    }
+    #[inline(always)]
+    fn find_old(is_swapped: bool) -> bool {
+        rn_old_find6(is_swapped.into()) != 0
     }
 }
 
@@ -78,22 +114,42 @@ pub fn adopt<F: Old + Placed>(p: &Packet<F::A>) {
         FROM_V1 => read_v1::<F>(c, p),
         _ => read_old::<F>(c, p),
     };
-    if !is_found {
+    let Some(config) = maps::config() else { return };
+    if !is_found || is_over(&c.original, p.tuple.proto, config) {
         return;
     }
     c.key = p.key;
-    let place = F::place(&c.key, p.is_swapped);
+    c.key.pad = 0;
+    let first = table::get::<F>(&c.key);
+    // SAFETY: a map value stays readable for this run of the program.
+    if !first.is_null() && unsafe { &*first }.is_rival_of(&c.original) {
+        // For either direction: of a flow that nothing translates there is one entry, in the first slot.
+        // SAFETY: see above.
+        if unsafe { &*first }.is_superseded_by(&c.original) {
+            table::insert::<F>(&c.key, &c.original, BPF_ANY.into());
+        }
+        return;
+    }
+    let place = F::place(&p.key, p.is_swapped);
     c.key.pad = place.slot;
     let mut how = BPF_NOEXIST;
     if place.is_taken {
         let entry = table::get::<F>(&c.key);
-        // SAFETY: a map value stays readable for this run of the program.
+        // SAFETY: see above.
         if !entry.is_null() && !unsafe { &*entry }.is_superseded_by(&c.original) {
             return;
         }
         how = BPF_ANY;
     }
     table::insert::<F>(&c.key, &c.original, how.into());
+}
+
+/// True if an entry of the old table counts no more: silent for too long, or to a backend that serves no more (of UDP: a client of TCP
+/// keeps its own until it ends). Ids of v1 are others.
+#[inline(always)]
+fn is_over<A: Address>(entry: &CtEntry<A>, protocol: u8, config: &NodeConfig) -> bool {
+    let is_gone = entry.backend != 0 && protocol != proto::TCP && !is_from_v1() && !lb::is_backend(entry.backend);
+    is_gone || elapsed(jiffies(), entry.seen) >= lifetime(protocol, entry.state).wrapping_mul(config.hz)
 }
 
 /// Stores the flow of a packet as the table of v1 has it. False if there is none.
@@ -134,18 +190,28 @@ const UNKNOWN: Side = table::NOTHING_SENT;
 /// The same of the old table of the present shape.
 #[inline(always)]
 fn read_old<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bool {
-    c.key = p.key;
-    for slot in [0, SLOT_CONTESTED] {
-        c.key.pad = slot;
-        let Some(entry) = old::<F>(p.tuple.proto).get_ptr(&c.key) else { continue };
-        if !table::serves(entry, p.is_swapped) {
-            continue;
-        }
-        // SAFETY: a map value stays readable for this run of the program.
-        c.original = unsafe { *entry };
-        return true;
-    }
-    false
+    let Some(entry) = entry_of::<F>(&p.key, p.is_swapped) else { return false };
+    // SAFETY: a map value stays readable for this run of the program.
+    c.original = unsafe { *entry };
+    true
+}
+
+/// The entry of the old table of the present shape that serves packets of the key in one direction. Its key stands in scratch memory.
+#[inline(always)]
+fn entry_of<F: Old>(key: &Tuple<F::A>, is_swapped: bool) -> Option<*mut CtEntry<F::A>> {
+    // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, and its other users are done with the key.
+    let copy = unsafe { &mut (*F::scratch()?).slot_key };
+    *copy = *key;
+    if F::find_old(is_swapped) { old::<F>(key.proto).get_ptr_mut(&*copy) } else { None }
+}
+
+/// Deletes the entry that [`entry_of`] has found.
+#[inline(always)]
+fn remove_found<F: Old>() {
+    let Some(scratch) = F::scratch() else { return };
+    // SAFETY: see `entry_of`.
+    let key = unsafe { &(*scratch).slot_key };
+    let _ = old::<F>(key.proto).remove(key);
 }
 
 #[inline(always)]
@@ -231,7 +297,7 @@ pub fn touch<F: Old>(p: &Packet<F::A>, entry_state: u64, now: u32) {
         }
         return;
     }
-    if let Some(entry) = old::<F>(p.tuple.proto).get_ptr_mut(&p.key) {
+    if let Some(entry) = entry_of::<F>(&p.key, p.is_swapped) {
         // SAFETY: see above.
         unsafe {
             (*entry).seen = now;
@@ -240,19 +306,36 @@ pub fn touch<F: Old>(p: &Packet<F::A>, entry_state: u64, now: u32) {
     }
 }
 
-/// Deletes the packet's connection from the old table.
+/// Deletes the packet's connection from the old table, both directions of it.
 #[inline(never)]
 pub fn forget<F: Old>(p: &Packet<F::A>) {
     if MIGRATE.load() == FROM_V1 {
         if let Some(one) = F::v1().get_ptr(&p.tuple) {
             // SAFETY: a map value stays readable for this run of the program.
             let other = unsafe { (*one).to.reversed() };
-            let _ = F::v1().remove(&other);
+            // SAFETY: see above.
+            let is_half = F::v1().get_ptr(&other).is_some_and(|half| p.tuple.is_reverse_of(unsafe { &(*half).to }));
+            if is_half {
+                let _ = F::v1().remove(&other);
+            }
         }
         let _ = F::v1().remove(&p.tuple);
         return;
     }
-    let _ = old::<F>(p.tuple.proto).remove(&p.key);
+    let (Some(entry), Some(scratch)) = (entry_of::<F>(&p.key, p.is_swapped), F::scratch()) else { return };
+    // SAFETY: a map value stays readable for this run of the program; the key is free until `conntrack::forget` uses it.
+    let (is_nat, is_swapped, other) = unsafe {
+        let other = &mut (*scratch).connection.reply_key;
+        ((*entry).flags & flags::NAT != 0, (*entry).to.store_reverse_canonical(other), other)
+    };
+    remove_found::<F>();
+    if !is_nat {
+        return;
+    }
+    // SAFETY: see above.
+    if entry_of::<F>(other, is_swapped).is_some_and(|half| p.tuple.is_reverse_of(unsafe { &(*half).to })) {
+        remove_found::<F>();
+    }
 }
 
 const _: () = assert!(FROM_V1 != FROM_OTHER_SIZE && v1::flags::ALL & flags::SWAPPED == 0);

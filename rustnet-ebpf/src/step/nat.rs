@@ -192,6 +192,9 @@ fn translate_external<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> 
     let to = &mut flow.to;
     to.egress = route::local_pod(to.tuple.dst);
     flow.flags |= flags::EXTERNAL;
+    if p.tuple.dst != F::node(config) {
+        flow.flags |= flags::SECOND_ADDRESS;
+    }
     if to.egress == NOT_LOCAL && !route::is_host::<F>(to.tuple.dst) {
         flow.flags |= flags::MASQ;
         to.tuple.src = F::node(config);

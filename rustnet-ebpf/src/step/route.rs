@@ -1,7 +1,8 @@
 //! Where a destination lies. Contract: maps an address to one [`Route`], by look-ups in our own maps alone.
 
 use rustnet_common::addr::{Addr, Address};
-use rustnet_common::conntrack::{self, NOT_LOCAL, VIA_QDISC};
+use rustnet_common::conntrack::flags::SECOND_ADDRESS;
+use rustnet_common::conntrack::{NOT_LOCAL, VIA_QDISC};
 use rustnet_common::endpoint;
 use rustnet_common::peer::{Peer, flags};
 
@@ -85,12 +86,11 @@ pub fn of<F: Family>(to: &Translation<F::A>, flow_flags: u16) -> Destination {
     }
 }
 
-/// [`flags::NODE`] of the answers to a client outside, else 0. Another node is such a client where it asks past the overlay, maybe at an
-/// address that it does not know as this node's: it would refuse that inside the tunnel. Without a branch, for the verifier would
-/// follow each to the end.
+/// [`flags::NODE`] for flows of [`SECOND_ADDRESS`], else 0: another node has asked them past the tunnel, and gets its answers so, too.
+/// Without a branch, for the verifier would follow each to the end.
 #[inline(always)]
 fn past_tunnel(flow_flags: u16) -> u16 {
-    ((flow_flags / conntrack::flags::EXTERNAL) & (flow_flags / conntrack::flags::REPLY) & 1) * flags::NODE
+    ((flow_flags / SECOND_ADDRESS) & 1) * flags::NODE
 }
 
 /// Finds where an address lies that no pod of this node has.

@@ -102,7 +102,9 @@ fn about(index: usize, case: &Case, nodes: &[Node]) -> Vec<Question> {
                 ask(Front::NodePort(name), port.proto, ip, port.node_port, Some(i), &Place::ALL);
             }
             let second = second_address("n1", family);
-            ask(Front::SecondAddress("n1"), port.proto, second, port.node_port, Some(i), &[Place::Outside]);
+            // To pods of other nodes, it is an address of the world: they are masqueraded there.
+            let all = [Place::Outside, Place::PodA, Place::NodeA, Place::NodeB];
+            ask(Front::SecondAddress("n1"), port.proto, second, port.node_port, Some(i), &all);
             let loopback = if family == Family::V4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
             ask(Front::Loopback, port.proto, loopback, port.node_port, Some(i), &[Place::NodeA]);
         }

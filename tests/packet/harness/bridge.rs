@@ -1,6 +1,7 @@
 //! Nodes between two agents, whose programs use the tables of the earlier agent, too.
 
 use super::addresses::{BOTH, Net};
+use super::connections::{Flow, Plain, tuple};
 use super::{HZ, Lab, tables};
 use anyhow::{Context, Result};
 use bytemuck::Pod;
@@ -9,11 +10,18 @@ use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::conntrack::CtEntry;
 use rustnet_common::tuple::Tuple;
 use rustnet_common::v1;
+use std::cell::Cell;
 use testkit::datapath::{Bridge, Datapath, Table};
 
 /// Runs a test for each family, on a node that no other test gets.
 pub fn labs_of_bridge(bridge: Bridge, test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
-    let lab = Lab::with(|sizes| Datapath::load_bridge(bridge, sizes))?;
+    let earlier: Vec<String> = tables::<Ip4>().into_iter().chain(tables::<Ip6>()).map(earlier).collect();
+    let names = earlier.iter().map(String::as_str).chain([v1::map::CT4, v1::map::CT6]);
+    let lab = Lab::with(|sizes| {
+        // In the object they are placeholders, in whose place an agent puts the pinned ones.
+        let all: Vec<_> = sizes.iter().copied().chain(names.map(|name| (name, 1024))).collect();
+        Datapath::load_bridge(bridge, &all)
+    })?;
     lab.reset()?;
     lab.netns.run(|| BOTH.into_iter().try_for_each(|net| test(&lab, net).with_context(|| format!("{net:?}"))))?
 }
@@ -43,6 +51,36 @@ impl Lab {
     pub fn forget_earlier(&self) -> Result<()> {
         self.each_earlier::<Ip4>(Table::clear, Table::clear)?;
         self.each_earlier::<Ip6>(Table::clear, Table::clear)
+    }
+
+    /// True if the earlier agent has an entry for packets of a flow in this direction.
+    pub fn has_earlier(&self, f: Flow) -> Result<bool> {
+        match f.net() {
+            Net::V4 => self.has_earlier_of::<Ip4>(&f),
+            Net::V6 => self.has_earlier_of::<Ip6>(&f),
+        }
+    }
+
+    fn has_earlier_of<A: Plain>(&self, f: &Flow) -> Result<bool>
+    where
+        Tuple<A>: Pod,
+        CtEntry<A>: Pod,
+        v1::CtEntry<A>: Pod,
+    {
+        let wanted = tuple::<A>(f);
+        let is_there = Cell::new(false);
+        self.each_earlier::<A>(
+            |table| {
+                let serves = |entry: CtEntry<A>| entry.serves(&wanted);
+                is_there.set(is_there.get() | table.get(&wanted.canonical())?.is_some_and(serves));
+                Ok(())
+            },
+            |table| {
+                is_there.set(is_there.get() | table.get(&wanted)?.is_some());
+                Ok(())
+            },
+        )?;
+        Ok(is_there.get())
     }
 
     /// Makes all connections of the earlier agent look as if they had last been seen some seconds (as the programs count) before.

@@ -92,6 +92,22 @@ pub fn clock_offset(name: &str) -> Option<usize> {
     }
 }
 
+/// True if a value of a connection table is of a flow, not of TCP, whose backend is none any more: its flows were forgotten.
+pub fn is_forgotten(name: &str, value: &[u8], is_backend: impl Fn(u32) -> bool) -> bool {
+    fn backend_of<A: Address>(value: &[u8]) -> u32
+    where
+        CtEntry<A>: Pod,
+    {
+        bytemuck::try_pod_read_unaligned::<CtEntry<A>>(value).map_or(0, |entry| entry.backend)
+    }
+    let backend = match name {
+        map::CT4_ANY => backend_of::<Ip4>(value),
+        map::CT6_ANY => backend_of::<Ip6>(value),
+        _ => 0,
+    };
+    backend != 0 && !is_backend(backend)
+}
+
 /// True if a value of a connection table supersedes another one of the same key. False for other maps.
 pub fn is_superseded(name: &str, here: &[u8], there: &[u8]) -> bool {
     fn is_of<A: Address>(here: &[u8], there: &[u8]) -> bool

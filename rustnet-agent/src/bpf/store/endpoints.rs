@@ -33,6 +33,16 @@ impl Endpoints {
         self.map.put(&ip.into(), endpoint)
     }
 
+    /// Writes a pod's entry, unless the CNI binary has written it since it was read, or absent. False if so.
+    pub fn put_back(&self, ip: IpAddr, read: Option<&Endpoint>, endpoint: &Endpoint) -> Result<bool> {
+        let key = ip.into();
+        let Some(read) = read else { return self.map.insert(&key, endpoint) };
+        if self.map.get(&key)?.is_some_and(|now| now.ifindex != read.ifindex) {
+            return Ok(false);
+        }
+        self.put(ip, endpoint).map(|()| true)
+    }
+
     /// Removes a pod's entry if it still is for this interface: the address may be another pod's by now.
     pub fn delete(&self, ip: IpAddr, ifindex: u32) -> Result<bool> {
         let same = self.map.get(&ip.into())?.is_some_and(|now| now.ifindex == ifindex);
