@@ -30,6 +30,7 @@ mod cmd {
     pub(super) const PROG_GET_FD_BY_ID: i32 = 13;
     pub(super) const OBJ_GET_INFO_BY_FD: i32 = 15;
     pub(super) const PROG_QUERY: i32 = 16;
+    pub(super) const MAP_LOOKUP_AND_DELETE_ELEM: i32 = 21;
     pub(super) const MAP_LOOKUP_BATCH: i32 = 24;
     pub(super) const MAP_UPDATE_BATCH: i32 = 26;
     pub(super) const MAP_DELETE_BATCH: i32 = 27;
@@ -193,6 +194,11 @@ pub fn map_replace(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<
 /// Deletes one entry; false when there was none.
 pub fn map_delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
     none_if_missing(bpf(cmd::MAP_DELETE_ELEM, &mut elem(map, key.as_ptr(), std::ptr::null())))
+}
+
+/// Takes one entry out, whose value comes into `value`; false when there was none. Hash maps alone.
+pub fn map_take(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    none_if_missing(bpf(cmd::MAP_LOOKUP_AND_DELETE_ELEM, &mut elem(map, key.as_ptr(), value.as_mut_ptr())))
 }
 
 /// Writes the key that follows `key` (the first one for `None`) to `next`; false at the end.

@@ -42,12 +42,22 @@ impl HostPorts {
     /// The kernel refuses, or the map is full.
     pub fn carry_out(&self, change: &Change) -> Result<bool> {
         let Change { key, before, after } = change;
-        match (before, after) {
-            (None, Some(value)) => self.map.insert(key, value),
-            _ if self.map.get(key)? != *before => Ok(false),
-            (_, Some(value)) => self.map.put(key, value).map(|()| true),
-            (_, None) => self.map.delete(key),
+        if before.is_some() {
+            if self.map.get(key)? != *before {
+                return Ok(false);
+            }
+            match self.map.take(key)? {
+                there if there == *before => {}
+                // Written between the two calls: it goes back, unless there is another one by now.
+                there => {
+                    if let Some(there) = there {
+                        self.map.insert(key, &there)?;
+                    }
+                    return Ok(false);
+                }
+            }
         }
+        after.as_ref().map_or(Ok(true), |value| self.map.insert(key, value))
     }
 }
 

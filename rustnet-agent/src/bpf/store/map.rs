@@ -86,6 +86,14 @@ impl<K: Pod, V: Pod> Map<K, V> {
         sys::map_delete(self.fd(), bytemuck::bytes_of(key)).with_context(|| format!("deleting from {}", self.name))
     }
 
+    /// Takes one entry out.
+    pub fn take(&self, key: &K) -> Result<Option<V>> {
+        let mut value = V::zeroed();
+        let found = sys::map_take(self.fd(), bytemuck::bytes_of(key), bytemuck::bytes_of_mut(&mut value))
+            .with_context(|| format!("taking from {}", self.name))?;
+        Ok(found.then_some(value))
+    }
+
     /// Writes many entries, in order, by as few calls as possible.
     pub fn put_all(&self, entries: &[(K, V)]) -> Result<()> {
         if let [(key, value)] = entries {
