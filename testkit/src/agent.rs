@@ -70,7 +70,9 @@ impl Node {
 
     /// Waits until the agent answers that it is ready.
     pub fn wait_ready(&self) -> Result<()> {
-        crate::wait::until(&format!("agent of {} ready", self.name()), || {
+        // An upgrade loads all programs twice: on a busy machine that alone takes most of the usual time.
+        let patience = 4 * crate::wait::deadline();
+        crate::wait::until_deadline(&format!("agent of {} ready", self.name()), patience, || {
             if let Some(status) = self.agent().as_mut().and_then(|a| a.process.ended()) {
                 bail!("the agent ended: {status}");
             }

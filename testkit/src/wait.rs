@@ -12,10 +12,15 @@ const VARIABLE: &str = "RUSTNET_DEADLINE";
 /// Pause between two looks at a condition.
 const PAUSE: Duration = Duration::from_millis(5);
 
+/// How long [`until`] waits.
+pub fn deadline() -> Duration {
+    let given = std::env::var(VARIABLE).ok().and_then(|seconds| seconds.parse().ok());
+    given.map_or(DEADLINE, Duration::from_secs)
+}
+
 /// Polls until `look` gives a value. `Err` of the last look becomes part of the error after the deadline.
 pub fn until<T>(what: &str, look: impl FnMut() -> Result<T>) -> Result<T> {
-    let given = std::env::var(VARIABLE).ok().and_then(|seconds| seconds.parse().ok());
-    until_deadline(what, given.map_or(DEADLINE, Duration::from_secs), look)
+    until_deadline(what, deadline(), look)
 }
 
 /// The same with another deadline.
