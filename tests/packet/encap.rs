@@ -1,16 +1,18 @@
 //! The overlay without its device: the headers that programs put in front of a pod's packet, and which packets take the device.
 
 use anyhow::{Context, Result, ensure};
+use rustnet_agent::net::overlay::SOURCE_PORTS;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config;
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer::flags;
 use testkit::datapath::Input;
 
-use crate::errors::icmp_error;
-use crate::flows::{Proto, TARGET, from_a, from_host};
+use crate::errors::{error, icmp_error};
+use crate::flows::{PORT, Proto, TARGET, answer_of_b, as_from_b, from_a, from_host, from_outside};
 use crate::frame::{ACK, Frame, L4};
 use crate::harness::{BOTH, Lab, Net, OVERLAY, OVERLAY_MTU, VNI, lab_apart};
+use crate::icmp::kinds;
 
 /// The other node as a neighbour with a MAC. What is tried on the way there, the kernel does not ask for.
 pub const NEIGHBOURS: &str = "\
@@ -57,6 +59,34 @@ fn a_packet_gets_its_headers() -> Result<()> {
             let want = outer(net, &ask.hop(), sport, id);
             shot.frame[ETHERTYPE].copy_from_slice(&want.bytes()[ETHERTYPE]);
             shot.onto_wire(&want).with_context(|| format!("{proto:?}"))?;
+        }
+        Ok(())
+    })
+}
+
+/// Another node that asks a node port gets its answers through the tunnel, from one of the few ports for nodes, at the address by which
+/// it knows this node; and past it at a second one, which it would refuse inside. Errors likewise.
+#[test]
+fn answers_to_another_node() -> Result<()> {
+    encapsulating(|lab, inner, net| {
+        let second = inner.ip([172, 18, 0, 77], "fd00:18::77");
+        lab.put_peer(second, None, flags::HOST, None)?;
+        lab.put_peer(inner.node2(), None, flags::NODE | flags::TUNNEL, Some(net.node2()))?;
+        for (at, sport, is_tunnelled) in [(inner.node(), PORT, true), (second, PORT + 1, false)] {
+            lab.publish(at, TARGET, Proto::Udp.number(inner), 0, &[(inner.b(), TARGET)])?;
+            let ask = from_outside(Proto::Udp, (inner.node2(), sport), (at, TARGET));
+            let arrives = ask.hop().between((inner.node2(), sport), (inner.b(), TARGET));
+            lab.uplink_in(&ask)?.to_the_pod(&arrives)?;
+            let answer = answer_of_b(&arrives);
+            let refused = as_from_b(&error(&arrives, inner.b(), kinds(inner)[0], 1000));
+            for frame in [answer, refused] {
+                let shot = lab.pod_b_sends_unsummed(&frame.bytes())?;
+                let has_headers = shot.frame.len() > frame.bytes().len();
+                ensure!(has_headers == is_tunnelled, "to {at}: {} bytes come out", shot.frame.len());
+                let place = if net == Net::V4 { 34 } else { 54 };
+                let port = u16::from_be_bytes([shot.frame[place], shot.frame[place + 1]]);
+                ensure!(!has_headers || SOURCE_PORTS.contains(&port), "source port {port}");
+            }
         }
         Ok(())
     })

@@ -237,6 +237,34 @@ fn a_backend_that_is_this_host() -> Result<()> {
     })
 }
 
+/// A client that asks such a backend itself, too, from the same port: its flow has another one, so that the answers differ.
+/// By a device whose egress no program sees, nothing becomes of it.
+#[test]
+fn a_backend_that_is_this_host_asked_itself() -> Result<()> {
+    labs(|lab, net| {
+        lab.configure(|c| c.flags |= config::flags::EXTERNAL)?;
+        each(&SERVED, |proto| {
+            publish(lab, net, proto, (net.node(), TARGET))?;
+            lab.uplink_in(&ask(net, proto))?;
+            let itself = from_outside(proto, (net.world(), PORT), (net.node(), TARGET));
+            let shot = lab.uplink_in(&itself)?;
+            let source = lab.half(Flow::of(&itself))?.to.sport;
+            ensure!(source != PORT && SNAT.contains(&source), "port {source}");
+            let arrives = itself.between((net.world(), source), (net.node(), TARGET));
+            shot.to_stack(&arrives)?;
+            let answer = arrives.reply();
+            let leaves = answer.between((net.node(), TARGET), (net.world(), PORT));
+            lab.uplink_out(&answer)?.to_stack(&leaves)?;
+
+            lab.forget()?;
+            let at_side = from_outside(proto, (net.machine(), PORT), (net.node(), NODE_PORT));
+            lab.side_in(&at_side)?;
+            let itself = from_outside(proto, (net.machine(), PORT), (net.node(), TARGET));
+            lab.side_in(&itself)?.to_stack(&itself)
+        })
+    })
+}
+
 /// An answer that is too large for the client's path, and a router of it that says so.
 #[test]
 fn errors_from_the_clients_side_reach_the_backend() -> Result<()> {

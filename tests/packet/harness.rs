@@ -364,7 +364,13 @@ impl Lab {
         self.run_summed(hook::NAMES[hook::FROM_POD as usize], hook::FROM_POD, &input, false)
     }
 
-    /// The same of a frame that stands for several segments with so much payload each.
+    /// The same of pod B.
+    pub fn pod_b_sends_unsummed(&self, frame: &[u8]) -> Result<Shot> {
+        let input = Input { frame, ifindex: POD_B, ..Input::default() };
+        self.run_summed(hook::NAMES[hook::FROM_POD as usize], hook::FROM_POD, &input, false)
+    }
+
+    /// As [`Lab::pod_sends_unsummed`], of a frame that stands for several segments with so much payload each.
     pub fn pod_sends_segments(&self, frame: &[u8], gso_size: u32) -> Result<Shot> {
         let input = Input { frame, ifindex: POD_A, gso_size, ..Input::default() };
         self.run_summed(hook::NAMES[hook::FROM_POD as usize], hook::FROM_POD, &input, false)
