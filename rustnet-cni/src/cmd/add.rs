@@ -152,14 +152,14 @@ impl Setup<'_> {
         }
         host.run(self.host_side(&result))?;
         fault::point("host")?;
-        // As late as it can be: of a call that fails, another pod would have lost them for nothing.
-        self.take_ports(&record)?;
-        fault::point("ports")?;
         self.pod_side(pod, &result)?;
         fault::point("pod")?;
         link::settle(pod, self.veth.pod_index, &ips)?;
         let on_host: Vec<IpAddr> = self.delegate.iter().flat_map(|_| gateways(&result)).collect();
         link::settle(host, self.veth.host.index, &on_host)?;
+        // Last: by a call that fails, another pod would lose them for nothing.
+        self.take_ports(&record)?;
+        fault::point("ports")?;
         self.result(result)
     }
 

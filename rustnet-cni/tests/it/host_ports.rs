@@ -116,6 +116,19 @@ fn without_the_map() {
     out.success();
 }
 
+/// The pod that has a port keeps it where another one, which asks for the same, never comes.
+#[test]
+fn an_addition_that_fails_takes_no_port() {
+    let node = Node::new();
+    let first = Call::of("ADD", &conf(&node, &one(80)), "c1", &netns("a")).run().success();
+    let (index, ns) = (ifindex(&first), netns("b"));
+    for step in ["map", "host", "pod"] {
+        Call::of("ADD", &conf(&node, &one(80)), "c2", &ns).env("RUSTNET_CNI_FAIL_AT", step).run().failure(5);
+        assert!(entries(&node).iter().map(|e| (e.1, e.5)).eq([(80, index); 2]), "{step}: {:?}", entries(&node));
+    }
+    node.del("c1");
+}
+
 /// A pod that ends may be deleted after its successor with the same port was added.
 #[test]
 fn a_late_deletion_leaves_the_successor_its_port() {
