@@ -47,6 +47,7 @@ impl<A: Address> CtEntry<A> {
     }
 
     /// True if some packets of the key that both have are served by either.
+    #[inline(always)]
     pub fn is_rival_of(&self, other: &Self) -> bool {
         (self.flags & other.flags & flags::NAT == 0) || (self.flags ^ other.flags) & flags::SWAPPED == 0
     }

@@ -2,6 +2,7 @@
 //! open count before what is left over of older ones.
 
 use crate::flows::{Proto, TARGET, VIP_PORT, answer_of_b, at_backend, at_client, from_a, later};
+use crate::frame::Frame;
 use crate::harness::{Flow, Lab, MAC_A, Net, POD_A, labs_of_bridge};
 use crate::services::exchange;
 use crate::states::silence;
@@ -29,17 +30,24 @@ fn for_each_bridge(test: impl Fn(&Lab, Net, Proto, Bridge) -> Result<()> + Send 
     })
 }
 
+/// A connection of pod A through a service is over, and the earlier programs have opened one to its backend from the same port. Returns
+/// what opened that.
+fn supersede(lab: &Lab, net: Net, proto: Proto) -> Result<Frame> {
+    exchange(lab, net, &from_a(net, proto, (net.vip(1), VIP_PORT)))?;
+    silence(lab, net, LONG)?;
+    let stale = lab.take_connections()?;
+    lab.forget_earlier()?;
+    let ask = from_a(net, proto, (net.b(), TARGET));
+    lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
+    lab.put_connections(&stale)?;
+    Ok(ask)
+}
+
 /// A connection through a service is over, and the earlier programs opened one to its backend from the same port.
 #[test]
 fn a_backend_asked_itself_on_the_port_of_an_expired_connection() -> Result<()> {
     for_each_bridge(|lab, net, proto, _| {
-        exchange(lab, net, &from_a(net, proto, (net.vip(1), VIP_PORT)))?;
-        silence(lab, net, LONG)?;
-        let stale = lab.take_connections()?;
-        lab.forget_earlier()?;
-        let ask = from_a(net, proto, (net.b(), TARGET));
-        lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
-        lab.put_connections(&stale)?;
+        let ask = supersede(lab, net, proto)?;
         let answer = answer_of_b(&ask.hop());
         lab.pod_sends(&answer)?.to_the_pod(&answer.hop())
     })
@@ -107,13 +115,7 @@ fn a_flow_whose_backend_has_gone_is_not_taken_over() -> Result<()> {
 #[test]
 fn a_flow_that_supersedes_another_has_one_entry() -> Result<()> {
     for_each_bridge(|lab, net, proto, _| {
-        exchange(lab, net, &from_a(net, proto, (net.vip(1), VIP_PORT)))?;
-        silence(lab, net, LONG)?;
-        let stale = lab.take_connections()?;
-        lab.forget_earlier()?;
-        let ask = from_a(net, proto, (net.b(), TARGET));
-        lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
-        lab.put_connections(&stale)?;
+        let ask = supersede(lab, net, proto)?;
         let (more, answer) = (later(&ask), answer_of_b(&ask.hop()));
         lab.pod_sends(&more)?.to_the_pod(&more.hop())?;
         lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;

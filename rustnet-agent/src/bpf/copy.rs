@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use rustnet_common::conntrack::is_later;
+
 use super::store::map::possible_cpus;
 use super::sys::{self, Layout};
 
@@ -143,11 +145,7 @@ impl<'a> Place<'a> {
     /// Adds the entries of `content` that are missing here; those that are here stay as they are.
     /// Returns how many were.
     pub fn insert_missing(&self, content: &Content) -> io::Result<usize> {
-        let mut added = 0;
-        for (key, value) in content.iter() {
-            added += usize::from(sys::map_insert(self.map, key, value)?);
-        }
-        Ok(added)
+        self.insert_later(content, |_, _| false)
     }
 
     /// As [`Place::insert_missing`], and replaces those that an entry of `content` supersedes. Programs that
@@ -225,7 +223,7 @@ impl Content {
 
     /// Keeps what was seen at `since` or later.
     pub fn retain_since(&mut self, offset: usize, since: u32) {
-        self.retain(|_, value| clock_at(value, offset).wrapping_sub(since).cast_signed() >= 0);
+        self.retain(|_, value| !is_later(since, clock_at(value, offset)));
     }
 }
 

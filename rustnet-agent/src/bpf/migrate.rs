@@ -115,7 +115,7 @@ impl Upgrade {
         let mut halves = table.entries()?;
         let newest = newest(halves.iter().map(|(_, half)| half.seen));
         if let Some(since) = self.newest[usize::from(A::IS_V6)] {
-            halves.retain(|(_, half)| half.seen.wrapping_sub(since).cast_signed() >= 0);
+            halves.retain(|(_, half)| !is_later(since, half.seen));
         }
         let mut entries = convert::upgrade(&halves, |id| self.tables.present_id(id));
         if let Some(newest) = newest {
@@ -172,7 +172,7 @@ fn newest_of<T>(entries: &[T], max_entries: u32) -> &[T] {
 
 /// The latest of times of a clock that wraps.
 fn newest(times: impl Iterator<Item = u32>) -> Option<u32> {
-    times.reduce(|one, other| if one.wrapping_sub(other).cast_signed() >= 0 { one } else { other })
+    times.reduce(|one, other| if is_later(other, one) { other } else { one })
 }
 
 /// The tables of a family: the retired one, that of TCP, that of all else.

@@ -1,7 +1,7 @@
 //! Upgrades under traffic. Contract: while the hooks of a node are swapped one by one, programs before and after the upgrade run
 //! side by side on tables of their own. Programs loaded with [`MIGRATE`] take flows over from the old table that they do not
-//! know, and write each flow that they open, refresh or forget into the old table, too. Without it all of this is dead code,
-//! which the verifier removes.
+//! know or that supersede what they know, and write each flow that they open, refresh or forget into the old table, too. Without it
+//! all of this is dead code, which the verifier removes.
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};

@@ -4,8 +4,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::addr::{Addr, Address};
-use rustnet_common::config::FIRST_TUNNEL_PORT;
-use rustnet_common::config::NodeConfig;
+use rustnet_common::config::{FIRST_TUNNEL_PORT, NodeConfig};
 use rustnet_common::tuple::proto;
 
 use super::fib::{LOOPBACK, RET_NO_NEIGH, RET_SUCCESS};

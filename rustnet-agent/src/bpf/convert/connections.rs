@@ -118,7 +118,7 @@ fn other_half<A: Address>((key, half): Half<A>) -> Half<A> {
 
 /// The later of two times of a clock that wraps.
 fn later(one: u32, other: u32) -> u32 {
-    if one.wrapping_sub(other).cast_signed() >= 0 { one } else { other }
+    if is_later(other, one) { other } else { one }
 }
 
 /// The halves of v1 that stand for these entries, in any order. Backends keep their ids: v1 takes

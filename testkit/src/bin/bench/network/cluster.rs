@@ -171,28 +171,19 @@ pub fn run(extent: &Extent) -> Result<()> {
     let pods = [one.hold("pod", &one.pod_netns)?, two.hold("pod", &two.pod_netns)?];
     let peers = Peers::add(&nodes, &cluster)?;
     let [client, server] = peers.pods()?;
-    let ours = |name| Case::to_address(name, &pods[0], &pods[1], &two.pod_addresses);
-    let group = if cluster.is_tunnelled {
-        Group {
-            title: "Cluster, VXLAN, MTU 1450",
-            cases: vec![
-                Case::places("kernel VXLAN, bare", &plain.tunnelled[0], &plain.tunnelled[1]),
-                Case::places("kernel VXLAN, same nodes", client, server),
-                ours("rustnet VXLAN, pod")?.goals(TUNNEL_GOALS),
-            ],
-            peers: &[PLAIN, SAME],
-        }
+    let (title, names, bare, goals) = if cluster.is_tunnelled {
+        let names = ["kernel VXLAN, bare", "kernel VXLAN, same nodes", "rustnet VXLAN, pod"];
+        ("Cluster, VXLAN, MTU 1450", names, [&plain.tunnelled[0], &plain.tunnelled[1]], TUNNEL_GOALS)
     } else {
-        Group {
-            title: "Cluster, routed, MTU 1500",
-            cases: vec![
-                Case::places("kernel routing, bare", &plain.routed[0], &plain.routed[2]),
-                Case::places("kernel routing, same nodes", client, server),
-                ours("rustnet native, pod")?.goals(ROUTED_GOALS),
-            ],
-            peers: &[PLAIN, SAME],
-        }
+        let names = ["kernel routing, bare", "kernel routing, same nodes", "rustnet native, pod"];
+        ("Cluster, routed, MTU 1500", names, [&plain.routed[0], &plain.routed[2]], ROUTED_GOALS)
     };
+    let cases = vec![
+        Case::places(names[PLAIN], bare[0], bare[1]),
+        Case::places(names[SAME], client, server),
+        Case::to_address(names[2], &pods[0], &pods[1], &two.pod_addresses)?.goals(goals),
+    ];
+    let group = Group { title, cases, peers: &[PLAIN, SAME] };
     let groups = [group];
     measure::prepare(&groups)
         .context("a rule of the nodes may forbid the path: `nft list ruleset` there lists them")?;
