@@ -16,11 +16,12 @@ use std::time::Duration;
 use ipnet::IpNet;
 use rustnet_common::backend::id;
 use rustnet_common::config::mark;
+use rustnet_common::maglev;
 
 pub use self::ranges::Role;
 use self::text::{
-    Reader, boolean, cidr, device, directory, healthz_bind_address, listen, log_level, node_name, node_port_addresses,
-    number, packet_mark, snat_ports, source,
+    Reader, boolean, cidr, device, directory, healthz_bind_address, listen, log_level, maglev_table_size, node_name,
+    node_port_addresses, number, packet_mark, snat_ports, source,
 };
 use crate::args::Values;
 
@@ -87,6 +88,10 @@ pub struct Config {
     pub node_port_addresses: Vec<NodePortAddresses>,
     /// Whose sockets ask for Services by themselves.
     pub socket_lb: SocketLb,
+    /// How flows of Services are spread that do not say.
+    pub lb_algorithm: Algorithm,
+    /// Places of a Maglev table, a prime.
+    pub maglev_table_size: u32,
     /// Source ports that masquerade may use, both ends included; `None`: the agent chooses.
     pub snat_ports: Option<(u16, u16)>,
     /// Mark of packets that have passed their steps on this node.
@@ -272,6 +277,26 @@ pub enum LogFormat {
     Json,
 }
 
+/// How the hash of a new flow leads to a backend of its Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Algorithm {
+    /// By the number of backends: when one comes or goes, most hashes lead elsewhere.
+    Random,
+    /// By a Maglev table: then few do.
+    Maglev,
+}
+
+impl Algorithm {
+    /// The algorithm of this name.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "random" => Some(Self::Random),
+            "maglev" => Some(Self::Maglev),
+            _ => None,
+        }
+    }
+}
+
 /// Entries of each map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapSizes {
@@ -279,6 +304,8 @@ pub struct MapSizes {
     pub services: u32,
     /// `rn_backend_ids`, `rn_backends_v2`, each.
     pub backends: u32,
+    /// `rn_maglev`, words.
+    pub maglev: u32,
     /// `rn_ct4_tcp`, `rn_ct6_tcp`, each.
     pub ct_tcp: u32,
     /// `rn_ct4_any`, `rn_ct6_any`, each.
@@ -300,6 +327,7 @@ impl Default for MapSizes {
         Self {
             services: 65_536,
             backends: 262_144,
+            maglev: 262_144,
             ct_tcp: 65_536,
             ct_any: 32_768,
             frags: 8192,
@@ -386,11 +414,16 @@ impl Config {
             }),
             masquerade: read.required("masquerade", "give true or false", boolean),
             node_port_addresses: read.list("node-port-addresses", node_port_addresses),
+            lb_algorithm: read.required("lb-algorithm", "give random or maglev", |text| {
+                Algorithm::parse(text).ok_or("is no algorithm; give random or maglev".to_owned())
+            }),
+            maglev_table_size: read.required("maglev-table-size", "give a prime", maglev_table_size),
             snat_ports: read.required("snat-ports", "give auto or a range", snat_ports),
             packet_mark: read.required("packet-mark", "give a value and a mask", packet_mark),
             maps: MapSizes {
                 services: read.entries("service-entries"),
                 backends: read.entries_up_to("backend-entries", id::MAX_SLOTS),
+                maglev: read.entries_up_to("maglev-entries", maglev::MAX_UNITS * maglev::UNIT),
                 ct_tcp: read.entries("ct-tcp-entries"),
                 ct_any: read.entries("ct-any-entries"),
                 frags: read.entries("frag-entries"),

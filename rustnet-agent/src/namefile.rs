@@ -145,6 +145,7 @@ mod tests {
             vips: ["10.96.0.10".parse().unwrap()].into(),
             ports: [ServicePort { name: "dns".into(), port: 53, proto: proto::UDP, node_port: 0 }].into(),
             affinity: 0,
+            algorithm: None,
             internal_local: false,
             external: Box::default(),
             balanced: Box::default(),

@@ -4,6 +4,7 @@
 mod audit;
 mod flows;
 mod ids;
+mod maglev;
 mod memory;
 mod peers;
 mod planner;
@@ -12,6 +13,7 @@ mod services;
 mod sets;
 mod slots;
 mod source_ranges;
+mod tables;
 mod verify;
 
 pub use crate::index::{SourceRange, VipKey};
@@ -22,6 +24,7 @@ pub use verify::{Deviation, Kind as DeviationKind, verify};
 
 use ipnet::IpNet;
 use rustnet_common::backend::{Backend, id};
+use rustnet_common::maglev::{PLACES, head, ordinal};
 use rustnet_common::peer::Peer;
 use rustnet_common::service::SvcEntry;
 use std::collections::BTreeMap;
@@ -49,6 +52,13 @@ pub enum Write {
         first: u32,
         /// What to store.
         ids: Vec<u32>,
+    },
+    /// Plain stores of a Maglev table to `rn_maglev`. No service refers to these words yet.
+    MaglevTable {
+        /// Unit that it begins with.
+        unit: u16,
+        /// What to store.
+        words: Vec<u64>,
     },
     /// Adds or flips a service.
     PutService {
@@ -99,6 +109,11 @@ pub enum Write {
         /// What should stand there.
         ids: Vec<(u32, u32)>,
     },
+    /// Puts words of `rn_maglev` back that somebody else has changed, by index.
+    RestoreTables {
+        /// What should stand there.
+        words: Vec<(u32, u64)>,
+    },
     /// Deletes the connection entries of a protocol whose backend is in the list. Idempotent.
     ForgetFlows {
         /// IP protocol number.
@@ -118,6 +133,8 @@ pub struct Snapshot {
     /// `rn_backends_v2`, from index 0 to the last that was ever written at least. Slots that no
     /// service refers to are welcome: their ids are not given out again soon.
     pub backends: Vec<Backend>,
+    /// `rn_maglev`, from index 0 to the last word that was ever written at least.
+    pub tables: Vec<u64>,
     /// Peers of both families.
     pub peers: BTreeMap<IpNet, Peer>,
     /// `rn_source_ranges`: each range is `rustnet_common::source_range::ALLOWED`.
@@ -135,6 +152,15 @@ impl Snapshot {
             (id != 0 && backend.id == id && backend.service == service).then_some(backend)
         })
     }
+
+    /// The ordinals in the places of the Maglev table that begins with a unit; `None` if there is no table.
+    pub fn ordinals(&self, unit: u16) -> Option<impl Iterator<Item = u32> + use<'_>> {
+        let first = head(unit) as usize;
+        let size = usize::try_from(*self.tables.get(first)?).ok().filter(|size| *size > 0)?;
+        let words = self.tables.get(first + 1..first + 1 + size.div_ceil(PLACES as usize))?;
+        let ordinals = words.iter().flat_map(|word| [0, 16, 32, 48].map(|bits| ordinal(*word, bits)));
+        Some(ordinals.take(size))
+    }
 }
 
 /// What an audit reads, one after the other.
@@ -142,6 +168,8 @@ impl Snapshot {
 pub enum Table {
     /// Backends and their ids.
     Backends,
+    /// Maglev tables.
+    Maglev,
     /// Ranges of clients, of both families.
     SourceRanges,
     /// Services, IPv4.
@@ -154,7 +182,8 @@ pub enum Table {
 
 impl Table {
     /// All of them, in the order in which they are read: what is led to before what leads there.
-    pub const ALL: [Self; 5] = [Self::Backends, Self::SourceRanges, Self::Services4, Self::Services6, Self::Peers];
+    pub const ALL: [Self; 6] =
+        [Self::Backends, Self::Maglev, Self::SourceRanges, Self::Services4, Self::Services6, Self::Peers];
 }
 
 /// The maps, as the plan sees them.
@@ -174,6 +203,10 @@ pub trait Maps {
     fn apply(&mut self, writes: &[Write]) -> anyhow::Result<()>;
     /// Slots of `rn_backend_ids` and of `rn_backends_v2`, each.
     fn backend_capacity(&self) -> u32;
+    /// Words of Maglev tables that the map can hold.
+    fn table_capacity(&self) -> u32 {
+        0
+    }
     /// Services of either family that the maps can hold.
     fn service_capacity(&self) -> u32 {
         u32::MAX

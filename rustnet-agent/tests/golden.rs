@@ -15,6 +15,7 @@ use rustnet_agent::plan::{GRACE, MemoryMaps, Planner, Write};
 use rustnet_agent::source::manifests::{Catalog, scan};
 use rustnet_agent::source::{Event, Kind};
 use rustnet_common::backend::{flags as backend, id};
+use rustnet_common::maglev::UNIT;
 use rustnet_common::peer::{Peer, flags as peer, identity};
 use rustnet_common::service::flags as service;
 use std::collections::BTreeMap;
@@ -41,7 +42,7 @@ struct Node {
 
 impl Node {
     fn new((settings, host): (Settings, HostFacts)) -> anyhow::Result<Self> {
-        let maps = MemoryMaps::new(1024);
+        let maps = MemoryMaps::new(1024).with_tables(4 * UNIT);
         let mut index = Index::new(settings.clone());
         index.set_host(host.clone());
         Ok(Self {
@@ -110,19 +111,26 @@ impl Node {
             if entry.affinity > 0 {
                 write!(text, ", affinity {} s", entry.affinity)?;
             }
+            if entry.table > 0 {
+                write!(text, ", maglev table {}", entry.table)?;
+            }
             if entry.flags & service::DROP_EMPTY != 0 {
                 write!(text, ", drop")?;
             } else if entry.count == 0 {
                 write!(text, ", refuse")?;
             }
             writeln!(text)?;
-            for b in self.maps.backends(entry) {
+            let ordinals: Option<Vec<u32>> = self.maps.held().ordinals(entry.table).map(Iterator::collect);
+            for (i, b) in (0..).zip(self.maps.backends(entry)) {
                 let target = std::net::SocketAddr::new(IpAddr::from(b.addr), b.port);
                 write!(text, "    {target} id {}", short(b.id))?;
                 for (bit, name) in [(backend::LOCAL, "local"), (backend::TERMINATING, "terminating")] {
                     if b.flags & bit != 0 {
                         write!(text, " {name}")?;
                     }
+                }
+                if let Some(ordinals) = ordinals.iter().find(|_| entry.table > 0) {
+                    write!(text, ", {} places", ordinals.iter().filter(|ordinal| **ordinal == i).count())?;
                 }
                 writeln!(text)?;
             }
@@ -170,6 +178,7 @@ fn count(writes: &[Write]) -> String {
             Write::Backends { .. } => "backends",
             Write::BackendIds { .. } => "backend ids",
             Write::ClearBackends { .. } => "clear backends",
+            Write::MaglevTable { .. } => "maglev table",
             Write::PutService { .. } => "put service",
             Write::DeleteService { .. } => "delete service",
             Write::PutPeer { .. } => "put peer",
@@ -177,7 +186,7 @@ fn count(writes: &[Write]) -> String {
             Write::PutSourceRange { .. } => "put source range",
             Write::DeleteSourceRange { .. } => "delete source range",
             Write::ForgetFlows { .. } => "forget flows",
-            Write::RestoreBackends { .. } | Write::RestoreIds { .. } => "restore",
+            Write::RestoreBackends { .. } | Write::RestoreIds { .. } | Write::RestoreTables { .. } => "restore",
         };
         match counts.iter_mut().find(|(name, _)| *name == sort) {
             Some((_, n)) => *n += 1,

@@ -19,6 +19,7 @@ pub mod frag;
 pub mod hash;
 pub mod host_port;
 pub mod log;
+pub mod maglev;
 pub mod names;
 pub mod peer;
 pub mod service;

@@ -68,6 +68,8 @@ pub mod map {
     pub const BACKEND_IDS: &str = "rn_backend_ids";
     /// Backends of all services, by slot.
     pub const BACKENDS: &str = "rn_backends_v2";
+    /// Tables of services that ask for Maglev.
+    pub const MAGLEV: &str = "rn_maglev";
     /// TCP connections, IPv4.
     pub const CT4_TCP: &str = "rn_ct4_tcp";
     /// Flows of all other protocols, IPv4.
@@ -109,7 +111,7 @@ pub mod map {
     /// What a socket asked for that talks to a backend.
     pub const SOCK_REV: &str = "rn_sock_rev";
     /// All of them.
-    pub const ALL: [&str; 24] = [
+    pub const ALL: [&str; 25] = [
         SVC4,
         SVC6,
         BACKEND_IDS,
@@ -134,6 +136,7 @@ pub mod map {
         SOCK_FWD,
         SOCK_REV,
         HOST_PORTS,
+        MAGLEV,
     ];
 }
 

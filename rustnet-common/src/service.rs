@@ -43,8 +43,9 @@ pub struct SvcEntry {
     pub affinity: u32,
     /// See [`flags`].
     pub flags: u16,
-    /// Zero.
-    pub pad: u16,
+    /// Unit of `rn_maglev` that the table of the set begins with; 0: the flow's hash chooses without one. Earlier releases left 0 and
+    /// do not look.
+    pub table: u16,
 }
 
 /// Bits of [`SvcEntry::flags`].

@@ -10,10 +10,11 @@ use rustnet_common::endpoint::{self, Endpoint, EndpointKey};
 use rustnet_common::event::Event;
 use rustnet_common::hash;
 use rustnet_common::host_port::{self, HostPort, HostPortKey};
+use rustnet_common::maglev;
 use rustnet_common::names::{self, map};
 use rustnet_common::peer::flags::{HOST, LOCAL_PODS, NO_MASQ, NODE, POD, TUNNEL};
 use rustnet_common::peer::{Peer, PeerKey, identity};
-use rustnet_common::service::{self, SvcKey};
+use rustnet_common::service::{self, SvcEntry, SvcKey};
 use rustnet_common::socket::{Asked, CLIENT_HIGH, SocketKey, netns};
 use rustnet_common::source_range::{self, SourceRange, SourceRangeKey};
 use rustnet_common::tuple::{Tuple, proto};
@@ -126,6 +127,20 @@ fn settings() {
         ]
     );
     assert_eq!((config::flags::MASQUERADE, config::flags::FLOW_EVENTS, config::flags::ENCAPSULATE), (1, 2, 4));
+}
+
+/// Pinned tables outlive the agent that wrote them, and nodes of two releases have to agree.
+#[test]
+fn maglev_tables() {
+    assert_eq!(map::MAGLEV, "rn_maglev");
+    assert_eq!(offsets!(SvcEntry: first, count, id, affinity, flags, table)[5], ("table", 18));
+    assert_eq!((maglev::UNIT, maglev::PLACES, maglev::head(3)), (256, 4, 768));
+    let words: [u64; 3] = [5, 0x0003_0002_0001_0000, 0x0004];
+    let found = [0, 1 << 30, 0x7fff_ffff, 0xbfff_ffff, u32::MAX].map(|hash| {
+        let (word, bits) = maglev::place(0, words[0] as u32, hash);
+        maglev::ordinal(words[word as usize], bits)
+    });
+    assert_eq!(found, [0, 1, 2, 3, 4]);
 }
 
 #[test]

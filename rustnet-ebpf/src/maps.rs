@@ -146,6 +146,9 @@ pub static rn_svc6_v2: Services<Ip6> = Services::new();
 pub static rn_backends_v2: Array<Backend, 262_144, MMAP> = Array::new();
 #[btf_map]
 pub static rn_backend_ids: Array<u32, 262_144, MMAP> = Array::new();
+/// See [`rustnet_common::maglev`].
+#[btf_map]
+pub static rn_maglev: Array<u64, 262_144, MMAP> = Array::new();
 #[btf_map]
 pub static rn_ct4_tcp: Connections<Ip4> = Connections::new();
 #[btf_map]

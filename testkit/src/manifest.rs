@@ -87,6 +87,8 @@ pub struct Service {
     pub outside: Outside,
     /// `sessionAffinity: ClientIP`.
     pub affinity: bool,
+    /// Its flows are spread by a Maglev table.
+    pub is_maglev: bool,
     /// Endpoints, of both families; they are parted into one slice a family.
     pub endpoints: Vec<Endpoint>,
 }
@@ -104,6 +106,7 @@ impl Service {
             ports: Port::both(port, target),
             outside: Outside::default(),
             affinity: false,
+            is_maglev: false,
             endpoints: Vec::new(),
         }
     }
@@ -115,8 +118,9 @@ impl Service {
         let families = list(self.vips.iter().map(|v| family(*v).to_owned()).collect());
         let policy = if self.vips.len() > 1 { "PreferDualStack" } else { "SingleStack" };
         let first = self.vips.first().map(ToString::to_string).unwrap_or_default();
+        let annotations = if self.is_maglev { "  annotations: {rustnet.io/lb-algorithm: maglev}\n" } else { "" };
         let mut out = format!(
-            "apiVersion: v1\nkind: Service\nmetadata:\n  name: {}\n  namespace: default\nspec:\n  type: {}\n  \
+            "apiVersion: v1\nkind: Service\nmetadata:\n  name: {}\n  namespace: default\n{annotations}spec:\n  type: {}\n  \
              clusterIP: \"{first}\"\n  clusterIPs: [{vips}]\n  ipFamilies: [{families}]\n  ipFamilyPolicy: {policy}\n  \
              ports:\n",
             self.name,

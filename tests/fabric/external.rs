@@ -111,7 +111,7 @@ fn without_endpoints_clients_are_refused(net: &Net) -> Result<()> {
 }
 
 /// Addresses that no other test has. The segment's router leads them to a node, as a load balancer does.
-fn balancer(net: &Net) -> Result<Vec<IpAddr>> {
+pub fn balancer(net: &Net) -> Result<Vec<IpAddr>> {
     static NEXT: AtomicU16 = AtomicU16::new(1);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
     let balancer: Vec<IpAddr> = vec![format!("203.0.113.{n}").parse()?, format!("2001:db8:113::{n}").parse()?];

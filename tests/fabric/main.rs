@@ -20,6 +20,7 @@ mod host_ports;
 mod hosts;
 mod kills;
 mod limits;
+mod maglev;
 mod masquerade;
 mod mixed;
 mod nodes;

@@ -195,7 +195,7 @@ impl Lab {
             flags: config::flags::MASQUERADE | config::flags::EXTERNAL,
             vni: VNI,
             hz: HZ,
-            seed: 7,
+            seed: SEED,
         };
         change(&mut config);
         self.datapath.table(map::CONFIG)?.put(&0_u32, &config)

@@ -2,6 +2,7 @@
 
 mod affinity;
 mod checksums;
+mod maglev;
 mod ports;
 mod refusals;
 

@@ -262,6 +262,23 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
+                flag: "lb-algorithm",
+                key: "lbAlgorithm",
+                value: "random|maglev",
+                default: Some("random"),
+                help: "How new flows are spread over the backends of a Service whose annotation rustnet.io/lb-algorithm does not say: \
+         by their hash alone (random), or by a table with which few flows move when a backend comes or goes (maglev)",
+                ..ONE
+            },
+            Setting {
+                flag: "maglev-table-size",
+                key: "maglevTableSize",
+                value: "NUMBER",
+                default: Some("16381"),
+                help: "Places of a Maglev table, a prime: at least a hundred for each backend of the largest Service; the same on all nodes",
+                ..ONE
+            },
+            Setting {
                 flag: "snat-ports",
                 key: "snatPorts",
                 value: "auto|FIRST-LAST",
@@ -296,6 +313,14 @@ pub static GROUPS: &[Group] = &[
                 value: "NUMBER",
                 default: Some("262144"),
                 help: "Size of the tables of backends and of their ids, at most 1048576",
+                ..ONE
+            },
+            Setting {
+                flag: "maglev-entries",
+                key: "maglevEntries",
+                value: "NUMBER",
+                default: Some("262144"),
+                help: "Room for Maglev tables, in words of 4 places: a table of 16381 places takes 4352",
                 ..ONE
             },
             Setting {

@@ -307,15 +307,17 @@ pub fn program_path(bpffs: &Path, name: &str) -> PathBuf {
 /// Map sizes of the configuration, by map name.
 pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
     use names::map::{
-        AFFINITY, BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, PEERS4, PEERS6,
-        SOURCE_RANGES, SVC4, SVC6,
+        AFFINITY, BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, MAGLEV, PEERS4,
+        PEERS6, SOURCE_RANGES, SVC4, SVC6,
     };
-    let MapSizes { services, backends, ct_tcp, ct_any, frags, affinities, source_ranges, endpoints, peers } = *maps;
+    let MapSizes { services, backends, maglev, ct_tcp, ct_any, frags, affinities, source_ranges, endpoints, peers } =
+        *maps;
     let sizes = [
         (SVC4, services),
         (SVC6, services),
         (BACKEND_IDS, backends),
         (BACKENDS, backends),
+        (MAGLEV, maglev),
         (CT4_TCP, ct_tcp),
         (CT4_ANY, ct_any),
         (CT6_TCP, ct_tcp),

@@ -16,7 +16,8 @@ use super::output::{Output, Usage};
 use super::{Places, settings};
 use crate::args::Given;
 use crate::bpf::store;
-use crate::bpf::store::backends::{Access, Backends};
+use crate::bpf::store::backends::Backends;
+use crate::bpf::store::memory::Access;
 use crate::namefile::{self, SERVICES, Services};
 use crate::plan::{SourceRange, VipKey};
 

@@ -6,10 +6,11 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 use rustnet_common::log::FILTERS;
+use rustnet_common::maglev;
 
 use super::{
-    KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily, OverlayPath, PacketLog, PacketMark, Routing,
-    SocketLb, Source,
+    Algorithm, KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily, OverlayPath, PacketLog, PacketMark,
+    Routing, SocketLb, Source,
 };
 use crate::args::{Value, Values};
 
@@ -99,7 +100,7 @@ macro_rules! fallback {
 fallback!(
     String => Self::new(), PathBuf => Self::new(), Routing => Self::Vxlan, LogFormat => Self::Text, bool => false, u16 => 0, u32 => 0,
     PacketMark => Self::default(), OverlayFamily => Self::Auto, OverlayPath => Self::Programs,
-    SocketLb => Self::Off,
+    SocketLb => Self::Off, Algorithm => Self::Random,
 );
 
 impl<T> Fallback for Option<T> {
@@ -197,6 +198,13 @@ pub(super) fn number<T: TryFrom<u32>>(text: &str, min: u32, max: u32) -> Result<
         .filter(|value| (min..=max).contains(value))
         .and_then(|value| T::try_from(value).ok())
         .ok_or_else(|| format!("is out of place; give a number from {min} to {max}"))
+}
+
+pub(super) fn maglev_table_size(text: &str) -> Result<u32, String> {
+    let size: u32 = number(text, 251, maglev::MAX_SIZE)?;
+    // Only then does each step of a backend lead through all places.
+    let is_prime = (2..=size.isqrt()).all(|divisor| !size.is_multiple_of(divisor));
+    if is_prime { Ok(size) } else { Err("is no prime; give one, such as 251, 4093, 16381, 65521 or 131071".to_owned()) }
 }
 
 pub(super) fn boolean(text: &str) -> Result<bool, String> {

@@ -39,6 +39,8 @@ pub struct Choice {
     pub backends: Vec<DesiredBackend>,
     /// Endpoints that still serve, but get no new flows: they terminate, or are meant for other nodes.
     pub serving: Vec<(IpAddr, u16)>,
+    /// Places of the Maglev table that spreads the flows; 0: none does.
+    pub table_size: u32,
 }
 
 impl Choice {
@@ -46,6 +48,7 @@ impl Choice {
     pub fn clear(&mut self) {
         self.backends.clear();
         self.serving.clear();
+        self.table_size = 0;
     }
 }
 

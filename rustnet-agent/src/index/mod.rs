@@ -25,7 +25,7 @@ use ipnet::IpNet;
 use nodes::Nodes;
 use relist::Relist;
 use rustnet_common::peer::Peer;
-use services::Services;
+use services::{Services, Spreading};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -74,7 +74,10 @@ impl Index {
     /// An empty index.
     pub fn new(settings: Settings) -> Self {
         let mut index = Self {
-            services: Services::new(Arc::clone(&settings.node_name)),
+            services: Services::new(
+                Arc::clone(&settings.node_name),
+                Spreading { default: settings.lb_algorithm, table_size: settings.maglev_table_size },
+            ),
             settings,
             host: HostFacts::default(),
             is_host_known: false,

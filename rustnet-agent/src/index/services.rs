@@ -3,6 +3,7 @@
 use super::backends::{BackendSet, Choice, Place, choose};
 use super::health_checks::{self, HealthCheck, HealthChecks};
 use super::vip::{ServiceRanges, VipKey};
+use crate::config::Algorithm;
 use crate::model::{EndpointSlice, Family, Frontend, ObjectName, Problem, Service, ServicePort};
 use rustnet_common::service::{flags, scope};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -45,11 +46,31 @@ impl Claim {
     }
 }
 
+/// How flows of Services are spread over their backends.
+#[derive(Clone, Copy, Debug)]
+pub struct Spreading {
+    /// Where a Service does not say.
+    pub default: Algorithm,
+    /// Places of a Maglev table.
+    pub table_size: u32,
+}
+
+impl Spreading {
+    /// Places of a Service's tables; 0 for none.
+    fn table_size_of(self, service: &Service) -> u32 {
+        match service.algorithm.unwrap_or(self.default) {
+            Algorithm::Random => 0,
+            Algorithm::Maglev => self.table_size,
+        }
+    }
+}
+
 /// All services.
 #[derive(Debug)]
 pub struct Services {
     node_name: Arc<str>,
     zone: Arc<str>,
+    spreading: Spreading,
     /// Addresses of this node: never claimed, whatever a Service says.
     own: BTreeSet<IpAddr>,
     states: HashMap<ObjectName, State>,
@@ -116,9 +137,10 @@ fn port_keys(service: &Service, nodes: &[IpAddr]) -> Vec<VipKey> {
 }
 
 impl Services {
-    pub fn new(node_name: Arc<str>) -> Self {
+    pub fn new(node_name: Arc<str>, spreading: Spreading) -> Self {
         Self {
             node_name,
+            spreading,
             zone: "".into(),
             own: BTreeSet::new(),
             states: HashMap::new(),
@@ -355,6 +377,7 @@ impl Services {
         let here = Place { node: &self.node_name, zone: &self.zone };
         let judged = if source_ranges.is_some() { flags::SOURCE_RANGES } else { 0 };
         let flags = choose(is_local, target, family, &state.slices, here, choice) | judged;
+        choice.table_size = self.spreading.table_size_of(service);
         let set =
             BackendSet { service: service.name.clone(), port: target.port, proto: target.proto, family, is_local };
         Some(DesiredService { set: Some(set), flags, affinity: service.affinity })

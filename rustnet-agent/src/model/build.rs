@@ -20,6 +20,7 @@ pub fn service(name: &str, vips: &[&str]) -> Service {
         vips: vips.iter().map(|vip| ip(vip)).collect(),
         ports: Box::default(),
         affinity: 0,
+        algorithm: None,
         internal_local: false,
         external: Box::default(),
         balanced: Box::default(),
@@ -49,6 +50,11 @@ impl Service {
             port.node_port = node_port;
         }
         self
+    }
+
+    /// Has its flows spread by a Maglev table.
+    pub fn maglev(self) -> Self {
+        Self { algorithm: Some(crate::config::Algorithm::Maglev), ..self }
     }
 
     /// Gives it addresses for clients outside.

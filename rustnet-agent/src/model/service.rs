@@ -1,6 +1,7 @@
 //! A Service that has virtual addresses.
 
 use super::{Family, ObjectName, Problem};
+use crate::config::Algorithm;
 use ipnet::IpNet;
 use rustnet_common::service::scope;
 use std::net::IpAddr;
@@ -26,6 +27,8 @@ pub struct Service {
     pub ports: Box<[ServicePort]>,
     /// Session affinity in seconds, 0 for none.
     pub affinity: u32,
+    /// How its flows are spread; `None`: as the agent is set.
+    pub algorithm: Option<Algorithm>,
     /// `internalTrafficPolicy: Local`.
     pub internal_local: bool,
     /// `externalTrafficPolicy: Local`.

@@ -186,6 +186,14 @@ impl Repair {
             self.puts.push(Write::RestoreIds { ids });
         }
     }
+
+    /// Compares the words of the Maglev tables, likewise.
+    pub fn tables(&mut self, found: &[u64], words: &[u64], capacity: u32) {
+        let words = elements(map::MAGLEV, words, found, capacity as usize, &mut self.differences);
+        if !words.is_empty() {
+            self.puts.push(Write::RestoreTables { words });
+        }
+    }
 }
 
 /// Compares an array; gives the elements that differ as they should be.

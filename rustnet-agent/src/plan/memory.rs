@@ -9,6 +9,7 @@ use clients::Clients;
 pub use clients::passes;
 use ipnet::IpNet;
 use rustnet_common::backend::{Backend, id};
+use rustnet_common::maglev;
 use rustnet_common::service::SvcEntry;
 use rustnet_common::source_range::ALLOWED;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,6 +20,8 @@ use std::time::Duration;
 pub struct MemoryMaps {
     held: Snapshot,
     capacity: u32,
+    /// Words of Maglev tables.
+    table_words: u32,
     /// Services and peers, of each family.
     room: (u32, u32),
     /// Ranges of clients.
@@ -26,6 +29,8 @@ pub struct MemoryMaps {
     now: Duration,
     /// When an index of `rn_backend_ids` was last let go of.
     let_go: BTreeMap<u32, Duration>,
+    /// When a unit of `rn_maglev` was last let go of.
+    tables_let_go: BTreeMap<u16, Duration>,
     /// When the last entry let go of a backend, by slot; or when the slot was cleared after that.
     unused: BTreeMap<u32, Duration>,
     /// Steps until the crash; backends and ids count one each.
@@ -40,10 +45,12 @@ impl MemoryMaps {
         Self {
             held: Snapshot::default(),
             capacity,
+            table_words: 0,
             room: (u32::MAX, u32::MAX),
             range_room: u32::MAX,
             now: Duration::ZERO,
             let_go: BTreeMap::new(),
+            tables_let_go: BTreeMap::new(),
             unused: BTreeMap::new(),
             steps_left: None,
             forgotten: Vec::new(),
@@ -66,6 +73,12 @@ impl MemoryMaps {
     #[must_use]
     pub fn with_range_room(self, range_room: u32) -> Self {
         Self { range_room, ..self }
+    }
+
+    /// The same maps with room for so many words of Maglev tables.
+    #[must_use]
+    pub fn with_tables(self, table_words: u32) -> Self {
+        Self { table_words, ..self }
     }
 
     /// Sets the time, by which the reuse of slots is judged.
@@ -187,6 +200,35 @@ impl MemoryMaps {
         Ok(())
     }
 
+    fn store_table(&mut self, unit: u16, words: &[u64]) -> anyhow::Result<()> {
+        let first = maglev::head(unit);
+        let end = first + words.len() as u32;
+        ensure!(unit != 0 && end <= self.table_words, "a table at unit {unit} exceeds the array");
+        let units = maglev::units(words[0] as u32) as u16;
+        ensure!(words.len() <= (u32::from(units) * maglev::UNIT) as usize, "a table of more words than its size has");
+        for (key, entry) in self.held.services.iter().filter(|(_, entry)| entry.table != 0) {
+            let there = (entry.table, entry.table + self.units_at(entry.table));
+            let is_apart = there.1 <= unit || unit + units <= there.0;
+            ensure!(is_apart, "a table is written at unit {unit} while {key} leads there");
+        }
+        for (other, since) in self.tables_let_go.range(unit..unit + units) {
+            ensure!(self.now >= *since + GRACE, "unit {other} is written too soon after it was let go of");
+        }
+        if self.held.tables.len() < end as usize {
+            self.held.tables.resize(end as usize, 0);
+        }
+        for (index, word) in (first as usize..).zip(words) {
+            self.held.tables[index] = *word;
+        }
+        Ok(())
+    }
+
+    /// Units of the table that begins there; 1 if there is none.
+    fn units_at(&self, unit: u16) -> u16 {
+        let size = self.held.tables.get(maglev::head(unit) as usize).copied().unwrap_or(0);
+        maglev::units(size.min(maglev::MAX_SIZE.into()) as u32) as u16
+    }
+
     fn put(&mut self, key: VipKey, entry: SvcEntry) -> anyhow::Result<()> {
         let backends: Option<Vec<&Backend>> = self.held.backends_of(&entry).collect();
         let backends =
@@ -194,6 +236,11 @@ impl MemoryMaps {
         let ids: BTreeSet<u32> = backends.iter().map(|b| b.id).collect();
         ensure!(ids.len() == backends.len(), "{key} has two backends of one id");
         ensure!(ids.is_empty() || entry.id != 0, "{key} has backends, but no id");
+        if entry.table != 0 {
+            let ordinals: Option<BTreeSet<u32>> = self.held.ordinals(entry.table).map(Iterator::collect);
+            let all: BTreeSet<u32> = (0..entry.count).collect();
+            ensure!(ordinals == Some(all), "the table of {key} does not lead to each of its backends: {entry:?}");
+        }
         for (other, held) in self.held.services.iter().filter(|(other, _)| **other != key) {
             let apart =
                 held.count == 0 || entry.count == 0 || held.first >= end_of(&entry) || entry.first >= end_of(held);
@@ -223,6 +270,11 @@ impl MemoryMaps {
             if self.user_of(index).is_none() {
                 self.let_go.insert(index, self.now);
             }
+        }
+        let is_used = |unit| self.held.services.values().any(|entry| entry.table == unit);
+        if let Some(unit) = entry.map(|entry| entry.table).filter(|unit| *unit != 0 && !is_used(*unit)) {
+            let units = unit..unit + self.units_at(unit);
+            self.tables_let_go.extend(units.map(|unit| (unit, self.now)));
         }
         let after = self.used();
         self.unused.extend(before.difference(&after).map(|slot| (*slot, self.now)));
@@ -286,6 +338,8 @@ impl Maps for MemoryMaps {
                 Write::ClearBackends { ids } => self.clear(ids)?,
                 Write::RestoreBackends { slots } => restore(&mut self.held.backends, slots)?,
                 Write::RestoreIds { ids } => restore(&mut self.held.ids, ids)?,
+                Write::MaglevTable { unit, words } => self.store_table(*unit, words)?,
+                Write::RestoreTables { words } => restore(&mut self.held.tables, words)?,
                 Write::PutService { key, entry } => self.put(*key, *entry)?,
                 Write::DeleteService { key } => self.delete(*key)?,
                 Write::PutPeer { prefix, peer } => {
@@ -324,6 +378,10 @@ impl Maps for MemoryMaps {
         self.capacity
     }
 
+    fn table_capacity(&self) -> u32 {
+        self.table_words
+    }
+
     fn service_capacity(&self) -> u32 {
         self.room.0
     }
@@ -360,7 +418,7 @@ mod tests {
 
     fn put(port: u16, first: u32, count: u32, id: u32) -> Write {
         let key = VipKey { ip: ip("10.96.0.1"), port, proto: 6, scope: 0 };
-        Write::PutService { key, entry: SvcEntry { first, count, id, affinity: 0, flags: 0, pad: 0 } }
+        Write::PutService { key, entry: SvcEntry { first, count, id, affinity: 0, flags: 0, table: 0 } }
     }
 
     fn clear(slot: u32) -> Write {
@@ -403,7 +461,7 @@ mod tests {
         let (office, home) = (range("192.0.2.0/24"), range("198.51.100.0/24"));
         let entry = |flags, id| Write::PutService {
             key,
-            entry: SvcEntry { first: 0, count: 0, id, affinity: 0, flags, pad: 0 },
+            entry: SvcEntry { first: 0, count: 0, id, affinity: 0, flags, table: 0 },
         };
         let (open, closed, others) = (entry(0, 1), entry(SOURCE_RANGES, 1), entry(SOURCE_RANGES, 2));
         let (put, delete) = (|range| Write::PutSourceRange { range }, |range| Write::DeleteSourceRange { range });

@@ -55,6 +55,7 @@ impl Planner {
         let room = Capacity {
             services: maps.service_capacity(),
             backends: maps.backend_capacity(),
+            table_words: maps.table_capacity(),
             peers: maps.peer_capacity(),
             source_ranges: maps.source_range_capacity(),
         };
@@ -66,7 +67,7 @@ impl Planner {
         Self {
             peers: Peers::new(std::mem::take(&mut snapshot.peers), room.peers),
             source_ranges: SourceRanges::new(snapshot.source_ranges.keys().copied(), room.source_ranges),
-            services: Services::adopt(snapshot, room.services, room.backends),
+            services: Services::adopt(snapshot, room),
             audit: Progress::default(),
             compare_services: true,
             compare_peers: true,
@@ -111,7 +112,9 @@ impl Planner {
     /// True once a table has been compared as a whole with what the index wants.
     fn is_compared(&self, table: Table) -> bool {
         match table {
-            Table::Backends | Table::SourceRanges | Table::Services4 | Table::Services6 => !self.compare_services,
+            Table::Backends | Table::Maglev | Table::SourceRanges | Table::Services4 | Table::Services6 => {
+                !self.compare_services
+            }
             Table::Peers => !self.compare_peers,
         }
     }
@@ -133,6 +136,7 @@ impl Planner {
         let mut repair = Repair::default();
         match table {
             Table::Backends => self.services.audit_backends(&found, &mut repair),
+            Table::Maglev => self.services.audit_tables(&found, &mut repair),
             Table::Services4 | Table::Services6 => {
                 let look_up = is_last_piece.then_some(|key: &VipKey| maps.service(key));
                 self.services.audit(table == Table::Services4, &found, &mut self.audit, look_up, &mut repair)?;
@@ -244,6 +248,8 @@ pub struct Capacity {
     pub services: u32,
     /// Backends, and ids of backends.
     pub backends: u32,
+    /// Words of Maglev tables.
+    pub table_words: u32,
     /// Peers of either family.
     pub peers: u32,
     /// Ranges of clients.

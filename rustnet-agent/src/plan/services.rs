@@ -32,6 +32,8 @@ pub struct Services {
     orphans: Vec<u32>,
     /// What did not fit, and why.
     failed: BTreeMap<VipKey, Box<str>>,
+    /// What leads to its backends without the Maglev table that it should have, and why.
+    without_table: BTreeMap<VipKey, Box<str>>,
     /// What did not fit may fit once the writes of the last plan are applied.
     has_new_room: bool,
 }
@@ -82,7 +84,7 @@ impl Services {
         let mut draft = ServiceWrites::default();
         let mut keys = index.take_dirty_services();
         if self.sets.tick(now) || all || self.has_new_room {
-            keys.extend(self.failed.keys());
+            keys.extend(self.failed.keys().chain(self.without_table.keys()));
         }
         if all {
             keys.extend(index.service_keys());
@@ -113,7 +115,7 @@ impl Services {
 
     /// When slots are to be cleared, or are free for what did not fit.
     pub fn next_time(&self, now: Duration) -> Option<Duration> {
-        self.sets.next_time(now, !self.failed.is_empty())
+        self.sets.next_time(now, !self.failed.is_empty() || !self.without_table.is_empty())
     }
 
     /// Entries that the maps hold.
@@ -138,7 +140,7 @@ impl Services {
 
     /// What did not fit.
     pub fn problems(&self, index: &Index) -> impl Iterator<Item = Problem> {
-        self.failed.iter().map(|(key, message)| {
+        self.failed.iter().chain(&self.without_table).map(|(key, message)| {
             let subject: Arc<str> = match index.owner(key) {
                 Some((name, port)) if port.name.is_empty() => format!("Service {name}").into(),
                 Some((name, port)) => format!("Service {name} port {}", port.name).into(),
@@ -151,6 +153,12 @@ impl Services {
     /// Compares both arrays of backends.
     pub fn audit_backends(&self, found: &Snapshot, repair: &mut Repair) {
         repair.arrays(found, self.sets.all(), self.sets.ids(), self.sets.capacity());
+    }
+
+    /// Compares the Maglev tables.
+    pub fn audit_tables(&mut self, found: &Snapshot, repair: &mut Repair) {
+        let tables = self.sets.tables();
+        repair.tables(&found.tables, tables.words(), tables.capacity());
     }
 
     /// Compares a piece of a family's map; after the last one also what no piece had, which `look_up` then reads.
@@ -225,7 +233,7 @@ impl Services {
             let (span, users) = self.sets.users(number);
             for key in users {
                 if let Some(entry) = self.entries.get_mut(key).filter(|entry| Span::of(entry) != span) {
-                    (entry.first, entry.count) = (span.first, span.count);
+                    (entry.first, entry.count, entry.table) = (span.first, span.count, span.table);
                     draft.puts.push(Write::PutService { key: *key, entry: *entry });
                 }
             }
@@ -249,15 +257,21 @@ impl Services {
             ));
         }
         let trusted = old.filter(|_| !self.damaged.contains_key(&key)).map(|entry| entry.id);
-        let Led { number, span, has_moved } = match desired.set {
+        let Led { number, span, has_moved, without_table } = match desired.set {
             Some(name) => self.sets.lead(key, trusted, name, choice, old.is_some(), &mut draft.backends)?,
             None => Led::default(),
         };
         draft.puts.append(&mut draft.backends.puts);
         self.release_damaged(&key, draft);
         draft.moved.extend(has_moved.then_some(number));
-        let Span { first, count } = span;
-        let entry = SvcEntry { first, count, id: number, affinity: desired.affinity, flags: desired.flags, pad: 0 };
+        match without_table {
+            Some(why) => {
+                self.without_table.insert(key, format!("{key} {why}; until then its flows are spread at random").into())
+            }
+            None => self.without_table.remove(&key),
+        };
+        let Span { first, count, table } = span;
+        let entry = SvcEntry { first, count, id: number, affinity: desired.affinity, flags: desired.flags, table };
         if old == Some(entry) {
             return Ok(());
         }
@@ -279,6 +293,7 @@ impl Services {
 
     fn delete(&mut self, key: VipKey, draft: &mut ServiceWrites) {
         self.failed.remove(&key);
+        self.without_table.remove(&key);
         let Some(entry) = self.entries.remove(&key) else {
             return;
         };

@@ -8,6 +8,7 @@ use super::flows::Flows;
 use super::ids::Ids;
 use super::ranges::Ranges;
 use super::slots::Slots;
+use super::tables::Tables;
 use super::{GRACE, VipKey, Write};
 use crate::index::{BackendSet, Choice, DesiredBackend};
 use rustnet_common::addr::Addr;
@@ -18,19 +19,21 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-/// A range of `rn_backend_ids`.
+/// A range of `rn_backend_ids`, and the table that spreads flows over it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Span {
     /// Index of the first id.
     pub first: u32,
     /// Ids.
     pub count: u32,
+    /// Unit that the Maglev table begins with; 0 for none.
+    pub table: u16,
 }
 
 impl Span {
     /// The range of an entry.
     pub fn of(entry: &SvcEntry) -> Self {
-        Self { first: entry.first, count: entry.count }
+        Self { first: entry.first, count: entry.count, table: entry.table }
     }
 }
 
@@ -50,8 +53,10 @@ pub struct Led {
     pub number: u32,
     /// Its range.
     pub span: Span,
-    /// It has another range than before, and other entries have to follow.
+    /// It has another range or table than before, and other entries have to follow.
     pub has_moved: bool,
+    /// Why it has no table, though it should.
+    pub without_table: Option<String>,
 }
 
 /// All sets, `rn_backends_v2` and `rn_backend_ids`.
@@ -67,6 +72,7 @@ pub struct Sets {
     ranges: Ranges,
     /// `rn_backends_v2`.
     slots: Slots,
+    tables: Tables,
     flows: Flows,
 }
 
@@ -81,7 +87,7 @@ pub struct BackendWrites {
 
 impl Sets {
     /// Begins with what the arrays hold; numbers go on after the last. Entries are adopted next.
-    pub fn new(ids: Vec<u32>, backends: Vec<Backend>, capacity: u32, last_number: u32) -> Self {
+    pub fn new(ids: Vec<u32>, backends: Vec<Backend>, capacity: u32, tables: Tables, last_number: u32) -> Self {
         Self {
             by_number: HashMap::new(),
             by_name: HashMap::new(),
@@ -90,6 +96,7 @@ impl Sets {
             ids,
             ranges: Ranges::new(capacity, GRACE),
             slots: Slots::new(backends, capacity, GRACE),
+            tables,
             flows: Flows::default(),
         }
     }
@@ -109,14 +116,19 @@ impl Sets {
         &self.ids
     }
 
+    /// The Maglev tables.
+    pub fn tables(&mut self) -> &mut Tables {
+        &mut self.tables
+    }
+
     /// Elements of each array.
     pub fn capacity(&self) -> u32 {
         self.capacity
     }
 
-    /// Time passes. True if ranges or slots became free.
+    /// Time passes. True if ranges, slots or tables became free.
     pub fn tick(&mut self, now: Duration) -> bool {
-        self.ranges.tick(now) | self.slots.tick(now)
+        self.ranges.tick(now) | self.slots.tick(now) | self.tables.tick(now)
     }
 
     /// Clears slots that nothing leads to any more.
@@ -132,6 +144,7 @@ impl Sets {
             let released = || self.ranges.next_release().unwrap_or(now + GRACE);
             times.push((self.ranges.held() > 0).then(released));
             times.push(self.slots.next_free(now));
+            times.push(self.tables.next_release(now));
         }
         times.into_iter().flatten().min()
     }
@@ -139,14 +152,17 @@ impl Sets {
     /// A set was read back, in whose range an entry has found its own backends; or there is one already that has this number
     /// and range. False: it is another one.
     pub fn adopt(&mut self, key: VipKey, entry: &SvcEntry, is_sound: impl FnOnce(&mut Ranges) -> bool) -> bool {
-        let span = if entry.count == 0 { Span::default() } else { Span::of(entry) };
+        let mut span = if entry.count == 0 { Span::default() } else { Span::of(entry) };
         if let Some(set) = self.by_number.get_mut(&entry.id) {
-            let is_same = set.span == span;
+            // An entry without its set's table follows the set.
+            let is_same = Span { table: 0, ..set.span } == Span { table: 0, ..span };
             set.users.extend(is_same.then_some(key));
             return is_same;
         }
         let is_sound = is_sound(&mut self.ranges);
         if is_sound {
+            // One that leads to no table gets another value with the first plan.
+            span.table = if self.tables.adopt(span.table) { span.table } else { 0 };
             self.by_number.insert(entry.id, Set { name: None, span, users: vec![key] });
         }
         is_sound
@@ -193,7 +209,7 @@ impl Sets {
         let known = self.by_name.get(&name).copied().or_else(|| held.filter(is_free));
         let old = known.and_then(|number| self.by_number.get(&number)).map(|set| set.span);
         let same = old.filter(|span| self.leads_to(*span, backends));
-        let span = match same {
+        let mut span = match same {
             Some(span) => span,
             None => self.reserve(key, known, old, backends, had)?,
         };
@@ -206,9 +222,12 @@ impl Sets {
             let gone = self.flows.settle(number, choice);
             self.forget(gone, writes);
         }
+        let addresses = backends.iter().map(|backend| backend.addr);
+        let table = self.tables.lead(old.map_or(0, |span| span.table), choice.table_size, addresses, &mut writes.puts);
+        span.table = *table.as_ref().unwrap_or(&0);
         let set = self.by_number.entry(number).or_default();
         set.span = span;
-        let has_moved = same.is_none() && set.users.iter().any(|user| *user != key);
+        let has_moved = old != Some(span) && set.users.iter().any(|user| *user != key);
         if !set.users.contains(&key) {
             set.users.push(key);
         }
@@ -221,7 +240,7 @@ impl Sets {
         if let Some(before) = held.filter(|before| *before != number) {
             self.unuse(&key, before, writes);
         }
-        Ok(Led { number, span, has_moved })
+        Ok(Led { number, span, has_moved, without_table: table.err() })
     }
 
     /// The range of a set, and all entries that lead there.
@@ -243,6 +262,7 @@ impl Sets {
         }
         let (span, name) = (set.span, set.name.take());
         self.by_number.remove(&number);
+        self.tables.leave(span.table);
         if let Some(name) = name {
             self.by_name.remove(&name);
         }
@@ -269,7 +289,7 @@ impl Sets {
         self.check_slots(key, number, old, backends, had)?;
         let count = backends.len() as u32;
         let first = self.ranges.alloc(count).ok_or_else(|| self.no_range(key, count, had))?;
-        Ok(Span { first, count })
+        Ok(Span { first, count, table: 0 })
     }
 
     /// The backends of a set stay; their flags may be others.

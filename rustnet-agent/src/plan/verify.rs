@@ -118,10 +118,15 @@ fn compare(
             _ => {}
         }
     }
+    match (is.table != 0, choice.table_size != 0 && choice.backends.len() > 1) {
+        (true, false) => details.push("spreads flows by a Maglev table, should do so at random".to_owned()),
+        (false, true) => details.push("spreads flows at random, should do so by a Maglev table".to_owned()),
+        _ => {}
+    }
     details.extend(backends(is, held, &choice.backends));
     details.extend(clients(key, held, ranges));
     if details.is_empty() {
-        details.push("leads there by a range or a number that the agent would replace".to_owned());
+        details.push("leads there by a range, a number or a Maglev table that the agent would replace".to_owned());
     }
     details
 }
@@ -174,7 +179,7 @@ mod tests {
     use rustnet_common::tuple::proto::TCP;
     use std::time::Duration;
 
-    const ROOM: Capacity = Capacity { services: 64, backends: 64, peers: 64, source_ranges: 64 };
+    const ROOM: Capacity = Capacity { services: 64, backends: 64, table_words: 1024, peers: 64, source_ranges: 64 };
 
     fn index() -> Index {
         let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
@@ -184,6 +189,8 @@ mod tests {
         let endpoints = slice("web-1", "web", Family::V4).tcp(8080).ready(&["10.244.1.2"]);
         index.handle(endpoints.endpoint(endpoint("10.244.2.3").on("n1")).apply());
         index.handle(service("dns", &["10.96.0.11"]).tcp(53).apply());
+        index.handle(service("api", &["10.96.0.12"]).tcp(80).maglev().apply());
+        index.handle(slice("api-1", "api", Family::V4).tcp(8080).ready(&["10.244.1.2", "10.244.1.3"]).apply());
         index.handle(node("n1", &["192.0.2.1"], &["10.244.1.0/24"]).apply());
         for kind in Kinds::REQUIRED {
             index.handle(Event::Synced(kind));
@@ -193,7 +200,7 @@ mod tests {
 
     /// Maps as an agent leaves them.
     fn maps() -> Snapshot {
-        let mut maps = MemoryMaps::new(64);
+        let mut maps = MemoryMaps::new(64).with_tables(ROOM.table_words);
         let mut planner = Planner::adopt(&maps).unwrap();
         planner.sync(&mut index(), &mut maps, Duration::ZERO).unwrap();
         maps.snapshot().unwrap()
@@ -216,7 +223,7 @@ mod tests {
     #[test]
     fn what_was_changed_is_named() {
         type Change = fn(&mut Snapshot);
-        let changes: [(Change, &str); 9] = [
+        let changes: [(Change, &str); 12] = [
             (|held| _ = held.services.remove(&key("10.96.0.10", 80, scope::CLUSTER)), "Missing 10.96.0.10:80/TCP: "),
             (
                 |held| {
@@ -248,6 +255,18 @@ mod tests {
             (
                 |held| held.backends[0].addr = Addr::from(ip("10.9.9.9")),
                 "Differs 10.96.0.10:80/TCP: lacks backend 10.244.1.2:8080, has backend 10.9.9.9:8080",
+            ),
+            (
+                |held| held.services.get_mut(&key("10.96.0.12", 80, scope::CLUSTER)).unwrap().table = 0,
+                "Differs 10.96.0.12:80/TCP: spreads flows at random, should do so by a Maglev table",
+            ),
+            (
+                |held| held.services.get_mut(&key("10.96.0.10", 80, scope::CLUSTER)).unwrap().table = 1,
+                "Differs 10.96.0.10:80/TCP: spreads flows by a Maglev table, should do so at random",
+            ),
+            (
+                |held| held.tables[260] ^= 1,
+                "Differs 10.96.0.12:80/TCP: leads there by a range, a number or a Maglev table that",
             ),
             (
                 |held| held.backends.iter_mut().for_each(|it| it.flags = 0),

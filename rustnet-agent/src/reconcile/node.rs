@@ -38,6 +38,8 @@ pub fn settings(config: &Config) -> Settings {
         no_masquerade: config.non_masquerade_cidrs.clone(),
         node_ports: config.node_port_addresses.clone(),
         has_host_sockets: config.socket_lb == SocketLb::Host,
+        lb_algorithm: config.lb_algorithm,
+        maglev_table_size: config.maglev_table_size,
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub use self::place::{Place, Sources, Uplink, place};
-use crate::config::{NodePortAddresses, Routing};
+use crate::config::{Algorithm, NodePortAddresses, Routing};
 use crate::host::HostFacts;
 use crate::model::{Family, Node, Problem};
 
@@ -40,6 +40,10 @@ pub struct Settings {
     pub node_ports: Vec<NodePortAddresses>,
     /// Sockets of this host ask for Services by themselves, and reach node ports at loopback addresses.
     pub has_host_sockets: bool,
+    /// How flows of Services are spread that do not say.
+    pub lb_algorithm: Algorithm,
+    /// Places of a Maglev table.
+    pub maglev_table_size: u32,
 }
 
 impl Settings {
@@ -63,6 +67,8 @@ impl Settings {
             no_masquerade: Vec::new(),
             node_ports: Vec::new(),
             has_host_sockets: false,
+            lb_algorithm: Algorithm::Random,
+            maglev_table_size: 251,
         }
     }
 

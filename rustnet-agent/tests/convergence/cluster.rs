@@ -50,6 +50,8 @@ pub struct Service {
     /// Name, port, protocol.
     pub ports: Vec<(String, u16, &'static str)>,
     pub affinity: Option<u32>,
+    /// The annotation.
+    pub algorithm: Option<&'static str>,
     pub local: bool,
     /// Each port has a node port, see [`node_port`].
     pub has_node_ports: bool,
@@ -150,6 +152,7 @@ impl Service {
         if self.external_local {
             spec["externalTrafficPolicy"] = json!("Local");
         }
+        let annotations = self.algorithm.map(|algorithm| json!({"rustnet.io/lb-algorithm": algorithm}));
         let mut labels = json!({});
         match self.sort {
             Sort::Plain => {}
@@ -159,7 +162,7 @@ impl Service {
         }
         json!({
             "apiVersion": "v1", "kind": "Service", "spec": spec,
-            "metadata": {"name": self.name, "namespace": "default", "labels": labels,
+            "metadata": {"name": self.name, "namespace": "default", "labels": labels, "annotations": annotations,
                          "creationTimestamp": time(self.created)},
         })
     }
@@ -228,17 +231,28 @@ fn service() -> impl Strategy<Value = Service> {
     let v4 = sometimes(vec!["10.96.0.1", "10.96.0.2", "172.18.0.11", "127.0.0.1"]);
     let v6 = sometimes(vec!["fd00:96::1", "fd00:96::2"]);
     let affinity = prop::option::weighted(0.2, prop::sample::select(vec![60, 10_800]));
+    let algorithm = prop::option::weighted(0.5, prop::sample::select(vec!["maglev", "random", "maglev"]));
     // A balancer's, an address of this node, a cluster address.
     let external = prop::sample::subsequence(vec!["203.0.113.7", "172.18.0.15", "10.96.0.1", "2001:db8:7::7"], 0..3);
     let external = prop_oneof![2 => Just(Vec::new()), 1 => external];
     let outside = (prop::bool::weighted(0.3), external, prop::bool::weighted(0.3));
-    (0..3u8, 0..3u8, (v4, v6), port_list(), affinity, prop::bool::weighted(0.3), outside, sort).prop_map(
-        |(name, created, (v4, v6), ports, affinity, local, (has_node_ports, external, external_local), sort)| Service {
+    (0..3u8, 0..3u8, (v4, v6), port_list(), (affinity, algorithm), prop::bool::weighted(0.3), outside, sort).prop_map(
+        |(
+            name,
+            created,
+            (v4, v6),
+            ports,
+            (affinity, algorithm),
+            local,
+            (has_node_ports, external, external_local),
+            sort,
+        )| Service {
             name: format!("s{name}"),
             created,
             vips: v4.into_iter().chain(v6).map(str::to_owned).collect(),
             ports,
             affinity,
+            algorithm,
             local,
             has_node_ports,
             external: external.into_iter().map(str::to_owned).collect(),
@@ -322,6 +336,8 @@ pub fn of_every_slot(slots: u32) -> Vec<Event> {
         vips: vec!["10.96.9.9".to_owned()],
         ports: ports(),
         affinity: None,
+        // More backends than a table has places.
+        algorithm: Some("random"),
         local: false,
         has_node_ports: false,
         external: Vec::new(),

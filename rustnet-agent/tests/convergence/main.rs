@@ -8,13 +8,14 @@ use cluster::{Cluster, Object, Ref};
 use oracle::{Key, Table, expected, serving};
 use proptest::prelude::*;
 use proptest::sample::{Index as Pick, select};
-use rustnet_agent::config::Routing;
+use rustnet_agent::config::{Algorithm, Routing};
 use rustnet_agent::host::{DefaultRoute, Device, DeviceAddress, DeviceKind, HostFacts};
 use rustnet_agent::index::{Gate, Index, Settings};
 use rustnet_agent::model::Family;
 use rustnet_agent::plan::{Capacity, GRACE, MemoryMaps, Planner, VipKey, Write, verify};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind};
+use rustnet_common::maglev::UNIT;
 use rustnet_common::tuple::proto::UDP;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -22,6 +23,8 @@ use std::time::Duration;
 
 /// Enough for every set of backends that the small cluster can have, several times over.
 const SLOTS: u32 = 1024;
+/// Words of Maglev tables: some hundred tables, of which most wait to be written again.
+const TABLE_WORDS: u32 = 128 * UNIT;
 
 /// One thing that happens.
 #[derive(Clone, Debug)]
@@ -85,7 +88,7 @@ struct World {
 
 impl World {
     fn new(settings: Settings) -> Self {
-        let maps = MemoryMaps::new(SLOTS);
+        let maps = MemoryMaps::new(SLOTS).with_tables(TABLE_WORDS);
         let mut world = Self {
             index: index(settings.clone()),
             settings,
@@ -271,8 +274,9 @@ impl World {
 const FAMILIES: [Option<Family>; 3] = [None, Some(Family::V4), Some(Family::V6)];
 
 fn settings() -> impl Strategy<Value = Settings> {
-    (select(&Routing::ALL[..]), select(&FAMILIES[..]), any::<bool>(), any::<bool>()).prop_map(
-        |(routing, overlay_family, no_masquerade, has_host_sockets)| Settings {
+    let algorithm = select(vec![Algorithm::Random, Algorithm::Maglev]);
+    (select(&Routing::ALL[..]), select(&FAMILIES[..]), any::<bool>(), any::<bool>(), algorithm).prop_map(
+        |(routing, overlay_family, no_masquerade, has_host_sockets, lb_algorithm)| Settings {
             node_name: "n1".into(),
             routing,
             uplinks: Vec::new(),
@@ -281,6 +285,8 @@ fn settings() -> impl Strategy<Value = Settings> {
             no_masquerade: if no_masquerade { vec!["172.18.0.0/24".parse().unwrap()] } else { Vec::new() },
             has_host_sockets,
             node_ports: Vec::new(),
+            lb_algorithm,
+            maglev_table_size: 251,
         },
     )
 }
@@ -323,9 +329,10 @@ proptest! {
         prop_assert_eq!(world.table(), expected(&world.cluster, &world.settings));
         prop_assert_eq!(world.planner.problems(&world.index), []);
         world.flows_are_alive();
+        Table::check_tables(&world.maps);
         // Nothing is left to do, for this agent and for the next one, and a comparison finds nothing.
         world.restart(2);
-        let room = Capacity { services: u32::MAX, backends: SLOTS, peers: u32::MAX, source_ranges: u32::MAX };
+        let room = Capacity { services: u32::MAX, backends: SLOTS, table_words: TABLE_WORDS, peers: u32::MAX, source_ranges: u32::MAX };
         prop_assert_eq!(verify(&mut world.index, world.maps.held(), room), []);
         world.restart(1);
         let plan = world.planner.plan(&mut world.index, world.now);

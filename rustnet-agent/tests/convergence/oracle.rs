@@ -2,7 +2,7 @@
 
 use super::cluster::{Cluster, Endpoint, Node, Object, Service, Slice, Sort, node_port};
 use ipnet::IpNet;
-use rustnet_agent::config::Routing;
+use rustnet_agent::config::{Algorithm, Routing};
 use rustnet_agent::index::Settings;
 use rustnet_agent::model::Family;
 use rustnet_agent::plan::MemoryMaps;
@@ -15,8 +15,8 @@ use std::net::IpAddr;
 pub type Key = (IpAddr, u16, u8, u8);
 /// Address, port, flags.
 type Backend = (IpAddr, u16, u16);
-/// Flags, affinity, backends in order.
-type Entry = (u16, u32, Vec<Backend>);
+/// Flags, affinity, whether a Maglev table spreads the flows, backends in order.
+type Entry = (u16, u32, bool, Vec<Backend>);
 /// Far end, identity, flags.
 type Peer = (Option<IpAddr>, u32, u16);
 
@@ -32,13 +32,30 @@ impl Table {
     pub fn of(maps: &MemoryMaps) -> Self {
         let services = maps.held().services.iter().map(|(key, entry)| {
             let backends = maps.backends(entry).iter().map(|b| (b.addr.into(), b.port, b.flags)).collect();
-            ((key.ip, key.port, key.proto, key.scope), (entry.flags, entry.affinity, backends))
+            ((key.ip, key.port, key.proto, key.scope), (entry.flags, entry.affinity, entry.table != 0, backends))
         });
         let peers = maps.held().peers.iter().map(|(prefix, peer)| {
             let node: IpAddr = peer.node.into();
             (*prefix, ((!node.is_unspecified()).then_some(node), peer.identity, peer.flags))
         });
         Self { services: services.collect(), peers: peers.collect() }
+    }
+
+    /// Entries whose backends have the same addresses share a table, and no others do. Each backend has as many places as the others,
+    /// give or take one.
+    pub fn check_tables(maps: &MemoryMaps) {
+        let mut tables: BTreeMap<Vec<IpAddr>, u16> = BTreeMap::new();
+        for entry in maps.held().services.values().filter(|entry| entry.table != 0) {
+            let addresses = maps.backends(entry).iter().map(|b| b.addr.into()).collect();
+            assert_eq!(*tables.entry(addresses).or_insert(entry.table), entry.table);
+            let mut shares = vec![0_u32; entry.count as usize];
+            let places = maps.held().ordinals(entry.table).unwrap();
+            places.for_each(|ordinal| shares[ordinal as usize] += 1);
+            let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
+            assert!(most - least <= 1, "{shares:?}");
+        }
+        let used: BTreeSet<u16> = tables.values().copied().collect();
+        assert_eq!(used.len(), tables.len(), "{tables:?}");
     }
 
     /// True if there is an entry for this.
@@ -75,8 +92,8 @@ impl Table {
 /// True if two entries are alike but for the flags of their backends.
 fn alike(a: Option<&Entry>, b: Option<&Entry>) -> bool {
     let (Some(a), Some(b)) = (a, b) else { return a == b };
-    let targets = |entry: &Entry| entry.2.iter().map(|(ip, port, _)| (*ip, *port)).collect::<Vec<_>>();
-    (a.0, a.1) == (b.0, b.1) && targets(a) == targets(b)
+    let targets = |entry: &Entry| entry.3.iter().map(|(ip, port, _)| (*ip, *port)).collect::<Vec<_>>();
+    (a.0, a.1, a.2) == (b.0, b.1, b.2) && targets(a) == targets(b)
 }
 
 /// What the maps should hold.
@@ -196,7 +213,14 @@ fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
     let mut table: BTreeMap<Key, Entry> = BTreeMap::new();
     for ((ip, port, protocol, scope), Frontend { service, name, is_local }) in frontends(cluster, settings) {
         let (flags, backends) = backends(cluster, settings, service, is_local, &name, protocol, ip.is_ipv6());
-        table.insert((ip, port, protocol, scope), (flags, service.affinity.unwrap_or(0), backends));
+        let algorithm = match service.algorithm {
+            Some("maglev") => Algorithm::Maglev,
+            Some("random") => Algorithm::Random,
+            _ => settings.lb_algorithm,
+        };
+        // One backend gets all flows without a table.
+        let has_table = algorithm == Algorithm::Maglev && backends.len() > 1;
+        table.insert((ip, port, protocol, scope), (flags, service.affinity.unwrap_or(0), has_table, backends));
     }
     let of_nodes: BTreeSet<IpAddr> =
         nodes(cluster).iter().flat_map(|node| node.addresses.iter().map(|it| it.parse().unwrap())).collect();
@@ -211,10 +235,10 @@ fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
             }
             // What one Service has for its own, no machine outside has.
             let flags = if is_external { service::flags::VIP | service::flags::SHARED } else { service::flags::VIP };
-            let cluster = table.entry((ip, 0, 0, scope::CLUSTER)).or_insert((flags, 0, Vec::new()));
+            let cluster = table.entry((ip, 0, 0, scope::CLUSTER)).or_insert((flags, 0, false, Vec::new()));
             cluster.0 &= flags;
             if is_external {
-                table.insert((ip, 0, 0, scope::EXTERNAL), (service::flags::VIP, 0, Vec::new()));
+                table.insert((ip, 0, 0, scope::EXTERNAL), (service::flags::VIP, 0, false, Vec::new()));
             }
         }
     }

@@ -146,6 +146,7 @@ pub fn web(backends: u8) -> [Event; 2] {
         vips: ["10.96.0.10".parse().unwrap()].into(),
         ports: [ServicePort { name: "".into(), port: 80, proto: 6, node_port: 0 }].into(),
         affinity: 0,
+        algorithm: None,
         internal_local: false,
         external: Box::default(),
         balanced: Box::default(),

@@ -31,6 +31,7 @@ fn balanced(name: &str, last: u8, check: u16) -> Event {
         vips: [[10, 96, 0, last].into()].into(),
         ports: [ServicePort { name: "".into(), port: 80, proto: 6, node_port }].into(),
         affinity: 0,
+        algorithm: None,
         internal_local: false,
         balanced: [].into(),
         source_ranges: None,

@@ -39,7 +39,7 @@ fn a_second_load_adopts_the_maps_and_replaces_the_programs() {
         assert_eq!(pinned, wanted);
 
         let key = VipKey { ip: "10.96.0.1".parse().unwrap(), port: 80, proto: 6, scope: 0 };
-        let entry = SvcEntry { first: 0, count: 0, id: 7, affinity: 0, flags: 0, pad: 0 };
+        let entry = SvcEntry { first: 0, count: 0, id: 7, affinity: 0, flags: 0, table: 0 };
         BpfMaps::open(&sandbox.bpffs).unwrap().apply(&[Write::PutService { key, entry }]).unwrap();
         let ids = map::ALL.map(|name| map_id(sandbox, name));
         let programs = PROGRAMS.map(|name| prog_id(sandbox, name));

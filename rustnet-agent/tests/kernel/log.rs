@@ -52,7 +52,7 @@ fn programs(sandbox: &Sandbox, log: PacketLog) -> Programs {
         let addr = Addr::from(ip(is_v6, 3));
         let backend = Backend { addr, port: 5353, flags: 0, id: id::make(slot, 1), service: 7, max_service: 0 };
         let key = VipKey { ip: ip(is_v6, 100), port: 53, proto: UDP, scope: 0 };
-        let entry = SvcEntry { first: slot, count: 1, id: 7, affinity: 0, flags: 0, pad: 0 };
+        let entry = SvcEntry { first: slot, count: 1, id: 7, affinity: 0, flags: 0, table: 0 };
         maps.apply(&[
             Write::Backends { backends: vec![backend] },
             Write::BackendIds { first: slot, ids: vec![backend.id] },

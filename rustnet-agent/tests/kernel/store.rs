@@ -30,7 +30,7 @@ fn vip(ip: &str, port: u16) -> VipKey {
 }
 
 fn entry(first: u32, count: u32) -> SvcEntry {
-    SvcEntry { first, count, id: 1 + first, affinity: 0, flags: 0, pad: 0 }
+    SvcEntry { first, count, id: 1 + first, affinity: 0, flags: 0, table: 0 }
 }
 
 /// The first backend of a slot.

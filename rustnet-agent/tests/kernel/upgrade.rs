@@ -60,7 +60,7 @@ fn key(port: u16) -> VipKey {
 }
 
 fn put_services(dir: &Path, ports: std::ops::Range<u16>) {
-    let entry = |port: u16| SvcEntry { first: 0, count: 0, id: port.into(), affinity: 0, flags: 0, pad: 0 };
+    let entry = |port: u16| SvcEntry { first: 0, count: 0, id: port.into(), affinity: 0, flags: 0, table: 0 };
     let writes: Vec<_> = ports.map(|port| Write::PutService { key: key(port), entry: entry(port) }).collect();
     BpfMaps::open(dir).unwrap().apply(&writes).unwrap();
 }

@@ -8,10 +8,10 @@ use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::conntrack::elapsed;
 use rustnet_common::drop::DropReason;
-use rustnet_common::hash;
 use rustnet_common::service::{SvcEntry, SvcKey, flags, scope};
 use rustnet_common::source_range::{self, SourceRange};
 use rustnet_common::tuple::Tuple;
+use rustnet_common::{hash, maglev};
 
 use crate::ctx::jiffies;
 use crate::family::Family;
@@ -100,8 +100,8 @@ pub fn select_for<F: Family>(
     // SAFETY: the entry lies in a map, whose memory stays mapped for this run. User space may
     // replace the entry, and the kernel may give its memory to another key at once: the backend's
     // service, compared below, shows that.
-    let (first, count, service, svc_flags, affinity) =
-        unsafe { ((*entry).first, (*entry).count, (*entry).id, (*entry).flags, (*entry).affinity) };
+    let (first, count, service, svc_flags, affinity, table) =
+        unsafe { ((*entry).first, (*entry).count, (*entry).id, (*entry).flags, (*entry).affinity, (*entry).table) };
     if scope == scope::EXTERNAL && svc_flags & flags::SOURCE_RANGES != 0 && !is_allowed(t) {
         return Err(DropReason::NotInSourceRange);
     }
@@ -112,7 +112,7 @@ pub fn select_for<F: Family>(
             DropReason::NoBackend
         });
     }
-    let index = first.wrapping_add(hash::pick(hash(), count));
+    let index = first.wrapping_add(rn_ordinal(hash(), count, u32::from(table)));
     let chosen = maps::rn_backend_ids.get(index).copied();
     let chosen = match chosen {
         Some(chosen) if affinity != 0 => {
@@ -125,6 +125,20 @@ pub fn select_for<F: Family>(
         Some(b) if b.service == service => Ok(Some(b)),
         _ => Err(DropReason::BackendLookupFailed),
     }
+}
+
+/// Which of a set's `count` backends a hash leads to: by its Maglev table, if it has one. A damaged table can only lead to the wrong
+/// element, and the caller compares the Service. A function with global linkage: the verifier looks at it once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_ordinal(hash: u32, count: u32, table: u32) -> u32 {
+    if table == 0 {
+        return hash::pick(hash, count);
+    }
+    let table = table as u16;
+    let Some(size) = maps::rn_maglev.get(maglev::head(table)) else { return 0 };
+    let (word, bits) = maglev::place(table, *size as u32, hash);
+    maps::rn_maglev.get(word).map_or(0, |word| maglev::ordinal(*word, bits))
 }
 
 /// True if the client of a flow is in one of the ranges that the Service's entry is for.

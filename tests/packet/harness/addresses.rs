@@ -20,6 +20,8 @@ pub const NARROW_MTU: usize = 1400;
 /// moves only where a test moves it. And so few that a day of them is less than half of what 32
 /// bits count.
 pub const HZ: u32 = 20_000;
+/// Of the flow hash.
+pub const SEED: u32 = 7;
 pub const SNAT: std::ops::RangeInclusive<u16> = 20_000..=59_999;
 
 pub const MAC_A: [u8; 6] = [2, 0, 0, 0, 0x0a, 1];

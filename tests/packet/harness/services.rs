@@ -7,6 +7,7 @@ use rustnet_common::addr::{Addr, Ip4, Ip6};
 use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::host_port::{self, HostPort, HostPortKey};
+use rustnet_common::maglev;
 use rustnet_common::names::map;
 use rustnet_common::service::{self, SvcEntry, SvcKey, scope};
 use rustnet_common::source_range::{self, SourceRange, SourceRangeKey};
@@ -47,7 +48,7 @@ impl Lab {
     pub fn publish_sticky(&self, at: IpAddr, port: u16, proto: u8, seconds: u32, to: &[(IpAddr, u16)]) -> Result<()> {
         let first = self.backends.load(Ordering::Relaxed);
         self.publish(at, port, proto, 0, to)?;
-        let entry = SvcEntry { first, count: to.len() as u32, id: 1 + first, affinity: seconds, flags: 0, pad: 0 };
+        let entry = SvcEntry { first, count: to.len() as u32, id: 1 + first, affinity: seconds, flags: 0, table: 0 };
         self.put_entry(scope::EXTERNAL, at, port, proto, &entry)
     }
 
@@ -76,7 +77,7 @@ impl Lab {
 
     fn put_wildcard(&self, scope: u8, vip: IpAddr, flags: u16) -> Result<()> {
         let flags = service::flags::VIP | flags;
-        self.put_entry(scope, vip, 0, 0, &SvcEntry { first: 0, count: 0, id: 0, affinity: 0, flags, pad: 0 })
+        self.put_entry(scope, vip, 0, 0, &SvcEntry { first: 0, count: 0, id: 0, affinity: 0, flags, table: 0 })
     }
 
     fn serve_to(
@@ -100,7 +101,7 @@ impl Lab {
             self.datapath.table(map::BACKEND_IDS)?.put(&index, &id)?;
             ids.push(id);
         }
-        let entry = SvcEntry { first, count: to.len() as u32, id: service, affinity: 0, flags, pad: 0 };
+        let entry = SvcEntry { first, count: to.len() as u32, id: service, affinity: 0, flags, table: 0 };
         self.put_entry(scope, vip, port, proto, &entry)?;
         Ok(ids)
     }
@@ -112,7 +113,10 @@ impl Lab {
 
     /// What the table says of a service.
     pub fn service(&self, vip: IpAddr, port: u16, proto: u8) -> Result<SvcEntry> {
-        let scope = scope::CLUSTER;
+        self.entry(scope::CLUSTER, vip, port, proto)
+    }
+
+    fn entry(&self, scope: u8, vip: IpAddr, port: u16, proto: u8) -> Result<SvcEntry> {
         let found = match vip {
             IpAddr::V4(_) => {
                 self.datapath.table(map::SVC4)?.get(&SvcKey { vip: Ip4::from_ip(vip), port, proto, scope })?
@@ -158,6 +162,17 @@ impl Lab {
             table.put(&key, &known)?;
         }
         Ok(())
+    }
+
+    /// Has the flows of a service spread by a Maglev table that begins with this unit and has these places.
+    pub fn spread(&self, scope: u8, at: IpAddr, port: u16, proto: u8, table: u16, places: &[u16]) -> Result<()> {
+        let words = places.chunks(4).map(|four| four.iter().rev().fold(0, |word, it| word << 16 | u64::from(*it)));
+        let words = [places.len() as u64].into_iter().chain(words);
+        for (index, word) in (u32::from(table) * maglev::UNIT..).zip(words) {
+            self.datapath.table(map::MAGLEV)?.put(&index, &word)?;
+        }
+        let entry = self.entry(scope, at, port, proto)?;
+        self.put_entry(scope, at, port, proto, &SvcEntry { table, ..entry })
     }
 
     /// Takes a service away.

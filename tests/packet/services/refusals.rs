@@ -123,7 +123,7 @@ fn entries_that_contradict_each_other_are_counted() -> Result<()> {
                 net.vip(1),
                 VIP_PORT,
                 17,
-                &SvcEntry { first, count: 3, id: 1, affinity: 0, flags: 0, pad: 0 },
+                &SvcEntry { first, count: 3, id: 1, affinity: 0, flags: 0, table: 0 },
             )?;
             lab.pod_sends(&ask)?.dropped(DropReason::BackendLookupFailed)?;
         }

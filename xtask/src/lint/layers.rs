@@ -46,6 +46,7 @@ const CRATES: [Crate; 6] = [
                 "frag",
                 "hash",
                 "log",
+                "maglev",
                 "peer",
                 "service",
                 "socket",

@@ -1,28 +1,16 @@
 //! `rn_backends_v2` and `rn_backend_ids` as plain memory: both maps are mapped into this process,
 //! so that a new range costs no system call.
 
-use std::num::NonZeroUsize;
 use std::path::Path;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
-use bytemuck::Pod;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::names::map::{BACKEND_IDS, BACKENDS};
 use rustnet_common::service::SvcEntry;
 
 use super::Map;
-
-/// Whether a view may write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// For the command.
-    Read,
-    /// For the agent.
-    Write,
-}
+use super::memory::{Access, Memory};
 
 /// The backends of all services.
 pub struct Backends {
@@ -49,7 +37,7 @@ impl Backends {
 
     /// Ids and slots, each.
     pub fn capacity(&self) -> u32 {
-        self.ids.capacity.min(self.slots.capacity).min(id::MAX_SLOTS)
+        self.ids.capacity().min(self.slots.capacity()).min(id::MAX_SLOTS)
     }
 
     /// Stores each backend to the slot of its id. A slot that is in use keeps all but the flags, so
@@ -84,7 +72,7 @@ impl Backends {
     /// Stores a range of ids. No service refers to it yet; the backends are there already.
     pub fn store_ids(&mut self, first: u32, ids: &[u32]) -> Result<()> {
         let end = first as usize + ids.len();
-        if end > self.ids.capacity as usize {
+        if end > self.ids.capacity() as usize {
             bail!(self.too_small(BACKEND_IDS, end as u32 - 1));
         }
         for (index, id) in (first..).zip(ids) {
@@ -115,7 +103,7 @@ impl Backends {
     /// Puts elements back that somebody else has changed. Programs find no backend in the slot until it is complete.
     pub fn restore(&mut self, slots: &[(u32, Backend)]) -> Result<()> {
         for (slot, backend) in slots {
-            ensure!(*slot < self.slots.capacity, self.too_small(BACKENDS, *slot));
+            ensure!(*slot < self.slots.capacity(), self.too_small(BACKENDS, *slot));
             // SAFETY: the slot is below the capacity, so it lies inside of the mapping.
             let held = unsafe { self.slots.at(*slot) }.as_ptr();
             // SAFETY: as above; only this process writes there, or nobody should.
@@ -154,7 +142,7 @@ impl Backends {
 
     /// Ids that were ever written, or that stand before such; and slots that hold a backend.
     pub fn used(&self) -> (u32, u32) {
-        let slots = (0..self.slots.capacity).filter(|slot| self.slots.get(*slot).is_some_and(|b| b.id != 0));
+        let slots = (0..self.slots.capacity()).filter(|slot| self.slots.get(*slot).is_some_and(|b| b.id != 0));
         (self.ids.end(|id| *id != 0), slots.count() as u32)
     }
 
@@ -165,91 +153,11 @@ impl Backends {
     }
 }
 
-/// An array map in this process's memory.
-struct Memory<T> {
-    start: NonNull<T>,
-    length: NonZeroUsize,
-    capacity: u32,
-}
-
-// SAFETY: the mapping belongs to this value alone and is not tied to a thread.
-unsafe impl<T: Send> Send for Memory<T> {}
-
-impl<T: Pod> Memory<T> {
-    /// From one element to the next: the kernel rounds the size of a value up to eight bytes.
-    const STRIDE: usize = size_of::<T>().next_multiple_of(8);
-
-    fn new(map: &Map<u32, T>, access: Access) -> Result<Self> {
-        let (name, capacity) = (map.name(), map.max_entries());
-        let bytes = capacity as usize * Self::STRIDE;
-        let length = NonZeroUsize::new(bytes.next_multiple_of(page_size()));
-        let length = length.with_context(|| format!("{name} has no entries"))?;
-        let protection = match access {
-            Access::Read => ProtFlags::PROT_READ,
-            Access::Write => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-        };
-        // SAFETY: a new mapping at an address of the kernel's choice; it overlaps nothing.
-        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, map.fd(), 0) }
-            .with_context(|| format!("mapping {name} (was it made without BPF_F_MMAPABLE?)"))?;
-        Ok(Self { start: start.cast(), length, capacity })
-    }
-
-    /// Where an element lies.
-    ///
-    /// # Safety
-    /// The index must be below the capacity.
-    unsafe fn at(&self, index: u32) -> NonNull<T> {
-        // SAFETY: by the caller's promise the result lies inside of the mapping, which is aligned
-        // to a page.
-        unsafe { self.start.byte_add(index as usize * Self::STRIDE) }
-    }
-
-    /// The element; `None` beyond the end.
-    fn get(&self, index: u32) -> Option<T> {
-        // SAFETY: the index is below the capacity. Volatile, since the agent may write while the
-        // command reads.
-        (index < self.capacity).then(|| unsafe { self.at(index).read_volatile() })
-    }
-
-    /// The index behind the last element of this kind.
-    fn end(&self, wanted: impl Fn(&T) -> bool) -> u32 {
-        (0..self.capacity).rev().find(|index| self.get(*index).is_some_and(|it| wanted(&it))).map_or(0, |last| last + 1)
-    }
-
-    /// All elements up to the last of this kind.
-    fn up_to_last(&self, wanted: impl Fn(&T) -> bool) -> Vec<T> {
-        (0..self.end(wanted)).filter_map(|index| self.get(index)).collect()
-    }
-}
-
-impl<T> Drop for Memory<T> {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` with this length, and nothing refers to it any
-        // more.
-        let result = unsafe { munmap(self.start.cast(), self.length.get()) };
-        debug_assert!(result.is_ok(), "munmap of our own mapping");
-    }
-}
-
-fn page_size() -> usize {
-    // SAFETY: sysconf has no preconditions.
-    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{Access, BACKEND_IDS, BACKENDS, Backend, Backends, Map, Pod, SvcEntry, id};
-    use crate::bpf::sys::{Layout, map_create};
+    use super::{Access, BACKEND_IDS, BACKENDS, Backend, Backends, Map, SvcEntry, id};
+    use crate::bpf::store::memory::tests::array_of;
     use std::net::IpAddr;
-
-    const ARRAY: u32 = 2;
-    const MMAPABLE: u32 = 1 << 10;
-
-    fn array_of<T: Pod>(name: &str, max_entries: u32) -> Map<u32, T> {
-        let layout =
-            Layout { kind: ARRAY, key_size: 4, value_size: size_of::<T>() as u32, max_entries, flags: MMAPABLE };
-        Map::from_fd(map_create(name, layout).unwrap(), name).unwrap()
-    }
 
     fn maps(max_entries: u32) -> (Map<u32, u32>, Map<u32, Backend>) {
         (array_of(BACKEND_IDS, max_entries), array_of(BACKENDS, max_entries))
@@ -260,7 +168,7 @@ mod tests {
     }
 
     fn entry(first: u32, count: u32, id: u32) -> SvcEntry {
-        SvcEntry { first, count, id, affinity: 0, flags: 0, pad: 0 }
+        SvcEntry { first, count, id, affinity: 0, flags: 0, table: 0 }
     }
 
     #[test]

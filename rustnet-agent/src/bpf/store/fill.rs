@@ -17,7 +17,9 @@ use rustnet_common::source_range::SourceRangeKey;
 use rustnet_common::tuple::Tuple;
 
 use super::Map;
-use super::backends::{Access, Backends};
+use super::backends::Backends;
+use super::maglev::Tables;
+use super::memory::Access;
 
 /// One map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,7 @@ pub fn read(bpffs: &Path) -> Result<Vec<Fill>> {
         count::<SvcKey<Ip6>, SvcEntry>(bpffs, map::SVC6)?,
         ids,
         slots,
+        tables(bpffs)?,
         count::<Tuple<Ip4>, CtEntry<Ip4>>(bpffs, map::CT4_TCP)?,
         count::<Tuple<Ip4>, CtEntry<Ip4>>(bpffs, map::CT4_ANY)?,
         count::<Tuple<Ip6>, CtEntry<Ip6>>(bpffs, map::CT6_TCP)?,
@@ -56,6 +59,12 @@ pub fn read(bpffs: &Path) -> Result<Vec<Fill>> {
 fn count<K: Pod, V: Pod>(bpffs: &Path, name: &'static str) -> Result<Fill> {
     let map = Map::<K, V>::open(bpffs, name)?;
     Ok(Fill { name, used: map.len()? as u64, max: u64::from(map.max_entries()) })
+}
+
+/// Words up to the last that was ever written, for the same reason as below.
+fn tables(bpffs: &Path) -> Result<Fill> {
+    let tables = Tables::open(bpffs, Access::Read)?;
+    Ok(Fill { name: map::MAGLEV, used: u64::from(tables.used()), max: u64::from(tables.capacity()) })
 }
 
 /// Ids up to the last that was ever written, since what is behind is free for sure; and slots that

@@ -8,13 +8,16 @@ use anyhow::{Context, Result};
 use bytemuck::Pod;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustnet_common::addr::{Addr, Ip4, Ip6};
+use rustnet_common::maglev;
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
 use rustnet_common::service::{SvcEntry, SvcKey, scope};
 use rustnet_common::source_range::{self, SourceRangeKey};
 
-use super::backends::{Access, Backends};
+use super::backends::Backends;
 use super::conntrack::Conntrack;
+use super::maglev::Tables;
+use super::memory::Access;
 use super::{Map, fault};
 use crate::bpf::sys;
 use crate::plan::{Capacity, Maps, Snapshot, SourceRange, Table, VipKey, Write};
@@ -30,6 +33,7 @@ pub struct BpfMaps {
     peers6: Map<PeerKey<Ip6>, Peer>,
     source_ranges: SourceRanges,
     backends: Backends,
+    tables: Tables,
     conntrack: Conntrack,
     /// Where the audit of a service map goes on.
     cursor: sys::Cursor,
@@ -45,6 +49,7 @@ impl BpfMaps {
             peers6: Map::open(bpffs, map::PEERS6)?,
             source_ranges: Map::open(bpffs, map::SOURCE_RANGES)?,
             backends: Backends::open(bpffs, Access::Write)?,
+            tables: Tables::open(bpffs, Access::Write)?,
             conntrack: Conntrack::open(bpffs)?,
             cursor: sys::Cursor::default(),
         })
@@ -81,15 +86,20 @@ impl BpfMaps {
 
     fn apply_run(&mut self, run: &[Write]) -> Result<()> {
         match &run[0] {
-            Write::Backends { .. } | Write::BackendIds { .. } | Write::PutService { .. } => {
+            Write::Backends { .. }
+            | Write::BackendIds { .. }
+            | Write::MaglevTable { .. }
+            | Write::PutService { .. } => {
                 for write in run {
                     if let Write::Backends { backends } = write {
                         self.backends.store(backends)?;
                     }
                 }
                 for write in run {
-                    if let Write::BackendIds { first, ids } = write {
-                        self.backends.store_ids(*first, ids)?;
+                    match write {
+                        Write::BackendIds { first, ids } => self.backends.store_ids(*first, ids)?,
+                        Write::MaglevTable { unit, words } => self.tables.store(maglev::head(*unit), words)?,
+                        _ => {}
                     }
                 }
                 self.put_services(&pick(run, |w| match w {
@@ -125,11 +135,18 @@ impl BpfMaps {
                 Write::ClearBackends { ids } => self.backends.clear(ids),
                 _ => Ok(()),
             }),
-            Write::RestoreBackends { .. } | Write::RestoreIds { .. } => run.iter().try_for_each(|write| match write {
-                Write::RestoreBackends { slots } => self.backends.restore(slots),
-                Write::RestoreIds { ids } => ids.iter().try_for_each(|(at, id)| self.backends.store_ids(*at, &[*id])),
-                _ => Ok(()),
-            }),
+            Write::RestoreBackends { .. } | Write::RestoreIds { .. } | Write::RestoreTables { .. } => {
+                run.iter().try_for_each(|write| match write {
+                    Write::RestoreBackends { slots } => self.backends.restore(slots),
+                    Write::RestoreTables { words } => {
+                        words.iter().try_for_each(|(at, word)| self.tables.store(*at, &[*word]))
+                    }
+                    Write::RestoreIds { ids } => {
+                        ids.iter().try_for_each(|(at, id)| self.backends.store_ids(*at, &[*id]))
+                    }
+                    _ => Ok(()),
+                })
+            }
             Write::ForgetFlows { .. } => {
                 let mut backends: BTreeMap<u8, BTreeSet<u32>> = BTreeMap::new();
                 for write in run {
@@ -149,6 +166,7 @@ impl Maps for BpfMaps {
             services: services_of(&self.svc4, &self.svc6)?,
             ids: self.backends.ids(),
             backends: self.backends.slots(),
+            tables: self.tables.words(),
             peers: peers_of(&self.peers4, &self.peers6)?,
             source_ranges: ranges_of(&self.source_ranges)?,
         })
@@ -166,6 +184,10 @@ impl Maps for BpfMaps {
             })?,
             Table::Backends => {
                 (out.ids, out.backends) = (self.backends.ids(), self.backends.slots());
+                true
+            }
+            Table::Maglev => {
+                out.tables = self.tables.words();
                 true
             }
             Table::SourceRanges => {
@@ -209,6 +231,10 @@ impl Maps for BpfMaps {
         self.backends.capacity()
     }
 
+    fn table_capacity(&self) -> u32 {
+        self.tables.capacity()
+    }
+
     fn service_capacity(&self) -> u32 {
         self.svc4.max_entries().min(self.svc6.max_entries())
     }
@@ -225,13 +251,13 @@ impl Maps for BpfMaps {
 /// Writes of one rank may go together.
 fn rank(write: &Write) -> u8 {
     match write {
-        Write::Backends { .. } | Write::BackendIds { .. } | Write::PutService { .. } => 0,
+        Write::Backends { .. } | Write::BackendIds { .. } | Write::MaglevTable { .. } | Write::PutService { .. } => 0,
         Write::DeleteService { .. } => 1,
         Write::PutPeer { .. } => 2,
         Write::DeletePeer { .. } => 3,
         Write::ForgetFlows { .. } => 4,
         Write::ClearBackends { .. } => 5,
-        Write::RestoreBackends { .. } | Write::RestoreIds { .. } => 6,
+        Write::RestoreBackends { .. } | Write::RestoreIds { .. } | Write::RestoreTables { .. } => 6,
         Write::PutSourceRange { .. } => 7,
         Write::DeleteSourceRange { .. } => 8,
     }
@@ -328,13 +354,14 @@ fn ranges_of(ranges: &SourceRanges) -> Result<BTreeMap<SourceRange, u32>> {
 
 /// Reads all that the plan writes, and how much fits, for the command.
 pub fn snapshot(bpffs: &Path) -> Result<(Snapshot, Capacity)> {
-    let backends = Backends::open(bpffs, Access::Read)?;
+    let (backends, tables) = (Backends::open(bpffs, Access::Read)?, Tables::open(bpffs, Access::Read)?);
     let (svc4, svc6) = (Services::<Ip4>::open(bpffs, map::SVC4)?, Services::<Ip6>::open(bpffs, map::SVC6)?);
     let (peers4, peers6) = (Peers::<Ip4>::open(bpffs, map::PEERS4)?, Peers::<Ip6>::open(bpffs, map::PEERS6)?);
     let source_ranges = SourceRanges::open(bpffs, map::SOURCE_RANGES)?;
     let room = Capacity {
         services: svc4.max_entries().min(svc6.max_entries()),
         backends: backends.capacity(),
+        table_words: tables.capacity(),
         peers: peers4.max_entries().min(peers6.max_entries()),
         source_ranges: source_ranges.max_entries(),
     };
@@ -342,6 +369,7 @@ pub fn snapshot(bpffs: &Path) -> Result<(Snapshot, Capacity)> {
         services: services_of(&svc4, &svc6)?,
         ids: backends.ids(),
         backends: backends.slots(),
+        tables: tables.words(),
         peers: peers_of(&peers4, &peers6)?,
         source_ranges: ranges_of(&source_ranges)?,
     };

@@ -69,6 +69,10 @@ struct FrontEnd {
     id: u32,
     affinity_seconds: u32,
     source_ranges: Option<Vec<IpNet>>,
+    /// How flows are spread over the backends; null where there is no choice.
+    algorithm: Option<&'static str>,
+    /// Unit of the map that the Maglev table begins with; 0 for none.
+    maglev_table: u16,
     drop_when_empty: bool,
     backends: u32,
     /// Ids that the entry points to and that are of no backend of it: the maps disagree.
@@ -190,6 +194,8 @@ fn front_end(it: &Entry<'_>, details: Option<&Service<'_>>) -> FrontEnd {
         id: it.value.id,
         affinity_seconds: it.value.affinity,
         source_ranges: it.source_ranges.clone(),
+        algorithm: (it.value.count > 1).then_some(if it.value.table == 0 { "random" } else { "maglev" }),
+        maglev_table: it.value.table,
         drop_when_empty: it.value.flags & flags::DROP_EMPTY != 0,
         backends: it.backends.len() as u32,
         missing: it.value.count - it.backends.len() as u32,
@@ -228,6 +234,8 @@ fn absent(entries: &[Entry<'_>], details: &Service<'_>) -> Vec<FrontEnd> {
             id: 0,
             affinity_seconds: 0,
             source_ranges: None,
+            algorithm: None,
+            maglev_table: 0,
             drop_when_empty: false,
             backends: 0,
             missing: 0,
@@ -358,8 +366,18 @@ fn text(report: &Report) -> String {
         Some(policies) => out.extend(policy_lines(policies)),
         None => out.push(heading("Object", &format!("not known: the agent has written no {}", servicefile::FILE))),
     }
-    let columns =
-        ["FRONT END", "PORT", "ADDRESS", "PROTOCOL", "CLIENTS", "SOURCE RANGES", "AFFINITY", "SET", "BACKENDS"];
+    let columns = [
+        "FRONT END",
+        "PORT",
+        "ADDRESS",
+        "PROTOCOL",
+        "CLIENTS",
+        "SOURCE RANGES",
+        "AFFINITY",
+        "ALGORITHM",
+        "SET",
+        "BACKENDS",
+    ];
     out.extend([String::new(), table(&columns, report.front_ends.iter().map(front_end_row).collect())]);
     let columns = ["BACKEND", "PORT", "PROTOCOL", "POD", "NODE", "STATE", "SETS", "FLOWS"];
     out.extend([String::new(), table(&columns, report.backends.iter().map(backend_row).collect())]);
@@ -410,6 +428,7 @@ fn front_end_row(it: &FrontEnd) -> Vec<String> {
         it.clients.to_owned(),
         show_ranges(it.source_ranges.as_deref()),
         affinity,
+        or_dash(it.algorithm),
         if it.in_maps { it.id.to_string() } else { "-".to_owned() },
         backends,
     ]

@@ -6,6 +6,7 @@ mod full;
 mod kube_proxy;
 mod sets;
 mod source_ranges;
+mod tables;
 
 use super::{Capacity, Plan, Planner};
 use crate::config::{AUDIT_PERIOD, Routing};
@@ -131,6 +132,8 @@ fn shape(plan: &Plan) -> Vec<&'static str> {
         Write::ClearBackends { .. } => "clear",
         Write::RestoreBackends { .. } => "restore backends",
         Write::RestoreIds { .. } => "restore ids",
+        Write::MaglevTable { .. } => "table",
+        Write::RestoreTables { .. } => "restore table",
         Write::PutService { key, .. } if key.is_wildcard() => "put wildcard",
         Write::PutService { .. } => "put service",
         Write::DeleteService { key } if key.is_wildcard() => "delete wildcard",

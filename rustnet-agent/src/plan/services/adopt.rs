@@ -1,19 +1,22 @@
 //! What a new agent makes of the maps that it finds: whose range and whose backend is whose, and what is damaged.
 
 use super::{Held, Services};
-use crate::plan::Snapshot;
 use crate::plan::sets::Sets;
+use crate::plan::tables::Tables;
+use crate::plan::{Capacity, Snapshot};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::service::SvcEntry;
 use std::collections::BTreeMap;
 
 impl Services {
-    /// Begins with what the maps hold, which take so many services and backends.
-    pub fn adopt(mut snapshot: Snapshot, capacity: u32, backend_capacity: u32) -> Self {
+    /// Begins with what the maps hold, in which there is so much room.
+    pub fn adopt(mut snapshot: Snapshot, room: Capacity) -> Self {
+        let backend_capacity = room.backends;
         snapshot.ids.truncate(backend_capacity as usize);
         snapshot.backends.truncate(backend_capacity as usize);
-        let mut sets =
-            Sets::new(snapshot.ids.clone(), snapshot.backends.clone(), backend_capacity, last_number(&snapshot));
+        let tables = Tables::new(std::mem::take(&mut snapshot.tables), room.table_words);
+        let (ids, backends) = (snapshot.ids.clone(), snapshot.backends.clone());
+        let mut sets = Sets::new(ids, backends, backend_capacity, tables, last_number(&snapshot));
         let mut damaged = BTreeMap::new();
         // By slot: whether an entry leads there.
         let mut referred = vec![false; snapshot.backends.len()];
@@ -47,18 +50,20 @@ impl Services {
         }
         // All else that was ever written may have been let go of a moment ago.
         sets.ranges().retire_free_below(snapshot.ids.len() as u32);
+        sets.tables().retire_others();
         // Backends that no entry leads to: an earlier agent let them linger, or died before it forgot their flows or cleared
         // their slots.
         let strays = (0..).zip(&snapshot.backends).zip(&referred).filter(|((_, b), referred)| b.id != 0 && !**referred);
         let orphans = strays.filter_map(|((slot, backend), _)| sets.adopt_stray(slot, backend)).collect();
         let count = |v4: bool| snapshot.services.keys().filter(|key| key.ip.is_ipv4() == v4).count() as u32;
         Self {
-            capacity,
+            capacity: room.services,
             count: [count(true), count(false)],
             damaged,
             sets,
             orphans,
             failed: BTreeMap::new(),
+            without_table: BTreeMap::new(),
             has_new_room: false,
             entries: snapshot.services.into_iter().collect(),
         }

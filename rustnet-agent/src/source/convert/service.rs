@@ -1,6 +1,7 @@
 //! `v1/Service`: which have virtual addresses, which addresses and ports.
 
 use super::{BadName, Converter, Findings, created, family, is_foreign, port, protocol, range, reference, unicast};
+use crate::config::Algorithm;
 use crate::model::{Family, Service, ServicePort};
 use crate::source::{Event, Kind, Object};
 use ipnet::IpNet;
@@ -12,6 +13,8 @@ use std::sync::Arc;
 
 /// Affinity time-out when the Service does not say: three hours, as the API's default is.
 const DEFAULT_AFFINITY: u32 = 10_800;
+/// The annotation that overrides `--lb-algorithm`.
+const ALGORITHM: &str = "rustnet.io/lb-algorithm";
 
 impl Converter {
     /// What an added or changed Service means.
@@ -51,6 +54,7 @@ impl Converter {
             vips,
             ports,
             affinity: affinity(spec, &mut findings),
+            algorithm: algorithm(service, &mut findings),
             internal_local: is_local(
                 spec.internal_traffic_policy.as_deref(),
                 "spec.internalTrafficPolicy",
@@ -244,6 +248,19 @@ fn source_ranges(spec: &ServiceSpec, findings: &mut Findings) -> Option<Box<[IpN
         }
     }
     Some(ranges.into_iter().collect())
+}
+
+/// How an annotation has the flows spread.
+fn algorithm(service: &KubeService, findings: &mut Findings) -> Option<Algorithm> {
+    let text = service.metadata.annotations.as_ref()?.get(ALGORITHM)?;
+    let algorithm = Algorithm::parse(text);
+    if algorithm.is_none() {
+        findings.add(
+            format!("metadata.annotations[{ALGORITHM}]"),
+            format!("{text:?} is unknown, the agent's lb-algorithm is used; use random or maglev"),
+        );
+    }
+    algorithm
 }
 
 /// True for a Service with a load balancer.

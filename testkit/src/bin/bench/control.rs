@@ -1,19 +1,18 @@
 //! The control plane at size: from events to entries in real pinned maps, compared with writing the
 //! same entries in bulk; and the memory of an agent.
 
+use crate::maps::{Timed, load};
 use crate::nodes;
 use crate::stats::{Sorted, verdict};
 use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable as _;
-use rustnet_agent::bpf::load::{Load, sizes};
-use rustnet_agent::bpf::object;
-use rustnet_agent::bpf::store::backends::{Access, Backends};
-use rustnet_agent::bpf::store::{BpfMaps, Map};
-use rustnet_agent::config::PacketLog;
+use rustnet_agent::bpf::store::Map;
+use rustnet_agent::bpf::store::backends::Backends;
+use rustnet_agent::bpf::store::memory::Access;
 use rustnet_agent::config::{MapSizes, Routing};
 use rustnet_agent::host::HostFacts;
 use rustnet_agent::index::{Index, Settings};
-use rustnet_agent::plan::{Maps, Planner, Snapshot, Write};
+use rustnet_agent::plan::{Maps, Planner, Snapshot};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind};
 use rustnet_common::addr::Ip4;
@@ -107,39 +106,10 @@ pub fn run(extent: &Extent) -> Result<()> {
     nodes::run(&fabric, extent.nodes.0, extent.nodes.1)
 }
 
-/// Maps as the agent would pin them, big enough.
-fn load(bpffs: &Path, services: u32) -> Result<BpfMaps> {
+/// Maps that are big enough.
+fn sizes_for(services: u32) -> MapSizes {
     let entries = (services * 2 + 1000).next_power_of_two();
-    let sizes = sizes(&MapSizes { services: entries, backends: services * ENDPOINTS + 4096, ..MapSizes::default() });
-    Load { object: object::embedded()?, bpffs, sizes, log: PacketLog::Off, has_sockets: false }.run()?.pin(bpffs)?;
-    BpfMaps::open(bpffs)
-}
-
-/// The real maps, and how long writing to them took.
-struct Timed {
-    maps: BpfMaps,
-    took: Duration,
-}
-
-impl Maps for Timed {
-    fn snapshot(&self) -> Result<Snapshot> {
-        self.maps.snapshot()
-    }
-    fn apply(&mut self, writes: &[Write]) -> Result<()> {
-        let start = Instant::now();
-        let result = self.maps.apply(writes);
-        self.took += start.elapsed();
-        result
-    }
-    fn backend_capacity(&self) -> u32 {
-        self.maps.backend_capacity()
-    }
-    fn service_capacity(&self) -> u32 {
-        self.maps.service_capacity()
-    }
-    fn peer_capacity(&self) -> u32 {
-        self.maps.peer_capacity()
-    }
+    MapSizes { services: entries, backends: services * ENDPOINTS + 4096, ..MapSizes::default() }
 }
 
 fn write(node: &Node, extent: &Extent) -> Result<Times> {
@@ -152,7 +122,7 @@ fn write(node: &Node, extent: &Extent) -> Result<Times> {
             events.push(service(&mut converter, n)?);
             events.push(slice(&mut converter, n, ENDPOINTS)?);
         }
-        let mut maps = Timed { maps: load(&own, extent.services)?, took: Duration::ZERO };
+        let mut maps = Timed::new(load(&own, &sizes_for(extent.services))?);
         let mut planner = Planner::adopt(&maps)?;
         let start = Instant::now();
         let mut index = Index::new(Settings::new("n1", Routing::Vxlan));
@@ -164,7 +134,7 @@ fn write(node: &Node, extent: &Extent) -> Result<Times> {
         let plan = planner.sync(&mut index, &mut maps, Duration::ZERO)?;
         let all = start.elapsed();
         drop(plan);
-        let written = maps.took;
+        let written = maps.took();
         let snapshot = maps.snapshot()?;
         let services = snapshot.services.values().filter(|entry| entry.count == ENDPOINTS).count();
         ensure!(services == extent.services as usize, "{services} services in the maps, not {}", extent.services);
@@ -185,7 +155,7 @@ fn write(node: &Node, extent: &Extent) -> Result<Times> {
 
 /// Writes the entries that stand in a snapshot to other maps, in as few calls as possible.
 fn in_bulk(bpffs: &Path, snapshot: &Snapshot, services: u32) -> Result<Duration> {
-    drop(load(bpffs, services)?);
+    drop(load(bpffs, &sizes_for(services))?);
     let svc: Map<SvcKey<Ip4>, SvcEntry> = Map::open(bpffs, map::SVC4)?;
     let mut backends = Backends::open(bpffs, Access::Write)?;
     let entries: Vec<(SvcKey<Ip4>, SvcEntry)> = snapshot
@@ -341,6 +311,7 @@ fn remembered(n: u32) -> Service {
         ports: vec![Port { name: "http".into(), proto: Proto::Tcp, port: 80, target: 8080 }],
         outside: Outside::default(),
         affinity: false,
+        is_maglev: false,
         endpoints: (n * 5..n * 5 + 5).map(endpoint).collect(),
     }
 }

@@ -3,6 +3,8 @@
 
 mod cni;
 mod control;
+mod maglev;
+mod maps;
 mod network;
 mod nodes;
 mod packets;
@@ -76,6 +78,8 @@ enum What {
     Network,
     /// Writing very many services, and the agent's memory
     Control,
+    /// Changes of Services whose flows Maglev tables spread
+    Maglev,
     /// How long the CNI binary takes, compared with the reference plugins
     Cni,
 }
@@ -137,6 +141,10 @@ fn main() -> Result<()> {
             nodes: args.size(None, (nodes::FULL, Duration::from_mins(2)), (500, Duration::from_secs(10))),
         };
         control::run(&extent).context("control")?;
+        println!();
+    }
+    if args.wants(What::Maglev) {
+        maglev::run(args.size(None, 200, 20)).context("maglev")?;
         println!();
     }
     if args.wants(What::Cni) {

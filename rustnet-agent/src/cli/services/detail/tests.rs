@@ -25,7 +25,7 @@ fn held(slot: u32, set: u32, address: &str, flags: u16) -> Held {
 }
 
 fn entry(id: u32, count: u32, flags: u16) -> SvcEntry {
-    SvcEntry { first: 0, count, id, affinity: 600, flags, pad: 0 }
+    SvcEntry { first: 0, count, id, affinity: 600, flags, table: u16::from(count > 1) }
 }
 
 fn flow(asked: &str, led_to: &str, backend: u32) -> Flow {
@@ -111,14 +111,14 @@ Session affinity:  ClientIP, 10m00s
 Source ranges:     192.0.2.0/24
 Health check port: 32000, 1 ready endpoint here
 
-FRONT END     PORT  ADDRESS          PROTOCOL  CLIENTS   SOURCE RANGES  AFFINITY  SET  BACKENDS
-clusterIP     http  10.96.0.10:80    TCP       cluster   -              600s      7    2
-externalIP    http  198.51.100.9:80  TCP       cluster   -              600s      7    2
-externalIP    http  198.51.100.9:80  TCP       external  -              -         -    not in the maps: see `services --verify`
-loadBalancer  http  203.0.113.7:80   TCP       cluster   -              600s      7    2
-loadBalancer  http  203.0.113.7:80   TCP       external  192.0.2.0/24   600s      9    1
-nodePort      http  192.0.2.1:30080  TCP       cluster   -              600s      7    2
-nodePort      http  192.0.2.1:30080  TCP       external  -              600s      9    1
+FRONT END     PORT  ADDRESS          PROTOCOL  CLIENTS   SOURCE RANGES  AFFINITY  ALGORITHM  SET  BACKENDS
+clusterIP     http  10.96.0.10:80    TCP       cluster   -              600s      maglev     7    2
+externalIP    http  198.51.100.9:80  TCP       cluster   -              600s      maglev     7    2
+externalIP    http  198.51.100.9:80  TCP       external  -              -         -          -    not in the maps: see `services --verify`
+loadBalancer  http  203.0.113.7:80   TCP       cluster   -              600s      maglev     7    2
+loadBalancer  http  203.0.113.7:80   TCP       external  192.0.2.0/24   600s      -          9    1
+nodePort      http  192.0.2.1:30080  TCP       cluster   -              600s      maglev     7    2
+nodePort      http  192.0.2.1:30080  TCP       external  -              600s      -          9    1
 
 BACKEND          PORT  PROTOCOL  POD            NODE       STATE      SETS  FLOWS
 10.244.1.2:8080  http  TCP       default/web-0  n1 (here)  ready      7, 9  2

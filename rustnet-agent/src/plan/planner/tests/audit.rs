@@ -1,6 +1,7 @@
 //! What somebody else changed is found and put back.
 
 use super::*;
+use rustnet_common::maglev::UNIT;
 
 /// What an audit of all tables finds.
 fn audit(rig: &mut Rig) -> Vec<String> {
@@ -34,7 +35,7 @@ type Meddling = fn(&mut Snapshot);
 
 #[test]
 fn an_audit_puts_back_what_somebody_else_changed() {
-    let meddlings: [(Meddling, &str); 12] = [
+    let meddlings: [(Meddling, &str); 14] = [
         (
             |held| {
                 let entry = held.services.remove(&key(VIP, 80, TCP)).unwrap();
@@ -57,6 +58,8 @@ fn an_audit_puts_back_what_somebody_else_changed() {
         ),
         (|held| held.ids[1] = held.ids[0], "rn_backend_ids: element 1 was changed to"),
         (|held| held.ids.push(7), "rn_backend_ids: element 2 was changed to 7"),
+        (|held| held.tables[257] ^= 7, "rn_maglev: element 257 was changed to"),
+        (|held| held.tables.clear(), "rn_maglev: element 256 was changed to 0"),
         (|held| held.backends[0].port = 81, "rn_backends_v2: element 0 was changed to Backend"),
         (|held| held.backends.clear(), "rn_backends_v2: element 1 was changed to Backend"),
         (|held| held.peers.clear(), "rn_peers4: 10.244.2.0/24 was missing"),
@@ -73,9 +76,11 @@ fn an_audit_puts_back_what_somebody_else_changed() {
         ),
     ];
     for (meddle, expected) in meddlings {
-        let mut rig = Rig::on(MemoryMaps::new(64).with_room(2, 3));
+        let mut rig = Rig::on(MemoryMaps::new(64).with_room(2, 3).with_tables(8 * UNIT));
         let n2 = node("n2", &["172.18.0.12"], &["10.244.2.0/24"]).apply();
-        rig.handle(web(&["10.244.1.2", "10.244.1.3"])).handle([n2]).sync();
+        rig.handle(web(&["10.244.1.2", "10.244.1.3"]))
+            .handle([n2, service("web", &[VIP]).tcp(80).maglev().apply()])
+            .sync();
         let before = rig.maps.held().clone();
         meddle(rig.maps.meddle());
         assert_ne!(rig.maps.held(), &before);

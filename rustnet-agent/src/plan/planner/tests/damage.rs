@@ -41,7 +41,7 @@ fn damaged_maps_are_repaired() {
         service,
         max_service: 0,
     };
-    let entry = |first, count, id| SvcEntry { first, count, id, affinity: 0, flags: 0, pad: 0 };
+    let entry = |first, count, id| SvcEntry { first, count, id, affinity: 0, flags: 0, table: 0 };
     for (what, web_entry, dns_entry) in [
         ("beyond what was written", entry(2, 5, 1), entry(0, 1, 2)),
         ("beyond everything", entry(u32::MAX, 2, 1), entry(u32::MAX, u32::MAX, 2)),
@@ -105,8 +105,8 @@ fn a_smaller_array_than_the_one_read_back() {
     };
     let backends: Vec<Backend> = (0..8).map(backend).collect();
     let mut held = Snapshot { ids: backends.iter().map(|b| b.id).collect(), backends, ..Snapshot::default() };
-    held.services.insert(key(VIP, 80, TCP), SvcEntry { first: 6, count: 1, id: 1, affinity: 0, flags: 0, pad: 0 });
-    let room = Capacity { services: 8, backends: 4, peers: 8, source_ranges: 8 };
+    held.services.insert(key(VIP, 80, TCP), SvcEntry { first: 6, count: 1, id: 1, affinity: 0, flags: 0, table: 0 });
+    let room = Capacity { services: 8, backends: 4, table_words: 0, peers: 8, source_ranges: 8 };
     let mut planner = Planner::from_snapshot(held, room);
     let mut index = synced_index();
     for event in web(&["10.244.1.2"]) {

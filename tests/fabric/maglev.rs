@@ -1,0 +1,64 @@
+//! Maglev: a flow that another node gets goes to the same backend, and few flows move when a backend goes.
+
+use crate::external::balancer;
+use crate::fixture::{Net, endpoints, in_each_routing};
+use anyhow::{Result, ensure};
+use std::net::{IpAddr, SocketAddr};
+use testkit::client::{ask, ask_udp, udp_from_port};
+use testkit::manifest::Outside;
+use testkit::{Netns, Proto, wait};
+
+in_each_routing!(flows_stay_with_their_backends);
+
+/// Source ports that no other test in the world has.
+const FIRST_PORT: u16 = 24_000;
+const FLOWS: u16 = 60;
+
+/// Who answers flows of the world's to a load balancer's address, by port.
+fn answers(net: &Net, target: SocketAddr, first: u16) -> Result<Vec<String>> {
+    let world = net.fabric.world();
+    let ask = |port| world.run(|| Ok(ask_udp(&udp_from_port(port, target)?, "who")?.0)).and_then(|answer| answer);
+    (first..first + FLOWS).map(ask).collect()
+}
+
+/// Has the segment's router lead an address to a node.
+fn lead(net: &Net, vip: IpAddr, node: usize) -> Result<()> {
+    net.fabric.switch().ip(&format!("route replace {vip} via {}\n", net.node(node).address_like(vip)))
+}
+
+/// Waits until a node leads new flows to these pods.
+fn wait_led(from: &Netns, target: SocketAddr, to: &[&str]) -> Result<()> {
+    wait::until(&format!("{target} leads to {to:?}"), || ask(from, Proto::Udp, target, FLOWS.into())?.only_by(to))
+}
+
+fn flows_stay_with_their_backends(net: &Net) -> Result<()> {
+    let (all, fewer) = ([&net.a, &net.b, &net.c], ["a", "c"]);
+    let vips = balancer(net)?;
+    let mut service = net.unknown_service();
+    service.service.is_maglev = true;
+    service.service.outside = Outside { balancer: vips.clone(), ..Outside::default() };
+    for (vip, first) in vips.into_iter().zip([FIRST_PORT, FIRST_PORT + 2 * FLOWS]) {
+        service.set(endpoints(&all))?;
+        let target = SocketAddr::new(vip, service.targets()[0].port());
+        lead(net, vip, 1)?;
+        for pod in [&net.a, &net.c] {
+            wait_led(pod.netns(), target, &["a", "b", "c"])?;
+        }
+        let (once, again) = (answers(net, target, first)?, answers(net, target, first + FLOWS)?);
+        ensure!(["a", "b", "c"].iter().all(|pod| once.iter().any(|by| by == pod)), "{once:?}");
+        // The other node has no entries of these flows.
+        lead(net, vip, 2)?;
+        let there = answers(net, target, first)?;
+        ensure!(once == there, "{target}: {once:?} by one node, {there:?} by the other");
+
+        // Nor has it of those that only the first node has seen.
+        service.set(endpoints(&[&net.a, &net.c]))?;
+        wait_led(net.c.netns(), target, &fewer)?;
+        let after = answers(net, target, first + FLOWS)?;
+        ensure!(after.iter().all(|by| fewer.contains(&by.as_str())), "{target}: {after:?}");
+        // By their number alone, a quarter of the others would move.
+        let moved = again.iter().zip(&after).filter(|(was, is)| *was != "b" && was != is).count();
+        ensure!(moved <= 3, "{target}: {moved} flows moved: {again:?}, then {after:?}");
+    }
+    Ok(())
+}
