@@ -110,7 +110,7 @@ impl Case {
                 let (snapshot, gone) = (maps.snapshot()?, backend(self.backends - 1));
                 let after = led(&snapshot)?;
                 let others = before.iter().zip(&after).filter(|(was, is)| **was != gone && was != is).count();
-                moved = others as f64 * 100.0 / before.len() as f64;
+                moved = f64::from(u32::try_from(others)?) * 100.0 / f64::from(self.table_size);
                 let used: std::collections::BTreeSet<u16> =
                     snapshot.services.values().map(|entry| entry.table).collect();
                 tables = used.iter().filter(|table| **table != 0).count();
