@@ -56,7 +56,7 @@ pub mod flags {
     pub const VIP: u16 = 2;
     /// The wildcard entry of an address that machines outside may have, too: a load balancer's, or an external IP.
     pub const SHARED: u16 = 4;
-    /// Only clients that `rn_source_ranges` has for this entry may come by it. In entries for clients outside alone.
+    /// Only clients that `rn_source_ranges` has for this address, port and protocol may come by it.
     pub const SOURCE_RANGES: u16 = 8;
 }
 

@@ -177,11 +177,29 @@ fn a_load_balancer_for_some(net: &Net) -> Result<()> {
     for target in [four, six] {
         wait_closed(target)?;
         ask(net.fabric.world(), Proto::Tcp, target, 1)?.all_failed(ErrorKind::TimedOut)?;
-        // Pods and hosts of the cluster are not asked.
-        for from in [net.a.netns(), net.c.netns(), net.node(1).netns(), net.node(2).netns()] {
+        // Pods and hosts of the cluster are asked, too.
+        for (from, proto) in [(net.a.netns(), Proto::Udp), (net.node(2).netns(), Proto::Tcp)] {
+            let asked = ask(from, proto, target, 1)?.all_failed(ErrorKind::TimedOut);
+            asked.with_context(|| format!("{proto} {target}"))?;
+        }
+    }
+    let own = [&net.a, &net.c].map(|pod| pod.addresses().iter().map(ToString::to_string).collect::<Vec<_>>());
+    let nodes = world().map(|like| net.node(1).address_like(like).to_string());
+    let ranges: Vec<String> = own[0]
+        .iter()
+        .chain(&nodes)
+        .map(|ip| if ip.contains(':') { format!("{ip}/128") } else { format!("{ip}/32") })
+        .collect();
+    judge(&mut service, &ranges.iter().map(String::as_str).collect::<Vec<_>>())?;
+    for target in [four, six] {
+        for from in [net.a.netns(), net.node(1).netns()] {
+            wait_served(from, target)?;
             for proto in Proto::ALL {
                 ask(from, proto, target, 20)?.only_by(&["a", "c"]).with_context(|| format!("{proto} {target}"))?;
             }
+        }
+        for (from, proto) in [(net.c.netns(), Proto::Tcp), (net.node(2).netns(), Proto::Udp)] {
+            ask(from, proto, target, 1)?.all_failed(ErrorKind::TimedOut)?;
         }
     }
     for target in net.fabric.nodes().iter().flat_map(|node| node_ports(node, &service)) {

@@ -311,7 +311,8 @@ impl Services {
         let of = |name: &ObjectName| {
             let service = self.states.get(name)?.service.as_deref()?;
             let mut entries = BTreeMap::new();
-            for key in port_keys(service, &self.node_ips) {
+            // Both entries of an address ask for the same clients.
+            for key in port_keys(service, &self.node_ips).into_iter().filter(|key| key.scope == scope::EXTERNAL) {
                 // The entry may be another Service's, or another frontend's.
                 let Some((_, owner, Frontend { source_ranges: Some(ranges), .. })) = self.find(&key) else { continue };
                 if owner.name == *name {

@@ -21,7 +21,7 @@ pub struct Service {
     pub external: Box<[IpAddr]>,
     /// Addresses of load balancers for clients outside, each once.
     pub balanced: Box<[IpAddr]>,
-    /// The clients outside that the load balancer is for, each range once; `None` for all, an empty list for nobody.
+    /// The clients that the load balancer is for, each range once; `None` for all, an empty list for nobody.
     pub source_ranges: Option<Box<[IpNet]>>,
     /// Ports, each (port, protocol) once.
     pub ports: Box<[ServicePort]>,
@@ -84,13 +84,16 @@ impl Service {
                 (port != 0).then_some(frontend)
             };
             let (external, balanced, local) = (&*self.external, &*self.balanced, self.external_local);
-            let judged = at(balanced, target.port, scope::EXTERNAL, local, true);
+            let judged = |scope, is_local| {
+                let frontend = at(balanced, target.port, scope, is_local, true);
+                frontend.map(|frontend| Frontend { source_ranges: self.source_ranges.as_deref(), ..frontend })
+            };
             [
                 at(&self.vips, target.port, scope::CLUSTER, self.internal_local, false),
                 at(external, target.port, scope::CLUSTER, false, true),
                 at(external, target.port, scope::EXTERNAL, local, true),
-                at(balanced, target.port, scope::CLUSTER, false, true),
-                judged.map(|frontend| Frontend { source_ranges: self.source_ranges.as_deref(), ..frontend }),
+                judged(scope::CLUSTER, false),
+                judged(scope::EXTERNAL, local),
                 at(nodes, target.node_port, scope::CLUSTER, false, true),
                 at(nodes, target.node_port, scope::EXTERNAL, local, true),
             ]
@@ -104,7 +107,7 @@ impl Service {
         self.external.iter().chain(&self.balanced).copied()
     }
 
-    /// True if not all clients outside may use its load balancer.
+    /// True if not all clients may use its load balancer.
     pub fn has_source_ranges(&self) -> bool {
         self.source_ranges.is_some() && !self.balanced.is_empty()
     }

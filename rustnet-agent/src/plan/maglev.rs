@@ -77,7 +77,6 @@ pub fn words(places: &[u16]) -> Vec<u64> {
 #[cfg(test)]
 mod tests {
     use super::{fill, words};
-    use proptest::prelude::*;
     use rustnet_common::hash;
     use rustnet_common::maglev::{ordinal, place};
     use std::collections::BTreeSet;
@@ -160,13 +159,25 @@ mod tests {
         }
     }
 
-    proptest! {
-        /// By chance, more places move than on average; by their number alone, 97 % would with 40 backends.
-        #[test]
-        fn few_places_move(octets in prop::collection::btree_set(any::<u16>(), 2..40), gone in any::<prop::sample::Index>()) {
-            let all: Vec<IpAddr> = octets.iter().map(|it| IpAddr::from([10, 244, (it >> 8) as u8, *it as u8])).collect();
-            let moved = moved(16_381, &all, all[gone.index(all.len())]);
-            prop_assert!(moved < 200, "{moved} of 10,000 places moved");
-        }
+    /// On average and nearly always: in one set of some hundreds, two addresses have related orders, and more places move. By their number
+    /// alone, 97 % would with 40 backends.
+    #[test]
+    fn few_places_move() {
+        let mut number = 1_u32;
+        let mut random = || {
+            number = number.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            number >> 12
+        };
+        let mut all: Vec<usize> = (0..300)
+            .map(|_| {
+                let count = 2 + random() % 38;
+                let set: BTreeSet<IpAddr> =
+                    (0..count).map(|_| IpAddr::from([10, 244, random() as u8, random() as u8])).collect();
+                let set: Vec<IpAddr> = set.into_iter().collect();
+                moved(16_381, &set, set[random() as usize % set.len()])
+            })
+            .collect();
+        all.sort_unstable();
+        assert!(all.iter().sum::<usize>() < 100 * all.len() && all[all.len() * 98 / 100] < 150, "{all:?}");
     }
 }

@@ -102,7 +102,7 @@ pub fn select_for<F: Family>(
     // service, compared below, shows that.
     let (first, count, service, svc_flags, affinity, table) =
         unsafe { ((*entry).first, (*entry).count, (*entry).id, (*entry).flags, (*entry).affinity, (*entry).table) };
-    if scope == scope::EXTERNAL && svc_flags & flags::SOURCE_RANGES != 0 && !is_allowed(t) {
+    if svc_flags & flags::SOURCE_RANGES != 0 && !is_allowed(t) {
         return Err(DropReason::NotInSourceRange);
     }
     if count == 0 {

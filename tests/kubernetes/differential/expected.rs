@@ -58,7 +58,7 @@ pub fn node_of(server: &str) -> Option<&'static str> {
 }
 
 /// All of them, in the order in which they apply.
-pub const RULES: [Rule; 9] = [
+pub const RULES: [Rule; 8] = [
     Rule { name: "Cluster addresses from outside", predict: cluster_addresses_are_closed },
     Rule { name: "Addresses of the service range that no Service has", predict: unknown_addresses_are_routed },
     Rule {
@@ -66,7 +66,6 @@ pub const RULES: [Rule; 9] = [
         predict: other_ports_are_refused,
     },
     Rule { name: "`loadBalancerSourceRanges` of one family", predict: the_other_family_is_closed },
-    Rule { name: "`loadBalancerSourceRanges`, clients in the cluster", predict: ranges_are_for_clients_outside },
     Rule { name: "Node ports: addresses", predict: second_addresses_have_node_ports },
     Rule { name: "Node ports at `localhost`", predict: loopback_addresses_have_node_ports },
     Rule {
@@ -97,17 +96,8 @@ fn other_ports_are_refused(context: &Context<'_>, it: &mut Observed) {
 }
 
 fn the_other_family_is_closed(context: &Context<'_>, it: &mut Observed) {
-    let is_outside = context.is_for_balancer() && context.question.from == Place::Outside;
-    if is_outside && !context.case.source_ranges.is_empty() && !context.has_ranges() {
+    if context.is_for_balancer() && !context.case.source_ranges.is_empty() && !context.has_ranges() {
         *it = Observed::only(Failure::Dropped);
-    }
-}
-
-fn ranges_are_for_clients_outside(context: &Context<'_>, it: &mut Observed) {
-    let is_inside = context.is_for_balancer() && context.question.from != Place::Outside;
-    let is_judged = is_inside && context.has_ranges() && *it == Observed::only(Failure::Dropped);
-    if let Some(sibling) = context.sibling.filter(|_| is_judged) {
-        it.clone_from(sibling);
     }
 }
 

@@ -1,8 +1,8 @@
-//! `loadBalancerSourceRanges`: which clients outside may come by a load balancer's address.
+//! `loadBalancerSourceRanges`: which clients may come by a load balancer's address.
 
-use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, from_a, from_outside, later};
+use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, from_a, from_host, from_outside, later};
 use crate::frame::Frame;
-use crate::harness::{Lab, Net, each, labs};
+use crate::harness::{Lab, Net, SHOT, each, labs};
 use anyhow::{Result, ensure};
 use rustnet_common::drop::DropReason;
 use rustnet_common::service::flags::{DROP_EMPTY, SOURCE_RANGES};
@@ -165,15 +165,25 @@ fn known_flows_go_on() -> Result<()> {
     })
 }
 
-/// Pods of this node come by the entry for the cluster, which asks nobody, even if it had the flag.
+/// Pods and the host come by the entry for the cluster, which asks for the same clients.
 #[test]
-fn the_cluster_is_not_asked() -> Result<()> {
+fn clients_in_the_cluster_are_asked() -> Result<()> {
     labs(|lab, net| {
         each(&SERVED, |proto| {
+            lab.forbid_all()?;
             serve(lab, net, proto, VIP_PORT)?;
             lab.serve(vip(net), VIP_PORT, proto.number(net), SOURCE_RANGES, &[(net.b(), TARGET)])?;
-            let ask = from_a(net, proto, (vip(net), VIP_PORT));
-            lab.pod_sends(&ask)?.to_the_pod(&ask.hop().between((net.a(), PORT), (net.b(), TARGET)))
+            let (pod, host) = (from_a(net, proto, (vip(net), VIP_PORT)), from_host(net, proto, (vip(net), VIP_PORT)));
+            lab.pod_sends(&pod)?.dropped(DropReason::NotInSourceRange)?;
+            lab.uplink_out(&host)?.dropped(DropReason::NotInSourceRange)?;
+            let whole = if net == Net::V4 { 32 } else { 128 };
+            allow(lab, net, proto, VIP_PORT, (net.a(), whole))?;
+            lab.pod_sends(&pod)?.to_the_pod(&pod.hop().between((net.a(), PORT), (net.b(), TARGET)))?;
+            lab.uplink_out(&host)?.dropped(DropReason::NotInSourceRange)?;
+            allow(lab, net, proto, VIP_PORT, (net.node(), whole))?;
+            let shot = lab.uplink_out(&host)?;
+            ensure!(shot.verdict != SHOT, "the host is refused");
+            lab.forget()
         })
     })
 }

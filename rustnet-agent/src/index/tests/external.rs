@@ -228,7 +228,7 @@ fn ranges(it: &Index) -> Vec<(String, Vec<String>)> {
     entries.map(|(key, all)| (key.to_string(), all.iter().map(ToString::to_string).collect())).collect()
 }
 
-/// Only the load balancer's addresses, and only for clients outside.
+/// Only the load balancer's addresses, for clients in the cluster and outside.
 #[test]
 fn source_ranges_are_of_the_load_balancers_entries() {
     const BALANCER6: &str = "2001:db8:7::7";
@@ -238,7 +238,8 @@ fn source_ranges_are_of_the_load_balancers_entries() {
     let at = key(BALANCER, 80, TCP);
     let flags = |it: &Index, key: VipKey| desired(it, &key).expect("an entry").1;
     assert_eq!(flags(&it, outside(at)), SOURCE_RANGES);
-    for open in [key(VIP4, 80, TCP), at, key("198.51.100.7", 80, TCP), key("172.18.0.11", 30_080, TCP)] {
+    assert_eq!(flags(&it, at), SOURCE_RANGES);
+    for open in [key(VIP4, 80, TCP), key("198.51.100.7", 80, TCP), key("172.18.0.11", 30_080, TCP)] {
         assert_eq!(flags(&it, open), 0, "{open}");
     }
     for open in [key("198.51.100.7", 80, TCP), key("172.18.0.11", 30_080, TCP)] {

@@ -3,7 +3,7 @@
 use crate::plan::{Snapshot, VipKey, Write};
 use anyhow::ensure;
 use ipnet::IpNet;
-use rustnet_common::service::flags;
+use rustnet_common::service::{flags, scope};
 use rustnet_common::source_range::ALLOWED;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -11,7 +11,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// The number of the set of backends that a client gets by an entry; `None` if it does not get through.
 pub fn passes(held: &Snapshot, key: &VipKey, client: IpAddr) -> Option<u32> {
     let entry = held.services.get(key)?;
-    let mut ranges = held.source_ranges.keys().filter(|range| range.key == *key);
+    // Both entries of an address ask for the same clients.
+    let key = VipKey { scope: scope::EXTERNAL, ..*key };
+    let mut ranges = held.source_ranges.keys().filter(|range| range.key == key);
     let is_allowed = entry.flags & flags::SOURCE_RANGES == 0 || ranges.any(|range| range.clients.contains(&client));
     is_allowed.then_some(entry.id)
 }

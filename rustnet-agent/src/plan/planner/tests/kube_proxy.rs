@@ -63,11 +63,15 @@ fn answer(held: &Snapshot, client: Client, key: impl Fn(u8) -> VipKey) -> String
         return "passes".to_owned();
     }
     let Some(entry) = held.services.get(&key) else { return without_entry(held, client, key.ip).to_owned() };
-    if let Client::Outside(from) = client {
-        let mut ranges = held.source_ranges.keys().filter(|range| range.key == key);
-        if entry.flags & flags::SOURCE_RANGES != 0 && !ranges.any(|range| range.clients.contains(&ip(from))) {
-            return "dropped".to_owned();
-        }
+    let from = match client {
+        Client::Outside(from) | Client::Pod(from) => from,
+        Client::Node => NODE_IP,
+    };
+    // Both entries of an address ask for the same clients.
+    let asked = VipKey { scope: scope::EXTERNAL, ..key };
+    let mut ranges = held.source_ranges.keys().filter(|range| range.key == asked);
+    if entry.flags & flags::SOURCE_RANGES != 0 && !ranges.any(|range| range.clients.contains(&ip(from))) {
+        return "dropped".to_owned();
     }
     let backends: Vec<Backend> = held.backends_of(entry).flatten().copied().collect();
     if backends.is_empty() {
@@ -170,9 +174,8 @@ fn load_balancers_for_some() {
             ("outside, in the ranges, the second address", WORLD, "5.6.7.8", 80, TCP, node),
             ("outside, not in the ranges, the first address", BLOCKED, "1.2.3.4", 80, TCP, "dropped"),
             ("outside, not in the ranges, the second address", BLOCKED, "5.6.7.8", 80, TCP, "dropped"),
-            // Differs: kube-proxy asks pods for their ranges, too.
-            ("a pod, the first address", POD, "1.2.3.4", 80, TCP, all),
-            ("a pod, the second address", POD, "5.6.7.8", 80, TCP, all),
+            ("a pod, the first address", POD, "1.2.3.4", 80, TCP, "dropped"),
+            ("a pod, the second address", POD, "5.6.7.8", 80, TCP, "dropped"),
             ("the node, the first address", NODE, "1.2.3.4", 80, TCP, all),
             ("the node, the second address", NODE, "5.6.7.8", 80, TCP, all),
         ],

@@ -53,14 +53,17 @@ fn ranges_come_before_their_entry_and_go_after_it() {
     let mut rig = Rig::new(64);
     rig.handle(balanced("web")).sync();
     assert!(rig.lets("192.0.2.9") && rig.lets("198.51.100.9"));
-    assert_eq!(shape(&rig.handle([judged("web", &[OFFICE])]).sync()), ["put range", "put service"]);
+    assert_eq!(shape(&rig.handle([judged("web", &[OFFICE])]).sync()), ["put range", "put service", "put service"]);
     assert!(rig.lets("192.0.2.9") && !rig.lets("198.51.100.9"));
-    // The cluster's entry asks nobody.
-    assert_eq!(rig.entry(BALANCER, 80, TCP).flags & flags::SOURCE_RANGES, 0);
+    // So does the cluster's entry.
+    assert_eq!(rig.entry(BALANCER, 80, TCP).flags & flags::SOURCE_RANGES, flags::SOURCE_RANGES);
     assert_eq!(shape(&rig.handle([judged("web", &[DESK, HOME])]).sync()), ["put range", "put range", "delete range"]);
     assert_eq!(rig.ranges(), [DESK, HOME]);
     assert_eq!(rig.restart().sync().writes, []);
-    assert_eq!(shape(&rig.handle([open("web").apply()]).sync()), ["put service", "delete range", "delete range"]);
+    assert_eq!(
+        shape(&rig.handle([open("web").apply()]).sync()),
+        ["put service", "put service", "delete range", "delete range"]
+    );
     assert!(rig.lets("203.0.113.99"));
     rig.handle([judged("web", &[OFFICE])]).sync();
     let plan = rig.handle([gone(Kind::Service, "web")]).sync();
