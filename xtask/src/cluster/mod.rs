@@ -11,11 +11,13 @@
 //! | `components` | each program with its arguments and its sign of readiness |
 //! | `images` | what containers run |
 //! | `network` | rustnet, or the reference to compare with |
+//! | `balancer` | load balancers, as a cloud has them |
 //! | `relay` | the API server for this machine's own shells |
 //! | `pods`, `ends` | running pods: their namespaces; those of the benchmark |
 //! | `lifecycle` | nodes that reboot, come and go |
 //! | `up`, `down`, `status`, `trial` | the commands |
 
+mod balancer;
 mod cgroup;
 mod components;
 mod down;
@@ -105,6 +107,10 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<String>,
     },
+    /// Start a provider of load balancers: Services of that type get addresses, which lead there from the world
+    Balancer,
+    #[command(hide = true)]
+    Balance,
     #[command(hide = true)]
     NodeInit { node: String },
     #[command(hide = true)]
@@ -114,6 +120,11 @@ enum Verb {
 /// Starts a cluster, or completes it.
 pub fn up(name: &str, settings: &Settings) -> Result<()> {
     up::run(name, settings)
+}
+
+/// Starts a provider of load balancers, unless there is one.
+pub fn start_balancer(cluster: &Cluster) -> Result<()> {
+    balancer::start(cluster)
 }
 
 /// Removes a cluster.
@@ -145,6 +156,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             let cluster = running(name)?;
             init::run(&cluster, &find(&cluster, node)?)?;
         }
+        Verb::Balancer => start_balancer(&running(name)?)?,
+        Verb::Balance => balancer::run(&running(name)?)?,
         Verb::Relay => relay::run(&running(name)?)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -26,9 +26,8 @@ const MORE_NODES: &str = "wants more nodes in more zones";
 const DISRUPTIVE: &str = "breaks components by ssh";
 
 /// All of them; the first that matches gives the reason.
-static ALL: [Exclusion; 19] = [
+static ALL: [Exclusion; 18] = [
     // What this cluster, machine or kernel cannot do, whatever the network.
-    here("[Feature:LoadBalancer]", "no controller gives out load-balancer addresses"),
     here("[Feature:SCTPConnectivity]", "SCTP sockets, which not every kernel has"),
     here("[Feature:Networking-IPv4]", INTERNET),
     here("[Feature:Networking-IPv6]", INTERNET),

@@ -84,6 +84,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 #[expect(clippy::print_stdout, reason = "the table is the command's result")]
 fn tests(args: &Args, cluster: &Cluster, dir: &std::path::Path) -> Result<ExitCode> {
     let network = cluster.settings.network;
+    cluster::start_balancer(cluster)?;
     let skips: Vec<String> = args.skip.iter().cloned().chain(excluded(args, network)).collect();
     suite::run(cluster, &args.focus, &skips.join("|"), args.procs, dir)?;
     let run = Run::read(dir, cluster, &args.focus, args.skip.as_deref())?;

@@ -1,0 +1,244 @@
+//! A provider of load balancers, as a cloud has one: gives Services addresses, and leads these, on the segment's router, to the nodes
+//! whose health checks pass.
+//!
+//! It follows cloud-provider's service controller: a finalizer while a Service has an address (KEP-980), the node's `/healthz` of the
+//! proxy for the traffic policy Cluster (KEP-3836), the Service's health check node port for Local.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CloneFlags, setns};
+use serde_json::{Deserializer, Value, json};
+
+use super::layout::Cluster;
+use super::process::Processes;
+use super::{wait, wires};
+use crate::cmd::Cmd;
+
+const NAME: &str = "balancer";
+const FINALIZER: &str = "service.kubernetes.io/load-balancer-cleanup";
+/// Between two health checks of a node, and for the answer to one.
+const PERIOD: Duration = Duration::from_secs(1);
+/// Port of the proxy's own health check.
+const PROXY: u16 = 10256;
+
+/// Starts the provider unless it runs.
+pub fn start(cluster: &Cluster) -> Result<()> {
+    let processes = Processes::of(cluster);
+    let this = std::env::current_exe().context("cannot tell where this program is")?.display().to_string();
+    let argv = [&this, "cluster", "--name", &cluster.name, "balance"].map(ToString::to_string);
+    processes.start(NAME, &argv)?;
+    let log = processes.log(NAME);
+    let is_ready = || fs::read_to_string(&log).is_ok_and(|text| text.contains("balancing"));
+    let started = wait::until(Duration::from_secs(10), || is_ready() || processes.find(NAME).is_none());
+    ensure!(
+        started && processes.find(NAME).is_some(),
+        "no load balancers; the end of its log:\n{}",
+        processes.tail(NAME)
+    );
+    Ok(())
+}
+
+/// The provider itself; does not return.
+#[expect(clippy::print_stdout, reason = "its log")]
+pub fn run(cluster: &Cluster) -> Result<()> {
+    // All of it works on the segment, as its router.
+    setns(File::open(cluster.netns_file("sw"))?, CloneFlags::CLONE_NEWNET)?;
+    for family in ["ipv4", "ipv6"] {
+        // Connections of one client are spread over the nodes.
+        fs::write(format!("/proc/sys/net/{family}/fib_multipath_hash_policy"), "1")?;
+    }
+    let (events, received) = mpsc::channel();
+    let argv = [cluster.program("kubectl")?, format!("--kubeconfig={}", cluster.kubeconfig("inside"))];
+    thread::spawn({
+        let argv = argv.clone();
+        move || loop {
+            if let Err(error) = watch(&argv, &events) {
+                println!("{error:#}");
+            }
+            thread::sleep(PERIOD);
+        }
+    });
+    let nodes = cluster.nodes().into_iter().map(|node| {
+        let address = node.address();
+        Ok([address.v4.parse()?, address.v6.parse()?])
+    });
+    let mut balancer = Balancer { argv, nodes: nodes.collect::<Result<_>>()?, services: BTreeMap::new() };
+    println!("balancing");
+    let mut checked = Instant::now();
+    loop {
+        match received.recv_timeout(PERIOD.saturating_sub(checked.elapsed())) {
+            Ok(event) => {
+                // Somebody else may have changed the Service meanwhile: the next event says so.
+                if let Err(error) = balancer.handle(&event) {
+                    println!("{error:#}");
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                balancer.check();
+                checked = Instant::now();
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+    }
+}
+
+/// Sends each change of a Service, until the API server goes.
+fn watch(argv: &[String; 2], events: &Sender<Value>) -> Result<()> {
+    let mut kubectl = Command::new(&argv[0])
+        .arg(&argv[1])
+        .args(["get", "services", "--all-namespaces", "--output=json", "--watch", "--output-watch-events"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let output = kubectl.stdout.take().context("kubectl has an output")?;
+    for event in Deserializer::from_reader(output).into_iter::<Value>() {
+        events.send(event.context("what kubectl prints")?)?;
+    }
+    kubectl.wait()?;
+    Ok(())
+}
+
+/// A Service with addresses.
+struct Served {
+    vips: Vec<IpAddr>,
+    /// Where nodes say whether they want its traffic.
+    check: u16,
+    /// The nodes that each address leads to; `None`: no route was made yet.
+    led_to: Vec<Option<Vec<IpAddr>>>,
+}
+
+struct Balancer {
+    /// kubectl.
+    argv: [String; 2],
+    /// Addresses of each node, of both families.
+    nodes: Vec<[IpAddr; 2]>,
+    /// By namespace and name.
+    services: BTreeMap<(String, String), Served>,
+}
+
+impl Balancer {
+    fn handle(&mut self, event: &Value) -> Result<()> {
+        let service = &event["object"];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let key = (text(&service["metadata"]["namespace"]), text(&service["metadata"]["name"]));
+        if event["type"] == "DELETED" {
+            return self.release(&key);
+        }
+        let (spec, given) = (&service["spec"], &service["status"]["loadBalancer"]["ingress"]);
+        let finalizers: Vec<&str> =
+            service["metadata"]["finalizers"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let has_finalizer = finalizers.contains(&FINALIZER);
+        let is_ours = spec["type"] == "LoadBalancer" && spec["loadBalancerClass"].is_null();
+        if !is_ours || !service["metadata"]["deletionTimestamp"].is_null() {
+            self.release(&key)?;
+            if has_finalizer {
+                self.patch(&key, &json!({"status": {"loadBalancer": {"ingress": null}}}), true)?;
+                let others: Vec<_> = finalizers.into_iter().filter(|it| *it != FINALIZER).collect();
+                self.patch(&key, &json!({"metadata": {"finalizers": others}}), false)?;
+            }
+            return Ok(());
+        }
+        if !has_finalizer {
+            let all: Vec<_> = finalizers.into_iter().chain([FINALIZER]).collect();
+            self.patch(&key, &json!({"metadata": {"finalizers": all}}), false)?;
+        }
+        let families = spec["ipFamilies"].as_array().into_iter().flatten().map(|family| usize::from(family == "IPv6"));
+        let check = spec["healthCheckNodePort"].as_u64().map_or(Ok(PROXY), u16::try_from)?;
+        let vips = match self.services.get(&key) {
+            Some(served) => served.vips.clone(),
+            None => {
+                let both = self.free(given)?;
+                families.map(|family| both[family]).collect()
+            }
+        };
+        let ingress: Vec<Value> = vips.iter().map(|vip| json!({"ip": vip.to_string(), "ipMode": "VIP"})).collect();
+        let led_to = vec![None; vips.len()];
+        let served = self.services.entry(key.clone()).or_insert(Served { vips, check, led_to });
+        served.check = check;
+        if *given != json!(ingress) {
+            // Clients come as soon as there is an address.
+            self.check();
+            self.patch(&key, &json!({"status": {"loadBalancer": {"ingress": ingress}}}), true)?;
+        }
+        Ok(())
+    }
+
+    /// One address of each family that no Service has; those that it had before this process, if it had any.
+    fn free(&self, given: &Value) -> Result<[IpAddr; 2]> {
+        let pair = |n: u16| [IpAddr::from([203, 0, 113, n as u8]), IpAddr::from([0x2001, 0xdb8, 0x113, 0, 0, 0, 0, n])];
+        let is_free =
+            |pair: &[IpAddr; 2]| !self.services.values().any(|it| it.vips.iter().any(|vip| pair.contains(vip)));
+        let had = |pair: &[IpAddr; 2]| pair.iter().any(|vip| given[0]["ip"] == vip.to_string());
+        let all = || (1..255).map(pair);
+        all().find(had).or_else(|| all().find(is_free)).context("all 254 addresses are given out")
+    }
+
+    fn release(&mut self, key: &(String, String)) -> Result<()> {
+        let Some(served) = self.services.remove(key) else { return Ok(()) };
+        let routed = served.vips.iter().zip(&served.led_to).filter(|(_, nodes)| nodes.is_some());
+        routed.map(|(vip, _)| vip).try_for_each(|vip| wires::ip(&["route", "del", &vip.to_string()]))
+    }
+
+    /// Leads each address to the nodes that want its traffic.
+    #[expect(clippy::print_stdout, reason = "its log")]
+    fn check(&mut self) {
+        for ((namespace, name), served) in &mut self.services {
+            let healthy: Vec<&[IpAddr; 2]> = self.nodes.iter().filter(|node| is_healthy(node, served.check)).collect();
+            for (vip, led_to) in served.vips.iter().zip(&mut served.led_to) {
+                let nodes: Vec<IpAddr> = healthy.iter().map(|node| node[usize::from(vip.is_ipv6())]).collect();
+                if led_to.as_ref() == Some(&nodes) {
+                    continue;
+                }
+                match lead(*vip, &nodes) {
+                    Ok(()) => println!("{namespace}/{name}: {vip} leads to {nodes:?}"),
+                    Err(error) => println!("{namespace}/{name}: {error:#}"),
+                }
+                *led_to = Some(nodes);
+            }
+        }
+    }
+
+    fn patch(&self, (namespace, name): &(String, String), patch: &Value, is_of_status: bool) -> Result<()> {
+        let mut kubectl =
+            Cmd::new(&self.argv[0]).arg(&self.argv[1]).args(["patch", "service", name, "--namespace", namespace]);
+        kubectl = kubectl.args(["--type=merge", "--patch", &patch.to_string()]);
+        if is_of_status {
+            kubectl = kubectl.arg("--subresource=status");
+        }
+        kubectl.capture().map(drop)
+    }
+}
+
+fn lead(vip: IpAddr, nodes: &[IpAddr]) -> Result<()> {
+    let vip = vip.to_string();
+    let mut args = vec!["route", "replace"];
+    let hops: Vec<String> = nodes.iter().map(ToString::to_string).collect();
+    if hops.is_empty() {
+        args.extend(["blackhole", &vip]);
+    } else {
+        args.push(&vip);
+        hops.iter().for_each(|hop| args.extend(["nexthop", "via", hop, "dev", "br0"]));
+    }
+    wires::ip(&args)
+}
+
+/// True if a node answers a health check at its first address that answers at all.
+fn is_healthy(node: &[IpAddr; 2], port: u16) -> bool {
+    let ask = |address: &IpAddr| -> std::io::Result<String> {
+        let mut connection = TcpStream::connect_timeout(&SocketAddr::new(*address, port), PERIOD)?;
+        connection.set_read_timeout(Some(PERIOD))?;
+        connection.write_all(b"GET /healthz HTTP/1.0\r\nHost: node\r\n\r\n")?;
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    node.iter().find_map(|address| ask(address).ok()).is_some_and(|answer| answer.split(' ').nth(1) == Some("200"))
+}
