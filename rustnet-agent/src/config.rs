@@ -193,15 +193,17 @@ impl OverlayPath {
 /// Whose sockets ask for Services by themselves, and not by packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SocketLb {
-    /// Those of this host's own processes.
+    /// Those of this host's own processes, and of pods whose annotation asks for it.
     Host,
+    /// The same, and those of all pods of this node but the ones whose annotation refuses it.
+    All,
     /// Nobody's.
     Off,
 }
 
 impl SocketLb {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Host, Self::Off];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Host, Self::All, Self::Off];
 
     /// The one with this word.
     pub fn parse(word: &str) -> Option<Self> {
@@ -212,6 +214,7 @@ impl SocketLb {
     pub fn word(self) -> &'static str {
         match self {
             Self::Host => "host",
+            Self::All => "all",
             Self::Off => "off",
         }
     }
@@ -409,8 +412,8 @@ impl Config {
             service_cidrs: read.list("service-cidrs", cidr),
             node_cidrs: read.list("node-cidrs", cidr),
             non_masquerade_cidrs: read.list("non-masquerade-cidrs", cidr),
-            socket_lb: read.required("socket-lb", "give host or off", |text| {
-                SocketLb::parse(text).ok_or("is nobody whose sockets are balanced; give host or off".to_owned())
+            socket_lb: read.required("socket-lb", "give host, all or off", |text| {
+                SocketLb::parse(text).ok_or("is nobody whose sockets are balanced; give host, all or off".to_owned())
             }),
             masquerade: read.required("masquerade", "give true or false", boolean),
             node_port_addresses: read.list("node-port-addresses", node_port_addresses),

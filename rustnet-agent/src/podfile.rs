@@ -51,6 +51,8 @@ mod tests {
             addresses,
             host_network,
             host_ports: false,
+            socket_lb: None,
+            problems: Box::default(),
         }
     }
 

@@ -9,6 +9,7 @@ mod details;
 mod files;
 mod job;
 mod kernel;
+mod namespaces;
 mod network;
 pub mod node;
 pub mod overlay_path;
@@ -22,6 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustnet_common::files::EndpointFile;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
@@ -223,6 +225,8 @@ struct Reconciler {
     /// There are TCP connections whose backend serves no more, and whose endpoint is known to the API.
     has_outlived: bool,
     sockets_since: sockets::Since,
+    /// The CNI binary's records, as of the last look at the network; `None` before the first one.
+    records: Option<Vec<EndpointFile>>,
     /// Octets of packets to other nodes, as of the last look that found a device towards them.
     room: u32,
     /// The network has been looked after since all nodes are known: the routes to them are there.
@@ -269,6 +273,7 @@ impl Reconciler {
             external_seen: false,
             has_outlived: false,
             sockets_since: sockets::Since::new(),
+            records: None,
             room: 0,
             routed: false,
             problems: BTreeSet::new(),
@@ -282,6 +287,8 @@ impl Reconciler {
             self.health.metrics.received(&event);
             if event.object_kind() == Some(Kind::Pod) || event == Event::Synced(Kind::Pod) {
                 self.names.want(PROBLEMS_PERIOD);
+                // Its annotation may be another one.
+                self.sockets.want_unless_failed();
             }
             if event.object_kind() == Some(Kind::Service) || matches!(event, Event::Synced(_)) {
                 self.objects.want(PROBLEMS_PERIOD);

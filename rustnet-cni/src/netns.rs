@@ -5,9 +5,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixDatagram;
 
 /// `NS_GET_NSTYPE` of linux/nsfs.h.
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+/// `SO_NETNS_COOKIE` (asm-generic/socket.h), since kernel 5.14.
+const SO_NETNS_COOKIE: libc::c_int = 71;
 const OWN: &str = "/proc/thread-self/ns/net";
 
 /// An open network namespace that is not the caller's own.
@@ -37,6 +40,23 @@ impl Netns {
             return Err(Error::new(code::ENVIRONMENT, format!("CNI_NETNS {path} is the host's own network namespace")));
         }
         Ok(Self { pod, own })
+    }
+
+    /// The kernel's number of the namespace; `None` before kernel 5.14.
+    pub fn cookie(&self) -> io::Result<Option<u64>> {
+        // Any socket will do; this one needs neither an interface nor IPv4.
+        let socket = self.inside(UnixDatagram::unbound)?;
+        let mut cookie = 0_u64;
+        let mut len = size_of::<u64>() as libc::socklen_t;
+        let value = (&raw mut cookie).cast();
+        // SAFETY: value and length are ours, and the length is that of the value.
+        match unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, value, &raw mut len) } {
+            0 => Ok(Some(cookie)),
+            _ => match io::Error::last_os_error() {
+                e if e.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
+                e => Err(e),
+            },
+        }
     }
 
     /// Runs `f` with this thread inside the namespace.

@@ -51,6 +51,10 @@ pub struct EndpointFile {
     pub ifname: String,
     /// Path of the pod's network namespace.
     pub netns: String,
+    /// The kernel's number of that namespace, as `SO_NETNS_COOKIE` returns it; absent in records of earlier releases, and where the
+    /// kernel has no such numbers (before 5.14).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub netns_cookie: Option<u64>,
     /// Name of the CNI network.
     pub network: String,
     /// Name of the host-side veth.
@@ -230,6 +234,7 @@ mod tests {
             container_id: "c".into(),
             ifname: "eth0".into(),
             netns: "/n".into(),
+            netns_cookie: None,
             network: "rustnet".into(),
             host_ifname: "rnv1".into(),
             ifindex: 9,

@@ -31,8 +31,8 @@ pub struct Asked {
     pub port: u16,
     /// IP protocol number.
     pub proto: u8,
-    /// Zero.
-    pub pad: u8,
+    /// Where to look for the socket: see [`netns::bucket`].
+    pub bucket: u8,
     /// Id of the backend; 0 for a pod that has a port of this host.
     pub backend: u32,
 }
@@ -42,6 +42,14 @@ pub struct Asked {
 pub mod netns {
     /// The host's: its sockets reach node ports at loopback addresses, too.
     pub const HOST: u32 = 1;
+    /// A pod's: no flags.
+    pub const POD: u32 = 0;
+
+    /// The number by which a socket's entry says in which network namespaces it may be: 0 for the host's alone, else one that a pod's
+    /// namespace shares with few others of its node. Of a pod there is room for no more than 8 bits.
+    pub const fn bucket(cookie: u64, flags: u32) -> u8 {
+        if flags & HOST != 0 { 0 } else { 1 + (cookie % 255) as u8 }
+    }
 }
 
 /// High half of the address that stands for a network namespace in `rn_affinity`, its number being the low half: of the range that

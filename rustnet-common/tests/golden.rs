@@ -149,10 +149,13 @@ fn sockets() {
     assert_eq!((size_of::<SocketKey>(), size_of::<Asked>()), (32, 24));
     assert_eq!(offsets!(SocketKey: cookie, addr, port), [("cookie", 0), ("addr", 8), ("port", 24)]);
     assert_eq!(
-        offsets!(Asked: addr, port, proto, backend),
-        [("addr", 0), ("port", 16), ("proto", 18), ("backend", 20)]
+        offsets!(Asked: addr, port, proto, bucket, backend),
+        [("addr", 0), ("port", 16), ("proto", 18), ("bucket", 19), ("backend", 20)]
     );
-    assert_eq!((netns::HOST, CLIENT_HIGH), (1, 0x0100_0000_0000_0000));
+    assert_eq!((netns::HOST, netns::POD, CLIENT_HIGH), (1, 0, 0x0100_0000_0000_0000));
+    // Entries of releases that knew the host's sockets alone have 0.
+    assert_eq!(netns::bucket(u64::MAX, netns::HOST), 0);
+    assert_eq!([0, 1, 254, 255, u64::MAX].map(|cookie| netns::bucket(cookie, netns::POD)), [1, 2, 255, 1, 1]);
 }
 
 #[test]

@@ -185,8 +185,9 @@ fn choose_any(asking: &Asking, kept: u32) -> Option<Target> {
 
 /// Leads a call to a backend, and stores what was asked for.
 #[inline(always)]
-fn lead<S: SocketFamily>(call: Call, cookie: u64, asked: Addr, to: &Target) {
-    let value = Asked { addr: asked, port: call.port(), proto: call.proto(), pad: 0, backend: to.backend };
+fn lead<S: SocketFamily>(call: Call, cookie: u64, asking: &Asking, to: &Target) {
+    let Asking { addr, port, proto, namespace, flags } = *asking;
+    let value = Asked { addr, port, proto, bucket: netns::bucket(namespace, flags), backend: to.backend };
     let key = SocketKey { cookie, addr: to.addr, port: to.port, pad: 0, pad2: 0 };
     // SAFETY: a map value stays readable for this run of the program.
     let is_known = maps::rn_sock_rev.get_ptr(key).is_some_and(|known| unsafe { known.read() == value });
@@ -207,14 +208,15 @@ fn connect<S: SocketFamily>(call: Call) {
     }
     let Some(flags) = flags_of(namespace) else { return };
     let asked = S::address(call);
-    match choose_any(&Asking { addr: asked, port: call.port(), proto, namespace, flags }, 0) {
+    let asking = Asking { addr: asked, port: call.port(), proto, namespace, flags };
+    match choose_any(&asking, 0) {
         Some(to) => {
             let cookie = call.cookie();
             if proto == proto::UDP && to.backend != 0 {
                 // The peer may be named once more, for a datagram.
                 let _ = maps::rn_sock_fwd.insert(call.key(cookie, asked), to.backend, 0);
             }
-            lead::<S>(call, cookie, asked, &to);
+            lead::<S>(call, cookie, &asking, &to);
         }
         // The socket may have had this peer by way of a Service, or have tried to.
         None => {
@@ -238,7 +240,7 @@ fn sendmsg<S: SocketFamily>(call: Call) {
         // A full table costs a socket its backend: the next datagram chooses again.
         let _ = maps::rn_sock_fwd.insert(key, to.backend, 0);
     }
-    lead::<S>(call, cookie, asked, &to);
+    lead::<S>(call, cookie, &asking, &to);
 }
 
 /// After a datagram, or where a socket asks for its peer: the backend's address becomes the Service's.

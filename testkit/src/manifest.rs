@@ -207,6 +207,18 @@ pub fn node_yaml(name: &str, addresses: &[IpAddr], pod_cidrs: &[ipnet::IpNet]) -
     out
 }
 
+/// A Pod object of the namespace `default` that runs on a node, with annotations.
+pub fn pod_yaml(name: &str, node: &str, addresses: &[IpAddr], annotations: &[(&str, &str)]) -> String {
+    let annotations = annotations.iter().map(|(key, value)| format!("\"{key}\": \"{value}\"")).collect::<Vec<_>>();
+    let addresses = addresses.iter().map(|ip| format!("{{ip: \"{ip}\"}}")).collect::<Vec<_>>();
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: default\n  annotations: {{{}}}\nspec:\n  \
+         nodeName: {node}\n  containers: []\nstatus:\n  phase: Running\n  podIPs: [{}]\n",
+        annotations.join(", "),
+        addresses.join(", ")
+    )
+}
+
 /// A watched directory.
 #[derive(Clone, Debug)]
 pub struct Manifests {

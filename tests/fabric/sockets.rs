@@ -1,5 +1,7 @@
 //! Socket load-balancing: the nodes' own processes at Services, and what becomes of their sockets when a backend goes.
 
+mod pods;
+
 use crate::fixture::{
     Net, SERVICE_PORT, TestService, endpoints, in_each_routing, node_port, node_ports, published, wait_served, world,
 };

@@ -256,9 +256,9 @@ pub static GROUPS: &[Group] = &[
             Setting {
                 flag: "socket-lb",
                 key: "socketLb",
-                value: "host|off",
+                value: "host|all|off",
                 default: Some("host"),
-                help: "Whose sockets get a Service's backend when they connect, and not by their packets: the host's own processes, which then reach node ports of this host, too; needs --cgroup",
+                help: "Whose sockets get a Service's backend when they connect, and not by their packets: the host's own processes, which then reach node ports of this host, too (host); all pods of this node as well (all); needs --cgroup. A pod's annotation rustnet.io/socket-lb, true or false, overrides it",
                 ..ONE
             },
             Setting {

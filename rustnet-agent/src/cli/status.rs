@@ -14,6 +14,7 @@ use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::names::{
     LINKS_DIR, OVERLAY_DEV, PROGRAMS, SOCKET_PROGRAMS, TAILS_MAP, UNATTACHED, VETH_PREFIX, map,
 };
+use rustnet_common::socket::netns;
 use serde::Serialize;
 
 use super::maps::percent;
@@ -26,6 +27,7 @@ use crate::bpf::store::counters::Counters;
 use crate::bpf::store::endpoints::Endpoints;
 use crate::bpf::store::fill;
 use crate::bpf::store::node_config::NodeConfigStore;
+use crate::bpf::store::sockets::Sockets;
 use crate::bpf::{cgroup, sys};
 use crate::config::{OverlayPath, SocketLb};
 use crate::doctor::finding::Mark;
@@ -305,10 +307,12 @@ fn sockets(places: &Places) -> Result<(Mark, String)> {
         (SocketLb::Off, _) => {
             (Mark::Warning, format!("off, but {attached} programs are attached; a running agent takes them off"))
         }
-        (SocketLb::Host, _) if attached == total => {
-            (Mark::Ok, "those of this host's processes ask for Services".to_owned())
+        (SocketLb::Host | SocketLb::All, _) if attached == total => {
+            let namespaces = Sockets::open(places.bpffs()?)?.namespaces()?;
+            let pods = namespaces.values().filter(|flags| **flags == netns::POD).count();
+            (Mark::Ok, format!("those of this host's processes ask for Services, and those of {pods} pods"))
         }
-        (SocketLb::Host, _) => (
+        (SocketLb::Host | SocketLb::All, _) => (
             Mark::Warning,
             format!(
                 "{attached} of {total} programs are attached; a running agent attaches them within 30 s; if not, its log says why"

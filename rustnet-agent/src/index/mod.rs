@@ -99,7 +99,8 @@ impl Index {
     pub fn handle(&mut self, event: Event) {
         match event {
             Event::Apply(object) => {
-                self.note(object.reference(), problems_of(&object));
+                let is_ours = !matches!(&object, Object::Pod(pod) if pod.node != self.settings.node_name);
+                self.note(object.reference(), if is_ours { problems_of(&object) } else { &[] });
                 self.relist.saw(&object.reference());
                 self.apply(object);
             }
@@ -275,12 +276,15 @@ impl Index {
         self.reports.values().flatten().filter(move |problem| *problem.subject == *source)
     }
 
-    /// What of it concerns this node: its own object, another one that is at odds with it, and, with this subject, its source.
+    /// What of it concerns this node: its own object, its pods', another one that is at odds with it, and, with this subject, its
+    /// source.
     pub fn problems_of_this_node(&self, source: &str) -> Vec<Problem> {
         let subject = format!("Node {}", self.settings.node_name);
         let is_own = |problem: &Problem| *problem.subject == *subject || *problem.subject == *source;
         let known = self.reports.values().chain(self.problems.values()).flatten();
         let mut own: Vec<Problem> = known.filter(|problem| is_own(problem)).cloned().collect();
+        let of_pods = self.problems.iter().filter(|(object, _)| object.kind == Kind::Pod);
+        own.extend(of_pods.flat_map(|(_, problems)| problems.iter().cloned()));
         let ways = self.ways();
         own.extend(ways.problems.iter().filter(|problem| is_own(problem)).cloned());
         own.extend(self.own_node_is_missing());
@@ -400,7 +404,7 @@ fn problems_of(object: &Object) -> &[Problem] {
         Object::Service(service) => &service.problems,
         Object::Slice(slice) => &slice.problems,
         Object::Node(node) => &node.problems,
-        Object::Pod(_) => &[],
+        Object::Pod(pod) => &pod.problems,
     }
 }
 

@@ -324,13 +324,44 @@ fn what_a_fresh_list_does_not_name_is_gone() {
 fn a_pod_that_is_elsewhere_now_is_forgotten() {
     let pod = |node: &str| {
         let (name, addresses) = (ObjectName::namespaced("shop", "db-0"), ["10.244.1.5".parse().unwrap()].into());
-        let pod = Pod { name, uid: "u".into(), node: node.into(), addresses, host_network: false, host_ports: false };
+        let pod = Pod {
+            name,
+            uid: "u".into(),
+            node: node.into(),
+            addresses,
+            host_network: false,
+            host_ports: false,
+            socket_lb: None,
+            problems: Box::default(),
+        };
         Event::Apply(Object::Pod(Arc::new(pod)))
     };
     let mut it = index([pod("n1")]);
     assert_eq!(it.pods().count(), 1);
     it.handle(pod("n2"));
     assert_eq!(it.pods().count(), 0);
+}
+
+/// Nobody else watches them.
+#[test]
+fn what_is_wrong_with_a_pod_is_reported_by_its_node() {
+    let pod = |node: &str| {
+        let name = ObjectName::namespaced("shop", "db-0");
+        let problems = [Problem::new(&"Pod shop/db-0".into(), "metadata", "bad")].into();
+        let addresses = Box::default();
+        let (host_network, host_ports, socket_lb) = (false, false, None);
+        let pod =
+            Pod { name, uid: "u".into(), node: node.into(), addresses, host_network, host_ports, socket_lb, problems };
+        Event::Apply(Object::Pod(Arc::new(pod)))
+    };
+    let of_node = |index: &Index| {
+        let own = index.problems_of_this_node("API server");
+        own.iter().map(ToString::to_string).filter(|text| text.contains("shop")).collect::<Vec<_>>()
+    };
+    let mut it = index([pod("n1")]);
+    assert_eq!((of_node(&it), problems(&it).len()), (vec!["Pod shop/db-0: metadata: bad".to_owned()], 1));
+    it.handle(pod("n2"));
+    assert_eq!((of_node(&it), problems(&it).len()), (Vec::new(), 0));
 }
 
 #[test]

@@ -64,7 +64,16 @@ mod tests {
     fn pod(name: &str, host_ports: bool, host_network: bool) -> Pod {
         let name = ObjectName::namespaced("default", name);
         let addresses = ["10.0.0.2".parse().unwrap()].into();
-        Pod { name, uid: "u".into(), node: "n1".into(), addresses, host_network, host_ports }
+        Pod {
+            name,
+            uid: "u".into(),
+            node: "n1".into(),
+            addresses,
+            host_network,
+            host_ports,
+            socket_lb: None,
+            problems: Box::default(),
+        }
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! A pod of this node: who owns an address.
 
-use super::ObjectName;
+use super::{ObjectName, Problem};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// A Pod on this node. The datapath knows its pods from the CNI binary; this one gives them names.
+/// A Pod on this node. The datapath knows its pods from the CNI binary; this one gives them names, and says
+/// whose sockets ask for Services by themselves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
     /// Its name.
@@ -19,4 +20,8 @@ pub struct Pod {
     pub host_network: bool,
     /// A container of it asks for a port of the host.
     pub host_ports: bool,
+    /// Its annotation for socket load-balancing: whether its sockets ask for Services by themselves; `None`: as the setting says.
+    pub socket_lb: Option<bool>,
+    /// What is wrong with it.
+    pub problems: Box<[Problem]>,
 }

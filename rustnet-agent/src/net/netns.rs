@@ -1,10 +1,14 @@
-//! Numbers of network namespaces, as the programs of socket calls see them.
+//! Network namespaces: their numbers, as the programs of socket calls see them, and doing one thing in a pod's.
 
+use std::fs::File;
 use std::io;
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
+use nix::sched::{CloneFlags, setns};
 
 /// `SO_NETNS_COOKIE` (asm-generic/socket.h), since kernel 5.14.
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -26,4 +30,18 @@ pub fn cookie() -> Result<u64> {
         return Err(io::Error::last_os_error()).context("asking for the number of this network namespace");
     }
     Ok(cookie)
+}
+
+/// Runs `f` in a thread of its own, which has entered the network namespace at `path`. What it opens there stays there.
+///
+/// # Errors
+/// The namespace cannot be entered, or `f` fails.
+pub fn inside<T: Send>(path: &Path, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let namespace = File::open(path).context("cannot open it")?;
+    let enter = || setns(&namespace, CloneFlags::CLONE_NEWNET).context("cannot enter it").and_then(|()| f());
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, enter);
+        let thread = thread.context("no thread to enter it; raise the limit of tasks")?;
+        thread.join().unwrap_or_else(|_| Err(anyhow!("the thread that entered it has panicked")))
+    })
 }

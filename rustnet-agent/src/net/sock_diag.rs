@@ -1,4 +1,4 @@
-//! Connected sockets of this network namespace: finds them, and ends them.
+//! Connected sockets of a network namespace: finds them, and ends them.
 //!
 //! Two requests with fields of a fixed size. The crate for this family of netlink (netlink-packet-sock-diag) has no request that ends
 //! a socket.
@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;
 use std::net::SocketAddr;
+use std::path::Path;
 
 use bytemuck::{Pod, Zeroable};
 use netlink_packet_core::NetlinkSerializable;
@@ -14,6 +15,7 @@ use rustnet_common::addr::{Addr, Address, Ip4};
 use rustnet_common::tuple::proto::TCP;
 
 use super::netlink::{CHANGE, Error, Socket, unless};
+use super::netns;
 
 const AF_INET: u8 = libc::AF_INET as u8;
 const AF_INET6: u8 = libc::AF_INET6 as u8;
@@ -111,6 +113,14 @@ impl SockDiag {
     /// The kernel has no such sockets for us.
     pub fn open() -> Result<Self, Error> {
         Socket::of(NETLINK_SOCK_DIAG).map(Self)
+    }
+
+    /// For the network namespace at `path`.
+    ///
+    /// # Errors
+    /// It cannot be entered, or the kernel has no such sockets for us.
+    pub fn open_in(path: &Path) -> anyhow::Result<Self> {
+        netns::inside(path, || Ok(Self::open()?))
     }
 
     /// The sockets of a protocol, TCP or UDP, that have these cookies and are connected to these addresses and ports.

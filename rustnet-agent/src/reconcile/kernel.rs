@@ -17,6 +17,7 @@ use rustnet_common::socket;
 use rustnet_common::tuple::proto;
 use tokio::task::JoinSet;
 
+use super::namespaces::Namespaces;
 use crate::bpf::attach::{self, Device, Direction, Outcome};
 use crate::bpf::load::{CLOCK, Load, Programs};
 use crate::bpf::log::Packets;
@@ -323,15 +324,18 @@ impl Kernel {
         Ok(paths)
     }
 
-    /// Has the programs of socket calls on the control group of all processes, and this host's sockets ask for Services; or nobody's.
-    /// To be called once the programs are pinned. Returns what was done.
-    pub fn attach_sockets(&self) -> Result<Vec<String>> {
+    /// Has the programs of socket calls on the control group of all processes, and the sockets of this host and of these `pods` ask for
+    /// Services; or nobody's. To be called once the programs are pinned. Returns what was done.
+    pub fn attach_sockets(&self, pods: Namespaces) -> Result<Vec<String>> {
         let Some((cgroup, sockets)) = &self.sockets else {
             return Ok(cgroup::detach(&self.bpffs)?.into_iter().collect());
         };
         let attach = || {
             self.programs.check_sockets().context("socket load-balancing")?;
-            sockets.set_namespaces(&[(netns::cookie()?, socket::netns::HOST)].into())?;
+            let mut wanted = pods;
+            // Last: no record of a pod makes the host's namespace another one.
+            wanted.insert(netns::cookie()?, socket::netns::HOST);
+            sockets.set_namespaces(&wanted)?;
             cgroup::attach(&self.bpffs, cgroup, |name| self.programs.get(name))
         };
         attach().inspect_err(|_| {

@@ -223,6 +223,7 @@ impl Reconciler {
         let holders = state.endpoints.iter().filter(has_ports).flat_map(|record| record.addresses.iter().copied());
         self.index.set_port_holders(holders.collect());
         self.host_problems = Some(state.problems);
+        self.records = Some(state.endpoints);
         self.report.want(Duration::ZERO);
         if let Some(choice) = written {
             self.note_choice(choice);

@@ -1,36 +1,44 @@
-//! Socket load-balancing: the programs on their hooks, and the end of sockets whose backend is gone.
+//! Socket load-balancing: the programs on their hooks, whose sockets they are for, and the end of sockets whose backend is gone.
 //!
 //! A connected socket has one backend for as long as it lives. When that stops serving, a UDP socket would send to nobody for ever: it
 //! is ended, and its owner connects again. A TCP connection goes on while its endpoint is known to the API, as it does with kube-proxy:
 //! an endpoint that is not ready may finish what it began. Only one to a pod is ended: another server outlives its endpoint.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustnet_common::endpoint::Endpoint;
+use rustnet_common::files::{EndpointFile, endpoint_path};
 use rustnet_common::host_port::{HostPortKey, any};
 use rustnet_common::service::scope;
-use rustnet_common::socket::{Asked, SocketKey};
+use rustnet_common::socket::{Asked, SocketKey, netns};
 use rustnet_common::tuple::proto::{TCP, UDP};
 use tokio::time::Instant;
 
 use super::kernel::Kernel;
+use super::namespaces::{self, Pods};
 use super::{Datapath, Reconciler};
 use crate::bpf::store::host_ports::Entries;
+use crate::bpf::store::sockets::Sockets;
 use crate::failure::{Failure, Scope};
 use crate::index::Gate;
-use crate::net::sock_diag::SockDiag;
+use crate::net::sock_diag::{Connected, SockDiag};
 use crate::plan::{Maps, VipKey, Write};
+use crate::source::Kind;
 
 /// Changes that may concern sockets are waited out this long. An endpoint that moves between two slices is missing for a moment: a TCP
 /// connection is ended when it is missing for longer.
 const SETTLE: Duration = Duration::from_millis(500);
 /// What a socket asked for is kept this long after its backend has gone: an answer may be under way, or a call of connect(2).
 const LINGER: Duration = Duration::from_secs(10);
-const REMEDY: &str = "sockets of this host may be connected to backends that are gone: the kernel needs CONFIG_INET_DIAG_DESTROY and \
+const REMEDY: &str = "sockets may be connected to backends that are gone: the kernel needs CONFIG_INET_DIAG_DESTROY and \
                       CONFIG_INET_UDP_DIAG; or give --socket-lb off";
+
+const IN_PODS_REMEDY: &str = "the agent needs CAP_SYS_ADMIN and the directory of network namespaces at its path, as deploy/pod-sockets adds \
+                              them; or give the pod the annotation rustnet.io/socket-lb=false";
 
 /// Since when each socket is without a backend.
 pub type Since = HashMap<SocketKey, Instant>;
@@ -53,11 +61,13 @@ impl Reconciler {
     /// Has the programs of socket calls on their hooks, and ends the sockets whose backend is gone.
     pub(super) fn look_after_sockets(&mut self) {
         let had_failed = self.sockets.has_failed();
-        let attached = self.attach_sockets();
-        let ended = self.end_sockets();
-        let failures = [attached.err(), ended.as_ref().err().map(|error| anyhow::anyhow!("{error:#}"))];
-        let failures = failures.iter().flatten().map(|error| Failure::new(Scope::Host, error)).collect();
-        self.sockets.finish(failures, ended.unwrap_or_default().map(|after| Instant::now() + after));
+        let attached = self.attach_sockets().err().map(|error| Failure::new(Scope::Host, &error));
+        let mut failures: Vec<_> = attached.into_iter().collect();
+        let next = self.end_sockets(&mut failures).unwrap_or_else(|error| {
+            failures.push(Failure::new(Scope::Host, &error));
+            None
+        });
+        self.sockets.finish(failures, next.map(|after| Instant::now() + after));
         if had_failed || self.sockets.has_failed() {
             self.report.want(Duration::ZERO);
         }
@@ -68,14 +78,23 @@ impl Reconciler {
         let Some(Datapath { kernel, .. }) = self.datapath.as_ref().filter(|it| it.kernel.is_pinned()) else {
             return Ok(());
         };
-        for what in kernel.attach_sockets()? {
+        let mut there = kernel.sockets().map(Sockets::namespaces).transpose()?.unwrap_or_default();
+        there.retain(|_, flags| *flags == netns::POD);
+        let pods = match &self.records {
+            Some(records) => {
+                let pods = Pods::new(self.index.pods(), self.index.has_synced(Kind::Pod));
+                namespaces::wanted(self.config.socket_lb, records, &pods, &there)
+            }
+            None => there,
+        };
+        for what in kernel.attach_sockets(pods)? {
             tracing::info!("{what}");
         }
         Ok(())
     }
 
-    /// Returns after which time to look again.
-    fn end_sockets(&mut self) -> Result<Option<Duration>> {
+    /// Returns after which time to look again, and adds which network namespaces cannot be looked into.
+    fn end_sockets(&mut self, failures: &mut Vec<Failure>) -> Result<Option<Duration>> {
         let Some(Datapath { kernel, .. }) = &self.datapath else { return Ok(None) };
         // Before the lists are complete, an endpoint may seem to be gone.
         let Some(sockets) = kernel.sockets().filter(|_| self.index.is_open(Gate::Services)) else { return Ok(None) };
@@ -88,33 +107,33 @@ impl Reconciler {
         let mut look_again = |after: Duration| next = Some(next.map_or(after, |next: Duration| next.min(after)));
         self.has_outlived = false;
         let over = self.over(kernel, &left)?;
-        for proto in [TCP, UDP] {
-            let of_proto = || left.iter().filter(|(_, asked)| asked.proto == proto).map(|(key, _)| key);
-            let peers: BTreeSet<_> = of_proto().map(peer).collect();
-            if peers.is_empty() {
-                continue;
-            }
-            let mut diag = SockDiag::open()?;
-            let alive = diag.find(proto, &peers).context(REMEDY)?;
-            for key in of_proto() {
-                let age = now - *since.entry(*key).or_insert(now);
-                let Some(socket) = alive.get(&peer(key)) else {
-                    // Closed, without a peer, or about to be connected.
-                    if age >= LINGER {
+        let records = self.records.as_deref().unwrap_or_default();
+        for (bucket, left) in by_bucket(&left) {
+            let mut places = places(&self.config.run_dir, records, bucket, failures)?;
+            let is_blind = places.is_blind;
+            for proto in [TCP, UDP] {
+                let of_proto = || left.iter().filter(|(_, asked)| asked.proto == proto).map(|(key, _)| key);
+                let alive = places.find(proto, &of_proto().map(peer).collect())?;
+                for key in of_proto() {
+                    let age = now - *since.entry(*key).or_insert(now);
+                    let Some((place, socket)) = alive.get(&peer(key)) else {
+                        // Closed, without a peer, about to be connected, or where nobody can look: then the failure is tried again.
+                        if !is_blind && age >= LINGER {
+                            forget.insert(*key);
+                        } else if !is_blind {
+                            look_again(LINGER);
+                        }
+                        continue;
+                    };
+                    let is_over = proto == UDP || over.contains(key);
+                    if is_over && (proto == UDP || age >= SETTLE) {
+                        ended += usize::from(places.all[*place].end(socket).context(REMEDY)?);
                         forget.insert(*key);
+                    } else if is_over {
+                        look_again(SETTLE);
                     } else {
-                        look_again(LINGER);
+                        self.has_outlived = true;
                     }
-                    continue;
-                };
-                let is_over = proto == UDP || over.contains(key);
-                if is_over && (proto == UDP || age >= SETTLE) {
-                    ended += usize::from(diag.end(socket).context(REMEDY)?);
-                    forget.insert(*key);
-                } else if is_over {
-                    look_again(SETTLE);
-                } else {
-                    self.has_outlived = true;
                 }
             }
         }
@@ -122,7 +141,7 @@ impl Reconciler {
         since.retain(|key, _| !forget.contains(key));
         self.sockets_since = since;
         if ended > 0 {
-            tracing::info!(ended, "sockets of this host ended: their backends are gone");
+            tracing::info!(ended, "sockets ended: their backends are gone");
         }
         Ok(next)
     }
@@ -145,6 +164,64 @@ impl Reconciler {
         }
         Ok(over)
     }
+}
+
+/// The sockets by the number that says in which network namespaces they may be.
+fn by_bucket(left: &[(SocketKey, Asked)]) -> BTreeMap<u8, Vec<(SocketKey, Asked)>> {
+    let mut buckets: BTreeMap<u8, Vec<_>> = BTreeMap::new();
+    for (key, asked) in left {
+        buckets.entry(asked.bucket).or_default().push((*key, *asked));
+    }
+    buckets
+}
+
+/// Network namespaces to look for sockets in.
+struct Places {
+    all: Vec<SockDiag>,
+    /// There are more, which cannot be entered.
+    is_blind: bool,
+}
+
+impl Places {
+    /// The sockets that are connected there, and which of the places each is in.
+    fn find(&mut self, proto: u8, peers: &BTreeSet<Peer>) -> Result<HashMap<Peer, (usize, Connected)>> {
+        let mut alive = HashMap::new();
+        for (place, diag) in self.all.iter_mut().enumerate().filter(|_| !peers.is_empty()) {
+            let found = diag.find(proto, peers).context(REMEDY)?;
+            alive.extend(found.into_iter().map(|(peer, socket)| (peer, (place, socket))));
+        }
+        Ok(alive)
+    }
+}
+
+/// Opens the namespaces in which the sockets of this number may be. Those of a pod that is listed no more
+/// count, too.
+fn places(run_dir: &Path, records: &[EndpointFile], bucket: u8, failures: &mut Vec<Failure>) -> Result<Places> {
+    let mut places = Places { all: Vec::new(), is_blind: false };
+    if bucket == netns::bucket(0, netns::HOST) {
+        places.all.push(SockDiag::open()?);
+        return Ok(places);
+    }
+    let is_meant = |cookie: &u64| netns::bucket(*cookie, netns::POD) == bucket;
+    let records: BTreeMap<_, _> =
+        records.iter().filter_map(|it| Some((it.netns_cookie.filter(is_meant)?, it))).collect();
+    for record in records.values() {
+        match SockDiag::open_in(Path::new(&record.netns)) {
+            Ok(diag) => places.all.push(diag),
+            // Its namespace goes after its record.
+            Err(_) if !endpoint_path(run_dir, &record.container_id, &record.ifname).exists() => {}
+            Err(error) => {
+                places.is_blind = true;
+                let EndpointFile { pod_namespace, pod_name, netns, .. } = record;
+                let error = error.context(format!(
+                    "sockets of pod {pod_namespace}/{pod_name} may be connected to backends that are gone: network namespace {netns}: \
+                     {IN_PODS_REMEDY}"
+                ));
+                failures.push(Failure::new(Scope::Pod, &error));
+            }
+        }
+    }
+    Ok(places)
 }
 
 /// Those of the sockets that what they asked for does not lead any more to where they send. A TCP connection to a host port is the pod's
@@ -186,8 +263,10 @@ fn left(kernel: &Kernel, mut all: Vec<(SocketKey, Asked)>) -> Result<Vec<(Socket
     failed.map_or(Ok(all), Err)
 }
 
-/// Number of the socket, and where it is connected to.
-fn peer(key: &SocketKey) -> (u64, SocketAddr) {
+/// Number of a socket, and where it is connected to.
+type Peer = (u64, SocketAddr);
+
+fn peer(key: &SocketKey) -> Peer {
     (key.cookie, SocketAddr::new(key.addr.into(), key.port))
 }
 

@@ -9,6 +9,8 @@ mod slice;
 #[cfg(test)]
 mod tests;
 
+pub use node::SOCKET_LB;
+
 use super::{Event, Kind, ObjectRef};
 use crate::model::{Family, Interner, ObjectName, Problem};
 use ipnet::IpNet;

@@ -267,6 +267,8 @@ fn pod(name: &str, node: &str, address: &str) -> Event {
         addresses: [address.parse().unwrap()].into(),
         host_network: false,
         host_ports: false,
+        socket_lb: None,
+        problems: Box::default(),
     })))
 }
 

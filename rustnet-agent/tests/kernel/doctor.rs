@@ -190,6 +190,8 @@ fn published() -> Event {
         addresses: ["10.1.1.9".parse().unwrap()].into(),
         host_network,
         host_ports,
+        socket_lb: None,
+        problems: Box::default(),
     };
     Event::Apply(Object::Pod(Arc::new(pod)))
 }

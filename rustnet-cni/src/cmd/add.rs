@@ -47,6 +47,7 @@ pub fn run(call: &Call) -> Result<Value, Error> {
     let netns = Netns::open(path)?;
     let mut host = Socket::open().map_err(|e| Error::io("netlink socket", &e))?;
     let mut pod = netns.inside(Socket::open).map_err(|e| Error::io(format!("enter {path}"), &e))?;
+    let netns_cookie = netns.cookie().map_err(|e| Error::io(format!("ask for the number of {path}"), &e))?;
 
     let veth = create_veth(call, mtu, &netns, &mut host)?;
     let attachment = Attachment { container_id: call.env.container_id.clone(), ifname: call.env.ifname.clone() };
@@ -57,6 +58,7 @@ pub fn run(call: &Call) -> Result<Value, Error> {
         host_ports: host_ports.as_ref(),
         delegate: delegate.as_ref(),
         netns: &netns,
+        netns_cookie,
         attachment,
         bandwidth,
         port_mappings,
@@ -114,6 +116,7 @@ struct Setup<'a> {
     host_ports: Option<&'a HostPorts>,
     delegate: Option<&'a Delegate<'a>>,
     netns: &'a Netns,
+    netns_cookie: Option<u64>,
     attachment: Attachment,
     bandwidth: Bandwidth,
     port_mappings: Vec<PortMapping>,
@@ -194,6 +197,7 @@ impl Setup<'_> {
             container_id: env.container_id.clone(),
             ifname: env.ifname.clone(),
             netns: env.netns.clone().unwrap_or_default(),
+            netns_cookie: self.netns_cookie,
             network: self.call.conf.name.clone(),
             host_ifname: self.veth.host.name.clone(),
             ifindex: self.veth.host.index,

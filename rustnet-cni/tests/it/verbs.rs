@@ -1,6 +1,6 @@
 //! ADD, CHECK, DEL, STATUS and VERSION from end to end with our own IPAM.
 
-use crate::common::{Call, Node, bpf, command, ip, ip_json, ips, netns, ping, remove_netns};
+use crate::common::{Call, Node, bpf, command, ip, ip_json, ips, netns, netns_cookie, ping, remove_netns};
 use serde_json::{Value, json};
 use std::fs;
 use std::net::IpAddr;
@@ -99,7 +99,8 @@ fn add_makes_what_the_result_says() {
     let record: Value =
         serde_json::from_slice(&fs::read(node.run.join("endpoints/c1@eth0.json")).expect("record")).expect("JSON");
     let want = json!({
-        "containerId": "c1", "ifname": "eth0", "netns": ns, "network": "rustnet", "hostIfname": host,
+        "containerId": "c1", "ifname": "eth0", "netns": ns, "netnsCookie": netns_cookie(&ns), "network": "rustnet",
+        "hostIfname": host,
         "ifindex": link["ifindex"], "mac": r["interfaces"][1]["mac"], "addresses": [v4, v6],
         "podNamespace": "shop", "podName": "web-0", "podUid": "u1",
     });

@@ -107,6 +107,7 @@ mod tests {
             container_id: format!("c{ifindex}"),
             ifname: "eth0".into(),
             netns: "/n".into(),
+            netns_cookie: None,
             network: "rustnet".into(),
             host_ifname: format!("rnv{ifindex}"),
             ifindex,

@@ -24,12 +24,20 @@ impl Sockets {
         Ok(Self { namespaces: Map::open(bpffs, map::SOCK_NETNS)?, backends: Map::open(bpffs, map::SOCK_REV)? })
     }
 
+    /// The network namespaces whose sockets ask for Services, with their flags.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn namespaces(&self) -> Result<BTreeMap<u64, u32>> {
+        Ok(self.namespaces.entries()?.into_iter().collect())
+    }
+
     /// Has the sockets of these network namespaces ask for Services, with these flags, and no others.
     ///
     /// # Errors
     /// The kernel refuses.
     pub fn set_namespaces(&self, wanted: &BTreeMap<u64, u32>) -> Result<()> {
-        let found: BTreeMap<u64, u32> = self.namespaces.entries()?.into_iter().collect();
+        let found = self.namespaces()?;
         for (cookie, flags) in wanted.iter().filter(|(cookie, flags)| found.get(cookie) != Some(flags)) {
             self.namespaces.put(cookie, flags)?;
         }

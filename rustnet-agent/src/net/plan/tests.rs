@@ -30,6 +30,7 @@ fn endpoint() -> EndpointFile {
         container_id: "c".into(),
         ifname: "eth0".into(),
         netns: "/n".into(),
+        netns_cookie: None,
         network: "rustnet".into(),
         host_ifname: "rnv1".into(),
         ifindex: 7,

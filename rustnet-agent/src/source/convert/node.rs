@@ -1,4 +1,4 @@
-//! `v1/Node` and `v1/Pod`: addresses and pod ranges.
+//! `v1/Node` and `v1/Pod`: addresses, pod ranges, and a pod's wish for its sockets.
 
 use super::{BadName, Converter, Findings, address, created, range, reference, unicast};
 use crate::model::{Node, Pod};
@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 /// Label of a node's zone.
 const ZONE: &str = "topology.kubernetes.io/zone";
+/// Annotation of a Pod: `true` has its sockets ask for Services by themselves, `false` leaves that to its packets.
+pub const SOCKET_LB: &str = "rustnet.io/socket-lb";
 /// Taint of a node that the cluster autoscaler is about to remove.
 const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
@@ -54,6 +56,7 @@ impl Converter {
     /// What an added or changed Pod means.
     pub fn pod(&mut self, pod: &KubePod) -> Result<Event, BadName> {
         let object = reference(Kind::Pod, &pod.metadata)?;
+        let mut findings = Findings::new(&object);
         let (spec, status) = (pod.spec.as_ref(), pod.status.as_ref());
         // Its status keeps the addresses of a pod that has finished; they may be another's by now.
         let finished = |status: &&PodStatus| matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
@@ -68,9 +71,22 @@ impl Converter {
                 let ports = spec.containers.iter().filter_map(|container| container.ports.as_ref()).flatten();
                 ports.into_iter().any(|port| port.host_port.is_some_and(|port| port > 0))
             }),
+            socket_lb: socket_lb(pod, &mut findings),
+            problems: findings.done(),
         };
         Ok(Event::Apply(Object::Pod(Arc::new(pod))))
     }
+}
+
+fn socket_lb(pod: &KubePod, findings: &mut Findings) -> Option<bool> {
+    let text = pod.metadata.annotations.as_ref()?.get(SOCKET_LB)?;
+    let wanted = text.parse().ok();
+    if wanted.is_none() {
+        let message =
+            format!("{text:?} is neither, its sockets do as the setting --socket-lb says; give \"true\" or \"false\"");
+        findings.add(format!("metadata.annotations[{SOCKET_LB}]"), message);
+    }
+    wanted
 }
 
 /// True if kube-proxy reports such a node as not eligible for load balancers' traffic (KEP-3836).

@@ -475,6 +475,33 @@ fn what_is_asked_for_and_not_served_is_noted() {
 }
 
 #[test]
+fn a_pod_wants_its_sockets_balanced_or_not_by_its_annotation() {
+    for (annotations, want, is_well) in [
+        (json!(null), None, true),
+        (json!({"example.com/other": "x"}), None, true),
+        (json!({"rustnet.io/socket-lb": "true"}), Some(true), true),
+        (json!({"rustnet.io/socket-lb": "false"}), Some(false), true),
+        (json!({"rustnet.io/socket-lb": "True"}), None, false),
+        (json!({"rustnet.io/socket-lb": "off"}), None, false),
+        (json!({"rustnet.io/socket-lb": ""}), None, false),
+    ] {
+        let value = json!({"metadata": {"name": "p", "annotations": annotations}});
+        let Ok(Event::Apply(Object::Pod(pod))) = Converter::new().pod(&serde_json::from_value(value).unwrap()) else {
+            panic!("{annotations}: no pod")
+        };
+        assert_eq!(pod.socket_lb, want, "{annotations}");
+        if is_well {
+            assert_eq!(texts(&pod.problems), [""; 0]);
+        } else {
+            only_problem(
+                &pod.problems,
+                &["Pod default/p: metadata.annotations[rustnet.io/socket-lb]: ", "; give \"true\""],
+            );
+        }
+    }
+}
+
+#[test]
 fn a_node_leaves_when_it_is_deleted_or_the_autoscaler_says_so() {
     let is_leaving = |deleted: Value, taints: &[&str]| {
         let taints: Vec<_> = taints.iter().map(|key| json!({"key": key, "effect": "NoSchedule"})).collect();

@@ -13,11 +13,13 @@ use serde::{Deserialize, Deserializer};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use crate::source::convert::SOCKET_LB;
+
 /// A Node with its name, labels, age, deletion, ranges, taints and addresses, and the condition NetworkUnavailable.
 #[derive(Clone, Debug)]
 pub(super) struct SlimNode(pub(super) Node);
 
-/// A Pod with its name, node, phase and addresses.
+/// A Pod with its name, node, phase and addresses, and its annotation for socket load-balancing.
 #[derive(Clone, Debug)]
 pub(super) struct SlimPod(pub(super) Pod);
 
@@ -31,6 +33,14 @@ struct Meta {
     creation_timestamp: Option<Time>,
     deletion_timestamp: Option<Time>,
     labels: Option<BTreeMap<String, String>>,
+    annotations: Option<Annotations>,
+}
+
+/// The annotations that are of use.
+#[derive(Deserialize)]
+struct Annotations {
+    #[serde(rename = "rustnet.io/socket-lb")]
+    socket_lb: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -96,6 +106,7 @@ struct PodStatusFields {
 
 impl From<Meta> for ObjectMeta {
     fn from(it: Meta) -> Self {
+        let annotations = it.annotations.and_then(|it| it.socket_lb);
         Self {
             name: it.name,
             namespace: it.namespace,
@@ -104,6 +115,7 @@ impl From<Meta> for ObjectMeta {
             creation_timestamp: it.creation_timestamp,
             deletion_timestamp: it.deletion_timestamp,
             labels: it.labels,
+            annotations: annotations.map(|text| [(SOCKET_LB.to_owned(), text)].into()),
             ..Self::default()
         }
     }
@@ -239,9 +251,13 @@ mod tests {
 
     #[test]
     fn a_slim_pod_means_what_the_whole_one_means() {
-        for phase in ["Running", "Succeeded"] {
+        for (phase, annotations) in [
+            ("Running", json!({"rustnet.io/socket-lb": "true", "kubernetes.io/config.seen": "x"})),
+            ("Running", json!({"rustnet.io/socket-lb": "on"})),
+            ("Succeeded", json!(null)),
+        ] {
             let pod = json!({
-                "metadata": {"name": "a", "namespace": "x", "uid": "u", "resourceVersion": "7"},
+                "metadata": {"name": "a", "namespace": "x", "uid": "u", "resourceVersion": "7", "annotations": annotations},
                 "spec": {"nodeName": "n1", "hostNetwork": true, "containers": [{"name": "c", "image": "i"}]},
                 "status": {"phase": phase, "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]},
             });

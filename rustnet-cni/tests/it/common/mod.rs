@@ -11,7 +11,8 @@ use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::Write;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -305,6 +306,25 @@ pub fn netns(name: &str) -> String {
     });
     made.join().expect("namespace");
     path
+}
+
+/// The kernel's number of a namespace.
+pub fn netns_cookie(path: &str) -> u64 {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let namespace = File::open(path).expect("namespace");
+    let asked = std::thread::spawn(move || {
+        // SAFETY: plain system call; it changes only the namespace of this thread, which ends at once.
+        assert_eq!(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) }, 0);
+        let socket = UnixDatagram::unbound().expect("socket");
+        let mut cookie = 0_u64;
+        let mut len = size_of::<u64>() as libc::socklen_t;
+        let value = (&raw mut cookie).cast();
+        // SAFETY: value and length are ours, and the length is that of the value.
+        let n = unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, value, &raw mut len) };
+        assert_eq!(n, 0, "{}", std::io::Error::last_os_error());
+        cookie
+    });
+    asked.join().expect("a number")
 }
 
 /// Removes a namespace as a runtime does; with `keep_file` its mount point stays.
