@@ -334,6 +334,58 @@ fn the_chart_gives_what_kustomize_gives() -> Result<()> {
     Ok(())
 }
 
+/// The base with the component that lets the agent enter pods' network namespaces.
+fn with_pod_sockets() -> Result<String> {
+    let target = dir().join("../target");
+    std::fs::create_dir_all(&target)?;
+    let overlay = tempfile::tempdir_in(target)?;
+    let text = "resources: [../../deploy]\ncomponents: [../../deploy/pod-sockets]\n";
+    std::fs::write(overlay.path().join("kustomization.yaml"), text)?;
+    let output = Command::new(kubernetes("kubectl")?).arg("kustomize").arg(overlay.path()).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// The preflight has what the agent has, and nothing else changes.
+#[test]
+fn pod_sockets_take_one_right_and_one_directory() -> Result<()> {
+    let objects = documents(&with_pod_sockets()?)?;
+    let set = objects.into_iter().find(|it| it["kind"] == "DaemonSet").context("no DaemonSet")?;
+    let mut pod = set["spec"]["template"]["spec"].clone();
+    let base = daemon_set()?;
+    for container in ["/initContainers/1", "/containers/0"] {
+        let container = pod.pointer_mut(container).context("a container")?;
+        let added = &mut container["securityContext"]["capabilities"]["add"];
+        assert_eq!(added.as_array_mut().and_then(Vec::pop), Some(json!("SYS_ADMIN")));
+        for path in ["/var/run/netns", "/run/netns"] {
+            let mount = json!({"name": "netns", "mountPath": path, "mountPropagation": "HostToContainer"});
+            assert_eq!(container["volumeMounts"].as_array_mut().and_then(Vec::pop), Some(mount));
+        }
+        let name = container["name"].clone();
+        let pod = &base["spec"]["template"]["spec"];
+        let before = [&pod["initContainers"][1], &pod["containers"][0]];
+        let before = before.into_iter().find(|it| it["name"] == name).context("the same container")?;
+        for same in ["args", "env", "securityContext", "volumeMounts"] {
+            assert_eq!(container[same], before[same], "{name} {same}");
+        }
+    }
+    let volume = json!({"name": "netns", "hostPath": {"path": "/run/netns", "type": "DirectoryOrCreate"}});
+    assert_eq!(pod["volumes"].as_array_mut().and_then(Vec::pop), Some(volume));
+    Ok(())
+}
+
+#[test]
+fn the_chart_gives_the_same_rights_for_pod_sockets() -> Result<()> {
+    let component = comparable(&with_pod_sockets()?)?;
+    for set in ["config.socketLb=all", "podSockets=true"] {
+        let rendered = helm(&["--set", set])?;
+        ensure!(rendered.status.success(), "{}", String::from_utf8_lossy(&rendered.stderr));
+        let chart = comparable(&String::from_utf8(rendered.stdout)?)?;
+        assert_eq!(chart["DaemonSet"], component["DaemonSet"], "{set}");
+    }
+    Ok(())
+}
+
 #[test]
 fn the_chart_takes_the_agents_settings_and_no_others() -> Result<()> {
     let schema: Value = serde_json::from_str(&read("helm/rustnet/values.schema.json")?)?;

@@ -99,10 +99,12 @@ pub fn age(now: u32, seen: u32) -> u32 {
     if ticks > MASK / 2 { 0 } else { ticks }
 }
 
+/// `CAP_SYS_ADMIN`.
+const SYS_ADMIN: u32 = 21;
+
 /// The capabilities among those that the agent needs which are not in `effective`.
 pub fn missing_capabilities(effective: u64) -> Vec<&'static str> {
     const NET_ADMIN: u32 = 12;
-    const SYS_ADMIN: u32 = 21;
     const PERFMON: u32 = 38;
     const BPF: u32 = 39;
     let has = |bit: u32| effective & (1 << bit) != 0;
@@ -112,6 +114,11 @@ pub fn missing_capabilities(effective: u64) -> Vec<&'static str> {
         ("CAP_PERFMON", has(PERFMON) || has(SYS_ADMIN)),
     ];
     wanted.iter().filter(|w| !w.1).map(|w| w.0).collect()
+}
+
+/// True if these capabilities let a process enter another network namespace.
+pub fn may_enter_namespaces(effective: u64) -> bool {
+    effective & (1 << SYS_ADMIN) != 0
 }
 
 /// What to do about missing capabilities.

@@ -42,6 +42,8 @@ pub struct Facts {
     pub jit: Option<String>,
     /// Where pins go, and whether that is on a BPF file system.
     pub bpffs: Option<(PathBuf, Result<bool>)>,
+    /// The agent is to end sockets in all pods.
+    pub has_pod_sockets: bool,
     /// The cgroup directory for socket load-balancing, and whether it is one of version 2.
     pub cgroup: Option<(PathBuf, Result<bool>)>,
 }
@@ -58,6 +60,7 @@ pub fn gather(config: Option<&Config>) -> Facts {
         options: std::fs::read_to_string(format!("/boot/config-{}", probe::release())).ok(),
         jit: std::fs::read_to_string(JIT).ok().map(|text| text.trim().to_owned()),
         bpffs: config.map(|it| (it.bpffs.clone(), fs::is_bpffs(&fs::nearest_existing(&it.bpffs)))),
+        has_pod_sockets: config.is_some_and(|it| it.socket_lb == SocketLb::All),
         cgroup: config.filter(|it| it.socket_lb != SocketLb::Off).map(|it| (it.cgroup.clone(), is_cgroup2(&it.cgroup))),
     }
 }
@@ -77,6 +80,7 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
     found.extend([btf(&facts.lacks_btf), realtime(facts), jit(facts.jit.as_deref())]);
     found.extend(facts.bpffs.as_ref().map(|(dir, is)| bpffs(dir, is)));
     found.extend(facts.cgroup.as_ref().map(|(dir, is)| cgroup(dir, is)));
+    found.extend(facts.capabilities.as_ref().ok().filter(|_| facts.has_pod_sockets).map(|it| pod_sockets(*it)));
     found
 }
 
@@ -183,6 +187,16 @@ fn cgroup(dir: &Path, is: &Result<bool>) -> Finding {
         .hint("boot with systemd.unified_cgroup_hierarchy=1, or name the mount with --cgroup, or give --socket-lb off")
 }
 
+fn pod_sockets(effective: u64) -> Finding {
+    let what = "sockets of pods";
+    if probe::may_enter_namespaces(effective) {
+        return Finding::ok(what, "CAP_SYS_ADMIN: the agent may enter the pods' network namespaces");
+    }
+    let lost = "connected sockets of pods stay with backends that are gone";
+    Finding::new(Level::Warning, what, format!("--socket-lb all, and this process lacks CAP_SYS_ADMIN: {lost}"))
+        .hint("add the component deploy/pod-sockets, or set the chart's config.socketLb; or give --socket-lb host")
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::finding::{assert_only, assert_well};
@@ -199,6 +213,7 @@ mod tests {
             options: None,
             jit: Some("1".into()),
             bpffs: Some(("/sys/fs/bpf/rustnet".into(), Ok(true))),
+            has_pod_sockets: false,
             cgroup: Some(("/sys/fs/cgroup".into(), Ok(true))),
         }
     }
@@ -210,6 +225,7 @@ mod tests {
         let realtime = || Facts { is_realtime: true, ..good() };
         assert_well(&check(&Facts { release: "6.12.1-rt".into(), ..realtime() }));
         assert_well(&check(&Facts { options: Some(format!("CONFIG_PREEMPT_RT=y\n{BH_LOCK}\n")), ..realtime() }));
+        assert_well(&check(&Facts { capabilities: Ok(1 << 12 | 1 << 21), has_pod_sockets: true, ..good() }));
         assert_well(&check(&gather(None)));
     }
 
@@ -228,6 +244,7 @@ mod tests {
             (Facts { jit: Some("0".into()), ..good() }, Level::Warning, "interpreted", "bpf_jit_enable=1"),
             (Facts { bpffs: no(), ..good() }, Level::Fatal, "is not on one", "mount -t bpf"),
             (Facts { cgroup: no(), ..good() }, Level::Warning, "cgroup2", "--cgroup"),
+            (Facts { has_pod_sockets: true, ..good() }, Level::Warning, "CAP_SYS_ADMIN", "deploy/pod-sockets"),
         ] {
             assert_only(&check(&facts), level, detail, hint);
         }
