@@ -47,7 +47,7 @@ pub const PROGRAMS: [&str; 7] = ["from_pod", "to_pod", "uplink_in", "uplink_out"
 pub const SIDE_IN: &str = "side_in";
 
 /// Programs of socket calls, attached to the control group of all processes.
-pub const SOCKET_PROGRAMS: [&str; 8] = [
+pub const SOCKET_PROGRAMS: [&str; 10] = [
     "sock_connect4",
     "sock_connect6",
     "sock_sendmsg4",
@@ -56,6 +56,8 @@ pub const SOCKET_PROGRAMS: [&str; 8] = [
     "sock_recvmsg6",
     "sock_getpeer4",
     "sock_getpeer6",
+    "sock_bind4",
+    "sock_bind6",
 ];
 
 /// Map names; each is pinned as a file of its own name. A map whose shape changes gets a new name.

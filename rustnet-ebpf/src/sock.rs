@@ -3,6 +3,8 @@
 //!
 //! Only what has a backend is changed. All else goes on as a packet, and the TC programs refuse or drop it, with counter and event.
 
+mod bind;
+
 use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::helpers::generated as helper;
 use aya_ebpf::macros::cgroup_sock_addr;
@@ -20,6 +22,11 @@ use crate::step::{host_port, lb, route};
 
 /// What a program returns to let the call go on.
 const ALLOW: i32 = 1;
+
+/// The loopback address that stands for all of them in the entries of node ports.
+const LOOPBACK4: Ip4 = Ip4::from_word(u32::from_ne_bytes([127, 0, 0, 1]));
+/// The same for IPv6.
+const LOOPBACK6: Ip6 = Ip6::from_words([0, 0, 0, 1_u32.to_be()]);
 
 /// A call on a socket: the gate to its context.
 #[derive(Clone, Copy)]
@@ -177,9 +184,9 @@ fn choose<F: Family>(asked: F::A, loopback: F::A, asking: &Asking, kept: u32) ->
 #[inline(always)]
 fn choose_any(asking: &Asking, kept: u32) -> Option<Target> {
     if asking.addr.is_v4() {
-        choose::<V4>(Ip4::from_addr(asking.addr), Ip4::from_word(u32::from_ne_bytes([127, 0, 0, 1])), asking, kept)
+        choose::<V4>(Ip4::from_addr(asking.addr), LOOPBACK4, asking, kept)
     } else {
-        choose::<V6>(asking.addr, Ip6::from_words([0, 0, 0, 1_u32.to_be()]), asking, kept)
+        choose::<V6>(asking.addr, LOOPBACK6, asking, kept)
     }
 }
 

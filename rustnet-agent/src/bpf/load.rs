@@ -484,9 +484,12 @@ fn load_program(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<()
 fn load_sockets(ebpf: &mut aya::Ebpf) -> Result<Vec<(&'static str, OwnedFd)>> {
     let mut load = |name: &'static str| {
         let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
-        let Program::CgroupSockAddr(program) = program else { bail!("program {name} is for no socket calls") };
-        load_program(|| program.load()).map_err(|e| load_error(name, e))?;
-        let fd = program.fd().with_context(|| format!("program {name}"))?;
+        let fd = match program {
+            Program::CgroupSockAddr(program) => load_program(|| program.load()).and_then(|()| program.fd()),
+            Program::CgroupSock(program) => load_program(|| program.load()).and_then(|()| program.fd()),
+            _ => bail!("program {name} is for no socket calls"),
+        };
+        let fd = fd.map_err(|e| load_error(name, e))?;
         Ok((name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?))
     };
     names::SOCKET_PROGRAMS.into_iter().map(&mut load).collect()

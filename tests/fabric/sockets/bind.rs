@@ -1,0 +1,100 @@
+//! Node ports that processes of a host try to take for servers of their own.
+
+use super::{loopback, with_node_port};
+use crate::fixture::{Net, endpoints, in_each_routing, node_port, node_ports, wait_served};
+use anyhow::{Context, Result, ensure};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use testkit::manifest::Outside;
+use testkit::wait;
+
+in_each_routing!(
+    a_node_port_is_refused_to_servers_of_the_host,
+    a_server_that_was_there_before_the_service_stays,
+    the_health_check_port_of_a_service_is_the_agents,
+);
+
+/// What comes of bind(2) with each protocol.
+fn bind(at: SocketAddr) -> [Result<(), ErrorKind>; 2] {
+    let tcp = TcpListener::bind(at).map(drop).map_err(|e| e.kind());
+    [tcp, UdpSocket::bind(at).map(drop).map_err(|e| e.kind())]
+}
+
+fn a_node_port_is_refused_to_servers_of_the_host(net: &Net) -> Result<()> {
+    let node = net.node(1);
+    let (refused, taken) = ([Err(ErrorKind::PermissionDenied); 2], [Ok(()); 2]);
+    let service = with_node_port(net, endpoints(&[&net.c]))?;
+    let port = service.service.outside.node_port;
+    let any: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+    let mapped = |ip: Ipv4Addr| SocketAddr::new(ip.to_ipv6_mapped().into(), port);
+    let mut all: Vec<_> = any.map(|ip| SocketAddr::new(ip, port)).to_vec();
+    all.extend(node_ports(node, &service));
+    all.extend(node_ports(node, &service).map(loopback));
+    all.extend([mapped(node.v4()), mapped(Ipv4Addr::LOCALHOST), mapped(Ipv4Addr::UNSPECIFIED)]);
+    for target in node_ports(node, &service).map(loopback) {
+        wait_served(node.netns(), target)?;
+    }
+    for at in &all {
+        let found = node.netns().run(|| bind(*at))?;
+        ensure!(found == refused, "{at}: {found:?}");
+        let other = SocketAddr::new(at.ip(), node_port());
+        let found = node.netns().run(|| bind(other))?;
+        ensure!(found == taken, "{other}: {found:?}");
+    }
+    // Each pod has ports of its own.
+    for at in any.map(|ip| SocketAddr::new(ip, port)) {
+        let found = net.a.run_in(|| bind(at))?;
+        ensure!(found == taken, "a pod, {at}: {found:?}");
+    }
+    // A port that the kernel chooses.
+    let found = node.netns().run(|| bind(SocketAddr::new(any[0], 0)))?;
+    ensure!(found == taken, "{found:?}");
+    drop(service);
+    for at in &all {
+        wait::until(&format!("{at} is free again"), || {
+            let found = node.netns().run(|| bind(*at))?;
+            ensure!(found == taken, "{found:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn a_server_that_was_there_before_the_service_stays(net: &Net) -> Result<()> {
+    let (node, port) = (net.node(1), node_port());
+    let at = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
+    let server = node.netns().run(|| TcpListener::bind(at))??;
+    let outside = Outside { node_port: port, ..Outside::default() };
+    let service = crate::fixture::published(net, outside, endpoints(&[&net.c]))?;
+    let target = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+    wait_served(node.netns(), target)?;
+    let second = node.netns().run(|| TcpListener::bind(SocketAddr::new(node.v4().into(), port)).map(drop))?;
+    ensure!(second.is_err(), "the port was given twice");
+    drop(service);
+    server.set_nonblocking(true)?;
+    wait::until("the server has its clients again", || {
+        let client = node.netns().run(|| TcpStream::connect(target))??;
+        let (_, from) = server.accept().context("somebody else answered")?;
+        ensure!(client.local_addr()? == from);
+        Ok(())
+    })
+}
+
+/// It is no port of the Service's: the agent listens there.
+fn the_health_check_port_of_a_service_is_the_agents(net: &Net) -> Result<()> {
+    let (node, port, check) = (net.node(1), node_port(), node_port());
+    let mut service = net.unknown_service();
+    let balancer = vec![Ipv4Addr::new(203, 0, 113, 77).into()];
+    service.service.outside = Outside { node_port: port, balancer, is_local: true, ..Outside::default() };
+    service.service.endpoints = endpoints(&[&net.a]);
+    let yaml = service.service.yaml().replacen("spec:\n", &format!("spec:\n  healthCheckNodePort: {check}\n"), 1);
+    net.fabric.manifests().write(&format!("{}.yaml", service.service.name), &yaml)?;
+    wait::until("the agent answers", || {
+        let answer = node.http_get(SocketAddr::new(node.v4().into(), check), "/")?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        Ok(())
+    })?;
+    let found = node.netns().run(|| bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port)))?;
+    ensure!(found == [Err(ErrorKind::PermissionDenied); 2], "{found:?}");
+    Ok(())
+}
