@@ -288,7 +288,7 @@ impl Reconciler {
             if event.object_kind() == Some(Kind::Pod) || event == Event::Synced(Kind::Pod) {
                 self.names.want(PROBLEMS_PERIOD);
                 // Its annotation may be another one.
-                self.sockets.want_unless_failed();
+                self.want_sockets();
             }
             if event.object_kind() == Some(Kind::Service) || matches!(event, Event::Synced(_)) {
                 self.objects.want(PROBLEMS_PERIOD);

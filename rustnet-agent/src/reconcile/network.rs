@@ -100,7 +100,7 @@ impl Reconciler {
         // Files are looked after like devices and routes: what somebody deleted is put back.
         self.files.distrust();
         self.presence.want_unless_failed();
-        self.sockets.want_unless_failed();
+        self.want_sockets();
         let is_complete = self.index.has_synced(Kind::Node);
         let is_upgrading = failures.is_empty() && is_complete && self.is_upgrading();
         let next = if is_upgrading { Duration::ZERO } else { NET_PERIOD };

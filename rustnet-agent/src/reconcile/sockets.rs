@@ -52,10 +52,15 @@ impl Reconciler {
             _ => false,
         };
         if writes.iter().any(|write| matches!(write, Write::ClearBackends { .. })) {
-            self.sockets.want_unless_failed();
+            self.want_sockets();
         } else if self.has_outlived || writes.iter().any(is_of_datagrams) {
             self.sockets.want(SETTLE);
         }
+    }
+
+    /// Wants sockets looked after. What failed for one pod, or without a control group, does not put off the others for long.
+    pub(super) fn want_sockets(&mut self) {
+        self.sockets.want(if self.sockets.has_failed() { SETTLE } else { Duration::ZERO });
     }
 
     /// Has the programs of socket calls on their hooks, and ends the sockets whose backend is gone.

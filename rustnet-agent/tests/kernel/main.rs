@@ -18,6 +18,7 @@ mod look;
 mod net;
 mod odd_hosts;
 mod plan;
+mod pod_sockets;
 mod reconcile;
 mod repair;
 mod sandbox;

@@ -162,11 +162,13 @@ impl Sandbox {
             format!("--bpffs={}", self.bpffs.display()),
             format!("--run-dir={}", self.run_dir.display()),
             format!("--manifests={}", self.dir.join("manifests").display()),
-            "--cgroup=/sys/fs/cgroup".into(),
         ];
         args.extend(extra.iter().map(|s| (*s).to_owned()));
         if !args.iter().any(|arg| arg.starts_with("--uplink=")) {
             args.push("--uplink=eth0".into());
+        }
+        if !args.iter().any(|arg| arg.starts_with("--cgroup=")) {
+            args.push("--cgroup=/sys/fs/cgroup".into());
         }
         // No test attaches programs to a control group that is not its own.
         if !args.iter().any(|arg| arg.starts_with("--socket-lb=")) {
@@ -193,6 +195,15 @@ impl Sandbox {
         let text = std::fs::read(&path).expect("a record");
         let mut record: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
         record["bandwidth"] = bandwidth;
+        std::fs::write(path, record.to_string()).expect("a record");
+    }
+
+    /// Puts the number of a network namespace into a container's record.
+    pub fn give_cookie(&self, container: &str, cookie: u64) {
+        let path = self.run_dir.join(format!("endpoints/{container}@eth0.json"));
+        let text = std::fs::read(&path).expect("a record");
+        let mut record: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        record["netnsCookie"] = cookie.into();
         std::fs::write(path, record.to_string()).expect("a record");
     }
 

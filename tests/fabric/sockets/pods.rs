@@ -9,7 +9,7 @@ use rustnet_common::files::{EndpointFile, endpoint_path};
 use rustnet_common::socket::netns;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use testkit::client::{Connection, ask, ask_udp, connected_udp};
 use testkit::manifest::{Endpoint, pod_yaml};
 use testkit::pod::PORT;
@@ -188,6 +188,9 @@ fn node_ports_and_host_ports_of_its_own_node(net: &Net) -> Result<()> {
     }
     let target = node_ports(node, &service)[0];
     ensure!(peers(&known.pod, target)? == (target, target));
+    // Its own ports are none of the node's.
+    let own = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), target.port());
+    known.pod.run_in(|| TcpListener::bind(own).map(drop))?.context("a pod's own port")?;
     let holder = add_pod(node, "holder", port)?;
     for target in targets(node, port) {
         served(known.pod.netns(), target, "holder", known.pod.address_like(target.ip())?)?;
