@@ -58,7 +58,7 @@ mod tests {
     use super::{Namespaces, Pods, netns, wanted};
     use crate::config::SocketLb;
     use crate::model::{ObjectName, Pod};
-    use rustnet_common::files::EndpointFile;
+    use rustnet_common::files::{Bandwidth, EndpointFile};
 
     fn record(name: &str, address: &str, cookie: Option<u64>) -> EndpointFile {
         EndpointFile {
@@ -74,7 +74,7 @@ mod tests {
             pod_namespace: "shop".into(),
             pod_name: name.into(),
             pod_uid: String::new(),
-            bandwidth: Default::default(),
+            bandwidth: Bandwidth::default(),
             host_ports: Vec::new(),
         }
     }

@@ -13,7 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use testkit::client::{Connection, ask, ask_udp, connected_udp};
 use testkit::manifest::{Endpoint, pod_yaml};
 use testkit::pod::PORT;
-use testkit::sniff::Sniffer;
+use testkit::sniff::{Frame, Sniffer};
 use testkit::{Node, Pod, Proto, Setup, wait};
 
 in_each_routing!(
@@ -110,7 +110,7 @@ fn asks_by_packets(pod: &Pod, target: SocketAddr, backend: IpAddr) -> Result<boo
         ask(pod.netns(), proto, target, 3)?.all_answered()?;
     }
     Sniffer::catch_up([&sniffer])?;
-    let to = |ip: IpAddr| sniffer.frames().iter().filter_map(|it| it.headers()).filter(|it| it.dst == ip).count();
+    let to = |ip: IpAddr| sniffer.frames().iter().filter_map(Frame::headers).filter(|it| it.dst == ip).count();
     let (service, direct) = (to(target.ip()), to(backend));
     ensure!((service == 0) != (direct == 0), "{service} packets to the Service, {direct} to the backend");
     Ok(direct == 0)
