@@ -32,6 +32,7 @@ use crate::bpf::{cgroup, sys};
 use crate::config::{OverlayPath, SocketLb};
 use crate::doctor::finding::Mark;
 use crate::doctor::overlay;
+use crate::net::endpoints as records;
 use crate::net::ipsec::Ipsec;
 use crate::net::link::Link;
 use crate::net::netlink::Socket;
@@ -310,7 +311,20 @@ fn sockets(places: &Places) -> Result<(Mark, String)> {
         (SocketLb::Host | SocketLb::All, _) if attached == total => {
             let namespaces = Sockets::open(places.bpffs()?)?.namespaces()?;
             let pods = namespaces.values().filter(|flags| **flags == netns::POD).count();
-            (Mark::Ok, format!("those of this host's processes ask for Services, and those of {pods} pods"))
+            let text = format!("those of this host's processes ask for Services, and those of {pods} pods");
+            let records = if wanted == SocketLb::All { records::read(&places.run_dir)?.endpoints } else { Vec::new() };
+            match records.iter().filter(|it| it.netns_cookie.is_none()).count() {
+                0 => (Mark::Ok, text),
+                earlier => {
+                    let remedy = "to have them ask, too, create them again (kernel 5.14 or newer)";
+                    (
+                        Mark::Ok,
+                        format!(
+                            "{text}; {earlier} pods were connected by an earlier release and ask by packets: {remedy}"
+                        ),
+                    )
+                }
+            }
         }
         (SocketLb::Host | SocketLb::All, _) => (
             Mark::Warning,

@@ -358,6 +358,27 @@ fn a_pod_that_is_gone_is_listed_no_more(net: &Net) -> Result<()> {
     })
 }
 
+/// A record without the number of the namespace: packets ask.
+fn as_of_an_earlier_release(pod: &Pod) -> Result<()> {
+    let (node, attachment) = (pod.node(), pod.attachment());
+    let cookie = cookie(pod)?;
+    let path = endpoint_path(&node.run_dir(), &attachment.container_id, &attachment.ifname);
+    let text = std::fs::read_to_string(&path)?;
+    let earlier = EndpointFile { netns_cookie: None, ..record(pod)? };
+    std::fs::write(&path, serde_json::to_string(&earlier)?)?;
+    // The agent looks at records when the network changes.
+    node.netns().ip("link add earlier type veth peer name earlier-peer")?;
+    wait::until("the pod is listed no more", || {
+        ensure!(!namespaces(node)?.contains_key(&cookie));
+        Ok(())
+    })?;
+    let shown = node.rustnetctl(&["status"])?;
+    ensure!(shown.contains("1 pods were connected by an earlier release"), "{shown}");
+    std::fs::write(&path, text)?;
+    node.netns().ip("link del earlier")?;
+    wait_listed(pod, true)
+}
+
 /// With the setting `all`, pods are listed but for those that refuse; and the entries outlive the agent.
 #[test]
 fn all_pods_but_those_that_refuse() -> Result<()> {
@@ -394,6 +415,7 @@ fn all_pods_but_those_that_refuse() -> Result<()> {
         ensure!(namespaces(node)? == listed, "{:?}", namespaces(node)?);
         connection.ask("again")?;
         ensure!(peers(&plain.pod, target)? == (target, target));
+        as_of_an_earlier_release(&plain.pod)?;
         node.stop_agent()?;
         node.start_agent(&["--socket-lb", "host"])?;
         wait_listed(&plain.pod, false)?;
