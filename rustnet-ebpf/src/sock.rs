@@ -167,7 +167,10 @@ fn choose<F: Family>(asked: F::A, loopback: F::A, asking: &Asking, kept: u32) ->
     if let Some(backend) = lb::kept::<F>(dst, dport, proto, kept) {
         return Some(Target::of(backend));
     }
-    let t = Tuple { src: F::A::UNSPECIFIED, dst, sport: 0, dport, proto, pad: 0, pad2: 0 };
+    // A load balancer that is only for some clients asks the host for the address that other nodes know, and pods when they send.
+    let node = maps::config().map_or(F::A::UNSPECIFIED, F::node);
+    let src = if is_host { node } else { F::A::UNSPECIFIED };
+    let t = Tuple { src, dst, sport: 0, dport, proto, pad: 0, pad2: 0 };
     // Of what is refused, the packets are.
     let backend = lb::select_for::<F>(&t, scope::CLUSTER, random, || (CLIENT_HIGH, asking.namespace)).ok()?;
     if let Some(backend) = backend {

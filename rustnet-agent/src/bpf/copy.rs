@@ -125,7 +125,11 @@ impl<'a> Place<'a> {
 
     /// Makes this map hold what `other` holds: what user space alone writes.
     pub fn mirror(&self, other: &Self) -> io::Result<()> {
-        let (here, there) = (self.read()?, other.read()?);
+        let (here, mut there) = (self.read()?, other.read()?);
+        if self.is_array() {
+            // What had no room was left out before.
+            there.keep_below(self.layout.max_entries);
+        }
         let mut stale: HashMap<&[u8], &[u8]> = here.iter().collect();
         for (key, value) in there.iter() {
             if stale.remove(key) != Some(value) {
@@ -195,6 +199,11 @@ impl Content {
             values.extend_from_slice(value);
         }
         (self.keys, self.values) = (keys, values);
+    }
+
+    /// Keeps the elements of an array below an index.
+    pub fn keep_below(&mut self, end: u32) {
+        self.retain(|key, _| key.try_into().is_ok_and(|key| u32::from_ne_bytes(key) < end));
     }
 
     /// Sorts by the clock value at an offset of the values, the oldest first: a smaller LRU map

@@ -247,6 +247,10 @@ impl Programs {
                 copied.insert(name.to_owned(), newest);
                 content.keep_last(lru_room(new.layout.max_entries));
             }
+            if name == names::map::MAGLEV {
+                // What is beyond the end may be of nobody any more. An entry that leads there gets another table with the first plan.
+                content.keep_below(new.layout.max_entries);
+            }
             match self.plan.maps[name].1 {
                 // A predecessor was killed after programs had begun to use it: what is there is
                 // newer as a rule.

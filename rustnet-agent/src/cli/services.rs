@@ -109,7 +109,9 @@ fn is_judged(entry: &SvcEntry) -> bool {
 
 /// The clients that may come by an entry; `None` for all.
 fn ranges_of(key: &VipKey, entry: &SvcEntry, ranges: &BTreeSet<SourceRange>) -> Option<Vec<IpNet>> {
-    let of_key = || ranges.iter().filter(|range| range.key == *key).map(|range| range.clients).collect();
+    // Both entries of an address ask for the same clients.
+    let key = VipKey { scope: scope::EXTERNAL, ..*key };
+    let of_key = || ranges.iter().filter(|range| range.key == key).map(|range| range.clients).collect();
     is_judged(entry).then(of_key)
 }
 
@@ -133,7 +135,21 @@ const fn no_backends(is_dropped: bool) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::{Args, Wanted};
+    use super::{Args, SvcEntry, VipKey, Wanted, flags, ranges_of, scope};
+    use crate::model::build::ip;
+    use crate::plan::SourceRange;
+
+    #[test]
+    fn both_entries_of_an_address_have_its_ranges() {
+        let key = |scope| VipKey { ip: ip("203.0.113.7"), port: 80, proto: 6, scope };
+        let clients = "192.0.2.0/24".parse().unwrap();
+        let ranges = [SourceRange { key: key(scope::EXTERNAL), clients }].into();
+        let entry = |flags| SvcEntry { first: 0, count: 0, id: 1, affinity: 0, flags, table: 0 };
+        for scope in [scope::EXTERNAL, scope::CLUSTER] {
+            assert_eq!(ranges_of(&key(scope), &entry(flags::SOURCE_RANGES), &ranges), Some(vec![clients]));
+            assert_eq!(ranges_of(&key(scope), &entry(0), &ranges), None);
+        }
+    }
 
     #[test]
     fn names_and_addresses() {

@@ -47,12 +47,13 @@ impl Preference {
     }
 }
 
-/// The places of a table: the ordinal of the backend that each leads to. `None` if there are no backends, or more than places. The
-/// size is a prime; the addresses are in order.
-pub fn fill(size: u32, backends: &[IpAddr]) -> Option<Vec<u16>> {
-    if size < 2 || backends.is_empty() || backends.len() > size as usize || backends.len() >= usize::from(FREE) {
-        return None;
-    }
+/// True if so many backends can have a table of this size, a prime.
+pub fn fits(size: u32, backends: usize) -> bool {
+    size >= 2 && backends > 0 && backends <= size as usize && backends < usize::from(FREE)
+}
+
+/// The places of a table: the ordinal of the backend that each leads to. The backends fit ([`fits`]); their addresses are in order.
+pub fn fill(size: u32, backends: &[IpAddr]) -> Vec<u16> {
     let mut nth = 0;
     let preference = |(i, addr): (usize, &IpAddr)| {
         nth = if i > 0 && backends[i - 1] == *addr { nth + 1 } else { 0 };
@@ -65,7 +66,7 @@ pub fn fill(size: u32, backends: &[IpAddr]) -> Option<Vec<u16>> {
         let place = preferences[usize::from(ordinal)].take(&mut taken, size);
         places[place as usize] = ordinal;
     }
-    Some(places)
+    places
 }
 
 /// The words of a table with these places, as `rn_maglev` has them.
@@ -76,7 +77,7 @@ pub fn words(places: &[u16]) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{fill, words};
+    use super::{fill, fits, words};
     use rustnet_common::hash;
     use rustnet_common::maglev::{ordinal, place};
     use std::collections::BTreeSet;
@@ -98,7 +99,7 @@ mod tests {
     #[test]
     fn all_backends_have_as_many_places_give_or_take_one() {
         for (size, count) in [(251, 1), (251, 7), (16_381, 100), (251, 251)] {
-            let shares = shares(&fill(size, &backends(count)).unwrap(), usize::from(count));
+            let shares = shares(&fill(size, &backends(count)), usize::from(count));
             let mean = size as usize / usize::from(count);
             assert!(shares.iter().all(|share| (mean..=mean + 1).contains(share)), "{size} {count}: {shares:?}");
         }
@@ -106,9 +107,12 @@ mod tests {
 
     #[test]
     fn what_no_table_can_have_gets_none() {
-        assert_eq!((fill(251, &[]), fill(0, &backends(1)), fill(2, &backends(3))), (None, None, None));
-        let many: Vec<IpAddr> = (0..u32::from(u16::MAX)).map(|i| IpAddr::from((10 << 24 | i).to_be_bytes())).collect();
-        assert!(fill(131_071, &many).is_none() && fill(131_071, &many[1..]).is_some());
+        assert_eq!(
+            [(251, 0), (0, 1), (2, 3), (2, 2)].map(|(size, count)| fits(size, count)),
+            [false, false, false, true]
+        );
+        let most = usize::from(u16::MAX) - 1;
+        assert!(fits(131_071, most) && !fits(131_071, most + 1));
     }
 
     /// All nodes of a cluster have to agree, also those of another release: these values never change.
@@ -116,8 +120,8 @@ mod tests {
     fn tables_stay_what_they_are() {
         let mixed: Vec<IpAddr> =
             ["10.244.1.2", "10.244.1.2", "10.244.2.9", "fd00::1"].map(|it| it.parse().unwrap()).into();
-        assert_eq!(fill(13, &mixed).unwrap(), [1, 0, 2, 2, 1, 2, 3, 3, 3, 0, 0, 1, 0]);
-        let places = fill(16_381, &backends(50)).unwrap();
+        assert_eq!(fill(13, &mixed), [1, 0, 2, 2, 1, 2, 3, 3, 3, 0, 0, 1, 0]);
+        let places = fill(16_381, &backends(50));
         let sum = places.iter().fold(0_u32, |sum, it| sum.rotate_left(5) ^ u32::from(*it));
         assert_eq!(sum, 481_718_478);
     }
@@ -125,7 +129,7 @@ mod tests {
     #[test]
     fn programs_find_all_places_in_the_words() {
         for size in [5, 8, 251] {
-            let places = fill(size, &backends(3)).unwrap();
+            let places = fill(size, &backends(3));
             let words = words(&places);
             let found: Vec<u16> = (0..size)
                 .map(|i| {
@@ -144,7 +148,7 @@ mod tests {
     fn moved(size: u32, before: &[IpAddr], gone: IpAddr) -> usize {
         let after: Vec<IpAddr> = before.iter().copied().filter(|it| *it != gone).collect();
         let led = |backends: &[IpAddr]| -> Vec<IpAddr> {
-            fill(size, backends).unwrap().iter().map(|it| backends[usize::from(*it)]).collect()
+            fill(size, backends).iter().map(|it| backends[usize::from(*it)]).collect()
         };
         let (was, is) = (led(before), led(&after));
         assert_eq!(is.iter().collect::<BTreeSet<_>>().len(), after.len(), "a backend has no place");

@@ -322,7 +322,11 @@ fn end_of(entry: &SvcEntry) -> u32 {
 
 impl Maps for MemoryMaps {
     fn snapshot(&self) -> anyhow::Result<Snapshot> {
-        Ok(self.held.clone())
+        let mut held = self.held.clone();
+        // As of the kernel's arrays, no more is read than up to the last word that was ever written.
+        let end = held.tables.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
+        held.tables.truncate(end);
+        Ok(held)
     }
 
     fn apply(&mut self, writes: &[Write]) -> anyhow::Result<()> {

@@ -10,6 +10,7 @@ use crate::index::{Gate, Index, ServiceRanges};
 use crate::model::Problem;
 use ipnet::IpNet;
 use rustnet_common::peer::Peer;
+use rustnet_common::service::scope;
 use rustnet_common::source_range::ALLOWED;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -196,17 +197,20 @@ impl Planner {
     /// Entries that ask for clients, as they are, and the number of the set that each leads to.
     fn judged(&self, desired: &[ServiceRanges]) -> BTreeMap<VipKey, u32> {
         let keys = self.source_ranges.keys().chain(desired.iter().flat_map(|of| of.entries.keys().copied()));
-        keys.filter_map(|key| Some((key, self.services.judged(&key)?))).collect()
+        let both = keys.flat_map(|key| [key, in_cluster(&key)]);
+        both.filter_map(|key| Some((key, self.services.judged(&key)?))).collect()
     }
 
     /// To be called once the entries are planned. `before`: what [`Self::judged`] was before that.
     fn plan_ranges(&mut self, desired: Vec<ServiceRanges>, before: &BTreeMap<VipKey, u32>) -> RangeWrites {
         let services = &self.services;
-        self.source_ranges.plan(desired, |key| match (before.get(key), services.judged(key)) {
+        let becomes = |key: &VipKey| match (before.get(key), services.judged(key)) {
             (Some(_), Some(_)) if services.has_failed(key) => Entry::Stuck,
             (Some(before), Some(after)) if *before != after => Entry::Passes,
             _ => Entry::Stays,
-        })
+        };
+        // Both entries of an address ask for the same clients.
+        self.source_ranges.plan(desired, |key| becomes(key).max(becomes(&in_cluster(key))))
     }
 
     fn plan_peers(&mut self, index: &mut Index) -> PeerWrites {
@@ -239,6 +243,11 @@ impl Planner {
     pub fn service_count(&self) -> usize {
         self.services.len()
     }
+}
+
+/// The entry of the same address and port for the cluster.
+fn in_cluster(key: &VipKey) -> VipKey {
+    VipKey { scope: scope::CLUSTER, ..*key }
 }
 
 /// How much fits.

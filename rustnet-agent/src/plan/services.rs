@@ -83,8 +83,12 @@ impl Services {
     pub fn plan(&mut self, index: &mut Index, all: bool, now: Duration) -> ServiceWrites {
         let mut draft = ServiceWrites::default();
         let mut keys = index.take_dirty_services();
-        if self.sets.tick(now) || all || self.has_new_room {
-            keys.extend(self.failed.keys().chain(self.without_table.keys()));
+        let freed = self.sets.tick(now);
+        if freed.any || all || self.has_new_room {
+            keys.extend(self.failed.keys());
+        }
+        if freed.tables || all {
+            keys.extend(self.without_table.keys());
         }
         if all {
             keys.extend(index.service_keys());
@@ -94,6 +98,7 @@ impl Services {
         if all {
             let orphans = std::mem::take(&mut self.orphans);
             self.sets.forget(orphans, &mut draft.backends);
+            self.sets.tables().leave_stale();
         }
         for (count, freed) in self.count.iter_mut().zip(draft.freed) {
             *count -= freed;
@@ -133,9 +138,9 @@ impl Services {
         self.failed.contains_key(key)
     }
 
-    /// Entries that did not fit, and why.
+    /// Entries that did not fit, or did not get their Maglev table, and why.
     pub fn failed(&self) -> impl Iterator<Item = (VipKey, &str)> {
-        self.failed.iter().map(|(key, why)| (*key, &**why))
+        self.failed.iter().chain(&self.without_table).map(|(key, why)| (*key, &**why))
     }
 
     /// What did not fit.
@@ -234,6 +239,9 @@ impl Services {
             for key in users {
                 if let Some(entry) = self.entries.get_mut(key).filter(|entry| Span::of(entry) != span) {
                     (entry.first, entry.count, entry.table) = (span.first, span.count, span.table);
+                    if span.table != 0 {
+                        self.without_table.remove(key);
+                    }
                     draft.puts.push(Write::PutService { key: *key, entry: *entry });
                 }
             }

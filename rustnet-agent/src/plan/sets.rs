@@ -46,6 +46,15 @@ struct Set {
     users: Vec<VipKey>,
 }
 
+/// What became free with time.
+#[derive(Clone, Copy, Debug)]
+pub struct Freed {
+    /// Ranges or slots.
+    pub any: bool,
+    /// Room for Maglev tables.
+    pub tables: bool,
+}
+
 /// Where an entry is to lead.
 #[derive(Debug, Default)]
 pub struct Led {
@@ -126,9 +135,10 @@ impl Sets {
         self.capacity
     }
 
-    /// Time passes. True if ranges, slots or tables became free.
-    pub fn tick(&mut self, now: Duration) -> bool {
-        self.ranges.tick(now) | self.slots.tick(now) | self.tables.tick(now)
+    /// Time passes.
+    pub fn tick(&mut self, now: Duration) -> Freed {
+        let tables = self.tables.tick(now);
+        Freed { any: self.ranges.tick(now) | self.slots.tick(now), tables }
     }
 
     /// Clears slots that nothing leads to any more.
@@ -157,6 +167,9 @@ impl Sets {
             // An entry without its set's table follows the set.
             let is_same = Span { table: 0, ..set.span } == Span { table: 0, ..span };
             set.users.extend(is_same.then_some(key));
+            if set.span.table != span.table {
+                self.tables.hold(span.table);
+            }
             return is_same;
         }
         let is_sound = is_sound(&mut self.ranges);
@@ -164,6 +177,8 @@ impl Sets {
             // One that leads to no table gets another value with the first plan.
             span.table = if self.tables.adopt(span.table) { span.table } else { 0 };
             self.by_number.insert(entry.id, Set { name: None, span, users: vec![key] });
+        } else {
+            self.tables.hold(span.table);
         }
         is_sound
     }

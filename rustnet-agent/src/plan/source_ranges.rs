@@ -26,8 +26,8 @@ pub struct SourceRanges {
 
 type Ranges = BTreeMap<VipKey, BTreeSet<IpNet>>;
 
-/// What becomes of an entry in the same plan.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What becomes of an entry in the same plan; what asks for more care is greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Entry {
     /// It goes on to lead to the same set of backends, or asks for no client, before or after.
     Stays,
@@ -142,7 +142,7 @@ impl SourceRanges {
             wanted.extend(entries.into_keys().map(|key| (key, BTreeSet::new())));
             let message = format!(
                 "its {count} ranges, of all ports and addresses, do not fit into the {left} of {} entries that older services leave, so \
-                 that no client outside may use its load balancer; raise source-range-entries",
+                 that no client may use its load balancer; raise source-range-entries",
                 self.usable
             );
             let subject = format!("Service {service}");

@@ -37,6 +37,8 @@ pub struct Tables {
     words: Vec<u64>,
     units: Ranges,
     capacity: u32,
+    /// Tables that entries led to which are none of their set any more, until the first plan.
+    stale: Vec<u16>,
 }
 
 impl Tables {
@@ -47,7 +49,7 @@ impl Tables {
         let mut units = Ranges::new(capacity, GRACE);
         // The number 0 stands for no table.
         let _ = units.claim(0, 1);
-        Self { by_unit: HashMap::new(), by_name: HashMap::new(), words, units, capacity }
+        Self { by_unit: HashMap::new(), by_name: HashMap::new(), words, units, capacity, stale: Vec::new() }
     }
 
     /// The words of the map, once all writes are applied.
@@ -66,12 +68,28 @@ impl Tables {
             table.users += 1;
             return true;
         }
-        let size = self.words.get(head(unit) as usize).map_or(0, |size| u32::try_from(*size).unwrap_or(0));
-        let is_sound = unit != 0 && (1..=MAX_SIZE).contains(&size) && self.units.claim(unit.into(), units(size));
-        if is_sound {
-            self.by_unit.insert(unit, Table { name: None, units: units(size), users: 1 });
+        let Some(units) = self.size_at(unit).map(units).filter(|units| self.units.claim(unit.into(), *units)) else {
+            return false;
+        };
+        self.by_unit.insert(unit, Table { name: None, units, users: 1 });
+        // Words of zeros at the end of the map were not read.
+        let end = (head(unit) + units * UNIT) as usize;
+        self.words.resize(self.words.len().max(end), 0);
+        true
+    }
+
+    /// An entry was read back that leads to this table, and its set does not. Nobody else gets its place before the first plan.
+    pub fn hold(&mut self, unit: u16) {
+        if self.adopt(unit) {
+            self.stale.push(unit);
         }
-        is_sound
+    }
+
+    /// All entries have been planned.
+    pub fn leave_stale(&mut self) {
+        for unit in std::mem::take(&mut self.stale) {
+            self.leave(unit);
+        }
     }
 
     /// All tables have been adopted: what else was ever written may have been let go of a moment ago.
@@ -98,16 +116,26 @@ impl Tables {
             return Ok(0);
         }
         let name = Name { size, addresses };
-        let table = match self.by_name.get(&name) {
-            Some(unit) if *unit == held => return Ok(held),
-            Some(unit) => Ok(Some(*unit)),
-            None => self.make(held, name, writes),
-        };
-        if let Ok(Some(unit)) = table {
-            self.by_unit.entry(unit).and_modify(|table| table.users += 1);
+        let known = self.by_name.get(&name).copied();
+        if known.is_some_and(|unit| unit == held) {
+            return Ok(held);
         }
+        let table = match known {
+            Some(unit) => Ok(Some(unit)),
+            None => self.make(held, &name, writes),
+        };
+        let table = match table {
+            // Flows are spread over these addresses already, by a table of another size.
+            Ok(None) if self.leads_to(held, &name.addresses) => return Ok(held),
+            Ok(None) => Err(format!("has no room for its Maglev table of {size} places; raise maglev-entries")),
+            Ok(Some(unit)) => {
+                self.by_unit.entry(unit).and_modify(|table| table.users += 1);
+                Ok(unit)
+            }
+            Err(error) => Err(error),
+        };
         self.leave(held);
-        table?.ok_or_else(|| self.no_room(units(size)))
+        table
     }
 
     /// One set less leads to a table.
@@ -126,42 +154,57 @@ impl Tables {
     ///
     /// # Errors
     /// The size is too small.
-    fn make(&mut self, held: u16, name: Name, writes: &mut Vec<Write>) -> Result<Option<u16>, String> {
-        let Name { size, addresses } = &name;
-        let places = maglev::fill(*size, addresses)
-            .ok_or_else(|| format!("has {} backends, too many for a Maglev table of {size} places", addresses.len()));
-        let words = maglev::words(&places.map_err(|error| format!("{error}; raise maglev-table-size"))?);
-        let at = |unit: u16| head(unit) as usize..head(unit) as usize + words.len();
-        let read_back = self.by_unit.get_mut(&held).filter(|table| table.name.is_none());
-        if let Some(table) = read_back.filter(|_| self.words.get(at(held)).is_some_and(|there| *there == *words)) {
-            table.name = Some(name.clone());
-            self.by_name.insert(name, held);
+    fn make(&mut self, held: u16, name: &Name, writes: &mut Vec<Write>) -> Result<Option<u16>, String> {
+        let Name { size, addresses } = name;
+        if !maglev::fits(*size, addresses.len()) {
+            let count = addresses.len();
+            return Err(format!(
+                "has {count} backends, too many for a Maglev table of {size} places; raise maglev-table-size"
+            ));
+        }
+        let is_read_back = self.by_unit.get(&held).is_some_and(|table| table.name.is_none());
+        if is_read_back && self.size_at(held) == Some(*size) && self.leads_to(held, addresses) {
+            self.name(held, name);
             return Ok(Some(held));
         }
+        // Before it is filled, which takes far longer.
         let wanted = units(*size);
         let Some(unit) = self.units.alloc(wanted).and_then(|unit| u16::try_from(unit).ok()) else { return Ok(None) };
-        let at = at(unit);
+        let words = maglev::words(&maglev::fill(*size, addresses));
+        let at = head(unit) as usize..head(unit) as usize + words.len();
         if self.words.len() < at.end {
             self.words.resize(at.end, 0);
         }
         self.words[at].copy_from_slice(&words);
         writes.push(Write::MaglevTable { unit, words });
-        self.by_unit.insert(unit, Table { name: Some(name.clone()), units: wanted, users: 0 });
-        self.by_name.insert(name, unit);
+        self.by_unit.insert(unit, Table { name: None, units: wanted, users: 0 });
+        self.name(unit, name);
         Ok(Some(unit))
     }
 
-    fn no_room(&self, wanted: u32) -> String {
-        let ((free, longest), held) = (self.units.room(), self.units.held());
-        let of = |units: u32| units * UNIT;
-        format!(
-            "needs {} words of rn_maglev, of {} there are {} free (longest run {}) and {} about to be; raise maglev-entries",
-            of(wanted),
-            self.capacity(),
-            of(free),
-            of(longest),
-            of(held)
-        )
+    fn name(&mut self, unit: u16, name: &Name) {
+        if let Some(table) = self.by_unit.get_mut(&unit) {
+            table.name = Some(name.clone());
+            self.by_name.insert(name.clone(), unit);
+        }
+    }
+
+    /// Places of the table that begins there.
+    fn size_at(&self, unit: u16) -> Option<u32> {
+        let size = u32::try_from(*self.words.get(head(unit) as usize)?).ok()?;
+        (unit != 0 && (1..=MAX_SIZE).contains(&size)).then_some(size)
+    }
+
+    /// True if a table, whatever its size, spreads flows over these addresses.
+    fn leads_to(&self, unit: u16, addresses: &[IpAddr]) -> bool {
+        let Some(table) = self.by_unit.get(&unit) else { return false };
+        if let Some(name) = &table.name {
+            return *name.addresses == *addresses;
+        }
+        let Some(size) = self.size_at(unit).filter(|size| maglev::fits(*size, addresses.len())) else { return false };
+        let words = maglev::words(&maglev::fill(size, addresses));
+        let first = head(unit) as usize;
+        self.words.get(first..first + words.len()).is_some_and(|there| *there == *words)
     }
 
     /// Time passes. True if room became free.
@@ -239,6 +282,32 @@ mod tests {
         assert_eq!(lead(&mut tables, 1, &[1, 2]), (Ok(1), vec![]));
         let (repaired, writes) = lead(&mut tables, 2, &[1, 3]);
         assert_eq!((repaired, writes.len()), (Ok(3), 1));
+    }
+
+    /// The last place may be of the first backend, and stand alone in its word.
+    #[test]
+    fn words_of_zeros_at_the_end_are_not_missed() {
+        for (size, last) in [13, 17, 257, 16_381].into_iter().flat_map(|size| (2..12).map(move |last| (size, last))) {
+            let mut before = Tables::new(Vec::new(), 32 * UNIT);
+            assert_eq!(before.lead(0, size, addresses(&[1, last]), &mut Vec::new()), Ok(1));
+            let mut words = before.words().to_vec();
+            words.truncate(words.iter().rposition(|word| *word != 0).unwrap() + 1);
+            let mut tables = Tables::new(words, 32 * UNIT);
+            assert!(tables.adopt(1));
+            let mut writes = Vec::new();
+            assert_eq!(tables.lead(1, size, addresses(&[1, last]), &mut writes), Ok(1));
+            assert_eq!(writes, [], "{size} places, 10.244.0.{last}");
+        }
+    }
+
+    /// While there is no room for one of the size that is wanted now.
+    #[test]
+    fn a_table_of_another_size_stays_where_there_is_no_room() {
+        let mut tables = Tables::new(Vec::new(), 2 * UNIT);
+        assert_eq!(lead(&mut tables, 0, &[1, 2]).0, Ok(1));
+        let mut writes = Vec::new();
+        assert_eq!(tables.lead(1, 257, addresses(&[1, 2]), &mut writes), Ok(1));
+        assert!(tables.lead(1, 257, addresses(&[1, 3]), &mut writes).is_err() && writes.is_empty());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Service load-balancing. Contract: returns the backend of a flow, or the reason why it gets none. The choice depends on the
 //! flow's hash alone, so that every node, and this one after an eviction, chooses alike; and, with session affinity, on the backend
-//! that the client had before. Before that, a load balancer's address asks who the client outside is.
+//! that the client had before. Before that, a load balancer's address asks who the client is.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use rustnet_common::addr::{Addr, Address};
@@ -127,23 +127,30 @@ pub fn select_for<F: Family>(
     }
 }
 
-/// Which of a set's `count` backends a hash leads to: by its Maglev table, if it has one. A damaged table can only lead to the wrong
-/// element, and the caller compares the Service. A function with global linkage: the verifier looks at it once.
+/// Which of a set's `count` backends a hash leads to: by its Maglev table, if it has one. Whatever is damaged there, one of them. A
+/// function with global linkage: the verifier looks at it once.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rn_ordinal(hash: u32, count: u32, table: u32) -> u32 {
-    if table == 0 {
-        return hash::pick(hash, count);
-    }
-    let table = table as u16;
-    let Some(size) = maps::rn_maglev.get(maglev::head(table)) else { return 0 };
-    let (word, bits) = maglev::place(table, *size as u32, hash);
-    maps::rn_maglev.get(word).map_or(0, |word| maglev::ordinal(*word, bits))
+    let found = if table == 0 { None } else { look_up(table as u16, hash) };
+    found.filter(|ordinal| *ordinal < count).unwrap_or_else(|| hash::pick(hash, count))
+}
+
+/// The ordinal in the place of a table that a hash leads to.
+#[inline(always)]
+fn look_up(table: u16, hash: u32) -> Option<u32> {
+    let size = maps::rn_maglev.get(maglev::head(table)).map(|size| *size as u32).filter(|size| *size != 0)?;
+    let (word, bits) = maglev::place(table, size, hash);
+    maps::rn_maglev.get(word).map(|word| maglev::ordinal(*word, bits))
 }
 
 /// True if the client of a flow is in one of the ranges that the Service's entry is for.
 #[inline(always)]
 fn is_allowed<A: Address>(t: &Tuple<A>) -> bool {
+    if t.src == A::UNSPECIFIED {
+        // A socket that has no address yet: its packets are asked.
+        return false;
+    }
     let ((client_high, client_low), (high, low)) = (t.src.to_addr().halves(), t.dst.to_addr().halves());
     rn_allowed(client_high, client_low, high, low, u32::from(t.dport) << 8 | u32::from(t.proto)) != 0
 }

@@ -70,18 +70,19 @@ pub fn run(cluster: &Cluster) -> Result<()> {
         let address = node.address();
         Ok([address.v4.parse()?, address.v6.parse()?])
     });
-    let mut balancer = Balancer { argv, nodes: nodes.collect::<Result<_>>()?, services: BTreeMap::new() };
+    let nodes = nodes.collect::<Result<_>>()?;
+    let mut balancer = Balancer { argv, nodes, services: BTreeMap::new(), failed: BTreeMap::new() };
     println!("balancing");
     let mut checked = Instant::now();
     loop {
         match received.recv_timeout(PERIOD.saturating_sub(checked.elapsed())) {
             Ok(event) => {
-                // Somebody else may have changed the Service meanwhile: the next event says so.
-                if let Err(error) = balancer.handle(&event) {
-                    println!("{error:#}");
-                }
+                balancer.take(event);
             }
             Err(RecvTimeoutError::Timeout) => {
+                for event in std::mem::take(&mut balancer.failed).into_values() {
+                    balancer.take(event);
+                }
                 balancer.check();
                 checked = Instant::now();
             }
@@ -111,6 +112,8 @@ struct Served {
     vips: Vec<IpAddr>,
     /// Where nodes say whether they want its traffic.
     check: u16,
+    /// Its clients stay at one node: what a node knows of them, another does not.
+    has_affinity: bool,
     /// The nodes that each address leads to; `None`: no route was made yet.
     led_to: Vec<Option<Vec<IpAddr>>>,
 }
@@ -122,15 +125,34 @@ struct Balancer {
     nodes: Vec<[IpAddr; 2]>,
     /// By namespace and name.
     services: BTreeMap<(String, String), Served>,
+    /// Events that could not be dealt with, to be tried again.
+    failed: BTreeMap<(String, String), Value>,
 }
 
 impl Balancer {
-    fn handle(&mut self, event: &Value) -> Result<()> {
-        let service = &event["object"];
+    /// Deals with an event.
+    #[expect(clippy::print_stdout, reason = "its log")]
+    fn take(&mut self, event: Value) {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let key = (text(&service["metadata"]["namespace"]), text(&service["metadata"]["name"]));
+        let name = &event["object"]["metadata"];
+        let key = (text(&name["namespace"]), text(&name["name"]));
+        self.failed.remove(&key);
+        match self.handle(&event, &key) {
+            Ok(()) => {}
+            // Its last event follows.
+            Err(error) if format!("{error:#}").contains("NotFound") => {}
+            Err(error) => {
+                println!("{error:#}");
+                self.failed.insert(key, event);
+            }
+        }
+    }
+
+    fn handle(&mut self, event: &Value, key: &(String, String)) -> Result<()> {
+        let service = &event["object"];
         if event["type"] == "DELETED" {
-            return self.release(&key);
+            self.release(key);
+            return Ok(());
         }
         let (spec, given) = (&service["spec"], &service["status"]["loadBalancer"]["ingress"]);
         let finalizers: Vec<&str> =
@@ -138,35 +160,34 @@ impl Balancer {
         let has_finalizer = finalizers.contains(&FINALIZER);
         let is_ours = spec["type"] == "LoadBalancer" && spec["loadBalancerClass"].is_null();
         if !is_ours || !service["metadata"]["deletionTimestamp"].is_null() {
-            self.release(&key)?;
+            self.release(key);
             if has_finalizer {
-                self.patch(&key, &json!({"status": {"loadBalancer": {"ingress": null}}}), true)?;
+                self.patch(key, &json!({"status": {"loadBalancer": {"ingress": null}}}), true)?;
                 let others: Vec<_> = finalizers.into_iter().filter(|it| *it != FINALIZER).collect();
-                self.patch(&key, &json!({"metadata": {"finalizers": others}}), false)?;
+                self.patch(key, &json!({"metadata": {"finalizers": others}}), false)?;
             }
             return Ok(());
         }
         if !has_finalizer {
             let all: Vec<_> = finalizers.into_iter().chain([FINALIZER]).collect();
-            self.patch(&key, &json!({"metadata": {"finalizers": all}}), false)?;
+            self.patch(key, &json!({"metadata": {"finalizers": all}}), false)?;
         }
         let families = spec["ipFamilies"].as_array().into_iter().flatten().map(|family| usize::from(family == "IPv6"));
         let check = spec["healthCheckNodePort"].as_u64().map_or(Ok(PROXY), u16::try_from)?;
-        let vips = match self.services.get(&key) {
-            Some(served) => served.vips.clone(),
-            None => {
-                let both = self.free(given)?;
-                families.map(|family| both[family]).collect()
-            }
+        let vips = if let Some(served) = self.services.get(key) {
+            served.vips.clone()
+        } else {
+            let both = self.free(given)?;
+            families.map(|family| both[family]).collect()
         };
         let ingress: Vec<Value> = vips.iter().map(|vip| json!({"ip": vip.to_string(), "ipMode": "VIP"})).collect();
-        let led_to = vec![None; vips.len()];
-        let served = self.services.entry(key.clone()).or_insert(Served { vips, check, led_to });
-        served.check = check;
+        let (led_to, has_affinity) = (vec![None; vips.len()], spec["sessionAffinity"] == "ClientIP");
+        let served = self.services.entry(key.clone()).or_insert(Served { vips, check, has_affinity, led_to });
+        (served.check, served.has_affinity) = (check, has_affinity);
         if *given != json!(ingress) {
             // Clients come as soon as there is an address.
             self.check();
-            self.patch(&key, &json!({"status": {"loadBalancer": {"ingress": ingress}}}), true)?;
+            self.patch(key, &json!({"status": {"loadBalancer": {"ingress": ingress}}}), true)?;
         }
         Ok(())
     }
@@ -177,31 +198,37 @@ impl Balancer {
         let is_free =
             |pair: &[IpAddr; 2]| !self.services.values().any(|it| it.vips.iter().any(|vip| pair.contains(vip)));
         let had = |pair: &[IpAddr; 2]| pair.iter().any(|vip| given[0]["ip"] == vip.to_string());
-        let all = || (1..255).map(pair);
-        all().find(had).or_else(|| all().find(is_free)).context("all 254 addresses are given out")
+        let all = || (1..255).map(pair).filter(is_free);
+        all().find(had).or_else(|| all().next()).context("all 254 addresses are given out")
     }
 
-    fn release(&mut self, key: &(String, String)) -> Result<()> {
-        let Some(served) = self.services.remove(key) else { return Ok(()) };
+    fn release(&mut self, key: &(String, String)) {
+        let Some(served) = self.services.remove(key) else { return };
         let routed = served.vips.iter().zip(&served.led_to).filter(|(_, nodes)| nodes.is_some());
-        routed.map(|(vip, _)| vip).try_for_each(|vip| wires::ip(&["route", "del", &vip.to_string()]))
+        for (vip, _) in routed {
+            // One that is gone already is as good.
+            let _ = wires::ip(&["route", "del", &vip.to_string()]);
+        }
     }
 
     /// Leads each address to the nodes that want its traffic.
     #[expect(clippy::print_stdout, reason = "its log")]
     fn check(&mut self) {
         for ((namespace, name), served) in &mut self.services {
-            let healthy: Vec<&[IpAddr; 2]> = self.nodes.iter().filter(|node| is_healthy(node, served.check)).collect();
+            let healthy = self.nodes.iter().filter(|node| is_healthy(node, served.check));
+            let healthy: Vec<_> = healthy.take(if served.has_affinity { 1 } else { usize::MAX }).collect();
             for (vip, led_to) in served.vips.iter().zip(&mut served.led_to) {
                 let nodes: Vec<IpAddr> = healthy.iter().map(|node| node[usize::from(vip.is_ipv6())]).collect();
                 if led_to.as_ref() == Some(&nodes) {
                     continue;
                 }
                 match lead(*vip, &nodes) {
-                    Ok(()) => println!("{namespace}/{name}: {vip} leads to {nodes:?}"),
+                    Ok(()) => {
+                        println!("{namespace}/{name}: {vip} leads to {nodes:?}");
+                        *led_to = Some(nodes);
+                    }
                     Err(error) => println!("{namespace}/{name}: {error:#}"),
                 }
-                *led_to = Some(nodes);
             }
         }
     }
@@ -225,7 +252,9 @@ fn lead(vip: IpAddr, nodes: &[IpAddr]) -> Result<()> {
         args.extend(["blackhole", &vip]);
     } else {
         args.push(&vip);
-        hops.iter().for_each(|hop| args.extend(["nexthop", "via", hop, "dev", "br0"]));
+        for hop in &hops {
+            args.extend(["nexthop", "via", hop, "dev", "br0"]);
+        }
     }
     wires::ip(&args)
 }
