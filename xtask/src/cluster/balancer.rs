@@ -29,6 +29,9 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Port of the proxy's own health check.
 const PROXY: u16 = 10256;
 
+/// Addresses that clients have of load balancers: none of the nodes' segment, as of clients far away.
+const CLIENTS: [&str; 2] = ["198.51.100.1", "2001:db8:100::1"];
+
 /// Starts the provider unless it runs.
 pub fn start(cluster: &Cluster) -> Result<()> {
     let processes = Processes::of(cluster);
@@ -54,6 +57,9 @@ pub fn run(cluster: &Cluster) -> Result<()> {
     for family in ["ipv4", "ipv6"] {
         // Connections of one client are spread over the nodes.
         fs::write(format!("/proc/sys/net/{family}/fib_multipath_hash_policy"), "1")?;
+    }
+    for client in CLIENTS {
+        wires::ip(&["addr", "replace", client, "dev", "lo"])?;
     }
     let (events, received) = mpsc::channel();
     let argv = [cluster.program("kubectl")?, format!("--kubeconfig={}", cluster.kubeconfig("inside"))];
@@ -245,13 +251,13 @@ impl Balancer {
 }
 
 fn lead(vip: IpAddr, nodes: &[IpAddr]) -> Result<()> {
-    let vip = vip.to_string();
+    let (vip, client) = (vip.to_string(), CLIENTS[usize::from(vip.is_ipv6())]);
     let mut args = vec!["route", "replace"];
     let hops: Vec<String> = nodes.iter().map(ToString::to_string).collect();
     if hops.is_empty() {
         args.extend(["blackhole", &vip]);
     } else {
-        args.push(&vip);
+        args.extend([&vip, "src", client]);
         for hop in &hops {
             args.extend(["nexthop", "via", hop, "dev", "br0"]);
         }
