@@ -84,6 +84,8 @@ reasons! {
     Martian = 25, "martian", "a loopback, multicast or IPv4-mapped address where none can be";
     /// A client outside the ranges that a load balancer's address is for.
     NotInSourceRange = 26, "not_in_source_range", "the client is in none of the service's loadBalancerSourceRanges: rustnetctl services";
+    /// An address of a service range that no Service has.
+    NoService = 27, "no_service", "no Service has this address of the service range: kubectl get services -A, and check the address";
 }
 
 /// Directions that `rn_counters` tells apart; see [`counter_index`].

@@ -41,6 +41,8 @@ pub mod flags {
     pub const NO_MASQ: u16 = 16;
     /// The pod range of this node itself: an address in it that is no endpoint does not exist.
     pub const LOCAL_PODS: u16 = 32;
+    /// A range of Services: an address in it that none of them has does not exist.
+    pub const SERVICES: u16 = 64;
 }
 
 /// Reserved identities.

@@ -97,7 +97,8 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
             | DropReason::UnsupportedL2
             | DropReason::SourceRoute
             | DropReason::Martian
-            | DropReason::NotInSourceRange => {
+            | DropReason::NotInSourceRange
+            | DropReason::NoService => {
                 F::report(skb, l3, dropped.reason, H::CODE);
                 TC_ACT_SHOT
             }

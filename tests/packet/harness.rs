@@ -244,6 +244,21 @@ impl Lab {
         }
     }
 
+    /// Takes a prefix of the given lengths away, if it is there.
+    pub fn drop_peer(&self, ip: IpAddr, prefix: (u32, u32)) -> Result<()> {
+        match ip {
+            IpAddr::V4(_) => {
+                let key = PeerKey { prefix_len: prefix.0, data: Ip4::from_ip(ip) };
+                self.datapath.table::<_, Peer>(map::PEERS4)?.delete(&key)?;
+            }
+            IpAddr::V6(_) => {
+                let key = PeerKey { prefix_len: prefix.1, data: Ip6::from_ip(ip) };
+                self.datapath.table::<_, Peer>(map::PEERS6)?.delete(&key)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The connection tables of a family: each entry by the direction that it was made for.
     pub fn connections(&self, net: Net) -> Result<BTreeMap<Flow, Half>> {
         match net {

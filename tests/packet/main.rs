@@ -25,6 +25,7 @@ mod pods;
 mod rare;
 mod refusals;
 mod review;
+mod service_ranges;
 mod services;
 mod skeletons;
 mod states;

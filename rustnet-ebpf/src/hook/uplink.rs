@@ -21,9 +21,10 @@ use crate::step::conntrack::{self, Track};
 use crate::step::exec::TO_STACK;
 use crate::step::host_port::HostPorts;
 use crate::step::icmp::Reporter;
+use crate::step::lb::{self, Vip};
 use crate::step::plan::Origin;
 use crate::step::source::{self, Verify};
-use crate::step::{icmp, lb, route};
+use crate::step::{icmp, route};
 
 /// The ingress hook, for one family.
 #[inline(always)]
@@ -215,9 +216,18 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     if is_vlan_tagged(skb) {
         return Ok(TO_STACK);
     }
-    let Ok((p, flow)) = parse::packet::<F, _>(skb, l3) else { return Ok(TO_STACK) };
-    if !lb::is_vip::<F>(p.tuple.dst) {
-        return Ok(external::may_answer(skb, p, config));
+    let Ok((p, flow)) = parse::packet::<F, _>(skb, l3) else {
+        return match parse::last::<F>() {
+            // Later fragments of what is refused below.
+            Some(p) if lb::find_vip(p.tuple.dst) == Vip::Unassigned => Err(DropReason::NoService.into()),
+            _ => Ok(TO_STACK),
+        };
+    };
+    match lb::find_vip(p.tuple.dst) {
+        Vip::Assigned => {}
+        // Of what the stack forwards, too: it may have come from outside, and would go back there.
+        Vip::Unassigned => return Err(DropReason::NoService.into()),
+        Vip::None => return Ok(external::may_answer(skb, p, config)),
     }
     if p.kind == Kind::LinkLocal {
         return Ok(TO_STACK);

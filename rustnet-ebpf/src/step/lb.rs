@@ -3,7 +3,7 @@
 //! that the client had before. Before that, a load balancer's address asks who the client is.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use rustnet_common::addr::{Addr, Address};
+use rustnet_common::addr::{Addr, Address, Ip4};
 use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::conntrack::elapsed;
@@ -11,10 +11,10 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::service::{SvcEntry, SvcKey, flags, scope};
 use rustnet_common::source_range::{self, SourceRange};
 use rustnet_common::tuple::Tuple;
-use rustnet_common::{hash, maglev};
+use rustnet_common::{hash, maglev, peer};
 
 use crate::ctx::jiffies;
-use crate::family::Family;
+use crate::family::{Family, V4, V6};
 use crate::maps;
 
 /// The wildcard entry of a VIP.
@@ -27,6 +27,49 @@ fn wildcard<F: Family>(vip: F::A, scope: u8) -> Option<*const SvcEntry> {
 #[inline(always)]
 pub fn is_vip<F: Family>(addr: F::A) -> bool {
     wildcard::<F>(addr, scope::CLUSTER).is_some()
+}
+
+/// What an address is to Services.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Vip {
+    /// Nothing.
+    None = 0,
+    /// A VIP, whatever the port.
+    Assigned = 1,
+    /// One of a service range that no Service has: nobody else has it, and routers would send its packets back here.
+    Unassigned = 2,
+}
+
+/// Finds what an address is to Services.
+#[inline(always)]
+pub fn find_vip<A: Address>(addr: A) -> Vip {
+    let (high, low) = addr.to_addr().halves();
+    match rn_vip(high, low) {
+        0 => Vip::None,
+        1 => Vip::Assigned,
+        _ => Vip::Unassigned,
+    }
+}
+
+/// A [`Vip`]. A function with global linkage, which both families share: the verifier looks at it once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_vip(high: u64, low: u64) -> u32 {
+    let addr = Addr::from_halves(high, low);
+    (if addr.is_v4() { find::<V4>(Ip4::from_addr(addr)) } else { find::<V6>(addr) }) as u32
+}
+
+#[inline(always)]
+fn find<F: Family>(addr: F::A) -> Vip {
+    // First, for a load balancer's address may lie in a service range, too.
+    if is_vip::<F>(addr) {
+        return Vip::Assigned;
+    }
+    match F::peer(addr) {
+        Some(peer) if peer.flags & peer::flags::SERVICES != 0 => Vip::Unassigned,
+        _ => Vip::None,
+    }
 }
 
 /// True if the address is a VIP that no machine outside can have.

@@ -9,7 +9,7 @@ use rustnet_common::service::scope;
 use rustnet_common::tuple::{Tuple, proto};
 
 use super::host_port::HostPorts;
-use super::lb;
+use super::lb::{self, Vip};
 use super::route::{self, Route};
 use crate::ctx::Skb;
 use crate::family::{Family, V4, V6};
@@ -165,6 +165,9 @@ fn translate_new<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Resul
     }
     let to = &mut flow.to;
     to.egress = route::local_pod(to.tuple.dst);
+    if to.egress == NOT_LOCAL && lb::find_vip(to.tuple.dst) == Vip::Unassigned {
+        return Err(DropReason::NoService);
+    }
     if config.flags & config::flags::MASQUERADE != 0 && route::of::<F>(to, flow.flags).route == Route::World {
         flow.flags |= flags::MASQ;
     }

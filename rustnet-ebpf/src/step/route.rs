@@ -102,6 +102,8 @@ fn remote<F: Family>(dst: F::A, flow_flags: u16) -> Destination {
     }
     match F::peer(dst) {
         None => without_peer(Route::World),
+        // Of a load balancer, or of a flow that is older than the range: new flows to others are refused before.
+        Some(p) if p.flags & flags::SERVICES != 0 => without_peer(Route::World),
         Some(p) if p.flags & (flags::HOST | flags::LOCAL_PODS) != 0 => without_peer(Route::Stack),
         Some(p) if p.flags & (flags::TUNNEL | past_tunnel(flow_flags)) == flags::TUNNEL => {
             Destination { route: Route::Tunnel, egress: NOT_LOCAL, peer: Some(p) }

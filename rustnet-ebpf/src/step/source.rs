@@ -134,9 +134,9 @@ fn is_tunnel_end<F: Family>(dst: F::A, config: &NodeConfig) -> bool {
 fn is_forged_outside<F: Family>(src: F::A, dst: F::A) -> bool {
     match F::peer(src) {
         Some(peer) if peer.flags & (flags::HOST | flags::LOCAL_PODS) != 0 => true,
-        Some(peer) if peer.flags & flags::TUNNEL == 0 => false,
-        Some(peer) => peer.flags & flags::NODE == 0 || route::is_local_pod(dst),
-        None => lb::is_cluster_ip::<F>(src),
+        Some(peer) if peer.flags & flags::TUNNEL != 0 => peer.flags & flags::NODE == 0 || route::is_local_pod(dst),
+        Some(peer) if peer.flags & flags::SERVICES == 0 => false,
+        _ => lb::is_cluster_ip::<F>(src),
     }
 }
 
