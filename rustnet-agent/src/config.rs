@@ -18,7 +18,7 @@ use rustnet_common::backend::id;
 use rustnet_common::config::mark;
 use rustnet_common::maglev;
 
-pub use self::ranges::Role;
+pub use self::ranges::{Role, reserved_range};
 use self::text::{
     Reader, boolean, cidr, device, directory, healthz_bind_address, listen, log_level, maglev_table_size, node_name,
     node_port_addresses, number, packet_mark, snat_ports, source,

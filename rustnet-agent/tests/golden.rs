@@ -71,7 +71,7 @@ impl Node {
             self.index.handle(event);
         }
         if !self.index.synced() {
-            for kind in Kind::REQUIRED {
+            for kind in Kind::ALL {
                 self.index.handle(Event::Synced(kind));
             }
         }
@@ -148,7 +148,9 @@ impl Node {
                 other => bail!("identity {other}"),
             };
             write!(text, "{prefix}: {who}")?;
-            for (bit, name) in [(peer::LOCAL_PODS, "here"), (peer::NO_MASQ, "not masqueraded")] {
+            for (bit, name) in
+                [(peer::LOCAL_PODS, "here"), (peer::NO_MASQ, "not masqueraded"), (peer::SERVICES, "Services")]
+            {
                 if flags & bit != 0 {
                     write!(text, ", {name}")?;
                 }
@@ -209,6 +211,7 @@ fn settings(text: &str) -> anyhow::Result<(Settings, HostFacts)> {
                 settings.routing = routing.context("no such routing")?;
             }
             ("address", net) => addresses.push(net.parse()?),
+            ("services", range) => settings.service_cidrs.push(range.parse()?),
             ("no masquerade", range) => settings.no_masquerade.push(range.parse()?),
             _ => bail!("{line:?} is no setting"),
         }

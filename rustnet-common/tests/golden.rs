@@ -12,7 +12,7 @@ use rustnet_common::hash;
 use rustnet_common::host_port::{self, HostPort, HostPortKey};
 use rustnet_common::maglev;
 use rustnet_common::names::{self, map};
-use rustnet_common::peer::flags::{HOST, LOCAL_PODS, NO_MASQ, NODE, POD, TUNNEL};
+use rustnet_common::peer::flags::{HOST, LOCAL_PODS, NO_MASQ, NODE, POD, SERVICES, TUNNEL};
 use rustnet_common::peer::{Peer, PeerKey, identity};
 use rustnet_common::service::{self, SvcEntry, SvcKey};
 use rustnet_common::socket::{Asked, CLIENT_HIGH, SocketKey, netns};
@@ -101,7 +101,7 @@ fn peers() {
     assert_eq!((size_of::<PeerKey<Ip4>>(), size_of::<PeerKey<Ip6>>(), size_of::<Peer>()), (8, 20, 24));
     assert_eq!(offsets!(PeerKey<Ip6>: prefix_len, data), [("prefix_len", 0), ("data", 4)]);
     assert_eq!(offsets!(Peer: node, identity, flags, pad), [("node", 0), ("identity", 16), ("flags", 20), ("pad", 22)]);
-    assert_eq!([HOST, NODE, POD, TUNNEL, NO_MASQ, LOCAL_PODS], [1, 2, 4, 8, 16, 32]);
+    assert_eq!([HOST, NODE, POD, TUNNEL, NO_MASQ, LOCAL_PODS, SERVICES], [1, 2, 4, 8, 16, 32, 64]);
     assert_eq!([identity::HOST, identity::WORLD, identity::POD, identity::NODE], [1, 2, 3, 6]);
 }
 

@@ -61,6 +61,7 @@ pub(crate) fn kind_of(path: &str) -> Option<Kind> {
         ("/apis/discovery.k8s.io/v1/endpointslices", Kind::Slice),
         ("/api/v1/nodes", Kind::Node),
         ("/api/v1/pods", Kind::Pod),
+        ("/apis/networking.k8s.io/v1/servicecidrs", Kind::ServiceCidr),
     ];
     // The server may be at a path of its own.
     resources.into_iter().find(|(resource, _)| path.ends_with(resource)).map(|(_, kind)| kind)
@@ -77,6 +78,7 @@ mod tests {
             ("/apis/discovery.k8s.io/v1/endpointslices", Some(Kind::Slice)),
             ("/k8s/clusters/c-1/api/v1/nodes", Some(Kind::Node)),
             ("/api/v1/pods", Some(Kind::Pod)),
+            ("/apis/networking.k8s.io/v1/servicecidrs", Some(Kind::ServiceCidr)),
             ("/api/v1/nodes/n1", None),
             ("/api/v1/nodes/nodes", None),
             ("/api/v1/namespaces/default/services", None),

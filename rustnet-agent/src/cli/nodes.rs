@@ -149,6 +149,7 @@ mod tests {
             peer("192.0.2.4/32", Some("192.0.2.4"), flags::NODE),
             peer("10.1.4.0/24", Some("192.0.2.4"), flags::POD),
             peer("10.0.0.0/8", None, flags::NO_MASQ),
+            peer("10.96.0.0/16", None, flags::SERVICES),
         ];
         let rows = rows(names.into(), &peers.into());
         let lines: Vec<_> = rows.iter().map(|row| line(row).join(" | ")).collect();

@@ -12,6 +12,9 @@ use super::Places;
 use super::output::Output;
 use crate::bpf::store;
 
+/// A range of Services, of which packets reach what has a Service alone.
+const SERVICES: &str = "services";
+
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Row {
@@ -37,13 +40,14 @@ fn read(prefix: IpNet, peer: &Peer) -> Row {
         (flags::POD, "pods"),
         (flags::LOCAL_PODS, "pods here"),
         (flags::NO_MASQ, "not masqueraded"),
+        (flags::SERVICES, SERVICES),
     ];
     Row {
         prefix,
         kind: kind.iter().find(|(flag, _)| has(*flag)).map_or("other", |(_, name)| name),
         node: (peer.node != Addr::UNSPECIFIED).then(|| peer.node.into()),
         tunnel: has(flags::TUNNEL),
-        masquerade: !has(flags::NO_MASQ | flags::POD | flags::NODE | flags::HOST | flags::LOCAL_PODS),
+        masquerade: !has(flags::NO_MASQ | flags::POD | flags::NODE | flags::HOST | flags::LOCAL_PODS | flags::SERVICES),
         identity: peer.identity,
     }
 }
@@ -60,16 +64,21 @@ fn line(row: &Row) -> Vec<String> {
         row.prefix.to_string(),
         row.kind.to_owned(),
         row.node.map_or_else(|| "-".to_owned(), |ip| ip.to_string()),
-        if row.tunnel { "overlay" } else { "routes" }.to_owned(),
+        match row.kind {
+            SERVICES => "-",
+            _ if row.tunnel => "overlay",
+            _ => "routes",
+        }
+        .to_owned(),
         identity,
     ]
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Peer, flags, identity, read};
+    use super::{Peer, flags, identity, line, read};
     use crate::cli::golden::assert_golden;
-    use rustnet_common::addr::Addr;
+    use rustnet_common::addr::{Addr, Address};
     use std::net::IpAddr;
 
     #[test]
@@ -77,5 +86,12 @@ mod tests {
         let node = Addr::from("192.0.2.2".parse::<IpAddr>().unwrap());
         let peer = Peer { node, identity: identity::POD, flags: flags::POD | flags::TUNNEL, pad: 0 };
         assert_golden("peers", &[read("10.1.2.0/24".parse().unwrap(), &peer)]);
+    }
+
+    #[test]
+    fn ranges_of_services_lead_nowhere() {
+        let peer = Peer { node: Addr::UNSPECIFIED, identity: identity::WORLD, flags: flags::SERVICES, pad: 0 };
+        let row = read("10.96.0.0/16".parse().unwrap(), &peer);
+        assert_eq!(line(&row).join(" "), "10.96.0.0/16 services - - world");
     }
 }

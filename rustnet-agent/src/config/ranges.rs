@@ -71,7 +71,7 @@ impl Config {
                     read.name(b.flag),
                 ));
             }
-            if let Some(reserved) = reserved(a.net) {
+            if let Some(reserved) = reserved_range(a.net) {
                 read.problems.push(format!(
                     "{}: {} {} overlaps {reserved}; choose another range",
                     read.name(a.flag),
@@ -107,8 +107,8 @@ fn overlap(a: IpNet, b: IpNet) -> bool {
     a.contains(&b) || b.contains(&a)
 }
 
-/// Ranges that neither pods nor services nor nodes can have.
-fn reserved(net: IpNet) -> Option<String> {
+/// The range that neither pods nor services nor nodes can have, if this one shares addresses with one: for messages.
+pub fn reserved_range(net: IpNet) -> Option<String> {
     let table = [
         ("127.0.0.0/8", "the loopback range"),
         ("169.254.0.0/16", "the link-local range, which holds the pods' gateway"),

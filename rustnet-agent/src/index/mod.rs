@@ -1,18 +1,21 @@
 //! From events to the desired state of the maps. Pure: no I/O, no clock, no maps.
 //!
 //! [`Index`] owns everything. `services` knows who claims which virtual address and marks what changed; `backends` chooses
-//! the endpoints of one service port; `health_checks` knows the ports of load balancers' probes; `nodes` makes the peers table; `relist` finds what a fresh list left out.
+//! the endpoints of one service port; `health_checks` knows the ports of load balancers' probes; `nodes` makes the peers table, and
+//! `service_cidrs` adds the ranges of Services to it; `relist` finds what a fresh list left out.
 
 mod backends;
 mod health_checks;
 mod nodes;
 mod relist;
+mod service_cidrs;
 mod services;
 pub mod unserved;
 mod vip;
 
 pub use backends::{BackendSet, Choice, DesiredBackend};
 pub use health_checks::{HealthCheck, HealthChecks};
+pub use service_cidrs::is_range as is_service_range;
 pub use services::{DesiredService, WithoutLocalEndpoints};
 pub use vip::{ServiceRanges, SourceRange, VipKey};
 
@@ -25,6 +28,7 @@ use ipnet::IpNet;
 use nodes::Nodes;
 use relist::Relist;
 use rustnet_common::peer::Peer;
+use service_cidrs::ServiceCidrs;
 use services::{Services, Spreading};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,6 +60,7 @@ pub struct Index {
     is_host_known: bool,
     services: Services,
     nodes: Nodes,
+    service_cidrs: ServiceCidrs,
     /// Decided when somebody asks; emptied by whatever they depend on. For thousands of nodes that takes a few milliseconds.
     ways: OnceCell<Arc<Ways>>,
     ways_version: u64,
@@ -82,6 +87,7 @@ impl Index {
             host: HostFacts::default(),
             is_host_known: false,
             nodes: Nodes::default(),
+            service_cidrs: ServiceCidrs::default(),
             ways: OnceCell::new(),
             ways_version: 0,
             peers_dirty: true,
@@ -115,6 +121,8 @@ impl Index {
             }
             Event::Restart(kind) => self.relist.restart(kind),
             Event::Synced(kind) => {
+                // Ranges of Services wait for several kinds.
+                self.peers_dirty = true;
                 if let Some(seen) = self.relist.synced(kind) {
                     for object in self.known(kind) {
                         if !seen.contains(&object.name) {
@@ -125,6 +133,7 @@ impl Index {
                 }
             }
             Event::Report { origin, problems } => {
+                self.peers_dirty |= origin == Origin::Watch(Kind::Node);
                 if problems.is_empty() {
                     self.reports.remove(&origin);
                 } else {
@@ -234,9 +243,20 @@ impl Index {
         std::mem::take(&mut self.peers_dirty)
     }
 
-    /// The peers table as it should be.
+    /// The peers table as it should be. It has ranges of Services only once Services are known: before that, an address of theirs
+    /// looks like one that no Service has.
     pub fn desired_peers(&self) -> BTreeMap<IpNet, Peer> {
-        nodes::peers(&self.ways())
+        let ways = self.ways();
+        let mut peers = nodes::peers(&ways);
+        if self.is_open(Gate::Services) {
+            self.service_cidrs.add_to(&mut peers, &self.settings.service_cidrs, &ways);
+        }
+        peers
+    }
+
+    /// True once [`Self::desired_peers`] has all ranges of Services that there are.
+    pub fn knows_service_ranges(&self) -> bool {
+        self.is_open(Gate::Services) && self.has_synced(Kind::ServiceCidr)
     }
 
     /// This node's place, and the ways to all others.
@@ -307,6 +327,7 @@ impl Index {
         let mut all: Vec<Problem> = self.reports.values().chain(self.problems.values()).flatten().cloned().collect();
         let ways = self.ways();
         all.extend(ways.problems.iter().chain(&ways.unrouted).cloned());
+        all.extend(self.service_cidrs.problems(&self.settings.service_cidrs, &ways));
         all.extend(self.services.conflicts());
         all.extend(unserved::problems(&self.unserved()));
         all.extend(self.own_node_is_missing());
@@ -334,6 +355,10 @@ impl Index {
             // A directory of manifests may name the whole cluster's.
             Object::Pod(pod) if pod.node != self.settings.node_name => drop(self.pods.remove(&pod.name)),
             Object::Pod(pod) => drop(self.pods.insert(pod.name.clone(), pod)),
+            Object::ServiceCidr(object) => {
+                self.service_cidrs.apply(object);
+                self.peers_dirty = true;
+            }
         }
     }
 
@@ -350,6 +375,10 @@ impl Index {
             Kind::Pod => {
                 self.pods.remove(&object.name);
             }
+            Kind::ServiceCidr => {
+                self.service_cidrs.delete(&object.name);
+                self.peers_dirty = true;
+            }
         }
     }
 
@@ -360,6 +389,7 @@ impl Index {
             Kind::Slice => self.services.slice_names().collect(),
             Kind::Node => self.nodes.iter().map(|node| node.name.clone()).collect(),
             Kind::Pod => self.pods.keys().cloned().collect(),
+            Kind::ServiceCidr => self.service_cidrs.names().collect(),
         };
         names.extend(self.problems.keys().filter(|object| object.kind == kind).map(|object| object.name.clone()));
         names.into_iter().map(|name| ObjectRef { kind, name }).collect()
@@ -405,6 +435,7 @@ fn problems_of(object: &Object) -> &[Problem] {
         Object::Slice(slice) => &slice.problems,
         Object::Node(node) => &node.problems,
         Object::Pod(pod) => &pod.problems,
+        Object::ServiceCidr(it) => &it.problems,
     }
 }
 

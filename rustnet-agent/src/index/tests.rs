@@ -2,6 +2,7 @@
 
 mod external;
 mod health_checks;
+mod service_cidrs;
 
 use super::VipKey;
 use super::{Choice, DesiredBackend, Gate, Index};

@@ -1,7 +1,9 @@
 //! Builders of objects for unit tests: name what matters, leave out the rest.
 #![expect(clippy::return_self_not_must_use, reason = "builders, in tests only")]
 
-use super::{Condition, Endpoint, EndpointSlice, Family, Hints, Node, ObjectName, Service, ServicePort, TargetPort};
+use super::{
+    Condition, Endpoint, EndpointSlice, Family, Hints, Node, ObjectName, Service, ServiceCidr, ServicePort, TargetPort,
+};
 use crate::source::{Event, Object};
 use rustnet_common::tuple::proto::TCP;
 use std::net::IpAddr;
@@ -186,5 +188,18 @@ impl Node {
     /// The event that delivers it.
     pub fn apply(self) -> Event {
         Event::Apply(Object::Node(Arc::new(self)))
+    }
+}
+
+/// An object with ranges of Services.
+pub fn service_cidr(name: &str, cidrs: &[&str]) -> ServiceCidr {
+    let cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
+    ServiceCidr { name: ObjectName::cluster(name), cidrs, problems: Box::default() }
+}
+
+impl ServiceCidr {
+    /// The event that adds or changes it.
+    pub fn apply(self) -> Event {
+        Event::Apply(Object::ServiceCidr(Arc::new(self)))
     }
 }

@@ -11,6 +11,7 @@ mod node;
 mod pod;
 mod problem;
 mod service;
+mod service_cidr;
 mod slice;
 
 pub use feature::Feature;
@@ -19,6 +20,7 @@ pub use node::Node;
 pub use pod::Pod;
 pub use problem::Problem;
 pub use service::{Frontend, Service, ServicePort};
+pub use service_cidr::ServiceCidr;
 pub use slice::{Condition, Endpoint, EndpointSlice, Hints, TargetPort};
 
 use std::fmt;

@@ -6,7 +6,7 @@ use super::peers::{PeerWrites, Peers};
 use super::services::{ServiceWrites, Services};
 use super::source_ranges::{Entry, RangeWrites, SourceRanges};
 use super::{Maps, Snapshot, SourceRange, Table, VipKey, Write};
-use crate::index::{Gate, Index, ServiceRanges};
+use crate::index::{self, Gate, Index, ServiceRanges};
 use crate::model::Problem;
 use ipnet::IpNet;
 use rustnet_common::peer::Peer;
@@ -28,11 +28,16 @@ pub struct Plan {
 /// their ids, then its entry; wildcard entries; deletions the other way round, a backend's value no sooner than a grace period after;
 /// and before the deletions of ranges and peers the flows to forget, as by then no packet makes them again.
 ///
+/// A range of Services comes after the entries of Services: from then on, an address in it that has none is refused.
+///
 /// Puts come before deletions, so that a full map takes an entry only after another has gone: what does not fit next to the
 /// entries that go is left to a second plan.
 fn in_order(peers: PeerWrites, ranges: RangeWrites, services: ServiceWrites) -> Vec<Write> {
     let services = ranges.before.into_iter().chain(services.in_order()).chain(ranges.after);
-    peers.puts.into_iter().chain(services).chain(peers.deletes).collect()
+    let is_service_range =
+        |write: &Write| matches!(write, Write::PutPeer { peer, .. } if index::is_service_range(peer));
+    let (service_ranges, peer_puts): (Vec<_>, Vec<_>) = peers.puts.into_iter().partition(is_service_range);
+    peer_puts.into_iter().chain(services).chain(service_ranges).chain(peers.deletes).collect()
 }
 
 /// What the maps hold, and all that is needed to go on from there.
@@ -216,7 +221,18 @@ impl Planner {
     fn plan_peers(&mut self, index: &mut Index) -> PeerWrites {
         let all = std::mem::take(&mut self.compare_peers);
         let is_due = index.take_peers_dirty() | all | self.peers.waits();
-        if is_due { self.peers.plan(index.desired_peers()) } else { PeerWrites::default() }
+        if !is_due {
+            return PeerWrites::default();
+        }
+        let mut desired = index.desired_peers();
+        if !index.knows_service_ranges() {
+            // What an agent before has found out stays until it is known again: a restart changes nothing for packets.
+            let held = self.peers.held().iter().filter(|(_, peer)| index::is_service_range(peer));
+            for (prefix, peer) in held {
+                desired.entry(*prefix).or_insert(*peer);
+            }
+        }
+        self.peers.plan(desired)
     }
 
     /// True if deletions of the last plan make room for what did not fit.

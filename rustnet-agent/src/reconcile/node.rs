@@ -36,6 +36,7 @@ pub fn settings(config: &Config) -> Settings {
         },
         pod_cidrs: config.pod_cidrs.clone(),
         no_masquerade: config.non_masquerade_cidrs.clone(),
+        service_cidrs: config.service_cidrs.clone(),
         node_ports: config.node_port_addresses.clone(),
         has_host_sockets: config.socket_lb != SocketLb::Off,
         lb_algorithm: config.lb_algorithm,

@@ -5,6 +5,7 @@
 
 mod node;
 mod service;
+mod service_cidr;
 mod slice;
 #[cfg(test)]
 mod tests;
@@ -59,7 +60,7 @@ pub fn reference(kind: Kind, meta: &ObjectMeta) -> Result<ObjectRef, BadName> {
         return Err(BadName { kind, name: name.to_owned() });
     }
     let name = match kind {
-        Kind::Node => ObjectName::cluster(name),
+        Kind::Node | Kind::ServiceCidr => ObjectName::cluster(name),
         Kind::Service | Kind::Slice | Kind::Pod => ObjectName::namespaced(namespace, name),
     };
     Ok(ObjectRef { kind, name })

@@ -1,6 +1,6 @@
 //! The source that watches a Kubernetes API server.
 //!
-//! One task a kind; of Pods, the server is asked for this node's own only. Objects are converted as
+//! One task a kind; of Pods, the server is asked for this node's own only. Of ServiceCIDRs, there may be none to ask for. Objects are converted as
 //! they arrive and dropped: nothing is stored here, and what the agent keeps is the index's
 //! business. Lists are streamed where the server can (1.27 and later), else paged. A failed watch
 //! is resumed where it broke off, with jittered back-off. When the server no longer has that place
@@ -12,7 +12,7 @@ mod slim;
 mod store;
 mod trouble;
 
-use self::slim::{SlimNode, SlimPod};
+use self::slim::{SlimNode, SlimPod, SlimServiceCidr};
 use self::store::Store;
 use self::trouble::Trouble;
 use super::convert::{self, BadName, Converter};
@@ -38,6 +38,8 @@ const OURS: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/servi
 const PAGE: u32 = 250;
 /// How long a watch lasts in seconds, and by how much it may be shorter: watches that began together do not end together.
 const WATCH: (u32, Duration) = (290, Duration::from_mins(1));
+/// Between two attempts to list what the server does not have, or does not show to the agent; spread up to twice that.
+const ABSENT: Duration = Duration::from_secs(150);
 /// A source on an API server.
 #[derive(Clone)]
 pub struct KubeSource {
@@ -72,6 +74,7 @@ impl KubeSource {
                 Follower::new::<EndpointSlice>(&self, &events, streaming).follow::<EndpointSlice>(),
                 Follower::new::<SlimNode>(&self, &events, streaming).follow::<SlimNode>(),
                 Follower::new::<SlimPod>(&self, &events, streaming).follow::<SlimPod>(),
+                Follower::new::<SlimServiceCidr>(&self, &events, streaming).follow::<SlimServiceCidr>(),
             )
         };
         tokio::select! {
@@ -167,6 +170,16 @@ impl Watched for SlimPod {
     }
 }
 
+impl Watched for SlimServiceCidr {
+    const KIND: Kind = Kind::ServiceCidr;
+    fn select(config: watcher::Config, _: &str) -> watcher::Config {
+        config
+    }
+    fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
+        converter.service_cidr(&self.0)
+    }
+}
+
 /// Follows one kind.
 struct Follower<'a> {
     source: &'a KubeSource,
@@ -178,6 +191,8 @@ struct Follower<'a> {
     paging: bool,
     /// The list is complete.
     listed: bool,
+    /// A list has been complete before, or the server has none.
+    has_listed: bool,
     converter: Converter,
     trouble: Trouble<'a>,
     backoff: Backoff,
@@ -208,6 +223,7 @@ impl<'a> Follower<'a> {
             streaming,
             paging: false,
             listed: false,
+            has_listed: false,
             converter: Converter::new(),
             trouble: Trouble::new(Origin::Watch(K::KIND), events),
             backoff: Backoff::default(),
@@ -254,6 +270,9 @@ impl<'a> Follower<'a> {
                 Some(Err(error)) => error,
                 None => return,
             };
+            if self.kind == Kind::ServiceCidr && is_absent(&error) {
+                return self.absent(&error).await;
+            }
             self.source.metrics.source_failed(self.kind);
             let next = next_step(&error, streaming && !self.listed);
             let delay = match next {
@@ -272,6 +291,18 @@ impl<'a> Follower<'a> {
                 return;
             }
         }
+    }
+
+    /// The server does not have the kind, or does not show it: that is no failure. What was known of it stays.
+    async fn absent(&mut self, error: &watcher::Error) {
+        self.trouble.over().await;
+        // It has answered.
+        self.source.connection.answers.heard(self.kind);
+        if !std::mem::replace(&mut self.has_listed, true) {
+            tracing::info!(kind = %self.kind, error = chain(error), "not there: doing without");
+            self.send(Event::Synced(self.kind)).await;
+        }
+        self.pause(ABSENT + spread(ABSENT)).await;
     }
 
     async fn pause(&mut self, delay: Duration) {
@@ -300,7 +331,7 @@ impl<'a> Follower<'a> {
         let converted = match event {
             Init => return,
             InitDone => {
-                (self.listed, self.paging) = (true, false);
+                (self.listed, self.has_listed, self.paging) = (true, true, false);
                 self.source.metrics.source_synced(self.kind);
                 if let Some(herd) = herd {
                     herd.synced();
@@ -332,6 +363,17 @@ impl<'a> Follower<'a> {
     async fn send(&mut self, event: Event) {
         self.closed |= self.events.send(event).await.is_err();
     }
+}
+
+/// True if the server says that it has no such kind (404), or that the agent may not see it (403).
+fn is_absent(error: &watcher::Error) -> bool {
+    use watcher::Error as E;
+    let status = match error {
+        E::InitialListFailed(kube::Error::Api(status)) | E::WatchStartFailed(kube::Error::Api(status)) => status,
+        E::WatchError(status) => status,
+        _ => return false,
+    };
+    matches!(status.code, 403 | 404)
 }
 
 fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
@@ -460,6 +502,53 @@ mod tests {
         }
         assert!(has_forgotten.load(Ordering::Relaxed));
         assert_eq!(about_nodes, ["Restart(Node)", "Node n1", "Restart(Node)", "Node n1", "Node n2", "Synced(Node)"]);
+    }
+
+    /// A server without ServiceCIDRs; later it has them, and one.
+    async fn answer_without_ranges(request: Request<Body>, asked: Arc<AtomicU32>, code: u16) -> Response<Body> {
+        let query = request.uri().query().unwrap_or_default().to_owned();
+        let object =
+            json!({"metadata": {"name": "kubernetes", "resourceVersion": "7"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
+        let (code, body) = match request.uri().path() {
+            "/version" => (200, serde_json::to_string(&version("1", "26")).expect("JSON")),
+            "/apis/networking.k8s.io/v1/servicecidrs" if asked.fetch_add(1, Ordering::Relaxed) < 3 => {
+                (code, "404 page not found\n".to_owned())
+            }
+            _ if query.contains("watch=true") => return std::future::pending().await,
+            "/apis/networking.k8s.io/v1/servicecidrs" => {
+                (200, json!({"metadata": {"resourceVersion": "7"}, "items": [object]}).to_string())
+            }
+            _ => (200, json!({"metadata": {"resourceVersion": "7"}, "items": []}).to_string()),
+        };
+        Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
+    }
+
+    /// An older server has none, and after an upgrade of the agent alone its role does not name them.
+    #[tokio::test(start_paused = true)]
+    async fn a_server_without_ranges_of_services_is_no_failure() {
+        for code in [404, 403] {
+            let asked = Arc::new(AtomicU32::new(0));
+            let server = tower::service_fn(move |request| {
+                let answer = answer_without_ranges(request, Arc::clone(&asked), code);
+                async { Ok::<_, kube::Error>(answer.await) }
+            });
+            let answers = crate::api::answers::Answers::default();
+            let connection = Connection::new(kube::Client::new(server, "default"), answers);
+            let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
+            let (sender, mut events) = tokio::sync::mpsc::channel(256);
+            tokio::spawn(source.run(sender));
+            let mut about_ranges = Vec::new();
+            while about_ranges.len() < 4 {
+                match events.recv().await.expect("the source runs") {
+                    Event::Restart(Kind::ServiceCidr) => about_ranges.push("Restart".to_owned()),
+                    Event::Synced(Kind::ServiceCidr) => about_ranges.push("Synced".to_owned()),
+                    Event::Apply(object) => about_ranges.push(object.reference().to_string()),
+                    Event::Report { problems, .. } => assert!(problems.is_empty(), "{problems:?}"),
+                    _ => {}
+                }
+            }
+            assert_eq!(about_ranges, ["Synced", "Restart", "ServiceCIDR kubernetes", "Synced"]);
+        }
     }
 
     /// Each watch of Nodes ends at once. The second time that their list is asked for as a stream, that is refused.

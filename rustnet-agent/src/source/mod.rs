@@ -4,7 +4,7 @@ pub mod convert;
 pub mod kube;
 pub mod manifests;
 
-use crate::model::{EndpointSlice, Node, ObjectName, Pod, Problem, Service};
+use crate::model::{EndpointSlice, Node, ObjectName, Pod, Problem, Service, ServiceCidr};
 use std::fmt;
 use std::sync::Arc;
 
@@ -77,11 +77,13 @@ pub enum Kind {
     Node,
     /// `v1/Pod`. The index keeps those of this node only. Nothing waits for this kind.
     Pod,
+    /// `networking.k8s.io/v1/ServiceCIDR`. Servers before Kubernetes 1.33 have none, and nothing waits for this kind.
+    ServiceCidr,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 4] = [Self::Service, Self::Slice, Self::Node, Self::Pod];
+    pub const ALL: [Self; 5] = [Self::Service, Self::Slice, Self::Node, Self::Pod, Self::ServiceCidr];
     /// The kinds that must have synced before the node is ready.
     pub const REQUIRED: [Self; 3] = [Self::Service, Self::Slice, Self::Node];
 }
@@ -93,6 +95,7 @@ impl fmt::Display for Kind {
             Self::Slice => "EndpointSlice",
             Self::Node => "Node",
             Self::Pod => "Pod",
+            Self::ServiceCidr => "ServiceCIDR",
         })
     }
 }
@@ -108,6 +111,8 @@ pub enum Object {
     Node(Arc<Node>),
     /// A pod.
     Pod(Arc<Pod>),
+    /// Ranges of Services.
+    ServiceCidr(Arc<ServiceCidr>),
 }
 
 impl Object {
@@ -118,6 +123,7 @@ impl Object {
             Self::Slice(it) => &it.name,
             Self::Node(it) => &it.name,
             Self::Pod(it) => &it.name,
+            Self::ServiceCidr(it) => &it.name,
         };
         ObjectRef { kind: self.kind(), name: name.clone() }
     }
@@ -129,6 +135,7 @@ impl Object {
             Self::Slice(_) => Kind::Slice,
             Self::Node(_) => Kind::Node,
             Self::Pod(_) => Kind::Pod,
+            Self::ServiceCidr(_) => Kind::ServiceCidr,
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::config::{Algorithm, NodePortAddresses, Routing};
 use crate::host::HostFacts;
 use crate::model::{Family, Node, Problem};
 
-/// Settings that the ways depend on.
+/// Settings that the ways, and the tables of Services and peers, depend on.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Name of this node.
@@ -36,6 +36,8 @@ pub struct Settings {
     pub pod_cidrs: Vec<IpNet>,
     /// Ranges beyond pods and nodes to which pods keep their address.
     pub no_masquerade: Vec<IpNet>,
+    /// Ranges of Services, beyond those of objects.
+    pub service_cidrs: Vec<IpNet>,
     /// Addresses of this node that have node ports; empty: all.
     pub node_ports: Vec<NodePortAddresses>,
     /// Sockets of this host ask for Services by themselves, and reach node ports at loopback addresses.
@@ -65,6 +67,7 @@ impl Settings {
             overlay_family: None,
             pod_cidrs: Vec::new(),
             no_masquerade: Vec::new(),
+            service_cidrs: Vec::new(),
             node_ports: Vec::new(),
             has_host_sockets: false,
             lb_algorithm: Algorithm::Random,

@@ -101,7 +101,7 @@ impl World {
             numbers: BTreeMap::new(),
             adopted: BTreeSet::new(),
         };
-        for kind in Kind::REQUIRED {
+        for kind in Kind::ALL {
             world.index.handle(Event::Synced(kind));
         }
         world
@@ -160,6 +160,7 @@ impl World {
             }
             self.index.handle(Event::Synced(kind));
         }
+        self.index.handle(Event::Synced(Kind::ServiceCidr));
     }
 
     /// A new agent finds the maps as they are.
@@ -284,6 +285,7 @@ fn settings() -> impl Strategy<Value = Settings> {
             pod_cidrs: Vec::new(),
             no_masquerade: if no_masquerade { vec!["172.18.0.0/24".parse().unwrap()] } else { Vec::new() },
             has_host_sockets,
+            service_cidrs: vec!["10.96.0.0/16".parse().unwrap()],
             node_ports: Vec::new(),
             lb_algorithm,
             maglev_table_size: 251,

@@ -420,5 +420,9 @@ fn peers(cluster: &Cluster, settings: &Settings) -> BTreeMap<IpNet, Peer> {
             table.entry(*range).or_insert((None, peer::identity::WORLD, peer::flags::NO_MASQ));
         }
     }
+    for range in &settings.service_cidrs {
+        assert!(!ranges.iter().chain(&links()).any(|other| other.contains(range) || range.contains(other)));
+        table.insert(*range, (None, peer::identity::WORLD, peer::flags::SERVICES));
+    }
     table
 }

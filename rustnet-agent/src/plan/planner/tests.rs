@@ -4,6 +4,7 @@ mod audit;
 mod damage;
 mod full;
 mod kube_proxy;
+mod service_cidrs;
 mod sets;
 mod source_ranges;
 mod tables;

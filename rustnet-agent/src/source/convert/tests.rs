@@ -555,3 +555,45 @@ fn a_slice_says_what_set_it_off() {
     let since = slice(value).triggered.unwrap().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap();
     assert_eq!(since.as_millis(), 1_795_867_200_500);
 }
+
+fn service_cidr(value: Value) -> Arc<crate::model::ServiceCidr> {
+    match Converter::new().service_cidr(&serde_json::from_value(value).unwrap()).unwrap() {
+        Event::Apply(Object::ServiceCidr(object)) => object,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_service_cidr_is_its_ranges() {
+    let spec = json!({"cidrs": ["10.96.0.0/16", "fd00:96::/112", "010.97.0.7/24", "10.96.0.0/16"]});
+    let it = service_cidr(json!({"metadata": {"name": "kubernetes"}, "spec": spec}));
+    assert_eq!((it.name.as_str(), &*it.problems), ("kubernetes", &[][..]));
+    assert_eq!(*it.cidrs, ["10.96.0.0/16", "fd00:96::/112", "10.97.0.0/24"].map(|cidr| cidr.parse().unwrap()));
+    // It counts until it is gone.
+    let meta = json!({"name": "old", "deletionTimestamp": "2026-01-03T03:04:05Z"});
+    assert_eq!(service_cidr(json!({"metadata": meta, "spec": spec})).cidrs, it.cidrs);
+    for nothing in [json!({"metadata": {"name": "x"}}), json!({"metadata": {"name": "x"}, "spec": {}})] {
+        let it = service_cidr(nothing);
+        assert_eq!((it.cidrs.len(), it.problems.len()), (0, 0));
+    }
+}
+
+#[test]
+fn a_bad_range_of_services_costs_itself_alone() {
+    for (bad, needle) in [
+        ("10.96.0.0", "is not a range"),
+        ("10.96.0.0/33", "is not a range"),
+        ("", "is not a range"),
+        ("0.0.0.0/0", "everything"),
+        ("::/0", "everything"),
+        ("127.0.0.0/16", "loopback"),
+        ("169.254.0.0/20", "link-local"),
+        ("224.0.0.0/8", "multicast"),
+        ("fe80::/64", "link-local"),
+    ] {
+        let spec = json!({"cidrs": ["10.96.0.0/16", bad, "fd00:96::/112"]});
+        let it = service_cidr(json!({"metadata": {"name": "second"}, "spec": spec}));
+        assert_eq!(it.cidrs.len(), 2, "{bad}");
+        only_problem(&it.problems, &["ServiceCIDR second: spec.cidrs[1]: ", needle, "it is left out"]);
+    }
+}

@@ -1,4 +1,4 @@
-//! Nodes and Pods of which only what is of use is read.
+//! Nodes, Pods and ServiceCIDRs of which only what is of use is read.
 //!
 //! Kubelets write their Node every few minutes, each with its images, conditions, annotations and the owners of all its
 //! fields, and each agent of the cluster reads them all. A Pod carries its containers. The JSON of what is not named here
@@ -7,6 +7,7 @@
 use k8s_openapi::api::core::v1::{
     Node, NodeAddress, NodeCondition, NodeSpec, NodeStatus, Pod, PodIP, PodSpec, PodStatus, Taint,
 };
+use k8s_openapi::api::networking::v1::{ServiceCIDR, ServiceCIDRSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::Resource;
 use serde::{Deserialize, Deserializer};
@@ -22,6 +23,10 @@ pub(super) struct SlimNode(pub(super) Node);
 /// A Pod with its name, node, phase and addresses, and its annotation for socket load-balancing.
 #[derive(Clone, Debug)]
 pub(super) struct SlimPod(pub(super) Pod);
+
+/// A ServiceCIDR with its name and ranges.
+#[derive(Clone, Debug)]
+pub(super) struct SlimServiceCidr(pub(super) ServiceCIDR);
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -104,6 +109,18 @@ struct PodStatusFields {
     pod_ips: Option<Vec<PodIP>>,
 }
 
+#[derive(Deserialize)]
+struct ServiceCidrFields {
+    #[serde(default)]
+    metadata: Meta,
+    spec: Option<ServiceCidrSpecFields>,
+}
+
+#[derive(Deserialize)]
+struct ServiceCidrSpecFields {
+    cidrs: Option<Vec<String>>,
+}
+
 impl From<Meta> for ObjectMeta {
     fn from(it: Meta) -> Self {
         let annotations = it.annotations.and_then(|it| it.socket_lb);
@@ -161,6 +178,14 @@ impl<'de> Deserialize<'de> for SlimPod {
     }
 }
 
+impl<'de> Deserialize<'de> for SlimServiceCidr {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let it = ServiceCidrFields::deserialize(deserializer)?;
+        let spec = it.spec.map(|it| ServiceCIDRSpec { cidrs: it.cidrs });
+        Ok(Self(ServiceCIDR { metadata: it.metadata.into(), spec, status: None }))
+    }
+}
+
 /// What a slim object is to the API server: the whole one.
 macro_rules! is_resource {
     ($slim:ty, $whole:ty) => {
@@ -192,6 +217,7 @@ macro_rules! is_resource {
 
 is_resource!(SlimNode, Node);
 is_resource!(SlimPod, Pod);
+is_resource!(SlimServiceCidr, ServiceCIDR);
 
 #[cfg(test)]
 mod tests {
@@ -266,6 +292,27 @@ mod tests {
             assert_eq!(convert(&slim), convert(&whole));
             assert_eq!(slim.metadata.resource_version, whole.metadata.resource_version);
             assert!(slim.spec.expect("a spec").containers.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_slim_service_cidr_means_what_the_whole_one_means() {
+        for spec in
+            [json!({"cidrs": ["10.96.0.0/16", "fd00:96::/112"]}), json!({"cidrs": ["x"]}), json!({}), json!(null)]
+        {
+            let object = json!({
+                "metadata": {
+                    "name": "kubernetes", "resourceVersion": "7", "deletionTimestamp": "2026-01-03T03:04:05Z",
+                    "finalizers": ["networking.k8s.io/service-cidr-finalizer"],
+                },
+                "spec": spec,
+                "status": {"conditions": null},
+            });
+            let (slim, whole) = (read::<SlimServiceCidr>(&object).0, read::<ServiceCIDR>(&object));
+            let convert = |object: &ServiceCIDR| Converter::new().service_cidr(object).expect("an event");
+            assert_eq!(convert(&slim), convert(&whole));
+            assert_eq!(slim.metadata.resource_version, whole.metadata.resource_version);
+            assert_eq!(slim.status, None);
         }
     }
 

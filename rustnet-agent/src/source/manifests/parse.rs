@@ -4,6 +4,7 @@ use crate::source::convert::Converter;
 use crate::source::{Event, ObjectRef};
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_saphyr::{Options, Spanned};
@@ -112,10 +113,14 @@ fn object(
         "Service" if version == "v1" => converter.service(&source.read::<Service>()?),
         "Node" if version == "v1" => converter.node(&source.read::<Node>()?),
         "Pod" if version == "v1" => converter.pod(&source.read::<Pod>()?),
+        "ServiceCIDR" if version == "networking.k8s.io/v1" => converter.service_cidr(&source.read::<ServiceCIDR>()?),
         "EndpointSlice" if version == "discovery.k8s.io/v1" => converter.slice(&source.read::<EndpointSlice>()?),
         // Somebody else's kind of the same name, such as Knative's Service, is none of ours.
         "EndpointSlice" if version.starts_with("discovery.k8s.io/") || version.is_empty() => {
             return Err(wrong_version(line, version, kind, "discovery.k8s.io/v1"));
+        }
+        "ServiceCIDR" if version.starts_with("networking.k8s.io/") || version.is_empty() => {
+            return Err(wrong_version(line, version, kind, "networking.k8s.io/v1"));
         }
         "Service" | "Node" | "Pod" if version.is_empty() => return Err(wrong_version(line, version, kind, "v1")),
         _ => {
@@ -267,6 +272,7 @@ mod tests {
             ("apiVersion: v1\nkind: Service\nmetadata: {}\n", 9, "set metadata.name"),
             ("kind: Service\nmetadata: {name: web}\n", 9, "write v1"),
             ("apiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\n", 9, "write discovery.k8s.io/v1"),
+            ("apiVersion: networking.k8s.io/v1beta1\nkind: ServiceCIDR\n", 9, "write networking.k8s.io/v1"),
             ("apiVersion: v1\nkind: List\nitems:\n- {kind: Node, apiVersion: v1, metadata: 3}\n", 12, "ObjectMeta"),
         ] {
             let error = broken(&format!("{SERVICE}---\n{second}"));
