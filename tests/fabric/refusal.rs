@@ -6,14 +6,15 @@ use rustnet_common::drop::DropReason;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::Duration;
-use testkit::client::ask;
+use testkit::client::{ask, connected_udp};
 use testkit::pod::PORT;
-use testkit::sniff::Sniffer;
+use testkit::sniff::{Frame, Sniffer};
 use testkit::{Netns, Pod, Proto, wait};
 
 in_each_routing!(
     a_service_without_endpoints_refuses,
     an_unknown_port_refuses,
+    an_address_of_a_service_range_that_no_service_has_leads_nowhere,
     a_service_that_is_filled_again_serves,
     refusals_are_sound_packets,
     refusals_are_sound_packets_with_offloads_on,
@@ -55,6 +56,56 @@ fn an_unknown_port_refuses(net: &Net) -> Result<()> {
     }
     ensure!(net.node(1).counter(DropReason::NoServicePort)? >= before + 24, "refusals are not counted");
     Ok(())
+}
+
+/// The router would send its packets back: they stay on the node while the range is there.
+fn an_address_of_a_service_range_that_no_service_has_leads_nowhere(net: &Net) -> Result<()> {
+    // A range that no other test asks.
+    let range = "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: second}\n\
+                 spec: {cidrs: [10.95.7.0/24, 'fd00:95:7::/112']}\n";
+    let nobody: [SocketAddr; 2] = ["10.95.7.9:80".parse()?, "[fd00:95:7::9]:80".parse()?];
+    let node = net.node(1);
+    let all = || [net.a.netns(), node.netns()].into_iter().flat_map(|from| nobody.map(|target| (from, target)));
+    let wire = Sniffer::start(node.netns(), "eth0")?;
+    let send = |from: &Netns, target| -> Result<()> {
+        from.run(|| connected_udp(target)?.send(b"x"))??;
+        Ok(())
+    };
+    let left = |target: SocketAddr| -> Result<usize> {
+        Sniffer::catch_up([&wire])?;
+        let is_ours = |frame: &Frame| frame.headers().is_some_and(|h| h.dst == target.ip());
+        Ok(wire.matching(usize::MAX, is_ours).len())
+    };
+    let dropped = || node.counter(DropReason::NoService);
+    let all_leave = || {
+        all().try_for_each(|(from, target)| {
+            wait::until("packets leave the node", || {
+                let before = left(target)?;
+                send(from, target)?;
+                ensure!(left(target)? > before, "nothing to {target}");
+                Ok(())
+            })
+        })
+    };
+    all_leave()?;
+    net.fabric.manifests().write("service-ranges.yaml", range)?;
+    for target in nobody {
+        wait::until("the range is there", || {
+            let before = dropped()?;
+            send(net.a.netns(), target)?;
+            ensure!(dropped()? > before, "{target} is not refused");
+            Ok(())
+        })?;
+    }
+    for (from, target) in all() {
+        let before = (left(target)?, dropped()?);
+        send(from, target)?;
+        ensure!(dropped()? > before.1, "what is dropped is not counted");
+        ask(from, Proto::Tcp, target, 1)?.all_failed(ErrorKind::TimedOut)?;
+        ensure!(left(target)? == before.0, "packets to {target} leave the node");
+    }
+    net.fabric.manifests().remove("service-ranges.yaml")?;
+    all_leave()
 }
 
 fn a_service_that_is_filled_again_serves(net: &Net) -> Result<()> {

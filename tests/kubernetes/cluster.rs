@@ -12,7 +12,7 @@ use kube::api::{
 use rustnet_agent::api::{Connection, Deadlines, NodeStatus, connect};
 use rustnet_agent::config::{self, Routing};
 use rustnet_agent::host::HostFacts;
-use rustnet_agent::index::{Index, Settings};
+use rustnet_agent::index::{Index, Settings, is_service_range};
 use rustnet_agent::metrics::Metrics;
 use rustnet_agent::plan::{MemoryMaps, Planner};
 use rustnet_agent::source::convert::Converter;
@@ -172,7 +172,7 @@ impl Cluster {
     fn api(&self, api_version: &str, kind: &str, namespace: Option<&str>) -> Api<DynamicObject> {
         let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
         let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
-        let cluster_wide = ["Namespace", "Node", "ClusterRole", "ClusterRoleBinding"].contains(&kind);
+        let cluster_wide = ["Namespace", "Node", "ClusterRole", "ClusterRoleBinding", "ServiceCIDR"].contains(&kind);
         match namespace {
             Some(namespace) if !cluster_wide => Api::namespaced_with(self.client.clone(), namespace, &resource),
             _ => Api::all_with(self.client.clone(), &resource),
@@ -218,8 +218,15 @@ impl Plane {
                 .collect();
             dump.insert(format!("{key:?} affinity {} flags {} -> {backends:?}", entry.affinity, entry.flags));
         }
-        dump.extend(held.peers.iter().map(|(prefix, peer)| format!("{prefix} {peer:?}")));
+        let peers = held.peers.iter().filter(|(_, peer)| !is_service_range(peer));
+        dump.extend(peers.map(|(prefix, peer)| format!("{prefix} {peer:?}")));
         dump
+    }
+
+    /// The ranges of Services, of which every server has its own.
+    fn service_ranges(&self) -> BTreeSet<String> {
+        let ranges = self.maps.held().peers.iter().filter(|(_, peer)| is_service_range(peer));
+        ranges.map(|(prefix, _)| prefix.to_string()).collect()
     }
 }
 
@@ -246,8 +253,10 @@ pub fn expected(yaml: &str) -> Result<Dump> {
 /// What the agent has seen so far.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
-    /// What is in its maps.
+    /// What is in its maps, but for the ranges of Services.
     pub dump: Dump,
+    /// Those.
+    pub service_ranges: BTreeSet<String>,
     /// Every kind that the agent needs has been delivered in full.
     pub synced: bool,
     /// The kinds that have been delivered in full.
@@ -376,6 +385,7 @@ async fn follow(mut plane: Plane, mut events: mpsc::Receiver<Event>, seen: &watc
         plane.sync()?;
         now.synced = plane.index.synced();
         now.dump = plane.dump();
+        now.service_ranges = plane.service_ranges();
         now.pods = plane.index.pods().map(|pod| (pod.name.to_string(), pod.addresses.to_vec())).collect();
         seen.send_replace(now);
     }

@@ -202,6 +202,7 @@ fn the_agents_rights_are_the_documented_ones() -> Result<()> {
         "discovery.k8s.io/endpointslices: get list watch",
         "events.k8s.io/events: create patch",
         "networking.k8s.io/networkpolicies: get list watch",
+        "networking.k8s.io/servicecidrs: get list watch",
     ];
     assert_eq!(rights, want);
     for (group, resource, subresource, verbs) in RIGHTS {

@@ -12,7 +12,7 @@ use rustnet_agent::health::Health;
 use rustnet_agent::source::kube::list::list;
 use rustnet_agent::source::{Event, Kind};
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -236,11 +236,17 @@ fn asked_only_what_it_may(requests: &[Request]) -> Result<()> {
             ensure!(request.uri.contains("metadata.name%3Dkubernetes"), "{request:?}");
             continue;
         }
-        let kinds = ["/api/v1/services", "/api/v1/nodes", "/api/v1/pods", "/apis/discovery.k8s.io/v1/endpointslices"];
+        let kinds = [
+            "/api/v1/services",
+            "/api/v1/nodes",
+            "/api/v1/pods",
+            "/apis/discovery.k8s.io/v1/endpointslices",
+            "/apis/networking.k8s.io/v1/servicecidrs",
+        ];
         ensure!(path == "/version" || kinds.contains(&path), "the source asked for {request:?}");
         ensure!(path == "/version" || request.verb == "watch", "lists are streamed: {request:?}");
     }
-    for resource in ["services", "endpointslices", "nodes", "pods"] {
+    for resource in ["services", "endpointslices", "nodes", "pods", "servicecidrs"] {
         let watches = of(requests, resource, "watch");
         let first = watches.first().with_context(|| format!("no watch of {resource}"))?;
         ensure!(first.contains("sendInitialEvents=true"), "{first}");
@@ -353,6 +359,31 @@ fn only_this_nodes_pods_arrive() -> Result<()> {
         let seen = agent.wait("what happened before the server forgot", is(&[("late", "10.244.1.7")])).await?;
         ensure!(seen.lists.get(&Kind::Pod) == Some(&2), "listed again: {:?}", seen.lists);
         ensure!(seen.pods_heard_of == ["default/here", "default/late"].map(str::to_owned).into(), "{seen:?}");
+        asked_only_what_it_may(&server.audit(AGENT)?)?;
+        Ok(())
+    })
+}
+
+/// The server has one for the ranges of its own settings, and administrators add and remove others.
+#[test]
+fn ranges_of_services_come_and_go() -> Result<()> {
+    with_server(&[], async |server| {
+        let cluster = Cluster::new(&server)?;
+        cluster.apply(&yaml(&[NAMESPACE, RBAC, NODES])).await?;
+        let mut agent = start_agent(&server).await?;
+        let is = |ranges: &[&str]| {
+            let ranges: BTreeSet<String> = ranges.iter().map(|range| (*range).to_owned()).collect();
+            move |seen: &Seen| seen.service_ranges == ranges
+        };
+        agent.wait("the server's own", is(&["10.96.0.0/16", "fd00:96::/108"])).await?;
+        let second = "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: second}\n\
+                      spec: {cidrs: [10.97.0.0/24, 'fd00:97::/112']}\n";
+        cluster.apply(second).await?;
+        let all = ["10.96.0.0/16", "10.97.0.0/24", "fd00:96::/108", "fd00:97::/112"];
+        agent.wait("a second one", is(&all)).await?;
+        cluster.delete("networking.k8s.io/v1", "ServiceCIDR", "second").await?;
+        let seen = agent.wait("without the second", is(&["10.96.0.0/16", "fd00:96::/108"])).await?;
+        ensure!(seen.trouble.is_empty(), "{:?}", seen.trouble);
         asked_only_what_it_may(&server.audit(AGENT)?)?;
         Ok(())
     })

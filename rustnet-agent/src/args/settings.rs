@@ -221,7 +221,7 @@ pub static GROUPS: &[Group] = &[
                 flag: "service-cidrs",
                 key: "serviceCIDRs",
                 value: "CIDR",
-                help: "The ranges that service addresses come from",
+                help: "The ranges that service addresses come from, beyond those of ServiceCIDR objects",
                 ..MANY
             },
             Setting {

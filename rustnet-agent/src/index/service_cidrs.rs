@@ -1,7 +1,7 @@
 //! Ranges of Services, and their place in the peers table: an address in one that no Service has does not exist.
 //!
-//! A packet meets the longest prefix that has its address, so that nodes and pods inside a range stay reachable. What a range would
-//! hide is told apart here.
+//! A packet meets the longest prefix that has its address, so that nodes and pods inside a range stay reachable. A range that would
+//! hide others is left out.
 
 use crate::model::{ObjectName, Problem, ServiceCidr};
 use crate::ways::{Owner, Ways};

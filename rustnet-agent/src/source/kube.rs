@@ -368,12 +368,12 @@ impl<'a> Follower<'a> {
 /// True if the server says that it has no such kind (404), or that the agent may not see it (403).
 fn is_absent(error: &watcher::Error) -> bool {
     use watcher::Error as E;
-    let status = match error {
-        E::InitialListFailed(kube::Error::Api(status)) | E::WatchStartFailed(kube::Error::Api(status)) => status,
-        E::WatchError(status) => status,
-        _ => return false,
-    };
-    matches!(status.code, 403 | 404)
+    match error {
+        E::InitialListFailed(kube::Error::Api(status))
+        | E::WatchStartFailed(kube::Error::Api(status))
+        | E::WatchError(status) => matches!(status.code, 403 | 404),
+        _ => false,
+    }
 }
 
 fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {

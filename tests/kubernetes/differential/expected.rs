@@ -60,7 +60,6 @@ pub fn node_of(server: &str) -> Option<&'static str> {
 /// All of them, in the order in which they apply.
 pub const RULES: [Rule; 8] = [
     Rule { name: "Cluster addresses from outside", predict: cluster_addresses_are_closed },
-    Rule { name: "Addresses of the service range that no Service has", predict: unknown_addresses_are_routed },
     Rule {
         name: "Ports of a load balancer's address that no Service has, from outside",
         predict: other_ports_are_refused,
@@ -79,13 +78,6 @@ fn cluster_addresses_are_closed(context: &Context<'_>, it: &mut Observed) {
     let is_cluster = matches!(context.question.front, Front::Cluster | Front::ClusterOther);
     if is_cluster && context.question.from == Place::Outside {
         *it = Observed::only(Failure::Dropped);
-    }
-}
-
-/// In these worlds the router refuses them.
-fn unknown_addresses_are_routed(context: &Context<'_>, it: &mut Observed) {
-    if context.question.front == Front::Unallocated {
-        *it = Observed::only(Failure::Unreachable);
     }
 }
 

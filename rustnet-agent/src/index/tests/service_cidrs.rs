@@ -142,7 +142,7 @@ fn a_network_of_this_host_keeps_its_addresses() {
 fn a_range_without_masquerade_hides_no_range_of_services() {
     let no_masquerade = ["10.0.0.0/8", "10.96.0.0/16"].map(|cidr| cidr.parse().unwrap()).into();
     let service_cidrs = vec!["10.96.0.0/16".parse().unwrap()];
-    let mut it = Index::new(Settings { service_cidrs, no_masquerade, ..settings(Routing::Vxlan) });
+    let mut it = Index::new(Settings { no_masquerade, service_cidrs, ..settings(Routing::Vxlan) });
     it.set_host(HostFacts::default());
     synced(&mut it);
     assert_eq!(ranges(&it), ["10.96.0.0/16"]);
