@@ -58,7 +58,7 @@ pub fn node_of(server: &str) -> Option<&'static str> {
 }
 
 /// All of them, in the order in which they apply.
-pub const RULES: [Rule; 8] = [
+pub const RULES: [Rule; 7] = [
     Rule { name: "Cluster addresses from outside", predict: cluster_addresses_are_closed },
     Rule {
         name: "Ports of a load balancer's address that no Service has, from outside",
