@@ -58,6 +58,8 @@ pub mod flags {
     pub const SHARED: u16 = 4;
     /// Only clients that `rn_source_ranges` has for this address, port and protocol may come by it.
     pub const SOURCE_RANGES: u16 = 8;
+    /// A backend is this node at the very port of the entry: its server may bind it. In entries of loopback addresses alone.
+    pub const OWN_PORT: u16 = 16;
 }
 
 shared_type!(SvcKey<Ip4>, 8);

@@ -249,9 +249,18 @@ impl Index {
         let ways = self.ways();
         let mut peers = nodes::peers(&ways);
         if self.is_open(Gate::Services) {
-            self.service_cidrs.add_to(&mut peers, &self.settings.service_cidrs, &ways);
+            self.service_cidrs.add_to(&mut peers, &self.settings.service_cidrs, &ways, self.endpoints_in_ranges());
         }
         peers
+    }
+
+    fn is_in_service_range(&self, ip: IpAddr) -> bool {
+        self.service_cidrs.contains(&self.settings.service_cidrs, ip)
+    }
+
+    /// Endpoints whose addresses are in ranges of Services.
+    fn endpoints_in_ranges(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.services.endpoint_addresses().filter(|ip| self.is_in_service_range(*ip))
     }
 
     /// True once [`Self::desired_peers`] has all ranges of Services that there are.
@@ -327,7 +336,7 @@ impl Index {
         let mut all: Vec<Problem> = self.reports.values().chain(self.problems.values()).flatten().cloned().collect();
         let ways = self.ways();
         all.extend(ways.problems.iter().chain(&ways.unrouted).cloned());
-        all.extend(self.service_cidrs.problems(&self.settings.service_cidrs, &ways));
+        all.extend(self.service_cidrs.problems(&self.settings.service_cidrs, &ways, self.endpoints_in_ranges()));
         all.extend(self.services.conflicts());
         all.extend(unserved::problems(&self.unserved()));
         all.extend(self.own_node_is_missing());
@@ -344,7 +353,11 @@ impl Index {
     fn apply(&mut self, object: Object) {
         match object {
             Object::Service(service) => self.services.apply_service(&service),
-            Object::Slice(slice) => self.services.apply_slice(&slice),
+            Object::Slice(slice) => {
+                // An endpoint in a range of Services takes the range out, and may have been there before.
+                self.peers_dirty |= slice.endpoints.iter().any(|it| self.is_in_service_range(it.addr));
+                self.services.apply_slice(&slice);
+            }
             Object::Node(node) => {
                 if let Some(before) = self.nodes.apply(&node) {
                     self.services

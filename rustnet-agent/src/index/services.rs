@@ -179,12 +179,17 @@ impl Services {
 
     pub fn without_endpoint(&self, mut addresses: BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
         if !addresses.is_empty() {
-            let slices = self.states.values().flat_map(|state| state.slices.iter());
-            for endpoint in slices.flat_map(|slice| slice.endpoints.iter()) {
-                addresses.remove(&endpoint.addr);
+            for ip in self.endpoint_addresses() {
+                addresses.remove(&ip);
             }
         }
         addresses
+    }
+
+    /// The addresses of all endpoints.
+    pub fn endpoint_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let slices = self.states.values().flat_map(|state| state.slices.iter());
+        slices.flat_map(|slice| slice.endpoints.iter().map(|endpoint| endpoint.addr))
     }
 
     pub fn apply_slice(&mut self, slice: &Arc<EndpointSlice>) {
@@ -377,7 +382,10 @@ impl Services {
         let family = Family::of(key.ip);
         let here = Place { node: &self.node_name, zone: &self.zone };
         let judged = if source_ranges.is_some() { flags::SOURCE_RANGES } else { 0 };
-        let flags = choose(is_local, target, family, &state.slices, here, choice) | judged;
+        let mut flags = choose(is_local, target, family, &state.slices, here, choice) | judged;
+        if key.ip.is_loopback() && choice.backends.iter().any(|it| it.port == key.port && self.own.contains(&it.addr)) {
+            flags |= flags::OWN_PORT;
+        }
         choice.table_size = self.spreading.table_size_of(service);
         let set =
             BackendSet { service: service.name.clone(), port: target.port, proto: target.proto, family, is_local };

@@ -115,10 +115,12 @@ impl Reconciler {
         let records = self.records.as_deref().unwrap_or_default();
         for (bucket, left) in by_bucket(&left) {
             let mut places = places(&self.config.run_dir, records, bucket, failures)?;
-            let is_blind = places.is_blind;
+            // Which pods there are may not be known yet.
+            places.is_blind |= self.records.is_none() && bucket != netns::bucket(0, netns::HOST);
             for proto in [TCP, UDP] {
                 let of_proto = || left.iter().filter(|(_, asked)| asked.proto == proto).map(|(key, _)| key);
-                let alive = places.find(proto, &of_proto().map(peer).collect())?;
+                let alive = places.find(proto, &of_proto().map(peer).collect(), failures);
+                let is_blind = places.is_blind;
                 for key in of_proto() {
                     let age = now - *since.entry(*key).or_insert(now);
                     let Some((place, socket)) = alive.get(&peer(key)) else {
@@ -132,8 +134,13 @@ impl Reconciler {
                     };
                     let is_over = proto == UDP || over.contains(key);
                     if is_over && (proto == UDP || age >= SETTLE) {
-                        ended += usize::from(places.all[*place].end(socket).context(REMEDY)?);
-                        forget.insert(*key);
+                        match places.all[*place].end(socket).context(REMEDY) {
+                            Ok(is_ended) => {
+                                ended += usize::from(is_ended);
+                                forget.insert(*key);
+                            }
+                            Err(error) => failures.push(Failure::new(Scope::Host, &error)),
+                        }
                     } else if is_over {
                         look_again(SETTLE);
                     } else {
@@ -189,13 +196,25 @@ struct Places {
 
 impl Places {
     /// The sockets that are connected there, and which of the places each is in.
-    fn find(&mut self, proto: u8, peers: &BTreeSet<Peer>) -> Result<HashMap<Peer, (usize, Connected)>> {
+    ///
+    /// A namespace that cannot be looked into does not hold up the others.
+    fn find(
+        &mut self,
+        proto: u8,
+        peers: &BTreeSet<Peer>,
+        failures: &mut Vec<Failure>,
+    ) -> HashMap<Peer, (usize, Connected)> {
         let mut alive = HashMap::new();
         for (place, diag) in self.all.iter_mut().enumerate().filter(|_| !peers.is_empty()) {
-            let found = diag.find(proto, peers).context(REMEDY)?;
-            alive.extend(found.into_iter().map(|(peer, socket)| (peer, (place, socket))));
+            match diag.find(proto, peers).context(REMEDY) {
+                Ok(found) => alive.extend(found.into_iter().map(|(peer, socket)| (peer, (place, socket)))),
+                Err(error) => {
+                    self.is_blind = true;
+                    failures.push(Failure::new(Scope::Host, &error));
+                }
+            }
         }
-        Ok(alive)
+        alive
     }
 }
 

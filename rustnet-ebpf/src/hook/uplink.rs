@@ -25,6 +25,7 @@ use crate::step::lb::{self, Vip};
 use crate::step::plan::Origin;
 use crate::step::source::{self, Verify};
 use crate::step::{icmp, route};
+use crate::wire::tcp as bits;
 
 /// The ingress hook, for one family.
 #[inline(always)]
@@ -223,11 +224,14 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
             _ => Ok(TO_STACK),
         };
     };
-    match lb::find_vip(p.tuple.dst) {
-        Vip::Assigned => {}
-        // Of what the stack forwards, too: it may have come from outside, and would go back there.
-        Vip::Unassigned => return Err(DropReason::NoService.into()),
-        Vip::None => return Ok(external::may_answer(skb, p, config)),
+    if !lb::is_vip::<F>(p.tuple.dst) {
+        // Connections of before a range was known go on. What the stack forwards counts, too: it may have come from outside, and would
+        // go back there.
+        let may_open = p.tuple.proto != proto::TCP || p.tcp_flags & (bits::SYN | bits::ACK) == bits::SYN;
+        if may_open && lb::find_vip(p.tuple.dst) == Vip::Unassigned {
+            return Err(DropReason::NoService.into());
+        }
+        return Ok(external::may_answer(skb, p, config));
     }
     if p.kind == Kind::LinkLocal {
         return Ok(TO_STACK);

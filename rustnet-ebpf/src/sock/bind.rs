@@ -1,11 +1,13 @@
 //! Programs of bind(2): refuse a process of the host a port that is a node port of a Service here. Nobody would reach its server, not
-//! even the host itself: its sockets ask the Service. A server that was there before the Service stays.
+//! even the host itself: its sockets ask the Service. A server that was there before the Service stays, and one that is the Service's
+//! backend at that port may come.
 
 use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::helpers::generated as helper;
 use aya_ebpf::macros::cgroup_sock;
 use aya_ebpf::programs::SockContext;
 use rustnet_common::addr::{Address, Ip4, Ip6};
+use rustnet_common::service::flags;
 use rustnet_common::socket::netns;
 use rustnet_common::tuple::Tuple;
 
@@ -35,17 +37,20 @@ impl Bound {
         if is_host { Some(Self { port: port as u16, proto: proto as u8 }) } else { None }
     }
 
+    /// The flags of the Service's entry for this port of an address.
     #[inline(always)]
-    fn is_service_at<F: Family>(self, dst: F::A) -> bool {
+    fn flags_at<F: Family>(self, dst: F::A) -> Option<u16> {
         let Self { port: dport, proto } = self;
-        lb::is_service::<F>(&Tuple { src: F::A::UNSPECIFIED, dst, sport: 0, dport, proto, pad: 0, pad2: 0 })
+        lb::flags_of::<F>(&Tuple { src: F::A::UNSPECIFIED, dst, sport: 0, dport, proto, pad: 0, pad2: 0 })
     }
 
     /// True if a server at this address has no clients. Loopback addresses have an entry for each node port and for nothing else, unless
     /// no loopback address has node ports: then the host itself reaches a server there.
     #[inline(always)]
     fn is_taken<F: Family>(self, addr: F::A, loopback: F::A) -> bool {
-        self.is_service_at::<F>(loopback) && (addr.is_martian_destination() || self.is_service_at::<F>(addr))
+        let is_taken = |flags: u16| flags & flags::OWN_PORT == 0;
+        self.flags_at::<F>(loopback).is_some_and(is_taken)
+            && (addr.is_martian_destination() || self.flags_at::<F>(addr).is_some())
     }
 }
 

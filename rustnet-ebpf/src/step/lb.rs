@@ -96,8 +96,15 @@ pub fn is_external<F: Family>(t: &Tuple<F::A>) -> bool {
 /// True if a flow asks for a port that a VIP has.
 #[inline(always)]
 pub fn is_service<F: Family>(t: &Tuple<F::A>) -> bool {
+    flags_of::<F>(t).is_some()
+}
+
+/// The flags of the entry that a flow asks for.
+#[inline(always)]
+pub fn flags_of<F: Family>(t: &Tuple<F::A>) -> Option<u16> {
     let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope: scope::CLUSTER };
-    F::services().get_ptr(key).is_some()
+    // SAFETY: a map value stays readable for this run of the program.
+    F::services().get_ptr(key).map(|entry| unsafe { (*entry).flags })
 }
 
 /// True if the backend still serves its service port.

@@ -7,7 +7,7 @@ use crate::index::{Index, Settings, VipKey, WithoutLocalEndpoints};
 use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{EndpointSlice, Family, Service};
 use crate::source::Kind;
-use rustnet_common::service::flags::{SHARED, SOURCE_RANGES, VIP};
+use rustnet_common::service::flags::{OWN_PORT, SHARED, SOURCE_RANGES, VIP};
 use rustnet_common::service::scope;
 use rustnet_common::tuple::proto::TCP;
 use std::collections::BTreeSet;
@@ -277,4 +277,20 @@ fn source_ranges_of_the_oldest_service_first() {
     it.handle(named("c", "203.0.113.3", 2).apply());
     let names: Vec<_> = it.desired_ranges().into_iter().map(|of| of.service.to_string()).collect();
     assert_eq!(names, ["default/b", "default/c", "default/a"]);
+}
+
+/// A server that is its Service's backend at the very node port may bind that port.
+#[test]
+fn a_backend_of_this_node_at_the_node_port_is_marked() {
+    let settings = Settings { has_host_sockets: true, ..Settings::new("n1", Routing::Vxlan) };
+    for (port, addr, marked) in [(30_080, "172.18.0.11", OWN_PORT), (8080, "172.18.0.11", 0), (30_080, "10.244.1.5", 0)]
+    {
+        let mut it = Index::new(settings.clone());
+        it.set_host(host([device(2, "eth0", &["172.18.0.11/24"])]));
+        it.handle(node("n1", &["172.18.0.11"], &["10.244.1.0/24"]).apply());
+        it.handle(service("web", &[VIP4]).tcp(80).node_port(30_080).apply());
+        it.handle(slice("web-1", "web", Family::V4).tcp(port).ready(&[addr]).apply());
+        let flags = |at: &str| desired(&it, &key(at, 30_080, TCP)).expect("an entry").1;
+        assert_eq!((flags("127.0.0.1"), flags("172.18.0.11")), (marked, 0), "{addr}:{port}");
+    }
 }

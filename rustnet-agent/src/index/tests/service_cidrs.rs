@@ -3,8 +3,8 @@
 use super::{HostFacts, Index, gone, problems, settings};
 use crate::config::Routing;
 use crate::host::build::{device, host};
-use crate::model::ObjectName;
-use crate::model::build::{node, service_cidr};
+use crate::model::build::{node, service_cidr, slice};
+use crate::model::{Family, ObjectName};
 use crate::source::{Event, Kind, ObjectRef};
 use crate::ways::Settings;
 use rustnet_common::addr::{Addr, Address};
@@ -146,4 +146,34 @@ fn a_range_without_masquerade_hides_no_range_of_services() {
     it.set_host(HostFacts::default());
     synced(&mut it);
     assert_eq!(ranges(&it), ["10.96.0.0/16"]);
+}
+
+/// The API server's endpoint above all: who drops what goes there hears of no correction.
+#[test]
+fn a_range_with_other_machines_in_it_is_left_out() {
+    let kubernetes = slice("kubernetes-1", "kubernetes", Family::V4).tcp(6443).ready(&["10.96.200.5"]);
+    let pods = slice("web-1", "web", Family::V4).tcp(80).ready(&["10.97.2.9"]);
+    let n2 = node("n2", &["172.18.0.12"], &["10.97.2.0/24"]).apply();
+    let both = service_cidr("kubernetes", &["10.96.0.0/16", "10.97.0.0/16", "10.98.0.0/16"]).apply();
+    let mut it = index(&[], HostFacts::default(), [both, pods.apply(), n2]);
+    synced(&mut it);
+    assert_eq!(ranges(&it), ["10.96.0.0/16", "10.97.0.0/16", "10.98.0.0/16"]);
+    it.take_peers_dirty();
+    it.handle(kubernetes.apply());
+    assert!(it.take_peers_dirty());
+    assert_eq!(ranges(&it), ["10.97.0.0/16", "10.98.0.0/16"]);
+    let problem = "ServiceCIDR kubernetes: 10.96.0.0/16 has 10.96.200.5 in it, which is no Service but an endpoint";
+    assert!(problems(&it).iter().any(|it| it.starts_with(problem)), "{:?}", problems(&it));
+}
+
+#[test]
+fn a_range_that_is_wider_than_any_of_services_is_left_out() {
+    let wide = service_cidr("wide", &["10.0.0.0/8", "fd00::/16", "10.96.0.0/12", "fd00:96::/48"]).apply();
+    let mut it = index(&[], HostFacts::default(), [wide]);
+    synced(&mut it);
+    assert_eq!(ranges(&it), ["10.96.0.0/12", "fd00:96::/48"]);
+    for range in ["10.0.0.0/8", "fd00::/16"] {
+        let problem = format!("ServiceCIDR wide: {range} is too wide for a range of Services");
+        assert!(problems(&it).iter().any(|it| it.starts_with(&problem)), "{:?}", problems(&it));
+    }
 }
