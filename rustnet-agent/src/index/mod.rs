@@ -258,6 +258,12 @@ impl Index {
         self.service_cidrs.contains(&self.settings.service_cidrs, ip)
     }
 
+    /// True if an endpoint of this slice takes a range of Services out.
+    fn is_slice_in_service_range(&self, name: &ObjectName) -> bool {
+        let slice = self.services.slice(name);
+        slice.is_some_and(|slice| slice.endpoints.iter().any(|endpoint| self.is_in_service_range(endpoint.addr)))
+    }
+
     /// Endpoints whose addresses are in ranges of Services.
     fn endpoints_in_ranges(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.services.endpoint_addresses().filter(|ip| self.is_in_service_range(*ip))
@@ -354,9 +360,9 @@ impl Index {
         match object {
             Object::Service(service) => self.services.apply_service(&service),
             Object::Slice(slice) => {
-                // An endpoint in a range of Services takes the range out, and may have been there before.
-                self.peers_dirty |= slice.endpoints.iter().any(|it| self.is_in_service_range(it.addr));
+                self.peers_dirty |= self.is_slice_in_service_range(&slice.name);
                 self.services.apply_slice(&slice);
+                self.peers_dirty |= self.is_slice_in_service_range(&slice.name);
             }
             Object::Node(node) => {
                 if let Some(before) = self.nodes.apply(&node) {
@@ -378,7 +384,10 @@ impl Index {
     fn delete(&mut self, object: &ObjectRef) {
         match object.kind {
             Kind::Service => self.services.delete_service(&object.name),
-            Kind::Slice => self.services.delete_slice(&object.name),
+            Kind::Slice => {
+                self.peers_dirty |= self.is_slice_in_service_range(&object.name);
+                self.services.delete_slice(&object.name);
+            }
             Kind::Node => {
                 if let Some(before) = self.nodes.delete(&object.name) {
                     self.services.node_changed(&before.addresses, &[]);

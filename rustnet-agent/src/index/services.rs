@@ -192,6 +192,13 @@ impl Services {
         slices.flat_map(|slice| slice.endpoints.iter().map(|endpoint| endpoint.addr))
     }
 
+    /// The slice of this name, as it is known.
+    pub fn slice(&self, name: &ObjectName) -> Option<&EndpointSlice> {
+        let state = self.states.get(self.slice_owner.get(name)?)?;
+        let at = state.slices.binary_search_by(|other| other.name.cmp(name)).ok()?;
+        Some(&state.slices[at])
+    }
+
     pub fn apply_slice(&mut self, slice: &Arc<EndpointSlice>) {
         match self.slice_owner.get(&slice.name) {
             Some(owner) if *owner == slice.service => {}

@@ -166,6 +166,24 @@ fn a_range_with_other_machines_in_it_is_left_out() {
     assert!(problems(&it).iter().any(|it| it.starts_with(problem)), "{:?}", problems(&it));
 }
 
+/// Nothing else need happen before the range counts again.
+#[test]
+fn a_range_comes_back_with_the_last_machine_in_it() {
+    let inside = slice("kubernetes-1", "kubernetes", Family::V4).tcp(6443).ready(&["10.96.200.5"]);
+    let outside = slice("kubernetes-1", "kubernetes", Family::V4).tcp(6443).ready(&["172.18.0.5"]);
+    let cidr = service_cidr("kubernetes", &["10.96.0.0/16"]).apply();
+    let mut it = index(&[], HostFacts::default(), [cidr]);
+    synced(&mut it);
+    for leaves in [outside.apply(), gone(Kind::Slice, "kubernetes-1")] {
+        it.handle(inside.clone().apply());
+        assert_eq!(ranges(&it), [""; 0]);
+        it.take_peers_dirty();
+        it.handle(leaves);
+        assert!(it.take_peers_dirty());
+        assert_eq!(ranges(&it), ["10.96.0.0/16"]);
+    }
+}
+
 #[test]
 fn a_range_that_is_wider_than_any_of_services_is_left_out() {
     let wide = service_cidr("wide", &["10.0.0.0/8", "fd00::/16", "10.96.0.0/12", "fd00:96::/48"]).apply();
