@@ -71,6 +71,18 @@ fn a_flow_that_is_older_than_the_range_goes_on() -> Result<()> {
     })
 }
 
+/// The host's flows are not tracked here, so that a segment's flags say whether it opens one.
+#[test]
+fn a_connection_of_the_host_that_is_older_than_the_range_goes_on() -> Result<()> {
+    labs(|lab, net| {
+        put_range(lab, net)?;
+        let open = from_host(net, Proto::Tcp, (net.vip(NOBODY), VIP_PORT));
+        lab.uplink_out(&open)?.dropped(DropReason::NoService)?;
+        let more = later(&open);
+        lab.uplink_out(&more)?.to_stack(&more)
+    })
+}
+
 /// Ports of it that no Service has may be the load balancer's own.
 #[test]
 fn a_load_balancers_address_in_the_range() -> Result<()> {
