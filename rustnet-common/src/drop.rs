@@ -91,8 +91,8 @@ reasons! {
 /// Directions that `rn_counters` tells apart; see [`counter_index`].
 pub mod hook {
     /// Names by code.
-    pub const NAMES: [&str; 7] =
-        ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out", "tunnel_in"];
+    pub const NAMES: [&str; 8] =
+        ["from_pod", "to_pod", "uplink_in", "uplink_out", "overlay_in", "overlay_out", "tunnel_in", "uplink_xdp"];
     /// TC ingress of a pod's host-side veth.
     pub const FROM_POD: u8 = 0;
     /// TC egress of a pod's host-side veth.
@@ -107,6 +107,8 @@ pub mod hook {
     pub const OVERLAY_OUT: u8 = 5;
     /// TC ingress of the uplink, of tunnel packets that go past the overlay device.
     pub const TUNNEL_IN: u8 = 6;
+    /// XDP of the uplink.
+    pub const UPLINK_XDP: u8 = 7;
 }
 
 /// Hooks that one reason has room for in `rn_counters`.

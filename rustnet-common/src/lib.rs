@@ -23,7 +23,6 @@ pub mod maglev;
 pub mod names;
 pub mod peer;
 pub mod service;
-pub mod skeleton;
 pub mod socket;
 pub mod source_range;
 pub mod tuple;

@@ -46,6 +46,9 @@ pub const PROGRAMS: [&str; 7] = ["from_pod", "to_pod", "uplink_in", "uplink_out"
 /// The program of devices with addresses that are no uplinks. It counts as `uplink_in`.
 pub const SIDE_IN: &str = "side_in";
 
+/// The XDP program of uplinks.
+pub const UPLINK_XDP: &str = "uplink_xdp";
+
 /// Programs of socket calls, attached to the control group of all processes.
 pub const SOCKET_PROGRAMS: [&str; 10] = [
     "sock_connect4",

@@ -4,11 +4,14 @@
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::csum::{self, Sum};
 
 /// What a step may ask of a packet, whatever the hook's context is.
 pub trait Ctx: Copy {
+    /// The context itself, as helpers of several contexts take it.
+    fn context(&self) -> *mut c_void;
     /// Address of the first byte.
     fn data(&self) -> usize;
     /// Address behind the last byte that can be read directly.
@@ -132,6 +135,10 @@ impl Skb {
 }
 
 impl Ctx for Skb {
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.0.cast()
+    }
     #[inline(always)]
     fn data(&self) -> usize {
         pointer::<{ core::mem::offset_of!(__sk_buff, data) }, _>(self.0)

@@ -31,21 +31,18 @@ mod outcome;
 mod packet;
 mod parse;
 mod rewrite;
-#[cfg(feature = "skeletons")]
-mod skeleton;
 mod sock;
 mod step;
 mod tail;
 mod wire;
-#[cfg(feature = "skeletons")]
 mod xdp;
 
 // The macros of aya-log name it so.
 extern crate self as aya_log_ebpf;
 
-use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
-use aya_ebpf::macros::classifier;
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, xdp_action};
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
 use rustnet_common::addr::Addr;
 use rustnet_common::drop::{DropReason, hook as hooks};
 
@@ -61,6 +58,7 @@ use crate::step::exec::{ReplyPath, TO_STACK};
 use crate::step::tunnel::{self as overlay, Tunnel};
 use crate::step::{mark, source};
 use crate::wire::{ETH_LEN, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6};
+use crate::xdp::Xdp;
 
 /// Maps a hook's result to a verdict. This is the only place that drops or rejects.
 #[inline(always)]
@@ -399,6 +397,29 @@ fn external_steps<F: Steps>(skb: &Skb, from: &Tunnel, hook: u8) -> PackedResult 
 pub fn side_in(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
     if mark::is_processed(&skb) { TO_STACK } else { dispatch::<SideIn>(&skb, &Tunnel::NONE) }
+}
+
+/// XDP of the uplink, before `uplink_in`.
+#[xdp]
+pub fn uplink_xdp(ctx: XdpContext) -> u32 {
+    let xdp = Xdp(ctx.ctx);
+    match parse::ethertype(&xdp) {
+        Some(ETH_P_IP) => express::<V4>(&xdp),
+        Some(ETH_P_IPV6) => express::<V6>(&xdp),
+        _ => xdp_action::XDP_PASS,
+    }
+}
+
+/// The verdict of one family. A function of its own, as [`steps`].
+#[inline(never)]
+fn express<F: hook::xdp::Forward>(xdp: &Xdp) -> u32 {
+    let (reason, verdict) = match hook::xdp::run::<F>(xdp) {
+        Ok(false) => return xdp_action::XDP_PASS,
+        Ok(true) => (DropReason::Forwarded, xdp_action::XDP_TX),
+        Err(reason) => (reason, xdp_action::XDP_DROP),
+    };
+    event::count(xdp, reason as u8, hooks::UPLINK_XDP);
+    verdict
 }
 
 /// TC egress of the uplink.

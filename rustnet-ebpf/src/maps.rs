@@ -40,8 +40,8 @@ pub type Fragments<A> = LruHashMap<FragKey<A>, FragPorts, 8192>;
 /// A map of peers of one family.
 pub type Peers<A> = LpmTrie<A, Peer, 16384>;
 
-/// Room in addition to the 512 bytes of stack that all frames of a program share. TC programs do
-/// not interrupt each other on a CPU, so one element each suffices.
+/// Room in addition to the 512 bytes of stack that all frames of a program share. TC and XDP programs run with bottom halves disabled and
+/// do not interrupt each other on a CPU, so one element each suffices.
 #[repr(C)]
 pub struct Scratch<A> {
     /// The packet in hand.
@@ -60,6 +60,8 @@ pub struct Scratch<A> {
     pub host_port: HostPort,
     /// An entry of a table of v1, while it is written.
     pub half: v1::CtEntry<A>,
+    /// The kernel's answer about the way of a packet that goes back by its device.
+    pub fib: FibLookup,
 }
 /// A token bucket, see [`crate::limit`].
 #[repr(C)]

@@ -1,9 +1,7 @@
 //! From bytes to a [`Packet`]: Ethernet, IPv4 with options, IPv6 with extension headers, the ports of TCP, UDP and SCTP, the
 //! identifier of ICMP echo, and fragments. Reads only, and checks each length field against the frame.
 
-use aya_ebpf::bindings::__sk_buff;
-#[cfg(feature = "skeletons")]
-use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Address, Ip4, Ip6};
@@ -16,7 +14,6 @@ use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Flow, Kind, Packet};
 use crate::wire::{Ethernet, Header4, Header6, ICMP_LEN, Tcp, tcp};
-#[cfg(feature = "skeletons")]
 use crate::xdp::Xdp;
 
 /// What `gso_size` says of frames whose segments have lengths of their own (SCTP): linux/skbuff.h.
@@ -285,7 +282,6 @@ macro_rules! options {
 }
 
 options!(rn_options, Skb, __sk_buff);
-#[cfg(feature = "skeletons")]
 options!(rn_xdp_options, Xdp, xdp_md);
 
 /// A family's parser for packets of a context.
@@ -351,9 +347,7 @@ macro_rules! global {
 
 global!(rn_parse4, V4, Ip4, Skb, __sk_buff);
 global!(rn_parse6, V6, Ip6, Skb, __sk_buff);
-#[cfg(feature = "skeletons")]
 global!(rn_xdp_parse4, V4, Ip4, Xdp, xdp_md);
-#[cfg(feature = "skeletons")]
 global!(rn_xdp_parse6, V6, Ip6, Xdp, xdp_md);
 
 /// Reads the packet whose IP header is at `l3`. Offsets are passed by value: what stands behind `p` the verifier does not

@@ -1,9 +1,11 @@
-//! The context of XDP programs. Contract: what [`crate::ctx`] asks of a context. Only skeletons run in it as yet.
+//! The context of XDP programs. Contract: what [`crate::ctx`] asks of a context.
 
 use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated as helper;
+use rustnet_common::csum::{self, Sum};
 
-use crate::ctx::{Ctx, masked, pointer};
+use crate::ctx::{Checksums, Ctx, at, masked, pointer};
 
 /// The context of XDP programs. A frame lies in one piece; devices that deliver fragments refuse such programs.
 #[derive(Clone, Copy)]
@@ -18,6 +20,10 @@ impl Xdp {
 }
 
 impl Ctx for Xdp {
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.0.cast()
+    }
     #[inline(always)]
     fn data(&self) -> usize {
         pointer::<{ core::mem::offset_of!(xdp_md, data) }, _>(self.0)
@@ -50,4 +56,27 @@ impl Ctx for Xdp {
     fn gso_size(&self) -> u32 {
         0
     }
+}
+
+/// A frame that a device has received has all its checksums, and no sum of the whole packet goes with it.
+impl Checksums for Xdp {
+    #[inline(always)]
+    fn l4_csum_replace(&self, offset: usize, diff: Sum, _pseudo: bool, zero_is_none: bool, _v6: bool) -> bool {
+        let Some(field) = at::<u16, _>(self, offset) else { return false };
+        // SAFETY: `at` proved two bytes.
+        unsafe {
+            let csum = csum::update(field.read(), diff);
+            // Of UDP, 0 stands for "none", and all ones are the same number.
+            field.write(if zero_is_none && csum == 0 { u16::MAX } else { csum });
+        }
+        true
+    }
+    #[inline(always)]
+    fn ports_csum_replace(&self, offset: usize, _before: (u16, Sum), diff: Sum, zero_is_none: bool) -> bool {
+        self.l4_csum_replace(offset, diff, false, zero_is_none, false)
+    }
+    #[inline(always)]
+    fn update_csum(&self, _diff: Sum) {}
+    #[inline(always)]
+    fn set_csum(&self, _sum: Sum) {}
 }

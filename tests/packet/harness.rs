@@ -70,13 +70,6 @@ pub fn lab_apart(test: impl FnOnce(&Lab) -> Result<()> + Send) -> Result<()> {
     lab.netns.run(|| test(&lab))?
 }
 
-/// As [`lab_apart`], with the skeletons of the next stage's programs.
-pub fn lab_of_skeletons(test: impl FnOnce(&Lab) -> Result<()> + Send) -> Result<()> {
-    let lab = Lab::with(Datapath::load_skeletons)?;
-    lab.reset()?;
-    lab.netns.run(|| test(&lab))?
-}
-
 /// As [`lab`], once for each family.
 pub fn labs(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
     lab(|lab| {

@@ -78,7 +78,7 @@ pub fn environment(cmd: Cmd) -> Cmd {
     if paths::target() == paths::root().join("target") {
         return cmd;
     }
-    cmd.env("RUSTNET_BPF_OBJECT", paths::object()).env("RUSTNET_BPF_SKELETONS", paths::skeletons())
+    cmd.env("RUSTNET_BPF_OBJECT", paths::object())
 }
 
 impl Profile {

@@ -32,28 +32,18 @@ pub struct Args {
     /// Load it into this machine's kernel too, in each variant, and list what the verifier says of each program (needs root)
     #[arg(long)]
     verify: bool,
-    /// Build the object for tests at target/bpf/skeletons.bpf.o instead, with the skeletons of the next stage's programs
-    #[arg(long)]
-    skeletons: bool,
-}
-
-/// Builds both objects: the one that is shipped, and the one with skeletons.
-pub fn build_all() -> Result<()> {
-    build(&Args::default())?;
-    build(&Args { skeletons: true, ..Args::default() })
 }
 
 /// Leaves a sound object at `target/bpf/rustnet.bpf.o` and lists what is in it.
 pub fn build(args: &Args) -> Result<()> {
     let toolchain = Toolchain::find(args.toolchain)?;
-    let object = if args.skeletons { paths::skeletons() } else { paths::object() };
-    let features: &[&str] = if args.skeletons { &["--features", "skeletons"] } else { &[] };
-    let cached = cached_path(&toolchain, features)?;
+    let object = paths::object();
+    let cached = cached_path(&toolchain)?;
     let origin = if !args.force && cache::holds(&cached) {
         cache::copy(&cached, &object)?;
         "from the cache"
     } else {
-        let built = compile(&toolchain, features)?;
+        let built = compile(&toolchain)?;
         check(&built)?;
         cache::store(&built, &cached)?;
         cache::copy(&built, &object)?;
@@ -65,14 +55,14 @@ pub fn build(args: &Args) -> Result<()> {
     if args.verify { verify::verify(&object) } else { Ok(()) }
 }
 
-fn compile(toolchain: &Toolchain, features: &[&str]) -> Result<PathBuf> {
+fn compile(toolchain: &Toolchain) -> Result<PathBuf> {
     // A target directory of its own: the other compiler would throw away the host's builds, and wait for their lock.
     let dir = paths::target().join("bpf-build");
     ui::step(&format!(
         "building the kernel side with {}",
         toolchain.compiler.version.lines().next().unwrap_or("rustc")
     ));
-    build_command(toolchain, &dir).args(features).run()?;
+    build_command(toolchain, &dir).run()?;
     Ok(dir.join("bpfel-unknown-none/bpf/rustnet-ebpf"))
 }
 
@@ -98,11 +88,10 @@ fn check(object: &Path) -> Result<elf::Report> {
     bail!("{} must not be used:\n  {}", object.display(), report.problems.join("\n  "))
 }
 
-fn cached_path(toolchain: &Toolchain, features: &[&str]) -> Result<PathBuf> {
+fn cached_path(toolchain: &Toolchain) -> Result<PathBuf> {
     let root = paths::root();
     let mut key = cache::Key::default();
     key.text("toolchain", &toolchain.identity());
-    key.text("features", &features.join(" "));
     key.text(
         "dependencies",
         &locked_dependencies(&fs::read_to_string(root.join("Cargo.lock")).context("reading Cargo.lock")?),

@@ -21,11 +21,6 @@ pub fn object() -> PathBuf {
     target().join("bpf").join("rustnet.bpf.o")
 }
 
-/// The same with the skeletons of the next stage's programs, for tests alone.
-pub fn skeletons() -> PathBuf {
-    target().join("bpf").join("skeletons.bpf.o")
-}
-
 /// `~/.cache/rustnet`, or below `XDG_CACHE_HOME` when that is set to an absolute path.
 pub fn cache() -> PathBuf {
     cache_from(std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from), std::env::var_os("HOME").map(PathBuf::from))

@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     need_root("test")?;
     let needs = needs(args);
     setup::ensure(&needs)?;
-    ebpf::build_all()?;
+    ebpf::build(&ebpf::Args::default())?;
     // In a process of its own, which enters a mount namespace.
     Cmd::new(this_program()?).args(["build-ebpf", "--verify"]).run()?;
     let profile = if args.release { Profile::Release } else { Profile::Dev };

@@ -116,7 +116,7 @@ fn answer<F: Steps>(skb: &Skb) -> Result<(), Dropped> {
         conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?
     };
     if flow.class != Class::New && flow.flags & flags::EXTERNAL != 0 {
-        rewrite::translate::<F>(skb, p, flow, p.ttl)?;
+        rewrite::translate::<F, _>(skb, p, flow, p.ttl)?;
     }
     Ok(())
 }

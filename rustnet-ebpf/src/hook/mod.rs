@@ -7,6 +7,7 @@ pub mod overlay;
 pub mod to_pod;
 pub mod tunnel;
 pub mod uplink;
+pub mod xdp;
 
 use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::DropReason;

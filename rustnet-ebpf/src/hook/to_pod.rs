@@ -66,6 +66,6 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         }
         flow
     };
-    rewrite::translate::<F>(skb, p, flow, p.ttl)?;
+    rewrite::translate::<F, _>(skb, p, flow, p.ttl)?;
     Ok(TO_STACK)
 }

@@ -188,7 +188,9 @@ pub fn run<F: Steps>(skb: &Skb, overhead: u32, outside: &Outside) -> Result<i32,
     // sender is for the kernel to judge, by its reverse-path filter and the firewall's rules.
     let is_taken = |egress: u32| egress & VIA_QDISC == 0 && nexthop::interface_to(skb, &tunnel.remote) == skb.ifindex();
     let len = skb.len().wrapping_sub(overhead);
-    let Ok(flow) = conntrack::lookup_if::<F, _>(skb, p, flow, source, config, len, verify, is_taken) else {
+    let Ok(flow) =
+        conntrack::lookup_if::<F, _>(skb, p, flow, source, config, len, verify, |_, egress| is_taken(egress))
+    else {
         return Ok(BACK);
     };
     if flow.class == Class::New && (verify().is_err() || !is_taken(route::local_pod(p.tuple.dst))) {
@@ -201,7 +203,7 @@ pub fn run<F: Steps>(skb: &Skb, overhead: u32, outside: &Outside) -> Result<i32,
     if flow.class == Class::New && admit::admit::<F>(skb, p, flow, config, source, len, hook::TUNNEL_IN).is_err() {
         return Ok(BACK);
     }
-    rewrite::translate::<F>(skb, p, flow, action.ttl)?;
+    rewrite::translate::<F, _>(skb, p, flow, action.ttl)?;
     if !rewrite::decapsulate(skb, overhead, outside.ethertype, outside.congested != 0) {
         if flow.class == Class::New {
             F::forget();

@@ -13,17 +13,18 @@ pub use encap::{Encap, Encapsulated, can_change_family, decapsulate, encapsulate
 pub use inner::{WriteInner, inner};
 pub use reject::{BuildHeader, Rejection, reject};
 
-use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::csum::{self, Sum};
 use rustnet_common::drop::DropReason;
 use rustnet_common::tuple::{Tuple, proto};
 
-use crate::ctx::{Checksums, Skb, at, at_pulled};
+use crate::ctx::{Checksums, Ctx, Skb, at, at_pulled};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Flow, Kind, Packet};
 use crate::wire::{Header4, Header6};
+use crate::xdp::Xdp;
 use field::{ICMP_CSUM, TCP_CSUM, UDP_CSUM, addresses, no_checksum, ports, store_id, store_ports};
 
 /// How a family's header takes new addresses and a new hop limit.
@@ -88,64 +89,77 @@ impl WriteHeader<Ip6> for Header6 {
     }
 }
 
-/// Translation of packets of one family.
-pub trait Rewrite: Family {
+/// Translation of packets of one family and context.
+pub trait Rewrite<C: Checksums = Skb>: Family {
     /// See [`translate`]. `to` is not the packet's tuple.
-    fn rewrite(skb: &Skb, p: &Packet<Self::A>, to: &Tuple<Self::A>, ttl: u8) -> PackedResult;
+    fn rewrite(ctx: &C, p: &Packet<Self::A>, to: &Tuple<Self::A>, ttl: u8) -> PackedResult;
     /// Stores another hop limit, and nothing else.
-    fn set_ttl(skb: &Skb, p: &Packet<Self::A>, ttl: u8) -> Result<(), DropReason>;
+    fn set_ttl(ctx: &C, p: &Packet<Self::A>, ttl: u8) -> Result<(), DropReason>;
 }
 
 /// Makes the packet what `flow.to` says, with hop limit `ttl`. Later fragments and ICMP errors have no ports to change.
 #[inline(always)]
-pub fn translate<F: Rewrite>(skb: &Skb, p: &Packet<F::A>, flow: &Flow<F::A>, ttl: u8) -> Result<(), DropReason> {
+pub fn translate<F: Rewrite<C>, C: Checksums>(
+    ctx: &C,
+    p: &Packet<F::A>,
+    flow: &Flow<F::A>,
+    ttl: u8,
+) -> Result<(), DropReason> {
     if !flow.is_plain() && flow.to.tuple != p.tuple {
-        return F::rewrite(skb, p, &flow.to.tuple, ttl).into_unit();
+        return F::rewrite(ctx, p, &flow.to.tuple, ttl).into_unit();
     }
     if ttl == p.ttl {
         return Ok(());
     }
     // Most packets: no more than the hop limit, without a call.
-    F::set_ttl(skb, p, ttl)
+    F::set_ttl(ctx, p, ttl)
 }
 
-/// Declares a family's translation as a function with global linkage, for the reason that the parser is one.
+/// Stores the MACs of a frame, the sender's first.
+#[inline(always)]
+pub fn set_macs<C: Ctx>(ctx: &C, macs: &[u16; 6]) -> Result<(), DropReason> {
+    let header = at::<[u16; 6], _>(ctx, 0).ok_or(DropReason::WriteError)?;
+    let [a, b, c, to @ ..] = *macs;
+    // SAFETY: `at` proved both addresses.
+    unsafe { header.write([to[0], to[1], to[2], a, b, c]) };
+    Ok(())
+}
+
+/// Declares a family's translation as a function with global linkage, for the reason that the parser is one. BTF has the type of the
+/// context, so that each context needs its own.
 macro_rules! global {
-    ($name:ident, $family:ty, $addr:ty) => {
-        /// The translation of one family.
+    ($name:ident, $family:ty, $addr:ty, $ctx:ident, $raw:ty) => {
+        /// The translation of one family and context.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $name(
-            skb: *mut __sk_buff,
-            p: *const Packet<$addr>,
-            to: *const Tuple<$addr>,
-            ttl: u32,
-        ) -> u64 {
+        pub extern "C" fn $name(ctx: *mut $raw, p: *const Packet<$addr>, to: *const Tuple<$addr>, ttl: u32) -> u64 {
             if p.is_null() || to.is_null() {
                 return PackedResult::new(Err(DropReason::WriteError.into())).bits();
             }
             // SAFETY: the only caller is below and passes references; the verifier checks sizes.
             let (p, to) = unsafe { (&*p, &*to) };
-            PackedResult::new(change::<$family, _>(&Skb(skb), p, to, ttl as u8).map(|()| 0).map_err(Dropped::from))
+            PackedResult::new(change::<$family, _>(&$ctx(ctx), p, to, ttl as u8).map(|()| 0).map_err(Dropped::from))
                 .bits()
         }
 
-        impl Rewrite for $family {
+        impl Rewrite<$ctx> for $family {
             #[inline(always)]
-            fn rewrite(skb: &Skb, p: &Packet<$addr>, to: &Tuple<$addr>, ttl: u8) -> PackedResult {
-                PackedResult::from_bits($name(skb.raw(), p, to, u32::from(ttl)))
+            fn rewrite(ctx: &$ctx, p: &Packet<$addr>, to: &Tuple<$addr>, ttl: u8) -> PackedResult {
+                PackedResult::from_bits($name(ctx.raw(), p, to, u32::from(ttl)))
             }
             #[inline(always)]
-            fn set_ttl(skb: &Skb, p: &Packet<$addr>, ttl: u8) -> Result<(), DropReason> {
-                let stored = <$family as Family>::Header::store_ttl(skb, p.l3(), p.ttl, ttl);
+            fn set_ttl(ctx: &$ctx, p: &Packet<$addr>, ttl: u8) -> Result<(), DropReason> {
+                let stored = <$family as Family>::Header::store_ttl(ctx, p.l3(), p.ttl, ttl);
                 stored.ok_or(DropReason::WriteError)
             }
         }
     };
 }
 
-global!(rn_rewrite4, V4, Ip4);
-global!(rn_rewrite6, V6, Ip6);
+global!(rn_rewrite4, V4, Ip4, Skb, __sk_buff);
+global!(rn_rewrite6, V6, Ip6, Skb, __sk_buff);
+global!(rn_xdp_rewrite4, V4, Ip4, Xdp, xdp_md);
+global!(rn_xdp_rewrite6, V6, Ip6, Xdp, xdp_md);
 
 #[inline(always)]
 fn change<F: Family<Header: WriteHeader<F::A>>, C: Checksums>(

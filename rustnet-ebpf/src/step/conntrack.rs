@@ -30,11 +30,11 @@ pub fn lookup<F: Track, C: Ctx>(
     config: &NodeConfig,
     verify: impl Fn() -> Result<(), DropReason>,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
-    lookup_if::<F, C>(ctx, p, flow, source, config, ctx.len(), verify, |_| true)
+    lookup_if::<F, C>(ctx, p, flow, source, config, ctx.len(), verify, |_, _| true)
 }
 
-/// As [`lookup`]. A packet whose receiver `takes` refuses is not followed, and ends in an error: another hook will see it. The receiver
-/// is the interface of a pod, as in [`Side::ifindex`]. `len` is the length of the frame that is counted.
+/// As [`lookup`]. A packet that `takes` refuses is not followed, and ends in an error: another hook will see it. `takes` gets the entry,
+/// and the receiver as in [`Side::ifindex`]. `len` is the length of the frame that is counted.
 #[allow(clippy::too_many_arguments, reason = "inlined; a structure would cost stack")]
 #[inline(always)]
 pub fn lookup_if<F: Track, C: Ctx>(
@@ -45,7 +45,7 @@ pub fn lookup_if<F: Track, C: Ctx>(
     config: &NodeConfig,
     len: u32,
     verify: impl Fn() -> Result<(), DropReason>,
-    takes: impl Fn(u32) -> bool,
+    takes: impl FnOnce(&CtEntry<F::A>, u32) -> bool,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
     flow.reset(&p.tuple);
     classify::<F>(flow, p, source, len, config.hz, verify, takes)?;
@@ -64,7 +64,7 @@ fn classify<F: Track>(
     len: u32,
     hz: u32,
     verify: impl Fn() -> Result<(), DropReason>,
-    takes: impl Fn(u32) -> bool,
+    takes: impl FnOnce(&CtEntry<F::A>, u32) -> bool,
 ) -> Result<(), DropReason> {
     if migrate::is_migrating() {
         F::adopt();
@@ -85,6 +85,10 @@ fn classify<F: Track>(
         let first = masked::<1>(usize::from(is_reply && !is_nat));
         (sides.add(first), sides.add(first ^ 1))
     };
+    // SAFETY: see above. What `takes` reads of the entry does not change while the entry lives.
+    if !takes(unsafe { &*entry }, unsafe { (*receiver).ifindex }) {
+        return Err(DropReason::NoFib);
+    }
     // Not a variable: the verifier would follow either value of it to the end. A time ahead, which another CPU read a moment later,
     // counts as long ago: one refresh too many.
     let is_due = || jiffies().wrapping_sub(seen) >= hz;
@@ -97,10 +101,6 @@ fn classify<F: Track>(
         if !F::accept_source(source) {
             return Ok(());
         }
-    }
-    // SAFETY: see above.
-    if !takes(unsafe { (*receiver).ifindex }) {
-        return Err(DropReason::NoFib);
     }
     // SAFETY: see above.
     let backend = unsafe { (*entry).backend };

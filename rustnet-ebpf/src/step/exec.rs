@@ -77,7 +77,7 @@ pub fn send<F: Rewrite>(
         Egress::Fragmenting => p.ttl,
         Egress::Unrouted => return Ok(TO_STACK),
     };
-    rewrite::translate::<F>(skb, p, flow, ttl)?;
+    rewrite::translate::<F, _>(skb, p, flow, ttl)?;
     match action.target {
         Target::Stack => return Ok(TO_STACK),
         // Straight into the pod: no hook of ours follows.

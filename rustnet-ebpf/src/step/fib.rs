@@ -17,9 +17,35 @@ use crate::packet::{Class, Flow};
 impl FibLookup {
     /// Asks the kernel, for a packet with this context.
     #[inline(always)]
-    pub(super) fn ask(&mut self, skb: &Skb) -> i64 {
+    pub(super) fn ask<C: Ctx>(&mut self, ctx: &C) -> i64 {
         // SAFETY: this has the layout and the size of the kernel's structure.
-        unsafe { helper::bpf_fib_lookup(skb.raw().cast(), (&raw mut *self).cast(), size_of::<Self>() as i32, 0) }
+        unsafe { helper::bpf_fib_lookup(ctx.context(), (&raw mut *self).cast(), size_of::<Self>() as i32, 0) }
+    }
+
+    /// The question for a packet that leaves as `flow` says, from the device `ifindex`. `sport` and `mtu_len`: see [`redirect`].
+    #[inline(always)]
+    fn of<F: Family>(flow: &Flow<F::A>, sport: u16, mtu_len: u32, ifindex: u32) -> Self {
+        let to = &flow.to.tuple;
+        // Of several next hops the kernel chooses by a hash of addresses, and with a sysctl of ports. Each packet of a flow looks as
+        // the first one does, whose address and port of masquerade are not known yet: the flow keeps the device whose address it has.
+        let src = match maps::config() {
+            // Answers bear the address that the client asked.
+            Some(config) if flow.flags & (flags::MASQ | flags::REPLY) == flags::MASQ => F::node(config),
+            _ => to.src,
+        };
+        Self {
+            family: F::AF,
+            l4_protocol: to.proto,
+            sport: sport.to_be(),
+            dport: to.dport.to_be(),
+            tot_len: mtu_len as u16,
+            ifindex,
+            tos: 0,
+            src: src.words(),
+            dst: to.dst.words(),
+            vlan: 0,
+            macs: [0; 6],
+        }
     }
 }
 
@@ -146,27 +172,7 @@ fn try_redirect<F: Family>(
     mtu_len: u32,
     is_output: bool,
 ) -> Result<i32, Dropped> {
-    let to = &flow.to.tuple;
-    // Of several next hops the kernel chooses by a hash of addresses, and with a sysctl of ports. Each packet of a flow looks as
-    // the first one does, whose address and port of masquerade are not known yet: the flow keeps the device whose address it has.
-    let src = match maps::config() {
-        // Answers bear the address that the client asked.
-        Some(config) if flow.flags & (flags::MASQ | flags::REPLY) == flags::MASQ => F::node(config),
-        _ => to.src,
-    };
-    let mut fib = FibLookup {
-        family: F::AF,
-        l4_protocol: to.proto,
-        sport: sport.to_be(),
-        dport: to.dport.to_be(),
-        tot_len: mtu_len as u16,
-        ifindex: if is_output { LOOPBACK } else { skb.ifindex() },
-        tos: 0,
-        src: src.words(),
-        dst: to.dst.words(),
-        vlan: 0,
-        macs: [0; 6],
-    };
+    let mut fib = FibLookup::of::<F>(flow, sport, mtu_len, if is_output { LOOPBACK } else { skb.ifindex() });
     let rc = fib.ask(skb);
     match rc {
         // The family may change on the way: an IPv4 route can have an IPv6 next hop (RFC 5549).
@@ -181,6 +187,16 @@ fn try_redirect<F: Family>(
         RET_UNSUPP_LWT => Err(DropReason::NoFib.into()),
         _ => Ok(Fib::NO_ROUTE),
     }
+}
+
+/// MACs of the device at hand, then of the next hop, where the kernel's route leads out by the device that a packet came in by, and all
+/// that it takes is known. `sport`: see [`redirect`]; `len` is checked against the path's MTU.
+#[inline(always)]
+pub fn turn_back<F: Family, C: Ctx>(ctx: &C, flow: &Flow<F::A>, sport: u16, len: u32) -> Option<&'static [u16; 6]> {
+    // SAFETY: the element belongs to this CPU, programs of one CPU do not interrupt each other, and this is the only borrow of the field.
+    let fib = F::scratch().map(|scratch| unsafe { &mut (*scratch).fib })?;
+    *fib = FibLookup::of::<F>(flow, sport, len, ctx.ifindex());
+    (fib.ask(ctx) == RET_SUCCESS && fib.ifindex == ctx.ifindex()).then_some(&fib.macs)
 }
 
 /// Redirects out of an interface, to the MAC that the neighbour table has for the next hop.

@@ -19,6 +19,7 @@ pub use rustnet_agent::bpf::store::Map as Table;
 use rustnet_agent::bpf::store::counters::Counters;
 use rustnet_agent::bpf::sys::{self, Layout, TestRun, instruction};
 pub use rustnet_agent::bpf::upgrade::Bridge;
+use rustnet_common::drop::hook;
 use rustnet_common::event::Event;
 use rustnet_common::names;
 use skb::{CHECKSUM_COMPLETE, SkBuff, word};
@@ -37,7 +38,7 @@ const OUT: usize = 4096;
 /// The object's programs and maps.
 pub struct Datapath {
     programs: BTreeMap<String, OwnedFd>,
-    skeletons: BTreeMap<String, OwnedFd>,
+    xdp: Option<OwnedFd>,
     maps: BTreeMap<String, OwnedFd>,
     facts: Vec<Fact>,
     shape: Shape,
@@ -104,12 +105,6 @@ pub fn object_path() -> PathBuf {
         .map_or_else(|| dist::target_dir().join("bpf").join("rustnet.bpf.o"), PathBuf::from)
 }
 
-/// The same of the object with the skeletons of the next stage's programs: `RUSTNET_BPF_SKELETONS`.
-pub fn skeletons_path() -> PathBuf {
-    std::env::var_os("RUSTNET_BPF_SKELETONS")
-        .map_or_else(|| dist::target_dir().join("bpf").join("skeletons.bpf.o"), PathBuf::from)
-}
-
 impl Datapath {
     /// Loads the object with maps of the given sizes, the object's own for those that are not named.
     pub fn load(sizes: &[(&str, u32)]) -> Result<Self> {
@@ -119,11 +114,6 @@ impl Datapath {
     /// As [`Self::load`], of programs that use the tables of an earlier agent, too.
     pub fn load_bridge(bridge: Bridge, sizes: &[(&str, u32)]) -> Result<Self> {
         Self::load_from(&object_path(), "cargo xtask build-ebpf", sizes, bridge)
-    }
-
-    /// As [`Self::load`], of the object with skeletons, for [`Self::run_skeleton`].
-    pub fn load_skeletons(sizes: &[(&str, u32)]) -> Result<Self> {
-        Self::load_from(&skeletons_path(), "cargo xtask build-ebpf --skeletons", sizes, Bridge::None)
     }
 
     /// Loads an object of this or an earlier release; sizes of maps that it does not have are ignored.
@@ -163,12 +153,15 @@ impl Datapath {
             facts.push(Fact { program: name.to_owned(), verified, jited: info.size_jitted(), millis });
             programs.insert(name.to_owned(), program.fd()?.as_fd().try_clone_to_owned()?);
         }
-        let mut skeletons = BTreeMap::new();
-        for (name, program) in ebpf.programs_mut() {
-            let Program::Xdp(program) = program else { continue };
-            let fd = program.load().and_then(|()| program.fd());
-            let fd = fd.with_context(|| format!("the kernel refused program {name}"))?;
-            skeletons.insert(name.to_owned(), fd.as_fd().try_clone_to_owned()?);
+        let mut xdp = None;
+        // Objects to compare with may be older than this program.
+        if let Some(Program::Xdp(program)) = ebpf.program_mut(names::UPLINK_XDP) {
+            program.load().with_context(|| format!("the kernel refused program {}", names::UPLINK_XDP))?;
+            let info = program.info()?;
+            let verified = info.verified_instruction_count().unwrap_or(0);
+            let program_name = names::UPLINK_XDP.to_owned();
+            facts.push(Fact { program: program_name, verified, jited: info.size_jitted(), millis: 0.0 });
+            xdp = Some(program.fd()?.as_fd().try_clone_to_owned()?);
         }
         let mut maps = BTreeMap::new();
         for (name, map) in ebpf.maps() {
@@ -201,7 +194,7 @@ impl Datapath {
         }
         Ok(Self {
             programs,
-            skeletons,
+            xdp,
             maps,
             facts,
             shape,
@@ -284,11 +277,31 @@ impl Datapath {
         self.decap_l3 != 0
     }
 
-    /// Runs a skeleton on a frame; returns what it returned.
-    pub fn run_skeleton(&self, name: &str, frame: &[u8]) -> Result<u32> {
-        let program = self.skeletons.get(name).with_context(|| format!("the object has no skeleton {name}"))?;
-        let run = TestRun { packet: frame, repeat: 1, ..TestRun::default() };
-        Ok(sys::test_run(program.as_fd(), run).with_context(|| format!("running {name}"))?.verdict)
+    /// Runs the XDP program on a frame that comes in by a device; returns its verdict and the frame.
+    pub fn run_xdp(&self, frame: &[u8], ifindex: u32) -> Result<(u32, Vec<u8>)> {
+        let program = self.xdp.as_ref().context("the object has no XDP program")?;
+        let mut out = vec![0; OUT];
+        let mut context = xdp_md(frame.len(), ifindex);
+        let run = TestRun { packet: frame, out: &mut out, context: &mut context, repeat: 1, flags: 0 };
+        let ran = sys::test_run(program.as_fd(), run).with_context(|| format!("running {}", names::UPLINK_XDP))?;
+        out.truncate(ran.len);
+        Ok((ran.verdict, out))
+    }
+
+    /// Puts the programs of an uplink on a device of the caller's network namespace, until the result is dropped.
+    pub fn attach_uplink(&self, ifindex: u32) -> Result<Vec<OwnedFd>> {
+        let hooks = [(hook::UPLINK_IN, sys::TCX_INGRESS), (hook::UPLINK_OUT, sys::TCX_EGRESS)];
+        let attach = |(code, hook): (u8, u32)| {
+            let program = self.program(hook::NAMES[usize::from(code)])?;
+            Ok(sys::link_create_tcx(program.as_fd(), ifindex, hook)?)
+        };
+        hooks.into_iter().map(attach).collect()
+    }
+
+    /// The same of the XDP program.
+    pub fn attach_xdp(&self, ifindex: u32) -> Result<OwnedFd> {
+        let program = self.xdp.as_ref().context("the object has no XDP program")?;
+        Ok(sys::link_create_xdp(program.as_fd(), ifindex)?)
     }
 
     /// True if the kernel can run programs on packets with [`Input::complete`] (6.17 and later).
@@ -359,6 +372,11 @@ impl Datapath {
 fn empty() -> Result<OwnedFd> {
     let code = [instruction(MOV, 0, 0, 0, u32::MAX), instruction(EXIT, 0, 0, 0, 0)];
     sys::prog_load_sched_cls("rn_empty", &code).context("cannot load a program that does nothing: this needs root")
+}
+
+/// `struct xdp_md` of a frame that comes in by a device: its beginning and end, metadata, the device, its queue, the device to leave by.
+fn xdp_md(len: usize, ifindex: u32) -> [u32; 6] {
+    [0, len as u32, 0, ifindex, 0, 0]
 }
 
 fn context(input: &Input<'_>) -> SkBuff {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::cpio::Archive;
-use super::step::{OBJECT, SKELETONS, Step};
+use super::step::{OBJECT, Step};
 use super::tests::Tests;
 use crate::cmd::{Cmd, which};
 use crate::dist::{self, Profile};
@@ -43,9 +43,8 @@ pub fn write(file: &Path, tests: &Tests, steps: &[Step], policy: &[u8]) -> Resul
     // A test has the path in itself where cargo left it.
     let command = Profile::Dev.built().join("rustnetctl");
     files.archive.link(&command.to_string_lossy(), "/dist/rustnetctl");
-    for (path, object) in [(OBJECT, paths::object()), (SKELETONS, paths::skeletons())] {
-        files.archive.file(path, &fs::read(&object).with_context(|| format!("reading {}", object.display()))?, 0o644);
-    }
+    let object = paths::object();
+    files.archive.file(OBJECT, &fs::read(&object).with_context(|| format!("reading {}", object.display()))?, 0o644);
     files.archive.file(POLICY, policy, 0o644);
     files.archive.file(STEPS, &serde_json::to_vec(steps)?, 0o644);
     for dir in ["/mnt", "/root", "/etc", "/run", "/tmp", MODULES] {

@@ -61,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
     );
     setup::ensure(&[Need::Build, Need::Network, Need::Kernels])?;
     let kernels = lines.iter().map(|line| line.fetch(args.refresh)).collect::<Result<Vec<_>>>()?;
-    ebpf::build_all()?;
+    ebpf::build(&ebpf::Args::default())?;
     let tests = tests::build()?;
     let dir = paths::target().join("kernels");
     std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;

@@ -4,8 +4,6 @@ use serde::{Deserialize, Serialize};
 
 /// The kernel-side object in the guest.
 pub const OBJECT: &str = "/rustnet.bpf.o";
-/// The one with skeletons.
-pub const SKELETONS: &str = "/skeletons.bpf.o";
 
 /// A program that the guest runs.
 #[derive(Debug, Serialize, Deserialize)]

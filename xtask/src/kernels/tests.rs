@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::step::{OBJECT, SKELETONS, Step};
+use super::step::{OBJECT, Step};
 use crate::cmd::Cmd;
 use crate::dist::{self, Profile};
 use crate::paths;
@@ -146,7 +146,6 @@ impl Suite {
         }
         let env = [
             ("RUSTNET_BPF_OBJECT", OBJECT),
-            ("RUSTNET_BPF_SKELETONS", SKELETONS),
             ("RUSTNET_DEADLINE", "300"),
             ("RUSTNET_DIST", "/dist"),
             ("RUSTNET_ARTIFACTS", "/tmp/artifacts"),
