@@ -88,6 +88,8 @@ pub struct Config {
     pub node_port_addresses: Vec<NodePortAddresses>,
     /// Whose sockets ask for Services by themselves.
     pub socket_lb: SocketLb,
+    /// Whether uplinks get the XDP program.
+    pub xdp: Xdp,
     /// How flows of Services are spread that do not say.
     pub lb_algorithm: Algorithm,
     /// Places of a Maglev table, a prime.
@@ -186,6 +188,36 @@ impl OverlayPath {
         match self {
             Self::Programs => "programs",
             Self::Device => "device",
+        }
+    }
+}
+
+/// Whether known flows from outside to Services are forwarded by XDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Xdp {
+    /// By no device.
+    Off,
+    /// By uplinks whose driver has it, veths apart.
+    Native,
+    /// The same, and by veths.
+    NativeVeth,
+}
+
+impl Xdp {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Off, Self::Native, Self::NativeVeth];
+
+    /// The one with this word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|it| it.word() == word)
+    }
+
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Native => "native",
+            Self::NativeVeth => "native-veth",
         }
     }
 }
@@ -414,6 +446,9 @@ impl Config {
             non_masquerade_cidrs: read.list("non-masquerade-cidrs", cidr),
             socket_lb: read.required("socket-lb", "give host, all or off", |text| {
                 SocketLb::parse(text).ok_or("is nobody whose sockets are balanced; give host, all or off".to_owned())
+            }),
+            xdp: read.required("xdp", "give off, native or native-veth", |text| {
+                Xdp::parse(text).ok_or("is no mode of XDP; give off, native or native-veth".to_owned())
             }),
             masquerade: read.required("masquerade", "give true or false", boolean),
             node_port_addresses: read.list("node-port-addresses", node_port_addresses),

@@ -15,6 +15,8 @@ pub enum Scope {
     Service,
     /// Processes of this host; pods work.
     Host,
+    /// How fast some packets are; all of them go on.
+    Speed,
     /// What the `rustnetctl` command shows; no packet depends on it.
     Command,
 }

@@ -446,7 +446,7 @@ impl Reconciler {
         for _ in 0..2 {
             ensure!(!is_late.load(Ordering::Relaxed), "no time is left");
             let failures = self.repair_at_once()?;
-            let is_in_the_way = |it: &Failure| it.scope != Scope::Peer;
+            let is_in_the_way = |it: &Failure| !matches!(it.scope, Scope::Peer | Scope::Speed);
             ensure!(!failures.iter().any(is_in_the_way), "{}", failure::texts(&failures));
         }
         ensure!(!is_late.load(Ordering::Relaxed), "no time is left");

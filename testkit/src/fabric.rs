@@ -9,11 +9,14 @@ use crate::janitor::{self, RunDir};
 use crate::manifest::{Manifests, node_yaml};
 use crate::netns::{Holder, Netns, Own};
 use crate::node::{Node, Plan};
+use crate::raw;
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
+use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Routing;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -421,6 +424,23 @@ impl Fabric {
     /// The switch between the nodes.
     pub fn switch(&self) -> &Netns {
         &self.switch
+    }
+
+    /// Makes the switch a peer for XDP on the nodes' uplinks, until the result is dropped: it takes what XDP sends, for which a veth
+    /// needs a program of its own, and finishes all checksums, as a wire does.
+    pub fn wire_xdp(&self) -> Result<Vec<OwnedFd>> {
+        /// `XDP_PASS`.
+        const PASS: u32 = 2;
+        self.switch.run(|| {
+            let pass = [sys::instruction(0xb7, 0, 0, 0, PASS), sys::instruction(0x95, 0, 0, 0, 0)];
+            let pass = sys::prog_load_xdp("pass", &pass).context("cannot load a program that passes all")?;
+            let wire = |port: String| {
+                raw::set_tx_checksum(&port, false)?;
+                let index = nix::net::if_::if_nametoindex(port.as_str())?;
+                sys::link_create_xdp(pass.as_fd(), index).with_context(|| format!("XDP on {port}"))
+            };
+            (1..=self.nodes.len()).map(|n| wire(format!("n{n}"))).collect()
+        })?
     }
 
     /// The router in front of node `n`, in a routed fabric.

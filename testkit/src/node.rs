@@ -171,6 +171,13 @@ impl Node {
         self.counters(&[reason])
     }
 
+    /// Packets that a hook has forwarded.
+    pub fn forwarded_at(&self, hook: u8) -> Result<u64> {
+        let rows = Counters::open(&self.bpffs_from_outside())?.read()?;
+        let is_of = |reason: rustnet_common::drop::DropReason| reason == rustnet_common::drop::DropReason::Forwarded;
+        Ok(rows.iter().filter(|row| is_of(row.reason) && row.hook == hook).map(|row| row.count.packets).sum())
+    }
+
     /// The sum of several counters.
     pub fn counters(&self, reasons: &[rustnet_common::drop::DropReason]) -> Result<u64> {
         let rows = Counters::open(&self.bpffs_from_outside())?.read()?;

@@ -39,7 +39,7 @@ fn seen(node: &Node, pods: &[&Pod], like: IpAddr) -> BTreeSet<IpAddr> {
     pods.iter().map(of).collect()
 }
 
-fn node_ports_of_each_node(net: &Net) -> Result<()> {
+pub fn node_ports_of_each_node(net: &Net) -> Result<()> {
     let pods = [&net.a, &net.b, &net.c];
     let service = published(net, at_nodes(), endpoints(&pods))?;
     for node in net.fabric.nodes() {
@@ -57,7 +57,7 @@ fn node_ports_of_each_node(net: &Net) -> Result<()> {
 }
 
 /// Larger than one packet, through the overlay and back: segments, fragments, and the path's MTU.
-fn large_transfers(net: &Net) -> Result<()> {
+pub fn large_transfers(net: &Net) -> Result<()> {
     let service = published(net, at_nodes(), endpoints(&[&net.c]))?;
     for target in node_ports(net.node(1), &service) {
         wait_served(net.fabric.world(), target)?;
@@ -71,7 +71,7 @@ fn large_transfers(net: &Net) -> Result<()> {
     Ok(())
 }
 
-fn a_local_policy_keeps_the_client(net: &Net) -> Result<()> {
+pub fn a_local_policy_keeps_the_client(net: &Net) -> Result<()> {
     let outside = Outside { is_local: true, ..at_nodes() };
     let service = published(net, outside, endpoints(&[&net.a, &net.b]))?;
     for target in node_ports(net.node(1), &service) {
@@ -91,7 +91,7 @@ fn a_local_policy_keeps_the_client(net: &Net) -> Result<()> {
     Ok(())
 }
 
-fn without_endpoints_clients_are_refused(net: &Net) -> Result<()> {
+pub fn without_endpoints_clients_are_refused(net: &Net) -> Result<()> {
     let mut service = published(net, at_nodes(), endpoints(&[&net.a]))?;
     for node in net.fabric.nodes() {
         for target in node_ports(node, &service) {
@@ -121,7 +121,7 @@ pub fn balancer(net: &Net) -> Result<Vec<IpAddr>> {
     Ok(balancer)
 }
 
-fn a_load_balancers_address(net: &Net) -> Result<()> {
+pub fn a_load_balancers_address(net: &Net) -> Result<()> {
     let balancer = balancer(net)?;
     let pods = [&net.a, &net.c];
     let outside = Outside { balancer: balancer.clone(), ..at_nodes() };
@@ -251,7 +251,7 @@ fn clients_inside(net: &Net) -> Result<()> {
 }
 
 /// A backend on the network of the node that is asked, and of another.
-fn a_backend_that_is_the_node(net: &Net) -> Result<()> {
+pub fn a_backend_that_is_the_node(net: &Net) -> Result<()> {
     for of in [1, 2] {
         let node = net.node(of);
         let at = world().map(|like| Endpoint::ready(node.address_like(like), Some(node.name())));
@@ -271,7 +271,7 @@ fn a_backend_that_is_the_node(net: &Net) -> Result<()> {
 }
 
 /// TCP connections stay with their endpoint when it leaves the service.
-fn connections_outlive_their_endpoint(net: &Net) -> Result<()> {
+pub fn connections_outlive_their_endpoint(net: &Net) -> Result<()> {
     let mut service = published(net, at_nodes(), endpoints(&[&net.c]))?;
     for target in node_ports(net.node(1), &service) {
         wait_served(net.fabric.world(), target)?;

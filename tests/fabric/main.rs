@@ -34,3 +34,4 @@ mod sockets;
 mod stacked;
 mod state;
 mod upgrade;
+mod xdp;

@@ -262,6 +262,14 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
+                flag: "xdp",
+                key: "xdp",
+                value: "off|native|native-veth",
+                default: Some("off"),
+                help: "Forward known flows from outside to Services, between a client and a backend that are both reached by the uplink that they come in by, in the driver of that uplink (native), where it has XDP; all other packets go on as with off. A veth loses what XDP sends, unless its other end has an XDP program, too: native-veth says that it has",
+                ..ONE
+            },
+            Setting {
                 flag: "lb-algorithm",
                 key: "lbAlgorithm",
                 value: "random|maglev",

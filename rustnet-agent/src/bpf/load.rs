@@ -45,6 +45,8 @@ pub struct Load<'a> {
     pub log: PacketLog,
     /// Load the programs of socket calls, too.
     pub has_sockets: bool,
+    /// Load the XDP program, too.
+    pub has_xdp: bool,
 }
 
 /// The programs of one object with their maps, loaded and not attached.
@@ -52,6 +54,8 @@ pub struct Programs {
     by_name: BTreeMap<&'static str, OwnedFd>,
     /// Why there are no programs of socket calls, if there should be.
     sockets: Result<(), String>,
+    /// Why there is no XDP program, if there should be one.
+    xdp: Result<(), String>,
     maps: BTreeMap<String, OwnedFd>,
     /// Where programs jump to, until it is pinned.
     tails: Option<OwnedFd>,
@@ -120,6 +124,15 @@ impl Programs {
     /// There should be some, and the kernel refused one.
     pub fn check_sockets(&self) -> Result<()> {
         self.sockets.clone().map_err(anyhow::Error::msg)
+    }
+
+    /// The XDP program.
+    ///
+    /// # Errors
+    /// The kernel refused it, or none was loaded.
+    pub fn xdp(&self) -> Result<BorrowedFd<'_>> {
+        self.xdp.clone().map_err(anyhow::Error::msg)?;
+        self.get(names::UPLINK_XDP)
     }
 
     /// Where the maps of these programs are pinned: in a directory of their own until
@@ -427,6 +440,7 @@ impl Load<'_> {
         let mut programs = Programs {
             by_name,
             sockets: Ok(()),
+            xdp: Ok(()),
             maps,
             tails: None,
             replaced,
@@ -452,6 +466,12 @@ impl Load<'_> {
             // Pods do without; what is wrong is reported where these programs are attached.
             let loaded = load_sockets(&mut ebpf);
             programs.sockets = loaded.map(|loaded| programs.by_name.extend(loaded)).map_err(|e| format!("{e:#}"));
+        }
+        if self.has_xdp {
+            // TC does without.
+            let loaded = load_xdp(&mut ebpf);
+            programs.xdp =
+                loaded.map(|it| drop(programs.by_name.insert(names::UPLINK_XDP, it))).map_err(|e| format!("{e:#}"));
         }
         programs.tails = Some(fill_tails(&ebpf, &programs.by_name)?);
         Ok(programs)
@@ -497,6 +517,15 @@ fn load_sockets(ebpf: &mut aya::Ebpf) -> Result<Vec<(&'static str, OwnedFd)>> {
         Ok((name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?))
     };
     names::SOCKET_PROGRAMS.into_iter().map(&mut load).collect()
+}
+
+/// Loads the XDP program.
+fn load_xdp(ebpf: &mut aya::Ebpf) -> Result<OwnedFd> {
+    let name = names::UPLINK_XDP;
+    let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
+    let Program::Xdp(program) = program else { bail!("program {name} is not for XDP") };
+    let fd = load_program(|| program.load()).and_then(|()| program.fd()).map_err(|e| load_error(name, e))?;
+    fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))
 }
 
 /// The earlier tables that a bridge uses, by the names that the object has for them, with their

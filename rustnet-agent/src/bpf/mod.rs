@@ -16,6 +16,7 @@ pub mod probe;
 pub mod store;
 pub mod sys;
 pub mod upgrade;
+pub mod xdp;
 
 /// Adds to an error of bpf(2) what a person can do about it.
 pub fn remedy(error: &std::io::Error) -> &'static str {

@@ -12,8 +12,8 @@ use bytemuck::{Pod, Zeroable};
 mod link;
 
 pub use link::{
-    AttachedLink, LinkInfo, cgroup_link_info, link_by_id, link_create_cgroup, link_create_tcx, link_detach, link_info,
-    link_update, prog_name, tcx_links,
+    AttachedLink, LinkInfo, cgroup_link_info, link_by_id, link_create_cgroup, link_create_tcx, link_create_xdp,
+    link_detach, link_info, link_update, prog_name, tcx_links,
 };
 
 /// Commands of bpf(2) (`enum bpf_cmd`).
@@ -50,6 +50,8 @@ const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
 /// `BPF_PROG_TYPE_SCHED_CLS`.
 pub const PROG_TYPE_SCHED_CLS: u32 = 3;
+/// `BPF_PROG_TYPE_XDP`.
+const PROG_TYPE_XDP: u32 = 6;
 
 /// Calls bpf(2) with an attribute that starts as `attr`; the kernel takes the missing tail as zero.
 fn bpf<T>(command: i32, attr: &mut T) -> io::Result<i64> {
@@ -420,6 +422,9 @@ pub struct Ran {
     pub len: usize,
 }
 
+/// `BPF_F_TEST_XDP_LIVE_FRAMES`: what an XDP program returns is done, and nothing is returned of frame and context.
+pub const LIVE_FRAMES: u32 = 1 << 1;
+
 /// Runs a program.
 pub fn test_run(prog: BorrowedFd<'_>, run: TestRun<'_>) -> io::Result<Ran> {
     #[repr(C)]
@@ -459,9 +464,9 @@ pub fn test_run(prog: BorrowedFd<'_>, run: TestRun<'_>) -> io::Result<Ran> {
         repeat,
         duration: 0,
         ctx_size_in: ctx_size,
-        ctx_size_out: ctx_size,
+        ctx_size_out: if flags & LIVE_FRAMES == 0 { ctx_size } else { 0 },
         ctx_in: unless_empty(&before, before.as_ptr()),
-        ctx_out: unless_empty(context, ctx_ptr),
+        ctx_out: if flags & LIVE_FRAMES == 0 { unless_empty(context, ctx_ptr) } else { 0 },
         flags,
         cpu: 0,
         batch_size: 0,
@@ -478,6 +483,15 @@ pub const fn instruction(code: u8, dst: u8, src: u8, off: i16, imm: u32) -> u64 
 
 /// Loads a classifier given as instructions.
 pub fn prog_load_sched_cls(name: &str, instructions: &[u64]) -> io::Result<OwnedFd> {
+    prog_load(PROG_TYPE_SCHED_CLS, name, instructions)
+}
+
+/// Loads an XDP program given as instructions.
+pub fn prog_load_xdp(name: &str, instructions: &[u64]) -> io::Result<OwnedFd> {
+    prog_load(PROG_TYPE_XDP, name, instructions)
+}
+
+fn prog_load(kind: u32, name: &str, instructions: &[u64]) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         kind: u32,
@@ -492,7 +506,7 @@ pub fn prog_load_sched_cls(name: &str, instructions: &[u64]) -> io::Result<Owned
         name: [u8; 16],
     }
     let mut attr = Attr {
-        kind: PROG_TYPE_SCHED_CLS,
+        kind,
         count: instructions.len() as u32,
         instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,

@@ -28,8 +28,8 @@ use crate::bpf::store::endpoints::Endpoints;
 use crate::bpf::store::fill;
 use crate::bpf::store::node_config::NodeConfigStore;
 use crate::bpf::store::sockets::Sockets;
-use crate::bpf::{cgroup, sys};
-use crate::config::{OverlayPath, SocketLb};
+use crate::bpf::{cgroup, sys, xdp};
+use crate::config::{OverlayPath, SocketLb, Xdp};
 use crate::doctor::finding::Mark;
 use crate::doctor::overlay;
 use crate::net::endpoints as records;
@@ -117,6 +117,7 @@ pub fn check(places: &Places) -> Vec<Line> {
     if checks[2].status == Mark::Ok {
         checks.push(line("Hooks", hooks(places)));
         checks.extend(overlay_line(places).transpose().map(|result| line("Overlay path", result)));
+        checks.extend(xdp_line(places).transpose().map(|result| line("XDP", result)));
         checks.push(line("Sockets", sockets(places)));
         checks.push(line("Endpoints", pods(places)));
         checks.push(line("Classifiers", classifiers(places)));
@@ -222,7 +223,7 @@ fn hooks(places: &Places) -> Result<(Mark, String)> {
     let mut attached = BTreeSet::new();
     for entry in fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))? {
         let path = entry?.path();
-        if cgroup::is_link(&path) {
+        if cgroup::is_link(&path) || xdp::is_link(&path) {
             continue;
         }
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -294,6 +295,32 @@ fn missing(links: &[Link], attached: &BTreeSet<(String, u32)>) -> Vec<String> {
 fn setting<'a>(places: &'a Places, flag: &str) -> Option<&'a str> {
     let chosen = places.agent.as_ref().and_then(|agent| agent.settings.get(flag)?.last());
     chosen.map(String::as_str).or_else(|| settings::all().find(|it| it.flag == flag)?.default)
+}
+
+/// Which uplinks have the XDP program; `None` where none is to have it, and none has it.
+fn xdp_line(places: &Places) -> Result<Option<(Mark, String)>> {
+    let mode = setting(places, "xdp").and_then(Xdp::parse).context("the agent's settings name no mode of XDP")?;
+    let attached = xdp::attached(places.bpffs()?)?;
+    if mode == Xdp::Off && attached.is_empty() {
+        return Ok(None);
+    }
+    let mut socket = Socket::open()?;
+    let links = link::list(&mut socket)?;
+    let names = |indexes: &mut dyn Iterator<Item = u32>| {
+        let name = |index| links.iter().find(|link| link.index == index).map(|link| link.name.as_str());
+        indexes.filter_map(name).collect::<Vec<_>>().join(" ")
+    };
+    let on = names(&mut attached.iter().copied());
+    let uplinks = places.bpffs().and_then(xdp::uplinks)?;
+    let without = names(&mut uplinks.into_iter().filter(|index| !attached.contains(index)));
+    Ok(Some(match (mode, without.is_empty()) {
+        (Xdp::Off, _) => (Mark::Warning, format!("off, but on {on}; a running agent takes it off")),
+        (Xdp::Native | Xdp::NativeVeth, true) => (Mark::Ok, format!("on {on}")),
+        (Xdp::Native | Xdp::NativeVeth, false) => {
+            let why = "TC forwards the same packets; `rustnetctl doctor` and the agent's log say why";
+            (Mark::Warning, format!("not on {without}; {why}"))
+        }
+    }))
 }
 
 /// Whose sockets ask for Services by themselves.

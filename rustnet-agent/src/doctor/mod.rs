@@ -24,6 +24,7 @@ pub mod ranges;
 pub mod reach;
 pub mod sysctls;
 pub mod unserved;
+pub mod xdp;
 
 use crate::config::{Config, Refused};
 use crate::net::host::Host;
@@ -62,6 +63,7 @@ pub fn examine(config: &Config, stage: Stage, proxy_config: Option<&Path>) -> Ve
         Group::new("Ports", ports::check(&ports::gather(config))),
         Group::new("Firewall", firewall::check(&firewall::gather(config, &ways))),
         Group::new("Overlay", overlay::gather(config, &ways, stage).iter().flat_map(overlay::check).collect()),
+        Group::new("XDP", xdp::gather(config, &host, &ways, stage).iter().flat_map(xdp::check).collect()),
         Group::new("Packet mark", mark::check(&mark::gather(config))),
         Group::new("CNI", cni::check(&cni::gather(config), stage)),
         Group::new("kube-proxy", kube_proxy::check(&kube_proxy::gather())),

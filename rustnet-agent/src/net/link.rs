@@ -48,6 +48,8 @@ pub struct Link {
     pub hardware: u16,
     /// The bridge, bond or VRF that it is a port of.
     pub master: Option<u32>,
+    /// The device below it, of a VLAN or macvlan device; of a veth, its other end.
+    pub lower: Option<u32>,
     /// `IF_OPER_*` (RFC 2863): 6 is up; 0 is unknown, as with drivers that do not report it.
     pub operstate: u8,
     /// Makes no IPv6 link-local address of its own. Unknown (kernels without IPv6) counts as true.
@@ -96,6 +98,11 @@ fn get(which: LinkMessageBuilder<LinkUnspec>) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(which.append_extra_attribute(mask).build())
 }
 
+/// Name of a VLAN device on top of a device.
+pub fn vlan_on(links: &[Link], index: u32) -> Option<&str> {
+    links.iter().find(|link| link.kind == "vlan" && link.lower == Some(index)).map(|link| link.name.as_str())
+}
+
 /// Keeps an error about an interface only if the interface is there and up: pods come and go while we work.
 pub fn unless_gone<T>(socket: &mut Socket, index: u32, result: Result<T>, gone: T) -> Result<T> {
     match result {
@@ -120,6 +127,7 @@ fn parse(body: &[u8]) -> Option<Link> {
             libc::IFLA_IFNAME => link.name = parse_string(attribute.value()).ok()?,
             libc::IFLA_MTU => link.mtu = parse_u32(attribute.value()).ok()?,
             libc::IFLA_ADDRESS => link.mac = attribute.value().to_vec(),
+            libc::IFLA_LINK => link.lower = parse_u32(attribute.value()).ok(),
             libc::IFLA_MASTER => link.master = parse_u32(attribute.value()).ok(),
             libc::IFLA_OPERSTATE => link.operstate = parse_u8(attribute.value()).ok()?,
             libc::IFLA_LINKINFO => parse_info(&mut link, attribute),

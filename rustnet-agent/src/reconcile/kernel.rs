@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
@@ -30,8 +30,8 @@ use crate::bpf::store::node_config::NodeConfigStore;
 use crate::bpf::store::sockets::Sockets;
 use crate::bpf::store::{BpfMaps, fill};
 use crate::bpf::upgrade::Bridge;
-use crate::bpf::{cgroup, load, object, pin, probe};
-use crate::config::{Config, MapSizes, PacketLog, SocketLb};
+use crate::bpf::{cgroup, load, object, pin, probe, xdp};
+use crate::config::{Config, MapSizes, PacketLog, SocketLb, Xdp};
 use crate::failure::{Failure, Scope};
 use crate::metrics::{HookCount, KernelStats, MapFill};
 use crate::net::endpoints::parse_mac;
@@ -47,6 +47,7 @@ pub struct Kernel {
     run_dir: PathBuf,
     sizes: MapSizes,
     packet_log: PacketLog,
+    xdp: Xdp,
     programs: Programs,
     pinned: bool,
     /// The programs are those of the second load of an upgrade.
@@ -82,7 +83,8 @@ impl Kernel {
     /// Loads the programs while the earlier ones run, and opens their maps.
     pub fn load(config: &Config) -> Result<Self> {
         let has_sockets = config.socket_lb != SocketLb::Off;
-        let mut programs = load(&config.bpffs, &config.maps, &config.bpf_log, has_sockets)?.run()?;
+        let has_xdp = config.xdp != Xdp::Off;
+        let mut programs = load(&config.bpffs, &config.maps, &config.bpf_log, has_sockets, has_xdp)?.run()?;
         let printer = print_log(&mut programs);
         let maps = programs.maps_dir(&config.bpffs);
         Ok(Self {
@@ -90,6 +92,7 @@ impl Kernel {
             run_dir: config.run_dir.clone(),
             sizes: config.maps,
             packet_log: config.bpf_log.clone(),
+            xdp: config.xdp,
             pinned: false,
             has_upgraded: false,
             printer,
@@ -142,7 +145,7 @@ impl Kernel {
     }
 
     fn reload(&self) -> Result<Load<'_>> {
-        load(&self.bpffs, &self.sizes, &self.packet_log, self.sockets.is_some())
+        load(&self.bpffs, &self.sizes, &self.packet_log, self.sockets.is_some(), self.xdp != Xdp::Off)
     }
 
     /// Takes programs in the place of the present ones; they are not pinned yet.
@@ -201,6 +204,10 @@ impl Kernel {
         // A device without an entry masquerades with the node's address: no reason to leave pods without programs.
         let mut failures = Vec::new();
         take(self.write_devices(place, state, is_complete), &mut done, &mut failures);
+        if !self.may_have_xdp() {
+            // An earlier program would go on with the earlier tables alone.
+            done.extend(xdp::detach_others(&self.bpffs, &[])?);
+        }
         if !self.pinned {
             self.programs.pin(&self.bpffs)?;
             self.pinned = true;
@@ -243,7 +250,52 @@ impl Kernel {
                 Err(e) => failures.push(Failure::new(Scope::Pod, &e)),
             }
         }
+        // Last: the program takes for granted that all others use its tables.
+        if self.may_have_xdp() && failures.iter().all(|failure| failure.scope != Scope::Node) {
+            self.attach_xdp(socket, state, is_complete, &mut done, &mut failures);
+        }
         Ok(Attached { done, failures, is_overlay_verified })
+    }
+
+    /// True if uplinks are to have the XDP program. During an upgrade none has it: no other program has to wait for it.
+    fn may_have_xdp(&self) -> bool {
+        self.xdp != Xdp::Off && !self.has_earlier_tables() && !self.programs.is_export()
+    }
+
+    /// Has the XDP program on all uplinks that can have it, and on no other device.
+    fn attach_xdp(
+        &self,
+        socket: &mut Socket,
+        state: &State,
+        is_complete: bool,
+        done: &mut Vec<String>,
+        failures: &mut Vec<Failure>,
+    ) {
+        let mut kept = Vec::new();
+        for uplink in &state.uplinks {
+            let device = Device { name: &uplink.name, ifindex: uplink.ifindex };
+            let attach = || {
+                if let Some(why) = xdp::unfit(self.xdp, &state.host.links, uplink.ifindex) {
+                    bail!("XDP on {}: {why}", uplink.name);
+                }
+                xdp::attach(&self.bpffs, &device, self.programs.xdp()?)
+            };
+            match link::unless_gone(socket, uplink.ifindex, attach(), Outcome::Unchanged) {
+                Ok(outcome) => {
+                    kept.push(uplink.ifindex);
+                    if outcome != Outcome::Unchanged {
+                        done.push(format!("{} on {}: {}", names::UPLINK_XDP, uplink.name, word(outcome)));
+                    }
+                }
+                Err(e) => failures.push(Failure::new(Scope::Speed, &e)),
+            }
+        }
+        if is_complete {
+            match xdp::detach_others(&self.bpffs, &kept) {
+                Ok(changes) => done.extend(changes),
+                Err(e) => failures.push(Failure::new(Scope::Speed, &e)),
+            }
+        }
     }
 
     /// Writes the addresses of devices, and ends the masquerade of those that the host has no more. Before
@@ -320,7 +372,7 @@ impl Kernel {
         let dir = self.bpffs.join(LINKS_DIR);
         let entries = fs::read_dir(&dir).and_then(|entries| entries.map(|it| Ok(it?.path())).collect());
         let mut paths: Vec<_> = entries.with_context(|| format!("reading {}", dir.display()))?;
-        paths.retain(|path| !cgroup::is_link(path));
+        paths.retain(|path| !cgroup::is_link(path) && !xdp::is_link(path));
         Ok(paths)
     }
 
@@ -433,8 +485,8 @@ fn take(step: Result<impl IntoIterator<Item = String>>, done: &mut Vec<String>, 
     }
 }
 
-fn load<'a>(bpffs: &'a Path, sizes: &MapSizes, log: &PacketLog, has_sockets: bool) -> Result<Load<'a>> {
-    Ok(Load { object: object::embedded()?, bpffs, sizes: load::sizes(sizes), log: log.clone(), has_sockets })
+fn load<'a>(bpffs: &'a Path, sizes: &MapSizes, log: &PacketLog, has_sockets: bool, has_xdp: bool) -> Result<Load<'a>> {
+    Ok(Load { object: object::embedded()?, bpffs, sizes: load::sizes(sizes), log: log.clone(), has_sockets, has_xdp })
 }
 
 /// Prints the packet log of these programs, if it is on, until the result is dropped.

@@ -170,7 +170,8 @@ impl Reconciler {
                         install_cni_binary(&self.config);
                     }
                     // Before all devices are known, programs of before are on some of them, with the earlier maps.
-                    let is_on_all = is_complete && !attached.failures.iter().any(|it| it.scope != Scope::Peer);
+                    let is_on_all = is_complete
+                        && !attached.failures.iter().any(|it| !matches!(it.scope, Scope::Peer | Scope::Speed));
                     if before.is_pinned && is_on_all && kernel.is_upgrading() {
                         match kernel.go_on_upgrading() {
                             Ok(changed) => done.extend(changed),

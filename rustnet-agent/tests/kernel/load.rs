@@ -17,7 +17,14 @@ use crate::sandbox::{self, Sandbox, names};
 /// Small maps, so that tests cost no memory.
 pub fn load(sandbox: &Sandbox) -> Load<'_> {
     let sizes = map::ALL[..13].iter().map(|name| ((*name).to_owned(), 4096)).collect();
-    Load { object: object::embedded().unwrap(), bpffs: &sandbox.bpffs, sizes, log: PacketLog::Off, has_sockets: true }
+    Load {
+        object: object::embedded().unwrap(),
+        bpffs: &sandbox.bpffs,
+        sizes,
+        log: PacketLog::Off,
+        has_sockets: true,
+        has_xdp: true,
+    }
 }
 
 pub fn map_id(sandbox: &Sandbox, name: &str) -> u32 {

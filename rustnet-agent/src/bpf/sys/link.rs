@@ -1,4 +1,4 @@
-//! Links of bpf(2): those of TCX, by fd, by device and by number.
+//! Links of bpf(2): those of TCX, XDP and control groups, by fd, by device and by number.
 
 use std::ffi::CStr;
 use std::io;
@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{bpf, cmd, info, owned, raw};
 
-/// `struct bpf_link_info`, its beginning, with the TCX member of the union.
+/// `struct bpf_link_info`, its beginning, with the members for devices of the union.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct LinkInfo {
@@ -20,11 +20,11 @@ pub struct LinkInfo {
     pad: u32,
     /// The interface; 0 once it is gone.
     pub ifindex: u32,
-    /// [`TCX_INGRESS`] or [`TCX_EGRESS`].
+    /// Of TCX: [`TCX_INGRESS`] or [`TCX_EGRESS`].
     pub attach_type: u32,
 }
 
-/// What the kernel says of a TCX link.
+/// What the kernel says of a link to a device.
 pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     info(fd)
 }
@@ -78,6 +78,22 @@ pub fn link_create_tcx(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> 
     let mut attr =
         Attr { prog_fd: raw(prog), ifindex, attach_type, flags: 0, relative_fd: 0, pad: 0, expected_revision: 0 };
     owned(bpf(cmd::LINK_CREATE, &mut attr)?)
+}
+
+/// Attaches a program to the XDP hook of a device, in its driver. EOPNOTSUPP where the driver has none, EBUSY where another program is.
+pub fn link_create_xdp(prog: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
+    /// `BPF_XDP`.
+    const XDP: u32 = 37;
+    /// `XDP_FLAGS_DRV_MODE`.
+    const DRIVER_MODE: u32 = 1 << 2;
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    owned(bpf(cmd::LINK_CREATE, &mut Attr { prog_fd: raw(prog), ifindex, attach_type: XDP, flags: DRIVER_MODE })?)
 }
 
 /// Swaps a link's program atomically. ENOLINK when the link's interface is gone.
