@@ -10,6 +10,7 @@ mod nodes;
 mod packets;
 mod plugins;
 mod stats;
+mod xdp;
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -80,6 +81,8 @@ enum What {
     Control,
     /// Changes of Services whose flows Maglev tables spread
     Maglev,
+    /// Packets a second of a known flow to a node port, by XDP, by TC and by the kernel's netfilter
+    Xdp,
     /// How long the CNI binary takes, compared with the reference plugins
     Cni,
 }
@@ -145,6 +148,10 @@ fn main() -> Result<()> {
     }
     if args.wants(What::Maglev) {
         maglev::run(args.size(None, 200, 20)).context("maglev")?;
+        println!();
+    }
+    if args.wants(What::Xdp) {
+        xdp::run(args.size(None, 15, 3), args.size(args.repeat, 2_000_000, 200_000)).context("xdp")?;
         println!();
     }
     if args.wants(What::Cni) {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 /// Pins maps of these sizes as the agent would.
 pub fn load(bpffs: &Path, maps: &MapSizes) -> Result<BpfMaps> {
     let (object, sizes) = (object::embedded()?, sizes(maps));
-    Load { object, bpffs, sizes, log: PacketLog::Off, has_sockets: false }.run()?.pin(bpffs)?;
+    Load { object, bpffs, sizes, log: PacketLog::Off, has_sockets: false, has_xdp: false }.run()?.pin(bpffs)?;
     BpfMaps::open(bpffs)
 }
 
