@@ -26,6 +26,8 @@ pub trait Ctx: Copy {
     fn load(&self, offset: u32, to: &mut [u8; 64], len: u32) -> bool;
     /// Payload of one segment when the frame stands for several (GSO), else 0.
     fn gso_size(&self) -> u32;
+    /// Packets that a frame stands for, 0 or 1 for one that stands for itself.
+    fn gso_segs(&self) -> u32;
 }
 
 /// What a step may ask of a packet that it changes.
@@ -92,13 +94,6 @@ impl Skb {
         unsafe { (*self.0).ingress_ifindex }
     }
 
-    /// Packets that a frame stands for, 0 or 1 for one that stands for itself.
-    #[inline(always)]
-    pub fn gso_segs(&self) -> u32 {
-        // SAFETY: valid context, see `fields`.
-        unsafe { (*self.0).gso_segs }
-    }
-
     fields! {
         /// The packet's mark.
         mark;
@@ -161,6 +156,11 @@ impl Ctx for Skb {
     fn gso_size(&self) -> u32 {
         // SAFETY: valid context, see `fields`.
         unsafe { (*self.0).gso_size }
+    }
+    #[inline(always)]
+    fn gso_segs(&self) -> u32 {
+        // SAFETY: valid context, see `fields`.
+        unsafe { (*self.0).gso_segs }
     }
     #[inline(always)]
     fn pull(&self, len: u32) -> bool {

@@ -40,10 +40,11 @@ mod xdp;
 // The macros of aya-log name it so.
 extern crate self as aya_log_ebpf;
 
-use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, xdp_action};
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, xdp_action, xdp_md};
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use rustnet_common::addr::Addr;
+use rustnet_common::config::flags;
 use rustnet_common::drop::{DropReason, hook as hooks};
 
 use crate::ctx::{Ctx, Skb, at, jiffies};
@@ -322,7 +323,7 @@ pub fn tunnel_in(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn inner<F: Outer>(skb: &Skb, outside: &mut Outside) -> i32 {
     let Some(config) = maps::config() else { return tunnel::BACK };
-    if !tunnel::read::<F>(skb, config, outside) {
+    if !tunnel::read::<F, _>(skb, config, outside) {
         return tunnel::BACK;
     }
     match outside.ethertype {
@@ -403,24 +404,70 @@ pub fn side_in(ctx: TcContext) -> i32 {
 #[xdp]
 pub fn uplink_xdp(ctx: XdpContext) -> u32 {
     let xdp = Xdp(ctx.ctx);
-    match parse::ethertype(&xdp) {
-        Some(ETH_P_IP) => express::<V4>(&xdp),
-        Some(ETH_P_IPV6) => express::<V6>(&xdp),
-        _ => xdp_action::XDP_PASS,
+    let mut outside = Outside::NONE;
+    let result = match parse::ethertype(&xdp) {
+        Some(ETH_P_IP) => express::<V4>(&xdp, &mut outside),
+        Some(ETH_P_IPV6) => express::<V6>(&xdp, &mut outside),
+        _ => return xdp_action::XDP_PASS,
+    };
+    let (reason, verdict) = match result.result() {
+        Ok(0) => return xdp_action::XDP_PASS,
+        Ok(_) => (DropReason::Forwarded, xdp_action::XDP_TX),
+        Err(dropped) => (dropped.reason, xdp_action::XDP_DROP),
+    };
+    event::count(&xdp, reason as u8, hooks::UPLINK_XDP);
+    verdict
+}
+
+/// One family of a frame: 1 if it goes back by its device, 0 if it passes.
+#[inline(always)]
+fn express<F: Express>(xdp: &Xdp, outside: &mut Outside) -> PackedResult {
+    let pass = PackedResult::new(Ok(0));
+    let Some(config) = maps::config() else { return pass };
+    if config.flags & flags::EXTERNAL == 0 {
+        return pass;
+    }
+    if !tunnel::is_for_port::<F, _>(xdp, config) {
+        return F::express(xdp, 0, 0, 0);
+    }
+    if !hook::xdp::read_tunnel::<F>(xdp, config, outside) {
+        return pass;
+    }
+    let (high, low) = outside.tunnel.remote.halves();
+    match outside.ethertype {
+        ETH_P_IP => V4::express(xdp, F::OVERHEAD, high, low),
+        ETH_P_IPV6 => V6::express(xdp, F::OVERHEAD, high, low),
+        _ => pass,
     }
 }
 
-/// The verdict of one family. A function of its own, as [`steps`].
-#[inline(never)]
-fn express<F: hook::xdp::Forward>(xdp: &Xdp) -> u32 {
-    let (reason, verdict) = match hook::xdp::run::<F>(xdp) {
-        Ok(false) => return xdp_action::XDP_PASS,
-        Ok(true) => (DropReason::Forwarded, xdp_action::XDP_TX),
-        Err(reason) => (reason, xdp_action::XDP_DROP),
-    };
-    event::count(xdp, reason as u8, hooks::UPLINK_XDP);
-    verdict
+/// XDP of one family. A function with global linkage: the verifier checks it once, not once for each family of outer packets.
+trait Express: hook::xdp::Forward {
+    /// See [`express`]. `overhead`: bytes in front of the packet that are not the Ethernet header's, 0 for a packet out of no tunnel; `high`
+    /// and `low` are the halves of the tunnel's far end.
+    fn express(xdp: &Xdp, overhead: u32, high: u64, low: u64) -> PackedResult;
 }
+
+/// Declares that function of a family.
+macro_rules! express {
+    ($family:ident, $name:ident) => {
+        impl Express for $family {
+            #[inline(always)]
+            fn express(xdp: &Xdp, overhead: u32, high: u64, low: u64) -> PackedResult {
+                PackedResult::from_bits($name(xdp.raw(), overhead, high, low))
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(xdp: *mut xdp_md, overhead: u32, high: u64, low: u64) -> u64 {
+            let sent = hook::xdp::run::<$family>(&Xdp(xdp), overhead & 0x7f, Addr::from_halves(high, low));
+            PackedResult::new(sent.map(i32::from).map_err(Dropped::from)).bits()
+        }
+    };
+}
+
+express!(V4, rn_express4);
+express!(V6, rn_express6);
 
 /// TC egress of the uplink.
 #[classifier]

@@ -60,8 +60,24 @@ pub struct Scratch<A> {
     pub host_port: HostPort,
     /// An entry of a table of v1, while it is written.
     pub half: v1::CtEntry<A>,
-    /// The kernel's answer about the way of a packet that goes back by its device.
+    /// How a packet leaves that goes back by its device.
+    pub leaving: Leaving<A>,
+}
+/// How a packet leaves that goes back by its device, see [`crate::hook::xdp`].
+#[repr(C)]
+pub struct Leaving<A> {
+    /// What it becomes, as long as that is not sure.
+    pub flow: Flow<A>,
+    /// The kernel's answer about its way.
     pub fib: FibLookup,
+    /// MACs of the frame: the sender's, then the receiver's.
+    pub macs: [u16; 6],
+    /// The node at the far end of the tunnel that it takes; unspecified without one.
+    pub node: Addr,
+    /// What becomes the tunnel's source port.
+    pub hash: u16,
+    /// The hop limit that it leaves with.
+    pub ttl: u8,
 }
 /// A token bucket, see [`crate::limit`].
 #[repr(C)]

@@ -56,6 +56,10 @@ impl Ctx for Xdp {
     fn gso_size(&self) -> u32 {
         0
     }
+    #[inline(always)]
+    fn gso_segs(&self) -> u32 {
+        0
+    }
 }
 
 /// A frame that a device has received has all its checksums, and no sum of the whole packet goes with it.

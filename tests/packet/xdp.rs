@@ -1,6 +1,8 @@
 //! XDP of the uplink: known flows that go back by their device leave there, and nobody but the sender of a packet can say which program
 //! has sent it. All other packets pass as they came.
 
+mod overlay;
+
 use crate::errors::error;
 use crate::flows::{PORT, Proto, TARGET, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
@@ -20,7 +22,7 @@ const NODE_PORT: u16 = 30_080;
 /// What XDP sends; it leaves the others to `uplink_in`.
 const PROTOS: [Proto; 2] = [Proto::Tcp, Proto::Udp];
 /// The next hops of the node's routes, and the MAC of its uplink.
-const NEIGHBOURS: &str = "\
+const MORE: &str = "\
     link set eth0 address 02:00:00:00:ff:01
     neigh replace 172.18.0.1 lladdr 02:00:00:00:ee:01 dev eth0 nud permanent
     neigh replace 172.18.0.13 lladdr 02:00:00:00:ee:01 dev eth0 nud permanent
@@ -30,7 +32,7 @@ const NEIGHBOURS: &str = "\
 /// Runs a test for both families, on a node that has all MACs.
 fn labs(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
     lab_apart(|lab| {
-        lab.ip(NEIGHBOURS)?;
+        lab.ip(MORE)?;
         BOTH.into_iter().try_for_each(|net| {
             lab.reset()?;
             test(lab, net).with_context(|| format!("{net:?}"))
@@ -49,6 +51,11 @@ fn run(lab: &Lab, frame: &Frame) -> Result<(u32, Vec<u8>, u64)> {
     let sent = count(&after) - count(&before);
     ensure!(after.values().sum::<u64>() - before.values().sum::<u64>() == sent, "counted elsewhere, too: {after:?}");
     Ok((verdict, out, sent))
+}
+
+/// How often a frame was counted as sent.
+fn count_of(lab: &Lab) -> Result<u64> {
+    Ok(lab.datapath().counts()?.get(&(DropReason::Forwarded as u8, hook::UPLINK_XDP)).copied().unwrap_or(0))
 }
 
 /// The frame leaves by the device that it came in by, changed into `want`.
@@ -254,7 +261,7 @@ fn a_next_hop_without_a_mac_passes() -> Result<()> {
             let more = later(&ask);
             lab.ip(&format!("neigh del {hop} dev eth0"))?;
             passes(lab, &more)?;
-            lab.ip(NEIGHBOURS)?;
+            lab.ip(MORE)?;
             sends(lab, &more, &more.hop().between((net.node(), arrives.ports().0), (net.routed(), TARGET)))?;
             // The route leads out by another device.
             lab.ip(&format!("route replace {} dev virbr0", net.routed()))?;

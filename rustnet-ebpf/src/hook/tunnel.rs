@@ -90,8 +90,8 @@ pub fn is_candidate(skb: &Skb, config: &NodeConfig) -> bool {
         return false;
     }
     match parse::ethertype(skb) {
-        Some(ETH_P_IP) => is_for_port::<V4>(skb, config),
-        Some(ETH_P_IPV6) => is_for_port::<V6>(skb, config),
+        Some(ETH_P_IP) => is_for_port::<V4, _>(skb, config),
+        Some(ETH_P_IPV6) => is_for_port::<V6, _>(skb, config),
         _ => false,
     }
 }
@@ -107,9 +107,10 @@ struct Datagram<H> {
 pub trait Outer: Encap<Header: ReadOuter<Self::A>> {}
 impl<F: Encap<Header: ReadOuter<Self::A>>> Outer for F {}
 
+/// True for a datagram for the overlay's port of this node.
 #[inline(always)]
-fn is_for_port<F: Outer>(skb: &Skb, config: &NodeConfig) -> bool {
-    let Some(at) = at_pulled::<Datagram<F::Header>, _>(skb, ETH_LEN) else { return false };
+pub fn is_for_port<F: Outer, C: Ctx>(ctx: &C, config: &NodeConfig) -> bool {
+    let Some(at) = at_pulled::<Datagram<F::Header>, _>(ctx, ETH_LEN) else { return false };
     // SAFETY: as in `read`.
     let (is_udp, dport) = unsafe { ((*at.cast::<F::Header>()).is_udp(F::node(config)), (*at).udp.dport) };
     is_udp && dport == config.overlay_port.to_be()
@@ -133,8 +134,8 @@ impl Outside {
 
 /// Reads the outer headers. False: [`BACK`].
 #[inline(always)]
-pub fn read<F: Outer>(skb: &Skb, config: &NodeConfig, outside: &mut Outside) -> bool {
-    let Some(outer) = at_pulled::<wire::Outer<F::Header>, _>(skb, ETH_LEN) else { return false };
+pub fn read<F: Outer, C: Ctx>(ctx: &C, config: &NodeConfig, outside: &mut Outside) -> bool {
+    let Some(outer) = at_pulled::<wire::Outer<F::Header>, _>(ctx, ETH_LEN) else { return false };
     // SAFETY: `at_pulled` proved all of it; IP headers are 4-byte aligned (NET_IP_ALIGN).
     let (ip, udp, vxlan, inner) =
         unsafe { (&*outer.cast::<F::Header>(), (*outer).udp, (*outer).vxlan, (*outer).inner.ethertype) };
@@ -143,8 +144,8 @@ pub fn read<F: Outer>(skb: &Skb, config: &NodeConfig, outside: &mut Outside) -> 
         return false;
     }
     // What lies behind the packet's end is none of it. A frame that stands for several has the length of all.
-    let present = skb.len().wrapping_sub((ETH_LEN + size_of::<F::Header>()) as u32);
-    if skb.gso_size() == 0 && (u32::from(ip.payload()) != present || ip.payload() != u16::from_be(udp.len)) {
+    let present = ctx.len().wrapping_sub((ETH_LEN + size_of::<F::Header>()) as u32);
+    if ctx.gso_size() == 0 && (u32::from(ip.payload()) != present || ip.payload() != u16::from_be(udp.len)) {
         return false;
     }
     let Some(source) = ip.source() else { return false };

@@ -1,93 +1,144 @@
 //! `uplink_xdp`: packets of known flows from outside to Services that this node sends back by the device that they came in by, before
-//! the kernel makes an skb of them.
+//! the kernel makes an skb of them. Backends behind the overlay are among them: its headers come and go here, too.
 //!
 //! All else passes unchanged and uncounted to `uplink_in`, which decides as if this program were not there: new flows, fragments, what
-//! is for this node or a pod of it, what takes the overlay, what is to be refused. So each packet is counted once, and nothing is
-//! dropped here.
+//! is for this node or a pod of it, what has to take the overlay's device, what is to be refused. So each packet is counted once, and nothing
+//! is dropped here.
 
+use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, flags};
 use rustnet_common::drop::DropReason;
+use rustnet_common::hash;
+use rustnet_common::peer;
 use rustnet_common::tuple::proto;
 
+use super::tunnel::{self, Outer, Outside};
 use crate::ctx::{Ctx, at};
-use crate::maps;
+use crate::family::{V4, V6};
+use crate::maps::{self, Leaving};
 use crate::packet::{Class, Flow, Kind, Packet, Translation};
 use crate::parse::{self, Parse};
-use crate::rewrite::{self, Rewrite};
+use crate::rewrite::{self, Encap, Encapsulated, Rewrite};
 use crate::step::conntrack::{self, Track};
-use crate::step::fib;
 use crate::step::plan::{self, Origin, Target};
 use crate::step::source::{self, Verify};
-use crate::wire::ETH_LEN;
+use crate::step::tunnel::Tunnel;
+use crate::step::{fib, nexthop};
+use crate::wire::{ETH_LEN, ETH_P_IP, ETH_P_IPV6};
 use crate::xdp::Xdp;
 
 /// Everything that the program asks of a family.
-pub trait Forward: Parse<Xdp> + Track + Verify + Rewrite<Xdp> {}
-impl<F: Parse<Xdp> + Track + Verify + Rewrite<Xdp>> Forward for F {}
+pub trait Forward: Parse<Xdp> + Track + Verify + Rewrite<Xdp> + Outer {}
+impl<F: Parse<Xdp> + Track + Verify + Rewrite<Xdp> + Outer> Forward for F {}
 
-/// How a packet leaves.
-struct Way {
-    /// MACs of the frame: the sender's, then the receiver's.
-    macs: &'static [u16; 6],
-    ttl: u8,
+/// True if a frame may come out of a tunnel: then `outside` has what its headers say. False for others, and for those that pass.
+#[inline(always)]
+pub fn read_tunnel<F: Forward>(xdp: &Xdp, config: &NodeConfig, outside: &mut Outside) -> bool {
+    let has_tunnel = config.overlay != 0 && config.flags & config::flags::ENCAPSULATE != 0;
+    // A mark of congestion is the device's to hand on.
+    has_tunnel && tunnel::read::<F, _>(xdp, config, outside) && outside.congested == 0
 }
 
-/// The program, for one family: true if the frame goes back by its device, false if it passes.
+/// The program, for one family: true if the frame goes back by its device, false if it passes. `overhead`: the bytes in front of the packet
+/// that are not the Ethernet header's, 0 for a packet out of no tunnel; `remote`: the tunnel's far end.
 ///
 /// # Errors
 /// A header that was read before cannot be written.
 #[inline(always)]
-pub fn run<F: Forward>(xdp: &Xdp) -> Result<bool, DropReason> {
+pub fn run<F: Forward>(xdp: &Xdp, overhead: u32, remote: Addr) -> Result<bool, DropReason> {
     let Some(config) = maps::config() else { return Ok(false) };
-    if config.flags & config::flags::EXTERNAL == 0 {
-        return Ok(false);
-    }
-    let Ok((p, flow)) = parse::packet::<F, _>(xdp, ETH_LEN) else { return Ok(false) };
+    let Ok((p, flow)) = parse::packet::<F, _>(xdp, ETH_LEN + overhead as usize) else { return Ok(false) };
     let has_ports = matches!(p.tuple.proto, proto::TCP | proto::UDP);
     if !has_ports || p.kind != Kind::Flow || p.is_first_fragment() {
         return Ok(false);
     }
-    let mut way = None;
+    let tunnel = Tunnel { remote, id: config.vni };
+    let is_tunneled = overhead != 0;
+    let source = if is_tunneled { source::of_tunnel(&tunnel) } else { source::OUTSIDE };
+    let verify = || if is_tunneled { source::verify_tunnel::<F>(p.tuple.src, &tunnel) } else { F::verify_outside(p) };
     let takes = |entry: &CtEntry<F::A>, receiver: u32| {
-        way = find_way::<F>(xdp, p, entry, receiver, config);
-        way.is_some()
+        let has_way = find_way::<F>(xdp, p, entry, receiver);
+        // What comes by another device than the one that leads to its sender is for the kernel to judge, as in `tunnel_in`.
+        has_way && (!is_tunneled || nexthop::interface_to(xdp, &tunnel.remote) == xdp.ifindex())
     };
-    let verify = || F::verify_outside(p);
-    let found = conntrack::lookup_if::<F, _>(xdp, p, flow, source::OUTSIDE, config, xdp.len(), verify, takes);
-    let (Ok(flow), Some(way)) = (found, way) else { return Ok(false) };
+    let len = xdp.len().wrapping_sub(overhead);
+    let found = conntrack::lookup_if::<F, _>(xdp, p, flow, source, config, len, verify, takes);
+    let (Ok(flow), Some(leaving)) = (found, leaving::<F>()) else { return Ok(false) };
     if flow.class == Class::New {
-        // The connection was over.
+        // There is none, or it was over.
         return Ok(false);
     }
-    rewrite::translate::<F, _>(xdp, p, flow, way.ttl)?;
-    rewrite::set_macs(xdp, way.macs)?;
+    let has_tunnel = leaving.node != Addr::UNSPECIFIED;
+    rewrite::translate::<F, _>(xdp, p, flow, leaving.ttl)?;
+    if is_tunneled && !rewrite::decapsulate(xdp, overhead, 0, false) {
+        return Err(DropReason::WriteError);
+    }
+    if has_tunnel {
+        encapsulate(xdp, &leaving.node, leaving.hash, config)?;
+    }
+    rewrite::set_macs(xdp, &leaving.macs)?;
     Ok(true)
 }
 
-/// The way of a packet of a known flow, if it is one that this program sends.
+/// How the packet in hand leaves.
 #[inline(always)]
-fn find_way<F: Forward>(
-    xdp: &Xdp,
-    p: &Packet<F::A>,
-    entry: &CtEntry<F::A>,
-    receiver: u32,
-    config: &NodeConfig,
-) -> Option<Way> {
+fn leaving<F: Forward>() -> Option<&'static mut Leaving<F::A>> {
+    // SAFETY: the element belongs to this CPU, programs of one CPU do not interrupt each other, and there is one borrow of the field at a
+    // time: `find_way` has returned when `run` takes its own.
+    F::scratch().map(|scratch| unsafe { &mut (*scratch).leaving })
+}
+
+/// Writes the headers of the tunnel to a node.
+#[inline(always)]
+fn encapsulate(xdp: &Xdp, node: &Addr, hash: u16, config: &NodeConfig) -> Result<(), DropReason> {
+    let words = node.words();
+    let (done, ethertype) = if node.is_v4() {
+        let (id, to) = (nexthop::identification(xdp, node), Ip4::from_word(words[3]));
+        (rewrite::encapsulate::<V4, _>(xdp, config.node4, to, hash, id, config), ETH_P_IP)
+    } else {
+        (rewrite::encapsulate::<V6, _>(xdp, config.node6, Ip6::from_words(words), hash, 0, config), ETH_P_IPV6)
+    };
+    if done == Encapsulated::Done { rewrite::set_ethertype(xdp, ethertype) } else { Err(DropReason::WriteError) }
+}
+
+/// Finds the way of a packet of a known flow, if it is one that this program sends. A function of its own for the sake of its stack frame.
+#[inline(never)]
+fn find_way<F: Forward>(xdp: &Xdp, p: &Packet<F::A>, entry: &CtEntry<F::A>, receiver: u32) -> bool {
     const KIND: u16 = flags::EXTERNAL | flags::NAT;
+    let (Some(config), Some(leaving)) = (maps::config(), leaving::<F>()) else { return false };
     if entry.flags & KIND != KIND || receiver != NOT_LOCAL {
-        return None;
+        return false;
     }
     let to = Translation { tuple: entry.to, egress: receiver };
-    let flow = Flow { class: Class::Original, is_vacant: false, flags: entry.flags, backend: entry.backend, to };
-    let action = plan::plan::<F>(p, &flow, Origin::External, config).ok()?;
-    if action.target != Target::Routed {
-        return None;
+    let flow = &mut leaving.flow;
+    *flow = Flow { class: Class::Original, is_vacant: false, flags: entry.flags, backend: entry.backend, to };
+    let Ok(action) = plan::plan::<F>(p, flow, Origin::External, config) else { return false };
+    leaving.ttl = action.ttl;
+    leaving.node = Addr::UNSPECIFIED;
+    match (action.target, action.peer) {
+        (Target::Routed, _) => {
+            if !fib::turn_back::<F, _>(xdp, &mut leaving.fib, flow, p.tuple.sport, p.ip_len) {
+                return false;
+            }
+            leaving.macs = leaving.fib.macs;
+        }
+        // One tunnel leads into another by way of the device alone. What the stack of a node gets has few source ports, which TC counts.
+        (Target::Tunnel, Some(peer)) if peer.flags & peer::flags::NODE == 0 && p.l3() == ETH_LEN => {
+            let hash = hash::flow(&p.tuple, config.seed);
+            let hop =
+                if config.flags & config::flags::ENCAPSULATE == 0 { None } else { nexthop::to(xdp, &peer.node, hash) };
+            let Some(hop) = hop else { return false };
+            let overhead = if peer.node.is_v4() { V4::OVERHEAD } else { V6::OVERHEAD };
+            if hop.ifindex != xdp.ifindex() || p.ip_len > config.overlay_mtu || p.ip_len + overhead > hop.mtu {
+                return false;
+            }
+            (leaving.macs, leaving.node, leaving.hash) = (hop.fib.macs, peer.node, hash as u16);
+        }
+        _ => return false,
     }
-    let macs = fib::turn_back::<F, _>(xdp, &flow, p.tuple.sport, p.ip_len)?;
     // What others hear on the wire is not for this node.
-    let [a, b, c, ..] = *macs;
-    let to = at::<[u16; 3], _>(xdp, 0)?;
+    let [a, b, c, ..] = leaving.macs;
     // SAFETY: `at` proved the bytes.
-    (unsafe { to.read() } == [a, b, c]).then_some(Way { macs, ttl: action.ttl })
+    at::<[u16; 3], _>(xdp, 0).is_some_and(|to| unsafe { to.read() } == [a, b, c])
 }

@@ -13,6 +13,7 @@ use crate::family::{Family, V4, V6};
 use crate::wire::{
     ECN, ECN_CE, ECN_ECT_0, ETH_LEN, ETH_P_IPV6, Ethernet, Header4, Header6, Outer, Udp, VXLAN_FLAGS, Vxlan,
 };
+use crate::xdp::Xdp;
 
 /// `bpf_skb_adjust_room`: the room is behind the Ethernet header.
 const BPF_ADJ_ROOM_MAC: u32 = 1;
@@ -88,12 +89,76 @@ pub enum Encapsulated {
     Failed,
 }
 
+/// What each context does with a frame whose headers come or go.
+pub trait Room: Ctx {
+    /// Makes room behind the Ethernet header, in any case in front of the IP header, for outer headers with the outer IP header's
+    /// [`OuterHeader::ROOM`]. All pointers into the packet are void afterwards. False if the frame is unchanged.
+    fn make_room(&self, overhead: u32, room: u64) -> bool;
+    /// See [`decapsulate`].
+    fn decapsulate(&self, overhead: u32, inner: u16, is_congested: bool) -> bool;
+}
+
+impl Room for Skb {
+    #[inline(always)]
+    fn make_room(&self, overhead: u32, room: u64) -> bool {
+        let flags = FIXED_GSO | room | ENCAP_L4_UDP | ENCAP_L2_ETH;
+        // SAFETY: no pointers but the context.
+        unsafe { helper::bpf_skb_adjust_room(self.raw(), overhead as i32, BPF_ADJ_ROOM_MAC, flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn decapsulate(&self, overhead: u32, inner: u16, is_congested: bool) -> bool {
+        let Some(eth) = at::<Ethernet, _>(self, 0) else { return false };
+        // SAFETY: `at` proved a whole header.
+        let is_other = unsafe { (*eth).ethertype } != inner;
+        let other = if inner == ETH_P_IPV6 { DECAP_L3_IPV6 } else { DECAP_L3_IPV4 };
+        let flags = FIXED_GSO | NO_CSUM_RESET | if is_other { other } else { 0 };
+        // SAFETY: no pointers but the context, here and below.
+        if unsafe { helper::bpf_skb_adjust_room(self.raw(), -(overhead as i32), BPF_ADJ_ROOM_MAC, flags) } != 0 {
+            return false;
+        }
+        // The outer checksum of 0 counts as one that was verified (`__skb_checksum_validate_needed`).
+        // SAFETY: see above.
+        unsafe { helper::bpf_csum_level(self.raw(), BPF_CSUM_LEVEL_DEC.into()) };
+        if is_other {
+            let Some(eth) = at::<Ethernet, _>(self, 0) else { return false };
+            // SAFETY: `at` proved a whole header.
+            unsafe { (*eth).ethertype = inner };
+        }
+        // SAFETY: no pointers but the context. The helper corrects the checksum of an IPv4 header.
+        !is_congested || unsafe { helper::bpf_skb_ecn_set_ce(self.raw()) } == 1
+    }
+}
+
+/// The room of a frame without an skb is in front of it.
+impl Room for Xdp {
+    #[inline(always)]
+    fn make_room(&self, overhead: u32, _room: u64) -> bool {
+        // SAFETY: no pointers but the context.
+        unsafe { helper::bpf_xdp_adjust_head(self.raw(), -(overhead as i32)) == 0 }
+    }
+
+    /// The Ethernet header inside the tunnel becomes that of the frame. A mark of congestion is a helper's to write, which there is none of.
+    #[inline(always)]
+    fn decapsulate(&self, overhead: u32, _inner: u16, is_congested: bool) -> bool {
+        // SAFETY: no pointers but the context.
+        !is_congested && unsafe { helper::bpf_xdp_adjust_head(self.raw(), overhead as i32) } == 0
+    }
+}
+
 /// Puts headers in front of a frame that is to go to another node. The flow's `hash` becomes the source port. All pointers into the
 /// packet are void afterwards.
 #[inline(always)]
-pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, hash: u16, id: u16, config: &NodeConfig) -> Encapsulated {
-    let Some(eth) = at::<Ethernet, _>(skb, 0) else { return Encapsulated::Refused };
-    let Some(first) = at::<[u8; 2], _>(skb, ETH_LEN) else { return Encapsulated::Refused };
+pub fn encapsulate<F: Encap, C: Room>(
+    ctx: &C,
+    src: F::A,
+    dst: F::A,
+    hash: u16,
+    id: u16,
+    config: &NodeConfig,
+) -> Encapsulated {
+    let Some(eth) = at::<Ethernet, _>(ctx, 0) else { return Encapsulated::Refused };
+    let Some(first) = at::<[u8; 2], _>(ctx, ETH_LEN) else { return Encapsulated::Refused };
     // SAFETY: `at` proved both.
     let (inner, [version, tos]) = unsafe { (eth.read(), first.read()) };
     if inner.dst[0] & 1 != 0 {
@@ -104,13 +169,11 @@ pub fn encapsulate<F: Encap>(skb: &Skb, src: F::A, dst: F::A, hash: u16, id: u16
     let tos = if inner.ethertype == ETH_P_IPV6 { version << 4 | tos >> 4 } else { tos };
     // RFC 6040, 4.1: what came through congestion is congestion of the inner packet alone.
     let ecn = if tos & ECN == ECN_CE { ECN_ECT_0 } else { tos & ECN };
-    let len = skb.len() as u16 + (size_of::<Udp>() + size_of::<Vxlan>()) as u16;
-    let flags = FIXED_GSO | F::Header::ROOM | ENCAP_L4_UDP | ENCAP_L2_ETH;
-    // SAFETY: no pointers but the context.
-    if unsafe { helper::bpf_skb_adjust_room(skb.raw(), F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, flags) } != 0 {
+    let len = ctx.len() as u16 + (size_of::<Udp>() + size_of::<Vxlan>()) as u16;
+    if !ctx.make_room(F::OVERHEAD, F::Header::ROOM) {
         return Encapsulated::Refused;
     }
-    let Some(outer) = at::<Outer<F::Header>, _>(skb, ETH_LEN) else { return Encapsulated::Failed };
+    let Some(outer) = at::<Outer<F::Header>, _>(ctx, ETH_LEN) else { return Encapsulated::Failed };
     let udp = Udp {
         sport: (FIRST_TUNNEL_PORT | hash).to_be(),
         dport: config.overlay_port.to_be(),
@@ -133,24 +196,6 @@ pub fn can_change_family() -> bool {
 /// the tunnel. Congestion on the way becomes the inner packet's, which bears the mark if its sender is capable of it. All pointers into
 /// the packet are void afterwards. False if the frame is not whole any more.
 #[inline(always)]
-pub fn decapsulate(skb: &Skb, overhead: u32, inner: u16, is_congested: bool) -> bool {
-    let Some(eth) = at::<Ethernet, _>(skb, 0) else { return false };
-    // SAFETY: `at` proved a whole header.
-    let is_other = unsafe { (*eth).ethertype } != inner;
-    let other = if inner == ETH_P_IPV6 { DECAP_L3_IPV6 } else { DECAP_L3_IPV4 };
-    let flags = FIXED_GSO | NO_CSUM_RESET | if is_other { other } else { 0 };
-    // SAFETY: no pointers but the context, here and below.
-    if unsafe { helper::bpf_skb_adjust_room(skb.raw(), -(overhead as i32), BPF_ADJ_ROOM_MAC, flags) } != 0 {
-        return false;
-    }
-    // The outer checksum of 0 counts as one that was verified (`__skb_checksum_validate_needed`).
-    // SAFETY: see above.
-    unsafe { helper::bpf_csum_level(skb.raw(), BPF_CSUM_LEVEL_DEC.into()) };
-    if is_other {
-        let Some(eth) = at::<Ethernet, _>(skb, 0) else { return false };
-        // SAFETY: `at` proved a whole header.
-        unsafe { (*eth).ethertype = inner };
-    }
-    // SAFETY: no pointers but the context. The helper corrects the checksum of an IPv4 header.
-    !is_congested || unsafe { helper::bpf_skb_ecn_set_ce(skb.raw()) } == 1
+pub fn decapsulate<C: Room>(ctx: &C, overhead: u32, inner: u16, is_congested: bool) -> bool {
+    ctx.decapsulate(overhead, inner, is_congested)
 }

@@ -23,7 +23,7 @@ use crate::ctx::{Checksums, Ctx, Skb, at, at_pulled};
 use crate::family::{Family, V4, V6};
 use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Flow, Kind, Packet};
-use crate::wire::{Header4, Header6};
+use crate::wire::{Ethernet, Header4, Header6};
 use crate::xdp::Xdp;
 use field::{ICMP_CSUM, TCP_CSUM, UDP_CSUM, addresses, no_checksum, ports, store_id, store_ports};
 
@@ -122,6 +122,15 @@ pub fn set_macs<C: Ctx>(ctx: &C, macs: &[u16; 6]) -> Result<(), DropReason> {
     let [a, b, c, to @ ..] = *macs;
     // SAFETY: `at` proved both addresses.
     unsafe { header.write([to[0], to[1], to[2], a, b, c]) };
+    Ok(())
+}
+
+/// Stores the EtherType of a frame, given in network order.
+#[inline(always)]
+pub fn set_ethertype<C: Ctx>(ctx: &C, ethertype: u16) -> Result<(), DropReason> {
+    let header = at::<Ethernet, _>(ctx, 0).ok_or(DropReason::WriteError)?;
+    // SAFETY: `at` proved a whole header.
+    unsafe { (*header).ethertype = ethertype };
     Ok(())
 }
 

@@ -189,14 +189,12 @@ fn try_redirect<F: Family>(
     }
 }
 
-/// MACs of the device at hand, then of the next hop, where the kernel's route leads out by the device that a packet came in by, and all
-/// that it takes is known. `sport`: see [`redirect`]; `len` is checked against the path's MTU.
+/// Asks for the way of a packet that goes back by its device: true if the kernel's route leads out by the device that it came in by, and all
+/// that it takes is known. The MACs are in `fib` then. `sport`: see [`redirect`]; `len` is checked against the path's MTU.
 #[inline(always)]
-pub fn turn_back<F: Family, C: Ctx>(ctx: &C, flow: &Flow<F::A>, sport: u16, len: u32) -> Option<&'static [u16; 6]> {
-    // SAFETY: the element belongs to this CPU, programs of one CPU do not interrupt each other, and this is the only borrow of the field.
-    let fib = F::scratch().map(|scratch| unsafe { &mut (*scratch).fib })?;
+pub fn turn_back<F: Family, C: Ctx>(ctx: &C, fib: &mut FibLookup, flow: &Flow<F::A>, sport: u16, len: u32) -> bool {
     *fib = FibLookup::of::<F>(flow, sport, len, ctx.ifindex());
-    (fib.ask(ctx) == RET_SUCCESS && fib.ifindex == ctx.ifindex()).then_some(&fib.macs)
+    fib.ask(ctx) == RET_SUCCESS && fib.ifindex == ctx.ifindex()
 }
 
 /// Redirects out of an interface, to the MAC that the neighbour table has for the next hop.

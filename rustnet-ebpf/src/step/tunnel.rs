@@ -146,9 +146,9 @@ extern "C" fn rn_encap(skb: *mut __sk_buff, high: u64, low: u64, len: u32) -> i3
     let words = node.words();
     let done = if node.is_v4() {
         let id = nexthop::identification(skb, &node);
-        rewrite::encapsulate::<V4>(skb, config.node4, Ip4::from_word(words[3]), port, id, config)
+        rewrite::encapsulate::<V4, _>(skb, config.node4, Ip4::from_word(words[3]), port, id, config)
     } else {
-        rewrite::encapsulate::<V6>(skb, config.node6, Ip6::from_words(words), port, 0, config)
+        rewrite::encapsulate::<V6, _>(skb, config.node6, Ip6::from_words(words), port, 0, config)
     };
     match done {
         Encapsulated::Done => fib::redirect_neigh(hop.ifindex, hop.fib.family, hop.fib.dst, false),
