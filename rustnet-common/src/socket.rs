@@ -52,9 +52,9 @@ pub mod netns {
     }
 }
 
-/// High half of the address that stands for a network namespace in `rn_affinity`, its number being the low half: of the range that
-/// no packet comes from (100::/64, RFC 6666).
-pub const CLIENT_HIGH: u64 = 0x0100 << 48;
+/// High half of the address that stands for a network namespace in `rn_affinity`, its number being the low half: a multicast address
+/// (`ff00::`), which every hook refuses as a source. Else a client outside could choose the backend of a namespace.
+pub const CLIENT_HIGH: u64 = (u32::from_ne_bytes([0xff, 0, 0, 0]) as u64) << 32;
 
 shared_type!(SocketKey, 32);
 shared_type!(Asked, 24);

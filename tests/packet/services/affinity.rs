@@ -4,6 +4,9 @@ use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, from_a, from_b, from_o
 use crate::frame::Frame;
 use crate::harness::{Flow, Lab, Net, each, labs};
 use anyhow::{Result, ensure};
+use rustnet_common::addr::Addr;
+use rustnet_common::drop::DropReason;
+use rustnet_common::socket::CLIENT_HIGH;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
@@ -135,6 +138,25 @@ fn clients_outside_have_affinity_too() -> Result<()> {
             chosen.insert(lab.half(Flow::of(&ask))?.backend);
         }
         ensure!(chosen.len() == 1, "{chosen:?}");
+        Ok(())
+    })
+}
+
+/// Sockets ask in the name of their network namespace, which no packet can have as its source.
+#[test]
+fn a_client_outside_is_no_network_namespace() -> Result<()> {
+    labs(|lab, net| {
+        if net == Net::V4 {
+            return Ok(());
+        }
+        let number = Proto::Udp.number(net);
+        lab.publish_sticky(net.node(), 30_080, number, SECONDS, &backends(net))?;
+        for namespace in [1, 4096, u64::MAX] {
+            let client = Addr::from_halves(CLIENT_HIGH, namespace).into();
+            let ask = from_outside(Proto::Udp, (client, PORT), (net.node(), 30_080));
+            lab.uplink_in(&ask)?.dropped(DropReason::Martian)?;
+        }
+        ensure!(lab.halves()? == 0, "a forged packet opened a flow");
         Ok(())
     })
 }
