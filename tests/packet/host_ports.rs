@@ -218,6 +218,21 @@ fn a_pod_that_has_gone() -> Result<()> {
     })
 }
 
+/// What a pod has left behind at one address does not hide a port that another pod has at all of them.
+#[test]
+fn a_pod_that_had_the_port_at_one_address() -> Result<()> {
+    labs(|lab, net| {
+        each(&SERVED, |proto| {
+            give(lab, net, proto)?;
+            lab.put_host_port((net.node(), HOST_PORT), proto.number(net), (net.a(), TARGET), POD_A + 100)?;
+            let outside = ask(net, proto);
+            lab.uplink_in(&outside)?.to_the_pod(&arrives_at_b(net, &outside))?;
+            let inside = from_a(net, proto, (net.node(), HOST_PORT));
+            lab.pod_sends(&inside)?.to_the_pod(&inside.hop().between((net.a(), PORT), (net.b(), TARGET)))
+        })
+    })
+}
+
 /// The same datagrams, from the same socket, find the pod that gets the port next.
 #[test]
 fn the_next_pod_gets_the_flows() -> Result<()> {

@@ -94,14 +94,20 @@ extern "C" fn rn_host_port(high: u64, low: u64, port: u32, out: *mut HostPort) -
     let Some(out) = (unsafe { out.as_mut() }) else { return 0 };
     let addr = Addr::from_halves(high, low);
     let mut key = HostPortKey { addr, port: (port >> 8) as u16, proto: port as u8, pad: 0 };
-    let mut entry = maps::rn_host_ports.get_ptr(key);
-    if entry.is_none() {
-        key.addr = host_port::any(addr.is_v4());
-        entry = maps::rn_host_ports.get_ptr(key);
+    if has_port(&key, out) {
+        return 1;
     }
-    let Some(entry) = entry else { return 0 };
+    // Also behind an entry that a pod has left at this address.
+    key.addr = host_port::any(addr.is_v4());
+    u32::from(has_port(&key, out))
+}
+
+/// True if a living pod has the port, which is filled in then.
+#[inline(always)]
+fn has_port(key: &HostPortKey, out: &mut HostPort) -> bool {
+    let Some(entry) = maps::rn_host_ports.get_ptr(key) else { return false };
     // SAFETY: a map value stays readable for this run of the program.
     let HostPort { pod, ifindex, port, .. } = unsafe { *entry };
     (out.pod, out.ifindex, out.port) = (pod, ifindex, port);
-    u32::from((route::local_pod(pod) ^ ifindex) & !VIA_QDISC == 0)
+    (route::local_pod(pod) ^ ifindex) & !VIA_QDISC == 0
 }
