@@ -23,6 +23,9 @@ use crate::step::{host_port, lb, route};
 /// What a program returns to let the call go on.
 const ALLOW: i32 = 1;
 
+/// `TCP_ESTABLISHED`, the state of UDP sockets with a peer (include/net/tcp_states.h).
+const CONNECTED: u32 = 1;
+
 /// The loopback address that stands for all of them in the entries of node ports.
 const LOOPBACK4: Ip4 = Ip4::from_word(u32::from_ne_bytes([127, 0, 0, 1]));
 /// The same for IPv6.
@@ -65,6 +68,16 @@ impl Call {
     fn netns(self) -> u64 {
         // SAFETY: a valid context.
         unsafe { helper::bpf_get_netns_cookie(self.0.cast()) }
+    }
+
+    /// True for a UDP socket that is connected.
+    #[inline(always)]
+    fn has_peer(self) -> bool {
+        // SAFETY: a valid context, whose socket the verifier wants tested before it is read.
+        unsafe {
+            let sock = (*self.0).__bindgen_anon_1.sk;
+            !sock.is_null() && (*sock).state == CONNECTED
+        }
     }
 
     #[inline(always)]
@@ -229,9 +242,15 @@ fn connect<S: SocketFamily>(call: Call) {
             lead::<S>(call, cookie, &asking, &to);
         }
         // The socket may have had this peer by way of a Service, or have tried to.
-        None => {
-            let _ = maps::rn_sock_rev.remove(call.key(call.cookie(), asked));
-        }
+        None => forget(call.key(call.cookie(), asked)),
+    }
+}
+
+/// Forgets what a socket asked for to get this address: it asks for the address itself.
+#[inline(always)]
+fn forget(key: SocketKey) {
+    if maps::rn_sock_rev.get_ptr(key).is_some() {
+        let _ = maps::rn_sock_rev.remove(key);
     }
 }
 
@@ -245,7 +264,13 @@ fn sendmsg<S: SocketFamily>(call: Call) {
     let asking = Asking { addr: asked, port: call.port(), proto: proto::UDP, namespace, flags };
     // SAFETY: a map value stays readable for this run of the program.
     let kept = maps::rn_sock_fwd.get_ptr(key).map_or(0, |id| unsafe { *id });
-    let Some(to) = choose_any(&asking, kept) else { return };
+    let Some(to) = choose_any(&asking, kept) else {
+        // The socket may have had this address by way of a Service. One with a peer keeps the entry, by which it is ended.
+        if !call.has_peer() {
+            forget(key);
+        }
+        return;
+    };
     if to.backend != kept && to.backend != 0 {
         // A full table costs a socket its backend: the next datagram chooses again.
         let _ = maps::rn_sock_fwd.insert(key, to.backend, 0);

@@ -1,5 +1,6 @@
 //! Socket load-balancing: the nodes' own processes at Services, and what becomes of their sockets when a backend goes.
 
+mod abuse;
 mod bind;
 mod pods;
 

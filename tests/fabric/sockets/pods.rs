@@ -33,9 +33,9 @@ in_each_routing!(
 const ANNOTATION: &str = "rustnet.io/socket-lb";
 
 /// A pod with an object that a node knows. Removed when dropped.
-struct Known<'a> {
+pub struct Known<'a> {
     net: &'a Net,
-    pod: Pod,
+    pub pod: Pod,
 }
 
 impl<'a> Known<'a> {
@@ -68,7 +68,7 @@ impl Drop for Known<'_> {
 }
 
 /// A pod whose sockets ask for Services by themselves.
-fn listed<'a>(net: &'a Net, node: &Node, name: &str) -> Result<Known<'a>> {
+pub fn listed<'a>(net: &'a Net, node: &Node, name: &str) -> Result<Known<'a>> {
     let known = Known::new(net, node, name)?;
     known.annotate(Some("true"))?;
     known.wait_listed()?;
