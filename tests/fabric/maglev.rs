@@ -1,12 +1,14 @@
 //! Maglev: a flow that another node gets goes to the same backend, and few flows move when a backend goes.
 
 use crate::external::balancer;
-use crate::fixture::{Net, endpoints, in_each_routing};
+use crate::fixture::{Net, TestService, endpoints, in_each_routing, observed};
 use anyhow::{Result, ensure};
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 use testkit::client::{ask, ask_udp, udp_from_port};
+use testkit::load::{Kind, Load};
 use testkit::manifest::Outside;
-use testkit::{Netns, Proto, wait};
+use testkit::{Netns, Proto, Setup, wait};
 
 in_each_routing!(flows_stay_with_their_backends);
 
@@ -61,4 +63,71 @@ fn flows_stay_with_their_backends(net: &Net) -> Result<()> {
         ensure!(moved <= 3, "{target}: {moved} flows moved: {again:?}, then {after:?}");
     }
     Ok(())
+}
+
+/// Waits until a node shows how it spreads the flows of a Service.
+fn wait_spread(net: &Net, node: usize, service: &TestService<'_>, how: &str) -> Result<()> {
+    wait::until(&format!("{how} on node {node}"), || {
+        let shown = net.node(node).rustnetctl(&["services", &format!("default/{}", service.service.name)])?;
+        ensure!(shown.contains(how), "{shown}");
+        Ok(())
+    })
+}
+
+/// While the annotation comes and goes, tables of other sizes replace those that there are, one is given up for lack of room, and the
+/// map gets another size, by agents that are stopped or killed.
+#[test]
+fn flows_go_on_whatever_becomes_of_their_table() -> Result<()> {
+    let net = Net::start(Setup::default())?;
+    observed(&net, |net| {
+        let mut service = net.service(endpoints(&[&net.a, &net.b, &net.c]))?;
+        let mut loads = Vec::new();
+        for target in service.targets() {
+            for from in [net.a.netns(), net.c.netns(), net.node(1).netns()] {
+                for proto in Proto::ALL {
+                    for kind in [Kind::Established, Kind::New] {
+                        loads.push(Load::start(from, kind, proto, target, Duration::from_millis(4))?);
+                    }
+                }
+            }
+        }
+        let wait_more = || loads.iter().try_for_each(|load| load.wait_more(20));
+        let flip = |service: &mut TestService<'_>, is_maglev: bool| {
+            service.service.is_maglev = is_maglev;
+            service.set(endpoints(&[&net.a, &net.b, &net.c]))?;
+            wait_spread(net, 1, service, if is_maglev { "maglev" } else { "random" })?;
+            wait_more()
+        };
+        for is_maglev in [true, false, true] {
+            flip(&mut service, is_maglev)?;
+        }
+        let arguments: [(&[&str], bool, &str); 5] = [
+            (&["--maglev-table-size", "251"], false, "maglev"),
+            // Its only unit is the one that no table has.
+            (&["--maglev-table-size", "131071", "--maglev-entries", "256"], true, "random"),
+            (&["--maglev-table-size", "131071"], true, "maglev"),
+            (&["--maglev-table-size", "251", "--maglev-entries", "1024"], false, "maglev"),
+            (&[], true, "maglev"),
+        ];
+        for (arguments, is_killed, how) in arguments {
+            let node = net.node(1);
+            if is_killed {
+                node.kill_agent()?;
+            } else {
+                node.stop_agent()?;
+            }
+            node.start_agent(arguments)?;
+            wait_spread(net, 1, &service, how)?;
+            wait_more()?;
+            flip(&mut service, false)?;
+            service.service.is_maglev = true;
+            service.set(endpoints(&[&net.a, &net.b, &net.c]))?;
+            wait_spread(net, 1, &service, how)?;
+            wait_more()?;
+        }
+        for load in loads {
+            load.stop()?.no_loss()?;
+        }
+        Ok(())
+    })
 }

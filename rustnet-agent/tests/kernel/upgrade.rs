@@ -161,6 +161,24 @@ fn what_does_not_fit_is_refused_with_both_sizes_and_nothing_changes() {
 }
 
 #[test]
+fn maglev_tables_that_a_smaller_map_has_no_room_for_are_left_out() {
+    sandbox::run(|sandbox| {
+        let words = || Map::<u32, u64>::open(&sandbox.bpffs, map::MAGLEV).unwrap();
+        sized(sandbox, &[(map::MAGLEV, 1024)]).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        for (index, word) in [(256, 251), (511, 3), (512, 251), (1023, 5)] {
+            words().put(&index, &word).unwrap();
+        }
+        let mut next = sized(sandbox, &[(map::MAGLEV, 512)]).run().unwrap();
+        next.pin(&sandbox.bpffs).unwrap();
+        assert_eq!(max_entries(sandbox, map::MAGLEV), 512);
+        assert_eq!([256, 511].map(|index| words().get(&index).unwrap()), [Some(251), Some(3)]);
+        next.catch_up().unwrap();
+        next.clear_leftovers(&sandbox.bpffs).unwrap();
+        assert_tidy(sandbox);
+    });
+}
+
+#[test]
 fn a_program_that_the_verifier_rejects_leaves_the_maps_of_the_old_size() {
     sandbox::run(|sandbox| {
         load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
