@@ -400,6 +400,9 @@ fn host_ports_of_the_node_itself(net: &Net) -> Result<()> {
         // A loopback address of a pod is its own, and another node's port is none of this one.
         refused(net.a.netns(), loopback(target))?;
         refused(net.node(2).netns(), loopback(target))?;
+        for elsewhere in [net.node(2).address_like(target.ip()), world()[usize::from(target.is_ipv6())]] {
+            refused(node.netns(), SocketAddr::new(elsewhere, port))?;
+        }
         let (connected, from) = node.netns().run(|| -> Result<_> {
             let from = exchange(&open_udp(target)?, target, "datagram")?.1;
             Ok((TcpStream::connect(loopback(target))?.peer_addr()?, from))

@@ -104,17 +104,17 @@ fn a_socket_that_another_namespace_uses(net: &Net) -> Result<()> {
     Ok(())
 }
 
-/// Neither another pod's sockets nor the host's come by, and the pod's own are judged by its address.
+/// Neither another pod's sockets nor the host's come by; and pods are judged by their own address, not by their node's.
 fn a_load_balancer_that_is_for_one_listed_pod(net: &Net) -> Result<()> {
     let (inside, outside) = (listed(net, net.node(1), "inside")?, listed(net, net.node(1), "outside")?);
     let vips = balancer(net)?;
     let whole = |ip: &IpAddr| format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 });
     let source_ranges = inside.pod.addresses().iter().map(whole).collect();
     let to_balancer = Outside { balancer: vips.clone(), source_ranges, ..Outside::default() };
-    let service = published(net, to_balancer, endpoints(&[&net.c]))?;
+    let mut service = published(net, to_balancer, endpoints(&[&net.c]))?;
     let port = service.targets()[0].port();
-    for vip in vips {
-        let target = SocketAddr::new(vip, port);
+    let targets = || vips.iter().map(|vip| SocketAddr::new(*vip, port));
+    for target in targets() {
         wait_served(inside.pod.netns(), target)?;
         for proto in Proto::ALL {
             ask(inside.pod.netns(), proto, target, 3)?.only_by(&["c"])?;
@@ -122,6 +122,12 @@ fn a_load_balancer_that_is_for_one_listed_pod(net: &Net) -> Result<()> {
         for from in [outside.pod.netns(), net.node(1).netns()] {
             ask(from, Proto::Tcp, target, 1)?.all_failed(ErrorKind::TimedOut)?;
         }
+    }
+    service.service.outside.source_ranges = net.node(1).addresses().iter().map(whole).collect();
+    service.set(endpoints(&[&net.c]))?;
+    for target in targets() {
+        wait_served(net.node(1).netns(), target)?;
+        ask(inside.pod.netns(), Proto::Tcp, target, 1)?.all_failed(ErrorKind::TimedOut)?;
     }
     Ok(())
 }

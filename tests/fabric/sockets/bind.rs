@@ -1,16 +1,19 @@
 //! Node ports that processes of a host try to take for servers of their own.
 
 use super::{loopback, with_node_port};
-use crate::fixture::{Net, endpoints, in_each_routing, node_port, node_ports, wait_served};
+use crate::fixture::{Net, SERVICE_PORT, endpoints, in_each_routing, node_port, node_ports, wait_served};
 use anyhow::{Context, Result, ensure};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use testkit::manifest::Outside;
-use testkit::wait;
+use testkit::client::ask;
+use testkit::manifest::{Endpoint, Outside, Port};
+use testkit::server::Server;
+use testkit::{Proto, wait};
 
 in_each_routing!(
     a_node_port_is_refused_to_servers_of_the_host,
     a_server_that_was_there_before_the_service_stays,
+    the_backend_of_a_node_port_may_come,
     the_health_check_port_of_a_service_is_the_agents,
 );
 
@@ -78,6 +81,33 @@ fn a_server_that_was_there_before_the_service_stays(net: &Net) -> Result<()> {
         ensure!(client.local_addr()? == from);
         Ok(())
     })
+}
+
+/// A server on the host's network that has the node port itself, as a DaemonSet may; on other nodes the port is refused.
+fn the_backend_of_a_node_port_may_come(net: &Net) -> Result<()> {
+    let (node, port) = (net.node(1), node_port());
+    let mut service = net.unknown_service();
+    service.service.outside = Outside { node_port: port, ..Outside::default() };
+    service.service.ports = Port::both(SERVICE_PORT, port);
+    service.set(node.addresses().map(|ip| Endpoint::ready(ip, Some(node.name()))).to_vec())?;
+    for node in net.fabric.nodes() {
+        wait::until("the node port is known", || {
+            let shown = node.rustnetctl(&["services", &format!("default/{}", service.service.name)])?;
+            ensure!(shown.contains(&port.to_string()), "{shown}");
+            Ok(())
+        })?;
+    }
+    let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
+    let found = net.node(2).netns().run(|| bind(any))?;
+    ensure!(found == [Err(ErrorKind::PermissionDenied); 2], "{found:?}");
+    let _server = Server::start(node.netns(), "own", port)?;
+    for target in node_ports(node, &service) {
+        for from in [node.netns(), net.a.netns(), net.node(2).netns()] {
+            ask(from, Proto::Tcp, target, 3)?.only_by(&["own"])?;
+        }
+        ask(node.netns(), Proto::Udp, loopback(target), 3)?.only_by(&["own"])?;
+    }
+    Ok(())
 }
 
 /// It is no port of the Service's: the agent listens there.
