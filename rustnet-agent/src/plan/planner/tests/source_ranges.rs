@@ -134,6 +134,22 @@ fn a_service_whose_ranges_do_not_fit_is_closed() {
     assert_eq!((rig.planner.problems(&rig.index), rig.lets("192.0.2.9")), (vec![], true));
 }
 
+/// With `externalTrafficPolicy: Local` and no endpoint here, the entry for clients outside needs no room. The one for the cluster, which
+/// asks for the same clients, has none.
+#[test]
+fn an_entry_for_the_cluster_without_room_keeps_the_clients_of_both() {
+    let local = |ranges: &[&str]| Service { external_local: true, ..open("web").source_ranges(ranges) }.apply();
+    let mut rig = Rig::new(1);
+    rig.handle([local(&[OFFICE]), backend("web")]).sync();
+    let two = slice("web-1", "web", Family::V4).tcp(8080).ready(&["10.244.1.2", "10.244.1.3"]).apply();
+    rig.handle([two]).sync();
+    assert_ne!(rig.planner.problems(&rig.index), []);
+    rig.handle([local(&[DESK, HOME])]).sync();
+    assert_eq!(rig.ranges(), [DESK]);
+    rig.handle([backend("web")]).sync();
+    assert_eq!(rig.ranges(), [DESK, HOME]);
+}
+
 /// What does not fit next to the ranges that go comes after them.
 #[test]
 fn a_full_map_takes_the_new_ranges_at_last() {
