@@ -349,6 +349,8 @@ pub struct MapSizes {
     pub frags: u32,
     /// Clients of services with session affinity.
     pub affinities: u32,
+    /// `rn_sock_rev`; `rn_sock_fwd` has a quarter of it.
+    pub sockets: u32,
     /// Ranges of clients of load balancers.
     pub source_ranges: u32,
     /// `rn_endpoints`.
@@ -367,6 +369,7 @@ impl Default for MapSizes {
             ct_any: 32_768,
             frags: 8192,
             affinities: 32_768,
+            sockets: 65_536,
             source_ranges: 4096,
             endpoints: 4096,
             peers: 65_536,
@@ -466,6 +469,7 @@ impl Config {
                 ct_any: read.entries("ct-any-entries"),
                 frags: read.entries("frag-entries"),
                 affinities: read.entries("affinity-entries"),
+                sockets: read.entries("socket-entries"),
                 source_ranges: read.entries("source-range-entries"),
                 endpoints: read.entries("endpoint-entries"),
                 peers: read.entries("peer-entries"),

@@ -50,7 +50,7 @@ pub const SIDE_IN: &str = "side_in";
 pub const UPLINK_XDP: &str = "uplink_xdp";
 
 /// Programs of socket calls, attached to the control group of all processes.
-pub const SOCKET_PROGRAMS: [&str; 10] = [
+pub const SOCKET_PROGRAMS: [&str; 11] = [
     "sock_connect4",
     "sock_connect6",
     "sock_sendmsg4",
@@ -61,6 +61,7 @@ pub const SOCKET_PROGRAMS: [&str; 10] = [
     "sock_getpeer6",
     "sock_bind4",
     "sock_bind6",
+    "sock_release",
 ];
 
 /// Map names; each is pinned as a file of its own name. A map whose shape changes gets a new name.
@@ -115,8 +116,10 @@ pub mod map {
     pub const SOCK_FWD: &str = "rn_sock_fwd";
     /// What a socket asked for that talks to a backend.
     pub const SOCK_REV: &str = "rn_sock_rev";
+    /// Which entries of both a socket has.
+    pub const SOCK_LED: &str = "rn_sock_led";
     /// All of them.
-    pub const ALL: [&str; 25] = [
+    pub const ALL: [&str; 26] = [
         SVC4,
         SVC6,
         BACKEND_IDS,
@@ -142,6 +145,7 @@ pub mod map {
         SOCK_REV,
         HOST_PORTS,
         MAGLEV,
+        SOCK_LED,
     ];
 }
 

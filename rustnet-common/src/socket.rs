@@ -1,4 +1,4 @@
-//! `rn_sock_netns`, `rn_sock_fwd` and `rn_sock_rev`: which sockets ask for Services, and what the programs made of their addresses.
+//! `rn_sock_netns`, `rn_sock_fwd`, `rn_sock_rev` and `rn_sock_led`: which sockets ask for Services, and what the programs made of their addresses.
 
 use crate::addr::Addr;
 use crate::shared_type;
@@ -37,6 +37,38 @@ pub struct Asked {
     pub backend: u32,
 }
 
+/// Where a socket was led once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Led {
+    /// The Service's address; IPv4 as mapped.
+    pub asked: Addr,
+    /// The backend's address; IPv4 as mapped.
+    pub to: Addr,
+    /// The Service's port, host order.
+    pub asked_port: u16,
+    /// The backend's port, host order; 0 in an element that is free.
+    pub to_port: u16,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// How many of its entries a socket remembers.
+pub const TRAIL: usize = 8;
+
+/// Value of `rn_sock_led`, which the kernel keeps with a socket and frees with it: the last entries that the socket got in
+/// `rn_sock_rev` and `rn_sock_fwd`, to be deleted when it closes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Trail {
+    /// The element that is written next.
+    pub next: u32,
+    /// Zero.
+    pub pad: u32,
+    /// A ring, filled from its beginning.
+    pub led: [Led; TRAIL],
+}
+
 /// Values of `rn_sock_netns`, whose keys are the kernel's numbers of network namespaces, as `SO_NETNS_COOKIE` returns them. Sockets of
 /// other namespaces keep their addresses.
 pub mod netns {
@@ -58,3 +90,5 @@ pub const CLIENT_HIGH: u64 = (u32::from_ne_bytes([0xff, 0, 0, 0]) as u64) << 32;
 
 shared_type!(SocketKey, 32);
 shared_type!(Asked, 24);
+shared_type!(Led, 40);
+shared_type!(Trail, 328);

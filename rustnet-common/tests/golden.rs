@@ -15,7 +15,7 @@ use rustnet_common::names::{self, map};
 use rustnet_common::peer::flags::{HOST, LOCAL_PODS, NO_MASQ, NODE, POD, SERVICES, TUNNEL};
 use rustnet_common::peer::{Peer, PeerKey, identity};
 use rustnet_common::service::{self, SvcEntry, SvcKey};
-use rustnet_common::socket::{Asked, CLIENT_HIGH, SocketKey, netns};
+use rustnet_common::socket::{Asked, CLIENT_HIGH, Led, SocketKey, TRAIL, Trail, netns};
 use rustnet_common::source_range::{self, SourceRange, SourceRangeKey};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
@@ -146,7 +146,14 @@ fn maglev_tables() {
 #[test]
 fn sockets() {
     assert_eq!([map::SOCK_NETNS, map::SOCK_FWD, map::SOCK_REV], ["rn_sock_netns", "rn_sock_fwd", "rn_sock_rev"]);
+    assert_eq!((map::SOCK_LED, TRAIL), ("rn_sock_led", 8));
     assert_eq!((size_of::<SocketKey>(), size_of::<Asked>()), (32, 24));
+    assert_eq!((size_of::<Led>(), size_of::<Trail>()), (40, 328));
+    assert_eq!(
+        offsets!(Led: asked, to, asked_port, to_port),
+        [("asked", 0), ("to", 16), ("asked_port", 32), ("to_port", 34)]
+    );
+    assert_eq!(offsets!(Trail: next, led), [("next", 0), ("led", 8)]);
     assert_eq!(offsets!(SocketKey: cookie, addr, port), [("cookie", 0), ("addr", 8), ("port", 24)]);
     assert_eq!(
         offsets!(Asked: addr, port, proto, bucket, backend),

@@ -2,7 +2,7 @@
 #![allow(non_upper_case_globals, reason = "these are the names that bpftool shows")]
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SkStorage};
 use aya_ebpf::macros::btf_map;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::affinity::{Affinity, AffinityKey};
@@ -17,7 +17,7 @@ use rustnet_common::host_port::{HostPort, HostPortKey};
 use rustnet_common::names::TAILS;
 use rustnet_common::peer::Peer;
 use rustnet_common::service::{SvcEntry, SvcKey};
-use rustnet_common::socket::{Asked, SocketKey};
+use rustnet_common::socket::{Asked, SocketKey, Trail};
 use rustnet_common::source_range::SourceRange;
 use rustnet_common::tuple::Tuple;
 use rustnet_common::v1;
@@ -247,6 +247,9 @@ pub static rn_sock_netns: HashMap<u64, u32, 4096, GROWS> = HashMap::new();
 pub static rn_sock_fwd: LruHashMap<SocketKey, u32, 16_384> = LruHashMap::new();
 #[btf_map]
 pub static rn_sock_rev: LruHashMap<SocketKey, Asked, 65_536> = LruHashMap::new();
+/// Which entries of both a socket has.
+#[btf_map]
+pub static rn_sock_led: SkStorage<Trail> = SkStorage::new();
 #[btf_map]
 pub static rn_config: Array<NodeConfig, 1> = Array::new();
 

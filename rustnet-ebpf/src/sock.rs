@@ -4,15 +4,16 @@
 //! Only what has a backend is changed. All else goes on as a packet, and the TC programs refuse or drop it, with counter and event.
 
 mod bind;
+mod trail;
 
-use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
 use aya_ebpf::helpers::generated as helper;
-use aya_ebpf::macros::cgroup_sock_addr;
-use aya_ebpf::programs::SockAddrContext;
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
+use aya_ebpf::programs::{SockAddrContext, SockContext};
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::backend::Backend;
 use rustnet_common::service::scope;
-use rustnet_common::socket::{Asked, CLIENT_HIGH, SocketKey, netns};
+use rustnet_common::socket::{Asked, CLIENT_HIGH, Led, SocketKey, netns};
 use rustnet_common::tuple::{Tuple, proto};
 
 use crate::ctx::random;
@@ -54,6 +55,13 @@ impl Call {
     fn set_port(self, port: u16) {
         // SAFETY: as above; all hooks here may write the address.
         unsafe { (*self.0).user_port = u32::from(port.to_be()) }
+    }
+
+    /// The socket itself.
+    #[inline(always)]
+    fn sock(self) -> *mut bpf_sock {
+        // SAFETY: as above; the pointer is never null.
+        unsafe { (*self.0).__bindgen_anon_1.sk }
     }
 
     /// The kernel's number of the socket.
@@ -215,6 +223,7 @@ fn lead<S: SocketFamily>(call: Call, cookie: u64, asking: &Asking, to: &Target) 
     // SAFETY: a map value stays readable for this run of the program.
     let is_known = maps::rn_sock_rev.get_ptr(key).is_some_and(|known| unsafe { known.read() == value });
     if !is_known {
+        trail::note(call.sock(), Led { asked: addr, to: to.addr, asked_port: port, to_port: to.port, pad: 0 });
         // A full table forgets the oldest: such a socket is shown its backend.
         let _ = maps::rn_sock_rev.insert(key, value, 0);
     }
@@ -309,3 +318,9 @@ macro_rules! programs {
 
 programs!(V4, sock_connect4 connect4, sock_sendmsg4 sendmsg4, sock_recvmsg4 recvmsg4, sock_getpeer4 getpeername4);
 programs!(V6, sock_connect6 connect6, sock_sendmsg6 sendmsg6, sock_recvmsg6 recvmsg6, sock_getpeer6 getpeername6);
+
+#[cgroup_sock(sock_release)]
+pub fn sock_release(ctx: SockContext) -> i32 {
+    trail::forget(ctx.sock);
+    ALLOW
+}

@@ -2,6 +2,7 @@
 
 mod abuse;
 mod bind;
+mod closed;
 mod pods;
 
 use crate::fixture::{

@@ -364,6 +364,14 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
+                flag: "socket-entries",
+                key: "socketEntries",
+                value: "NUMBER",
+                default: Some("65536"),
+                help: "Size of the table of open sockets that socket-lb has given a backend; that of sockets without a peer has a quarter of it",
+                ..ONE
+            },
+            Setting {
                 flag: "source-range-entries",
                 key: "sourceRangeEntries",
                 value: "NUMBER",

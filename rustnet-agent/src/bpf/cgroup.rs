@@ -29,6 +29,7 @@ const HOOKS: [bpf_attach_type; SOCKET_PROGRAMS.len()] = [
     bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
     bpf_attach_type::BPF_CGROUP_INET4_POST_BIND,
     bpf_attach_type::BPF_CGROUP_INET6_POST_BIND,
+    bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,
 ];
 
 /// True for the pin of a link to a control group.

@@ -16,6 +16,9 @@ use sys::Layout;
 /// `BPF_MAP_TYPE_RINGBUF`, whose size must be a power of two of at least a page.
 const RINGBUF: u32 = 27;
 
+/// `BPF_MAP_TYPE_SK_STORAGE`, which has a value for each socket and no size.
+const SK_STORAGE: u32 = 24;
+
 /// A pinned map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pin {
@@ -45,7 +48,11 @@ pub fn wanted(object: &Object, sizes: &BTreeMap<String, u32>) -> BTreeMap<String
 
 /// The size that the kernel will accept for a map of this type.
 pub fn round(kind: u32, max_entries: u32) -> u32 {
-    if kind == RINGBUF { max_entries.max(4096).next_power_of_two() } else { max_entries.max(1) }
+    match kind {
+        RINGBUF => max_entries.max(4096).next_power_of_two(),
+        SK_STORAGE => 0,
+        _ => max_entries.max(1),
+    }
 }
 
 /// The maps that are pinned in `dir` under one of the names.

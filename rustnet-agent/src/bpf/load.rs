@@ -226,7 +226,10 @@ impl Programs {
         let mut added = 0;
         let backends = self.live_backends()?;
         self.each_earlier(|name, new, old| {
-            let Some(offset) = clock_offset(name) else { return Ok(()) };
+            let Some(offset) = clock_offset(name) else {
+                let is_of_sockets = [names::map::SOCK_REV, names::map::SOCK_FWD].contains(&name);
+                return if is_of_sockets { new.insert_missing(&old.read()?).map(drop) } else { Ok(()) };
+            };
             let mut content = old.read()?;
             content.sort_by_age(offset);
             if let Some(since) = self.copied.get(name) {
@@ -325,10 +328,21 @@ pub fn program_path(bpffs: &Path, name: &str) -> PathBuf {
 pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
     use names::map::{
         AFFINITY, BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, MAGLEV, PEERS4,
-        PEERS6, SOURCE_RANGES, SVC4, SVC6,
+        PEERS6, SOCK_FWD, SOCK_REV, SOURCE_RANGES, SVC4, SVC6,
     };
-    let MapSizes { services, backends, maglev, ct_tcp, ct_any, frags, affinities, source_ranges, endpoints, peers } =
-        *maps;
+    let MapSizes {
+        services,
+        backends,
+        maglev,
+        ct_tcp,
+        ct_any,
+        frags,
+        affinities,
+        sockets,
+        source_ranges,
+        endpoints,
+        peers,
+    } = *maps;
     let sizes = [
         (SVC4, services),
         (SVC6, services),
@@ -342,6 +356,8 @@ pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
         (FRAG4, frags),
         (FRAG6, frags),
         (AFFINITY, affinities),
+        (SOCK_REV, sockets),
+        (SOCK_FWD, (sockets / 4).max(1)),
         (SOURCE_RANGES, source_ranges),
         (ENDPOINTS, endpoints),
         (PEERS4, peers),

@@ -17,6 +17,7 @@ use rustnet_common::conntrack::{CtEntry, flags};
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::names::{LINKS_DIR, PROGRAMS, SIDE_IN, map};
 use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::socket::{Asked, SocketKey};
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
 
@@ -260,6 +261,31 @@ fn an_agent_that_died_while_it_swapped_the_hooks_is_followed_by_one_that_goes_on
         for (port, seen) in [(1, 1), (2, 22), (3, 3)] {
             assert_eq!(connections(&sandbox.bpffs).get(&tuple(port)).unwrap(), Some(seen_at(seen)));
         }
+        next.clear_leftovers(&sandbox.bpffs).unwrap();
+        assert_tidy(sandbox);
+    });
+}
+
+/// A socket that connects between the copy and the swap has its entry in the earlier table.
+#[test]
+fn sockets_of_the_old_programs_are_copied_when_the_last_of_them_is_gone() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let open = || Map::<SocketKey, Asked>::open(&sandbox.bpffs, map::SOCK_REV).unwrap();
+        let socket = |cookie| SocketKey { cookie, ..SocketKey::zeroed() };
+        let asked = |port| Asked { port, ..Asked::zeroed() };
+        let old = open();
+        (1..100).for_each(|cookie| old.put(&socket(cookie), &asked(1)).unwrap());
+        let mut next = sized(sandbox, &[(map::SOCK_REV, 2048)]).run().unwrap();
+        next.pin(&sandbox.bpffs).unwrap();
+        let new = open();
+        assert_eq!((new.max_entries(), new.len().unwrap()), (2048, 99));
+        old.put(&socket(100), &asked(2)).unwrap();
+        // One that has connected again.
+        new.put(&socket(7), &asked(3)).unwrap();
+        assert_eq!(next.catch_up().unwrap(), 0, "no connections");
+        let found = [7, 8, 100].map(|cookie| new.get(&socket(cookie)).unwrap());
+        assert_eq!(found, [3, 1, 2].map(|port| Some(asked(port))));
         next.clear_leftovers(&sandbox.bpffs).unwrap();
         assert_tidy(sandbox);
     });

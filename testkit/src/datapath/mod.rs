@@ -171,7 +171,8 @@ impl Datapath {
             | Map::LpmTrie(data)
             | Map::PerCpuArray(data)
             | Map::ProgramArray(data)
-            | Map::RingBuf(data)) = map
+            | Map::RingBuf(data)
+            | Map::SkStorage(data)) = map
             else {
                 bail!("map {name} is of a type that is not known here")
             };

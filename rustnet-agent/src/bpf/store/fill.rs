@@ -13,6 +13,7 @@ use rustnet_common::host_port::{HostPort, HostPortKey};
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
 use rustnet_common::service::{SvcEntry, SvcKey};
+use rustnet_common::socket::{Asked, SocketKey};
 use rustnet_common::source_range::SourceRangeKey;
 use rustnet_common::tuple::Tuple;
 
@@ -48,6 +49,8 @@ pub fn read(bpffs: &Path) -> Result<Vec<Fill>> {
         count::<FragKey<Ip4>, FragPorts>(bpffs, map::FRAG4)?,
         count::<FragKey<Ip6>, FragPorts>(bpffs, map::FRAG6)?,
         count::<AffinityKey, Affinity>(bpffs, map::AFFINITY)?,
+        count::<SocketKey, Asked>(bpffs, map::SOCK_REV)?,
+        count::<SocketKey, u32>(bpffs, map::SOCK_FWD)?,
         count::<SourceRangeKey, u32>(bpffs, map::SOURCE_RANGES)?,
         count::<EndpointKey, Endpoint>(bpffs, map::ENDPOINTS)?,
         count::<HostPortKey, HostPort>(bpffs, map::HOST_PORTS)?,
