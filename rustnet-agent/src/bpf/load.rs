@@ -52,10 +52,8 @@ pub struct Load<'a> {
 /// The programs of one object with their maps, loaded and not attached.
 pub struct Programs {
     by_name: BTreeMap<&'static str, OwnedFd>,
-    /// Why there are no programs of socket calls, if there should be.
-    sockets: Result<(), String>,
-    /// Why there is no XDP program, if there should be one.
-    xdp: Result<(), String>,
+    /// Programs that pods do without and that the kernel refused, and why.
+    refused: BTreeMap<&'static str, String>,
     maps: BTreeMap<String, OwnedFd>,
     /// Where programs jump to, until it is pinned.
     tails: Option<OwnedFd>,
@@ -118,21 +116,15 @@ impl Programs {
         self.by_name.get(name).map(AsFd::as_fd).with_context(|| format!("no program {name}"))
     }
 
-    /// Why there are no programs of socket calls.
+    /// The program of a name in [`names::SOCKET_PROGRAMS`], or [`names::UPLINK_XDP`].
     ///
     /// # Errors
-    /// There should be some, and the kernel refused one.
-    pub fn check_sockets(&self) -> Result<()> {
-        self.sockets.clone().map_err(anyhow::Error::msg)
-    }
-
-    /// The XDP program.
-    ///
-    /// # Errors
-    /// The kernel refused it, or none was loaded.
-    pub fn xdp(&self) -> Result<BorrowedFd<'_>> {
-        self.xdp.clone().map_err(anyhow::Error::msg)?;
-        self.get(names::UPLINK_XDP)
+    /// The kernel refused it, or it was not to be loaded.
+    pub fn optional(&self, name: &str) -> Result<BorrowedFd<'_>> {
+        match self.refused.get(name) {
+            Some(why) => bail!("{why}"),
+            None => self.get(name),
+        }
     }
 
     /// Where the maps of these programs are pinned: in a directory of their own until
@@ -455,8 +447,7 @@ impl Load<'_> {
         let staged = Some(staged);
         let mut programs = Programs {
             by_name,
-            sockets: Ok(()),
-            xdp: Ok(()),
+            refused: BTreeMap::new(),
             maps,
             tails: None,
             replaced,
@@ -478,16 +469,13 @@ impl Load<'_> {
             let fd = program.fd().with_context(|| format!("program {name}"))?;
             programs.by_name.insert(name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?);
         }
-        if self.has_sockets {
-            // Pods do without; what is wrong is reported where these programs are attached.
-            let loaded = load_sockets(&mut ebpf);
-            programs.sockets = loaded.map(|loaded| programs.by_name.extend(loaded)).map_err(|e| format!("{e:#}"));
-        }
-        if self.has_xdp {
-            // TC does without.
-            let loaded = load_xdp(&mut ebpf);
-            programs.xdp =
-                loaded.map(|it| drop(programs.by_name.insert(names::UPLINK_XDP, it))).map_err(|e| format!("{e:#}"));
+        // Pods do without these; what is wrong is reported where they are attached.
+        let sockets = names::SOCKET_PROGRAMS.into_iter().filter(|_| self.has_sockets);
+        for name in sockets.chain(self.has_xdp.then_some(names::UPLINK_XDP)) {
+            match load_optional(&mut ebpf, name) {
+                Ok(program) => drop(programs.by_name.insert(name, program)),
+                Err(error) => drop(programs.refused.insert(name, format!("{error:#}"))),
+            }
         }
         programs.tails = Some(fill_tails(&ebpf, &programs.by_name)?);
         Ok(programs)
@@ -520,27 +508,15 @@ fn load_program(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<()
     load()
 }
 
-/// Loads the programs of socket calls: all, or none.
-fn load_sockets(ebpf: &mut aya::Ebpf) -> Result<Vec<(&'static str, OwnedFd)>> {
-    let mut load = |name: &'static str| {
-        let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
-        let fd = match program {
-            Program::CgroupSockAddr(program) => load_program(|| program.load()).and_then(|()| program.fd()),
-            Program::CgroupSock(program) => load_program(|| program.load()).and_then(|()| program.fd()),
-            _ => bail!("program {name} is for no socket calls"),
-        };
-        let fd = fd.map_err(|e| load_error(name, e))?;
-        Ok((name, fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))?))
-    };
-    names::SOCKET_PROGRAMS.into_iter().map(&mut load).collect()
-}
-
-/// Loads the XDP program.
-fn load_xdp(ebpf: &mut aya::Ebpf) -> Result<OwnedFd> {
-    let name = names::UPLINK_XDP;
+fn load_optional(ebpf: &mut aya::Ebpf, name: &str) -> Result<OwnedFd> {
     let program = ebpf.program_mut(name).with_context(|| format!("the eBPF object has no program {name}"))?;
-    let Program::Xdp(program) = program else { bail!("program {name} is not for XDP") };
-    let fd = load_program(|| program.load()).and_then(|()| program.fd()).map_err(|e| load_error(name, e))?;
+    let fd = match program {
+        Program::CgroupSockAddr(program) => load_program(|| program.load()).and_then(|()| program.fd()),
+        Program::CgroupSock(program) => load_program(|| program.load()).and_then(|()| program.fd()),
+        Program::Xdp(program) => load_program(|| program.load()).and_then(|()| program.fd()),
+        _ => bail!("program {name} is neither for socket calls nor for XDP"),
+    };
+    let fd = fd.map_err(|e| load_error(name, e))?;
     fd.as_fd().try_clone_to_owned().with_context(|| format!("program {name}"))
 }
 

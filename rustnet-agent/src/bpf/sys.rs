@@ -12,8 +12,8 @@ use bytemuck::{Pod, Zeroable};
 mod link;
 
 pub use link::{
-    AttachedLink, LinkInfo, cgroup_link_info, link_by_id, link_create_cgroup, link_create_tcx, link_create_xdp,
-    link_detach, link_info, link_update, prog_name, tcx_links,
+    AttachedLink, CgroupPrograms, LinkInfo, cgroup_link_info, cgroup_programs, link_by_id, link_create_cgroup,
+    link_create_tcx, link_create_xdp, link_detach, link_info, link_update, prog_name, tcx_links,
 };
 
 /// Commands of bpf(2) (`enum bpf_cmd`).

@@ -326,40 +326,41 @@ fn xdp_line(places: &Places) -> Result<Option<(Mark, String)>> {
 /// Whose sockets ask for Services by themselves.
 fn sockets(places: &Places) -> Result<(Mark, String)> {
     let wanted = setting(places, "socket-lb").and_then(SocketLb::parse).context("the agent's settings name nobody")?;
-    let attached = cgroup::attached(places.bpffs()?)?;
+    let missing = cgroup::missing(places.bpffs()?)?;
     let total = SOCKET_PROGRAMS.len();
-    Ok(match (wanted, attached) {
-        (SocketLb::Off, 0) => {
-            (Mark::Ok, "off (--socket-lb off); processes of this host reach no node ports of it".to_owned())
-        }
-        (SocketLb::Off, _) => {
-            (Mark::Warning, format!("off, but {attached} programs are attached; a running agent takes them off"))
-        }
-        (SocketLb::Host | SocketLb::All, _) if attached == total => {
-            let namespaces = Sockets::open(places.bpffs()?)?.namespaces()?;
-            let pods = namespaces.values().filter(|flags| **flags == netns::POD).count();
-            let text = format!("those of this host's processes ask for Services, and those of {pods} pods");
-            let records = if wanted == SocketLb::All { records::read(&places.run_dir)?.endpoints } else { Vec::new() };
-            match records.iter().filter(|it| it.netns_cookie.is_none()).count() {
-                0 => (Mark::Ok, text),
-                earlier => {
-                    let remedy = "to have them ask, too, create them again (kernel 5.14 or newer)";
-                    (
-                        Mark::Ok,
-                        format!(
-                            "{text}; {earlier} pods were connected by an earlier release and ask by packets: {remedy}"
-                        ),
-                    )
-                }
-            }
-        }
-        (SocketLb::Host | SocketLb::All, _) => (
-            Mark::Warning,
-            format!(
-                "{attached} of {total} programs are attached; a running agent attaches them within 30 s; if not, its log says why"
-            ),
-        ),
-    })
+    let attached = total - missing.len();
+    let off = "off (--socket-lb off); processes of this host reach no node ports of it";
+    if wanted == SocketLb::Off {
+        return Ok(match attached {
+            0 => (Mark::Ok, off.to_owned()),
+            _ => (Mark::Warning, format!("off, but {attached} programs are attached; a running agent takes them off")),
+        });
+    }
+    let remedy = "a running agent attaches them within 30 s; if not, its log says why";
+    let losses: Option<BTreeSet<_>> = missing.iter().map(|name| cgroup::loss_without(name)).collect();
+    let Some(losses) = losses else {
+        return Ok((Mark::Warning, format!("{attached} of {total} programs are attached; {remedy}")));
+    };
+    let who = who_asks(places, wanted)?;
+    if losses.is_empty() {
+        return Ok((Mark::Ok, who));
+    }
+    let losses: Vec<_> = losses.into_iter().collect();
+    Ok((Mark::Warning, format!("{who}; missing {}: {}; {remedy}", missing.join(", "), losses.join("; "))))
+}
+
+/// Whose sockets are listed, in words.
+fn who_asks(places: &Places, wanted: SocketLb) -> Result<String> {
+    let namespaces = Sockets::open(places.bpffs()?)?.namespaces()?;
+    let pods = namespaces.values().filter(|flags| **flags == netns::POD).count();
+    let text = format!("those of this host's processes ask for Services, and those of {pods} pods");
+    let records = if wanted == SocketLb::All { records::read(&places.run_dir)?.endpoints } else { Vec::new() };
+    let earlier = records.iter().filter(|it| it.netns_cookie.is_none()).count();
+    if earlier == 0 {
+        return Ok(text);
+    }
+    let remedy = "to have them ask, too, create them again (kernel 5.14 or newer)";
+    Ok(format!("{text}; {earlier} pods were connected by an earlier release and ask by packets: {remedy}"))
 }
 
 /// Who writes and takes off the overlay's headers; `None` without an overlay.

@@ -4,6 +4,7 @@
 //! with one fault at a time). Nothing is changed (a map that is pinned as a trial is removed), and no packet is sent but to the API server.
 
 pub mod api;
+pub mod cgroup;
 pub mod cni;
 pub mod conntrack;
 pub mod filesystem;
@@ -57,7 +58,7 @@ pub fn examine(config: &Config, stage: Stage, proxy_config: Option<&Path>) -> Ve
     let ways = Ways::new(&settings(config), nodes.iter().map(|known| &*known.node), &host.facts());
     let mut groups = vec![
         Group::new("Configuration", vec![Finding::ok("settings", format!("node {}", config.node_name))]),
-        Group::new("Kernel", kernel::check(&kernel::gather(Some(config)))),
+        Group::new("Kernel", kernel_findings(config)),
         Group::new("File system", filesystem::gather(config).iter().flat_map(filesystem::check).collect()),
         Group::new("Host settings", host_settings(config, &host, &ways, stage, nodes.len())),
         Group::new("Ports", ports::check(&ports::gather(config))),
@@ -82,6 +83,12 @@ pub fn examine(config: &Config, stage: Stage, proxy_config: Option<&Path>) -> Ve
     }
     groups.retain(|group| !group.findings.is_empty());
     groups
+}
+
+/// What the kernel is, and what else is attached to it.
+fn kernel_findings(config: &Config) -> Vec<Finding> {
+    let others = cgroup::gather(config).iter().flat_map(cgroup::check).collect();
+    [kernel::check(&kernel::gather(Some(config))), others].concat()
 }
 
 /// What the kernel and its administration are set to.

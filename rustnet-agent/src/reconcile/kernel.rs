@@ -278,7 +278,7 @@ impl Kernel {
                 if let Some(why) = xdp::unfit(self.xdp, &state.host.links, uplink.ifindex) {
                     bail!("XDP on {}: {why}", uplink.name);
                 }
-                xdp::attach(&self.bpffs, &device, self.programs.xdp()?)
+                xdp::attach(&self.bpffs, &device, self.programs.optional(names::UPLINK_XDP)?)
             };
             match link::unless_gone(socket, uplink.ifindex, attach(), Outcome::Unchanged) {
                 Ok(outcome) => {
@@ -377,18 +377,18 @@ impl Kernel {
     }
 
     /// Has the programs of socket calls on the control group of all processes, and the sockets of this host and of these `pods` ask for
-    /// Services; or nobody's. To be called once the programs are pinned. Returns what was done.
-    pub fn attach_sockets(&self, pods: Namespaces) -> Result<Vec<String>> {
+    /// Services; or nobody's. To be called once the programs are pinned.
+    pub fn attach_sockets(&self, pods: Namespaces) -> Result<cgroup::Attached> {
         let Some((cgroup, sockets)) = &self.sockets else {
-            return Ok(cgroup::detach(&self.bpffs)?.into_iter().collect());
+            let done = cgroup::detach(&self.bpffs)?.into_iter().collect();
+            return Ok(cgroup::Attached { done, failures: Vec::new() });
         };
         let attach = || {
-            self.programs.check_sockets().context("socket load-balancing")?;
             let mut wanted = pods;
             // Last: no record of a pod makes the host's namespace another one.
             wanted.insert(netns::cookie()?, socket::netns::HOST);
             sockets.set_namespaces(&wanted)?;
-            cgroup::attach(&self.bpffs, cgroup, |name| self.programs.get(name))
+            cgroup::attach(&self.bpffs, cgroup, |name| self.programs.optional(name))
         };
         attach().inspect_err(|_| {
             // Programs of before may be left with maps that nobody writes. The packet path works.

@@ -66,8 +66,7 @@ impl Reconciler {
     /// Has the programs of socket calls on their hooks, and ends the sockets whose backend is gone.
     pub(super) fn look_after_sockets(&mut self) {
         let had_failed = self.sockets.has_failed();
-        let attached = self.attach_sockets().err().map(|error| Failure::new(Scope::Host, &error));
-        let mut failures: Vec<_> = attached.into_iter().collect();
+        let mut failures = self.attach_sockets().unwrap_or_else(|error| vec![Failure::new(Scope::Host, &error)]);
         let next = self.end_sockets(&mut failures).unwrap_or_else(|error| {
             failures.push(Failure::new(Scope::Host, &error));
             None
@@ -78,10 +77,11 @@ impl Reconciler {
         }
     }
 
-    fn attach_sockets(&self) -> Result<()> {
+    /// Returns which programs are missing that the others do without.
+    fn attach_sockets(&self) -> Result<Vec<Failure>> {
         // Unpinned programs may be about to be replaced.
         let Some(Datapath { kernel, .. }) = self.datapath.as_ref().filter(|it| it.kernel.is_pinned()) else {
-            return Ok(());
+            return Ok(Vec::new());
         };
         let mut there = kernel.sockets().map(Sockets::namespaces).transpose()?.unwrap_or_default();
         there.retain(|_, flags| *flags == netns::POD);
@@ -92,10 +92,11 @@ impl Reconciler {
             }
             None => there,
         };
-        for what in kernel.attach_sockets(pods)? {
+        let attached = kernel.attach_sockets(pods)?;
+        for what in attached.done {
             tracing::info!("{what}");
         }
-        Ok(())
+        Ok(attached.failures.iter().map(|error| Failure::new(Scope::Host, error)).collect())
     }
 
     /// Returns after which time to look again, and adds which network namespaces cannot be looked into.

@@ -63,6 +63,44 @@ pub fn link_create_cgroup(prog: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_t
     owned(bpf(cmd::LINK_CREATE, &mut attr)?)
 }
 
+/// What is on a hook of a control group.
+pub struct CgroupPrograms {
+    /// Numbers of the programs.
+    pub ids: Vec<u32>,
+    /// Further programs may be attached (`BPF_F_ALLOW_MULTI`).
+    pub lets_others_in: bool,
+}
+
+/// What is on a hook of a control group itself, not of those above it.
+pub fn cgroup_programs(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<CgroupPrograms> {
+    /// Most programs on one hook (`BPF_CGROUP_MAX_PROGS`).
+    const MOST: usize = 64;
+    const ALLOW_MULTI: u32 = 2;
+    #[repr(C)]
+    struct Attr {
+        target_fd: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        prog_ids: u64,
+        count: u32,
+        pad: u32,
+    }
+    let mut ids = [0_u32; MOST];
+    let mut attr = Attr {
+        target_fd: raw(cgroup),
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        prog_ids: ids.as_mut_ptr().expose_provenance() as u64,
+        count: MOST as u32,
+        pad: 0,
+    };
+    bpf(cmd::PROG_QUERY, &mut attr)?;
+    let ids = ids[..(attr.count as usize).min(MOST)].to_vec();
+    Ok(CgroupPrograms { ids, lets_others_in: attr.attach_flags & ALLOW_MULTI != 0 })
+}
+
 /// Attaches a program to a TCX hook. EINVAL where the kernel has no TCX (before 6.6).
 pub fn link_create_tcx(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
