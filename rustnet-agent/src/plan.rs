@@ -195,6 +195,12 @@ pub trait Maps {
     fn read(&mut self, _table: Table) -> anyhow::Result<(Snapshot, bool)> {
         Ok((self.snapshot()?, true))
     }
+    /// Reads so many words of Maglev tables back, fewer at the end of the map.
+    fn read_words(&self, first: u32, count: u32) -> anyhow::Result<Vec<u64>> {
+        let words = self.snapshot()?.tables;
+        let end = self.table_capacity().min(first.saturating_add(count));
+        Ok((first..end).map(|index| words.get(index as usize).copied().unwrap_or_default()).collect())
+    }
     /// Reads one service.
     fn service(&self, key: &VipKey) -> anyhow::Result<Option<SvcEntry>> {
         Ok(self.snapshot()?.services.get(key).copied())

@@ -21,6 +21,9 @@ pub struct Difference {
     pub what: String,
 }
 
+/// Words of Maglev tables that an audit reads at once: half a MiB.
+pub const AUDIT_WORDS: u32 = 65_536;
+
 /// How far an audit is.
 #[derive(Clone, Debug)]
 pub struct Progress {
@@ -29,11 +32,13 @@ pub struct Progress {
     table: usize,
     /// Entries of the present table that were found in earlier pieces.
     seen: HashSet<VipKey>,
+    /// The first word of the next piece of Maglev tables.
+    word: u32,
 }
 
 impl Default for Progress {
     fn default() -> Self {
-        Self { period: AUDIT_PERIOD, due: AUDIT_PERIOD, table: 0, seen: HashSet::new() }
+        Self { period: AUDIT_PERIOD, due: AUDIT_PERIOD, table: 0, seen: HashSet::new(), word: 0 }
     }
 }
 
@@ -67,13 +72,23 @@ impl Progress {
     pub fn advance(&mut self, is_last_piece: bool, now: Duration) {
         if is_last_piece {
             self.table += 1;
-            self.seen = HashSet::new();
+            (self.seen, self.word) = (HashSet::new(), 0);
         }
         if self.table == Table::ALL.len() {
             self.begin_again(now);
         } else {
             self.due = now;
         }
+    }
+
+    /// The first word of the next piece of Maglev tables.
+    pub fn word(&self) -> u32 {
+        self.word
+    }
+
+    /// So many words have been read.
+    pub fn pass_words(&mut self, count: usize) {
+        self.word += count as u32;
     }
 
     /// Notes which of the expected entries were found.
@@ -177,28 +192,31 @@ impl Repair {
     /// Compares both arrays; behind the end of what they should hold there are zeros.
     pub fn arrays(&mut self, found: &Snapshot, backends: &[Backend], ids: &[u32], capacity: u32) {
         let capacity = capacity as usize;
-        let slots = elements(map::BACKENDS, backends, &found.backends, capacity, &mut self.differences);
+        let slots = elements(map::BACKENDS, 0, backends, &found.backends, capacity, &mut self.differences);
         if !slots.is_empty() {
             self.puts.push(Write::RestoreBackends { slots });
         }
-        let ids = elements(map::BACKEND_IDS, ids, &found.ids, capacity, &mut self.differences);
+        let ids = elements(map::BACKEND_IDS, 0, ids, &found.ids, capacity, &mut self.differences);
         if !ids.is_empty() {
             self.puts.push(Write::RestoreIds { ids });
         }
     }
 
-    /// Compares the words of the Maglev tables, likewise.
-    pub fn tables(&mut self, found: &[u64], words: &[u64], capacity: u32) {
-        let words = elements(map::MAGLEV, words, found, capacity as usize, &mut self.differences);
+    /// Compares words of the Maglev tables, likewise: a piece that was found at `first`, with all that there should be.
+    pub fn tables(&mut self, first: u32, found: &[u64], words: &[u64]) {
+        let expected = words.get(first as usize..).unwrap_or_default();
+        let expected = &expected[..expected.len().min(found.len())];
+        let words = elements(map::MAGLEV, first, expected, found, found.len(), &mut self.differences);
         if !words.is_empty() {
             self.puts.push(Write::RestoreTables { words });
         }
     }
 }
 
-/// Compares an array; gives the elements that differ as they should be.
+/// Compares an array, or a piece that begins at `first`; returns the elements that differ as they should be.
 fn elements<T: bytemuck::Pod + PartialEq + Debug>(
     map: &'static str,
+    first: u32,
     expected: &[T],
     found: &[T],
     capacity: usize,
@@ -210,8 +228,9 @@ fn elements<T: bytemuck::Pod + PartialEq + Debug>(
     for index in 0..end {
         let (should, is) = (at(expected, index), at(found, index));
         if should != is {
+            let index = first + index as u32;
             differences.push(Difference { map, what: format!("element {index} was changed to {is:?}") });
-            wrong.push((index as u32, should));
+            wrong.push((index, should));
         }
     }
     wrong

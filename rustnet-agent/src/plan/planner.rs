@@ -1,7 +1,7 @@
 //! The plan: what the maps hold, compared with what the index wants. One planner a table; [`in_order`] is the order between
 //! them.
 
-use super::audit::{Difference, Progress, Repair};
+use super::audit::{AUDIT_WORDS, Difference, Progress, Repair};
 use super::peers::{PeerWrites, Peers};
 use super::services::{ServiceWrites, Services};
 use super::source_ranges::{Entry, RangeWrites, SourceRanges};
@@ -138,14 +138,30 @@ impl Planner {
             self.audit.advance(true, now);
             return Ok(Vec::new());
         }
-        let (found, is_last_piece) = maps.read(table)?;
         let mut repair = Repair::default();
+        let is_last_piece = if table == Table::Maglev {
+            let first = self.audit.word();
+            let found = maps.read_words(first, AUDIT_WORDS)?;
+            self.audit.pass_words(found.len());
+            self.services.audit_tables(first, &found, &mut repair)
+        } else {
+            self.audit_piece(table, maps, &mut repair)?
+        };
+        self.audit.advance(is_last_piece, now);
+        let (writes, differences) = repair.into_writes();
+        self.apply(&writes, maps)?;
+        Ok(differences)
+    }
+
+    /// Compares the next piece of a table that [`Maps::read`] reads. Returns whether it is the last.
+    fn audit_piece(&mut self, table: Table, maps: &mut impl Maps, repair: &mut Repair) -> anyhow::Result<bool> {
+        let (found, is_last_piece) = maps.read(table)?;
         match table {
-            Table::Backends => self.services.audit_backends(&found, &mut repair),
-            Table::Maglev => self.services.audit_tables(&found, &mut repair),
+            Table::Maglev => {}
+            Table::Backends => self.services.audit_backends(&found, repair),
             Table::Services4 | Table::Services6 => {
                 let look_up = is_last_piece.then_some(|key: &VipKey| maps.service(key));
-                self.services.audit(table == Table::Services4, &found, &mut self.audit, look_up, &mut repair)?;
+                self.services.audit(table == Table::Services4, &found, &mut self.audit, look_up, repair)?;
             }
             Table::SourceRanges => {
                 let held: BTreeSet<SourceRange> = self.source_ranges.held().collect();
@@ -162,10 +178,7 @@ impl Planner {
                 }
             }
         }
-        self.audit.advance(is_last_piece, now);
-        let (writes, differences) = repair.into_writes();
-        self.apply(&writes, maps)?;
-        Ok(differences)
+        Ok(is_last_piece)
     }
 
     fn apply(&mut self, writes: &[Write], maps: &mut impl Maps) -> anyhow::Result<()> {

@@ -160,10 +160,11 @@ impl Services {
         repair.arrays(found, self.sets.all(), self.sets.ids(), self.sets.capacity());
     }
 
-    /// Compares the Maglev tables.
-    pub fn audit_tables(&mut self, found: &Snapshot, repair: &mut Repair) {
+    /// Compares words of the Maglev tables that were found from `first` on. Returns whether they are the last.
+    pub fn audit_tables(&mut self, first: u32, found: &[u64], repair: &mut Repair) -> bool {
         let tables = self.sets.tables();
-        repair.tables(&found.tables, tables.words(), tables.capacity());
+        repair.tables(first, found, tables.words());
+        first + found.len() as u32 >= tables.capacity()
     }
 
     /// Compares a piece of a family's map; after the last one also what no piece had, which `look_up` then reads.

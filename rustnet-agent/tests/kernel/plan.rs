@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustnet_agent::bpf::store::{BpfMaps, Map};
 use rustnet_agent::config::Routing;
@@ -12,10 +12,11 @@ use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::{
     Condition, Endpoint, EndpointSlice, Family, Node, ObjectName, Service, ServicePort, TargetPort,
 };
-use rustnet_agent::plan::{Maps, Planner};
+use rustnet_agent::plan::{Maps, Planner, Write};
 use rustnet_agent::source::{Event, Kind, Object, ObjectRef};
 use rustnet_common::addr::{Addr, Ip4};
 use rustnet_common::backend::Backend;
+use rustnet_common::maglev::{MAX_UNITS, UNIT};
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
 use rustnet_common::service::{SvcEntry, SvcKey};
@@ -254,9 +255,44 @@ fn an_audit_of_a_hundred_thousand_services() {
         assert_eq!((rig.planner.service_count(), rig.planner.problems(&rig.index).len()), (200_000, 0));
         rig.now += Duration::from_mins(10);
         while rig.planner.audit_at().unwrap() <= rig.now {
-            let began = std::time::Instant::now();
+            let began = Instant::now();
             assert_eq!(rig.planner.audit(&mut rig.maps, rig.now).unwrap(), []);
             println!("one piece compared in {:?}", began.elapsed());
         }
     });
+}
+
+/// What the steps of an audit of `rn_maglev` cost: of the default size, and of the largest.
+#[test]
+#[ignore = "prints figures"]
+fn an_audit_of_full_maglev_tables() {
+    for units in [1024, MAX_UNITS] {
+        sandbox::run(move |sandbox| {
+            let mut rig = Rig::new(sandbox, &[(map::MAGLEV, units * UNIT)]);
+            let mut unit = 1;
+            while unit + 16 <= units {
+                // Such words as a table of 16,381 places has.
+                let words = (0..4097_u64).map(|n| if n == 0 { 16_381 } else { n * 0x0001_0001_0001_0001 }).collect();
+                rig.maps.apply(&[Write::MaglevTable { unit: unit as u16, words }]).unwrap();
+                unit += 17;
+            }
+            rig.planner = Planner::adopt(&rig.maps).unwrap();
+            rig.sync([]);
+            for _ in 0..3 {
+                rig.now = rig.planner.audit_at().unwrap();
+                let (mut steps, mut found) = (Vec::new(), 0);
+                while rig.planner.audit_at() == Some(rig.now) {
+                    let began = Instant::now();
+                    found += rig.planner.audit(&mut rig.maps, rig.now).unwrap().len();
+                    steps.push(began.elapsed());
+                }
+                let words = steps.len() as u32 - 5;
+                let (all, most) = (steps.iter().sum::<Duration>(), steps.iter().max().unwrap());
+                println!(
+                    "{} KiB in {words} pieces: {all:?}, the longest step {most:?}; {found} differences",
+                    units * UNIT / 128
+                );
+            }
+        });
+    }
 }

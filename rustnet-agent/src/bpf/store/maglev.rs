@@ -31,6 +31,11 @@ impl Tables {
         self.0.up_to_last(|word| *word != 0)
     }
 
+    /// So many words from `first` on, fewer at the end.
+    pub fn range(&self, first: u32, count: u32) -> Vec<u64> {
+        (first..first.saturating_add(count)).map_while(|index| self.0.get(index)).collect()
+    }
+
     /// The index behind the last word that was ever written.
     pub fn used(&self) -> u32 {
         self.0.end(|word| *word != 0)
@@ -66,6 +71,8 @@ mod tests {
         tables.store(256, &[3, 0x0002_0001_0000]).unwrap();
         assert_eq!((map.get(&256).unwrap(), map.get(&257).unwrap()), (Some(3), Some(0x0002_0001_0000)));
         assert_eq!((tables.used(), tables.words().len()), (258, 258));
+        assert_eq!(tables.range(255, 3), [0, 3, 0x0002_0001_0000]);
+        assert_eq!([tables.range(1020, 9), tables.range(1024, 9)].map(|words| words.len()), [4, 0]);
         let error = tables.store(1023, &[1, 2]).unwrap_err().to_string();
         assert!(error.contains("1024 words, 1025 are needed: raise maglev-entries"), "{error}");
     }

@@ -186,10 +186,8 @@ impl Maps for BpfMaps {
                 (out.ids, out.backends) = (self.backends.ids(), self.backends.slots());
                 true
             }
-            Table::Maglev => {
-                out.tables = self.tables.words();
-                true
-            }
+            // By words: see `read_words`.
+            Table::Maglev => true,
             Table::SourceRanges => {
                 out.source_ranges = ranges_of(&self.source_ranges)?;
                 true
@@ -203,6 +201,10 @@ impl Maps for BpfMaps {
             self.cursor = sys::Cursor::default();
         }
         Ok((out, is_last))
+    }
+
+    fn read_words(&self, first: u32, count: u32) -> Result<Vec<u64>> {
+        Ok(self.tables.range(first, count))
     }
 
     fn service(&self, key: &VipKey) -> Result<Option<SvcEntry>> {

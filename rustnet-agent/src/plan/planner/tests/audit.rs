@@ -1,6 +1,7 @@
 //! What somebody else changed is found and put back.
 
 use super::*;
+use crate::plan::audit::AUDIT_WORDS;
 use rustnet_common::maglev::UNIT;
 
 /// What an audit of all tables finds.
@@ -110,4 +111,35 @@ fn an_audit_that_cannot_write_is_followed_by_a_look_at_everything() {
     assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"]);
     // Everything has just been read: the next audit has a whole period, as it was set.
     assert_eq!(rig.planner.audit_at(), Some(rig.now + period));
+}
+
+/// A step reads no more than a piece of the Maglev tables, however much room there is.
+#[test]
+fn maglev_tables_are_audited_piece_by_piece() {
+    let mut rig = Rig::on(MemoryMaps::new(64).with_tables(2 * AUDIT_WORDS + UNIT));
+    let maglev = service("web", &[VIP]).tcp(80).maglev().apply();
+    rig.handle(web(&["10.244.1.2", "10.244.1.3"])).handle([maglev]).sync();
+    let before = rig.maps.held().tables.clone();
+    let wrong = [UNIT + 1, AUDIT_WORDS - 1, AUDIT_WORDS, 2 * AUDIT_WORDS - 1, 2 * AUDIT_WORDS + UNIT - 1];
+    let tables = &mut rig.maps.meddle().tables;
+    tables.resize((2 * AUDIT_WORDS + UNIT) as usize, 0);
+    for index in wrong {
+        tables[index as usize] ^= 1;
+    }
+    rig.now = rig.planner.audit_at().unwrap();
+    let mut steps = Vec::new();
+    while rig.planner.audit_at() == Some(rig.now) {
+        let found = rig.planner.audit(&mut rig.maps, rig.now).unwrap();
+        steps.push(found.iter().map(|it| it.what.split(' ').nth(1).unwrap().parse().unwrap()).collect::<Vec<u32>>());
+    }
+    assert_eq!(steps.len(), Table::ALL.len() + 2);
+    steps.retain(|found| !found.is_empty());
+    assert_eq!(steps, [&wrong[..2], &wrong[2..4], &wrong[4..]]);
+    let held = &rig.maps.held().tables;
+    assert_eq!(held[..before.len()], before);
+    assert!(held[before.len()..].iter().all(|word| *word == 0));
+    assert_eq!(audit(&mut rig), <[&str; 0]>::default());
+    // Each audit begins with the first piece.
+    rig.maps.meddle().tables[UNIT as usize + 2] ^= 1;
+    assert_eq!(audit(&mut rig).len(), 1);
 }
