@@ -6,6 +6,7 @@
 mod audit;
 mod command;
 mod details;
+pub mod endings;
 mod files;
 mod job;
 mod kernel;
@@ -39,15 +40,18 @@ use crate::net::host::Host;
 use crate::net::monitor::{Changed, Monitor};
 use crate::net::netlink::Socket;
 use crate::net::repair::Repairer;
+use crate::net::sock_diag::SockDiag;
 use crate::plan::Planner;
 use crate::source::{Event, Kind};
 use crate::{install, namefile};
 use details::Writing;
+use endings::Enter;
 use files::Files;
 use job::Job;
 use kernel::{Kernel, Stats};
 use network::{Look, Observe, observed};
 use overlay_path::Choice;
+use sockets::{Searching, searched};
 
 /// Most events taken in before they are applied.
 const BATCH: usize = 256;
@@ -72,16 +76,18 @@ const PROBLEMS_PERIOD: Duration = Duration::from_secs(1);
 pub struct Surroundings {
     /// How long the end of the agent may take.
     pub export_limit: Duration,
-    /// A look at the host's network that takes longer is a failure of the node.
+    /// A look at the host's network that takes longer is a failure of the node, and a search for sockets one of its processes.
     pub look_limit: Duration,
     /// Looks at the host's network, in a thread of its own.
     pub observe: Observe,
+    /// Opens the sockets of a pod's network namespace, in another one.
+    pub enter: Enter,
 }
 
 impl Default for Surroundings {
     fn default() -> Self {
         let observe = Arc::new(|| Host::observe(&mut Socket::open()?));
-        Self { export_limit: EXPORT_LIMIT, look_limit: LOOK_LIMIT, observe }
+        Self { export_limit: EXPORT_LIMIT, look_limit: LOOK_LIMIT, observe, enter: Arc::new(SockDiag::open_in) }
     }
 }
 
@@ -125,6 +131,7 @@ pub async fn run(
                 }
             },
             (host, took) = observed(&mut reconciler.look) => reconciler.end_look(host, took),
+            outcome = searched(&mut reconciler.searching) => reconciler.finish_endings(outcome),
             (done, took) = details::written(&mut reconciler.writing) => reconciler.end_details(done, took),
             () = sleep_until(deadline) => {}
         }
@@ -180,6 +187,7 @@ struct Reconciler {
     shutdown: watch::Receiver<bool>,
     look_limit: Duration,
     observe: Observe,
+    enter: Enter,
     start: Instant,
     index: Index,
     repairer: Repairer,
@@ -195,8 +203,10 @@ struct Reconciler {
     maps: Job,
     /// Opens those ports.
     checks: Job,
-    /// Has the programs of socket calls on their hooks, and ends sockets whose backend is gone.
+    /// Has the programs of socket calls on their hooks.
     sockets: Job,
+    /// Ends sockets whose backend is gone.
+    endings: Job,
     /// Reports what is newly wrong, and what is resolved.
     report: Job,
     /// Writes where this agent's things are, for the command.
@@ -224,7 +234,8 @@ struct Reconciler {
     external_seen: bool,
     /// There are TCP connections whose backend serves no more, and whose endpoint is known to the API.
     has_outlived: bool,
-    sockets_since: sockets::Since,
+    sockets_since: endings::Since,
+    searching: Option<Searching>,
     /// The CNI binary's records, as of the last look at the network; `None` before the first one.
     records: Option<Vec<EndpointFile>>,
     /// Octets of packets to other nodes, as of the last look that found a device towards them.
@@ -248,6 +259,7 @@ impl Reconciler {
             shutdown,
             look_limit: surroundings.look_limit,
             observe: surroundings.observe,
+            enter: surroundings.enter,
             start: Instant::now(),
             datapath: None,
             files: Files::default(),
@@ -257,6 +269,7 @@ impl Reconciler {
             maps: Job::idle("the maps took not all changes, trying again"),
             checks: Job::idle("load balancers get no answer for a Service"),
             sockets: Job::idle("socket load-balancing is not as it should be"),
+            endings: Job::idle("socket load-balancing is not as it should be"),
             report: Job::idle("report"),
             presence: Job::due("rustnetctl does not find this agent"),
             names: Job::idle("rustnetctl does not know the names of pods"),
@@ -272,7 +285,8 @@ impl Reconciler {
             ways_seen: 0,
             external_seen: false,
             has_outlived: false,
-            sockets_since: sockets::Since::new(),
+            sockets_since: endings::Since::new(),
+            searching: None,
             records: None,
             room: 0,
             routed: false,
@@ -340,15 +354,16 @@ impl Reconciler {
     fn next_deadline(&self) -> Instant {
         let load = self.load.deadline().filter(|_| self.datapath.is_none());
         let maps = self.maps.deadline().filter(|_| self.can_apply());
-        let others = [&self.network, &self.checks, &self.sockets, &self.report]
+        let others = [&self.network, &self.checks, &self.sockets, &self.endings, &self.report]
             .into_iter()
             .chain(self.files_of_command())
             .map(Job::deadline);
         let audit = self.datapath.as_ref().and_then(|it| it.planner.audit_at()).map(|due| self.start + due);
-        let stuck = self.look.as_ref().map(|look| look.began + self.look_limit).filter(|at| *at > Instant::now());
+        let looks = [self.look.as_ref().map(|it| it.began), self.searching.as_ref().map(|it| it.began)];
+        let stuck = looks.into_iter().flatten().map(|began| began + self.look_limit).filter(|at| *at > Instant::now());
         // Nothing else is due for long while a look is under way, and the probes want to see the loop turn.
         let turn = Instant::now() + NET_PERIOD;
-        others.chain([load, maps, audit, stuck]).flatten().fold(turn, Instant::min)
+        others.chain([load, maps, audit]).flatten().chain(stuck).fold(turn, Instant::min)
     }
 
     /// Does all that is due.
@@ -375,6 +390,10 @@ impl Reconciler {
         if self.sockets.is_due() {
             self.look_after_sockets();
         }
+        if self.endings.is_due() {
+            self.begin_endings();
+        }
+        self.report_stuck_search();
         self.audit();
         if self.report.is_due() {
             self.report_problems();
@@ -547,7 +566,8 @@ impl Reconciler {
         let objects = self.index.problems_of_this_node(API_SERVER);
         let state = self.host_problems.iter().flatten().cloned();
         let partial = self.network.failures().iter().filter(|it| it.scope != Scope::Node);
-        let partial = partial.chain(self.checks.failures()).chain(self.sockets.failures());
+        let partial =
+            partial.chain(self.checks.failures()).chain(self.sockets.failures()).chain(self.endings.failures());
         let partial = partial.chain(self.files_of_command().into_iter().flat_map(Job::failures));
         objects.iter().map(ToString::to_string).chain(state).chain(partial.map(ToString::to_string)).collect()
     }

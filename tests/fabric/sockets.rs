@@ -51,9 +51,12 @@ fn loopback(target: SocketAddr) -> SocketAddr {
 
 /// Without programs of socket calls, packets would do the same in some tests.
 fn needs_sockets(net: &Net) -> Result<()> {
-    let shown = net.node(1).rustnetctl(&["status"])?;
-    ensure!(shown.contains("those of this host's processes ask for Services"), "{shown}");
-    Ok(())
+    // Pods of other tests come and go meanwhile, which fails a command that looks just then.
+    wait::until("sockets ask", || {
+        let shown = net.node(1).rustnetctl(&["status"])?;
+        ensure!(shown.contains("those of this host's processes ask for Services"), "{shown}");
+        Ok(())
+    })
 }
 
 fn with_node_port(net: &Net, endpoints: Vec<Endpoint>) -> Result<TestService<'_>> {

@@ -59,6 +59,16 @@ impl Job {
         }
     }
 
+    /// Adds a failure while it is being done, and logs it. False if it is known.
+    pub fn add_failure(&mut self, failure: Failure) -> bool {
+        let is_new = !self.failures.contains(&failure);
+        if is_new {
+            tracing::error!("{}: {failure}", self.name);
+            self.failures.push(failure);
+        }
+        is_new
+    }
+
     /// Notes how it went: without a failure it is due again at `next`, else after a while that grows. Logs what is new.
     pub fn finish(&mut self, failures: Vec<Failure>, next: Option<Instant>) {
         for failure in failures.iter().filter(|it| !self.failures.contains(it)) {

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use rustnet_common::config::NodeConfig;
@@ -64,7 +65,7 @@ pub struct Kernel {
     pub host_ports: HostPorts,
     devices: Devices,
     /// The control group whose sockets ask for Services, and the maps of these; `None` without socket load-balancing.
-    sockets: Option<(PathBuf, Sockets)>,
+    sockets: Option<(PathBuf, Arc<Sockets>)>,
     /// Timer ticks in a second.
     pub hz: u32,
 }
@@ -102,7 +103,7 @@ impl Kernel {
             host_ports: HostPorts::open(maps)?,
             devices: Devices::open(maps)?,
             sockets: has_sockets
-                .then(|| Ok::<_, anyhow::Error>((config.cgroup.clone(), Sockets::open(maps)?)))
+                .then(|| Ok::<_, anyhow::Error>((config.cgroup.clone(), Arc::new(Sockets::open(maps)?))))
                 .transpose()?,
             hz: probe::hz()?,
             programs,
@@ -399,7 +400,7 @@ impl Kernel {
     }
 
     /// The sockets that talk to backends; `None` without socket load-balancing.
-    pub fn sockets(&self) -> Option<&Sockets> {
+    pub fn sockets(&self) -> Option<&Arc<Sockets>> {
         self.sockets.as_ref().map(|(_, sockets)| sockets)
     }
 

@@ -26,7 +26,7 @@ pub fn make_held(look_limit: Duration) -> (Surroundings, Arc<Mutex<()>>) {
         drop(held.blocking_lock());
         Host::observe(&mut Socket::open()?)
     });
-    (Surroundings { export_limit: sandbox::deadline(), look_limit, observe }, lock)
+    (Surroundings { export_limit: sandbox::deadline(), look_limit, observe, ..Surroundings::default() }, lock)
 }
 
 fn count_backends(sandbox: &Sandbox) -> Option<u32> {

@@ -200,10 +200,15 @@ impl Sandbox {
 
     /// Puts the number of a network namespace into a container's record.
     pub fn give_cookie(&self, container: &str, cookie: u64) {
+        self.give(container, "netnsCookie", cookie.into());
+    }
+
+    /// Puts a value into a container's record.
+    pub fn give(&self, container: &str, key: &str, value: serde_json::Value) {
         let path = self.run_dir.join(format!("endpoints/{container}@eth0.json"));
         let text = std::fs::read(&path).expect("a record");
         let mut record: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
-        record["netnsCookie"] = cookie.into();
+        record[key] = value;
         std::fs::write(path, record.to_string()).expect("a record");
     }
 

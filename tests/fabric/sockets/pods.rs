@@ -131,11 +131,13 @@ fn a_pod_sees_the_service_and_its_packets_go_to_the_backend(net: &Net) -> Result
             }
         }
     }
-    let shown = net.node(1).rustnetctl(&["status"])?;
-    let line =
-        shown.lines().find(|line| line.contains("those of this host's processes ask for Services, and those of"));
-    ensure!(line.is_some_and(|line| !line.contains("of 0 pods")), "{shown}");
-    Ok(())
+    wait::until("the pod counts", || {
+        let shown = net.node(1).rustnetctl(&["status"])?;
+        let line =
+            shown.lines().find(|line| line.contains("those of this host's processes ask for Services, and those of"));
+        ensure!(line.is_some_and(|line| !line.contains("of 0 pods")), "{shown}");
+        Ok(())
+    })
 }
 
 /// The setting is `host`; and what is no wish changes nothing, and is reported.
@@ -256,6 +258,7 @@ fn connected_udp_sockets_of_pods_end_with_their_backend(net: &Net) -> Result<()>
     for target in service.targets() {
         service.set(endpoints(&[&net.a]))?;
         service.wait_known()?;
+        wait::until("the old endpoint again", || ask(one.pod.netns(), Proto::Udp, target, 1)?.only_by(&["a"]))?;
         let direct = SocketAddr::new(net.a.address_like(target.ip())?, PORT);
         two.annotate(Some("true"))?;
         two.wait_listed()?;

@@ -55,11 +55,24 @@ impl Sockets {
         self.backends.entries()
     }
 
-    /// Forgets sockets.
+    /// True if a socket's entry says that it asked for this.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn forget(&self, sockets: &[SocketKey]) -> Result<()> {
-        self.backends.delete_all(sockets).map(drop)
+    pub fn has(&self, socket: &SocketKey, asked: &Asked) -> Result<bool> {
+        Ok(self.backends.get(socket)?.as_ref() == Some(asked))
+    }
+
+    /// Forgets sockets, but for those that have asked for something else since.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn forget(&self, sockets: &[(SocketKey, Asked)]) -> Result<()> {
+        for (socket, asked) in sockets {
+            if self.has(socket, asked)? {
+                self.backends.delete(socket)?;
+            }
+        }
+        Ok(())
     }
 }
