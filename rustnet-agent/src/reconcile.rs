@@ -236,6 +236,8 @@ struct Reconciler {
     has_outlived: bool,
     sockets_since: endings::Since,
     searching: Option<Searching>,
+    /// How long the loop took to compare them with the backends.
+    compare_took: Duration,
     /// The CNI binary's records, as of the last look at the network; `None` before the first one.
     records: Option<Vec<EndpointFile>>,
     /// Octets of packets to other nodes, as of the last look that found a device towards them.
@@ -287,6 +289,7 @@ impl Reconciler {
             has_outlived: false,
             sockets_since: endings::Since::new(),
             searching: None,
+            compare_took: Duration::ZERO,
             records: None,
             room: 0,
             routed: false,

@@ -29,6 +29,9 @@ use crate::index::Gate;
 use crate::plan::{Maps, VipKey, Write};
 use crate::source::Kind;
 
+/// Share of the time that comparing sockets with backends may take, as 1 in so many.
+const COMPARE_SHARE: u32 = 20;
+
 /// A search for sockets whose backend is gone that is under way, in a thread of its own.
 pub struct Searching {
     /// When it began.
@@ -56,15 +59,20 @@ impl Reconciler {
         if writes.iter().any(|write| matches!(write, Write::ClearBackends { .. })) {
             self.want_sockets();
         } else if self.has_outlived || writes.iter().any(is_of_datagrams) {
-            self.endings.want(SETTLE);
+            self.want_endings(SETTLE);
         }
     }
 
     /// Wants sockets looked after. What failed for one pod, or without a control group, does not put off the others for long.
     pub(super) fn want_sockets(&mut self) {
-        for job in [&mut self.sockets, &mut self.endings] {
-            job.want(if job.has_failed() { SETTLE } else { Duration::ZERO });
-        }
+        let gap = |has_failed| if has_failed { SETTLE } else { Duration::ZERO };
+        self.sockets.want(gap(self.sockets.has_failed()));
+        self.want_endings(gap(self.endings.has_failed()));
+    }
+
+    /// Wants a search after `gap`, but not all the time: to compare a full table takes some milliseconds.
+    fn want_endings(&mut self, gap: Duration) {
+        self.endings.want(gap.max(self.compare_took * COMPARE_SHARE));
     }
 
     /// Has the programs of socket calls on their hooks.
@@ -104,7 +112,8 @@ impl Reconciler {
         self.endings.begin();
         let began = Instant::now();
         let without_backend = self.without_backend();
-        tracing::debug!(took = ?began.elapsed(), "sockets compared with the backends that there are");
+        self.compare_took = began.elapsed();
+        tracing::debug!(took = ?self.compare_took, "sockets compared with the backends that there are");
         match without_backend {
             Ok(Some((left, sockets))) if !left.is_empty() => {
                 let search = Search {
