@@ -1,9 +1,7 @@
 //! Node ports that processes of a host try to take for servers of their own.
 
 use super::{loopback, with_node_port};
-use crate::fixture::{
-    Net, SERVICE_PORT, endpoints, in_each_routing, node_port, node_ports, observed, wait_served,
-};
+use crate::fixture::{Net, SERVICE_PORT, endpoints, in_each_routing, node_port, node_ports, observed, wait_served};
 use anyhow::{Context, Result, ensure};
 use nix::libc;
 use rustnet_agent::bpf::load::program_path;
