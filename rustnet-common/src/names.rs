@@ -48,6 +48,8 @@ pub const SIDE_IN: &str = "side_in";
 
 /// The XDP program of uplinks.
 pub const UPLINK_XDP: &str = "uplink_xdp";
+/// The map of ways that it remembers, of each load; not pinned.
+pub const TURNS_MAP: &str = "rn_turns";
 
 /// Programs of socket calls, attached to the control group of all processes.
 pub const SOCKET_PROGRAMS: [&str; 11] = [

@@ -145,6 +145,32 @@ pub struct NextHop {
     /// The kernel's answer. Here, and not on the stack, for which it is too large.
     pub fib: FibLookup,
 }
+/// The way of a flow that leaves by the device that it came in by, as the kernel's routes had it a moment ago.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Turn {
+    /// Source, as the packet leaves.
+    pub src: Addr,
+    /// Destination.
+    pub dst: Addr,
+    /// Source port in the upper half, then the destination's.
+    pub ports: u32,
+    /// Protocol.
+    pub proto: u32,
+    /// Jiffies when the kernel was asked.
+    pub since: u32,
+    /// The device.
+    pub ifindex: u32,
+    /// Largest IP packet that fits, into the tunnel where there is one.
+    pub mtu: u32,
+    /// MACs: the device's, then those of the next hop.
+    pub macs: [u16; 6],
+    /// The node at the far end of the tunnel; unspecified without one.
+    pub node: Addr,
+}
+/// Elements of `rn_turns`, a power of two.
+pub const TURNS: u32 = 4096;
+
 /// Elements of `rn_next_hops`, a power of two.
 pub const NEXT_HOPS: u32 = 256;
 /// Ways that are remembered to one node, a power of two: with several equal routes, flows spread over these.
@@ -225,6 +251,10 @@ pub static rn_nat_full: Array<NatFull, { NAT_FULL_SLOTS as usize }> = Array::new
 /// Ways to other nodes, by a hash of the node's address; not pinned. Of each CPU, so that nobody reads what is half written.
 #[btf_map]
 pub static rn_next_hops: PerCpuArray<NextHop, { NEXT_HOPS as usize }> = PerCpuArray::new();
+/// Ways of flows that XDP sends back, by a hash of the flow; not pinned. Of each CPU, as [`rn_next_hops`]. The agent makes it one element where no
+/// device is to have XDP.
+#[btf_map]
+pub static rn_turns: PerCpuArray<Turn, { TURNS as usize }> = PerCpuArray::new();
 /// The next identification of outer IPv4 packets, by the same hash; not pinned. Of all CPUs: fragments of two packets must not meet.
 #[btf_map]
 pub static rn_outer_ids: Array<u64, { NEXT_HOPS as usize }> = Array::new();

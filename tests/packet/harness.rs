@@ -157,6 +157,11 @@ impl Lab {
         self.datapath.clear_percpu("rn_next_hops")
     }
 
+    /// Makes XDP ask for the ways of flows again.
+    pub fn forget_turns(&self) -> Result<()> {
+        self.datapath.clear_percpu("rn_turns")
+    }
+
     /// Changes the node's devices and routes by a batch of `ip`. No reset takes that back.
     pub fn ip(&self, batch: &str) -> Result<()> {
         self.netns.ip(batch)

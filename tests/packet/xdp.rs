@@ -6,7 +6,7 @@ mod overlay;
 use crate::errors::error;
 use crate::flows::{PORT, Proto, TARGET, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
-use crate::harness::{BOTH, Flow, Half, Lab, MAC_HOST, MAC_OUT, NARROW_MTU, Net, UPLINK, each, lab_apart};
+use crate::harness::{BOTH, Flow, HZ, Half, Lab, MAC_HOST, MAC_OUT, NARROW_MTU, Net, UPLINK, each, lab_apart};
 use crate::icmp::kinds;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::{DropReason, hook};
@@ -260,14 +260,58 @@ fn a_next_hop_without_a_mac_passes() -> Result<()> {
             let (ask, arrives) = establish(lab, net, proto, net.routed())?;
             let more = later(&ask);
             lab.ip(&format!("neigh del {hop} dev eth0"))?;
+            lab.forget_turns()?;
             passes(lab, &more)?;
             lab.ip(MORE)?;
+            lab.forget_turns()?;
             sends(lab, &more, &more.hop().between((net.node(), arrives.ports().0), (net.routed(), TARGET)))?;
             // The route leads out by another device.
             lab.ip(&format!("route replace {} dev virbr0", net.routed()))?;
+            lab.forget_turns()?;
             passes(lab, &more)?;
             lab.ip(&format!("route del {} dev virbr0", net.routed()))
         })
+    })
+}
+
+/// What the kernel said of a flow a moment ago counts for that flow on that device, and no longer than an eighth of a second.
+#[test]
+fn the_way_of_a_flow_is_its_own() -> Result<()> {
+    /// The words of an element of `rn_turns` from the first address on: ports, protocol, time, device, MTU, MACs, node.
+    const PORTS: usize = 8;
+    const SINCE: usize = 10;
+    labs(|lab, net| {
+        let (ask, arrives) = open(lab, net, Proto::Udp, net.routed())?;
+        let sport = arrives.ports().0;
+        let word = |bytes: &[u8]| u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        let address = |ip: IpAddr| {
+            let bytes = match ip {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+                IpAddr::V6(ip) => ip.octets(),
+            };
+            bytes.chunks(4).map(word).collect::<Vec<_>>()
+        };
+        let macs = [MAC_HOST, [2, 0, 0, 0, 0x99, 1]].concat();
+        let numbers = [u32::from(sport) << 16 | u32::from(TARGET), 17, lab.datapath().jiffies()?, UPLINK, 1500];
+        let macs = macs.chunks(4).map(word);
+        let addresses = address(net.node()).into_iter().chain(address(net.routed()));
+        let own: Vec<u32> = addresses.chain(numbers).chain(macs).chain([0; 4]).collect();
+        let is_used = |words: &[u32]| -> Result<bool> {
+            lab.datapath().fill_all_percpu("rn_turns", words)?;
+            let (verdict, out, _) = run(lab, &ask)?;
+            ensure!(verdict == TX, "verdict {verdict}");
+            Ok(out[..6] == [2, 0, 0, 0, 0x99, 1])
+        };
+        ensure!(is_used(&own)?, "the kernel is asked for each packet");
+        // Of each address one word, the ports, the protocol, the device.
+        for n in [3, 7, PORTS, 9, 11] {
+            let other: Vec<u32> = own.iter().enumerate().map(|(i, word)| word ^ u32::from(i == n)).collect();
+            ensure!(!is_used(&other)?, "word {n} is not compared");
+        }
+        let old: Vec<u32> =
+            own.iter().enumerate().map(|(i, word)| if i == SINCE { word - HZ / 8 } else { *word }).collect();
+        ensure!(!is_used(&old)?, "what is old counts");
+        Ok(())
     })
 }
 

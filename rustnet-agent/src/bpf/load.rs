@@ -420,6 +420,10 @@ impl Load<'_> {
         }
         let log = self.log.globals();
         let mut loader = EbpfLoader::new();
+        if !self.has_xdp {
+            // Nobody looks there.
+            loader.map_max_entries(names::TURNS_MAP, 1);
+        }
         log.set(&mut loader);
         loader.override_global("L4_CSUM_IPV6", &csum_ipv6, true);
         loader.override_global("DECAP_L3", &decap_l3, true);

@@ -24,7 +24,7 @@ use crate::step::conntrack::{self, Track};
 use crate::step::plan::{self, Origin, Target};
 use crate::step::source::{self, Verify};
 use crate::step::tunnel::Tunnel;
-use crate::step::{fib, nexthop};
+use crate::step::{nexthop, turn};
 use crate::wire::{ETH_LEN, ETH_P_IP, ETH_P_IPV6};
 use crate::xdp::Xdp;
 
@@ -110,32 +110,38 @@ fn find_way<F: Forward>(xdp: &Xdp, p: &Packet<F::A>, entry: &CtEntry<F::A>, rece
     if entry.flags & KIND != KIND || receiver != NOT_LOCAL {
         return false;
     }
+    if p.ttl <= 1 {
+        return false;
+    }
+    let hash = hash::flow(&p.tuple, config.seed);
     let to = Translation { tuple: entry.to, egress: receiver };
-    let flow = &mut leaving.flow;
-    *flow = Flow { class: Class::Original, is_vacant: false, flags: entry.flags, backend: entry.backend, to };
-    let Ok(action) = plan::plan::<F>(p, flow, Origin::External, config) else { return false };
-    leaving.ttl = action.ttl;
-    leaving.node = Addr::UNSPECIFIED;
-    match (action.target, action.peer) {
-        (Target::Routed, _) => {
-            if !fib::turn_back::<F, _>(xdp, &mut leaving.fib, flow, p.tuple.sport, p.ip_len) {
-                return false;
+    leaving.flow = Flow { class: Class::Original, is_vacant: false, flags: entry.flags, backend: entry.backend, to };
+    let Some((turn, is_known)) = turn::find(xdp, &leaving.flow.to.tuple, hash, config) else { return false };
+    if !is_known {
+        let Ok(action) = plan::plan::<F>(p, &leaving.flow, Origin::External, config) else { return false };
+        leaving.node = Addr::UNSPECIFIED;
+        let mtu = match (action.target, action.peer) {
+            (Target::Routed, _) => turn::ask::<F>(xdp, leaving, p.tuple.sport.into()),
+            // What the stack of a node gets has few source ports, which TC counts.
+            (Target::Tunnel, Some(peer)) if peer.flags & peer::flags::NODE == 0 => {
+                let Some(hop) = nexthop::to(xdp, &peer.node, hash) else { return false };
+                let overhead = if peer.node.is_v4() { V4::OVERHEAD } else { V6::OVERHEAD };
+                if hop.ifindex != xdp.ifindex() || hop.mtu < overhead {
+                    return false;
+                }
+                (leaving.macs, leaving.node) = (hop.fib.macs, peer.node);
+                let room = hop.mtu - overhead;
+                if room < config.overlay_mtu { room } else { config.overlay_mtu }
             }
-            leaving.macs = leaving.fib.macs;
-        }
-        // One tunnel leads into another by way of the device alone. What the stack of a node gets has few source ports, which TC counts.
-        (Target::Tunnel, Some(peer)) if peer.flags & peer::flags::NODE == 0 && p.l3() == ETH_LEN => {
-            let hash = hash::flow(&p.tuple, config.seed);
-            let hop =
-                if config.flags & config::flags::ENCAPSULATE == 0 { None } else { nexthop::to(xdp, &peer.node, hash) };
-            let Some(hop) = hop else { return false };
-            let overhead = if peer.node.is_v4() { V4::OVERHEAD } else { V6::OVERHEAD };
-            if hop.ifindex != xdp.ifindex() || p.ip_len > config.overlay_mtu || p.ip_len + overhead > hop.mtu {
-                return false;
-            }
-            (leaving.macs, leaving.node, leaving.hash) = (hop.fib.macs, peer.node, hash as u16);
-        }
-        _ => return false,
+            _ => return false,
+        };
+        turn.set(xdp, &leaving.flow.to.tuple, &leaving.macs, mtu, &leaving.node);
+    }
+    (leaving.macs, leaving.node, leaving.hash, leaving.ttl) = (turn.macs, turn.node, hash as u16, p.ttl - 1);
+    // One tunnel leads into another by way of the device alone. What the settings say counts at once: there may be IPsec policies.
+    let may_encapsulate = p.l3() == ETH_LEN && config.flags & config::flags::ENCAPSULATE != 0;
+    if p.ip_len > turn.mtu || (leaving.node != Addr::UNSPECIFIED && !may_encapsulate) {
+        return false;
     }
     // What others hear on the wire is not for this node.
     let [a, b, c, ..] = leaving.macs;

@@ -24,7 +24,7 @@ impl FibLookup {
 
     /// The question for a packet that leaves as `flow` says, from the device `ifindex`. `sport` and `mtu_len`: see [`redirect`].
     #[inline(always)]
-    fn of<F: Family>(flow: &Flow<F::A>, sport: u16, mtu_len: u32, ifindex: u32) -> Self {
+    pub(super) fn of<F: Family>(flow: &Flow<F::A>, sport: u16, mtu_len: u32, ifindex: u32) -> Self {
         let to = &flow.to.tuple;
         // Of several next hops the kernel chooses by a hash of addresses, and with a sysctl of ports. Each packet of a flow looks as
         // the first one does, whose address and port of masquerade are not known yet: the flow keeps the device whose address it has.
@@ -187,14 +187,6 @@ fn try_redirect<F: Family>(
         RET_UNSUPP_LWT => Err(DropReason::NoFib.into()),
         _ => Ok(Fib::NO_ROUTE),
     }
-}
-
-/// Asks for the way of a packet that goes back by its device: true if the kernel's route leads out by the device that it came in by, and all
-/// that it takes is known. The MACs are in `fib` then. `sport`: see [`redirect`]; `len` is checked against the path's MTU.
-#[inline(always)]
-pub fn turn_back<F: Family, C: Ctx>(ctx: &C, fib: &mut FibLookup, flow: &Flow<F::A>, sport: u16, len: u32) -> bool {
-    *fib = FibLookup::of::<F>(flow, sport, len, ctx.ifindex());
-    fib.ask(ctx) == RET_SUCCESS && fib.ifindex == ctx.ifindex()
 }
 
 /// Redirects out of an interface, to the MAC that the neighbour table has for the next hop.

@@ -15,7 +15,7 @@ use crate::xdp::Xdp;
 
 /// Ticks for which a way is remembered: an eighth of a second.
 #[inline(always)]
-fn lifetime(config: &NodeConfig) -> u32 {
+pub(super) fn lifetime(config: &NodeConfig) -> u32 {
     config.hz >> 3
 }
 

@@ -234,6 +234,12 @@ impl Datapath {
         (0..max_entries).try_for_each(|element| self.fill_percpu(name, element, &words))
     }
 
+    /// Writes the words of 32 bits of all elements of a per-CPU array, for all CPUs.
+    pub fn fill_all_percpu(&self, name: &str, words: &[u32]) -> Result<()> {
+        let Layout { max_entries, .. } = sys::map_info(self.map(name)?.as_fd())?.layout();
+        (0..max_entries).try_for_each(|element| self.fill_percpu(name, element, words))
+    }
+
     /// Writes the words of 32 bits of an element of a per-CPU array, for all CPUs.
     pub fn fill_percpu(&self, name: &str, element: u32, words: &[u32]) -> Result<()> {
         let cpus = aya::util::nr_cpus().map_err(|(what, e)| anyhow::anyhow!("{what}: {e}"))?;

@@ -20,6 +20,7 @@ fn labs(test: impl Fn(&Lab, Net, Net) -> Result<()> + Send + Sync) -> Result<()>
         lab.ip(NEIGHBOURS)?;
         for (inner, outer) in BOTH.into_iter().flat_map(|inner| BOTH.map(|outer| (inner, outer))) {
             lab.reset()?;
+            lab.forget_turns()?;
             lab.configure(|c| c.flags |= config::flags::ENCAPSULATE)?;
             lab.put_peer(inner.far(), Some((24, 64)), flags::POD | flags::TUNNEL, Some(outer.node2()))?;
             test(lab, inner, outer).with_context(|| format!("{inner:?} in {outer:?}"))?;
