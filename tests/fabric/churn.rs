@@ -1,6 +1,8 @@
 //! Services come, change and go while another one is used: 500 changes, or as many as `RUSTNET_CHANGES` says
 //! (`cargo xtask test --long`: 10,000).
 
+mod turns;
+
 use crate::fixture::{Net, SMALL_BACKENDS, SMALL_TABLES, TestService, endpoints, figure, observed};
 use crate::state::{State, snapshot};
 use anyhow::{Context, Result, bail, ensure};

@@ -1,14 +1,19 @@
 //! A service that loses its last endpoint: from the first refusal on, a node refuses every new flow.
 
-use crate::fixture::{Net, endpoints, in_each_routing};
+use crate::fixture::{Net, endpoints, in_each_routing, node_port, node_ports, published, wait_served};
 use anyhow::{Result, anyhow, ensure};
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU16, Ordering};
-use testkit::client::{Connection, ask, ask_udp, udp_from_port};
+use testkit::client::{Connection, ask, ask_udp, connected_udp, udp_from_port};
+use testkit::manifest::Outside;
 use testkit::{Netns, Proto, wait};
 
-in_each_routing!(nobody_answers_after_the_first_refusal_on_a_node, a_udp_flow_ends_with_the_last_backend,);
+in_each_routing!(
+    nobody_answers_after_the_first_refusal_on_a_node,
+    a_udp_flow_ends_with_the_last_backend,
+    a_socket_of_udp_is_refused_and_recovers,
+);
 
 /// Who answers a request from a port that nobody used before; none if it is refused. Ports are
 /// counted, because a UDP flow of before cannot be distinguished from a new one that has its port.
@@ -97,6 +102,46 @@ fn a_udp_flow_ends_with_the_last_backend(net: &Net) -> Result<()> {
         service.wait_known()?;
         ensure!(again()?.as_deref() == Some("c"), "the flow finds the new backend");
         service.set(endpoints(&[&net.b]))?;
+    }
+    Ok(())
+}
+
+/// One connected socket each, of clients outside at node ports and of a pod, through three times without endpoints. The flow stays
+/// refused for as long as nobody serves, and goes to the next endpoint.
+fn a_socket_of_udp_is_refused_and_recovers(net: &Net) -> Result<()> {
+    let outside = Outside { node_port: node_port(), ..Outside::default() };
+    let mut service = published(net, outside, endpoints(&[&net.b]))?;
+    let mut sockets = Vec::new();
+    for (family, target) in service.targets().into_iter().enumerate() {
+        sockets.push((target, net.a.run_in(|| connected_udp(target))??));
+        for node in net.fabric.nodes() {
+            let target = node_ports(node, &service)[family];
+            wait_served(net.fabric.world(), target)?;
+            sockets.push((target, net.fabric.world().run(|| connected_udp(target))??));
+        }
+    }
+    let is_refusal = |error: &std::io::Error| error.kind() == ErrorKind::ConnectionRefused;
+    for (server, pod) in [("b", &net.b), ("c", &net.c), ("b", &net.b)] {
+        service.set(endpoints(&[pod]))?;
+        for (target, socket) in &sockets {
+            wait::until(&format!("{target} served by {server}"), || {
+                let (answered, _) = ask_udp(socket, "known")?;
+                ensure!(answered == server, "{answered} answers");
+                Ok(())
+            })?;
+        }
+        service.set(Vec::new())?;
+        for (target, socket) in &sockets {
+            wait::until(&format!("{target} refused"), || {
+                let asked = ask_udp(socket, "first");
+                ensure!(asked.as_ref().is_err_and(is_refusal), "{asked:?}");
+                Ok(())
+            })?;
+            for i in 1..=MORE {
+                let asked = ask_udp(socket, "more");
+                ensure!(asked.as_ref().is_err_and(is_refusal), "{target}, request {i} after the refusal: {asked:?}");
+            }
+        }
     }
     Ok(())
 }

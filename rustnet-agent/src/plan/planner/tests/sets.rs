@@ -1,6 +1,7 @@
 //! Entries that share a set of backends.
 
 use super::*;
+use crate::config::NodePortAddresses;
 use proptest::prelude::*;
 
 /// Another address of the same service.
@@ -166,5 +167,82 @@ proptest! {
         rig.settle();
         prop_assert_eq!(rig.maps.held().services.len(), 0);
         prop_assert!(rig.maps.held().backends.iter().all(|b| b.id == 0), "{:?}", rig.maps.held().backends);
+    }
+}
+
+/// Elements of arrays and entries that a plan writes.
+fn written(plan: &Plan) -> (usize, usize, Vec<VipKey>) {
+    let (mut backends, mut ids, mut entries) = (0, 0, Vec::new());
+    for write in &plan.writes {
+        match write {
+            Write::Backends { backends: some } => backends += some.len(),
+            Write::BackendIds { ids: some, .. } => ids += some.len(),
+            Write::PutService { key, .. } => entries.push(*key),
+            other => panic!("{other:?}"),
+        }
+    }
+    (backends, ids, entries)
+}
+
+#[test]
+fn a_change_of_one_endpoint_touches_only_the_entries_of_its_services() {
+    let vip = |n: usize| format!("10.96.1.{n}");
+    let endpoints = |n: usize, addrs: &[&str]| {
+        let name = format!("s{n}");
+        let slice = slice(&format!("{name}-1"), &name, Family::V4).tcp(8080);
+        [service(&name, &[&vip(n)]).tcp(80).apply(), slice.ready(addrs).apply()]
+    };
+    let mut rig = Rig::new(2048);
+    rig.handle((0..200).flat_map(|n| endpoints(n, &["10.244.1.2", "10.244.1.3", "10.244.1.4"]))).sync();
+    let before = rig.maps.held().clone();
+    // One endpoint of one Service.
+    let plan = rig.handle(endpoints(7, &["10.244.1.3", "10.244.1.4", "10.244.1.5"])).sync();
+    assert_eq!(written(&plan), (1, 3, vec![key(&vip(7), 80, TCP)]));
+    // A pod goes that three of the Services lead to.
+    let plan = rig.handle([20, 30, 40].into_iter().flat_map(|n| endpoints(n, &["10.244.1.3", "10.244.1.4"]))).sync();
+    let (backends, ids, mut entries) = written(&plan);
+    entries.sort_unstable();
+    assert_eq!((backends, ids, entries), (0, 6, [20, 30, 40].map(|n| key(&vip(n), 80, TCP)).to_vec()));
+    // The other entries, and all that they lead to, are as they were.
+    let changed = [7, 20, 30, 40].map(|n| key(&vip(n), 80, TCP));
+    let now = rig.maps.held();
+    for (key, entry) in before.services.iter().filter(|(key, _)| !changed.contains(key)) {
+        assert_eq!(now.services.get(key), Some(entry), "{key}");
+        assert!(before.backends_of(entry).eq(now.backends_of(entry)), "{key}");
+    }
+}
+
+/// Node ports have one entry per address and scope, and one set per protocol and family.
+#[test]
+fn node_ports_at_many_addresses_share_one_set() {
+    let address = |n: u8| (format!("172.18.{n}.11"), format!("fd00:18::{n}:11"));
+    for count in [1, 8] {
+        let mut rig = Rig::new(64);
+        rig.index = Index::new(Settings {
+            node_ports: ["0.0.0.0/0", "::/0"].map(|range| NodePortAddresses::In(range.parse().unwrap())).to_vec(),
+            ..Settings::new("n1", Routing::Vxlan)
+        });
+        rig.index.set_host(HostFacts::default());
+        let addresses: Vec<(String, String)> = (0..count).map(address).collect();
+        let all: Vec<&str> = addresses.iter().flat_map(|(v4, v6)| [v4.as_str(), v6.as_str()]).collect();
+        rig.handle(Kind::REQUIRED.map(Event::Synced)).handle([
+            node("n1", &all, &["10.244.1.0/24"]).apply(),
+            service("web", &[VIP, "fd00:96::10"]).tcp(80).node_port(30_080).apply(),
+            slice("web-4", "web", Family::V4).tcp(8080).ready(&["10.244.1.2", "10.244.2.2", "10.244.2.3"]).apply(),
+            slice("web-6", "web", Family::V6).tcp(8080).ready(&["fd00:244:1::2", "fd00:244:2::2"]).apply(),
+        ]);
+        rig.sync();
+        let held = rig.maps.held();
+        assert_eq!((held.backends.len(), held.ids.len()), (5, 5), "{count} addresses");
+        let entries: Vec<_> = held.services.iter().filter(|(key, _)| key.port == 30_080).collect();
+        assert_eq!(entries.len(), 4 * usize::from(count), "one per address, family and scope");
+        for (key, entry) in entries {
+            let cluster = rig.entry(if key.ip.is_ipv4() { VIP } else { "fd00:96::10" }, 80, TCP);
+            assert_eq!((entry.first, entry.count, entry.id), (cluster.first, cluster.count, cluster.id), "{key}");
+        }
+        // So a change is written once, and flips one entry more per address.
+        let other = slice("web-4", "web", Family::V4).tcp(8080).ready(&["10.244.1.2", "10.244.2.2", "10.244.2.4"]);
+        let (backends, ids, entries) = written(&rig.handle([other.apply()]).sync());
+        assert_eq!((backends, ids, entries.len()), (1, 3, 1 + 2 * usize::from(count)), "{count} addresses");
     }
 }
