@@ -1,6 +1,8 @@
 //! `cargo xtask bench`: measures, and prints tables as docs/performance.md holds them. Figures are compared with a peer of
 //! the same run, never with a bound: a benchmark is no test.
 
+mod api;
+mod churn;
 mod cni;
 mod control;
 mod maglev;
@@ -81,6 +83,8 @@ enum What {
     Control,
     /// Changes of Services whose flows Maglev tables spread
     Maglev,
+    /// Changes of endpoints at a high rate: how long entries lead to an endpoint that left
+    Churn,
     /// Packets a second of a known flow to a node port, by XDP, by TC and by the kernel's netfilter
     Xdp,
     /// How long the CNI binary takes, compared with the reference plugins
@@ -148,6 +152,10 @@ fn main() -> Result<()> {
     }
     if args.wants(What::Maglev) {
         maglev::run(args.size(None, 200, 20)).context("maglev")?;
+        println!();
+    }
+    if args.wants(What::Churn) {
+        churn::run(args.size(None, churn::FULL, 5)).context("churn")?;
         println!();
     }
     if args.wants(What::Xdp) {

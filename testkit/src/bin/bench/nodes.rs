@@ -1,15 +1,13 @@
 //! An agent in a cluster of thousands of Nodes whose kubelets report, fed by an API server that has nothing else.
 
+use crate::api::{Changes, NODES, Objects, Server};
 use crate::control::{Memory, cpu_seconds};
 use crate::stats::verdict;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use testkit::{Fabric, Node, wait};
+use testkit::{Fabric, wait};
 
 /// Nodes that the goals speak of.
 pub const FULL: u32 = 5000;
@@ -23,11 +21,9 @@ const GOALS: (f64, f64) = (2.0, 60.0);
 /// Measures for some time and prints.
 pub fn run(fabric: &Fabric, nodes: u32, time: Duration) -> Result<()> {
     let node = fabric.node(1);
-    let server = Server::start(node, nodes)?;
-    let kubeconfig = node.dir().join("nodes.kubeconfig");
-    std::fs::write(&kubeconfig, server.kubeconfig()).context("writing a kubeconfig")?;
+    let server = Server::start(node, Arc::new(Nodes(nodes)))?;
     let start = Instant::now();
-    node.spawn_agent(&["--kubeconfig", &kubeconfig.to_string_lossy()])?;
+    node.spawn_agent(&["--kubeconfig", &server.kubeconfig()])?;
     let maps = || node.rustnetctl(&["peers", "-o", "json"]);
     wait::until_deadline("all Nodes in the maps", Duration::from_mins(5), || {
         let peers: Value = serde_json::from_str(&maps()?)?;
@@ -62,119 +58,31 @@ pub fn run(fabric: &Fabric, nodes: u32, time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// An API server with Nodes alone.
-struct Server {
-    port: u16,
-    is_over: Arc<AtomicBool>,
-}
+/// Nodes alone, each of which reports in turn, all of them once a period.
+struct Nodes(u32);
 
-impl Server {
-    fn start(node: &Node, nodes: u32) -> Result<Self> {
-        let listener = node.netns().run(|| TcpListener::bind("127.0.0.1:0"))??;
-        let (port, is_over) = (listener.local_addr()?.port(), Arc::new(AtomicBool::new(false)));
-        let over = Arc::clone(&is_over);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                let over = Arc::clone(&over);
-                // One that ends early is asked again.
-                std::thread::spawn(move || drop(serve(stream, nodes, &over)));
-            }
-        });
-        Ok(Self { port, is_over })
+impl Objects for Nodes {
+    fn count(&self, path: &str) -> u32 {
+        if path == NODES { self.0 } else { 0 }
     }
 
-    fn kubeconfig(&self) -> String {
-        format!(
-            "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{server: \"http://127.0.0.1:{}\"}}}}]\n\
-             users: [{{name: u, user: {{}}}}]\ncontexts: [{{name: x, context: {{cluster: c, user: u}}}}]\ncurrent-context: x\n",
-            self.port
-        )
+    fn object(&self, _: &str, n: u32) -> Value {
+        object(n, 0)
     }
-}
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.is_over.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Answers the requests of one connection.
-fn serve(mut stream: TcpStream, nodes: u32, is_over: &AtomicBool) -> Result<()> {
-    let mut requests = BufReader::new(stream.try_clone()?);
-    loop {
-        let mut line = String::new();
-        if requests.read_line(&mut line)? == 0 {
-            return Ok(());
-        }
-        let mut length = 0;
-        loop {
-            let mut header = String::new();
-            requests.read_line(&mut header)?;
-            let header = header.trim().to_ascii_lowercase();
-            if header.is_empty() {
+    fn watch(&self, path: &str, changes: &mut Changes, is_wanted: &dyn Fn() -> bool) -> Result<()> {
+        let pause = REPORT / self.count(path).max(1);
+        for report in 1.. {
+            std::thread::sleep(pause.min(Duration::from_secs(1)));
+            if !is_wanted() {
                 break;
             }
-            if let Some(value) = header.strip_prefix("content-length:") {
-                length = value.trim().parse()?;
+            if self.count(path) > 0 {
+                changes.send(&object(report % self.0, report))?;
             }
         }
-        std::io::copy(&mut std::io::Read::take(&mut requests, length), &mut std::io::sink())?;
-        let uri = line.split_whitespace().nth(1).unwrap_or_default().to_owned();
-        let path = uri.split('?').next().unwrap_or_default();
-        let has_nodes = path == "/api/v1/nodes";
-        if uri.contains("watch=true") {
-            return watch(&mut stream, if has_nodes { nodes } else { 0 }, is_over);
-        }
-        let list = |items: Vec<Value>| json!({"metadata": {"resourceVersion": "1"}, "items": items});
-        let parameter = |name: &str| uri.split(['?', '&']).find_map(|it| it.strip_prefix(name)?.parse::<u32>().ok());
-        let body = match path {
-            // It streams no lists.
-            "/version" => Some(version()),
-            "/api/v1/nodes" => {
-                let first = parameter("continue=").unwrap_or(0);
-                let end = nodes.min(first + parameter("limit=").unwrap_or(nodes));
-                let mut page = list((first..end).map(|n| object(n, 0)).collect());
-                if end < nodes {
-                    page["metadata"]["continue"] = end.to_string().into();
-                }
-                Some(page)
-            }
-            "/api/v1/services" | "/api/v1/pods" | "/apis/discovery.k8s.io/v1/endpointslices" => Some(list(Vec::new())),
-            _ => None,
-        };
-        let (status, body) = match body {
-            Some(body) => ("200 OK", body.to_string()),
-            None => ("404 Not Found", json!({"kind": "Status", "status": "Failure", "code": 404}).to_string()),
-        };
-        let head =
-            format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
-        stream.write_all(head.as_bytes())?;
-        stream.write_all(body.as_bytes())?;
+        Ok(())
     }
-}
-
-fn version() -> Value {
-    json!({
-        "major": "1", "minor": "26", "gitVersion": "v1.26.0", "gitCommit": "", "gitTreeState": "", "buildDate": "",
-        "goVersion": "", "compiler": "", "platform": "",
-    })
-}
-
-/// A watch: each Node reports in turn, all of them once a period.
-fn watch(stream: &mut TcpStream, nodes: u32, is_over: &AtomicBool) -> Result<()> {
-    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")?;
-    let pause = REPORT / nodes.max(1);
-    for report in 1.. {
-        std::thread::sleep(pause.min(Duration::from_secs(1)));
-        if is_over.load(Ordering::Relaxed) {
-            break;
-        }
-        if nodes > 0 {
-            let event = json!({"type": "MODIFIED", "object": object(report % nodes, report)}).to_string();
-            stream.write_all(format!("{:x}\r\n{event}\n\r\n", event.len() + 1).as_bytes())?;
-        }
-    }
-    Ok(())
 }
 
 /// Node number `n` as a kubelet reports it: all of its conditions and images come each time.
