@@ -140,7 +140,10 @@ fn find_way<F: Forward>(xdp: &Xdp, p: &Packet<F::A>, entry: &CtEntry<F::A>, rece
     (leaving.macs, leaving.node, leaving.hash, leaving.ttl) = (turn.macs, turn.node, hash as u16, p.ttl - 1);
     // One tunnel leads into another by way of the device alone. What the settings say counts at once: there may be IPsec policies.
     let may_encapsulate = p.l3() == ETH_LEN && config.flags & config::flags::ENCAPSULATE != 0;
-    if p.ip_len > turn.mtu || (leaving.node != Addr::UNSPECIFIED && !may_encapsulate) {
+    let has_tunnel = leaving.node != Addr::UNSPECIFIED;
+    // What lies behind the packet goes into the tunnel with it.
+    let len = if has_tunnel { xdp.len().wrapping_sub(ETH_LEN as u32) } else { p.ip_len };
+    if len > turn.mtu || (has_tunnel && !may_encapsulate) {
         return false;
     }
     // What others hear on the wire is not for this node.

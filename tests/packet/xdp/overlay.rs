@@ -37,7 +37,7 @@ fn tunneled(net: Net, inner: &Frame, is_from_here: bool, sport: u16, id: u16) ->
     let l4 = L4::Udp { sport, dport: 8472, checksum: false };
     let (src, dst) = if is_from_here { (net.node(), net.node2()) } else { (net.node2(), net.node()) };
     let (smac, dmac) = if is_from_here { (MAC_HOST, MAC_NODE2) } else { (MAC_NODE2, MAC_HOST) };
-    Frame { smac, dmac, src, dst, ttl: 64, id, flow: 0, l4, payload, may_be_cut: true, ..inner.clone() }
+    Frame { smac, dmac, src, dst, ttl: 64, id, flow: 0, l4, payload, may_be_cut: true, padding: 0, ..inner.clone() }
 }
 
 /// A tunnel packet of node 2.
@@ -134,6 +134,32 @@ fn what_the_device_has_to_take_passes() -> Result<()> {
             passes(lab, &more).context("--overlay-path device")?;
             passes(lab, &tunnel).context("--overlay-path device, an answer")?;
             lab.configure(|c| c.flags |= config::flags::ENCAPSULATE)
+        })
+    })
+}
+
+/// Bytes behind the packet go into the tunnel with it, as long as the wire takes all of them.
+#[test]
+fn trailers_count() -> Result<()> {
+    labs(|lab, inner, net| {
+        each(&PROTOS, |proto| {
+            lab.forget()?;
+            let (ask, arrives) = establish(lab, inner, proto, inner.far())?;
+            let more = later(&ask);
+            let padded = more.map(|f| f.padding = 6);
+            let (verdict, out, sent) = run(lab, &padded)?;
+            ensure!((verdict, sent) == (TX, 1), "verdict {verdict}, counted {sent} times");
+            let ip = if net == Net::V4 { 20 } else { 40 };
+            let word = |at: usize| u16::from_be_bytes([out[at], out[at + 1]]);
+            let leaves = padded.hop().between((inner.node(), arrives.ports().0), (inner.far(), TARGET));
+            let want = tunneled(net, &leaves, true, word(14 + ip), word(18)).bytes();
+            ensure!(out == want, "{out:02x?} instead of {want:02x?}");
+
+            let headers = if net == Net::V4 { 50 } else { 70 };
+            let room = 1500 - headers - (more.bytes().len() - 14);
+            let (verdict, ..) = run(lab, &more.map(|f| f.padding = room))?;
+            ensure!(verdict == TX, "verdict {verdict} on what fits");
+            passes(lab, &more.map(|f| f.padding = room + 1)).context("no room on the wire")
         })
     })
 }
