@@ -20,6 +20,7 @@ in_each_routing!(
     a_socket_with_several_peers_leaves_nothing,
     a_socket_that_lost_its_peer_leaves_nothing,
     a_socket_with_more_peers_than_it_remembers,
+    a_socket_that_asks_the_same_again_and_again,
 );
 
 /// The kernel's number of a socket.
@@ -155,6 +156,30 @@ fn a_socket_with_more_peers_than_it_remembers(net: &Net) -> Result<()> {
         ensure!(counts(node, cookie)? == [0, 2], "{:?}", counts(node, cookie)?);
         Ok(())
     })?
+}
+
+/// Of two Services with one backend, the entry is the other's each time; that takes no room from the peers before.
+fn a_socket_that_asks_the_same_again_and_again(net: &Net) -> Result<()> {
+    let first = net.service(endpoints(&[&net.c]))?;
+    let both = [net.service(endpoints(&[&net.a]))?, net.service(endpoints(&[&net.a]))?];
+    let node = net.node(1);
+    for family in 0..2 {
+        let targets = both.each_ref().map(|service| service.targets()[family]);
+        let first = first.targets()[family];
+        node.netns().run(|| -> Result<()> {
+            let socket = open_udp(first)?;
+            let cookie = cookie(socket.as_fd())?;
+            exchange(&socket, first, "first")?;
+            for target in targets.into_iter().cycle().take(TRAIL * 2) {
+                exchange(&socket, target, "again")?;
+            }
+            ensure!(counts(node, cookie)? == [2, 3], "{:?}", counts(node, cookie)?);
+            drop(socket);
+            ensure!(counts(node, cookie)? == [0, 0], "{:?}", counts(node, cookie)?);
+            Ok(())
+        })??;
+    }
+    Ok(())
 }
 
 /// A socket that nobody reads is known for as long as it is open. The table has room for fewer than the others that come and go.
