@@ -161,6 +161,54 @@ fn udp_without_a_checksum() -> Result<()> {
     })
 }
 
+/// A copy whose checksum comes out as 0, which UDP writes as all ones.
+fn summing_to_zero(frame: &Frame, net: Net, proto: Proto) -> Frame {
+    let zeroed = frame.map(|f| f.payload = vec![0; 4]);
+    let at = if net == Net::V4 { 34 } else { 54 } + if proto == Proto::Tcp { 16 } else { 6 };
+    let sum = zeroed.bytes()[at..at + 2].to_vec();
+    zeroed.map(|f| f.payload[..2].copy_from_slice(&sum))
+}
+
+/// A checksum of 0, before the translation and behind it.
+#[test]
+fn checksums_at_their_ends() -> Result<()> {
+    labs(|lab, net| {
+        each(&PROTOS, |proto| {
+            lab.forget()?;
+            let (ask, arrives) = open(lab, net, proto, net.routed())?;
+            let (more, there) = (later(&ask), arrives.ports().0);
+            let leaves = |frame: &Frame| frame.hop().between((net.node(), there), (net.routed(), TARGET));
+            let before = summing_to_zero(&more, net, proto);
+            sends(lab, &before, &leaves(&before)).context("before")?;
+            let payload = summing_to_zero(&leaves(&more), net, proto).payload;
+            let behind = more.map(|f| f.payload = payload);
+            let (verdict, out, _) = run(lab, &behind)?;
+            ensure!(verdict == TX, "verdict {verdict}");
+            check::checksums(&out, false)?;
+            let at = if net == Net::V4 { 40 } else { 60 };
+            ensure!(proto == Proto::Tcp || out[at..at + 2] == [0xff; 2], "UDP checksum {:02x?}", &out[at..at + 2]);
+            Ok(())
+        })
+    })
+}
+
+/// Headers between the IP header and the ports stay.
+#[test]
+fn options_and_extension_headers() -> Result<()> {
+    labs(|lab, net| {
+        each(&PROTOS, |proto| {
+            lab.forget()?;
+            let (ask, arrives) = open(lab, net, proto, net.routed())?;
+            let more = later(&ask).map(|f| match net {
+                Net::V4 => f.options = vec![1; 40],
+                // Options of the destination (60): padding.
+                Net::V6 => f.extensions = vec![(60, vec![0, 0, 1, 4, 0, 0, 0, 0])],
+            });
+            sends(lab, &more, &more.hop().between((net.node(), arrives.ports().0), (net.routed(), TARGET)))
+        })
+    })
+}
+
 #[test]
 fn new_flows_and_those_of_this_node_pass() -> Result<()> {
     labs(|lab, net| {

@@ -1,10 +1,10 @@
 //! Backends behind the overlay: XDP writes and takes off its headers.
 
-use super::{MORE, NODE_PORT, PROTOS, TX, answer, ask, count_of, establish, open, passes, run};
+use super::{MORE, NODE_PORT, PASS, PROTOS, TX, answer, ask, count_of, establish, open, passes, run};
 use crate::encap::NEIGHBOURS;
 use crate::flows::{PORT, Proto, TARGET, from_outside, later};
 use crate::frame::{Frame, L4};
-use crate::harness::{BOTH, Flow, Lab, MAC_HOST, MAC_OUT, Net, OVERLAY_MTU, VNI, each, lab_apart};
+use crate::harness::{BOTH, Flow, Lab, MAC_HOST, MAC_OUT, Net, OVERLAY_MTU, UPLINK, VNI, each, lab_apart};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config;
 use rustnet_common::peer::flags;
@@ -160,6 +160,49 @@ fn trailers_count() -> Result<()> {
             let (verdict, ..) = run(lab, &more.map(|f| f.padding = room))?;
             ensure!(verdict == TX, "verdict {verdict} on what fits");
             passes(lab, &more.map(|f| f.padding = room + 1)).context("no room on the wire")
+        })
+    })
+}
+
+/// The device hands marks of congestion on to the packet inside.
+#[test]
+fn congestion_passes() -> Result<()> {
+    labs(|lab, inner, net| {
+        each(&PROTOS, |proto| {
+            lab.forget()?;
+            let (_, arrives) = open(lab, inner, proto, inner.far())?;
+            let mut bytes = from_node2(net, &answer(&arrives)).bytes();
+            if net == Net::V4 {
+                bytes[15] = 3;
+                // One's complement: three more in a word without a carry.
+                let sum = u16::from_be_bytes([bytes[24], bytes[25]]);
+                bytes[24..26].copy_from_slice(&(sum - 3).to_be_bytes());
+            } else {
+                bytes[15] = 3 << 4;
+            }
+            let (verdict, out) = lab.datapath().run_xdp(&bytes, UPLINK)?;
+            ensure!(verdict == PASS && out == bytes, "verdict {verdict}, {out:02x?}");
+            Ok(())
+        })
+    })
+}
+
+/// What leads to the far end by another device is for the kernel to send, and to judge.
+#[test]
+fn a_far_end_behind_another_device_passes() -> Result<()> {
+    labs(|lab, inner, net| {
+        each(&PROTOS, |proto| {
+            lab.forget()?;
+            let (ask, arrives) = establish(lab, inner, proto, inner.far())?;
+            lab.ip(&format!("route replace {} dev virbr0", net.node2()))?;
+            lab.ip(&format!("neigh replace {} lladdr 02:00:00:00:0c:02 dev virbr0 nud permanent", net.node2()))?;
+            lab.forget_next_hops()?;
+            let tried = passes(lab, &later(&ask)).context("a request");
+            let tried = tried.and_then(|()| passes(lab, &from_node2(net, &answer(&arrives))).context("an answer"));
+            lab.ip(&format!("route del {} dev virbr0", net.node2()))?;
+            lab.ip(&format!("neigh del {} dev virbr0", net.node2()))?;
+            lab.forget_next_hops()?;
+            tried
         })
     })
 }
