@@ -13,7 +13,7 @@ mod link;
 
 pub use link::{
     AttachedLink, CgroupPrograms, LinkInfo, cgroup_link_info, cgroup_programs, link_by_id, link_create_cgroup,
-    link_create_tcx, link_create_xdp, link_detach, link_info, link_update, prog_name, tcx_links,
+    link_create_tcx, link_create_xdp, link_detach, link_info, link_update, next_link, prog_name, tcx_links,
 };
 
 /// Commands of bpf(2) (`enum bpf_cmd`).
@@ -37,6 +37,7 @@ mod cmd {
     pub(super) const LINK_CREATE: i32 = 28;
     pub(super) const LINK_UPDATE: i32 = 29;
     pub(super) const LINK_GET_FD_BY_ID: i32 = 30;
+    pub(super) const LINK_GET_NEXT_ID: i32 = 31;
     pub(super) const LINK_DETACH: i32 = 34;
 }
 

@@ -15,7 +15,8 @@ use super::attach::{Device, Outcome, device_of, link_path, program_of};
 use super::load::program_path;
 use super::{pin, remedy, sys};
 use crate::config::Xdp;
-use crate::net::link::{Link, vlan_on};
+use crate::net::link::{self, Link, vlan_on};
+use crate::net::netlink::Socket;
 
 /// True for the pin of a link of the XDP program.
 pub fn is_link(path: &Path) -> bool {
@@ -41,7 +42,7 @@ pub fn unfit(mode: Xdp, links: &[Link], index: u32) -> Option<String> {
 ///
 /// # Errors
 /// The driver has no XDP, another program is there, or the kernel refuses it for another reason.
-pub fn attach(bpffs: &Path, device: &Device<'_>, prog: BorrowedFd<'_>) -> Result<Outcome> {
+pub fn attach(socket: &mut Socket, bpffs: &Path, device: &Device<'_>, prog: BorrowedFd<'_>) -> Result<Outcome> {
     let path = link_path(bpffs, UPLINK_XDP, Some(device.ifindex));
     match sys::obj_get(&path) {
         Ok(link) => {
@@ -59,9 +60,40 @@ pub fn attach(bpffs: &Path, device: &Device<'_>, prog: BorrowedFd<'_>) -> Result
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => bail!("opening {}: {e}: {}", path.display(), remedy(&e)),
     }
-    let link = sys::link_create_xdp(prog, device.ifindex).map_err(|e| refused(device, &e))?;
-    pin::replace(&path, link.as_fd())?;
+    let create = || sys::link_create_xdp(prog, device.ifindex);
+    let link = match create() {
+        Err(e) if is_taken(&e) && drop_stray(socket, device)? => create(),
+        created => created,
+    };
+    pin::replace(&path, link.map_err(|e| refused(device, &e))?.as_fd())?;
     Ok(Outcome::Attached)
+}
+
+/// True if a program is on the hook.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EEXIST))
+}
+
+/// Takes a program of ours off a device where no pin of ours has its link, as [`super::attach::drop_strays`] does: it would go on with
+/// tables that nobody writes. True if there was one.
+fn drop_stray(socket: &mut Socket, device: &Device<'_>) -> Result<bool> {
+    let there = link::by_index(socket, device.ifindex)?.and_then(|link| link.xdp);
+    // What goes meanwhile is none of ours.
+    let is_ours = |id: &u32| sys::prog_name(*id).is_ok_and(|name| name == UPLINK_XDP);
+    let Some(there) = there.filter(is_ours) else { return Ok(false) };
+    let mut id = 0;
+    while let Some(next) = sys::next_link(id).context("listing links")? {
+        id = next;
+        let Ok(link) = sys::link_by_id(id) else { continue };
+        let info = sys::link_info(link.as_fd());
+        // A program belongs to one agent, and so to devices of one network namespace.
+        if info.is_ok_and(|info| info.is_xdp() && (info.prog_id, info.ifindex) == (there, device.ifindex)) {
+            sys::link_detach(link.as_fd()).with_context(|| format!("detaching XDP from {}", device.name))?;
+            tracing::warn!("an XDP program taken off {}, whose pin is not here", device.name);
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// What a refusal of the kernel means, and what helps.
@@ -69,7 +101,7 @@ fn refused(device: &Device<'_>, error: &io::Error) -> anyhow::Error {
     let name = device.name;
     let why = match error.raw_os_error() {
         Some(libc::EOPNOTSUPP) => "its driver has no XDP: use a device that has, or give --xdp off".to_owned(),
-        Some(libc::EBUSY | libc::EEXIST) => {
+        _ if is_taken(error) => {
             format!("another program has its XDP hook (`ip link show dev {name}`): take that off, or give --xdp off")
         }
         Some(libc::EINVAL | libc::ERANGE) => {

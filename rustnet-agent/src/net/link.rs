@@ -54,6 +54,8 @@ pub struct Link {
     pub operstate: u8,
     /// Makes no IPv6 link-local address of its own. Unknown (kernels without IPv6) counts as true.
     pub no_link_local: bool,
+    /// Number of the XDP program in its driver.
+    pub xdp: Option<u32>,
     /// Present for VXLAN devices.
     pub vxlan: Option<Vxlan>,
 }
@@ -132,6 +134,7 @@ fn parse(body: &[u8]) -> Option<Link> {
             libc::IFLA_OPERSTATE => link.operstate = parse_u8(attribute.value()).ok()?,
             libc::IFLA_LINKINFO => parse_info(&mut link, attribute),
             libc::IFLA_AF_SPEC => link.no_link_local = has_no_link_local(attribute),
+            libc::IFLA_XDP => link.xdp = parse_xdp(attribute),
             _ => {}
         }
     }
@@ -160,6 +163,13 @@ fn parse_vxlan(data: NlaBuffer<&[u8]>) -> Vxlan {
         }
     }
     vxlan
+}
+
+fn parse_xdp(xdp: NlaBuffer<&[u8]>) -> Option<u32> {
+    /// `IFLA_XDP_DRV_PROG_ID`.
+    const IN_DRIVER: u16 = 5;
+    let id = attributes(value(xdp)).find(|attribute| attribute.kind() == IN_DRIVER);
+    id.and_then(|id| parse_u32(id.value()).ok())
 }
 
 fn has_no_link_local(families: NlaBuffer<&[u8]>) -> bool {

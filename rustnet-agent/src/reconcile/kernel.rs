@@ -275,13 +275,14 @@ impl Kernel {
         let mut kept = Vec::new();
         for uplink in &state.uplinks {
             let device = Device { name: &uplink.name, ifindex: uplink.ifindex };
-            let attach = || {
+            let attach = |socket: &mut Socket| {
                 if let Some(why) = xdp::unfit(self.xdp, &state.host.links, uplink.ifindex) {
                     bail!("XDP on {}: {why}", uplink.name);
                 }
-                xdp::attach(&self.bpffs, &device, self.programs.optional(names::UPLINK_XDP)?)
+                xdp::attach(socket, &self.bpffs, &device, self.programs.optional(names::UPLINK_XDP)?)
             };
-            match link::unless_gone(socket, uplink.ifindex, attach(), Outcome::Unchanged) {
+            let outcome = attach(socket);
+            match link::unless_gone(socket, uplink.ifindex, outcome, Outcome::Unchanged) {
                 Ok(outcome) => {
                     kept.push(uplink.ifindex);
                     if outcome != Outcome::Unchanged {

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use rustnet_agent::bpf::attach::{Device, Direction, Outcome, device_hook, link_path, pod_hooks};
-use rustnet_agent::bpf::sys;
+use rustnet_agent::bpf::{sys, xdp};
 use rustnet_agent::net::netlink::Socket;
 use rustnet_agent::net::{link, tc};
 
@@ -124,5 +124,40 @@ fn foreign_filters_are_not_ours_and_stay() {
         let error = format!("{:#}", pod_hooks(&mut socket, veth, from, to).unwrap_err());
         assert!(error.contains("another program's has priority 1 and handle 1"), "{error}");
         assert_eq!(shown(), before);
+    });
+}
+
+/// A BPF file system mounted over another hides the pin of a link: nobody would swap its program.
+#[test]
+fn an_xdp_program_without_a_pin_is_taken_off_if_it_is_ours() {
+    sandbox::run(|sandbox| {
+        uplink();
+        let mut socket = Socket::open().unwrap();
+        let (old, new) = (load(sandbox).run().unwrap(), load(sandbox).run().unwrap());
+        let device = Device { name: "eth0", ifindex: index(&mut socket, "eth0") };
+        let path = link_path(&sandbox.bpffs, "uplink_xdp", Some(device.ifindex));
+        let mut attach = |programs: &rustnet_agent::bpf::load::Programs| {
+            xdp::attach(&mut socket, &sandbox.bpffs, &device, programs.optional("uplink_xdp").unwrap())
+        };
+        assert_eq!(attach(&old).unwrap(), Outcome::Attached);
+        let hidden = sandbox.bpffs.join("hidden");
+        std::fs::create_dir(&hidden).unwrap();
+        std::fs::rename(&path, hidden.join("uplink_xdp")).unwrap();
+        assert_eq!(attach(&new).unwrap(), Outcome::Attached);
+        let id = sys::prog_id(new.optional("uplink_xdp").unwrap()).unwrap();
+        assert_eq!((link_info(&path).ifindex, link_info(&path).prog_id), (device.ifindex, id));
+        assert_eq!(link_info(&hidden.join("uplink_xdp")).ifindex, 0, "the old link has no device");
+        assert_eq!(attach(&new).unwrap(), Outcome::Unchanged);
+
+        // That of somebody else stays.
+        sys::link_detach(sys::obj_get(&path).unwrap().as_fd()).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let pass = [sys::instruction(0xb7, 0, 0, 0, 2), sys::instruction(0x95, 0, 0, 0, 0)];
+        let pass = sys::prog_load_xdp("pass", &pass).unwrap();
+        let theirs = sys::link_create_xdp(pass.as_fd(), device.ifindex).unwrap();
+        let refused = xdp::attach(&mut socket, &sandbox.bpffs, &device, new.optional("uplink_xdp").unwrap());
+        let refused = format!("{:#}", refused.unwrap_err());
+        assert!(refused.contains("another program has its XDP hook"), "{refused}");
+        assert_eq!(sys::link_info(theirs.as_fd()).unwrap().ifindex, device.ifindex);
     });
 }

@@ -24,6 +24,15 @@ pub struct LinkInfo {
     pub attach_type: u32,
 }
 
+impl LinkInfo {
+    /// True for a link of XDP.
+    pub fn is_xdp(&self) -> bool {
+        /// `BPF_LINK_TYPE_XDP`.
+        const XDP: u32 = 6;
+        self.kind == XDP
+    }
+}
+
 /// What the kernel says of a link to a device.
 pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     info(fd)
@@ -210,6 +219,21 @@ fn by_id(command: i32, id: u32) -> io::Result<OwnedFd> {
 /// The link of a number.
 pub fn link_by_id(id: u32) -> io::Result<OwnedFd> {
     by_id(cmd::LINK_GET_FD_BY_ID, id)
+}
+
+/// The number of the link behind this one, of all that there are; `None` behind the last.
+pub fn next_link(id: u32) -> io::Result<Option<u32>> {
+    #[repr(C)]
+    struct Attr {
+        start: u32,
+        next: u32,
+    }
+    let mut attr = Attr { start: id, next: 0 };
+    match bpf(cmd::LINK_GET_NEXT_ID, &mut attr) {
+        Ok(_) => Ok(Some(attr.next)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 /// Takes a link off its device, whoever holds it.
