@@ -171,6 +171,9 @@ pub struct Turn {
 /// Elements of `rn_turns`, a power of two.
 pub const TURNS: u32 = 4096;
 
+/// Elements of `rn_probed`, a power of two.
+pub const PROBED: u32 = 64;
+
 /// Elements of `rn_next_hops`, a power of two.
 pub const NEXT_HOPS: u32 = 256;
 /// Ways that are remembered to one node, a power of two: with several equal routes, flows spread over these.
@@ -255,6 +258,9 @@ pub static rn_next_hops: PerCpuArray<NextHop, { NEXT_HOPS as usize }> = PerCpuAr
 /// device is to have XDP.
 #[btf_map]
 pub static rn_turns: PerCpuArray<Turn, { TURNS as usize }> = PerCpuArray::new();
+/// When a packet to a next hop last went by TC, by its MAC; not pinned. Of each CPU.
+#[btf_map]
+pub static rn_probed: PerCpuArray<u32, { PROBED as usize }> = PerCpuArray::new();
 /// The next identification of outer IPv4 packets, by the same hash; not pinned. Of all CPUs: fragments of two packets must not meet.
 #[btf_map]
 pub static rn_outer_ids: Array<u64, { NEXT_HOPS as usize }> = Array::new();

@@ -157,8 +157,9 @@ impl Lab {
         self.datapath.clear_percpu("rn_next_hops")
     }
 
-    /// Makes XDP ask for the ways of flows again.
+    /// Makes XDP ask for the ways of flows again, and leave no packet to TC for the sake of a neighbour.
     pub fn forget_turns(&self) -> Result<()> {
+        self.datapath.fill_all_percpu("rn_probed", &[self.datapath.jiffies()?])?;
         self.datapath.clear_percpu("rn_turns")
     }
 

@@ -35,6 +35,7 @@ fn labs(test: impl Fn(&Lab, Net) -> Result<()> + Send + Sync) -> Result<()> {
         lab.ip(MORE)?;
         BOTH.into_iter().try_for_each(|net| {
             lab.reset()?;
+            lab.forget_turns()?;
             test(lab, net).with_context(|| format!("{net:?}"))
         })
     })
@@ -360,6 +361,22 @@ fn the_way_of_a_flow_is_its_own() -> Result<()> {
             own.iter().enumerate().map(|(i, word)| if i == SINCE { word - HZ / 8 } else { *word }).collect();
         ensure!(!is_used(&old)?, "what is old counts");
         Ok(())
+    })
+}
+
+/// The kernel asks a neighbour that it has not heard of for a while only where it sends something itself.
+#[test]
+fn one_packet_a_second_is_the_kernels_to_send() -> Result<()> {
+    labs(|lab, net| {
+        let (ask, arrives) = open(lab, net, Proto::Udp, net.routed())?;
+        let leaves = ask.hop().between((net.node(), arrives.ports().0), (net.routed(), TARGET));
+        sends(lab, &ask, &leaves)?;
+        lab.forget_turns()?;
+        let long_ago = lab.datapath().jiffies()?.wrapping_sub(HZ);
+        lab.datapath().fill_all_percpu("rn_probed", &[long_ago])?;
+        passes(lab, &ask)?;
+        sends(lab, &ask, &leaves)?;
+        sends(lab, &ask, &leaves)
     })
 }
 

@@ -135,6 +135,9 @@ fn find_way<F: Forward>(xdp: &Xdp, p: &Packet<F::A>, entry: &CtEntry<F::A>, rece
             }
             _ => return false,
         };
+        if turn::is_probe(&leaving.macs, config) {
+            return false;
+        }
         turn.set(xdp, &leaving.flow.to.tuple, &leaving.macs, mtu, &leaving.node);
     }
     (leaving.macs, leaving.node, leaving.hash, leaving.ttl) = (turn.macs, turn.node, hash as u16, p.ttl - 1);

@@ -12,7 +12,7 @@ use super::fib::RET_SUCCESS;
 use super::nexthop::lifetime;
 use crate::ctx::{Ctx, jiffies, masked};
 use crate::family::Family;
-use crate::maps::{self, FibLookup, Leaving, TURNS, Turn};
+use crate::maps::{self, FibLookup, Leaving, PROBED, TURNS, Turn};
 use crate::xdp::Xdp;
 
 /// Where the way of a flow is remembered that leaves as `to`, and whether it is.
@@ -42,6 +42,23 @@ impl Turn {
         (self.src, self.dst, self.ports, self.proto) = (to.src.to_addr(), to.dst.to_addr(), ports(to), to.proto.into());
         (self.since, self.ifindex) = (jiffies(), xdp.ifindex());
         (self.mtu, self.macs, self.node) = (mtu, *macs, *node);
+    }
+}
+
+/// True once a second for each next hop: such a packet is the stack's to send. A look-up of the route leaves a neighbour as it is, and the
+/// kernel would never ask a stale one whether it still has its MAC.
+#[inline(always)]
+pub fn is_probe(macs: &[u16; 6], config: &NodeConfig) -> bool {
+    let [.., upper, lower] = *macs;
+    let slot = masked::<{ PROBED - 1 }>(usize::from(lower ^ upper ^ lower >> 8)) as u32;
+    let (Some(probed), now) = (maps::rn_probed.get_ptr_mut(slot), jiffies()) else { return false };
+    // SAFETY: the element belongs to this CPU.
+    unsafe {
+        let is_due = now.wrapping_sub(*probed) >= config.hz;
+        if is_due {
+            *probed = now;
+        }
+        is_due
     }
 }
 
