@@ -57,7 +57,7 @@ impl Reconciler {
             _ => false,
         };
         if writes.iter().any(|write| matches!(write, Write::ClearBackends { .. })) {
-            self.want_sockets();
+            self.want_endings_at_once();
         } else if self.has_outlived || writes.iter().any(is_of_datagrams) {
             self.want_endings(SETTLE);
         }
@@ -65,9 +65,12 @@ impl Reconciler {
 
     /// Wants sockets looked after. What failed for one pod, or without a control group, does not put off the others for long.
     pub(super) fn want_sockets(&mut self) {
-        let gap = |has_failed| if has_failed { SETTLE } else { Duration::ZERO };
-        self.sockets.want(gap(self.sockets.has_failed()));
-        self.want_endings(gap(self.endings.has_failed()));
+        self.sockets.want(if self.sockets.has_failed() { SETTLE } else { Duration::ZERO });
+        self.want_endings_at_once();
+    }
+
+    fn want_endings_at_once(&mut self) {
+        self.want_endings(if self.endings.has_failed() { SETTLE } else { Duration::ZERO });
     }
 
     /// Wants a search after `gap`, but not all the time: to compare a full table takes some milliseconds.
