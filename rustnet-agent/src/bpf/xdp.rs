@@ -26,12 +26,16 @@ pub fn is_link(path: &Path) -> bool {
 
 /// Why a device must not have the program in this mode, and what helps; `None` if it may.
 pub fn unfit(mode: Xdp, links: &[Link], index: u32) -> Option<String> {
-    let is_veth = links.iter().any(|link| link.index == index && link.kind == "veth");
+    let is = |kind: &str| links.iter().any(|link| link.index == index && link.kind == kind);
+    if is("bond") {
+        let why = "it is a bond, whose ports run the program, and see themselves";
+        return Some(format!("{why}; give --xdp off"));
+    }
     if let Some(vlan) = vlan_on(links, index) {
         let why = "whose packets look like those of the device once it has taken the tag off";
         return Some(format!("{vlan} is a VLAN of it, {why}; use another device for one of both, or give --xdp off"));
     }
-    (is_veth && mode != Xdp::NativeVeth).then(|| {
+    (is("veth") && mode != Xdp::NativeVeth).then(|| {
         "it is a veth, which loses what XDP sends unless its other end has an XDP program, too; give --xdp native-veth if it \
          has, else --xdp off"
             .to_owned()
@@ -170,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vlans_and_veths_are_unfit() {
+    fn vlans_veths_and_bonds_are_unfit() {
         let link = |index, kind: &str, lower| Link {
             index,
             kind: kind.into(),
@@ -178,10 +182,17 @@ mod tests {
             name: format!("d{index}"),
             ..Link::default()
         };
-        let links = [link(2, "", None), link(3, "veth", Some(9)), link(4, "", None), link(5, "vlan", Some(4))];
+        let links = [
+            link(2, "", None),
+            link(3, "veth", Some(9)),
+            link(4, "", None),
+            link(5, "vlan", Some(4)),
+            link(6, "bond", None),
+        ];
         assert_eq!(unfit(Xdp::Native, &links, 2), None);
         assert!(unfit(Xdp::Native, &links, 3).is_some_and(|why| why.contains("--xdp native-veth")));
         assert_eq!(unfit(Xdp::NativeVeth, &links, 3), None);
+        assert!(unfit(Xdp::NativeVeth, &links, 6).is_some_and(|why| why.contains("it is a bond")));
         assert!(unfit(Xdp::NativeVeth, &links, 4).is_some_and(|why| why.contains("d5 is a VLAN of it")));
     }
 

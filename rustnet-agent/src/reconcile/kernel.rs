@@ -1,5 +1,7 @@
 //! Everything of the kernel that the loop holds once the programs are loaded: programs, stores, hooks.
 
+mod express;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -7,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use rustnet_common::config::NodeConfig;
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
@@ -252,52 +254,10 @@ impl Kernel {
             }
         }
         // Last: the program takes for granted that all others use its tables.
-        if self.may_have_xdp() && failures.iter().all(|failure| failure.scope != Scope::Node) {
+        if self.may_have_xdp() {
             self.attach_xdp(socket, state, is_complete, &mut done, &mut failures);
         }
         Ok(Attached { done, failures, is_overlay_verified })
-    }
-
-    /// True if uplinks are to have the XDP program. During an upgrade none has it: no other program has to wait for it.
-    fn may_have_xdp(&self) -> bool {
-        self.xdp != Xdp::Off && !self.has_earlier_tables() && !self.programs.is_export()
-    }
-
-    /// Has the XDP program on all uplinks that can have it, and on no other device.
-    fn attach_xdp(
-        &self,
-        socket: &mut Socket,
-        state: &State,
-        is_complete: bool,
-        done: &mut Vec<String>,
-        failures: &mut Vec<Failure>,
-    ) {
-        let mut kept = Vec::new();
-        for uplink in &state.uplinks {
-            let device = Device { name: &uplink.name, ifindex: uplink.ifindex };
-            let attach = |socket: &mut Socket| {
-                if let Some(why) = xdp::unfit(self.xdp, &state.host.links, uplink.ifindex) {
-                    bail!("XDP on {}: {why}", uplink.name);
-                }
-                xdp::attach(socket, &self.bpffs, &device, self.programs.optional(names::UPLINK_XDP)?)
-            };
-            let outcome = attach(socket);
-            match link::unless_gone(socket, uplink.ifindex, outcome, Outcome::Unchanged) {
-                Ok(outcome) => {
-                    kept.push(uplink.ifindex);
-                    if outcome != Outcome::Unchanged {
-                        done.push(format!("{} on {}: {}", names::UPLINK_XDP, uplink.name, word(outcome)));
-                    }
-                }
-                Err(e) => failures.push(Failure::new(Scope::Speed, &e)),
-            }
-        }
-        if is_complete {
-            match xdp::detach_others(&self.bpffs, &kept) {
-                Ok(changes) => done.extend(changes),
-                Err(e) => failures.push(Failure::new(Scope::Speed, &e)),
-            }
-        }
     }
 
     /// Writes the addresses of devices, and ends the masquerade of those that the host has no more. Before
