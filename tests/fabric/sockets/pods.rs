@@ -110,9 +110,10 @@ fn asks_by_packets(pod: &Pod, target: SocketAddr, backend: IpAddr) -> Result<boo
         ask(pod.netns(), proto, target, 3)?.all_answered()?;
     }
     Sniffer::catch_up([&sniffer])?;
-    let to = |ip: IpAddr| sniffer.frames().iter().filter_map(Frame::headers).filter(|it| it.dst == ip).count();
+    let seen: Vec<_> = sniffer.frames().iter().filter_map(Frame::headers).map(|it| (it.src, it.dst)).collect();
+    let to = |ip: IpAddr| seen.iter().filter(|(_, dst)| *dst == ip).count();
     let (service, direct) = (to(target.ip()), to(backend));
-    ensure!((service == 0) != (direct == 0), "{service} packets to the Service, {direct} to the backend");
+    ensure!((service == 0) != (direct == 0), "{service} packets to the Service, {direct} to the backend: {seen:?}");
     Ok(direct == 0)
 }
 
