@@ -208,8 +208,8 @@ impl Kernel {
         let mut failures = Vec::new();
         take(self.write_devices(place, state, is_complete), &mut done, &mut failures);
         if !self.may_have_xdp() {
-            // An earlier program would go on with the earlier tables alone.
-            done.extend(xdp::detach_others(&self.bpffs, &[])?);
+            // An earlier program goes on with the earlier tables alone. A failure lets no upgrade go on to programs that do not have them.
+            take(xdp::detach_others(&self.bpffs, &[]), &mut done, &mut failures);
         }
         if !self.pinned {
             self.programs.pin(&self.bpffs)?;

@@ -61,7 +61,7 @@ fn a_second_load_adopts_the_maps_and_replaces_the_programs() {
         }
         assert_eq!(
             names(&sandbox.bpffs.join("prog")).len(),
-            // With the two that are jumped to, the map of jumps, and XDP.
+            // With the two that are jumped to, the clock, and XDP.
             PROGRAMS.len() + 4 + SOCKET_PROGRAMS.len(),
             "no temporary pin is left"
         );

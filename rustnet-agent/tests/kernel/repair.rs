@@ -153,8 +153,11 @@ fn an_odd_pin_keeps_no_program_off_a_pod() {
             let agent = Agent::start_ready(config, [make_own_node()]).await;
 
             let before = link_ids(sandbox);
-            let odd = sandbox.bpffs.join(LINKS_DIR).join("odd");
-            std::fs::create_dir(&odd).unwrap();
+            // The second one has a name like those of XDP.
+            let odd = ["odd", "uplink_xdp_odd"].map(|name| sandbox.bpffs.join(LINKS_DIR).join(name));
+            for odd in &odd {
+                std::fs::create_dir(odd).unwrap();
+            }
             sandbox.record("rnv1", pod, "10.1.1.2");
             wait_until("the pod has its programs", || {
                 let mut socket = Socket::open().unwrap();
@@ -162,7 +165,10 @@ fn an_odd_pin_keeps_no_program_off_a_pod() {
             })
             .await;
             agent.wait_problem(&["link/odd"]).await;
-            std::fs::remove_dir(&odd).unwrap();
+            agent.wait_problem(&["link/uplink_xdp_odd"]).await;
+            for odd in &odd {
+                std::fs::remove_dir(odd).unwrap();
+            }
             agent.wait_no_problem().await;
             assert_eq!(link_ids(sandbox), before);
             agent.stop().await;
