@@ -81,11 +81,9 @@ impl Call {
     /// True for a UDP socket that is connected.
     #[inline(always)]
     fn has_peer(self) -> bool {
-        // SAFETY: a valid context, whose socket the verifier wants tested before it is read.
-        unsafe {
-            let sock = (*self.0).__bindgen_anon_1.sk;
-            !sock.is_null() && (*sock).state == CONNECTED
-        }
+        let sock = self.sock();
+        // SAFETY: the kernel hands the program a valid socket; the verifier wants it tested before it is read.
+        !sock.is_null() && unsafe { (*sock).state } == CONNECTED
     }
 
     #[inline(always)]

@@ -156,11 +156,6 @@ struct Group {
     id: u64,
 }
 
-/// True if there is a control group of version 2 at `path`.
-pub fn is_usable(path: &Path) -> bool {
-    open(path).is_ok()
-}
-
 fn open(path: &Path) -> Result<Group> {
     let remedy = "mount cgroup2 there, or name the directory where it is with --cgroup, or give --socket-lb off";
     let open = || -> Result<Group> {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::finding::{Finding, Level};
+use super::kernel::is_cgroup2;
 use crate::bpf::cgroup::{self, Exclusive};
 use crate::config::{Config, SocketLb};
 
@@ -16,7 +17,7 @@ pub struct Facts {
 
 /// Looks; `None` without socket load-balancing, and where there is no such control group, which another check reports.
 pub fn gather(config: &Config) -> Option<Facts> {
-    let is_wanted = config.socket_lb != SocketLb::Off && cgroup::is_usable(&config.cgroup);
+    let is_wanted = config.socket_lb != SocketLb::Off && is_cgroup2(&config.cgroup).unwrap_or(false);
     is_wanted.then(|| Facts { dir: config.cgroup.clone(), found: cgroup::exclusive(&config.cgroup) })
 }
 

@@ -65,7 +65,8 @@ pub fn gather(config: Option<&Config>) -> Facts {
     }
 }
 
-fn is_cgroup2(dir: &Path) -> Result<bool> {
+/// True if there is a control group of version 2 in a directory.
+pub fn is_cgroup2(dir: &Path) -> Result<bool> {
     let stat = statfs(dir).with_context(|| format!("looking at {}", dir.display()))?;
     Ok(stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }

@@ -59,17 +59,21 @@ pub fn cgroup_link_info(fd: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
     info(fd)
 }
 
-/// Attaches a program to a hook of a control group. Others may be there, too.
-pub fn link_create_cgroup(prog: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
+/// Attaches a program to a hook of what `target` names: an fd, or an interface.
+fn link_create(prog: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         prog_fd: u32,
-        target_fd: u32,
+        target: u32,
         attach_type: u32,
         flags: u32,
     }
-    let mut attr = Attr { prog_fd: raw(prog), target_fd: raw(cgroup), attach_type, flags: 0 };
-    owned(bpf(cmd::LINK_CREATE, &mut attr)?)
+    owned(bpf(cmd::LINK_CREATE, &mut Attr { prog_fd: raw(prog), target, attach_type, flags })?)
+}
+
+/// Attaches a program to a hook of a control group. Others may be there, too.
+pub fn link_create_cgroup(prog: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
+    link_create(prog, raw(cgroup), attach_type, 0)
 }
 
 /// What is on a hook of a control group.
@@ -112,19 +116,7 @@ pub fn cgroup_programs(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<C
 
 /// Attaches a program to a TCX hook. EINVAL where the kernel has no TCX (before 6.6).
 pub fn link_create_tcx(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attr {
-        prog_fd: u32,
-        ifindex: u32,
-        attach_type: u32,
-        flags: u32,
-        relative_fd: u32,
-        pad: u32,
-        expected_revision: u64,
-    }
-    let mut attr =
-        Attr { prog_fd: raw(prog), ifindex, attach_type, flags: 0, relative_fd: 0, pad: 0, expected_revision: 0 };
-    owned(bpf(cmd::LINK_CREATE, &mut attr)?)
+    link_create(prog, ifindex, attach_type, 0)
 }
 
 /// Attaches a program to the XDP hook of a device, in its driver. EOPNOTSUPP where the driver has none, EBUSY where another program is.
@@ -133,14 +125,7 @@ pub fn link_create_xdp(prog: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd
     const XDP: u32 = 37;
     /// `XDP_FLAGS_DRV_MODE`.
     const DRIVER_MODE: u32 = 1 << 2;
-    #[repr(C)]
-    struct Attr {
-        prog_fd: u32,
-        ifindex: u32,
-        attach_type: u32,
-        flags: u32,
-    }
-    owned(bpf(cmd::LINK_CREATE, &mut Attr { prog_fd: raw(prog), ifindex, attach_type: XDP, flags: DRIVER_MODE })?)
+    link_create(prog, ifindex, XDP, DRIVER_MODE)
 }
 
 /// Swaps a link's program atomically. ENOLINK when the link's interface is gone.
