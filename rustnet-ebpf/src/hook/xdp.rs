@@ -3,7 +3,7 @@
 //!
 //! All else passes unchanged and uncounted to `uplink_in`, which decides as if this program were not there: new flows, fragments, what
 //! is for this node or a pod of it, what has to take the overlay's device, what is to be refused. So each packet is counted once, and nothing
-//! is dropped here.
+//! is refused here.
 
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::config::{self, NodeConfig};
