@@ -153,6 +153,30 @@ pub enum NodePortAddresses {
     In(IpNet),
 }
 
+/// Declares an enum whose variants users write as words.
+macro_rules! words {
+    ($(#[$about:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $word:literal,)+ }) => {
+        $(#[$about])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$doc])* $variant,)+ }
+
+        impl $name {
+            /// All of them.
+            pub const ALL: [Self; [$($word),+].len()] = [$(Self::$variant),+];
+
+            /// The one with this word.
+            pub fn parse(word: &str) -> Option<Self> {
+                Self::ALL.into_iter().find(|it| it.word() == word)
+            }
+
+            /// Its word.
+            pub const fn word(self) -> &'static str {
+                match self { $(Self::$variant => $word,)+ }
+            }
+        }
+    };
+}
+
 /// Family of the overlay's outer packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OverlayFamily {
@@ -165,117 +189,53 @@ pub enum OverlayFamily {
     Ipv6,
 }
 
-/// Who writes the overlay's headers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OverlayPath {
-    /// The programs where they can, else the kernel's device.
-    Programs,
-    /// Always the kernel's device.
-    Device,
-}
-
-impl OverlayPath {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Programs, Self::Device];
-
-    /// The one with this word.
-    pub fn parse(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|path| path.word() == word)
-    }
-
-    /// Its word.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Programs => "programs",
-            Self::Device => "device",
-        }
+words! {
+    /// Who writes the overlay's headers.
+    OverlayPath {
+        /// The programs where they can, else the kernel's device.
+        Programs = "programs",
+        /// Always the kernel's device.
+        Device = "device",
     }
 }
 
-/// Whether known flows from outside to Services are forwarded by XDP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Xdp {
-    /// By no device.
-    Off,
-    /// By uplinks whose driver has it, veths apart.
-    Native,
-    /// The same, and by veths.
-    NativeVeth,
-}
-
-impl Xdp {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Off, Self::Native, Self::NativeVeth];
-
-    /// The one with this word.
-    pub fn parse(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|it| it.word() == word)
-    }
-
-    /// Its word.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Native => "native",
-            Self::NativeVeth => "native-veth",
-        }
+words! {
+    /// Whether known flows from outside to Services are forwarded by XDP.
+    Xdp {
+        /// By no device.
+        Off = "off",
+        /// By uplinks whose driver has it, veths apart.
+        Native = "native",
+        /// The same, and by veths.
+        NativeVeth = "native-veth",
     }
 }
 
-/// Whose sockets ask for Services by themselves, and not by packets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SocketLb {
-    /// Those of this host's own processes, and of pods whose annotation asks for it.
-    Host,
-    /// The same, and those of all pods of this node but the ones whose annotation refuses it.
-    All,
-    /// Nobody's.
-    Off,
-}
-
-impl SocketLb {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Host, Self::All, Self::Off];
-
-    /// The one with this word.
-    pub fn parse(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|it| it.word() == word)
-    }
-
-    /// Its word.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Host => "host",
-            Self::All => "all",
-            Self::Off => "off",
-        }
+words! {
+    /// Whose sockets ask for Services by themselves, and not by packets.
+    SocketLb {
+        /// Those of this host's own processes, and of pods whose annotation asks for it.
+        Host = "host",
+        /// The same, and those of all pods of this node but the ones whose annotation refuses it.
+        All = "all",
+        /// Nobody's.
+        Off = "off",
     }
 }
 
-/// How pods of other nodes are reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Routing {
-    /// In VXLAN, between any nodes that reach each other.
-    Vxlan,
-    /// By the kernel's routes, between nodes of one network segment.
-    Native,
-    /// By the kernel's routes to nodes of this node's segment, in VXLAN to all others.
-    DirectAndVxlan,
+words! {
+    /// How pods of other nodes are reached.
+    Routing {
+        /// In VXLAN, between any nodes that reach each other.
+        Vxlan = "vxlan",
+        /// By the kernel's routes, between nodes of one network segment.
+        Native = "native",
+        /// By the kernel's routes to nodes of this node's segment, in VXLAN to all others.
+        DirectAndVxlan = "direct-and-vxlan",
+    }
 }
 
 impl Routing {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Vxlan, Self::Native, Self::DirectAndVxlan];
-
-    /// As users write it.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Vxlan => "vxlan",
-            Self::Native => "native",
-            Self::DirectAndVxlan => "direct-and-vxlan",
-        }
-    }
-
     /// Whether some nodes may be reached through the overlay.
     pub const fn has_overlay(self) -> bool {
         !matches!(self, Self::Native)
@@ -312,23 +272,13 @@ pub enum LogFormat {
     Json,
 }
 
-/// How the hash of a new flow leads to a backend of its Service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Algorithm {
-    /// By the number of backends: when one comes or goes, most hashes lead elsewhere.
-    Random,
-    /// By a Maglev table: then few do.
-    Maglev,
-}
-
-impl Algorithm {
-    /// The algorithm of this name.
-    pub fn parse(text: &str) -> Option<Self> {
-        match text {
-            "random" => Some(Self::Random),
-            "maglev" => Some(Self::Maglev),
-            _ => None,
-        }
+words! {
+    /// How the hash of a new flow leads to a backend of its Service.
+    Algorithm {
+        /// By the number of backends: when one comes or goes, most hashes lead elsewhere.
+        Random = "random",
+        /// By a Maglev table: then few do.
+        Maglev = "maglev",
     }
 }
 
@@ -421,8 +371,7 @@ impl Config {
             sysctl_dir: read.required("sysctl-dir", "give a directory", directory),
             uplinks: read.list("uplink", device),
             routing: read.required("routing", "give a routing mode", |text| {
-                let found = Routing::ALL.into_iter().find(|routing| routing.word() == text);
-                found.ok_or_else(|| {
+                Routing::parse(text).ok_or_else(|| {
                     format!("is not a routing mode; give one of {}", Routing::ALL.map(Routing::word).join(", "))
                 })
             }),
