@@ -4,7 +4,7 @@ use anyhow::{Context, Result, anyhow};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use testkit::client::ask;
 use testkit::manifest::{Endpoint, Outside, Service};
 use testkit::pod::PORT;
@@ -78,9 +78,15 @@ impl Net {
 
     /// Addresses for a service that no agent knows until its endpoints are set.
     pub fn unknown_service(&self) -> TestService<'_> {
-        static NUMBER: AtomicU8 = AtomicU8::new(1);
+        // All tests of a run share a fabric, and need more than one byte's addresses: with a number twice, one would ask the other's.
+        static NUMBER: AtomicU16 = AtomicU16::new(0);
         let n = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let vips = [Ipv4Addr::new(10, 96, 1, n).into(), Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 1, n.into()).into()];
+        assert!(n < 64 * 250, "more services than addresses");
+        let (third, last) = (64 + (n / 250) as u8, 1 + (n % 250) as u8);
+        let vips = [
+            Ipv4Addr::new(10, 96, third, last).into(),
+            Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, third.into(), last.into()).into(),
+        ];
         TestService { net: self, service: Service::new(&format!("svc-{n}"), &vips, SERVICE_PORT, PORT) }
     }
 }
