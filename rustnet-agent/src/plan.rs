@@ -114,12 +114,11 @@ pub enum Write {
         /// What should stand there.
         words: Vec<(u32, u64)>,
     },
-    /// Deletes the connection entries of a protocol whose backend is in the list. Idempotent.
-    ForgetFlows {
-        /// IP protocol number.
-        proto: u8,
-        /// Backend ids.
-        backends: Vec<u32>,
+    /// Marks backends of UDP that serve no more ([`ENDED`](rustnet_common::backend::flags::ENDED)): programs end their flows. No service
+    /// refers to them.
+    EndBackends {
+        /// The ids that the slots hold.
+        ids: Vec<u32>,
     },
 }
 

@@ -441,8 +441,8 @@ impl Reconciler {
         self.datapath.as_ref().is_some_and(|it| it.kernel.is_upgrading())
     }
 
-    /// True if there are changes that may be applied. The few moments of an upgrade are waited for: flows that are forgotten
-    /// must not come back from an earlier table. An upgrade that a broken hook holds up is not.
+    /// True if there are changes that may be applied. The few moments of an upgrade are waited for: the earlier
+    /// programs have tables and backends of their own, in which nothing ends. An upgrade that a broken hook holds up is not.
     fn can_apply(&self) -> bool {
         let waits = self.is_upgrading() && (self.look.is_some() || !self.network.has_failed());
         self.maps.deadline().is_some() && self.datapath.is_some() && self.is_any_gate_open() && !waits

@@ -82,10 +82,9 @@ impl Node {
         self.services(&mut text)?;
         self.peers(&mut text)?;
         writeln!(text, "writes: {}", count(&plan.writes))?;
-        let forgotten = self.maps.take_forgotten().into_iter().flat_map(|(_, ids)| ids);
-        let forgotten: Vec<String> = forgotten.map(short).collect();
-        if !forgotten.is_empty() {
-            writeln!(text, "forgotten: flows to {}", forgotten.join(", "))?;
+        let ended: Vec<String> = self.maps.take_ended().into_iter().map(short).collect();
+        if !ended.is_empty() {
+            writeln!(text, "ended: {}", ended.join(", "))?;
         }
         let mut problems = self.index.problems();
         if self.index.nodes().next().is_none() {
@@ -187,7 +186,7 @@ fn count(writes: &[Write]) -> String {
             Write::DeletePeer { .. } => "delete peer",
             Write::PutSourceRange { .. } => "put source range",
             Write::DeleteSourceRange { .. } => "delete source range",
-            Write::ForgetFlows { .. } => "forget flows",
+            Write::EndBackends { .. } => "end backends",
             Write::RestoreBackends { .. } | Write::RestoreIds { .. } | Write::RestoreTables { .. } => "restore",
         };
         match counts.iter_mut().find(|(name, _)| *name == sort) {

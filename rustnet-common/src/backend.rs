@@ -41,6 +41,12 @@ impl Backend {
         Self { max_service, ..Self::cleared(self.id) }
     }
 
+    /// True if flows to the backend of this id go on: the slot still has it, and it has not [`flags::ENDED`].
+    #[inline(always)]
+    pub const fn serves(&self, id: u32) -> bool {
+        self.id == id && id != 0 && self.flags & flags::ENDED == 0
+    }
+
     /// The id that the slot has, or had last; 0 if it never had one.
     pub const fn last_id(&self) -> u32 {
         if self.id == 0 { self.service } else { self.id }
@@ -53,6 +59,9 @@ pub mod flags {
     pub const LOCAL: u16 = 1;
     /// The endpoint is terminating and serves only because no ready one is left (KEP-1669).
     pub const TERMINATING: u16 = 2;
+    /// UDP: the endpoint serves no more. Its flows end with their next packet, which finds another backend or is refused. Set from the
+    /// moment when no entry leads to the backend until its slot is cleared.
+    pub const ENDED: u16 = 4;
 }
 
 /// Backend ids: the slot in the lower 20 bits, above it the slot's generation, from 1 to 4095. An

@@ -183,7 +183,7 @@ fn choose<F: Family>(asked: F::A, loopback: F::A, asking: &Asking, kept: u32) ->
     }
     let dst = if is_loopback { loopback } else { asked };
     let (dport, proto) = (asking.port, asking.proto);
-    if let Some(backend) = lb::kept::<F>(dst, dport, proto, kept) {
+    if let Some(backend) = lb::kept::<F>(dst, dport, proto, scope::CLUSTER, kept) {
         return Some(Target::of(backend));
     }
     // A load balancer that is only for some clients asks the host for the address that other nodes know, and pods when they send.

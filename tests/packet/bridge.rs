@@ -91,7 +91,7 @@ fn what_is_forgotten_does_not_come_back() -> Result<()> {
     })
 }
 
-/// A flow without an entry in the present table whose backend has gone: the agent had it forgotten.
+/// A flow without an entry in the present table whose backend has gone has ended.
 #[test]
 fn a_flow_whose_backend_has_gone_is_not_taken_over() -> Result<()> {
     for_each_bridge(|lab, net, proto, bridge| {

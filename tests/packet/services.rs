@@ -2,6 +2,7 @@
 
 mod affinity;
 mod checksums;
+mod ended;
 mod maglev;
 mod ports;
 mod refusals;

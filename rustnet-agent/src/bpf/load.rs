@@ -19,7 +19,7 @@ use rustnet_common::{names, v1};
 use super::copy::{Place, lru_room};
 use super::log::Packets;
 use super::store::Map;
-use super::store::conntrack::{clock_offset, is_forgotten, is_superseded};
+use super::store::conntrack::{clock_offset, has_ended, is_superseded};
 use super::upgrade::{self, Bridge, Found, NEXT_DIR, Plan, Source};
 use super::{fs, migrate, pin, probe, remedy, sys};
 use crate::config::{MapSizes, PacketLog};
@@ -227,7 +227,7 @@ impl Programs {
             if let Some(since) = self.copied.get(name) {
                 content.retain_since(offset, *since);
             }
-            content.retain(|_, value| !is_forgotten(name, value, |id| backends.contains(&id)));
+            content.retain(|_, value| !has_ended(name, value, |id| backends.contains(&id)));
             added += new.insert_later(&content, |here, there| is_superseded(name, here, there))?;
             Ok(())
         })?;
@@ -237,12 +237,12 @@ impl Programs {
         Ok(added)
     }
 
-    /// Ids of the backends that Services lead to.
+    /// Ids of the backends that serve.
     fn live_backends(&self) -> Result<HashSet<u32>> {
         let map = self.map(names::map::BACKENDS)?.try_clone_to_owned()?;
         let mut ids = HashSet::new();
         Map::<u32, Backend>::from_fd(map, names::map::BACKENDS)?
-            .for_each(|_, backend| ids.extend((backend.id != 0).then_some(backend.id)))?;
+            .for_each(|_, backend| ids.extend(backend.serves(backend.id).then_some(backend.id)))?;
         Ok(ids)
     }
 

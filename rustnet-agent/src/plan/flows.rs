@@ -1,8 +1,8 @@
-//! UDP flows whose backend gets no new ones: which of them go on, and which are forgotten.
+//! UDP flows whose backend gets no new ones: which of them go on, and which end.
 //!
 //! UDP has no handshake that would fail and make a client try again. So flows to a backend that no
-//! longer serves are forgotten at once, as kube-proxy does. Their next packet finds another
-//! backend, or is refused. While the backend still serves (it terminates, or is meant for other
+//! longer serves end at once, as with kube-proxy. Their next packet finds another backend, or is
+//! refused. While the backend still serves (it terminates, or is meant for other
 //! nodes) they go on: the backend *lingers*. Its slot stays taken meanwhile, so that the next agent
 //! finds it there.
 
@@ -43,7 +43,7 @@ impl Flows {
         self.lingering.remove(&set).unwrap_or_default()
     }
 
-    /// A set has this choice now. Gives the backends whose flows are to be forgotten, and whose slots are free by that.
+    /// A set has this choice now. Gives the backends whose flows end, and whose slots are free by that.
     pub fn settle(&mut self, set: u32, choice: &Choice) -> Vec<u32> {
         let Some(lingering) = self.lingering.get_mut(&set) else {
             return Vec::new();

@@ -8,7 +8,7 @@ use clients::Clients;
 #[cfg(test)]
 pub use clients::passes;
 use ipnet::IpNet;
-use rustnet_common::backend::{Backend, id};
+use rustnet_common::backend::{Backend, flags, id};
 use rustnet_common::maglev;
 use rustnet_common::service::SvcEntry;
 use rustnet_common::source_range::ALLOWED;
@@ -35,8 +35,8 @@ pub struct MemoryMaps {
     unused: BTreeMap<u32, Duration>,
     /// Steps until the crash; backends and ids count one each.
     steps_left: Option<usize>,
-    /// Flows that were to be forgotten, in order.
-    forgotten: Vec<(u8, Vec<u32>)>,
+    /// Backends that have ended, in order.
+    ended: Vec<u32>,
 }
 
 impl MemoryMaps {
@@ -53,7 +53,7 @@ impl MemoryMaps {
             tables_let_go: BTreeMap::new(),
             unused: BTreeMap::new(),
             steps_left: None,
-            forgotten: Vec::new(),
+            ended: Vec::new(),
         }
     }
 
@@ -106,9 +106,9 @@ impl MemoryMaps {
         &mut self.held
     }
 
-    /// Flows that were to be forgotten since the last call.
-    pub fn take_forgotten(&mut self) -> Vec<(u8, Vec<u32>)> {
-        std::mem::take(&mut self.forgotten)
+    /// Backends that have ended since the last call.
+    pub fn take_ended(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.ended)
     }
 
     /// The backends that an entry leads to.
@@ -280,6 +280,21 @@ impl MemoryMaps {
         self.unused.extend(before.difference(&after).map(|slot| (*slot, self.now)));
     }
 
+    fn end(&mut self, ids: &[u32]) -> anyhow::Result<()> {
+        ensure!(!ids.is_empty(), "no backends end");
+        let used = self.used();
+        for id in ids {
+            let slot = id::slot_of(*id);
+            let serves = self.held.backends.get(slot as usize).is_some_and(|held| held.serves(*id));
+            ensure!(serves, "backend {id:#x} ends, but it serves no more");
+            ensure!(!used.contains(&slot), "backend {id:#x} ends while an entry leads there");
+            self.step()?;
+            self.held.backends[slot as usize].flags |= flags::ENDED;
+            self.ended.push(*id);
+        }
+        Ok(())
+    }
+
     fn clear(&mut self, ids: &[u32]) -> anyhow::Result<()> {
         ensure!(!ids.is_empty(), "no backends are cleared");
         let used = self.used();
@@ -333,7 +348,10 @@ impl Maps for MemoryMaps {
         let clients = Clients::new(&self.held, writes, self.range_room);
         for write in writes {
             match write {
-                Write::Backends { .. } | Write::BackendIds { .. } | Write::ClearBackends { .. } => {}
+                Write::Backends { .. }
+                | Write::BackendIds { .. }
+                | Write::EndBackends { .. }
+                | Write::ClearBackends { .. } => {}
                 _ => self.step()?,
             }
             match write {
@@ -368,10 +386,7 @@ impl Maps for MemoryMaps {
                     let was = self.held.source_ranges.remove(range).is_some();
                     ensure!(was, "{range} is deleted, but it is not there");
                 }
-                Write::ForgetFlows { proto, backends } => {
-                    ensure!(!backends.is_empty(), "flows to no backend are forgotten");
-                    self.forgotten.push((*proto, backends.clone()));
-                }
+                Write::EndBackends { ids } => self.end(ids)?,
             }
             clients.check(&self.held).with_context(|| format!("{write:?}"))?;
         }

@@ -26,7 +26,7 @@ pub struct Plan {
 
 /// The order between the tables: peers; the ranges of clients that service entries ask for; each service's backends, then the range of
 /// their ids, then its entry; wildcard entries; deletions the other way round, a backend's value no sooner than a grace period after;
-/// and before the deletions of ranges and peers the flows to forget, as by then no packet makes them again.
+/// and before the deletions of ranges and peers the backends that end, as by then no entry leads there.
 ///
 /// A range of Services comes after the entries of Services: from then on, an address in it that has none is refused.
 ///

@@ -11,7 +11,6 @@ use super::{Snapshot, VipKey, Write};
 use crate::index::{Choice, DesiredService, Index};
 use crate::model::Problem;
 use rustnet_common::service::{SvcEntry, flags};
-use rustnet_common::tuple::proto::UDP;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,7 +50,7 @@ struct Held {
 /// Writes of one plan, by the place they have in the order.
 #[derive(Debug, Default)]
 pub struct ServiceWrites {
-    /// Of the entry that is being planned; and the flows of all that are to be forgotten once entries are deleted.
+    /// Of the entry that is being planned; and the backends of all that end once entries are deleted.
     backends: BackendWrites,
     /// Backends and the range of their ids before each entry.
     puts: Vec<Write>,
@@ -68,12 +67,11 @@ pub struct ServiceWrites {
 impl ServiceWrites {
     /// All in order.
     pub fn in_order(self) -> impl Iterator<Item = Write> {
-        let mut forget = self.backends.forget;
-        forget.sort_unstable();
-        forget.dedup();
-        let forget = (!forget.is_empty()).then_some(Write::ForgetFlows { proto: UDP, backends: forget });
+        let mut ids = self.backends.ended;
+        ids.sort_unstable();
+        let end = (!ids.is_empty()).then_some(Write::EndBackends { ids });
         let puts = self.puts.into_iter().chain(self.wildcards);
-        puts.chain(self.wildcard_deletes).chain(self.deletes).chain(forget).chain(self.clear)
+        puts.chain(self.wildcard_deletes).chain(self.deletes).chain(end).chain(self.clear)
     }
 }
 
@@ -97,7 +95,7 @@ impl Services {
         self.plan_keys(keys, index, &mut draft);
         if all {
             let orphans = std::mem::take(&mut self.orphans);
-            self.sets.forget(orphans, &mut draft.backends);
+            self.sets.end(orphans, &mut draft.backends);
             self.sets.tables().leave_stale();
         }
         for (count, freed) in self.count.iter_mut().zip(draft.freed) {

@@ -12,7 +12,7 @@ use super::tables::Tables;
 use super::{GRACE, VipKey, Write};
 use crate::index::{BackendSet, Choice, DesiredBackend};
 use rustnet_common::addr::Addr;
-use rustnet_common::backend::{Backend, id};
+use rustnet_common::backend::{Backend, flags, id};
 use rustnet_common::service::SvcEntry;
 use rustnet_common::tuple::proto::UDP;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -90,8 +90,8 @@ pub struct Sets {
 pub struct BackendWrites {
     /// Come before the entries that lead there.
     pub puts: Vec<Write>,
-    /// Backends whose flows are to be forgotten once no entry leads there.
-    pub forget: Vec<u32>,
+    /// Backends whose flows end once no entry leads there.
+    pub ended: Vec<u32>,
 }
 
 impl Sets {
@@ -183,11 +183,11 @@ impl Sets {
         is_sound
     }
 
-    /// A backend was read back that no entry leads to. Its set may have let it linger; else its flows are to be forgotten,
+    /// A backend was read back that no entry leads to. Its set may have let it linger; else its flows are to end,
     /// which gives its id, or that of the one whose place it has.
     pub fn adopt_stray(&mut self, slot: u32, backend: &Backend) -> Option<u32> {
         let user = self.by_number.get(&backend.service).and_then(|set| set.users.first());
-        if id::slot_of(backend.id) != slot {
+        if id::slot_of(backend.id) != slot || backend.flags & flags::ENDED != 0 {
             self.slots.leave(slot);
             return None;
         }
@@ -235,7 +235,7 @@ impl Sets {
         }
         if key.proto == UDP {
             let gone = self.flows.settle(number, choice);
-            self.forget(gone, writes);
+            self.end(gone, writes);
         }
         let addresses = backends.iter().map(|backend| backend.addr);
         let table = self.tables.lead(old.map_or(0, |span| span.table), choice.table_size, addresses, &mut writes.puts);
@@ -269,10 +269,7 @@ impl Sets {
         set.users.retain(|user| user != key);
         let ids = range(&self.ids, set.span).to_vec();
         if !set.users.is_empty() {
-            if key.proto == UDP {
-                // Flows that this entry made, and the others': those find a backend again.
-                writes.forget.extend(ids);
-            }
+            // Programs find out within a second that flows of UDP have lost this entry.
             return;
         }
         let (span, name) = (set.span, set.name.take());
@@ -282,7 +279,7 @@ impl Sets {
             self.by_name.remove(&name);
         }
         let lingering = self.flows.take(number);
-        self.forget(lingering.into_values(), writes);
+        self.end(lingering.into_values(), writes);
         self.release(key, [(span.first, span.count)], ids, writes);
     }
 
@@ -358,7 +355,7 @@ impl Sets {
         debug_assert_eq!(ids.len(), backends.len(), "there was room");
         if is_udp {
             self.flows.leave(number, known);
-            self.forget(gone, writes);
+            self.end(gone, writes);
         } else {
             self.leave(known.into_values().chain(gone));
         }
@@ -378,10 +375,10 @@ impl Sets {
         }
     }
 
-    /// The flows of these backends are to be forgotten, and their slots are free.
-    pub fn forget(&mut self, gone: impl IntoIterator<Item = u32>, writes: &mut BackendWrites) {
+    /// The flows of these backends end, and their slots are free.
+    pub fn end(&mut self, gone: impl IntoIterator<Item = u32>, writes: &mut BackendWrites) {
         for id in gone {
-            writes.forget.push(id);
+            writes.ended.extend(self.slots.end(id).then_some(id));
             self.slots.leave(id::slot_of(id));
         }
     }
@@ -405,7 +402,7 @@ impl Sets {
         if key.proto == UDP {
             // Else a service that comes back at this address would find flows to whatever served it
             // then.
-            self.forget(backends, writes);
+            self.end(backends, writes);
         } else {
             self.leave(backends);
         }

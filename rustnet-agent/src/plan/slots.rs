@@ -7,7 +7,7 @@
 //! has been applied. Slots that never had a backend go first, then the one that is free for
 //! longest, with the next generation: what remembers an old id finds out for as long as possible.
 
-use rustnet_common::backend::{Backend, id};
+use rustnet_common::backend::{Backend, flags, id};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -84,6 +84,12 @@ impl Slots {
         let backend = self.held.get_mut(id::slot_of(id) as usize).filter(|backend| backend.id == id)?;
         backend.flags = flags;
         Some(*backend)
+    }
+
+    /// Flows to a backend end: it has [`flags::ENDED`]. False if it had already, or is none.
+    pub fn end(&mut self, id: u32) -> bool {
+        let held = self.held.get_mut(id::slot_of(id) as usize).filter(|backend| backend.serves(id));
+        held.map(|backend| backend.flags |= flags::ENDED).is_some()
     }
 
     /// Slots that new backends can have now.

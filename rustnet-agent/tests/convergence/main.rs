@@ -179,7 +179,7 @@ impl World {
         self.now += Duration::from_millis(1);
         self.maps.set_now(self.now);
         let done = self.planner.sync(&mut self.index, &mut self.maps, self.now);
-        for id in self.maps.take_forgotten().into_iter().flat_map(|(_, ids)| ids) {
+        for id in self.maps.take_ended() {
             self.flows.remove(&id);
         }
         for (key, entry) in self.maps.held().services.iter().filter(|(key, _)| key.proto == UDP) {
@@ -338,7 +338,7 @@ proptest! {
         prop_assert_eq!(verify(&mut world.index, world.maps.held(), room), []);
         world.restart(1);
         let plan = world.planner.plan(&mut world.index, world.now);
-        let harmless = |write: &_| matches!(write, Write::ForgetFlows { .. } | Write::ClearBackends { .. });
+        let harmless = |write: &_| matches!(write, Write::EndBackends { .. } | Write::ClearBackends { .. });
         prop_assert!(plan.writes.iter().all(harmless), "{:?}", plan.writes);
     }
 

@@ -7,6 +7,7 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, Side, VIA_QDISC, flags, state};
 use rustnet_common::drop::DropReason;
+use rustnet_common::service::scope;
 use rustnet_common::tuple::{Tuple, proto};
 
 use super::migrate::{self, Old};
@@ -105,7 +106,10 @@ fn classify<F: Track>(
     // SAFETY: see above.
     let backend = unsafe { (*entry).backend };
     let tcp_flags = p.tcp_flags;
-    if tcp_flags & (bits::SYN | bits::ACK) == bits::SYN && F::reopen(is_reply) {
+    // A client of TCP keeps its backend until the connection ends; one of UDP would send to a dead one for ever.
+    let is_syn = tcp_flags & (bits::SYN | bits::ACK) == bits::SYN;
+    let is_led = (p.tuple.proto == proto::UDP) & (backend != 0);
+    if (is_syn || (is_led && lb::has_ended(backend))) && F::reopen(is_reply) {
         return Ok(());
     }
     // SAFETY: see above.
@@ -169,13 +173,16 @@ pub trait Track: Placed + Old + parse::Remember {
     /// Remembers another verified source. False if the connection is over: another pod has the address now, and the connections of
     /// the one before are none of its own.
     fn accept_source(source: Source) -> bool;
-    /// True if a SYN opens another connection: the port pair is used again, or the backend has left the service. Then the
-    /// connection before is forgotten.
+    /// True if a SYN opens another connection: the port pair is used again, or the backend has left the service. True for UDP if the
+    /// backend serves no more. Then the connection before is forgotten.
     fn reopen(is_reply: bool) -> bool;
     /// Once per second and at each change of state: looks up the receiver again, sets bits of the state and clears those that
     /// stand [`CLEAR`] places higher, and brings the other direction up to date. False if the connection is over: its receiver
-    /// was replaced, its other direction belongs to another flow, or the packet asks for a service that the flow bypasses.
+    /// was replaced, its other direction belongs to another flow, the packet asks for a service that the flow bypasses, or (UDP) for one
+    /// that leads elsewhere.
     fn refresh(set: u64, now: u32) -> bool;
+    /// See [`is_led`].
+    fn is_led(e_flags: u16, backend: u32) -> bool;
     /// See [`couple`].
     fn couple(keep: u64) -> bool;
     /// Forgets the packet's connection, which is over.
@@ -189,7 +196,7 @@ pub trait Track: Placed + Old + parse::Remember {
 /// Declares the functions of a family.
 macro_rules! global {
     (
-        $family:ident, $accept:ident, $reopen:ident, $refresh:ident, $couple:ident, $forget:ident, $reset:ident, $adopt:ident
+        $family:ident, $accept:ident, $reopen:ident, $refresh:ident, $led:ident, $couple:ident, $forget:ident, $reset:ident, $adopt:ident
     ) => {
         impl Track for $family {
             #[inline(always)]
@@ -203,6 +210,10 @@ macro_rules! global {
             #[inline(always)]
             fn refresh(set: u64, now: u32) -> bool {
                 $refresh(set, now) != 0
+            }
+            #[inline(always)]
+            fn is_led(e_flags: u16, backend: u32) -> bool {
+                $led(e_flags.into(), backend) != 0
             }
             #[inline(always)]
             fn couple(keep: u64) -> bool {
@@ -247,6 +258,11 @@ macro_rules! global {
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
+        extern "C" fn $led(e_flags: u32, backend: u32) -> u32 {
+            u32::from(in_hand::<$family>().is_none_or(|p| is_led::<$family>(p, e_flags as u16, backend)))
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
         extern "C" fn $couple(keep: u64) -> u32 {
             u32::from(in_hand::<$family>().is_none_or(|p| couple::<$family>(p, keep)))
         }
@@ -274,8 +290,28 @@ fn in_hand<F: Family>() -> Option<&'static Packet<F::A>> {
     F::scratch().map(|scratch| unsafe { &(*scratch).packet })
 }
 
-global!(V4, rn_ct_accept4, rn_ct_reopen4, rn_ct_refresh4, rn_ct_couple4, rn_ct_forget4, rn_ct_reset4, rn_ct_adopt4);
-global!(V6, rn_ct_accept6, rn_ct_reopen6, rn_ct_refresh6, rn_ct_couple6, rn_ct_forget6, rn_ct_reset6, rn_ct_adopt6);
+global!(
+    V4,
+    rn_ct_accept4,
+    rn_ct_reopen4,
+    rn_ct_refresh4,
+    rn_ct_led4,
+    rn_ct_couple4,
+    rn_ct_forget4,
+    rn_ct_reset4,
+    rn_ct_adopt4
+);
+global!(
+    V6,
+    rn_ct_accept6,
+    rn_ct_reopen6,
+    rn_ct_refresh6,
+    rn_ct_led6,
+    rn_ct_couple6,
+    rn_ct_forget6,
+    rn_ct_reset6,
+    rn_ct_adopt6
+);
 
 #[inline(always)]
 fn accept_source<F: Track>(p: &Packet<F::A>, source: Source) -> bool {
@@ -314,7 +350,8 @@ fn reopen<F: Track>(p: &Packet<F::A>, is_reply: bool) -> bool {
     // SAFETY: see `classify`.
     let is_by_pod = is_reply && is_local(unsafe { (*entry).sides[1].ifindex });
     let is_over = (state::is_closing(old) || is_by_pod) && !is_answerer;
-    if is_over || (!is_reply && backend != 0 && !lb::is_backend(backend)) {
+    let is_bound = is_reply && p.tuple.proto != proto::UDP;
+    if is_over || (!is_bound && backend != 0 && !lb::is_serving(backend)) {
         F::forget();
         return true;
     }
@@ -390,6 +427,11 @@ fn refresh<F: Track + HostPorts + Old>(p: &Packet<F::A>, set: u64, now: u32) -> 
             // address that is a VIP now. Either way the packet would miss the service.
             return false;
         }
+        let is_asked = (e_flags & (flags::NAT | flags::REPLY) == flags::NAT) & (p.tuple.proto == proto::UDP);
+        if is_asked && (*entry).backend != 0 && !F::is_led(e_flags, (*entry).backend) {
+            // The Service lost this port or address, and others of it lead to the backend.
+            return false;
+        }
         let receiver = if is_reply { &raw mut (*entry).sides[0] } else { &raw mut (*entry).sides[1] };
         let dst = if is_nat { (*entry).to.dst } else { p.tuple.dst };
         let local = route::local_pod(dst);
@@ -408,6 +450,13 @@ fn refresh<F: Track + HostPorts + Old>(p: &Packet<F::A>, set: u64, now: u32) -> 
         }
         F::couple(keep)
     }
+}
+
+/// True if what a packet of a flow with these flags asks for leads to a backend.
+#[inline(always)]
+fn is_led<F: Family>(p: &Packet<F::A>, e_flags: u16, backend: u32) -> bool {
+    let scope = if e_flags & flags::EXTERNAL != 0 { scope::EXTERNAL } else { scope::CLUSTER };
+    lb::kept::<F>(p.tuple.dst, p.tuple.dport, p.tuple.proto, scope, backend).is_some()
 }
 
 /// Brings the entry of the other direction up to date, or makes it again. False if it belongs to another flow.

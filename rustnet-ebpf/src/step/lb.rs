@@ -107,26 +107,44 @@ pub fn flags_of<F: Family>(t: &Tuple<F::A>) -> Option<u16> {
     F::services().get_ptr(key).map(|entry| unsafe { (*entry).flags })
 }
 
-/// True if the backend still serves its service port.
+/// True if flows to the backend of this id go on.
 #[inline(always)]
-pub fn is_backend(backend_id: u32) -> bool {
-    backend(backend_id).is_some()
+pub fn is_serving(backend_id: u32) -> bool {
+    serving(backend_id).is_some()
 }
 
-/// The backend with this id, while it serves.
+/// The opposite, by a function with global linkage: the verifier looks at it once.
+#[inline(always)]
+pub fn has_ended(backend_id: u32) -> bool {
+    rn_ended(backend_id) != 0
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rn_ended(backend_id: u32) -> u32 {
+    u32::from(!is_serving(backend_id))
+}
+
+/// The backend with this id, while flows to it go on.
+#[inline(always)]
+fn serving(backend_id: u32) -> Option<&'static Backend> {
+    maps::rn_backends_v2.get(id::slot_of(backend_id)).filter(|b| b.serves(backend_id))
+}
+
+/// The backend with this id, for new flows. One that has ended a moment ago may still answer, and no other has been read.
 #[inline(always)]
 fn backend(backend_id: u32) -> Option<&'static Backend> {
     let b = maps::rn_backends_v2.get(id::slot_of(backend_id))?;
     if b.id == backend_id && backend_id != 0 { Some(b) } else { None }
 }
 
-/// The backend with this id, while the Service that is asked for leads to it.
+/// The backend with this id, while the entry that clients of a [`scope`] ask for leads to it.
 #[inline(always)]
-pub fn kept<F: Family>(vip: F::A, port: u16, proto: u8, backend_id: u32) -> Option<&'static Backend> {
-    let entry = F::services().get_ptr(SvcKey { vip, port, proto, scope: scope::CLUSTER })?;
+pub fn kept<F: Family>(vip: F::A, port: u16, proto: u8, scope: u8, backend_id: u32) -> Option<&'static Backend> {
+    let entry = F::services().get_ptr(SvcKey { vip, port, proto, scope })?;
     // SAFETY: a map value stays readable for this run of the program.
     let service = unsafe { (*entry).id };
-    backend(backend_id).filter(|b| b.service == service)
+    serving(backend_id).filter(|b| b.service == service)
 }
 
 /// Chooses the backend of a new flow by its hash, for clients of a [`scope`]; `None` if it asks for no service.
@@ -218,7 +236,7 @@ extern "C" fn rn_affine(high: u64, low: u64, service: u32, seconds: u32, chosen:
         let Affinity { backend, seen } = unsafe { known.read() };
         if elapsed(now, seen) < seconds.wrapping_mul(config.hz) { backend } else { 0 }
     });
-    let kept = if backend(kept).is_some_and(|b| b.service == service) { kept } else { chosen };
+    let kept = if serving(kept).is_some_and(|b| b.service == service) { kept } else { chosen };
     // A full table only costs the client its backend; the LRU makes room for the next.
     let _ = maps::rn_affinity.insert(key, Affinity { backend: kept, seen: now }, 0);
     kept

@@ -148,7 +148,7 @@ pub fn adopt<F: Old + Placed>(p: &Packet<F::A>) {
 /// keeps its own until it ends). Ids of v1 are others.
 #[inline(always)]
 fn is_over<A: Address>(entry: &CtEntry<A>, protocol: u8, config: &NodeConfig) -> bool {
-    let is_gone = entry.backend != 0 && protocol != proto::TCP && !is_from_v1() && !lb::is_backend(entry.backend);
+    let is_gone = entry.backend != 0 && protocol != proto::TCP && !is_from_v1() && !lb::is_serving(entry.backend);
     is_gone || elapsed(jiffies(), entry.seen) >= lifetime(protocol, entry.state).wrapping_mul(config.hz)
 }
 
@@ -177,7 +177,8 @@ fn read_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bo
     entry.policy = 0;
     entry.seen = half.seen;
     entry.state = v1::present_state(p.tuple.proto, half.state);
-    entry.backend = half.backend;
+    // An id of v1 leads nowhere here, and flows but those of TCP would end.
+    entry.backend = if p.tuple.proto == proto::TCP { half.backend } else { 0 };
     entry.identity = 0;
     // Interfaces of 0 are looked up, and sources verified, at the next packet; the refresh then restores the other direction.
     entry.sides = [UNKNOWN; 2];

@@ -5,7 +5,7 @@ use super::{HZ, Lab};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::addr::{Addr, Ip4, Ip6};
 use rustnet_common::affinity::{Affinity, AffinityKey};
-use rustnet_common::backend::{Backend, id};
+use rustnet_common::backend::{self, Backend, id};
 use rustnet_common::host_port::{self, HostPort, HostPortKey};
 use rustnet_common::maglev;
 use rustnet_common::names::map;
@@ -111,6 +111,13 @@ impl Lab {
         self.datapath.table(map::BACKENDS)?.put(&id::slot_of(id), &Backend::cleared(id))
     }
 
+    /// A backend serves no more, and nothing leads to it.
+    pub fn end(&self, id: u32) -> Result<()> {
+        let (table, slot) = (self.datapath.table::<_, Backend>(map::BACKENDS)?, id::slot_of(id));
+        let backend = table.get(&slot)?.filter(|backend| backend.id == id).context("no such backend")?;
+        table.put(&slot, &Backend { flags: backend.flags | backend::flags::ENDED, ..backend })
+    }
+
     /// What the table says of a service.
     pub fn service(&self, vip: IpAddr, port: u16, proto: u8) -> Result<SvcEntry> {
         self.entry(scope::CLUSTER, vip, port, proto)
@@ -177,20 +184,24 @@ impl Lab {
 
     /// Takes a service away.
     pub fn drop_service(&self, vip: IpAddr, port: u16, proto: u8) -> Result<()> {
-        let scope = scope::CLUSTER;
-        for (port, proto) in [(port, proto), (0, 0)] {
-            let was = match vip {
-                IpAddr::V4(_) => {
-                    let key = SvcKey { vip: Ip4::from_ip(vip), port, proto, scope };
-                    self.datapath.table::<_, SvcEntry>(map::SVC4)?.delete(&key)?
-                }
-                IpAddr::V6(_) => {
-                    let key = SvcKey { vip: Ip6::from_ip(vip), port, proto, scope };
-                    self.datapath.table::<_, SvcEntry>(map::SVC6)?.delete(&key)?
-                }
-            };
-            ensure!(was, "no service at {vip}, port {port}");
-        }
+        [(port, proto), (0, 0)]
+            .into_iter()
+            .try_for_each(|(port, proto)| self.drop_entry(scope::CLUSTER, vip, port, proto))
+    }
+
+    /// Takes one port of a service away.
+    pub fn drop_entry(&self, scope: u8, vip: IpAddr, port: u16, proto: u8) -> Result<()> {
+        let was = match vip {
+            IpAddr::V4(_) => {
+                let key = SvcKey { vip: Ip4::from_ip(vip), port, proto, scope };
+                self.datapath.table::<_, SvcEntry>(map::SVC4)?.delete(&key)?
+            }
+            IpAddr::V6(_) => {
+                let key = SvcKey { vip: Ip6::from_ip(vip), port, proto, scope };
+                self.datapath.table::<_, SvcEntry>(map::SVC6)?.delete(&key)?
+            }
+        };
+        ensure!(was, "no service at {vip}, port {port}");
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustnet_common::backend::{Backend, id};
+use rustnet_common::backend::{Backend, flags, id};
 use rustnet_common::names::map::{BACKEND_IDS, BACKENDS};
 use rustnet_common::service::SvcEntry;
 
@@ -29,9 +29,9 @@ impl Backends {
         Ok(Self { ids: Memory::new(ids, access)?, slots: Memory::new(slots, access)? })
     }
 
-    /// Number of the set of a backend, while the slot of its id has it.
+    /// Number of the set of a backend, while it serves.
     pub fn set_of(&self, backend: u32) -> Option<u32> {
-        let held = self.slots.get(id::slot_of(backend)).filter(|held| backend != 0 && held.id == backend)?;
+        let held = self.slots.get(id::slot_of(backend)).filter(|held| held.serves(backend))?;
         Some(held.service)
     }
 
@@ -78,6 +78,19 @@ impl Backends {
         for (index, id) in (first..).zip(ids) {
             // SAFETY: the index is below the capacity, so it lies inside of the mapping.
             unsafe { AtomicU32::from_ptr(self.ids.at(index).as_ptr()) }.store(*id, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Marks the backends of these ids as ended. No service refers to them.
+    pub fn end(&mut self, ids: &[u32]) -> Result<()> {
+        for ended in ids {
+            let slot = id::slot_of(*ended);
+            let held = self.slots.get(slot).with_context(|| self.too_small(BACKENDS, slot))?;
+            // SAFETY: `get` has shown that the slot lies inside of the mapping.
+            let at = unsafe { self.slots.at(slot) }.as_ptr();
+            // SAFETY: as above; only this process writes there.
+            unsafe { (&raw mut (*at).flags).write_volatile(held.flags | flags::ENDED) };
         }
         Ok(())
     }
@@ -155,7 +168,7 @@ impl Backends {
 
 #[cfg(test)]
 mod tests {
-    use super::{Access, BACKEND_IDS, BACKENDS, Backend, Backends, Map, SvcEntry, id};
+    use super::{Access, BACKEND_IDS, BACKENDS, Backend, Backends, Map, SvcEntry, flags, id};
     use crate::bpf::store::memory::tests::array_of;
     use std::net::IpAddr;
 
@@ -208,6 +221,20 @@ mod tests {
         assert_eq!((both.slots().len(), both.used()), (6, (0, 0)));
         both.store(&[backend(id::make(5, 2))]).unwrap();
         assert_eq!(slots.get(&5).unwrap(), Some(backend(id::make(5, 2))));
+    }
+
+    #[test]
+    fn one_that_has_ended_serves_no_more_and_keeps_its_slot() {
+        let (ids, slots) = maps(16);
+        let mut both = Backends::from_maps(&ids, &slots, Access::Write).unwrap();
+        let first = Backend { flags: flags::LOCAL, ..backend(id::make(5, 1)) };
+        both.store(&[first]).unwrap();
+        assert_eq!(both.set_of(first.id), Some(7));
+        both.end(&[first.id]).unwrap();
+        assert_eq!(slots.get(&5).unwrap(), Some(Backend { flags: flags::LOCAL | flags::ENDED, ..first }));
+        assert_eq!(both.set_of(first.id), None);
+        both.clear(&[first.id]).unwrap();
+        assert_eq!(slots.get(&5).unwrap().unwrap().flags, 0);
     }
 
     #[test]

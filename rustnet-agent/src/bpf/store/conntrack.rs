@@ -1,6 +1,6 @@
-//! The connection tables: read, swept and flushed by user space; written by the programs.
+//! The connection tables: read and swept by user space; written by the programs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::mem::offset_of;
 use std::net::IpAddr;
 use std::path::Path;
@@ -58,11 +58,6 @@ impl Conntrack {
         })
     }
 
-    /// Deletes the connections of a protocol whose backend is in that protocol's set.
-    pub fn flush(&self, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept> {
-        Ok(self.v4.flush(backends)? + self.v6.flush(backends)?)
-    }
-
     /// Deletes flows that are masqueraded as one of these addresses: none of them gets answers any more, and the next packet of
     /// a pod opens its flow again, with another address. Returns how many.
     pub fn forget_sources(&self, gone: &BTreeSet<IpAddr>) -> Result<usize> {
@@ -92,8 +87,8 @@ pub fn clock_offset(name: &str) -> Option<usize> {
     }
 }
 
-/// True if a value of a connection table is of a flow, not of TCP, whose backend is none any more: its flows were forgotten.
-pub fn is_forgotten(name: &str, value: &[u8], is_backend: impl Fn(u32) -> bool) -> bool {
+/// True if a value of a connection table is of a flow, not of TCP, whose backend serves no more.
+pub fn has_ended(name: &str, value: &[u8], is_serving: impl Fn(u32) -> bool) -> bool {
     fn backend_of<A: Address>(value: &[u8]) -> u32
     where
         CtEntry<A>: Pod,
@@ -105,7 +100,7 @@ pub fn is_forgotten(name: &str, value: &[u8], is_backend: impl Fn(u32) -> bool) 
         map::CT6_ANY => backend_of::<Ip6>(value),
         _ => 0,
     };
-    backend != 0 && !is_backend(backend)
+    backend != 0 && !is_serving(backend)
 }
 
 /// True if a value of a connection table supersedes another one of the same key. False for other maps.
@@ -148,18 +143,6 @@ where
     pub fn is_empty(&self) -> Result<bool> {
         Ok(self.len()? == 0)
     }
-
-    fn flush(&self, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept> {
-        // Twice: a packet of one direction can restore the other while the table is read.
-        let mut swept = Swept::default();
-        let has_tcp = backends.contains_key(&proto::TCP);
-        let has_other = backends.len() > usize::from(has_tcp);
-        for (table, _) in self.both().into_iter().zip([has_tcp, has_other]).filter(|(_, is_named)| *is_named) {
-            swept = swept + flush(table, backends)?;
-            swept.deleted += flush(table, backends)?.deleted;
-        }
-        Ok(swept)
-    }
 }
 
 fn find<A: Address>(table: &Table<A>, tuple: &Tuple<A>) -> Result<Option<(Tuple<A>, CtEntry<A>)>>
@@ -191,25 +174,6 @@ where
     }
     let back = entry.tuple(key).reversed();
     Ok(find(table, &entry.to.reversed())?.filter(|(_, other)| other.to == back))
-}
-
-fn flush<A>(table: &Table<A>, backends: &BTreeMap<u8, BTreeSet<u32>>) -> Result<Swept>
-where
-    A: Address,
-    Tuple<A>: Pod,
-    CtEntry<A>: Pod,
-{
-    let mut swept = Swept::default();
-    // The reply direction first: a packet of the original direction restores it with the backend that is asked for now.
-    let (mut replies, mut originals) = (Vec::new(), Vec::new());
-    table.for_each(|key, entry| {
-        swept.seen += 1;
-        if backends.get(&key.proto).is_some_and(|ids| ids.contains(&entry.backend)) {
-            if entry.flags & flags::REPLY != 0 { replies.push(*key) } else { originals.push(*key) }
-        }
-    })?;
-    swept.deleted = table.delete_all(&replies)? + table.delete_all(&originals)?;
-    Ok(swept)
 }
 
 fn forget_sources<A>(table: &Table<A>, gone: &BTreeSet<IpAddr>) -> Result<usize>
@@ -301,7 +265,6 @@ mod tests {
     use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, flags};
     use rustnet_common::tuple::{Tuple, proto};
     use std::cell::Cell;
-    use std::collections::{BTreeMap, BTreeSet};
     use std::net::Ipv4Addr;
 
     fn tuple(sport: u16, proto: u8) -> Tuple<Ip4> {
@@ -416,16 +379,5 @@ mod tests {
         assert_eq!(ct.forget_sources(&[Ipv4Addr::new(192, 0, 2, 1).into()].into()).unwrap(), 1);
         assert!(!is_there(&ct, &tuple(1, proto::UDP)) && is_there(&ct, &tuple(2, proto::UDP)));
         assert_eq!(ct.v4.len().unwrap(), 4);
-    }
-
-    #[test]
-    fn flushing_takes_all_entries_of_the_named_backends_and_protocol() {
-        let ct = tables();
-        add(&ct.v4, tuple(1, proto::UDP), 7, [0, 0]);
-        add(&ct.v4, tuple(2, proto::UDP), 8, [0, 0]);
-        add(&ct.v4, tuple(3, proto::TCP), 7, [0, 0]);
-        let swept = ct.flush(&BTreeMap::from([(proto::UDP, BTreeSet::from([7]))])).unwrap();
-        assert_eq!(swept, Swept { seen: 4, deleted: 2 }, "the table of TCP is not read");
-        assert!(!is_there(&ct, &tuple(1, proto::UDP)) && is_there(&ct, &tuple(3, proto::TCP)));
     }
 }

@@ -15,7 +15,6 @@ use rustnet_common::service::{SvcEntry, SvcKey, scope};
 use rustnet_common::source_range::{self, SourceRangeKey};
 
 use super::backends::Backends;
-use super::conntrack::Conntrack;
 use super::maglev::Tables;
 use super::memory::Access;
 use super::{Map, fault};
@@ -34,7 +33,6 @@ pub struct BpfMaps {
     source_ranges: SourceRanges,
     backends: Backends,
     tables: Tables,
-    conntrack: Conntrack,
     /// Where the audit of a service map goes on.
     cursor: sys::Cursor,
 }
@@ -50,12 +48,11 @@ impl BpfMaps {
             source_ranges: Map::open(bpffs, map::SOURCE_RANGES)?,
             backends: Backends::open(bpffs, Access::Write)?,
             tables: Tables::open(bpffs, Access::Write)?,
-            conntrack: Conntrack::open(bpffs)?,
             cursor: sys::Cursor::default(),
         })
     }
 
-    /// Number of the set of a backend that serves: its slot still has this id.
+    /// Number of the set of a backend that serves.
     pub fn set_of(&self, backend: u32) -> Option<u32> {
         self.backends.set_of(backend)
     }
@@ -147,15 +144,10 @@ impl BpfMaps {
                     _ => Ok(()),
                 })
             }
-            Write::ForgetFlows { .. } => {
-                let mut backends: BTreeMap<u8, BTreeSet<u32>> = BTreeMap::new();
-                for write in run {
-                    if let Write::ForgetFlows { proto, backends: ids } = write {
-                        backends.entry(*proto).or_default().extend(ids);
-                    }
-                }
-                self.conntrack.flush(&backends).map(drop)
-            }
+            Write::EndBackends { .. } => run.iter().try_for_each(|write| match write {
+                Write::EndBackends { ids } => self.backends.end(ids),
+                _ => Ok(()),
+            }),
         }
     }
 }
@@ -257,7 +249,7 @@ fn rank(write: &Write) -> u8 {
         Write::DeleteService { .. } => 1,
         Write::PutPeer { .. } => 2,
         Write::DeletePeer { .. } => 3,
-        Write::ForgetFlows { .. } => 4,
+        Write::EndBackends { .. } => 4,
         Write::ClearBackends { .. } => 5,
         Write::RestoreBackends { .. } | Write::RestoreIds { .. } | Write::RestoreTables { .. } => 6,
         Write::PutSourceRange { .. } => 7,

@@ -143,7 +143,7 @@ fn shape(plan: &Plan) -> Vec<&'static str> {
         Write::DeletePeer { .. } => "delete peer",
         Write::PutSourceRange { .. } => "put range",
         Write::DeleteSourceRange { .. } => "delete range",
-        Write::ForgetFlows { .. } => "forget",
+        Write::EndBackends { .. } => "end",
     };
     plan.writes.iter().map(name).collect()
 }
@@ -258,7 +258,7 @@ fn ids_survive_a_restart_and_are_not_given_again_after_it() {
     let after = rig.backends(VIP, 80, TCP);
     assert_eq!(after[0].id, web_before[1].id);
     assert_eq!(id::slot_of(after[1].id), 3);
-    assert!(rig.maps.take_forgotten().iter().all(|(_, ids)| !ids.contains(&after[1].id)));
+    assert!(!rig.maps.take_ended().contains(&after[1].id));
     assert!(rig.handle(dns(&["10.244.1.9"])).sync().writes.len() > 1);
     assert!(rig.entry("10.96.0.53", 53, UDP).id > dns_before.id);
 }
@@ -293,7 +293,7 @@ fn before_everything_is_known_nothing_is_written_or_pruned() {
     assert_eq!(rig.sync(), Plan::default());
     let plan = rig.handle([Event::Synced(Kind::Node)]).sync();
     // What was deleted while no agent was there is pruned now, and nothing else is touched.
-    assert_eq!(shape(&plan), ["delete wildcard", "delete service", "forget"]);
+    assert_eq!(shape(&plan), ["delete wildcard", "delete service", "end"]);
     assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.2"]);
 }
 
@@ -334,23 +334,23 @@ fn an_empty_service_has_an_entry_and_no_slots() {
 }
 
 #[test]
-fn flows_of_udp_backends_that_are_gone_are_forgotten() {
+fn udp_backends_that_are_gone_end() {
     let mut rig = Rig::new(64);
     rig.handle(dns(&["10.244.1.2", "10.244.1.3"])).sync();
     let ids: Vec<u32> = rig.backends("10.96.0.53", 53, UDP).iter().map(|b| b.id).collect();
     let plan = rig.handle(dns(&["10.244.1.3"])).sync();
-    assert_eq!(shape(&plan), ["ids", "put service", "forget"]);
-    assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![ids[0]])]);
+    assert_eq!(shape(&plan), ["ids", "put service", "end"]);
+    assert_eq!(rig.maps.take_ended(), [ids[0]]);
     // None left: what was answered a moment ago is refused.
     rig.handle(dns(&[])).sync();
-    assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![ids[1]])]);
+    assert_eq!(rig.maps.take_ended(), [ids[1]]);
     rig.handle(dns(&["10.244.1.4"])).sync();
-    assert_eq!(rig.maps.take_forgotten(), []);
+    assert_eq!(rig.maps.take_ended(), <[u32; 0]>::default());
     // The service goes, and whatever may still lead to its backends.
     let last = rig.backends("10.96.0.53", 53, UDP)[0].id;
     let plan = rig.handle([gone(Kind::Service, "dns")]).sync();
-    assert_eq!(shape(&plan), ["delete wildcard", "delete service", "forget"]);
-    assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![last])]);
+    assert_eq!(shape(&plan), ["delete wildcard", "delete service", "end"]);
+    assert_eq!(rig.maps.take_ended(), [last]);
 }
 
 #[test]
@@ -365,29 +365,29 @@ fn flows_to_udp_backends_that_terminate_go_on_until_they_serve_no_more() {
     let first = || endpoint("10.244.1.2");
     rig.handle([with(Some(first().draining()))]).sync();
     assert_eq!(rig.addresses("10.96.0.53", 53, UDP), ["10.244.1.3"]);
-    assert_eq!(rig.maps.take_forgotten(), []);
-    // Nor are they forgotten by an agent that finds it so.
+    assert_eq!(rig.maps.take_ended(), <[u32; 0]>::default());
+    // Nor does an agent end them that finds it so.
     rig.restart().sync();
-    assert_eq!(rig.maps.take_forgotten(), []);
+    assert_eq!(rig.maps.take_ended(), <[u32; 0]>::default());
     // It changed its mind: it is the one it was.
     rig.handle([with(Some(first()))]).sync();
     assert_eq!(rig.backends("10.96.0.53", 53, UDP), before);
     rig.handle([with(Some(first().draining()))]).sync();
     let plan = rig.handle([with(Some(first().unusable()))]).sync();
-    assert_eq!(shape(&plan), ["forget"]);
-    assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![before[0].id])]);
+    assert_eq!(shape(&plan), ["end"]);
+    assert_eq!(rig.maps.take_ended(), [before[0].id]);
     assert_eq!(rig.handle([with(None)]).sync().writes, []);
 }
 
 #[test]
-fn an_agent_that_starts_later_still_knows_whose_flows_to_forget() {
+fn an_agent_that_starts_later_still_ends_those_that_lingered() {
     let mut rig = Rig::new(5);
     rig.handle(dns(&["10.244.1.2", "10.244.1.3"])).sync();
     let ids: Vec<u32> = rig.backends("10.96.0.53", 53, UDP).iter().map(|b| b.id).collect();
     let slice = slice("dns-1", "dns", Family::V4).port("dns", 53, UDP).ready(&["10.244.1.9"]);
     let draining = ["10.244.1.2", "10.244.1.3"].into_iter().fold(slice, |s, ip| s.endpoint(endpoint(ip).draining()));
     rig.handle([draining.apply()]).sync();
-    assert_eq!(rig.maps.take_forgotten(), []);
+    assert_eq!(rig.maps.take_ended(), <[u32; 0]>::default());
     // Others would like the slots meanwhile, and do not get them.
     for last in [4, 5, 6, 7] {
         rig.handle(web(&[&format!("10.244.1.{last}")]));
@@ -397,20 +397,20 @@ fn an_agent_that_starts_later_still_knows_whose_flows_to_forget() {
     rig.restart().handle(dns(&["10.244.1.9"]));
     rig.sync();
     rig.wait().sync();
-    let forgotten = rig.maps.take_forgotten();
-    assert!(ids.iter().all(|id| forgotten[0].1.contains(id)), "{forgotten:?} without {ids:?}");
+    let ended = rig.maps.take_ended();
+    assert!(ids.iter().all(|id| ended.contains(id)), "{ended:?} without {ids:?}");
     rig.wait().sync();
     assert_eq!(rig.addresses("10.96.0.53", 53, UDP), ["10.244.1.9"]);
 }
 
 #[test]
-fn tcp_flows_are_never_forgotten() {
+fn tcp_backends_never_end() {
     let mut rig = Rig::new(64);
     rig.handle(web(&["10.244.1.2", "10.244.1.3"])).sync();
     rig.handle(web(&["10.244.1.3"])).sync();
     rig.handle(web(&[])).sync();
     rig.handle(web(&["10.244.1.4"])).sync();
-    assert_eq!(rig.maps.take_forgotten(), []);
+    assert_eq!(rig.maps.take_ended(), <[u32; 0]>::default());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_crash_before_flows_were_forgotten_is_made_good_at_the_next_start() {
+fn a_crash_before_backends_end_is_made_good_at_the_next_start() {
     let mut rig = Rig::new(64);
     rig.handle(dns(&["10.244.1.2", "10.244.1.3"])).sync();
     let ids: Vec<u32> = rig.backends("10.96.0.53", 53, UDP).iter().map(|b| b.id).collect();
@@ -13,9 +13,9 @@ fn a_crash_before_flows_were_forgotten_is_made_good_at_the_next_start() {
     rig.planner.sync(&mut rig.index, &mut rig.maps, rig.now).unwrap_err();
     rig.maps.repair();
     let plan = rig.restart().sync();
-    assert_eq!(shape(&plan), ["forget"]);
+    assert_eq!(shape(&plan), ["end"]);
     // The one that stayed is no stray.
-    assert_eq!(rig.maps.take_forgotten(), [(UDP, vec![ids[0]])]);
+    assert_eq!(rig.maps.take_ended(), [ids[0]]);
 }
 
 #[test]
@@ -145,11 +145,11 @@ fn a_crash_between_any_two_writes() {
         rig.settle();
         assert_eq!(rig.addresses(VIP, 80, TCP), ["10.244.1.3", "10.244.1.6"], "after {after}");
         assert_eq!(rig.addresses("10.96.0.53", 53, UDP), ["10.244.1.5", "10.244.1.7"], "after {after}");
-        // Those that stay keep their ids, flows of the one that goes are forgotten.
+        // Those that stay keep their ids, the one that goes has ended.
         assert_eq!(rig.backends(VIP, 80, TCP)[0], web_before[1], "after {after}");
         assert_eq!(rig.backends("10.96.0.53", 53, UDP)[0], dns_before[1], "after {after}");
-        let forgotten: Vec<u32> = rig.maps.take_forgotten().into_iter().flat_map(|(_, ids)| ids).collect();
-        assert!(forgotten.contains(&dns_before[0].id), "after {after}: {forgotten:?}");
+        let ended = rig.maps.take_ended();
+        assert!(ended.contains(&dns_before[0].id), "after {after}: {ended:?}");
         // Four slots are in use, and of the others none is lost.
         assert_eq!(rig.maps.held().backends.iter().filter(|b| b.id != 0).count(), 4, "after {after}");
         rig.handle([gone(Kind::Service, "dns")]).handle(web(&[])).sync();
