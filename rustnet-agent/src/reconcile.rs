@@ -235,6 +235,8 @@ struct Reconciler {
     /// There are TCP connections whose backend serves no more, and whose endpoint is known to the API.
     has_outlived: bool,
     sockets_since: endings::Since,
+    /// Where the next search for them begins.
+    first_bucket: u8,
     searching: Option<Searching>,
     /// How long the loop took to compare them with the backends.
     compare_took: Duration,
@@ -288,6 +290,7 @@ impl Reconciler {
             external_seen: false,
             has_outlived: false,
             sockets_since: endings::Since::new(),
+            first_bucket: 0,
             searching: None,
             compare_took: Duration::ZERO,
             records: None,

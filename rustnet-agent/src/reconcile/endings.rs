@@ -58,6 +58,8 @@ pub struct Search {
     pub judged: Instant,
     /// Since when they are without one.
     pub since: Since,
+    /// The bucket to begin with: see [`Outcome::first`].
+    pub first: u8,
     /// The CNI binary's records of pods; `None` while they are not known.
     pub records: Option<Vec<EndpointFile>>,
     /// Where these are.
@@ -73,6 +75,9 @@ pub struct Search {
 pub struct Outcome {
     /// Since when sockets are without a backend, for the next search.
     pub since: Since,
+    /// The first bucket whose turn came so late that no TCP connection was ended there: the next search begins with it, so that none
+    /// is always late. 0 if none was.
+    pub first: u8,
     /// After which time to search again.
     pub next: Option<Duration>,
     /// How many sockets were ended.
@@ -115,7 +120,13 @@ impl Search {
         let mut outcome = Outcome { since: std::mem::take(&mut self.since), ..Outcome::default() };
         outcome.since.retain(|key, _| known.contains(key));
         let mut forget = Vec::new();
-        for (bucket, left) in by_bucket(&self.left) {
+        let mut late = None;
+        let (before, from_first): (Vec<_>, Vec<_>) =
+            by_bucket(&self.left).into_iter().partition(|(it, _)| *it < self.first);
+        for (bucket, left) in from_first.into_iter().chain(before) {
+            if self.judged.elapsed() >= VALID {
+                late.get_or_insert(bucket);
+            }
             let mut places = self.places(bucket, &mut outcome);
             for proto in [TCP, UDP] {
                 let of_proto = left.iter().filter(|it| it.asked.proto == proto);
@@ -128,6 +139,7 @@ impl Search {
         for (key, _) in &forget {
             outcome.since.remove(key);
         }
+        outcome.first = late.unwrap_or(0);
         outcome
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use rustnet_common::endpoint::Endpoint;
-use rustnet_common::host_port::{HostPortKey, any};
+use rustnet_common::host_port::{HostPort, HostPortKey, any};
 use rustnet_common::service::scope;
 use rustnet_common::socket::{Asked, SocketKey, netns};
 use rustnet_common::tuple::proto::{TCP, UDP};
@@ -123,6 +123,7 @@ impl Reconciler {
                     left,
                     judged: began.into_std(),
                     since: std::mem::take(&mut self.sockets_since),
+                    first: self.first_bucket,
                     records: self.records.clone(),
                     run_dir: self.config.run_dir.clone(),
                     enter: Arc::clone(&self.enter),
@@ -151,6 +152,7 @@ impl Reconciler {
             tracing::debug!(took = ?began.elapsed(), ended = outcome.ended, "network namespaces searched for sockets");
         }
         (self.searching, self.sockets_since, self.has_outlived) = (None, outcome.since, outcome.has_outlived);
+        self.first_bucket = outcome.first;
         if outcome.ended > 0 {
             tracing::info!(ended = outcome.ended, "sockets ended: their backends are gone");
         }
@@ -218,9 +220,10 @@ fn left(kernel: &Kernel, mut all: Vec<(SocketKey, Asked)>) -> Result<Vec<(Socket
     };
     let leads_to_pod = |key: &SocketKey, asked: &Asked| {
         let at = |addr| ports.get(&HostPortKey { addr, port: asked.port, proto: asked.proto, pad: 0 });
-        let entry = at(asked.addr).or_else(|| at(any(asked.addr.is_v4())));
-        let lives = |ifindex| pods.get(&IpAddr::from(key.addr)).is_some_and(|pod| pod.ifindex == ifindex);
-        entry.is_some_and(|it| (it.pod, it.port) == (key.addr, key.port) && lives(it.ifindex))
+        let lives = |it: &&HostPort| pods.get(&IpAddr::from(it.pod)).is_some_and(|pod| pod.ifindex == it.ifindex);
+        // As the programs look: also behind an entry that a pod has left at this address.
+        let entry = [asked.addr, any(asked.addr.is_v4())].into_iter().filter_map(at).find(lives);
+        entry.is_some_and(|it| (it.pod, it.port) == (key.addr, key.port))
     };
     // Many sockets ask for few Services.
     let mut sets: HashMap<VipKey, Option<u32>> = HashMap::new();

@@ -16,8 +16,9 @@ use rustnet_agent::model::{ObjectName, Pod, Problem};
 use rustnet_agent::net::netns;
 use rustnet_agent::net::sock_diag::SockDiag;
 use rustnet_agent::reconcile::Surroundings;
-use rustnet_agent::reconcile::endings::{Left, Outcome, Search};
+use rustnet_agent::reconcile::endings::{Left, Outcome, Search, Since};
 use rustnet_agent::source::{Event, Kind, Object};
+use rustnet_common::files::EndpointFile;
 use rustnet_common::names::map;
 use rustnet_common::socket::netns::{HOST, POD, bucket};
 use rustnet_common::socket::{Asked, SocketKey};
@@ -237,6 +238,7 @@ fn a_tcp_connection_is_ended_by_what_was_found_a_moment_ago_alone() {
                 left: vec![Left { key, asked, is_over: true }],
                 judged,
                 since: [(key, ago(30))].into(),
+                first: 0,
                 records: Some(Vec::new()),
                 run_dir: sandbox.run_dir.clone(),
                 enter: Arc::new(|_| unreachable!()),
@@ -250,6 +252,47 @@ fn a_tcp_connection_is_ended_by_what_was_found_a_moment_ago_alone() {
         assert_eq!(client.take_error().unwrap().map(|e| e.kind()), None);
         assert_eq!(search(ago(0)), (1, false));
         assert_eq!(client.take_error().unwrap().map(|e| e.kind()), Some(ErrorKind::ConnectionAborted));
+    });
+}
+
+/// Namespaces that a search reaches too late to end TCP connections come first in the next one.
+#[test]
+fn the_next_search_begins_with_the_namespaces_that_were_late() {
+    sandbox::run(|sandbox| {
+        load(sandbox).run().unwrap().pin(&sandbox.bpffs).unwrap();
+        let record = |n: u64| -> EndpointFile {
+            serde_json::from_value(serde_json::json!({
+                "containerId": format!("c{n}"), "ifname": "eth0", "netns": format!("/{n}"), "netnsCookie": n, "network": "rustnet",
+                "hostIfname": format!("rnv{n}"), "ifindex": n, "mac": "02:00:00:00:00:07", "addresses": [],
+            }))
+            .unwrap()
+        };
+        let left = |n: u64| {
+            let key = SocketKey { cookie: n, ..SocketKey::zeroed() };
+            Left { key, asked: Asked { proto: TCP, bucket: bucket(n, POD), ..Asked::zeroed() }, is_over: true }
+        };
+        let search = |first, age| {
+            let (sender, entered) = std::sync::mpsc::channel();
+            let search = Search {
+                left: (1..=3).map(left).collect(),
+                judged: Instant::now().checked_sub(age).unwrap(),
+                since: Since::new(),
+                first,
+                records: Some((1..=3).map(record).collect()),
+                run_dir: sandbox.run_dir.clone(),
+                enter: Arc::new(move |path| {
+                    sender.send(path.display().to_string()).unwrap();
+                    anyhow::bail!("nobody is there")
+                }),
+                sockets: Arc::new(Sockets::open(&sandbox.bpffs).unwrap()),
+            };
+            let first = search.run().first;
+            (entered.iter().collect::<String>(), first)
+        };
+        let (in_time, late) = (Duration::ZERO, Duration::from_secs(11));
+        assert_eq!(search(0, in_time), ("/1/2/3".to_owned(), 0));
+        assert_eq!(search(bucket(2, POD), in_time), ("/2/3/1".to_owned(), 0));
+        assert_eq!(search(bucket(3, POD), late), ("/3/1/2".to_owned(), bucket(3, POD)));
     });
 }
 
