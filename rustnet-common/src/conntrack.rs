@@ -126,6 +126,10 @@ pub mod flags {
     pub const EXTERNAL: u16 = 128;
     /// With [`EXTERNAL`]: asked at another address than the one by which other nodes know this one. They refuse it inside the tunnel.
     pub const SECOND_ADDRESS: u16 = 256;
+    /// With [`EXTERNAL`] and [`NAT`]: the backend on another node answers the client directly (DSR). Packets go there whole, behind a
+    /// header of their own, and `to` says what that node makes of them. No answers pass here, so that no entry of the reply direction
+    /// belongs to this one.
+    pub const DIRECT: u16 = 512;
 }
 
 /// Bits of [`CtEntry::state`].

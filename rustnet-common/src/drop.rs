@@ -86,6 +86,8 @@ reasons! {
     NotInSourceRange = 26, "not_in_source_range", "the client is in none of the service's loadBalancerSourceRanges: rustnetctl services";
     /// An address of a service range that no Service has.
     NoService = 27, "no_service", "no Service has this address of the service range: kubectl get services -A, and check the address";
+    /// A packet that another node handed on for direct server return, and its Service does not lead to that pod of this node.
+    NoDirectBackend = 28, "no_direct_backend", "the node that the client asked knows other endpoints than this one: rustnetctl services --verify on both";
 }
 
 /// Directions that `rn_counters` tells apart; see [`counter_index`].

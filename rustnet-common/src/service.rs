@@ -60,6 +60,8 @@ pub mod flags {
     pub const SOURCE_RANGES: u16 = 8;
     /// A backend is this node at the very port of the entry: its server may bind it. In entries of loopback addresses alone.
     pub const OWN_PORT: u16 = 16;
+    /// Backends on other nodes answer clients outside directly (DSR). In entries of [`scope::EXTERNAL`](super::scope::EXTERNAL) alone.
+    pub const DIRECT: u16 = 32;
 }
 
 shared_type!(SvcKey<Ip4>, 8);

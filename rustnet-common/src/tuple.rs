@@ -125,12 +125,16 @@ impl<A: Address> Tuple<A> {
 pub mod proto {
     /// ICMP (RFC 792).
     pub const ICMP: u8 = 1;
+    /// IPv4 in IP (RFC 2003).
+    pub const IPIP: u8 = 4;
     /// TCP (RFC 9293).
     pub const TCP: u8 = 6;
     /// UDP (RFC 768).
     pub const UDP: u8 = 17;
     /// DCCP (RFC 4340).
     pub const DCCP: u8 = 33;
+    /// IPv6 in IP (RFC 2473).
+    pub const IPV6: u8 = 41;
     /// ICMPv6 (RFC 4443).
     pub const ICMPV6: u8 = 58;
     /// SCTP (RFC 9260).

@@ -6,6 +6,7 @@ use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config::NodeConfig;
 use rustnet_common::device::Device;
 use rustnet_common::peer::Peer;
+use rustnet_common::tuple::proto;
 
 use crate::maps::{self, Connections, Fragments, Peers, Scratch, Services};
 use crate::wire::{Header4, Header6};
@@ -18,6 +19,8 @@ pub trait Family: 'static {
     type Header: Copy;
     /// AF_INET or AF_INET6.
     const AF: u8;
+    /// Protocol number of a packet of the family inside of another one.
+    const IN_IP: u8;
     /// Bits of an address.
     const BITS: u32 = Self::A::LEN as u32 * 8;
 
@@ -52,11 +55,12 @@ pub enum V6 {}
 
 /// Implements [`Family`] for one family.
 macro_rules! family {
-    ($family:ident, $addr:ident, $header:ident, $af:literal, $tcp:ident, $any:ident, $svc:ident, $peers:ident, $frag:ident, $scratch:ident, $node:ident, $ip:ident) => {
+    ($family:ident, $addr:ident, $header:ident, $af:literal, $in_ip:ident, $tcp:ident, $any:ident, $svc:ident, $peers:ident, $frag:ident, $scratch:ident, $node:ident, $ip:ident) => {
         impl Family for $family {
             type A = $addr;
             type Header = $header;
             const AF: u8 = $af;
+            const IN_IP: u8 = proto::$in_ip;
 
             #[inline(always)]
             fn tcp_connections() -> &'static Connections<$addr> {
@@ -94,5 +98,5 @@ macro_rules! family {
     };
 }
 
-family!(V4, Ip4, Header4, 2, rn_ct4_tcp, rn_ct4_any, rn_svc4_v2, rn_peers4, rn_frag4_v2, rn_scratch4, node4, ip4);
-family!(V6, Ip6, Header6, 10, rn_ct6_tcp, rn_ct6_any, rn_svc6_v2, rn_peers6, rn_frag6_v2, rn_scratch6, node6, ip6);
+family!(V4, Ip4, Header4, 2, IPIP, rn_ct4_tcp, rn_ct4_any, rn_svc4_v2, rn_peers4, rn_frag4_v2, rn_scratch4, node4, ip4);
+family!(V6, Ip6, Header6, 10, IPV6, rn_ct6_tcp, rn_ct6_any, rn_svc6_v2, rn_peers6, rn_frag6_v2, rn_scratch6, node6, ip6);

@@ -51,10 +51,12 @@ use crate::ctx::{Ctx, Skb, at, jiffies};
 use crate::event::Report;
 use crate::family::{V4, V6};
 use crate::hook::Steps;
+use crate::hook::direct;
 use crate::hook::external::{self, Answer};
 use crate::hook::tunnel::{self, Outer, Outside};
 use crate::log::{Log, macro_support};
 use crate::outcome::{Dropped, PackedResult};
+use crate::rewrite::Wrap;
 use crate::step::exec::{ReplyPath, TO_STACK};
 use crate::step::tunnel::{self as overlay, Tunnel};
 use crate::step::{mark, source};
@@ -73,7 +75,7 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
         Err(dropped) => match dropped.reason {
             DropReason::NoBackend | DropReason::NoServicePort | DropReason::TtlExceeded | DropReason::FragNeeded => {
                 F::report(skb, l3, dropped.reason, H::CODE);
-                F::reject(skb, l3, dropped, H::REPLY_PATH)
+                if H::ANSWERS { F::reject(skb, l3, dropped, H::REPLY_PATH) } else { TC_ACT_SHOT }
             }
             DropReason::Forwarded
             | DropReason::Malformed
@@ -97,7 +99,8 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
             | DropReason::SourceRoute
             | DropReason::Martian
             | DropReason::NotInSourceRange
-            | DropReason::NoService => {
+            | DropReason::NoService
+            | DropReason::NoDirectBackend => {
                 F::report(skb, l3, dropped.reason, H::CODE);
                 TC_ACT_SHOT
             }
@@ -151,6 +154,8 @@ trait Place {
     const CODE: u8;
     /// Where rejections go from here.
     const REPLY_PATH: ReplyPath;
+    /// Whether there are any.
+    const ANSWERS: bool = true;
 }
 
 /// A place that a program of its own begins at.
@@ -181,6 +186,10 @@ fn one_family<H: Hook, F: Reject>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> i32 
     if H::MAY_JUMP && matches!(result.result(), Ok(external::JUMP)) {
         tail::jump(&TcContext::new(skb.raw()), tail::EXTERNAL_IN);
         // These programs are being replaced. The sender tries again.
+        return verdict::<H, F>(skb, l3, Err(DropReason::BackendLookupFailed.into()));
+    }
+    if H::MAY_JUMP && matches!(result.result(), Ok(direct::RECEIVE)) {
+        tail::jump(&TcContext::new(skb.raw()), tail::DIRECT_IN);
         return verdict::<H, F>(skb, l3, Err(DropReason::BackendLookupFailed.into()));
     }
     if log::is_on() {
@@ -380,6 +389,10 @@ fn outside<H: Place, F: Reject>(skb: &Skb) -> i32 {
         overlay::read(skb, &mut from);
     }
     let result = external_steps::<F>(skb, &from, H::CODE);
+    if matches!(result.result(), Ok(direct::SEND)) {
+        tail::jump(&TcContext::new(skb.raw()), tail::DIRECT_OUT);
+        return verdict::<H, F>(skb, ETH_LEN, Err(DropReason::BackendLookupFailed.into()));
+    }
     if log::is_on() {
         F::log(result, skb.ifindex(), H::CODE);
     }
@@ -391,6 +404,74 @@ fn outside<H: Place, F: Reject>(skb: &Skb) -> i32 {
 fn external_steps<F: Steps>(skb: &Skb, from: &Tunnel, hook: u8) -> PackedResult {
     let source = if hook == hooks::OVERLAY_IN { source::of_tunnel(from) } else { source::OUTSIDE };
     PackedResult::new(external::run::<F>(skb, source, hook))
+}
+
+/// The part of `external_in` for flows whose backend on another node answers directly, attached nowhere.
+#[classifier]
+pub fn direct_out(ctx: TcContext) -> i32 {
+    let skb = Skb(ctx.skb.skb);
+    match parse::ethertype(&skb) {
+        Some(ETH_P_IP) => direct_to_node::<V4>(&skb),
+        Some(ETH_P_IPV6) => direct_to_node::<V6>(&skb),
+        _ => TO_STACK,
+    }
+}
+
+/// The same of one family.
+#[inline(always)]
+fn direct_to_node<F: Reject + Wrap>(skb: &Skb) -> i32 {
+    let result = direct_out_steps::<F>(skb);
+    if log::is_on() {
+        F::log(result, skb.ifindex(), UplinkIn::CODE);
+    }
+    verdict::<UplinkIn, F>(skb, ETH_LEN, result.result())
+}
+
+/// As [`steps`].
+#[inline(never)]
+fn direct_out_steps<F: Steps + Wrap>(skb: &Skb) -> PackedResult {
+    PackedResult::new(direct::send::<F>(skb, UplinkIn::CODE))
+}
+
+/// Where another node's `direct_out` sends to. The answers would go to that node.
+enum DirectIn<H> {
+    #[allow(dead_code, reason = "no value of the type is ever made")]
+    From(H),
+}
+impl<H: Place> Place for DirectIn<H> {
+    const CODE: u8 = H::CODE;
+    const REPLY_PATH: ReplyPath = H::REPLY_PATH;
+    const ANSWERS: bool = false;
+}
+
+/// The part of `uplink_in` and `overlay_in` for packets of another node's `direct_out`, attached nowhere.
+#[classifier]
+pub fn direct_in(ctx: TcContext) -> i32 {
+    let skb = Skb(ctx.skb.skb);
+    let is_tunneled = maps::config().is_some_and(|config| config.overlay != 0 && config.overlay == skb.ifindex());
+    match parse::ethertype(&skb) {
+        Some(ETH_P_IP) if is_tunneled => direct_to_pod::<OverlayIn, V4>(&skb),
+        Some(ETH_P_IPV6) if is_tunneled => direct_to_pod::<OverlayIn, V6>(&skb),
+        Some(ETH_P_IP) => direct_to_pod::<UplinkIn, V4>(&skb),
+        Some(ETH_P_IPV6) => direct_to_pod::<UplinkIn, V6>(&skb),
+        _ => TO_STACK,
+    }
+}
+
+/// The same of one family, and of the hook that the packet came in by.
+#[inline(always)]
+fn direct_to_pod<H: Place, F: Reject + Wrap>(skb: &Skb) -> i32 {
+    let result = direct_in_steps::<F>(skb, H::CODE);
+    if log::is_on() {
+        F::log(result, skb.ifindex(), H::CODE);
+    }
+    verdict::<DirectIn<H>, F>(skb, ETH_LEN + F::WRAP_LEN as usize, result.result())
+}
+
+/// As [`steps`].
+#[inline(never)]
+fn direct_in_steps<F: Steps + Wrap>(skb: &Skb, hook: u8) -> PackedResult {
+    PackedResult::new(direct::receive::<F>(skb, hook))
 }
 
 /// TC ingress of this host's other devices with addresses.

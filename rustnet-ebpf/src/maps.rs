@@ -50,6 +50,8 @@ pub struct Scratch<A> {
     pub reported: Packet<A>,
     /// What its connection says of it.
     pub flow: Flow<A>,
+    /// The tuple of the header that a packet for direct server return came in.
+    pub outer: Tuple<A>,
     /// A key in another slot, while it is looked up.
     pub slot_key: Tuple<A>,
     /// The connection that is being opened.

@@ -312,6 +312,27 @@ pub fn in_hand<F: Family>() -> Option<Parsed<F::A>> {
     Some(unsafe { (&(*scratch).packet, &mut (*scratch).flow) })
 }
 
+/// Makes the packet in hand, which has another one inside, the outer one, and returns its tuple.
+#[inline(always)]
+pub fn enter<F: Family>() -> Option<&'static Tuple<F::A>> {
+    let scratch = F::scratch()?;
+    // SAFETY: as in `packet`; these are the only borrows of the fields.
+    let (tuple, outer) = unsafe { (&(*scratch).packet.tuple, &mut (*scratch).outer) };
+    (outer.src, outer.dst) = (tuple.src, tuple.dst);
+    Some(outer)
+}
+
+/// Counts `bytes` more in the lengths of the packet in hand, for a header that it gets. With that it may not be fragmented.
+#[inline(always)]
+pub fn grow<F: Family>(bytes: u32) {
+    if let Some(scratch) = F::scratch() {
+        // SAFETY: as in `packet`, whose borrows ended with the program before.
+        let p = unsafe { &mut (*scratch).packet };
+        p.seg_len += bytes;
+        p.mtu_len = p.seg_len;
+    }
+}
+
 /// The packet that [`packet`] has read or refused, with what was read of it; the addresses are unspecified where not even they were.
 #[inline(always)]
 pub fn last<F: Family>() -> Option<&'static Packet<F::A>> {

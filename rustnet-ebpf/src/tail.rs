@@ -12,7 +12,12 @@ pub const UPLINK_IN: u32 = 1;
 /// Index of `external_in`.
 pub const EXTERNAL_IN: u32 = 2;
 
-const _: () = assert!(TAILS.len() == 3);
+/// Index of `direct_out`.
+pub const DIRECT_OUT: u32 = 3;
+/// Index of `direct_in`.
+pub const DIRECT_IN: u32 = 4;
+
+const _: () = assert!(TAILS.len() == 5);
 
 /// Goes on in another program, for good. Returns where there is none.
 #[inline(always)]

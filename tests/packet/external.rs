@@ -1,6 +1,7 @@
 //! Services for clients outside: node ports, load balancers' addresses, external IPs.
 
 mod abuse;
+mod direct;
 mod source_ranges;
 
 use crate::errors::{error, refusal, translated};

@@ -7,7 +7,7 @@ use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::{NOT_LOCAL, flags};
 
-use super::{Steps, forward};
+use super::{Steps, direct, forward};
 use crate::ctx::{Ctx, Skb};
 use crate::family::{Family, V4, V6};
 use crate::maps;
@@ -41,12 +41,17 @@ pub fn run<F: Steps>(skb: &Skb, source: Source, hook: u8) -> Result<i32, Dropped
             return Ok(TO_STACK);
         }
         F::translate_external(p, flow).into_unit()?;
+        if flow.flags & flags::DIRECT != 0 {
+            return Ok(direct::SEND);
+        }
         let is_for_host = flow.flags & flags::MASQ == 0 && flow.to.egress == NOT_LOCAL;
         if is_for_host && nat::is_answer_to_host::<F>(skb, &flow.to.tuple) {
             // The backend is a process of this node that the client has asked itself, from the same port.
             flow.flags |= flags::MASQ;
             flow.to.tuple.sport = 0;
         }
+    } else if flow.flags & flags::DIRECT != 0 {
+        return Ok(direct::SEND);
     }
     forward::<F>(skb, p, flow, source, Origin::External, config, hook)
 }

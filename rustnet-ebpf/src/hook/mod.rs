@@ -1,6 +1,7 @@
 //! One file per hook or pair of hooks. Each classifies its packets and lists the steps that follow, in order. No hook writes a
 //! packet byte.
 
+pub mod direct;
 pub mod external;
 pub mod from_pod;
 pub mod overlay;
@@ -21,6 +22,7 @@ use crate::parse::{self, Parse};
 use crate::rewrite::Rewrite;
 use crate::step::admit::{self, Create};
 use crate::step::conntrack::Track;
+use crate::step::direct::Direct;
 use crate::step::exec::{self, Egress};
 use crate::step::fib::Routed;
 use crate::step::icmp::Icmp;
@@ -31,10 +33,13 @@ use crate::step::source::Verify;
 
 /// Everything that hooks ask of a family.
 pub trait Steps:
-    Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting
+    Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting + Direct
 {
 }
-impl<F: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting> Steps for F {}
+impl<F> Steps for F where
+    F: Parse<Skb> + Rewrite + Report + Routed + Icmp<Skb> + Track + Create + Nat + Verify + Rejecting + Direct
+{
+}
 
 /// Refuses a packet of a pod whose checksum the device would write over what was verified.
 #[inline(always)]

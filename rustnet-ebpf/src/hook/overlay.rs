@@ -10,7 +10,7 @@ use rustnet_common::conntrack::flags;
 use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::peer;
 
-use super::{Steps, external, forward};
+use super::{Steps, direct, external, forward};
 use crate::ctx::{Ctx, Skb};
 use crate::maps;
 use crate::outcome::Dropped;
@@ -36,6 +36,10 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
         return Err(DropReason::UnknownSender.into());
     }
     let verify = || source::verify_tunnel::<F>(p.tuple.src, tunnel);
+    if F::is_wrapped(skb, p) {
+        verify()?;
+        return Ok(direct::RECEIVE);
+    }
     let is_for_pod = || route::is_local_pod(p.tuple.dst);
     let flow = if p.kind == Kind::IcmpError {
         verify()?;

@@ -176,7 +176,9 @@ pub fn run<F: Steps>(skb: &Skb, overhead: u32, outside: &Outside) -> Result<i32,
     let Ok((p, flow)) = parse::packet::<F, _>(skb, ETH_LEN + overhead as usize) else { return Ok(BACK) };
     // Segments that are not TCP's would keep the marks of a tunnel, and their receiver's stack would look for its headers.
     let is_segmented = skb.gso_size() != 0 && p.tuple.proto != proto::TCP;
-    if p.kind != Kind::Flow || p.is_first_fragment() || p.ttl <= 1 || is_segmented {
+    // What is inside of such a packet may be for `direct_in`.
+    let is_wrapped = p.tuple.proto == F::IN_IP;
+    if p.kind != Kind::Flow || p.is_first_fragment() || p.ttl <= 1 || is_segmented || is_wrapped {
         return Ok(BACK);
     }
     // Where the sender knows nothing of congestion marks, the device drops (RFC 6040, 4.2).

@@ -10,7 +10,7 @@ use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::service::scope;
 use rustnet_common::tuple::proto;
 
-use super::{Steps, external, forward};
+use super::{Steps, direct, external, forward};
 use crate::ctx::{Ctx, Skb};
 use crate::family::Family;
 use crate::maps;
@@ -35,6 +35,10 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         return Ok(TO_STACK);
     }
     let Some((p, flow)) = parse_in::<F, _>(skb, l3)? else { return Ok(TO_STACK) };
+    if F::is_wrapped(skb, p) {
+        F::verify_outside(p)?;
+        return Ok(direct::RECEIVE);
+    }
     let relate = |flow| {
         let is_for_pod = || route::is_local_pod(p.tuple.dst);
         if lb::is_cluster_ip::<F>(p.tuple.dst) {
@@ -165,6 +169,7 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
         if !is_for_pod() {
             if external::is_asked::<F>(p, config) || external::is_rival::<F>(p, flow) {
                 verify()?;
+                // Tells `nat` by which hook it came, too.
                 flow.flags |= flags::EXTERNAL;
                 return Ok(Some(flow));
             }

@@ -107,7 +107,7 @@ fn encapsulate(xdp: &Xdp, node: &Addr, hash: u16, config: &NodeConfig) -> Result
 fn find_way<F: Forward>(xdp: &Xdp, p: &Packet<F::A>, entry: &CtEntry<F::A>, receiver: u32) -> bool {
     const KIND: u16 = flags::EXTERNAL | flags::NAT;
     let (Some(config), Some(leaving)) = (maps::config(), leaving::<F>()) else { return false };
-    if entry.flags & KIND != KIND || receiver != NOT_LOCAL {
+    if entry.flags & (KIND | flags::DIRECT) != KIND || receiver != NOT_LOCAL {
         return false;
     }
     if p.ttl <= 1 {

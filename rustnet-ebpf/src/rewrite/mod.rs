@@ -3,12 +3,14 @@
 //!
 //! Order inside each function: direct stores first, checksum helpers last, since a helper voids all packet pointers.
 
+mod direct;
 mod encap;
 mod field;
 mod inner;
 mod reject;
 mod sctp;
 
+pub use direct::{Wrap, unwrap, wrap};
 pub use encap::{Encap, Encapsulated, can_change_family, decapsulate, encapsulate};
 pub use inner::{WriteInner, inner};
 pub use reject::{BuildHeader, Rejection, reject};

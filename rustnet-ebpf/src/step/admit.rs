@@ -152,14 +152,17 @@ fn create<F: Placed + Old>(flow: &mut Flow<F::A>, source: Source, len: u32) -> R
         // Another CPU opened this flow a moment ago.
         return follow::<F>(c, flow).map(|_| 0);
     }
-    if c.original.to != c.tuple || place.is_contested {
+    if flow.flags & flags::DIRECT != 0 {
+        // No answers come by here.
+        c.original.flags |= flags::NAT;
+    } else if c.original.to != c.tuple || place.is_contested {
         return Ok(NEEDS_PAIR);
     }
-    // One entry for both directions.
+    // One entry for both directions, or for the only one.
     if !table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into()) {
         return follow::<F>(c, flow).map(|_| 0);
     }
-    if migrate::is_migrating() {
+    if migrate::is_migrating() && flow.flags & flags::DIRECT == 0 {
         migrate::mirror::<F>(false);
     }
     Ok(0)

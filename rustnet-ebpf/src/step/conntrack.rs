@@ -349,7 +349,9 @@ fn reopen<F: Track>(p: &Packet<F::A>, is_reply: bool) -> bool {
     // A pod of this node, which nobody can forge, opens a connection of its own: what an outsider opened before was none.
     // SAFETY: see `classify`.
     let is_by_pod = is_reply && is_local(unsafe { (*entry).sides[1].ifindex });
-    let is_over = (state::is_closing(old) || is_by_pod) && !is_answerer;
+    // Of a flow whose answers do not pass here, the opener's FIN is all that is seen of its end.
+    let is_half_over = e_flags & flags::DIRECT != 0 && old & state::FIN_ORIG != 0;
+    let is_over = (state::is_closing(old) || is_by_pod || is_half_over) && !is_answerer;
     let is_bound = is_reply && p.tuple.proto != proto::UDP;
     if is_over || (!is_bound && backend != 0 && !lb::is_serving(backend)) {
         F::forget();
@@ -445,7 +447,7 @@ fn refresh<F: Track + HostPorts + Old>(p: &Packet<F::A>, set: u64, now: u32) -> 
         if migrate::is_migrating() {
             migrate::touch::<F>(p, state_of(entry), now);
         }
-        if !is_nat {
+        if !is_nat || e_flags & flags::DIRECT != 0 {
             return true;
         }
         F::couple(keep)

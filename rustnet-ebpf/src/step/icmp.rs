@@ -30,7 +30,7 @@ const KNOWN: i32 = 1;
 /// The flow's far end is a pod of this node, sends through the tunnel, or is this host: see [`Reporter::Outside`].
 const INSIDE: i32 = 2;
 /// Flags of the flows of clients outside.
-const OUTSIDE: u16 = flags::EXTERNAL | flags::SECOND_ADDRESS;
+const OUTSIDE: u16 = flags::EXTERNAL | flags::SECOND_ADDRESS | flags::DIRECT;
 
 /// Who may send an error.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -142,6 +142,11 @@ fn try_relate<F: Placed + Family<Header: ReadHeader<F::A> + WriteInner<F::A>>, C
     if !is_nat {
         return Ok(KNOWN | far | i32::from(entry_flags & flags::VIA_STACK));
     }
+    if entry_flags & flags::DIRECT != 0 {
+        // The backend's node translates it, as it translates the flow.
+        to.tuple.dst = entry_to.dst;
+        return Ok(KNOWN | far | i32::from(entry_flags & OUTSIDE));
+    }
     q.translated = entry_to.reversed();
     to.tuple.dst = q.translated.src;
     if p.tuple.src == q.tuple.dst {
@@ -167,6 +172,7 @@ const _: () = assert!(
     flags::VIA_STACK > 3
         && flags::EXTERNAL > 3
         && flags::SECOND_ADDRESS > 3
+        && flags::DIRECT > 3
         && NOT_LOCAL == u32::MAX
         && SOURCE_OUTSIDE[1] == 1
         && SOURCE_NONE[1] == 0

@@ -3,6 +3,8 @@
 //! that the client had before. Before that, a load balancer's address asks who the client is.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::cty::c_void;
+use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::{Addr, Address, Ip4};
 use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::backend::{Backend, id};
@@ -91,6 +93,84 @@ fn refuses_ports<F: Family>(vip: F::A, scope: u8) -> bool {
 pub fn is_external<F: Family>(t: &Tuple<F::A>) -> bool {
     let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope: scope::EXTERNAL };
     F::services().get_ptr(key).is_some() || wildcard::<F>(t.dst, scope::EXTERNAL).is_some()
+}
+
+/// True if an address is a Service's for clients outside, on all nodes alike. That of a node is not, whatever ports of it are.
+#[inline(always)]
+pub fn is_external_vip<F: Family>(addr: F::A) -> bool {
+    wildcard::<F>(addr, scope::EXTERNAL).is_some()
+}
+
+/// True if backends on other nodes are to answer directly the clients outside that ask for this.
+#[inline(always)]
+pub fn is_direct<F: Family>(t: &Tuple<F::A>) -> bool {
+    let key = SvcKey { vip: t.dst, port: t.dport, proto: t.proto, scope: scope::EXTERNAL };
+    // SAFETY: a map value stays readable for this run of the program.
+    F::services().get_ptr(key).is_some_and(|entry| unsafe { (*entry).flags } & flags::DIRECT != 0)
+}
+
+/// The backend with the address `pod` of what a client outside has asked another node for. `vip`: where this node has that frontend, a
+/// node port at an address of its own.
+///
+/// That node has chosen, by the hash as a rule: then this node's first guess is right. By session affinity, or while the two know other
+/// endpoints, it has chosen another one, which is searched.
+#[inline(always)]
+pub fn select_at<F: Family>(
+    t: &Tuple<F::A>,
+    vip: F::A,
+    pod: Addr,
+    seed: u32,
+) -> Result<&'static Backend, DropReason> {
+    let key = SvcKey { vip, port: t.dport, proto: t.proto, scope: scope::EXTERNAL };
+    let Some(entry) = F::services().get_ptr(key) else { return Err(DropReason::NoDirectBackend) };
+    // SAFETY: as in `select_for`.
+    let (first, count, service, svc_flags, table) =
+        unsafe { ((*entry).first, (*entry).count, (*entry).id, (*entry).flags, (*entry).table) };
+    if svc_flags & flags::SOURCE_RANGES != 0 && !is_allowed(t) {
+        return Err(DropReason::NotInSourceRange);
+    }
+    if count == 0 {
+        return Err(DropReason::NoDirectBackend);
+    }
+    let index = first.wrapping_add(rn_ordinal(hash::flow(t, seed), count, u32::from(table)));
+    let (high, low) = pod.halves();
+    let mut search = Search { high, low, first: index, service, found: 0, pad: 0 };
+    // SAFETY: the callback has the signature that the helper wants, and `search` outlives the calls.
+    unsafe {
+        try_backend(0, (&raw mut search).cast());
+        if search.found == 0 {
+            search.first = first;
+            helper::bpf_loop(count, try_backend as *mut c_void, (&raw mut search).cast(), 0);
+        }
+    }
+    backend(search.found).filter(|b| b.service == service).ok_or(DropReason::NoDirectBackend)
+}
+
+/// A search for the backend of a service that has an address.
+#[repr(C)]
+struct Search {
+    high: u64,
+    low: u64,
+    /// Index of the first id.
+    first: u32,
+    service: u32,
+    /// The id, once it is found.
+    found: u32,
+    pad: u32,
+}
+
+/// One round of a [`Search`]: `bpf_loop` calls it until it returns 1. The verifier checks it once.
+#[inline(never)]
+extern "C" fn try_backend(round: u32, search: *mut c_void) -> u64 {
+    // SAFETY: `select_at` passes a pointer to its own variable.
+    let search = unsafe { &mut *search.cast::<Search>() };
+    let Some(id) = maps::rn_backend_ids.get(search.first.wrapping_add(round)) else { return 1 };
+    let is_it = |b: &Backend| b.service == search.service && b.addr.halves() == (search.high, search.low);
+    if backend(*id).is_some_and(is_it) {
+        search.found = *id;
+        return 1;
+    }
+    0
 }
 
 /// True if a flow asks for a port that a VIP has.

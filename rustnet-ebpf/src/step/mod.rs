@@ -6,6 +6,7 @@
 
 pub mod admit;
 pub mod conntrack;
+pub mod direct;
 pub mod exec;
 pub mod fib;
 pub mod host_port;

@@ -8,6 +8,7 @@ use rustnet_common::drop::DropReason;
 use rustnet_common::service::scope;
 use rustnet_common::tuple::{Tuple, proto};
 
+use super::direct;
 use super::host_port::HostPorts;
 use super::lb::{self, Vip};
 use super::route::{self, Route};
@@ -184,6 +185,8 @@ fn translate_new<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Resul
 #[inline(always)]
 fn translate_external<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
     let Some(config) = maps::config() else { return Err(DropReason::NoFib) };
+    // `uplink_in` says so. Clients on other devices of this node may have addresses that no other node has a way to.
+    let is_by_uplink = flow.flags & flags::EXTERNAL != 0;
     if let Some(backend) = lb::select::<F>(&p.tuple, scope::EXTERNAL, config.seed)? {
         flow.to.tuple.dst = F::A::from_addr(backend.addr);
         flow.to.tuple.dport = backend.port;
@@ -199,6 +202,10 @@ fn translate_external<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> 
         flow.flags |= flags::SECOND_ADDRESS;
     }
     if to.egress == NOT_LOCAL && !route::is_host::<F>(to.tuple.dst) {
+        if is_by_uplink && direct::may_answer::<F>(&p.tuple, to.tuple.dst, config) {
+            flow.flags |= flags::DIRECT;
+            return Ok(());
+        }
         flow.flags |= flags::MASQ;
         to.tuple.src = F::node(config);
         if to.tuple.src == F::A::UNSPECIFIED {
