@@ -94,6 +94,8 @@ pub struct Config {
     pub lb_algorithm: Algorithm,
     /// Places of a Maglev table, a prime.
     pub maglev_table_size: u32,
+    /// How clients outside get the answers of backends on other nodes, of Services that do not say.
+    pub forwarding: Forwarding,
     /// Source ports that masquerade may use, both ends included; `None`: the agent chooses.
     pub snat_ports: Option<(u16, u16)>,
     /// Mark of packets that have passed their steps on this node.
@@ -282,6 +284,16 @@ words! {
     }
 }
 
+words! {
+    /// How clients outside get the answers of backends on other nodes.
+    Forwarding {
+        /// From the node that they asked, which the backend takes for its client.
+        Snat = "snat",
+        /// From the backend's node: direct server return.
+        Dsr = "dsr",
+    }
+}
+
 /// Entries of each map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapSizes {
@@ -406,6 +418,9 @@ impl Config {
             node_port_addresses: read.list("node-port-addresses", node_port_addresses),
             lb_algorithm: read.required("lb-algorithm", "give random or maglev", |text| {
                 Algorithm::parse(text).ok_or("is no algorithm; give random or maglev".to_owned())
+            }),
+            forwarding: read.required("forwarding-mode", "give snat or dsr", |text| {
+                Forwarding::parse(text).ok_or("is no mode; give snat or dsr".to_owned())
             }),
             maglev_table_size: read.required("maglev-table-size", "give a prime", maglev_table_size),
             snat_ports: read.required("snat-ports", "give auto or a range", snat_ports),

@@ -146,6 +146,7 @@ mod tests {
             ports: [ServicePort { name: "dns".into(), port: 53, proto: proto::UDP, node_port: 0 }].into(),
             affinity: 0,
             algorithm: None,
+            forwarding: None,
             internal_local: false,
             external: Box::default(),
             balanced: Box::default(),

@@ -7,7 +7,7 @@
 
 use anyhow::{Context, bail, ensure};
 use ipnet::IpNet;
-use rustnet_agent::config::Routing;
+use rustnet_agent::config::{Forwarding, Routing};
 use rustnet_agent::host::{DefaultRoute, Device, DeviceAddress, DeviceKind, HostFacts};
 use rustnet_agent::index::{Index, Settings};
 use rustnet_agent::model::Family;
@@ -113,6 +113,9 @@ impl Node {
             if entry.table > 0 {
                 write!(text, ", maglev table {}", entry.table)?;
             }
+            if entry.flags & service::DIRECT != 0 {
+                write!(text, ", direct")?;
+            }
             if entry.flags & service::DROP_EMPTY != 0 {
                 write!(text, ", drop")?;
             } else if entry.count == 0 {
@@ -210,6 +213,7 @@ fn settings(text: &str) -> anyhow::Result<(Settings, HostFacts)> {
                 settings.routing = routing.context("no such routing")?;
             }
             ("address", net) => addresses.push(net.parse()?),
+            ("forwarding", word) => settings.forwarding = Forwarding::parse(word).context("no such mode")?,
             ("services", range) => settings.service_cidrs.push(range.parse()?),
             ("no masquerade", range) => settings.no_masquerade.push(range.parse()?),
             _ => bail!("{line:?} is no setting"),

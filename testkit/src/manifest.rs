@@ -89,6 +89,8 @@ pub struct Service {
     pub affinity: bool,
     /// Its flows are spread by a Maglev table.
     pub is_maglev: bool,
+    /// Backends on other nodes answer clients outside directly.
+    pub is_direct: bool,
     /// Endpoints, of both families; they are parted into one slice a family.
     pub endpoints: Vec<Endpoint>,
 }
@@ -107,6 +109,7 @@ impl Service {
             outside: Outside::default(),
             affinity: false,
             is_maglev: false,
+            is_direct: false,
             endpoints: Vec::new(),
         }
     }
@@ -118,7 +121,12 @@ impl Service {
         let families = list(self.vips.iter().map(|v| family(*v).to_owned()).collect());
         let policy = if self.vips.len() > 1 { "PreferDualStack" } else { "SingleStack" };
         let first = self.vips.first().map(ToString::to_string).unwrap_or_default();
-        let annotations = if self.is_maglev { "  annotations: {rustnet.io/lb-algorithm: maglev}\n" } else { "" };
+        let annotations = [
+            self.is_maglev.then_some("rustnet.io/lb-algorithm: maglev"),
+            self.is_direct.then_some("rustnet.io/forwarding-mode: dsr"),
+        ];
+        let annotations = list(annotations.into_iter().flatten().map(str::to_owned).collect());
+        let annotations = format!("  annotations: {{{annotations}}}\n");
         let mut out = format!(
             "apiVersion: v1\nkind: Service\nmetadata:\n  name: {}\n  namespace: default\n{annotations}spec:\n  type: {}\n  \
              clusterIP: \"{first}\"\n  clusterIPs: [{vips}]\n  ipFamilies: [{families}]\n  ipFamilyPolicy: {policy}\n  \

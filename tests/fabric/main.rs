@@ -10,6 +10,7 @@ mod churn;
 mod cleanup;
 mod cycles;
 mod delegated;
+mod direct;
 mod emptied;
 mod external;
 mod fixture;

@@ -220,6 +220,7 @@ fn flag_names(bits: u16) -> Vec<&'static str> {
         (flags::HAIRPIN, "hairpin"),
         (flags::MASQ, "masquerade"),
         (flags::FROM_HOST, "host"),
+        (flags::DIRECT, "dsr"),
     ];
     names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect()
 }

@@ -133,6 +133,7 @@ fn empty_variables_and_files_are_as_absent() {
 fn bad_values_are_refused_with_origin_and_remedy() {
     for (flag, key, bad, remedy) in [
         ("lb-algorithm", "lbAlgorithm", "ring", "give random or maglev"),
+        ("forwarding-mode", "forwardingMode", "hybrid", "give snat or dsr"),
         ("xdp", "xdp", "generic", "give off, native or native-veth"),
         ("maglev-table-size", "maglevTableSize", "16384", "251, 4093, 16381, 65521 or 131071"),
         ("maglev-table-size", "maglevTableSize", "241", "give a number from 251 to 131071"),

@@ -9,7 +9,7 @@ use rustnet_common::log::FILTERS;
 use rustnet_common::maglev;
 
 use super::{
-    Algorithm, KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily, OverlayPath, PacketLog, PacketMark,
+    Algorithm, Forwarding, KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily, OverlayPath, PacketLog, PacketMark,
     Routing, SocketLb, Source, Xdp,
 };
 use crate::args::{Value, Values};
@@ -100,7 +100,7 @@ macro_rules! fallback {
 fallback!(
     String => Self::new(), PathBuf => Self::new(), Routing => Self::Vxlan, LogFormat => Self::Text, bool => false, u16 => 0, u32 => 0,
     PacketMark => Self::default(), OverlayFamily => Self::Auto, OverlayPath => Self::Programs,
-    SocketLb => Self::Off, Algorithm => Self::Random, Xdp => Self::Off,
+    SocketLb => Self::Off, Algorithm => Self::Random, Forwarding => Self::Snat, Xdp => Self::Off,
 );
 
 impl<T> Fallback for Option<T> {

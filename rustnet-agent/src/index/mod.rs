@@ -81,7 +81,11 @@ impl Index {
         let mut index = Self {
             services: Services::new(
                 Arc::clone(&settings.node_name),
-                Spreading { default: settings.lb_algorithm, table_size: settings.maglev_table_size },
+                Spreading {
+                    default: settings.lb_algorithm,
+                    table_size: settings.maglev_table_size,
+                    forwarding: settings.forwarding,
+                },
             ),
             settings,
             host: HostFacts::default(),

@@ -3,7 +3,7 @@
 use super::backends::{BackendSet, Choice, Place, choose};
 use super::health_checks::{self, HealthCheck, HealthChecks};
 use super::vip::{ServiceRanges, VipKey};
-use crate::config::Algorithm;
+use crate::config::{Algorithm, Forwarding};
 use crate::model::{EndpointSlice, Family, Frontend, ObjectName, Problem, Service, ServicePort};
 use rustnet_common::service::{flags, scope};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -53,6 +53,8 @@ pub struct Spreading {
     pub default: Algorithm,
     /// Places of a Maglev table.
     pub table_size: u32,
+    /// How clients outside get the answers of backends on other nodes, where a Service does not say.
+    pub forwarding: Forwarding,
 }
 
 impl Spreading {
@@ -62,6 +64,12 @@ impl Spreading {
             Algorithm::Random => 0,
             Algorithm::Maglev => self.table_size,
         }
+    }
+
+    /// Flags of an entry of a Service. With a traffic policy of Local, no backend is on another node.
+    fn direct_flag_of(self, service: &Service, key: &VipKey, is_local: bool) -> u16 {
+        let is_direct = service.forwarding.unwrap_or(self.forwarding) == Forwarding::Dsr;
+        if is_direct && key.scope == scope::EXTERNAL && !is_local { flags::DIRECT } else { 0 }
     }
 }
 
@@ -389,7 +397,9 @@ impl Services {
         let family = Family::of(key.ip);
         let here = Place { node: &self.node_name, zone: &self.zone };
         let judged = if source_ranges.is_some() { flags::SOURCE_RANGES } else { 0 };
-        let mut flags = choose(is_local, target, family, &state.slices, here, choice) | judged;
+        let mut flags = choose(is_local, target, family, &state.slices, here, choice)
+            | judged
+            | self.spreading.direct_flag_of(service, key, is_local);
         if key.ip.is_loopback() && choice.backends.iter().any(|it| it.port == key.port && self.own.contains(&it.addr)) {
             flags |= flags::OWN_PORT;
         }

@@ -23,6 +23,7 @@ pub fn service(name: &str, vips: &[&str]) -> Service {
         ports: Box::default(),
         affinity: 0,
         algorithm: None,
+        forwarding: None,
         internal_local: false,
         external: Box::default(),
         balanced: Box::default(),

@@ -1,7 +1,7 @@
 //! A Service that has virtual addresses.
 
 use super::{Family, ObjectName, Problem};
-use crate::config::Algorithm;
+use crate::config::{Algorithm, Forwarding};
 use ipnet::IpNet;
 use rustnet_common::service::scope;
 use std::net::IpAddr;
@@ -29,6 +29,8 @@ pub struct Service {
     pub affinity: u32,
     /// How its flows are spread; `None`: as the agent is set.
     pub algorithm: Option<Algorithm>,
+    /// How clients outside get the answers of backends on other nodes; `None`: as the agent is set.
+    pub forwarding: Option<Forwarding>,
     /// `internalTrafficPolicy: Local`.
     pub internal_local: bool,
     /// `externalTrafficPolicy: Local`.

@@ -110,6 +110,7 @@ fn compare(
         (flags::DROP_EMPTY, "drops clients if it has no backend"),
         (flags::SOURCE_RANGES, "is only for some clients"),
         (flags::SHARED, "is an address that others may have"),
+        (flags::DIRECT, "has backends of other nodes answer clients outside directly"),
     ];
     for (flag, means) in names {
         match (is.flags & flag != 0, should.flags & flag != 0) {

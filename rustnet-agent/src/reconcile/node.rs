@@ -41,6 +41,7 @@ pub fn settings(config: &Config) -> Settings {
         has_host_sockets: config.socket_lb != SocketLb::Off,
         lb_algorithm: config.lb_algorithm,
         maglev_table_size: config.maglev_table_size,
+        forwarding: config.forwarding,
     }
 }
 

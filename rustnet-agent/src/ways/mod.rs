@@ -17,7 +17,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub use self::place::{Place, Sources, Uplink, place};
-use crate::config::{Algorithm, NodePortAddresses, Routing};
+use crate::config::{Algorithm, Forwarding, NodePortAddresses, Routing};
 use crate::host::HostFacts;
 use crate::model::{Family, Node, Problem};
 
@@ -46,6 +46,8 @@ pub struct Settings {
     pub lb_algorithm: Algorithm,
     /// Places of a Maglev table.
     pub maglev_table_size: u32,
+    /// How clients outside get the answers of backends on other nodes, of Services that do not say.
+    pub forwarding: Forwarding,
 }
 
 impl Settings {
@@ -72,6 +74,7 @@ impl Settings {
             has_host_sockets: false,
             lb_algorithm: Algorithm::Random,
             maglev_table_size: 251,
+            forwarding: Forwarding::Snat,
         }
     }
 

@@ -52,6 +52,7 @@ pub struct Service {
     pub affinity: Option<u32>,
     /// The annotation.
     pub algorithm: Option<&'static str>,
+    pub forwarding: Option<&'static str>,
     pub local: bool,
     /// Each port has a node port, see [`node_port`].
     pub has_node_ports: bool,
@@ -152,7 +153,9 @@ impl Service {
         if self.external_local {
             spec["externalTrafficPolicy"] = json!("Local");
         }
-        let annotations = self.algorithm.map(|algorithm| json!({"rustnet.io/lb-algorithm": algorithm}));
+        let annotations = [("rustnet.io/lb-algorithm", self.algorithm), ("rustnet.io/forwarding-mode", self.forwarding)];
+        let annotations: Value =
+            annotations.into_iter().filter_map(|(key, value)| Some((key.to_owned(), json!(value?)))).collect();
         let mut labels = json!({});
         match self.sort {
             Sort::Plain => {}
@@ -232,17 +235,18 @@ fn service() -> impl Strategy<Value = Service> {
     let v6 = sometimes(vec!["fd00:96::1", "fd00:96::2"]);
     let affinity = prop::option::weighted(0.2, prop::sample::select(vec![60, 10_800]));
     let algorithm = prop::option::weighted(0.5, prop::sample::select(vec!["maglev", "random", "maglev"]));
+    let forwarding = prop::option::weighted(0.5, prop::sample::select(vec!["dsr", "snat"]));
     // A balancer's, an address of this node, a cluster address.
     let external = prop::sample::subsequence(vec!["203.0.113.7", "172.18.0.15", "10.96.0.1", "2001:db8:7::7"], 0..3);
     let external = prop_oneof![2 => Just(Vec::new()), 1 => external];
     let outside = (prop::bool::weighted(0.3), external, prop::bool::weighted(0.3));
-    (0..3u8, 0..3u8, (v4, v6), port_list(), (affinity, algorithm), prop::bool::weighted(0.3), outside, sort).prop_map(
+    (0..3u8, 0..3u8, (v4, v6), port_list(), (affinity, algorithm, forwarding), prop::bool::weighted(0.3), outside, sort).prop_map(
         |(
             name,
             created,
             (v4, v6),
             ports,
-            (affinity, algorithm),
+            (affinity, algorithm, forwarding),
             local,
             (has_node_ports, external, external_local),
             sort,
@@ -253,6 +257,7 @@ fn service() -> impl Strategy<Value = Service> {
             ports,
             affinity,
             algorithm,
+            forwarding,
             local,
             has_node_ports,
             external: external.into_iter().map(str::to_owned).collect(),
@@ -338,6 +343,7 @@ pub fn of_every_slot(slots: u32) -> Vec<Event> {
         affinity: None,
         // More backends than a table has places.
         algorithm: Some("random"),
+        forwarding: None,
         local: false,
         has_node_ports: false,
         external: Vec::new(),

@@ -8,7 +8,7 @@ use cluster::{Cluster, Object, Ref};
 use oracle::{Key, Table, expected, serving};
 use proptest::prelude::*;
 use proptest::sample::{Index as Pick, select};
-use rustnet_agent::config::{Algorithm, Routing};
+use rustnet_agent::config::{Algorithm, Forwarding, Routing};
 use rustnet_agent::host::{DefaultRoute, Device, DeviceAddress, DeviceKind, HostFacts};
 use rustnet_agent::index::{Gate, Index, Settings};
 use rustnet_agent::model::Family;
@@ -276,8 +276,10 @@ const FAMILIES: [Option<Family>; 3] = [None, Some(Family::V4), Some(Family::V6)]
 
 fn settings() -> impl Strategy<Value = Settings> {
     let algorithm = select(vec![Algorithm::Random, Algorithm::Maglev]);
-    (select(&Routing::ALL[..]), select(&FAMILIES[..]), any::<bool>(), any::<bool>(), algorithm).prop_map(
-        |(routing, overlay_family, no_masquerade, has_host_sockets, lb_algorithm)| Settings {
+    let forwarding = select(&Forwarding::ALL[..]);
+    let how = (algorithm, forwarding);
+    (select(&Routing::ALL[..]), select(&FAMILIES[..]), any::<bool>(), any::<bool>(), how).prop_map(
+        |(routing, overlay_family, no_masquerade, has_host_sockets, (lb_algorithm, forwarding))| Settings {
             node_name: "n1".into(),
             routing,
             uplinks: Vec::new(),
@@ -289,6 +291,7 @@ fn settings() -> impl Strategy<Value = Settings> {
             node_ports: Vec::new(),
             lb_algorithm,
             maglev_table_size: 251,
+            forwarding,
         },
     )
 }

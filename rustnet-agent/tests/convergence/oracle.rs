@@ -2,7 +2,7 @@
 
 use super::cluster::{Cluster, Endpoint, Node, Object, Service, Slice, Sort, node_port};
 use ipnet::IpNet;
-use rustnet_agent::config::{Algorithm, Routing};
+use rustnet_agent::config::{Algorithm, Forwarding, Routing};
 use rustnet_agent::index::Settings;
 use rustnet_agent::model::Family;
 use rustnet_agent::plan::MemoryMaps;
@@ -218,6 +218,12 @@ fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
             Some("random") => Algorithm::Random,
             _ => settings.lb_algorithm,
         };
+        let is_direct = match service.forwarding {
+            Some(mode) => mode == "dsr",
+            None => settings.forwarding == Forwarding::Dsr,
+        };
+        let is_direct = is_direct && scope == scope::EXTERNAL && !is_local;
+        let flags = flags | if is_direct { service::flags::DIRECT } else { 0 };
         // One backend gets all flows without a table.
         let has_table = algorithm == Algorithm::Maglev && backends.len() > 1;
         table.insert((ip, port, protocol, scope), (flags, service.affinity.unwrap_or(0), has_table, backends));

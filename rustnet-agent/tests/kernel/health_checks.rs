@@ -32,6 +32,7 @@ fn balanced(name: &str, last: u8, check: u16) -> Event {
         ports: [ServicePort { name: "".into(), port: 80, proto: 6, node_port }].into(),
         affinity: 0,
         algorithm: None,
+        forwarding: None,
         internal_local: false,
         balanced: [].into(),
         source_ranges: None,

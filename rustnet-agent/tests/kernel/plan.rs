@@ -89,6 +89,7 @@ fn service_of(n: u32, backends: u8) -> [Event; 2] {
         ports: [ServicePort { name: "".into(), port: 80, proto: 6, node_port: 0 }].into(),
         affinity: 0,
         algorithm: None,
+        forwarding: None,
         internal_local: false,
         external: Box::default(),
         balanced: Box::default(),

@@ -73,6 +73,8 @@ struct FrontEnd {
     algorithm: Option<&'static str>,
     /// Unit of the map that the Maglev table begins with; 0 for none.
     maglev_table: u16,
+    /// How clients outside get the answers of backends on other nodes: `snat` or `dsr`; null where none can be or nobody knows.
+    forwarding: Option<&'static str>,
     drop_when_empty: bool,
     backends: u32,
     /// Ids that the entry points to and that are of no backend of it: the maps disagree.
@@ -196,9 +198,19 @@ fn front_end(it: &Entry<'_>, details: Option<&Service<'_>>) -> FrontEnd {
         source_ranges: it.source_ranges.clone(),
         algorithm: (it.value.count > 1).then_some(if it.value.table == 0 { "random" } else { "maglev" }),
         maglev_table: it.value.table,
+        forwarding: forwarding(it, details),
         drop_when_empty: it.value.flags & flags::DROP_EMPTY != 0,
         backends: it.backends.len() as u32,
         missing: it.value.count - it.backends.len() as u32,
+    }
+}
+
+/// How clients outside get the answers of backends on other nodes.
+fn forwarding(it: &Entry<'_>, details: Option<&Service<'_>>) -> Option<&'static str> {
+    let is_cluster_policy = details.is_some_and(|details| !details.external_local);
+    match it.value.flags & flags::DIRECT {
+        0 => (it.key.scope == scope::EXTERNAL && is_cluster_policy).then_some("snat"),
+        _ => Some("dsr"),
     }
 }
 
@@ -236,6 +248,7 @@ fn absent(entries: &[Entry<'_>], details: &Service<'_>) -> Vec<FrontEnd> {
             source_ranges: None,
             algorithm: None,
             maglev_table: 0,
+            forwarding: None,
             drop_when_empty: false,
             backends: 0,
             missing: 0,
@@ -375,6 +388,7 @@ fn text(report: &Report) -> String {
         "SOURCE RANGES",
         "AFFINITY",
         "ALGORITHM",
+        "MODE",
         "SET",
         "BACKENDS",
     ];
@@ -429,6 +443,7 @@ fn front_end_row(it: &FrontEnd) -> Vec<String> {
         show_ranges(it.source_ranges.as_deref()),
         affinity,
         or_dash(it.algorithm),
+        or_dash(it.forwarding),
         if it.in_maps { it.id.to_string() } else { "-".to_owned() },
         backends,
     ]

@@ -1,7 +1,7 @@
 //! `v1/Service`: which have virtual addresses, which addresses and ports.
 
 use super::{BadName, Converter, Findings, created, family, is_foreign, port, protocol, range, reference, unicast};
-use crate::config::Algorithm;
+use crate::config::{Algorithm, Forwarding};
 use crate::model::{Family, Service, ServicePort};
 use crate::source::{Event, Kind, Object};
 use ipnet::IpNet;
@@ -15,6 +15,8 @@ use std::sync::Arc;
 const DEFAULT_AFFINITY: u32 = 10_800;
 /// The annotation that overrides `--lb-algorithm`.
 const ALGORITHM: &str = "rustnet.io/lb-algorithm";
+/// The annotation that overrides `--forwarding-mode`.
+const FORWARDING: &str = "rustnet.io/forwarding-mode";
 
 impl Converter {
     /// What an added or changed Service means.
@@ -55,6 +57,7 @@ impl Converter {
             ports,
             affinity: affinity(spec, &mut findings),
             algorithm: algorithm(service, &mut findings),
+            forwarding: forwarding(service, &mut findings),
             internal_local: is_local(
                 spec.internal_traffic_policy.as_deref(),
                 "spec.internalTrafficPolicy",
@@ -261,6 +264,19 @@ fn algorithm(service: &KubeService, findings: &mut Findings) -> Option<Algorithm
         );
     }
     algorithm
+}
+
+/// How an annotation has answers go to clients outside.
+fn forwarding(service: &KubeService, findings: &mut Findings) -> Option<Forwarding> {
+    let text = service.metadata.annotations.as_ref()?.get(FORWARDING)?;
+    let forwarding = Forwarding::parse(text);
+    if forwarding.is_none() {
+        findings.add(
+            format!("metadata.annotations[{FORWARDING}]"),
+            format!("{text:?} is unknown, the agent's forwarding-mode is used; use snat or dsr"),
+        );
+    }
+    forwarding
 }
 
 /// True for a Service with a load balancer.

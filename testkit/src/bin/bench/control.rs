@@ -312,6 +312,7 @@ fn remembered(n: u32) -> Service {
         outside: Outside::default(),
         affinity: false,
         is_maglev: false,
+        is_direct: false,
         endpoints: (n * 5..n * 5 + 5).map(endpoint).collect(),
     }
 }

@@ -2,7 +2,7 @@ use super::{Entry, Flow, Held, Report, VipKey, report, text};
 use crate::cli::golden::assert_golden;
 use crate::model::build::{endpoint, ip, service, slice};
 use crate::namefile::{ServiceName, Services, service_key};
-use crate::servicefile::{self, Details, Objects};
+use crate::servicefile::{self, Details, Objects, Service};
 use crate::{config::Routing, index::Index, index::Settings, model::Family};
 use rustnet_common::backend::{flags as backend_flags, id};
 use rustnet_common::service::{SvcEntry, flags, scope};
@@ -111,14 +111,14 @@ Session affinity:  ClientIP, 10m00s
 Source ranges:     192.0.2.0/24
 Health check port: 32000, 1 ready endpoint here
 
-FRONT END     PORT  ADDRESS          PROTOCOL  CLIENTS   SOURCE RANGES  AFFINITY  ALGORITHM  SET  BACKENDS
-clusterIP     http  10.96.0.10:80    TCP       cluster   -              600s      maglev     7    2
-externalIP    http  198.51.100.9:80  TCP       cluster   -              600s      maglev     7    2
-externalIP    http  198.51.100.9:80  TCP       external  -              -         -          -    not in the maps: see `services --verify`
-loadBalancer  http  203.0.113.7:80   TCP       cluster   -              600s      maglev     7    2
-loadBalancer  http  203.0.113.7:80   TCP       external  192.0.2.0/24   600s      -          9    1
-nodePort      http  192.0.2.1:30080  TCP       cluster   -              600s      maglev     7    2
-nodePort      http  192.0.2.1:30080  TCP       external  -              600s      -          9    1
+FRONT END     PORT  ADDRESS          PROTOCOL  CLIENTS   SOURCE RANGES  AFFINITY  ALGORITHM  MODE  SET  BACKENDS
+clusterIP     http  10.96.0.10:80    TCP       cluster   -              600s      maglev     -     7    2
+externalIP    http  198.51.100.9:80  TCP       cluster   -              600s      maglev     -     7    2
+externalIP    http  198.51.100.9:80  TCP       external  -              -         -          -     -    not in the maps: see `services --verify`
+loadBalancer  http  203.0.113.7:80   TCP       cluster   -              600s      maglev     -     7    2
+loadBalancer  http  203.0.113.7:80   TCP       external  192.0.2.0/24   600s      -          -     9    1
+nodePort      http  192.0.2.1:30080  TCP       cluster   -              600s      maglev     -     7    2
+nodePort      http  192.0.2.1:30080  TCP       external  -              600s      -          -     9    1
 
 BACKEND          PORT  PROTOCOL  POD            NODE       STATE      SETS  FLOWS
 10.244.1.2:8080  http  TCP       default/web-0  n1 (here)  ready      7, 9  2
@@ -143,4 +143,18 @@ fn without_the_agents_file_the_maps_tell_what_they_hold() {
     assert!(text.contains("not known: the agent has written no service-details.json"), "{text}");
     assert!(text.contains("1 (2 missing: restart"), "{text}");
     assert!(text.contains("this node  draining  7     0"), "{text}");
+}
+
+#[test]
+fn the_mode_of_clients_outside() {
+    let name = ServiceName { service: "default/web".into(), port: "http".into() };
+    let mode = |scope, value| {
+        let entry =
+            Entry { key: key("203.0.113.7", 80, scope), value, name: &name, source_ranges: None, backends: Vec::new() };
+        let local = Service { external_local: true, ..Service::default() };
+        [None, Some(&Service::default()), Some(&local)].map(|details| super::forwarding(&entry, details))
+    };
+    assert_eq!(mode(scope::EXTERNAL, entry(7, 2, flags::DIRECT)), [Some("dsr"); 3]);
+    assert_eq!(mode(scope::EXTERNAL, entry(7, 2, 0)), [None, Some("snat"), None]);
+    assert_eq!(mode(scope::CLUSTER, entry(7, 2, 0)), [None; 3]);
 }
