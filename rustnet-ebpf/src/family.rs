@@ -99,4 +99,18 @@ macro_rules! family {
 }
 
 family!(V4, Ip4, Header4, 2, IPIP, rn_ct4_tcp, rn_ct4_any, rn_svc4_v2, rn_peers4, rn_frag4_v2, rn_scratch4, node4, ip4);
-family!(V6, Ip6, Header6, 10, IPV6, rn_ct6_tcp, rn_ct6_any, rn_svc6_v2, rn_peers6, rn_frag6_v2, rn_scratch6, node6, ip6);
+family!(
+    V6,
+    Ip6,
+    Header6,
+    10,
+    IPV6,
+    rn_ct6_tcp,
+    rn_ct6_any,
+    rn_svc6_v2,
+    rn_peers6,
+    rn_frag6_v2,
+    rn_scratch6,
+    node6,
+    ip6
+);

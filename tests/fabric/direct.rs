@@ -24,7 +24,7 @@ in_each_routing!(
 );
 
 /// A service with a node port, whose annotation asks for direct server return.
-fn direct<'a>(net: &'a Net, outside: Outside, endpoints: Vec<Endpoint>) -> Result<TestService<'a>> {
+fn direct(net: &Net, outside: Outside, endpoints: Vec<Endpoint>) -> Result<TestService<'_>> {
     let mut service = net.unknown_service();
     service.service.outside = outside;
     service.service.is_direct = true;

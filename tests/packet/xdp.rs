@@ -9,8 +9,9 @@ use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
 use crate::harness::{BOTH, Flow, HZ, Half, Lab, MAC_HOST, MAC_OUT, NARROW_MTU, Net, UPLINK, each, lab_apart};
 use crate::icmp::kinds;
 use anyhow::{Context, Result, ensure};
+use rustnet_common::conntrack::flags;
 use rustnet_common::drop::{DropReason, hook};
-use rustnet_common::peer;
+use rustnet_common::{peer, service};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use testkit::check;
@@ -471,5 +472,22 @@ fn a_tunnel_packet_passes() -> Result<()> {
     labs(|lab, net| {
         let outer = from_outside(Proto::Udp, (net.node2(), PORT), (net.node(), 8472));
         passes(lab, &outer)
+    })
+}
+
+/// Flows whose backend answers directly, on the node that the client asks and on the backend's.
+#[test]
+fn direct_server_return_passes() -> Result<()> {
+    labs(|lab, net| {
+        each(&PROTOS, |proto| {
+            lab.publish(net.node(), NODE_PORT, proto.number(net), service::flags::DIRECT, &[(net.routed(), TARGET)])?;
+            let ask = ask(net, proto);
+            for f in [ask.clone(), later(&ask), later(&ask)] {
+                passes(lab, &f)?;
+                lab.uplink_in(&f)?;
+            }
+            ensure!(lab.half(Flow::of(&ask))?.flags & flags::DIRECT != 0, "{:?}", lab.half(Flow::of(&ask))?);
+            passes(lab, &later(&ask))
+        })
     })
 }

@@ -9,8 +9,8 @@ use rustnet_common::log::FILTERS;
 use rustnet_common::maglev;
 
 use super::{
-    Algorithm, Forwarding, KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily, OverlayPath, PacketLog, PacketMark,
-    Routing, SocketLb, Source, Xdp,
+    Algorithm, Forwarding, KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily, OverlayPath, PacketLog,
+    PacketMark, Routing, SocketLb, Source, Xdp,
 };
 use crate::args::{Value, Values};
 

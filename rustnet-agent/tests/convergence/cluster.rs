@@ -153,7 +153,8 @@ impl Service {
         if self.external_local {
             spec["externalTrafficPolicy"] = json!("Local");
         }
-        let annotations = [("rustnet.io/lb-algorithm", self.algorithm), ("rustnet.io/forwarding-mode", self.forwarding)];
+        let annotations =
+            [("rustnet.io/lb-algorithm", self.algorithm), ("rustnet.io/forwarding-mode", self.forwarding)];
         let annotations: Value =
             annotations.into_iter().filter_map(|(key, value)| Some((key.to_owned(), json!(value?)))).collect();
         let mut labels = json!({});
@@ -240,31 +241,32 @@ fn service() -> impl Strategy<Value = Service> {
     let external = prop::sample::subsequence(vec!["203.0.113.7", "172.18.0.15", "10.96.0.1", "2001:db8:7::7"], 0..3);
     let external = prop_oneof![2 => Just(Vec::new()), 1 => external];
     let outside = (prop::bool::weighted(0.3), external, prop::bool::weighted(0.3));
-    (0..3u8, 0..3u8, (v4, v6), port_list(), (affinity, algorithm, forwarding), prop::bool::weighted(0.3), outside, sort).prop_map(
-        |(
-            name,
-            created,
-            (v4, v6),
-            ports,
-            (affinity, algorithm, forwarding),
-            local,
-            (has_node_ports, external, external_local),
-            sort,
-        )| Service {
-            name: format!("s{name}"),
-            created,
-            vips: v4.into_iter().chain(v6).map(str::to_owned).collect(),
-            ports,
-            affinity,
-            algorithm,
-            forwarding,
-            local,
-            has_node_ports,
-            external: external.into_iter().map(str::to_owned).collect(),
-            external_local,
-            sort,
-        },
-    )
+    (0..3u8, 0..3u8, (v4, v6), port_list(), (affinity, algorithm, forwarding), prop::bool::weighted(0.3), outside, sort)
+        .prop_map(
+            |(
+                name,
+                created,
+                (v4, v6),
+                ports,
+                (affinity, algorithm, forwarding),
+                local,
+                (has_node_ports, external, external_local),
+                sort,
+            )| Service {
+                name: format!("s{name}"),
+                created,
+                vips: v4.into_iter().chain(v6).map(str::to_owned).collect(),
+                ports,
+                affinity,
+                algorithm,
+                forwarding,
+                local,
+                has_node_ports,
+                external: external.into_iter().map(str::to_owned).collect(),
+                external_local,
+                sort,
+            },
+        )
 }
 
 fn endpoint(v6: bool) -> impl Strategy<Value = Endpoint> {

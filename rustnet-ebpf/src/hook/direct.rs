@@ -48,7 +48,7 @@ pub fn send<F: Steps + Wrap>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
         direct::follow::<F>(p);
     }
     F::set_ttl(skb, p, action.ttl)?;
-    if rewrite::wrap::<F>(skb, F::node(config), pod) != Encapsulated::Done {
+    if rewrite::wrap::<F>(skb, p.ip_len, F::node(config), pod) != Encapsulated::Done {
         return Err(DropReason::WriteError.into());
     }
     mark::set_processed(skb, config);
@@ -100,8 +100,7 @@ pub fn receive<F: Steps + Wrap>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
         }
         Kind::Flow | Kind::LaterFragment => {
             let verify = || F::verify_client(p);
-            let flow =
-                conntrack::lookup_if::<F, _>(skb, p, flow, source::OUTSIDE, config, len, verify, |_, _| true)?;
+            let flow = conntrack::lookup_if::<F, _>(skb, p, flow, source::OUTSIDE, config, len, verify, |_, _| true)?;
             if flow.class == Class::Original && flow.to.tuple.dst != outer.dst {
                 // This node has led the flow elsewhere. The node that the client asks now has led it here.
                 F::forget();

@@ -4,12 +4,13 @@ use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::helpers::generated as helper;
 use rustnet_common::addr::Address;
 
-use super::{BuildHeader, Encapsulated};
+use super::encap::Encapsulated;
+use super::reject::BuildHeader;
 use crate::ctx::{Checksums, Ctx, Skb, at};
 use crate::family::Family;
 use crate::wire::{ETH_LEN, Header4, Header6};
 
-/// `bpf_skb_adjust_room`: segments keep their size, for their senders have been told the MTU.
+/// `bpf_skb_adjust_room`: segments keep their size, which the MTU has room for.
 const FIXED_GSO: u64 = 1;
 const ENCAP_L3_IPV4: u64 = 1 << 1;
 const ENCAP_L3_IPV6: u64 = 1 << 2;
@@ -41,11 +42,10 @@ impl<F: Family<Header: BuildHeader<F::A>>> Wrap for F {}
 
 const _: () = assert!(size_of::<Header4>() == 20 && size_of::<Header6>() == 40);
 
-/// Puts a header in front of a packet, which stays as it is. Not to be fragmented: its receiver joins nothing. All pointers into the
-/// packet are void afterwards.
+/// Puts a header in front of a packet of `len` bytes, which stays as it is. Not to be fragmented: its receiver joins nothing. All
+/// pointers into the packet are void afterwards.
 #[inline(always)]
-pub fn wrap<F: Wrap>(skb: &Skb, src: F::A, dst: F::A) -> Encapsulated {
-    let len = skb.len().wrapping_sub(ETH_LEN as u32);
+pub fn wrap<F: Wrap>(skb: &Skb, len: u32, src: F::A, dst: F::A) -> Encapsulated {
     if skb.gso_size() == 0 && len + F::WRAP_LEN > u32::from(u16::MAX) {
         return Encapsulated::Refused;
     }

@@ -45,7 +45,8 @@ impl ReadInside<Ip6> for Header6 {
 #[inline(always)]
 pub fn may_answer<F: Family>(t: &Tuple<F::A>, to: F::A, config: &NodeConfig) -> bool {
     let node = F::node(config);
-    let is_of_pod = F::peer(to).is_some_and(|peer| peer.flags & (peer::flags::POD | peer::flags::NODE) == peer::flags::POD);
+    let is_of_pod =
+        F::peer(to).is_some_and(|peer| peer.flags & (peer::flags::POD | peer::flags::NODE) == peer::flags::POD);
     is_of_pod
         && node != F::A::UNSPECIFIED
         && lb::is_direct::<F>(t)
@@ -116,9 +117,7 @@ macro_rules! global {
         ) -> u64 {
             // SAFETY: see above.
             let translated = match unsafe { (p.as_ref(), flow.as_mut()) } {
-                (Some(p), Some(flow)) => {
-                    translate::<$family>(p, flow, Addr::from_halves(high, low), is_node_port != 0)
-                }
+                (Some(p), Some(flow)) => translate::<$family>(p, flow, Addr::from_halves(high, low), is_node_port != 0),
                 _ => Err(DropReason::Malformed),
             };
             PackedResult::new(translated.map(|()| 0).map_err(Dropped::from)).bits()

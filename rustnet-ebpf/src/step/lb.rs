@@ -115,12 +115,7 @@ pub fn is_direct<F: Family>(t: &Tuple<F::A>) -> bool {
 /// That node has chosen, by the hash as a rule: then this node's first guess is right. By session affinity, or while the two know other
 /// endpoints, it has chosen another one, which is searched.
 #[inline(always)]
-pub fn select_at<F: Family>(
-    t: &Tuple<F::A>,
-    vip: F::A,
-    pod: Addr,
-    seed: u32,
-) -> Result<&'static Backend, DropReason> {
+pub fn select_at<F: Family>(t: &Tuple<F::A>, vip: F::A, pod: Addr, seed: u32) -> Result<&'static Backend, DropReason> {
     let key = SvcKey { vip, port: t.dport, proto: t.proto, scope: scope::EXTERNAL };
     let Some(entry) = F::services().get_ptr(key) else { return Err(DropReason::NoDirectBackend) };
     // SAFETY: as in `select_for`.
@@ -132,16 +127,13 @@ pub fn select_at<F: Family>(
     if count == 0 {
         return Err(DropReason::NoDirectBackend);
     }
-    let index = first.wrapping_add(rn_ordinal(hash::flow(t, seed), count, u32::from(table)));
     let (high, low) = pod.halves();
-    let mut search = Search { high, low, first: index, service, found: 0, pad: 0 };
-    // SAFETY: the callback has the signature that the helper wants, and `search` outlives the calls.
-    unsafe {
-        try_backend(0, (&raw mut search).cast());
-        if search.found == 0 {
-            search.first = first;
-            helper::bpf_loop(count, try_backend as *mut c_void, (&raw mut search).cast(), 0);
-        }
+    let mut search = Search { high, low, first, service, found: 0, pad: 0 };
+    let guess = first.wrapping_add(rn_ordinal(hash::flow(t, seed), count, u32::from(table)));
+    search.found = search.at(guess);
+    if search.found == 0 {
+        // SAFETY: the callback has the signature that the helper wants, and `search` outlives the call.
+        unsafe { helper::bpf_loop(count, try_backend as *mut c_void, (&raw mut search).cast(), 0) };
     }
     backend(search.found).filter(|b| b.service == service).ok_or(DropReason::NoDirectBackend)
 }
@@ -159,18 +151,22 @@ struct Search {
     pad: u32,
 }
 
+impl Search {
+    /// The id at an index of `rn_backend_ids`, if it is that of the backend; else 0.
+    #[inline(always)]
+    fn at(&self, index: u32) -> u32 {
+        let id = maps::rn_backend_ids.get(index).copied().unwrap_or(0);
+        let is_it = |b: &Backend| b.service == self.service && b.addr.halves() == (self.high, self.low);
+        if backend(id).is_some_and(is_it) { id } else { 0 }
+    }
+}
+
 /// One round of a [`Search`]: `bpf_loop` calls it until it returns 1. The verifier checks it once.
-#[inline(never)]
 extern "C" fn try_backend(round: u32, search: *mut c_void) -> u64 {
     // SAFETY: `select_at` passes a pointer to its own variable.
     let search = unsafe { &mut *search.cast::<Search>() };
-    let Some(id) = maps::rn_backend_ids.get(search.first.wrapping_add(round)) else { return 1 };
-    let is_it = |b: &Backend| b.service == search.service && b.addr.halves() == (search.high, search.low);
-    if backend(*id).is_some_and(is_it) {
-        search.found = *id;
-        return 1;
-    }
-    0
+    search.found = search.at(search.first.wrapping_add(round));
+    u64::from(search.found != 0)
 }
 
 /// True if a flow asks for a port that a VIP has.

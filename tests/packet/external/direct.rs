@@ -5,11 +5,12 @@ use super::NODE_PORT;
 use crate::errors::{error, icmp_error, translated};
 use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, as_from_a, from_a, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, Net, OVERLAY_MTU, each, labs};
+use crate::harness::{Flow, Lab, MAC_B, Net, OVERLAY_MTU, POD_B, each, labs};
 use crate::icmp::kinds;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::{flags, lifetime, state};
 use rustnet_common::drop::DropReason;
+use rustnet_common::endpoint;
 use rustnet_common::peer::flags as peer;
 use rustnet_common::service::flags::{DIRECT, SOURCE_RANGES};
 use std::net::IpAddr;
@@ -52,7 +53,7 @@ fn wrapped(inside: &Frame, src: IpAddr, dst: IpAddr) -> Frame {
         f.payload = inside.ip_bytes();
         f.l4 = L4::Other(if inside.is_v6() { 41 } else { 4 });
         (f.src, f.dst, f.ttl, f.id, f.flow) = (src, dst, 64, 0, 0);
-        (f.options, f.extensions, f.piece, f.may_be_cut, f.padding) = (Vec::new(), Vec::new(), None, false, 0);
+        (f.options, f.extensions, f.piece, f.may_be_cut) = (Vec::new(), Vec::new(), None, false);
     })
 }
 
@@ -353,6 +354,40 @@ fn what_does_not_fit_with_its_header() -> Result<()> {
             ensure!(lab.halves()? == 1, "a refused packet opened a flow");
         }
         Ok(())
+    })
+}
+
+/// A short frame, whose padding stays behind the packet with its header.
+#[test]
+fn padded_frames() -> Result<()> {
+    direct(|lab, net| {
+        let at = (net.node(), NODE_PORT);
+        publish(lab, net, at, Proto::Tcp, net.routed())?;
+        let short = ask(net, Proto::Tcp, at).map(|f| f.padding = 6);
+        lab.uplink_in(&short)?.onto_wire(&wrapped(&short.hop(), net.node(), net.routed()))?;
+        lab.forget()?;
+        publish(lab, net, at, Proto::Tcp, net.b())?;
+        let sent = short.map(|f| f.dst = node3(net));
+        let arrives = sent.hop().between((net.world(), PORT), (net.b(), TARGET));
+        lab.uplink_in(&from_node3(net, &sent))?.to_the_pod(&arrives)
+    })
+}
+
+/// A pod whose bandwidth is limited gets its packets by the queue of its interface.
+#[test]
+fn a_pod_with_a_queue() -> Result<()> {
+    direct(|lab, net| {
+        lab.put_endpoint_with(net.b(), POD_B, MAC_B, endpoint::flags::VIA_QDISC)?;
+        each(&SERVED, |proto| {
+            lab.publish(net.node(), NODE_PORT, proto.number(net), 0, &[(net.b(), TARGET)])?;
+            let sent = ask(net, proto, (node3(net), NODE_PORT));
+            for f in [sent.clone(), later(&sent)] {
+                let arrives = f.hop().between((net.world(), PORT), (net.b(), TARGET));
+                lab.uplink_in(&from_node3(net, &f))?.by_the_queue(&arrives)?;
+            }
+            Ok(())
+        })?;
+        lab.put_endpoint(net.b(), POD_B, MAC_B)
     })
 }
 

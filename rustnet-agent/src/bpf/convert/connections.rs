@@ -129,7 +129,8 @@ where
 {
     let mut halves: HashMap<Tuple<A>, v1::CtEntry<A>> = HashMap::with_capacity(2 * entries.len());
     let mut built = Vec::new();
-    for (key, entry) in entries {
+    // v1 has no flows without answers, and would make packets to the backend of what it is to get whole.
+    for (key, entry) in entries.iter().filter(|(_, entry)| entry.flags & flags::DIRECT == 0) {
         let key = Tuple { pad: 0, ..*key };
         let arrives = if entry.flags & flags::SWAPPED == 0 { key } else { key.reversed() };
         let half = v1::CtEntry {
@@ -166,9 +167,10 @@ where
 #[cfg(test)]
 mod tests {
     use super::{Entry, Half, downgrade, upgrade};
+    use bytemuck::Zeroable;
     use proptest::prelude::*;
     use rustnet_common::addr::{Address, Ip4, Ip6};
-    use rustnet_common::conntrack::{SLOT_CONTESTED, SOURCE_NONE, flags, state};
+    use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, SOURCE_NONE, flags, state};
     use rustnet_common::tuple::{Tuple, proto};
     use rustnet_common::v1::{self, flags::*};
     use std::collections::{BTreeMap, HashSet};
@@ -403,5 +405,13 @@ mod tests {
         assert_eq!(state(3), state::ANSWERED | state::ESTABLISHED | state::FIN_ORIG | state::FIN_ACKED);
         let udp = Tuple { proto: proto::UDP, ..key };
         assert_eq!(upgrade(&pair(udp, udp, &tcp(1)), backend)[0].1.state, state::ANSWERED);
+    }
+
+    #[test]
+    fn v1_gets_no_flow_whose_answers_pass_elsewhere() {
+        let asks: Tuple<Ip4> = tuple([0, 1, 2, 3], proto::TCP);
+        let entry = |flags| CtEntry { to: asks, flags, ..CtEntry::zeroed() };
+        assert_eq!(downgrade(&[(asks, entry(flags::NAT))]).len(), 2);
+        assert!(downgrade(&[(asks, entry(flags::NAT | flags::EXTERNAL | flags::DIRECT))]).is_empty());
     }
 }
