@@ -123,6 +123,14 @@ pub fn probe(kind: Probe, macs: Macs, from: SocketAddr, to: SocketAddr, payload:
     Ok(frame)
 }
 
+/// The IP packet of a frame inside of another header of its family.
+pub fn ip_in_ip(macs: Macs, from: IpAddr, to: IpAddr, inside: &[u8]) -> Result<Vec<u8>> {
+    let mut frame = Vec::new();
+    let number = etherparse::IpNumber(if from.is_ipv4() { 4 } else { 41 });
+    ip(macs, from, to)?.write(&mut frame, number, inside.get(ETHERNET..).context("no Ethernet frame")?)?;
+    Ok(frame)
+}
+
 /// An ICMP message of any type: `rest` is the second word of its header.
 pub fn icmp(macs: Macs, from: IpAddr, to: IpAddr, kind: u8, code: u8, rest: u32, body: &[u8]) -> Result<Vec<u8>> {
     let mut frame = Vec::new();

@@ -1,6 +1,7 @@
 //! Direct server return: backends on other nodes answer clients outside by themselves.
 
 use crate::external::balancer;
+use crate::overlay::segments_are_echoed;
 use crate::fixture::{
     Net, SERVICE_PORT, TestService, endpoints, in_each_routing, node_port, node_ports, observed, wait_served, world,
 };
@@ -16,6 +17,7 @@ use testkit::{Node, Proto, Routing, Setup, Topology, wait};
 in_each_routing!(
     clients_get_their_answers_from_the_backends_node,
     large_transfers,
+    datagrams_that_come_as_one_packet,
     a_load_balancers_address,
     session_affinity,
     connections_outlive_their_endpoint,
@@ -87,6 +89,16 @@ fn large_transfers(net: &Net) -> Result<()> {
         let mut connection = Connection::open_in(net.fabric.world(), target)?;
         connection.download(3 << 20).context("to the client")?;
         connection.upload(3 << 20).context("to the backend")?;
+    }
+    Ok(())
+}
+
+/// `UDP_SEGMENT`: the kernel parts them on the way, behind both headers, or at the receiver.
+fn datagrams_that_come_as_one_packet(net: &Net) -> Result<()> {
+    let service = direct(net, at_nodes(), endpoints(&[&net.c]))?;
+    for target in node_ports(net.node(1), &service) {
+        wait_served(net.fabric.world(), target)?;
+        segments_are_echoed(net.fabric.world(), target).with_context(|| format!("to {target}"))?;
     }
     Ok(())
 }

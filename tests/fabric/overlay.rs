@@ -100,7 +100,7 @@ fn datagrams_that_leave_as_one_packet_arrive_one_by_one(net: &Net) -> Result<()>
             from.set_tx_checksum(!is_summed)?;
             for address in to.addresses() {
                 for target in [SocketAddr::new(*address, PORT), service.target_like(*address)] {
-                    segments_are_echoed(from, target)
+                    segments_are_echoed(from.netns(), target)
                         .with_context(|| format!("to {target}, finished checksums: {is_summed}"))?;
                 }
             }
@@ -145,11 +145,12 @@ fn datagrams_that_stay_one_packet_can_be_taken_apart(net: &Net) -> Result<()> {
     Ok(())
 }
 
-fn segments_are_echoed(from: &Pod, target: SocketAddr) -> Result<()> {
+/// Sends several datagrams as one packet, and waits for the echo of each.
+pub fn segments_are_echoed(from: &Netns, target: SocketAddr) -> Result<()> {
     const SENDS: usize = 3;
     const SEGMENTS: usize = 20;
     const SIZE: usize = 1000;
-    let socket = from.run_in(|| connected_udp(target))??;
+    let socket = from.run(|| connected_udp(target))??;
     setsockopt(&socket, sockopt::RcvBufForce, &(4 << 20))?;
     setsockopt(&socket, sockopt::UdpGsoSegment, &SIZE.try_into()?)?;
     let mut bytes = vec![0; SENDS * SEGMENTS * SIZE];
@@ -273,7 +274,7 @@ fn streams_arrive_under_all_offload_settings(net: &Net) -> Result<()> {
             }
             pods_exchange(&net.a, &net.c).with_context(context)?;
             for address in net.c.addresses() {
-                segments_are_echoed(&net.a, SocketAddr::new(*address, PORT)).with_context(context)?;
+                segments_are_echoed(net.a.netns(), SocketAddr::new(*address, PORT)).with_context(context)?;
             }
         }
     }
@@ -394,7 +395,7 @@ fn exchange_through(from: &Pod, pod: &Pod, server: &Netns, ends: [IpAddr; 2]) ->
     for end in ends {
         let target = SocketAddr::new(pod.address_like(end)?, STREAM);
         exchange(from.netns(), (server, SocketAddr::new(end, STREAM)), target).with_context(|| format!("to {end}"))?;
-        segments_are_echoed(from, SocketAddr::new(target.ip(), PORT)).with_context(|| format!("datagrams to {end}"))?;
+        segments_are_echoed(from.netns(), SocketAddr::new(target.ip(), PORT)).with_context(|| format!("datagrams to {end}"))?;
     }
     Ok(())
 }

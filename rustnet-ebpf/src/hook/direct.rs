@@ -96,7 +96,11 @@ pub fn receive<F: Steps + Wrap>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
         Kind::LinkLocal => return Err(DropReason::NdNotForwarded.into()),
         Kind::IcmpError => {
             F::verify_outside(p)?;
-            icmp::relate::<F, _>(skb, p, flow, Reporter::Outside)?
+            let flow = icmp::relate::<F, _>(skb, p, flow, Reporter::Outside)?;
+            if flow.class == Class::New {
+                return Err(DropReason::IcmpUnrelated.into());
+            }
+            flow
         }
         Kind::Flow | Kind::LaterFragment => {
             let verify = || F::verify_client(p);

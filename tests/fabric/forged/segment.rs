@@ -1,13 +1,15 @@
 //! A machine on the nodes' segment, and one behind a router.
 
-use crate::fixture::SERVICE_PORT;
+use crate::fixture::{SERVICE_PORT, endpoints, node_port, published};
 use crate::forged::stage::{Control, Family, Mark, Place, Sender, Shot, Stage, Trial, in_routings};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::DropReason;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use testkit::check::VXLAN_PORT;
+use testkit::Pod;
 use testkit::client::{Connection, ask_udp, udp_from_port};
+use testkit::manifest::Outside;
 use testkit::packet::{self, Probe, source_routed, tagged};
 
 in_routings!(
@@ -20,6 +22,7 @@ in_routings!(
         a_forged_answer_of_a_service,
         a_service_asked_from_outside,
         a_vlan_tag_and_a_source_route,
+        a_clients_packet_in_a_nodes_name,
     )
 );
 
@@ -232,6 +235,37 @@ fn a_vlan_tag_and_a_source_route(stage: &Stage<'_>) -> Result<()> {
         let via = family.of(&stage.net.b)?;
         let forged = |mark: &Mark| Ok(shot(source_routed(&mark.frame(Probe::Udp, sender.macs, own, to)?, via)?));
         trial.refused("a source route", &sender, &[], &forged, &control)?;
+    }
+    trial.finish()
+}
+
+/// A packet for direct server return, of a client that asks a node for a Service: in the name of a node that has to send such packets
+/// through the tunnel, or of the pod's own node. The control is a packet to the pod.
+fn a_clients_packet_in_a_nodes_name(stage: &Stage<'_>) -> Result<()> {
+    let outside = Outside { node_port: node_port(), ..Outside::default() };
+    let service = published(stage.net, outside, endpoints(&[&stage.net.a]))?;
+    let mut trial = Trial::new(stage)?;
+    for (sender, own) in [(stage.attacker()?, Family::attacker as fn(Family) -> _), (stage.outsider()?, Family::outsider)] {
+        for family in Family::ALL {
+            let (client, pod) = (own(family)?, family.of(&stage.net.a)?);
+            let to = SocketAddr::new(pod, trial.watch.port);
+            let control = Control {
+                sender: &sender,
+                make: &|mark| Ok(vec![mark.shot(Probe::Udp, sender.macs, client, to)?]),
+                place: Place::Pod("a"),
+                source: Some(client),
+            };
+            let nodes = [Some(stage.node(1)), stage.tunnelled().map(Pod::node)];
+            for node in nodes.into_iter().flatten().map(|node| family.of_node(node)) {
+                let asked = SocketAddr::new(node, service.service.outside.node_port);
+                let make = |mark: &Mark| -> Result<Vec<Shot>> {
+                    let inside = Probe::ALL.iter().map(|kind| mark.frame(*kind, sender.macs, client, asked));
+                    let wrapped = inside.map(|inside| packet::ip_in_ip(sender.macs, node, pod, &inside?));
+                    wrapped.map(|frame| Ok(Shot::Frame(frame?))).collect()
+                };
+                trial.refused(&format!("in the name of {node}"), &sender, &[DropReason::Spoofed], &make, &control)?;
+            }
+        }
     }
     trial.finish()
 }

@@ -205,7 +205,8 @@ fn other_packets_of_these_protocols() -> Result<()> {
         lab.uplink_in(&to_node)?.to_stack(&to_node)?;
         let of_another = from_node3(net, &ask(net, Proto::Udp, (net.node2(), NODE_PORT)));
         lab.uplink_in(&of_another)?.to_the_pod(&of_another.hop())?;
-        let cut = from_node3(net, &inside).pieces(7, &[16]);
+        // The header inside is whole.
+        let cut = from_node3(net, &inside).pieces(7, &[48]);
         lab.uplink_in(&cut[0])?.to_the_pod(&cut[0].hop())?;
         // A header of the other family.
         let number = if net == Net::V4 { 41 } else { 4 };
@@ -444,6 +445,8 @@ fn errors_about_answers() -> Result<()> {
                 let want = translated(&e, &left, &answer_of_b(&arrived).hop(), reporter).hop();
                 lab.uplink_in(&from_node3(net, &e))?.to_the_pod(&want)?;
             }
+            let unrelated = error(&left.map(|f| f.set_ports(VIP_PORT, 1)), net.router(), kind, 1000);
+            lab.uplink_in(&from_node3(net, &unrelated))?.dropped(DropReason::IcmpUnrelated)?;
             let forged = error(&left, net.a(), kind, 1000);
             lab.uplink_in(&from_node3(net, &forged))?.dropped(DropReason::Spoofed)?;
         }
