@@ -6,9 +6,9 @@
 
 use crate::netlink::{Message, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Refused, Reply, Socket};
 use libc::{
-    AF_INET, AF_INET6, IFA_ADDRESS, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_IFALIAS, IFLA_IFNAME, IFLA_INFO_DATA,
-    IFLA_INFO_KIND, IFLA_LINK, IFLA_LINKINFO, IFLA_MTU, IFLA_NET_NS_FD, IFLA_OPERSTATE, NDA_DST, NDA_LLADDR, RTA_DST,
-    RTA_GATEWAY, RTA_OIF,
+    AF_INET, AF_INET6, IFA_ADDRESS, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_GROUP, IFLA_IFALIAS, IFLA_IFNAME,
+    IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINK, IFLA_LINKINFO, IFLA_MTU, IFLA_NET_NS_FD, IFLA_OPERSTATE, NDA_DST,
+    NDA_LLADDR, RTA_DST, RTA_GATEWAY, RTA_OIF,
 };
 use netlink_packet_core::Emitable;
 use netlink_packet_route::AddressFamily;
@@ -33,7 +33,7 @@ const ARP_IGNORE_ALL: u32 = 8;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 /// Longest alias of a link that the kernel takes.
-const IFALIAS_MAX: usize = 255;
+pub const IFALIAS_MAX: usize = 255;
 
 /// A MAC address.
 pub type Mac = [u8; 6];
@@ -51,8 +51,10 @@ pub struct Link {
     pub mtu: u32,
     /// True if it is administratively up.
     pub up: bool,
-    /// Alias; what [`alias`] made, for ours.
+    /// Alias; it names the owner of ours.
     pub alias: String,
+    /// Group; the network of ours. 0 is that of most links.
+    pub group: u32,
     /// Index of a veth's other end, in that end's namespace.
     pub peer: u32,
 }
@@ -71,16 +73,20 @@ pub struct Veth<'a> {
     pub pod_mac: Mac,
     /// MTU of both.
     pub mtu: u32,
+    /// Group of the host's end. The kernel sets it with the creation, so that no killed call leaves a link without.
+    pub group: u32,
 }
 
 /// Name of the host's end for an attachment: found again without any state.
 pub fn host_name(container_id: &str, ifname: &str) -> String {
-    // FNV-1a; 44 bits of it fill the name.
-    let hash = [container_id.as_bytes(), &[0], ifname.as_bytes()]
-        .concat()
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
+    // 44 bits fill the name.
+    let hash = hash(&[container_id.as_bytes(), &[0], ifname.as_bytes()].concat());
     format!("{}{:011x}", names::VETH_PREFIX, (hash ^ (hash >> 44)) & 0xfff_ffff_ffff)
+}
+
+/// Hashes by FNV-1a. The result is part of the contract with running pods.
+pub fn hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// A locally administered unicast MAC address.
@@ -108,7 +114,7 @@ pub fn create_veth(host: &mut Socket, v: &Veth<'_>) -> Result<Link, Refused> {
     let end =
         |m: Message, name: &str, mac: Mac| m.text(IFLA_IFNAME, name).attr(IFLA_ADDRESS, &mac).u32(IFLA_MTU, v.mtu);
     let create = Message::new(what, libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &link(0));
-    let create = end(create, v.host, v.host_mac).nested(IFLA_LINKINFO, |m| {
+    let create = end(create, v.host, v.host_mac).u32(IFLA_GROUP, v.group).nested(IFLA_LINKINFO, |m| {
         m.text(IFLA_INFO_KIND, "veth").nested(IFLA_INFO_DATA, |m| {
             m.nested(VETH_INFO_PEER, |m| {
                 end(m.with(&link(0)), v.pod, v.pod_mac).u32(IFLA_NET_NS_FD, v.netns.as_raw_fd().cast_unsigned())
@@ -122,6 +128,13 @@ pub fn create_veth(host: &mut Socket, v: &Veth<'_>) -> Result<Link, Refused> {
 /// The link of that name, if there is one.
 pub fn get(socket: &mut Socket, name: &str) -> Result<Option<Link>, Refused> {
     Ok(first_link(&socket.run(vec![get_message(name)])?))
+}
+
+/// True if a pod's veth of ours has that index. The index of one that has gone may be another device's by now.
+pub fn is_pods(socket: &mut Socket, index: u32) -> Result<bool, Refused> {
+    let m = Message::new(format!("look up link {index}"), libc::RTM_GETLINK, 0, &link(index));
+    let found = first_link(&socket.run(vec![m.tolerate(&[libc::ENODEV])])?);
+    Ok(found.is_some_and(|link| link.name.starts_with(names::VETH_PREFIX)))
 }
 
 /// All links of the namespace.
@@ -159,6 +172,7 @@ fn parse(reply: &Reply) -> Option<Link> {
         mtu: attrs.u32(IFLA_MTU).unwrap_or_default(),
         up: header.flags.contains(LinkFlags::Up),
         alias: attrs.text(IFLA_IFALIAS).unwrap_or_default().to_owned(),
+        group: attrs.u32(IFLA_GROUP).unwrap_or_default(),
         // Older kernels leave it out when both indices are equal.
         peer: attrs.u32(IFLA_LINK).unwrap_or(header.index),
     })
@@ -181,8 +195,7 @@ pub fn prepare_host(index: u32, alias: &str) -> Vec<Message> {
             })
         },
     );
-    let filter = if alias.len() <= IFALIAS_MAX { filter.attr(IFLA_IFALIAS, alias.as_bytes()) } else { filter };
-    vec![filter, no_ipv6_autoconf(index)]
+    vec![filter.attr(IFLA_IFALIAS, alias.as_bytes()), no_ipv6_autoconf(index)]
 }
 
 /// Stops the host from accepting router advertisements that the pod sends (CVE-2020-13401). Many
@@ -438,7 +451,7 @@ mod tests {
             }
         }
         // Part of the contract with running pods: an upgrade must find the old interfaces.
-        assert_eq!(host_name("c1", "eth0"), host_name("c1", "eth0"));
+        assert_eq!(host_name("c1", "eth0"), "rnv2b3bfe61ab2");
         assert_ne!(host_name("c1e", "th0"), host_name("c1", "eth0"));
     }
 

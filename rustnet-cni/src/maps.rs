@@ -14,7 +14,6 @@ use std::path::Path;
 
 const BPF_MAP_LOOKUP_ELEM: u32 = 1;
 const BPF_MAP_UPDATE_ELEM: u32 = 2;
-const BPF_MAP_DELETE_ELEM: u32 = 3;
 const BPF_OBJ_GET: u32 = 7;
 const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: u32 = 21;
@@ -107,14 +106,6 @@ impl<P: Pinned> Map<P> {
     /// Reads an entry.
     pub fn get(&self, key: P::Key) -> io::Result<Option<P::Value>> {
         self.read(BPF_MAP_LOOKUP_ELEM, key)
-    }
-
-    /// Deletes an entry; one that has gone is no error.
-    pub fn delete(&self, key: P::Key) -> io::Result<()> {
-        match self.element(BPF_MAP_DELETE_ELEM, key, None, 0) {
-            Err(e) if e.raw_os_error() != Some(libc::ENOENT) => Err(e),
-            _ => Ok(()),
-        }
     }
 
     /// Deletes an entry if `is_ours` says so. Another call may write one meanwhile: what is taken out and is not ours goes back.

@@ -37,7 +37,11 @@ impl Netns {
         let own = File::open(OWN).map_err(|e| Error::io(OWN, &e))?;
         let identity = |f: &File| f.metadata().map(|m| (m.dev(), m.ino())).map_err(|e| Error::io(path, &e));
         if identity(&pod)? == identity(&own)? {
-            return Err(Error::new(code::ENVIRONMENT, format!("CNI_NETNS {path} is the host's own network namespace")));
+            let text = format!("CNI_NETNS {path} is the host's own network namespace");
+            return Err(Error::new(code::NETNS, text).details(
+                "a pod's default route would become the host's, which CNI_NETNS_OVERRIDE does not change; give the container a \
+                 namespace of its own, or no network",
+            ));
         }
         Ok(Self { pod, own })
     }

@@ -12,7 +12,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 const REMEDY: &str = "is the rustnet agent running on this node, and is \"runDir\" in the configuration its --run-dir?";
-/// Among the leases: one empty file for each attachment that may hold one of a delegated IPAM.
+/// Among the leases: one file for each attachment that may hold one of a delegated IPAM, in a folder for each network.
 const DELEGATED_DIR: &str = "delegated";
 /// Time between two tries to get a lock.
 const LOCK_RETRY: Duration = Duration::from_millis(5);
@@ -87,34 +87,56 @@ pub fn records(run_dir: &Path) -> Result<Vec<EndpointFile>, Error> {
     Ok(all)
 }
 
-/// Marks that an attachment may hold a lease of a delegated IPAM.
-pub fn mark_delegated(run_dir: &Path, network: &str, a: &Attachment) -> Result<(), Error> {
-    let path = mark_path(run_dir, network, a);
-    create(&path, b"").map_err(|e| Error::io(format!("write {}", path.display()), &e))
+/// A mark that an attachment may hold a lease of a delegated IPAM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The network of the lease.
+    pub network: String,
+    /// Who holds it.
+    pub owner: Attachment,
 }
 
-/// Removes that mark.
-pub fn unmark_delegated(run_dir: &Path, network: &str, a: &Attachment) -> Result<(), Error> {
-    remove(&mark_path(run_dir, network, a))
+impl Mark {
+    /// The configuration of the ADD; empty if it cannot be read, and in marks of earlier releases.
+    pub fn configuration(&self, run_dir: &Path) -> Vec<u8> {
+        fs::read(self.path(run_dir)).unwrap_or_default()
+    }
+
+    /// Writes the mark with the configuration of the ADD, by which the lease can be given back later.
+    pub fn write(&self, run_dir: &Path, configuration: &[u8]) -> Result<(), Error> {
+        let path = self.path(run_dir);
+        create(&path, configuration).map_err(|e| Error::io(format!("write {}", path.display()), &e))
+    }
+
+    /// Removes the mark.
+    pub fn remove(&self, run_dir: &Path) -> Result<(), Error> {
+        remove(&self.path(run_dir))
+    }
+
+    fn path(&self, run_dir: &Path) -> PathBuf {
+        let Attachment { container_id, ifname } = &self.owner;
+        delegated_dir(run_dir).join(&self.network).join(format!("{container_id}@{ifname}"))
+    }
 }
 
-/// All attachments of a network that may hold a lease of a delegated IPAM.
-pub fn delegated(run_dir: &Path, network: &str) -> Result<Vec<Attachment>, Error> {
-    Ok(list(&delegated_dir(run_dir, network))?
-        .into_iter()
-        .filter_map(|entry| {
-            let (container_id, ifname) = entry.name.split_once('@')?;
-            is_identifier(container_id).then(|| Attachment { container_id: container_id.into(), ifname: ifname.into() })
-        })
-        .collect())
+/// The marks of all networks.
+pub fn marks(run_dir: &Path) -> Result<Vec<Mark>, Error> {
+    let dir = delegated_dir(run_dir);
+    let mut all = Vec::new();
+    for network in list(&dir)? {
+        for entry in list(&dir.join(&network.name))? {
+            let Some((container_id, ifname)) = entry.name.split_once('@') else { continue };
+            if is_identifier(container_id) {
+                let owner = Attachment { container_id: container_id.into(), ifname: ifname.into() };
+                all.push(Mark { network: network.name.clone(), owner });
+            }
+        }
+    }
+    Ok(all)
 }
 
-fn mark_path(run_dir: &Path, network: &str, a: &Attachment) -> PathBuf {
-    delegated_dir(run_dir, network).join(format!("{}@{}", a.container_id, a.ifname))
-}
-
-fn delegated_dir(run_dir: &Path, network: &str) -> PathBuf {
-    run_dir.join(files::IPAM_DIR).join(DELEGATED_DIR).join(network)
+fn delegated_dir(run_dir: &Path) -> PathBuf {
+    run_dir.join(files::IPAM_DIR).join(DELEGATED_DIR)
 }
 
 /// The file that becomes `path` by a rename; dot and extension keep readers away from it.

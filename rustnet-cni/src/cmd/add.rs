@@ -6,7 +6,7 @@
 //! are found; then the map entries; the pod's end comes up last, when the programs would let its
 //! packets through.
 
-use super::detach::find_and_remove;
+use super::detach::{Removal, group};
 use crate::attach::Pins;
 use crate::call::Call;
 use crate::fault;
@@ -17,7 +17,7 @@ use crate::maps::HostPorts;
 use crate::netlink::{Message, Refused, Socket};
 use crate::netns::Netns;
 use crate::shape;
-use crate::state;
+use crate::state::{self, Mark};
 use crate::types::bandwidth;
 use crate::types::conf::Attachment;
 use crate::types::error::{Error, code};
@@ -39,7 +39,7 @@ pub fn run(call: &Call) -> Result<Value, Error> {
     let port_mappings = port_mappings::parse(conf.port_mappings.as_ref())?;
     let pins = Pins::open(&conf.bpffs)?;
     let host_ports = if port_mappings.is_empty() { None } else { Some(HostPorts::open(&conf.bpffs)?) };
-    let delegate = Delegate::find(conf, &call.env.path)?;
+    let delegate = conf.ipam.as_deref().map(|kind| Delegate::find(conf, kind, &call.env.path)).transpose()?;
     if delegate.is_none() {
         local::require_ranges(&node.pod_cidrs)?;
     }
@@ -65,7 +65,7 @@ pub fn run(call: &Call) -> Result<Value, Error> {
         veth,
     };
     let done = setup.finish(&mut host, &mut pod);
-    done.map_err(|e| match setup.undo(&mut host) {
+    done.map_err(|e| match setup.undo() {
         Ok(()) => e,
         Err(more) => e.details(format!("cleaning up failed as well: {more}")),
     })
@@ -85,7 +85,8 @@ fn create_veth(call: &Call, mtu: u32, netns: &Netns, host: &mut Socket) -> Resul
     let random = || link::random_mac().map_err(|e| Error::io("random MAC address", &e));
     let name = link::host_name(&env.container_id, &env.ifname);
     let pod_mac = call.conf.mac.map_or_else(random, Ok)?;
-    let v = Veth { host: &name, pod: &env.ifname, netns: netns.as_fd(), host_mac: random()?, pod_mac, mtu };
+    let (pod, group) = (&env.ifname, group(&call.conf));
+    let v = Veth { host: &name, pod, netns: netns.as_fd(), host_mac: random()?, pod_mac, mtu, group };
     let made = link::create_veth(host, &v).map_err(|e| exists(call, &name, e))?;
     fault::point("veth").map_err(|e| match link::delete(host, made.index) {
         Ok(()) => e,
@@ -170,7 +171,8 @@ impl Setup<'_> {
     fn addresses(&self, host: &mut Socket) -> Result<AddResult, Error> {
         let conf = &self.call.conf;
         if let Some(delegate) = self.delegate {
-            state::mark_delegated(&conf.run_dir, &conf.name, &self.attachment)?;
+            let mark = Mark { network: conf.name.clone(), owner: self.attachment.clone() };
+            mark.write(&conf.run_dir, &conf.stdin)?;
             fault::point("mark")?;
             return delegate.add();
         }
@@ -306,9 +308,9 @@ impl Setup<'_> {
     }
 
     /// Takes back everything; called only for a veth that this call made, so that nothing can be another's.
-    fn undo(&self, host: &mut Socket) -> Result<(), Error> {
+    fn undo(&self) -> Result<(), Error> {
         let conf = &self.call.conf;
-        find_and_remove(conf, &self.attachment, self.delegate, Some(&self.pins.endpoints), host)
+        Removal::open(conf, &self.call.env.path)?.remove(&self.attachment, conf.ipam.as_deref())
     }
 }
 

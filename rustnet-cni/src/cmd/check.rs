@@ -75,8 +75,8 @@ pub fn run(call: &Call) -> Result<(), Error> {
         }
     }
     check_host_ports(call, record.as_ref())?;
-    match Delegate::find(conf, &env.path)? {
-        Some(delegate) => delegate.check(),
+    match &conf.ipam {
+        Some(kind) => Delegate::find(conf, kind, &env.path)?.check(),
         None => check_leases(call, &attachment, &prev),
     }
 }

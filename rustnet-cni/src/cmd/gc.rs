@@ -1,61 +1,76 @@
-//! GC: removes what belongs to this network and to no valid attachment. Without a list it removes nothing.
+//! GC: removes what belongs to this network and to no valid attachment, and what has neither a device nor an owner any more.
+//! Without a list it removes nothing.
 
-use super::detach::{attachment_of_alias, find_and_remove};
+use super::detach::{Removal, attachment_of_alias, group};
 use crate::call::Call;
 use crate::ipam::delegate::Delegate;
 use crate::ipam::local::Pool;
-use crate::link;
-use crate::maps::Endpoints;
-use crate::netlink::Socket;
+use crate::link::{self, Link};
 use crate::state;
 use crate::types::conf::Attachment;
-use crate::types::error::Error;
+use crate::types::error::{Error, Failures};
+use rustnet_common::files::EndpointFile;
 use rustnet_common::names::VETH_PREFIX;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 /// Removes stale attachments; tries all of them, and reports the first failure with the others as details.
 pub fn run(call: &Call) -> Result<(), Error> {
     let conf = &call.conf;
     let Some(valid) = &conf.valid_attachments else { return Ok(()) };
     let valid: HashSet<&Attachment> = valid.iter().collect();
-    let delegate = Delegate::find(conf, &call.env.path)?;
-    let endpoints = Endpoints::open_for_removal(&conf.bpffs)?;
-    let mut host = Socket::open().map_err(|e| Error::io("netlink socket", &e))?;
+    let mut removal = Removal::open(conf, &call.env.path)?;
+    let mut failures = Failures::default();
 
-    let records = state::records(&conf.run_dir)?;
-    let links: Vec<_> = link::list(&mut host)?.into_iter().filter(|l| l.name.starts_with(VETH_PREFIX)).collect();
-    let mut known = BTreeSet::new();
-    known.extend(
-        records
-            .iter()
-            .filter(|r| r.network == conf.name)
-            .map(|r| Attachment { container_id: r.container_id.clone(), ifname: r.ifname.clone() }),
-    );
-    known.extend(Pool::new(&conf.run_dir).leases()?.into_iter().filter(|l| l.network == conf.name).map(|l| l.owner));
-    known.extend(state::delegated(&conf.run_dir, &conf.name)?);
-    known.extend(links.iter().filter_map(|l| attachment_of_alias(conf, &l.alias)));
-
-    let mut outcome: Result<(), Error> = Ok(());
-    let mut note = |result: Result<(), Error>| {
-        outcome = match (std::mem::replace(&mut outcome, Ok(())), result) {
-            (Err(first), Err(e)) => Err(first.details(e.to_string())),
-            (first, result) => first.and(result),
-        };
-    };
-    for stale in known.iter().filter(|a| !valid.contains(a)) {
-        note(find_and_remove(conf, stale, delegate.as_ref(), endpoints.as_ref(), &mut host));
+    // Files before links: an ADD makes its link first, so that whoever has a file and no link has lost it.
+    let records = failures.note(state::records(&conf.run_dir));
+    let mut known: BTreeMap<Attachment, bool> = BTreeMap::new();
+    let mut add = |a: Attachment, is_ours: bool| *known.entry(a).or_default() |= is_ours;
+    for record in records.iter().flatten() {
+        add(attachment_of(record), record.network == conf.name);
     }
-    // A call killed right after it made its veth left neither alias nor record. Its name tells whether a valid attachment
-    // of this network has it, the records whether one of another network has.
-    let named: HashSet<String> = valid.iter().map(|a| link::host_name(&a.container_id, &a.ifname)).collect();
-    let recorded: HashSet<&str> = records.iter().map(|r| r.host_ifname.as_str()).collect();
-    for orphan in links.iter().filter(|l| l.alias.is_empty() && !named.contains(&l.name)) {
-        if !recorded.contains(orphan.name.as_str()) {
-            note(link::delete(&mut host, orphan.index).map_err(Error::from));
+    for lease in failures.note(Pool::new(&conf.run_dir).leases()).unwrap_or_default() {
+        add(lease.owner, lease.network == conf.name);
+    }
+    for mark in failures.note(state::marks(&conf.run_dir)).unwrap_or_default() {
+        add(mark.owner, mark.network == conf.name);
+    }
+    let mut links = link::list(removal.host())?;
+    links.retain(|link| link.name.starts_with(VETH_PREFIX));
+    for a in links.iter().filter_map(|link| attachment_of_alias(conf, &link.alias)) {
+        add(a, true);
+    }
+    let names: HashSet<&str> = links.iter().map(|link| link.name.as_str()).collect();
+    for (a, is_ours) in known.iter().filter(|(a, _)| !valid.contains(a)) {
+        // Networks that were renamed have no GC of their own any more. Their living pods have a device.
+        if *is_ours || !names.contains(link::host_name(&a.container_id, &a.ifname).as_str()) {
+            failures.note(removal.remove(a, conf.ipam.as_deref().filter(|_| *is_ours)));
         }
     }
-    if let Some(delegate) = &delegate {
-        note(delegate.optional("GC"));
+    if let Some(records) = records {
+        for orphan in orphans(&links, group(conf), &valid, &records) {
+            failures.note(link::delete(removal.host(), orphan.index).map_err(Error::from));
+        }
     }
-    outcome
+    if let Some(kind) = &conf.ipam {
+        let done = Delegate::find(conf, kind, &call.env.path).and_then(|delegate| delegate.optional("GC"));
+        failures.note(done);
+    }
+    failures.into_result()
+}
+
+/// The links of this network that a call left which was killed right after it made them: they have neither alias nor record. Their
+/// names tell whether a valid attachment has one.
+fn orphans<'a>(
+    links: &'a [Link],
+    group: u32,
+    valid: &HashSet<&Attachment>,
+    records: &[EndpointFile],
+) -> impl Iterator<Item = &'a Link> {
+    let mut named: HashSet<String> = valid.iter().map(|a| link::host_name(&a.container_id, &a.ifname)).collect();
+    named.extend(records.iter().map(|record| record.host_ifname.clone()));
+    links.iter().filter(move |link| link.alias.is_empty() && link.group == group && !named.contains(&link.name))
+}
+
+fn attachment_of(record: &EndpointFile) -> Attachment {
+    Attachment { container_id: record.container_id.clone(), ifname: record.ifname.clone() }
 }

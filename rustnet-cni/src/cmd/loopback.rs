@@ -54,8 +54,8 @@ fn del(call: &Call) -> Result<(), Error> {
     let Some(path) = call.env.netns.as_deref() else { return Ok(()) };
     match enter(path) {
         Ok((mut pod, lo)) => Ok(pod.run(vec![link::down(lo.index)]).map(drop)?),
-        // With its namespace, `lo` has gone. The host's own namespace (ENVIRONMENT) is no pod's: its `lo` stays as it is.
-        Err(e) if matches!(e.code, code::UNKNOWN_CONTAINER | code::ENVIRONMENT) => Ok(()),
+        // With its namespace, `lo` has gone. The host's own namespace (NETNS) is no pod's: its `lo` stays as it is.
+        Err(e) if matches!(e.code, code::UNKNOWN_CONTAINER | code::NETNS) => Ok(()),
         Err(e) => Err(e),
     }
 }

@@ -13,9 +13,12 @@ pub fn run(call: &Call) -> Result<(), Error> {
     let conf = &call.conf;
     let node = state::load_node(&conf.run_dir).map_err(unavailable)?;
     Pins::open(&conf.bpffs).map_err(unavailable)?;
-    match Delegate::find(conf, &call.env.path).map_err(unavailable)? {
-        Some(ipam) => ipam.optional("STATUS"),
+    let Some(kind) = &conf.ipam else {
         // A full pool is no reason to say no: Kubernetes would take the whole node, running pods included, for broken.
-        None => local::require_ranges(&node.pod_cidrs).map_err(unavailable),
-    }
+        return local::require_ranges(&node.pod_cidrs).map_err(unavailable);
+    };
+    Delegate::find(conf, kind, &call.env.path).and_then(|ipam| ipam.optional("STATUS")).map_err(|e| match e.code {
+        code::LIMITED => e,
+        _ => unavailable(e),
+    })
 }

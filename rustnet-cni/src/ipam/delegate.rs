@@ -21,12 +21,18 @@ pub struct Delegate<'a> {
 }
 
 impl<'a> Delegate<'a> {
-    /// The plugin that the configuration names; `None` when it wants our own pool.
-    pub fn find(conf: &'a NetConf, path: &[PathBuf]) -> Result<Option<Self>, Error> {
-        let Some(kind) = conf.ipam.as_deref() else { return Ok(None) };
+    /// The plugin `kind` of a configuration.
+    ///
+    /// # Errors
+    /// It is not the name of a binary, or not in CNI_PATH.
+    pub fn find(conf: &'a NetConf, kind: &'a str, path: &[PathBuf]) -> Result<Self, Error> {
+        if kind.contains('/') || matches!(kind, "." | "..") {
+            return Err(Error::new(code::CONFIG, format!("ipam type {kind:?} is invalid"))
+                .details("it is the name of a binary in CNI_PATH, not a path"));
+        }
         let is_program = |p: &Path| p.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
         match path.iter().map(|dir| dir.join(kind)).find(|p| is_program(p)) {
-            Some(binary) => Ok(Some(Self { conf, kind, binary })),
+            Some(binary) => Ok(Self { conf, kind, binary }),
             None => Err(Error::new(code::CONFIG, format!("IPAM plugin {kind:?} is not in CNI_PATH"))
                 .details(format!("looked in {path:?}; install it there or change ipam.type"))),
         }

@@ -21,7 +21,7 @@ pub struct NetConf {
     pub bpffs: PathBuf,
     /// The run directory shared with the agent.
     pub run_dir: PathBuf,
-    /// The IPAM plugin to ask; `None` means our own.
+    /// The IPAM plugin to ask; `None` means our own. Not yet known to be the name of a binary.
     pub ipam: Option<String>,
     /// Overrides the node's MTU.
     pub mtu: Option<u32>,
@@ -60,12 +60,10 @@ struct Raw {
     kind: Option<String>,
     bpffs: Option<PathBuf>,
     run_dir: Option<PathBuf>,
-    ipam: Option<Ipam>,
+    ipam: Value,
     #[serde(flatten)]
     pod: Pod,
     prev_result: Option<Value>,
-    #[serde(rename = "cni.dev/valid-attachments")]
-    valid_attachments: Option<Vec<Attachment>>,
 }
 
 /// What only matters to a pod that is being made: as it came, so that nothing in it can keep one from going.
@@ -97,7 +95,9 @@ impl NetConf {
     /// Reads and validates a configuration. With `removal`, for a verb that takes pods away, what describes a pod is ignored.
     pub fn parse(stdin: Vec<u8>, removal: bool) -> Result<Self, Error> {
         let version = version_of(&stdin)?;
-        let raw: Raw = serde_json::from_value(object(&stdin)?).map_err(unreadable)?;
+        let object = object(&stdin)?;
+        let valid_attachments = valid_attachments(&object)?;
+        let raw: Raw = serde_json::from_value(object).map_err(unreadable)?;
         let name = raw.name.filter(|n| !n.is_empty()).ok_or_else(|| {
             Error::new(code::CONFIG, "the network configuration has no name").details("set \"name\" in it")
         })?;
@@ -108,11 +108,13 @@ impl NetConf {
         if !is_identifier(&name) {
             return Err(Error::new(code::CONFIG, format!("network name {name:?} is invalid")).details(IDENTIFIER_RULE));
         }
-        let ipam = raw.ipam.and_then(|i| i.kind).filter(|k| !matches!(k.as_str(), "" | "rustnet" | "rustnet-cni"));
-        if let Some(kind) = ipam.as_deref().filter(|k| k.contains('/') || *k == "." || *k == "..") {
-            return Err(Error::new(code::CONFIG, format!("ipam type {kind:?} is invalid"))
-                .details("it is the name of a binary in CNI_PATH, not a path"));
-        }
+        let ipam: Option<Ipam> = match serde_json::from_value(raw.ipam) {
+            Ok(ipam) => ipam,
+            // Whoever gave a pod its address is remembered.
+            Err(_) if removal => None,
+            Err(e) => return Err(unreadable(e)),
+        };
+        let ipam = ipam.and_then(|i| i.kind).filter(|k| !matches!(k.as_str(), "" | "rustnet" | "rustnet-cni"));
         let wishes = if removal { Wishes::default() } else { raw.pod.wishes()? };
         Ok(Self {
             version,
@@ -127,10 +129,23 @@ impl NetConf {
             bandwidth: wishes.bandwidth,
             port_mappings: wishes.port_mappings,
             prev_result: raw.prev_result,
-            valid_attachments: raw.valid_attachments,
+            valid_attachments,
             stdin,
         })
     }
+}
+
+/// The attachments that GC is to keep: those of the key of the specification, and those of the key that an earlier text of it had.
+/// libcni sends both. Its empty list is null, so that a key that is there says "none". Without either key, nobody said anything.
+fn valid_attachments(conf: &Value) -> Result<Option<Vec<Attachment>>, Error> {
+    let mut all = None;
+    for key in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
+        let Some(value) = conf.get(key) else { continue };
+        let list: Option<Vec<Attachment>> = Deserialize::deserialize(value)
+            .map_err(|e| Error::new(code::DECODE, format!("{key} cannot be read: {e}")))?;
+        all.get_or_insert_with(Vec::new).extend(list.unwrap_or_default());
+    }
+    Ok(all)
 }
 
 /// The `type` of the plugin that sets a pod's `lo` up.
@@ -287,10 +302,10 @@ mod tests {
             (r#"{"cniVersion":"1.0.0","name":"a","bpffs":"x/y"}"#, 7, "bpffs"),
             (r#"{"cniVersion":"1.0.0","name":"a","mtu":"big"}"#, 6, "invalid type"),
             (r#"{"cniVersion":"1.0.0","name":"a","mtu":60}"#, 7, "mtu 60"),
-            (r#"{"cniVersion":"1.0.0","name":"a","ipam":{"type":"../evil"}}"#, 7, "../evil"),
             (r#"{"cniVersion":"1.0.0","name":"a","ipam":"host-local"}"#, 6, "invalid type"),
             (r#"{"cniVersion":"1.0.0","name":"a","runtimeConfig":{"mac":"01:00:5e:00:00:01"}}"#, 7, "unicast"),
             (r#"{"cniVersion":"1.1.0","name":"a","cni.dev/valid-attachments":[{"containerID":"x"}]}"#, 6, "ifname"),
+            (r#"{"cniVersion":"1.1.0","name":"a","cni.dev/attachments":{}}"#, 6, "cni.dev/attachments"),
         ];
         for (text, code, part) in cases {
             let (got, msg) = parse_text(text).expect_err(text);

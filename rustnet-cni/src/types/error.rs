@@ -17,10 +17,14 @@ pub mod code {
     pub const DECODE: u32 = 6;
     /// The configuration can be read and makes no sense.
     pub const CONFIG: u32 = 7;
+    /// The network namespace is none for a pod.
+    pub const NETNS: u32 = 8;
     /// Not now; the runtime should try again.
     pub const TRY_AGAIN: u32 = 11;
     /// STATUS: ADD would fail.
     pub const UNAVAILABLE: u32 = 50;
+    /// STATUS: ADD would fail, and pods that exist have limited connectivity.
+    pub const LIMITED: u32 = 51;
     /// Ours: the interface exists already.
     pub const EXISTS: u32 = 100;
     /// Ours: no address is free.
@@ -90,3 +94,35 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// The failures of steps that do not keep the next steps from being tried.
+#[derive(Default)]
+pub struct Failures(Option<Error>);
+
+impl Failures {
+    /// Remembers the error of a step, and returns its value otherwise.
+    pub fn note<T>(&mut self, result: Result<T, Error>) -> Option<T> {
+        let error = match result {
+            Ok(value) => return Some(value),
+            Err(error) => error,
+        };
+        self.0 = Some(match self.0.take() {
+            Some(first) => first.details(error.to_string()),
+            None => error,
+        });
+        None
+    }
+
+    /// True if nothing has failed.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// The first failure, with the others as details.
+    ///
+    /// # Errors
+    /// That failure, if there is one.
+    pub fn into_result(self) -> Result<(), Error> {
+        self.0.map_or(Ok(()), Err)
+    }
+}

@@ -1,7 +1,5 @@
 //! Killed or failing at every step: the next DEL or GC repairs what is left, or there is nothing
 //! left.
-//!
-//! The points exist in debug builds only, which is what `cargo test` makes.
 
 use crate::common::{Call, Node, Traces, bpf, ip_json, ips, netns, ping};
 use serde_json::{Value, json};

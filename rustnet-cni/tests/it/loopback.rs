@@ -176,7 +176,7 @@ fn a_namespace_that_has_gone_or_is_the_hosts() {
         assert_eq!(unset.run().success(), Value::Null);
     }
     for verb in ["ADD", "CHECK"] {
-        call(verb, &conf, "/proc/self/ns/net").run().failure(4);
+        call(verb, &conf, "/proc/self/ns/net").run().failure(8);
     }
     assert_eq!(call("DEL", &conf, "/proc/self/ns/net").run().success(), Value::Null);
     let host = &ip_json(&["link", "show", "lo"])[0];

@@ -4,11 +4,11 @@ mod bad_input;
 mod bandwidth;
 mod cnitool;
 mod common;
-#[cfg(debug_assertions)]
 mod crash;
 mod delegate;
 mod gc;
 mod host_ports;
 mod load;
 mod loopback;
+mod removal;
 mod verbs;
