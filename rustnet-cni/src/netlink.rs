@@ -7,8 +7,8 @@
 //! by their numbers: code for each attribute of each message would only make the binary larger.
 
 use netlink_packet_core::{
-    DefaultNla, Emitable, NLA_F_NESTED, NLA_HEADER_SIZE, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NlasIterator, parse_i32, parse_u32,
+    DefaultNla, Emitable, NLA_F_NESTED, NLA_HEADER_SIZE, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_DUMP_INTR, NLM_F_REQUEST,
+    NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NlasIterator, parse_i32, parse_u32,
 };
 pub use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_sys::{SocketAddr, protocols::NETLINK_ROUTE};
@@ -19,6 +19,8 @@ use std::io;
 /// `struct nlmsghdr`.
 const NLMSG_HDR: usize = 16;
 const NLMSGERR_ATTR_MSG: u16 = 1;
+/// How often a list is read again that changed meanwhile. Where that many pods come and go, a runtime does better to try again.
+const DUMPS_MAX: usize = 100;
 
 /// One request under construction.
 pub struct Message {
@@ -109,7 +111,9 @@ impl fmt::Display for Refused {
 
 impl From<Refused> for crate::types::error::Error {
     fn from(r: Refused) -> Self {
-        let e = Self::new(crate::types::error::code::IO, r.to_string());
+        let changes = r.errno == libc::EAGAIN;
+        let code = if changes { crate::types::error::code::TRY_AGAIN } else { crate::types::error::code::IO };
+        let e = Self::new(code, r.to_string());
         if r.errno == libc::EPERM { e.details("the CNI binary must run as root with CAP_NET_ADMIN") } else { e }
     }
 }
@@ -166,6 +170,9 @@ pub struct Socket {
     inner: netlink_sys::Socket,
     seq: u32,
     buf: Vec<u8>,
+    /// How many lists were read again, because they changed while they were read.
+    #[cfg(test)]
+    interrupted: usize,
 }
 
 impl Socket {
@@ -175,7 +182,13 @@ impl Socket {
         inner.bind(&SocketAddr::new(0, 0))?;
         inner.set_ext_ack(true)?;
         inner.set_cap_ack(true)?;
-        Ok(Self { inner, seq: 0, buf: Vec::with_capacity(64 * 1024) })
+        Ok(Self {
+            inner,
+            seq: 0,
+            buf: Vec::with_capacity(64 * 1024),
+            #[cfg(test)]
+            interrupted: 0,
+        })
     }
 
     /// Sends all messages at once and waits for the last; returns the replies, or the first refusal.
@@ -203,13 +216,40 @@ impl Socket {
             out.extend_from_slice(&body);
             steps.push((what, tolerated));
         }
+        for _ in 0..DUMPS_MAX {
+            let (replies, is_whole) = self.exchange(&out, first_seq, &steps, dump)?;
+            if is_whole {
+                return Ok(replies);
+            }
+            #[cfg(test)]
+            {
+                self.interrupted += 1;
+            }
+        }
+        Err(Refused {
+            what: steps[last].0.to_string(),
+            errno: libc::EAGAIN,
+            hint: format!("the list changed {DUMPS_MAX} times while it was read"),
+        })
+    }
+
+    /// Sends the bytes of messages and reads the answers; false if a list changed while it was read, so that entries may be missing.
+    fn exchange(
+        &mut self,
+        out: &[u8],
+        first_seq: u32,
+        steps: &[(Cow<'static, str>, &'static [i32])],
+        is_dump: bool,
+    ) -> Result<(Vec<Reply>, bool), Refused> {
+        let last = steps.len() - 1;
         let broken =
             |what: &str, e: &io::Error| Refused::new(format!("netlink {what}"), e.raw_os_error().unwrap_or(libc::EIO));
         let socket = &self.inner;
-        uninterrupted(|| socket.send(&out, 0)).map_err(|e| broken("send", &e))?;
+        uninterrupted(|| socket.send(out, 0)).map_err(|e| broken("send", &e))?;
 
         let mut refused: Option<Refused> = None;
         let mut replies = Vec::new();
+        let mut is_whole = true;
         loop {
             self.buf.clear();
             uninterrupted(|| self.inner.recv(&mut self.buf, 0)).map_err(|e| broken("receive", &e))?;
@@ -219,6 +259,7 @@ impl Socket {
                 let index = message.sequence_number().wrapping_sub(first_seq) as usize;
                 let Some((what, tolerated)) = steps.get(index) else { continue };
                 let body = message.payload();
+                is_whole &= message.flags() & NLM_F_DUMP_INTR == 0 || message.message_type() == NLMSG_ERROR;
                 match message.message_type() {
                     NLMSG_ERROR => {
                         let errno =
@@ -228,10 +269,12 @@ impl Socket {
                             refused = Some(Refused { what: what.to_string(), errno, hint });
                         }
                         if index == last {
-                            return refused.map_or(Ok(replies), Err);
+                            return refused.map_or(Ok((replies, true)), Err);
                         }
                     }
-                    NLMSG_DONE if index == last && dump => return refused.map_or(Ok(replies), Err),
+                    NLMSG_DONE if index == last && is_dump => {
+                        return refused.map_or(Ok((replies, is_whole)), Err);
+                    }
                     NLMSG_DONE => {}
                     kind => replies.push(Reply { kind, body: body.to_vec() }),
                 }
@@ -261,7 +304,7 @@ fn hint(body: &[u8], flags: u16) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Attrs, Message};
+    use super::{Attrs, Message, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, Socket};
     use netlink_packet_route::link::LinkHeader;
 
     #[test]
@@ -282,5 +325,56 @@ mod tests {
         for bytes in [&[][..], &[1], &[3, 0, 1, 0], &[0, 0, 1, 0], &[200, 0, 1, 0, 1, 2]] {
             assert_eq!(Attrs(bytes).iter().count(), 0, "{bytes:?}");
         }
+    }
+
+    /// While others come and go, each list has all that stays.
+    #[test]
+    fn a_list_that_changes_while_it_is_read_is_read_again() {
+        const STAY: u8 = 200;
+        let ip = |args: &str| {
+            let done = std::process::Command::new("ip").args(args.split(' ')).status();
+            assert!(done.is_ok_and(|status| status.success()), "ip {args}");
+        };
+        // SAFETY: plain system call; it gives this thread a network namespace of its own.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "these tests need root");
+        let line = |n| format!("link add stay{n} type bridge");
+        let batch = (0..STAY).map(line).collect::<Vec<_>>().join("\n");
+        let file = std::env::temp_dir().join(format!("rn{}-links", std::process::id()));
+        std::fs::write(&file, batch).expect("write");
+        ip(&format!("-batch {}", file.display()));
+        std::fs::remove_file(&file).expect("remove");
+        let own = std::fs::File::open("/proc/thread-self/ns/net").expect("namespace");
+        let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let is_done = done.clone();
+        let churn = std::thread::spawn(move || {
+            use std::os::fd::AsRawFd as _;
+            // SAFETY: plain system call; it changes only the namespace of this thread.
+            assert_eq!(unsafe { libc::setns(own.as_raw_fd(), libc::CLONE_NEWNET) }, 0);
+            let mut socket = Socket::open().expect("socket");
+            let link = |what, kind, flags, n: u32| {
+                Message::new(what, kind, flags, &LinkHeader::default()).text(libc::IFLA_IFNAME, &format!("x{n}"))
+            };
+            while !is_done.load(std::sync::atomic::Ordering::Relaxed) {
+                for n in 0..10 {
+                    let made = link("make", libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, n);
+                    let kind = |m: Message| m.text(libc::IFLA_INFO_KIND, "bridge");
+                    socket.run(vec![made.nested(libc::IFLA_LINKINFO, kind)]).expect("made");
+                }
+                for n in 0..10 {
+                    socket.run(vec![link("delete", libc::RTM_DELLINK, 0, n)]).expect("deleted");
+                }
+            }
+        });
+        let mut socket = Socket::open().expect("socket");
+        while socket.interrupted < 20 {
+            assert!(!churn.is_finished(), "nothing changes any more");
+            let dump = Message::new("list links", libc::RTM_GETLINK, NLM_F_DUMP, &LinkHeader::default());
+            let replies = socket.run(vec![dump]).expect("list");
+            let stay =
+                replies.iter().filter_map(|r| r.attrs(16).text(libc::IFLA_IFNAME)).filter(|n| n.starts_with("stay"));
+            assert_eq!(stay.collect::<std::collections::HashSet<_>>().len(), usize::from(STAY));
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        churn.join().expect("churn");
     }
 }
