@@ -1,8 +1,9 @@
 //! The call's environment: the verb and its variables, validated.
 
-use crate::types::conf::{IDENTIFIER_RULE, is_identifier};
+use crate::types::conf::{IDENTIFIER_RULE, Mac, is_identifier, parse_ip, parse_unicast_mac};
 use crate::types::error::{Error, code};
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 /// Longest container id that still fits, with the interface's name, into a file name.
@@ -51,6 +52,12 @@ pub struct PodArgs {
     pub name: String,
     /// UID.
     pub uid: String,
+    /// The addresses that it must have, if any.
+    pub ips: Vec<IpAddr>,
+    /// The MAC address that it must have, if any.
+    pub mac: Option<Mac>,
+    /// A key that is not known, unless `IgnoreUnknown` says that it does not matter.
+    pub unknown: Option<String>,
 }
 
 impl Verb {
@@ -128,20 +135,33 @@ impl Env {
 }
 
 impl PodArgs {
-    /// Reads `KEY=value;KEY=value`, in any order; keys that are not ours are ignored.
+    /// Reads `KEY=value;KEY=value`, in any order. The keys are those of Kubernetes and of the reference plugins.
     fn parse(text: &str) -> Result<Self, Error> {
+        let bad = |what: String| Error::new(code::ENVIRONMENT, format!("CNI_ARGS: {what}"));
         let mut pod = Self::default();
+        let mut is_lenient = false;
         for pair in text.split(';').filter(|p| !p.is_empty()) {
-            let Some((key, value)) = pair.split_once('=') else {
-                return Err(Error::new(code::ENVIRONMENT, format!("CNI_ARGS: {pair:?} is not a KEY=value pair")));
-            };
+            let (key, value) = pair.split_once('=').ok_or_else(|| bad(format!("{pair:?} is not a KEY=value pair")))?;
             match key {
                 "K8S_POD_NAMESPACE" => pod.namespace = value.into(),
                 "K8S_POD_NAME" => pod.name = value.into(),
                 "K8S_POD_UID" => pod.uid = value.into(),
-                _ => {}
+                "K8S_POD_INFRA_CONTAINER_ID" => {}
+                "IgnoreUnknown" => is_lenient = matches!(value.to_ascii_lowercase().as_str(), "1" | "true"),
+                "IP" => {
+                    for text in value.split(',').filter(|ip| !ip.is_empty()) {
+                        pod.ips.push(parse_ip(text).ok_or_else(|| bad(format!("IP {text:?} is no address")))?);
+                    }
+                }
+                "MAC" if value.is_empty() => {}
+                "MAC" => {
+                    let mac = parse_unicast_mac(value);
+                    pod.mac = Some(mac.ok_or_else(|| bad(format!("MAC {value:?} is not a unicast MAC address")))?);
+                }
+                _ => pod.unknown = Some(key.into()),
             }
         }
+        pod.unknown.take_if(|_| is_lenient);
         Ok(pod)
     }
 }
@@ -292,7 +312,7 @@ mod tests {
 
     #[test]
     fn pod_args_in_any_order() {
-        let want = PodArgs { namespace: "ns".into(), name: "p".into(), uid: "u".into() };
+        let want = PodArgs { namespace: "ns".into(), name: "p".into(), uid: "u".into(), ..PodArgs::default() };
         for text in [
             "K8S_POD_NAMESPACE=ns;K8S_POD_NAME=p;K8S_POD_INFRA_CONTAINER_ID=x;K8S_POD_UID=u;IgnoreUnknown=1",
             "IgnoreUnknown=1;;K8S_POD_UID=u;K8S_POD_NAME=p;K8S_POD_NAMESPACE=ns;OTHER=a=b",
@@ -300,5 +320,21 @@ mod tests {
             assert_eq!(PodArgs::parse(text).expect("parses"), want);
         }
         assert_eq!(PodArgs::parse("").expect("parses"), PodArgs::default());
+        // What the reference plugins take from it.
+        let asked = PodArgs::parse("IP=10.1.2.9,fd00::9/64;MAC=02:00:00:00:00:07").expect("parses");
+        assert_eq!(asked.ips, ["10.1.2.9", "fd00::9"].map(|ip| ip.parse::<std::net::IpAddr>().expect("address")));
+        assert_eq!(asked.mac, Some([2, 0, 0, 0, 0, 7]));
+        for (text, unknown) in [
+            ("OTHER=1", Some("OTHER")),
+            ("OTHER=1;IgnoreUnknown=0", Some("OTHER")),
+            ("OTHER=1;IgnoreUnknown=true", None),
+            ("IgnoreUnknown=1;OTHER=1", None),
+            ("K8S_POD_INFRA_CONTAINER_ID=x", None),
+        ] {
+            assert_eq!(PodArgs::parse(text).expect("parses").unknown.as_deref(), unknown, "{text}");
+        }
+        for bad in ["IP=x", "IP=10.1.2.9,x", "MAC=x", "MAC=01:00:5e:00:00:01"] {
+            assert_eq!(PodArgs::parse(bad).expect_err(bad).code, 4);
+        }
     }
 }

@@ -5,10 +5,12 @@
 //! the host has a route and a permanent neighbour for each address. No packet ever asks for a MAC address.
 
 use crate::netlink::{Message, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Refused, Reply, Socket};
+use crate::types::conf::Mac;
+use ipnet::IpNet;
 use libc::{
     AF_INET, AF_INET6, IFA_ADDRESS, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_GROUP, IFLA_IFALIAS, IFLA_IFNAME,
     IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINK, IFLA_LINKINFO, IFLA_MTU, IFLA_NET_NS_FD, IFLA_OPERSTATE, NDA_DST,
-    NDA_LLADDR, RTA_DST, RTA_GATEWAY, RTA_OIF,
+    NDA_LLADDR, RTA_DST, RTA_GATEWAY, RTA_METRICS, RTA_OIF, RTA_PRIORITY, RTA_TABLE,
 };
 use netlink_packet_core::Emitable;
 use netlink_packet_route::AddressFamily;
@@ -30,13 +32,12 @@ const IPV4_DEVCONF_ARP_IGNORE: u16 = 19;
 const IPV4_DEVCONF_ARP_ACCEPT: u16 = 21;
 /// `arp_ignore`: no answer to any ARP request, and so no neighbour entry for its sender.
 const ARP_IGNORE_ALL: u32 = 8;
+const RTAX_MTU: u16 = 2;
+const RTAX_ADVMSS: u16 = 8;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 /// Longest alias of a link that the kernel takes.
 pub const IFALIAS_MAX: usize = 255;
-
-/// A MAC address.
-pub type Mac = [u8; 6];
 
 /// A link as the kernel describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,11 +131,11 @@ pub fn get(socket: &mut Socket, name: &str) -> Result<Option<Link>, Refused> {
     Ok(first_link(&socket.run(vec![get_message(name)])?))
 }
 
-/// True if a pod's veth of ours has that index. The index of one that has gone may be another device's by now.
-pub fn is_pods(socket: &mut Socket, index: u32) -> Result<bool, Refused> {
+/// The pod's veth of ours with that index, if there is one. The index of one that has gone may be another device's by now.
+pub fn of_pod(socket: &mut Socket, index: u32) -> Result<Option<Link>, Refused> {
     let m = Message::new(format!("look up link {index}"), libc::RTM_GETLINK, 0, &link(index));
     let found = first_link(&socket.run(vec![m.tolerate(&[libc::ENODEV])])?);
-    Ok(found.is_some_and(|link| link.name.starts_with(names::VETH_PREFIX)))
+    Ok(found.filter(|link| link.name.starts_with(names::VETH_PREFIX)))
 }
 
 /// All links of the namespace.
@@ -274,7 +275,37 @@ pub fn neighbour(index: u32, ip: IpAddr, mac: Mac) -> Message {
     })
 }
 
-/// Adds a route to one address on the link.
+/// True if the host has a route to this address alone: it is a pod's, or the host's own.
+pub fn has_own_route(socket: &mut Socket, ip: IpAddr) -> Result<bool, Refused> {
+    let header = rtmsg(family(ip), full_prefix(ip), RouteScope::Universe, RouteFlags::FibMatch);
+    let m = with_ip(ip, |b| Message::new(format!("look up {ip}"), libc::RTM_GETROUTE, 0, &header).attr(RTA_DST, b));
+    // Without a route, and where a route says so; of a family that is switched off there are no routes.
+    let m = m.tolerate(&[
+        libc::ENETUNREACH,
+        libc::EHOSTUNREACH,
+        libc::EACCES,
+        libc::EINVAL,
+        libc::EAFNOSUPPORT,
+        libc::EOPNOTSUPP,
+    ]);
+    let is_exact = |r: &Reply| {
+        let header = RouteHeader::parse(&r.body);
+        r.kind == libc::RTM_NEWROUTE && header.is_ok_and(|route| route.destination_prefix_length == full_prefix(ip))
+    };
+    Ok(socket.run(vec![m])?.iter().any(is_exact))
+}
+
+/// Adds a route to one address on the link, unless there is one.
+pub fn new_route_to(index: u32, ip: IpAddr) -> Message {
+    let header = rtmsg(family(ip), full_prefix(ip), RouteScope::Link, RouteFlags::empty());
+    with_ip(ip, |bytes| {
+        Message::new(format!("add route {ip}"), libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &header)
+            .attr(RTA_DST, bytes)
+            .u32(RTA_OIF, index)
+    })
+}
+
+/// Adds a route to one address on the link, or replaces it.
 pub fn route_to(index: u32, ip: IpAddr) -> Message {
     let header = rtmsg(family(ip), full_prefix(ip), RouteScope::Link, RouteFlags::empty());
     with_ip(ip, |bytes| {
@@ -284,13 +315,61 @@ pub fn route_to(index: u32, ip: IpAddr) -> Message {
     })
 }
 
-/// Adds the default route through a gateway that needs no route of its own.
-pub fn default_route(index: u32, gateway: IpAddr) -> Message {
-    let header = rtmsg(family(gateway), 0, RouteScope::Universe, RouteFlags::Onlink);
-    with_ip(gateway, |bytes| {
-        Message::new(format!("add default route via {gateway}"), libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &header)
-            .attr(RTA_GATEWAY, bytes)
-            .u32(RTA_OIF, index)
+/// A route of a pod, through a gateway that needs no route of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodRoute {
+    /// Destination.
+    pub dst: IpNet,
+    /// Gateway.
+    pub gateway: IpAddr,
+    /// MTU of the path.
+    pub mtu: Option<u32>,
+    /// Largest segment that TCP offers.
+    pub advmss: Option<u32>,
+    /// The kernel's metric; the least counts.
+    pub priority: Option<u32>,
+    /// Routing table; `None` for the main one.
+    pub table: Option<u32>,
+}
+
+impl PodRoute {
+    /// A route of the main table.
+    pub fn new(dst: IpNet, gateway: IpAddr) -> Self {
+        Self { dst: dst.trunc(), gateway, mtu: None, advmss: None, priority: None, table: None }
+    }
+}
+
+/// Adds a route of a pod.
+pub fn pod_route(index: u32, route: &PodRoute) -> Message {
+    let PodRoute { dst, gateway, .. } = route;
+    let mut header = rtmsg(family(*gateway), dst.prefix_len(), RouteScope::Universe, RouteFlags::Onlink);
+    if route.table.is_some() {
+        header.table = RouteHeader::RT_TABLE_UNSPEC;
+    }
+    let what = match dst.prefix_len() {
+        0 => format!("add default route via {gateway}"),
+        _ => format!("add route {dst} via {gateway}"),
+    };
+    let mut m = Message::new(what, libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &header).u32(RTA_OIF, index);
+    m = with_ip(*gateway, |bytes| m.attr(RTA_GATEWAY, bytes));
+    if dst.prefix_len() != 0 {
+        m = with_ip(dst.addr(), |bytes| m.attr(RTA_DST, bytes));
+    }
+    for (kind, value) in [(RTA_PRIORITY, route.priority), (RTA_TABLE, route.table)] {
+        m = match value {
+            Some(value) => m.u32(kind, value),
+            None => m,
+        };
+    }
+    let metrics = [(RTAX_MTU, route.mtu), (RTAX_ADVMSS, route.advmss)];
+    if metrics.iter().all(|(_, value)| value.is_none()) {
+        return m;
+    }
+    m.nested(RTA_METRICS, |m| {
+        metrics.into_iter().fold(m, |m, (kind, value)| match value {
+            Some(value) => m.u32(kind, value),
+            None => m,
+        })
     })
 }
 
@@ -359,7 +438,7 @@ pub fn all_addresses(socket: &mut Socket) -> Result<Vec<(u32, IpAddr, u8)>, Refu
         .collect())
 }
 
-/// A route of the main table.
+/// A route, as the kernel has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Destination; `None` for the default route.
@@ -368,14 +447,29 @@ pub struct Route {
     pub prefix: u8,
     /// Gateway, if it has one.
     pub gateway: Option<IpAddr>,
-    /// Outgoing interface.
+    /// Outgoing interface; 0 if it has several or none.
     pub index: u32,
     /// True for IPv4.
     pub v4: bool,
+    /// Routing table.
+    pub table: u32,
+    /// The kernel's metric.
+    pub priority: u32,
+    /// MTU of the path; 0 if it has none of its own.
+    pub mtu: u32,
+    /// Largest segment that TCP offers; 0 as above.
+    pub advmss: u32,
 }
 
-/// Routes of the main table that leave by the link.
-pub fn routes(socket: &mut Socket, index: u32) -> Result<Vec<Route>, Refused> {
+impl Route {
+    /// True if it is in the main table.
+    pub fn is_main(&self) -> bool {
+        self.table == u32::from(RouteHeader::RT_TABLE_MAIN)
+    }
+}
+
+/// All unicast routes of the namespace.
+pub fn routes(socket: &mut Socket) -> Result<Vec<Route>, Refused> {
     let mut all = Vec::new();
     for af in [AddressFamily::Inet, AddressFamily::Inet6] {
         let header = RouteHeader { address_family: af, ..RouteHeader::default() };
@@ -383,18 +477,39 @@ pub fn routes(socket: &mut Socket, index: u32) -> Result<Vec<Route>, Refused> {
         for r in socket.run(vec![dump])?.iter().filter(|r| r.kind == libc::RTM_NEWROUTE) {
             let Ok(header) = RouteHeader::parse(&r.body) else { continue };
             let attrs = r.attrs(header.buffer_len());
-            if header.table == RouteHeader::RT_TABLE_MAIN && attrs.u32(RTA_OIF) == Some(index) {
-                all.push(Route {
-                    dst: attrs.get(RTA_DST).and_then(ip_from),
-                    prefix: header.destination_prefix_length,
-                    gateway: attrs.get(RTA_GATEWAY).and_then(ip_from),
-                    index,
-                    v4: af == AddressFamily::Inet,
-                });
+            if header.kind != RouteType::Unicast {
+                continue;
             }
+            let metric = |kind| attrs.nested(RTA_METRICS).u32(kind).unwrap_or_default();
+            all.push(Route {
+                dst: attrs.get(RTA_DST).and_then(ip_from),
+                prefix: header.destination_prefix_length,
+                gateway: attrs.get(RTA_GATEWAY).and_then(ip_from),
+                index: attrs.u32(RTA_OIF).unwrap_or_default(),
+                v4: af == AddressFamily::Inet,
+                table: attrs.u32(RTA_TABLE).unwrap_or_else(|| header.table.into()),
+                priority: attrs.u32(RTA_PRIORITY).unwrap_or_default(),
+                mtu: metric(RTAX_MTU),
+                advmss: metric(RTAX_ADVMSS),
+            });
         }
     }
     Ok(all)
+}
+
+/// The permanent neighbours of a link.
+pub fn neighbours(socket: &mut Socket, index: u32) -> Result<Vec<(IpAddr, Mac)>, Refused> {
+    let header = NeighbourHeader { ifindex: index, ..NeighbourHeader::default() };
+    let dump = Message::new("list neighbours", libc::RTM_GETNEIGH, NLM_F_DUMP, &header);
+    let replies = socket.run(vec![dump])?;
+    let all = replies.iter().filter(|r| r.kind == libc::RTM_NEWNEIGH).filter_map(|r| {
+        let header = NeighbourHeader::parse(&r.body).ok()?;
+        let attrs = r.attrs(header.buffer_len());
+        let is_ours = header.ifindex == index && header.state == NeighbourState::Permanent;
+        let mac = attrs.get(NDA_LLADDR)?.try_into().ok()?;
+        is_ours.then_some((attrs.get(NDA_DST).and_then(ip_from)?, mac))
+    });
+    Ok(all.collect())
 }
 
 fn ip_from(bytes: &[u8]) -> Option<IpAddr> {

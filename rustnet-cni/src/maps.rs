@@ -103,6 +103,15 @@ impl<P: Pinned> Map<P> {
         self.element(BPF_MAP_UPDATE_ELEM, key, Some(&mut value), 0)
     }
 
+    /// Writes an entry if the key has none; false if it has.
+    pub fn insert(&self, key: P::Key, value: &P::Value) -> io::Result<bool> {
+        let mut value = *value;
+        match self.element(BPF_MAP_UPDATE_ELEM, key, Some(&mut value), BPF_NOEXIST) {
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+            done => done.map(|()| true),
+        }
+    }
+
     /// Reads an entry.
     pub fn get(&self, key: P::Key) -> io::Result<Option<P::Value>> {
         self.read(BPF_MAP_LOOKUP_ELEM, key)

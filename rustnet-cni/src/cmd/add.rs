@@ -11,15 +11,16 @@ use crate::attach::Pins;
 use crate::call::Call;
 use crate::fault;
 use crate::ipam::delegate::Delegate;
-use crate::ipam::local::{self, Pool};
-use crate::link::{self, Link, Mac, Veth};
+use crate::ipam::kernel::Tables;
+use crate::ipam::local::{self, Pool, Request};
+use crate::link::{self, Link, PodRoute, Veth};
 use crate::maps::HostPorts;
 use crate::netlink::{Message, Refused, Socket};
 use crate::netns::Netns;
 use crate::shape;
 use crate::state::{self, Mark};
 use crate::types::bandwidth;
-use crate::types::conf::Attachment;
+use crate::types::conf::{Attachment, Mac};
 use crate::types::error::{Error, code};
 use crate::types::port_mappings;
 use crate::types::result::{AddResult, Interface, Ip, Route};
@@ -27,14 +28,20 @@ use ipnet::IpNet;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::{Bandwidth, EndpointFile, NodeFile, PortMapping};
 use serde_json::{Map, Value};
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::path::Path;
+
+/// The smallest MTU of IPv6 (RFC 8200, 5).
+const IPV6_MTU_MIN: u32 = 1280;
 
 /// Connects the pod and returns the result to print.
 pub fn run(call: &Call) -> Result<Value, Error> {
     let conf = &call.conf;
     let node = state::load_node(&conf.run_dir)?;
-    let mtu = conf.mtu.unwrap_or(node.mtu);
+    refuse_unknown_args(call)?;
+    let mtu = read_mtu(call, &node)?;
     let bandwidth = bandwidth::parse(conf.bandwidth.as_ref(), mtu)?;
     let port_mappings = port_mappings::parse(conf.port_mappings.as_ref())?;
     let pins = Pins::open(&conf.bpffs)?;
@@ -42,7 +49,10 @@ pub fn run(call: &Call) -> Result<Value, Error> {
     let delegate = conf.ipam.as_deref().map(|kind| Delegate::find(conf, kind, &call.env.path)).transpose()?;
     if delegate.is_none() {
         local::require_ranges(&node.pod_cidrs)?;
+        let addresses: Vec<IpAddr> = node.pod_cidrs.iter().map(IpNet::addr).collect();
+        require_ipv6(&addresses, mtu)?;
     }
+    let prev = conf.prev_result.clone().map(AddResult::from_prev).transpose()?.unwrap_or_default();
     let path = call.env.netns.as_deref().unwrap_or_default();
     let netns = Netns::open(path)?;
     let mut host = Socket::open().map_err(|e| Error::io("netlink socket", &e))?;
@@ -63,6 +73,7 @@ pub fn run(call: &Call) -> Result<Value, Error> {
         bandwidth,
         port_mappings,
         veth,
+        prev,
     };
     let done = setup.finish(&mut host, &mut pod);
     done.map_err(|e| match setup.undo() {
@@ -84,7 +95,7 @@ fn create_veth(call: &Call, mtu: u32, netns: &Netns, host: &mut Socket) -> Resul
     let env = &call.env;
     let random = || link::random_mac().map_err(|e| Error::io("random MAC address", &e));
     let name = link::host_name(&env.container_id, &env.ifname);
-    let pod_mac = call.conf.mac.map_or_else(random, Ok)?;
+    let pod_mac = call.conf.mac.or(env.pod.mac).map_or_else(random, Ok)?;
     let (pod, group) = (&env.ifname, group(&call.conf));
     let v = Veth { host: &name, pod, netns: netns.as_fd(), host_mac: random()?, pod_mac, mtu, group };
     let made = link::create_veth(host, &v).map_err(|e| exists(call, &name, e))?;
@@ -122,6 +133,8 @@ struct Setup<'a> {
     bandwidth: Bandwidth,
     port_mappings: Vec<PortMapping>,
     veth: Pair,
+    /// The result of the plugins before this one in a chain.
+    prev: AddResult,
 }
 
 impl Setup<'_> {
@@ -129,6 +142,7 @@ impl Setup<'_> {
         let result = self.addresses(host)?;
         fault::point("ipam")?;
         let ips: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.addr()).collect();
+        require_ipv6(&ips, self.veth.mtu)?;
         port_mappings::require_families(&self.port_mappings, &ips)?;
         let record = self.record(&ips);
         state::write_record(&self.call.conf.run_dir, &record)?;
@@ -142,8 +156,7 @@ impl Setup<'_> {
             pad: 0,
         };
         for ip in &ips {
-            let put = self.pins.endpoints.put((*ip).into(), &entry);
-            put.map_err(|e| Error::io(format!("write {ip} to the endpoints map"), &e))?;
+            self.take_entry(host, *ip, &entry)?;
         }
         fault::point("map")?;
         self.limit(host, pod)?;
@@ -155,11 +168,12 @@ impl Setup<'_> {
                 .map_err(|e| Error::io(format!("write 0 to net.ipv6.conf.{name}.disable_ipv6"), &e))?;
         }
         host.run(self.host_side(&result))?;
+        self.take_routes(host, &ips)?;
         fault::point("host")?;
         self.pod_side(pod, &result)?;
         fault::point("pod")?;
         link::settle(pod, self.veth.pod_index, &ips)?;
-        let on_host: Vec<IpAddr> = self.delegate.iter().flat_map(|_| gateways(&result)).collect();
+        let on_host: Vec<IpAddr> = self.delegate.iter().flat_map(|_| gateways_of_ips(&result)).collect();
         link::settle(host, self.veth.host.index, &on_host)?;
         // Last: by a call that fails, another pod would lose them for nothing.
         self.take_ports(&record)?;
@@ -174,12 +188,12 @@ impl Setup<'_> {
             let mark = Mark { network: conf.name.clone(), owner: self.attachment.clone() };
             mark.write(&conf.run_dir, &conf.stdin)?;
             fault::point("mark")?;
-            return delegate.add();
+            return self.require_wanted(delegate.add()?);
         }
-        // A bridge of containers may lie in the range.
-        let own = link::all_addresses(host)?.into_iter().map(|(_, ip, _)| ip).collect();
-        let pool = Pool::new(&conf.run_dir).without(own);
-        let leased = pool.allocate(&self.node.pod_cidrs, &conf.name, &self.attachment)?;
+        let wanted = self.wanted();
+        let (network, owner) = (&conf.name, &self.attachment);
+        let request = Request { ranges: &self.node.pod_cidrs, wanted: &wanted, network, owner };
+        let leased = Pool::new(&conf.run_dir).allocate(&request, &mut Tables::read(&self.pins.endpoints, host)?)?;
         Ok(AddResult {
             ips: leased
                 .iter()
@@ -191,6 +205,58 @@ impl Setup<'_> {
                 .collect(),
             ..AddResult::default()
         })
+    }
+
+    /// The addresses that the runtime or a user asks for.
+    fn wanted(&self) -> Vec<IpAddr> {
+        let mut all = [&self.call.conf.ips[..], &self.call.env.pod.ips].concat();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Refuses the result of an IPAM plugin that does not know how to give the addresses that were asked for.
+    fn require_wanted(&self, result: AddResult) -> Result<AddResult, Error> {
+        let given: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.addr()).collect();
+        match self.wanted().iter().find(|ip| !given.contains(ip)) {
+            None => Ok(result),
+            Some(ip) => {
+                let kind = self.call.conf.ipam.as_deref().unwrap_or_default();
+                let text = format!("IPAM plugin {kind} gave {given:?}, and address {ip} was asked for");
+                Err(Error::new(code::UNSUPPORTED, text).details(
+                    "ask for none (CNI_ARGS, args.cni.ips, runtimeConfig.ips), or take a plugin that gives it",
+                ))
+            }
+        }
+    }
+
+    /// Writes the entry of an address, unless a living pod has one: by its own record, or that of another run directory, it would get
+    /// no packet any more. The agent may have written ours already, from the record.
+    fn take_entry(&self, host: &mut Socket, ip: IpAddr, entry: &Endpoint) -> Result<(), Error> {
+        let map = &self.pins.endpoints;
+        let failed = |e: io::Error| Error::io(format!("write {ip} to the endpoints map"), &e);
+        if map.insert(ip.into(), entry).map_err(failed)? {
+            return Ok(());
+        }
+        let found = map.get(ip.into()).map_err(failed)?.filter(|found| found.ifindex != entry.ifindex);
+        if let Some(found) = found
+            && let Some(link) = link::of_pod(host, found.ifindex)?
+        {
+            return Err(taken(ip, &format!("{} ({}) has it in the endpoints map", link.name, link.alias)));
+        }
+        map.put(ip.into(), entry).map_err(failed)
+    }
+
+    /// Adds the host's routes to the pod. One that is there is another pod's, or the agent has made ours from the record.
+    fn take_routes(&self, host: &mut Socket, ips: &[IpAddr]) -> Result<(), Error> {
+        let index = self.veth.host.index;
+        let Err(e) = host.run(ips.iter().map(|ip| link::new_route_to(index, *ip)).collect()) else { return Ok(()) };
+        if e.errno != libc::EEXIST {
+            return Err(e.into());
+        }
+        let ours = link::routes(host)?;
+        let has = |ip: &&IpAddr| ours.iter().any(|r| r.index == index && r.dst == Some(**ip));
+        ips.iter().find(|ip| !has(ip)).map_or(Ok(()), |ip| Err(taken(*ip, "the host has another route to it")))
     }
 
     fn record(&self, ips: &[IpAddr]) -> EndpointFile {
@@ -245,11 +311,10 @@ impl Setup<'_> {
         m.extend(link::prepare_host(index, &alias));
         m.push(link::up(index));
         if self.delegate.is_some() {
-            m.extend(gateways(result).map(|gw| link::address(index, gw)));
+            m.extend(gateways_of_ips(result).into_iter().map(|gw| link::address(index, gw)));
         }
         for ip in result.ips.iter().map(|ip| ip.address.addr()) {
             m.push(link::neighbour(index, ip, self.veth.pod_mac));
-            m.push(link::route_to(index, ip));
         }
         m
     }
@@ -272,18 +337,18 @@ impl Setup<'_> {
             }
             other => drop(other?),
         }
-        let mut families: Vec<IpAddr> = ips.iter().map(|ip| link::gateway_for(*ip)).collect();
+        let routes = pod_routes(result)?;
+        let mut families: Vec<IpAddr> = routes.iter().map(|route| link::gateway_for(route.gateway)).collect();
         families.sort_unstable();
         families.dedup();
         let mut m = vec![link::up(index)];
-        for gateway in families {
-            m.push(link::neighbour(index, gateway, self.veth.host_mac));
-            m.push(link::route_to(index, gateway));
-            m.push(link::default_route(index, gateway));
+        for gateway in &families {
+            m.push(link::neighbour(index, *gateway, self.veth.host_mac));
+            m.push(link::route_to(index, *gateway));
         }
-        if self.delegate.is_some() {
-            m.extend(gateways(result).map(|gw| link::neighbour(index, gw, self.veth.host_mac)));
-        }
+        // Whatever gateway somebody names, the host forwards.
+        m.extend(gateways(result).into_iter().map(|gw| link::neighbour(index, gw, self.veth.host_mac)));
+        m.extend(routes.iter().map(|route| link::pod_route(index, route)));
         Ok(pod.run(m).map(drop)?)
     }
 
@@ -295,11 +360,19 @@ impl Setup<'_> {
             mtu: self.veth.mtu,
             sandbox: sandbox.into(),
         };
-        result.interfaces = vec![
+        let Self { prev, .. } = self;
+        let ours = prev.interfaces.len() + 1;
+        result.interfaces.clone_from(&prev.interfaces);
+        result.interfaces.extend([
             interface(&self.veth.host.name, self.veth.host_mac, ""),
             interface(&env.ifname, self.veth.pod_mac, env.netns.as_deref().unwrap_or_default()),
-        ];
-        result.ips.iter_mut().for_each(|ip| ip.interface = Some(1));
+        ]);
+        result.ips.iter_mut().for_each(|ip| ip.interface = Some(ours));
+        result.ips.splice(0..0, prev.ips.iter().cloned());
+        result.routes.splice(0..0, prev.routes.iter().cloned());
+        if result.dns.is_empty() {
+            result.dns = prev.dns.clone();
+        }
         if !self.call.conf.dns.is_empty() {
             result.dns = self.call.conf.dns.clone();
         }
@@ -314,12 +387,97 @@ impl Setup<'_> {
     }
 }
 
-/// The gateways that a delegated IPAM named, each once.
-fn gateways(result: &AddResult) -> impl Iterator<Item = IpAddr> {
-    let mut all: Vec<IpAddr> = result.ips.iter().filter_map(|ip| ip.gateway).collect();
+/// The gateways of the addresses, each once, without ours.
+fn gateways_of_ips(result: &AddResult) -> Vec<IpAddr> {
+    foreign(result.ips.iter().filter_map(|ip| ip.gateway))
+}
+
+/// The gateways of addresses and routes, each once, without ours.
+fn gateways(result: &AddResult) -> Vec<IpAddr> {
+    foreign(result.ips.iter().filter_map(|ip| ip.gateway).chain(result.routes.iter().filter_map(|route| route.gw)))
+}
+
+fn foreign(gateways: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
+    let mut all: Vec<IpAddr> = gateways.filter(|gateway| link::gateway_for(*gateway) != *gateway).collect();
     all.sort_unstable();
     all.dedup();
-    all.into_iter()
+    all
+}
+
+/// The routes of the pod: those of the result, and the default routes that it does not have.
+fn pod_routes(result: &AddResult) -> Result<Vec<PodRoute>, Error> {
+    let mut routes = result.routes.iter().map(pod_route).collect::<Result<Vec<_>, _>>()?;
+    for ip in result.ips.iter().map(|ip| ip.address.addr()) {
+        let is_default =
+            |r: &PodRoute| r.dst.prefix_len() == 0 && r.dst.addr().is_ipv4() == ip.is_ipv4() && r.table.is_none();
+        if !routes.iter().any(is_default) {
+            routes.push(PodRoute::new(default_of(ip), link::gateway_for(ip)));
+        }
+    }
+    Ok(routes)
+}
+
+fn pod_route(route: &Route) -> Result<PodRoute, Error> {
+    let gateway = route.gw.unwrap_or_else(|| link::gateway_for(route.dst.addr()));
+    if gateway.is_ipv4() != route.dst.addr().is_ipv4() {
+        let text = format!("the IPAM plugin's route {} has gateway {gateway}, of the other family", route.dst);
+        return Err(Error::new(code::CONFIG, text).details("correct the routes of the ipam plugin"));
+    }
+    let number = |key: &str| match route.more.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => value.as_u64().and_then(|n| u32::try_from(n).ok()).map(Some).ok_or_else(|| {
+            Error::new(code::CONFIG, format!("the IPAM plugin's route {}: {key} is {value}, not a number", route.dst))
+                .details("correct the routes of the ipam plugin")
+        }),
+    };
+    Ok(PodRoute {
+        mtu: number("mtu")?,
+        advmss: number("advmss")?,
+        priority: number("priority")?,
+        table: number("table")?,
+        ..PodRoute::new(route.dst, gateway)
+    })
+}
+
+fn taken(ip: IpAddr, by: &str) -> Error {
+    Error::new(code::TRY_AGAIN, format!("address {ip} is in use: {by}"))
+        .details("the pod that has it goes on; whoever gave the address out has lost its state: restore it, or try again for another address")
+}
+
+/// Refuses an argument that nobody knows: whoever passes it expects something. An IPAM plugin may know more of them.
+fn refuse_unknown_args(call: &Call) -> Result<(), Error> {
+    match &call.env.pod.unknown {
+        Some(key) if call.conf.ipam.is_none() => {
+            Err(Error::new(code::ENVIRONMENT, format!("CNI_ARGS: {key} is unknown")).details(
+                "known are IP, MAC and the K8S_POD_... of Kubernetes; add IgnoreUnknown=1 if it does not matter",
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The MTU of the pod. The node's is what fits through its uplinks and its tunnel.
+fn read_mtu(call: &Call, node: &NodeFile) -> Result<u32, Error> {
+    let mtu = call.conf.mtu.unwrap_or(node.mtu);
+    if mtu <= node.mtu {
+        return Ok(mtu);
+    }
+    Err(Error::new(code::CONFIG, format!("mtu {mtu} is more than the {} of node {}", node.mtu, node.node_name))
+        .details("packets to other nodes would not fit: leave mtu out of the configuration, or set --mtu of the agent"))
+}
+
+/// Refuses IPv6 where the kernel or the MTU has none.
+fn require_ipv6(ips: &[IpAddr], mtu: u32) -> Result<(), Error> {
+    let Some(ip) = ips.iter().find(|ip| ip.is_ipv6()) else { return Ok(()) };
+    if mtu < IPV6_MTU_MIN {
+        return Err(Error::new(code::CONFIG, format!("mtu {mtu} is too small for IPv6 ({ip})"))
+            .details(format!("set at least {IPV6_MTU_MIN}, or give the pods IPv4 addresses only")));
+    }
+    if Path::new("/proc/sys/net/ipv6/conf").exists() {
+        return Ok(());
+    }
+    Err(Error::new(code::CONFIG, format!("the kernel has no IPv6, and pods get IPv6 addresses ({ip})"))
+        .details("start it without ipv6.disable=1 (/proc/cmdline), or take the IPv6 range from the node's podCIDRs or the ipam plugin"))
 }
 
 fn default_of(ip: IpAddr) -> IpNet {

@@ -121,7 +121,7 @@ impl<'a> Removal<'a> {
         };
         let failed = |e: io::Error| Error::io(format!("delete {ip} from the endpoints map"), &e);
         let Some(found) = map.get(ip.into()).map_err(failed)? else { return Ok(()) };
-        let is_ours = indices.contains(&Some(found.ifindex)) || !link::is_pods(&mut self.host, found.ifindex)?;
+        let is_ours = indices.contains(&Some(found.ifindex)) || link::of_pod(&mut self.host, found.ifindex)?.is_none();
         if is_ours { map.delete_if(ip.into(), |entry| *entry == found).map_err(failed) } else { Ok(()) }
     }
 

@@ -7,11 +7,13 @@ use crate::types::version::Version;
 use serde::Deserialize;
 use serde_json::Value;
 use std::fs::File;
-use std::io::{self, Seek, Write};
-use std::os::fd::FromRawFd;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// A delegated IPAM plugin.
 pub struct Delegate<'a> {
@@ -110,21 +112,75 @@ impl<'a> Delegate<'a> {
         stdin: &[u8],
     ) -> Result<Result<Vec<u8>, Failure>, Error> {
         let failed = |e: io::Error| Error::io(format!("run IPAM plugin {}", self.binary.display()), &e);
+        let mut out = file_in_memory(&[]).map_err(failed)?;
         let mut command = Command::new(&self.binary);
-        command.env("CNI_COMMAND", verb).stdin(stdin_file(stdin).map_err(failed)?).stderr(Stdio::inherit());
+        command.env("CNI_COMMAND", verb).stdin(file_in_memory(stdin).map_err(failed)?);
+        command.stdout(out.try_clone().map_err(failed)?).stderr(Stdio::inherit()).process_group(0);
         if let Some(a) = attachment {
             command.env("CNI_CONTAINERID", &a.container_id).env("CNI_IFNAME", &a.ifname);
         }
-        let out = command.output().map_err(failed)?;
-        if out.status.success() {
-            return Ok(Ok(out.stdout));
+        // A runtime that loses its patience kills us alone. The plugin must not go on without us, with its locks.
+        // SAFETY: between fork and exec, this is one system call without pointers.
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            });
         }
-        Ok(Err(serde_json::from_slice(&out.stdout).unwrap_or_else(|_| Failure {
+        let mut child = command.spawn().map_err(failed)?;
+        if !ends_within(&child, self.conf.ipam_timeout).map_err(failed)? {
+            kill_group(&child);
+            child.wait().map_err(failed)?;
+            let text = format!("IPAM plugin {} {verb} has not ended after {:?}", self.kind, self.conf.ipam_timeout);
+            return Err(Error::new(code::TRY_AGAIN, text)
+                .details("it was killed; look for what it waits for, or set ipamTimeoutSeconds in the configuration"));
+        }
+        let status = child.wait().map_err(failed)?;
+        let mut text = Vec::new();
+        out.rewind().and_then(|()| out.read_to_end(&mut text)).map_err(failed)?;
+        if status.success() {
+            return Ok(Ok(text));
+        }
+        Ok(Err(serde_json::from_slice(&text).unwrap_or_else(|_| Failure {
             code: code::IO,
-            msg: format!("{} ({})", String::from_utf8_lossy(&out.stdout).trim(), out.status),
+            msg: format!("{} ({status})", String::from_utf8_lossy(&text).trim()),
             details: String::new(),
         })))
     }
+}
+
+/// Waits for the end of a process, at most so long; false if it still runs.
+fn ends_within(child: &Child, patience: Duration) -> io::Result<bool> {
+    // SAFETY: plain system call without pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just opened and nobody else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let began = Instant::now();
+    loop {
+        let left = patience.saturating_sub(began.elapsed());
+        let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // Rounded up: an early end of the poll would only be another turn.
+        let wait = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
+        // SAFETY: the pointer is to one live `pollfd`, as the count says.
+        match unsafe { libc::poll(&raw mut poll, 1, wait) } {
+            n if n > 0 => return Ok(true),
+            0 if left.is_zero() => return Ok(false),
+            0 => {}
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => {}
+                e => return Err(e),
+            },
+        }
+    }
+}
+
+/// Kills a process and what it has started.
+fn kill_group(child: &Child) {
+    // SAFETY: plain system call without pointers. The child leads a group of its own, and is not waited for yet.
+    unsafe { libc::kill(-child.id().cast_signed(), libc::SIGKILL) };
 }
 
 /// The error object of a plugin.
@@ -138,10 +194,10 @@ struct Failure {
     details: String,
 }
 
-/// Standard input as a file in memory: the plugin may read it or not, nobody blocks.
-fn stdin_file(bytes: &[u8]) -> io::Result<File> {
+/// A file in memory with this content. A plugin may read its input or not, and leave its output open to others: nobody blocks.
+fn file_in_memory(bytes: &[u8]) -> io::Result<File> {
     // SAFETY: the name is a zero-terminated literal.
-    let fd = unsafe { libc::memfd_create(c"cni-stdin".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"cni-plugin".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -2,7 +2,10 @@
 //!
 //! A lease appears by link(2) with its content, so that a crash leaves a whole lease or none. A lock serialises the
 //! choice, and its file remembers the last address of each family: a freed address rests until the range has been gone
-//! through. The directory lies on a tmpfs, as the interfaces do: a reboot frees everything.
+//! through. The directory usually lies on a tmpfs, as the interfaces do: a reboot frees everything. Where it lies on a disk, the leases
+//! of a boot before are freed when the range is full, for their owners have no device.
+//!
+//! The kernel is asked before an address is given out ([`Knowledge`]): files may get lost, and pods go on.
 
 use crate::fault;
 use crate::state;
@@ -30,8 +33,26 @@ pub struct Pool {
     dir: PathBuf,
     /// How long to wait for others that choose an address.
     patience: Duration,
-    /// Addresses that are not given out.
-    taken: HashSet<IpAddr>,
+}
+
+/// What is known of addresses apart from leases.
+pub trait Knowledge {
+    /// True if somebody has the address, with or without a lease.
+    fn is_used(&mut self, ip: IpAddr) -> Result<bool, Error>;
+    /// True if the owner of a lease still has a device.
+    fn has_device(&mut self, owner: &Attachment) -> Result<bool, Error>;
+}
+
+/// Who asks for addresses, and for which.
+pub struct Request<'a> {
+    /// The ranges, one address of each.
+    pub ranges: &'a [IpNet],
+    /// The addresses that it must be, if any; of a range without one, any will do.
+    pub wanted: &'a [IpAddr],
+    /// The network.
+    pub network: &'a str,
+    /// The owner.
+    pub owner: &'a Attachment,
 }
 
 /// A lease found in the pool.
@@ -48,26 +69,27 @@ pub struct Lease {
 impl Pool {
     /// The pool in a run directory.
     pub fn new(run_dir: &Path) -> Self {
-        Self { dir: run_dir.join(IPAM_DIR), patience: PATIENCE, taken: HashSet::new() }
-    }
-
-    /// The same pool without these addresses, which somebody else has.
-    pub fn without(self, taken: HashSet<IpAddr>) -> Self {
-        Self { taken, ..self }
+        Self { dir: run_dir.join(IPAM_DIR), patience: PATIENCE }
     }
 
     /// Leases one address of each range, or none at all.
-    pub fn allocate(&self, ranges: &[IpNet], network: &str, owner: &Attachment) -> Result<Vec<IpAddr>, Error> {
+    ///
+    /// # Errors
+    /// A range is full or too small, or an address that is wanted is not to be had.
+    pub fn allocate(&self, request: &Request<'_>, known: &mut dyn Knowledge) -> Result<Vec<IpAddr>, Error> {
+        require_within(request.wanted, request.ranges)?;
         let mut lock = self.lock()?;
         let mut text = String::new();
         // An unreadable memory only costs the order of addresses.
         let _ = lock.read_to_string(&mut text);
         let last: Vec<IpAddr> = text.split_whitespace().filter_map(|a| a.parse().ok()).collect();
-        let candidate = self.candidate(network, owner)?;
+        let candidate = self.candidate(request.network, request.owner)?;
         let mut leased = Vec::new();
-        let outcome = ranges.iter().try_for_each(|range| {
-            let after = last.iter().copied().find(|a| range.contains(a));
-            let ip = self.lease(&candidate, range, after);
+        let outcome = request.ranges.iter().try_for_each(|range| {
+            let ip = match request.wanted.iter().find(|ip| range.contains(*ip)) {
+                Some(ip) => self.lease_this(&candidate, *ip, known),
+                None => self.lease(&candidate, range, last.iter().copied().find(|a| range.contains(a)), known),
+            };
             // In any case before the candidate's removal: a lease is another name of the same file.
             leased.push(ip?);
             fault::point("lease")
@@ -79,8 +101,11 @@ impl Pool {
                 Err(more) => e.details(more.to_string()),
             }));
         }
+        // One write over what is there: a call that is killed leaves the memory before or after, and no empty one.
         let memory = leased.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" ");
-        let _ = lock.rewind().and_then(|()| lock.set_len(0)).and_then(|()| lock.write_all(memory.as_bytes()));
+        let width = lock.metadata().map_or(0, |meta| meta.len() as usize);
+        let memory = format!("{memory:<width$}");
+        let _ = lock.rewind().and_then(|()| lock.write_all(memory.as_bytes()));
         Ok(leased)
     }
 
@@ -117,28 +142,77 @@ impl Pool {
         Ok(all)
     }
 
-    fn lease(&self, candidate: &Candidate, range: &IpNet, after: Option<IpAddr>) -> Result<IpAddr, Error> {
-        let span = Span::of(range).ok_or_else(|| exhausted(range))?;
+    fn lease(
+        &self,
+        candidate: &Candidate,
+        range: &IpNet,
+        after: Option<IpAddr>,
+        known: &mut dyn Knowledge,
+    ) -> Result<IpAddr, Error> {
+        let span = Span::of(range).ok_or_else(|| too_small(range))?;
         let mut next = span.first_after(after);
         for _ in 0..DIRECT_TRIES {
-            if !self.taken.contains(&next) && candidate.publish(&self.dir.join(next.to_string()))? {
+            if self.try_lease(candidate, next, known)? {
                 return Ok(next);
             }
             next = span.first_after(Some(next));
         }
-        let mut used = self.used()?;
-        used.extend(&self.taken);
+        let leases = self.leases()?;
+        let mut used: HashSet<IpAddr> = leases.iter().map(|lease| lease.ip).collect();
         while let Some(ip) = span.free(after, &used) {
-            if candidate.publish(&self.dir.join(ip.to_string()))? {
+            if self.try_lease(candidate, ip, known)? {
                 return Ok(ip);
             }
             used.insert(ip);
         }
+        // On a disk, leases outlive the pods of a boot before. Who makes a lease has a device.
+        for lease in leases.iter().filter(|lease| range.contains(&lease.ip)) {
+            if !known.has_device(&lease.owner)? {
+                state::remove(&self.dir.join(lease.ip.to_string()))?;
+                if self.try_lease(candidate, lease.ip, known)? {
+                    return Ok(lease.ip);
+                }
+            }
+        }
         Err(exhausted(range))
     }
 
-    fn used(&self) -> Result<HashSet<IpAddr>, Error> {
-        Ok(state::list(&self.dir)?.iter().filter_map(|entry| entry.name.parse().ok()).collect())
+    /// Leases the address, unless somebody has it.
+    fn try_lease(&self, candidate: &Candidate, ip: IpAddr, known: &mut dyn Knowledge) -> Result<bool, Error> {
+        let path = self.dir.join(ip.to_string());
+        if known.is_used(ip)? {
+            return Ok(false);
+        }
+        if candidate.publish(&path)? {
+            return Ok(true);
+        }
+        // A lease appears with its content. One without, which a power cut can leave on a disk, is nobody's.
+        if !is_spoilt(&path) {
+            return Ok(false);
+        }
+        state::remove(&path)?;
+        candidate.publish(&path)
+    }
+
+    /// Leases an address that somebody wants and no other.
+    fn lease_this(&self, candidate: &Candidate, ip: IpAddr, known: &mut dyn Knowledge) -> Result<IpAddr, Error> {
+        if self.try_lease(candidate, ip, known)? {
+            return Ok(ip);
+        }
+        let path = self.dir.join(ip.to_string());
+        let holder = match read_owner(&path) {
+            Some((owner, _)) if !known.has_device(&owner)? => {
+                state::remove(&path)?;
+                if self.try_lease(candidate, ip, known)? {
+                    return Ok(ip);
+                }
+                "a device of this host, or a route".to_owned()
+            }
+            Some((owner, network)) => format!("{}@{} of network {network}", owner.container_id, owner.ifname),
+            None => "a device of this host, or a route".to_owned(),
+        };
+        Err(Error::new(code::TRY_AGAIN, format!("address {ip} that was asked for is taken: {holder} has it"))
+            .details("delete what has it, or ask for another address"))
     }
 
     fn lock(&self) -> Result<File, Error> {
@@ -157,7 +231,16 @@ fn read_owner(path: &Path) -> Option<(Attachment, String)> {
     // One read suffices: identifiers are limited, and so is the name of an interface.
     let mut buf = [0; 1024];
     let n = File::open(path).and_then(|mut f| f.read(&mut buf)).ok()?;
-    let mut lines = std::str::from_utf8(&buf[..n]).ok()?.lines();
+    parse_owner(&buf[..n])
+}
+
+/// True if the file can be read, and holds no owner.
+fn is_spoilt(path: &Path) -> bool {
+    fs::read(path).is_ok_and(|content| parse_owner(&content).is_none())
+}
+
+fn parse_owner(content: &[u8]) -> Option<(Attachment, String)> {
+    let mut lines = std::str::from_utf8(content).ok()?.lines();
     let owner = Attachment { container_id: lines.next()?.into(), ifname: lines.next()?.into() };
     Some((owner, lines.next().unwrap_or_default().into()))
 }
@@ -173,17 +256,27 @@ impl Candidate {
     fn new(dir: &Path, content: &[u8]) -> io::Result<Self> {
         use std::os::unix::fs::OpenOptionsExt;
         let unnamed = OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir);
-        let (mut file, named) = match unnamed {
-            Ok(file) => (file, None),
+        match unnamed {
+            Ok(mut file) => file.write_all(content).map(|()| Self { file, named: None }),
             Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT)) => {
-                // One name suffices: the caller holds the lock.
-                let path = dir.join(".candidate");
-                (File::create(&path)?, Some(path))
+                Self::with_name(dir, content)
             }
-            Err(e) => return Err(e),
-        };
+            Err(e) => Err(e),
+        }
+    }
+
+    /// One name suffices: the caller holds the lock. A killed call may have left it, as a second name of its lease, so that the file
+    /// must not be written again.
+    fn with_name(dir: &Path, content: &[u8]) -> io::Result<Self> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let path = dir.join(".candidate");
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
         file.write_all(content)?;
-        Ok(Self { file, named })
+        Ok(Self { file, named: Some(path) })
     }
 
     /// Gives the file its final name; false if somebody has it.
@@ -203,7 +296,7 @@ impl Candidate {
 impl Drop for Candidate {
     fn drop(&mut self) {
         if let Some(path) = &self.named {
-            // A leftover is overwritten by the next allocation.
+            // A leftover is removed by the next allocation.
             let _ = fs::remove_file(path);
         }
     }
@@ -240,6 +333,14 @@ impl Span {
         };
         let first = network.checked_add(2)?;
         (first <= end).then_some(Self { v4, first, last: end })
+    }
+
+    fn contains(self, ip: IpAddr) -> bool {
+        let n = match ip {
+            IpAddr::V4(a) => u128::from(u32::from(a)),
+            IpAddr::V6(a) => u128::from(a),
+        };
+        self.v4 == ip.is_ipv4() && (self.first..=self.last).contains(&n)
     }
 
     fn size(self) -> u128 {
@@ -280,8 +381,36 @@ fn exhausted(range: &IpNet) -> Error {
         .details("delete pods of this node, or give the node a larger podCIDR")
 }
 
-/// Refuses a node without any range.
+fn too_small(range: &IpNet) -> Error {
+    Error::new(code::CONFIG, format!("the node's podCIDR {range} is too small: it has no address for a pod")).details(
+        "the first two addresses, and the last one of IPv4, are not given out; give the node at least a /30 or a /126",
+    )
+}
+
+/// Refuses addresses that are of no range, and two of one range.
+fn require_within(wanted: &[IpAddr], ranges: &[IpNet]) -> Result<(), Error> {
+    for (i, ip) in wanted.iter().enumerate() {
+        let range = ranges.iter().find(|range| range.contains(ip) && Span::of(range).is_some_and(|s| s.contains(*ip)));
+        let Some(range) = range else {
+            let all = ranges.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");
+            let text = format!("address {ip} that was asked for is none that this node gives to pods ({all})");
+            return Err(Error::new(code::CONFIG, text).details("ask for one of the node's podCIDRs, or for none"));
+        };
+        if let Some(other) = wanted[..i].iter().find(|other| *other != ip && range.contains(*other)) {
+            let text = format!("addresses {other} and {ip} that were asked for are both of {range}");
+            return Err(
+                Error::new(code::UNSUPPORTED, text).details("a pod has one address of each podCIDR: ask for one")
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a node without any range, or with one that has no address for a pod.
 pub fn require_ranges(ranges: &[IpNet]) -> Result<(), Error> {
+    if let Some(range) = ranges.iter().find(|range| Span::of(range).is_none()) {
+        return Err(too_small(range));
+    }
     if !ranges.is_empty() {
         return Ok(());
     }
@@ -291,8 +420,9 @@ pub fn require_ranges(ranges: &[IpNet]) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Duration, File, Path, Pool, Span};
+    use super::{Candidate, Duration, File, Knowledge, Path, Pool, Request, Span, parse_owner};
     use crate::types::conf::Attachment;
+    use crate::types::error::Error;
     use ipnet::IpNet;
     use std::collections::HashSet;
     use std::net::IpAddr;
@@ -319,6 +449,24 @@ mod tests {
     }
     fn ip(text: &str) -> IpAddr {
         text.parse().expect("address")
+    }
+    /// A kernel that knows these addresses, and no device of these owners.
+    #[derive(Default)]
+    struct Known {
+        used: Vec<IpAddr>,
+        dead: Vec<Attachment>,
+    }
+    impl Knowledge for Known {
+        fn is_used(&mut self, ip: IpAddr) -> Result<bool, Error> {
+            Ok(self.used.contains(&ip))
+        }
+        fn has_device(&mut self, owner: &Attachment) -> Result<bool, Error> {
+            Ok(!self.dead.contains(owner))
+        }
+    }
+
+    fn allocate(pool: &Pool, ranges: &[IpNet], owner: &Attachment) -> Result<Vec<IpAddr>, Error> {
+        pool.allocate(&Request { ranges, wanted: &[], network: "n", owner }, &mut Known::default())
     }
     fn release(pool: &Pool, owner: &Attachment) {
         let held = pool.held_by(owner).expect("list");
@@ -355,7 +503,7 @@ mod tests {
         let range = [net("10.1.2.0/29")];
         let mut got = Vec::new();
         for n in 0..8 {
-            got.extend(pool.allocate(&range, "n", &owner(n)).expect("free"));
+            got.extend(allocate(&pool, &range, &owner(n)).expect("free"));
             release(&pool, &owner(n));
         }
         let want = ["2", "3", "4", "5", "6", "2", "3", "4"].map(|n| ip(&format!("10.1.2.{n}")));
@@ -367,15 +515,15 @@ mod tests {
         let dir = Dir::new("full");
         let pool = Pool::new(&dir.0);
         let ranges = [net("fd00::/64"), net("10.1.2.0/28")];
-        let all: HashSet<_> = (0..13).flat_map(|n| pool.allocate(&ranges, "n", &owner(n)).expect("free")).collect();
+        let all: HashSet<_> = (0..13).flat_map(|n| allocate(&pool, &ranges, &owner(n)).expect("free")).collect();
         assert_eq!(all.len(), 26);
-        let e = pool.allocate(&ranges, "n", &owner(99)).expect_err("full");
+        let e = allocate(&pool, &ranges, &owner(99)).expect_err("full");
         assert_eq!(e.code, 101);
         assert!(e.msg.contains("10.1.2.0/28"), "{e}");
         assert!(pool.held_by(&owner(99)).expect("list").is_empty(), "half a lease stayed");
         let freed = pool.held_by(&owner(5)).expect("list");
         release(&pool, &owner(5));
-        let again = pool.allocate(&ranges, "n", &owner(99)).expect("one is free");
+        let again = allocate(&pool, &ranges, &owner(99)).expect("one is free");
         assert_eq!(again[1], *freed.iter().find(|a| a.is_ipv4()).expect("v4"));
     }
 
@@ -384,17 +532,17 @@ mod tests {
         let dir = Dir::new("locked");
         let pool = Pool { patience: Duration::from_millis(50), ..Pool::new(&dir.0) };
         let range = [net("10.1.2.0/24")];
-        pool.allocate(&range, "n", &owner(1)).expect("free");
+        allocate(&pool, &range, &owner(1)).expect("free");
         let last = pool.dir.join(".last");
         let mode = |path: &Path| std::fs::metadata(path).expect("there").permissions().mode() & 0o777;
         assert_eq!((mode(&pool.dir), mode(&last), mode(&pool.dir.join("10.1.2.2"))), (0o700, 0o600, 0o600));
         let other = File::open(&last).expect("open");
         other.lock().expect("lock");
-        let e = pool.allocate(&range, "n", &owner(2)).expect_err("locked");
+        let e = allocate(&pool, &range, &owner(2)).expect_err("locked");
         assert!(e.code == 11 && e.msg.contains(".last") && e.details.contains("lslocks"), "{e}");
         // Any user can lock a file that all can open, as earlier releases made it.
         std::fs::set_permissions(&last, PermissionsExt::from_mode(0o644)).expect("chmod");
-        assert_eq!(pool.allocate(&range, "n", &owner(2)).expect("free"), [ip("10.1.2.3")]);
+        assert_eq!(allocate(&pool, &range, &owner(2)).expect("free"), [ip("10.1.2.3")]);
         assert_eq!(mode(&last), 0o600);
     }
 
@@ -405,7 +553,7 @@ mod tests {
         std::fs::create_dir_all(&pool.dir).expect("directory");
         for text in [&b"\xff\xfe"[..], b"nonsense", b"10.9.9.9", b"10.1.2.254"] {
             std::fs::write(pool.dir.join(".last"), text).expect("write");
-            let got = pool.allocate(&[net("10.1.2.0/24")], "n", &owner(1)).expect("free");
+            let got = allocate(&pool, &[net("10.1.2.0/24")], &owner(1)).expect("free");
             assert_eq!(got, [ip("10.1.2.2")]);
             release(&pool, &owner(1));
         }
@@ -416,8 +564,8 @@ mod tests {
         let dir = Dir::new("release");
         let pool = Pool::new(&dir.0);
         let range = [net("10.1.2.0/24")];
-        let kept = pool.allocate(&range, "n", &owner(1)).expect("free");
-        pool.allocate(&range, "n", &owner(2)).expect("free");
+        let kept = allocate(&pool, &range, &owner(1)).expect("free");
+        allocate(&pool, &range, &owner(2)).expect("free");
         let other = Attachment { ifname: "net1".into(), ..owner(1) };
         for _ in 0..3 {
             release(&pool, &owner(2));
@@ -428,5 +576,97 @@ mod tests {
         pool.release(&owner(2), &kept).expect("release");
         assert_eq!(pool.leases().expect("list").len(), 1);
         assert_eq!(Pool::new(&dir.0.join("absent")).leases().expect("list"), []);
+    }
+
+    #[test]
+    fn what_the_kernel_knows_is_not_given_out() {
+        let dir = Dir::new("known");
+        let pool = Pool::new(&dir.0);
+        let ranges = [net("10.1.2.0/28"), net("fd00::/64")];
+        let used: Vec<_> = (2..14).map(|n| ip(&format!("10.1.2.{n}"))).chain([ip("fd00::2")]).collect();
+        let mut known = Known { used, ..Known::default() };
+        let mut get = |owner: &Attachment| {
+            pool.allocate(&Request { ranges: &ranges, wanted: &[], network: "n", owner }, &mut known)
+        };
+        assert_eq!(get(&owner(1)).expect("one is free"), [ip("10.1.2.14"), ip("fd00::3")]);
+        assert_eq!(get(&owner(2)).expect_err("full").code, 101);
+        assert_eq!(pool.leases().expect("list").len(), 2);
+    }
+
+    /// As after a reboot, where the directory lies on a disk.
+    #[test]
+    fn a_full_range_takes_back_what_owners_without_a_device_have() {
+        let dir = Dir::new("dead");
+        let pool = Pool::new(&dir.0);
+        let ranges = [net("10.1.2.0/29")];
+        for n in 0..5 {
+            allocate(&pool, &ranges, &owner(n)).expect("free");
+        }
+        let mut known = Known { dead: vec![owner(3)], ..Known::default() };
+        let mut get = |owner: &Attachment| {
+            pool.allocate(&Request { ranges: &ranges, wanted: &[], network: "n", owner }, &mut known)
+        };
+        assert_eq!(get(&owner(7)).expect("taken back"), [ip("10.1.2.5")]);
+        assert_eq!(get(&owner(8)).expect_err("full").code, 101);
+        assert_eq!(pool.held_by(&owner(2)).expect("list"), [ip("10.1.2.4")]);
+    }
+
+    /// A power cut leaves files without content on a disk.
+    #[test]
+    fn leases_without_content_are_given_out_again() {
+        let dir = Dir::new("spoilt");
+        let pool = Pool::new(&dir.0);
+        std::fs::create_dir_all(&pool.dir).expect("directory");
+        for n in 2..7 {
+            std::fs::write(pool.dir.join(format!("10.1.2.{n}")), "").expect("write");
+        }
+        for n in 2..7 {
+            assert_eq!(allocate(&pool, &[net("10.1.2.0/29")], &owner(n)).expect("free"), [ip(&format!("10.1.2.{n}"))]);
+        }
+        assert_eq!(pool.leases().expect("list").len(), 5);
+    }
+
+    /// On file systems without files that have no name, a killed call leaves the name of its candidate.
+    #[test]
+    fn a_candidates_name_that_a_killed_call_left_spoils_no_lease() {
+        let dir = Dir::new("candidate");
+        let (first, second) = (dir.0.join("10.1.2.2"), dir.0.join("10.1.2.3"));
+        let killed = Candidate::with_name(&dir.0, b"c1\r\neth0\nn\n").expect("write");
+        assert!(killed.publish(&first).expect("link"));
+        std::mem::forget(killed);
+        let next = Candidate::with_name(&dir.0, b"c2\r\neth0\nn\n").expect("write");
+        assert!(next.publish(&second).expect("link") && !next.publish(&first).expect("link"));
+        drop(next);
+        for (path, n) in [(first, 1), (second, 2)] {
+            assert_eq!(parse_owner(&std::fs::read(path).expect("lease")).expect("owner").0, owner(n));
+        }
+        assert!(!dir.0.join(".candidate").exists());
+    }
+
+    #[test]
+    fn addresses_that_are_wanted() {
+        let dir = Dir::new("wanted");
+        let pool = Pool::new(&dir.0);
+        let ranges = [net("10.1.2.0/24"), net("fd00::/64")];
+        let get = |wanted: &[&str], n: usize, used: &[&str]| {
+            let wanted: Vec<_> = wanted.iter().map(|w| ip(w)).collect();
+            let mut known = Known { used: used.iter().map(|u| ip(u)).collect(), ..Known::default() };
+            let request = Request { ranges: &ranges, wanted: &wanted, network: "n", owner: &owner(n) };
+            pool.allocate(&request, &mut known).map_err(|e| (e.code, e.to_string()))
+        };
+        assert_eq!(get(&["10.1.2.9"], 1, &[]).expect("free"), [ip("10.1.2.9"), ip("fd00::2")]);
+        assert_eq!(get(&["fd00::9", "10.1.2.200"], 2, &[]).expect("free"), [ip("10.1.2.200"), ip("fd00::9")]);
+        for (wanted, used, code, part) in [
+            (&["10.1.2.9"][..], &[][..], 11, "c1@eth0 of network n"),
+            (&["10.1.2.10"], &["10.1.2.10"], 11, "a device of this host"),
+            (&["10.1.3.1"], &[], 7, "10.1.2.0/24, fd00::/64"),
+            (&["10.1.2.0"], &[], 7, "10.1.2.0 that was asked for is none"),
+            (&["10.1.2.255"], &[], 7, "10.1.2.255"),
+            (&["10.1.2.7", "10.1.2.8"], &[], 2, "both of 10.1.2.0/24"),
+        ] {
+            let (got, text) = get(wanted, 3, used).expect_err(part);
+            assert!(got == code && text.contains(part), "{got} {text}");
+        }
+        assert!(pool.held_by(&owner(3)).expect("list").is_empty());
     }
 }

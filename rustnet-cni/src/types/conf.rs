@@ -3,10 +3,13 @@
 use super::error::{Error, code};
 use super::result::Dns;
 use super::version::Version;
+use ipnet::IpNet;
 use rustnet_common::names;
 use serde::Deserialize;
 use serde_json::Value;
+use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A validated configuration.
 #[derive(Clone, Debug)]
@@ -28,7 +31,11 @@ pub struct NetConf {
     /// Name servers to return: the runtime's, else the configuration's. May be empty.
     pub dns: Dns,
     /// MAC address that the runtime wants for the pod.
-    pub mac: Option<[u8; 6]>,
+    pub mac: Option<Mac>,
+    /// Addresses that the runtime wants for the pod.
+    pub ips: Vec<IpAddr>,
+    /// How long an IPAM plugin may take.
+    pub ipam_timeout: Duration,
     /// The bandwidth that the runtime wants for the pod, as it came: only ADD reads it, by [`super::bandwidth`].
     pub bandwidth: Option<Value>,
     /// The ports of the node that the runtime wants for the pod, as they came: only ADD reads them, by [`super::port_mappings`].
@@ -73,6 +80,8 @@ struct Pod {
     mtu: Value,
     dns: Value,
     runtime_config: Value,
+    args: Value,
+    ipam_timeout_seconds: Value,
 }
 
 #[derive(Deserialize)]
@@ -115,6 +124,10 @@ impl NetConf {
             Err(e) => return Err(unreadable(e)),
         };
         let ipam = ipam.and_then(|i| i.kind).filter(|k| !matches!(k.as_str(), "" | "rustnet" | "rustnet-cni"));
+        let ipam_timeout = match ipam_timeout(&raw.pod.ipam_timeout_seconds) {
+            Err(_) if removal => IPAM_TIMEOUT,
+            read => read?,
+        };
         let wishes = if removal { Wishes::default() } else { raw.pod.wishes()? };
         Ok(Self {
             version,
@@ -126,6 +139,8 @@ impl NetConf {
             mtu: wishes.mtu,
             dns: wishes.dns,
             mac: wishes.mac,
+            ips: wishes.ips,
+            ipam_timeout,
             bandwidth: wishes.bandwidth,
             port_mappings: wishes.port_mappings,
             prev_result: raw.prev_result,
@@ -165,8 +180,24 @@ pub fn is_identifier(text: &str) -> bool {
         && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
+/// A MAC address.
+pub type Mac = [u8; 6];
+
+/// How long an IPAM plugin may take by default: an ADD and the DEL after its failure fit into the two minutes of a kubelet.
+const IPAM_TIMEOUT: Duration = Duration::from_secs(45);
+
+/// An address, with or without the length of its prefix.
+pub fn parse_ip(text: &str) -> Option<IpAddr> {
+    text.parse().ok().or_else(|| text.parse::<IpNet>().ok().map(|net| net.addr()))
+}
+
+/// A MAC address that one interface can have.
+pub fn parse_unicast_mac(text: &str) -> Option<Mac> {
+    parse_mac(text).filter(|mac| mac[0] & 1 == 0 && *mac != [0; 6])
+}
+
 /// A MAC address in the usual notation.
-pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+pub fn parse_mac(text: &str) -> Option<Mac> {
     let mut mac = [0; 6];
     let mut parts = text.split([':', '-']);
     for byte in &mut mac {
@@ -181,7 +212,8 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
 struct Wishes {
     mtu: Option<u32>,
     dns: Dns,
-    mac: Option<[u8; 6]>,
+    mac: Option<Mac>,
+    ips: Vec<IpAddr>,
     bandwidth: Option<Value>,
     port_mappings: Option<Value>,
 }
@@ -215,21 +247,51 @@ impl Pod {
             }
             Some(_) => return Err(wrong("dns")),
         };
-        let mac = match take(&map, "mac") {
-            None => None,
-            Some(Value::String(s)) if s.is_empty() => None,
-            Some(Value::String(s)) => {
-                Some(parse_mac(s).filter(|m| m[0] & 1 == 0 && *m != [0; 6]).ok_or_else(|| {
-                    Error::new(code::CONFIG, format!("runtimeConfig.mac {s:?} is not a unicast MAC address"))
-                })?)
-            }
-            Some(_) => return Err(wrong("mac")),
-        };
+        let args: Option<serde_json::Map<String, Value>> = serde_json::from_value(self.args).map_err(unreadable)?;
+        let args = args.unwrap_or_default();
+        let args = take(&args, "cni").and_then(Value::as_object);
+        // As with the reference plugins: all addresses that anybody asks for, and the runtime's MAC address first.
+        let places = [("runtimeConfig", Some(&map)), ("args.cni", args)];
+        let places = places.into_iter().filter_map(|(at, map)| Some((at, map?)));
+        let (mut mac, mut ips) = (None, Vec::new());
+        for (at, map) in places {
+            ips.extend(read_ips(at, map)?);
+            mac = mac.or(read_mac(at, map)?);
+        }
         let dns = if dns.is_empty() { own.unwrap_or_default() } else { dns };
         let as_it_came = |key: &str| take(&map, key).cloned();
         let (bandwidth, port_mappings) = (as_it_came("bandwidth"), as_it_came("portMappings"));
-        Ok(Wishes { mtu, dns, mac, bandwidth, port_mappings })
+        Ok(Wishes { mtu, dns, mac, ips, bandwidth, port_mappings })
     }
+}
+
+fn ipam_timeout(value: &Value) -> Result<Duration, Error> {
+    if value.is_null() {
+        return Ok(IPAM_TIMEOUT);
+    }
+    let seconds = value.as_u64().filter(|seconds| (1..=3600).contains(seconds));
+    seconds.map(Duration::from_secs).ok_or_else(|| {
+        Error::new(code::CONFIG, format!("ipamTimeoutSeconds {value} is invalid")).details("allowed are 1 to 3600")
+    })
+}
+
+fn read_mac(at: &str, map: &serde_json::Map<String, Value>) -> Result<Option<Mac>, Error> {
+    match take(map, "mac") {
+        None => Ok(None),
+        Some(Value::String(text)) if text.is_empty() => Ok(None),
+        Some(Value::String(text)) => parse_unicast_mac(text)
+            .map(Some)
+            .ok_or_else(|| Error::new(code::CONFIG, format!("{at}.mac {text:?} is not a unicast MAC address"))),
+        Some(_) => Err(Error::new(code::DECODE, format!("{at}.mac has the wrong type"))),
+    }
+}
+
+fn read_ips(at: &str, map: &serde_json::Map<String, Value>) -> Result<Vec<IpAddr>, Error> {
+    let Some(value) = take(map, "ips") else { return Ok(Vec::new()) };
+    let list: Vec<String> = serde_json::from_value(value.clone())
+        .map_err(|_| Error::new(code::DECODE, format!("{at}.ips has the wrong type")))?;
+    let bad = |text: &str| Error::new(code::CONFIG, format!("{at}.ips: {text:?} is no address"));
+    list.iter().map(|text| parse_ip(text).ok_or_else(|| bad(text))).collect()
 }
 
 /// A member by name without regard to case, null being the same as absent.
@@ -277,7 +339,7 @@ mod tests {
 
     #[test]
     fn shapes_that_are_refused() {
-        let cases: [(&str, u32, &str); 28] = [
+        let cases: [(&str, u32, &str); 32] = [
             ("", 6, "empty"),
             (" \n", 6, "empty"),
             ("{", 6, "not JSON"),
@@ -304,6 +366,10 @@ mod tests {
             (r#"{"cniVersion":"1.0.0","name":"a","mtu":60}"#, 7, "mtu 60"),
             (r#"{"cniVersion":"1.0.0","name":"a","ipam":"host-local"}"#, 6, "invalid type"),
             (r#"{"cniVersion":"1.0.0","name":"a","runtimeConfig":{"mac":"01:00:5e:00:00:01"}}"#, 7, "unicast"),
+            (r#"{"cniVersion":"1.0.0","name":"a","args":{"cni":{"mac":"01:00:5e:00:00:01"}}}"#, 7, "args.cni.mac"),
+            (r#"{"cniVersion":"1.0.0","name":"a","args":{"cni":{"ips":["x"]}}}"#, 7, "args.cni.ips"),
+            (r#"{"cniVersion":"1.0.0","name":"a","runtimeConfig":{"ips":"10.0.0.1"}}"#, 6, "runtimeConfig.ips"),
+            (r#"{"cniVersion":"1.0.0","name":"a","ipamTimeoutSeconds":0}"#, 7, "1 to 3600"),
             (r#"{"cniVersion":"1.1.0","name":"a","cni.dev/valid-attachments":[{"containerID":"x"}]}"#, 6, "ifname"),
             (r#"{"cniVersion":"1.1.0","name":"a","cni.dev/attachments":{}}"#, 6, "cni.dev/attachments"),
         ];

@@ -7,6 +7,8 @@ use std::fmt;
 pub mod code {
     /// The configuration's version is not supported, or has no such verb.
     pub const VERSION: u32 = 1;
+    /// What is asked for can be read, makes sense, and is not supported.
+    pub const UNSUPPORTED: u32 = 2;
     /// The container or its network namespace does not exist; the runtime need not clean up.
     pub const UNKNOWN_CONTAINER: u32 = 3;
     /// A variable of the environment is missing or invalid.

@@ -1,5 +1,6 @@
 //! ADD's result and `prevResult`: one form inside, the asked version's shape outside.
 
+use super::error::{Error, code};
 use super::version::Version;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -103,6 +104,18 @@ fn is_zero(n: &u32) -> bool {
 }
 
 impl AddResult {
+    /// Reads a `prevResult`.
+    ///
+    /// # Errors
+    /// It is not a result.
+    pub fn from_prev(prev: Value) -> Result<Self, Error> {
+        if !prev.is_object() {
+            // serde would also take an array for a struct.
+            return Err(Error::new(code::DECODE, "prevResult is not a JSON object"));
+        }
+        serde_json::from_value(prev).map_err(|e| Error::new(code::DECODE, format!("prevResult cannot be read: {e}")))
+    }
+
     /// The result in the shape of `version`; empty members are left out.
     pub fn to_json(&self, version: Version) -> Result<Value, serde_json::Error> {
         let mut out = Map::new();

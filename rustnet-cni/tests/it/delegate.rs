@@ -136,6 +136,146 @@ fn the_plugin_gets_the_whole_call() {
     assert_eq!(node.traces(), before);
 }
 
+/// Routes of the result are routes of the pod.
+#[test]
+fn routes_of_the_plugin_are_installed() {
+    let node = Node::new();
+    let before = node.traces();
+    let reply = json!({
+        "cniVersion": "1.1.0",
+        "ips": [{ "address": "10.7.0.5/24", "gateway": "10.7.0.1" }, { "address": "fd07::5/64", "gateway": "fd07::1" }],
+        "routes": [
+            { "dst": "0.0.0.0/0", "gw": "10.7.0.1" },
+            { "dst": "192.0.2.0/24", "gw": "10.7.0.254", "mtu": 1300, "advmss": 1200 },
+            { "dst": "10.9.0.0/16" },
+            { "dst": "10.10.0.0/16", "priority": 77, "table": 300 },
+            { "dst": "2001:db8::/32", "gw": "fd07::fe" },
+        ],
+    });
+    script("routes", &format!("[ \"$CNI_COMMAND\" = ADD ] && echo '{reply}'\nexit 0"));
+    let mut conf = node.conf("1.1.0");
+    conf["ipam"] = json!({ "type": "routes" });
+    let ns = netns("a");
+    let r = Call::of("ADD", &conf, "c1", &ns).run().success();
+    assert_eq!(r["routes"], reply["routes"]);
+    let via = |args: &[&str]| ip_json(&[&["-n", "a"], args].concat())[0].clone();
+    assert_eq!(via(&["-4", "route", "show", "default"])["gateway"], "10.7.0.1");
+    assert_eq!(via(&["-6", "route", "show", "default"])["gateway"], "fe80::1");
+    let route = via(&["-4", "route", "show", "192.0.2.0/24"]);
+    assert_eq!(route["gateway"], "10.7.0.254");
+    assert_eq!((&route["metrics"][0]["mtu"], &route["metrics"][0]["advmss"]), (&json!(1300), &json!(1200)));
+    assert_eq!(via(&["-4", "route", "show", "10.9.0.0/16"])["gateway"], "169.254.1.1");
+    assert_eq!(via(&["-4", "route", "show", "table", "300"])["metric"], 77);
+    assert_eq!(via(&["-6", "route", "show", "2001:db8::/32"])["gateway"], "fd07::fe");
+    // Whatever gateway they name, the host forwards.
+    for target in ["192.0.2.1", "2001:db8::1", "10.7.0.1"] {
+        ping(&ns, target);
+    }
+    assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
+    for (del, part) in [
+        (["-4", "route", "del", "192.0.2.0/24", "dev", "eth0"], "192.0.2.0/24 via 10.7.0.254"),
+        (["-4", "route", "del", "10.9.0.0/16", "dev", "eth0"], "10.9.0.0/16"),
+        (["-4", "route", "flush", "table", "300", ""], "10.10.0.0/16"),
+        (["-4", "route", "del", "default", "dev", "eth0"], "default route"),
+    ] {
+        let mut with_prev = conf.clone();
+        with_prev["prevResult"] = Call::of("ADD", &conf, "c1", &ns).run().success();
+        let check = Call::of("CHECK", &with_prev, "c1", &ns);
+        assert_eq!(check.run().success(), Value::Null);
+        let args: Vec<&str> = ["-n", "a"].into_iter().chain(del).filter(|arg| !arg.is_empty()).collect();
+        crate::common::ip(&args);
+        let msg = check.run().failure(102);
+        assert!(msg.contains(part), "{part}: {msg}");
+        assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
+    }
+    for (route, part) in [
+        (json!({ "dst": "10.9.0.0/16", "gw": "fd07::1" }), "other family"),
+        (json!({ "dst": "10.9.0.0/16", "mtu": "big" }), "mtu"),
+        (json!({ "dst": "10.9.0.0/33" }), "cannot be read"),
+    ] {
+        let mut bad = reply.clone();
+        bad["routes"] = json!([route]);
+        script("routes", &format!("[ \"$CNI_COMMAND\" = ADD ] && echo '{bad}'\nexit 0"));
+        let out = Call::of("ADD", &conf, "c1", &ns).run();
+        assert!(!out.ok && out.json.to_string().contains(part), "{part}: {out:?}");
+    }
+    assert_eq!(node.traces(), before);
+}
+
+/// A plugin that never ends, and what it has started, hold no pod up.
+#[test]
+fn a_plugin_that_hangs_is_killed_and_named() {
+    let node = Node::new();
+    let before = node.traces();
+    fs::write(
+        "/run/plugins/hangs",
+        "#!/bin/sh\n[ $CNI_COMMAND = DEL ] && exit 0\nsleep 100000 &\necho $! > /run/child\nsleep 100000\n",
+    )
+    .expect("script");
+    fs::set_permissions("/run/plugins/hangs", fs::Permissions::from_mode(0o755)).expect("mode");
+    let mut conf = node.conf("1.1.0");
+    conf["ipam"] = json!({ "type": "hangs" });
+    conf["ipamTimeoutSeconds"] = json!(1);
+    let msg = Call::of("ADD", &conf, "c1", &netns("a")).run().failure(11);
+    for part in ["hangs ADD", "1s", "ipamTimeoutSeconds"] {
+        assert!(msg.contains(part), "{part}: {msg}");
+    }
+    assert_eq!(node.traces(), before);
+    let child = fs::read_to_string("/run/child").expect("the plugin ran");
+    let state = fs::read_to_string(format!("/proc/{}/stat", child.trim())).unwrap_or_default();
+    assert!(state.is_empty() || state.contains(") Z "), "what it started lives on: {state}");
+    for bad in [json!(0), json!(3601), json!("x")] {
+        conf["ipamTimeoutSeconds"] = bad;
+        assert!(Call::of("ADD", &conf, "c1", "/x").run().failure(7).contains("ipamTimeoutSeconds"));
+        assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
+    }
+}
+
+/// A runtime that loses its patience kills the plugin that it started, and no other.
+#[test]
+fn a_plugin_ends_with_the_call_that_runs_it() {
+    let node = Node::new();
+    script(
+        "waits",
+        "[ \"$CNI_COMMAND\" = DEL ] && exit 0\necho $$ > /run/pid.new; mv /run/pid.new /run/pid; exec sleep 100000",
+    );
+    let mut conf = node.conf("1.1.0");
+    conf["ipam"] = json!({ "type": "waits" });
+    let mut call = Call::of("ADD", &conf, "c1", &netns("a")).start();
+    let until = |what: &str, is: &dyn Fn() -> bool| {
+        let began = std::time::Instant::now();
+        while !is() {
+            assert!(began.elapsed().as_secs() < 30, "{what}");
+            std::thread::yield_now();
+        }
+    };
+    until("the plugin does not start", &|| fs::metadata("/run/pid").is_ok());
+    let pid = fs::read_to_string("/run/pid").expect("pid");
+    call.kill().expect("kill");
+    call.wait().expect("wait");
+    until("the plugin lives on", &|| {
+        let state = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+        state.is_empty() || state.contains(") Z ")
+    });
+    assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
+}
+
+#[test]
+fn status_has_the_codes_of_the_specification() {
+    let node = Node::new();
+    let mut conf = node.conf("1.1.0");
+    conf["ipam"] = json!({ "type": "sick" });
+    for (theirs, ours) in [(50, 50), (51, 51), (7, 50), (100, 50)] {
+        let versions = r#"{"cniVersion":"1.1.0","supportedVersions":["1.1.0"]}"#;
+        let answer = format!(r#"{{"code":{theirs},"msg":"no addresses"}}"#);
+        script(
+            "sick",
+            &format!("[ \"$CNI_COMMAND\" = VERSION ] && echo '{versions}' && exit 0\necho '{answer}'; exit 1"),
+        );
+        assert!(Call::new("STATUS", &conf).run().failure(ours).contains("no addresses"));
+    }
+}
+
 #[test]
 fn an_older_plugin_gets_its_own_version() {
     let node = Node::new();

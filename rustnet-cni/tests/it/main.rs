@@ -1,5 +1,6 @@
 //! The real binary on a real kernel: each test has a mount and a network namespace of its own, which vanish with it.
 
+mod addresses;
 mod bad_input;
 mod bandwidth;
 mod cnitool;

@@ -1,6 +1,7 @@
 //! ADD, CHECK, DEL, STATUS and VERSION from end to end with our own IPAM.
 
 use crate::common::{Call, Node, bpf, command, ip, ip_json, ips, netns, netns_cookie, ping, remove_netns};
+use rustnet_common::endpoint::Endpoint;
 use serde_json::{Value, json};
 use std::fs;
 use std::net::IpAddr;
@@ -251,11 +252,63 @@ fn an_attachment_whose_names_fit_no_alias() {
     assert_eq!(node.traces(), before);
 }
 
+/// Changes the entry of the IPv6 address.
+fn change_entry(node: &Node, r: &Value, change: fn(&mut Endpoint)) {
+    let ip = ips(r)[1];
+    let mut entry = bpf::entries(&node.map).into_iter().find(|e| e.0 == ip).expect("entry").1;
+    change(&mut entry);
+    bpf::put(&node.map, ip, &entry);
+}
+
+/// Changes the record.
+fn change_record(node: &Node, change: fn(&mut Value)) {
+    let path = node.run.join("endpoints/c1@eth0.json");
+    let mut record = serde_json::from_slice(&fs::read(&path).expect("record")).expect("JSON");
+    change(&mut record);
+    fs::write(path, record.to_string()).expect("record");
+}
+
+/// Changes a setting.
+fn change_setting(path: &str, value: &str) {
+    fs::write(format!("/proc/sys/net/{path}"), value).expect("a setting of this namespace");
+}
+
 #[test]
 fn check_finds_every_change() {
     type Change = fn(&Node, &str, &Value);
     let node = Node::new();
-    let changes: [(&str, Change); 14] = [
+    let changes: [(&str, Change); 37] = [
+        ("another interface", |node, _, r| change_entry(node, r, |e| e.ifindex += 1)),
+        ("another interface", |node, _, r| change_entry(node, r, |e| e.mac[5] ^= 1)),
+        ("another interface", |node, _, r| change_entry(node, r, |e| e.host_mac[5] ^= 1)),
+        ("other flags", |node, _, r| change_entry(node, r, |e| e.flags ^= 1)),
+        ("MAC", |_, host, _| drop(ip(&["link", "set", host, "address", "02:00:00:00:00:07"]))),
+        ("MTU", |_, host, _| drop(ip(&["link", "set", host, "mtu", "1400"]))),
+        ("neighbour 169.254.1.1", |_, _, _| drop(ip(&["-n", "a", "-4", "neigh", "flush", "all", "nud", "permanent"]))),
+        ("neighbour fe80::1", |_, _, _| drop(ip(&["-n", "a", "neigh", "del", "fe80::1", "dev", "eth0"]))),
+        ("neighbour fe80::1", |_, _, _| {
+            ip(&["-n", "a", "neigh", "replace", "fe80::1", "lladdr", "02:00:00:00:00:07", "dev", "eth0"]);
+        }),
+        ("neighbour 10.244.1.", |_, host, r| {
+            ip(&["neigh", "del", &ips(r)[0].to_string(), "dev", host]);
+        }),
+        ("neighbour fd00:", |_, host, r| {
+            ip(&["neigh", "replace", &ips(r)[1].to_string(), "lladdr", "02:00:00:00:00:07", "dev", host]);
+        }),
+        ("route to its gateway 169.254.1.1", |_, _, _| drop(ip(&["-n", "a", "route", "del", "169.254.1.1"]))),
+        ("route to its gateway fe80::1", |_, _, _| drop(ip(&["-n", "a", "-6", "route", "del", "fe80::1"]))),
+        ("rp_filter is 1", |_, host, _| change_setting(&format!("ipv4/conf/{host}/rp_filter"), "1")),
+        ("arp_ignore is 0", |_, host, _| change_setting(&format!("ipv4/conf/{host}/arp_ignore"), "0")),
+        ("arp_accept is 1", |_, host, _| change_setting(&format!("ipv4/conf/{host}/arp_accept"), "1")),
+        ("accept_ra is 2", |_, host, _| change_setting(&format!("ipv6/conf/{host}/accept_ra"), "2")),
+        ("record of c1@eth0 has gone", |node, _, _| {
+            fs::remove_file(node.run.join("endpoints/c1@eth0.json")).expect("record");
+        }),
+        ("record of c1@eth0 has another host interface", |node, _, _| change_record(node, |r| r["ifindex"] = json!(7))),
+        ("another MAC", |node, _, _| change_record(node, |r| r["mac"] = json!("02:00:00:00:00:07"))),
+        ("another address", |node, _, _| change_record(node, |r| r["addresses"] = json!(["10.244.1.9"]))),
+        ("another network", |node, _, _| change_record(node, |r| r["network"] = json!("other"))),
+        ("another network namespace", |node, _, _| change_record(node, |r| r["netnsCookie"] = json!(7))),
         ("gone", |_, host, _| drop(ip(&["link", "del", host]))),
         ("down", |_, host, _| drop(ip(&["link", "set", host, "down"]))),
         ("down", |_, _, _| drop(ip(&["-n", "a", "link", "set", "eth0", "down"]))),
@@ -296,6 +349,15 @@ fn check_finds_every_change() {
         node.del("c1");
     }
     assert!(Call::of("CHECK", &node.conf("1.1.0"), "c1", &ns).run().failure(7).contains("prevResult"));
+
+    // A result without addresses is none of ours, and addresses of another interface are not judged.
+    let ns = netns("b");
+    let mut r = node.add("c1", &ns);
+    r["ips"].as_array_mut().expect("list").push(json!({ "address": "10.9.9.9/24", "interface": 2 }));
+    r["interfaces"].as_array_mut().expect("list").push(json!({ "name": "net1", "sandbox": ns }));
+    assert_eq!(Call::of("CHECK", &node.conf_with("1.1.0", &r), "c1", &ns).run().success(), Value::Null);
+    r["ips"] = json!([]);
+    assert!(Call::of("CHECK", &node.conf_with("1.1.0", &r), "c1", &ns).run().failure(102).contains("no address"));
 }
 
 #[test]
@@ -392,13 +454,36 @@ fn a_configuration_that_makes_no_pod_removes_one() {
 fn settings_reach_the_pod() {
     let node = Node::new();
     let mut conf = node.conf("1.1.0");
-    conf["mtu"] = json!(9000);
+    conf["mtu"] = json!(1400);
     conf["dns"] = json!({ "nameservers": ["10.96.0.10"], "search": ["cluster.local"], "options": [], "domain": "" });
     conf["runtimeConfig"] = json!({ "mac": "c2:11:22:33:44:55", "portMappings": null });
     let r = Call::of("ADD", &conf, "c1", &netns("a")).run().success();
     assert_eq!(r["dns"], json!({ "nameservers": ["10.96.0.10"], "search": ["cluster.local"] }));
     let link = &ip_json(&["-n", "a", "link", "show", "eth0"])[0];
-    assert_eq!((&link["mtu"], &link["address"]), (&json!(9000), &json!("c2:11:22:33:44:55")));
+    assert_eq!((&link["mtu"], &link["address"]), (&json!(1400), &json!("c2:11:22:33:44:55")));
+}
+
+/// Not the first in a chain: what came before stays in the result.
+#[test]
+fn a_previous_result_is_passed_through() {
+    let node = Node::new();
+    let ns = netns("a");
+    let prev = json!({
+        "cniVersion": "1.1.0",
+        "interfaces": [{ "name": "up0" }, { "name": "net0", "mac": "02:00:00:00:00:09", "sandbox": ns }],
+        "ips": [{ "address": "192.168.7.2/24", "gateway": "192.168.7.1", "interface": 1 }],
+        "routes": [],
+        "dns": { "nameservers": ["192.168.7.53"] },
+    });
+    let r = Call::of("ADD", &node.conf_with("1.1.0", &prev), "c1", &ns).run().success();
+    assert_eq!(r["interfaces"].as_array().map(Vec::len), Some(4));
+    assert_eq!((&r["interfaces"][0], &r["interfaces"][1]), (&prev["interfaces"][0], &prev["interfaces"][1]));
+    assert_eq!((&r["interfaces"][3]["name"], &r["ips"][0]), (&json!("eth0"), &prev["ips"][0]));
+    assert_eq!((&r["ips"][1]["interface"], &r["ips"][2]["interface"]), (&json!(3), &json!(3)));
+    assert_eq!(r["dns"], prev["dns"]);
+    assert_eq!(Call::of("CHECK", &node.conf_with("1.1.0", &r), "c1", &ns).run().success(), Value::Null);
+    let bad = node.conf_with("1.1.0", &json!([]));
+    Call::of("ADD", &bad, "c2", &netns("b")).run().failure(6);
 }
 
 #[test]

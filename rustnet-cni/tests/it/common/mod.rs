@@ -285,7 +285,8 @@ fn walk(dir: &Path, files: &mut BTreeSet<String>) {
     }
 }
 
-fn mount(source: &str, target: &str, kind: &str, flags: libc::c_ulong) {
+/// Mounts a file system in the test's namespace.
+pub fn mount(source: &str, target: &str, kind: &str, flags: libc::c_ulong) {
     let c = |s: &str| CString::new(s).expect("no zero byte");
     let (source, at, kind) = (c(source), c(target), c(kind));
     // SAFETY: all pointers are zero-terminated strings that live until the call returns.
