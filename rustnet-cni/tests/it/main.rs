@@ -3,6 +3,7 @@
 mod addresses;
 mod bad_input;
 mod bandwidth;
+mod chain;
 mod cnitool;
 mod common;
 mod crash;

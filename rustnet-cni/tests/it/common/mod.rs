@@ -374,6 +374,21 @@ pub fn ping(netns: &str, target: &str) {
     }
 }
 
+/// True if one echo request is answered.
+pub fn pings(netns: &str, target: &str) -> bool {
+    let ping = ["ping", "-n", "-c", "1", "-W", "1", target];
+    let mut command = match netns {
+        "" => Command::new(ping[0]),
+        _ => Command::new("nsenter"),
+    };
+    if netns.is_empty() {
+        command.args(&ping[1..]);
+    } else {
+        command.arg(format!("--net={netns}")).args(ping);
+    }
+    command.output().expect("ping").status.success()
+}
+
 /// The addresses in a result.
 pub fn ips(result: &Value) -> Vec<IpAddr> {
     let ips = result["ips"].as_array().expect("ips");
