@@ -1,11 +1,13 @@
 //! How long the CNI binary takes, compared with the reference plugins. Pods are added to all
-//! networks in turn until the nodes are full, then deleted in turn.
+//! networks in turn until the nodes are full, then deleted in turn. Then those of each network are added and deleted at once.
 
 use crate::plugins;
 use crate::stats::{Sorted, verdict};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
+use std::mem::take;
 use std::path::PathBuf;
+use std::sync::Barrier;
 use std::time::Instant;
 use testkit::cni::Attachment;
 use testkit::netns::{Holder, Own};
@@ -13,6 +15,8 @@ use testkit::{Fabric, Node, Setup};
 
 /// Milliseconds: ADD's median and 99th percentile, DEL's median.
 const GOALS: (f64, f64, f64) = (4.0, 10.0, 20.0);
+/// Milliseconds: the 99th percentile of the ADDs of all pods at once.
+const GOAL_AT_ONCE: f64 = 100.0;
 
 /// A network to add pods to.
 struct Network<'a> {
@@ -29,7 +33,7 @@ struct Network<'a> {
 struct Sandbox {
     attachment: Attachment,
     result: Value,
-    _netns: Holder,
+    netns: Holder,
 }
 
 /// Measures with so many pods and prints.
@@ -73,10 +77,12 @@ pub fn run(pods: usize) -> Result<()> {
             network.del.push(took);
         }
     }
+    let floor = bare_veths(quiet, &sandboxes[0])?;
     println!("| | ADD, ms: least / median / p99 | DEL, ms: least / median / p99 | Goals |\n|---|---|---|---|");
     println!("| process start (VERSION of rustnet-cni) | {} | | |", Sorted::new(starts).three(2));
-    for network in networks {
-        let (add, del) = (Sorted::new(network.add), Sorted::new(network.del));
+    println!("| a bare veth: `ip link add`, `ip link del` | {} | {} | |", floor.0.three(2), floor.1.three(2));
+    for network in &mut networks {
+        let (add, del) = (Sorted::new(take(&mut network.add)), Sorted::new(take(&mut network.del)));
         let goals = format!(
             "ADD {:.0} and {:.0}: {}, {}; DEL {:.0}: {}",
             GOALS.0,
@@ -89,7 +95,38 @@ pub fn run(pods: usize) -> Result<()> {
         let goals = if network.ours { goals } else { String::new() };
         println!("| {} | {} | {} | {goals} |", network.name, add.three(2), del.three(2));
     }
+    println!("\n{pods} pods at once:\n");
+    println!(
+        "| | ADD, ms: least / median / p99 | all added, ms | failed | DEL, ms: least / median / p99 | failed | Goal |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    for (network, own) in networks.iter().zip(&mut sandboxes) {
+        let (add, failed, whole) = network.at_once("ADD", own);
+        let (del, failed_del, _) = network.at_once("DEL", own);
+        let goal = format!("p99 {GOAL_AT_ONCE:.0}, none failed: {}", verdict(add.p99() <= GOAL_AT_ONCE && failed == 0));
+        let goal = if network.ours { goal } else { String::new() };
+        let (add, del) = (add.three(2), del.three(2));
+        println!("| {} | {add} | {whole:.0} | {failed} | {del} | {failed_del} | {goal} |", network.name);
+    }
     Ok(())
+}
+
+/// What the kernel takes for a veth of each sandbox alone, in turn: making it, and removing it. No plugin is faster.
+fn bare_veths(node: &Node, sandboxes: &[Sandbox]) -> Result<(Sorted, Sorted)> {
+    let (mut add, mut del) = (Vec::new(), Vec::new());
+    for sandbox in sandboxes {
+        let netns = &sandbox.netns;
+        let pid = netns.pid().to_string();
+        let timed = |args: &[&str]| -> Result<f64> {
+            let start = Instant::now();
+            node.netns().exec("ip", args)?;
+            Ok(start.elapsed().as_secs_f64() * 1e3)
+        };
+        add.push(timed(&["link", "add", "floor0", "up", "type", "veth", "peer", "name", "eth0", "netns", &pid])?);
+        netns.ip("link set eth0 up")?;
+        del.push(timed(&["link", "del", "floor0"])?);
+    }
+    Ok((Sorted::new(add), Sorted::new(del)))
 }
 
 /// rustnet, as its agent installed it on a node.
@@ -127,10 +164,45 @@ fn sandbox(network: &Network<'_>, n: usize) -> Result<Sandbox> {
         ifname: "eth0".into(),
         args: String::new(),
     };
-    Ok(Sandbox { attachment, result: Value::Null, _netns: netns })
+    Ok(Sandbox { attachment, result: Value::Null, netns })
 }
 
 impl Network<'_> {
+    /// Calls for all pods at the same moment: the times of those that worked, how many failed, and the time until all had ended.
+    fn at_once(&self, verb: &str, sandboxes: &mut [Sandbox]) -> (Sorted, usize, f64) {
+        let barrier = Barrier::new(sandboxes.len() + 1);
+        let (calls, whole) = std::thread::scope(|scope| {
+            let start = |sandbox: &'_ mut Sandbox| {
+                let (attachment, result) = (sandbox.attachment.clone(), take(&mut sandbox.result));
+                let barrier = &barrier;
+                scope.spawn(move || {
+                    let previous = if verb == "ADD" { Value::Null } else { result };
+                    barrier.wait();
+                    self.call(verb, &attachment, &previous)
+                })
+            };
+            let threads: Vec<_> = sandboxes.iter_mut().map(start).collect();
+            barrier.wait();
+            let began = Instant::now();
+            let calls: Vec<_> = threads.into_iter().map(|thread| thread.join().expect("a call")).collect();
+            (calls, began.elapsed().as_secs_f64() * 1e3)
+        });
+        let (mut took, mut failed) = (Vec::new(), 0);
+        for (sandbox, call) in sandboxes.iter_mut().zip(calls) {
+            match call {
+                Ok((time, result)) => {
+                    took.push(time);
+                    sandbox.result = result;
+                }
+                Err(error) => {
+                    failed += 1;
+                    println!("{verb} of {}: {error:#}\n", sandbox.attachment.container_id);
+                }
+            }
+        }
+        (Sorted::new(took), failed, whole)
+    }
+
     /// One call; milliseconds, and its result.
     fn call(&self, verb: &str, attachment: &Attachment, previous: &Value) -> Result<(f64, Value)> {
         let mut configuration = self.configuration.clone();
