@@ -58,8 +58,8 @@ pub fn run(call: &Call) -> Result<(), Error> {
     failures.into_result()
 }
 
-/// The links of this network that a call left which was killed right after it made them: they have neither alias nor record. Their
-/// names tell whether a valid attachment has one.
+/// The links of this network, by their group, that neither a valid attachment nor a record names: a call was killed right after it made
+/// them, or their record got lost.
 fn orphans<'a>(
     links: &'a [Link],
     group: u32,
@@ -68,7 +68,7 @@ fn orphans<'a>(
 ) -> impl Iterator<Item = &'a Link> {
     let mut named: HashSet<String> = valid.iter().map(|a| link::host_name(&a.container_id, &a.ifname)).collect();
     named.extend(records.iter().map(|record| record.host_ifname.clone()));
-    links.iter().filter(move |link| link.alias.is_empty() && link.group == group && !named.contains(&link.name))
+    links.iter().filter(move |link| link.group == group && !named.contains(&link.name))
 }
 
 fn attachment_of(record: &EndpointFile) -> Attachment {

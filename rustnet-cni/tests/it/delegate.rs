@@ -1,6 +1,6 @@
 //! Addresses from another plugin: the real host-local, and scripts that record how they are called.
 
-use crate::common::{Call, Node, ip_json, ips, netns, ping};
+use crate::common::{Call, Node, ip_json, ips, netns, ping, until};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -242,18 +242,11 @@ fn a_plugin_ends_with_the_call_that_runs_it() {
     let mut conf = node.conf("1.1.0");
     conf["ipam"] = json!({ "type": "waits" });
     let mut call = Call::of("ADD", &conf, "c1", &netns("a")).start();
-    let until = |what: &str, is: &dyn Fn() -> bool| {
-        let began = std::time::Instant::now();
-        while !is() {
-            assert!(began.elapsed().as_secs() < 30, "{what}");
-            std::thread::yield_now();
-        }
-    };
-    until("the plugin does not start", &|| fs::metadata("/run/pid").is_ok());
+    until("the plugin starts", &|| fs::metadata("/run/pid").is_ok());
     let pid = fs::read_to_string("/run/pid").expect("pid");
     call.kill().expect("kill");
     call.wait().expect("wait");
-    until("the plugin lives on", &|| {
+    until("the plugin ends", &|| {
         let state = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
         state.is_empty() || state.contains(") Z ")
     });

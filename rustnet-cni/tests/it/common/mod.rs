@@ -16,6 +16,7 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// The binary under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_rustnet-cni");
@@ -387,6 +388,16 @@ pub fn pings(netns: &str, target: &str) -> bool {
         command.arg(format!("--net={netns}")).args(ping);
     }
     command.output().expect("ping").status.success()
+}
+
+/// Waits for a condition.
+#[track_caller]
+pub fn until(what: &str, is: &dyn Fn() -> bool) {
+    let began = Instant::now();
+    while !is() {
+        assert!(began.elapsed() < Duration::from_secs(60), "not within a minute: {what}");
+        std::thread::yield_now();
+    }
 }
 
 /// The addresses in a result.
