@@ -332,6 +332,35 @@ fn retired_connections() {
 }
 
 #[test]
+fn flags_and_states_of_connections() {
+    use rustnet_common::conntrack::{VIA_QDISC, flags, state};
+    let all = [
+        flags::REPLY,
+        flags::NAT,
+        flags::HAIRPIN,
+        flags::MASQ,
+        flags::FROM_HOST,
+        flags::SWAPPED,
+        flags::VIA_STACK,
+        flags::EXTERNAL,
+        flags::SECOND_ADDRESS,
+    ];
+    assert_eq!(all, [1, 2, 4, 8, 16, 32, 64, 128, 256]);
+    let all = [
+        state::ANSWERED,
+        state::FIN_ORIG,
+        state::FIN_REPLY,
+        state::RST_ORIG,
+        state::ESTABLISHED,
+        state::FIN_ACKED,
+        state::RST_REPLY,
+        state::SYN_AGAIN,
+    ];
+    assert_eq!(all, [1, 2, 4, 8, 16, 32, 64, 128]);
+    assert_eq!((state::SYN_NUMBER, VIA_QDISC), (0xffff_fe00, 1 << 31));
+}
+
+#[test]
 fn retired_services_and_backends() {
     let entry = v1::SvcEntry { first: 0x0102_0304, count: 5, id: 6, affinity: 7, flags: 8, pad: 0 };
     assert_eq!(bytes(&entry), [4, 3, 2, 1, 5, 0, 0, 0, 6, 0, 0, 0, 7, 0, 0, 0, 8, 0, 0, 0]);

@@ -345,6 +345,40 @@ mod tests {
         assert!(connection.answers.silence(crate::source::Kind::Node) < never_heard, "the answer is noted");
     }
 
+    /// The time until the kernel probes the connection to this port, in hundredths of a second, if that is what its timer is for.
+    fn time_to_probe(port: u16) -> Option<u64> {
+        let table = std::fs::read_to_string("/proc/net/tcp").expect("the kernel's table");
+        let line = table.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let is_ours = fields[2].ends_with(&format!(":{port:04X}")) && fields[3] == "01";
+            is_ours.then(|| fields[5].to_owned())
+        })?;
+        let left = line.strip_prefix("02:")?;
+        Some(u64::from_str_radix(left, 16).expect("a number"))
+    }
+
+    /// The kernel's own remedy for a server that goes without a word, next to the deadlines.
+    #[tokio::test]
+    async fn silent_connections_are_probed() {
+        let server =
+            axum::Router::new().fallback(async || axum::Json(serde_json::json!({"metadata": {}, "items": []})));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("its address");
+        tokio::spawn(axum::serve(listener, server).into_future());
+        let config = Config::new(format!("http://{address}").parse().expect("a URL"));
+        let connection = connection(&config).expect("settings");
+        let nodes = kube::Api::<k8s_openapi::api::core::v1::Node>::all(connection.client.clone());
+        nodes.list(&kube::api::ListParams::default()).await.expect("a list");
+        // Until all is acknowledged, the timer is for that.
+        let left = loop {
+            if let Some(left) = time_to_probe(address.port()) {
+                break left;
+            }
+            tokio::task::yield_now().await;
+        };
+        assert!(left <= 1000, "{left} hundredths of a second");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_server_that_accepts_and_stays_silent_is_left() {
         // The kernel accepts for it.

@@ -160,9 +160,7 @@ impl Reconciler {
             self.external_seen = has_external;
             let before_now = kernel.config.read()?;
             node::keep_external(&mut config, &before_now);
-            if own.is_none() {
-                node::keep_addresses(&mut config, &before_now, &own_addresses);
-            }
+            node::keep_addresses(&mut config, &before_now, &own_addresses, own.is_some());
             match kernel.attach(self.repairer.socket(), &config, &ways.place, &state, is_complete) {
                 Ok(attached) => {
                     done.extend(attached.done);

@@ -154,7 +154,10 @@ pub fn keep_external(config: &mut NodeConfig, before: &NodeConfig) {
 
 /// Keeps the addresses that an earlier agent has set, while this host has them and this node's own object is not known yet:
 /// else masquerade would change its source for a moment at every restart.
-pub fn keep_addresses(config: &mut NodeConfig, before: &NodeConfig, own: &[IpAddr]) {
+pub fn keep_addresses(config: &mut NodeConfig, before: &NodeConfig, own: &[IpAddr], is_node_known: bool) {
+    if is_node_known {
+        return;
+    }
     let is_own = |address: Addr| own.contains(&IpAddr::from(address));
     if is_own(before.node4.to_addr()) {
         config.node4 = before.node4;
@@ -299,18 +302,32 @@ mod tests {
         assert_eq!(shared_ports(&load(&["--masquerade=false"]), (1024, 65_535)), None);
     }
 
+    /// A flow that a node has forgotten gets the backend and the port that it had, on whichever node, and after each restart.
+    #[test]
+    fn all_nodes_hash_alike() {
+        let args = ["rustnet-agent", "--node-name=n1", "--manifests=/m"];
+        let settings = Config::load(args, &|_| None).expect("a configuration");
+        let place = crate::ways::Place::default();
+        let config = super::config(&settings, &place, None, super::OverlayPath::Device, 250, (32_768, 60_999), false);
+        assert_eq!(config.seed, 0x7275_7374);
+    }
+
     #[test]
     fn addresses_in_use_are_kept_while_the_host_has_them() {
         let (one, two): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
         let with =
             |ip: IpAddr| NodeConfig { node4: Ip4::from_addr(ip.into()), tunnel_src: ip.into(), ..NodeConfig::zeroed() };
         let mut config = with(one);
-        keep_addresses(&mut config, &with(two), &[one, two]);
+        keep_addresses(&mut config, &with(two), &[one, two], false);
         assert!(config == with(two));
+        // Once the Node is known, its address counts, although the host has the one of before.
         let mut config = with(one);
-        keep_addresses(&mut config, &with(two), &[one]);
+        keep_addresses(&mut config, &with(two), &[one, two], true);
         assert!(config == with(one));
-        keep_addresses(&mut config, &NodeConfig::zeroed(), &[one]);
+        let mut config = with(one);
+        keep_addresses(&mut config, &with(two), &[one], false);
+        assert!(config == with(one));
+        keep_addresses(&mut config, &NodeConfig::zeroed(), &[one], false);
         assert!(config == with(one), "a new map holds zeros");
     }
 
