@@ -1,10 +1,10 @@
 //! Direct server return: backends on other nodes answer clients outside by themselves.
 
 use crate::external::balancer;
-use crate::overlay::segments_are_echoed;
 use crate::fixture::{
     Net, SERVICE_PORT, TestService, endpoints, in_each_routing, node_port, node_ports, observed, wait_served, world,
 };
+use crate::overlay::segments_are_echoed;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::collections::BTreeSet;

@@ -395,7 +395,8 @@ fn exchange_through(from: &Pod, pod: &Pod, server: &Netns, ends: [IpAddr; 2]) ->
     for end in ends {
         let target = SocketAddr::new(pod.address_like(end)?, STREAM);
         exchange(from.netns(), (server, SocketAddr::new(end, STREAM)), target).with_context(|| format!("to {end}"))?;
-        segments_are_echoed(from.netns(), SocketAddr::new(target.ip(), PORT)).with_context(|| format!("datagrams to {end}"))?;
+        segments_are_echoed(from.netns(), SocketAddr::new(target.ip(), PORT))
+            .with_context(|| format!("datagrams to {end}"))?;
     }
     Ok(())
 }

@@ -16,6 +16,7 @@ use super::tcp::{self, CLEAR};
 use super::{host_port::HostPorts, lb, route, table};
 use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
 use crate::family::{Family, V4, V6};
+use crate::maps;
 use crate::packet::{Class, Flow, Kind, Packet, Source};
 use crate::parse;
 use crate::wire::tcp as bits;
@@ -457,8 +458,12 @@ fn refresh<F: Track + HostPorts + Old>(p: &Packet<F::A>, set: u64, now: u32) -> 
 /// True if what a packet of a flow with these flags asks for leads to a backend.
 #[inline(always)]
 fn is_led<F: Family>(p: &Packet<F::A>, e_flags: u16, backend: u32) -> bool {
+    const ELSEWHERE: u16 = flags::EXTERNAL | flags::SECOND_ADDRESS;
     let scope = if e_flags & flags::EXTERNAL != 0 { scope::EXTERNAL } else { scope::CLUSTER };
-    lb::kept::<F>(p.tuple.dst, p.tuple.dport, p.tuple.proto, scope, backend).is_some()
+    let is_led_at = |vip| lb::kept::<F>(vip, p.tuple.dport, p.tuple.proto, scope, backend).is_some();
+    // What another node hands on may have asked a node port of that one. This node has the port at its own address.
+    let is_node_port = || e_flags & ELSEWHERE == ELSEWHERE && maps::config().is_some_and(|it| is_led_at(F::node(it)));
+    is_led_at(p.tuple.dst) || is_node_port()
 }
 
 /// Brings the entry of the other direction up to date, or makes it again. False if it belongs to another flow.

@@ -6,8 +6,8 @@ use anyhow::{Context, Result, ensure};
 use rustnet_common::drop::DropReason;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
-use testkit::check::VXLAN_PORT;
 use testkit::Pod;
+use testkit::check::VXLAN_PORT;
 use testkit::client::{Connection, ask_udp, udp_from_port};
 use testkit::manifest::Outside;
 use testkit::packet::{self, Probe, source_routed, tagged};
@@ -245,7 +245,9 @@ fn a_clients_packet_in_a_nodes_name(stage: &Stage<'_>) -> Result<()> {
     let outside = Outside { node_port: node_port(), ..Outside::default() };
     let service = published(stage.net, outside, endpoints(&[&stage.net.a]))?;
     let mut trial = Trial::new(stage)?;
-    for (sender, own) in [(stage.attacker()?, Family::attacker as fn(Family) -> _), (stage.outsider()?, Family::outsider)] {
+    for (sender, own) in
+        [(stage.attacker()?, Family::attacker as fn(Family) -> _), (stage.outsider()?, Family::outsider)]
+    {
         for family in Family::ALL {
             let (client, pod) = (own(family)?, family.of(&stage.net.a)?);
             let to = SocketAddr::new(pod, trial.watch.port);

@@ -112,13 +112,48 @@ fn the_backends_node_answers_the_client() -> Result<()> {
                 lab.uplink_in(&from_node3(net, &more))?.to_the_pod(&arrives)?;
                 // A router in front of the cluster may ask this node at any time.
                 lab.uplink_in(&more)?.to_the_pod(&arrives)?;
+                // Once a second, programs ask whether the Service still has what a flow asked for.
+                lab.age(Flow::of(&sent), 2)?;
+                lab.uplink_in(&from_node3(net, &more))?.to_the_pod(&arrives)?;
 
                 let (there, back) = (lab.half(Flow::of(&sent))?, lab.half(Flow::of(&answer))?);
-                ensure!((there.backend, back.backend, there.packets) == (id, id, 3), "{there:?} {back:?}");
+                ensure!((there.backend, back.backend, there.packets) == (id, id, 4), "{there:?} {back:?}");
                 ensure!(there.flags & (flags::EXTERNAL | flags::DIRECT) == flags::EXTERNAL, "{there:?}");
                 ensure!(lab.halves()? == 2, "{:?}", lab.connections(net)?);
                 Ok(())
             })?;
+        }
+        Ok(())
+    })
+}
+
+/// A backend of datagrams ends: the node that is asked hands them on to another one, and no other node takes them for the pod.
+#[test]
+fn datagrams_to_a_backend_that_has_ended() -> Result<()> {
+    direct(|lab, net| {
+        let at = (net.node(), NODE_PORT);
+        for proto in [Proto::Udp, Proto::Tcp] {
+            let id = publish(lab, net, at, proto, net.routed())?;
+            let ask = ask(net, proto, at);
+            lab.uplink_in(&ask)?.onto_wire(&wrapped(&ask.hop(), net.node(), net.routed()))?;
+            publish(lab, net, at, proto, net.far())?;
+            lab.end(id)?;
+            let to = if proto == Proto::Udp { net.far() } else { net.routed() };
+            lab.uplink_in(&later(&ask))?.onto_wire(&wrapped(&later(&ask).hop(), net.node(), to))?;
+        }
+        lab.forget()?;
+        for proto in [Proto::Udp, Proto::Tcp] {
+            let id = lab.publish(at.0, at.1, proto.number(net), 0, &[(net.b(), TARGET)])?[0];
+            let sent = ask(net, proto, (node3(net), NODE_PORT)).hop();
+            let arrives = later(&sent).hop().between((net.world(), PORT), (net.b(), TARGET));
+            lab.uplink_in(&from_node3(net, &later(&sent)))?.to_the_pod(&arrives)?;
+            lab.publish(at.0, at.1, proto.number(net), 0, &[(net.far(), TARGET)])?;
+            lab.end(id)?;
+            let shot = lab.uplink_in(&from_node3(net, &later(&sent)))?;
+            match proto {
+                Proto::Udp => shot.dropped(DropReason::NoDirectBackend)?,
+                _ => shot.to_the_pod(&arrives)?,
+            }
         }
         Ok(())
     })
