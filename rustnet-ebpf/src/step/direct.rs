@@ -1,13 +1,12 @@
-//! Direct server return (DSR). Contract: decides which new flows from outside a backend on another node answers directly, which packets
-//! another node has sent for that, and which backend of this node they are for.
+//! Direct server return (DSR). Contract: decides which packets another node has handed on for it, and which backend of this node they are
+//! for; keeps the state of flows whose answers do not pass here. Which flows those are is for `nat` to decide.
 
 use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
-use rustnet_common::config::{self, NodeConfig};
+use rustnet_common::config;
 use rustnet_common::conntrack::{flags, state};
 use rustnet_common::drop::DropReason;
-use rustnet_common::peer;
-use rustnet_common::tuple::{Tuple, proto};
+use rustnet_common::tuple::proto;
 
 use super::source::Verify;
 use super::table::{self, Placed};
@@ -37,21 +36,6 @@ impl ReadInside<Ip6> for Header6 {
     fn destination(&self) -> Option<Ip6> {
         (self.ver_flow.to_ne_bytes()[0] >> 4 == 6).then_some(self.dst.by_word())
     }
-}
-
-/// True if the backend `to` of a new flow from outside is to answer directly: the Service wants it, and the backend's node can find out
-/// what this one knows. It has no node ports of the other addresses of this node, and cannot tell whose those are. Clients inside the
-/// cluster see the backend's answers by ways of their own.
-#[inline(always)]
-pub fn may_answer<F: Family>(t: &Tuple<F::A>, to: F::A, config: &NodeConfig) -> bool {
-    let node = F::node(config);
-    let is_of_pod =
-        F::peer(to).is_some_and(|peer| peer.flags & (peer::flags::POD | peer::flags::NODE) == peer::flags::POD);
-    is_of_pod
-        && node != F::A::UNSPECIFIED
-        && lb::is_direct::<F>(t)
-        && (t.dst == node || lb::is_external_vip::<F>(t.dst))
-        && source::is_client_outside::<F>(t.src)
 }
 
 /// Direct server return of one family.
@@ -102,7 +86,7 @@ macro_rules! global {
             // SAFETY: see above.
             let verified = unsafe { p.as_ref() }.map_or(Err(DropReason::Malformed), |p| {
                 $family::verify_outside(p)?;
-                if source::is_client_outside::<$family>(p.tuple.src) { Ok(()) } else { Err(DropReason::Spoofed) }
+                if route::is_client_outside::<$family>(p.tuple.src) { Ok(()) } else { Err(DropReason::Spoofed) }
             });
             PackedResult::new(verified.map(|()| 0).map_err(Dropped::from)).bits()
         }

@@ -5,10 +5,10 @@ use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::config;
 use rustnet_common::conntrack::{NOT_LOCAL, flags};
 use rustnet_common::drop::DropReason;
+use rustnet_common::peer;
 use rustnet_common::service::scope;
 use rustnet_common::tuple::{Tuple, proto};
 
-use super::direct;
 use super::host_port::HostPorts;
 use super::lb::{self, Vip};
 use super::route::{self, Route};
@@ -202,7 +202,7 @@ fn translate_external<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> 
         flow.flags |= flags::SECOND_ADDRESS;
     }
     if to.egress == NOT_LOCAL && !route::is_host::<F>(to.tuple.dst) {
-        if is_by_uplink && direct::may_answer::<F>(&p.tuple, to.tuple.dst, config) {
+        if is_by_uplink && may_answer_directly::<F>(&p.tuple, to.tuple.dst, config) {
             flow.flags |= flags::DIRECT;
             return Ok(());
         }
@@ -213,4 +213,19 @@ fn translate_external<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> 
         }
     }
     Ok(())
+}
+
+/// True if the backend `to` of a new flow from outside is to answer directly: the Service wants it, and the backend's node can find out
+/// what this one knows. It has no node ports of the other addresses of this node, and cannot tell whose those are. Clients inside the
+/// cluster see the backend's answers by ways of their own.
+#[inline(always)]
+fn may_answer_directly<F: Family>(t: &Tuple<F::A>, to: F::A, config: &config::NodeConfig) -> bool {
+    let node = F::node(config);
+    let is_of_pod =
+        F::peer(to).is_some_and(|peer| peer.flags & (peer::flags::POD | peer::flags::NODE) == peer::flags::POD);
+    is_of_pod
+        && node != F::A::UNSPECIFIED
+        && lb::is_direct::<F>(t)
+        && (t.dst == node || lb::is_external_vip::<F>(t.dst))
+        && route::is_client_outside::<F>(t.src)
 }

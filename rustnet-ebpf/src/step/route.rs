@@ -6,6 +6,7 @@ use rustnet_common::conntrack::{NOT_LOCAL, VIA_QDISC};
 use rustnet_common::endpoint;
 use rustnet_common::peer::{Peer, flags};
 
+use super::lb;
 use crate::family::Family;
 use crate::maps;
 use crate::packet::Translation;
@@ -55,6 +56,14 @@ pub fn is_local_pod<A: Address>(addr: A) -> bool {
 #[inline(always)]
 pub fn is_host<F: Family>(addr: F::A) -> bool {
     F::peer(addr).is_some_and(|peer| peer.flags & flags::HOST != 0)
+}
+
+/// True for an address that a client outside may have, and nobody else: none of a node, of a pod, or of a Service.
+#[inline(always)]
+pub fn is_client_outside<F: Family>(src: F::A) -> bool {
+    const INSIDE: u16 = flags::HOST | flags::NODE | flags::POD | flags::TUNNEL | flags::LOCAL_PODS | flags::SERVICES;
+    let is_inside = F::peer(src).is_some_and(|peer| peer.flags & INSIDE != 0);
+    !is_inside && !is_local_pod(src) && !lb::is_vip::<F>(src)
 }
 
 /// True if a side of a connection was a pod, and another one has its address now, or none.

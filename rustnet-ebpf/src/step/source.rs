@@ -140,14 +140,6 @@ fn is_forged_outside<F: Family>(src: F::A, dst: F::A) -> bool {
     }
 }
 
-/// True for an address that a client outside may have, and nobody else: none of a node, of a pod, or of a Service.
-#[inline(always)]
-pub fn is_client_outside<F: Family>(src: F::A) -> bool {
-    const INSIDE: u16 = flags::HOST | flags::NODE | flags::POD | flags::TUNNEL | flags::LOCAL_PODS | flags::SERVICES;
-    let is_inside = F::peer(src).is_some_and(|peer| peer.flags & INSIDE != 0);
-    !is_inside && !route::is_local_pod(src) && !lb::is_vip::<F>(src)
-}
-
 /// Out of the tunnel comes only what the node at its far end owns.
 #[inline(always)]
 pub fn verify_tunnel<F: Family>(src: F::A, tunnel: &Tunnel) -> Result<(), DropReason> {
