@@ -49,6 +49,9 @@ pub fn send<F: Steps + Wrap>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
     }
     F::set_ttl(skb, p, action.ttl)?;
     if rewrite::wrap::<F>(skb, p.ip_len, F::node(config), pod) != Encapsulated::Done {
+        if flow.class == Class::New {
+            F::forget();
+        }
         return Err(DropReason::WriteError.into());
     }
     mark::set_processed(skb, config);

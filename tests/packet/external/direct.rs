@@ -254,6 +254,24 @@ fn other_packets_of_these_protocols() -> Result<()> {
     })
 }
 
+/// A node's address is an external IP, too: it has ports of its own there, and the node ports besides.
+#[test]
+fn an_external_ip_that_is_a_nodes() -> Result<()> {
+    direct(|lab, net| {
+        each(&SERVED, |proto| {
+            lab.publish(node3(net), VIP_PORT, proto.number(net), 0, &[(net.b(), TARGET)])?;
+            lab.publish(net.node(), VIP_PORT, proto.number(net), 0, &[(net.a(), TARGET)])?;
+            lab.publish(net.node(), NODE_PORT, proto.number(net), 0, &[(net.b(), TARGET + 1)])?;
+            for (port, target) in [(VIP_PORT, TARGET), (NODE_PORT, TARGET + 1)] {
+                let sent = ask(net, proto, (node3(net), port));
+                let arrives = sent.hop().between((net.world(), PORT), (net.b(), target));
+                lab.uplink_in(&from_node3(net, &sent))?.to_the_pod(&arrives).with_context(|| format!("port {port}"))?;
+            }
+            Ok(())
+        })
+    })
+}
+
 /// The nodes know other endpoints for a moment, or the Service has other clients.
 #[test]
 fn a_pod_that_is_no_backend() -> Result<()> {
