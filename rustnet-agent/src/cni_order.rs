@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::install::{BINARY, CONFLIST, NETWORK};
 
@@ -36,7 +37,7 @@ pub fn configurations(dir: &Path) -> Result<Vec<Configuration>> {
 /// The name of the network of a configuration.
 fn network(path: &Path) -> Result<String> {
     let text = std::fs::read(path).context("cannot be read")?;
-    let value: serde_json::Value = serde_json::from_slice(&text).context("is not JSON")?;
+    let value: Value = serde_json::from_slice(&text).context("is not JSON")?;
     let is_list = path.extension().is_some_and(|it| it == "conflist");
     if is_list && value["plugins"].as_array().is_none_or(Vec::is_empty) {
         bail!("has no plugins");
@@ -45,6 +46,53 @@ fn network(path: &Path) -> Result<String> {
         bail!("has no type");
     }
     Ok(value["name"].as_str().unwrap_or("without a name").to_owned())
+}
+
+/// A plugin behind ours in a list that takes pods' network away, or fails ([docs/chaining.md](../../docs/chaining.md)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misfit {
+    /// The list's file.
+    pub file: String,
+    /// What becomes of pods.
+    pub what: String,
+    /// What to do.
+    pub remedy: &'static str,
+}
+
+/// Those of all lists of a directory. Files that cannot be read are [`configurations`]' matter.
+pub fn misfits(dir: &Path) -> Vec<Misfit> {
+    let files = configurations(dir).unwrap_or_default();
+    let lists = files.into_iter().filter_map(|(file, _)| {
+        let list = serde_json::from_slice(&std::fs::read(dir.join(&file)).ok()?).ok()?;
+        Some(misfits_of(&file, &list))
+    });
+    lists.flatten().collect()
+}
+
+/// ADD of the CNI binary does not see which plugins come behind it.
+fn misfits_of(file: &str, list: &Value) -> Vec<Misfit> {
+    let plugins = list["plugins"].as_array().map_or(&[][..], Vec::as_slice);
+    let behind = plugins.iter().skip_while(|plugin| plugin["type"] != BINARY).skip(1);
+    let judged = behind.filter_map(|plugin| {
+        let sets_mac =
+            plugin["mac"].as_str().is_some_and(|mac| !mac.is_empty()) || plugin["capabilities"]["mac"] == true;
+        match plugin["type"].as_str()? {
+            "tuning" if sets_mac => Some((
+                "tuning changes the MAC address behind rustnet-cni: pods get no packet",
+                "take mac from tuning, and give rustnet-cni the capability mac, or MAC= in CNI_ARGS",
+            )),
+            "bandwidth" => Some((
+                "bandwidth behind rustnet-cni fails, for its qdisc has the place of the programs': no pod starts",
+                "remove it, and give rustnet-cni the capability bandwidth",
+            )),
+            "sbr" => Some((
+                "sbr behind rustnet-cni moves the routes: what a pod sends without a source address finds none",
+                "remove it, unless pods have several interfaces",
+            )),
+            _ => None,
+        }
+    });
+    judged.map(|(what, remedy)| Misfit { file: file.to_owned(), what: what.to_owned(), remedy }).collect()
 }
 
 /// A configuration that the runtime takes in place of ours, or stops at.

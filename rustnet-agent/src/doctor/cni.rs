@@ -7,7 +7,7 @@ use nix::unistd::{AccessFlags, access};
 
 use super::Stage;
 use super::finding::{Finding, Level};
-use crate::cni_order::{Configuration, Rival, before_ours, configurations};
+use crate::cni_order::{Configuration, Misfit, Rival, before_ours, configurations, misfits};
 use crate::config::Config;
 use crate::install::{BINARY, CONFLIST};
 
@@ -16,6 +16,8 @@ use crate::install::{BINARY, CONFLIST};
 pub struct Facts {
     /// All of them in the order of the runtime.
     pub configurations: Option<Result<Vec<Configuration>>>,
+    /// Plugins behind ours that do not fit.
+    pub misfits: Vec<Misfit>,
     /// The configuration directory, and whether it can be written.
     pub conf_dir: Option<(PathBuf, Result<()>)>,
     /// The binary directory, and whether it can be written.
@@ -29,6 +31,7 @@ pub fn gather(config: &Config) -> Facts {
     let with_access = |dir: &PathBuf| (dir.clone(), writable(dir));
     Facts {
         configurations: config.cni_conf_dir.as_deref().map(configurations),
+        misfits: config.cni_conf_dir.as_deref().map(misfits).unwrap_or_default(),
         conf_dir: config.cni_conf_dir.as_ref().map(with_access),
         bin_dir: config.cni_bin_dir.as_ref().map(with_access),
         binary: config.cni_bin_dir.as_ref().is_some_and(|dir| dir.join(BINARY).exists()),
@@ -50,6 +53,9 @@ pub fn check(facts: &Facts, stage: Stage) -> Vec<Finding> {
         Some(Err(error)) => found.push(Finding::unknown("configurations", error)),
         Some(Ok(all)) => found.extend(order(all, stage)),
     }
+    found.extend(facts.misfits.iter().map(|misfit| {
+        Finding::new(Level::Warning, "plugin behind ours", misfit.what.clone()).called(&misfit.file).hint(misfit.remedy)
+    }));
     found.extend(facts.conf_dir.as_ref().map(|dir| directory("configuration directory", "cni-conf-dir", dir)));
     found.extend(facts.bin_dir.as_ref().map(|dir| directory("binary directory", "cni-bin-dir", dir)));
     if let (Some((dir, _)), Stage::Running, false) = (&facts.bin_dir, stage, facts.binary) {
@@ -101,6 +107,7 @@ mod tests {
         };
         Facts {
             configurations: Some(Ok(files.iter().map(one).collect())),
+            misfits: Vec::new(),
             conf_dir: Some(("/etc/cni/net.d".into(), Ok(()))),
             bin_dir: Some(("/opt/cni/bin".into(), Ok(()))),
             binary: true,
@@ -130,6 +137,34 @@ mod tests {
             (Facts { configurations: Some(Err(anyhow::anyhow!("EIO"))), ..facts(&[]) }, Level::Warning, "EIO", "root"),
         ] {
             assert_only(&check(&facts, Stage::Running), level, detail, hint);
+        }
+    }
+
+    #[test]
+    fn a_plugin_that_does_not_fit_is_named_with_its_file() {
+        let dir = tempfile::tempdir().expect("dir");
+        let write = |behind: &str| {
+            let list = format!(r#"{{"name":"rustnet","plugins":[{{"type":"rustnet-cni"}},{behind}]}}"#);
+            std::fs::write(dir.path().join(CONFLIST), list).expect("written");
+            Facts { misfits: misfits(dir.path()), ..facts(&[OURS]) }
+        };
+        for (behind, detail, hint) in [
+            (r#"{"type":"tuning","mac":"02:00:00:00:00:01"}"#, "tuning changes the MAC", "capability mac"),
+            (r#"{"type":"tuning","capabilities":{"mac":true}}"#, "tuning changes the MAC", "capability mac"),
+            (r#"{"type":"bandwidth"}"#, "bandwidth behind rustnet-cni fails", "capability bandwidth"),
+            (r#"{"type":"sbr"}"#, "sbr", "several interfaces"),
+        ] {
+            assert_only(&check(&write(behind), Stage::Running), Level::Warning, detail, hint);
+        }
+        for behind in [r#"{"type":"tuning","sysctl":{"x":"1"}}"#, r#"{"type":"portmap"}"#, r#"{"type":7}"#] {
+            assert_well(&check(&write(behind), Stage::Running));
+        }
+        // Before ours, or without ours, they are somebody else's.
+        for list in
+            [r#"{"plugins":[{"type":"sbr"},{"type":"rustnet-cni"}]}"#, r#"{"plugins":[{"type":"ptp"},{"type":"sbr"}]}"#]
+        {
+            std::fs::write(dir.path().join(CONFLIST), list).expect("written");
+            assert_eq!(misfits(dir.path()), []);
         }
     }
 
