@@ -20,6 +20,8 @@ pub struct Delegate<'a> {
     conf: &'a NetConf,
     kind: &'a str,
     binary: PathBuf,
+    /// Whether it gets CNI_ARGS.
+    passes_args: bool,
 }
 
 impl<'a> Delegate<'a> {
@@ -34,7 +36,7 @@ impl<'a> Delegate<'a> {
         }
         let is_program = |p: &Path| p.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
         match path.iter().map(|dir| dir.join(kind)).find(|p| is_program(p)) {
-            Some(binary) => Ok(Self { conf, kind, binary }),
+            Some(binary) => Ok(Self { conf, kind, binary, passes_args: true }),
             None => Err(Error::new(code::CONFIG, format!("IPAM plugin {kind:?} is not in CNI_PATH"))
                 .details(format!("looked in {path:?}; install it there or change ipam.type"))),
         }
@@ -59,7 +61,14 @@ impl<'a> Delegate<'a> {
 
     /// DEL, for the attachment of this call or, from GC and after a failed ADD, for the given one.
     pub fn del(&self, attachment: &Attachment) -> Result<(), Error> {
-        self.call("DEL", Some(attachment)).map(drop)
+        let done = self.call("DEL", Some(attachment)).map(drop);
+        // host-local refuses arguments that it does not know, and needs none to take an address back.
+        let has_args = std::env::var_os("CNI_ARGS").is_some_and(|args| !args.is_empty());
+        if done.as_ref().is_err_and(|e| e.code != code::TRY_AGAIN) && has_args {
+            let without = Self { passes_args: false, binary: self.binary.clone(), ..*self };
+            return without.call("DEL", Some(attachment)).map(drop).or(done);
+        }
+        done
     }
 
     /// GC or STATUS. A plugin older than these verbs has nothing to say.
@@ -116,6 +125,9 @@ impl<'a> Delegate<'a> {
         let mut command = Command::new(&self.binary);
         command.env("CNI_COMMAND", verb).stdin(file_in_memory(stdin).map_err(failed)?);
         command.stdout(out.try_clone().map_err(failed)?).stderr(Stdio::inherit()).process_group(0);
+        if !self.passes_args {
+            command.env_remove("CNI_ARGS");
+        }
         if let Some(a) = attachment {
             command.env("CNI_CONTAINERID", &a.container_id).env("CNI_IFNAME", &a.ifname);
         }

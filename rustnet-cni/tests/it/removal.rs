@@ -75,6 +75,19 @@ fn what_only_add_needs_keeps_no_pod_from_going() {
     }
 }
 
+/// host-local refuses what it does not know in `CNI_ARGS`, with DEL, too.
+#[test]
+fn arguments_that_an_ipam_plugin_refuses_keep_no_address() {
+    let node = Node::new();
+    let before = node.traces();
+    let conf = host_local(&node, "10.1.0.0/16");
+    for args in ["rubbish", "OTHER=x"] {
+        Call::of("ADD", &conf, "c1", &netns(args)).run().success();
+        assert_eq!(Call::of("DEL", &conf, "c1", "").env("CNI_ARGS", args).run().success(), Value::Null);
+        assert_eq!(node.traces(), before);
+    }
+}
+
 #[test]
 fn a_step_that_fails_keeps_no_other_from_being_tried() {
     let node = Node::new();
