@@ -32,7 +32,14 @@ fn direct(net: &Net, outside: Outside, endpoints: Vec<Endpoint>) -> Result<TestS
     service.service.is_direct = true;
     service.set(endpoints)?;
     service.wait_known()?;
+    wait_published(net, &service)?;
     Ok(service)
+}
+
+/// Waits until both nodes serve the node ports to clients outside, which their settings say a little later than the maps.
+fn wait_published(net: &Net, service: &TestService<'_>) -> Result<()> {
+    let mut targets = net.fabric.nodes().iter().flat_map(|node| node_ports(node, service));
+    targets.try_for_each(|target| wait_served(net.fabric.world(), target))
 }
 
 fn at_nodes() -> Outside {
@@ -135,6 +142,7 @@ fn session_affinity(net: &Net) -> Result<()> {
     service.service.affinity = true;
     service.set(endpoints(&[&net.c]))?;
     service.wait_known()?;
+    wait_published(net, &service)?;
     for target in node_ports(net.node(1), &service) {
         wait_served(net.fabric.world(), target)?;
         ask(net.fabric.world(), Proto::Tcp, target, 1)?.only_by(&["c"])?;
@@ -216,12 +224,16 @@ fn commands_show_the_mode(net: &Net) -> Result<()> {
         state(net.node(2), false)?;
         open.ask("2")?;
     }
-    let modes: BTreeSet<_> = rows(net.node(1), &["services", &name], "frontEnds")?
-        .iter()
-        .map(|it| format!("{} {} {}", it["kind"], it["clients"], it["forwarding"]))
-        .collect();
     let want = [r#""clusterIP" "cluster" null"#, r#""nodePort" "cluster" null"#, r#""nodePort" "external" "dsr""#];
-    ensure!(modes == want.map(str::to_owned).into(), "{modes:?}");
+    let want: BTreeSet<_> = want.map(str::to_owned).into();
+    // The agent writes the names of fields in its own time.
+    wait::until("the mode of each front end", || {
+        let front_ends = rows(net.node(1), &["services", &name], "frontEnds")?;
+        let mode = |it: &Value| format!("{} {} {}", it["kind"], it["clients"], it["forwarding"]);
+        let modes: BTreeSet<_> = front_ends.iter().map(mode).collect();
+        ensure!(modes == want, "{modes:?}");
+        Ok(())
+    })?;
     net.fabric.nodes().iter().try_for_each(|node| node.rustnetctl(&["services", "--verify"]).map(drop))
 }
 
@@ -234,6 +246,7 @@ fn a_narrow_path_to_the_client(setup: Setup) -> Result<()> {
         service.service.outside = at_nodes();
         service.set(endpoints(&[&net.c]))?;
         service.wait_known()?;
+        wait_published(net, &service)?;
         for target in node_ports(net.node(1), &service) {
             wait_served(net.fabric.world(), target)?;
             ask(net.fabric.world(), Proto::Tcp, target, 5)?.only_as(the_world(target.ip()))?;

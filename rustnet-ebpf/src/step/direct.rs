@@ -114,15 +114,16 @@ global!(V6, Ip6, rn_wrapped6, rn_client6, rn_direct6);
 
 #[inline(always)]
 fn is_wrapped<F: Family<Header: ReadInside<F::A>>>(skb: &Skb, p: &Packet<F::A>) -> bool {
-    let has_services = maps::config().is_some_and(|config| config.flags & config::flags::EXTERNAL != 0);
     let is_whole = p.kind == Kind::Flow && !p.is_first_fragment() && p.l4() == p.l3() + size_of::<F::Header>();
-    if !has_services || !is_whole || !route::is_local_pod(p.tuple.dst) || !source::is_node::<F>(p.tuple.src) {
+    if !is_whole || !route::is_local_pod(p.tuple.dst) || !source::is_node::<F>(p.tuple.src) {
         return false;
     }
     let Some(inside) = at_pulled::<F::Header, _>(skb, p.l4()) else { return false };
     // SAFETY: `at_pulled` proved a whole header.
-    let asked = unsafe { (*inside).destination() };
-    asked.is_some_and(|asked| asked == p.tuple.src || lb::is_external_vip::<F>(asked))
+    let Some(asked) = (unsafe { (*inside).destination() }) else { return false };
+    // An address has an entry as soon as this node knows its Service; whether there are node ports, the setting says a little later.
+    let has_node_ports = || maps::config().is_some_and(|config| config.flags & config::flags::EXTERNAL != 0);
+    lb::is_external_vip::<F>(asked) || (asked == p.tuple.src && has_node_ports())
 }
 
 #[inline(always)]

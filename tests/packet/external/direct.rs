@@ -247,10 +247,14 @@ fn other_packets_of_these_protocols() -> Result<()> {
         let number = if net == Net::V4 { 41 } else { 4 };
         let other = from_node3(net, &inside).map(|f| f.l4 = L4::Other(number));
         lab.uplink_in(&other)?.to_the_pod(&other.hop())?;
-        // Without Services for clients outside.
+        // Without Services for clients outside, as far as the settings say. An address of one says so by itself.
         lab.configure(|c| c.flags &= !rustnet_common::config::flags::EXTERNAL)?;
         let packet = from_node3(net, &inside);
-        lab.uplink_in(&packet)?.to_the_pod(&packet.hop())
+        lab.uplink_in(&packet)?.to_the_pod(&packet.hop())?;
+        publish(lab, net, (vip(net), VIP_PORT), Proto::Udp, net.b())?;
+        let sent = ask(net, Proto::Udp, (vip(net), VIP_PORT));
+        let arrives = sent.hop().between((net.world(), PORT), (net.b(), TARGET));
+        lab.uplink_in(&from_node3(net, &sent))?.to_the_pod(&arrives)
     })
 }
 
