@@ -395,7 +395,7 @@ pub fn pings(netns: &str, target: &str) -> bool {
 pub fn until(what: &str, is: &dyn Fn() -> bool) {
     let began = Instant::now();
     while !is() {
-        assert!(began.elapsed() < Duration::from_secs(60), "not within a minute: {what}");
+        assert!(began.elapsed() < Duration::from_mins(1), "not within a minute: {what}");
         std::thread::yield_now();
     }
 }
