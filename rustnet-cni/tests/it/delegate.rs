@@ -172,18 +172,26 @@ fn routes_of_the_plugin_are_installed() {
         ping(&ns, target);
     }
     assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
-    for (del, part) in [
-        (["-4", "route", "del", "192.0.2.0/24", "dev", "eth0"], "192.0.2.0/24 via 10.7.0.254"),
-        (["-4", "route", "del", "10.9.0.0/16", "dev", "eth0"], "10.9.0.0/16"),
-        (["-4", "route", "flush", "table", "300", ""], "10.10.0.0/16"),
-        (["-4", "route", "del", "default", "dev", "eth0"], "default route"),
+    let of_table = "-4 route del 10.10.0.0/16 table 300;-4 route add 10.10.0.0/16 via 169.254.1.1 dev eth0 onlink";
+    for (changes, part) in [
+        ("-4 route del 192.0.2.0/24 dev eth0", "192.0.2.0/24 via 10.7.0.254"),
+        ("-4 route change 192.0.2.0/24 via 10.7.0.253 dev eth0 onlink mtu 1300 advmss 1200", "192.0.2.0/24"),
+        ("-4 route change 192.0.2.0/24 via 10.7.0.254 dev eth0 onlink mtu 1301 advmss 1200", "192.0.2.0/24"),
+        ("-4 route change 192.0.2.0/24 via 10.7.0.254 dev eth0 onlink mtu 1300 advmss 1201", "192.0.2.0/24"),
+        ("-4 route del 10.9.0.0/16 dev eth0", "10.9.0.0/16"),
+        ("-4 route flush table 300", "10.10.0.0/16"),
+        (&format!("{of_table} table 300 metric 78"), "10.10.0.0/16"),
+        (&format!("{of_table} table 301 metric 77"), "10.10.0.0/16"),
+        ("-4 route del default dev eth0", "default route"),
     ] {
         let mut with_prev = conf.clone();
         with_prev["prevResult"] = Call::of("ADD", &conf, "c1", &ns).run().success();
         let check = Call::of("CHECK", &with_prev, "c1", &ns);
         assert_eq!(check.run().success(), Value::Null);
-        let args: Vec<&str> = ["-n", "a"].into_iter().chain(del).filter(|arg| !arg.is_empty()).collect();
-        crate::common::ip(&args);
+        for change in changes.split(';') {
+            let args: Vec<&str> = ["-n", "a"].into_iter().chain(change.split(' ')).collect();
+            crate::common::ip(&args);
+        }
         let msg = check.run().failure(102);
         assert!(msg.contains(part), "{part}: {msg}");
         assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);

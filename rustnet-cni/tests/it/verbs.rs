@@ -277,7 +277,7 @@ fn change_setting(path: &str, value: &str) {
 fn check_finds_every_change() {
     type Change = fn(&Node, &str, &Value);
     let node = Node::new();
-    let changes: [(&str, Change); 37] = [
+    let changes: [(&str, Change); 38] = [
         ("another interface", |node, _, r| change_entry(node, r, |e| e.ifindex += 1)),
         ("another interface", |node, _, r| change_entry(node, r, |e| e.mac[5] ^= 1)),
         ("another interface", |node, _, r| change_entry(node, r, |e| e.host_mac[5] ^= 1)),
@@ -301,6 +301,7 @@ fn check_finds_every_change() {
         ("arp_ignore is 0", |_, host, _| change_setting(&format!("ipv4/conf/{host}/arp_ignore"), "0")),
         ("arp_accept is 1", |_, host, _| change_setting(&format!("ipv4/conf/{host}/arp_accept"), "1")),
         ("accept_ra is 2", |_, host, _| change_setting(&format!("ipv6/conf/{host}/accept_ra"), "2")),
+        ("host's route to fd00:", |_, host, _| change_setting(&format!("ipv6/conf/{host}/disable_ipv6"), "1")),
         ("record of c1@eth0 has gone", |node, _, _| {
             fs::remove_file(node.run.join("endpoints/c1@eth0.json")).expect("record");
         }),
