@@ -41,6 +41,8 @@ pub struct Choice {
     pub serving: Vec<(IpAddr, u16)>,
     /// Places of the Maglev table that spreads the flows; 0: none does.
     pub table_size: u32,
+    /// Hints of the endpoints say which nodes choose which: others may choose otherwise.
+    pub is_hinted: bool,
 }
 
 impl Choice {
@@ -49,6 +51,7 @@ impl Choice {
         self.backends.clear();
         self.serving.clear();
         self.table_size = 0;
+        self.is_hinted = false;
     }
 }
 
@@ -81,6 +84,10 @@ pub fn choose(
 ) -> u16 {
     let candidates = candidates(port, family, slices, here.node);
     let flags = backends(is_local, &candidates, here, &mut out.backends);
+    out.is_hinted = candidates.iter().any(|c| {
+        c.condition == Condition::Ready
+            && c.hints.is_some_and(|hints| !hints.nodes.is_empty() || !hints.zones.is_empty())
+    });
     // Both are in order of address and port.
     let mut chosen = out.backends.iter().peekable();
     out.serving.extend(candidates.iter().map(|c| (c.addr, c.port)).filter(|target| {

@@ -19,6 +19,7 @@ pub use service_cidrs::is_range as is_service_range;
 pub use services::{DesiredService, WithoutLocalEndpoints};
 pub use vip::{ServiceRanges, SourceRange, VipKey};
 
+use crate::config::NodePortAddresses;
 use crate::host::HostFacts;
 use crate::model::{EndpointSlice, Node, ObjectName, Pod, Problem, Service, ServicePort};
 use crate::source::{Event, Kind, Object, ObjectRef, Origin};
@@ -85,6 +86,7 @@ impl Index {
                     default: settings.lb_algorithm,
                     table_size: settings.maglev_table_size,
                     forwarding: settings.forwarding,
+                    has_all_node_ports: settings.node_ports.iter().all(|it| *it == NodePortAddresses::Primary),
                 },
             ),
             settings,

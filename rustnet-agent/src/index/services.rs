@@ -55,6 +55,8 @@ pub struct Spreading {
     pub table_size: u32,
     /// How clients outside get the answers of backends on other nodes, where a Service does not say.
     pub forwarding: Forwarding,
+    /// All nodes have node ports at the addresses that their Nodes name.
+    pub has_all_node_ports: bool,
 }
 
 impl Spreading {
@@ -66,10 +68,11 @@ impl Spreading {
         }
     }
 
-    /// Flags of an entry of a Service. With a traffic policy of Local, no backend is on another node.
-    fn direct_flag_of(self, service: &Service, key: &VipKey, is_local: bool) -> u16 {
-        let is_direct = service.forwarding.unwrap_or(self.forwarding) == Forwarding::Dsr;
-        if is_direct && key.scope == scope::EXTERNAL && !is_local { flags::DIRECT } else { 0 }
+    /// True if an entry for clients outside, of the traffic policy Cluster, has backends on other nodes answer directly. These nodes look
+    /// for the backend among those that they choose from themselves, by an entry of their own.
+    fn is_direct(self, service: &Service, is_node_port: bool, choice: &Choice) -> bool {
+        let is_wanted = service.forwarding.unwrap_or(self.forwarding) == Forwarding::Dsr;
+        is_wanted && !choice.is_hinted && (self.has_all_node_ports || !is_node_port)
     }
 }
 
@@ -397,9 +400,11 @@ impl Services {
         let family = Family::of(key.ip);
         let here = Place { node: &self.node_name, zone: &self.zone };
         let judged = if source_ranges.is_some() { flags::SOURCE_RANGES } else { 0 };
-        let mut flags = choose(is_local, target, family, &state.slices, here, choice)
-            | judged
-            | self.spreading.direct_flag_of(service, key, is_local);
+        let mut flags = choose(is_local, target, family, &state.slices, here, choice) | judged;
+        let is_node_port = self.own.contains(&key.ip);
+        if key.scope == scope::EXTERNAL && !is_local && self.spreading.is_direct(service, is_node_port, choice) {
+            flags |= flags::DIRECT;
+        }
         if key.ip.is_loopback() && choice.backends.iter().any(|it| it.port == key.port && self.own.contains(&it.addr)) {
             flags |= flags::OWN_PORT;
         }

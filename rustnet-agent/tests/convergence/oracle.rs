@@ -213,6 +213,9 @@ fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
     let mut table: BTreeMap<Key, Entry> = BTreeMap::new();
     for ((ip, port, protocol, scope), Frontend { service, name, is_local }) in frontends(cluster, settings) {
         let (flags, backends) = backends(cluster, settings, service, is_local, &name, protocol, ip.is_ipv6());
+        let ready = endpoints(cluster, service, &name, protocol, ip.is_ipv6()).into_iter().map(|(_, _, e)| e);
+        let is_hinted =
+            ready.filter(|e| e.ready != Some(false)).any(|e| !(e.node_hints.is_empty() && e.zone_hints.is_empty()));
         let algorithm = match service.algorithm {
             Some("maglev") => Algorithm::Maglev,
             Some("random") => Algorithm::Random,
@@ -222,7 +225,7 @@ fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
             Some(mode) => mode == "dsr",
             None => settings.forwarding == Forwarding::Dsr,
         };
-        let is_direct = is_direct && scope == scope::EXTERNAL && !is_local;
+        let is_direct = is_direct && scope == scope::EXTERNAL && !is_local && !is_hinted;
         let flags = flags | if is_direct { service::flags::DIRECT } else { 0 };
         // One backend gets all flows without a table.
         let has_table = algorithm == Algorithm::Maglev && backends.len() > 1;

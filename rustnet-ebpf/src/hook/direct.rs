@@ -6,7 +6,7 @@
 
 use rustnet_common::addr::Address;
 use rustnet_common::config::NodeConfig;
-use rustnet_common::conntrack::{NOT_LOCAL, VIA_QDISC};
+use rustnet_common::conntrack::{NOT_LOCAL, VIA_QDISC, flags};
 use rustnet_common::drop::DropReason;
 
 use super::Steps;
@@ -73,7 +73,8 @@ fn find_way<F: Steps>(
 ) -> Result<(Action, i32), Dropped> {
     let action = plan::plan::<F>(p, flow, Origin::External, config)?;
     if !matches!(action.target, Target::Tunnel | Target::Routed) {
-        // The pod's address has come to this node.
+        // The pod's address has come to this node: the next packet opens the flow again.
+        F::forget();
         return Err(DropReason::NoFib.into());
     }
     // The kernel's rules may ask who sends.
@@ -108,8 +109,9 @@ pub fn receive<F: Steps + Wrap>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
         Kind::Flow | Kind::LaterFragment => {
             let verify = || F::verify_client(p);
             let flow = conntrack::lookup_if::<F, _>(skb, p, flow, source::OUTSIDE, config, len, verify, |_, _| true)?;
-            if flow.class == Class::Original && flow.to.tuple.dst != outer.dst {
-                // This node has led the flow elsewhere. The node that the client asks now has led it here.
+            let is_direct = flow.flags & flags::DIRECT != 0;
+            if flow.class == Class::Original && (is_direct || flow.to.tuple.dst != outer.dst) {
+                // This node has led the flow elsewhere, or the pod has come here since. The node that the client asks now has led it here.
                 F::forget();
                 flow.reset(&p.tuple);
             }
@@ -133,7 +135,7 @@ pub fn receive<F: Steps + Wrap>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
     let ifindex = egress & !VIA_QDISC;
     let is_queued = egress & VIA_QDISC != 0;
     let verdict = if is_queued {
-        match fib::redirect_via_qdisc::<F>(skb, ifindex, &outer.dst, p.mtu_len, false)? {
+        match fib::redirect_inner_via_qdisc::<F>(skb, ifindex, &outer.dst, p.mtu_len)? {
             Fib::Redirect(verdict) => verdict,
             _ => return Err(DropReason::NoFib.into()),
         }

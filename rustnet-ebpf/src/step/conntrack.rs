@@ -7,6 +7,7 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use rustnet_common::config::NodeConfig;
 use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, Side, VIA_QDISC, flags, state};
 use rustnet_common::drop::DropReason;
+use rustnet_common::peer;
 use rustnet_common::service::scope;
 use rustnet_common::tuple::{Tuple, proto};
 
@@ -109,8 +110,8 @@ fn classify<F: Track>(
     let tcp_flags = p.tcp_flags;
     // A client of TCP keeps its backend until the connection ends; one of UDP would send to a dead one for ever.
     let is_syn = tcp_flags & (bits::SYN | bits::ACK) == bits::SYN;
-    let is_led = (p.tuple.proto == proto::UDP) & (backend != 0);
-    if (is_syn || (is_led && lb::has_ended(backend))) && F::reopen(is_reply) {
+    let led_to = if p.tuple.proto == proto::UDP { backend } else { 0 };
+    if (is_syn || (led_to != 0 && lb::has_ended(led_to))) && F::reopen(is_reply) {
         return Ok(());
     }
     // SAFETY: see above.
@@ -430,7 +431,7 @@ fn refresh<F: Track + HostPorts + Old>(p: &Packet<F::A>, set: u64, now: u32) -> 
             // address that is a VIP now. Either way the packet would miss the service.
             return false;
         }
-        let is_asked = (e_flags & (flags::NAT | flags::REPLY) == flags::NAT) & (p.tuple.proto == proto::UDP);
+        let is_asked = e_flags & (flags::NAT | flags::REPLY) == flags::NAT && p.tuple.proto == proto::UDP;
         if is_asked && (*entry).backend != 0 && !F::is_led(e_flags, (*entry).backend) {
             // The Service lost this port or address, and others of it lead to the backend.
             return false;
@@ -462,7 +463,9 @@ fn is_led<F: Family>(p: &Packet<F::A>, e_flags: u16, backend: u32) -> bool {
     let scope = if e_flags & flags::EXTERNAL != 0 { scope::EXTERNAL } else { scope::CLUSTER };
     let is_led_at = |vip| lb::kept::<F>(vip, p.tuple.dport, p.tuple.proto, scope, backend).is_some();
     // What another node hands on may have asked a node port of that one. This node has the port at its own address.
-    let is_node_port = || e_flags & ELSEWHERE == ELSEWHERE && maps::config().is_some_and(|it| is_led_at(F::node(it)));
+    let is_of_node = || F::peer(p.tuple.dst).is_some_and(|peer| peer.flags & peer::flags::NODE != 0);
+    let is_node_port =
+        || e_flags & ELSEWHERE == ELSEWHERE && is_of_node() && maps::config().is_some_and(|it| is_led_at(F::node(it)));
     is_led_at(p.tuple.dst) || is_node_port()
 }
 

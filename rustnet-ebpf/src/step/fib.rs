@@ -211,13 +211,26 @@ pub fn redirect_via_qdisc<F: Family>(
     mtu_len: u32,
     can_fragment: bool,
 ) -> Result<Fib, Dropped> {
-    packed_via_qdisc::<F>(skb, ifindex, dst, mtu_len, can_fragment).result().map(Fib::from_code)
+    packed_via_qdisc::<F, false>(skb, ifindex, dst, mtu_len, can_fragment).result().map(Fib::from_code)
+}
+
+/// The same for a packet inside of another header of its family, which it loses on the way.
+#[inline(always)]
+pub fn redirect_inner_via_qdisc<F: Family>(skb: &Skb, ifindex: u32, dst: &F::A, mtu_len: u32) -> Result<Fib, Dropped> {
+    packed_via_qdisc::<F, true>(skb, ifindex, dst, mtu_len, false).result().map(Fib::from_code)
 }
 
 /// A function of its own for the sake of its stack frame.
 #[inline(never)]
-fn packed_via_qdisc<F: Family>(skb: &Skb, ifindex: u32, dst: &F::A, mtu_len: u32, can_fragment: bool) -> PackedResult {
-    PackedResult::new(try_via_qdisc::<F>(skb, ifindex, *dst, mtu_len, can_fragment))
+fn packed_via_qdisc<F: Family, const IS_INNER: bool>(
+    skb: &Skb,
+    ifindex: u32,
+    dst: &F::A,
+    mtu_len: u32,
+    can_fragment: bool,
+) -> PackedResult {
+    let less = if IS_INNER { size_of::<F::Header>() as i32 } else { 0 };
+    PackedResult::new(try_via_qdisc::<F>(skb, ifindex, *dst, mtu_len, can_fragment, less))
 }
 
 #[inline(always)]
@@ -227,11 +240,12 @@ fn try_via_qdisc<F: Family>(
     dst: F::A,
     mtu_len: u32,
     can_fragment: bool,
+    less: i32,
 ) -> Result<i32, Dropped> {
     // In: 0, so that the helper measures the packet itself, unless it stands for several; out: the MTU.
     let mut mtu = 0;
     // SAFETY: `mtu` is the word that the helper wants.
-    let rc = unsafe { helper::bpf_check_mtu(skb.raw().cast(), ifindex, &raw mut mtu, 0, 0) };
+    let rc = unsafe { helper::bpf_check_mtu(skb.raw().cast(), ifindex, &raw mut mtu, -less, 0) };
     match rc {
         _ if rc < 0 => Err(DropReason::NoFib.into()),
         MTU_FRAG_NEEDED if mtu_len == 0 && can_fragment => Ok(Fib::needs_fragmentation(mtu)),

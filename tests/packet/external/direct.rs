@@ -5,7 +5,7 @@ use super::NODE_PORT;
 use crate::errors::{error, icmp_error, translated};
 use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, as_from_a, from_a, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_B, Net, OVERLAY_MTU, POD_B, each, labs};
+use crate::harness::{Flow, Lab, MAC_B, Net, OVERLAY_MTU, POD_B, POD_B_MTU, each, labs};
 use crate::icmp::kinds;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::conntrack::{flags, lifetime, state};
@@ -445,7 +445,49 @@ fn a_pod_with_a_queue() -> Result<()> {
             }
             Ok(())
         })?;
+        // What counts is the packet that the pod gets: with its header, this one would not fit.
+        let header = if net == Net::V4 { 20 } else { 40 };
+        for may_be_cut in [false, true] {
+            let full = ask(net, Proto::Udp, (node3(net), NODE_PORT)).map(|f| {
+                f.may_be_cut = may_be_cut;
+                f.payload = vec![7; POD_B_MTU - header - 8];
+            });
+            let arrives = full.hop().between((net.world(), PORT), (net.b(), TARGET));
+            lab.uplink_in(&from_node3(net, &full))?.by_the_queue(&arrives)?;
+            let larger = full.map(|f| f.payload.push(7));
+            lab.uplink_in(&from_node3(net, &larger))?.dropped(DropReason::FragNeeded)?;
+        }
         lab.put_endpoint(net.b(), POD_B, MAC_B)
+    })
+}
+
+/// The pod's address comes to this node: the flow ends here, and is a client's of this node from then on.
+#[test]
+fn the_pods_address_comes_to_the_node_that_was_asked() -> Result<()> {
+    direct(|lab, net| {
+        let (at, pod) = ((vip(net), VIP_PORT), net.routed());
+        each(&SERVED, |proto| {
+            publish(lab, net, at, proto, pod)?;
+            let ask = ask(net, proto, at);
+            let arrives = |f: &Frame| f.hop().between((net.world(), PORT), (pod, TARGET));
+            for is_handed_on in [false, true] {
+                lab.forget()?;
+                lab.uplink_in(&ask)?.onto_wire(&wrapped(&ask.hop(), net.node(), pod))?;
+                lab.put_endpoint(pod, POD_B, MAC_B)?;
+                lab.age(Flow::of(&ask), 2)?;
+                if is_handed_on {
+                    let sent = wrapped(&later(&ask), node3(net), pod);
+                    lab.uplink_in(&sent)?.to_the_pod(&arrives(&later(&ask)))?;
+                } else {
+                    lab.uplink_in(&later(&ask))?.dropped(DropReason::NoFib)?;
+                    lab.uplink_in(&later(&ask))?.to_the_pod(&arrives(&later(&ask)))?;
+                }
+                let back = lab.half(Flow::of(&arrives(&ask)).reversed())?;
+                ensure!(back.to == Flow::of(&ask).reversed(), "{back:?}");
+                lab.drop_endpoint(pod)?;
+            }
+            Ok(())
+        })
     })
 }
 

@@ -1,13 +1,13 @@
 //! Services for clients outside.
 
 use super::{VIP4, VIP6, desired, gone, index, key, problems};
-use crate::config::{NodePortAddresses, Routing};
+use crate::config::{Forwarding, NodePortAddresses, Routing};
 use crate::host::build::{device, host};
 use crate::index::{Index, Settings, VipKey, WithoutLocalEndpoints};
 use crate::model::build::{endpoint, ip, node, service, slice};
 use crate::model::{EndpointSlice, Family, Service};
 use crate::source::Kind;
-use rustnet_common::service::flags::{OWN_PORT, SHARED, SOURCE_RANGES, VIP};
+use rustnet_common::service::flags::{DIRECT, OWN_PORT, SHARED, SOURCE_RANGES, VIP};
 use rustnet_common::service::scope;
 use rustnet_common::tuple::proto::TCP;
 use std::collections::BTreeSet;
@@ -25,6 +25,31 @@ fn published(service: Service) -> Index {
 }
 
 const BALANCER: &str = "203.0.113.7";
+
+/// Backends of other nodes answer directly only where these nodes find what this one has chosen: not by hints, which they read
+/// otherwise, nor at node ports that they may not have.
+#[test]
+fn direct_answers_where_all_nodes_choose_alike() {
+    let zones =
+        || slice("web-1", "web", Family::V4).tcp(8080).endpoint(endpoint("10.244.2.5").on("n2").hints(&[], &["z1"]));
+    let plain = || slice("web-1", "web", Family::V4).tcp(8080).endpoint(endpoint("10.244.2.5").on("n2"));
+    let range = || NodePortAddresses::In("172.18.0.0/24".parse().unwrap());
+    for (node_ports, slice, want) in [
+        (vec![], plain(), [DIRECT; 2]),
+        (vec![NodePortAddresses::Primary], plain(), [DIRECT; 2]),
+        (vec![range()], plain(), [0, DIRECT]),
+        (vec![], zones(), [0; 2]),
+    ] {
+        let settings = Settings { node_ports, forwarding: Forwarding::Dsr, ..Settings::new("n1", Routing::Vxlan) };
+        let mut it = Index::new(settings);
+        it.handle(node("n1", &["172.18.0.11"], &["10.244.1.0/24"]).apply());
+        it.handle(service("web", &[VIP4]).tcp(80).node_port(30_080).external(&[BALANCER]).apply());
+        it.handle(slice.apply());
+        let flags = [("172.18.0.11", 30_080), (BALANCER, 80)]
+            .map(|(at, port)| desired(&it, &outside(key(at, port, TCP))).expect("an entry").1);
+        assert_eq!(flags, want);
+    }
+}
 
 #[test]
 fn a_node_port_is_at_the_nodes_addresses() {
