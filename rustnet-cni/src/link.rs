@@ -305,16 +305,6 @@ pub fn new_route_to(index: u32, ip: IpAddr) -> Message {
     })
 }
 
-/// Adds a route to one address on the link, or replaces it.
-pub fn route_to(index: u32, ip: IpAddr) -> Message {
-    let header = rtmsg(family(ip), full_prefix(ip), RouteScope::Link, RouteFlags::empty());
-    with_ip(ip, |bytes| {
-        Message::new(format!("add route {ip}"), libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &header)
-            .attr(RTA_DST, bytes)
-            .u32(RTA_OIF, index)
-    })
-}
-
 /// A route of a pod, through a gateway that needs no route of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodRoute {

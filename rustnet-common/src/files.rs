@@ -80,6 +80,9 @@ pub struct EndpointFile {
     /// The ports of the node that it has.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub host_ports: Vec<PortMapping>,
+    /// True if ADD installed the routes of its result; false in records of earlier releases, which installed default routes alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub has_routes: bool,
 }
 
 impl EndpointFile {
@@ -245,6 +248,7 @@ mod tests {
             pod_uid: String::new(),
             bandwidth: Bandwidth::default(),
             host_ports: host_ports.iter().map(mapping).collect(),
+            has_routes: false,
         };
         let entries = record.host_port_entries();
         assert!(entries.iter().all(|(key, value)| (key.proto, value.ifindex) == (17, 9)));

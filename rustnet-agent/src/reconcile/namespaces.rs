@@ -76,6 +76,7 @@ mod tests {
             pod_uid: String::new(),
             bandwidth: Bandwidth::default(),
             host_ports: Vec::new(),
+            has_routes: false,
         }
     }
 

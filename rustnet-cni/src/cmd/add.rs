@@ -20,7 +20,7 @@ use crate::netns::Netns;
 use crate::shape;
 use crate::state::{self, Mark};
 use crate::types::bandwidth;
-use crate::types::conf::{Attachment, Mac};
+use crate::types::conf::{Attachment, Mac, NetConf};
 use crate::types::error::{Error, code};
 use crate::types::port_mappings;
 use crate::types::result::{AddResult, Interface, Ip, Route};
@@ -41,16 +41,14 @@ pub fn run(call: &Call) -> Result<Value, Error> {
     let conf = &call.conf;
     let node = state::load_node(&conf.run_dir)?;
     refuse_unknown_args(call)?;
-    let mtu = read_mtu(call, &node)?;
+    let mtu = read_mtu(conf, &node)?;
     let bandwidth = bandwidth::parse(conf.bandwidth.as_ref(), mtu)?;
     let port_mappings = port_mappings::parse(conf.port_mappings.as_ref())?;
     let pins = Pins::open(&conf.bpffs)?;
     let host_ports = if port_mappings.is_empty() { None } else { Some(HostPorts::open(&conf.bpffs)?) };
     let delegate = conf.ipam.as_deref().map(|kind| Delegate::find(conf, kind, &call.env.path)).transpose()?;
     if delegate.is_none() {
-        local::require_ranges(&node.pod_cidrs)?;
-        let addresses: Vec<IpAddr> = node.pod_cidrs.iter().map(IpNet::addr).collect();
-        require_ipv6(&addresses, mtu)?;
+        require_pool(&node, mtu)?;
     }
     let prev = conf.prev_result.clone().map(AddResult::from_prev).transpose()?.unwrap_or_default();
     let path = call.env.netns.as_deref().unwrap_or_default();
@@ -250,13 +248,17 @@ impl Setup<'_> {
     /// Adds the host's routes to the pod. One that is there is another pod's, or the agent has made ours from the record.
     fn take_routes(&self, host: &mut Socket, ips: &[IpAddr]) -> Result<(), Error> {
         let index = self.veth.host.index;
-        let Err(e) = host.run(ips.iter().map(|ip| link::new_route_to(index, *ip)).collect()) else { return Ok(()) };
-        if e.errno != libc::EEXIST {
-            return Err(e.into());
+        for ip in ips {
+            // One by one: of several messages, the first error hides those behind it.
+            let Err(e) = host.run(vec![link::new_route_to(index, *ip)]) else { continue };
+            if e.errno != libc::EEXIST {
+                return Err(e.into());
+            }
+            if !link::routes(host)?.iter().any(|r| r.index == index && r.dst == Some(*ip)) {
+                return Err(taken(*ip, "the host has another route to it"));
+            }
         }
-        let ours = link::routes(host)?;
-        let has = |ip: &&IpAddr| ours.iter().any(|r| r.index == index && r.dst == Some(**ip));
-        ips.iter().find(|ip| !has(ip)).map_or(Ok(()), |ip| Err(taken(*ip, "the host has another route to it")))
+        Ok(())
     }
 
     fn record(&self, ips: &[IpAddr]) -> EndpointFile {
@@ -276,6 +278,7 @@ impl Setup<'_> {
             pod_uid: env.pod.uid.clone(),
             bandwidth: self.bandwidth,
             host_ports: self.port_mappings.clone(),
+            has_routes: true,
         }
     }
 
@@ -344,8 +347,19 @@ impl Setup<'_> {
         let mut m = vec![link::up(index)];
         for gateway in &families {
             m.push(link::neighbour(index, *gateway, self.veth.host_mac));
-            m.push(link::route_to(index, *gateway));
+            m.push(link::new_route_to(index, *gateway));
         }
+        // Before anything of another interface could change: the kernel goes on behind a message that it refuses.
+        pod.run(m).map_err(|e| {
+            let is_there = e.errno == libc::EEXIST;
+            let e = Error::from(e);
+            if is_there {
+                e.details("another interface of the pod has this route: a pod has one of each family")
+            } else {
+                e
+            }
+        })?;
+        let mut m = Vec::new();
         // Whatever gateway somebody names, the host forwards.
         m.extend(gateways(result).into_iter().map(|gw| link::neighbour(index, gw, self.veth.host_mac)));
         m.extend(routes.iter().map(|route| link::pod_route(index, route)));
@@ -457,13 +471,20 @@ fn refuse_unknown_args(call: &Call) -> Result<(), Error> {
 }
 
 /// The MTU of the pod. The node's is what fits through its uplinks and its tunnel.
-fn read_mtu(call: &Call, node: &NodeFile) -> Result<u32, Error> {
-    let mtu = call.conf.mtu.unwrap_or(node.mtu);
+pub(super) fn read_mtu(conf: &NetConf, node: &NodeFile) -> Result<u32, Error> {
+    let mtu = conf.mtu.unwrap_or(node.mtu);
     if mtu <= node.mtu {
         return Ok(mtu);
     }
     Err(Error::new(code::CONFIG, format!("mtu {mtu} is more than the {} of node {}", node.mtu, node.node_name))
         .details("packets to other nodes would not fit: leave mtu out of the configuration, or set --mtu of the agent"))
+}
+
+/// Refuses a node whose own ranges have no address for a pod, or one that the pod cannot have.
+pub(super) fn require_pool(node: &NodeFile, mtu: u32) -> Result<(), Error> {
+    local::require_ranges(&node.pod_cidrs)?;
+    let addresses: Vec<IpAddr> = node.pod_cidrs.iter().map(IpNet::addr).collect();
+    require_ipv6(&addresses, mtu)
 }
 
 /// Refuses IPv6 where the kernel or the MTU has none.

@@ -65,6 +65,9 @@ pub fn run(call: &Call) -> Result<(), Error> {
     let record = state::read_record(&conf.run_dir, &attachment)?
         .ok_or_else(|| changed(format!("the record of {}@{} has gone", env.container_id, env.ifname)))?;
     check_record(&record, call, &netns, &host_link, &pod_link, &ips)?;
+    if record.has_routes {
+        check_routes(&mut pod, &prev)?;
+    }
     let bandwidth = record.bandwidth;
     check_limit(&mut host, &host_link, bandwidth.ingress)?;
     check_limit(&mut pod, &pod_link, bandwidth.egress)?;
@@ -128,6 +131,12 @@ fn check_pod(pod: &mut Socket, link: &Link, ips: &[IpAddr], prev: &AddResult) ->
             return Err(changed(format!("the pod's route to its gateway {gateway} has gone")));
         }
     }
+    Ok(())
+}
+
+/// The routes of ADD's result. Not of a pod that an earlier release made: it installed none but the default routes.
+fn check_routes(pod: &mut Socket, prev: &AddResult) -> Result<(), Error> {
+    let routes = link::routes(pod)?;
     prev.routes.iter().find(|route| !routes.iter().any(|found| is_route(found, route))).map_or(Ok(()), |route| {
         let via = route.gw.map(|gw| format!(" via {gw}")).unwrap_or_default();
         Err(changed(format!("the pod's route {}{via} has gone, or has other attributes", route.dst)))

@@ -211,6 +211,9 @@ fn bounds_of_the_mtu() {
         conf["mtu"] = json!(mtu);
         let msg = Call::of("ADD", &conf, "c1", &netns(&format!("a{mtu}"))).run().failure(7);
         assert!(msg.contains("mtu") && msg.contains(part), "{mtu}: {msg}");
+        // What no node could have is refused with the configuration, before STATUS.
+        let code = if mtu < 68 { 7 } else { 50 };
+        assert!(Call::new("STATUS", &conf).run().failure(code).contains(part));
         assert_eq!(node.traces(), before);
     }
     for mtu in [1280, 1450] {

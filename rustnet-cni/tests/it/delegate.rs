@@ -35,6 +35,12 @@ fn calls() -> Vec<(String, Value)> {
     lines.chunks(2).map(|c| (c[0].trim().to_owned(), serde_json::from_str(c[1]).expect(c[1]))).collect()
 }
 
+/// True if there is no such process, or nobody has waited for it yet.
+fn has_ended(pid: &str) -> bool {
+    let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    state.is_empty() || state.contains(") Z ")
+}
+
 #[test]
 fn the_documented_example() {
     let node = Node::new();
@@ -210,6 +216,55 @@ fn routes_of_the_plugin_are_installed() {
     assert_eq!(node.traces(), before);
 }
 
+/// The release before installed default routes alone, whatever the plugin returned, and its records do not speak of routes.
+#[test]
+fn check_of_a_pod_of_an_earlier_release_demands_its_default_routes_alone() {
+    let node = Node::new();
+    let reply = json!({
+        "cniVersion": "1.1.0",
+        "ips": [{ "address": "10.7.0.5/24", "gateway": "10.7.0.1" }],
+        "routes": [{ "dst": "0.0.0.0/0", "gw": "10.7.0.1" }, { "dst": "10.9.0.0/16" }],
+    });
+    script("routes", &format!("[ \"$CNI_COMMAND\" = ADD ] && echo '{reply}'\nexit 0"));
+    let mut conf = node.conf("1.1.0");
+    conf["ipam"] = json!({ "type": "routes" });
+    let ns = netns("a");
+    conf["prevResult"] = Call::of("ADD", &conf, "c1", &ns).run().success();
+    let check = Call::of("CHECK", &conf, "c1", &ns);
+    let in_pod = |args: &str| crate::common::ip(&["-n", "a"].into_iter().chain(args.split(' ')).collect::<Vec<_>>());
+    in_pod("route del 10.9.0.0/16");
+    in_pod("route replace default via 169.254.1.1 dev eth0 onlink");
+    assert!(check.run().failure(102).contains("10.7.0.1"));
+    let path = node.run.join("endpoints/c1@eth0.json");
+    let mut record: Value = serde_json::from_slice(&fs::read(&path).expect("record")).expect("JSON");
+    assert_eq!(record.as_object_mut().expect("object").remove("hasRoutes"), Some(json!(true)));
+    fs::write(&path, record.to_string()).expect("record");
+    assert_eq!(check.run().success(), Value::Null);
+    in_pod("route del default");
+    assert!(check.run().failure(102).contains("default route"));
+}
+
+/// Two interfaces of one pod cannot share the route to the gateway. The first one keeps it.
+#[test]
+fn a_second_interface_takes_no_route_of_the_first() {
+    let node = Node::new();
+    let ns = netns("a");
+    let r = node.add("c1", &ns);
+    let before = node.traces();
+    let reply = json!({
+        "cniVersion": "1.1.0",
+        "ips": [{ "address": "10.7.0.5/24" }],
+        "routes": [{ "dst": "10.9.0.0/16" }],
+    });
+    script("second", &format!("[ \"$CNI_COMMAND\" = ADD ] && echo '{reply}'\nexit 0"));
+    let mut conf = node.conf("1.1.0");
+    conf["ipam"] = json!({ "type": "second" });
+    let msg = Call::of("ADD", &conf, "c1", &ns).env("CNI_IFNAME", "net1").run().failure(5);
+    assert!(msg.contains("add route 169.254.1.1") && msg.contains("another interface of the pod"), "{msg}");
+    assert_eq!(node.traces(), before);
+    assert_eq!(Call::of("CHECK", &node.conf_with("1.1.0", &r), "c1", &ns).run().success(), Value::Null);
+}
+
 /// A plugin that never ends, and what it has started, hold no pod up.
 #[test]
 fn a_plugin_that_hangs_is_killed_and_named() {
@@ -230,8 +285,7 @@ fn a_plugin_that_hangs_is_killed_and_named() {
     }
     assert_eq!(node.traces(), before);
     let child = fs::read_to_string("/run/child").expect("the plugin ran");
-    let state = fs::read_to_string(format!("/proc/{}/stat", child.trim())).unwrap_or_default();
-    assert!(state.is_empty() || state.contains(") Z "), "what it started lives on: {state}");
+    until("what it started ends", &|| has_ended(child.trim()));
     for bad in [json!(0), json!(3601), json!("x")] {
         conf["ipamTimeoutSeconds"] = bad;
         assert!(Call::of("ADD", &conf, "c1", "/x").run().failure(7).contains("ipamTimeoutSeconds"));
@@ -254,10 +308,7 @@ fn a_plugin_ends_with_the_call_that_runs_it() {
     let pid = fs::read_to_string("/run/pid").expect("pid");
     call.kill().expect("kill");
     call.wait().expect("wait");
-    until("the plugin ends", &|| {
-        let state = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
-        state.is_empty() || state.contains(") Z ")
-    });
+    until("the plugin ends", &|| has_ended(pid.trim()));
     assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
 }
 

@@ -104,6 +104,7 @@ fn add_makes_what_the_result_says() {
         "hostIfname": host,
         "ifindex": link["ifindex"], "mac": r["interfaces"][1]["mac"], "addresses": [v4, v6],
         "podNamespace": "shop", "podName": "web-0", "podUid": "u1",
+        "hasRoutes": true,
     });
     assert_eq!(record, want);
     let lease = fs::read_to_string(node.run.join("ipam").join(v4.to_string())).expect("lease");
@@ -236,6 +237,7 @@ fn a_second_add_fails_and_harms_nothing() {
     // A second interface of the same container is another matter.
     Call::of("ADD", &node.conf("1.1.0"), "c1", &a).env("CNI_IFNAME", "net1").run().failure(5);
     assert_eq!(node.traces(), before, "two default routes in one pod are refused, and undone");
+    assert_eq!(Call::of("CHECK", &node.conf_with("1.1.0", &r), "c1", &a).run().success(), Value::Null);
 }
 
 /// The kernel takes 255 bytes as an alias. What is longer goes without one, and is found by its name.

@@ -123,6 +123,7 @@ mod tests {
                 container_port: 80,
                 protocol: Protocol::Tcp,
             }],
+            has_routes: false,
         }
     }
 

@@ -41,6 +41,7 @@ fn endpoint() -> EndpointFile {
         pod_uid: String::new(),
         bandwidth: Bandwidth::default(),
         host_ports: Vec::new(),
+        has_routes: false,
     }
 }
 
