@@ -105,9 +105,12 @@ impl<'a> Removal<'a> {
         let whole = alias(self.conf, a);
         let (before, behind) =
             (format!("{} ", self.conf.run_dir.display()), format!(" {}@{}", a.container_id, a.ifname));
+        let group = group(self.conf);
         Ok(found.filter(|link| {
             let is_named = link.alias == whole || link.alias.starts_with(&before) && link.alias.ends_with(&behind);
-            link.alias.is_empty() || is_named || record.is_some_and(|record| record.ifindex == link.index)
+            // A call was killed before it gave the alias. The group tells the network; releases before gave none.
+            let is_new = link.alias.is_empty() && (link.group == 0 || link.group == group);
+            is_new || is_named || record.is_some_and(|record| record.ifindex == link.index)
         }))
     }
 

@@ -3,9 +3,11 @@
 
 use super::detach::{Removal, attachment_of_alias, group};
 use crate::call::Call;
+use crate::fault;
 use crate::ipam::delegate::Delegate;
 use crate::ipam::local::Pool;
 use crate::link::{self, Link};
+use crate::netlink::Socket;
 use crate::state;
 use crate::types::conf::Attachment;
 use crate::types::error::{Error, Failures};
@@ -34,15 +36,17 @@ pub fn run(call: &Call) -> Result<(), Error> {
     for mark in failures.note(state::marks(&conf.run_dir)).unwrap_or_default() {
         add(mark.owner, mark.network == conf.name);
     }
-    let mut links = link::list(removal.host())?;
+    let listed = fault::point("links").and_then(|()| Ok(link::list(removal.host())?));
+    let mut links = failures.note(listed).unwrap_or_default();
     links.retain(|link| link.name.starts_with(VETH_PREFIX));
     for a in links.iter().filter_map(|link| attachment_of_alias(conf, &link.alias)) {
         add(a, true);
     }
-    let names: HashSet<&str> = links.iter().map(|link| link.name.as_str()).collect();
     for (a, is_ours) in known.iter().filter(|(a, _)| !valid.contains(a)) {
-        // Networks that were renamed have no GC of their own any more. Their living pods have a device.
-        if *is_ours || !names.contains(link::host_name(&a.container_id, &a.ifname).as_str()) {
+        // Networks that were renamed have no GC of their own any more. Their living pods have a device. It is looked up now: since the
+        // list, an ADD of that network may have made it.
+        let is_stale = *is_ours || failures.note(has_device(removal.host(), a)) == Some(false);
+        if is_stale {
             failures.note(removal.remove(a, conf.ipam.as_deref().filter(|_| *is_ours)));
         }
     }
@@ -69,6 +73,10 @@ fn orphans<'a>(
     let mut named: HashSet<String> = valid.iter().map(|a| link::host_name(&a.container_id, &a.ifname)).collect();
     named.extend(records.iter().map(|record| record.host_ifname.clone()));
     links.iter().filter(move |link| link.group == group && !named.contains(&link.name))
+}
+
+fn has_device(host: &mut Socket, a: &Attachment) -> Result<bool, Error> {
+    Ok(link::get(host, &link::host_name(&a.container_id, &a.ifname))?.is_some())
 }
 
 fn attachment_of(record: &EndpointFile) -> Attachment {

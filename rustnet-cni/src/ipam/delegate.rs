@@ -62,9 +62,10 @@ impl<'a> Delegate<'a> {
     /// DEL, for the attachment of this call or, from GC and after a failed ADD, for the given one.
     pub fn del(&self, attachment: &Attachment) -> Result<(), Error> {
         let done = self.call("DEL", Some(attachment)).map(drop);
-        // host-local refuses arguments that it does not know, and needs none to take an address back.
+        // host-local refuses arguments that it does not know, and needs none to take an address back. After any other failure the
+        // answer to another question is not to be trusted.
         let has_args = std::env::var_os("CNI_ARGS").is_some_and(|args| !args.is_empty());
-        if done.as_ref().is_err_and(|e| e.code != code::TRY_AGAIN) && has_args {
+        if done.as_ref().is_err_and(refuses_args) && has_args {
             let without = Self { passes_args: false, binary: self.binary.clone(), ..*self };
             return without.call("DEL", Some(attachment)).map(drop).or(done);
         }
@@ -159,6 +160,11 @@ impl<'a> Delegate<'a> {
             details: String::new(),
         })))
     }
+}
+
+/// True if a plugin complains about `CNI_ARGS`. libcni gives such an error no code of its own, and begins it with these letters.
+fn refuses_args(e: &Error) -> bool {
+    e.code == code::ENVIRONMENT || e.msg.contains("ARGS: ")
 }
 
 /// Waits for the end of a process, at most so long; false if it still runs.

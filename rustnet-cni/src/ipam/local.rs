@@ -28,6 +28,9 @@ const DIRECT_TRIES: u32 = 8;
 /// A choice takes microseconds: this is enough for the pods of a node that start all at once.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Who has an address that no living attachment has a lease of.
+const OTHER_HOLDER: &str = "a device of this host, or a route";
+
 /// The pool of a node.
 pub struct Pool {
     dir: PathBuf,
@@ -167,7 +170,8 @@ impl Pool {
         }
         // On a disk, leases outlive the pods of a boot before. Who makes a lease has a device.
         for lease in leases.iter().filter(|lease| range.contains(&lease.ip)) {
-            if !known.has_device(&lease.owner)? {
+            // An address in use without its device is somebody's: its lease stays.
+            if !known.has_device(&lease.owner)? && !known.is_used(lease.ip)? {
                 state::remove(&self.dir.join(lease.ip.to_string()))?;
                 if self.try_lease(candidate, lease.ip, known)? {
                     return Ok(lease.ip);
@@ -201,15 +205,18 @@ impl Pool {
         }
         let path = self.dir.join(ip.to_string());
         let holder = match read_owner(&path) {
-            Some((owner, _)) if !known.has_device(&owner)? => {
+            Some((owner, network)) if known.has_device(&owner)? => {
+                format!("{}@{} of network {network}", owner.container_id, owner.ifname)
+            }
+            // As above: only the lease of an address that nobody uses.
+            Some(_) if !known.is_used(ip)? => {
                 state::remove(&path)?;
                 if self.try_lease(candidate, ip, known)? {
                     return Ok(ip);
                 }
-                "a device of this host, or a route".to_owned()
+                OTHER_HOLDER.to_owned()
             }
-            Some((owner, network)) => format!("{}@{} of network {network}", owner.container_id, owner.ifname),
-            None => "a device of this host, or a route".to_owned(),
+            _ => OTHER_HOLDER.to_owned(),
         };
         Err(Error::new(code::TRY_AGAIN, format!("address {ip} that was asked for is taken: {holder} has it"))
             .details("delete what has it, or ask for another address"))
@@ -609,6 +616,21 @@ mod tests {
         assert_eq!(get(&owner(7)).expect("taken back"), [ip("10.1.2.5")]);
         assert_eq!(get(&owner(8)).expect_err("full").code, 101);
         assert_eq!(pool.held_by(&owner(2)).expect("list"), [ip("10.1.2.4")]);
+    }
+
+    /// The device of the owner has gone, and somebody has the address: the route may be of a pod whose device has another name.
+    #[test]
+    fn a_lease_of_an_address_in_use_stays() {
+        let dir = Dir::new("used");
+        let pool = Pool::new(&dir.0);
+        let ranges = [net("10.1.2.0/30")];
+        assert_eq!(allocate(&pool, &ranges, &owner(1)).expect("free"), [ip("10.1.2.2")]);
+        let mut known = Known { used: vec![ip("10.1.2.2")], dead: vec![owner(1)] };
+        for wanted in [&[][..], &[ip("10.1.2.2")]] {
+            let request = Request { ranges: &ranges, wanted, network: "n", owner: &owner(2) };
+            pool.allocate(&request, &mut known).expect_err("in use");
+            assert_eq!(pool.held_by(&owner(1)).expect("list"), [ip("10.1.2.2")]);
+        }
     }
 
     /// A power cut leaves files without content on a disk.

@@ -33,6 +33,24 @@ fn it_keeps_the_valid_and_removes_the_rest() {
     assert_eq!(node.traces(), clean);
 }
 
+/// What is known from files goes all the same.
+#[test]
+fn without_the_list_of_links_it_removes_the_rest_and_fails() {
+    let node = Node::new();
+    let clean = node.traces();
+    node.add("c1", &netns("a"));
+    let mut conf = node.conf("1.1.0");
+    conf["cni.dev/valid-attachments"] = json!([]);
+    let mut other = conf.clone();
+    other["name"] = json!("other");
+    let msg = Call::new("GC", &other).env("RUSTNET_CNI_FAIL_AT", "links").run().failure(5);
+    assert!(msg.contains("links"), "{msg}");
+    assert_ne!(node.traces(), clean, "a living pod of another network is gone");
+    let msg = Call::new("GC", &conf).env("RUSTNET_CNI_FAIL_AT", "links").run().failure(5);
+    assert!(msg.contains("links"), "{msg}");
+    assert_eq!(node.traces(), clean);
+}
+
 #[test]
 fn it_leaves_other_networks_and_foreign_links_alone() {
     let node = Node::new();

@@ -3,6 +3,7 @@
 use crate::common::{Call, Node, Traces, bpf, ip, ip_json, ips, netns, ping, until};
 use serde_json::{Value, json};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 fn host_local(node: &Node, subnet: &str) -> Value {
     let mut conf = node.conf("1.1.0");
@@ -88,6 +89,42 @@ fn arguments_that_an_ipam_plugin_refuses_keep_no_address() {
     }
 }
 
+/// A DEL that fails for another reason than its arguments is none that an answer to another question could make good.
+#[test]
+fn a_del_that_fails_is_not_asked_again_without_arguments() {
+    let node = Node::new();
+    let before = node.traces();
+    let mut conf = node.conf("1.1.0");
+    conf["ipam"] = json!({ "type": "picky" });
+    let plugin = |error: &str| {
+        let text = format!(
+            "#!/bin/sh\ncase $CNI_COMMAND in\nADD) echo '{{\"cniVersion\":\"1.1.0\",\"ips\":[{{\"address\":\"10.7.0.5/24\"}}]}}' ;;\n\
+             DEL) [ -z \"$CNI_ARGS\" ] || {{ echo '{error}'; exit 1; }} ;;\nesac\n"
+        );
+        fs::write("/run/plugins/picky", text).expect("script");
+        fs::set_permissions("/run/plugins/picky", fs::Permissions::from_mode(0o755)).expect("mode");
+    };
+    let ns = netns("a");
+    let mark = node.run.join("ipam/delegated/rustnet/c1@eth0");
+    let del = Call::of("DEL", &conf, "c1", "").env("CNI_ARGS", "OTHER=x");
+    for (error, is_asked_again) in [
+        (r#"{"code":100,"msg":"the database is away"}"#, false),
+        (r#"{"code":999,"msg":"ARGS: unknown args [\"OTHER=x\"]"}"#, true),
+        (r#"{"code":4,"msg":"OTHER"}"#, true),
+    ] {
+        plugin(error);
+        Call::of("ADD", &conf, "c1", &ns).run().success();
+        if is_asked_again {
+            assert_eq!(del.run().success(), Value::Null, "{error}");
+        } else {
+            assert!(del.run().failure(100).contains("the database is away"));
+            assert!(mark.exists(), "nobody gives the address back any more");
+            assert_eq!(Call::of("DEL", &conf, "c1", "").run().success(), Value::Null);
+        }
+        assert_eq!(node.traces(), before, "{error}");
+    }
+}
+
 #[test]
 fn a_step_that_fails_keeps_no_other_from_being_tried() {
     let node = Node::new();
@@ -148,6 +185,38 @@ fn a_link_of_this_name_that_is_anothers_stays() {
     ip(&["link", "set", host, "alias", "/run/rustnet rustnet c2@eth0"]);
     node.del("c1");
     assert!(ip(&["link"]).contains(host), "c2's veth is gone");
+}
+
+/// A link without an alias is of the network that its group names.
+#[test]
+fn a_link_without_an_alias_that_is_anothers_stays() {
+    let node = Node::new();
+    let before = node.traces();
+    let mut other = node.conf("1.1.0");
+    other["runDir"] = json!("/run/other");
+    fs::create_dir("/run/other").expect("directory");
+    fs::copy(node.run.join("node.json"), "/run/other/node.json").expect("node.json");
+    let out = Call::of("ADD", &other, "c1", &netns("a")).env("RUSTNET_CNI_CRASH_AT", "veth").run();
+    assert_eq!(out.signal, Some(9), "{out:?}");
+    let left = node.traces();
+    assert_ne!(left, before);
+    node.del("c1");
+    assert_eq!(node.traces(), left);
+    assert_eq!(Call::of("DEL", &other, "c1", "").run().success(), Value::Null);
+    assert_eq!(node.traces(), before);
+    // Links of earlier releases have no group.
+    Call::of("ADD", &other, "c1", &netns("b")).env("RUSTNET_CNI_CRASH_AT", "veth").run();
+    let host = left_link();
+    ip(&["link", "set", &host, "group", "0"]);
+    node.del("c1");
+    assert_eq!(node.traces(), before);
+}
+
+/// The name of the one veth of the host.
+fn left_link() -> String {
+    let links = ip_json(&["link"]);
+    let names = links.as_array().expect("list").iter().filter_map(|link| link["ifname"].as_str());
+    names.filter(|name| name.starts_with("rnv")).collect::<Vec<_>>().concat()
 }
 
 /// Names that fit no alias of the kernel: the owner is known all the same.
