@@ -241,45 +241,64 @@ impl Socket {
         steps: &[(Cow<'static, str>, &'static [i32])],
         is_dump: bool,
     ) -> Result<(Vec<Reply>, bool), Refused> {
-        let last = steps.len() - 1;
         let broken =
             |what: &str, e: &io::Error| Refused::new(format!("netlink {what}"), e.raw_os_error().unwrap_or(libc::EIO));
         let socket = &self.inner;
         uninterrupted(|| socket.send(out, 0)).map_err(|e| broken("send", &e))?;
 
-        let mut refused: Option<Refused> = None;
-        let mut replies = Vec::new();
-        let mut is_whole = true;
+        let mut answer = Answer { is_whole: true, ..Answer::default() };
         loop {
             self.buf.clear();
             uninterrupted(|| self.inner.recv(&mut self.buf, 0)).map_err(|e| broken("receive", &e))?;
-            let mut rest = &self.buf[..];
-            while let Ok(message) = NetlinkBuffer::new_checked(rest) {
-                rest = rest.get((message.length() as usize).next_multiple_of(4)..).unwrap_or_default();
-                let index = message.sequence_number().wrapping_sub(first_seq) as usize;
-                let Some((what, tolerated)) = steps.get(index) else { continue };
-                let body = message.payload();
-                is_whole &= message.flags() & NLM_F_DUMP_INTR == 0 || message.message_type() == NLMSG_ERROR;
-                match message.message_type() {
-                    NLMSG_ERROR => {
-                        let errno =
-                            body.get(..4).and_then(|code| parse_i32(code).ok()).unwrap_or_default().wrapping_neg();
-                        if errno != 0 && !tolerated.contains(&errno) && refused.is_none() {
-                            let hint = hint(body, message.flags());
-                            refused = Some(Refused { what: what.to_string(), errno, hint });
-                        }
-                        if index == last {
-                            return refused.map_or(Ok((replies, true)), Err);
-                        }
-                    }
-                    NLMSG_DONE if index == last && is_dump => {
-                        return refused.map_or(Ok((replies, is_whole)), Err);
-                    }
-                    NLMSG_DONE => {}
-                    kind => replies.push(Reply { kind, body: body.to_vec() }),
-                }
+            if answer.read(&self.buf, first_seq, steps, is_dump) {
+                return answer.refused.map_or(Ok((answer.replies, answer.is_whole)), Err);
             }
         }
+    }
+}
+
+/// What was read of the answers to the messages of one send.
+#[derive(Default)]
+struct Answer {
+    replies: Vec<Reply>,
+    /// The first refusal.
+    refused: Option<Refused>,
+    /// False if a list changed while it was read.
+    is_whole: bool,
+}
+
+impl Answer {
+    /// Reads the messages of one datagram; true at the end of the last answer.
+    fn read(
+        &mut self,
+        mut rest: &[u8],
+        first_seq: u32,
+        steps: &[(Cow<'static, str>, &'static [i32])],
+        is_dump: bool,
+    ) -> bool {
+        let last = steps.len() - 1;
+        while let Ok(message) = NetlinkBuffer::new_checked(rest) {
+            rest = rest.get((message.length() as usize).next_multiple_of(4)..).unwrap_or_default();
+            let index = message.sequence_number().wrapping_sub(first_seq) as usize;
+            let Some((what, tolerated)) = steps.get(index) else { continue };
+            let body = message.payload();
+            self.is_whole &= message.flags() & NLM_F_DUMP_INTR == 0 || message.message_type() == NLMSG_ERROR;
+            let kind = message.message_type();
+            if kind != NLMSG_ERROR && kind != NLMSG_DONE {
+                self.replies.push(Reply { kind, body: body.to_vec() });
+                continue;
+            }
+            // A dump that fails half-way says so at its end.
+            let errno = body.get(..4).and_then(|code| parse_i32(code).ok()).unwrap_or_default().wrapping_neg();
+            if errno > 0 && !tolerated.contains(&errno) && self.refused.is_none() {
+                let hint = if kind == NLMSG_ERROR { hint(body, message.flags()) } else { String::new() };
+                self.refused = Some(Refused { what: what.to_string(), errno, hint });
+            }
+            if index == last && (is_dump || kind == NLMSG_ERROR) {
+                return true;
+            }
+        }
+        false
     }
 }
 
@@ -304,7 +323,7 @@ fn hint(body: &[u8], flags: u16) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Attrs, Message, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, Socket};
+    use super::{Answer, Attrs, Cow, Message, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLMSG_DONE, Socket};
     use netlink_packet_route::link::LinkHeader;
 
     #[test]
@@ -324,6 +343,22 @@ mod tests {
     fn malformed_attributes_end_the_walk() {
         for bytes in [&[][..], &[1], &[3, 0, 1, 0], &[0, 0, 1, 0], &[200, 0, 1, 0, 1, 2]] {
             assert_eq!(Attrs(bytes).iter().count(), 0, "{bytes:?}");
+        }
+    }
+
+    /// A dump that fails half-way ends with NLMSG_DONE and the error, not with NLMSG_ERROR.
+    #[test]
+    fn a_list_that_fails_at_its_end_is_refused() {
+        let message = |kind: u16, body: &[u8]| {
+            let head = [(16 + body.len() as u32).to_ne_bytes(), (u32::from(kind) | 2 << 16).to_le_bytes()].concat();
+            [&head[..], &7_u32.to_ne_bytes(), &[0; 4], body].concat()
+        };
+        let steps = [(Cow::from("list links"), &[][..])];
+        for (code, errno) in [(0, None), (9, None), (-libc::EMSGSIZE, Some(libc::EMSGSIZE))] {
+            let bytes = [message(libc::RTM_NEWLINK, &[1; 16]), message(NLMSG_DONE, &i32::to_ne_bytes(code))].concat();
+            let mut answer = Answer { is_whole: true, ..Answer::default() };
+            assert!(answer.read(&bytes, 7, &steps, true) && answer.is_whole && answer.replies.len() == 1);
+            assert_eq!(answer.refused.map(|r| (r.what, r.errno)), errno.map(|e| ("list links".to_owned(), e)));
         }
     }
 
@@ -366,7 +401,11 @@ mod tests {
             }
         });
         let mut socket = Socket::open().expect("socket");
-        while socket.interrupted < 20 {
+        for round in 0.. {
+            if socket.interrupted >= 20 {
+                break;
+            }
+            assert!(round < 20_000, "only {} lists changed while they were read", socket.interrupted);
             assert!(!churn.is_finished(), "nothing changes any more");
             let dump = Message::new("list links", libc::RTM_GETLINK, NLM_F_DUMP, &LinkHeader::default());
             let replies = socket.run(vec![dump]).expect("list");
