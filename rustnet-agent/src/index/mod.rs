@@ -21,7 +21,7 @@ pub use vip::{ServiceRanges, SourceRange, VipKey};
 
 use crate::config::NodePortAddresses;
 use crate::host::HostFacts;
-use crate::model::{EndpointSlice, Node, ObjectName, Pod, Problem, Service, ServicePort};
+use crate::model::{EndpointSlice, Family, Node, ObjectName, Pod, Problem, Service, ServicePort};
 use crate::source::{Event, Kind, Object, ObjectRef, Origin};
 pub use crate::ways::Settings;
 use crate::ways::Ways;
@@ -443,7 +443,9 @@ impl Index {
         // Packets with these addresses do not leave a host: only its sockets ask for them.
         let loopback = LOOPBACK.iter().filter(|_| self.settings.has_host_sockets);
         let node_ips = addresses.iter().chain(loopback).copied().filter(has_node_ports).collect();
-        self.services.set_own(addresses, node_ips, zone);
+        let is_unnamed = |family: &Family| own.is_some() && !primary.iter().any(|ip| Family::of(*ip) == *family);
+        let unnamed = [Family::V4, Family::V6].into_iter().filter(is_unnamed).collect();
+        self.services.set_own(addresses, node_ips, unnamed, zone);
         self.nodes_changed(false);
     }
 

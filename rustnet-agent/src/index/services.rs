@@ -91,6 +91,8 @@ pub struct Services {
     contested: BTreeSet<VipKey>,
     /// Addresses of this node that have node ports.
     node_ips: Box<[IpAddr]>,
+    /// Families of which this node's object names no address: other nodes do not know this one's.
+    unnamed: Box<[Family]>,
     /// How many nodes have an address, by their objects.
     of_nodes: HashMap<IpAddr, u32>,
     /// How many services have an address.
@@ -159,6 +161,7 @@ impl Services {
             claims: HashMap::new(),
             contested: BTreeSet::new(),
             node_ips: Box::default(),
+            unnamed: Box::default(),
             of_nodes: HashMap::new(),
             vips: HashMap::new(),
             external: 0,
@@ -242,7 +245,17 @@ impl Services {
     }
 
     /// Replaces this node's addresses, those of them that have node ports, and its zone.
-    pub fn set_own(&mut self, addresses: BTreeSet<IpAddr>, node_ips: Box<[IpAddr]>, zone: Arc<str>) {
+    pub fn set_own(
+        &mut self,
+        addresses: BTreeSet<IpAddr>,
+        node_ips: Box<[IpAddr]>,
+        unnamed: Box<[Family]>,
+        zone: Arc<str>,
+    ) {
+        if self.unnamed != unnamed {
+            self.unnamed = unnamed;
+            self.dirty.extend(self.claims.keys().filter(|key| key.scope == scope::EXTERNAL));
+        }
         if self.zone != zone {
             self.zone = zone;
             self.dirty.extend(self.claims.keys());
@@ -402,7 +415,8 @@ impl Services {
         let judged = if source_ranges.is_some() { flags::SOURCE_RANGES } else { 0 };
         let mut flags = choose(is_local, target, family, &state.slices, here, choice) | judged;
         let is_node_port = self.own.contains(&key.ip);
-        if key.scope == scope::EXTERNAL && !is_local && self.spreading.is_direct(service, is_node_port, choice) {
+        let is_outside = key.scope == scope::EXTERNAL && !is_local && !self.unnamed.contains(&family);
+        if is_outside && self.spreading.is_direct(service, is_node_port, choice) {
             flags |= flags::DIRECT;
         }
         if key.ip.is_loopback() && choice.backends.iter().any(|it| it.port == key.port && self.own.contains(&it.addr)) {

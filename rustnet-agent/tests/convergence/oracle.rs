@@ -225,7 +225,9 @@ fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
             Some(mode) => mode == "dsr",
             None => settings.forwarding == Forwarding::Dsr,
         };
-        let is_direct = is_direct && scope == scope::EXTERNAL && !is_local && !is_hinted;
+        let is_of_family = |it: &&'static str| it.parse::<IpAddr>().is_ok_and(|it| it.is_ipv6() == ip.is_ipv6());
+        let is_named = own_node(cluster, settings).is_none_or(|node| node.addresses.iter().any(is_of_family));
+        let is_direct = is_direct && is_named && scope == scope::EXTERNAL && !is_local && !is_hinted;
         let flags = flags | if is_direct { service::flags::DIRECT } else { 0 };
         // One backend gets all flows without a table.
         let has_table = algorithm == Algorithm::Maglev && backends.len() > 1;

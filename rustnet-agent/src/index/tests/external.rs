@@ -49,6 +49,16 @@ fn direct_answers_where_all_nodes_choose_alike() {
             .map(|(at, port)| desired(&it, &outside(key(at, port, TCP))).expect("an entry").1);
         assert_eq!(flags, want);
     }
+    // The header is from this node, and others know it by the address that its object names.
+    let mut it = Index::new(Settings { forwarding: Forwarding::Dsr, ..Settings::new("n1", Routing::Vxlan) });
+    it.handle(service("web", &[VIP4, VIP6]).tcp(80).external(&[BALANCER, "2001:db8:7::7"]).apply());
+    let flags =
+        |it: &Index| [BALANCER, "2001:db8:7::7"].map(|at| desired(it, &outside(key(at, 80, TCP))).expect("an entry").1);
+    assert_eq!(flags(&it), [DIRECT; 2]);
+    it.take_dirty_services();
+    it.handle(node("n1", &["172.18.0.11"], &["10.244.1.0/24"]).apply());
+    assert_eq!(flags(&it), [DIRECT, 0]);
+    assert!(it.take_dirty_services().contains(&outside(key("2001:db8:7::7", 80, TCP))));
 }
 
 #[test]
