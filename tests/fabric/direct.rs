@@ -1,6 +1,6 @@
 //! Direct server return: backends on other nodes answer clients outside by themselves.
 
-use crate::external::balancer;
+use crate::external::{self, balancer};
 use crate::fixture::{
     Net, SERVICE_PORT, TestService, endpoints, in_each_routing, node_port, node_ports, observed, wait_served, world,
 };
@@ -163,18 +163,7 @@ fn session_affinity(net: &Net) -> Result<()> {
 
 /// TCP connections stay with their endpoint when it leaves the service.
 fn connections_outlive_their_endpoint(net: &Net) -> Result<()> {
-    let mut service = direct(net, at_nodes(), endpoints(&[&net.c]))?;
-    for target in node_ports(net.node(1), &service) {
-        wait_served(net.fabric.world(), target)?;
-        let mut open = Connection::open_in(net.fabric.world(), target)?;
-        ensure!(open.ask("1")?.0 == "c", "another server");
-        service.set(endpoints(&[&net.b]))?;
-        wait::until("the other endpoint", || ask(net.fabric.world(), Proto::Udp, target, 1)?.only_by(&["b"]))?;
-        ensure!(open.ask("2")?.0 == "c", "the connection moved");
-        service.set(endpoints(&[&net.c]))?;
-        wait::until("the first endpoint", || ask(net.fabric.world(), Proto::Udp, target, 1)?.only_by(&["c"]))?;
-    }
-    Ok(())
+    external::outlive(net, direct(net, at_nodes(), endpoints(&[&net.c]))?)
 }
 
 /// Pods and nodes reach the same ports.

@@ -272,7 +272,11 @@ pub fn a_backend_that_is_the_node(net: &Net) -> Result<()> {
 
 /// TCP connections stay with their endpoint when it leaves the service.
 pub fn connections_outlive_their_endpoint(net: &Net) -> Result<()> {
-    let mut service = published(net, at_nodes(), endpoints(&[&net.c]))?;
+    outlive(net, published(net, at_nodes(), endpoints(&[&net.c]))?)
+}
+
+/// The same for a service with node ports that leads to pod c.
+pub fn outlive(net: &Net, mut service: TestService<'_>) -> Result<()> {
     for target in node_ports(net.node(1), &service) {
         wait_served(net.fabric.world(), target)?;
         let mut open = Connection::open_in(net.fabric.world(), target)?;

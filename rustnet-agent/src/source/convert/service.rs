@@ -13,10 +13,6 @@ use std::sync::Arc;
 
 /// Affinity time-out when the Service does not say: three hours, as the API's default is.
 const DEFAULT_AFFINITY: u32 = 10_800;
-/// The annotation that overrides `--lb-algorithm`.
-const ALGORITHM: &str = "rustnet.io/lb-algorithm";
-/// The annotation that overrides `--forwarding-mode`.
-const FORWARDING: &str = "rustnet.io/forwarding-mode";
 
 impl Converter {
     /// What an added or changed Service means.
@@ -56,8 +52,8 @@ impl Converter {
             vips,
             ports,
             affinity: affinity(spec, &mut findings),
-            algorithm: algorithm(service, &mut findings),
-            forwarding: forwarding(service, &mut findings),
+            algorithm: override_of(service, "lb-algorithm", "random or maglev", Algorithm::parse, &mut findings),
+            forwarding: override_of(service, "forwarding-mode", "snat or dsr", Forwarding::parse, &mut findings),
             internal_local: is_local(
                 spec.internal_traffic_policy.as_deref(),
                 "spec.internalTrafficPolicy",
@@ -253,30 +249,24 @@ fn source_ranges(spec: &ServiceSpec, findings: &mut Findings) -> Option<Box<[IpN
     Some(ranges.into_iter().collect())
 }
 
-/// How an annotation has the flows spread.
-fn algorithm(service: &KubeService, findings: &mut Findings) -> Option<Algorithm> {
-    let text = service.metadata.annotations.as_ref()?.get(ALGORITHM)?;
-    let algorithm = Algorithm::parse(text);
-    if algorithm.is_none() {
+/// The word of an annotation that overrides a `setting` of the agent, which has the same name; `words`: those that there are.
+fn override_of<T>(
+    service: &KubeService,
+    setting: &str,
+    words: &str,
+    parse: impl Fn(&str) -> Option<T>,
+    findings: &mut Findings,
+) -> Option<T> {
+    let annotation = format!("rustnet.io/{setting}");
+    let text = service.metadata.annotations.as_ref()?.get(&annotation)?;
+    let word = parse(text);
+    if word.is_none() {
         findings.add(
-            format!("metadata.annotations[{ALGORITHM}]"),
-            format!("{text:?} is unknown, the agent's lb-algorithm is used; use random or maglev"),
+            format!("metadata.annotations[{annotation}]"),
+            format!("{text:?} is unknown, the agent's {setting} is used; use {words}"),
         );
     }
-    algorithm
-}
-
-/// How an annotation has answers go to clients outside.
-fn forwarding(service: &KubeService, findings: &mut Findings) -> Option<Forwarding> {
-    let text = service.metadata.annotations.as_ref()?.get(FORWARDING)?;
-    let forwarding = Forwarding::parse(text);
-    if forwarding.is_none() {
-        findings.add(
-            format!("metadata.annotations[{FORWARDING}]"),
-            format!("{text:?} is unknown, the agent's forwarding-mode is used; use snat or dsr"),
-        );
-    }
-    forwarding
+    word
 }
 
 /// True for a Service with a load balancer.
