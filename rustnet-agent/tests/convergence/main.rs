@@ -15,6 +15,7 @@ use rustnet_agent::model::Family;
 use rustnet_agent::plan::{Capacity, GRACE, MemoryMaps, Planner, VipKey, Write, verify};
 use rustnet_agent::source::convert::Converter;
 use rustnet_agent::source::{Event, Kind};
+use rustnet_common::backend::id;
 use rustnet_common::maglev::UNIT;
 use rustnet_common::tuple::proto::UDP;
 use std::collections::{BTreeMap, BTreeSet};
@@ -78,8 +79,8 @@ struct World {
     maps: MemoryMaps,
     now: Duration,
     converter: Converter,
-    /// UDP flows that clients may have, by backend id: what they asked for, and where they were led.
-    flows: BTreeMap<u32, (Key, (IpAddr, u16))>,
+    /// UDP flows that clients may have, by backend id and by what they asked for: where they were led.
+    flows: BTreeMap<(u32, Key), (IpAddr, u16)>,
     /// Numbers that ports with backends have had: none is given to another port of another Service.
     numbers: BTreeMap<u32, (BTreeSet<Key>, BTreeSet<String>)>,
     /// Numbers and entries that an agent has found at its start.
@@ -179,12 +180,16 @@ impl World {
         self.now += Duration::from_millis(1);
         self.maps.set_now(self.now);
         let done = self.planner.sync(&mut self.index, &mut self.maps, self.now);
-        for id in self.maps.take_ended() {
-            self.flows.remove(&id);
-        }
+        // As the programs do.
+        let held = self.maps.held();
+        self.flows.retain(|(id, key), _| {
+            let vip = VipKey { ip: key.0, port: key.1, proto: key.2, scope: key.3 };
+            let backend = held.backends.get(id::slot_of(*id) as usize).filter(|backend| backend.serves(*id));
+            held.services.get(&vip).is_some_and(|entry| backend.is_some_and(|it| it.service == entry.id))
+        });
         for (key, entry) in self.maps.held().services.iter().filter(|(key, _)| key.proto == UDP) {
             for b in self.maps.backends(entry) {
-                self.flows.insert(b.id, ((key.ip, key.port, key.proto, key.scope), (b.addr.into(), b.port)));
+                self.flows.insert((b.id, (key.ip, key.port, key.proto, key.scope)), (b.addr.into(), b.port));
             }
         }
         for (key, entry) in self.maps.held().services.iter().filter(|(_, entry)| entry.count > 0) {
@@ -205,7 +210,7 @@ impl World {
 
     /// No client is led to a backend that serves no more, unless there is none at all that does.
     fn flows_are_alive(&self) {
-        for (key, target) in self.flows.values() {
+        for ((_, key), target) in &self.flows {
             let alive = serving(&self.cluster, &self.settings, *key);
             let known = self.table().has(*key);
             assert!(known && (alive.is_empty() || alive.contains(target)), "{key:?} still leads to {target:?}");

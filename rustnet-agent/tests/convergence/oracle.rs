@@ -212,10 +212,8 @@ fn services(cluster: &Cluster, settings: &Settings) -> BTreeMap<Key, Entry> {
     let own = own_addresses(cluster, settings);
     let mut table: BTreeMap<Key, Entry> = BTreeMap::new();
     for ((ip, port, protocol, scope), Frontend { service, name, is_local }) in frontends(cluster, settings) {
-        let (flags, backends) = backends(cluster, settings, service, is_local, &name, protocol, ip.is_ipv6());
-        let ready = endpoints(cluster, service, &name, protocol, ip.is_ipv6()).into_iter().map(|(_, _, e)| e);
-        let is_hinted =
-            ready.filter(|e| e.ready != Some(false)).any(|e| !(e.node_hints.is_empty() && e.zone_hints.is_empty()));
+        let (flags, is_hinted, backends) =
+            backends(cluster, settings, service, is_local, &name, protocol, ip.is_ipv6());
         let algorithm = match service.algorithm {
             Some("maglev") => Algorithm::Maglev,
             Some("random") => Algorithm::Random,
@@ -264,7 +262,7 @@ fn backends(
     name: &str,
     protocol: u8,
     v6: bool,
-) -> (u16, Vec<Backend>) {
+) -> (u16, bool, Vec<Backend>) {
     let all = endpoints(cluster, service, name, protocol, v6);
     let me = &*settings.node_name;
     let zone = own_node(cluster, settings).and_then(|node| node.zone);
@@ -299,7 +297,7 @@ fn backends(
         let chosen = of(&|e, local| ready(e) && local);
         let chosen = if chosen.is_empty() { of(&|_, local| local) } else { chosen };
         let elsewhere = chosen.is_empty() && !usable.is_empty();
-        return (if elsewhere { service::flags::DROP_EMPTY } else { 0 }, chosen);
+        return (if elsewhere { service::flags::DROP_EMPTY } else { 0 }, false, chosen);
     }
     let readies: Vec<&Endpoint> = usable.iter().map(|(_, _, e, _)| *e).filter(|e| ready(e)).collect();
     let by_node =
@@ -316,7 +314,8 @@ fn backends(
                 true
             }
     });
-    (0, if chosen.is_empty() { of(&|_, _| true) } else { chosen })
+    let is_hinted = readies.iter().any(|e| !e.node_hints.is_empty() || !e.zone_hints.is_empty());
+    (0, is_hinted, if chosen.is_empty() { of(&|_, _| true) } else { chosen })
 }
 
 /// An endpoint that serves what it has, whether or not it gets more.

@@ -9,7 +9,7 @@ use rustnet_agent::bpf::sys::{self, Layout};
 use rustnet_agent::bpf::{object, probe};
 use rustnet_agent::config::PacketLog;
 use rustnet_agent::plan::{Maps, VipKey, Write};
-use rustnet_common::names::{PROGRAMS, SOCKET_PROGRAMS, map};
+use rustnet_common::names::{PROGRAMS, SOCKET_PROGRAMS, UNATTACHED, map};
 use rustnet_common::service::SvcEntry;
 
 use crate::sandbox::{self, Sandbox, names};
@@ -61,8 +61,8 @@ fn a_second_load_adopts_the_maps_and_replaces_the_programs() {
         }
         assert_eq!(
             names(&sandbox.bpffs.join("prog")).len(),
-            // With the two that are jumped to, the clock, and XDP.
-            PROGRAMS.len() + 4 + SOCKET_PROGRAMS.len(),
+            // With those that are jumped to, the clock, and XDP.
+            PROGRAMS.len() + UNATTACHED.len() + 2 + SOCKET_PROGRAMS.len(),
             "no temporary pin is left"
         );
     });
