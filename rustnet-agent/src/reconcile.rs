@@ -234,9 +234,8 @@ struct Reconciler {
     external_seen: bool,
     /// There are TCP connections whose backend serves no more, and whose endpoint is known to the API.
     has_outlived: bool,
-    sockets_since: endings::Since,
-    /// Where the next search for them begins.
-    first_bucket: u8,
+    /// What the last search for such sockets has left to the next.
+    search_progress: endings::Progress,
     searching: Option<Searching>,
     /// How long the loop took to compare them with the backends.
     compare_took: Duration,
@@ -289,8 +288,7 @@ impl Reconciler {
             ways_seen: 0,
             external_seen: false,
             has_outlived: false,
-            sockets_since: endings::Since::new(),
-            first_bucket: 0,
+            search_progress: endings::Progress::default(),
             searching: None,
             compare_took: Duration::ZERO,
             records: None,

@@ -36,6 +36,16 @@ const IN_PODS_REMEDY: &str = "the agent needs CAP_SYS_ADMIN and the directory of
 /// Since when each socket is without a backend.
 pub type Since = HashMap<SocketKey, Instant>;
 
+/// What one search leaves to the next.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// Since when sockets are without a backend.
+    pub since: Since,
+    /// The bucket to begin with: the first one whose turn came so late that no TCP connection was ended there, so that none is always
+    /// late. 0 if none was.
+    pub first: u8,
+}
+
 /// A function that opens the sockets of the network namespace at a path.
 pub type Enter = Arc<dyn Fn(&Path) -> Result<SockDiag> + Send + Sync>;
 
@@ -56,10 +66,8 @@ pub struct Search {
     pub left: Vec<Left>,
     /// When they were compared with the backends.
     pub judged: Instant,
-    /// Since when they are without one.
-    pub since: Since,
-    /// The bucket to begin with: see [`Outcome::first`].
-    pub first: u8,
+    /// What the search before has left.
+    pub progress: Progress,
     /// The CNI binary's records of pods; `None` while they are not known.
     pub records: Option<Vec<EndpointFile>>,
     /// Where these are.
@@ -73,11 +81,8 @@ pub struct Search {
 /// The result of a search.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// Since when sockets are without a backend, for the next search.
-    pub since: Since,
-    /// The first bucket whose turn came so late that no TCP connection was ended there: the next search begins with it, so that none
-    /// is always late. 0 if none was.
-    pub first: u8,
+    /// For the next search.
+    pub progress: Progress,
     /// After which time to search again.
     pub next: Option<Duration>,
     /// How many sockets were ended.
@@ -117,12 +122,12 @@ impl Search {
     /// Looks into one namespace after the other, and ends what is to be ended there.
     pub fn run(mut self) -> Outcome {
         let known: HashSet<SocketKey> = self.left.iter().map(|it| it.key).collect();
-        let mut outcome = Outcome { since: std::mem::take(&mut self.since), ..Outcome::default() };
-        outcome.since.retain(|key, _| known.contains(key));
+        let Progress { since, first } = std::mem::take(&mut self.progress);
+        let mut outcome = Outcome { progress: Progress { since, first: 0 }, ..Outcome::default() };
+        outcome.progress.since.retain(|key, _| known.contains(key));
         let mut forget = Vec::new();
         let mut late = None;
-        let (before, from_first): (Vec<_>, Vec<_>) =
-            by_bucket(&self.left).into_iter().partition(|(it, _)| *it < self.first);
+        let (before, from_first): (Vec<_>, Vec<_>) = by_bucket(&self.left).into_iter().partition(|(it, _)| *it < first);
         for (bucket, left) in from_first.into_iter().chain(before) {
             if self.judged.elapsed() >= VALID {
                 late.get_or_insert(bucket);
@@ -137,9 +142,9 @@ impl Search {
             outcome.fail(Scope::Host, &error);
         }
         for (key, _) in &forget {
-            outcome.since.remove(key);
+            outcome.progress.since.remove(key);
         }
-        outcome.first = late.unwrap_or(0);
+        outcome.progress.first = late.unwrap_or(0);
         outcome
     }
 
@@ -155,7 +160,7 @@ impl Search {
         let alive = places.find(proto, &left.iter().map(|it| peer(&it.key)).collect(), outcome);
         let now = Instant::now();
         for Left { key, asked, is_over } in left {
-            let age = now - *outcome.since.entry(*key).or_insert(now);
+            let age = now - *outcome.progress.since.entry(*key).or_insert(now);
             let Some((place, socket)) = alive.get(&peer(key)) else {
                 // Closed, without a peer, about to be connected, or where nobody can look: then the failure is tried again.
                 if !places.is_blind && age >= LINGER {

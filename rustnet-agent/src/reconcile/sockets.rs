@@ -122,8 +122,7 @@ impl Reconciler {
                 let search = Search {
                     left,
                     judged: began.into_std(),
-                    since: std::mem::take(&mut self.sockets_since),
-                    first: self.first_bucket,
+                    progress: std::mem::take(&mut self.search_progress),
                     records: self.records.clone(),
                     run_dir: self.config.run_dir.clone(),
                     enter: Arc::clone(&self.enter),
@@ -140,9 +139,9 @@ impl Reconciler {
     }
 
     fn fail_endings(&mut self, error: &anyhow::Error) {
-        let since = std::mem::take(&mut self.sockets_since);
+        let progress = std::mem::take(&mut self.search_progress);
         let (failures, has_outlived) = (vec![Failure::new(Scope::Host, error)], self.has_outlived);
-        self.finish_endings(Outcome { since, has_outlived, failures, ..Outcome::default() });
+        self.finish_endings(Outcome { progress, has_outlived, failures, ..Outcome::default() });
     }
 
     /// Notes the outcome of a search.
@@ -151,8 +150,7 @@ impl Reconciler {
         if let Some(Searching { began, .. }) = self.searching {
             tracing::debug!(took = ?began.elapsed(), ended = outcome.ended, "network namespaces searched for sockets");
         }
-        (self.searching, self.sockets_since, self.has_outlived) = (None, outcome.since, outcome.has_outlived);
-        self.first_bucket = outcome.first;
+        (self.searching, self.search_progress, self.has_outlived) = (None, outcome.progress, outcome.has_outlived);
         if outcome.ended > 0 {
             tracing::info!(ended = outcome.ended, "sockets ended: their backends are gone");
         }
@@ -218,19 +216,12 @@ fn left(kernel: &Kernel, mut all: Vec<(SocketKey, Asked)>) -> Result<Vec<(Socket
     } else {
         Default::default()
     };
-    let leads_to_pod = |key: &SocketKey, asked: &Asked| {
-        let at = |addr| ports.get(&HostPortKey { addr, port: asked.port, proto: asked.proto, pad: 0 });
-        let lives = |it: &&HostPort| pods.get(&IpAddr::from(it.pod)).is_some_and(|pod| pod.ifindex == it.ifindex);
-        // As the programs look: also behind an entry that a pod has left at this address.
-        let entry = [asked.addr, any(asked.addr.is_v4())].into_iter().filter_map(at).find(lives);
-        entry.is_some_and(|it| (it.pod, it.port) == (key.addr, key.port))
-    };
     // Many sockets ask for few Services.
     let mut sets: HashMap<VipKey, Option<u32>> = HashMap::new();
     let mut failed = None;
     all.retain(|(key, asked)| {
         if is_to_host_port(asked) {
-            return asked.proto == UDP && !leads_to_pod(key, asked);
+            return asked.proto == UDP && !leads_to_pod(&ports, &pods, key, asked);
         }
         let Some(set) = kernel.maps.set_of(asked.backend) else { return true };
         if asked.proto != UDP {
@@ -249,6 +240,15 @@ fn left(kernel: &Kernel, mut all: Vec<(SocketKey, Asked)>) -> Result<Vec<(Socket
     failed.map_or(Ok(all), Err)
 }
 
+/// True if the host port that a socket asked for leads to the pod that it sends to. As the programs look, also behind an entry that a
+/// pod has left at this address.
+fn leads_to_pod(ports: &Entries, pods: &HashMap<IpAddr, Endpoint>, key: &SocketKey, asked: &Asked) -> bool {
+    let at = |addr| ports.get(&HostPortKey { addr, port: asked.port, proto: asked.proto, pad: 0 });
+    let lives = |it: &&HostPort| pods.get(&IpAddr::from(it.pod)).is_some_and(|pod| pod.ifindex == it.ifindex);
+    let entry = [asked.addr, any(asked.addr.is_v4())].into_iter().filter_map(at).find(lives);
+    entry.is_some_and(|it| (it.pod, it.port) == (key.addr, key.port))
+}
+
 /// The entry that a socket asked for: all loopback addresses have that of the first.
 fn vip(asked: &Asked) -> VipKey {
     let ip = match IpAddr::from(asked.addr) {
@@ -257,4 +257,36 @@ fn vip(asked: &Asked) -> VipKey {
         ip => ip,
     };
     VipKey { ip, port: asked.port, proto: asked.proto, scope: scope::CLUSTER }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Asked, Endpoint, Entries, HostPort, HostPortKey, IpAddr, SocketKey, UDP, any, leads_to_pod};
+    use bytemuck::Zeroable;
+    use rustnet_common::addr::Addr;
+    use std::collections::HashMap;
+
+    #[test]
+    fn a_host_port_leads_to_the_first_pod_that_lives() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let (node, left, living) = (ip("192.0.2.1"), ip("10.1.1.5"), ip("10.1.1.6"));
+        let pods: HashMap<_, _> = [(living, Endpoint { ifindex: 6, ..Endpoint::zeroed() })].into();
+        let entry = |addr, pod: IpAddr, ifindex| {
+            let key = HostPortKey { addr, port: 53, proto: UDP, pad: 0 };
+            (key, HostPort { pod: pod.into(), ifindex, port: 5353, pad: 0 })
+        };
+        let leads_to = |ports: &Entries, pod: IpAddr, port| {
+            let key = SocketKey { addr: pod.into(), port, ..SocketKey::zeroed() };
+            leads_to_pod(ports, &pods, &key, &Asked { addr: node.into(), port: 53, proto: UDP, ..Asked::zeroed() })
+        };
+        let (at_node, at_all) = (Addr::from(node), any(true));
+        let ports: Entries = [entry(at_node, left, 5), entry(at_all, living, 6)].into();
+        assert!(leads_to(&ports, living, 5353) && !leads_to(&ports, living, 53) && !leads_to(&ports, left, 5353));
+        // The address was given to another pod since.
+        let ports: Entries = [entry(at_node, living, 7)].into();
+        assert!(!leads_to(&ports, living, 5353));
+        // One that lives at the address itself comes first.
+        let ports: Entries = [entry(at_node, living, 6), entry(at_all, left, 5)].into();
+        assert!(leads_to(&ports, living, 5353));
+    }
 }

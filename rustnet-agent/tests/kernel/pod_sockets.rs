@@ -16,7 +16,7 @@ use rustnet_agent::model::{ObjectName, Pod, Problem};
 use rustnet_agent::net::netns;
 use rustnet_agent::net::sock_diag::SockDiag;
 use rustnet_agent::reconcile::Surroundings;
-use rustnet_agent::reconcile::endings::{Left, Outcome, Search, Since};
+use rustnet_agent::reconcile::endings::{Left, Outcome, Progress, Search};
 use rustnet_agent::source::{Event, Kind, Object};
 use rustnet_common::files::EndpointFile;
 use rustnet_common::names::map;
@@ -237,8 +237,7 @@ fn a_tcp_connection_is_ended_by_what_was_found_a_moment_ago_alone() {
             let search = Search {
                 left: vec![Left { key, asked, is_over: true }],
                 judged,
-                since: [(key, ago(30))].into(),
-                first: 0,
+                progress: Progress { since: [(key, ago(30))].into(), first: 0 },
                 records: Some(Vec::new()),
                 run_dir: sandbox.run_dir.clone(),
                 enter: Arc::new(|_| unreachable!()),
@@ -276,8 +275,7 @@ fn the_next_search_begins_with_the_namespaces_that_were_late() {
             let search = Search {
                 left: (1..=3).map(left).collect(),
                 judged: Instant::now().checked_sub(age).unwrap(),
-                since: Since::new(),
-                first,
+                progress: Progress { first, ..Progress::default() },
                 records: Some((1..=3).map(record).collect()),
                 run_dir: sandbox.run_dir.clone(),
                 enter: Arc::new(move |path| {
@@ -286,7 +284,7 @@ fn the_next_search_begins_with_the_namespaces_that_were_late() {
                 }),
                 sockets: Arc::new(Sockets::open(&sandbox.bpffs).unwrap()),
             };
-            let first = search.run().first;
+            let first = search.run().progress.first;
             (entered.iter().collect::<String>(), first)
         };
         let (in_time, late) = (Duration::ZERO, Duration::from_secs(11));
