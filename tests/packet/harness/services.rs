@@ -123,7 +123,7 @@ impl Lab {
         self.entry(scope::CLUSTER, vip, port, proto)
     }
 
-    fn entry(&self, scope: u8, vip: IpAddr, port: u16, proto: u8) -> Result<SvcEntry> {
+    pub fn entry(&self, scope: u8, vip: IpAddr, port: u16, proto: u8) -> Result<SvcEntry> {
         let found = match vip {
             IpAddr::V4(_) => {
                 self.datapath.table(map::SVC4)?.get(&SvcKey { vip: Ip4::from_ip(vip), port, proto, scope })?
@@ -139,7 +139,7 @@ impl Lab {
         self.put_entry(scope::CLUSTER, vip, port, proto, entry)
     }
 
-    fn put_entry(&self, scope: u8, vip: IpAddr, port: u16, proto: u8, entry: &SvcEntry) -> Result<()> {
+    pub fn put_entry(&self, scope: u8, vip: IpAddr, port: u16, proto: u8, entry: &SvcEntry) -> Result<()> {
         match vip {
             IpAddr::V4(_) => {
                 self.datapath.table(map::SVC4)?.put(&SvcKey { vip: Ip4::from_ip(vip), port, proto, scope }, entry)

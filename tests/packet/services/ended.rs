@@ -149,6 +149,23 @@ fn a_frontend_that_goes_takes_its_flows_along() -> Result<()> {
     })
 }
 
+/// An external IP that a Service loses is no node port, although this node has a port of that number for the same backends.
+#[test]
+fn an_external_ip_that_goes_is_no_node_port() -> Result<()> {
+    labs(|lab, net| {
+        let (number, gone) = (Proto::Udp.number(net), net.ip([203, 0, 113, 9], "2001:db8:7::9"));
+        lab.publish(gone, NODE_PORT, number, 0, &[(net.b(), TARGET)])?;
+        let entry = lab.entry(scope::EXTERNAL, gone, NODE_PORT, number)?;
+        lab.put_entry(scope::EXTERNAL, net.node(), NODE_PORT, number, &entry)?;
+        let ask = from_outside(Proto::Udp, (net.world(), PORT), (gone, NODE_PORT));
+        let arrives = ask.hop().between((net.world(), PORT), (net.b(), TARGET));
+        lab.uplink_in(&ask)?.to_the_pod(&arrives)?;
+        lab.drop_entry(scope::EXTERNAL, gone, NODE_PORT, number)?;
+        silence(lab, net, 1)?;
+        lab.uplink_in(&ask)?.to_stack(&ask)
+    })
+}
+
 /// Session affinity does not lead back to one that has ended.
 #[test]
 fn affinity_ends_with_its_backend() -> Result<()> {
