@@ -291,7 +291,10 @@ pub static GROUPS: &[Group] = &[
                 key: "forwardingMode",
                 value: "snat|dsr",
                 default: Some("snat"),
-                help: "How clients outside get the answers of backends on other nodes, of a Service whose annotation          rustnet.io/forwarding-mode does not say: from the node that they asked, in whose name it asks the backend (snat), or from the backend's          node, where the backend sees the client (dsr). Each packet to such a backend is then 20 bytes longer with IPv4, 40 with IPv6, and the          network has to let nodes send with each other's addresses",
+                help: "How clients outside get the answers of backends on other nodes, of a Service whose annotation \
+                       rustnet.io/forwarding-mode does not say: from the node that they asked, in whose name it asks the backend (snat), \
+                       or from the backend's node, where the backend sees the client (dsr). Each packet to such a backend is then 20 bytes \
+                       longer with IPv4, 40 with IPv6, and the network has to let nodes send with each other's addresses",
                 ..ONE
             },
             Setting {

@@ -86,7 +86,8 @@ impl Index {
                     default: settings.lb_algorithm,
                     table_size: settings.maglev_table_size,
                     forwarding: settings.forwarding,
-                    has_all_node_ports: settings.node_ports.iter().all(|it| *it == NodePortAddresses::Primary),
+                    has_all_node_ports: settings.node_ports.is_empty()
+                        || settings.node_ports.contains(&NodePortAddresses::Primary),
                 },
             ),
             settings,

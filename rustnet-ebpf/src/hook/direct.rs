@@ -47,8 +47,9 @@ pub fn send<F: Steps + Wrap>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
     } else if flow.class == Class::Original {
         direct::follow::<F>(p);
     }
-    F::set_ttl(skb, p, action.ttl)?;
-    if rewrite::wrap::<F>(skb, p.ip_len, F::node(config), pod) != Encapsulated::Done {
+    let is_written = F::set_ttl(skb, p, action.ttl).is_ok()
+        && rewrite::wrap::<F>(skb, p.ip_len, F::node(config), pod) == Encapsulated::Done;
+    if !is_written {
         if flow.class == Class::New {
             F::forget();
         }
@@ -146,8 +147,7 @@ pub fn receive<F: Steps + Wrap>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
     if is_new {
         admit::admit::<F>(skb, p, flow, config, source::OUTSIDE, len, hook)?;
     }
-    rewrite::translate::<F, _>(skb, p, flow, p.ttl - 1)?;
-    if !rewrite::unwrap::<F>(skb) {
+    if rewrite::translate::<F, _>(skb, p, flow, p.ttl - 1).is_err() || !rewrite::unwrap::<F>(skb) {
         if is_new {
             F::forget();
         }

@@ -169,7 +169,7 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
         if !is_for_pod() {
             if external::is_asked::<F>(p, config) || external::is_rival::<F>(p, flow) {
                 verify()?;
-                // Tells `nat` by which hook it came, too.
+                // `nat` reads it as "by an uplink", too.
                 flow.flags |= flags::EXTERNAL;
                 return Ok(Some(flow));
             }

@@ -148,7 +148,7 @@ fn translate<F: Family>(
     Ok(())
 }
 
-/// Says that a TCP connection is established whose answers do not pass here: its opener acknowledges something, with a number of this
+/// Marks a TCP connection as established whose answers do not pass here, once its opener acknowledges something with a number of this
 /// connection.
 #[inline(always)]
 pub fn follow<F: Placed>(p: &Packet<F::A>) {

@@ -185,7 +185,7 @@ fn translate_new<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Resul
 #[inline(always)]
 fn translate_external<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<(), DropReason> {
     let Some(config) = maps::config() else { return Err(DropReason::NoFib) };
-    // `uplink_in` says so. Clients on other devices of this node may have addresses that no other node has a way to.
+    // Set by `uplink_in` alone. Clients on other devices of this node may have addresses that no other node has a way to.
     let is_by_uplink = flow.flags & flags::EXTERNAL != 0;
     if let Some(backend) = lb::select::<F>(&p.tuple, scope::EXTERNAL, config.seed)? {
         flow.to.tuple.dst = F::A::from_addr(backend.addr);
@@ -222,10 +222,11 @@ fn translate_external<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> 
 fn may_answer_directly<F: Family>(t: &Tuple<F::A>, to: F::A, config: &config::NodeConfig) -> bool {
     let node = F::node(config);
     let is_of_pod =
-        F::peer(to).is_some_and(|peer| peer.flags & (peer::flags::POD | peer::flags::NODE) == peer::flags::POD);
-    is_of_pod
+        || F::peer(to).is_some_and(|peer| peer.flags & (peer::flags::POD | peer::flags::NODE) == peer::flags::POD);
+    // Few Services are: what comes next costs more.
+    lb::is_direct::<F>(t)
+        && is_of_pod()
         && node != F::A::UNSPECIFIED
-        && lb::is_direct::<F>(t)
         && (t.dst == node || lb::is_external_vip::<F>(t.dst))
         && route::is_client_outside::<F>(t.src)
 }

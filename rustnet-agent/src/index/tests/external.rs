@@ -38,6 +38,7 @@ fn direct_answers_where_all_nodes_choose_alike() {
         (vec![], plain(), [DIRECT; 2]),
         (vec![NodePortAddresses::Primary], plain(), [DIRECT; 2]),
         (vec![range()], plain(), [0, DIRECT]),
+        (vec![range(), NodePortAddresses::Primary], plain(), [DIRECT; 2]),
         (vec![], zones(), [0; 2]),
     ] {
         let settings = Settings { node_ports, forwarding: Forwarding::Dsr, ..Settings::new("n1", Routing::Vxlan) };
