@@ -370,12 +370,15 @@ mod tests {
         let nodes = kube::Api::<k8s_openapi::api::core::v1::Node>::all(connection.client.clone());
         nodes.list(&kube::api::ListParams::default()).await.expect("a list");
         // Until all is acknowledged, the timer is for that.
-        let left = loop {
-            if let Some(left) = time_to_probe(address.port()) {
-                break left;
+        let probe = async {
+            loop {
+                if let Some(left) = time_to_probe(address.port()) {
+                    break left;
+                }
+                tokio::task::yield_now().await;
             }
-            tokio::task::yield_now().await;
         };
+        let left = tokio::time::timeout(Duration::from_secs(30), probe).await.expect("a timer for probes");
         assert!(left <= 1000, "{left} hundredths of a second");
     }
 
