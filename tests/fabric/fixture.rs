@@ -211,9 +211,11 @@ pub fn narrow() -> Setup {
     Setup { topology: Topology::Routed { core_mtu: 1400 }, ..Setup::default() }
 }
 
-/// Runs one test with captures on the nodes' uplinks; a failure names them and shows the agents' logs.
+/// Runs one test with captures on the nodes' uplinks and the world's device; a failure names them and shows the agents' logs.
 pub fn observed(net: &Net, test: impl FnOnce(&Net) -> Result<()>) -> Result<()> {
-    let uplinks: Vec<(&Netns, &str)> = net.fabric.nodes().iter().map(|n| (n.netns(), "eth0")).collect();
+    let mut uplinks: Vec<(&Netns, &str)> = net.fabric.nodes().iter().map(|n| (n.netns(), "eth0")).collect();
+    // What XDP takes and sends is in no capture of its node.
+    uplinks.push((net.fabric.world(), "eth0"));
     let result = recorded(&uplinks, || {
         catch_unwind(AssertUnwindSafe(|| test(net))).unwrap_or_else(|_| Err(anyhow!("panicked")))
     });

@@ -1,12 +1,13 @@
 //! Programs between two agents whose tables differ: while the hooks are swapped, connections that programs of the earlier agent
 //! open count before what is left over of older ones.
 
-use crate::flows::{Proto, TARGET, VIP_PORT, answer_of_b, at_backend, at_client, from_a, later};
+use crate::flows::{PORT, Proto, TARGET, VIP_PORT, answer_of_b, at_backend, at_client, from_a, from_outside, later};
 use crate::frame::Frame;
-use crate::harness::{Flow, Lab, MAC_A, Net, POD_A, labs_of_bridge};
+use crate::harness::{Flow, Lab, MAC_A, Net, POD_A, Shot, labs_of_bridge};
 use crate::services::exchange;
 use crate::states::silence;
 use anyhow::{Context, Result, ensure};
+use rustnet_common::v1;
 use testkit::datapath::Bridge;
 
 /// Both shapes that the earlier tables can have.
@@ -16,6 +17,9 @@ const PROTOS: [Proto; 2] = [Proto::Tcp, Proto::Udp];
 
 /// Seconds after which every connection is over.
 const LONG: u32 = 86_401;
+
+/// A port of the usual range.
+const NODE_PORT: u16 = 30_080;
 
 fn for_each_bridge(test: impl Fn(&Lab, Net, Proto, Bridge) -> Result<()> + Send + Sync) -> Result<()> {
     BRIDGES.into_iter().try_for_each(|bridge| {
@@ -28,6 +32,14 @@ fn for_each_bridge(test: impl Fn(&Lab, Net, Proto, Bridge) -> Result<()> + Send 
             })
         })
     })
+}
+
+/// Redirected to a device, marked as done for the hook there, that of v1 included.
+fn onto_wire(mut shot: Shot, bridge: Bridge, want: &Frame) -> Result<()> {
+    let of_v1 = if bridge == Bridge::V1 { v1::MARK } else { 0 };
+    ensure!(shot.mark & v1::MARK == of_v1, "mark {:#x}", shot.mark);
+    shot.mark &= !v1::MARK;
+    shot.onto_wire(want)
 }
 
 /// A connection of pod A through a service is over, and the earlier programs have opened one to its backend from the same port. Returns
@@ -139,5 +151,41 @@ fn an_older_connection_of_the_earlier_tables_does_not_count() -> Result<()> {
         lab.put_connections(&present)?;
         lab.age_earlier(1)?;
         lab.pod_sends(&answer)?.to_the_pod(&at_client(net, &answer, 1))
+    })
+}
+
+/// A flow of a client outside of which the present tables have no entry any more. v1 has no such flows.
+#[test]
+fn an_evicted_flow_of_a_client_outside_goes_on() -> Result<()> {
+    for_each_bridge(|lab, net, proto, bridge| {
+        lab.publish(net.node(), NODE_PORT, proto.number(net), 0, &[(net.routed(), TARGET)])?;
+        let ask = from_outside(proto, (net.world(), PORT), (net.node(), NODE_PORT));
+        lab.uplink_in(&ask)?;
+        let source = lab.half(Flow::of(&ask))?.to.sport;
+        let arrives = ask.hop().between((net.node(), source), (net.routed(), TARGET));
+        for flow in [&ask, &arrives.reply()] {
+            ensure!(lab.has_earlier(Flow::of(flow))? == (bridge == Bridge::Resized), "in the earlier tables: {flow:?}");
+        }
+        lab.forget()?;
+        onto_wire(lab.uplink_in(&ask)?, bridge, &arrives)?;
+        let back = arrives.reply().hop().between((net.node(), NODE_PORT), (net.world(), PORT));
+        onto_wire(lab.uplink_in(&arrives.reply())?, bridge, &back)
+    })
+}
+
+/// Earlier releases exported such flows to v1 without what sets them apart.
+#[test]
+fn a_flow_of_a_client_outside_in_tables_of_v1_is_not_taken_over() -> Result<()> {
+    for_each_bridge(|lab, net, proto, bridge| {
+        lab.publish(net.node(), NODE_PORT, proto.number(net), 0, &[(net.routed(), TARGET)])?;
+        let ask = from_outside(proto, (net.world(), PORT), (net.node(), NODE_PORT));
+        let other = ask.hop().between((net.node(), PORT + 1), (net.routed(), TARGET));
+        lab.put_of_v1(Flow::of(&ask), Flow::of(&other), v1::flags::NAT | v1::flags::MASQ)?;
+        let shot = lab.uplink_in(&ask)?;
+        let source = lab.half(Flow::of(&ask))?.to.sport;
+        onto_wire(shot, bridge, &ask.hop().between((net.node(), source), (net.routed(), TARGET)))?;
+        lab.forget()?;
+        // Its answer, too, is that of a flow that nobody knows.
+        lab.uplink_in(&other.reply())?.to_stack(&other.reply())
     })
 }

@@ -1,7 +1,7 @@
 //! The content of the retired maps passes to the present ones, and back. See [`super::convert`] for
 //! what becomes what.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
 use std::os::fd::OwnedFd;
 
@@ -10,6 +10,7 @@ use bytemuck::Pod;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::backend::{Backend, id};
 use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, is_later};
+use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::names::map;
 use rustnet_common::service::SvcKey;
 use rustnet_common::tuple::{Tuple, proto};
@@ -117,7 +118,10 @@ impl Upgrade {
         if let Some(since) = self.newest[usize::from(A::IS_V6)] {
             halves.retain(|(_, half)| !is_later(since, half.seen));
         }
-        let mut entries = convert::upgrade(&halves, |id| self.tables.present_id(id));
+        let pods: Map<EndpointKey, Endpoint> = present(new, map::ENDPOINTS)?;
+        let pods: HashSet<EndpointKey> = pods.entries()?.into_iter().map(|(address, _)| address).collect();
+        let is_pod = |address: A| pods.contains(&address.to_addr());
+        let mut entries = convert::upgrade(&halves, is_pod, |id| self.tables.present_id(id));
         if let Some(newest) = newest {
             entries.sort_by_key(|(_, entry)| std::cmp::Reverse(newest.wrapping_sub(entry.seen)));
         }

@@ -162,8 +162,7 @@ fn create<F: Placed + Old>(flow: &mut Flow<F::A>, source: Source, len: u32) -> R
     if !table::insert::<F>(&c.key, &c.original, BPF_NOEXIST.into()) {
         return follow::<F>(c, flow).map(|_| 0);
     }
-    // The table of v1 has two halves of each flow.
-    if migrate::is_migrating() && !(migrate::is_from_v1() && flow.flags & flags::DIRECT != 0) {
+    if migrate::is_migrating() {
         migrate::mirror::<F>(false);
     }
     Ok(0)

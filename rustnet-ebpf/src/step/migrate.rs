@@ -11,8 +11,8 @@ use rustnet_common::conntrack::{CtEntry, SLOT_CONTESTED, Side, elapsed, flags, l
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
 
-use super::lb;
 use super::table::{self, Placed};
+use super::{lb, route};
 use crate::ctx::{atomic_or, jiffies};
 use crate::family::{Family, V4, V6};
 use crate::maps::{self, OldConnections, V1Connections};
@@ -160,6 +160,11 @@ fn read_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bo
     let half = unsafe { &*half };
     let is_nat = half.flags & v1::flags::NAT != 0;
     let is_reply = half.flags & v1::flags::REPLY != 0;
+    // v1 translates flows of pods and of the host alone. What earlier releases exported of clients outside lacks its flags.
+    let opener = if is_reply { half.to.dst } else { p.tuple.src };
+    if is_nat && half.flags & v1::flags::FROM_HOST == 0 && !route::is_local_pod(opener) {
+        return false;
+    }
     let entry = &mut c.original;
     // One entry of an untranslated flow serves both directions, and has the opener's tuple.
     let is_swapped = p.is_swapped != (!is_nat && is_reply);
@@ -248,6 +253,10 @@ pub fn mirror<F: Old>(is_pair: bool) {
     let c = unsafe { &mut (*scratch).connection };
     // What the old table does not take, its programs open again.
     if MIGRATE.load() == FROM_V1 {
+        if c.original.flags & flags::EXTERNAL != 0 {
+            // v1 has no such flows, and would refuse their packets.
+            return;
+        }
         // SAFETY: see above. Both are in scratch memory, since the stack has no room for them.
         let (half, reply) = unsafe { (&mut (*scratch).half, &mut (*scratch).slot_key) };
         store_half(&c.original, half);

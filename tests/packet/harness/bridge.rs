@@ -4,7 +4,7 @@ use super::addresses::{BOTH, Net};
 use super::connections::{Flow, Plain, tuple};
 use super::{HZ, Lab, tables};
 use anyhow::{Context, Result};
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 use rustnet_agent::bpf::upgrade::earlier;
 use rustnet_common::addr::{Address, Ip4, Ip6};
 use rustnet_common::conntrack::CtEntry;
@@ -81,6 +81,27 @@ impl Lab {
             },
         )?;
         Ok(is_there.get())
+    }
+
+    /// Puts a translated flow into the tables of v1, both halves: packets of `asks` become `becomes`.
+    pub fn put_of_v1(&self, asks: Flow, becomes: Flow, flags: u16) -> Result<()> {
+        match asks.net() {
+            Net::V4 => self.put_halves::<Ip4>(&asks, &becomes, flags),
+            Net::V6 => self.put_halves::<Ip6>(&asks, &becomes, flags),
+        }
+    }
+
+    fn put_halves<A: Plain>(&self, asks: &Flow, becomes: &Flow, flags: u16) -> Result<()>
+    where
+        Tuple<A>: Pod,
+        v1::CtEntry<A>: Pod,
+    {
+        let table = self.datapath.table(if A::IS_V6 { v1::map::CT6 } else { v1::map::CT4 })?;
+        let (asks, becomes) = (tuple::<A>(asks), tuple::<A>(becomes));
+        let seen = self.datapath.jiffies()?;
+        let half = |to, flags| v1::CtEntry { to, flags, seen, ..v1::CtEntry::zeroed() };
+        table.put(&asks, &half(becomes, flags))?;
+        table.put(&becomes.reversed(), &half(asks.reversed(), flags | v1::flags::REPLY))
     }
 
     /// Makes all connections of the earlier agent look as if they had last been seen some seconds (as the programs count) before.

@@ -15,8 +15,12 @@ type Half<A> = (Tuple<A>, v1::CtEntry<A>);
 /// An entry with its key.
 type Entry<A> = (Tuple<A>, CtEntry<A>);
 
-/// The entries of a table of v1, in any order. `backend` returns the present id of a backend of v1.
-pub fn upgrade<A>(halves: &[Half<A>], backend: impl Fn(u32) -> u32) -> Vec<Entry<A>>
+/// The entries of a table of v1, in any order. `is_pod`: an address is a pod's of this node; `backend` returns the present id of a
+/// backend of v1.
+///
+/// v1 translates flows of pods and of the host alone: others are those of clients outside, which earlier releases exported without
+/// their flags. They are left out.
+pub fn upgrade<A>(halves: &[Half<A>], is_pod: impl Fn(A) -> bool, backend: impl Fn(u32) -> u32) -> Vec<Entry<A>>
 where
     A: Address + Eq + Hash,
 {
@@ -25,7 +29,8 @@ where
     let mut placed: HashMap<Tuple<A>, Vec<CtEntry<A>>> = HashMap::with_capacity(halves.len());
     for (key, half) in halves {
         let asks = asking_half((*key, *half));
-        if !done.insert(asks.0) {
+        let has_opener = asks.1.flags & (v1::flags::NAT | v1::flags::FROM_HOST) != v1::flags::NAT || is_pod(asks.0.src);
+        if !has_opener || !done.insert(asks.0) {
             continue;
         }
         let answers = other_half(asks);
@@ -129,8 +134,8 @@ where
 {
     let mut halves: HashMap<Tuple<A>, v1::CtEntry<A>> = HashMap::with_capacity(2 * entries.len());
     let mut built = Vec::new();
-    // v1 has no flows without answers, and would make packets to the backend of what it is to get whole.
-    for (key, entry) in entries.iter().filter(|(_, entry)| entry.flags & flags::DIRECT == 0) {
+    // v1 has no flows of clients outside, and would refuse their packets.
+    for (key, entry) in entries.iter().filter(|(_, entry)| entry.flags & flags::EXTERNAL == 0) {
         let key = Tuple { pad: 0, ..*key };
         let arrives = if entry.flags & flags::SWAPPED == 0 { key } else { key.reversed() };
         let half = v1::CtEntry {
@@ -275,7 +280,7 @@ mod tests {
         let pairs = table(flows);
         let wanted: usize = pairs.iter().map(|[(key, asks), _]| if asks.to == *key { 1 } else { 2 }).sum();
         let halves: Vec<Half<A>> = pairs.into_iter().flatten().collect();
-        let entries = upgrade(&halves, backend);
+        let entries = upgrade(&halves, |_| true, backend);
         let keys: HashSet<(Tuple<A>, u8)> = entries.iter().map(|(key, _)| (*key, key.pad)).collect();
         assert_eq!(keys.len(), entries.len());
         for (key, entry) in &entries {
@@ -317,8 +322,8 @@ mod tests {
                     all.sort_unstable();
                     all
                 };
-                prop_assert_eq!(translation(upgrade(&[two[which]], backend)), translation(upgrade(&two, backend)));
-                let one = upgrade(&[two[which]], backend);
+                prop_assert_eq!(translation(upgrade(&[two[which]], |_| true, backend)), translation(upgrade(&two, |_| true, backend)));
+                let one = upgrade(&[two[which]], |_| true, backend);
                 let halves: BTreeMap<_, _> = downgrade(&one[..1]).into_iter().map(|(k, h)| (k, (h.to, h.flags))).collect();
                 let wanted: BTreeMap<_, _> = two.iter().map(|(k, h)| (*k, (h.to, h.flags))).collect();
                 prop_assert_eq!(halves, wanted);
@@ -337,7 +342,7 @@ mod tests {
         for (asks, swapped) in [(asks, 0), (asks.reversed(), flags::SWAPPED)] {
             let mut two = pair(asks, asks, &tcp(1));
             two[1].1.seen = 60;
-            let entries = upgrade(&two, backend);
+            let entries = upgrade(&two, |_| true, backend);
             let [(key, entry)] = &entries[..] else { panic!("{entries:?}") };
             assert_eq!((*key, entry.to, entry.flags), (asks.canonical(), asks, swapped));
             assert_eq!((entry.seen, entry.backend), (60, 0), "the later of the two");
@@ -348,7 +353,7 @@ mod tests {
     #[test]
     fn a_translated_flow_is_two_entries() {
         let (asks, becomes) = (tuple::<Ip4>([1, 4, 3, 4], proto::TCP), tuple([1, 0, 3, 5], proto::TCP));
-        let entries = upgrade(&pair(asks, becomes, &tcp(1)), backend);
+        let entries = upgrade(&pair(asks, becomes, &tcp(1)), |_| true, backend);
         assert_eq!(entries.len(), 2);
         for (key, entry) in entries {
             let arrives = if entry.flags & flags::SWAPPED == 0 { key } else { key.reversed() };
@@ -366,7 +371,7 @@ mod tests {
         let key: Tuple<Ip4> = tuple([1, 2, 3, 4], proto::TCP);
         let one = pair(key, tuple([1, 3, 3, 4], proto::TCP), &tcp(0));
         let other = pair(key.reversed(), tuple([2, 0, 4, 3], proto::TCP), &tcp(0));
-        let entries = upgrade(&[one, other].concat(), backend);
+        let entries = upgrade(&[one, other].concat(), |_| true, backend);
         let mut slots: Vec<u8> =
             entries.iter().filter(|(k, _)| k.canonical() == key.canonical()).map(|(k, _)| k.pad).collect();
         slots.sort_unstable();
@@ -388,7 +393,7 @@ mod tests {
                 [&plain[..1], &service[..]].concat()
             };
             for halves in [halves.clone(), halves.into_iter().rev().collect()] {
-                let entries = upgrade(&halves, backend);
+                let entries = upgrade(&halves, |_| true, backend);
                 let there: Vec<_> = entries.iter().filter(|(key, _)| key.canonical() == direct.canonical()).collect();
                 let [(key, entry)] = there[..] else { panic!("{entries:?}") };
                 assert_eq!((key.pad, entry.flags & flags::NAT == 0), (0, is_direct_later));
@@ -399,19 +404,30 @@ mod tests {
     #[test]
     fn states_that_v1_did_not_note_are_those_that_last() {
         let key: Tuple<Ip4> = tuple([1, 2, 3, 4], proto::TCP);
-        let state = |old| upgrade(&pair(key, key, &tcp(old)), backend)[0].1.state;
+        let state = |old| upgrade(&pair(key, key, &tcp(old)), |_| true, backend)[0].1.state;
         assert_eq!(state(0), 0);
         assert_eq!(state(1), state::ANSWERED | state::ESTABLISHED);
         assert_eq!(state(3), state::ANSWERED | state::ESTABLISHED | state::FIN_ORIG | state::FIN_ACKED);
         let udp = Tuple { proto: proto::UDP, ..key };
-        assert_eq!(upgrade(&pair(udp, udp, &tcp(1)), backend)[0].1.state, state::ANSWERED);
+        assert_eq!(upgrade(&pair(udp, udp, &tcp(1)), |_| true, backend)[0].1.state, state::ANSWERED);
     }
 
     #[test]
-    fn v1_gets_no_flow_whose_answers_pass_elsewhere() {
+    fn flows_of_clients_outside_neither_go_to_v1_nor_come_from_there() {
         let asks: Tuple<Ip4> = tuple([0, 1, 2, 3], proto::TCP);
         let entry = |flags| CtEntry { to: asks, flags, ..CtEntry::zeroed() };
         assert_eq!(downgrade(&[(asks, entry(flags::NAT))]).len(), 2);
-        assert!(downgrade(&[(asks, entry(flags::NAT | flags::EXTERNAL | flags::DIRECT))]).is_empty());
+        for more in [0, flags::MASQ, flags::DIRECT] {
+            assert!(downgrade(&[(asks, entry(flags::NAT | flags::EXTERNAL | more))]).is_empty());
+        }
+        let (asks, becomes) = (tuple::<Ip4>([1, 4, 3, 4], proto::TCP), tuple([2, 0, 3, 5], proto::TCP));
+        for (flags, opener, entries) in [(MASQ, None, 0), (MASQ, Some(asks.src), 2), (FROM_HOST, None, 2)] {
+            let two = pair(asks, becomes, &Flow { flags, ..tcp(1) });
+            for halves in [&two[..], &two[..1], &two[1..]] {
+                assert_eq!(upgrade(halves, |it| Some(it) == opener, backend).len(), entries, "{flags}");
+            }
+        }
+        let plain = pair(asks, asks, &tcp(1));
+        assert_eq!(upgrade(&plain, |_| false, backend).len(), 1, "who asks a pod itself may be anybody");
     }
 }

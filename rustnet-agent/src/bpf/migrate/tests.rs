@@ -5,6 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use rustnet_common::addr::{Addr, Ip4, Ip6};
 use rustnet_common::backend::id;
 use rustnet_common::conntrack::{SLOT_CONTESTED, flags};
+use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::service::SvcKey;
 use rustnet_common::tuple::{Tuple, proto};
 use rustnet_common::v1;
@@ -28,7 +29,7 @@ fn retired() -> Maps {
 }
 
 fn fresh() -> Maps {
-    maps(&[
+    let maps = maps(&[
         (map::SVC4, 1, 8, 20, 1),
         (map::SVC6, 1, 20, 20, 1),
         (map::BACKEND_IDS, 2, 4, 4, 1024),
@@ -38,7 +39,13 @@ fn fresh() -> Maps {
         (map::CT6_TCP, 9, 40, 144, 0),
         (map::CT6_ANY, 9, 40, 144, 0),
         (map::CT_CONTESTED, 2, 4, 4, 0),
-    ])
+        (map::ENDPOINTS, 1, size_of::<EndpointKey>(), size_of::<Endpoint>(), 1),
+    ]);
+    // Those that open translated flows.
+    for pod in [1, 2] {
+        put(&maps, map::ENDPOINTS, EndpointKey::from(IpAddr::from([10, 0, 0, pod])), Endpoint::zeroed());
+    }
+    maps
 }
 
 fn put<K: Pod, V: Pod>(maps: &Maps, name: &str, key: K, value: V) {
