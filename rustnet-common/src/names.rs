@@ -28,9 +28,9 @@ pub const TC_PRIORITY: u16 = 1;
 pub const TC_HANDLE: u32 = 1;
 
 /// Programs that another one jumps to, by their index in [`TAILS_MAP`].
-pub const TAILS: [&str; 5] = [TUNNEL_IN, UPLINK_IN, EXTERNAL_IN, DIRECT_OUT, DIRECT_IN];
+pub const TAILS: [&str; 6] = [TUNNEL_IN, UPLINK_IN, EXTERNAL_IN, DIRECT_OUT, DIRECT_IN, FRAGMENT_IN];
 /// Those of [`TAILS`] that are on no hook.
-pub const UNATTACHED: [&str; 4] = [TUNNEL_IN, EXTERNAL_IN, DIRECT_OUT, DIRECT_IN];
+pub const UNATTACHED: [&str; 5] = [TUNNEL_IN, EXTERNAL_IN, DIRECT_OUT, DIRECT_IN, FRAGMENT_IN];
 /// The program of tunnel packets that come in by an uplink.
 pub const TUNNEL_IN: &str = "tunnel_in";
 /// The program of flows from outside to Services.
@@ -39,6 +39,8 @@ pub const EXTERNAL_IN: &str = "external_in";
 pub const DIRECT_OUT: &str = "direct_out";
 /// The program of packets that another node's `direct_out` has sent.
 pub const DIRECT_IN: &str = "direct_in";
+/// The program of later fragments whose first has not come before them.
+pub const FRAGMENT_IN: &str = "fragment_in";
 /// The program of an uplink's ingress hook.
 pub const UPLINK_IN: &str = "uplink_in";
 /// The map of [`TAILS`]. It belongs to one load of the programs, and is pinned with them: without a pin, the kernel would empty it

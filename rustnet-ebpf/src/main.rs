@@ -53,6 +53,7 @@ use crate::family::{V4, V6};
 use crate::hook::Steps;
 use crate::hook::direct;
 use crate::hook::external::{self, Answer};
+use crate::hook::fragment;
 use crate::hook::tunnel::{self, Outer, Outside};
 use crate::log::{Log, macro_support};
 use crate::outcome::{Dropped, PackedResult};
@@ -166,6 +167,8 @@ trait Hook: Place {
     const MAY_JUMP: bool;
     /// Its packets may be answers of backends that use the host's network.
     const MAY_ANSWER: bool;
+    /// Its packets may be later fragments between pods, which need no first one.
+    const MAY_HAVE_FRAGMENTS: bool;
     /// Runs its steps; `tunnel` is where the packet came from if it came through one.
     fn run<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dropped>;
 }
@@ -191,6 +194,10 @@ fn one_family<H: Hook, F: Reject>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> i32 
     if H::MAY_JUMP && matches!(result.result(), Ok(direct::RECEIVE)) {
         tail::jump(&TcContext::new(skb.raw()), tail::DIRECT_IN);
         return verdict::<H, F>(skb, l3, Err(DropReason::BackendLookupFailed.into()));
+    }
+    if H::MAY_HAVE_FRAGMENTS && matches!(result.result(), Err(Dropped { reason: DropReason::FragNotFound, .. })) {
+        fragment::set_hook::<F>(H::CODE);
+        tail::jump(&TcContext::new(skb.raw()), tail::FRAGMENT_IN);
     }
     if log::is_on() {
         F::log(result, skb.ifindex(), H::CODE);
@@ -258,6 +265,7 @@ macro_rules! hook {
             const MAY_JUMP: bool =
                 $code == hooks::UPLINK_IN || $code == hooks::OVERLAY_IN;
             const MAY_ANSWER: bool = $code == hooks::UPLINK_OUT || $code == hooks::OVERLAY_OUT;
+            const MAY_HAVE_FRAGMENTS: bool = $code == hooks::FROM_POD || Self::MAY_JUMP;
             #[inline(always)]
             fn run<F: Steps>(skb: &Skb, l3: usize, _tunnel: &Tunnel) -> Result<i32, Dropped> {
                 $(let $tunnel = _tunnel;)?
@@ -472,6 +480,38 @@ fn direct_to_pod<H: Place, F: Reject + Wrap>(skb: &Skb) -> i32 {
 #[inline(never)]
 fn direct_in_steps<F: Steps + Wrap>(skb: &Skb, hook: u8) -> PackedResult {
     PackedResult::new(direct::receive::<F>(skb, hook))
+}
+
+/// The part of `from_pod`, `uplink_in` and `overlay_in` for later fragments whose first has not come before them, attached nowhere.
+#[classifier]
+pub fn fragment_in(ctx: TcContext) -> i32 {
+    let skb = Skb(ctx.skb.skb);
+    match parse::ethertype(&skb) {
+        Some(ETH_P_IP) => without_first::<V4>(&skb),
+        Some(ETH_P_IPV6) => without_first::<V6>(&skb),
+        _ => TC_ACT_SHOT,
+    }
+}
+
+/// The same of one family.
+#[inline(always)]
+fn without_first<F: Reject>(skb: &Skb) -> i32 {
+    let hook = fragment::hook_of::<F>();
+    let result = fragment_steps::<F>(skb, hook);
+    if log::is_on() {
+        F::log(result, skb.ifindex(), hook);
+    }
+    match hook {
+        hooks::FROM_POD => verdict::<FromPod, F>(skb, ETH_LEN, result.result()),
+        hooks::OVERLAY_IN => verdict::<OverlayIn, F>(skb, ETH_LEN, result.result()),
+        _ => verdict::<UplinkIn, F>(skb, ETH_LEN, result.result()),
+    }
+}
+
+/// As [`steps`].
+#[inline(never)]
+fn fragment_steps<F: Steps>(skb: &Skb, hook: u8) -> PackedResult {
+    PackedResult::new(fragment::run::<F>(skb, hook))
 }
 
 /// TC ingress of this host's other devices with addresses.

@@ -64,6 +64,8 @@ pub struct Scratch<A> {
     pub half: v1::CtEntry<A>,
     /// How a packet leaves that goes back by its device.
     pub leaving: Leaving<A>,
+    /// The hook that `fragment_in` goes on for.
+    pub hook: u8,
 }
 /// How a packet leaves that goes back by its device, see [`crate::hook::xdp`].
 #[repr(C)]

@@ -34,6 +34,8 @@ const ROUTING: u8 = 43;
 const LSRR: u8 = 131;
 /// See [`LSRR`].
 const SSRR: u8 = 137;
+/// Where data begins behind the shortest TCP header, in units of fragment offsets.
+pub const TCP_HEADER: u16 = 3;
 /// Bytes of the longest IPv4 options.
 const OPTIONS_MAX: usize = 40;
 
@@ -540,8 +542,9 @@ remember!(V6, rn_fragment6);
 /// A later fragment has the ports of the first, which came before it.
 #[inline(always)]
 fn later_fragment<F: Family>(p: &mut Packet<F::A>, ifindex: u32) -> Result<(), DropReason> {
+    p.kind = Kind::LaterFragment;
     // RFC 3128: a second fragment that overlaps the TCP header could rewrite what policy saw.
-    let overlaps = |proto| proto == proto::TCP && p.offset < 3;
+    let overlaps = |proto| proto == proto::TCP && p.offset < TCP_HEADER;
     if overlaps(p.tuple.proto) {
         return Err(DropReason::Malformed);
     }
@@ -555,6 +558,5 @@ fn later_fragment<F: Family>(p: &mut Packet<F::A>, ifindex: u32) -> Result<(), D
     p.tuple.proto = ports.proto;
     p.tuple.sport = ports.sport;
     p.tuple.dport = ports.dport;
-    p.kind = Kind::LaterFragment;
     Ok(())
 }

@@ -16,8 +16,10 @@ pub const EXTERNAL_IN: u32 = 2;
 pub const DIRECT_OUT: u32 = 3;
 /// Index of `direct_in`.
 pub const DIRECT_IN: u32 = 4;
+/// Index of `fragment_in`.
+pub const FRAGMENT_IN: u32 = 5;
 
-const _: () = assert!(TAILS.len() == 5);
+const _: () = assert!(TAILS.len() == 6);
 
 /// Goes on in another program, for good. Returns where there is none.
 #[inline(always)]

@@ -247,6 +247,76 @@ fn a_later_fragment_without_its_first() -> Result<()> {
     })
 }
 
+/// Between pods, and from outside to a pod, addresses suffice.
+#[test]
+fn a_fragment_between_pods_needs_no_first() -> Result<()> {
+    labs(|lab, net| {
+        // The last one fits everywhere.
+        let two = |f: &Frame, id| -> Result<[Frame; 2]> {
+            let mut pieces = datagram(f).pieces(id, &[1440, 2400]);
+            pieces.remove(1);
+            pieces.try_into().map_err(|_| anyhow::anyhow!("two pieces"))
+        };
+        for (number, proto) in [Proto::Udp, Proto::Tcp, Proto::Sctp, Proto::Echo].into_iter().enumerate() {
+            let id = 100 + 10 * number as u32;
+            let [first, later] = two(&from_a(net, proto, (net.b(), 8080)), id)?;
+            lab.pod_sends(&later)?.to_the_pod(&later.hop())?;
+            ensure!(lab.connections(net)?.is_empty(), "it opened a connection");
+            lab.pod_sends(&first)?.to_the_pod(&first.hop())?;
+            lab.pod_sends(&later)?.to_the_pod(&later.hop())?;
+            lab.forget()?;
+            for to in [net.far(), net.routed()] {
+                let [_, later] = two(&from_a(net, proto, (to, 8080)), id + 1)?;
+                lab.pod_sends(&later)?.onto_wire(&later.hop())?;
+            }
+            let [_, later] = two(&from_outside(proto, (net.far(), PORT), (net.a(), 8080)), id + 2)?;
+            lab.overlay_in(net.node2(), &later)?.to_the_pod(&later.hop())?;
+            for from in [net.routed(), net.world()] {
+                let [_, later] = two(&from_outside(proto, (from, PORT), (net.a(), 8080)), id + 3)?;
+                lab.uplink_in(&later)?.to_the_pod(&later.hop())?;
+            }
+            ensure!(lab.connections(net)?.is_empty(), "one opened a connection");
+        }
+        Ok(())
+    })
+}
+
+/// Who may not send the first fragment may not send the later ones.
+#[test]
+fn a_fragment_without_its_first_is_judged_by_its_addresses() -> Result<()> {
+    labs(|lab, net| {
+        let later = |f: &Frame| datagram(f).pieces(30, &[1440, 2400]).remove(2);
+        let to = |dst| later(&from_a(net, Proto::Udp, (dst, 8080)));
+        for dst in [net.world(), net.node(), net.node2(), net.vip(1)] {
+            lab.pod_sends(&to(dst))?.dropped(DropReason::FragNotFound).with_context(|| dst.to_string())?;
+        }
+        for dst in [net.b(), net.far()] {
+            for src in [net.b(), net.far(), net.node(), net.world()] {
+                lab.pod_sends(&to(dst).map(|f| f.src = src))?.dropped(DropReason::Spoofed)?;
+            }
+            lab.pod_sends(&to(dst).map(|f| f.smac = MAC_B))?.dropped(DropReason::Spoofed)?;
+        }
+        let late = to(net.b()).map(|f| f.ttl = 1);
+        lab.pod_sends(&late)?.dropped(DropReason::TtlExceeded).context("no error is sent about a later fragment")?;
+
+        let by = |src| later(&from_outside(Proto::Udp, (src, PORT), (net.a(), 8080)));
+        for src in [net.b(), net.node(), net.world(), net.routed()] {
+            lab.overlay_in(net.node2(), &by(src))?.dropped(DropReason::UnknownSender)?;
+        }
+        lab.overlay_in(net.world(), &by(net.far()))?.dropped(DropReason::UnknownSender)?;
+        for src in [net.b(), net.node(), net.far()] {
+            lab.uplink_in(&by(src))?.dropped(DropReason::Spoofed)?;
+        }
+        // It could write over what its receiver has judged by the first one, whichever the protocol is.
+        for (from, proto) in [(16, Proto::Udp), (16, Proto::Sctp)] {
+            let near = datagram(&from_a(net, proto, (net.b(), 8080))).pieces(31, &[from]).remove(1);
+            lab.pod_sends(&near)?.dropped(DropReason::FragNotFound)?;
+        }
+        ensure!(lab.connections(net)?.is_empty(), "one opened a connection");
+        Ok(())
+    })
+}
+
 /// RFC 3128 and RFC 1858: a TCP header in pieces, or one that is written over by the next fragment.
 #[test]
 fn tcp_headers_in_pieces() -> Result<()> {

@@ -3,6 +3,7 @@
 
 pub mod direct;
 pub mod external;
+pub mod fragment;
 pub mod from_pod;
 pub mod overlay;
 pub mod to_pod;

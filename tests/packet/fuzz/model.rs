@@ -413,7 +413,13 @@ impl Model {
 
     fn later(&self, case: &Case, seen: &Seen, to: Tuple, verdict: i32) -> Result<Tuple, Broken> {
         let Some(first) = self.fragments.get(&key(case, seen)) else {
-            return if verdict == STACK && case.hook == hook::UPLINK_IN {
+            // Between pods addresses suffice; the callers judge the source.
+            let is_for_pod = match self.place(to.dst) {
+                Place::Pod(..) => verdict == REDIRECT,
+                Place::Tunnel(_, false) | Place::Routed => case.hook == hook::FROM_POD,
+                _ => false,
+            };
+            return if is_for_pod || (verdict == STACK && case.hook == hook::UPLINK_IN) {
                 Ok(seen.tuple)
             } else {
                 Err("a later fragment passes whose first did not")
