@@ -57,7 +57,7 @@ reasons! {
     /// The connection table took no entry.
     CtCreateFailed = 11, "ct_create_failed", "raise the size of the connection table";
     /// A later fragment whose first was never seen.
-    FragNotFound = 12, "frag_not_found", "fragments arrived before their first: look for reordering or loss";
+    FragNotFound = 12, "frag_not_found", "a fragment to a Service, a node or the world came before its first: look for reordering or loss";
     /// Its hop limit ended here; the sender was notified.
     TtlExceeded = 13, "ttl_exceeded", "a routing loop, or a traceroute";
     /// Larger than the path; the sender was notified.
