@@ -42,8 +42,8 @@ reasons! {
     Spoofed = 3, "spoofed", "the sender uses an address that is not its own";
     /// A tunnel packet whose sender is not the node that owns the inner source.
     UnknownSender = 4, "unknown_sender", "the peer table does not know the sender: compare Node addresses with `rustnetctl peers`";
-    /// A tunnel packet sent by a pod.
-    EncapProhibited = 5, "encap_prohibited", "a pod sends to the overlay's port";
+    /// A tunnel packet sent by a pod: to the overlay's port, or IP inside IP that would be masqueraded.
+    EncapProhibited = 5, "encap_prohibited", "a pod sends to the overlay's port, or IP inside IP with the node's address";
     /// A service without endpoints, refused.
     NoBackend = 6, "no_backend", "the service has no ready endpoint: kubectl get endpointslices";
     /// A port that the VIP does not have, refused.

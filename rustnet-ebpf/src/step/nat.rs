@@ -170,6 +170,10 @@ fn translate_new<F: HostPorts>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Resul
         return Err(DropReason::NoService);
     }
     if config.flags & config::flags::MASQUERADE != 0 && route::of::<F>(to, flow.flags).route == Route::World {
+        if to.tuple.proto == F::IN_IP {
+            // It may be for a pod whose node this one does not know yet, and would pass there for direct server return by this node.
+            return Err(DropReason::EncapProhibited);
+        }
         flow.flags |= flags::MASQ;
     }
     if flow.flags & (flags::HAIRPIN | flags::MASQ) != 0 {

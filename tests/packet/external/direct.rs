@@ -5,9 +5,10 @@ use super::NODE_PORT;
 use crate::errors::{error, icmp_error, translated};
 use crate::flows::{PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, as_from_a, from_a, from_outside, later};
 use crate::frame::{ACK, FIN, Frame, L4, RST, SYN};
-use crate::harness::{Flow, Lab, MAC_B, Net, OVERLAY_MTU, POD_B, POD_B_MTU, each, labs};
+use crate::harness::{Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, OVERLAY_MTU, POD_B, POD_B_MTU, each, labs};
 use crate::icmp::kinds;
 use anyhow::{Context, Result, ensure};
+use rustnet_common::config;
 use rustnet_common::conntrack::{flags, lifetime, state};
 use rustnet_common::drop::DropReason;
 use rustnet_common::endpoint;
@@ -60,6 +61,30 @@ fn wrapped(inside: &Frame, src: IpAddr, dst: IpAddr) -> Frame {
 /// What node 3 hands on to pod B of this node.
 fn from_node3(net: Net, inside: &Frame) -> Frame {
     wrapped(inside, node3(net), net.b())
+}
+
+/// A node that does not know another one's pods yet would lend a pod its address, and the other one would take the packet for its own.
+#[test]
+fn no_pod_speaks_so_in_its_nodes_name() -> Result<()> {
+    direct(|lab, net| {
+        let inside = ask(net, Proto::Udp, (net.node(), NODE_PORT));
+        let to = |dst| wrapped(&inside, net.a(), dst).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
+        lab.pod_sends(&to(net.world()))?.dropped(DropReason::EncapProhibited)?;
+        ensure!(lab.connections(net)?.is_empty(), "it opened a connection");
+        // Where pods keep their addresses, nobody takes it for a node's.
+        for dst in [net.b(), net.routed(), net.far()] {
+            lab.forget()?;
+            let shot = lab.pod_sends(&to(dst))?;
+            if dst == net.b() {
+                shot.to_the_pod(&to(dst).hop())?
+            } else {
+                shot.onto_wire(&to(dst).hop())?
+            };
+        }
+        lab.configure(|c| c.flags &= !config::flags::MASQUERADE)?;
+        lab.forget()?;
+        lab.pod_sends(&to(net.world()))?.onto_wire(&to(net.world()).hop())
+    })
 }
 
 /// Each packet of a flow goes whole to the backend's pod, by the kernel's routes and by the overlay; its answers are not waited for.
@@ -248,7 +273,7 @@ fn other_packets_of_these_protocols() -> Result<()> {
         let other = from_node3(net, &inside).map(|f| f.l4 = L4::Other(number));
         lab.uplink_in(&other)?.to_the_pod(&other.hop())?;
         // Without Services for clients outside, as far as the settings say. An address of one says so by itself.
-        lab.configure(|c| c.flags &= !rustnet_common::config::flags::EXTERNAL)?;
+        lab.configure(|c| c.flags &= !config::flags::EXTERNAL)?;
         let packet = from_node3(net, &inside);
         lab.uplink_in(&packet)?.to_the_pod(&packet.hop())?;
         publish(lab, net, (vip(net), VIP_PORT), Proto::Udp, net.b())?;
