@@ -320,8 +320,21 @@ fn introduce_nodes(net: &Net) -> Result<()> {
     Ok(())
 }
 
-/// Pings, requests, and a large transfer each way.
+/// The hop limit of tunnel packets: as any packet of a node's own, for there may be many routers between nodes.
+const HOP_LIMIT: u8 = 64;
+
+/// Pings, requests, and a large transfer each way, in tunnel packets that reach far.
 fn all_traffic(net: &Net) -> Result<()> {
+    let wire = Sniffer::start_short(net.node(2).netns(), "eth0")?;
+    pings_requests_and_transfers(net)?;
+    let capture = wire.stop();
+    let headers = capture.frames().iter().filter_map(Frame::headers);
+    let limits: BTreeSet<u8> = headers.filter(|h| h.dport == VXLAN_PORT).map(|h| h.ttl).collect();
+    ensure!(limits == [HOP_LIMIT].into(), "hop limits of tunnel packets: {limits:?}");
+    Ok(())
+}
+
+fn pings_requests_and_transfers(net: &Net) -> Result<()> {
     for address in net.c.addresses() {
         for _ in 0..REQUESTS {
             let reply = Ping::default().send(net.a.netns(), *address)?;
