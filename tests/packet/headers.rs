@@ -307,6 +307,9 @@ fn a_fragment_without_its_first_is_judged_by_its_addresses() -> Result<()> {
         for src in [net.b(), net.node(), net.far()] {
             lab.uplink_in(&by(src))?.dropped(DropReason::Spoofed)?;
         }
+        // This node is no router between others.
+        let on = later(&from_outside(Proto::Udp, (net.far(), PORT), (net.routed(), 8080)));
+        lab.overlay_in(net.node2(), &on)?.dropped(DropReason::NoFib)?;
         // It could write over what its receiver has judged by the first one, whichever the protocol is.
         for (from, proto) in [(16, Proto::Udp), (16, Proto::Sctp)] {
             let near = datagram(&from_a(net, proto, (net.b(), 8080))).pieces(31, &[from]).remove(1);

@@ -46,12 +46,10 @@ pub fn run<F: Steps>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
     };
     flow.reset(&p.tuple);
     flow.to.egress = route::local_pod(p.tuple.dst);
-    let is_elsewhere = || {
-        let is_pod = |it: &Peer| it.flags & (flags::POD | flags::NODE) == flags::POD;
-        hook == hook::FROM_POD && F::peer(p.tuple.dst).is_some_and(is_pod)
-    };
+    let is_pod = |it: &Peer| it.flags & (flags::POD | flags::NODE) == flags::POD;
+    let is_for_pod = || flow.to.egress != NOT_LOCAL || F::peer(p.tuple.dst).is_some_and(is_pod);
     // Of IPv6, the protocol may stand in the piece that is missing.
-    if p.offset < parse::TCP_HEADER || (flow.to.egress == NOT_LOCAL && !is_elsewhere()) {
+    if p.offset < parse::TCP_HEADER || !is_for_pod() {
         return Err(DropReason::FragNotFound.into());
     }
     let (source, origin) = match hook {
