@@ -23,7 +23,7 @@ const NOBODY: User = User { name: "nobody", groups: "", token: "token-of-nobody"
 
 async fn facts(server: &Server, user: User, url: &str) -> Result<Facts> {
     let source = KubeSource { kubeconfig: Some(server.kubeconfig(user, url)?), api_server: None };
-    Ok(ask(&source, Scope::All).await.api)
+    Ok(ask(&source, "n1", Scope::All).await.api)
 }
 
 /// What is not well, by level and words.
@@ -50,10 +50,10 @@ fn rights_are_complete_with_the_shipped_role_and_named_without() -> Result<()> {
         cluster.apply(RBAC).await?;
         let source = KubeSource { kubeconfig: Some(server.kubeconfig(AGENT, &url)?), api_server: None };
         // The server hears of new roles by a watch of its own.
-        let mut facts = ask(&source, Scope::All).await;
+        let mut facts = ask(&source, "n1", Scope::All).await;
         while facts.api.missing.as_ref().is_ok_and(|missing| !missing.is_empty()) {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-            facts = ask(&source, Scope::All).await;
+            facts = ask(&source, "n1", Scope::All).await;
         }
         assert_eq!(wrong(&facts.api), Vec::new(), "{:?}", facts.api);
         let nodes = facts.nodes.ok().context("nodes")?;
@@ -65,7 +65,7 @@ fn rights_are_complete_with_the_shipped_role_and_named_without() -> Result<()> {
         let lists = || Ok::<_, anyhow::Error>(server.audit(AGENT)?.iter().filter(|it| it.verb == "list").count());
         let before = lists()?;
         for (name, want) in [("n2", &["n2"][..]), ("n3", &[])] {
-            let known = ask(&source, Scope::Own(name)).await.nodes.ok().context("its node")?;
+            let known = ask(&source, name, Scope::Own).await.nodes.ok().context("its node")?;
             assert_eq!(known.iter().map(|it| it.node.name.as_str()).collect::<Vec<_>>(), want);
         }
         assert_eq!(lists()?, before, "nothing is listed");

@@ -9,10 +9,11 @@ use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
-use kube::api::{ListParams, PostParams};
+use kube::api::{ListParams, Patch, PatchParams, PostParams};
+use serde_json::json;
 
 use super::Stage;
-use super::finding::{Finding, Level};
+use super::finding::{Finding, Level, split_remedy};
 use super::nodes::KnownNode;
 use crate::api::{self, Connection, Failure};
 use crate::config::{Config, KubeSource, Source};
@@ -36,6 +37,9 @@ pub const RIGHTS: [(&str, &str, &str, &[&str]); 7] = [
     ("networking.k8s.io", "servicecidrs", "", &["list", "watch"]),
     ("events.k8s.io", "events", "", &["create", "patch"]),
 ];
+
+/// One of these rights, as [`missing`] names it.
+const PATCH_NODES: &str = "patch nodes";
 
 /// How far a request got.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +75,8 @@ pub struct Facts {
     pub reached: Reached,
     /// What the agent does and may not.
     pub missing: Result<Vec<String>, String>,
+    /// What admission control says to a patch of the agent's own Node; nothing if it was not asked.
+    pub admission: Option<Result<(), String>>,
 }
 
 /// What the source tells.
@@ -83,23 +89,24 @@ pub struct Cluster {
 
 /// Which Nodes to ask for.
 #[derive(Clone, Copy, Debug)]
-pub enum Scope<'a> {
+pub enum Scope {
     /// All there are.
     All,
-    /// The one of this name alone: every agent begins with a preflight, and in a rollout hundreds begin together.
-    Own(&'a str),
+    /// The agent's own alone: every agent begins with a preflight, and in a rollout hundreds begin together.
+    Own,
 }
 
 /// Looks.
 pub fn gather(config: &Config, stage: Stage) -> Cluster {
     let scope = match stage {
-        Stage::Before => Scope::Own(&config.node_name),
+        Stage::Before => Scope::Own,
         Stage::Running => Scope::All,
     };
     match &config.source {
         Source::Manifests(dir) => {
             let reached = Reached::NotNeeded(format!("the source is {}", dir.display()));
-            let api = Facts { server: String::new(), by_service: false, reached, missing: Ok(Vec::new()) };
+            let missing = Ok(Vec::new());
+            let api = Facts { server: String::new(), by_service: false, reached, missing, admission: None };
             let mut catalog = Catalog::default();
             let events = scan(&mut catalog, dir).map_err(|error| format!("{}: {error}", dir.display()));
             let known = |event| match event {
@@ -110,7 +117,7 @@ pub fn gather(config: &Config, stage: Stage) -> Cluster {
         }
         Source::Kube(source) => {
             match tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime") {
-                Ok(runtime) => runtime.block_on(ask(source, scope)),
+                Ok(runtime) => runtime.block_on(ask(source, &config.node_name, scope)),
                 Err(error) => failed(source, String::new(), Reached::Settings(format!("{error:#}"))),
             }
         }
@@ -120,11 +127,12 @@ pub fn gather(config: &Config, stage: Stage) -> Cluster {
 fn failed(source: &KubeSource, server: String, reached: Reached) -> Cluster {
     let why = "the API server was not reached".to_owned();
     let by_service = source.kubeconfig.is_none() && source.api_server.is_none();
-    Cluster { api: Facts { server, by_service, reached, missing: Err(why.clone()) }, nodes: Err(why) }
+    let api = Facts { server, by_service, reached, missing: Err(why.clone()), admission: None };
+    Cluster { api, nodes: Err(why) }
 }
 
-/// Asks an API server.
-pub async fn ask(source: &KubeSource, scope: Scope<'_>) -> Cluster {
+/// Asks an API server, for the agent of the node of this name.
+pub async fn ask(source: &KubeSource, node_name: &str, scope: Scope) -> Cluster {
     let settings = match api::settings(source).await {
         Ok(settings) => settings,
         Err(error) => return failed(source, String::new(), Reached::Settings(format!("{error:#}"))),
@@ -153,12 +161,14 @@ pub async fn ask(source: &KubeSource, scope: Scope<'_>) -> Cluster {
     }
     let nodes = match scope {
         Scope::All => nodes(&connection).await,
-        Scope::Own(name) => node(&connection, name).await,
+        Scope::Own => node(&connection, node_name).await,
     };
+    let may_patch = missing.as_ref().is_ok_and(|missing| missing.iter().all(|right| right != PATCH_NODES));
+    let admission = if may_patch { admission(&connection, node_name).await } else { None };
     let nodes = nodes.map_err(|reached| format!("asking for Nodes: {}", words(&reached)));
     let missing = missing.map_err(|reached| words(&reached).to_owned());
     let by_service = source.kubeconfig.is_none() && source.api_server.is_none();
-    Cluster { api: Facts { server, by_service, reached, missing }, nodes }
+    Cluster { api: Facts { server, by_service, reached, missing, admission }, nodes }
 }
 
 /// NetworkPolicies there are, and the names of a few; only asked while an agent runs, for at every start of every agent it would be
@@ -293,6 +303,18 @@ async fn missing(connection: &Connection) -> Result<Vec<String>, Reached> {
     Ok(missing)
 }
 
+/// Whether a patch of this Node gets past admission control, which knows more than rights. It changes nothing, and is not stored.
+/// `None` if it did not get there: then other checks say why.
+async fn admission(connection: &Connection, node_name: &str) -> Option<Result<(), String>> {
+    let api: Api<Node> = Api::all(connection.client.clone());
+    let params = PatchParams { dry_run: true, ..PatchParams::default() };
+    match within(api.patch(node_name, &params, &Patch::Merge(json!({})))).await {
+        Ok(_) => Some(Ok(())),
+        Err(Reached::Forbidden(why)) => Some(Err(why)),
+        Err(_) => None,
+    }
+}
+
 async fn nodes(connection: &Connection) -> Result<Vec<KnownNode>, Reached> {
     let api: Api<Node> = Api::all(connection.client.clone());
     let (mut known, mut converter) = (Vec::new(), Converter::new());
@@ -372,6 +394,14 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
         Err(error) => Finding::new(Level::Warning, "rights", format!("not checked: {error}"))
             .hint("let the account create selfsubjectaccessreviews, as system:basic-user does"),
     });
+    found.extend(facts.admission.as_ref().map(|admission| match admission {
+        Ok(()) => Finding::ok("admission", "patches of this node's object"),
+        Err(why) => {
+            let (why, remedy) = split_remedy(why);
+            Finding::new(Level::Fault, "admission", format!("refuses patches of this node's object: {why}"))
+                .hint(remedy)
+        }
+    }));
     found
 }
 
@@ -382,7 +412,8 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener};
 
     fn facts(reached: Reached) -> Facts {
-        Facts { server: "https://192.0.2.1:6443".into(), by_service: false, reached, missing: Ok(Vec::new()) }
+        let (missing, admission) = (Ok(Vec::new()), Some(Ok(())));
+        Facts { server: "https://192.0.2.1:6443".into(), by_service: false, reached, missing, admission }
     }
 
     fn answer() -> Facts {
@@ -392,6 +423,7 @@ mod tests {
     #[test]
     fn an_answer_is_well_and_so_is_no_need_of_one() {
         assert_well(&check(&answer()));
+        assert_well(&check(&Facts { admission: None, ..answer() }));
         assert_well(&check(&facts(Reached::NotNeeded("the source is /m".into()))));
     }
 
@@ -420,6 +452,12 @@ mod tests {
                 Level::Warning,
                 "not checked: why",
                 "selfsubjectaccessreviews",
+            ),
+            (
+                Facts { admission: Some(Err("policy x; do this".into())), ..answer() },
+                Level::Fault,
+                "refuses patches of this node's object: policy x",
+                "do this",
             ),
         ] {
             assert_only(&check(&facts), level, detail, hint);
