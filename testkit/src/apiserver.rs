@@ -135,7 +135,7 @@ impl Server {
 
     /// A kubeconfig for this user that names the server `url`.
     pub fn kubeconfig(&self, user: User, url: &str) -> Result<PathBuf> {
-        self.write_kubeconfig(user.token, user, url)
+        self.write_kubeconfig(user.name, user, url)
     }
 
     fn write_kubeconfig(&self, name: &str, user: User, url: &str) -> Result<PathBuf> {

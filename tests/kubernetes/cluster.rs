@@ -172,7 +172,16 @@ impl Cluster {
     fn api(&self, api_version: &str, kind: &str, namespace: Option<&str>) -> Api<DynamicObject> {
         let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
         let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
-        let cluster_wide = ["Namespace", "Node", "ClusterRole", "ClusterRoleBinding", "ServiceCIDR"].contains(&kind);
+        let cluster_wide = [
+            "Namespace",
+            "Node",
+            "ClusterRole",
+            "ClusterRoleBinding",
+            "ServiceCIDR",
+            "ValidatingAdmissionPolicy",
+            "ValidatingAdmissionPolicyBinding",
+        ];
+        let cluster_wide = cluster_wide.contains(&kind);
         match namespace {
             Some(namespace) if !cluster_wide => Api::namespaced_with(self.client.clone(), namespace, &resource),
             _ => Api::all_with(self.client.clone(), &resource),

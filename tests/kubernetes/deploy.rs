@@ -13,7 +13,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-fn dir() -> PathBuf {
+/// Where the manifests are.
+pub fn dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
 }
 
@@ -192,19 +193,23 @@ fn the_agents_rights_are_the_documented_ones() -> Result<()> {
     }
     rights.sort();
     let want = [
-        "/events: create patch",
-        "/namespaces: get list watch",
         "/nodes/status: patch",
-        "/nodes: get list watch",
-        "/nodes: patch",
-        "/pods: get list watch",
-        "/services: get list watch",
-        "discovery.k8s.io/endpointslices: get list watch",
+        "/nodes: get patch",
+        "/nodes: list watch",
+        "/pods: list watch",
+        "/services: list watch",
+        "discovery.k8s.io/endpointslices: list watch",
         "events.k8s.io/events: create patch",
-        "networking.k8s.io/networkpolicies: get list watch",
-        "networking.k8s.io/servicecidrs: get list watch",
+        "networking.k8s.io/networkpolicies: list",
+        "networking.k8s.io/servicecidrs: list watch",
     ];
     assert_eq!(rights, want);
+    let documented = std::fs::read_to_string(dir().join("../docs/security.md"))?;
+    for right in &rights {
+        let (resource, verbs) = right.trim_start_matches('/').split_once(": ").context("verbs")?;
+        let row = format!("| `{resource}`: {} |", verbs.replace(' ', ", "));
+        assert!(documented.contains(&row), "docs/security.md has no row that begins with {row}");
+    }
     for (group, resource, subresource, verbs) in RIGHTS {
         let slash = if subresource.is_empty() { "" } else { "/" };
         for verb in verbs {
@@ -218,6 +223,41 @@ fn the_agents_rights_are_the_documented_ones() -> Result<()> {
             );
         }
     }
+    Ok(())
+}
+
+/// Elsewhere the account may write, and nothing ties it to its node.
+#[test]
+fn the_policy_is_about_the_account_that_the_agent_has() -> Result<()> {
+    let objects = objects()?;
+    let of = |kind: &str| objects.iter().find(|it| it["kind"] == kind).context("missing");
+    let (policy, binding) = (of("ValidatingAdmissionPolicy")?, of("ValidatingAdmissionPolicyBinding")?);
+    let set = daemon_set()?;
+    let account = set["spec"]["template"]["spec"]["serviceAccountName"].as_str().context("an account")?;
+    assert_eq!(of("ServiceAccount")?["metadata"]["name"], account);
+    let condition = policy["spec"]["matchConditions"][0]["expression"].as_str().context("a condition")?;
+    assert!(condition.contains(&format!("request.userInfo.username.endsWith(':{account}')")), "{condition}");
+    assert_eq!(policy["spec"]["failurePolicy"], "Fail");
+    assert_eq!(binding["spec"], json!({"policyName": policy["metadata"]["name"], "validationActions": ["Deny"]}));
+    Ok(())
+}
+
+/// For clusters whose tokens name no Node: the chart's value, and the patch that docs/security.md shows.
+#[test]
+fn the_policy_can_be_left_out() -> Result<()> {
+    let kinds = |text: &str| -> Result<Vec<String>> { Ok(comparable(text)?.into_keys().collect()) };
+    let chart = |options: &[&str]| -> Result<String> {
+        let output = helm(options)?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let docs = std::fs::read_to_string(dir().join("../docs/security.md"))?;
+    let lines = docs.lines().map(|line| line.strip_prefix("    ").unwrap_or_default());
+    let patch: Vec<_> = lines.skip_while(|line| *line != "patches:").take_while(|line| !line.is_empty()).collect();
+    let mut want = kinds(&overlay("")?)?;
+    want.retain(|kind| !kind.starts_with("ValidatingAdmissionPolicy"));
+    assert_eq!(kinds(&chart(&["--set", "admissionPolicy=false"])?)?, want);
+    assert_eq!(kinds(&overlay(&patch.join("\n"))?)?, want);
     Ok(())
 }
 
@@ -250,7 +290,17 @@ fn kustomize_renders_everything() -> Result<()> {
     let kinds: Vec<_> = rendered.iter().filter_map(|it| it["kind"].as_str()).collect();
     let mut sorted = kinds.clone();
     sorted.sort_unstable();
-    assert_eq!(sorted, ["ClusterRole", "ClusterRoleBinding", "ConfigMap", "DaemonSet", "Namespace", "ServiceAccount"]);
+    let want = [
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "ConfigMap",
+        "DaemonSet",
+        "Namespace",
+        "ServiceAccount",
+        "ValidatingAdmissionPolicy",
+        "ValidatingAdmissionPolicyBinding",
+    ];
+    assert_eq!(sorted, want);
     let of = |kind: &str| rendered.iter().find(|it| it["kind"] == kind).context("missing");
     let map = of("ConfigMap")?;
     let name = map["metadata"]["name"].as_str().context("a name")?;
@@ -302,6 +352,10 @@ fn comparable(text: &str) -> Result<BTreeMap<String, Value>> {
         match kind.as_str() {
             // Helm makes it itself, or its user does.
             "Namespace" => continue,
+            // Kustomize gives it to kinds that it does not know; the API server takes it off again.
+            "ValidatingAdmissionPolicy" | "ValidatingAdmissionPolicyBinding" => {
+                object["metadata"].as_object_mut().context("metadata")?.remove("namespace");
+            }
             "ConfigMap" => {
                 object["metadata"]["name"] = json!("config");
                 let text = object["data"]["config.yaml"].as_str().context("the file")?.to_owned();
@@ -337,11 +391,15 @@ fn the_chart_gives_what_kustomize_gives() -> Result<()> {
 
 /// The base with the component that lets the agent enter pods' network namespaces.
 fn with_pod_sockets() -> Result<String> {
+    overlay("components: [../../deploy/pod-sockets]\n")
+}
+
+/// What Kustomize makes of an overlay over the base.
+fn overlay(more: &str) -> Result<String> {
     let target = dir().join("../target");
     std::fs::create_dir_all(&target)?;
     let overlay = tempfile::tempdir_in(target)?;
-    let text = "resources: [../../deploy]\ncomponents: [../../deploy/pod-sockets]\n";
-    std::fs::write(overlay.path().join("kustomization.yaml"), text)?;
+    std::fs::write(overlay.path().join("kustomization.yaml"), format!("resources: [../../deploy]\n{more}"))?;
     let output = Command::new(kubernetes("kubectl")?).arg("kustomize").arg(overlay.path()).output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
@@ -415,6 +473,7 @@ fn the_chart_takes_the_agents_settings_and_no_others() -> Result<()> {
         ("config.rooting=vxlan", "rooting"),
         ("config.serviceCIDRs={nonsense}", "serviceCIDRs"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
+        ("admissionPolicy=maybe", "admissionPolicy"),
         ("nonsense=1", "nonsense"),
     ] {
         let output = helm(&["--set", set])?;

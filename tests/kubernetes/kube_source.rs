@@ -173,14 +173,14 @@ async fn start_agent(server: &Server) -> Result<Agent> {
 
 /// Starts an agent whose role lacks the right to see some kinds; it may see `kept`.
 async fn start_agent_that_sees(server: &Server, cluster: &Cluster, kept: &str) -> Result<Agent> {
-    let rbac = RBAC.replace("resources: [services, nodes, pods, namespaces]", &format!("resources: [{kept}]"));
+    let rbac = RBAC.replace("resources: [services, nodes, pods]", &format!("resources: [{kept}]"));
     ensure!(rbac != RBAC, "the right is where it was");
     cluster.apply(&yaml(&[NAMESPACE, &rbac, NODES, WEB])).await?;
     start_agent(server).await
 }
 
 /// Looks again and again until something is done; fails with this text after a minute.
-async fn wait_until(failure: &'static str, mut is_done: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
+pub async fn wait_until(failure: &'static str, mut is_done: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
     let done = async {
         while !is_done().await? {
             tokio::time::sleep(Duration::from_millis(50)).await;

@@ -4,6 +4,7 @@
 //! where it needs broken connections, a relay in front of it ([`relay`]). Programs are looked for where `cargo xtask setup`
 //! puts them; a missing one fails the test and says so.
 
+mod admission;
 mod badinput;
 mod cluster;
 mod deploy;

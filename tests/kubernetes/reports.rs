@@ -48,7 +48,7 @@ pub async fn events(server: &Server) -> Result<Vec<Event>> {
 }
 
 /// Waits until these events, and no others, are there: type and note.
-async fn wait_for_events(server: &Server, want: &[(&str, &str)]) -> Result<()> {
+pub async fn wait_for_events(server: &Server, want: &[(&str, &str)]) -> Result<()> {
     let want: BTreeSet<_> = want.iter().map(|(kind, note)| ((*kind).to_owned(), (*note).to_owned())).collect();
     eventually(&format!("the events are {want:?}"), async || {
         let events = events(server).await?;
@@ -66,7 +66,7 @@ async fn wait_for_events(server: &Server, want: &[(&str, &str)]) -> Result<()> {
 }
 
 /// Waits until this event has happened more than once.
-async fn again(server: &Server, note: &str) -> Result<()> {
+pub async fn again(server: &Server, note: &str) -> Result<()> {
     eventually(&format!("{note:?} again"), async || {
         let repeated = |event: &Event| {
             event.type_.as_deref() == Some("Warning")

@@ -26,8 +26,13 @@ pub fn run(cluster: &Cluster) -> Result<String> {
     }
     cluster.ask(&["delete", "-k", &overlay, "--wait=false"])?;
     cluster.ask(&["delete", "namespace", "rustnet-system", "--wait=false"])?;
-    for kind in ["clusterrole/rustnet-agent", "clusterrolebinding/rustnet-agent"] {
-        cluster.ask(&["delete", kind])?;
+    for object in [
+        "clusterrole/rustnet-agent",
+        "clusterrolebinding/rustnet-agent",
+        "validatingadmissionpolicybinding/rustnet-agent-own-node",
+        "validatingadmissionpolicy/rustnet-agent-own-node",
+    ] {
+        cluster.ask(&["delete", object])?;
     }
     Ok(format!("nothing is left on {} nodes", cluster.settings.nodes))
 }
