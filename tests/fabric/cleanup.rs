@@ -2,6 +2,7 @@
 
 use crate::fixture::{Net, endpoints, in_each_routing, observed};
 use anyhow::{Result, ensure};
+use nix::mount::{MsFlags, mount};
 use rustnet_common::names;
 use testkit::{Node, Setup, wait};
 
@@ -95,7 +96,8 @@ fn a_hundred_pods_leave_nothing() -> Result<()> {
     })
 }
 
-/// `rustnetctl cleanup` removes everything of ours and nothing else.
+/// `rustnetctl cleanup` removes everything of ours and nothing else. The run directory is mounted, as `deploy/uninstall` has
+/// it: it stays, and nothing is in it.
 #[test]
 fn cleanup_removes_everything_of_ours() -> Result<()> {
     observed(&Net::start(Setup::default())?, |net| {
@@ -103,7 +105,11 @@ fn cleanup_removes_everything_of_ours() -> Result<()> {
         let foreign = node.netns();
         foreign.ip("link add keepme type bridge\nroute add 203.0.113.0/24 via 172.18.0.1\n")?;
         node.stop_agent()?;
+        let run_dir = node.run_dir();
+        node.netns().run(|| mount(Some(&run_dir), &run_dir, None::<&str>, MsFlags::MS_BIND, None::<&str>))??;
         node.rustnetctl(&["cleanup", "--yes"])?;
+        let left: Vec<_> = std::fs::read_dir(&run_dir)?.collect();
+        ensure!(left.is_empty(), "{left:?}");
         let links = foreign.exec("ip", &["-o", "link"])?;
         ensure!(!links.contains(names::VETH_PREFIX) && !links.contains(names::OVERLAY_DEV), "{links}");
         ensure!(links.contains("keepme"), "a foreign bridge is gone: {links}");

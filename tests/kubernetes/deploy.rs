@@ -77,7 +77,8 @@ fn whoever_touches_pins_is_confined_by_no_profile() -> Result<()> {
         assert_eq!(context["seLinuxOptions"]["type"], "spc_t", "{}", container["name"]);
     }
     // The runtime confines no privileged container; the one that only waits stays confined.
-    assert_eq!(pod["initContainers"][0]["securityContext"]["privileged"], true);
+    let privileged = json!({"privileged": true, "readOnlyRootFilesystem": true});
+    assert_eq!(pod["initContainers"][0]["securityContext"], privileged);
     assert_eq!(cleanup["containers"][0]["securityContext"]["appArmorProfile"], Value::Null);
     Ok(())
 }
@@ -324,6 +325,12 @@ fn the_cleanup_is_not_privileged_either_and_reaches_what_the_agent_installed() -
     assert_eq!(container["securityContext"]["privileged"], Value::Null);
     assert_eq!(container["securityContext"]["capabilities"], json!({"drop": ["ALL"], "add": ["NET_ADMIN", "BPF"]}));
     assert_eq!(pod["hostNetwork"], true);
+    // It has nothing of the host's but rustnet's places, and the container that only waits has less.
+    let paths: Vec<_> =
+        pod["volumes"].as_array().context("volumes")?.iter().map(|it| &it["hostPath"]["path"]).collect();
+    assert_eq!(paths, ["/sys/fs/bpf", "/run/rustnet", "/opt/cni/bin", "/etc/cni/net.d"]);
+    assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+    assert_eq!(container["securityContext"]["seccompProfile"]["type"], "Unconfined");
     let agent = daemon_set()?;
     for argument in strings(&agent["spec"]["template"]["spec"]["containers"][0]["args"]) {
         if ["--run-dir=", "--cni-bin-dir=", "--cni-conf-dir="].iter().any(|flag| argument.starts_with(flag)) {

@@ -56,6 +56,7 @@ fn mount_bpffs(dir: &Path) -> Result<()> {
         )
     };
     fs::create_dir_all(at).with_context(remedy)?;
+    // As systemd mounts it: no more than other hosts do, and no less.
     mount(Some("bpf"), at, Some("bpf"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, Some("mode=0700"))
         .with_context(remedy)
 }

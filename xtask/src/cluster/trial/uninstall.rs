@@ -37,9 +37,9 @@ pub fn run(cluster: &Cluster) -> Result<String> {
     Ok(format!("nothing is left on {} nodes", cluster.settings.nodes))
 }
 
-/// Pins, devices, routes, hooks on the uplink, files: one line each.
+/// Pins, devices, routes, hooks on the uplink, files: one line each. The empty run directory stays, for it is mounted.
 fn left(cluster: &Cluster, node: &Node) -> Result<String> {
-    let script = "ls -d /sys/fs/bpf/* /run/rustnet /opt/cni/bin/* /etc/cni/net.d/* 2>/dev/null | grep -v '\\.debug$'
+    let script = "ls -d /sys/fs/bpf/* /run/rustnet/* /opt/cni/bin/* /etc/cni/net.d/* 2>/dev/null | grep -v '\\.debug$'
         ip -o link | grep -E ' (rn_|rnv)'
         ip -4 route show proto 114; ip -6 route show proto 114
         ls -A /etc/cni/net.d /opt/cni/bin | grep -v -e : -e '^$'
