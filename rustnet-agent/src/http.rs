@@ -54,16 +54,18 @@ pub fn metrics(health: Arc<Health>) -> Router {
 
 /// What one port grants those who ask.
 #[derive(Clone, Copy, Debug)]
-struct Limits {
+pub(crate) struct Limits {
     /// Connections at a time; more wait in the kernel's queue.
-    connections: usize,
+    pub(crate) connections: usize,
     /// Until the head of the request is there.
-    head: Duration,
+    pub(crate) head: Duration,
     /// From the first to the last byte.
-    whole: Duration,
+    pub(crate) whole: Duration,
 }
 
-const LIMITS: Limits = Limits { connections: 16, head: Duration::from_secs(3), whole: Duration::from_secs(10) };
+/// What the agent's ports grant.
+pub(crate) const LIMITS: Limits =
+    Limits { connections: 16, head: Duration::from_secs(3), whole: Duration::from_secs(10) };
 
 /// Serves a router at an address until shutdown. `flag` is the setting to name when the address cannot be had.
 pub async fn serve(router: Router, addr: SocketAddr, flag: &'static str, mut shutdown: watch::Receiver<bool>) {
@@ -78,7 +80,8 @@ pub async fn serve(router: Router, addr: SocketAddr, flag: &'static str, mut shu
     }
 }
 
-async fn serve_on(listener: TcpListener, router: Router, limits: Limits) {
+/// Serves a router at a port that is there, for good.
+pub(crate) async fn serve_on(listener: TcpListener, router: Router, limits: Limits) {
     let places = Arc::new(Semaphore::new(limits.connections));
     // Those that are open end with it.
     let mut open = JoinSet::new();
@@ -132,7 +135,7 @@ async fn listen(addr: SocketAddr, flag: &str) -> TcpListener {
 }
 
 /// Listens; `[::]` stands for both families, whatever the host's `net.ipv6.bindv6only`.
-fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
+pub(crate) fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
     let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = match socket {
         Err(error) => return bind(without_ipv6(addr, &error).ok_or(error)?),

@@ -128,6 +128,35 @@ pub async fn settings(source: &KubeSource) -> anyhow::Result<Config> {
     Ok(config)
 }
 
+/// Where the API server is for a person's command, as kubectl finds it: `kubeconfig`, the files of `KUBECONFIG`,
+/// `~/.kube/config`, the pod's service account. `context` names another context than the current one.
+///
+/// # Errors
+/// A kubeconfig or service account that is missing or broken.
+pub async fn operator_settings(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::Result<Config> {
+    let default = std::env::home_dir().map(|home| home.join(".kube/config")).filter(|path| path.is_file());
+    let read = |path: &Path| {
+        let shown = path.display();
+        Kubeconfig::read_from(path).with_context(|| format!("{shown}: cannot use as kubeconfig; check --kubeconfig"))
+    };
+    let file = match (kubeconfig, default) {
+        (Some(path), _) => Some(read(path)?),
+        (None, default) => match Kubeconfig::from_env().context("KUBECONFIG: cannot use its files as kubeconfig")? {
+            Some(file) => Some(file),
+            None => default.map(|path| read(&path)).transpose()?,
+        },
+    };
+    let Some(mut file) = file else {
+        return Config::incluster().context("no kubeconfig and no service account: give --kubeconfig");
+    };
+    if let Some(context) = context {
+        file.current_context = Some(context.to_owned());
+    }
+    refuse_proxy(&file).context("cannot use the kubeconfig")?;
+    let hint = "the kubeconfig's current context is not complete: check it, or give another --context";
+    Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.context(hint)
+}
+
 /// A connection with these settings, for good.
 ///
 /// # Errors
@@ -310,6 +339,26 @@ mod tests {
         // One of a cluster that is not meant is no matter.
         std::fs::write(&path, config_file("https://192.0.2.1", "", "")).expect("written");
         assert!(connect(&kubeconfig(&path), Deadlines::default()).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_persons_kubeconfig_is_refused_by_name_and_by_context() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("kubeconfig");
+        let refused = async |context| match operator_settings(Some(&path), context).await {
+            Ok(config) => panic!("accepted {}", config.cluster_url),
+            Err(error) => format!("{error:#}"),
+        };
+        let message = refused(None).await;
+        assert!(message.contains("--kubeconfig"), "{message}");
+        std::fs::write(&path, config_file("https://192.0.2.1", "", "")).expect("written");
+        let found = operator_settings(Some(&path), Some("x")).await.expect("settings");
+        assert_eq!(found.cluster_url.host(), Some("192.0.2.1"));
+        let message = refused(Some("absent")).await;
+        assert!(message.contains("--context"), "{message}");
+        std::fs::write(&path, config_file("https://192.0.2.1", "proxy-url: http://192.0.2.7", "")).expect("written");
+        let message = refused(None).await;
+        assert!(message.contains("proxy-url"), "{message}");
     }
 
     #[tokio::test]

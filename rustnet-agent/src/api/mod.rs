@@ -9,7 +9,7 @@ pub(crate) mod herd;
 mod node_status;
 pub mod reports;
 
-pub use client::{Connection, connect, connect_in_time, connection, settings};
+pub use client::{Connection, connect, connect_in_time, connection, operator_settings, settings};
 pub use deadline::Deadlines;
 pub use failure::Failure;
 pub use node_status::{CONDITION, NodeStatus};
