@@ -1,9 +1,10 @@
 //! The `rustnetctl` command prints what the maps hold, as text or JSON. It needs no agent and no API
-//! server.
+//! server; `connectivity` is about a whole cluster, and needs its API server.
 //!
-//! Exit codes: 0 all is well, 1 something is not (or went wrong), 2 wrong usage.
+//! Exit codes: 0 all is well, 1 something is not (or went wrong), 2 wrong usage; `connectivity`: it could not run.
 
 mod cleanup;
+mod connectivity;
 mod ct;
 mod doctor;
 mod endpoints;
@@ -71,6 +72,11 @@ enum Command {
     Drops,
     /// Drops (and new flows, where the agent reports them) as they happen
     Monitor(monitor::Args),
+    /// Has pods on all nodes ask each other, the nodes, Services and names; needs a kubeconfig. Exit code 1 if a row failed, 2 if it
+    /// could not run
+    Connectivity(Box<connectivity::Args>),
+    #[command(hide = true)]
+    ConnectivityProbe(Box<connectivity::probe::Args>),
     /// Removes everything of rustnet's from this host, or what kube-proxy left, and nothing else
     Cleanup(cleanup::Args),
     /// Prints a completion script
@@ -135,7 +141,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("rustnetctl: {error:#}");
-            ExitCode::from(if error.is::<output::Usage>() { 2 } else { 1 })
+            ExitCode::from(if error.is::<output::Usage>() || error.is::<output::CannotRun>() { 2 } else { 1 })
         }
     }
 }
@@ -153,6 +159,8 @@ fn dispatch(cli: Cli) -> Result<bool> {
         Command::Status(args) => return status::run(places, &args, &out),
         Command::Services(args) => return services::run(&places()?, *args, &out),
         Command::Doctor(args) => return doctor::run(places, *args, &out),
+        Command::Connectivity(args) => return connectivity::run(&args, &out),
+        Command::ConnectivityProbe(args) => connectivity::probe::run(&args)?,
         Command::Endpoints => endpoints::run(&places()?, &out)?,
         Command::Nodes => nodes::run(&places()?, &out)?,
         Command::Peers => peers::run(&places()?, &out)?,

@@ -22,6 +22,11 @@ pub enum Format {
 #[error("{0}")]
 pub struct Usage(pub String);
 
+/// The command's work could not be done, so that nothing is known of what it is about.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct CannotRun(pub String);
+
 /// Where results go.
 pub struct Output {
     format: Format,
