@@ -29,8 +29,8 @@ const SINGLE: &str = "Networking Granular Checks: Pods should function for intra
 fn dual_stack_over_vxlan_installed_by_kustomize() -> Result<()> {
     let cluster = Cluster::up("dual", &["--ip-family=dual", "--routing=vxlan"])?;
     cluster.judge(DUAL)?;
-    // Annotations limit; no request is lost while the agents are replaced; nothing is left of them in the end.
-    cluster.xtask(&["trial", "bandwidth", "restart", "upgrade", "uninstall"])
+    // The command for operators finds all well, and a fault; annotations limit; no request is lost while the agents are replaced; nothing is left of them in the end.
+    cluster.xtask(&["trial", "connectivity", "bandwidth", "restart", "upgrade", "uninstall"])
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! request by request. The same for an ordinary application's rolling update.
 
 mod bandwidth;
+mod connectivity;
 mod crowd;
 mod load;
 mod static_pod;
@@ -46,6 +47,8 @@ pub enum Trial {
     StaticPod,
     /// Limits by annotations, which containerd hands to the plugin
     Bandwidth,
+    /// `rustnetctl connectivity`, and again with a fault
+    Connectivity,
     /// The agents removed: forwarding goes on
     Remove,
     /// All of rustnet removed from the nodes, as `deploy/uninstall` tells; no traffic survives that
@@ -119,6 +122,7 @@ fn apart(trial: Trial) -> Option<fn(&Cluster) -> Result<String>> {
         Trial::Crowd => Some(crowd::run),
         Trial::Bandwidth => Some(bandwidth::run),
         Trial::StaticPod => Some(static_pod::run),
+        Trial::Connectivity => Some(connectivity::run),
         Trial::Uninstall => Some(uninstall::run),
         _ => None,
     }
@@ -223,7 +227,9 @@ fn act(cluster: &Cluster, trial: Trial, other: &Other) -> Result<()> {
             everywhere(&larger)?;
             lifecycle::scale(&larger, cluster.settings.nodes).map(drop)
         }
-        Trial::Uninstall | Trial::Crowd | Trial::Bandwidth | Trial::StaticPod => bail!("not a trial under load"),
+        Trial::Uninstall | Trial::Crowd | Trial::Bandwidth | Trial::StaticPod | Trial::Connectivity => {
+            bail!("not a trial under load")
+        }
     }
 }
 
