@@ -170,15 +170,32 @@ fn dispatch(cli: Cli) -> Result<bool> {
         Command::Monitor(args) => monitor::run(&places()?, &args, &out)?,
         Command::Cleanup(args) => return cleanup::run(places, &args, &out),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "rustnetctl", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut shown_commands(), "rustnetctl", &mut std::io::stdout());
         }
     }
     Ok(true)
 }
 
+/// Returns the grammar without commands that are no use to people: scripts for shells would offer hidden ones, too.
+fn shown_commands() -> clap::Command {
+    let all = Cli::command();
+    let shown = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
+    clap::Command::new("rustnetctl").args(all.get_arguments().cloned()).subcommands(shown)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{Cli, CommandFactory, Format, Parser};
+    use super::{Cli, CommandFactory, Format, Parser, shown_commands};
+
+    #[test]
+    fn completions_offer_no_hidden_command() {
+        let mut script = Vec::new();
+        clap_complete::generate(clap_complete::Shell::Bash, &mut shown_commands(), "rustnetctl", &mut script);
+        let script = String::from_utf8(script).expect("text");
+        for (word, is_offered) in [("connectivity", true), ("--bpffs", true), ("connectivity-probe", false)] {
+            assert_eq!(script.contains(word), is_offered, "{word}");
+        }
+    }
 
     #[test]
     fn the_grammar_is_sound() {
