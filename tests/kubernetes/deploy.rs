@@ -396,6 +396,19 @@ fn the_chart_gives_what_kustomize_gives() -> Result<()> {
     Ok(())
 }
 
+/// For a canary: no agent is replaced before its pod is deleted.
+#[test]
+fn the_chart_leaves_the_pace_of_an_upgrade_to_its_user() -> Result<()> {
+    let rendered = helm(&["--set", "updateStrategy.type=OnDelete"])?;
+    ensure!(rendered.status.success(), "{}", String::from_utf8_lossy(&rendered.stderr));
+    let chart = comparable(&String::from_utf8(rendered.stdout)?)?;
+    assert_eq!(chart["DaemonSet"]["spec"]["updateStrategy"], json!({"type": "OnDelete"}));
+    let output = helm(&["--set", "updateStrategy.type=Recreate"])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && said.contains("updateStrategy"), "{said}");
+    Ok(())
+}
+
 /// The base with the component that lets the agent enter pods' network namespaces.
 fn with_pod_sockets() -> Result<String> {
     overlay("components: [../../deploy/pod-sockets]\n")
