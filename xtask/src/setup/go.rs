@@ -17,6 +17,8 @@ const CNITOOL: &str = "v1.2.3";
 const COREDNS: &str = "v1.15.0";
 /// Renders the chart in tests.
 const HELM: &str = "v3.22.0";
+/// Judges the alerts in tests: that of Prometheus 3.16.
+const PROMTOOL: &str = "v0.316.0";
 /// containerd, by whose default AppArmor profile containers are confined.
 const CONTAINERD: &str = "v2.1.4";
 /// Writes that profile to a file.
@@ -27,15 +29,20 @@ const FETCHED_GO: &str = "v0.0.1-go1.24.6";
 const OLDEST_GO: (u32, u32) = (1, 21);
 
 pub(super) fn ensure_cnitool(work: &mut Work) -> Result<()> {
-    ensure_tool(work, "github.com/containernetworking/cni/cnitool", CNITOOL)
+    ensure_tool(work, "github.com/containernetworking/cni/cnitool", CNITOOL, None)
 }
 
 pub(super) fn ensure_coredns(work: &mut Work) -> Result<()> {
-    ensure_tool(work, "github.com/coredns/coredns", COREDNS)
+    ensure_tool(work, "github.com/coredns/coredns", COREDNS, None)
 }
 
 pub(super) fn ensure_helm(work: &mut Work) -> Result<()> {
-    ensure_tool(work, "helm.sh/helm/v3/cmd/helm", HELM)
+    ensure_tool(work, "helm.sh/helm/v3/cmd/helm", HELM, None)
+}
+
+/// Without service discovery, which takes the libraries of a dozen clouds and is not asked for.
+pub(super) fn ensure_promtool(work: &mut Work) -> Result<()> {
+    ensure_tool(work, "github.com/prometheus/prometheus/cmd/promtool", PROMTOOL, Some("remove_all_sd"))
 }
 
 /// The default profile, as containerd renders it.
@@ -62,8 +69,8 @@ pub(super) fn ensure_profile(work: &mut Work) -> Result<()> {
     if work.dry_run { Ok(()) } else { stamp.write() }
 }
 
-/// A program that is a module of its own, at one version.
-fn ensure_tool(work: &mut Work, package: &str, version: &str) -> Result<()> {
+/// A program that is a module of its own, at one version, with a build tag if it has one.
+fn ensure_tool(work: &mut Work, package: &str, version: &str, tag: Option<&str>) -> Result<()> {
     let name = package.rsplit('/').next().unwrap_or(package);
     let stamp = Stamp::new(&paths::tools().join(name), version.to_owned());
     if stamp.holds() {
@@ -71,7 +78,7 @@ fn ensure_tool(work: &mut Work, package: &str, version: &str) -> Result<()> {
     }
     let go = go(work)?;
     let install = Cmd::new(go)
-        .args(["install", "-ldflags", "-s -w", &format!("{package}@{version}")])
+        .args(["install", "-ldflags", "-s -w", "-tags", tag.unwrap_or_default(), &format!("{package}@{version}")])
         .env("GOBIN", paths::tools())
         .env("CGO_ENABLED", "0")
         .env_remove("GOFLAGS")

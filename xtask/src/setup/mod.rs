@@ -28,7 +28,7 @@ pub enum Need {
     Lint,
     /// The foreign CNI driver.
     Cnitool,
-    /// A real API server and its store, and Helm.
+    /// A real API server and its store, Helm and promtool.
     ApiServer,
     /// The reference that benchmarks compare with.
     KubeProxy,
@@ -62,7 +62,7 @@ pub struct Args {
 /// Large things that are installed only when asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Extra {
-    /// kube-apiserver, kubectl, etcd and helm, built from the Go module proxy (4 minutes on 2 cores, 2 GB of memory)
+    /// kube-apiserver, kubectl, etcd, helm and promtool, built from the Go module proxy (4 minutes on 2 cores, 2 GB of memory)
     Kubernetes,
     /// kube-proxy, from the same sources, for benchmarks and the comparison with it
     KubeProxy,
@@ -139,6 +139,7 @@ impl Work {
                     kubernetes::ensure(self, "kubectl")?;
                     kubernetes::ensure(self, "etcd")?;
                     go::ensure_helm(self)?;
+                    go::ensure_promtool(self)?;
                 }
                 Need::KubeProxy => kubernetes::ensure(self, "kube-proxy")?,
                 Need::Cluster => {
