@@ -76,10 +76,10 @@ fn no_pod_speaks_so_in_its_nodes_name() -> Result<()> {
             lab.forget()?;
             let shot = lab.pod_sends(&to(dst))?;
             if dst == net.b() {
-                shot.to_the_pod(&to(dst).hop())?
+                shot.to_the_pod(&to(dst).hop())?;
             } else {
-                shot.onto_wire(&to(dst).hop())?
-            };
+                shot.onto_wire(&to(dst).hop())?;
+            }
         }
         lab.configure(|c| c.flags &= !config::flags::MASQUERADE)?;
         lab.forget()?;
