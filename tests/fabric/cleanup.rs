@@ -4,6 +4,7 @@ use crate::fixture::{Net, endpoints, in_each_routing, observed};
 use anyhow::{Result, ensure};
 use nix::mount::{MsFlags, mount};
 use rustnet_common::names;
+use std::path::Path;
 use testkit::{Node, Setup, wait};
 
 in_each_routing!(deleted_pods_leave_nothing, deleted_services_leave_nothing);
@@ -33,7 +34,7 @@ fn traces(node: &Node) -> Result<Vec<String>> {
 }
 
 fn leases(node: &Node) -> usize {
-    fn count(dir: &std::path::Path) -> usize {
+    fn count(dir: &Path) -> usize {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
         entries.map(|e| if e.path().is_dir() { count(&e.path()) } else { 1 }).sum()
     }
@@ -96,6 +97,17 @@ fn a_hundred_pods_leave_nothing() -> Result<()> {
     })
 }
 
+/// Mounts the directories that are written, and makes all around them read-only.
+fn mount_as_in_a_container(node: &Node) -> Result<()> {
+    let bind = |dir: &Path, flags| mount(Some(dir), dir, None::<&str>, MsFlags::MS_BIND | flags, None::<&str>);
+    for dir in [node.run_dir(), node.cni_bin_dir(), node.cni_conf_dir()] {
+        bind(&dir, MsFlags::empty())?;
+    }
+    bind(node.dir(), MsFlags::MS_REC)?;
+    bind(node.dir(), MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY)?;
+    Ok(())
+}
+
 /// `rustnetctl cleanup` removes everything of ours and nothing else. The run directory is mounted, as `deploy/uninstall` has
 /// it: it stays, and nothing is in it.
 #[test]
@@ -106,7 +118,7 @@ fn cleanup_removes_everything_of_ours() -> Result<()> {
         foreign.ip("link add keepme type bridge\nroute add 203.0.113.0/24 via 172.18.0.1\n")?;
         node.stop_agent()?;
         let run_dir = node.run_dir();
-        node.netns().run(|| mount(Some(&run_dir), &run_dir, None::<&str>, MsFlags::MS_BIND, None::<&str>))??;
+        node.netns().run(|| mount_as_in_a_container(node))??;
         node.rustnetctl(&["cleanup", "--yes"])?;
         let left: Vec<_> = std::fs::read_dir(&run_dir)?.collect();
         ensure!(left.is_empty(), "{left:?}");

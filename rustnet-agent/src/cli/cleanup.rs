@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
+use nix::sys::statvfs::{FsFlags, statvfs};
 use rustnet_common::files::{ENDPOINTS_DIR, IPAM_DIR, NODE_FILE};
 use rustnet_common::names::{LINKS_DIR, OVERLAY_DEV, PROGS_DIR, VETH_PREFIX, map, v1};
 use serde::Serialize;
@@ -263,7 +264,7 @@ impl Hand {
 
     /// Somebody else's files, or a file system mounted there, keep a directory. `removed`: what has gone, or would have.
     fn empty_dir(self, path: &Path, removed: &[String]) -> Result<bool> {
-        use std::io::ErrorKind::{DirectoryNotEmpty, ResourceBusy};
+        use std::io::ErrorKind::{DirectoryNotEmpty, ReadOnlyFilesystem, ResourceBusy};
         if self.dry_run {
             let is_ours = |entry: &PathBuf| {
                 let shown = entry.display().to_string();
@@ -275,6 +276,8 @@ impl Hand {
         }
         match fs::remove_dir(path) {
             Err(e) if matches!(e.kind(), DirectoryNotEmpty | ResourceBusy) => Ok(false),
+            // In a container: a file system that can be written, mounted in one that cannot.
+            Err(e) if e.kind() == ReadOnlyFilesystem && is_writable(path) => Ok(false),
             result => gone(result, path),
         }
     }
@@ -295,6 +298,11 @@ fn is_mount_point(path: &Path) -> Result<bool> {
         Ok::<_, anyhow::Error>(found.dev())
     };
     Ok(device(path)? != device(&path.join(".."))?)
+}
+
+/// True if files below it can be made and removed, as far as its file system is concerned.
+fn is_writable(path: &Path) -> bool {
+    statvfs(path).is_ok_and(|found| !found.flags().contains(FsFlags::ST_RDONLY))
 }
 
 fn is_there(path: &Path) -> Result<bool> {
