@@ -26,16 +26,28 @@ pub use slice::{Condition, Endpoint, EndpointSlice, Hints, TargetPort};
 use std::fmt;
 use std::net::IpAddr;
 
+use serde::Serialize;
+
 /// An address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub enum Family {
     /// IPv4.
+    #[serde(rename = "IPv4")]
     V4,
     /// IPv6.
+    #[serde(rename = "IPv6")]
     V6,
 }
 
 impl Family {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// Returns the first address of this family.
+    pub fn pick(self, addresses: &[IpAddr]) -> Option<IpAddr> {
+        addresses.iter().copied().find(|address| Self::of(*address) == self)
+    }
+
     /// The family of an address.
     pub const fn of(ip: IpAddr) -> Self {
         match ip {

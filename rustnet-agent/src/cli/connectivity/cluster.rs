@@ -29,7 +29,7 @@ const AGENT: &str = "app.kubernetes.io/name=rustnet-agent";
 const DNS: &str = "k8s-app=kube-dns";
 const METRICS_PORT: i32 = 9962;
 /// Between two looks at something that is waited for.
-const PAUSE: Duration = Duration::from_millis(200);
+pub const PAUSE: Duration = Duration::from_millis(200);
 /// Of one question, the API server's own limit for a connection to a pod included.
 const PATIENCE: Duration = Duration::from_secs(40);
 /// Longest answer of a probe.

@@ -6,7 +6,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::row::{Check, End, Expected, Facts, Node, Probe, Row, Scenario, Skipped, Source, Step};
-use super::wire::{Family, MIN_BYTES, Protocol, Question};
+use super::wire::{MIN_BYTES, Protocol, Question};
+use crate::model::Family;
 
 /// Of a transfer: more than a window, and many segments of the largest size that the path takes.
 const TRANSFER: usize = 1 << 20;
@@ -413,14 +414,14 @@ mod tests {
     fn one_node_of_one_family_says_what_it_skips() {
         let steps = plan(&facts(1, false));
         let (rows, skipped) = rows(&steps);
-        assert!(rows.iter().all(|row| row.family == Some(Family::IPv4) && !row.scenario.is_remote()));
+        assert!(rows.iter().all(|row| row.family == Some(Family::V4) && !row.scenario.is_remote()));
         for scenario in Scenario::REMOTE {
             assert!(
                 skipped.iter().any(|it| it.scenario == scenario && it.reason.contains("two nodes")),
                 "{scenario:?}"
             );
         }
-        assert!(skipped.iter().any(|it| it.family == Some(Family::IPv6) && it.reason.contains("no pod")));
+        assert!(skipped.iter().any(|it| it.family == Some(Family::V6) && it.reason.contains("no pod")));
         assert!(skipped.iter().any(|it| it.scenario == Scenario::PodToWorld && it.reason.contains("--world")));
         assert_eq!(count(&rows, Scenario::PodToServiceName), 1, "the pod asks itself");
     }

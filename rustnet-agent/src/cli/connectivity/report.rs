@@ -9,9 +9,10 @@ use serde::Serialize;
 use super::evidence::Evidence;
 use super::row::{Check, End, Row, Scenario, Skipped};
 use super::verdict::{self, Failure};
-use super::wire::{Cause, Family};
+use super::wire::Cause;
 use crate::cli::output::{Output, json, line, table};
 use crate::doctor::finding::Mark;
+use crate::model::Family;
 
 /// What became of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -281,7 +282,7 @@ mod tests {
         };
         let row = |scenario| Row {
             scenario,
-            family: Some(Family::IPv4),
+            family: Some(Family::V4),
             client: "pod-0".into(),
             from: end("pod on n1", "10.244.1.2", "n1"),
             to: end("pod on n2", "10.244.2.2", "n2"),

@@ -4,7 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
-use super::wire::{Family, Question};
+use super::wire::Question;
+use crate::model::Family;
 
 /// What is tried. Names are the same in all releases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

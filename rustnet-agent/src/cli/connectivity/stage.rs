@@ -9,19 +9,18 @@ use futures::future::join_all;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use tokio::time::{Instant, sleep};
 
-use super::cluster::{Agents, Cluster, KnownNode, is_policy, refusal, say};
+use super::cluster::{Agents, Cluster, KnownNode, PAUSE, is_policy, refusal, say};
 use super::evidence::Evidence;
 use super::objects::{PEER, Role, Run, pod_addresses, trouble_of};
 use super::plan::{self, SERVICE_PORT};
 use super::report::{Outcome, Progress, Report, not_started};
 use super::row::{Facts, Node, Probe, Row, Scenario, Skipped, Step};
 use super::verdict::{Failure, judge};
-use super::wire::{Answer, Cause, Family, MIN_BYTES, Protocol, Question};
+use super::wire::{Answer, Cause, MIN_BYTES, Protocol, Question};
+use crate::model::Family;
 
 /// Nodes that take part unless others are named: rows are one after another, and node ports are few.
 const NODES: usize = 8;
-/// Between two looks at something that is waited for.
-const PAUSE: Duration = Duration::from_millis(200);
 /// How long agents may take to serve the Services of the run. Rows fail after that.
 const SETTLING: Duration = Duration::from_secs(15);
 
@@ -249,7 +248,7 @@ impl Stage<'_> {
         for node in &nodes {
             before.push(self.cluster.drops(self.agents, node).await);
         }
-        // At once: it takes seconds to tell silence from slowness.
+        // At once: silence differs from slowness only after seconds.
         let results = join_all(row.checks.iter().map(async |check| {
             match self.cluster.ask(self.run, &row.client, &check.question).await {
                 Ok(answer) => judge(check, &answer),

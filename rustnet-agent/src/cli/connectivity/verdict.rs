@@ -100,13 +100,13 @@ pub fn remedy(row: &Row, cause: Cause) -> String {
             format!("ask the server from node {near} itself; if it answers there: `rustnetctl monitor --drops` on {near}")
         }
         Cause::TimedOut | Cause::Broken if near == far => {
-            format!("leave `rustnetctl monitor --drops` running on {near} and ask again; `rustnetctl ct list` tells how far it got")
+            format!("leave `rustnetctl monitor --drops` running on {near} and ask again; `rustnetctl ct list` shows how far it got")
         }
         Cause::TimedOut | Cause::Broken => format!(
             "leave `rustnetctl monitor --drops` running {both} and ask again; then look for a firewall between the nodes, which has to let \
              the overlay's UDP port through: `rustnetctl doctor` {both}"
         ),
-        Cause::Unreachable => format!("`rustnetctl peers` and `ip route` {both} tell who is believed to be where"),
+        Cause::Unreachable => format!("compare `rustnetctl peers` and `ip route` {both}"),
         Cause::Corrupt => format!("capture at both ends; a device with a broken checksum offload is likely: `ethtool -K DEV tx off` {both}"),
         Cause::NoName | Cause::WrongServer if row.checks.iter().any(|check| check.question.protocol == Protocol::Dns) => {
             names(near)

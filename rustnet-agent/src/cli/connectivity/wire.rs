@@ -1,9 +1,10 @@
 //! Questions for probes and their answers, as they go through the API server: a query of a URL, and JSON.
 
-use std::fmt;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::model::Family;
 
 /// Longest payload that a probe sends or echoes.
 pub const MAX_BYTES: usize = 4 << 20;
@@ -13,40 +14,10 @@ pub const MAX_DATAGRAM: usize = 60_000;
 pub const MIN_BYTES: usize = 64;
 /// Path of questions.
 pub const PATH: &str = "/probe";
-/// Path that tells that a probe serves.
+/// Path that answers while a probe serves.
 pub const HEALTH_PATH: &str = "/healthz";
 /// Header with the secret of a run: only who created the probes may send packets from there.
 pub const TOKEN_HEADER: &str = "x-rustnet-probe-token";
-
-/// An IP family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Family {
-    /// IPv4
-    IPv4,
-    /// IPv6
-    IPv6,
-}
-
-impl Family {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::IPv4, Self::IPv6];
-
-    /// Returns the family of an address.
-    pub fn of(address: IpAddr) -> Self {
-        if address.is_ipv4() { Self::IPv4 } else { Self::IPv6 }
-    }
-
-    /// Returns the first address of this family.
-    pub fn pick(self, addresses: &[IpAddr]) -> Option<IpAddr> {
-        addresses.iter().copied().find(|address| Self::of(*address) == self)
-    }
-}
-
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{self:?}")
-    }
-}
 
 /// What a probe does with its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,8 +81,8 @@ impl Question {
         let number = |name: &str| need(name)?.parse::<usize>().map_err(|_| format!("{name} is no number"));
         let family = match value("family") {
             None => None,
-            Some("IPv4") => Some(Family::IPv4),
-            Some("IPv6") => Some(Family::IPv6),
+            Some("IPv4") => Some(Family::V4),
+            Some("IPv6") => Some(Family::V6),
             Some(_) => return Err("family is neither IPv4 nor IPv6".to_owned()),
         };
         let protocol = Protocol::parse(need("protocol")?).ok_or("protocol is unknown")?;
@@ -224,7 +195,7 @@ mod tests {
 
     #[test]
     fn a_question_survives_its_query() {
-        for (host, family) in [("fd00::1", Some(Family::IPv6)), ("echo-0.x.svc", None)] {
+        for (host, family) in [("fd00::1", Some(Family::V6)), ("echo-0.x.svc", None)] {
             let question = Question { protocol: Protocol::Udp, host: host.into(), port: 80, bytes: 64, family };
             assert_eq!(Question::from_query(&question.to_query()), Ok(question));
         }

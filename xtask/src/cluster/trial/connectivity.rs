@@ -31,7 +31,7 @@ const PATIENCE: Duration = Duration::from_mins(10);
 const NAMESPACE: &str = "--namespace=trial";
 const POD: &str = "connectivity";
 
-/// Returns what to tell of it.
+/// Returns a line about the result.
 pub fn run(cluster: &Cluster) -> Result<String> {
     let nodes = cluster.nodes();
     let (near, far) = (nodes.first().context("no node")?, nodes.last().context("no node")?);

@@ -9,7 +9,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UdpSocket, lookup_host};
 use tokio::time::timeout;
 
-use crate::cli::connectivity::wire::{Answer, Cause, Family, Protocol, Question, Seen};
+use crate::cli::connectivity::wire::{Answer, Cause, Protocol, Question, Seen};
+use crate::model::Family;
 
 /// For a name, and for a connection: as long as the kernel sends its SYN once more.
 const STEP: Duration = Duration::from_secs(2);
