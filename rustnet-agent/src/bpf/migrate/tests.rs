@@ -134,6 +134,27 @@ fn a_node_of_v1_is_upgraded() {
     assert_eq!((flows.len(), flows[0].1.flags), (1, flags::SWAPPED));
 }
 
+/// Whose flow a translated one is, `rn_endpoints` says: earlier releases exported those of clients outside.
+#[test]
+fn a_translated_flow_that_no_pod_opened_is_left_out() {
+    let (old, new) = (retired(), fresh());
+    for opener in [1, 9] {
+        let asks = tuple(ip(opener), ip(96), 1, proto::UDP);
+        connect(&old, v1::map::CT4, asks, Tuple { dst: ip(97), ..asks }, 5, 0);
+    }
+    let upgrade = Upgrade::run(&old, &new, false).unwrap();
+    let openers = || -> Vec<Ip4> {
+        let entries = present::<Tuple<Ip4>, CtEntry<Ip4>>(&new, map::CT4_ANY).unwrap().entries().unwrap();
+        let original = entries.into_iter().filter(|(_, entry)| entry.flags & flags::REPLY == 0);
+        original.map(|(_, entry)| entry.to.src).collect()
+    };
+    assert_eq!(openers(), [ip(1)]);
+    let late = tuple(ip(8), ip(96), 2, proto::UDP);
+    connect(&old, v1::map::CT4, late, Tuple { dst: ip(97), ..late }, 6, 0);
+    assert_eq!(upgrade.catch_up(&old, &new).unwrap(), 0);
+    assert_eq!(openers(), [ip(1)]);
+}
+
 #[test]
 fn what_the_old_programs_open_meanwhile_is_added_and_nothing_comes_back() {
     let (old, new) = (node(), fresh());
