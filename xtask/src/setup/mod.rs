@@ -62,7 +62,7 @@ pub struct Args {
 /// Large things that are installed only when asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Extra {
-    /// kube-apiserver, kubectl, etcd, helm and promtool, built from the Go module proxy (4 minutes on 2 cores, 2 GB of memory)
+    /// kube-apiserver, kubectl, etcd, helm and promtool, built from the Go module proxy (minutes on 2 cores, 2 GB of memory)
     Kubernetes,
     /// kube-proxy, from the same sources, for benchmarks and the comparison with it
     KubeProxy,
