@@ -72,7 +72,7 @@ pub fn run<F: Steps>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
             (source::OUTSIDE, Origin::Uplink)
         }
     };
-    // It opens no connection.
+    // It opens no connection, and nothing may look one up: a packet that the parser has refused has no key.
     flow.class = Class::Original;
     forward::<F>(skb, p, flow, source, origin, config, hook)
 }
