@@ -23,8 +23,8 @@ pub struct CtEntry<A> {
     pub to: Tuple<A>,
     /// See [`flags`].
     pub flags: u16,
-    /// Generation of the policy that allowed this flow. Zero until policies exist.
-    pub policy: u16,
+    /// Zero.
+    pub pad: u16,
     /// Low 32 bits of jiffies when this connection was last seen; refreshed once per second.
     pub seen: u32,
     /// See [`state`]; changed by atomic operations only, the same in both entries of a translated flow. Programs have atomic
@@ -32,8 +32,8 @@ pub struct CtEntry<A> {
     pub state: u64,
     /// Id of the chosen backend, 0 where no service was involved.
     pub backend: u32,
-    /// Identity of the peer that policy judged. Zero until policies exist.
-    pub identity: u32,
+    /// Generation of the policies that allowed this flow ([`crate::policy::Policies`]); zero while there were none.
+    pub generation: u32,
     /// Who speaks. Of a flow that nothing translates: the opener, then the other side. Of one direction of a translated flow: its
     /// sender, then its receiver.
     pub sides: [Side; 2],

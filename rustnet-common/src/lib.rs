@@ -22,6 +22,7 @@ pub mod log;
 pub mod maglev;
 pub mod names;
 pub mod peer;
+pub mod policy;
 pub mod service;
 pub mod socket;
 pub mod source_range;

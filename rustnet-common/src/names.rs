@@ -126,8 +126,16 @@ pub mod map {
     pub const SOCK_REV: &str = "rn_sock_rev";
     /// Which entries of both a socket has.
     pub const SOCK_LED: &str = "rn_sock_led";
+    /// Whether policies exist, and how often they changed.
+    pub const POLICY: &str = "rn_policy";
+    /// What policies say of pods.
+    pub const POLICY_PODS: &str = "rn_policy_pods";
+    /// What policies say of other addresses.
+    pub const POLICY_CIDRS: &str = "rn_policy_cidrs";
+    /// What the sets of policies allow.
+    pub const POLICY_RULES: &str = "rn_policy_rules";
     /// All of them.
-    pub const ALL: [&str; 26] = [
+    pub const ALL: [&str; 30] = [
         SVC4,
         SVC6,
         BACKEND_IDS,
@@ -154,6 +162,10 @@ pub mod map {
         HOST_PORTS,
         MAGLEV,
         SOCK_LED,
+        POLICY,
+        POLICY_PODS,
+        POLICY_CIDRS,
+        POLICY_RULES,
     ];
 }
 

@@ -16,6 +16,7 @@ use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::host_port::{HostPort, HostPortKey};
 use rustnet_common::names::TAILS;
 use rustnet_common::peer::Peer;
+use rustnet_common::policy::{Policies, PolicyMatch, PolicyPod, PolicyRule};
 use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::socket::{Asked, SocketKey, Trail};
 use rustnet_common::source_range::SourceRange;
@@ -219,6 +220,15 @@ pub static rn_frag6_v2: Fragments<Ip6> = Fragments::new();
 pub static rn_affinity: LruHashMap<AffinityKey, Affinity, 32_768> = LruHashMap::new();
 #[btf_map]
 pub static rn_source_ranges: LpmTrie<SourceRange, u32, 4096> = LpmTrie::new();
+/// See [`rustnet_common::policy`].
+#[btf_map]
+pub static rn_policy: Array<Policies, 1> = Array::new();
+#[btf_map]
+pub static rn_policy_pods: HashMap<Addr, PolicyPod, 65_536, GROWS> = HashMap::new();
+#[btf_map]
+pub static rn_policy_cidrs: LpmTrie<Addr, u32, 16_384> = LpmTrie::new();
+#[btf_map]
+pub static rn_policy_rules: LpmTrie<PolicyMatch, PolicyRule, 65_536> = LpmTrie::new();
 #[btf_map]
 pub static rn_endpoints: HashMap<EndpointKey, Endpoint, 4096, GROWS> = HashMap::new();
 #[btf_map]

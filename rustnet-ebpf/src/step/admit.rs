@@ -111,11 +111,11 @@ fn prepare<A: Address>(c: &mut NewConnection<A>, flow: &Flow<A>, p: &Packet<A>, 
     c.key = p.key;
     c.original.to = flow.to.tuple;
     c.original.flags = flow.flags | if p.is_swapped { flags::SWAPPED } else { 0 };
-    c.original.policy = 0;
+    c.original.pad = 0;
     c.original.seen = jiffies();
     c.original.state = 0;
     c.original.backend = flow.backend;
-    c.original.identity = 0;
+    c.original.generation = 0;
     c.original.sides[0] = Side {
         bytes: u64::from(len),
         source: source.bytes,

@@ -517,11 +517,11 @@ unsafe fn restore<F: Placed>(entry: *mut CtEntry<F::A>, tuple: &Tuple<F::A>) {
         (other.to.sport, other.to.dport) = (tuple.dport, tuple.sport);
         (other.to.proto, other.to.pad, other.to.pad2) = (tuple.proto, 0, 0);
         other.flags = ((*entry).flags ^ flags::REPLY) & !flags::SWAPPED | swapped;
-        other.policy = (*entry).policy;
+        other.pad = 0;
         other.state = state_of(entry);
         other.seen = (*entry).seen;
         other.backend = (*entry).backend;
-        other.identity = (*entry).identity;
+        other.generation = (*entry).generation;
         other.sides[0] = NOTHING_SENT;
         other.sides[1] = NOTHING_SENT;
         other.sides[0].ifindex = (*entry).sides[1].ifindex;

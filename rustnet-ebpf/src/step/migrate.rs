@@ -179,12 +179,12 @@ fn read_v1<F: Old + Placed>(c: &mut NewConnection<F::A>, p: &Packet<F::A>) -> bo
     if is_swapped {
         entry.flags |= flags::SWAPPED;
     }
-    entry.policy = 0;
+    entry.pad = 0;
     entry.seen = half.seen;
     entry.state = v1::present_state(p.tuple.proto, half.state);
     // An id of v1 leads nowhere here, and flows but those of TCP would end.
     entry.backend = if p.tuple.proto == proto::TCP { half.backend } else { 0 };
-    entry.identity = 0;
+    entry.generation = 0;
     // Interfaces of 0 are looked up, and sources verified, at the next packet; the refresh then restores the other direction.
     entry.sides = [UNKNOWN; 2];
     true

@@ -48,6 +48,7 @@ const CRATES: [Crate; 6] = [
                 "log",
                 "maglev",
                 "peer",
+                "policy",
                 "service",
                 "socket",
                 "source_range",

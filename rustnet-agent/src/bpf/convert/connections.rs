@@ -88,11 +88,11 @@ impl Both {
         let entry = CtEntry {
             to: Tuple { pad: 0, pad2: 0, ..half.to },
             flags: half.flags & v1::flags::ALL | swapped,
-            policy: 0,
+            pad: 0,
             seen: self.seen,
             state: v1::present_state(key.proto, self.state),
             backend: self.backend,
-            identity: 0,
+            generation: 0,
             sides,
         };
         (key.canonical(), entry)
