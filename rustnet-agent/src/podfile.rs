@@ -52,6 +52,8 @@ mod tests {
             host_network,
             host_ports: false,
             socket_lb: None,
+            labels: crate::model::Labels::default(),
+            ports: Box::default(),
             problems: Box::default(),
         }
     }

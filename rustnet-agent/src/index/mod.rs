@@ -381,6 +381,7 @@ impl Index {
             // A directory of manifests may name the whole cluster's.
             Object::Pod(pod) if pod.node != self.settings.node_name => drop(self.pods.remove(&pod.name)),
             Object::Pod(pod) => drop(self.pods.insert(pod.name.clone(), pod)),
+            Object::Namespace(_) | Object::NetworkPolicy(_) => {}
             Object::ServiceCidr(object) => {
                 self.service_cidrs.apply(object);
                 self.peers_dirty = true;
@@ -404,6 +405,7 @@ impl Index {
             Kind::Pod => {
                 self.pods.remove(&object.name);
             }
+            Kind::Namespace | Kind::NetworkPolicy => {}
             Kind::ServiceCidr => {
                 self.service_cidrs.delete(&object.name);
                 self.peers_dirty = true;
@@ -418,6 +420,7 @@ impl Index {
             Kind::Slice => self.services.slice_names().collect(),
             Kind::Node => self.nodes.iter().map(|node| node.name.clone()).collect(),
             Kind::Pod => self.pods.keys().cloned().collect(),
+            Kind::Namespace | Kind::NetworkPolicy => BTreeSet::new(),
             Kind::ServiceCidr => self.service_cidrs.names().collect(),
         };
         names.extend(self.problems.keys().filter(|object| object.kind == kind).map(|object| object.name.clone()));
@@ -466,6 +469,8 @@ fn problems_of(object: &Object) -> &[Problem] {
         Object::Slice(slice) => &slice.problems,
         Object::Node(node) => &node.problems,
         Object::Pod(pod) => &pod.problems,
+        Object::Namespace(it) => &it.problems,
+        Object::NetworkPolicy(it) => &it.problems,
         Object::ServiceCidr(it) => &it.problems,
     }
 }

@@ -333,6 +333,8 @@ fn a_pod_that_is_elsewhere_now_is_forgotten() {
             host_network: false,
             host_ports: false,
             socket_lb: None,
+            labels: crate::model::Labels::default(),
+            ports: Box::default(),
             problems: Box::default(),
         };
         Event::Apply(Object::Pod(Arc::new(pod)))
@@ -351,8 +353,9 @@ fn what_is_wrong_with_a_pod_is_reported_by_its_node() {
         let problems = [Problem::new(&"Pod shop/db-0".into(), "metadata", "bad")].into();
         let addresses = Box::default();
         let (host_network, host_ports, socket_lb) = (false, false, None);
-        let pod =
-            Pod { name, uid: "u".into(), node: node.into(), addresses, host_network, host_ports, socket_lb, problems };
+        let (labels, ports) = (crate::model::Labels::default(), Box::default());
+        let (uid, node) = ("u".into(), node.into());
+        let pod = Pod { name, uid, node, addresses, host_network, host_ports, socket_lb, labels, ports, problems };
         Event::Apply(Object::Pod(Arc::new(pod)))
     };
     let of_node = |index: &Index| {

@@ -72,6 +72,8 @@ mod tests {
             host_network,
             host_ports,
             socket_lb: None,
+            labels: crate::model::Labels::default(),
+            ports: Box::default(),
             problems: Box::default(),
         }
     }

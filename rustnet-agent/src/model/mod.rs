@@ -7,18 +7,24 @@
 pub mod build;
 mod feature;
 mod name;
+mod namespace;
 mod node;
 mod pod;
+mod policy;
 mod problem;
+mod selector;
 mod service;
 mod service_cidr;
 mod slice;
 
 pub use feature::Feature;
-pub use name::{Interner, ObjectName};
+pub use name::{Interner, ObjectName, Pool};
+pub use namespace::{NAME_LABEL, Namespace};
 pub use node::Node;
-pub use pod::Pod;
+pub use pod::{NamedPort, Pod};
+pub use policy::{NetworkPolicy, PolicyPeer, PolicyPort, PolicyRule, Ports};
 pub use problem::Problem;
+pub use selector::{LabelPool, Labels, Requirement, Selector, Wanted};
 pub use service::{Frontend, Service, ServicePort};
 pub use service_cidr::ServiceCidr;
 pub use slice::{Condition, Endpoint, EndpointSlice, Hints, TargetPort};

@@ -1,8 +1,9 @@
-//! Names of objects, and a pool that keeps one copy of each string that many objects repeat.
+//! Names of objects, and a pool that keeps one copy of each value that many objects repeat.
 
 use std::borrow::Borrow;
 use std::collections::HashSet;
 use std::fmt;
+use std::hash::Hash;
 use std::sync::Arc;
 
 /// `namespace/name` of an object, or the bare name of a cluster-wide one. Cloning shares the text.
@@ -45,26 +46,38 @@ impl fmt::Debug for ObjectName {
 }
 
 /// A pool of strings that repeat in many objects: node names, zones, port names.
-#[derive(Debug, Default)]
-pub struct Interner {
-    known: HashSet<Arc<str>>,
+pub type Interner = Pool<str>;
+
+/// A pool that keeps one copy of each value.
+#[derive(Debug)]
+pub struct Pool<T: ?Sized> {
+    known: HashSet<Arc<T>>,
     purge_at: usize,
 }
 
-impl Interner {
-    /// The pool's copy of `text`.
-    pub fn intern(&mut self, text: &str) -> Arc<str> {
-        if let Some(known) = self.known.get(text) {
+impl<T: ?Sized> Default for Pool<T> {
+    fn default() -> Self {
+        Self { known: HashSet::new(), purge_at: 0 }
+    }
+}
+
+impl<T: ?Sized + Eq + Hash> Pool<T>
+where
+    for<'a> Arc<T>: From<&'a T>,
+{
+    /// The pool's copy of a value.
+    pub fn intern(&mut self, value: &T) -> Arc<T> {
+        if let Some(known) = self.known.get(value) {
             return Arc::clone(known);
         }
         // Clusters that scale nodes up and down all day must not grow the pool without bound.
         if self.known.len() >= self.purge_at {
-            self.known.retain(|text| Arc::strong_count(text) > 1);
+            self.known.retain(|known| Arc::strong_count(known) > 1);
             self.purge_at = (2 * self.known.len()).max(1024);
         }
-        let text: Arc<str> = text.into();
-        self.known.insert(Arc::clone(&text));
-        text
+        let value: Arc<T> = value.into();
+        self.known.insert(Arc::clone(&value));
+        value
     }
 }
 

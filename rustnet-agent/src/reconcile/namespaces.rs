@@ -89,6 +89,8 @@ mod tests {
             host_network: false,
             host_ports: false,
             socket_lb,
+            labels: crate::model::Labels::default(),
+            ports: Box::default(),
             problems: Box::default(),
         }
     }

@@ -3,20 +3,23 @@
 //!
 //! One bad port or address costs that port or address, never the object; what was left out is reported with the object.
 
+mod network_policy;
 mod node;
+mod pod;
 mod service;
 mod service_cidr;
 mod slice;
 #[cfg(test)]
 mod tests;
 
-pub use node::SOCKET_LB;
+pub use pod::SOCKET_LB;
 
 use super::{Event, Kind, ObjectRef};
-use crate::model::{Family, Interner, ObjectName, Problem};
+use crate::model::{Family, Interner, LabelPool, Labels, ObjectName, Problem};
 use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use rustnet_common::tuple::proto;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -37,12 +40,18 @@ pub struct BadName {
 #[derive(Debug, Default)]
 pub struct Converter {
     strings: Interner,
+    labels: LabelPool,
 }
 
 impl Converter {
     /// A converter that has seen nothing yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    fn labels(&mut self, given: &BTreeMap<String, String>) -> Labels {
+        let given = given.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+        Labels::intern(given, &mut self.strings, &mut self.labels)
     }
 }
 
@@ -60,8 +69,8 @@ pub fn reference(kind: Kind, meta: &ObjectMeta) -> Result<ObjectRef, BadName> {
         return Err(BadName { kind, name: name.to_owned() });
     }
     let name = match kind {
-        Kind::Node | Kind::ServiceCidr => ObjectName::cluster(name),
-        Kind::Service | Kind::Slice | Kind::Pod => ObjectName::namespaced(namespace, name),
+        Kind::Node | Kind::Namespace | Kind::ServiceCidr => ObjectName::cluster(name),
+        Kind::Service | Kind::Slice | Kind::Pod | Kind::NetworkPolicy => ObjectName::namespaced(namespace, name),
     };
     Ok(ObjectRef { kind, name })
 }

@@ -4,7 +4,7 @@ pub mod convert;
 pub mod kube;
 pub mod manifests;
 
-use crate::model::{EndpointSlice, Node, ObjectName, Pod, Problem, Service, ServiceCidr};
+use crate::model::{EndpointSlice, Namespace, NetworkPolicy, Node, ObjectName, Pod, Problem, Service, ServiceCidr};
 use std::fmt;
 use std::sync::Arc;
 
@@ -75,15 +75,20 @@ pub enum Kind {
     Slice,
     /// `v1/Node`.
     Node,
-    /// `v1/Pod`. The index keeps those of this node only. Nothing waits for this kind.
+    /// `v1/Pod`, of all nodes. Policies wait for this kind, nothing else does.
     Pod,
+    /// `v1/Namespace`. Policies wait for this kind, nothing else does.
+    Namespace,
+    /// `networking.k8s.io/v1/NetworkPolicy`. Policies wait for this kind, nothing else does.
+    NetworkPolicy,
     /// `networking.k8s.io/v1/ServiceCIDR`. Servers before Kubernetes 1.33 have none, and nothing waits for this kind.
     ServiceCidr,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 5] = [Self::Service, Self::Slice, Self::Node, Self::Pod, Self::ServiceCidr];
+    pub const ALL: [Self; 7] =
+        [Self::Service, Self::Slice, Self::Node, Self::Pod, Self::Namespace, Self::NetworkPolicy, Self::ServiceCidr];
     /// The kinds that must have synced before the node is ready.
     pub const REQUIRED: [Self; 3] = [Self::Service, Self::Slice, Self::Node];
 }
@@ -95,6 +100,8 @@ impl fmt::Display for Kind {
             Self::Slice => "EndpointSlice",
             Self::Node => "Node",
             Self::Pod => "Pod",
+            Self::Namespace => "Namespace",
+            Self::NetworkPolicy => "NetworkPolicy",
             Self::ServiceCidr => "ServiceCIDR",
         })
     }
@@ -111,6 +118,10 @@ pub enum Object {
     Node(Arc<Node>),
     /// A pod.
     Pod(Arc<Pod>),
+    /// A namespace.
+    Namespace(Arc<Namespace>),
+    /// A network policy.
+    NetworkPolicy(Arc<NetworkPolicy>),
     /// Ranges of Services.
     ServiceCidr(Arc<ServiceCidr>),
 }
@@ -123,6 +134,8 @@ impl Object {
             Self::Slice(it) => &it.name,
             Self::Node(it) => &it.name,
             Self::Pod(it) => &it.name,
+            Self::Namespace(it) => &it.name,
+            Self::NetworkPolicy(it) => &it.name,
             Self::ServiceCidr(it) => &it.name,
         };
         ObjectRef { kind: self.kind(), name: name.clone() }
@@ -135,6 +148,8 @@ impl Object {
             Self::Slice(_) => Kind::Slice,
             Self::Node(_) => Kind::Node,
             Self::Pod(_) => Kind::Pod,
+            Self::Namespace(_) => Kind::Namespace,
+            Self::NetworkPolicy(_) => Kind::NetworkPolicy,
             Self::ServiceCidr(_) => Kind::ServiceCidr,
         }
     }

@@ -268,6 +268,8 @@ fn pod(name: &str, node: &str, address: &str) -> Event {
         host_network: false,
         host_ports: false,
         socket_lb: None,
+        labels: rustnet_agent::model::Labels::default(),
+        ports: Box::default(),
         problems: Box::default(),
     })))
 }

@@ -191,6 +191,8 @@ fn published() -> Event {
         host_network,
         host_ports,
         socket_lb: None,
+        labels: rustnet_agent::model::Labels::default(),
+        ports: Box::default(),
         problems: Box::default(),
     };
     Event::Apply(Object::Pod(Arc::new(pod)))

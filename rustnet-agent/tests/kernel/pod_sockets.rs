@@ -41,6 +41,8 @@ fn web(socket_lb: Option<bool>, problems: Box<[Problem]>) -> Event {
         host_network: false,
         host_ports: false,
         socket_lb,
+        labels: rustnet_agent::model::Labels::default(),
+        ports: Box::default(),
         problems,
     })))
 }

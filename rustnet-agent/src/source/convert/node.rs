@@ -1,17 +1,15 @@
-//! `v1/Node` and `v1/Pod`: addresses, pod ranges, and a pod's wish for its sockets.
+//! `v1/Node`: addresses and pod ranges.
 
-use super::{BadName, Converter, Findings, address, created, range, reference, unicast};
-use crate::model::{Node, Pod};
+use super::{BadName, Converter, Findings, created, range, reference, unicast};
+use crate::model::Node;
 use crate::source::{Event, Kind, Object};
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Node as KubeNode, NodeSpec, Pod as KubePod, PodStatus};
+use k8s_openapi::api::core::v1::{Node as KubeNode, NodeSpec};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 /// Label of a node's zone.
 const ZONE: &str = "topology.kubernetes.io/zone";
-/// Annotation of a Pod: `true` has its sockets ask for Services by themselves, `false` leaves that to its packets.
-pub const SOCKET_LB: &str = "rustnet.io/socket-lb";
 /// Taint of a node that the cluster autoscaler is about to remove.
 const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
@@ -52,41 +50,6 @@ impl Converter {
         };
         Ok(Event::Apply(Object::Node(Arc::new(node))))
     }
-
-    /// What an added or changed Pod means.
-    pub fn pod(&mut self, pod: &KubePod) -> Result<Event, BadName> {
-        let object = reference(Kind::Pod, &pod.metadata)?;
-        let mut findings = Findings::new(&object);
-        let (spec, status) = (pod.spec.as_ref(), pod.status.as_ref());
-        // Its status keeps the addresses of a pod that has finished; they may be another's by now.
-        let finished = |status: &&PodStatus| matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
-        let given = status.filter(|it| !finished(it)).and_then(|it| it.pod_ips.as_deref()).unwrap_or_default();
-        let pod = Pod {
-            name: object.name,
-            uid: pod.metadata.uid.as_deref().unwrap_or("").into(),
-            node: self.strings.intern(spec.and_then(|spec| spec.node_name.as_deref()).unwrap_or("")),
-            addresses: given.iter().filter_map(|pod_ip| address(&pod_ip.ip)).collect(),
-            host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
-            host_ports: spec.is_some_and(|spec| {
-                let ports = spec.containers.iter().filter_map(|container| container.ports.as_ref()).flatten();
-                ports.into_iter().any(|port| port.host_port.is_some_and(|port| port > 0))
-            }),
-            socket_lb: socket_lb(pod, &mut findings),
-            problems: findings.done(),
-        };
-        Ok(Event::Apply(Object::Pod(Arc::new(pod))))
-    }
-}
-
-fn socket_lb(pod: &KubePod, findings: &mut Findings) -> Option<bool> {
-    let text = pod.metadata.annotations.as_ref()?.get(SOCKET_LB)?;
-    let wanted = text.parse().ok();
-    if wanted.is_none() {
-        let message =
-            format!("{text:?} is neither, its sockets do as the setting --socket-lb says; give \"true\" or \"false\"");
-        findings.add(format!("metadata.annotations[{SOCKET_LB}]"), message);
-    }
-    wanted
 }
 
 /// True if kube-proxy reports such a node as not eligible for load balancers' traffic (KEP-3836).
