@@ -2,11 +2,13 @@
 //!
 //! [`Index`] owns everything. `services` knows who claims which virtual address and marks what changed; `backends` chooses
 //! the endpoints of one service port; `health_checks` knows the ports of load balancers' probes; `nodes` makes the peers table, and
-//! `service_cidrs` adds the ranges of Services to it; `relist` finds what a fresh list left out.
+//! `service_cidrs` adds the ranges of Services to it; `policy` makes the maps of network policies; `relist` finds what a fresh list
+//! left out.
 
 mod backends;
 mod health_checks;
 mod nodes;
+pub mod policy;
 mod relist;
 mod service_cidrs;
 mod services;
@@ -15,6 +17,7 @@ mod vip;
 
 pub use backends::{BackendSet, Choice, DesiredBackend};
 pub use health_checks::{HealthCheck, HealthChecks};
+pub use policy::{DesiredPolicies, LocalInterface};
 pub use service_cidrs::is_range as is_service_range;
 pub use services::{DesiredService, WithoutLocalEndpoints};
 pub use vip::{ServiceRanges, SourceRange, VipKey};
@@ -27,6 +30,7 @@ pub use crate::ways::Settings;
 use crate::ways::Ways;
 use ipnet::IpNet;
 use nodes::Nodes;
+use policy::Policies;
 use relist::Relist;
 use rustnet_common::peer::Peer;
 use service_cidrs::ServiceCidrs;
@@ -46,11 +50,13 @@ pub enum Gate {
     Services,
     /// Peers. Routes follow from the same kind.
     Peers,
+    /// Network policies. With half of the pods or namespaces, flows would be denied that are allowed.
+    Policies,
 }
 
 impl Gate {
     /// All gates.
-    pub const ALL: [Self; 2] = [Self::Services, Self::Peers];
+    pub const ALL: [Self; 3] = [Self::Services, Self::Peers, Self::Policies];
 }
 
 /// All objects of the sources, and the desired content of the maps that follows from them.
@@ -69,6 +75,7 @@ pub struct Index {
     pods: BTreeMap<ObjectName, Arc<Pod>>,
     /// Addresses of pods that were connected with ports of this node.
     port_holders: BTreeSet<IpAddr>,
+    policies: Policies,
     relist: Relist,
     /// Problems of objects, rejected ones included.
     problems: BTreeMap<ObjectRef, Box<[Problem]>>,
@@ -80,6 +87,7 @@ impl Index {
     /// An empty index.
     pub fn new(settings: Settings) -> Self {
         let mut index = Self {
+            policies: Policies::new(Arc::clone(&settings.node_name)),
             services: Services::new(
                 Arc::clone(&settings.node_name),
                 Spreading {
@@ -177,6 +185,9 @@ impl Index {
             }
             // Without the host's devices no node has a way, and what the maps hold is better.
             Gate::Peers => self.has_synced(Kind::Node) && self.is_host_known,
+            Gate::Policies => {
+                [Kind::NetworkPolicy, Kind::Namespace, Kind::Pod].into_iter().all(|kind| self.has_synced(kind))
+            }
         }
     }
 
@@ -259,6 +270,21 @@ impl Index {
             self.service_cidrs.add_to(&mut peers, &self.settings.service_cidrs, &ways, self.endpoints_in_ranges());
         }
         peers
+    }
+
+    /// Takes in the interfaces of this node's pods by their addresses.
+    pub fn set_local_interfaces(&mut self, interfaces: BTreeMap<IpAddr, LocalInterface>) {
+        self.policies.set_interfaces(interfaces);
+    }
+
+    /// True if the desired maps of policies may be other than at the last call.
+    pub fn take_policies_dirty(&mut self) -> bool {
+        self.policies.take_dirty()
+    }
+
+    /// The maps of policies as they should be, once [`Gate::Policies`] is open.
+    pub fn desired_policies(&mut self) -> DesiredPolicies {
+        self.policies.desired()
     }
 
     fn is_in_service_range(&self, ip: IpAddr) -> bool {
@@ -378,10 +404,16 @@ impl Index {
                     self.nodes_changed(self.settings.is_own(&node));
                 }
             }
-            // A directory of manifests may name the whole cluster's.
-            Object::Pod(pod) if pod.node != self.settings.node_name => drop(self.pods.remove(&pod.name)),
-            Object::Pod(pod) => drop(self.pods.insert(pod.name.clone(), pod)),
-            Object::Namespace(_) | Object::NetworkPolicy(_) => {}
+            Object::Pod(pod) => {
+                self.policies.apply_pod(&pod);
+                if pod.node == self.settings.node_name {
+                    self.pods.insert(pod.name.clone(), pod);
+                } else {
+                    self.pods.remove(&pod.name);
+                }
+            }
+            Object::Namespace(namespace) => self.policies.apply_namespace(&namespace),
+            Object::NetworkPolicy(policy) => self.policies.apply_policy(&policy),
             Object::ServiceCidr(object) => {
                 self.service_cidrs.apply(object);
                 self.peers_dirty = true;
@@ -404,8 +436,10 @@ impl Index {
             }
             Kind::Pod => {
                 self.pods.remove(&object.name);
+                self.policies.delete_pod(&object.name);
             }
-            Kind::Namespace | Kind::NetworkPolicy => {}
+            Kind::Namespace => self.policies.delete_namespace(&object.name),
+            Kind::NetworkPolicy => self.policies.delete_policy(&object.name),
             Kind::ServiceCidr => {
                 self.service_cidrs.delete(&object.name);
                 self.peers_dirty = true;
@@ -419,8 +453,9 @@ impl Index {
             Kind::Service => self.services.service_names().collect(),
             Kind::Slice => self.services.slice_names().collect(),
             Kind::Node => self.nodes.iter().map(|node| node.name.clone()).collect(),
-            Kind::Pod => self.pods.keys().cloned().collect(),
-            Kind::Namespace | Kind::NetworkPolicy => BTreeSet::new(),
+            Kind::Pod => self.pods.keys().chain(self.policies.pod_names()).cloned().collect(),
+            Kind::Namespace => self.policies.namespace_names().collect(),
+            Kind::NetworkPolicy => self.policies.policy_names().cloned().collect(),
             Kind::ServiceCidr => self.service_cidrs.names().collect(),
         };
         names.extend(self.problems.keys().filter(|object| object.kind == kind).map(|object| object.name.clone()));

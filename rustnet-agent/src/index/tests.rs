@@ -388,15 +388,19 @@ fn a_kind_that_cannot_be_had_holds_up_only_what_follows_from_it() {
 
     let mut it = index([Event::Synced(Kind::Service), Event::Synced(Kind::Slice)]);
     let of_gates = |it: &Index| Gate::ALL.map(|gate| it.is_open(gate));
-    assert_eq!(of_gates(&it), [false, false], "this node's zone may come any moment");
+    assert_eq!(of_gates(&it), [false, false, false], "this node's zone may come any moment");
     let refused = |kind| {
         let problem = Problem::new(&"watch".into(), "", "refused");
         Event::Report { origin: Origin::Watch(kind), problems: [problem].into() }
     };
     it.handle(refused(Kind::Pod));
-    assert_eq!(of_gates(&it), [false, false], "nothing is wrong with Nodes");
+    assert_eq!(of_gates(&it), [false, false, false], "nothing is wrong with Nodes");
     it.handle(refused(Kind::Node));
-    assert_eq!(of_gates(&it), [true, false]);
+    assert_eq!(of_gates(&it), [true, false, false]);
+    for (kind, is_open) in [(Kind::Namespace, false), (Kind::NetworkPolicy, false), (Kind::Pod, true)] {
+        it.handle(Event::Synced(kind));
+        assert_eq!(it.is_open(Gate::Policies), is_open, "{kind}");
+    }
     assert!(!it.synced(), "the node is not ready");
 }
 

@@ -31,7 +31,7 @@ pub struct Pod {
 }
 
 /// A port that a container declares with a name.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NamedPort {
     /// Its name.
     pub name: Arc<str>,

@@ -1,0 +1,349 @@
+//! From pods, namespaces and network policies to the desired maps of policies. Pure.
+//!
+//! `groups` knows which selectors in use hold for which pods, `blocks` which blocks hold for which addresses; both make `classes`. `sets`
+//! are what policies say for pods of this node, and `rules` what sets say of classes. In use is what policies that select a pod of
+//! this node ask for. `ids` gives numbers that the next start gives again.
+
+mod blocks;
+mod classes;
+mod desired;
+mod groups;
+mod ids;
+mod rules;
+mod sets;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+pub mod world;
+
+pub use desired::{DesiredPolicies, PortPrefix, RuleKey};
+
+use crate::model::{Labels, Namespace, NetworkPolicy, ObjectName, Pod};
+use blocks::{Block, Blocks};
+use classes::Classes;
+use groups::{GroupId, Groups};
+use ids::{ContentHash, numbers};
+use rules::Compiler;
+use rustnet_common::policy::{OPEN, PolicyPod};
+use sets::{Direction, Set, SetPort, Side};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// All that policies depend on.
+#[derive(Debug)]
+pub struct Policies {
+    node_name: Arc<str>,
+    policies: BTreeMap<ObjectName, Arc<NetworkPolicy>>,
+    namespaces: BTreeMap<Arc<str>, Labels>,
+    /// The pods that count: those with addresses of their own, and those of this node that may get some.
+    pods: BTreeMap<ObjectName, Member>,
+    /// Who has an address: more than one pod while the news of a reused address is incomplete.
+    claims: BTreeMap<IpAddr, Vec<Claim>>,
+    /// Addresses of this node's pods, with the interface of each.
+    interfaces: BTreeMap<IpAddr, LocalInterface>,
+    groups: Groups,
+    blocks: Blocks,
+    blocks_in_use: BTreeSet<Block>,
+    is_dirty: bool,
+}
+
+/// The interface of a pod of this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LocalInterface {
+    /// Its index on the host's side, as `rn_endpoints` has it.
+    pub ifindex: u32,
+    /// Whose it is, as the record of it says; `None`: that of the one pod that has the address. With a name the pod is known before
+    /// its object has addresses: the kubelet writes them only after the pod is connected.
+    pub pod: Option<ObjectName>,
+    /// UID of that pod; empty: not known. A pod of the same name may have been there before.
+    pub uid: Box<str>,
+}
+
+/// A pod that counts.
+#[derive(Debug, PartialEq)]
+struct Member {
+    /// Of pods of this node alone.
+    uid: Arc<str>,
+    addresses: Box<[IpAddr]>,
+    claim: Claim,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Claim {
+    group: GroupId,
+    /// The pod is on this node.
+    is_local: bool,
+}
+
+/// Sets of the pods of a group; `None`: all may pass.
+#[derive(Clone, Copy, Default)]
+struct Sets {
+    ingress: Option<usize>,
+    egress: Option<usize>,
+}
+
+impl Policies {
+    /// Nothing, for the node of this name.
+    pub fn new(node_name: Arc<str>) -> Self {
+        Self {
+            node_name,
+            policies: BTreeMap::new(),
+            namespaces: BTreeMap::new(),
+            pods: BTreeMap::new(),
+            claims: BTreeMap::new(),
+            interfaces: BTreeMap::new(),
+            groups: Groups::default(),
+            blocks: Blocks::default(),
+            blocks_in_use: BTreeSet::new(),
+            is_dirty: true,
+        }
+    }
+
+    /// A pod is there, or is other than before.
+    pub fn apply_pod(&mut self, pod: &Pod) {
+        let is_local = pod.node == self.node_name;
+        if pod.host_network || (pod.addresses.is_empty() && !is_local) {
+            return self.delete_pod(&pod.name);
+        }
+        // Joined before the old one leaves, so that an unchanged group stays known.
+        let namespace = namespace_of(&pod.name);
+        let claim = Claim { group: self.groups.join(namespace, pod), is_local };
+        let uid = if is_local { Arc::clone(&pod.uid) } else { Arc::default() };
+        let member = Member { uid, addresses: pod.addresses.clone(), claim };
+        if self.pods.get(&pod.name) == Some(&member) {
+            return self.groups.leave(claim.group);
+        }
+        self.delete_pod(&pod.name);
+        for ip in &member.addresses {
+            self.claims.entry(*ip).or_default().push(claim);
+        }
+        self.pods.insert(pod.name.clone(), member);
+        self.changed();
+    }
+
+    /// A pod is gone.
+    pub fn delete_pod(&mut self, name: &ObjectName) {
+        let Some(Member { addresses, claim, .. }) = self.pods.remove(name) else { return };
+        for ip in &addresses {
+            let Some(claims) = self.claims.get_mut(ip) else { continue };
+            if let Some(place) = claims.iter().position(|it| *it == claim) {
+                claims.remove(place);
+            }
+            if claims.is_empty() {
+                self.claims.remove(ip);
+            }
+        }
+        self.groups.leave(claim.group);
+        self.changed();
+    }
+
+    /// A namespace is there, or is other than before.
+    pub fn apply_namespace(&mut self, namespace: &Namespace) {
+        let name = namespace.name.as_str();
+        if self.namespaces.get(name) != Some(&namespace.labels) {
+            self.namespaces.insert(name.into(), namespace.labels.clone());
+            self.groups.namespace_changed(name);
+            self.changed();
+        }
+    }
+
+    /// A namespace is gone.
+    pub fn delete_namespace(&mut self, name: &ObjectName) {
+        if self.namespaces.remove(name.as_str()).is_some() {
+            self.groups.namespace_changed(name.as_str());
+            self.changed();
+        }
+    }
+
+    /// A policy is there, or is other than before.
+    pub fn apply_policy(&mut self, policy: &Arc<NetworkPolicy>) {
+        if self.policies.get(&policy.name) != Some(policy) {
+            self.policies.insert(policy.name.clone(), Arc::clone(policy));
+            self.is_dirty = true;
+        }
+    }
+
+    /// A policy is gone.
+    pub fn delete_policy(&mut self, name: &ObjectName) {
+        self.is_dirty |= self.policies.remove(name).is_some();
+    }
+
+    /// Takes in the interfaces of this node's pods, by address.
+    pub fn set_interfaces(&mut self, interfaces: BTreeMap<IpAddr, LocalInterface>) {
+        if self.interfaces != interfaces {
+            self.interfaces = interfaces;
+            self.changed();
+        }
+    }
+
+    /// True if the desired maps may be others than at the last call.
+    pub fn take_dirty(&mut self) -> bool {
+        std::mem::take(&mut self.is_dirty)
+    }
+
+    /// Names of the pods that count.
+    pub fn pod_names(&self) -> impl Iterator<Item = &ObjectName> {
+        self.pods.keys()
+    }
+
+    /// Names of all namespaces.
+    pub fn namespace_names(&self) -> impl Iterator<Item = ObjectName> + '_ {
+        self.namespaces.keys().map(|name| ObjectName::cluster(name))
+    }
+
+    /// Names of all policies.
+    pub fn policy_names(&self) -> impl Iterator<Item = &ObjectName> {
+        self.policies.keys()
+    }
+
+    /// The maps as they should be.
+    pub fn desired(&mut self) -> DesiredPolicies {
+        if self.policies.is_empty() {
+            return DesiredPolicies::default();
+        }
+        let local = self.local_pods();
+        let (sets, sets_of) = self.sets(&local);
+        self.use_what_is_asked(&sets);
+        let names = sets.iter().flat_map(|set| &set.rules).flat_map(|rule| &rule.ports).filter_map(|port| match port {
+            SetPort::Named(name, proto) => Some((Arc::clone(name), *proto)),
+            SetPort::Prefix(_) => None,
+        });
+        let mut classes = Classes::new(&self.groups, &self.blocks, names.collect());
+        let set_hashes: Vec<u64> = sets.iter().map(Set::hash).collect();
+        let set_numbers = numbers(&set_hashes);
+        let number = |place: Option<usize>| place.map_or(OPEN, |place| set_numbers[place]);
+
+        let mut pods = Vec::new();
+        for (ip, (group, ifindex)) in &local {
+            let place = classes.of_pod(*group, self.blocks.region(*ip));
+            let Sets { ingress, egress } = sets_of.get(group).copied().unwrap_or_default();
+            pods.push((*ip, place, number(ingress), number(egress), *ifindex));
+        }
+        // Of an address of this node without a pod nobody knows whose it is: closed.
+        for (ip, claims) in self.claims.iter().filter(|(ip, _)| !self.interfaces.contains_key(ip)) {
+            let place = class_of_claims(&mut classes, &self.blocks, *ip, claims);
+            pods.extend(place.map(|place| (*ip, place, OPEN, OPEN, 0)));
+        }
+        let cidrs: Vec<_> =
+            self.blocks.prefixes().map(|(prefix, region)| (prefix, classes.of_region(region))).collect();
+
+        let class_numbers = classes.numbers();
+        let mut desired = DesiredPolicies { is_enforced: true, ..DesiredPolicies::default() };
+        let pod = |(ip, place, ingress, egress, ifindex)| {
+            let class = class_numbers[place];
+            (ip, PolicyPod { class, ingress, egress, ifindex })
+        };
+        desired.pods = pods.into_iter().map(pod).collect();
+        desired.cidrs = cidrs.into_iter().map(|(prefix, place)| (prefix, class_numbers[place])).collect();
+        desired.rule_names = rule_names(&sets);
+        let rule_numbers: HashMap<&str, u32> =
+            desired.rule_names.iter().map(|(number, name)| (&**name, *number)).collect();
+        let holders = classes.holders();
+        let classes_of = |side: &Side| {
+            let places = match side {
+                Side::Pods(peer) => self.groups.peer(peer).and_then(|id| holders.peers.get(&id)),
+                Side::Block(block) => self.blocks.number(block).and_then(|number| holders.blocks.get(&number)),
+            };
+            places.map_or(&[][..], |places| places)
+        };
+        let compiler = Compiler { holders: &holders, classes: &class_numbers, classes_of: &classes_of };
+        let mut rules = Vec::new();
+        for (set, number) in sets.iter().zip(&set_numbers) {
+            let of_rule = |rule: &sets::SetRule| rule_numbers.get(&*rule.name).copied().unwrap_or_default();
+            let numbers: Vec<u32> = set.rules.iter().map(of_rule).collect();
+            rules.append(&mut compiler.compile(*number, set, &numbers));
+        }
+        desired.rules = rules.into_iter().collect();
+        desired.sets = sets.into_iter().zip(set_numbers).map(|(set, number)| (number, set.policies)).collect();
+        desired
+    }
+
+    /// While there is no policy, nothing depends on the rest.
+    fn changed(&mut self) {
+        self.is_dirty |= !self.policies.is_empty();
+    }
+
+    /// The pods of this node that are known with their interface: group and interface by address.
+    fn local_pods(&self) -> BTreeMap<IpAddr, (GroupId, u32)> {
+        let group = |ip: &IpAddr, interface: &LocalInterface| {
+            let Some(name) = &interface.pod else { return self.only_claim(ip) };
+            let is_it = |pod: &&Member| pod.claim.is_local && (interface.uid.is_empty() || *pod.uid == *interface.uid);
+            self.pods.get(name).filter(is_it).map(|pod| pod.claim.group)
+        };
+        let known = self.interfaces.iter().filter_map(|(ip, it)| Some((*ip, (group(ip, it)?, it.ifindex))));
+        known.collect()
+    }
+
+    /// The group of the one pod of this node that has an address. While two have it, what is allowed to either is not known.
+    fn only_claim(&self, ip: &IpAddr) -> Option<GroupId> {
+        let mut local = self.claims.get(ip)?.iter().filter(|claim| claim.is_local);
+        let claim = local.next()?;
+        local.next().is_none().then_some(claim.group)
+    }
+
+    /// The sets of this node's pods, and which of them each group has.
+    fn sets(&self, local: &BTreeMap<IpAddr, (GroupId, u32)>) -> (Vec<Set>, HashMap<GroupId, Sets>) {
+        let mut of_namespace: HashMap<&str, Vec<&NetworkPolicy>> = HashMap::new();
+        for policy in self.policies.values() {
+            of_namespace.entry(namespace_of(&policy.name)).or_default().push(policy);
+        }
+        let mut sets: Vec<Set> = Vec::new();
+        let mut places: HashMap<Set, usize> = HashMap::new();
+        let mut of_group = HashMap::new();
+        for (group, _) in local.values() {
+            let Some(key) = self.groups.key(*group).filter(|_| !of_group.contains_key(group)) else { continue };
+            let all = of_namespace.get(&*key.namespace).map_or(&[][..], |all| all);
+            let selecting: Vec<&NetworkPolicy> =
+                all.iter().copied().filter(|it| it.selector.is_met(&key.labels)).collect();
+            let mut set = |direction| {
+                let set = Set::new(direction, &selecting, key)?;
+                Some(*places.entry(set).or_insert_with_key(|set| {
+                    sets.push(set.clone());
+                    sets.len() - 1
+                }))
+            };
+            let its = Sets { ingress: set(Direction::Ingress), egress: set(Direction::Egress) };
+            of_group.insert(*group, its);
+        }
+        (sets, of_group)
+    }
+
+    /// Looks for the selectors and blocks of these sets, and for no others.
+    fn use_what_is_asked(&mut self, sets: &[Set]) {
+        let (mut peers, mut blocks) = (BTreeSet::new(), BTreeSet::new());
+        for side in sets.iter().flat_map(|set| &set.rules).filter_map(|rule| rule.sides.as_ref()).flatten() {
+            match side {
+                Side::Pods(peer) => drop(peers.insert(peer.clone())),
+                Side::Block(block) => drop(blocks.insert(block.clone())),
+            }
+        }
+        self.groups.set_peers(&peers, &self.namespaces);
+        if self.blocks_in_use != blocks {
+            self.blocks = Blocks::new(blocks.clone());
+            self.blocks_in_use = blocks;
+        }
+    }
+}
+
+/// The class of an address of a pod elsewhere; `None` if it needs no entry.
+fn class_of_claims(classes: &mut Classes<'_>, blocks: &Blocks, ip: IpAddr, claims: &[Claim]) -> Option<usize> {
+    if let [Claim { group, .. }] = claims {
+        return (!classes.is_plain_group(*group)).then(|| classes.of_pod(*group, blocks.region(ip)));
+    }
+    let groups: Vec<GroupId> = claims.iter().map(|claim| claim.group).collect();
+    let place = classes.of_all(&groups, blocks.region(ip));
+    (!classes.is_plain(place)).then_some(place)
+}
+
+/// A number for the name of each rule.
+fn rule_names(sets: &[Set]) -> BTreeMap<u32, Box<str>> {
+    let names: BTreeSet<&str> = sets.iter().flat_map(|set| &set.rules).map(|rule| &*rule.name).collect();
+    let hashes: Vec<u64> = names.iter().map(|name| ContentHash::of(name)).collect();
+    numbers(&hashes).into_iter().zip(names).map(|(number, name)| (number, name.into())).collect()
+}
+
+/// The namespace in the name of an object that has one.
+fn namespace_of(name: &ObjectName) -> &str {
+    name.as_str().split_once('/').map_or("", |(namespace, _)| namespace)
+}

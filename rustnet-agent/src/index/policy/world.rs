@@ -1,0 +1,138 @@
+//! Worlds for tests: random namespaces, pods and policies as the API server has them, what they mean, and what the maps say.
+
+mod make;
+mod meaning;
+
+pub use make::Random;
+
+use super::{DesiredPolicies, LocalInterface, Policies, PortPrefix, RuleKey};
+use crate::model::{Namespace, NetworkPolicy, Pod};
+use crate::source::convert::Converter;
+use crate::source::{Event, Object};
+use ipnet::{IpNet, Ipv6Net};
+use k8s_openapi::api::core::v1::{Namespace as KubeNamespace, Pod as KubePod};
+use k8s_openapi::api::networking::v1::NetworkPolicy as KubePolicy;
+use rustnet_common::policy::{ANY_CLASS, OPEN, PolicyRule};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// The node of the maps.
+pub const NODE: &str = "n1";
+
+/// All objects, and the interfaces of the node's pods.
+#[derive(Clone, Debug, Default)]
+pub struct World {
+    /// Namespaces.
+    pub namespaces: Vec<KubeNamespace>,
+    /// Pods of all nodes.
+    pub pods: Vec<KubePod>,
+    /// Policies.
+    pub policies: Vec<KubePolicy>,
+    /// `rn_endpoints`.
+    pub interfaces: BTreeMap<IpAddr, u32>,
+}
+
+/// A new flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Flow {
+    /// Who opens it.
+    pub client: IpAddr,
+    /// To whom.
+    pub server: IpAddr,
+    /// IP protocol number.
+    pub proto: u8,
+    /// The server's port.
+    pub port: u16,
+}
+
+impl World {
+    /// What they are to the agent.
+    pub fn objects(&self) -> (Vec<Arc<Namespace>>, Vec<Arc<Pod>>, Vec<Arc<NetworkPolicy>>) {
+        let mut converter = Converter::new();
+        let (mut namespaces, mut pods, mut policies) = (Vec::new(), Vec::new(), Vec::new());
+        let events = self.namespaces.iter().map(|it| converter.namespace(it)).collect::<Vec<_>>();
+        let events = events.into_iter().chain(self.pods.iter().map(|it| converter.pod(it)).collect::<Vec<_>>());
+        let events = events.chain(self.policies.iter().map(|it| converter.network_policy(it)).collect::<Vec<_>>());
+        for event in events {
+            match event.unwrap() {
+                Event::Apply(Object::Namespace(it)) => namespaces.push(it),
+                Event::Apply(Object::Pod(it)) => pods.push(it),
+                Event::Apply(Object::NetworkPolicy(it)) => policies.push(it),
+                other => panic!("{other:?}"),
+            }
+        }
+        (namespaces, pods, policies)
+    }
+
+    /// What it leads to from the beginning.
+    pub fn desired(&self) -> DesiredPolicies {
+        let mut it = Policies::new(NODE.into());
+        self.lead(&mut it);
+        it.desired()
+    }
+
+    /// Brings the index to this world, from whatever it has.
+    pub fn lead(&self, it: &mut Policies) {
+        let (namespaces, pods, policies) = self.objects();
+        for gone in it.policy_names().cloned().collect::<Vec<_>>() {
+            if policies.iter().all(|policy| policy.name != gone) {
+                it.delete_policy(&gone);
+            }
+        }
+        policies.iter().for_each(|policy| it.apply_policy(policy));
+        pods.iter().for_each(|pod| it.apply_pod(pod));
+        for gone in it.pod_names().cloned().collect::<Vec<_>>() {
+            if pods.iter().all(|pod| pod.name != gone) {
+                it.delete_pod(&gone);
+            }
+        }
+        for gone in it.namespace_names().collect::<Vec<_>>() {
+            if namespaces.iter().all(|namespace| namespace.name != gone) {
+                it.delete_namespace(&gone);
+            }
+        }
+        namespaces.iter().for_each(|namespace| it.apply_namespace(namespace));
+        let interface = |ifindex: &u32| LocalInterface { ifindex: *ifindex, ..LocalInterface::default() };
+        it.set_interfaces(self.interfaces.iter().map(|(ip, ifindex)| (*ip, interface(ifindex))).collect());
+    }
+}
+
+/// What the programs make of a flow.
+pub fn passes(maps: &DesiredPolicies, interfaces: &BTreeMap<IpAddr, u32>, flow: &Flow) -> bool {
+    let Flow { client, server, proto, port } = *flow;
+    if !maps.is_enforced {
+        return true;
+    }
+    let class_of = |ip: IpAddr| maps.pods.get(&ip).map_or_else(|| class_of_cidr(&maps.cidrs, ip), |pod| pod.class);
+    let decides = |own: IpAddr, other: IpAddr, is_client: bool| {
+        let Some(ifindex) = interfaces.get(&own) else { return true };
+        let Some(pod) = maps.pods.get(&own).filter(|pod| pod.ifindex == *ifindex) else { return false };
+        let set = if is_client { pod.egress } else { pod.ingress };
+        let look_up = |class| look_up(&maps.rules, set, class, proto, port);
+        let hit = [look_up(class_of(other)), look_up(ANY_CLASS)].into_iter().flatten().min_by_key(|rule| rule.order);
+        set == OPEN || hit.is_some_and(|rule| rule.order % 2 == 1)
+    };
+    decides(client, server, true) && decides(server, client, false)
+}
+
+fn look_up(rules: &BTreeMap<RuleKey, PolicyRule>, set: u32, class: u32, proto: u8, port: u16) -> Option<PolicyRule> {
+    let ports = PortPrefix::new(proto, port, 16);
+    let mut longest_first = ports.around().collect::<Vec<_>>();
+    longest_first.push(ports);
+    longest_first.into_iter().rev().find_map(|ports| rules.get(&RuleKey { set, class, ports }).copied())
+}
+
+/// The trie holds IPv4 as mapped.
+fn class_of_cidr(cidrs: &BTreeMap<IpNet, u32>, ip: IpAddr) -> u32 {
+    let mapped = |net: &IpNet| match net {
+        IpNet::V4(net) => Ipv6Net::new(net.addr().to_ipv6_mapped(), net.prefix_len() + 96).unwrap(),
+        IpNet::V6(net) => *net,
+    };
+    let ip = match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    let having = cidrs.iter().map(|(net, class)| (mapped(net), class)).filter(|(net, _)| net.contains(&ip));
+    having.max_by_key(|(net, _)| net.prefix_len()).map_or(ANY_CLASS, |(_, class)| *class)
+}

@@ -1,0 +1,324 @@
+//! Random worlds, changes of them, and smaller ones that still fail.
+
+use super::{Flow, NODE, World};
+use ipnet::IpNet;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+/// A generator that repeats itself by its seed (xorshift64*).
+pub struct Random(u64);
+
+const NAMESPACES: [&str; 3] = ["a", "b", "c"];
+const KEYS: [&str; 3] = ["k", "l", "m"];
+const VALUES: [&str; 3] = ["", "x", "y"];
+const PROTOCOLS: [&str; 3] = ["TCP", "UDP", "SCTP"];
+const PORT_NAMES: [&str; 2] = ["web", "dns"];
+const PORTS: [u16; 6] = [1, 53, 80, 81, 8080, 65535];
+const RANGES: [&str; 14] = [
+    "0.0.0.0/0",
+    "10.0.0.0/8",
+    "10.0.0.0/24",
+    "10.0.0.0/29",
+    "10.0.0.2/31",
+    "10.0.0.2/32",
+    "10.0.1.0/24",
+    "198.51.100.0/24",
+    "0.0.0.0/1",
+    "::/0",
+    "fd00::/64",
+    "fd00::/125",
+    "fd00::2/128",
+    "2000::/3",
+];
+const ELSEWHERE: [&str; 5] = ["192.0.2.1", "198.51.100.7", "203.0.113.9", "2001:db8::1", "fd00::7"];
+
+impl Random {
+    /// A generator with this seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// A number below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % n
+    }
+
+    /// True once in `n`.
+    pub fn once_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    fn one<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+
+    fn some(&mut self, most: usize, mut make: impl FnMut(&mut Self) -> Value) -> Vec<Value> {
+        (0..self.below(most + 1)).map(|_| make(self)).collect()
+    }
+
+    /// A world.
+    pub fn world(&mut self) -> World {
+        let mut world = World::default();
+        world.namespaces =
+            NAMESPACES.iter().map(|name| serde_json::from_value(self.namespace(name)).unwrap()).collect();
+        for number in 0..=self.below(6) {
+            let pod = self.pod(number);
+            world.pods.push(serde_json::from_value(pod).unwrap());
+        }
+        for number in 0..self.below(5) {
+            let policy = self.policy(number);
+            world.policies.push(serde_json::from_value(policy).unwrap());
+        }
+        world.connect();
+        if self.once_in(4) {
+            // A pod that the API server does not show with its address yet.
+            world.interfaces.entry("10.0.0.7".parse().unwrap()).or_insert(77);
+        }
+        world
+    }
+
+    /// The world after something has happened in it.
+    pub fn change(&mut self, world: &World) -> World {
+        let mut next = world.clone();
+        for _ in 0..=self.below(3) {
+            match self.below(6) {
+                0 => {
+                    let place = self.below(next.namespaces.len());
+                    let namespace = self.namespace(NAMESPACES[place]);
+                    next.namespaces[place] = serde_json::from_value(namespace).unwrap();
+                }
+                1 | 2 => {
+                    let number = self.below(7);
+                    let name = format!("p{number}");
+                    next.pods.retain(|pod| pod.metadata.name.as_ref() != Some(&name));
+                    if !self.once_in(4) {
+                        let pod = self.pod(number);
+                        next.pods.push(serde_json::from_value(pod).unwrap());
+                    }
+                }
+                _ => {
+                    let number = self.below(5);
+                    let name = format!("q{number}");
+                    next.policies.retain(|policy| policy.metadata.name.as_ref() != Some(&name));
+                    if !self.once_in(3) {
+                        let policy = self.policy(number);
+                        next.policies.push(serde_json::from_value(policy).unwrap());
+                    }
+                }
+            }
+        }
+        let unknown = world.interfaces.get(&"10.0.0.7".parse().unwrap()).copied();
+        next.connect();
+        if let Some(ifindex) = unknown {
+            next.interfaces.entry("10.0.0.7".parse().unwrap()).or_insert(ifindex);
+        }
+        next
+    }
+
+    fn labels(&mut self) -> Value {
+        let mut labels = Map::new();
+        for key in KEYS {
+            if self.once_in(2) {
+                labels.insert(key.to_owned(), self.one(&VALUES).into());
+            }
+        }
+        if labels.is_empty() && self.once_in(2) { Value::Null } else { labels.into() }
+    }
+
+    fn selector(&mut self) -> Value {
+        if self.once_in(4) {
+            return json!({});
+        }
+        let match_labels = if self.once_in(2) { json!({self.one(&KEYS): self.one(&VALUES)}) } else { json!(null) };
+        let expressions = self.some(2, |random| {
+            let operator = random.one(&["In", "NotIn", "Exists", "DoesNotExist"]);
+            let mut values: Vec<Value> = Vec::new();
+            if operator.ends_with("In") {
+                values = random.some(1, |random| random.one(&VALUES).into());
+                values.push(random.one(&VALUES).into());
+            }
+            json!({"key": random.one(&KEYS), "operator": operator, "values": values})
+        });
+        json!({"matchLabels": match_labels, "matchExpressions": expressions})
+    }
+
+    fn namespace(&mut self, name: &str) -> Value {
+        json!({"metadata": {"name": name, "labels": self.labels()}})
+    }
+
+    /// Each number has its own addresses, so that no two pods claim one; all but one of a finished pod.
+    fn pod(&mut self, number: usize) -> Value {
+        let mut ips = vec![json!({"ip": format!("10.0.{}.{}", self.below(2), number + 1)})];
+        match self.below(3) {
+            0 => ips.push(json!({"ip": format!("fd00::{}", number + 1)})),
+            1 => ips = vec![json!({"ip": format!("10.0.0.{}", number + 1)})],
+            _ => {}
+        }
+        if self.once_in(12) {
+            ips.clear();
+        }
+        let ports = self.some(3, |random| {
+            let port = random.one(&PORTS);
+            json!({"name": random.one(&PORT_NAMES), "containerPort": port, "protocol": random.one(&PROTOCOLS)})
+        });
+        let is_hosts = self.once_in(12);
+        if is_hosts {
+            ips = vec![json!({"ip": "192.0.2.1"})];
+        }
+        let mut phase = "Running";
+        if self.once_in(12) {
+            phase = "Succeeded";
+            ips = vec![json!({"ip": "10.0.0.1"})];
+        }
+        json!({
+            "metadata": {"name": format!("p{number}"), "namespace": self.one(&NAMESPACES), "labels": self.labels()},
+            "spec": {"nodeName": if self.once_in(2) { NODE } else { "n2" }, "hostNetwork": is_hosts,
+                     "containers": [{"name": "c", "ports": ports}]},
+            "status": {"phase": phase, "podIPs": ips},
+        })
+    }
+
+    fn policy(&mut self, number: usize) -> Value {
+        let rules = |random: &mut Self, side: &str| match random.below(5) {
+            0 => Value::Null,
+            _ => random.some(3, |random| random.rule(side)).into(),
+        };
+        let mut spec =
+            json!({"podSelector": self.selector(), "ingress": rules(self, "from"), "egress": rules(self, "to")});
+        spec["policyTypes"] = match self.below(5) {
+            0 => Value::Null,
+            1 => json!([]),
+            2 => json!(["Ingress"]),
+            3 => json!(["Egress"]),
+            _ => json!(["Ingress", "Egress"]),
+        };
+        json!({"metadata": {"name": format!("q{number}"), "namespace": self.one(&NAMESPACES)}, "spec": spec})
+    }
+
+    fn rule(&mut self, side: &str) -> Value {
+        let mut rule = Map::new();
+        if !self.once_in(4) {
+            rule.insert(side.to_owned(), self.some(3, Self::peer).into());
+        }
+        if !self.once_in(3) {
+            rule.insert("ports".to_owned(), self.some(2, Self::port).into());
+        }
+        rule.into()
+    }
+
+    fn peer(&mut self) -> Value {
+        match self.below(6) {
+            0 | 1 => {
+                let cidr = self.one(&RANGES);
+                let outer: IpNet = cidr.parse().unwrap();
+                let inner = |it: &&&str| outer.contains(&it.parse::<IpNet>().unwrap()) && ***it != *cidr;
+                let inside: Vec<&str> = RANGES.iter().filter(inner).copied().collect();
+                let except =
+                    if inside.is_empty() { Vec::new() } else { self.some(2, |random| random.one(&inside).into()) };
+                json!({"ipBlock": {"cidr": cidr, "except": except}})
+            }
+            2 | 3 => json!({"podSelector": self.selector()}),
+            4 => json!({"namespaceSelector": self.selector()}),
+            _ => json!({"namespaceSelector": self.selector(), "podSelector": self.selector()}),
+        }
+    }
+
+    fn port(&mut self) -> Value {
+        let mut port = Map::new();
+        if self.once_in(2) {
+            port.insert("protocol".to_owned(), self.one(&PROTOCOLS).into());
+        }
+        match self.below(4) {
+            0 => {}
+            1 => drop(port.insert("port".to_owned(), self.one(&PORT_NAMES).into())),
+            kind => {
+                let (a, b) = (self.one(&PORTS), self.one(&PORTS));
+                port.insert("port".to_owned(), a.min(b).into());
+                if kind == 2 {
+                    port.insert("endPort".to_owned(), a.max(b).into());
+                }
+            }
+        }
+        port.into()
+    }
+}
+
+impl World {
+    /// Gives each address of a pod of the node an interface, which follows from pod and address.
+    fn connect(&mut self) {
+        self.interfaces.clear();
+        let (_, pods, _) = self.objects();
+        for pod in pods.iter().filter(|pod| &*pod.node == NODE && !pod.host_network) {
+            let number: u32 = pod.name.as_str().bytes().last().map_or(0, |digit| u32::from(digit - b'0'));
+            self.interfaces.extend(pod.addresses.iter().map(|ip| (*ip, number + 10)));
+        }
+    }
+
+    /// All flows of interest between addresses of this world and of another, and of neither.
+    pub fn flows(&self, other: &Self) -> Vec<Flow> {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let mut addresses: BTreeSet<IpAddr> = ELSEWHERE.iter().map(|text| ip(text)).collect();
+        for world in [self, other] {
+            addresses.extend(world.objects().1.iter().flat_map(|pod| pod.addresses.to_vec()));
+            addresses.extend(world.interfaces.keys());
+        }
+        let is_local = |ip: &IpAddr| self.interfaces.contains_key(ip) || other.interfaces.contains_key(ip);
+        let mut flows = Vec::new();
+        for client in &addresses {
+            for server in &addresses {
+                let is_judged = client != server && client.is_ipv4() == server.is_ipv4();
+                if !is_judged || !(is_local(client) || is_local(server)) {
+                    continue;
+                }
+                for proto in [6, 17, 132, 1] {
+                    let ports: &[u16] = if proto == 1 { &[0] } else { &[1, 2, 53, 80, 81, 8080, 9000, 65535] };
+                    flows.extend(ports.iter().map(|port| Flow {
+                        client: *client,
+                        server: *server,
+                        proto,
+                        port: *port,
+                    }));
+                }
+            }
+        }
+        flows
+    }
+
+    /// A world with fewer objects that fails, too.
+    #[must_use]
+    pub fn shrink(mut self, fails: impl Fn(&Self) -> bool) -> Self {
+        loop {
+            let mut smaller: Vec<Self> = Vec::new();
+            for i in 0..self.pods.len() {
+                let mut it = self.clone();
+                it.pods.remove(i);
+                it.connect();
+                smaller.push(it);
+            }
+            for i in 0..self.policies.len() {
+                let mut it = self.clone();
+                it.policies.remove(i);
+                smaller.push(it);
+                let spec = self.policies[i].spec.clone().unwrap();
+                for k in 0..spec.ingress.iter().flatten().count() {
+                    let mut it = self.clone();
+                    it.policies[i].spec.as_mut().unwrap().ingress.as_mut().unwrap().remove(k);
+                    smaller.push(it);
+                }
+                for k in 0..spec.egress.iter().flatten().count() {
+                    let mut it = self.clone();
+                    it.policies[i].spec.as_mut().unwrap().egress.as_mut().unwrap().remove(k);
+                    smaller.push(it);
+                }
+            }
+            match smaller.into_iter().find(|it| fails(it)) {
+                Some(it) => self = it,
+                None => return self,
+            }
+        }
+    }
+}
