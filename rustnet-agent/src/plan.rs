@@ -8,6 +8,7 @@ mod maglev;
 mod memory;
 mod peers;
 mod planner;
+pub mod policies;
 mod ranges;
 mod services;
 mod sets;

@@ -31,6 +31,8 @@ const RANGES: [&str; 14] = [
     "fd00::2/128",
     "2000::/3",
 ];
+/// Interface of a pod that the API server does not show with its address yet.
+const UNKNOWN: u32 = 77;
 const ELSEWHERE: [&str; 5] = ["192.0.2.1", "198.51.100.7", "203.0.113.9", "2001:db8::1", "fd00::7"];
 
 impl Random {
@@ -75,8 +77,7 @@ impl Random {
         }
         world.connect();
         if self.once_in(4) {
-            // A pod that the API server does not show with its address yet.
-            world.interfaces.entry("10.0.0.7".parse().unwrap()).or_insert(77);
+            world.interfaces.entry("10.0.0.7".parse().unwrap()).or_insert(UNKNOWN);
         }
         world
     }
@@ -111,10 +112,12 @@ impl Random {
                 }
             }
         }
-        let unknown = world.interfaces.get(&"10.0.0.7".parse().unwrap()).copied();
         next.connect();
-        if let Some(ifindex) = unknown {
-            next.interfaces.entry("10.0.0.7".parse().unwrap()).or_insert(ifindex);
+        for (ip, ifindex) in &world.interfaces {
+            // A pod may be deleted before its interface is, and a pod that is not known stays so.
+            if self.once_in(3) || *ifindex == UNKNOWN {
+                next.interfaces.entry(*ip).or_insert(*ifindex);
+            }
         }
         next
     }

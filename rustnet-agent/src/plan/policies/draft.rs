@@ -1,0 +1,147 @@
+//! The state of the maps after the writes so far, and these writes.
+
+use super::{PolicyCapacities, PolicySnapshot, PolicyWrite, PortPrefix, RuleKey};
+use ipnet::IpNet;
+use rustnet_common::policy::{Policies, PolicyPod, PolicyRule};
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+/// A plan in the making. What the maps hold already is not written.
+#[derive(Debug)]
+pub struct Draft {
+    now: PolicySnapshot,
+    writes: Vec<PolicyWrite>,
+    /// The most entries at any moment: pods, ranges, rules.
+    peak: [usize; 3],
+}
+
+impl Draft {
+    /// No writes yet.
+    pub fn new(held: PolicySnapshot) -> Self {
+        Self { now: held, writes: Vec::new(), peak: [0; 3] }
+    }
+
+    /// The maps after the writes, and the writes.
+    pub fn done(self) -> (PolicySnapshot, Vec<PolicyWrite>) {
+        (self.now, self.writes)
+    }
+
+    /// The maps after the writes so far.
+    pub fn now(&self) -> &PolicySnapshot {
+        &self.now
+    }
+
+    /// True if the maps have room at each moment. A map that holds more than fits is asked for no more.
+    pub fn fits(&self, room: &PolicyCapacities) -> bool {
+        let room = [room.pods, room.cidrs, room.rules];
+        self.peak.iter().zip(room).all(|(peak, room)| *peak <= room as usize)
+    }
+
+    /// Puts a rule.
+    pub fn put_rule(&mut self, key: RuleKey, rule: PolicyRule) {
+        if self.now.rules.get(&key) != Some(&rule) {
+            self.now.rules.insert(key, rule);
+            self.peak[2] = self.peak[2].max(self.now.rules.len());
+            self.writes.push(PolicyWrite::PutRule { key, rule });
+        }
+    }
+
+    /// Puts rules.
+    pub fn put_rules(&mut self, rules: &BTreeMap<RuleKey, PolicyRule>) {
+        for (key, rule) in rules {
+            self.put_rule(*key, *rule);
+        }
+    }
+
+    /// Puts some ports of a set and a class.
+    pub fn put_row(&mut self, set: u32, class: u32, row: &Row) {
+        for (ports, rule) in row {
+            self.put_rule(RuleKey { set, class, ports: *ports }, *rule);
+        }
+    }
+
+    /// Deletes the ports of a set and a class that are not among these.
+    pub fn cut_row(&mut self, set: u32, class: u32, kept: &Row) {
+        for ports in row(&self.now.rules, set, class).into_keys().filter(|ports| !kept.contains_key(ports)) {
+            self.delete_rule(RuleKey { set, class, ports });
+        }
+    }
+
+    /// Puts pods.
+    pub fn put_pods(&mut self, pods: impl Iterator<Item = (IpAddr, PolicyPod)>) {
+        for (ip, pod) in pods {
+            if self.now.pods.get(&ip) != Some(&pod) {
+                self.now.pods.insert(ip, pod);
+                self.peak[0] = self.peak[0].max(self.now.pods.len());
+                self.writes.push(PolicyWrite::PutPod { ip, pod });
+            }
+        }
+    }
+
+    /// Puts ranges, the longest first: no address has a class but its old one or its new one.
+    pub fn put_cidrs(&mut self, cidrs: &BTreeMap<IpNet, u32>) {
+        let mut changed: Vec<_> =
+            cidrs.iter().filter(|(prefix, class)| self.now.cidrs.get(prefix) != Some(class)).collect();
+        changed.sort_by_key(|(prefix, _)| Reverse(prefix.prefix_len()));
+        for (prefix, class) in changed {
+            self.now.cidrs.insert(*prefix, *class);
+            self.peak[1] = self.peak[1].max(self.now.cidrs.len());
+            self.writes.push(PolicyWrite::PutCidr { prefix: *prefix, class: *class });
+        }
+    }
+
+    /// Replaces the flags, and raises the generation.
+    pub fn put_state(&mut self, flags: u32) {
+        // Never 0, which flows have that no policy has judged.
+        let generation = self.now.state.generation.checked_add(1).unwrap_or(1);
+        self.now.state = Policies { generation, flags };
+        self.writes.push(PolicyWrite::PutState { state: self.now.state });
+    }
+
+    /// Deletes what these maps do not have: addresses, then rules.
+    pub fn delete_all_but(&mut self, wanted: &PolicySnapshot) {
+        self.delete_addresses_but(wanted);
+        self.delete_rules(|key| !wanted.rules.contains_key(key));
+    }
+
+    /// Deletes the pods that these maps do not have, then the ranges, the shortest first.
+    pub fn delete_addresses_but(&mut self, wanted: &PolicySnapshot) {
+        let pods: Vec<IpAddr> = self.now.pods.keys().filter(|ip| !wanted.pods.contains_key(ip)).copied().collect();
+        for ip in pods {
+            self.now.pods.remove(&ip);
+            self.writes.push(PolicyWrite::DeletePod { ip });
+        }
+        let mut cidrs: Vec<IpNet> =
+            self.now.cidrs.keys().filter(|it| !wanted.cidrs.contains_key(it)).copied().collect();
+        cidrs.sort_by_key(|prefix| (prefix.prefix_len(), *prefix));
+        for prefix in cidrs {
+            self.now.cidrs.remove(&prefix);
+            self.writes.push(PolicyWrite::DeleteCidr { prefix });
+        }
+    }
+
+    /// Deletes rules.
+    pub fn delete_rules(&mut self, is_stale: impl Fn(&RuleKey) -> bool) {
+        let rules: Vec<RuleKey> = self.now.rules.keys().filter(|key| is_stale(key)).copied().collect();
+        for key in rules {
+            self.delete_rule(key);
+        }
+    }
+
+    fn delete_rule(&mut self, key: RuleKey) {
+        if self.now.rules.remove(&key).is_some() {
+            self.writes.push(PolicyWrite::DeleteRule { key });
+        }
+    }
+}
+
+/// The rules of a set for a class.
+pub type Row = BTreeMap<PortPrefix, PolicyRule>;
+
+/// The rules of a set for a class, of all rules.
+pub fn row(rules: &BTreeMap<RuleKey, PolicyRule>, set: u32, class: u32) -> Row {
+    let from = RuleKey { set, class, ports: PortPrefix::ANY };
+    let own = rules.range(from..).take_while(|(key, _)| (key.set, key.class) == (set, class));
+    own.map(|(key, rule)| (key.ports, *rule)).collect()
+}

@@ -1,0 +1,168 @@
+//! What of the desired maps has room. What has none fails closed, and what holds already goes on.
+
+use super::{DesiredPolicies, PolicyCapacities, PolicySnapshot, RuleKey};
+use crate::model::Problem;
+use ipnet::IpNet;
+use rustnet_common::policy::{OPEN, Policies, PolicyPod, PolicyRule};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+/// The maps that the plan leads to.
+pub struct Fit {
+    /// Their content, without the state.
+    pub wanted: PolicySnapshot,
+    /// Flows are judged.
+    pub is_enforced: bool,
+    /// What was left out.
+    pub problems: Vec<Problem>,
+}
+
+/// Leaves out what has no room.
+pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacities) -> Fit {
+    let DesiredPolicies { mut pods, cidrs, rules, is_enforced, sets, rule_names: _ } = desired;
+    let mut problems = Vec::new();
+    let rules = fit_rules(rules, &mut pods, held, room.rules as usize, |set, count, left| {
+        let names = sets.get(&set).map_or(&[][..], |names| names);
+        let message = format!(
+            "its set of {count} rules does not fit into the {left} entries that others leave, so that its pods keep what they were \
+             allowed before, and new pods are closed; raise policy-rule-entries"
+        );
+        problems.extend(names.iter().map(|name| {
+            let subject = format!("NetworkPolicy {name}");
+            Problem::new(&subject.into(), "", message.clone())
+        }));
+    });
+    let all = pods.len();
+    let pods = fit_pods(pods, room.pods as usize);
+    if pods.len() < all {
+        let message = format!(
+            "{} addresses of pods do not fit into the {} entries, so that no selector matches them; raise policy-pod-entries",
+            all - pods.len(),
+            room.pods
+        );
+        problems.push(Problem::new(&"network policies".into(), "", message));
+    }
+    let all = cidrs.len();
+    let cidrs = fit_cidrs(cidrs, held, room.cidrs as usize);
+    if cidrs.len() < all {
+        let message = format!(
+            "{} ranges do not fit into the {} entries, so that no ipBlock matches their addresses; raise policy-cidr-entries",
+            all - cidrs.len(),
+            room.cidrs
+        );
+        problems.push(Problem::new(&"network policies".into(), "", message));
+    }
+    let wanted = PolicySnapshot { state: Policies::default(), pods, cidrs, rules };
+    Fit { wanted, is_enforced, problems }
+}
+
+type Rules = BTreeMap<RuleKey, PolicyRule>;
+
+/// The rules that fit. Pods whose set does not fit keep the one that they have, else they are closed. `note` hears of each set that
+/// does not fit, with the number of its rules and of entries that are left.
+fn fit_rules(
+    mut rules: Rules,
+    pods: &mut BTreeMap<IpAddr, PolicyPod>,
+    held: &PolicySnapshot,
+    room: usize,
+    mut note: impl FnMut(u32, usize, usize),
+) -> Rules {
+    if rules.len() <= room {
+        return rules;
+    }
+    let count = |rules: &Rules| {
+        let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+        rules.keys().for_each(|key| *counts.entry(key.set).or_default() += 1);
+        counts
+    };
+    let (counts, counts_before) = (count(&rules), count(&held.rules));
+    let used = |pods: &BTreeMap<IpAddr, PolicyPod>| -> BTreeSet<u32> {
+        let local = pods.values().filter(|pod| pod.ifindex != 0);
+        local.flat_map(|pod| [pod.ingress, pod.egress]).filter(|set| *set != OPEN).collect()
+    };
+    let used_before = used(&held.pods);
+    let mut left = room;
+    let mut failed = BTreeSet::new();
+    let (known, new): (Vec<_>, Vec<_>) = counts.iter().partition(|(set, _)| used_before.contains(set));
+    for (set, count) in known.into_iter().chain(new) {
+        if *count <= left {
+            left -= count;
+        } else {
+            note(*set, *count, left);
+            failed.insert(*set);
+        }
+    }
+    rules.retain(|key, _| !failed.contains(&key.set));
+    let wanted = used(pods);
+    let mut kept: BTreeMap<u32, bool> = BTreeMap::new();
+    for (ip, pod) in pods.iter_mut().filter(|(_, pod)| pod.ifindex != 0) {
+        let before = held.pods.get(ip).filter(|before| before.ifindex == pod.ifindex);
+        let mut keep = |set: &mut u32, before: Option<u32>| {
+            if !failed.contains(set) {
+                return true;
+            }
+            let Some(before) = before.filter(|before| *before != OPEN) else { return false };
+            *set = before;
+            *kept.entry(before).or_insert_with(|| {
+                if wanted.contains(&before) {
+                    return !failed.contains(&before);
+                }
+                let count = counts_before.get(&before).copied().unwrap_or_default();
+                let has_room = count <= left;
+                if has_room {
+                    left -= count;
+                    rules.extend(
+                        held.rules.iter().filter(|(key, _)| key.set == before).map(|(key, rule)| (*key, *rule)),
+                    );
+                }
+                has_room
+            })
+        };
+        let is_kept =
+            keep(&mut pod.ingress, before.map(|it| it.ingress)) && keep(&mut pod.egress, before.map(|it| it.egress));
+        if !is_kept {
+            // Closed, and others still know its class.
+            *pod = PolicyPod { class: pod.class, ..PolicyPod::default() };
+        }
+    }
+    rules
+}
+
+/// The pods that fit, those of this node first. No selector matches the others: they are allowed less.
+fn fit_pods(pods: BTreeMap<IpAddr, PolicyPod>, room: usize) -> BTreeMap<IpAddr, PolicyPod> {
+    if pods.len() <= room {
+        return pods;
+    }
+    let (own, others): (Vec<_>, Vec<_>) = pods.into_iter().partition(|(_, pod)| pod.ifindex != 0);
+    own.into_iter().chain(others).take(room).collect()
+}
+
+/// The ranges that fit, those that are there already first. Without a range within another its addresses would have what only the
+/// outer one has: all or nothing.
+fn fit_cidrs(cidrs: BTreeMap<IpNet, u32>, held: &PolicySnapshot, room: usize) -> BTreeMap<IpNet, u32> {
+    if cidrs.len() <= room {
+        return cidrs;
+    }
+    let mut nests: Vec<Vec<(IpNet, u32)>> = Vec::new();
+    for (prefix, class) in cidrs {
+        match nests.last_mut() {
+            Some(nest) if nest.first().is_some_and(|(outer, _)| outer.contains(&prefix)) => nest.push((prefix, class)),
+            _ => nests.push(vec![(prefix, class)]),
+        }
+    }
+    nests.sort_by_key(|nest| nest.first().is_none_or(|(outer, _)| !held.cidrs.contains_key(outer)));
+    let mut left = room;
+    let fits = |nest: &Vec<(IpNet, u32)>| {
+        let has_room = nest.len() <= left;
+        left -= if has_room { nest.len() } else { 0 };
+        has_room
+    };
+    let mut fitting: BTreeMap<IpNet, u32> = nests.into_iter().filter(fits).flatten().collect();
+    // The trie holds IPv4 as mapped, which ranges of IPv6 may contain.
+    let mapped = IpAddr::V6(std::net::Ipv4Addr::UNSPECIFIED.to_ipv6_mapped());
+    let all_v4 = IpNet::V4(ipnet::Ipv4Net::default());
+    if !fitting.contains_key(&all_v4) {
+        fitting.retain(|prefix, _| !prefix.contains(&mapped));
+    }
+    fitting
+}

@@ -1,0 +1,140 @@
+use super::{
+    DesiredPolicies, MemoryPolicyMaps, PolicyCapacities, PolicyMaps, PolicyPlanner, PolicySnapshot, PolicyWrite,
+};
+use crate::index::policy::world::{Flow, Random, World, passes};
+use rustnet_common::policy::flags::ENFORCED;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+const PLENTY: PolicyCapacities = PolicyCapacities { pods: 10_000, cidrs: 10_000, rules: 100_000 };
+
+fn maps(held: &PolicySnapshot) -> DesiredPolicies {
+    let PolicySnapshot { state, pods, cidrs, rules } = held.clone();
+    DesiredPolicies { pods, cidrs, rules, is_enforced: state.flags & ENFORCED != 0, ..DesiredPolicies::default() }
+}
+
+/// What the maps hold after some change from nothing.
+fn applied(desired: DesiredPolicies, capacities: PolicyCapacities) -> (PolicyPlanner, MemoryPolicyMaps) {
+    let mut planner = PolicyPlanner::adopt(PolicySnapshot::default(), capacities);
+    let mut maps = MemoryPolicyMaps::new(PolicySnapshot::default(), capacities);
+    maps.apply(&planner.plan(desired)).unwrap();
+    (planner, maps)
+}
+
+/// What goes wrong on the way between two worlds, whose pods are those of the second.
+fn wrong(from: &World, to: &World, flows: &[Flow], capacities: PolicyCapacities) -> Option<String> {
+    let (mut planner, mut memory) = applied(from.desired(), capacities);
+    let interfaces: BTreeMap<IpAddr, u32> = to.interfaces.clone();
+    let verdicts = |held: &PolicySnapshot| {
+        let maps = maps(held);
+        flows.iter().map(|flow| passes(&maps, &interfaces, flow)).collect::<Vec<bool>>()
+    };
+    let (old, generation) = (verdicts(memory.held()), memory.held().state.generation);
+    let writes = planner.plan(to.desired());
+    let mut states = Vec::new();
+    for write in &writes {
+        if let Err(error) = memory.apply(std::slice::from_ref(write)) {
+            return Some(format!("{error} by {write:?} of {writes:#?}"));
+        }
+        states.push(verdicts(memory.held()));
+    }
+    if memory.held() != planner.held() {
+        return Some("the maps are not as planned".to_owned());
+    }
+    let new = verdicts(memory.held());
+    let has_lost = old.iter().zip(&new).any(|(old, new)| *old && !*new);
+    if has_lost && memory.held().state.generation == generation {
+        return Some(format!("known flows go on: {writes:#?}"));
+    }
+    let raised = writes.iter().rposition(|write| matches!(write, PolicyWrite::PutState { .. })).unwrap_or(writes.len());
+    for state in &states[raised.min(states.len())..] {
+        if let Some(i) = (0..flows.len()).find(|i| state[*i] && !new[*i]) {
+            return Some(format!("{:?} is judged again too early: {writes:#?}", flows[i]));
+        }
+    }
+    for (number, state) in states.iter().enumerate() {
+        for (i, passes) in state.iter().enumerate() {
+            let is_wrong = if capacities == PLENTY {
+                old[i] == new[i] && *passes != old[i]
+            } else {
+                *passes && !old[i] && !new[i]
+            };
+            if is_wrong {
+                let now = writes[..=number].iter().map(|write| format!("{write:?}\n")).collect::<String>();
+                return Some(format!(
+                    "{:?} passes: {passes}, before and after: {}, after\n{now}of\n{writes:#?}",
+                    flows[i], old[i]
+                ));
+            }
+        }
+    }
+    None
+}
+
+fn some_flows(random: &mut Random, from: &World, to: &World) -> Vec<Flow> {
+    let flows = from.flows(to);
+    flows.into_iter().filter(|_| random.once_in(3)).collect()
+}
+
+#[test]
+fn no_flow_is_judged_otherwise_than_before_or_after() {
+    for seed in 0..400 {
+        let mut random = Random::new(seed);
+        let from = random.world();
+        let to = if random.once_in(5) { random.world() } else { random.change(&from) };
+        let flows = some_flows(&mut random, &from, &to);
+        if wrong(&from, &to, &flows, PLENTY).is_none() {
+            continue;
+        }
+        let to = to.shrink(|to| wrong(&from, to, &flows, PLENTY).is_some());
+        let from = from.shrink(|from| wrong(from, &to, &flows, PLENTY).is_some());
+        let what = wrong(&from, &to, &flows, PLENTY).unwrap();
+        panic!("seed {seed}: {what}\nfrom {:#?}\nto {:#?}", from.desired(), to.desired());
+    }
+}
+
+/// With little room pods may be closed for the moment, but never open.
+#[test]
+fn little_room_opens_nothing() {
+    for seed in 0..200 {
+        let mut random = Random::new(seed);
+        let from = random.world();
+        let to = random.change(&from);
+        let size = |world: &World| {
+            let DesiredPolicies { pods, cidrs, rules, .. } = world.desired();
+            [pods.len() as u32, cidrs.len() as u32, rules.len() as u32]
+        };
+        let (a, b) = (size(&from), size(&to));
+        // Room for either state and a little more: a full trie takes nothing.
+        let [pods, cidrs, rules] = [0, 1, 2].map(|i| a[i].max(b[i]) + 1 + random.below(3) as u32);
+        let capacities = PolicyCapacities { pods, cidrs, rules };
+        let flows = some_flows(&mut random, &from, &to);
+        let what = wrong(&from, &to, &flows, capacities);
+        assert_eq!(what, None, "seed {seed}");
+    }
+}
+
+/// The next agent finds what a crash left, and goes on.
+#[test]
+fn a_crash_after_any_write() {
+    for seed in 0..100 {
+        let mut random = Random::new(seed);
+        let worlds = [random.world(), random.world(), random.world()];
+        let (mut planner, mut memory) = applied(worlds[0].desired(), PLENTY);
+        for world in &worlds[1..] {
+            let writes = planner.plan(world.desired());
+            memory.crash_after(random.below(writes.len() + 1));
+            let has_crashed = memory.apply(&writes).is_err();
+            let held = memory.snapshot().unwrap();
+            memory = MemoryPolicyMaps::new(held.clone(), PLENTY);
+            planner = PolicyPlanner::adopt(held, PLENTY);
+            let writes = planner.plan(world.desired());
+            assert!(has_crashed || writes.is_empty(), "seed {seed}: the same again is nothing");
+            memory.apply(&writes).unwrap();
+            let DesiredPolicies { pods, cidrs, rules, is_enforced, .. } = world.desired();
+            let held = memory.held();
+            assert_eq!((&held.pods, &held.cidrs, &held.rules), (&pods, &cidrs, &rules), "seed {seed}");
+            assert_eq!(held.state.flags & ENFORCED != 0, is_enforced);
+        }
+    }
+}
