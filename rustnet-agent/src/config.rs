@@ -21,7 +21,7 @@ use rustnet_common::maglev;
 pub use self::ranges::{Role, reserved_range};
 use self::text::{
     Reader, boolean, cidr, device, directory, healthz_bind_address, listen, log_level, maglev_table_size, node_name,
-    node_port_addresses, number, packet_mark, snat_ports, source,
+    node_port_addresses, number, on_or_off, packet_mark, snat_ports, source,
 };
 use crate::args::Values;
 
@@ -96,6 +96,8 @@ pub struct Config {
     pub maglev_table_size: u32,
     /// How clients outside get the answers of backends on other nodes, of Services that do not say.
     pub forwarding: Forwarding,
+    /// Whether NetworkPolicies are watched and enforced.
+    pub network_policy: bool,
     /// Source ports that masquerade may use, both ends included; `None`: the agent chooses.
     pub snat_ports: Option<(u16, u16)>,
     /// Mark of packets that have passed their steps on this node.
@@ -315,6 +317,12 @@ pub struct MapSizes {
     pub sockets: u32,
     /// Ranges of clients of load balancers.
     pub source_ranges: u32,
+    /// `rn_policy_pods`.
+    pub policy_pods: u32,
+    /// `rn_policy_cidrs`.
+    pub policy_cidrs: u32,
+    /// `rn_policy_rules`.
+    pub policy_rules: u32,
     /// `rn_endpoints`.
     pub endpoints: u32,
     /// `rn_peers4`, `rn_peers6`, each.
@@ -333,6 +341,9 @@ impl Default for MapSizes {
             affinities: 32_768,
             sockets: 65_536,
             source_ranges: 4096,
+            policy_pods: 65_536,
+            policy_cidrs: 16_384,
+            policy_rules: 65_536,
             endpoints: 4096,
             peers: 65_536,
         }
@@ -423,6 +434,7 @@ impl Config {
                 Forwarding::parse(text).ok_or("is no mode; give snat or dsr".to_owned())
             }),
             maglev_table_size: read.required("maglev-table-size", "give a prime", maglev_table_size),
+            network_policy: read.required("network-policy", "give on or off", on_or_off),
             snat_ports: read.required("snat-ports", "give auto or a range", snat_ports),
             packet_mark: read.required("packet-mark", "give a value and a mask", packet_mark),
             maps: MapSizes {
@@ -435,6 +447,9 @@ impl Config {
                 affinities: read.entries("affinity-entries"),
                 sockets: read.entries("socket-entries"),
                 source_ranges: read.entries("source-range-entries"),
+                policy_pods: read.entries("policy-pod-entries"),
+                policy_cidrs: read.entries("policy-cidr-entries"),
+                policy_rules: read.entries("policy-rule-entries"),
                 endpoints: read.entries("endpoint-entries"),
                 peers: read.entries("peer-entries"),
             },

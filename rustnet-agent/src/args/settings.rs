@@ -298,6 +298,15 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
+                flag: "network-policy",
+                key: "networkPolicy",
+                value: "on|off",
+                default: Some("on"),
+                help: "Enforce NetworkPolicies: the agent then watches them, Namespaces, and the pods of the whole cluster. With off, all flows \
+                       are allowed",
+                ..ONE
+            },
+            Setting {
                 flag: "snat-ports",
                 key: "snatPorts",
                 value: "auto|FIRST-LAST",
@@ -388,6 +397,30 @@ pub static GROUPS: &[Group] = &[
                 value: "NUMBER",
                 default: Some("4096"),
                 help: "Size of the table of loadBalancerSourceRanges: ranges times ports times addresses",
+                ..ONE
+            },
+            Setting {
+                flag: "policy-pod-entries",
+                key: "policyPodEntries",
+                value: "NUMBER",
+                default: Some("65536"),
+                help: "Size of the table of pods' addresses that NetworkPolicies of this node select or name: this node's and other nodes'",
+                ..ONE
+            },
+            Setting {
+                flag: "policy-cidr-entries",
+                key: "policyCidrEntries",
+                value: "NUMBER",
+                default: Some("16384"),
+                help: "Size of the table of the ipBlocks, with their excepts, of NetworkPolicies that select pods of this node",
+                ..ONE
+            },
+            Setting {
+                flag: "policy-rule-entries",
+                key: "policyRuleEntries",
+                value: "NUMBER",
+                default: Some("65536"),
+                help: "Size of the table of what NetworkPolicies allow to the pods of this node: sets of policies times classes of addresses times ports",
                 ..ONE
             },
             Setting {

@@ -320,7 +320,7 @@ pub fn program_path(bpffs: &Path, name: &str) -> PathBuf {
 pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
     use names::map::{
         AFFINITY, BACKEND_IDS, BACKENDS, CT4_ANY, CT4_TCP, CT6_ANY, CT6_TCP, ENDPOINTS, FRAG4, FRAG6, MAGLEV, PEERS4,
-        PEERS6, SOCK_FWD, SOCK_REV, SOURCE_RANGES, SVC4, SVC6,
+        PEERS6, POLICY_CIDRS, POLICY_PODS, POLICY_RULES, SOCK_FWD, SOCK_REV, SOURCE_RANGES, SVC4, SVC6,
     };
     let MapSizes {
         services,
@@ -332,6 +332,9 @@ pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
         affinities,
         sockets,
         source_ranges,
+        policy_pods,
+        policy_cidrs,
+        policy_rules,
         endpoints,
         peers,
     } = *maps;
@@ -351,6 +354,9 @@ pub fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
         (SOCK_REV, sockets),
         (SOCK_FWD, (sockets / 4).max(1)),
         (SOURCE_RANGES, source_ranges),
+        (POLICY_PODS, policy_pods),
+        (POLICY_CIDRS, policy_cidrs),
+        (POLICY_RULES, policy_rules),
         (ENDPOINTS, endpoints),
         (PEERS4, peers),
         (PEERS6, peers),

@@ -130,6 +130,21 @@ fn empty_variables_and_files_are_as_absent() {
 }
 
 #[test]
+fn policies_are_enforced_unless_switched_off() {
+    assert!(load(&[], &[], None).expect("good").network_policy);
+    for (text, want) in [("on", true), ("true", true), ("off", false), ("false", false)] {
+        assert_eq!(
+            load(&[], &[], Some(&format!("networkPolicy: {text}"))).expect("good").network_policy,
+            want,
+            "{text}"
+        );
+    }
+    let maps = load(&["--policy-pod-entries=17", "--policy-cidr-entries=18"], &[], Some("policyRuleEntries: 19"));
+    let maps = maps.expect("good").maps;
+    assert_eq!((maps.policy_pods, maps.policy_cidrs, maps.policy_rules), (17, 18, 19));
+}
+
+#[test]
 fn bad_values_are_refused_with_origin_and_remedy() {
     for (flag, key, bad, remedy) in [
         ("lb-algorithm", "lbAlgorithm", "ring", "give random or maglev"),
@@ -157,6 +172,8 @@ fn bad_values_are_refused_with_origin_and_remedy() {
         ("pod-cidrs", "podCIDRs", "10.0.0.1/24", "give 10.0.0.0/24"),
         ("service-cidrs", "serviceCIDRs", "10.0.0.0/33", "prefix length"),
         ("masquerade", "masquerade", "yes", "true or false"),
+        ("network-policy", "networkPolicy", "yes", "on or off"),
+        ("policy-rule-entries", "policyRuleEntries", "0", "16 to"),
         ("snat-ports", "snatPorts", "65535-1024", "61000-65535"),
         ("snat-ports", "snatPorts", "80-2000", "61000-65535"),
         ("snat-ports", "snatPorts", "5000-5010", "61000-65535"),

@@ -211,6 +211,15 @@ pub(super) fn boolean(text: &str) -> Result<bool, String> {
     text.parse().map_err(|_| "is neither; give true or false".to_owned())
 }
 
+pub(super) fn on_or_off(text: &str) -> Result<bool, String> {
+    match text {
+        // YAML 1.1, which Helm reads, takes both for booleans.
+        "on" | "true" => Ok(true),
+        "off" | "false" => Ok(false),
+        _ => Err("is neither; give on or off".to_owned()),
+    }
+}
+
 pub(super) fn cidr(text: &str) -> Result<IpNet, String> {
     let net = IpNet::from_str(text).map_err(|_| {
         let hint = match IpAddr::from_str(text) {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use bytemuck::Pod;
-use rustnet_common::addr::{Ip4, Ip6};
+use rustnet_common::addr::{Addr, Ip4, Ip6};
 use rustnet_common::affinity::{Affinity, AffinityKey};
 use rustnet_common::conntrack::CtEntry;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
@@ -12,6 +12,7 @@ use rustnet_common::frag::{FragKey, FragPorts};
 use rustnet_common::host_port::{HostPort, HostPortKey};
 use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey};
+use rustnet_common::policy::{PolicyCidrKey, PolicyPod, PolicyRule, PolicyRuleKey};
 use rustnet_common::service::{SvcEntry, SvcKey};
 use rustnet_common::socket::{Asked, SocketKey};
 use rustnet_common::source_range::SourceRangeKey;
@@ -52,6 +53,9 @@ pub fn read(bpffs: &Path) -> Result<Vec<Fill>> {
         count::<SocketKey, Asked>(bpffs, map::SOCK_REV)?,
         count::<SocketKey, u32>(bpffs, map::SOCK_FWD)?,
         count::<SourceRangeKey, u32>(bpffs, map::SOURCE_RANGES)?,
+        count::<Addr, PolicyPod>(bpffs, map::POLICY_PODS)?,
+        count::<PolicyCidrKey, u32>(bpffs, map::POLICY_CIDRS)?,
+        count::<PolicyRuleKey, PolicyRule>(bpffs, map::POLICY_RULES)?,
         count::<EndpointKey, Endpoint>(bpffs, map::ENDPOINTS)?,
         count::<HostPortKey, HostPort>(bpffs, map::HOST_PORTS)?,
         count::<PeerKey<Ip4>, Peer>(bpffs, map::PEERS4)?,
