@@ -15,6 +15,7 @@ mod link;
 mod maps;
 mod netlink;
 mod netns;
+mod policy;
 mod shape;
 mod state;
 mod types;

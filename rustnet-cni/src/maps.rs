@@ -2,9 +2,11 @@
 
 use crate::types::error::{Error, code};
 use bytemuck::Pod;
+use rustnet_common::addr::Addr;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::host_port::{HostPort, HostPortKey};
 use rustnet_common::names;
+use rustnet_common::policy::{Policies, PolicyPod};
 use std::ffi::CString;
 use std::io;
 use std::marker::PhantomData;
@@ -53,6 +55,24 @@ impl Pinned for OfHostPorts {
 }
 /// `rn_host_ports`, open.
 pub type HostPorts = Map<OfHostPorts>;
+
+/// `rn_policy`, which the agent alone writes.
+pub enum OfPolicies {}
+impl Pinned for OfPolicies {
+    type Key = u32;
+    type Value = Policies;
+    const NAME: &'static str = names::map::POLICY;
+    const TITLE: &'static str = "map of the state of policies";
+}
+
+/// `rn_policy_pods`, which the agent alone writes.
+pub enum OfPolicyPods {}
+impl Pinned for OfPolicyPods {
+    type Key = Addr;
+    type Value = PolicyPod;
+    const NAME: &'static str = names::map::POLICY_PODS;
+    const TITLE: &'static str = "map of policies of pods";
+}
 
 /// A pinned map, open.
 pub struct Map<P>(OwnedFd, PhantomData<P>);

@@ -3,8 +3,9 @@
 //! The order allows a repair after a killed call. The veth comes first: its name follows from the
 //! container's id, so that a second ADD fails before it has touched anything and DEL finds it
 //! without state. Then the lease, which names its owner; then the record, from which map entries
-//! are found; then the map entries; the pod's end comes up last, when the programs would let its
-//! packets through.
+//! are found, and by which the agent decides about network policies; then the map entries; the
+//! pod's end comes up last, when the programs would let its packets through. They drop them until
+//! the agent has decided, where there are network policies: the call waits for that at its end.
 
 use super::detach::{Removal, group};
 use crate::attach::Pins;
@@ -17,6 +18,7 @@ use crate::link::{self, Link, PodRoute, Veth};
 use crate::maps::HostPorts;
 use crate::netlink::{Message, Refused, Socket};
 use crate::netns::Netns;
+use crate::policy;
 use crate::shape;
 use crate::state::{self, Mark};
 use crate::types::bandwidth;
@@ -176,6 +178,7 @@ impl Setup<'_> {
         // Last: by a call that fails, another pod would lose them for nothing.
         self.take_ports(&record)?;
         fault::point("ports")?;
+        policy::await_decision(&self.call.conf.bpffs, &ips, self.veth.host.index);
         self.result(result)
     }
 

@@ -12,5 +12,6 @@ mod gc;
 mod host_ports;
 mod load;
 mod loopback;
+mod policies;
 mod removal;
 mod verbs;

@@ -107,7 +107,7 @@ const CRATES: [Crate; 6] = [
         layers: &[
             &["types"],
             &["fault", "env", "maps", "netlink", "netns", "state"],
-            &["call", "link", "attach"],
+            &["call", "link", "attach", "policy"],
             &["shape", "ipam"],
             &["cmd"],
             &["crate"],

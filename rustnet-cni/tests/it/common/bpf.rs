@@ -3,6 +3,7 @@
 use rustnet_common::addr::Addr;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::host_port::{HostPort, HostPortKey};
+use rustnet_common::policy::{Policies, PolicyPod};
 use std::ffi::CString;
 use std::io;
 use std::net::IpAddr;
@@ -20,6 +21,8 @@ const OBJ_PIN: u32 = 6;
 const MAP_TYPE_HASH: u32 = 1;
 const PROG_TYPE_SCHED_CLS: u32 = 3;
 const NO_PREALLOC: u32 = 1;
+/// The key of a map of one entry.
+static ONLY: u32 = 0;
 
 #[repr(C, align(8))]
 struct Attr([u8; 64]);
@@ -106,6 +109,19 @@ fn all<K: bytemuck::Pod, V: bytemuck::Pod>(map: &OwnedFd) -> Vec<(K, V)> {
 /// Writes an entry.
 pub fn put(map: &OwnedFd, ip: IpAddr, value: &Endpoint) {
     let key: EndpointKey = Addr::from(ip);
+    let attr = Attr::new().u32(0, map.as_raw_fd().cast_unsigned()).ptr(8, &raw const key);
+    attr.ptr(16, std::ptr::from_ref(value)).call(MAP_UPDATE_ELEM).expect("entry");
+}
+
+/// Writes the state of network policies.
+pub fn put_policies(map: &OwnedFd, value: &Policies) {
+    let attr = Attr::new().u32(0, map.as_raw_fd().cast_unsigned()).ptr(8, &raw const ONLY);
+    attr.ptr(16, std::ptr::from_ref(value)).call(MAP_UPDATE_ELEM).expect("entry");
+}
+
+/// Writes what policies say of a pod.
+pub fn put_policy_pod(map: &OwnedFd, ip: IpAddr, value: &PolicyPod) {
+    let key = Addr::from(ip);
     let attr = Attr::new().u32(0, map.as_raw_fd().cast_unsigned()).ptr(8, &raw const key);
     attr.ptr(16, std::ptr::from_ref(value)).call(MAP_UPDATE_ELEM).expect("entry");
 }

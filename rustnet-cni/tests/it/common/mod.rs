@@ -2,9 +2,11 @@
 
 pub mod bpf;
 
+use rustnet_common::addr::Addr;
 use rustnet_common::endpoint::{Endpoint, EndpointKey};
 use rustnet_common::host_port::{HostPort, HostPortKey};
 use rustnet_common::names;
+use rustnet_common::policy::{Policies, PolicyPod};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -30,6 +32,10 @@ pub struct Node {
     pub map: OwnedFd,
     /// The map of host ports.
     pub host_ports: OwnedFd,
+    /// The state of network policies.
+    pub policies: OwnedFd,
+    /// What they say of pods.
+    pub policy_pods: OwnedFd,
     /// The run directory.
     pub run: PathBuf,
     /// The directory with the pins.
@@ -206,7 +212,11 @@ impl Node {
         let map = bpf::pin_map(&bpffs.join(names::map::ENDPOINTS), key, value, 4096);
         let (key, value) = (size_of::<HostPortKey>() as u32, size_of::<HostPort>() as u32);
         let host_ports = bpf::pin_map(&bpffs.join(names::map::HOST_PORTS), key, value, 16);
-        let node = Self { map, host_ports, run: "/run/rustnet".into(), bpffs };
+        let (key, value) = (size_of::<u32>() as u32, size_of::<Policies>() as u32);
+        let policies = bpf::pin_map(&bpffs.join(names::map::POLICY), key, value, 1);
+        let (key, value) = (size_of::<Addr>() as u32, size_of::<PolicyPod>() as u32);
+        let policy_pods = bpf::pin_map(&bpffs.join(names::map::POLICY_PODS), key, value, 16);
+        let node = Self { map, host_ports, policies, policy_pods, run: "/run/rustnet".into(), bpffs };
         node.write_node_file(&json!({ "version": 1, "nodeName": "n1", "podCIDRs": ranges, "mtu": 1450 }));
         node
     }
