@@ -194,6 +194,7 @@ fn the_agents_rights_are_the_documented_ones() -> Result<()> {
     }
     rights.sort();
     let want = [
+        "/namespaces: list watch",
         "/nodes/status: patch",
         "/nodes: get patch",
         "/nodes: list watch",
@@ -201,7 +202,7 @@ fn the_agents_rights_are_the_documented_ones() -> Result<()> {
         "/services: list watch",
         "discovery.k8s.io/endpointslices: list watch",
         "events.k8s.io/events: create patch",
-        "networking.k8s.io/networkpolicies: list",
+        "networking.k8s.io/networkpolicies: list watch",
         "networking.k8s.io/servicecidrs: list watch",
     ];
     assert_eq!(rights, want);

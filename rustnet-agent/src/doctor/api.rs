@@ -28,13 +28,15 @@ const EXAMPLES: u32 = 3;
 /// Nodes a page.
 const PAGE: u32 = 500;
 /// What the agent does: API group, resource, subresource, verbs. `deploy/rbac.yaml` allows it.
-pub const RIGHTS: [(&str, &str, &str, &[&str]); 7] = [
+pub const RIGHTS: [(&str, &str, &str, &[&str]); 9] = [
     ("", "services", "", &["list", "watch"]),
     ("discovery.k8s.io", "endpointslices", "", &["list", "watch"]),
     ("", "nodes", "", &["get", "list", "watch", "patch"]),
     ("", "nodes", "status", &["patch"]),
     ("", "pods", "", &["list", "watch"]),
     ("networking.k8s.io", "servicecidrs", "", &["list", "watch"]),
+    ("networking.k8s.io", "networkpolicies", "", &["list", "watch"]),
+    ("", "namespaces", "", &["list", "watch"]),
     ("events.k8s.io", "events", "", &["create", "patch"]),
 ];
 

@@ -1,5 +1,5 @@
-//! What objects of the cluster ask for and rustnet does not serve: as the running agent wrote it down, and NetworkPolicies, which the
-//! agent does not watch, as the API server has them.
+//! What objects of the cluster ask for and rustnet does not serve: as the running agent wrote it down, and NetworkPolicies, where they
+//! are not enforced, as the API server has them.
 
 use anyhow::Result;
 
@@ -16,13 +16,19 @@ const WHAT: &str = "features";
 pub struct Facts {
     /// As the agent wrote it.
     pub unserved: Result<Unserved>,
+    /// The setting `--network-policy`.
+    pub is_enforcing: bool,
     /// NetworkPolicies, and the names of a few; nothing without an API server.
     pub policies: Option<Result<(usize, Vec<String>), String>>,
 }
 
 /// Looks.
 pub fn gather(config: &Config) -> Facts {
-    Facts { unserved: namefile::read(&config.run_dir, UNSERVED), policies: api::policies(config) }
+    Facts {
+        unserved: namefile::read(&config.run_dir, UNSERVED),
+        is_enforcing: config.network_policy,
+        policies: api::policies(config),
+    }
 }
 
 /// Judges.
@@ -33,9 +39,10 @@ pub fn check(facts: &Facts) -> Vec<Finding> {
         match policies {
             Err(why) => Finding::ok(what, format!("not looked for: {why}")),
             Ok((0, _)) => Finding::ok(what, "none"),
+            Ok((count, _)) if facts.is_enforcing => Finding::ok(what, format!("enforced, {count} are there")),
             Ok((count, names)) => {
                 Finding::new(Level::Warning, what, format!("not enforced, {count} are there: {}", names.join(", ")))
-                    .hint("where they protect something, do not rely on rustnet for it")
+                    .hint("start the agent with --network-policy on, which is the default")
             }
         }
     }));
@@ -69,7 +76,7 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_is_named() {
-        let facts = |unserved| Facts { unserved, policies: None };
+        let facts = |unserved| Facts { unserved, is_enforcing: true, policies: None };
         assert_well(&check(&facts(Ok(Unserved::new()))));
         let askers = Askers { count: 4, examples: vec!["shop/web".into()] };
         let unserved = Unserved::from([("host_port".into(), askers.clone()), ("of_a_later_release".into(), askers)]);
@@ -78,10 +85,12 @@ mod tests {
     }
     #[test]
     fn policies_are_counted_where_the_agent_may_list_them() {
-        let facts = |policies| Facts { unserved: Ok(Unserved::new()), policies: Some(policies) };
+        let facts =
+            |policies| Facts { unserved: Ok(Unserved::new()), is_enforcing: false, policies: Some(policies) };
         assert_well(&check(&facts(Ok((0, Vec::new())))));
         assert_well(&check(&facts(Err("networkpolicies is forbidden".into()))));
         let some = facts(Ok((7, vec!["shop/deny".into(), "shop/web".into()])));
-        assert_only(&check(&some), Level::Warning, "7 are there: shop/deny, shop/web", "do not rely");
+        assert_only(&check(&some), Level::Warning, "7 are there: shop/deny, shop/web", "--network-policy on");
+        assert_well(&check(&Facts { is_enforcing: true, ..some }));
     }
 }
