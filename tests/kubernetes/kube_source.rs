@@ -173,7 +173,7 @@ async fn start_agent(server: &Server) -> Result<Agent> {
 
 /// Starts an agent whose role lacks the right to see some kinds; it may see `kept`.
 async fn start_agent_that_sees(server: &Server, cluster: &Cluster, kept: &str) -> Result<Agent> {
-    let rbac = RBAC.replace("resources: [services, nodes, pods]", &format!("resources: [{kept}]"));
+    let rbac = RBAC.replace("resources: [services, nodes, pods, namespaces]", &format!("resources: [{kept}]"));
     ensure!(rbac != RBAC, "the right is where it was");
     cluster.apply(&yaml(&[NAMESPACE, &rbac, NODES, WEB])).await?;
     start_agent(server).await

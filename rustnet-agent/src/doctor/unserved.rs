@@ -85,8 +85,7 @@ mod tests {
     }
     #[test]
     fn policies_are_counted_where_the_agent_may_list_them() {
-        let facts =
-            |policies| Facts { unserved: Ok(Unserved::new()), is_enforcing: false, policies: Some(policies) };
+        let facts = |policies| Facts { unserved: Ok(Unserved::new()), is_enforcing: false, policies: Some(policies) };
         assert_well(&check(&facts(Ok((0, Vec::new())))));
         assert_well(&check(&facts(Err("networkpolicies is forbidden".into()))));
         let some = facts(Ok((7, vec!["shop/deny".into(), "shop/web".into()])));

@@ -4,6 +4,7 @@
 //! [`route::PROTOCOL`], the permanent neighbours of pods, the classifiers with our priority and handle on pods' veths.
 
 pub mod address;
+pub mod arrivals;
 pub mod endpoints;
 pub mod host;
 pub mod ipsec;

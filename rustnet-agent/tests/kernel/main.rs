@@ -19,6 +19,7 @@ mod net;
 mod odd_hosts;
 mod plan;
 mod pod_sockets;
+mod policy;
 mod reconcile;
 mod repair;
 mod sandbox;

@@ -15,6 +15,7 @@ pub mod map;
 pub mod memory;
 pub mod node_config;
 mod plan;
+pub mod policy;
 pub mod sockets;
 
 pub use map::Map;
