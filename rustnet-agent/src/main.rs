@@ -88,14 +88,15 @@ fn start_source(config: &Config, events: mpsc::Sender<Event>, health: &Arc<Healt
         }
         Source::Kube(server) => {
             let (server, name): (_, Arc<str>) = (server.clone(), config.node_name.as_str().into());
-            let (health, shutdown) = (Arc::clone(health), shutdown.clone());
+            let (health, shutdown, has_policies) = (Arc::clone(health), shutdown.clone(), config.network_policy);
             tokio::spawn(async move {
                 let Some(connection) = api::connect_in_time(&server, &events).await else { return };
                 let node_status = NodeStatus::new(&name);
                 let client = connection.client.clone();
                 tokio::spawn(node_status.clone().run(client, Arc::clone(&health), shutdown.clone()));
                 tokio::spawn(reports::run(connection.clone(), name, Arc::clone(&health), shutdown));
-                tokio::spawn(KubeSource::new(connection, health.metrics.clone(), node_status).run(events));
+                let source = KubeSource::new(connection, health.metrics.clone(), node_status);
+                tokio::spawn(source.with_policies(has_policies).run(events));
             });
         }
     }

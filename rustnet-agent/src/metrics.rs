@@ -219,8 +219,9 @@ impl Metrics {
         self.0.source_errors.get_or_create(&kind.into()).inc();
     }
 
-    /// From now on it can be asked for how long the source's server has sent nothing of a kind. The first caller wins.
-    pub fn set_source_silence(&self, silence: Box<dyn Fn(Kind) -> Duration + Send + Sync>) {
+    /// From now on it can be asked for how long the source's server has sent nothing of a kind; `None`: the kind is not watched. The first
+    /// caller wins.
+    pub fn set_source_silence(&self, silence: Box<dyn Fn(Kind) -> Option<Duration> + Send + Sync>) {
         let _ = self.0.source_silence.set(Silence(silence));
     }
 
@@ -323,7 +324,9 @@ impl Metrics {
         if let Some(Silence(of)) = it.source_silence.get() {
             let silence = Family::<KindLabel, Gauge<f64, AtomicU64>>::default();
             for kind in Kind::ALL {
-                silence.get_or_create(&kind.into()).set(of(kind).as_secs_f64());
+                if let Some(time) = of(kind) {
+                    silence.get_or_create(&kind.into()).set(time.as_secs_f64());
+                }
             }
             own.register_with_unit(
                 "source_silence",
@@ -341,7 +344,7 @@ impl Metrics {
     }
 }
 
-struct Silence(Box<dyn Fn(Kind) -> Duration + Send + Sync>);
+struct Silence(Box<dyn Fn(Kind) -> Option<Duration> + Send + Sync>);
 
 impl std::fmt::Debug for Silence {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -496,7 +499,9 @@ mod tests {
         metrics.set_overlay_path(Some(OverlayPath::Device));
         metrics.set_overlay_path(Some(OverlayPath::Programs));
         metrics.source_event(Kind::Slice);
-        metrics.set_source_silence(Box::new(|kind| Duration::from_secs(if kind == Kind::Node { 7 } else { 0 })));
+        metrics.set_source_silence(Box::new(|kind| {
+            (kind != Kind::Namespace).then(|| Duration::from_secs(if kind == Kind::Node { 7 } else { 0 }))
+        }));
         metrics.set_unsupported(Feature::HostPort, 2);
         metrics.set_kernel_stats(Arc::new(Fake::default()));
         metrics.count_entries();

@@ -300,13 +300,22 @@ pub struct Start<'a> {
     pub deadlines: Deadlines,
     /// Hears of the node's object.
     pub node_status: NodeStatus,
+    /// Watches what network policies follow from.
+    pub has_policies: bool,
 }
 
 impl<'a> Start<'a> {
     /// As the administrator, with an address.
     pub fn new(url: &'a str) -> Self {
         let deadlines = Deadlines::default();
-        Self { user: ADMIN, url, watch_seconds: None, deadlines, node_status: NodeStatus::new(NODE) }
+        Self {
+            user: ADMIN,
+            url,
+            watch_seconds: None,
+            deadlines,
+            node_status: NodeStatus::new(NODE),
+            has_policies: true,
+        }
     }
 }
 
@@ -315,7 +324,8 @@ impl Agent {
     pub async fn start(server: &Server, start: Start<'_>) -> Result<Self> {
         let connection = Self::connect_within(server, start.user, start.url, start.deadlines).await?;
         let metrics = Metrics::default();
-        let mut source = KubeSource::new(connection, metrics.clone(), start.node_status);
+        let mut source =
+            KubeSource::new(connection, metrics.clone(), start.node_status).with_policies(start.has_policies);
         if let Some(seconds) = start.watch_seconds {
             source = source.watch_seconds(seconds);
         }

@@ -122,7 +122,7 @@ fn registered() -> Result<Exposed> {
         metrics.source_synced(kind);
         metrics.source_failed(kind);
     }
-    metrics.set_source_silence(Box::new(|_| Duration::ZERO));
+    metrics.set_source_silence(Box::new(|_| Some(Duration::ZERO)));
     metrics.set_overlay_path(Some(OverlayPath::Programs));
     metrics.set_kernel_stats(Arc::new(Everything));
     Exposed::parse(&metrics.encode()?)

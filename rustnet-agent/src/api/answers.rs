@@ -61,6 +61,8 @@ pub(crate) fn kind_of(path: &str) -> Option<Kind> {
         ("/apis/discovery.k8s.io/v1/endpointslices", Kind::Slice),
         ("/api/v1/nodes", Kind::Node),
         ("/api/v1/pods", Kind::Pod),
+        ("/api/v1/namespaces", Kind::Namespace),
+        ("/apis/networking.k8s.io/v1/networkpolicies", Kind::NetworkPolicy),
         ("/apis/networking.k8s.io/v1/servicecidrs", Kind::ServiceCidr),
     ];
     // The server may be at a path of its own.

@@ -196,6 +196,11 @@ impl Index {
         self.relist.has_synced(kind)
     }
 
+    /// True if the source does not get a kind that network policies follow from, and will not before somebody gives it the right.
+    pub fn is_refused_policies(&self) -> bool {
+        Kind::OF_POLICIES.iter().any(|kind| self.reports.contains_key(&Origin::Refusal(*kind)))
+    }
+
     /// The service entries that may be other than at the last call, in no order.
     pub fn take_dirty_services(&mut self) -> Vec<VipKey> {
         self.services.take_dirty()

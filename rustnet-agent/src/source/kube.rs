@@ -1,7 +1,7 @@
 //! The source that watches a Kubernetes API server.
 //!
-//! One task a kind; of Pods, the server is asked for this node's own only. Of ServiceCIDRs, there may be none to ask for. Objects are converted as
-//! they arrive and dropped: nothing is stored here, and what the agent keeps is the index's
+//! One task a kind. Without network policies, the server is asked for this node's own Pods only, and for no Namespaces and NetworkPolicies. Of
+//! ServiceCIDRs, there may be none to ask for. Objects are converted as they arrive and dropped: nothing is stored here, and what the agent keeps is the index's
 //! business. Lists are streamed where the server can (1.27 and later), else paged. A failed watch
 //! is resumed where it broke off, with jittered back-off. When the server no longer has that place
 //! (410), the kind is listed again, between [`Event::Restart`] and [`Event::Synced`]. So objects
@@ -20,9 +20,11 @@ use super::{Event, Kind, Origin};
 use crate::api::backoff::{Backoff, spread};
 use crate::api::{Connection, Failure, NodeStatus, chain};
 use crate::metrics::Metrics;
+use crate::model::Problem;
 use futures::{StreamExt as _, pin_mut};
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Namespace, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::runtime::watcher::{self, watcher};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
@@ -48,14 +50,19 @@ pub struct KubeSource {
     node_status: NodeStatus,
     store: Arc<Store>,
     watch_seconds: Option<u32>,
+    has_policies: bool,
 }
 
 impl KubeSource {
     /// A source on this API server. `node_status` hears of this node's object.
     pub fn new(connection: Connection, metrics: Metrics, node_status: NodeStatus) -> Self {
-        let answers = connection.answers.clone();
-        metrics.set_source_silence(Box::new(move |kind| answers.silence(kind)));
-        Self { connection, metrics, node_status, store: Arc::default(), watch_seconds: None }
+        Self { connection, metrics, node_status, store: Arc::default(), watch_seconds: None, has_policies: false }
+    }
+
+    /// Watches what network policies follow from, too, if they are wanted.
+    #[must_use]
+    pub fn with_policies(self, has_policies: bool) -> Self {
+        Self { has_policies, ..self }
     }
 
     /// Ends each watch request after this time, to begin the next where it stopped. The default is below five minutes.
@@ -66,6 +73,9 @@ impl KubeSource {
 
     /// Delivers events until their receiver is gone. An unreachable server is waited for.
     pub async fn run(self, events: Sender<Event>) {
+        let (has_policies, answers) = (self.has_policies, self.connection.answers.clone());
+        let silence = move |kind| is_watched(kind, has_policies).then(|| answers.silence(kind));
+        self.metrics.set_source_silence(Box::new(silence));
         let streaming = self.server_streams(&events).await;
         let Some(streaming) = streaming else { return };
         let kinds = async {
@@ -75,11 +85,21 @@ impl KubeSource {
                 Follower::new::<SlimNode>(&self, &events, streaming).follow::<SlimNode>(),
                 Follower::new::<SlimPod>(&self, &events, streaming).follow::<SlimPod>(),
                 Follower::new::<SlimServiceCidr>(&self, &events, streaming).follow::<SlimServiceCidr>(),
+                self.follow_policies(&events, streaming),
             )
         };
         tokio::select! {
             _ = kinds => {}
             () = self.store.follow(&self.connection) => {}
+        }
+    }
+
+    async fn follow_policies(&self, events: &Sender<Event>, streaming: bool) {
+        if self.has_policies {
+            tokio::join!(
+                Follower::new::<Namespace>(self, events, streaming).follow::<Namespace>(),
+                Follower::new::<NetworkPolicy>(self, events, streaming).follow::<NetworkPolicy>(),
+            );
         }
     }
 
@@ -106,6 +126,11 @@ impl KubeSource {
     }
 }
 
+/// True if this kind is asked for.
+fn is_watched(kind: Kind, has_policies: bool) -> bool {
+    has_policies || !matches!(kind, Kind::Namespace | Kind::NetworkPolicy)
+}
+
 /// Whether a server of this version knows streaming lists. One that hides its version is taken for a new one: if it does
 /// not know them, it may say so.
 fn streams(major: &str, minor: &str) -> bool {
@@ -113,11 +138,18 @@ fn streams(major: &str, minor: &str) -> bool {
     number(major).zip(number(minor)).is_none_or(|version| version >= (1, 27))
 }
 
+/// What the agent is for.
+#[derive(Clone, Copy, Default)]
+struct Wish<'a> {
+    node_name: &'a str,
+    has_policies: bool,
+}
+
 /// What differs between the kinds.
 trait Watched: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static {
     const KIND: Kind;
     /// Asks for what is of use on this node, and nothing else.
-    fn select(config: watcher::Config, node_name: &str) -> watcher::Config;
+    fn select(config: watcher::Config, wish: Wish<'_>) -> watcher::Config;
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName>;
     /// Looks at an object before it is dropped.
     fn seen(&self, _: &KubeSource) {}
@@ -125,7 +157,7 @@ trait Watched: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + S
 
 impl Watched for Service {
     const KIND: Kind = Kind::Service;
-    fn select(config: watcher::Config, _: &str) -> watcher::Config {
+    fn select(config: watcher::Config, _: Wish<'_>) -> watcher::Config {
         config.labels(OURS)
     }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
@@ -135,7 +167,7 @@ impl Watched for Service {
 
 impl Watched for EndpointSlice {
     const KIND: Kind = Kind::Slice;
-    fn select(config: watcher::Config, _: &str) -> watcher::Config {
+    fn select(config: watcher::Config, _: Wish<'_>) -> watcher::Config {
         config.labels(OURS)
     }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
@@ -145,7 +177,7 @@ impl Watched for EndpointSlice {
 
 impl Watched for SlimNode {
     const KIND: Kind = Kind::Node;
-    fn select(config: watcher::Config, _: &str) -> watcher::Config {
+    fn select(config: watcher::Config, _: Wish<'_>) -> watcher::Config {
         config
     }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
@@ -161,18 +193,38 @@ impl Watched for SlimNode {
 
 impl Watched for SlimPod {
     const KIND: Kind = Kind::Pod;
-    fn select(config: watcher::Config, node_name: &str) -> watcher::Config {
-        // A node has a hundred of a cluster's hundred thousand.
-        config.fields(&format!("spec.nodeName={node_name}"))
+    fn select(config: watcher::Config, wish: Wish<'_>) -> watcher::Config {
+        // A node has a hundred of a cluster's hundred thousand. Policies select any of them.
+        if wish.has_policies { config } else { config.fields(&format!("spec.nodeName={}", wish.node_name)) }
     }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
         converter.pod(&self.0)
     }
 }
 
+impl Watched for Namespace {
+    const KIND: Kind = Kind::Namespace;
+    fn select(config: watcher::Config, _: Wish<'_>) -> watcher::Config {
+        config
+    }
+    fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
+        converter.namespace(self)
+    }
+}
+
+impl Watched for NetworkPolicy {
+    const KIND: Kind = Kind::NetworkPolicy;
+    fn select(config: watcher::Config, _: Wish<'_>) -> watcher::Config {
+        config
+    }
+    fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
+        converter.network_policy(self)
+    }
+}
+
 impl Watched for SlimServiceCidr {
     const KIND: Kind = Kind::ServiceCidr;
-    fn select(config: watcher::Config, _: &str) -> watcher::Config {
+    fn select(config: watcher::Config, _: Wish<'_>) -> watcher::Config {
         config
     }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
@@ -195,6 +247,8 @@ struct Follower<'a> {
     has_listed: bool,
     converter: Converter,
     trouble: Trouble<'a>,
+    /// The server's refusal is reported, see [`Origin::Refusal`].
+    is_refused: bool,
     backoff: Backoff,
     /// Tells that the store is another one.
     replaced: watch::Receiver<()>,
@@ -226,6 +280,7 @@ impl<'a> Follower<'a> {
             has_listed: false,
             converter: Converter::new(),
             trouble: Trouble::new(Origin::Watch(K::KIND), events),
+            is_refused: false,
             backoff: Backoff::default(),
             replaced: source.store.replacements(),
             restarting: false,
@@ -241,7 +296,8 @@ impl<'a> Follower<'a> {
 
     /// Follows one stream until it must be built again or the receiver is gone.
     async fn one_stream<K: Watched>(&mut self) {
-        let mut config = K::select(watcher::Config::default(), self.source.node_status.node_name());
+        let wish = Wish { node_name: self.source.node_status.node_name(), has_policies: self.source.has_policies };
+        let mut config = K::select(watcher::Config::default(), wish);
         let seconds = || WATCH.0.saturating_sub(u32::try_from(spread(WATCH.1).as_secs()).unwrap_or_default());
         config.timeout = Some(self.source.watch_seconds.unwrap_or_else(seconds));
         let streaming = self.streaming && !self.paging;
@@ -255,7 +311,7 @@ impl<'a> Follower<'a> {
             let item = tokio::select! {
                 item = stream.next() => item,
                 () = source.connection.answers.of(self.kind).notified() => {
-                    self.trouble.over().await;
+                    self.works().await;
                     continue;
                 }
                 // A sender that is gone tells nothing more.
@@ -272,6 +328,9 @@ impl<'a> Follower<'a> {
             };
             if self.kind == Kind::ServiceCidr && is_absent(&error) {
                 return self.absent(&error).await;
+            }
+            if self.source.has_policies && Kind::OF_POLICIES.contains(&self.kind) && is_absent(&error) {
+                self.refused(&error).await;
             }
             self.source.metrics.source_failed(self.kind);
             let next = next_step(&error, streaming && !self.listed);
@@ -305,6 +364,27 @@ impl<'a> Follower<'a> {
         self.pause(ABSENT + spread(ABSENT)).await;
     }
 
+    /// The server does not show a kind that network policies follow from. The node goes without rather than not at all.
+    async fn refused(&mut self, error: &watcher::Error) {
+        if !std::mem::replace(&mut self.is_refused, true) {
+            let what = format!(
+                "{}: network policies are not followed on this node, what was enforced before stays; apply deploy/rbac.yaml, or set \
+                 --network-policy off",
+                chain(error)
+            );
+            let problem = Problem::new(&format!("{}s", self.kind).into(), "", what);
+            self.send(Event::Report { origin: Origin::Refusal(self.kind), problems: [problem].into() }).await;
+        }
+    }
+
+    /// The server answers.
+    async fn works(&mut self) {
+        self.trouble.over().await;
+        if std::mem::take(&mut self.is_refused) {
+            self.send(Event::Report { origin: Origin::Refusal(self.kind), problems: Box::default() }).await;
+        }
+    }
+
     async fn pause(&mut self, delay: Duration) {
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
@@ -323,7 +403,7 @@ impl<'a> Follower<'a> {
             return;
         }
         self.backoff.reset();
-        self.trouble.over().await;
+        self.works().await;
         if std::mem::take(&mut self.restarting) {
             self.source.metrics.source_restarted(self.kind);
             self.send(Event::Restart(self.kind)).await;
@@ -399,212 +479,4 @@ fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use axum::http::{Request, Response};
-    use kube::client::Body;
-    use kube::core::Status;
-    use serde_json::{Value, json};
-    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-
-    fn api(code: u16) -> kube::Error {
-        let mut status = Status::failure("x", "y");
-        status.code = code;
-        kube::Error::Api(status.boxed())
-    }
-
-    fn watch_error(code: u16) -> watcher::Error {
-        let mut status = Status::failure("x", "y");
-        status.code = code;
-        watcher::Error::WatchError(status.boxed())
-    }
-
-    #[test]
-    fn what_follows_a_failure() {
-        use watcher::Error as E;
-        for (error, streaming, next) in [
-            (watch_error(410), true, Next::Relist),
-            (watch_error(500), true, Next::Page),
-            (watch_error(500), false, Next::Resume),
-            (watch_error(429), true, Next::Resume),
-            (E::WatchStartFailed(api(410)), true, Next::Relist),
-            (E::WatchStartFailed(api(504)), true, Next::Page),
-            (E::WatchStartFailed(api(504)), false, Next::Relist),
-            (E::WatchStartFailed(api(422)), true, Next::Page),
-            (E::WatchStartFailed(api(422)), false, Next::Relist),
-            (E::WatchStartFailed(api(403)), true, Next::Resume),
-            (E::WatchStartFailed(api(429)), true, Next::Resume),
-            (E::InitialListFailed(api(503)), false, Next::Resume),
-            (E::InitialListFailed(api(410)), false, Next::Relist),
-            (E::NoResourceVersion, false, Next::Relist),
-        ] {
-            assert_eq!(next_step(&error, streaming), next, "{error:?} {streaming}");
-        }
-    }
-
-    #[test]
-    fn streaming_lists_came_with_1_27() {
-        for (major, minor, want) in [
-            ("1", "34", true),
-            ("1", "27", true),
-            ("1", "26", false),
-            ("1", "26+", false),
-            ("2", "0", true),
-            ("", "", true),
-        ] {
-            assert_eq!(streams(major, minor), want, "{major}.{minor}");
-        }
-    }
-
-    /// A server of 1.26 with two pages of Nodes. When the second is asked for, it no longer has that state, once.
-    async fn answer(request: Request<Body>, has_forgotten: Arc<AtomicBool>) -> Result<Response<Body>, kube::Error> {
-        let query = request.uri().query().unwrap_or_default().to_owned();
-        let node = |name: &str| json!({"metadata": {"name": name, "resourceVersion": "7"}});
-        let list =
-            |of: &[Value], next: &str| json!({"metadata": {"resourceVersion": "7", "continue": next}, "items": of});
-        let status =
-            json!({"kind": "Status", "status": "Failure", "reason": "Expired", "message": "gone", "code": 410});
-        let (code, body) = match request.uri().path() {
-            _ if query.contains("watch=true") => return std::future::pending().await,
-            "/version" => (200, serde_json::to_value(version("1", "26")).expect("JSON")),
-            "/api/v1/nodes" if !query.contains("continue") => (200, list(&[node("n1")], "second")),
-            "/api/v1/nodes" if !has_forgotten.swap(true, Ordering::Relaxed) => (410, status),
-            "/api/v1/nodes" => (200, list(&[node("n2")], "")),
-            _ => (200, list(&[], "")),
-        };
-        let body = Body::from(body.to_string().into_bytes());
-        Ok(Response::builder().status(code).body(body).expect("an answer"))
-    }
-
-    fn version(major: &str, minor: &str) -> k8s_openapi::apimachinery::pkg::version::Info {
-        let (major, minor) = (major.to_owned(), minor.to_owned());
-        k8s_openapi::apimachinery::pkg::version::Info { major, minor, ..Default::default() }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_state_that_is_gone_between_two_pages_is_no_problem() {
-        let has_forgotten = Arc::new(AtomicBool::new(false));
-        let forgotten = Arc::clone(&has_forgotten);
-        let server = tower::service_fn(move |request| answer(request, Arc::clone(&forgotten)));
-        let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
-        let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
-        let (sender, mut events) = tokio::sync::mpsc::channel(256);
-        tokio::spawn(source.run(sender));
-        let mut about_nodes = Vec::new();
-        while about_nodes.last().is_none_or(|last| *last != "Synced(Node)") {
-            match events.recv().await.expect("the source runs") {
-                Event::Restart(Kind::Node) => about_nodes.push("Restart(Node)".to_owned()),
-                Event::Synced(Kind::Node) => about_nodes.push("Synced(Node)".to_owned()),
-                Event::Apply(object) => about_nodes.push(object.reference().to_string()),
-                Event::Report { problems, .. } => assert!(problems.is_empty(), "{problems:?}"),
-                _ => {}
-            }
-        }
-        assert!(has_forgotten.load(Ordering::Relaxed));
-        assert_eq!(about_nodes, ["Restart(Node)", "Node n1", "Restart(Node)", "Node n1", "Node n2", "Synced(Node)"]);
-    }
-
-    /// A server without ServiceCIDRs; later it has them, and one.
-    async fn answer_without_ranges(request: Request<Body>, asked: Arc<AtomicU32>, code: u16) -> Response<Body> {
-        let query = request.uri().query().unwrap_or_default().to_owned();
-        let object =
-            json!({"metadata": {"name": "kubernetes", "resourceVersion": "7"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
-        let (code, body) = match request.uri().path() {
-            "/version" => (200, serde_json::to_string(&version("1", "26")).expect("JSON")),
-            "/apis/networking.k8s.io/v1/servicecidrs" if asked.fetch_add(1, Ordering::Relaxed) < 3 => {
-                (code, "404 page not found\n".to_owned())
-            }
-            _ if query.contains("watch=true") => return std::future::pending().await,
-            "/apis/networking.k8s.io/v1/servicecidrs" => {
-                (200, json!({"metadata": {"resourceVersion": "7"}, "items": [object]}).to_string())
-            }
-            _ => (200, json!({"metadata": {"resourceVersion": "7"}, "items": []}).to_string()),
-        };
-        Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
-    }
-
-    /// An older server has none, and after an upgrade of the agent alone its role does not name them.
-    #[tokio::test(start_paused = true)]
-    async fn a_server_without_ranges_of_services_is_no_failure() {
-        for code in [404, 403] {
-            let asked = Arc::new(AtomicU32::new(0));
-            let server = tower::service_fn(move |request| {
-                let answer = answer_without_ranges(request, Arc::clone(&asked), code);
-                async { Ok::<_, kube::Error>(answer.await) }
-            });
-            let answers = crate::api::answers::Answers::default();
-            let connection = Connection::new(kube::Client::new(server, "default"), answers);
-            let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
-            let (sender, mut events) = tokio::sync::mpsc::channel(256);
-            tokio::spawn(source.run(sender));
-            let mut about_ranges = Vec::new();
-            while about_ranges.len() < 4 {
-                match events.recv().await.expect("the source runs") {
-                    Event::Restart(Kind::ServiceCidr) => about_ranges.push("Restart".to_owned()),
-                    Event::Synced(Kind::ServiceCidr) => about_ranges.push("Synced".to_owned()),
-                    Event::Apply(object) => about_ranges.push(object.reference().to_string()),
-                    Event::Report { problems, .. } => assert!(problems.is_empty(), "{problems:?}"),
-                    _ => {}
-                }
-            }
-            assert_eq!(about_ranges, ["Synced", "Restart", "ServiceCIDR kubernetes", "Synced"]);
-        }
-    }
-
-    /// Each watch of Nodes ends at once. The second time that their list is asked for as a stream, that is refused.
-    async fn answer_with_gaps(request: Request<Body>, asked: Arc<AtomicU32>) -> Response<Body> {
-        let query = request.uri().query().unwrap_or_default().to_owned();
-        let node = |name: &str| json!({"metadata": {"name": name, "resourceVersion": "7"}});
-        let failure =
-            |code| json!({"kind": "Status", "status": "Failure", "reason": "x", "message": "x", "code": code});
-        let end = json!({"type": "ERROR", "object": failure(410)});
-        let (code, body) = match request.uri().path() {
-            "/version" => (200, serde_json::to_string(&version("1", "34")).expect("JSON")),
-            "/api/v1/nodes" if query.contains("sendInitialEvents=true") => {
-                let last = json!({"resourceVersion": "7", "annotations": {"k8s.io/initial-events-end": "true"}});
-                let events = [
-                    json!({"type": "ADDED", "object": node("n1")}),
-                    json!({"type": "BOOKMARK", "object": {"kind": "Node", "apiVersion": "v1", "metadata": last}}),
-                    end,
-                ];
-                match asked.fetch_add(1, Ordering::Relaxed) {
-                    1 => (422, failure(422).to_string()),
-                    _ => (200, events.map(|event| event.to_string()).join("\n")),
-                }
-            }
-            "/api/v1/nodes" if query.contains("watch=true") => (200, end.to_string()),
-            "/api/v1/nodes" => (200, json!({"metadata": {"resourceVersion": "8"}, "items": [node("n2")]}).to_string()),
-            _ => return std::future::pending().await,
-        };
-        Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
-    }
-
-    /// One of several servers, or one that was set back: it knows streaming lists by its version, and refuses them. The next list may
-    /// be a stream again.
-    #[tokio::test(start_paused = true)]
-    async fn a_server_that_streams_no_more_is_asked_for_pages() {
-        let asked = Arc::new(AtomicU32::new(0));
-        let server = tower::service_fn(move |request| {
-            let answer = answer_with_gaps(request, Arc::clone(&asked));
-            async { Ok::<_, kube::Error>(answer.await) }
-        });
-        let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
-        let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
-        let (sender, mut events) = tokio::sync::mpsc::channel(256);
-        tokio::spawn(source.run(sender));
-        let mut about_nodes = Vec::new();
-        let hear = async {
-            while about_nodes.iter().filter(|it| *it == "Synced(Node)").count() < 3 {
-                match events.recv().await.expect("the source runs") {
-                    Event::Restart(Kind::Node) => about_nodes.push("Restart(Node)".to_owned()),
-                    Event::Synced(Kind::Node) => about_nodes.push("Synced(Node)".to_owned()),
-                    Event::Apply(object) => about_nodes.push(object.reference().to_string()),
-                    _ => {}
-                }
-            }
-        };
-        let is_listed = tokio::time::timeout(Duration::from_hours(1), hear).await.is_ok();
-        let all = ["n1", "n2", "n1"].map(|name| format!("Restart(Node) Node {name} Synced(Node)")).join(" ");
-        assert!(is_listed && about_nodes.join(" ") == all, "{about_nodes:?}");
-    }
-}
+mod tests;

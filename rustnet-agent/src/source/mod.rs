@@ -47,6 +47,8 @@ impl Event {
 pub enum Origin {
     /// The watch of a kind on the API server.
     Watch(Kind),
+    /// The API server's refusal to show a kind of [`Kind::OF_POLICIES`], or to have it.
+    Refusal(Kind),
     /// Anything else: a file, a directory, the server itself.
     Named(Arc<str>),
 }
@@ -61,6 +63,7 @@ impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Watch(kind) => write!(f, "watch of {kind}"),
+            Self::Refusal(kind) => write!(f, "refusal of {kind}"),
             Self::Named(name) => f.write_str(name),
         }
     }
@@ -91,6 +94,8 @@ impl Kind {
         [Self::Service, Self::Slice, Self::Node, Self::Pod, Self::Namespace, Self::NetworkPolicy, Self::ServiceCidr];
     /// The kinds that must have synced before the node is ready.
     pub const REQUIRED: [Self; 3] = [Self::Service, Self::Slice, Self::Node];
+    /// The kinds that network policies follow from.
+    pub const OF_POLICIES: [Self; 3] = [Self::Pod, Self::Namespace, Self::NetworkPolicy];
 }
 
 impl fmt::Display for Kind {

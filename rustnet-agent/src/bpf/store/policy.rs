@@ -59,7 +59,9 @@ impl PolicyStore {
     /// The kernel refuses.
     pub fn read(&self) -> Result<PolicyContent> {
         let mut content = PolicyContent { state: self.state()?, ..PolicyContent::default() };
-        self.pods.for_each(|key, pod| drop(content.pods.insert(IpAddr::from(*key), *pod)))?;
+        self.pods.for_each(|key, pod| {
+            content.pods.insert(IpAddr::from(*key), *pod);
+        })?;
         self.cidrs.for_each(|key, class| content.cidrs.extend(range_of(key).map(|range| (range, *class))))?;
         self.rules.for_each(|key, rule| content.rules.push((*key, *rule)))?;
         Ok(content)

@@ -1,7 +1,7 @@
 //! One list of all that Services follow from, without a watch: for commands that look once.
 
 use super::slim::SlimNode;
-use super::{PAGE, Watched};
+use super::{PAGE, Watched, Wish};
 use crate::api::{Connection, chain};
 use crate::source::convert::Converter;
 use crate::source::{Event, Kind};
@@ -30,7 +30,7 @@ pub async fn list(connection: &Connection) -> anyhow::Result<Vec<Event>> {
 
 async fn list_kind<K: Watched>(connection: &Connection) -> anyhow::Result<Vec<Event>> {
     let api = Api::<K>::all(connection.client.clone());
-    let selector = K::select(watcher::Config::default(), "").label_selector;
+    let selector = K::select(watcher::Config::default(), Wish::default()).label_selector;
     let mut params = ListParams { label_selector: selector, limit: Some(PAGE), ..ListParams::default() };
     let (mut converter, mut events) = (Converter::new(), Vec::new());
     loop {

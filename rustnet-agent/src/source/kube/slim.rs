@@ -5,7 +5,8 @@
 //! is skipped, and nothing is allocated for it.
 
 use k8s_openapi::api::core::v1::{
-    Node, NodeAddress, NodeCondition, NodeSpec, NodeStatus, Pod, PodIP, PodSpec, PodStatus, Taint,
+    Container, ContainerPort, Node, NodeAddress, NodeCondition, NodeSpec, NodeStatus, Pod, PodIP, PodSpec, PodStatus,
+    Taint,
 };
 use k8s_openapi::api::networking::v1::{ServiceCIDR, ServiceCIDRSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -20,7 +21,8 @@ use crate::source::convert::SOCKET_LB;
 #[derive(Clone, Debug)]
 pub(super) struct SlimNode(pub(super) Node);
 
-/// A Pod with its name, node, phase and addresses, and its annotation for socket load-balancing.
+/// A Pod with its name, labels, node, phase and addresses, the named ports of its containers, and its annotation for socket
+/// load-balancing.
 #[derive(Clone, Debug)]
 pub(super) struct SlimPod(pub(super) Pod);
 
@@ -99,6 +101,23 @@ struct PodFields {
 struct PodSpecFields {
     node_name: Option<String>,
     host_network: Option<bool>,
+    containers: Option<Vec<ContainerFields>>,
+    init_containers: Option<Vec<ContainerFields>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerFields {
+    restart_policy: Option<String>,
+    ports: Option<Vec<PortFields>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PortFields {
+    name: Option<String>,
+    container_port: i32,
+    protocol: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -151,6 +170,21 @@ impl From<NodeStatusFields> for NodeStatus {
     }
 }
 
+/// The containers that have named ports, with these alone.
+fn with_named_ports(containers: Vec<ContainerFields>) -> Vec<Container> {
+    let port = |it: PortFields| {
+        let PortFields { name, container_port, protocol } = it;
+        ContainerPort { name, container_port, protocol, ..ContainerPort::default() }
+    };
+    let container = |it: ContainerFields| {
+        let named = it.ports.into_iter().flatten().filter(|port| port.name.is_some());
+        let ports: Vec<_> = named.map(port).collect();
+        let restart_policy = it.restart_policy;
+        (!ports.is_empty()).then(|| Container { ports: Some(ports), restart_policy, ..Container::default() })
+    };
+    containers.into_iter().filter_map(container).collect()
+}
+
 impl<'de> Deserialize<'de> for SlimNode {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let it = NodeFields::deserialize(deserializer)?;
@@ -171,6 +205,8 @@ impl<'de> Deserialize<'de> for SlimPod {
         let spec = |it: PodSpecFields| PodSpec {
             node_name: it.node_name,
             host_network: it.host_network,
+            containers: it.containers.map(with_named_ports).unwrap_or_default(),
+            init_containers: it.init_containers.map(with_named_ports),
             ..PodSpec::default()
         };
         let status = |it: PodStatusFields| PodStatus { phase: it.phase, pod_ips: it.pod_ips, ..PodStatus::default() };
@@ -283,15 +319,33 @@ mod tests {
             ("Succeeded", json!(null)),
         ] {
             let pod = json!({
-                "metadata": {"name": "a", "namespace": "x", "uid": "u", "resourceVersion": "7", "annotations": annotations},
-                "spec": {"nodeName": "n1", "hostNetwork": true, "containers": [{"name": "c", "image": "i"}]},
+                "metadata": {
+                    "name": "a", "namespace": "x", "uid": "u", "resourceVersion": "7", "annotations": annotations,
+                    "labels": {"app": "web"},
+                },
+                "spec": {
+                    "nodeName": "n1", "hostNetwork": true,
+                    "containers": [
+                        {"name": "c", "image": "i"},
+                        {"name": "d", "image": "i", "ports": [
+                            {"containerPort": 80},
+                            {"name": "web", "containerPort": 8080, "protocol": "TCP", "hostIP": ""},
+                        ]},
+                    ],
+                    "initContainers": [
+                        {"name": "once", "ports": [{"name": "web", "containerPort": 1}]},
+                        {"name": "sidecar", "restartPolicy": "Always", "ports": [{"name": "dns", "containerPort": 53, "protocol": "UDP"}]},
+                    ],
+                },
                 "status": {"phase": phase, "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]},
             });
             let (slim, whole) = (read::<SlimPod>(&pod).0, read::<Pod>(&pod));
             let convert = |pod: &Pod| Converter::new().pod(pod).expect("an event");
             assert_eq!(convert(&slim), convert(&whole));
             assert_eq!(slim.metadata.resource_version, whole.metadata.resource_version);
-            assert!(slim.spec.expect("a spec").containers.is_empty());
+            let containers = slim.spec.expect("a spec").containers;
+            assert_eq!(containers.len(), 1, "of a container without named ports nothing is kept");
+            assert_eq!(containers[0].image, None);
         }
     }
 

@@ -2,9 +2,9 @@
 
 use crate::source::convert::Converter;
 use crate::source::{Event, ObjectRef};
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
+use k8s_openapi::api::networking::v1::{NetworkPolicy, ServiceCIDR};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_saphyr::{Options, Spanned};
@@ -113,16 +113,23 @@ fn object(
         "Service" if version == "v1" => converter.service(&source.read::<Service>()?),
         "Node" if version == "v1" => converter.node(&source.read::<Node>()?),
         "Pod" if version == "v1" => converter.pod(&source.read::<Pod>()?),
+        "Namespace" if version == "v1" => converter.namespace(&source.read::<Namespace>()?),
+        "NetworkPolicy" if version == "networking.k8s.io/v1" => {
+            converter.network_policy(&source.read::<NetworkPolicy>()?)
+        }
         "ServiceCIDR" if version == "networking.k8s.io/v1" => converter.service_cidr(&source.read::<ServiceCIDR>()?),
         "EndpointSlice" if version == "discovery.k8s.io/v1" => converter.slice(&source.read::<EndpointSlice>()?),
         // Somebody else's kind of the same name, such as Knative's Service, is none of ours.
         "EndpointSlice" if version.starts_with("discovery.k8s.io/") || version.is_empty() => {
             return Err(wrong_version(line, version, kind, "discovery.k8s.io/v1"));
         }
-        "ServiceCIDR" if version.starts_with("networking.k8s.io/") || version.is_empty() => {
+        // Calico's NetworkPolicy is of crd.projectcalico.org or projectcalico.org.
+        "ServiceCIDR" | "NetworkPolicy" if version.starts_with("networking.k8s.io/") || version.is_empty() => {
             return Err(wrong_version(line, version, kind, "networking.k8s.io/v1"));
         }
-        "Service" | "Node" | "Pod" if version.is_empty() => return Err(wrong_version(line, version, kind, "v1")),
+        "Service" | "Node" | "Pod" | "Namespace" if version.is_empty() => {
+            return Err(wrong_version(line, version, kind, "v1"));
+        }
         _ => {
             tracing::debug!(kind, version, line, "kind is not used, passed over");
             return Ok(None);
@@ -273,6 +280,8 @@ mod tests {
             ("kind: Service\nmetadata: {name: web}\n", 9, "write v1"),
             ("apiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\n", 9, "write discovery.k8s.io/v1"),
             ("apiVersion: networking.k8s.io/v1beta1\nkind: ServiceCIDR\n", 9, "write networking.k8s.io/v1"),
+            ("apiVersion: networking.k8s.io/v1beta1\nkind: NetworkPolicy\n", 9, "write networking.k8s.io/v1"),
+            ("kind: Namespace\nmetadata: {name: shop}\n", 9, "write v1"),
             ("apiVersion: v1\nkind: List\nitems:\n- {kind: Node, apiVersion: v1, metadata: 3}\n", 12, "ObjectMeta"),
         ] {
             let error = broken(&format!("{SERVICE}---\n{second}"));
@@ -281,6 +290,14 @@ mod tests {
             assert!(error.message.contains(needle), "{second:?}: {error:?}");
             assert!(!error.message.contains("at line") && !error.message.contains("Options"), "{error:?}");
         }
+    }
+
+    #[test]
+    fn policies_and_what_they_select_are_read() {
+        let text = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n---\napiVersion: networking.k8s.io/v1\n\
+                    kind: NetworkPolicy\nmetadata: {name: deny, namespace: shop}\nspec: {podSelector: {}}\n";
+        assert_eq!(names(text), [("Namespace shop".to_owned(), 1), ("NetworkPolicy shop/deny".to_owned(), 5)]);
+        assert_eq!(names("apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\nspec: {order: 1}\n"), []);
     }
 
     #[test]

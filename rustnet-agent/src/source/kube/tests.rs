@@ -1,0 +1,275 @@
+//! The source with servers of a few lines.
+
+use super::*;
+use axum::http::{Request, Response};
+use kube::client::Body;
+use kube::core::Status;
+use serde_json::{Value, json};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+fn api(code: u16) -> kube::Error {
+    let mut status = Status::failure("x", "y");
+    status.code = code;
+    kube::Error::Api(status.boxed())
+}
+
+fn watch_error(code: u16) -> watcher::Error {
+    let mut status = Status::failure("x", "y");
+    status.code = code;
+    watcher::Error::WatchError(status.boxed())
+}
+
+#[test]
+fn what_follows_a_failure() {
+    use watcher::Error as E;
+    for (error, streaming, next) in [
+        (watch_error(410), true, Next::Relist),
+        (watch_error(500), true, Next::Page),
+        (watch_error(500), false, Next::Resume),
+        (watch_error(429), true, Next::Resume),
+        (E::WatchStartFailed(api(410)), true, Next::Relist),
+        (E::WatchStartFailed(api(504)), true, Next::Page),
+        (E::WatchStartFailed(api(504)), false, Next::Relist),
+        (E::WatchStartFailed(api(422)), true, Next::Page),
+        (E::WatchStartFailed(api(422)), false, Next::Relist),
+        (E::WatchStartFailed(api(403)), true, Next::Resume),
+        (E::WatchStartFailed(api(429)), true, Next::Resume),
+        (E::InitialListFailed(api(503)), false, Next::Resume),
+        (E::InitialListFailed(api(410)), false, Next::Relist),
+        (E::NoResourceVersion, false, Next::Relist),
+    ] {
+        assert_eq!(next_step(&error, streaming), next, "{error:?} {streaming}");
+    }
+}
+
+#[test]
+fn streaming_lists_came_with_1_27() {
+    for (major, minor, want) in [
+        ("1", "34", true),
+        ("1", "27", true),
+        ("1", "26", false),
+        ("1", "26+", false),
+        ("2", "0", true),
+        ("", "", true),
+    ] {
+        assert_eq!(streams(major, minor), want, "{major}.{minor}");
+    }
+}
+
+/// A server of 1.26 with two pages of Nodes. When the second is asked for, it no longer has that state, once.
+async fn answer(request: Request<Body>, has_forgotten: Arc<AtomicBool>) -> Result<Response<Body>, kube::Error> {
+    let query = request.uri().query().unwrap_or_default().to_owned();
+    let node = |name: &str| json!({"metadata": {"name": name, "resourceVersion": "7"}});
+    let list = |of: &[Value], next: &str| json!({"metadata": {"resourceVersion": "7", "continue": next}, "items": of});
+    let status = json!({"kind": "Status", "status": "Failure", "reason": "Expired", "message": "gone", "code": 410});
+    let (code, body) = match request.uri().path() {
+        _ if query.contains("watch=true") => return std::future::pending().await,
+        "/version" => (200, serde_json::to_value(version("1", "26")).expect("JSON")),
+        "/api/v1/nodes" if !query.contains("continue") => (200, list(&[node("n1")], "second")),
+        "/api/v1/nodes" if !has_forgotten.swap(true, Ordering::Relaxed) => (410, status),
+        "/api/v1/nodes" => (200, list(&[node("n2")], "")),
+        _ => (200, list(&[], "")),
+    };
+    let body = Body::from(body.to_string().into_bytes());
+    Ok(Response::builder().status(code).body(body).expect("an answer"))
+}
+
+fn version(major: &str, minor: &str) -> k8s_openapi::apimachinery::pkg::version::Info {
+    let (major, minor) = (major.to_owned(), minor.to_owned());
+    k8s_openapi::apimachinery::pkg::version::Info { major, minor, ..Default::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_state_that_is_gone_between_two_pages_is_no_problem() {
+    let has_forgotten = Arc::new(AtomicBool::new(false));
+    let forgotten = Arc::clone(&has_forgotten);
+    let server = tower::service_fn(move |request| answer(request, Arc::clone(&forgotten)));
+    let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
+    let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
+    let (sender, mut events) = tokio::sync::mpsc::channel(256);
+    tokio::spawn(source.run(sender));
+    let mut about_nodes = Vec::new();
+    while about_nodes.last().is_none_or(|last| *last != "Synced(Node)") {
+        match events.recv().await.expect("the source runs") {
+            Event::Restart(Kind::Node) => about_nodes.push("Restart(Node)".to_owned()),
+            Event::Synced(Kind::Node) => about_nodes.push("Synced(Node)".to_owned()),
+            Event::Apply(object) => about_nodes.push(object.reference().to_string()),
+            Event::Report { problems, .. } => assert!(problems.is_empty(), "{problems:?}"),
+            _ => {}
+        }
+    }
+    assert!(has_forgotten.load(Ordering::Relaxed));
+    assert_eq!(about_nodes, ["Restart(Node)", "Node n1", "Restart(Node)", "Node n1", "Node n2", "Synced(Node)"]);
+}
+
+/// A server without ServiceCIDRs; later it has them, and one.
+async fn answer_without_ranges(request: Request<Body>, asked: Arc<AtomicU32>, code: u16) -> Response<Body> {
+    let query = request.uri().query().unwrap_or_default().to_owned();
+    let object =
+        json!({"metadata": {"name": "kubernetes", "resourceVersion": "7"}, "spec": {"cidrs": ["10.96.0.0/16"]}});
+    let (code, body) = match request.uri().path() {
+        "/version" => (200, serde_json::to_string(&version("1", "26")).expect("JSON")),
+        "/apis/networking.k8s.io/v1/servicecidrs" if asked.fetch_add(1, Ordering::Relaxed) < 3 => {
+            (code, "404 page not found\n".to_owned())
+        }
+        _ if query.contains("watch=true") => return std::future::pending().await,
+        "/apis/networking.k8s.io/v1/servicecidrs" => {
+            (200, json!({"metadata": {"resourceVersion": "7"}, "items": [object]}).to_string())
+        }
+        _ => (200, json!({"metadata": {"resourceVersion": "7"}, "items": []}).to_string()),
+    };
+    Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
+}
+
+/// An older server has none, and after an upgrade of the agent alone its role does not name them.
+#[tokio::test(start_paused = true)]
+async fn a_server_without_ranges_of_services_is_no_failure() {
+    for code in [404, 403] {
+        let asked = Arc::new(AtomicU32::new(0));
+        let server = tower::service_fn(move |request| {
+            let answer = answer_without_ranges(request, Arc::clone(&asked), code);
+            async { Ok::<_, kube::Error>(answer.await) }
+        });
+        let answers = crate::api::answers::Answers::default();
+        let connection = Connection::new(kube::Client::new(server, "default"), answers);
+        let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
+        let (sender, mut events) = tokio::sync::mpsc::channel(256);
+        tokio::spawn(source.run(sender));
+        let mut about_ranges = Vec::new();
+        while about_ranges.len() < 4 {
+            match events.recv().await.expect("the source runs") {
+                Event::Restart(Kind::ServiceCidr) => about_ranges.push("Restart".to_owned()),
+                Event::Synced(Kind::ServiceCidr) => about_ranges.push("Synced".to_owned()),
+                Event::Apply(object) => about_ranges.push(object.reference().to_string()),
+                Event::Report { problems, .. } => assert!(problems.is_empty(), "{problems:?}"),
+                _ => {}
+            }
+        }
+        assert_eq!(about_ranges, ["Synced", "Restart", "ServiceCIDR kubernetes", "Synced"]);
+    }
+}
+
+/// A server with nothing, which refuses NetworkPolicies twice. It records what is asked for.
+async fn answer_refusing(
+    request: Request<Body>,
+    refused: Arc<AtomicU32>,
+    asked: Arc<Mutex<Vec<String>>>,
+) -> Response<Body> {
+    let (path, query) = (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
+    if query.contains("watch=true") {
+        return std::future::pending().await;
+    }
+    asked.lock().expect("a list").push(format!("{path}?{query}"));
+    let (code, body) = match path.as_str() {
+        "/version" => (200, serde_json::to_string(&version("1", "26")).expect("JSON")),
+        "/apis/networking.k8s.io/v1/networkpolicies" if refused.fetch_add(1, Ordering::Relaxed) < 2 => {
+            (403, json!({"kind": "Status", "status": "Failure", "message": "forbidden", "code": 403}).to_string())
+        }
+        _ => (200, json!({"metadata": {"resourceVersion": "7"}, "items": []}).to_string()),
+    };
+    Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
+}
+
+/// What is asked for until all kinds are synced, and the refusals that are reported meanwhile: how many problems each has.
+async fn asked_and_refused(has_policies: bool) -> (Vec<String>, Vec<(Kind, usize)>) {
+    let (refused, asked) = (Arc::new(AtomicU32::new(0)), Arc::new(Mutex::new(Vec::new())));
+    let log = Arc::clone(&asked);
+    let server = tower::service_fn(move |request| {
+        let answer = answer_refusing(request, Arc::clone(&refused), Arc::clone(&log));
+        async { Ok::<_, kube::Error>(answer.await) }
+    });
+    let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
+    let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1")).with_policies(has_policies);
+    let (sender, mut events) = tokio::sync::mpsc::channel(256);
+    tokio::spawn(source.run(sender));
+    let mut missing: Vec<_> = Kind::ALL.into_iter().filter(|kind| is_watched(*kind, has_policies)).collect();
+    let mut refusals = Vec::new();
+    while !missing.is_empty() {
+        match events.recv().await.expect("the source runs") {
+            Event::Synced(kind) => missing.retain(|it| *it != kind),
+            Event::Report { origin: Origin::Refusal(kind), problems } => refusals.push((kind, problems.len())),
+            _ => {}
+        }
+    }
+    let asked = asked.lock().expect("a list").clone();
+    (asked, refusals)
+}
+
+/// A role of before does not name them: the node works without, and somebody hears of it.
+#[tokio::test(start_paused = true)]
+async fn a_server_that_refuses_policies_is_asked_again() {
+    let (asked, refusals) = asked_and_refused(true).await;
+    assert_eq!(refusals, [(Kind::NetworkPolicy, 1), (Kind::NetworkPolicy, 0)], "once, and until it is over");
+    for resource in ["/api/v1/pods?", "/api/v1/namespaces?", "/networkpolicies?"] {
+        assert!(asked.iter().any(|it| it.contains(resource)), "{resource}: {asked:?}");
+    }
+    assert!(!asked.iter().any(|it| it.contains("fieldSelector")), "{asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_policies_only_this_nodes_pods_are_asked_for() {
+    let (asked, refusals) = asked_and_refused(false).await;
+    assert_eq!(refusals, []);
+    for resource in ["/api/v1/namespaces?", "/networkpolicies?"] {
+        assert!(!asked.iter().any(|it| it.contains(resource)), "{resource}: {asked:?}");
+    }
+    let of_node = "fieldSelector=spec.nodeName%3Dn1";
+    assert!(asked.iter().filter(|it| it.contains("/api/v1/pods?")).all(|it| it.contains(of_node)), "{asked:?}");
+}
+
+/// Each watch of Nodes ends at once. The second time that their list is asked for as a stream, that is refused.
+async fn answer_with_gaps(request: Request<Body>, asked: Arc<AtomicU32>) -> Response<Body> {
+    let query = request.uri().query().unwrap_or_default().to_owned();
+    let node = |name: &str| json!({"metadata": {"name": name, "resourceVersion": "7"}});
+    let failure = |code| json!({"kind": "Status", "status": "Failure", "reason": "x", "message": "x", "code": code});
+    let end = json!({"type": "ERROR", "object": failure(410)});
+    let (code, body) = match request.uri().path() {
+        "/version" => (200, serde_json::to_string(&version("1", "34")).expect("JSON")),
+        "/api/v1/nodes" if query.contains("sendInitialEvents=true") => {
+            let last = json!({"resourceVersion": "7", "annotations": {"k8s.io/initial-events-end": "true"}});
+            let events = [
+                json!({"type": "ADDED", "object": node("n1")}),
+                json!({"type": "BOOKMARK", "object": {"kind": "Node", "apiVersion": "v1", "metadata": last}}),
+                end,
+            ];
+            match asked.fetch_add(1, Ordering::Relaxed) {
+                1 => (422, failure(422).to_string()),
+                _ => (200, events.map(|event| event.to_string()).join("\n")),
+            }
+        }
+        "/api/v1/nodes" if query.contains("watch=true") => (200, end.to_string()),
+        "/api/v1/nodes" => (200, json!({"metadata": {"resourceVersion": "8"}, "items": [node("n2")]}).to_string()),
+        _ => return std::future::pending().await,
+    };
+    Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
+}
+
+/// One of several servers, or one that was set back: it knows streaming lists by its version, and refuses them. The next list may
+/// be a stream again.
+#[tokio::test(start_paused = true)]
+async fn a_server_that_streams_no_more_is_asked_for_pages() {
+    let asked = Arc::new(AtomicU32::new(0));
+    let server = tower::service_fn(move |request| {
+        let answer = answer_with_gaps(request, Arc::clone(&asked));
+        async { Ok::<_, kube::Error>(answer.await) }
+    });
+    let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
+    let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
+    let (sender, mut events) = tokio::sync::mpsc::channel(256);
+    tokio::spawn(source.run(sender));
+    let mut about_nodes = Vec::new();
+    let hear = async {
+        while about_nodes.iter().filter(|it| *it == "Synced(Node)").count() < 3 {
+            match events.recv().await.expect("the source runs") {
+                Event::Restart(Kind::Node) => about_nodes.push("Restart(Node)".to_owned()),
+                Event::Synced(Kind::Node) => about_nodes.push("Synced(Node)".to_owned()),
+                Event::Apply(object) => about_nodes.push(object.reference().to_string()),
+                _ => {}
+            }
+        }
+    };
+    let is_listed = tokio::time::timeout(Duration::from_hours(1), hear).await.is_ok();
+    let all = ["n1", "n2", "n1"].map(|name| format!("Restart(Node) Node {name} Synced(Node)")).join(" ");
+    assert!(is_listed && about_nodes.join(" ") == all, "{about_nodes:?}");
+}
