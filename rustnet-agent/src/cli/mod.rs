@@ -16,6 +16,7 @@ mod monitor;
 mod nodes;
 mod output;
 mod peers;
+mod policy;
 mod reader;
 mod services;
 mod settings;
@@ -63,6 +64,8 @@ enum Command {
     Nodes,
     /// What the programs know of each address range, as the maps have it
     Peers,
+    /// What network policies mean for this node's pods
+    Policy,
     /// Connections
     #[command(subcommand)]
     Ct(CtCommand),
@@ -164,6 +167,7 @@ fn dispatch(cli: Cli) -> Result<bool> {
         Command::Endpoints => endpoints::run(&places()?, &out)?,
         Command::Nodes => nodes::run(&places()?, &out)?,
         Command::Peers => peers::run(&places()?, &out)?,
+        Command::Policy => policy::run(&places()?, &out)?,
         Command::Ct(CtCommand::List(args)) => ct::run(&places()?, &args, &out)?,
         Command::Maps => maps::run(&places()?, &out)?,
         Command::Drops => maps::drops(&places()?, &out)?,
