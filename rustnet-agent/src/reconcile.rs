@@ -14,6 +14,7 @@ mod namespaces;
 mod network;
 pub mod node;
 pub mod overlay_path;
+mod policies;
 pub mod presence;
 mod sockets;
 mod takeover;
@@ -42,7 +43,7 @@ use crate::net::netlink::Socket;
 use crate::net::repair::Repairer;
 use crate::net::sock_diag::SockDiag;
 use crate::plan::Planner;
-use crate::source::{Event, Kind};
+use crate::source::{Event, Kind, Object};
 use crate::{install, namefile};
 use details::Writing;
 use endings::Enter;
@@ -51,6 +52,7 @@ use job::Job;
 use kernel::{Kernel, Stats};
 use network::{Look, Observe, observed};
 use overlay_path::Choice;
+use policies::Policies;
 use sockets::{Searching, searched};
 
 /// Most events taken in before they are applied.
@@ -105,6 +107,7 @@ pub async fn run(
     let Some(mut presence) = takeover::wait(&config.run_dir, &health, &mut shutdown).await else { return Ok(()) };
     let run_dir = config.run_dir.clone();
     let mut monitor = Monitor::open()?;
+    let mut arrivals = policies::arrivals(&config);
     let export_limit = surroundings.export_limit;
     let mut reconciler = Reconciler::new(surroundings, config, health, shutdown.clone())?;
     let mut batch = Vec::new();
@@ -130,6 +133,12 @@ pub async fn run(
                     monitor = Monitor::open()?;
                 }
             },
+            heard = policies::arrived(&mut arrivals) => {
+                if let Err(error) = heard {
+                    tracing::warn!("{error:#}; new pods wait for the looks at the host's network");
+                }
+                reconciler.records_changed();
+            }
             (host, took) = observed(&mut reconciler.look) => reconciler.end_look(host, took),
             outcome = searched(&mut reconciler.searching) => reconciler.finish_endings(outcome),
             (done, took) = details::written(&mut reconciler.writing) => reconciler.end_details(done, took),
@@ -201,6 +210,8 @@ struct Reconciler {
     network: Job,
     /// Brings the maps to what the index wants.
     maps: Job,
+    /// Brings the maps of network policies to what the index wants.
+    policies: Policies,
     /// Opens those ports.
     checks: Job,
     /// Has the programs of socket calls on their hooks.
@@ -258,6 +269,7 @@ impl Reconciler {
         Ok(Self {
             index: Index::new(node::settings(&config)),
             repairer: Repairer::new(&config.run_dir, &config.sysctl_dir)?,
+            policies: Policies::new(&config),
             config,
             shutdown,
             look_limit: surroundings.look_limit,
@@ -303,7 +315,10 @@ impl Reconciler {
     fn take_in(&mut self, batch: &mut Vec<Event>) {
         for event in batch.drain(..) {
             self.health.metrics.received(&event);
-            if event.object_kind() == Some(Kind::Pod) || event == Event::Synced(Kind::Pod) {
+            if !self.policies.take_in(&event, &self.config) {
+                continue;
+            }
+            if self.is_of_own_pod(&event) || event == Event::Synced(Kind::Pod) {
                 self.names.want(PROBLEMS_PERIOD);
                 // Its annotation may be another one.
                 self.want_sockets();
@@ -340,6 +355,17 @@ impl Reconciler {
         self.report.want(PROBLEMS_PERIOD);
     }
 
+    /// True if an event is about a pod of this node, or one that was.
+    fn is_of_own_pod(&self, event: &Event) -> bool {
+        match event {
+            Event::Apply(Object::Pod(pod)) => *pod.node == *self.config.node_name || self.index.has_pod(&pod.name),
+            Event::Delete(object) | Event::Reject(object, _) if object.kind == Kind::Pod => {
+                self.index.has_pod(&object.name)
+            }
+            _ => false,
+        }
+    }
+
     fn is_any_gate_open(&self) -> bool {
         Gate::ALL.into_iter().any(|gate| self.index.is_open(gate))
     }
@@ -358,6 +384,7 @@ impl Reconciler {
     fn next_deadline(&self) -> Instant {
         let load = self.load.deadline().filter(|_| self.datapath.is_none());
         let maps = self.maps.deadline().filter(|_| self.can_apply());
+        let policies = Some(self.policies.deadline()).filter(|_| self.can_apply_policies());
         let others = [&self.network, &self.checks, &self.sockets, &self.endings, &self.report]
             .into_iter()
             .chain(self.files_of_command())
@@ -367,7 +394,7 @@ impl Reconciler {
         let stuck = looks.into_iter().flatten().map(|began| began + self.look_limit).filter(|at| *at > Instant::now());
         // Nothing else is due for long while a look is under way, and the probes want to see the loop turn.
         let turn = Instant::now() + NET_PERIOD;
-        others.chain([load, maps, audit]).flatten().chain(stuck).fold(turn, Instant::min)
+        others.chain([load, maps, policies, audit]).flatten().chain(stuck).fold(turn, Instant::min)
     }
 
     /// Does all that is due.
@@ -387,6 +414,9 @@ impl Reconciler {
         }
         if self.can_apply() && self.maps.is_due() {
             self.apply();
+        }
+        if self.can_apply_policies() && self.policies.deadline() <= Instant::now() {
+            self.apply_policies();
         }
         if self.checks.is_due() {
             self.open_check_ports();
@@ -445,8 +475,12 @@ impl Reconciler {
     /// True if there are changes that may be applied. The few moments of an upgrade are waited for: the earlier
     /// programs have tables and backends of their own, in which nothing ends. An upgrade that a broken hook holds up is not.
     fn can_apply(&self) -> bool {
-        let waits = self.is_upgrading() && (self.look.is_some() || !self.network.has_failed());
-        self.maps.deadline().is_some() && self.datapath.is_some() && self.is_any_gate_open() && !waits
+        self.maps.deadline().is_some() && self.datapath.is_some() && self.is_any_gate_open() && !self.is_held_up()
+    }
+
+    /// True while changes wait for an upgrade of the programs.
+    fn is_held_up(&self) -> bool {
+        self.is_upgrading() && (self.look.is_some() || !self.network.has_failed())
     }
 
     /// Exports the maps for an agent of v1 (see [`crate::bpf::upgrade`]); false if there is nothing to export. Stops between two
@@ -534,6 +568,7 @@ impl Reconciler {
         if let Some(Datapath { planner, .. }) = &self.datapath {
             now.extend(planner.problems(&self.index).iter().map(ToString::to_string));
         }
+        now.extend(self.policies.problems().map(ToString::to_string));
         now.extend(self.host_problems.iter().flatten().cloned());
         self.health.set_problems(self.of_this_node());
         self.count_unserved();
@@ -573,7 +608,8 @@ impl Reconciler {
         let partial =
             partial.chain(self.checks.failures()).chain(self.sockets.failures()).chain(self.endings.failures());
         let partial = partial.chain(self.files_of_command().into_iter().flat_map(Job::failures));
-        objects.iter().map(ToString::to_string).chain(state).chain(partial.map(ToString::to_string)).collect()
+        let objects = objects.iter().chain(self.policies.problems());
+        objects.map(ToString::to_string).chain(state).chain(partial.map(ToString::to_string)).collect()
     }
 
     /// Sets what the probes answer, and publishes what the CNI binary reads.
@@ -594,7 +630,9 @@ impl Reconciler {
         if let Some(failure) = self.stuck_look() {
             return Some(NotReady::Failed(failure));
         }
-        if let Some(failure) = [&self.load, &self.network, &self.maps].into_iter().find_map(Job::node_failure) {
+        if let Some(failure) =
+            [&self.load, &self.network, &self.maps, &self.policies.job].into_iter().find_map(Job::node_failure)
+        {
             return Some(NotReady::Failed(failure));
         }
         if self.datapath.is_none() || self.host_problems.is_none() {
@@ -611,6 +649,10 @@ impl Reconciler {
         }
         if !self.routed {
             return starting("the routes to the other nodes are not made");
+        }
+        // Pods must not come before; where the source may not know policies, none will be applied.
+        if !self.policies.is_applied && !(self.config.network_policy && self.index.is_refused_policies()) {
+            return starting("network policies are not applied");
         }
         if self.maps.is_due() { starting("changes wait to be applied") } else { None }
     }

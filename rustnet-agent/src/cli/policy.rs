@@ -11,7 +11,8 @@ use serde::Serialize;
 use super::output::Output;
 use super::{Places, endpoints};
 use crate::bpf::store::endpoints::Endpoints;
-use crate::bpf::store::policy::{PolicyContent, read};
+use crate::bpf::store::policy::read;
+use crate::plan::policies::PolicySnapshot;
 use crate::podfile::Names;
 
 /// What policies mean for one direction of a pod.
@@ -79,10 +80,10 @@ pub fn run(places: &Places, out: &Output) -> Result<()> {
     })
 }
 
-fn report(endpoints: &[(IpAddr, Endpoint)], policies: &PolicyContent, names: &Names) -> Report {
+fn report(endpoints: &[(IpAddr, Endpoint)], policies: &PolicySnapshot, names: &Names) -> Report {
     let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
-    for (key, _) in &policies.rules {
-        *counts.entry(key.data.set).or_default() += 1;
+    for key in policies.rules.keys() {
+        *counts.entry(key.set).or_default() += 1;
     }
     let set = |id: u32| (id != OPEN).then(|| Set { id, rules: counts.get(&id).copied().unwrap_or_default() });
     let is_enforced = policies.state.flags & flags::ENFORCED != 0;
@@ -127,9 +128,10 @@ fn line(row: &Row) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Endpoint, IpAddr, PolicyContent, flags, line, report};
+    use super::{Endpoint, IpAddr, PolicySnapshot, flags, line, report};
     use crate::cli::golden::assert_golden;
-    use rustnet_common::policy::{ALLOW, ANY_PROTO, Policies, PolicyMatch, PolicyPod, PolicyRule, PolicyRuleKey};
+    use crate::index::policy::{PortPrefix, RuleKey};
+    use rustnet_common::policy::{ALLOW, Policies, PolicyPod, PolicyRule};
 
     fn ip(n: u8) -> IpAddr {
         IpAddr::from([10, 1, 1, n])
@@ -139,15 +141,15 @@ mod tests {
         Endpoint { ifindex, identity: 0, mac: [0; 6], host_mac: [0; 6], flags: 0, pad: 0 }
     }
 
-    fn policies(flags: u32) -> PolicyContent {
-        let data = PolicyMatch { set: 0x1a, class: 0x2b, proto: 0, pad: 0, port: [0; 2] };
-        let rule = (PolicyRuleKey { prefix_len: ANY_PROTO, data }, PolicyRule { order: ALLOW, rule: 1 });
+    fn policies(flags: u32) -> PolicySnapshot {
+        let key = RuleKey { set: 0x1a, class: 0x2b, ports: PortPrefix::ANY };
+        let rule = PolicyRule { order: ALLOW, rule: 1 };
         let pod = |ifindex, ingress, egress| PolicyPod { class: 0x2b, ingress, egress, ifindex };
-        PolicyContent {
+        PolicySnapshot {
             state: Policies { generation: 3, flags },
             pods: [(ip(1), pod(1, 0x1a, 0x1b)), (ip(2), pod(2, 0, 0)), (ip(3), pod(9, 0, 0))].into(),
-            rules: vec![rule],
-            ..PolicyContent::default()
+            rules: [(key, rule)].into(),
+            ..PolicySnapshot::default()
         }
     }
 

@@ -343,6 +343,11 @@ impl Index {
         self.pods.values().map(|pod| &**pod)
     }
 
+    /// True if a pod of this node has this name.
+    pub fn has_pod(&self, name: &ObjectName) -> bool {
+        self.pods.contains_key(name)
+    }
+
     /// What is wrong with a source itself, by the subject that it reports under. Cheap: before everything is known, the loop asks
     /// at each turn.
     pub fn problems_of_source<'a>(&'a self, source: &'a str) -> impl Iterator<Item = &'a Problem> {

@@ -30,6 +30,7 @@ use crate::bpf::store::devices::Devices;
 use crate::bpf::store::endpoints::{self, Endpoints};
 use crate::bpf::store::host_ports::{self, HostPorts};
 use crate::bpf::store::node_config::NodeConfigStore;
+use crate::bpf::store::policy::PolicyStore;
 use crate::bpf::store::sockets::Sockets;
 use crate::bpf::store::{BpfMaps, fill};
 use crate::bpf::upgrade::Bridge;
@@ -59,6 +60,8 @@ pub struct Kernel {
     printer: JoinSet<()>,
     /// The plan's maps.
     pub maps: BpfMaps,
+    /// The maps of network policies.
+    pub policies: PolicyStore,
     /// The programs' settings.
     pub config: NodeConfigStore,
     /// The pods of this node.
@@ -100,6 +103,7 @@ impl Kernel {
             has_upgraded: false,
             printer,
             maps: BpfMaps::open(maps)?,
+            policies: PolicyStore::open(maps)?,
             config: NodeConfigStore::open(maps)?,
             endpoints: Endpoints::open(maps)?,
             host_ports: HostPorts::open(maps)?,

@@ -223,6 +223,7 @@ impl Reconciler {
         self.index.set_port_holders(holders.collect());
         self.host_problems = Some(state.problems);
         self.records = Some(state.endpoints);
+        self.policies.want(Duration::ZERO);
         self.report.want(Duration::ZERO);
         if let Some(choice) = written {
             self.note_choice(choice);

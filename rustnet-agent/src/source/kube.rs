@@ -372,7 +372,7 @@ impl<'a> Follower<'a> {
                  --network-policy off",
                 chain(error)
             );
-            let problem = Problem::new(&format!("{}s", self.kind).into(), "", what);
+            let problem = Problem::new(&self.kind.to_string().into(), "", what);
             self.send(Event::Report { origin: Origin::Refusal(self.kind), problems: [problem].into() }).await;
         }
     }

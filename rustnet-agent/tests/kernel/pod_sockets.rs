@@ -71,7 +71,10 @@ fn a_restart_keeps_what_is_there_until_all_pods_are_known() {
             wait_until("the pod is listed", || listed(sandbox) == [(1, POD), own]).await;
             agent.stop().await;
             // The object of the first pod is not there yet when the second one's is.
-            let agent = Agent::start_ready(sandbox.config(&SETTINGS), [make_own_node()]).await;
+            let without_policies = [&SETTINGS[..], &["--network-policy=off"]].concat();
+            let agent = Agent::start(sandbox.config(&without_policies));
+            agent.send([make_own_node()].into_iter().chain(Kind::REQUIRED.map(Event::Synced))).await;
+            agent.ready().await;
             let Event::Apply(Object::Pod(pod)) = web(None, Box::default()) else { unreachable!() };
             let name = ObjectName::namespaced("default", "other");
             let other = Pod { name, addresses: ["10.1.1.6".parse().unwrap()].into(), ..(*pod).clone() };

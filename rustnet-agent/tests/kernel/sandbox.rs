@@ -232,7 +232,10 @@ impl Sandbox {
             "hostIfname": veth, "ifindex": ifindex, "mac": "02:00:00:00:00:07", "addresses": [address],
             "podNamespace": namespace, "podName": name, "podUid": uid,
         });
-        std::fs::write(dir.join(format!("{container}@eth0.json")), record.to_string()).expect("a record");
+        // As the CNI binary does: nobody reads half of it.
+        let temporary = dir.join(format!(".{container}.tmp"));
+        std::fs::write(&temporary, record.to_string()).expect("a record");
+        std::fs::rename(&temporary, dir.join(format!("{container}@eth0.json"))).expect("a record");
     }
 
     /// Runs the `rustnetctl` command on this sandbox.

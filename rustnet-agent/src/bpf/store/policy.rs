@@ -1,7 +1,7 @@
 //! `rn_policy`, `rn_policy_pods`, `rn_policy_cidrs`, `rn_policy_rules`: what NetworkPolicies say, as the programs read it. The agent alone
 //! writes them.
 
-use std::collections::BTreeMap;
+use std::mem::discriminant;
 use std::net::IpAddr;
 use std::path::Path;
 
@@ -11,25 +11,13 @@ use rustnet_common::addr::Addr;
 use rustnet_common::names::map;
 use rustnet_common::policy::{Policies, PolicyCidrKey, PolicyPod, PolicyRule, PolicyRuleKey};
 
-use super::Map;
+use super::{Map, fault};
+use crate::plan::policies::{PolicyCapacities, PolicyMaps, PolicySnapshot, PolicyWrite};
 
 /// The one key of `rn_policy`.
 const ONLY: u32 = 0;
 /// Bits by which an IPv4 prefix grows when it is stored mapped.
 const MAPPED: u8 = 96;
-
-/// What the maps hold.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct PolicyContent {
-    /// Whether policies are enforced, and the generation.
-    pub state: Policies,
-    /// Pods by address.
-    pub pods: BTreeMap<IpAddr, PolicyPod>,
-    /// Classes of other addresses.
-    pub cidrs: BTreeMap<IpNet, u32>,
-    /// What sets allow, in no order.
-    pub rules: Vec<(PolicyRuleKey, PolicyRule)>,
-}
 
 /// The four maps.
 pub struct PolicyStore {
@@ -53,20 +41,6 @@ impl PolicyStore {
         })
     }
 
-    /// Reads all four.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn read(&self) -> Result<PolicyContent> {
-        let mut content = PolicyContent { state: self.state()?, ..PolicyContent::default() };
-        self.pods.for_each(|key, pod| {
-            content.pods.insert(IpAddr::from(*key), *pod);
-        })?;
-        self.cidrs.for_each(|key, class| content.cidrs.extend(range_of(key).map(|range| (range, *class))))?;
-        self.rules.for_each(|key, rule| content.rules.push((*key, *rule)))?;
-        Ok(content)
-    }
-
     /// Reads `rn_policy`.
     ///
     /// # Errors
@@ -75,64 +49,82 @@ impl PolicyStore {
         Ok(self.state.get(&ONLY)?.unwrap_or_default())
     }
 
-    /// Writes `rn_policy`: from now on, programs judge by the other maps as they are, or not at all.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn set_state(&self, state: &Policies) -> Result<()> {
-        self.state.put(&ONLY, state)
+    /// Applies writes of one kind.
+    fn apply_run(&self, run: &[PolicyWrite]) -> Result<()> {
+        match &run[0] {
+            PolicyWrite::PutState { .. } => run.iter().try_for_each(|write| match write {
+                PolicyWrite::PutState { state } => self.state.put(&ONLY, state),
+                _ => Ok(()),
+            }),
+            PolicyWrite::PutPod { .. } => self.pods.put_all(&pick(run, |write| match write {
+                PolicyWrite::PutPod { ip, pod } => Some((Addr::from(*ip), *pod)),
+                _ => None,
+            })),
+            PolicyWrite::PutCidr { .. } => self.cidrs.put_all(&pick(run, |write| match write {
+                PolicyWrite::PutCidr { prefix, class } => Some((cidr_key(prefix), *class)),
+                _ => None,
+            })),
+            PolicyWrite::PutRule { .. } => self.rules.put_all(&pick(run, |write| match write {
+                PolicyWrite::PutRule { key, rule } => Some(((*key).into(), *rule)),
+                _ => None,
+            })),
+            PolicyWrite::DeletePod { .. } => {
+                let ip = |write: &PolicyWrite| {
+                    if let PolicyWrite::DeletePod { ip } = write { Some(Addr::from(*ip)) } else { None }
+                };
+                self.pods.delete_all(&pick(run, ip)).map(drop)
+            }
+            PolicyWrite::DeleteCidr { .. } => {
+                let key = |write: &PolicyWrite| {
+                    if let PolicyWrite::DeleteCidr { prefix } = write { Some(cidr_key(prefix)) } else { None }
+                };
+                self.cidrs.delete_all(&pick(run, key)).map(drop)
+            }
+            PolicyWrite::DeleteRule { .. } => {
+                let key = |write: &PolicyWrite| {
+                    if let PolicyWrite::DeleteRule { key } = write { Some((*key).into()) } else { None }
+                };
+                self.rules.delete_all(&pick(run, key)).map(drop)
+            }
+        }
+    }
+}
+
+fn pick<T>(run: &[PolicyWrite], of: impl Fn(&PolicyWrite) -> Option<T>) -> Vec<T> {
+    run.iter().filter_map(of).collect()
+}
+
+impl PolicyMaps for PolicyStore {
+    fn snapshot(&self) -> Result<PolicySnapshot> {
+        let mut snapshot = PolicySnapshot { state: self.state()?, ..PolicySnapshot::default() };
+        self.pods.for_each(|key, pod| {
+            snapshot.pods.insert(IpAddr::from(*key), *pod);
+        })?;
+        self.cidrs.for_each(|key, class| snapshot.cidrs.extend(range_of(key).map(|range| (range, *class))))?;
+        self.rules.for_each(|key, rule| {
+            snapshot.rules.insert((*key).into(), *rule);
+        })?;
+        Ok(snapshot)
     }
 
-    /// Writes entries of pods.
-    ///
-    /// # Errors
-    /// The kernel refuses, or the map is full.
-    pub fn put_pods(&self, pods: &[(IpAddr, PolicyPod)]) -> Result<()> {
-        let entries: Vec<_> = pods.iter().map(|(ip, pod)| (Addr::from(*ip), *pod)).collect();
-        self.pods.put_all(&entries)
+    /// Runs of writes of one kind go in one batch; the order of the runs is kept.
+    fn apply(&mut self, writes: &[PolicyWrite]) -> Result<()> {
+        if let Some(last) = fault::crash_after() {
+            return writes.chunks(1).try_for_each(|write| {
+                self.apply_run(write)?;
+                fault::written(last);
+                Ok(())
+            });
+        }
+        writes.chunk_by(|a, b| discriminant(a) == discriminant(b)).try_for_each(|run| self.apply_run(run))
     }
 
-    /// Deletes entries of pods.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn delete_pods(&self, pods: &[IpAddr]) -> Result<()> {
-        let keys: Vec<_> = pods.iter().map(|ip| Addr::from(*ip)).collect();
-        self.pods.delete_all(&keys).map(drop)
-    }
-
-    /// Writes classes of ranges.
-    ///
-    /// # Errors
-    /// The kernel refuses, or the map is full.
-    pub fn put_cidrs(&self, cidrs: &[(IpNet, u32)]) -> Result<()> {
-        let entries: Vec<_> = cidrs.iter().map(|(range, class)| (cidr_key(range), *class)).collect();
-        self.cidrs.put_all(&entries)
-    }
-
-    /// Deletes classes of ranges.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn delete_cidrs(&self, cidrs: &[IpNet]) -> Result<()> {
-        let keys: Vec<_> = cidrs.iter().map(cidr_key).collect();
-        self.cidrs.delete_all(&keys).map(drop)
-    }
-
-    /// Writes rules.
-    ///
-    /// # Errors
-    /// The kernel refuses, or the map is full.
-    pub fn put_rules(&self, rules: &[(PolicyRuleKey, PolicyRule)]) -> Result<()> {
-        self.rules.put_all(rules)
-    }
-
-    /// Deletes rules.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn delete_rules(&self, rules: &[PolicyRuleKey]) -> Result<()> {
-        self.rules.delete_all(rules).map(drop)
+    fn capacities(&self) -> PolicyCapacities {
+        PolicyCapacities {
+            pods: self.pods.max_entries(),
+            cidrs: self.cidrs.max_entries(),
+            rules: self.rules.max_entries(),
+        }
     }
 }
 
@@ -140,8 +132,8 @@ impl PolicyStore {
 ///
 /// # Errors
 /// One is not there, or the kernel refuses.
-pub fn read(bpffs: &Path) -> Result<PolicyContent> {
-    PolicyStore::open(bpffs)?.read().context("reading the maps of network policies")
+pub fn read(bpffs: &Path) -> Result<PolicySnapshot> {
+    PolicyStore::open(bpffs)?.snapshot().context("reading the maps of network policies")
 }
 
 fn cidr_key(range: &IpNet) -> PolicyCidrKey {

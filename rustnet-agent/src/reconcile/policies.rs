@@ -1,0 +1,257 @@
+//! The job that brings the maps of network policies to what the index wants. A new pod of this node has no network before, so that its
+//! record is heard of at once.
+
+use std::collections::BTreeMap;
+use std::future::pending;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustnet_common::endpoint::Endpoint;
+use rustnet_common::files::EndpointFile;
+use rustnet_common::names::map;
+use tokio::time::Instant;
+
+use super::job::Job;
+use super::{Datapath, PROBLEMS_PERIOD, Reconciler};
+use crate::bpf::store::policy::PolicyStore;
+use crate::config::Config;
+use crate::failure::{Failure, Scope};
+use crate::index::{DesiredPolicies, Gate, Index, LocalInterface};
+use crate::metrics::Metrics;
+use crate::model::{ObjectName, Problem};
+use crate::net::arrivals::Arrivals;
+use crate::net::endpoints as records;
+use crate::plan::policies::{PolicyMaps as _, PolicyPlanner, PolicyWrite};
+use crate::source::{Event, Kind, Object};
+
+/// Share of the time that working out policies may take, as 1 in so many: in a large cluster some pod always comes or goes. Pods of this
+/// node do not wait.
+const SHARE: u32 = 10;
+/// Differences between the maps and what was written that are logged one by one.
+const LOGGED: usize = 10;
+
+/// What the job needs from one time to the next.
+pub struct Policies {
+    /// When it is due, and what failed.
+    pub job: Job,
+    /// What the maps hold; `None`: they are read back first.
+    planner: Option<PolicyPlanner>,
+    /// How long it took the last time.
+    took: Duration,
+    /// When the maps are read back.
+    audit_at: Instant,
+    audit_period: Duration,
+    /// The maps have what follows from policies, or from their being switched off.
+    pub is_applied: bool,
+}
+
+impl Policies {
+    /// Nothing is known yet.
+    pub fn new(config: &Config) -> Self {
+        Self {
+            job: Job::due("network policies are not as they should be; what was applied before stays"),
+            planner: None,
+            took: Duration::ZERO,
+            audit_at: Instant::now() + config.audit_period,
+            audit_period: config.audit_period,
+            is_applied: false,
+        }
+    }
+
+    /// Wants done what follows from an event. False if the event is only about policies, and these are switched off.
+    pub fn take_in(&mut self, event: &Event, config: &Config) -> bool {
+        let kind = match event {
+            Event::Restart(kind) | Event::Synced(kind) => Some(*kind),
+            other => other.object_kind(),
+        };
+        let Some(kind) = kind.filter(|kind| Kind::OF_POLICIES.contains(kind)) else { return true };
+        if !config.network_policy {
+            return kind == Kind::Pod;
+        }
+        let is_here = matches!(event, Event::Apply(Object::Pod(pod)) if *pod.node == *config.node_name);
+        self.want(if is_here { Duration::ZERO } else { self.took * SHARE });
+        true
+    }
+
+    /// What has no room in the maps.
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.planner.iter().flat_map(PolicyPlanner::problems)
+    }
+
+    /// When it has to be done.
+    pub fn deadline(&self) -> Instant {
+        self.job.deadline().map_or(self.audit_at, |due| due.min(self.audit_at))
+    }
+
+    /// Wants it done after `gap` at the latest, but after a failure not before its time.
+    pub fn want(&mut self, gap: Duration) {
+        if !self.job.has_failed() {
+            self.job.want(gap);
+        }
+    }
+
+    /// True if the maps are to be read back, which is then not due for a while.
+    fn is_audit_due(&mut self) -> bool {
+        let is_due = self.audit_at <= Instant::now();
+        if is_due {
+            self.audit_at = Instant::now() + self.audit_period;
+        }
+        is_due
+    }
+
+    /// Brings the maps to what the index wants. Returns how many writes that took.
+    fn apply(&mut self, is_on: bool, index: &mut Index, maps: &mut PolicyStore, metrics: &Metrics) -> Result<usize> {
+        let is_audit = self.is_audit_due();
+        let is_dirty = index.take_policies_dirty();
+        if !is_dirty && self.planner.is_some() && !is_audit {
+            return Ok(0);
+        }
+        let is_repair = is_audit && !is_dirty && self.planner.is_some();
+        let known = self.planner.take().filter(|_| !is_audit);
+        let mut planner = match known {
+            Some(planner) => planner,
+            None => PolicyPlanner::adopt(maps.snapshot()?, maps.capacities()),
+        };
+        let desired = if is_on { index.desired_policies() } else { DesiredPolicies::default() };
+        let writes = planner.plan(desired);
+        if is_repair {
+            report_repairs(&writes, metrics);
+        }
+        maps.apply(&writes).context("writing network policies")?;
+        self.planner = Some(planner);
+        Ok(writes.len())
+    }
+}
+
+/// The watch of the CNI binary's records; `None` where nothing waits for it.
+pub fn arrivals(config: &Config) -> Option<Arrivals> {
+    let watch = config.network_policy.then(|| Arrivals::watch(&config.run_dir));
+    watch?.inspect_err(|error| tracing::warn!("{error:#}; new pods wait for the looks at the host's network")).ok()
+}
+
+/// Ready once records have come or gone. Never ready without a watch.
+pub async fn arrived(arrivals: &mut Option<Arrivals>) -> Result<()> {
+    match arrivals {
+        Some(arrivals) => arrivals.changed().await,
+        None => pending().await,
+    }
+}
+
+impl Reconciler {
+    /// Reads the CNI binary's records again.
+    pub(super) fn records_changed(&mut self) {
+        match records::read(&self.config.run_dir) {
+            Ok(records) => {
+                self.records = Some(records.endpoints);
+                self.policies.want(Duration::ZERO);
+            }
+            Err(error) => tracing::warn!("{error:#}; the next look at the host's network tries again"),
+        }
+    }
+
+    /// True if network policies may be applied, or removed where they are switched off.
+    pub(super) fn can_apply_policies(&self) -> bool {
+        let is_known = !self.config.network_policy || self.index.is_open(Gate::Policies);
+        self.datapath.is_some() && is_known && !self.is_held_up()
+    }
+
+    /// Brings the maps of network policies to what the index wants.
+    pub(super) fn apply_policies(&mut self) {
+        let Some(Datapath { kernel, .. }) = &mut self.datapath else { return };
+        let began = Instant::now();
+        let records = self.records.as_deref().unwrap_or_default();
+        let applied = kernel.endpoints.read().and_then(|endpoints| {
+            self.index.set_local_interfaces(interfaces(&endpoints, records));
+            let is_on = self.config.network_policy;
+            self.policies.apply(is_on, &mut self.index, &mut kernel.policies, &self.health.metrics)
+        });
+        if applied.is_err() {
+            // A deadline that has passed would be due again at once.
+            self.policies.is_audit_due();
+        }
+        match applied {
+            Ok(writes) => {
+                self.policies.is_applied = true;
+                self.policies.job.finish(Vec::new(), None);
+                if writes > 0 {
+                    self.policies.took = began.elapsed();
+                    self.report.want(PROBLEMS_PERIOD);
+                    self.health.metrics.map_writes(writes as u64);
+                    tracing::debug!(writes, took = ?began.elapsed(), "network policies applied");
+                }
+            }
+            Err(error) => self.policies.job.finish(vec![Failure::new(Scope::Node, &error)], None),
+        }
+    }
+}
+
+/// The interface of each address of this node's pods: of two, the one with the higher index came later. The CNI binary writes the record
+/// before the entry, and in it the pod's name: the API server has no address of the pod yet. Its UID does not count, for that of a static
+/// pod is another one in the API.
+fn interfaces(endpoints: &[(IpAddr, Endpoint)], records: &[EndpointFile]) -> BTreeMap<IpAddr, LocalInterface> {
+    let unnamed = |ifindex| LocalInterface { ifindex, ..LocalInterface::default() };
+    let mut interfaces: BTreeMap<_, _> =
+        endpoints.iter().map(|(ip, endpoint)| (*ip, unnamed(endpoint.ifindex))).collect();
+    for record in records {
+        let name = || ObjectName::namespaced(&record.pod_namespace, &record.pod_name);
+        let pod = (!record.pod_name.is_empty()).then(name);
+        for ip in &record.addresses {
+            if interfaces.get(ip).is_none_or(|known| known.ifindex <= record.ifindex) {
+                interfaces.insert(*ip, LocalInterface { pod: pod.clone(), ..unnamed(record.ifindex) });
+            }
+        }
+    }
+    interfaces
+}
+
+/// Logs and counts what somebody else has changed in the maps.
+fn report_repairs(writes: &[PolicyWrite], metrics: &Metrics) {
+    let repairs: Vec<_> = writes.iter().filter_map(|write| Some((map_of(write)?, write))).collect();
+    for (map, write) in repairs.iter().take(LOGGED) {
+        tracing::warn!("{map}: {write:?}; written again. Does another program write this map?");
+    }
+    if let Some(more) = repairs.len().checked_sub(LOGGED).filter(|more| *more > 0) {
+        tracing::warn!("{more} more entries of network policies were not as they should be; written again");
+    }
+    repairs.iter().for_each(|(map, _)| metrics.map_repaired(map));
+}
+
+/// The map of a write; `None` for the state, which is written after repairs.
+const fn map_of(write: &PolicyWrite) -> Option<&'static str> {
+    match write {
+        PolicyWrite::PutState { .. } => None,
+        PolicyWrite::PutPod { .. } | PolicyWrite::DeletePod { .. } => Some(map::POLICY_PODS),
+        PolicyWrite::PutCidr { .. } | PolicyWrite::DeleteCidr { .. } => Some(map::POLICY_CIDRS),
+        PolicyWrite::PutRule { .. } | PolicyWrite::DeleteRule { .. } => Some(map::POLICY_RULES),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Endpoint, EndpointFile, IpAddr, LocalInterface, interfaces};
+    use crate::model::ObjectName;
+
+    #[test]
+    fn the_later_interface_of_an_address_counts_with_the_name_of_its_record() {
+        let ip = |n: u8| IpAddr::from([10, 1, 1, n]);
+        let endpoint = |ifindex| Endpoint { ifindex, identity: 0, mac: [0; 6], host_mac: [0; 6], flags: 0, pad: 0 };
+        let record = |name: &str, ifindex: u32, n: u8| -> EndpointFile {
+            serde_json::from_value(serde_json::json!({
+                "containerId": "c", "ifname": "eth0", "netns": "", "network": "n", "hostIfname": "rnv1", "ifindex": ifindex,
+                "mac": "", "addresses": [ip(n)], "podNamespace": "shop", "podName": name,
+            }))
+            .unwrap()
+        };
+        let endpoints = [(ip(1), endpoint(1)), (ip(2), endpoint(2)), (ip(3), endpoint(3)), (ip(4), endpoint(4))];
+        let records =
+            [record("a", 1, 1), record("", 2, 2), record("new", 9, 3), record("old", 1, 4), record("soon", 10, 5)];
+        let found: Vec<(IpAddr, LocalInterface)> = interfaces(&endpoints, &records).into_iter().collect();
+        let want = [(1, 1, Some("a")), (2, 2, None), (3, 9, Some("new")), (4, 4, None), (5, 10, Some("soon"))];
+        let want = want.map(|(n, ifindex, name)| {
+            let pod = name.map(|name| ObjectName::namespaced("shop", name));
+            (ip(n), LocalInterface { ifindex, pod, uid: Box::default() })
+        });
+        assert_eq!(found, want);
+    }
+}
