@@ -5,6 +5,7 @@ use core::mem::{offset_of, size_of};
 
 use rustnet_common::addr::{Addr, Ip4, Ip6};
 use rustnet_common::config::{self, NodeConfig};
+use rustnet_common::conntrack::CtEntry;
 use rustnet_common::drop::{COUNTERS, Counter, DropReason, HOOKS, counter_index, hook};
 use rustnet_common::endpoint::{self, Endpoint, EndpointKey};
 use rustnet_common::event::Event;
@@ -14,6 +15,7 @@ use rustnet_common::maglev;
 use rustnet_common::names::{self, map};
 use rustnet_common::peer::flags::{HOST, LOCAL_PODS, NO_MASQ, NODE, POD, SERVICES, TUNNEL};
 use rustnet_common::peer::{Peer, PeerKey, identity};
+use rustnet_common::policy::{self, Policies, PolicyCidrKey, PolicyMatch, PolicyPod, PolicyRule, PolicyRuleKey};
 use rustnet_common::service::{self, SvcEntry, SvcKey};
 use rustnet_common::socket::{Asked, CLIENT_HIGH, Led, SocketKey, TRAIL, Trail, netns};
 use rustnet_common::source_range::{self, SourceRange, SourceRangeKey};
@@ -280,6 +282,26 @@ fn source_ranges() {
         assert_eq!(len_of(source_range::prefix_len(is_v4, 0) - 1), None);
         assert_eq!(len_of(source_range::prefix_len(is_v4, most) + 1), None);
     }
+}
+
+#[test]
+fn policies() {
+    let names = [map::POLICY, map::POLICY_PODS, map::POLICY_CIDRS, map::POLICY_RULES];
+    assert_eq!(names, ["rn_policy", "rn_policy_pods", "rn_policy_cidrs", "rn_policy_rules"]);
+    assert_eq!(offsets!(Policies: generation, flags), [("generation", 0), ("flags", 4)]);
+    assert_eq!(policy::flags::ENFORCED, 1);
+    assert_eq!(
+        offsets!(PolicyPod: class, ingress, egress, ifindex),
+        [("class", 0), ("ingress", 4), ("egress", 8), ("ifindex", 12)]
+    );
+    assert_eq!(offsets!(PolicyCidrKey: prefix_len, data), [("prefix_len", 0), ("data", 4)]);
+    assert_eq!(offsets!(PolicyRuleKey: prefix_len, data), [("prefix_len", 0), ("data", 4)]);
+    let key = PolicyMatch { set: 0x0102_0304, class: 0x1112_1314, proto: proto::UDP, pad: 0, port: 0x1f90_u16.to_be_bytes() };
+    assert_eq!((&bytes(&key)[..4], &bytes(&key)[8..]), (&0x0102_0304_u32.to_ne_bytes()[..], &[17, 0, 0x1f, 0x90][..]));
+    assert_eq!((policy::ANY_PROTO, policy::ANY_PORT, policy::FULL), (64, 80, 96));
+    assert_eq!(offsets!(PolicyRule: order, rule), [("order", 0), ("rule", 4)]);
+    assert_eq!((policy::ALLOW, policy::OPEN, policy::ANY_CLASS), (1, 0, 0));
+    assert_eq!(offsets!(CtEntry<Ip6>: flags, pad, seen, generation), [("flags", 36), ("pad", 38), ("seen", 40), ("generation", 60)]);
 }
 
 #[test]

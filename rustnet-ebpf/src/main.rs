@@ -101,7 +101,9 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
             | DropReason::Martian
             | DropReason::NotInSourceRange
             | DropReason::NoService
-            | DropReason::NoDirectBackend => {
+            | DropReason::NoDirectBackend
+            | DropReason::PolicyDenied
+            | DropReason::PolicyUndecided => {
                 F::report(skb, l3, dropped.reason, H::CODE);
                 TC_ACT_SHOT
             }

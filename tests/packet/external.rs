@@ -20,7 +20,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 
 /// A port of the usual range.
-const NODE_PORT: u16 = 30_080;
+pub const NODE_PORT: u16 = 30_080;
 
 /// A client outside asks the node port.
 fn ask(net: Net, proto: Proto) -> Frame {

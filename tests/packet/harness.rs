@@ -4,12 +4,14 @@
 mod addresses;
 mod bridge;
 mod connections;
+mod policies;
 mod services;
 mod shot;
 
 pub use addresses::*;
 pub use bridge::labs_of_bridge;
 pub use connections::{Flow, Half, source_of_mac};
+pub use policies::To;
 use connections::{Plain, change, flow, half, tuple};
 pub use shot::{REDIRECT, SHOT, STACK, Shot};
 
@@ -130,6 +132,7 @@ impl Lab {
         d.table::<AffinityKey, Affinity>(map::AFFINITY)?.clear()?;
         d.table::<SourceRangeKey, u32>(map::SOURCE_RANGES)?.clear()?;
         d.table::<HostPortKey, HostPort>(map::HOST_PORTS)?.clear()?;
+        self.forget_policies()?;
         let none = Backend::cleared(0);
         for used in 0..self.backends.swap(0, Ordering::Relaxed) {
             d.table(map::BACKENDS)?.put(&used, &none)?;

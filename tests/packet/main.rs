@@ -22,6 +22,7 @@ mod icmp;
 mod malformed;
 mod masquerade;
 mod pods;
+mod policies;
 mod rare;
 mod refusals;
 mod review;

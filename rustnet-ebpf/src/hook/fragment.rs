@@ -17,7 +17,7 @@ use crate::packet::Class;
 use crate::parse;
 use crate::step::plan::Origin;
 use crate::step::tunnel::{self, Tunnel};
-use crate::step::{route, source};
+use crate::step::{policy, route, source};
 
 /// Sets the hook that the packet in hand came in by.
 #[inline(always)]
@@ -72,6 +72,8 @@ pub fn run<F: Steps>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
             (source::OUTSIDE, Origin::Uplink)
         }
     };
+    // It has neither a flow that was judged nor ports: only rules for all protocols can allow it.
+    policy::verify(p.tuple.src, p.tuple.dst, 0, 0, 0)?;
     // It opens no connection, and nothing may look one up: a packet that the parser has refused has no key.
     flow.class = Class::Original;
     forward::<F>(skb, p, flow, source, origin, config, hook)

@@ -29,6 +29,7 @@ use crate::step::fib::Routed;
 use crate::step::icmp::Icmp;
 use crate::step::nat::Nat;
 use crate::step::plan::{self, Origin, Target};
+use crate::step::policy;
 use crate::step::reject::Rejecting;
 use crate::step::source::Verify;
 
@@ -75,6 +76,7 @@ pub fn forward<F: Steps>(
             return Err(DropReason::NoFib.into());
         }
         if flow.class == Class::New && p.is_flow() {
+            policy::judge::<F>(p, flow)?;
             // The later fragments take the same way.
             parse::remember_ports::<F>(p, skb.ifindex());
         }

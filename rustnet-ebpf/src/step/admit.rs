@@ -1,4 +1,4 @@
-//! Admission of new flows. Contract: the one place that opens connections. It reserves the tuple of
+//! Admission of new flows. Contract: the one place that opens connections, if policies allow them. It reserves the tuple of
 //! the answers, choosing another source port where the answers could not be distinguished, and
 //! inserts the entries.
 
@@ -13,7 +13,7 @@ use rustnet_common::hash;
 use rustnet_common::tuple::{Tuple, proto};
 
 use super::migrate::{self, Old};
-use super::route;
+use super::{policy, route};
 use super::table::{self, NOTHING_SENT, Place, Placed};
 use crate::ctx::{Ctx, Skb, jiffies, random};
 use crate::event::Report;
@@ -115,7 +115,6 @@ fn prepare<A: Address>(c: &mut NewConnection<A>, flow: &Flow<A>, p: &Packet<A>, 
     c.original.seen = jiffies();
     c.original.state = 0;
     c.original.backend = flow.backend;
-    c.original.generation = 0;
     c.original.sides[0] = Side {
         bytes: u64::from(len),
         source: source.bytes,
@@ -144,7 +143,9 @@ fn create<F: Placed + Old>(flow: &mut Flow<F::A>, source: Source, len: u32) -> R
     // SAFETY: the element belongs to this CPU, TC programs do not interrupt each other, nothing writes the packet after the parser,
     // and this is the only borrow of the connection.
     let (c, p) = unsafe { (&mut (*scratch).connection, &(*scratch).packet) };
+    let generation = policy::judge::<F>(p, flow)?;
     prepare(c, flow, p, source, len);
+    c.original.generation = generation;
     let place =
         if flow.is_vacant && !table::is_ever_contested() { Place::FREE } else { F::place(&c.key, p.is_swapped) };
     c.key.pad = place.slot;

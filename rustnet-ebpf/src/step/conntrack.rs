@@ -14,10 +14,11 @@ use rustnet_common::tuple::{Tuple, proto};
 use super::migrate::{self, Old};
 use super::table::{NOTHING_SENT, Placed, Table};
 use super::tcp::{self, CLEAR};
-use super::{host_port::HostPorts, lb, route, table};
+use super::{host_port::HostPorts, lb, policy, route, table};
 use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
 use crate::family::{Family, V4, V6};
 use crate::maps;
+use crate::outcome::{Dropped, PackedResult};
 use crate::packet::{Class, Flow, Kind, Packet, Source};
 use crate::parse;
 use crate::wire::tcp as bits;
@@ -91,6 +92,10 @@ fn classify<F: Track>(
     // SAFETY: see above. What `takes` reads of the entry does not change while the entry lives.
     if !takes(unsafe { &*entry }, unsafe { (*receiver).ifindex }) {
         return Err(DropReason::NoFib);
+    }
+    // SAFETY: see above.
+    if unsafe { (*entry).generation } != policy::generation() {
+        F::judge_again().into_unit()?;
     }
     // Not a variable: the verifier would follow either value of it to the end. A time ahead, which another CPU read a moment later,
     // counts as long ago: one refresh too many.
@@ -193,12 +198,15 @@ pub trait Track: Placed + Old + parse::Remember {
     fn is_reset_acceptable() -> bool;
     /// See [`migrate::adopt`].
     fn adopt();
+    /// See [`judge_again`].
+    fn judge_again() -> PackedResult;
 }
 
 /// Declares the functions of a family.
 macro_rules! global {
     (
-        $family:ident, $accept:ident, $reopen:ident, $refresh:ident, $led:ident, $couple:ident, $forget:ident, $reset:ident, $adopt:ident
+        $family:ident, $accept:ident, $reopen:ident, $refresh:ident, $led:ident, $couple:ident, $forget:ident, $reset:ident, $adopt:ident,
+        $judge:ident
     ) => {
         impl Track for $family {
             #[inline(always)]
@@ -233,6 +241,16 @@ macro_rules! global {
             fn adopt() {
                 $adopt();
             }
+            #[inline(always)]
+            fn judge_again() -> PackedResult {
+                PackedResult::from_bits($judge())
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $judge() -> u64 {
+            let judged = in_hand::<$family>().map_or(Ok(()), judge_again::<$family>);
+            PackedResult::new(judged.map(|()| 0).map_err(Dropped::from)).bits()
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -301,7 +319,8 @@ global!(
     rn_ct_couple4,
     rn_ct_forget4,
     rn_ct_reset4,
-    rn_ct_adopt4
+    rn_ct_adopt4,
+    rn_ct_judge4
 );
 global!(
     V6,
@@ -312,8 +331,28 @@ global!(
     rn_ct_couple6,
     rn_ct_forget6,
     rn_ct_reset6,
-    rn_ct_adopt6
+    rn_ct_adopt6,
+    rn_ct_judge6
 );
+
+/// Judges the packet's flow by the present policies, and remembers that they allow it.
+///
+/// # Errors
+/// They do not: then each packet of the flow is judged.
+#[inline(always)]
+fn judge_again<F: Placed>(p: &Packet<F::A>) -> Result<(), DropReason> {
+    let entry = table::find::<F>(&p.key, p.is_swapped);
+    if entry.is_null() {
+        return Ok(());
+    }
+    let generation = policy::generation();
+    // SAFETY: see `classify`. What a packet becomes does not change while the entry lives.
+    unsafe {
+        policy::verify_known(&p.tuple, &(*entry).to, (*entry).flags)?;
+        (*entry).generation = generation;
+    }
+    Ok(())
+}
 
 #[inline(always)]
 fn accept_source<F: Track>(p: &Packet<F::A>, source: Source) -> bool {

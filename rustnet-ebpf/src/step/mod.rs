@@ -17,6 +17,7 @@ pub mod migrate;
 pub mod nat;
 pub mod nexthop;
 pub mod plan;
+pub mod policy;
 pub mod reject;
 pub mod route;
 pub mod source;
