@@ -28,6 +28,7 @@ mod nodes;
 mod odd_hosts;
 mod overlay;
 mod path;
+mod policies;
 mod pods;
 mod refusal;
 mod services;

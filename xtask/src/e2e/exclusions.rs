@@ -8,16 +8,20 @@ pub struct Exclusion {
     pub part: &'static str,
     /// Why they are not run, as a reader of the table wants to know it.
     pub reason: &'static str,
-    /// Whether only for rustnet: the reference network can do it.
-    rustnet: bool,
+    /// Whether only for this network: the other one can do it.
+    network: Option<Network>,
 }
 
 const fn here(part: &'static str, reason: &'static str) -> Exclusion {
-    Exclusion { part, reason, rustnet: false }
+    Exclusion { part, reason, network: None }
 }
 
 const fn rustnet(part: &'static str, reason: &'static str) -> Exclusion {
-    Exclusion { part, reason, rustnet: true }
+    Exclusion { part, reason, network: Some(Network::Rustnet) }
+}
+
+const fn reference(part: &'static str, reason: &'static str) -> Exclusion {
+    Exclusion { part, reason, network: Some(Network::Reference) }
 }
 
 const INTERNET: &str = "the cluster has no way to the Internet";
@@ -40,10 +44,10 @@ static ALL: [Exclusion; 18] = [
     here("on multiple nodes when using", MORE_NODES),
     here("on the same node or fall back to same zone", MORE_NODES),
     here("Forward PTR lookup", "looks up names of the Internet"),
-    here("[Feature:NetworkPolicy]", "no network policy is enforced yet, by neither network"),
     here("[Feature:KubeProxyNFAcct]", KUBE_PROXY),
     here("kube-proxy migration", KUBE_PROXY),
     here("[Feature:Example]", "an example"),
+    reference("[Feature:NetworkPolicy]", "the reference network enforces no network policies"),
     // What rustnet does not do yet.
     rustnet("should check kube-proxy urls", KUBE_PROXY),
     rustnet("KubeProxy should set TCP CLOSE_WAIT", KUBE_PROXY),
@@ -51,5 +55,5 @@ static ALL: [Exclusion; 18] = [
 
 /// Those that concern a network.
 pub fn of(network: Network) -> impl Iterator<Item = &'static Exclusion> {
-    ALL.iter().filter(move |it| !it.rustnet || network == Network::Rustnet)
+    ALL.iter().filter(move |it| it.network.is_none_or(|only| only == network))
 }

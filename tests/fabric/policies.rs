@@ -1,0 +1,213 @@
+//! Network policies between real pods: what they forbid and allow, how they change under open connections, and pods that come.
+
+use crate::fixture::{Net, endpoints};
+use anyhow::{Context, Result, ensure};
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use testkit::client::{Connection, ask};
+use testkit::manifest::Manifests;
+use testkit::pod::PORT;
+use testkit::{Netns, Pod, Proto, Routing, Setup, wait};
+
+#[test]
+fn policies_by_vxlan() -> Result<()> {
+    with_policies(Routing::Vxlan)
+}
+
+#[test]
+fn policies_by_native_routes() -> Result<()> {
+    with_policies(Routing::Native)
+}
+
+/// The namespace of all pods here.
+const NAMESPACE: &str = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: default\n  labels: {kind: test}\n";
+
+/// Pod objects, each with the label `app` of its own name.
+fn pods_yaml(pods: &[&Pod]) -> String {
+    let mut yaml = String::new();
+    for pod in pods {
+        let ips: Vec<_> = pod.addresses().iter().map(|ip| format!("{{ip: \"{ip}\"}}")).collect();
+        let (name, node) = (pod.name(), pod.node().name());
+        let _ = write!(
+            yaml,
+            "---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: default\n  labels: {{app: {name}}}\nspec:\n  \
+             nodeName: {node}\n  containers: []\nstatus:\n  phase: Running\n  podIPs: [{}]\n",
+            ips.join(", ")
+        );
+    }
+    yaml
+}
+
+/// A policy of this name for the pods whose `app` is `app`.
+fn put_policy(manifests: &Manifests, name: &str, app: &str, spec: &str) -> Result<()> {
+    let yaml = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: default}}\nspec:\n  \
+         podSelector: {{matchLabels: {{app: {app}}}}}\n  {spec}\n"
+    );
+    manifests.write(&format!("{name}.yaml"), &yaml)
+}
+
+/// Peers that are pods with this `app`.
+fn pods_of(app: &str) -> String {
+    format!("[{{podSelector: {{matchLabels: {{app: {app}}}}}}}]")
+}
+
+/// Whether a request is answered.
+fn is_answered(from: &Netns, proto: Proto, to: IpAddr, port: u16) -> Result<bool> {
+    Ok(ask(from, proto, SocketAddr::new(to, port), 1)?.answered() == 1)
+}
+
+/// What of TCP and UDP from one pod to another has to pass, in each family.
+struct Row<'a> {
+    from: &'a Pod,
+    to: &'a Pod,
+    tcp: bool,
+    udp: bool,
+}
+
+fn row<'a>(from: &'a Pod, to: &'a Pod, tcp: bool, udp: bool) -> Row<'a> {
+    Row { from, to, tcp, udp }
+}
+
+impl Row<'_> {
+    /// Waits until it is as it has to be: agents take in files after a moment.
+    fn wait(&self, when: &str) -> Result<()> {
+        for (proto, passes) in [(Proto::Tcp, self.tcp), (Proto::Udp, self.udp)] {
+            for ip in self.to.addresses() {
+                let what = format!("{when}: {proto} from {} to {} at {ip}: {passes}", self.from.name(), self.to.name());
+                wait::until(&what, || {
+                    ensure!(is_answered(self.from.netns(), proto, *ip, PORT)? == passes);
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn with_policies(routing: Routing) -> Result<()> {
+    let net = Net::start(Setup { routing, ..Setup::default() })?;
+    run(&net).with_context(|| net.fabric.logs())
+}
+
+fn run(net: &Net) -> Result<()> {
+    let (a, b, c) = (&net.a, &net.b, &net.c);
+    let manifests = net.fabric.manifests();
+    manifests.write("namespace.yaml", NAMESPACE)?;
+    manifests.write("pods.yaml", &pods_yaml(&[a, b, c]))?;
+    for (from, to) in [(a, b), (c, b), (b, c)] {
+        row(from, to, true, true).wait("without policies")?;
+    }
+
+    put_policy(manifests, "closed", "b", "policyTypes: [Ingress]")?;
+    for (from, to, passes) in [(a, b, false), (c, b, false), (b, a, true), (b, c, true), (a, c, true), (c, a, true)] {
+        row(from, to, passes, passes).wait("b is closed")?;
+    }
+    for ip in b.addresses() {
+        ensure!(is_answered(net.node(1).netns(), Proto::Tcp, *ip, PORT)?, "the node reaches its pod");
+    }
+
+    let from_c = format!("ingress: [{{from: {}, ports: [{{port: {PORT}}}]}}]", pods_of("c"));
+    put_policy(manifests, "from-c", "b", &from_c)?;
+    row(c, b, true, false).wait("c may")?;
+    row(a, b, false, false).wait("c may, not a")?;
+    under_an_open_connection(net, manifests, &from_c)?;
+    through_a_service(net)?;
+
+    put_policy(manifests, "out-of-c", "c", &format!("egress: [{{to: {}}}]", pods_of("a")))?;
+    for (from, to, tcp, udp) in [(c, a, true, true), (c, b, false, false), (a, c, false, false)] {
+        if to.name() != "c" {
+            row(from, to, tcp, udp).wait("c may open flows to a alone")?;
+        }
+    }
+    row(a, c, true, true).wait("what c answers is not what it opens")?;
+    manifests.remove("out-of-c.yaml")?;
+    row(c, b, true, false).wait("c may open all again")?;
+
+    a_pod_that_comes(net, manifests)?;
+    without_an_agent(net)?;
+
+    for name in ["closed", "from-c"] {
+        manifests.remove(&format!("{name}.yaml"))?;
+    }
+    for (from, to) in [(a, b), (c, b)] {
+        row(from, to, true, true).wait("policies have gone")?;
+    }
+    Ok(())
+}
+
+/// The next segment is dropped once the policy has gone, and passes once it is back.
+fn under_an_open_connection(net: &Net, manifests: &Manifests, from_c: &str) -> Result<()> {
+    for ip in net.b.addresses() {
+        let mut open = Connection::open_in(net.c.netns(), SocketAddr::new(*ip, PORT))?;
+        open.ask("before").context("an allowed connection")?;
+        manifests.remove("from-c.yaml")?;
+        row(&net.c, &net.b, false, false).wait("c may no more")?;
+        ensure!(open.ask("while it is forbidden").is_err(), "{ip}: a connection outlives its policy");
+        put_policy(manifests, "from-c", "b", from_c)?;
+        row(&net.c, &net.b, true, false).wait("c may again")?;
+    }
+    Ok(())
+}
+
+/// The Service's port is another one than the pod's.
+fn through_a_service(net: &Net) -> Result<()> {
+    let mut service = net.unknown_service();
+    service.set(endpoints(&[&net.b]))?;
+    for target in service.targets() {
+        let asks = |from: &Pod| Ok::<_, anyhow::Error>(ask(from.netns(), Proto::Tcp, target, 1)?.answered() == 1);
+        wait::until(&format!("c reaches {target}"), || {
+            ensure!(asks(&net.c)?);
+            Ok(())
+        })?;
+        ensure!(!asks(&net.a)?, "a reaches b by {target}");
+    }
+    Ok(())
+}
+
+/// The first packet of a pod that policies do not select passes, and the first to one that they select does not.
+fn a_pod_that_comes(net: &Net, manifests: &Manifests) -> Result<()> {
+    // Known by its name before its object has addresses: kubelet writes them after the pod is connected.
+    let announce = |name: &str, app: &str| {
+        let node = net.node(1).name();
+        let object = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: default, labels: {{app: {app}}}}}\nspec: {{nodeName: {node}, \
+             containers: []}}\n"
+        );
+        manifests.write(&format!("{name}.yaml"), &object)
+    };
+    announce("d", "d")?;
+    let d = net.node(1).add_pod("d")?;
+    for ip in net.a.addresses() {
+        ensure!(is_answered(d.netns(), Proto::Tcp, *ip, PORT)?, "the first packet to {ip}");
+    }
+    for ip in d.addresses() {
+        ensure!(is_answered(net.a.netns(), Proto::Tcp, *ip, PORT)?, "the first packet from a to {ip}");
+    }
+    for ip in net.b.addresses() {
+        ensure!(!is_answered(d.netns(), Proto::Tcp, *ip, PORT)?, "d reaches b");
+    }
+    announce("e", "b")?;
+    let e = net.node(1).add_pod("e")?;
+    for ip in e.addresses() {
+        ensure!(!is_answered(net.a.netns(), Proto::Tcp, *ip, PORT)?, "a reaches the new pod e");
+    }
+    e.delete()?;
+    d.delete()?;
+    ["d.yaml", "e.yaml"].into_iter().try_for_each(|file| manifests.remove(file))
+}
+
+/// What is applied stays applied.
+fn without_an_agent(net: &Net) -> Result<()> {
+    net.node(1).kill_agent()?;
+    for _ in 0..2 {
+        for ip in net.b.addresses() {
+            ensure!(is_answered(net.c.netns(), Proto::Tcp, *ip, PORT)?, "c may, whether an agent runs or not");
+            ensure!(!is_answered(net.a.netns(), Proto::Tcp, *ip, PORT)?, "a may not, whether an agent runs or not");
+        }
+        if !net.node(1).agent_runs() {
+            net.node(1).start_agent(&[])?;
+        }
+    }
+    Ok(())
+}
