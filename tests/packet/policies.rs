@@ -6,12 +6,14 @@ use crate::flows::{
     ALL, PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, as_from_a, at_backend, from_a, from_b, from_host, from_outside, later,
 };
 use crate::frame::Frame;
-use crate::harness::{Flow, Lab, MAC_A, MAC_HOST, Net, POD_A, POD_B, STACK, To, each, labs};
+use crate::harness::{Flow, Lab, MAC_A, MAC_HOST, Net, POD_A, POD_B, SIDE, STACK, To, each, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config;
-use rustnet_common::drop::DropReason::{PolicyDenied, PolicyUndecided};
+use rustnet_common::drop::DropReason::{PolicyDenied, PolicyUndecided, Spoofed};
+use rustnet_common::drop::hook;
 use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyPod};
 use std::net::IpAddr;
+use testkit::datapath::Input;
 
 /// Sets and classes of the tests.
 const INTO_B: u32 = 71;
@@ -83,9 +85,9 @@ fn a_pod_that_is_not_decided_is_closed() -> Result<()> {
                 let asks = from_b(net, proto, (net.a(), proto.port(TARGET)));
                 lab.pod_sends(&asks)?.dropped(PolicyUndecided)?;
                 lab.pod_sends(&from_b(net, proto, (net.world(), proto.port(TARGET))))?.dropped(PolicyUndecided)?;
-                let from_far = frame_from(net, proto, net.far(), net.b());
+                let from_far = frame_from(proto, net.far(), net.b());
                 lab.overlay_in(net.node2(), &from_far)?.dropped(PolicyUndecided)?;
-                lab.uplink_in(&frame_from(net, proto, net.routed(), net.b()))?.dropped(PolicyUndecided)
+                lab.uplink_in(&frame_from(proto, net.routed(), net.b()))?.dropped(PolicyUndecided)
             })?;
             ensure!(lab.halves()? == 0, "a refused flow is tracked");
         }
@@ -95,7 +97,7 @@ fn a_pod_that_is_not_decided_is_closed() -> Result<()> {
 }
 
 /// Somebody elsewhere asks a pod of this node.
-fn frame_from(_net: Net, proto: Proto, src: IpAddr, dst: IpAddr) -> Frame {
+fn frame_from(proto: Proto, src: IpAddr, dst: IpAddr) -> Frame {
     from_outside(proto, (src, PORT), (dst, proto.port(TARGET)))
 }
 
@@ -105,8 +107,8 @@ fn a_set_without_rules_lets_nothing_in() -> Result<()> {
         policed(lab, net, OPEN, INTO_B)?;
         each(&ALL, |proto| {
             lab.pod_sends(&a_asks_b(net, proto))?.dropped(PolicyDenied)?;
-            lab.overlay_in(net.node2(), &frame_from(net, proto, net.far(), net.b()))?.dropped(PolicyDenied)?;
-            lab.uplink_in(&frame_from(net, proto, net.routed(), net.b()))?.dropped(PolicyDenied)?;
+            lab.overlay_in(net.node2(), &frame_from(proto, net.far(), net.b()))?.dropped(PolicyDenied)?;
+            lab.uplink_in(&frame_from(proto, net.routed(), net.b()))?.dropped(PolicyDenied)?;
             // What it opens itself goes, and is answered.
             let asks = from_b(net, proto, (net.a(), proto.port(TARGET)));
             lab.pod_sends(&asks)?.to_the_pod(&asks.hop())?;
@@ -256,7 +258,7 @@ fn classes_of_addresses() -> Result<()> {
     labs(|lab, net| {
         let (wide, narrow, one) = if net == Net::V4 { (16, 24, 32) } else { (48, 64, 128) };
         policed(lab, net, OPEN, INTO_B)?;
-        let ask = frame_from(net, Proto::Tcp, net.routed(), net.b());
+        let ask = frame_from(Proto::Tcp, net.routed(), net.b());
         let opens = |is_open: bool, what: &str| {
             lab.forget()?;
             let shot = lab.uplink_in(&ask)?;
@@ -433,7 +435,7 @@ fn the_node_reaches_its_pods() -> Result<()> {
             lab.enforce(2)?;
             lab.to_pod(POD_B, &later(&probe))?.to_stack(&later(&probe))?;
             // What its stack forwards to a pod comes from elsewhere.
-            let forwarded = frame_from(net, proto, net.world(), net.b());
+            let forwarded = frame_from(proto, net.world(), net.b());
             lab.to_pod(POD_B, &forwarded)?.dropped(PolicyDenied)?;
             lab.enforce(1)
         })?;
@@ -443,6 +445,28 @@ fn the_node_reaches_its_pods() -> Result<()> {
             let shot = lab.uplink_out(&from_host(net, proto, (net.vip(2), VIP_PORT)))?;
             ensure!(shot.counted.keys().all(|(reason, _)| *reason == 0), "the host is served: {shot:?}");
             Ok(())
+        })
+    })
+}
+
+/// What netfilter gives the node's address is not of the node: a container of another network, for example.
+#[test]
+fn what_the_nodes_stack_forwards_in_its_name() -> Result<()> {
+    labs(|lab, net| {
+        each(&ALL, |proto| {
+            lab.forget()?;
+            policed(lab, net, OPEN, INTO_B)?;
+            let frame = from_host(net, proto, (net.b(), proto.port(TARGET)));
+            let bytes = frame.bytes();
+            let input = Input { frame: &bytes, ifindex: POD_B, came_by: SIDE, ..Input::default() };
+            lab.raw(hook::TO_POD, &input)?.dropped(PolicyDenied)?;
+            lab.put_class(net.node(), 32 + 96 * u32::from(net == Net::V6), OTHERS)?;
+            lab.put_rule(INTO_B, OTHERS, To::Anything, ALLOW)?;
+            lab.raw(hook::TO_POD, &input)?.to_stack(&frame)?;
+            lab.enforce(2)?;
+            lab.drop_rule(INTO_B, OTHERS, To::Anything)?;
+            lab.raw(hook::TO_POD, &input)?.dropped(PolicyDenied)?;
+            lab.pod_sends(&answer_of_b(&frame))?.dropped(PolicyDenied)
         })
     })
 }
@@ -472,7 +496,7 @@ fn out_of_the_tunnel() -> Result<()> {
         lab.configure(|c| c.flags |= config::flags::ENCAPSULATE)?;
         policed(lab, net, OPEN, INTO_B)?;
         each(&SERVED, |proto| {
-            let ask = frame_from(net, proto, net.far(), net.b());
+            let ask = frame_from(proto, net.far(), net.b());
             let before = lab.tunnel_in(&outer(net, &ask).bytes())?;
             ensure!(before.verdict == STACK && before.counted.is_empty(), "{before:?}");
             ensure!(lab.halves()? == 0, "a refused flow is tracked");
@@ -526,10 +550,10 @@ fn a_forged_source_has_no_class() -> Result<()> {
         lab.put_rule(INTO_B, CLASS_FAR, To::Anything, ALLOW)?;
         lab.put_policy_pod(net.far(), PolicyPod { class: CLASS_FAR, ingress: OPEN, egress: OPEN, ifindex: 0 })?;
         each(&ALL, |proto| {
-            let forged = frame_from(net, proto, net.far(), net.b()).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
-            lab.pod_sends(&forged)?.dropped(rustnet_common::drop::DropReason::Spoofed)?;
-            lab.uplink_in(&frame_from(net, proto, net.far(), net.b()))?
-                .dropped(rustnet_common::drop::DropReason::Spoofed)
+            let forged = frame_from(proto, net.far(), net.b()).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
+            lab.pod_sends(&forged)?.dropped(Spoofed)?;
+            lab.uplink_in(&frame_from(proto, net.far(), net.b()))?
+                .dropped(Spoofed)
         })
     })
 }

@@ -56,9 +56,12 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         if flow.class == Class::New {
             // Answers to the overlay's port are not for the stack: nobody gets tunnel packets through a pod.
             let is_from_overlay_port = p.tuple.proto == proto::UDP && p.tuple.sport == config.overlay_port;
-            if route::is_host::<F>(p.tuple.src) {
+            let is_of_host = route::is_host::<F>(p.tuple.src);
+            if is_of_host {
                 flow.flags |= flags::FROM_HOST;
-            } else if !is_from_overlay_port {
+            }
+            // What has this node's address by netfilter is not of the node, and its answers go back through netfilter.
+            if (!is_of_host || is_forwarded) && !is_from_overlay_port {
                 flow.flags |= flags::VIA_STACK;
             }
             // A collision may cost the flow its source port.
