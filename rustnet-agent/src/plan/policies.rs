@@ -156,7 +156,7 @@ impl PolicyPlanner {
         let mut draft = Draft::new(self.held.clone());
         draft.delete_all_but(wanted);
         draft.put_rules(&wanted.rules);
-        draft.put_pods(wanted.pods.iter().map(|(ip, pod)| (*ip, *pod)));
+        draft.put_all_pods(&wanted.pods);
         draft.put_cidrs(&wanted.cidrs);
         if is_enforced {
             draft.put_state(flags::ENFORCED);

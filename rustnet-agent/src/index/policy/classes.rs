@@ -101,7 +101,7 @@ impl<'a> Classes<'a> {
 
     /// The numbers of all classes, by place.
     pub fn numbers(&self) -> Vec<u32> {
-        let peers: HashMap<PeerId, u64> = self.groups.peers().map(|(peer, id)| (id, peer.hash())).collect();
+        let peers: HashMap<PeerId, u64> = self.groups.hashes().collect();
         let blocks: HashMap<usize, u64> = self.blocks.iter().map(|(block, number)| (number, block.hash())).collect();
         let hash = |content: &Content| {
             let ports = content.ports.iter().map(|(name, port)| {

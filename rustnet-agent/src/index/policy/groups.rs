@@ -36,17 +36,17 @@ impl PodPeer {
         ContentHash::of(&text)
     }
 
-    /// `labels`: of the namespace; `None`: it has not come yet, and only its name is known. Nothing else holds for it then.
-    fn holds(&self, key: &GroupKey, labels: Option<&Labels>) -> bool {
-        let is_there = match (&self.namespaces, labels) {
-            (Namespaces::Own(name), _) => *name == key.namespace,
+    /// True if it selects this namespace. `labels`: of the namespace; `None`: it has not come yet, and only its name is known. Nothing
+    /// else holds for it then.
+    fn has_namespace(&self, name: &Arc<str>, labels: Option<&Labels>) -> bool {
+        match (&self.namespaces, labels) {
+            (Namespaces::Own(own), _) => own == name,
             (Namespaces::Selected(selector), Some(labels)) => selector.is_met(labels),
             (Namespaces::Selected(selector), None) => {
-                let labels = Labels::from_iter([(NAME_LABEL.into(), Arc::clone(&key.namespace))]);
+                let labels = Labels::from_iter([(NAME_LABEL.into(), Arc::clone(name))]);
                 selector.requirements().iter().all(|it| it.key() == NAME_LABEL && it.is_met(&labels))
             }
-        };
-        is_there && self.pods.is_met(&key.labels)
+        }
     }
 }
 
@@ -74,6 +74,13 @@ pub type GroupId = u32;
 /// Number of a selector in use.
 pub type PeerId = u32;
 
+/// A selector in use.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    id: PeerId,
+    hash: u64,
+}
+
 #[derive(Debug)]
 struct Group {
     key: Arc<GroupKey>,
@@ -88,7 +95,7 @@ pub struct Groups {
     ids: HashMap<Arc<GroupKey>, GroupId>,
     groups: BTreeMap<GroupId, Group>,
     of_namespace: BTreeMap<Arc<str>, BTreeSet<GroupId>>,
-    peers: BTreeMap<PodPeer, PeerId>,
+    peers: BTreeMap<PodPeer, Known>,
     /// Groups that have not been asked since they came or their namespace changed.
     pending: BTreeSet<GroupId>,
     next_group: GroupId,
@@ -140,8 +147,8 @@ impl Groups {
 
     /// Takes in which selectors are in use, and asks what has not been asked.
     pub fn set_peers(&mut self, wanted: &BTreeSet<PodPeer>, namespaces: &BTreeMap<Arc<str>, Labels>) {
-        let gone: BTreeSet<PeerId> =
-            self.peers.extract_if(.., |peer, _| !wanted.contains(peer)).map(|(_, id)| id).collect();
+        let gone = self.peers.extract_if(.., |peer, _| !wanted.contains(peer));
+        let gone: BTreeSet<PeerId> = gone.map(|(_, known)| known.id).collect();
         if !gone.is_empty() {
             for group in self.groups.values_mut() {
                 group.held.retain(|id| !gone.contains(id));
@@ -151,8 +158,9 @@ impl Groups {
         for id in pending {
             let Some(group) = self.groups.get_mut(&id) else { continue };
             let labels = namespaces.get(&group.key.namespace);
-            let held = self.peers.iter().filter(|(peer, _)| peer.holds(&group.key, labels));
-            group.held = held.map(|(_, id)| *id).collect();
+            let key = &group.key;
+            let holds = |peer: &PodPeer| peer.has_namespace(&key.namespace, labels) && peer.pods.is_met(&key.labels);
+            group.held = self.peers.iter().filter(|(peer, _)| holds(peer)).map(|(_, known)| known.id).collect();
             group.held.sort_unstable();
         }
         for peer in wanted {
@@ -162,23 +170,25 @@ impl Groups {
             // Greater than all: the lists stay in order.
             let id = self.next_peer;
             self.next_peer += 1;
-            for group in self.groups.values_mut() {
-                if peer.holds(&group.key, namespaces.get(&group.key.namespace)) {
+            let of_namespace =
+                self.of_namespace.iter().filter(|(name, _)| peer.has_namespace(name, namespaces.get(*name)));
+            for group in of_namespace.flat_map(|(_, groups)| groups) {
+                if let Some(group) = self.groups.get_mut(group).filter(|group| peer.pods.is_met(&group.key.labels)) {
                     group.held.push(id);
                 }
             }
-            self.peers.insert(peer.clone(), id);
+            self.peers.insert(peer.clone(), Known { id, hash: peer.hash() });
         }
     }
 
-    /// The selectors in use with their numbers.
-    pub fn peers(&self) -> impl Iterator<Item = (&PodPeer, PeerId)> {
-        self.peers.iter().map(|(peer, id)| (peer, *id))
+    /// The selectors in use with the hash of each.
+    pub fn hashes(&self) -> impl Iterator<Item = (PeerId, u64)> {
+        self.peers.values().map(|known| (known.id, known.hash))
     }
 
     /// The number of a selector in use.
     pub fn peer(&self, peer: &PodPeer) -> Option<PeerId> {
-        self.peers.get(peer).copied()
+        self.peers.get(peer).map(|known| known.id)
     }
 
     /// All that policies may ask of the pods of a group.

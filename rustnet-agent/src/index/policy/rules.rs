@@ -4,10 +4,7 @@ use super::classes::{Holders, Place};
 use super::desired::{PortPrefix, RuleKey};
 use super::sets::{Set, SetPort, SetRule, Side};
 use rustnet_common::policy::{ALLOW, ANY_CLASS, PolicyRule};
-use std::collections::{BTreeMap, BTreeSet};
-
-/// The rule that each entry of one set and one class leads to.
-type Entries = BTreeMap<PortPrefix, u32>;
+use std::collections::BTreeSet;
 
 /// What the rules of sets follow from.
 pub struct Compiler<'a> {
@@ -23,67 +20,73 @@ impl Compiler<'_> {
     /// The rules of a set with this number, whose rules have these numbers. NetworkPolicies have one place in the order of
     /// precedence, the first, and only allow.
     pub fn compile(&self, number: u32, set: &Set, numbers: &[u32]) -> Vec<(RuleKey, PolicyRule)> {
-        let mut of_class: BTreeMap<Place, Entries> = BTreeMap::new();
-        let mut of_any = Entries::new();
-        for (rule, number) in set.rules.iter().zip(numbers) {
-            let Some(sides) = &rule.sides else {
-                add(&mut of_any, &rule.ports, *number);
-                self.add_named(rule, None, *number, &mut of_class);
-                continue;
-            };
-            let places: BTreeSet<Place> =
-                sides.iter().flat_map(|side| (self.classes_of)(side).iter().copied()).collect();
-            for place in &places {
-                // Addresses for which nothing holds are of no side.
-                add(of_class.entry(*place).or_default(), &rule.ports, *number);
-            }
-            self.add_named(rule, Some(&places), *number, &mut of_class);
-        }
+        let (mut hits, mut of_any) = (Vec::new(), BTreeSet::new());
         let mut rules = Vec::new();
-        let mut take = |class: u32, entries: &Entries, beyond: Option<&Entries>| {
-            // What wider entries say already needs none of its own.
-            let is_said = |ports: &PortPrefix| {
-                ports
-                    .around()
-                    .any(|it| entries.contains_key(&it) || beyond.is_some_and(|beyond| beyond.contains_key(&it)))
-                    || beyond.is_some_and(|beyond| beyond.contains_key(ports))
-            };
-            let needed = entries.iter().filter(|(ports, _)| !is_said(ports));
-            rules.extend(needed.map(|(ports, rule)| {
-                (RuleKey { set: number, class, ports: *ports }, PolicyRule { order: ALLOW, rule: *rule })
-            }));
+        let rule = |class, ports, place: usize| {
+            let rule = numbers.get(place).copied().unwrap_or_default();
+            (RuleKey { set: number, class, ports }, PolicyRule { order: ALLOW, rule })
         };
-        take(ANY_CLASS, &of_any, None);
-        for (place, entries) in &of_class {
-            take(self.classes[*place], entries, Some(&of_any));
+        for (place, of_rule) in set.rules.iter().enumerate() {
+            if of_rule.sides.is_some() {
+                continue;
+            }
+            of_any.extend(fixed(of_rule));
+            hits.extend(fixed(of_rule).map(|ports| (None, ports, place)));
+        }
+        for (place, of_rule) in set.rules.iter().enumerate() {
+            self.add_hits(place, of_rule, &mut hits);
+        }
+        // Of rules that say the same the first counts.
+        hits.sort_unstable();
+        hits.dedup_by_key(|(class, ports, _)| (*class, *ports));
+        for hits in hits.chunk_by(|a, b| a.0 == b.0) {
+            let own = |ports: &PortPrefix| hits.binary_search_by_key(ports, |(_, ports, _)| *ports).is_ok();
+            for (class, ports, place) in hits {
+                // What wider entries say already needs none of its own.
+                let is_said = (hits.len() > 1 && ports.around().any(|it| own(&it)))
+                    || (class.is_some() && !is_new(&of_any, ports));
+                if !is_said {
+                    rules.push(rule(class.map_or(ANY_CLASS, |class| self.classes[class]), *ports, *place));
+                }
+            }
         }
         rules
     }
 
-    /// Adds the ports that each server resolves itself, for those of some classes or for all.
-    fn add_named(
-        &self,
-        rule: &SetRule,
-        places: Option<&BTreeSet<Place>>,
-        number: u32,
-        of_class: &mut BTreeMap<Place, Entries>,
-    ) {
+    /// Adds what a rule says of classes, and of the ports that servers resolve themselves.
+    fn add_hits(&self, place: usize, rule: &SetRule, hits: &mut Vec<Hit>) {
+        let mut classes: Vec<Place> = Vec::new();
+        for side in rule.sides.iter().flatten() {
+            classes.extend_from_slice((self.classes_of)(side));
+        }
+        classes.sort_unstable();
+        classes.dedup();
         for port in &rule.ports {
-            let SetPort::Named(name, proto) = port else { continue };
-            let resolving = self.holders.names.get(&(name.clone(), *proto)).into_iter().flatten();
-            for (place, port) in resolving.filter(|(place, _)| places.is_none_or(|places| places.contains(place))) {
-                let prefix = PortPrefix::new(*proto, *port, 16);
-                of_class.entry(*place).or_default().entry(prefix).or_insert(number);
+            match port {
+                SetPort::Prefix(ports) => hits.extend(classes.iter().map(|class| (Some(*class), *ports, place))),
+                SetPort::Named(name, proto) => {
+                    let resolving = self.holders.names.get(&(name.clone(), *proto)).into_iter().flatten();
+                    let own =
+                        resolving.filter(|(class, _)| rule.sides.is_none() || classes.binary_search(class).is_ok());
+                    hits.extend(own.map(|(class, port)| (Some(*class), PortPrefix::new(*proto, *port, 16), place)));
+                }
             }
         }
     }
 }
 
-/// Adds the ports that are known by number. Of rules that say the same the first counts.
-fn add(entries: &mut Entries, ports: &[SetPort], number: u32) {
-    for port in ports {
-        if let SetPort::Prefix(prefix) = port {
-            entries.entry(*prefix).or_insert(number);
-        }
-    }
+/// Class (`None`: any), ports, and the place of the rule in its set.
+type Hit = (Option<Place>, PortPrefix, usize);
+
+/// The ports of a rule that are known by number.
+fn fixed(rule: &SetRule) -> impl Iterator<Item = PortPrefix> + '_ {
+    rule.ports.iter().filter_map(|port| match port {
+        SetPort::Prefix(ports) => Some(*ports),
+        SetPort::Named(..) => None,
+    })
+}
+
+/// True if no prefix among these has such ports.
+fn is_new(all: &BTreeSet<PortPrefix>, ports: &PortPrefix) -> bool {
+    !all.contains(ports) && ports.around().all(|it| !all.contains(&it))
 }

@@ -7,7 +7,7 @@
 //! are narrowed in the same way. Up to here each write only denies. Then all of them are widened to what the new state allows, and each
 //! write only allows. Last, all addresses pass to their new classes and sets, which by then mean the same.
 
-use super::draft::{Draft, Row, row};
+use super::draft::{Draft, Row, differing, row};
 use super::{PolicySnapshot, PortPrefix, RuleKey};
 use ipnet::IpNet;
 use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyPod, PolicyRule, flags};
@@ -61,14 +61,15 @@ pub fn pass_over(held: PolicySnapshot, wanted: &PolicySnapshot, care: Care) -> D
         draft.delete_rules(|key| changes.is_dirty(key.set, key.class) && is_stale(key));
     }
     draft.put_rules(&wanted.rules);
-    let is_fresh = |ip: &IpAddr, pod: &PolicyPod| pod.ifindex != 0 && !is_same(old.pods.get(ip), pod);
     // Pods before ranges: an address that gets an entry must not meet its new range before that.
-    let known = wanted.pods.iter().filter(|(ip, pod)| !is_fresh(ip, pod)).map(|(ip, pod)| (*ip, *pod));
-    draft.put_pods(known);
+    let is_known = |ip: &IpAddr, pod: &PolicyPod| pod.ifindex == 0 || is_same(old.pods.get(ip), pod);
+    let changed = differing(&draft.now().pods, &wanted.pods).filter_map(|(ip, _, pod)| Some((*ip, *pod?)));
+    let known: Vec<_> = changed.filter(|(ip, pod)| is_known(ip, pod)).collect();
+    draft.put_pods(known.into_iter());
     draft.put_cidrs(&wanted.cidrs);
     draft.delete_addresses_but(wanted);
     // A new pod must not meet the old class of another; nor must a flow that is judged again.
-    draft.put_pods(wanted.pods.iter().map(|(ip, pod)| (*ip, *pod)));
+    draft.put_all_pods(&wanted.pods);
     if needs_new_verdicts {
         draft.put_state(flags::ENFORCED);
     }
@@ -128,8 +129,11 @@ impl Changes {
                 it.cidrs.insert(*prefix, pair);
             }
         }
-        let ips: BTreeSet<&IpAddr> = old.pods.keys().chain(new.pods.keys()).collect();
-        for ip in ips {
+        let mut ips: Vec<IpAddr> = differing(&old.pods, &new.pods).map(|(ip, ..)| *ip).collect();
+        if !it.is_clean() {
+            ips = old.pods.keys().chain(new.pods.keys()).copied().collect::<BTreeSet<IpAddr>>().into_iter().collect();
+        }
+        for ip in &ips {
             let (before, after) = (old.pods.get(ip), new.pods.get(ip));
             it.has_other_classes |= after.is_none();
             if let Some(after) = after.filter(|after| after.ifindex != 0) {
@@ -171,9 +175,8 @@ impl Changes {
             }
         };
         // The names of rules may differ: only whether there is one counts.
-        let added = new.rules.keys().filter(|key| !old.rules.contains_key(key));
-        let removed = old.rules.keys().filter(|key| !new.rules.contains_key(key));
-        added.chain(removed).for_each(|key| note(key.set, key.class));
+        let other = differing(&old.rules, &new.rules).filter(|(_, before, after)| before.is_none() || after.is_none());
+        other.for_each(|(key, ..)| note(key.set, key.class));
     }
 
     /// True if a flow that is known may be judged otherwise now. A pod that merely comes has none.

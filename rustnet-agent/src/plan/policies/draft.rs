@@ -49,8 +49,9 @@ impl Draft {
 
     /// Puts rules.
     pub fn put_rules(&mut self, rules: &BTreeMap<RuleKey, PolicyRule>) {
-        for (key, rule) in rules {
-            self.put_rule(*key, *rule);
+        let changed = differing(&self.now.rules, rules).filter_map(|(key, _, rule)| Some((*key, *rule?)));
+        for (key, rule) in changed.collect::<Vec<_>>() {
+            self.put_rule(key, rule);
         }
     }
 
@@ -66,6 +67,12 @@ impl Draft {
         for ports in row(&self.now.rules, set, class).into_keys().filter(|ports| !kept.contains_key(ports)) {
             self.delete_rule(RuleKey { set, class, ports });
         }
+    }
+
+    /// Puts all pods of these maps.
+    pub fn put_all_pods(&mut self, pods: &BTreeMap<IpAddr, PolicyPod>) {
+        let changed = differing(&self.now.pods, pods).filter_map(|(ip, _, pod)| Some((*ip, *pod?)));
+        self.put_pods(changed.collect::<Vec<_>>().into_iter());
     }
 
     /// Puts pods.
@@ -102,13 +109,17 @@ impl Draft {
     /// Deletes what these maps do not have: addresses, then rules.
     pub fn delete_all_but(&mut self, wanted: &PolicySnapshot) {
         self.delete_addresses_but(wanted);
-        self.delete_rules(|key| !wanted.rules.contains_key(key));
+        let stale =
+            differing(&self.now.rules, &wanted.rules).filter_map(|(key, _, rule)| rule.is_none().then_some(*key));
+        for key in stale.collect::<Vec<_>>() {
+            self.delete_rule(key);
+        }
     }
 
     /// Deletes the pods that these maps do not have, then the ranges, the shortest first.
     pub fn delete_addresses_but(&mut self, wanted: &PolicySnapshot) {
-        let pods: Vec<IpAddr> = self.now.pods.keys().filter(|ip| !wanted.pods.contains_key(ip)).copied().collect();
-        for ip in pods {
+        let pods = differing(&self.now.pods, &wanted.pods).filter_map(|(ip, _, pod)| pod.is_none().then_some(*ip));
+        for ip in pods.collect::<Vec<_>>() {
             self.now.pods.remove(&ip);
             self.writes.push(PolicyWrite::DeletePod { ip });
         }
@@ -144,4 +155,23 @@ pub fn row(rules: &BTreeMap<RuleKey, PolicyRule>, set: u32, class: u32) -> Row {
     let from = RuleKey { set, class, ports: PortPrefix::ANY };
     let own = rules.range(from..).take_while(|(key, _)| (key.set, key.class) == (set, class));
     own.map(|(key, rule)| (key.ports, *rule)).collect()
+}
+
+/// The entries that differ, with the value of either side. One walk over both maps.
+pub fn differing<'a, K: Ord, V: PartialEq>(
+    old: &'a BTreeMap<K, V>,
+    new: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = (&'a K, Option<&'a V>, Option<&'a V>)> {
+    let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
+    let pairs = std::iter::from_fn(move || match (old.peek(), new.peek()) {
+        (Some((a, _)), Some((b, _))) if a == b => {
+            let ((key, before), (_, after)) = old.next().zip(new.next())?;
+            Some((key, Some(before), Some(after)))
+        }
+        (Some((a, _)), Some((b, _))) if a < b => old.next().map(|(key, before)| (key, Some(before), None)),
+        (Some(_), None) => old.next().map(|(key, before)| (key, Some(before), None)),
+        (_, Some(_)) => new.next().map(|(key, after)| (key, None, Some(after))),
+        (None, None) => None,
+    });
+    pairs.filter(|(_, before, after)| before != after)
 }
