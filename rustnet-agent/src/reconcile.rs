@@ -651,7 +651,8 @@ impl Reconciler {
             return starting("the routes to the other nodes are not made");
         }
         // Pods must not come before; where the source may not know policies, none will be applied.
-        if !self.policies.is_applied && !(self.config.network_policy && self.index.is_refused_policies()) {
+        let is_refused = self.config.network_policy && self.index.is_refused_policies();
+        if !self.policies.is_applied && !is_refused {
             return starting("network policies are not applied");
         }
         if self.maps.is_due() { starting("changes wait to be applied") } else { None }

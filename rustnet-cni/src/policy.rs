@@ -55,11 +55,11 @@ impl Decision {
     }
 
     fn is_there(&self, ips: &[IpAddr], ifindex: u32) -> io::Result<bool> {
-        if !self.policies.get(0)?.is_some_and(|it| it.flags & flags::ENFORCED != 0) {
+        if self.policies.get(0)?.is_none_or(|it| it.flags & flags::ENFORCED == 0) {
             return Ok(true);
         }
         for ip in ips {
-            if !self.pods.get(Addr::from(*ip))?.is_some_and(|pod| pod.ifindex == ifindex) {
+            if self.pods.get(Addr::from(*ip))?.is_none_or(|pod| pod.ifindex != ifindex) {
                 return Ok(false);
             }
         }

@@ -214,7 +214,9 @@ fn report_repairs(writes: &[PolicyWrite], metrics: &Metrics) {
     if let Some(more) = repairs.len().checked_sub(LOGGED).filter(|more| *more > 0) {
         tracing::warn!("{more} more entries of network policies were not as they should be; written again");
     }
-    repairs.iter().for_each(|(map, _)| metrics.map_repaired(map));
+    for (map, _) in repairs {
+        metrics.map_repaired(map);
+    }
 }
 
 /// The map of a write; `None` for the state, which is written after repairs.
