@@ -1,13 +1,14 @@
 //! `dist`: the built programs in one directory, by their fixed names, with the kernel-side object
-//! next to them.
+//! next to them. Programs for users name no path of this machine: equal sources and compilers give equal programs.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use crate::arch::Arch;
 use crate::cmd::Cmd;
 use crate::setup::{self, Need};
-use crate::{cache, ebpf, paths, ui};
+use crate::{cache, cross, ebpf, paths, remap, ui};
 
 pub const PROGRAMS: [&str; 3] = ["rustnet-agent", "rustnet-cni", "rustnetctl"];
 
@@ -26,16 +27,38 @@ pub struct Args {
     /// Compile as for tests, into target/dist-dev: quicker to build, slower to run
     #[arg(long)]
     dev: bool,
+    /// The processor architecture; that of this machine when absent
+    #[arg(long, conflicts_with = "dev")]
+    arch: Option<Arch>,
 }
 
 /// The command.
 pub fn run(args: &Args) -> Result<()> {
     setup::ensure(&[Need::Build])?;
     ebpf::build(&ebpf::Args::default())?;
-    let profile = if args.dev { Profile::Dev } else { Profile::Release };
-    build(profile, &[])?;
-    ui::step(&format!("{} holds {} and rustnet.bpf.o", profile.dist().display(), PROGRAMS.join(", ")));
+    let dist = match args.arch {
+        Some(arch) => build_for(arch)?,
+        None => {
+            let profile = if args.dev { Profile::Dev } else { Profile::Release };
+            build(profile, &[])?;
+            profile.dist()
+        }
+    };
+    ui::step(&format!("{} holds {} and rustnet.bpf.o", dist.display(), PROGRAMS.join(", ")));
     Ok(())
+}
+
+/// Builds the programs for users on machines of one architecture; returns where they are.
+pub fn build_for(arch: Arch) -> Result<PathBuf> {
+    if Some(arch) == Arch::host() {
+        build(Profile::Release, &[])?;
+        return Ok(Profile::Release.dist());
+    }
+    let built = cross::build(arch)?;
+    let dist = paths::target().join(format!("dist-{}", arch.name()));
+    collect(&built, &dist)?;
+    cross::try_out(arch, &dist.join("rustnetctl"))?;
+    Ok(dist)
 }
 
 /// Builds the programs, and further packages with them, around the object that `build-ebpf` left.
@@ -53,13 +76,17 @@ pub fn build(profile: Profile, further: &[&str]) -> Result<()> {
         Profile::Release => "building the programs (release)",
         Profile::Dev => "building the programs and the tests (dev)",
     });
-    environment(cargo).dir(paths::root()).run()?;
+    environment(cargo, profile)?.dir(paths::root()).run()?;
     if profile == Profile::Release {
         static_cni()?;
     }
-    let dist = profile.dist();
+    collect(&profile.built(), &profile.dist())
+}
+
+/// Copies the programs to where they are looked for.
+fn collect(built: &Path, dist: &Path) -> Result<()> {
     for program in PROGRAMS {
-        cache::copy(&profile.built().join(program), &dist.join(program))?;
+        cache::copy(&built.join(program), &dist.join(program))?;
     }
     cache::copy(&paths::object(), &dist.join("rustnet.bpf.o"))
 }
@@ -68,17 +95,27 @@ pub fn build(profile: Profile, further: &[&str]) -> Result<()> {
 /// the link differs, so that nothing else is compiled for it.
 fn static_cni() -> Result<()> {
     let cargo = Cmd::cargo().args(["rustc", "--release", "--package", "rustnet-cni", "--bin", "rustnet-cni"]);
-    cargo.args(["--", "-C", "target-feature=+crt-static"]).dir(paths::root()).run()
+    let cargo = cargo.args(["--", "-C", "target-feature=+crt-static"]);
+    environment(cargo, Profile::Release)?.dir(paths::root()).run()
 }
 
-/// Tells the agent's build where the object is when that is not the usual place. Set only then:
-/// between a build with the variable and one without it (an editor's, say) cargo would compile the
-/// agent again.
-pub fn environment(cmd: Cmd) -> Cmd {
+/// Sets what a build of this profile depends on: for users, the flags that keep paths of this machine out of the programs. Where the
+/// object is, only when that is not the usual place: between a build with the variable and one without it (an editor's, say) cargo
+/// would compile the agent again.
+pub fn environment(cmd: Cmd, profile: Profile) -> Result<Cmd> {
+    let cmd = match profile {
+        Profile::Release => cmd.env("CARGO_ENCODED_RUSTFLAGS", remap::encoded(&rustc())?),
+        Profile::Dev => cmd,
+    };
     if paths::target() == paths::root().join("target") {
-        return cmd;
+        return Ok(cmd);
     }
-    cmd.env("RUSTNET_BPF_OBJECT", paths::object())
+    Ok(cmd.env("RUSTNET_BPF_OBJECT", paths::object()))
+}
+
+/// The compiler that the developer uses.
+pub fn rustc() -> Cmd {
+    Cmd::new("rustc").clean_cargo_env().dir(paths::root())
 }
 
 impl Profile {

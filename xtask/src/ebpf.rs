@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cmd::Cmd;
 use crate::toolchain::{Route, Toolchain};
-use crate::{cache, elf, paths, ui, verify};
+use crate::{cache, elf, paths, remap, ui, verify};
 
 /// What the object is made from, relative to the root.
 const SOURCES: [&str; 6] = [
@@ -62,13 +62,15 @@ fn compile(toolchain: &Toolchain) -> Result<PathBuf> {
         "building the kernel side with {}",
         toolchain.compiler.version.lines().next().unwrap_or("rustc")
     ));
-    build_command(toolchain, &dir).run()?;
+    build_command(toolchain, &dir)?.run()?;
     Ok(dir.join("bpfel-unknown-none/bpf/rustnet-ebpf"))
 }
 
-fn build_command(toolchain: &Toolchain, target: &Path) -> Cmd {
-    toolchain
-        .cargo()
+fn build_command(toolchain: &Toolchain, target: &Path) -> Result<Cmd> {
+    // In addition to the flags of .cargo/config.toml, which a variable of the environment would replace.
+    let flags = serde_json::to_string(&remap::flags(&toolchain.rustc())?).context("writing the compiler's flags")?;
+    let cargo = toolchain.cargo().args(["--config", &format!("target.bpfel-unknown-none.rustflags={flags}")]);
+    Ok(cargo
         .args(["build", "--locked", "--target", "bpfel-unknown-none", "-Z", "build-std=core", "--profile", "bpf"])
         .args(["--package", "rustnet-ebpf"])
         .env("CARGO_TARGET_DIR", target)
@@ -76,7 +78,7 @@ fn build_command(toolchain: &Toolchain, target: &Path) -> Cmd {
         .remedy(
             "fix what the compiler names above; \"Invalid bitcode\" or \"Unknown attribute\" there mean a bpf-linker made for \
              another LLVM: cargo xtask setup --force-linker",
-        )
+        ))
 }
 
 fn check(object: &Path) -> Result<elf::Report> {
@@ -92,6 +94,7 @@ fn cached_path(toolchain: &Toolchain) -> Result<PathBuf> {
     let root = paths::root();
     let mut key = cache::Key::default();
     key.text("toolchain", &toolchain.identity());
+    key.text("paths in it", remap::SCHEME);
     key.text(
         "dependencies",
         &locked_dependencies(&fs::read_to_string(root.join("Cargo.lock")).context("reading Cargo.lock")?),

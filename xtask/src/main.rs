@@ -1,9 +1,11 @@
 //! Every developer command of rustnet: `cargo xtask --help`.
 
+mod arch;
 mod bench;
 mod cache;
 mod cluster;
 mod cmd;
+mod cross;
 mod dist;
 mod e2e;
 mod ebpf;
@@ -11,11 +13,13 @@ mod elf;
 mod host;
 mod image;
 mod kernels;
+mod libraries;
 mod lint;
 mod nets;
 mod oci;
 mod paths;
 mod play;
+mod remap;
 mod setup;
 mod test;
 mod toolchain;

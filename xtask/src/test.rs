@@ -95,7 +95,7 @@ fn cargo_test(args: &Args) -> Cmd {
 /// Tells a program of the test bench where everything is.
 pub fn prepare(cmd: Cmd, profile: Profile) -> Result<Cmd> {
     let kubernetes = setup::Kubernetes::default().programs()?;
-    Ok(dist::environment(cmd)
+    Ok(dist::environment(cmd, profile)?
         .env("RUSTNET_DIST", profile.dist())
         .env("RUSTNET_KUBERNETES", &kubernetes)
         .env("RUSTNET_XTASK", this_program()?)

@@ -136,6 +136,11 @@ impl Toolchain {
         cargo.path_first(&[self.linker.parent().unwrap_or(Path::new("/")).to_owned()])
     }
 
+    /// `rustc` of this toolchain.
+    pub fn rustc(&self) -> Cmd {
+        self.compiler.route.rustc()
+    }
+
     /// What a result of this toolchain depends on.
     pub fn identity(&self) -> String {
         format!("{}bpf-linker {BPF_LINKER} {}", self.compiler.version, self.linker.display())

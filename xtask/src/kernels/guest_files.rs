@@ -10,7 +10,7 @@ use super::step::{OBJECT, Step};
 use super::tests::Tests;
 use crate::cmd::{Cmd, which};
 use crate::dist::{self, Profile};
-use crate::{oci, paths, ui};
+use crate::{libraries, paths, ui};
 
 /// Where commands are looked up in the guest.
 pub const PATH: &str = "/bin";
@@ -69,8 +69,8 @@ impl Files {
         let stripped = self.work.join(path.trim_start_matches('/').replace('/', "-"));
         Cmd::new("strip").args(["--strip-debug", "-o"]).args([&stripped, &from.to_owned()]).capture()?;
         self.copy(path, &stripped)?;
-        for library in oci::libraries(&stripped)? {
-            self.copy(&library.to_string_lossy(), &library)?;
+        for library in libraries::native(&stripped)? {
+            self.copy(&library.place.to_string_lossy(), &library.file)?;
         }
         Ok(())
     }

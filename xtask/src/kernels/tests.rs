@@ -106,7 +106,8 @@ pub fn build() -> Result<Tests> {
     for suite in programs() {
         cargo = cargo.args(["--test", suite.program]);
     }
-    let messages = dist::environment(cargo.args(["--message-format", "json"])).dir(paths::root()).capture()?;
+    let cargo = dist::environment(cargo.args(["--message-format", "json"]), Profile::Dev)?;
+    let messages = cargo.dir(paths::root()).capture()?;
     let find = |suite: &Suite| {
         let path = messages.lines().find_map(|line| executable(line, suite));
         let path = path.with_context(|| format!("cargo built no test program {}", suite.program))?;

@@ -135,11 +135,11 @@ const CRATES: [Crate; 6] = [
     Crate {
         sources: "xtask/src",
         layers: &[
-            &["cache", "elf", "host", "paths", "ui"],
-            &["cmd"],
-            &["nets", "oci", "toolchain", "verify"],
+            &["arch", "cache", "elf", "host", "paths", "ui"],
+            &["cmd", "libraries"],
+            &["nets", "oci", "remap", "toolchain", "verify"],
             &["setup"],
-            &["ebpf", "v1"],
+            &["cross", "ebpf", "v1"],
             &["dist"],
             &["image", "kernels", "lint", "test"],
             &["cluster", "play"],

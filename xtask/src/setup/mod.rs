@@ -40,6 +40,8 @@ pub enum Need {
     E2e,
     /// Booting other kernels.
     Kernels,
+    /// Building for arm64 on another machine, and trying what was built.
+    Cross,
 }
 
 /// Options of `setup`.
@@ -70,6 +72,8 @@ enum Extra {
     Cluster,
     /// QEMU, which boots the kernels that `kernels` downloads, and the AppArmor profile of containers
     Kernels,
+    /// The C compiler and library for arm64, and QEMU for its programs
+    Arm64,
 }
 
 /// The command.
@@ -80,6 +84,7 @@ pub fn run(args: &Args) -> Result<()> {
         Extra::KubeProxy => vec![Need::KubeProxy],
         Extra::Cluster => vec![Need::ApiServer, Need::KubeProxy, Need::Cluster, Need::E2e],
         Extra::Kernels => vec![Need::Kernels],
+        Extra::Arm64 => vec![Need::Cross],
     }));
     let start = Instant::now();
     let mut work =
@@ -157,7 +162,7 @@ impl Work {
                     kubernetes::ensure(self, "e2e.test")?;
                 }
                 Need::Kernels => go::ensure_profile(self)?,
-                Need::Network | Need::Iperf => {}
+                Need::Network | Need::Iperf | Need::Cross => {}
             }
         }
         Ok(())

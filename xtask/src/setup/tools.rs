@@ -29,7 +29,7 @@ const fn tool(name: &'static str, need: Need, debian: &'static [&'static str], p
 }
 
 /// All of them.
-static TOOLS: [Tool; 31] = [
+static TOOLS: [Tool; 33] = [
     tool("cc", Need::Build, &["build-essential"], "linking Rust programs"),
     tool("git", Need::Lint, &["git"], "listing tracked files"),
     tool("ip", Need::Network, &["iproute2"], "looking at links and routes"),
@@ -77,6 +77,13 @@ static TOOLS: [Tool; 31] = [
     tool("depmod", Need::Kernels, &["kmod"], "finding which modules need which"),
     tool("xz", Need::Kernels, &["xz-utils"], "unpacking modules"),
     tool("strip", Need::Kernels, &["binutils"], "keeping guests small"),
+    tool(
+        "aarch64-linux-gnu-gcc",
+        Need::Cross,
+        &["gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"],
+        "linking programs for arm64",
+    ),
+    tool("qemu-aarch64-static", Need::Cross, &["qemu-user-static"], "trying programs for arm64"),
 ];
 
 /// Where distributions and people put CNI plugins.
