@@ -494,6 +494,7 @@ fn the_chart_takes_the_agents_settings_and_no_others() -> Result<()> {
         ("config.rooting=vxlan", "rooting"),
         ("config.serviceCIDRs={nonsense}", "serviceCIDRs"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
+        ("image.digest=sha256:1234", "digest"),
         ("admissionPolicy=maybe", "admissionPolicy"),
         ("nonsense=1", "nonsense"),
     ] {
@@ -505,5 +506,17 @@ fn the_chart_takes_the_agents_settings_and_no_others() -> Result<()> {
     let output = helm(&good)?;
     let text = String::from_utf8(output.stdout)?;
     assert!(output.status.success() && text.contains("image: rustnet:x") && text.contains("mtu: 1400"), "{text}");
+    Ok(())
+}
+
+/// All containers run one content, whatever becomes of the tag.
+#[test]
+fn the_chart_takes_an_image_by_digest() -> Result<()> {
+    let digest = format!("sha256:{}", "0a".repeat(32));
+    let set = format!("image.repository=registry.example.org/rustnet,image.tag=0.1.0,image.digest={digest}");
+    let output = helm(&["--set", &set])?;
+    let text = String::from_utf8(output.stdout)?;
+    let images: Vec<&str> = text.lines().filter_map(|line| line.trim().strip_prefix("image: ")).collect();
+    assert_eq!(images, [format!("registry.example.org/rustnet@{digest}"); 3], "{text}");
     Ok(())
 }
