@@ -67,7 +67,7 @@ pub fn build(profile: Profile, further: &[&str]) -> Result<()> {
     cargo = match profile {
         Profile::Release => {
             let packages = ["rustnet-agent"].into_iter().chain(further.iter().copied());
-            cargo.args(["--release", "--bins"]).args(packages.flat_map(|p| ["--package", p]))
+            cargo.args(["--locked", "--release", "--bins"]).args(packages.flat_map(|p| ["--package", p]))
         }
         // All that `cargo test` is going to want, so that each dependency is compiled once and with one set of features.
         Profile::Dev => cargo.args(["--workspace", "--exclude", "rustnet-ebpf", "--all-targets"]),
@@ -94,7 +94,8 @@ fn collect(built: &Path, dist: &Path) -> Result<()> {
 /// Links the CNI binary statically: it is copied to hosts whose C library may be older than the builder's, or another one. Only
 /// the link differs, so that nothing else is compiled for it.
 fn static_cni() -> Result<()> {
-    let cargo = Cmd::cargo().args(["rustc", "--release", "--package", "rustnet-cni", "--bin", "rustnet-cni"]);
+    let cargo =
+        Cmd::cargo().args(["rustc", "--locked", "--release", "--package", "rustnet-cni", "--bin", "rustnet-cni"]);
     let cargo = cargo.args(["--", "-C", "target-feature=+crt-static"]);
     environment(cargo, Profile::Release)?.dir(paths::root()).run()
 }

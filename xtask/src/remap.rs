@@ -16,14 +16,20 @@ pub fn flags(rustc: &Cmd) -> Result<Vec<String>> {
     let sysroot = rustc.clone().args(["--print", "sysroot"]).capture()?;
     let version = rustc.clone().arg("-vV").capture()?;
     let commit = field(&version, "commit-hash: ").context("rustc -vV names no commit")?;
+    let home = cargo_home().context("neither CARGO_HOME nor HOME is set")?;
+    let registry = home.join("registry");
     let mut replacements = vec![
-        (cargo_home().context("neither CARGO_HOME nor HOME is set")?, "/cargo".to_owned()),
+        (home, "/cargo".to_owned()),
         // The prebuilt standard library has this name already; where its source is installed, rustc would take the source's own.
         (Path::new(sysroot.trim()).join("lib/rustlib/src/rust"), format!("/rustc/{commit}")),
         (paths::root(), "/rustnet".to_owned()),
     ];
     if !paths::target().starts_with(paths::root()) {
         replacements.push((paths::target(), "/rustnet/target".to_owned()));
+    }
+    // Where it is a symbolic link, cargo enters the directory behind it.
+    if resolved(&registry) != registry {
+        replacements.push((resolved(&registry), "/cargo/registry".to_owned()));
     }
     let flag = |(from, to): (PathBuf, String)| format!("--remap-path-prefix={}={to}", from.display());
     Ok(replacements.into_iter().map(flag).collect())
@@ -36,8 +42,15 @@ pub fn encoded(rustc: &Cmd) -> Result<String> {
 
 /// Returns which directories of this machine a program names: the work tree, the target directory and Cargo's home.
 pub fn leaks(program: &[u8]) -> Vec<PathBuf> {
-    let dirs = [Some(paths::root()), Some(paths::target()), cargo_home()];
+    let home = cargo_home();
+    let registry = home.as_ref().map(|home| resolved(&home.join("registry")));
+    let dirs = [Some(paths::root()), Some(paths::target()), home, registry];
     dirs.into_iter().flatten().filter(|dir| names(program, dir)).collect()
+}
+
+/// The path without symbolic links; as it is when there is nothing.
+fn resolved(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
 fn names(program: &[u8], dir: &Path) -> bool {
@@ -88,9 +101,9 @@ mod tests {
     #[test]
     fn every_directory_is_replaced() {
         let flags = flags(&Cmd::new("rustc").clean_cargo_env()).unwrap();
-        assert!(
-            flags[0].ends_with("=/cargo") && flags[2].ends_with("=/rustnet") && flags[1].contains("=/rustc/"),
-            "{flags:?}"
-        );
+        for to in ["=/cargo", "=/rustnet"] {
+            assert!(flags.iter().any(|flag| flag.ends_with(to)), "{to}: {flags:?}");
+        }
+        assert!(flags.iter().any(|flag| flag.contains("=/rustc/")), "{flags:?}");
     }
 }
