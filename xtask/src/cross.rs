@@ -9,7 +9,7 @@ use crate::arch::Arch;
 use crate::cmd::{Cmd, which};
 use crate::setup::{self, Need};
 use crate::toolchain::Toolchain;
-use crate::{libraries, paths, remap, ui};
+use crate::{ebpf, libraries, paths, remap, ui};
 
 /// Builds the programs around the object that `build-ebpf` left; returns where cargo leaves them.
 pub fn build(arch: Arch) -> Result<PathBuf> {
@@ -35,15 +35,15 @@ fn target() -> PathBuf {
 fn cargo(toolchain: &Toolchain, arch: Arch, words: &[&str]) -> Result<Cmd> {
     let target_name = arch.target();
     let linker = format!("CARGO_TARGET_{}_LINKER", target_name.to_uppercase().replace('-', "_"));
-    Ok(toolchain
+    let cargo = toolchain
         .cargo()
         .args(words)
         .args(["--locked", "--release", "--target", &target_name, "-Z", "build-std=std,panic_unwind"])
         .env("CARGO_TARGET_DIR", target())
         .env("CARGO_ENCODED_RUSTFLAGS", remap::encoded(&toolchain.rustc())?)
-        .env("RUSTNET_BPF_OBJECT", paths::object())
         .env(linker, format!("{}-gcc", arch.gnu()))
-        .dir(paths::root()))
+        .dir(paths::root());
+    Ok(ebpf::with_object(cargo))
 }
 
 /// Runs a program of another architecture in QEMU, and compares what it says of its version with this work tree's.

@@ -36,13 +36,12 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     setup::ensure(&[Need::Build])?;
     ebpf::build(&ebpf::Args::default())?;
-    let dist = match args.arch {
-        Some(arch) => build_for(arch)?,
-        None => {
-            let profile = if args.dev { Profile::Dev } else { Profile::Release };
-            build(profile, &[])?;
-            profile.dist()
-        }
+    let dist = if let Some(arch) = args.arch {
+        build_for(arch)?
+    } else {
+        let profile = if args.dev { Profile::Dev } else { Profile::Release };
+        build(profile, &[])?;
+        profile.dist()
     };
     ui::step(&format!("{} holds {} and rustnet.bpf.o", dist.display(), PROGRAMS.join(", ")));
     Ok(())
@@ -100,18 +99,13 @@ fn static_cni() -> Result<()> {
     environment(cargo, Profile::Release)?.dir(paths::root()).run()
 }
 
-/// Sets what a build of this profile depends on: for users, the flags that keep paths of this machine out of the programs. Where the
-/// object is, only when that is not the usual place: between a build with the variable and one without it (an editor's, say) cargo
-/// would compile the agent again.
+/// Sets what a build of this profile depends on: for users, the flags that keep paths of this machine out of the programs.
 pub fn environment(cmd: Cmd, profile: Profile) -> Result<Cmd> {
     let cmd = match profile {
         Profile::Release => cmd.env("CARGO_ENCODED_RUSTFLAGS", remap::encoded(&rustc())?),
         Profile::Dev => cmd,
     };
-    if paths::target() == paths::root().join("target") {
-        return Ok(cmd);
-    }
-    Ok(cmd.env("RUSTNET_BPF_OBJECT", paths::object()))
+    Ok(ebpf::with_object(cmd))
 }
 
 /// The compiler that the developer uses.

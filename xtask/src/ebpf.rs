@@ -55,6 +55,15 @@ pub fn build(args: &Args) -> Result<()> {
     if args.verify { verify::verify(&object) } else { Ok(()) }
 }
 
+/// Sets where the kernel-side object is when that is not the usual place. Only then: between a build with the variable and one
+/// without it (an editor's, say) cargo would compile the agent again.
+pub fn with_object(cargo: Cmd) -> Cmd {
+    if paths::target() == paths::root().join("target") {
+        return cargo;
+    }
+    cargo.env("RUSTNET_BPF_OBJECT", paths::object())
+}
+
 fn compile(toolchain: &Toolchain) -> Result<PathBuf> {
     // A target directory of its own: the other compiler would throw away the host's builds, and wait for their lock.
     let dir = paths::target().join("bpf-build");

@@ -90,7 +90,7 @@ fn programs(dist: &Path) -> [&'static str; 3] {
 
 /// Writes the image of the programs in a directory; returns its size in MB.
 pub fn write(file: &Path, dist: &Path, name: &str, tag: &str) -> Result<f64> {
-    let layer = layer(dist, |program| libraries::native(program))?;
+    let layer = layer(dist, libraries::native)?;
     let size = megabytes(&layer);
     let image = Image { names: vec![format!("{name}:{tag}")], ..image(layer, tag, &[]) };
     oci::write(file, &[image])?;
