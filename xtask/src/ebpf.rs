@@ -83,6 +83,9 @@ fn build_command(toolchain: &Toolchain, target: &Path) -> Result<Cmd> {
         .args(["build", "--locked", "--target", "bpfel-unknown-none", "-Z", "build-std=core", "--profile", "bpf"])
         .args(["--package", "rustnet-ebpf"])
         .env("CARGO_TARGET_DIR", target)
+        // Only `pt_regs`, which no program uses, depends on the kernel's architecture. By default it would be this machine's, and the
+        // names of types in BTF would depend on where the object is built.
+        .env("AYA_BPF_TARGET_ARCH", "x86_64")
         .dir(paths::root())
         .remedy(
             "fix what the compiler names above; \"Invalid bitcode\" or \"Unknown attribute\" there mean a bpf-linker made for \
