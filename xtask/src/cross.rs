@@ -46,14 +46,14 @@ fn cargo(toolchain: &Toolchain, arch: Arch, words: &[&str]) -> Result<Cmd> {
     Ok(ebpf::with_object(cargo))
 }
 
-/// Runs a program of another architecture in QEMU, and compares what it says of its version with this work tree's.
+/// Runs a program of another architecture in QEMU, and compares the version that it prints with this work tree's.
 pub fn try_out(arch: Arch, program: &Path) -> Result<()> {
     let qemu = format!("qemu-{}-static", arch.rust());
     let qemu = which(&qemu).with_context(|| format!("no {qemu}: cargo xtask setup --with arm64"))?;
     let version = Cmd::new(qemu).arg("-L").arg(libraries::sysroot(arch)).arg(program).arg("--version").capture()?;
     ensure!(
         version.trim_end().ends_with(env!("CARGO_PKG_VERSION")),
-        "{} says that its version is {version:?}",
+        "{} prints the version {version:?}",
         program.display()
     );
     ui::detail(&format!("{} runs in QEMU: {}", program.display(), version.trim_end()));

@@ -1,5 +1,5 @@
-//! How an image was built, as a predicate of SLSA provenance v1. Nobody has signed it: it says what this command read, and is as
-//! trustworthy as who ran the command. Pure: facts in, predicate out.
+//! How an image was built, as a predicate of SLSA provenance v1. It is unsigned: it states what this command read, and is as
+//! trustworthy as the person who ran the command. Pure: facts in, predicate out.
 
 use serde_json::{Value, json};
 
