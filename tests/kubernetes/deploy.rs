@@ -517,6 +517,7 @@ fn the_chart_takes_an_image_by_digest() -> Result<()> {
     let output = helm(&["--set", &set])?;
     let text = String::from_utf8(output.stdout)?;
     let images: Vec<&str> = text.lines().filter_map(|line| line.trim().strip_prefix("image: ")).collect();
-    assert_eq!(images, [format!("registry.example.org/rustnet@{digest}"); 3], "{text}");
+    let wanted = format!("registry.example.org/rustnet@{digest}");
+    assert_eq!(images, [wanted.as_str(); 3], "{text}");
     Ok(())
 }
