@@ -93,7 +93,7 @@ struct Group {
 #[derive(Debug, Default)]
 pub struct Groups {
     ids: HashMap<Arc<GroupKey>, GroupId>,
-    groups: BTreeMap<GroupId, Group>,
+    known: BTreeMap<GroupId, Group>,
     of_namespace: BTreeMap<Arc<str>, BTreeSet<GroupId>>,
     peers: BTreeMap<PodPeer, Known>,
     /// Groups that have not been asked since they came or their namespace changed.
@@ -108,7 +108,7 @@ impl Groups {
         let namespace =
             self.of_namespace.get_key_value(namespace).map_or_else(|| namespace.into(), |(it, _)| Arc::clone(it));
         let key = GroupKey { namespace, labels: pod.labels.clone(), ports: pod.ports.clone() };
-        if let Some((id, group)) = self.ids.get(&key).and_then(|id| Some((id, self.groups.get_mut(id)?))) {
+        if let Some((id, group)) = self.ids.get(&key).and_then(|id| Some((id, self.known.get_mut(id)?))) {
             group.pods += 1;
             return *id;
         }
@@ -116,20 +116,20 @@ impl Groups {
         self.next_group += 1;
         self.of_namespace.entry(Arc::clone(&key.namespace)).or_default().insert(id);
         self.ids.insert(Arc::clone(&key), id);
-        self.groups.insert(id, Group { key, pods: 1, held: Vec::new() });
+        self.known.insert(id, Group { key, pods: 1, held: Vec::new() });
         self.pending.insert(id);
         id
     }
 
     /// A pod of a group is gone.
     pub fn leave(&mut self, id: GroupId) {
-        let Some(group) = self.groups.get_mut(&id) else { return };
+        let Some(group) = self.known.get_mut(&id) else { return };
         group.pods -= 1;
         if group.pods > 0 {
             return;
         }
         let key = Arc::clone(&group.key);
-        self.groups.remove(&id);
+        self.known.remove(&id);
         self.ids.remove(&key);
         self.pending.remove(&id);
         if let Some(all) = self.of_namespace.get_mut(&key.namespace) {
@@ -150,13 +150,13 @@ impl Groups {
         let gone = self.peers.extract_if(.., |peer, _| !wanted.contains(peer));
         let gone: BTreeSet<PeerId> = gone.map(|(_, known)| known.id).collect();
         if !gone.is_empty() {
-            for group in self.groups.values_mut() {
+            for group in self.known.values_mut() {
                 group.held.retain(|id| !gone.contains(id));
             }
         }
         let pending = std::mem::take(&mut self.pending);
         for id in pending {
-            let Some(group) = self.groups.get_mut(&id) else { continue };
+            let Some(group) = self.known.get_mut(&id) else { continue };
             let labels = namespaces.get(&group.key.namespace);
             let key = &group.key;
             let holds = |peer: &PodPeer| peer.has_namespace(&key.namespace, labels) && peer.pods.is_met(&key.labels);
@@ -173,7 +173,7 @@ impl Groups {
             let of_namespace =
                 self.of_namespace.iter().filter(|(name, _)| peer.has_namespace(name, namespaces.get(*name)));
             for group in of_namespace.flat_map(|(_, groups)| groups) {
-                if let Some(group) = self.groups.get_mut(group).filter(|group| peer.pods.is_met(&group.key.labels)) {
+                if let Some(group) = self.known.get_mut(group).filter(|group| peer.pods.is_met(&group.key.labels)) {
                     group.held.push(id);
                 }
             }
@@ -193,11 +193,11 @@ impl Groups {
 
     /// All that policies may ask of the pods of a group.
     pub fn key(&self, id: GroupId) -> Option<&Arc<GroupKey>> {
-        self.groups.get(&id).map(|group| &group.key)
+        self.known.get(&id).map(|group| &group.key)
     }
 
     /// The selectors in use that hold for a group, in order.
     pub fn held(&self, id: GroupId) -> &[PeerId] {
-        self.groups.get(&id).map_or(&[], |group| &group.held)
+        self.known.get(&id).map_or(&[], |group| &group.held)
     }
 }

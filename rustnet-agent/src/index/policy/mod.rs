@@ -34,7 +34,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Policies {
     node_name: Arc<str>,
-    policies: BTreeMap<ObjectName, Arc<NetworkPolicy>>,
+    objects: BTreeMap<ObjectName, Arc<NetworkPolicy>>,
     namespaces: BTreeMap<Arc<str>, Labels>,
     /// The pods that count: those with addresses of their own, and those of this node that may get some.
     pods: BTreeMap<ObjectName, Member>,
@@ -88,7 +88,7 @@ impl Policies {
     pub fn new(node_name: Arc<str>) -> Self {
         Self {
             node_name,
-            policies: BTreeMap::new(),
+            objects: BTreeMap::new(),
             namespaces: BTreeMap::new(),
             pods: BTreeMap::new(),
             claims: BTreeMap::new(),
@@ -158,15 +158,15 @@ impl Policies {
 
     /// A policy is there, or is other than before.
     pub fn apply_policy(&mut self, policy: &Arc<NetworkPolicy>) {
-        if self.policies.get(&policy.name) != Some(policy) {
-            self.policies.insert(policy.name.clone(), Arc::clone(policy));
+        if self.objects.get(&policy.name) != Some(policy) {
+            self.objects.insert(policy.name.clone(), Arc::clone(policy));
             self.is_dirty = true;
         }
     }
 
     /// A policy is gone.
     pub fn delete_policy(&mut self, name: &ObjectName) {
-        self.is_dirty |= self.policies.remove(name).is_some();
+        self.is_dirty |= self.objects.remove(name).is_some();
     }
 
     /// Takes in the interfaces of this node's pods, by address.
@@ -194,12 +194,12 @@ impl Policies {
 
     /// Names of all policies.
     pub fn policy_names(&self) -> impl Iterator<Item = &ObjectName> {
-        self.policies.keys()
+        self.objects.keys()
     }
 
     /// The maps as they should be.
     pub fn desired(&mut self) -> DesiredPolicies {
-        if self.policies.is_empty() {
+        if self.objects.is_empty() {
             return DesiredPolicies::default();
         }
         let local = self.local_pods();
@@ -261,7 +261,7 @@ impl Policies {
 
     /// While there is no policy, nothing depends on the rest.
     fn changed(&mut self) {
-        self.is_dirty |= !self.policies.is_empty();
+        self.is_dirty |= !self.objects.is_empty();
     }
 
     /// The pods of this node that are known with their interface: group and interface by address.
@@ -285,7 +285,7 @@ impl Policies {
     /// The sets of this node's pods, and which of them each group has.
     fn sets(&self, local: &BTreeMap<IpAddr, (GroupId, u32)>) -> (Vec<Set>, HashMap<GroupId, Sets>) {
         let mut of_namespace: HashMap<&str, Vec<&NetworkPolicy>> = HashMap::new();
-        for policy in self.policies.values() {
+        for policy in self.objects.values() {
             of_namespace.entry(namespace_of(&policy.name)).or_default().push(policy);
         }
         let mut sets: Vec<Set> = Vec::new();

@@ -44,7 +44,7 @@ impl Compiler<'_> {
             for (class, ports, place) in hits {
                 // What wider entries say already needs none of its own.
                 let is_said = (hits.len() > 1 && ports.around().any(|it| own(&it)))
-                    || (class.is_some() && !is_new(&of_any, ports));
+                    || (class.is_some() && !is_new(&of_any, *ports));
                 if !is_said {
                     rules.push(rule(class.map_or(ANY_CLASS, |class| self.classes[class]), *ports, *place));
                 }
@@ -87,6 +87,6 @@ fn fixed(rule: &SetRule) -> impl Iterator<Item = PortPrefix> + '_ {
 }
 
 /// True if no prefix among these has such ports.
-fn is_new(all: &BTreeSet<PortPrefix>, ports: &PortPrefix) -> bool {
-    !all.contains(ports) && ports.around().all(|it| !all.contains(&it))
+fn is_new(all: &BTreeSet<PortPrefix>, ports: PortPrefix) -> bool {
+    !all.contains(&ports) && ports.around().all(|it| !all.contains(&it))
 }

@@ -138,7 +138,7 @@ fn ports(given: Option<&[PolicyPort]>, direction: Direction, group: &GroupKey) -
                 ports.extend(PortPrefix::of_range(*proto, *first, *last).into_iter().map(SetPort::Prefix));
             }
             Ports::Named(name) if direction == Direction::Egress => {
-                ports.push(SetPort::Named(Arc::clone(name), *proto))
+                ports.push(SetPort::Named(Arc::clone(name), *proto));
             }
             Ports::Named(name) => {
                 let port = group.port(name, *proto);

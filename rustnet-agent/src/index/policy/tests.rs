@@ -178,9 +178,15 @@ fn only_news_makes_dirty() {
     shop().lead(&mut it);
     assert!(it.take_dirty() && !it.take_dirty());
     let (namespaces, pods, policies) = shop().objects();
-    policies.iter().for_each(|policy| it.apply_policy(policy));
-    pods.iter().for_each(|pod| it.apply_pod(pod));
-    namespaces.iter().for_each(|namespace| it.apply_namespace(namespace));
+    for policy in &policies {
+        it.apply_policy(policy);
+    }
+    for pod in &pods {
+        it.apply_pod(pod);
+    }
+    for namespace in &namespaces {
+        it.apply_namespace(namespace);
+    }
     assert!(!it.take_dirty());
     it.delete_pod(&pods[1].name);
     assert!(it.take_dirty());

@@ -33,6 +33,9 @@ pub struct World {
     pub interfaces: BTreeMap<IpAddr, u32>,
 }
 
+/// Namespaces, pods and policies.
+pub type Objects = (Vec<Arc<Namespace>>, Vec<Arc<Pod>>, Vec<Arc<NetworkPolicy>>);
+
 /// A new flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Flow {
@@ -48,7 +51,7 @@ pub struct Flow {
 
 impl World {
     /// What they are to the agent.
-    pub fn objects(&self) -> (Vec<Arc<Namespace>>, Vec<Arc<Pod>>, Vec<Arc<NetworkPolicy>>) {
+    pub fn objects(&self) -> Objects {
         let mut converter = Converter::new();
         let (mut namespaces, mut pods, mut policies) = (Vec::new(), Vec::new(), Vec::new());
         let events = self.namespaces.iter().map(|it| converter.namespace(it)).collect::<Vec<_>>();
@@ -80,8 +83,12 @@ impl World {
                 it.delete_policy(&gone);
             }
         }
-        policies.iter().for_each(|policy| it.apply_policy(policy));
-        pods.iter().for_each(|pod| it.apply_pod(pod));
+        for policy in &policies {
+            it.apply_policy(policy);
+        }
+        for pod in &pods {
+            it.apply_pod(pod);
+        }
         for gone in it.pod_names().cloned().collect::<Vec<_>>() {
             if pods.iter().all(|pod| pod.name != gone) {
                 it.delete_pod(&gone);
@@ -92,7 +99,9 @@ impl World {
                 it.delete_namespace(&gone);
             }
         }
-        namespaces.iter().for_each(|namespace| it.apply_namespace(namespace));
+        for namespace in &namespaces {
+            it.apply_namespace(namespace);
+        }
         let interface = |ifindex: &u32| LocalInterface { ifindex: *ifindex, ..LocalInterface::default() };
         it.set_interfaces(self.interfaces.iter().map(|(ip, ifindex)| (*ip, interface(ifindex))).collect());
     }

@@ -72,7 +72,9 @@ fn fit_rules(
     }
     let count = |rules: &Rules| {
         let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
-        rules.keys().for_each(|key| *counts.entry(key.set).or_default() += 1);
+        for key in rules.keys() {
+            *counts.entry(key.set).or_default() += 1;
+        }
         counts
     };
     let (counts, counts_before) = (count(&rules), count(&held.rules));

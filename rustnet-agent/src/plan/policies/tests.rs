@@ -1,8 +1,9 @@
 use super::{
     DesiredPolicies, MemoryPolicyMaps, PolicyCapacities, PolicyMaps, PolicyPlanner, PolicySnapshot, PolicyWrite,
 };
-use crate::index::policy::world::{Flow, Random, World, passes};
+use crate::index::policy::world::{Flow, NODE, Random, World, passes};
 use rustnet_common::policy::flags::ENFORCED;
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -60,7 +61,7 @@ fn wrong(from: &World, to: &World, flows: &[Flow], capacities: PolicyCapacities)
                 *passes && !old[i] && !new[i]
             };
             if is_wrong {
-                let now = writes[..=number].iter().map(|write| format!("{write:?}\n")).collect::<String>();
+                let now = format!("{:#?}", &writes[..=number]);
                 return Some(format!(
                     "{:?} passes: {passes}, before and after: {}, after\n{now}of\n{writes:#?}",
                     flows[i], old[i]
@@ -137,4 +138,89 @@ fn a_crash_after_any_write() {
             assert_eq!(held.state.flags & ENFORCED != 0, is_enforced);
         }
     }
+}
+
+fn object<T: serde::de::DeserializeOwned>(value: serde_json::Value) -> T {
+    serde_json::from_value(value).unwrap()
+}
+
+fn pod(namespace: &str, name: &str, node: &str, ip: &str) -> k8s_openapi::api::core::v1::Pod {
+    object(json!({
+        "metadata": {"name": name, "namespace": namespace}, "spec": {"nodeName": node, "containers": []},
+        "status": {"phase": "Running", "podIPs": [{"ip": ip}]},
+    }))
+}
+
+/// Egress of one pod opens while ingress of the other, whose set stays, closes by the labels of a namespace.
+#[test]
+fn two_halves_of_two_states_do_not_make_a_way() {
+    let world = |team: &str, to: serde_json::Value| World {
+        namespaces: vec![
+            object(json!({"metadata": {"name": "a", "labels": {"team": team}}})),
+            object(json!({"metadata": {"name": "b"}})),
+        ],
+        pods: vec![
+            pod("a", "p", NODE, "10.0.0.1"),
+            pod("a", "elsewhere", "n2", "10.0.1.1"),
+            pod("b", "q", NODE, "10.0.0.2"),
+        ],
+        policies: vec![
+            object(json!({"metadata": {"name": "egress", "namespace": "a"}, "spec": {
+                "podSelector": {}, "policyTypes": ["Egress"], "egress": to,
+            }})),
+            object(json!({"metadata": {"name": "ingress", "namespace": "b"}, "spec": {"podSelector": {}, "ingress": [
+                {"from": [{"namespaceSelector": {"matchLabels": {"team": "x"}}}]},
+            ]}})),
+        ],
+        interfaces: [("10.0.0.1".parse().unwrap(), 11), ("10.0.0.2".parse().unwrap(), 12)].into(),
+    };
+    let (closed, open) = (world("x", json!([])), world("y", json!([{}])));
+    for (from, to) in [(&closed, &open), (&open, &closed)] {
+        assert_eq!(wrong(from, to, &from.flows(to), PLENTY), None);
+    }
+}
+
+/// What holds goes on, a pod that would get a set without room is closed or keeps its own, and the policy is named.
+#[test]
+fn a_set_without_room_fails_closed() {
+    let world = |ports: u16| {
+        let ports: Vec<_> = (0..ports).map(|port| json!({"port": 2 * port + 1})).collect();
+        World {
+            namespaces: vec![object(json!({"metadata": {"name": "a"}})), object(json!({"metadata": {"name": "b"}}))],
+            pods: vec![pod("a", "p", NODE, "10.0.0.1"), pod("b", "q", NODE, "10.0.0.2")],
+            policies: vec![
+                object(
+                    json!({"metadata": {"name": "few", "namespace": "b"}, "spec": {"podSelector": {}, "ingress": [{}]}}),
+                ),
+                object(json!({"metadata": {"name": "many", "namespace": "a"},
+                              "spec": {"podSelector": {}, "ingress": [{"ports": ports}]}})),
+            ],
+            interfaces: [("10.0.0.1".parse().unwrap(), 11), ("10.0.0.2".parse().unwrap(), 12)].into(),
+        }
+    };
+    let room = PolicyCapacities { pods: 10, cidrs: 10, rules: 10 };
+    let flow = |server: &str, port| Flow {
+        client: "192.0.2.1".parse().unwrap(),
+        server: server.parse().unwrap(),
+        proto: 6,
+        port,
+    };
+    let (mut planner, mut memory) = applied(world(3).desired(), room);
+    assert_eq!(planner.problems(), []);
+    memory.apply(&planner.plan(world(30).desired())).unwrap();
+    let problems: Vec<String> = planner.problems().iter().map(ToString::to_string).collect();
+    assert!(
+        matches!(&problems[..], [it] if it.starts_with("NetworkPolicy a/many: ") && it.contains("raise policy-rule-entries"))
+    );
+    let judge = |memory: &MemoryPolicyMaps, server, port| {
+        passes(&maps(memory.held()), &world(1).interfaces, &flow(server, port))
+    };
+    assert!(judge(&memory, "10.0.0.1", 5) && !judge(&memory, "10.0.0.1", 7), "it keeps what it was allowed");
+    assert!(judge(&memory, "10.0.0.2", 80));
+    memory.apply(&planner.plan(world(4).desired())).unwrap();
+    assert!(judge(&memory, "10.0.0.1", 7) && planner.problems().is_empty());
+
+    let (_, memory) = applied(world(30).desired(), room);
+    assert!(!judge(&memory, "10.0.0.1", 5), "closed: it was allowed nothing before");
+    assert!(judge(&memory, "10.0.0.2", 80));
 }

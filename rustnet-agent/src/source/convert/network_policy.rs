@@ -139,7 +139,6 @@ impl Converter {
     }
 
     /// A requirement; the error has the field, what is wrong with it, and a remedy.
-    #[expect(clippy::type_complexity, reason = "two callers' worth of texts")]
     fn requirement(
         &mut self,
         given: &LabelSelectorRequirement,

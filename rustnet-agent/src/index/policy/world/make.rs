@@ -64,9 +64,8 @@ impl Random {
 
     /// A world.
     pub fn world(&mut self) -> World {
-        let mut world = World::default();
-        world.namespaces =
-            NAMESPACES.iter().map(|name| serde_json::from_value(self.namespace(name)).unwrap()).collect();
+        let namespaces = NAMESPACES.iter().map(|name| serde_json::from_value(self.namespace(name)).unwrap());
+        let mut world = World { namespaces: namespaces.collect(), ..World::default() };
         for number in 0..=self.below(6) {
             let pod = self.pod(number);
             world.pods.push(serde_json::from_value(pod).unwrap());
