@@ -41,7 +41,7 @@ pub type Objects = (Vec<Arc<Namespace>>, Vec<Arc<Pod>>, Vec<Arc<NetworkPolicy>>)
 pub struct Flow {
     /// Who opens it.
     pub client: IpAddr,
-    /// To whom.
+    /// Who gets it.
     pub server: IpAddr,
     /// IP protocol number.
     pub proto: u8,
