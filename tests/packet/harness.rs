@@ -11,8 +11,8 @@ mod shot;
 pub use addresses::*;
 pub use bridge::labs_of_bridge;
 pub use connections::{Flow, Half, source_of_mac};
-pub use policies::To;
 use connections::{Plain, change, flow, half, tuple};
+pub use policies::To;
 pub use shot::{REDIRECT, SHOT, STACK, Shot};
 
 use crate::frame::Frame;

@@ -3,7 +3,8 @@
 use crate::decap::outer;
 use crate::external::NODE_PORT;
 use crate::flows::{
-    ALL, PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, as_from_a, at_backend, from_a, from_b, from_host, from_outside, later,
+    ALL, PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, as_from_a, at_backend, from_a, from_b, from_host,
+    from_outside, later,
 };
 use crate::frame::Frame;
 use crate::harness::{Flow, Lab, MAC_A, MAC_HOST, Net, POD_A, POD_B, SIDE, STACK, To, each, labs};
@@ -118,7 +119,7 @@ fn a_set_without_rules_lets_nothing_in() -> Result<()> {
     })
 }
 
-/// What the rule is for passes, from whom it is for, and nothing else.
+/// What the rule is for passes, from its class, and nothing else.
 #[test]
 fn a_rule_lets_in_what_it_is_for() -> Result<()> {
     labs(|lab, net| {
@@ -208,10 +209,9 @@ fn both_directions_are_judged_on_one_node() -> Result<()> {
                 lab.put_rule(INTO_B, CLASS_A, To::Anything, ALLOW)?;
             }
             let shot = lab.pod_sends(&a_asks_b(net, Proto::Tcp))?;
-            match out && into {
-                true => shot.to_the_pod(&a_asks_b(net, Proto::Tcp).hop())?,
-                false => shot.dropped(PolicyDenied).with_context(|| format!("out {out}, into {into}"))?,
-            }
+            let arrives = a_asks_b(net, Proto::Tcp).hop();
+            let as_wanted = if out && into { shot.to_the_pod(&arrives) } else { shot.dropped(PolicyDenied) };
+            as_wanted.with_context(|| format!("out {out}, into {into}"))?;
         }
         Ok(())
     })
@@ -309,11 +309,9 @@ fn the_order_of_rules() -> Result<()> {
                 }
             }
             let shot = lab.pod_sends(&a_asks_b(net, Proto::Udp))?;
-            match is_open {
-                true => shot.to_the_pod(&a_asks_b(net, Proto::Udp).hop()),
-                false => shot.dropped(PolicyDenied),
-            }
-            .with_context(|| format!("{any:?} and {own:?}"))?;
+            let arrives = a_asks_b(net, Proto::Udp).hop();
+            let as_wanted = if is_open { shot.to_the_pod(&arrives) } else { shot.dropped(PolicyDenied) };
+            as_wanted.with_context(|| format!("{any:?} and {own:?}"))?;
         }
         Ok(())
     })
@@ -501,10 +499,7 @@ fn out_of_the_tunnel() -> Result<()> {
             ensure!(before.verdict == STACK && before.counted.is_empty(), "{before:?}");
             ensure!(lab.halves()? == 0, "a refused flow is tracked");
             lab.overlay_in(net.node2(), &ask)?.dropped(PolicyDenied)?;
-            lab.put_policy_pod(
-                net.far(),
-                PolicyPod { class: CLASS_FAR, ingress: OPEN, egress: OPEN, ifindex: 0 },
-            )?;
+            lab.put_policy_pod(net.far(), PolicyPod { class: CLASS_FAR, ingress: OPEN, egress: OPEN, ifindex: 0 })?;
             lab.put_rule(INTO_B, CLASS_FAR, To::Anything, ALLOW)?;
             lab.overlay_in(net.node2(), &ask)?.to_the_pod(&ask.hop())?;
             lab.drop_rule(INTO_B, CLASS_FAR, To::Anything)?;
@@ -552,8 +547,7 @@ fn a_forged_source_has_no_class() -> Result<()> {
         each(&ALL, |proto| {
             let forged = frame_from(proto, net.far(), net.b()).map(|f| (f.smac, f.dmac) = (MAC_A, MAC_HOST));
             lab.pod_sends(&forged)?.dropped(Spoofed)?;
-            lab.uplink_in(&frame_from(proto, net.far(), net.b()))?
-                .dropped(Spoofed)
+            lab.uplink_in(&frame_from(proto, net.far(), net.b()))?.dropped(Spoofed)
         })
     })
 }

@@ -13,8 +13,8 @@ use rustnet_common::hash;
 use rustnet_common::tuple::{Tuple, proto};
 
 use super::migrate::{self, Old};
-use super::{policy, route};
 use super::table::{self, NOTHING_SENT, Place, Placed};
+use super::{policy, route};
 use crate::ctx::{Ctx, Skb, jiffies, random};
 use crate::event::Report;
 use crate::family::{Family, V4, V6};

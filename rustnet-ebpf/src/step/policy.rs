@@ -74,7 +74,7 @@ const NOT_DECIDED: u32 = 2;
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rn_policy_judge(client_high: u64, client_low: u64, server_high: u64, server_low: u64, to: u32) -> u32 {
-    if !maps::rn_policy.get(0).is_some_and(|policies| policies.flags & policy::flags::ENFORCED != 0) {
+    if maps::rn_policy.get(0).is_none_or(|policies| policies.flags & policy::flags::ENFORCED == 0) {
         return ALLOWED;
     }
     let client = Side::unpack(rn_policy_side(client_high, client_low, 0));
@@ -147,7 +147,7 @@ extern "C" fn rn_policy_allows(set: u32, class: u32, to: u32) -> u32 {
 }
 
 /// [`PolicyRule::order`] where there is no rule: behind all rules.
-const NO_RULE: u32 = u32::MAX & !ALLOW;
+const NO_RULE: u32 = !ALLOW;
 
 #[inline(always)]
 fn order(rule: Option<&'static PolicyRule>) -> u32 {
