@@ -304,7 +304,7 @@ fn policies() {
     assert_eq!((policy::ALLOW, policy::OPEN, policy::ANY_CLASS), (1, 0, 0));
     assert_eq!(
         offsets!(CtEntry<Ip6>: flags, pad, seen, generation),
-        [("flags", 36), ("pad", 38), ("seen", 40), ("generation", 60)]
+        [("flags", 40), ("pad", 42), ("seen", 44), ("generation", 60)]
     );
 }
 
