@@ -651,9 +651,18 @@ impl Reconciler {
             return starting("the routes to the other nodes are not made");
         }
         // Pods must not come before; where the source may not know policies, none will be applied.
-        let is_refused = self.config.network_policy && self.index.is_refused_policies();
-        if !self.policies.is_applied && !is_refused {
-            return starting("network policies are not applied");
+        if !self.policies.is_applied {
+            let is_refused = self.config.network_policy && self.index.is_refused_policies();
+            if is_refused && self.has_enforced_policies() {
+                // New pods would stay closed.
+                return starting(
+                    "network policies are enforced, and the API server refuses what they follow from: apply deploy/rbac.yaml, or set \
+                     --network-policy off",
+                );
+            }
+            if !is_refused {
+                return starting("network policies are not applied");
+            }
         }
         if self.maps.is_due() { starting("changes wait to be applied") } else { None }
     }

@@ -469,6 +469,42 @@ fn what_the_nodes_stack_forwards_in_its_name() -> Result<()> {
     })
 }
 
+/// Nor do the entry of a flow of the node, and the overlay's port, let others in.
+#[test]
+fn what_the_nodes_stack_forwards_on_ports_of_the_node() -> Result<()> {
+    labs(|lab, net| {
+        each(&SERVED, |proto| {
+            lab.forget()?;
+            policed(lab, net, OPEN, INTO_B)?;
+            let of_node = from_host(net, proto, (net.b(), TARGET));
+            let bytes = of_node.bytes();
+            let forwarded = Input { frame: &bytes, ifindex: POD_B, came_by: SIDE, ..Input::default() };
+            lab.to_pod(POD_B, &of_node)?.to_stack(&of_node)?;
+            lab.raw(hook::TO_POD, &forwarded)?.dropped(PolicyDenied)?;
+            lab.to_pod(POD_B, &later(&of_node))?.to_stack(&later(&of_node))?;
+            let by_overlay = from_port(&of_node, 8472).bytes();
+            lab.raw(hook::TO_POD, &Input { frame: &by_overlay, ..forwarded })?.dropped(PolicyDenied)
+        })
+    })
+}
+
+/// A datagram to a backend that has ended goes to another one, whatever policies say of the first.
+#[test]
+fn a_flow_that_moves_is_judged_by_where_it_goes() -> Result<()> {
+    labs(|lab, net| {
+        let proto = Proto::Udp;
+        lab.forget_policies()?;
+        let first = lab.serve(net.vip(4), VIP_PORT, proto.number(net), 0, &[(net.far(), TARGET)])?[0];
+        let ask = from_a(net, proto, (net.vip(4), VIP_PORT));
+        ensure!(lab.pod_sends(&ask)?.counted.keys().all(|(reason, _)| *reason == 0), "the first backend gets it");
+        lab.serve(net.vip(4), VIP_PORT, proto.number(net), 0, &[(net.b(), TARGET)])?;
+        lab.end(first)?;
+        policed(lab, net, OUT_OF_A, OPEN)?;
+        lab.put_rule(OUT_OF_A, CLASS_B, To::Anything, ALLOW)?;
+        lab.pod_sends(&later(&ask))?.to_the_pod(&at_backend(net, &later(&ask), net.b()))
+    })
+}
+
 /// Nor does any policy forbid a pod to reach itself through a Service.
 #[test]
 fn a_pod_reaches_itself() -> Result<()> {

@@ -127,6 +127,11 @@ impl Programs {
         }
     }
 
+    /// True if the maps of policies are those of an agent before the one that has ended.
+    pub fn has_stale_policies(&self) -> bool {
+        self.plan.has_stale_policies
+    }
+
     /// Where the maps of these programs are pinned: in a directory of their own until
     /// [`Programs::pin`].
     pub fn maps_dir<'a>(&'a self, bpffs: &'a Path) -> &'a Path {

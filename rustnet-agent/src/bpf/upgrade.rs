@@ -25,7 +25,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use aya_obj::Object;
-use rustnet_common::names::PROGS_DIR;
+use rustnet_common::names::{PROGS_DIR, map};
 use rustnet_common::v1;
 
 use super::layout::{self, Pin};
@@ -91,6 +91,8 @@ pub struct Plan {
     pub keep: BTreeSet<String>,
     /// Something is to be removed once all hooks are swapped.
     pub leftovers: bool,
+    /// The programs that run do not read the maps of policies, so that nobody has brought these up to date.
+    pub has_stale_policies: bool,
 }
 
 impl Plan {
@@ -158,6 +160,8 @@ impl Found {
             pinned.retain(|name, _| !is_own(name));
             old.clear();
         }
+        // A release that knows no policies has run since: what these maps say may be of pods that have gone.
+        plan.has_stale_policies = is_live && pinned.get(map::POLICY).is_some_and(|pin| !self.used.contains(&pin.id));
         self.refuse(bpffs, &pinned, &retired)?;
         plan.leftovers = !retired.is_empty() || !old.is_empty();
         let resumes = is_live && (was_bridge || !old.is_empty());
@@ -376,6 +380,21 @@ mod tests {
         let plan = plan(&steady());
         assert_eq!((sources(&plan), plan.bridge), ([Source::Adopted; 2], Bridge::None));
         assert!(!plan.leftovers);
+    }
+
+    /// A release without policies leaves their maps pinned.
+    #[test]
+    fn maps_of_policies_that_no_program_uses_are_stale() {
+        let mut found = steady();
+        found.wanted.insert(name("rn_policy"), ENDPOINTS);
+        assert!(!plan(&found).has_stale_policies, "there are none");
+        found.pinned.insert(name("rn_policy"), Pin { id: 3, layout: ENDPOINTS });
+        assert!(plan(&found).has_stale_policies);
+        found.used.insert(3);
+        assert!(!plan(&found).has_stale_policies);
+        // Of programs that are on no hook, nothing is known.
+        found.used.clear();
+        assert!(!plan(&found).has_stale_policies);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 pub struct Pod {
     /// Its name.
     pub name: ObjectName,
-    /// Its UID, which tells it from an earlier pod of the same name.
+    /// Its UID as the runtime has it, which tells it from an earlier pod of the same name; empty: not known.
     pub uid: Arc<str>,
     /// The node it runs on; empty before it has one.
     pub node: Arc<str>,

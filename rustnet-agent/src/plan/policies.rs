@@ -107,16 +107,24 @@ pub struct PolicyPlanner {
     held: PolicySnapshot,
     capacities: PolicyCapacities,
     problems: Vec<Problem>,
+    /// Known flows have been judged by what the maps hold, or will be.
+    is_judged: bool,
 }
 
 impl PolicyPlanner {
-    /// Begins with what the maps hold.
+    /// Begins with what an agent that has ended, or a write that has failed, left in the maps. Which writes came before is not known, so
+    /// that known flows are judged again.
     pub fn adopt(held: PolicySnapshot, capacities: PolicyCapacities) -> Self {
+        Self { is_judged: false, ..Self::read_back(held, capacities) }
+    }
+
+    /// Begins with what the maps hold after all writes.
+    pub fn read_back(held: PolicySnapshot, capacities: PolicyCapacities) -> Self {
         // Before Linux 6.13 a full trie does not even take another value for a prefix that it has.
         let usable = |capacity: u32| capacity.saturating_sub(1);
         let PolicyCapacities { pods, cidrs, rules } = capacities;
         let capacities = PolicyCapacities { pods, cidrs: usable(cidrs), rules: usable(rules) };
-        Self { held, capacities, problems: Vec::new() }
+        Self { held, capacities, problems: Vec::new(), is_judged: true }
     }
 
     /// What the maps hold.
@@ -134,16 +142,18 @@ impl PolicyPlanner {
         let fit = fit::fit(desired, &self.held, &self.capacities);
         self.problems = fit.problems;
         let wanted = PolicySnapshot { state: Policies::default(), ..fit.wanted };
+        let judges_again = !std::mem::replace(&mut self.is_judged, true);
         let was_enforced = self.held.state.flags & flags::ENFORCED != 0;
         let draft = match (was_enforced, fit.is_enforced) {
             (false, is_enforced) => self.begin(&wanted, is_enforced),
             (true, false) => self.end(&wanted),
             (true, true) => {
                 let tries = [Care::Exact, Care::CloseChanged, Care::CloseAll].into_iter();
-                let mut drafts = tries.map(|care| course::pass_over(self.held.clone(), &wanted, care));
+                let mut drafts = tries.map(|care| course::pass_over(self.held.clone(), &wanted, care, judges_again));
                 let fits = |draft: &Draft| draft.fits(&self.capacities);
                 // The last one needs no more room than either state.
-                drafts.find(fits).unwrap_or_else(|| course::pass_over(self.held.clone(), &wanted, Care::CloseAll))
+                let last = || course::pass_over(self.held.clone(), &wanted, Care::CloseAll, judges_again);
+                drafts.find(fits).unwrap_or_else(last)
             }
         };
         let (held, writes) = draft.done();

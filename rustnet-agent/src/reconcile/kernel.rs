@@ -93,6 +93,11 @@ impl Kernel {
         let mut programs = load(&config.bpffs, &config.maps, &config.bpf_log, has_sockets, has_xdp)?.run()?;
         let printer = print_log(&mut programs);
         let maps = programs.maps_dir(&config.bpffs);
+        let policies = PolicyStore::open(maps)?;
+        if programs.has_stale_policies() {
+            // Before these programs are on a hook: they would close each pod that has come since.
+            policies.switch_off()?;
+        }
         Ok(Self {
             bpffs: config.bpffs.clone(),
             run_dir: config.run_dir.clone(),
@@ -103,7 +108,7 @@ impl Kernel {
             has_upgraded: false,
             printer,
             maps: BpfMaps::open(maps)?,
-            policies: PolicyStore::open(maps)?,
+            policies,
             config: NodeConfigStore::open(maps)?,
             endpoints: Endpoints::open(maps)?,
             host_ports: HostPorts::open(maps)?,

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::EndpointFile;
 use rustnet_common::names::map;
+use rustnet_common::policy::flags;
 use tokio::time::Instant;
 
 use super::job::Job;
@@ -28,6 +29,10 @@ use crate::source::{Event, Kind, Object};
 /// Share of the time that working out policies may take, as 1 in so many: in a large cluster some pod always comes or goes. Pods of this
 /// node do not wait.
 const SHARE: u32 = 10;
+/// How long a change of policies or namespaces waits at most.
+const MOST: Duration = Duration::from_secs(1);
+/// How long a pod of another node waits at most.
+const MOST_FOR_PODS: Duration = Duration::from_secs(5);
 /// Differences between the maps and what was written that are logged one by one.
 const LOGGED: usize = 10;
 
@@ -70,7 +75,8 @@ impl Policies {
             return kind == Kind::Pod;
         }
         let is_here = matches!(event, Event::Apply(Object::Pod(pod)) if *pod.node == *config.node_name);
-        self.want(if is_here { Duration::ZERO } else { self.took * SHARE });
+        let most = if kind == Kind::Pod { MOST_FOR_PODS } else { MOST };
+        self.want(if is_here { Duration::ZERO } else { (self.took * SHARE).min(most) });
         true
     }
 
@@ -100,16 +106,22 @@ impl Policies {
         is_due
     }
 
-    /// Brings the maps to what the index wants. Returns how many writes that took.
-    fn apply(&mut self, is_on: bool, index: &mut Index, maps: &mut PolicyStore, metrics: &Metrics) -> Result<usize> {
+    /// Brings the maps to what the index wants. Returns how many writes that took; `None`: nothing was to be compared.
+    fn apply(
+        &mut self,
+        is_on: bool,
+        index: &mut Index,
+        maps: &mut PolicyStore,
+        metrics: &Metrics,
+    ) -> Result<Option<usize>> {
         let is_audit = self.is_audit_due();
         let is_dirty = index.take_policies_dirty();
         if !is_dirty && self.planner.is_some() && !is_audit {
-            return Ok(0);
+            return Ok(None);
         }
         let is_repair = is_audit && !is_dirty && self.planner.is_some();
-        let known = self.planner.take().filter(|_| !is_audit);
-        let mut planner = match known {
+        let mut planner = match self.planner.take() {
+            Some(_) if is_audit => PolicyPlanner::read_back(maps.snapshot()?, maps.capacities()),
             Some(planner) => planner,
             None => PolicyPlanner::adopt(maps.snapshot()?, maps.capacities()),
         };
@@ -120,7 +132,7 @@ impl Policies {
         }
         maps.apply(&writes).context("writing network policies")?;
         self.planner = Some(planner);
-        Ok(writes.len())
+        Ok(Some(writes.len()))
     }
 }
 
@@ -153,11 +165,22 @@ impl Reconciler {
     /// True if network policies may be applied, or removed where they are switched off.
     pub(super) fn can_apply_policies(&self) -> bool {
         let is_known = !self.config.network_policy || self.index.is_open(Gate::Policies);
-        self.datapath.is_some() && is_known && !self.is_held_up()
+        // Before the pins, there would be two maps of each name.
+        let is_pinned = self.datapath.as_ref().is_some_and(|it| it.kernel.is_pinned());
+        is_pinned && is_known && !self.is_held_up()
+    }
+
+    /// True if the maps have policies enforced, whoever wrote them.
+    pub(super) fn has_enforced_policies(&self) -> bool {
+        let state = self.datapath.as_ref().and_then(|it| it.kernel.policies.state().ok());
+        state.is_some_and(|state| state.flags & flags::ENFORCED != 0)
     }
 
     /// Brings the maps of network policies to what the index wants.
     pub(super) fn apply_policies(&mut self) {
+        if self.records.is_none() {
+            self.records_changed();
+        }
         let Some(Datapath { kernel, .. }) = &mut self.datapath else { return };
         let began = Instant::now();
         let records = self.records.as_deref().unwrap_or_default();
@@ -174,8 +197,10 @@ impl Reconciler {
             Ok(writes) => {
                 self.policies.is_applied = true;
                 self.policies.job.finish(Vec::new(), None);
-                if writes > 0 {
+                if writes.is_some() {
                     self.policies.took = began.elapsed();
+                }
+                if let Some(writes) = writes.filter(|writes| *writes > 0) {
                     self.report.want(PROBLEMS_PERIOD);
                     self.health.metrics.map_writes(writes as u64);
                     tracing::debug!(writes, took = ?began.elapsed(), "network policies applied");
@@ -187,8 +212,7 @@ impl Reconciler {
 }
 
 /// The interface of each address of this node's pods: of two, the one with the higher index came later. The CNI binary writes the record
-/// before the entry, and in it the pod's name: the API server has no address of the pod yet. Its UID does not count, for that of a static
-/// pod is another one in the API.
+/// before the entry, and in it the pod's name and UID: the API server has no address of the pod yet.
 fn interfaces(endpoints: &[(IpAddr, Endpoint)], records: &[EndpointFile]) -> BTreeMap<IpAddr, LocalInterface> {
     let unnamed = |ifindex| LocalInterface { ifindex, ..LocalInterface::default() };
     let mut interfaces: BTreeMap<_, _> =
@@ -198,7 +222,8 @@ fn interfaces(endpoints: &[(IpAddr, Endpoint)], records: &[EndpointFile]) -> BTr
         let pod = (!record.pod_name.is_empty()).then(name);
         for ip in &record.addresses {
             if interfaces.get(ip).is_none_or(|known| known.ifindex <= record.ifindex) {
-                interfaces.insert(*ip, LocalInterface { pod: pod.clone(), ..unnamed(record.ifindex) });
+                let uid = record.pod_uid.as_str().into();
+                interfaces.insert(*ip, LocalInterface { ifindex: record.ifindex, pod: pod.clone(), uid });
             }
         }
     }
@@ -241,7 +266,7 @@ mod tests {
         let record = |name: &str, ifindex: u32, n: u8| -> EndpointFile {
             serde_json::from_value(serde_json::json!({
                 "containerId": "c", "ifname": "eth0", "netns": "", "network": "n", "hostIfname": "rnv1", "ifindex": ifindex,
-                "mac": "", "addresses": [ip(n)], "podNamespace": "shop", "podName": name,
+                "mac": "", "addresses": [ip(n)], "podNamespace": "shop", "podName": name, "podUid": format!("u{n}"),
             }))
             .unwrap()
         };
@@ -252,7 +277,8 @@ mod tests {
         let want = [(1, 1, Some("a")), (2, 2, None), (3, 9, Some("new")), (4, 4, None), (5, 10, Some("soon"))];
         let want = want.map(|(n, ifindex, name)| {
             let pod = name.map(|name| ObjectName::namespaced("shop", name));
-            (ip(n), LocalInterface { ifindex, pod, uid: Box::default() })
+            let uid = if [1, 2, 3, 5].contains(&n) { format!("u{n}") } else { String::new() };
+            (ip(n), LocalInterface { ifindex, pod, uid: uid.into() })
         });
         assert_eq!(found, want);
     }

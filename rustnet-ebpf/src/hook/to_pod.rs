@@ -17,7 +17,7 @@ use crate::parse;
 use crate::rewrite;
 use crate::step::exec::TO_STACK;
 use crate::step::icmp::Reporter;
-use crate::step::{admit, conntrack, icmp, route, source};
+use crate::step::{admit, conntrack, icmp, policy, route, source};
 
 /// True for a source that the device which a forwarded packet came in by cannot bring: devices
 /// without programs of ours bring any. What netfilter redirects comes from its pod, or out of the
@@ -56,16 +56,17 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         if flow.class == Class::New {
             // Answers to the overlay's port are not for the stack: nobody gets tunnel packets through a pod.
             let is_from_overlay_port = p.tuple.proto == proto::UDP && p.tuple.sport == config.overlay_port;
-            let is_of_host = route::is_host::<F>(p.tuple.src);
-            if is_of_host {
+            // What has this node's address by netfilter is not the node's, and its answers go back through netfilter.
+            if !is_forwarded && route::is_host::<F>(p.tuple.src) {
                 flow.flags |= flags::FROM_HOST;
-            }
-            // What has this node's address by netfilter is not of the node, and its answers go back through netfilter.
-            if (!is_of_host || is_forwarded) && !is_from_overlay_port {
+            } else if !is_from_overlay_port {
                 flow.flags |= flags::VIA_STACK;
             }
             // A collision may cost the flow its source port.
             admit::admit::<F>(skb, p, flow, config, source::HOST, skb.len(), hook::TO_POD)?;
+        } else if is_forwarded && flow.class == Class::Original && flow.flags & flags::FROM_HOST != 0 {
+            // Netfilter forgets the node's flows before their entries end, and then gives their ports to others.
+            policy::verify(p.tuple.src, p.tuple.dst, p.tuple.dport, p.tuple.proto, 0)?;
         }
         flow
     };

@@ -94,8 +94,12 @@ fn classify<F: Track>(
         return Err(DropReason::NoFib);
     }
     // SAFETY: see above.
-    if unsafe { (*entry).generation } != policy::generation() {
-        F::judge_again().into_unit()?;
+    if unsafe { (*entry).generation } != policy::generation()
+        && let Err(reason) = F::judge_again().into_unit()
+    {
+        // What opens another flow, because the backend of this one serves no more, is judged as one.
+        let may_reopen = p.tuple.proto == proto::UDP || p.tcp_flags & (bits::SYN | bits::ACK) == bits::SYN;
+        return if may_reopen && !is_reply && F::reopen(false) { Ok(()) } else { Err(reason) };
     }
     // Not a variable: the verifier would follow either value of it to the end. A time ahead, which another CPU read a moment later,
     // counts as long ago: one refresh too many.

@@ -12,12 +12,8 @@ use crate::family::Family;
 use crate::maps;
 use crate::packet::{Flow, Packet};
 
-/// True for flows that no policy judges: those of the node itself to its pods, and of a pod to itself. What this node's stack has given
-/// its address is not the node's.
-#[inline(always)]
-fn is_exempt(flow_flags: u16) -> bool {
-    flow_flags & flags::HAIRPIN != 0 || flow_flags & (flags::FROM_HOST | flags::VIA_STACK) == flags::FROM_HOST
-}
+/// Flows that no policy judges: those of the node itself to its pods, and of a pod to itself.
+const EXEMPT: u16 = flags::FROM_HOST | flags::HAIRPIN;
 
 /// The set of a pod that no policy has been applied to yet.
 const UNDECIDED: u32 = u32::MAX;
@@ -40,7 +36,7 @@ pub fn judge<F: Family>(p: &Packet<F::A>, flow: &Flow<F::A>) -> Result<u32, Drop
 /// Refuses a flow that policies do not allow. `server` is what the client asks for, after its translation.
 #[inline(always)]
 pub fn verify<A: Address>(client: A, server: A, port: u16, proto: u8, flow_flags: u16) -> Result<(), DropReason> {
-    if is_exempt(flow_flags) {
+    if flow_flags & EXEMPT != 0 {
         return Ok(());
     }
     let ((high, low), (high2, low2)) = (client.to_addr().halves(), server.to_addr().halves());

@@ -49,6 +49,15 @@ impl PolicyStore {
         Ok(self.state.get(&ONLY)?.unwrap_or_default())
     }
 
+    /// Has the programs enforce nothing. Known flows are judged again afterwards, by the generation.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn switch_off(&self) -> Result<()> {
+        let generation = self.state()?.generation.checked_add(1).unwrap_or(1);
+        self.state.put(&ONLY, &Policies { generation, flags: 0 })
+    }
+
     /// Applies writes of one kind.
     fn apply_run(&self, run: &[PolicyWrite]) -> Result<()> {
         match &run[0] {

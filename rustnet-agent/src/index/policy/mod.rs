@@ -268,7 +268,8 @@ impl Policies {
     fn local_pods(&self) -> BTreeMap<IpAddr, (GroupId, u32)> {
         let group = |ip: &IpAddr, interface: &LocalInterface| {
             let Some(name) = &interface.pod else { return self.only_claim(ip) };
-            let is_it = |pod: &&Member| pod.claim.is_local && (interface.uid.is_empty() || *pod.uid == *interface.uid);
+            let has_uid = |pod: &Member| [&*pod.uid, &interface.uid].contains(&"") || *pod.uid == *interface.uid;
+            let is_it = |pod: &&Member| pod.claim.is_local && has_uid(pod);
             self.pods.get(name).filter(is_it).map(|pod| pod.claim.group)
         };
         let known = self.interfaces.iter().filter_map(|(ip, it)| Some((*ip, (group(ip, it)?, it.ifindex))));

@@ -28,8 +28,9 @@ pub enum Care {
 /// An old value and a new one.
 type Pair = (u32, u32);
 
-/// The writes from what the maps hold to what they should hold. Both are enforced.
-pub fn pass_over(held: PolicySnapshot, wanted: &PolicySnapshot, care: Care) -> Draft {
+/// The writes from what the maps hold to what they should hold. Both are enforced. `judges_again`: known flows are judged again, even if
+/// nothing differs.
+pub fn pass_over(held: PolicySnapshot, wanted: &PolicySnapshot, care: Care, judges_again: bool) -> Draft {
     let mut draft = Draft::new(held);
     let is_closed = |ip: &IpAddr, old: &PolicyPod| match care {
         Care::Exact => is_gone(wanted, ip, old),
@@ -52,7 +53,7 @@ pub fn pass_over(held: PolicySnapshot, wanted: &PolicySnapshot, care: Care) -> D
     }
     let old = draft.now().clone();
     let changes = Changes::new(&old, wanted);
-    let needs_new_verdicts = has_closed || changes.is_any();
+    let needs_new_verdicts = judges_again || has_closed || changes.is_any();
     let passage = changes.need_passage().then(|| Passage::new(&changes, &old, wanted));
     if let Some(passage) = &passage {
         passage.narrow(&mut draft);

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 /// Annotation of a Pod: `true` has its sockets ask for Services by themselves, `false` leaves that to its packets.
 pub const SOCKET_LB: &str = "rustnet.io/socket-lb";
+/// Annotation by which the kubelet says of what static pod an object is the mirror: the UID by which the runtime knows that one.
+pub const MIRROR: &str = "kubernetes.io/config.mirror";
 
 impl Converter {
     /// What an added or changed Namespace means.
@@ -31,7 +33,14 @@ impl Converter {
         let given = status.filter(|it| !finished(it)).and_then(|it| it.pod_ips.as_deref()).unwrap_or_default();
         let pod = Pod {
             name: object.name,
-            uid: pod.metadata.uid.as_deref().unwrap_or("").into(),
+            uid: pod
+                .metadata
+                .annotations
+                .as_ref()
+                .and_then(|all| all.get(MIRROR))
+                .or(pod.metadata.uid.as_ref())
+                .map_or("", |it| it)
+                .into(),
             node: self.strings.intern(spec.and_then(|spec| spec.node_name.as_deref()).unwrap_or("")),
             addresses: given.iter().filter_map(|pod_ip| address(&pod_ip.ip)).collect(),
             host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),

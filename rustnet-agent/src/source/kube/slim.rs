@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use crate::source::convert::SOCKET_LB;
+use crate::source::convert::{MIRROR, SOCKET_LB};
 
 /// A Node with its name, labels, age, deletion, ranges, taints and addresses, and the condition NetworkUnavailable.
 #[derive(Clone, Debug)]
@@ -48,6 +48,8 @@ struct Meta {
 struct Annotations {
     #[serde(rename = "rustnet.io/socket-lb")]
     socket_lb: Option<String>,
+    #[serde(rename = "kubernetes.io/config.mirror")]
+    mirror: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -142,7 +144,10 @@ struct ServiceCidrSpecFields {
 
 impl From<Meta> for ObjectMeta {
     fn from(it: Meta) -> Self {
-        let annotations = it.annotations.and_then(|it| it.socket_lb);
+        let named = |it: Annotations| [(SOCKET_LB, it.socket_lb), (MIRROR, it.mirror)];
+        let annotations = it.annotations.into_iter().flat_map(named);
+        let annotations: BTreeMap<_, _> =
+            annotations.filter_map(|(name, text)| Some((name.to_owned(), text?))).collect();
         Self {
             name: it.name,
             namespace: it.namespace,
@@ -151,7 +156,7 @@ impl From<Meta> for ObjectMeta {
             creation_timestamp: it.creation_timestamp,
             deletion_timestamp: it.deletion_timestamp,
             labels: it.labels,
-            annotations: annotations.map(|text| [(SOCKET_LB.to_owned(), text)].into()),
+            annotations: Some(annotations).filter(|all| !all.is_empty()),
             ..Self::default()
         }
     }
@@ -316,6 +321,7 @@ mod tests {
         for (phase, annotations) in [
             ("Running", json!({"rustnet.io/socket-lb": "true", "kubernetes.io/config.seen": "x"})),
             ("Running", json!({"rustnet.io/socket-lb": "on"})),
+            ("Running", json!({"kubernetes.io/config.mirror": "m"})),
             ("Succeeded", json!(null)),
         ] {
             let pod = json!({
