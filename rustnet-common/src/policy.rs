@@ -18,6 +18,15 @@ pub struct Policies {
     pub flags: u32,
 }
 
+impl Policies {
+    /// The value after a change that has known flows judged again. Its generation is never 0, which flows have that no policy has judged.
+    #[must_use]
+    pub const fn changed(self, flags: u32) -> Self {
+        let generation = if self.generation == u32::MAX { 1 } else { self.generation + 1 };
+        Self { generation, flags }
+    }
+}
+
 /// Bits of [`Policies::flags`].
 pub mod flags {
     /// Policies exist: a pod of this node that `rn_policy_pods` does not have with its interface opens no flow, and gets none.

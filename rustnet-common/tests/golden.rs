@@ -290,6 +290,9 @@ fn policies() {
     assert_eq!(names, ["rn_policy", "rn_policy_pods", "rn_policy_cidrs", "rn_policy_rules"]);
     assert_eq!(offsets!(Policies: generation, flags), [("generation", 0), ("flags", 4)]);
     assert_eq!(policy::flags::ENFORCED, 1);
+    let after = |generation| Policies { generation, flags: 0 }.changed(1);
+    assert_eq!([0, 7, u32::MAX].map(|it| after(it).generation), [1, 8, 1]);
+    assert_eq!(after(7).flags, 1);
     assert_eq!(
         offsets!(PolicyPod: class, ingress, egress, ifindex),
         [("class", 0), ("ingress", 4), ("egress", 8), ("ifindex", 12)]

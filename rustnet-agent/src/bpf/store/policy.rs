@@ -54,8 +54,7 @@ impl PolicyStore {
     /// # Errors
     /// The kernel refuses.
     pub fn switch_off(&self) -> Result<()> {
-        let generation = self.state()?.generation.checked_add(1).unwrap_or(1);
-        self.state.put(&ONLY, &Policies { generation, flags: 0 })
+        self.state.put(&ONLY, &self.state()?.changed(0))
     }
 
     /// Applies writes of one kind.

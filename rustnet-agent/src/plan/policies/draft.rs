@@ -2,7 +2,7 @@
 
 use super::{PolicyCapacities, PolicySnapshot, PolicyWrite, PortPrefix, RuleKey};
 use ipnet::IpNet;
-use rustnet_common::policy::{Policies, PolicyPod, PolicyRule};
+use rustnet_common::policy::{PolicyPod, PolicyRule};
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -100,9 +100,7 @@ impl Draft {
 
     /// Replaces the flags, and raises the generation.
     pub fn put_state(&mut self, flags: u32) {
-        // Never 0, which flows have that no policy has judged.
-        let generation = self.now.state.generation.checked_add(1).unwrap_or(1);
-        self.now.state = Policies { generation, flags };
+        self.now.state = self.now.state.changed(flags);
         self.writes.push(PolicyWrite::PutState { state: self.now.state });
     }
 
