@@ -7,7 +7,7 @@
 //! are narrowed in the same way. Up to here each write only denies. Then all of them are widened to what the new state allows, and each
 //! write only allows. Last, all addresses pass to their new classes and sets, which by then mean the same.
 
-use super::draft::{Draft, Row, differing, row};
+use super::draft::{Draft, Row, differing, row, sets_in_use};
 use super::{PolicySnapshot, PortPrefix, RuleKey};
 use ipnet::IpNet;
 use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyPod, PolicyRule, flags};
@@ -86,12 +86,6 @@ fn is_gone(wanted: &PolicySnapshot, ip: &IpAddr, old: &PolicyPod) -> bool {
 /// True for the entries of one pod of this node, before and after.
 fn is_same(old: Option<&PolicyPod>, new: &PolicyPod) -> bool {
     old.is_some_and(|old| old.ifindex == new.ifindex)
-}
-
-/// The sets of pods of this node.
-fn sets_in_use(pods: &BTreeMap<IpAddr, PolicyPod>) -> BTreeSet<u32> {
-    let local = pods.values().filter(|pod| pod.ifindex != 0);
-    local.flat_map(|pod| [pod.ingress, pod.egress]).filter(|set| *set != OPEN).collect()
 }
 
 /// The class of an address that no entry of pods has.

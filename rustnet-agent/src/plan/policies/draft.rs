@@ -2,9 +2,9 @@
 
 use super::{PolicyCapacities, PolicySnapshot, PolicyWrite, PortPrefix, RuleKey};
 use ipnet::IpNet;
-use rustnet_common::policy::{PolicyPod, PolicyRule};
+use rustnet_common::policy::{OPEN, PolicyPod, PolicyRule};
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// A plan in the making. What the maps hold already is not written.
@@ -153,6 +153,12 @@ pub fn row(rules: &BTreeMap<RuleKey, PolicyRule>, set: u32, class: u32) -> Row {
     let from = RuleKey { set, class, ports: PortPrefix::ANY };
     let own = rules.range(from..).take_while(|(key, _)| (key.set, key.class) == (set, class));
     own.map(|(key, rule)| (key.ports, *rule)).collect()
+}
+
+/// The sets of pods of this node.
+pub fn sets_in_use(pods: &BTreeMap<IpAddr, PolicyPod>) -> BTreeSet<u32> {
+    let local = pods.values().filter(|pod| pod.ifindex != 0);
+    local.flat_map(|pod| [pod.ingress, pod.egress]).filter(|set| *set != OPEN).collect()
 }
 
 /// The entries that differ, with the value of either side. One walk over both maps.

@@ -1,5 +1,6 @@
 //! What of the desired maps has room. What has none fails closed, and what holds already goes on.
 
+use super::draft::sets_in_use;
 use super::{DesiredPolicies, PolicyCapacities, PolicySnapshot, RuleKey};
 use crate::model::Problem;
 use ipnet::IpNet;
@@ -78,11 +79,7 @@ fn fit_rules(
         counts
     };
     let (counts, counts_before) = (count(&rules), count(&held.rules));
-    let used = |pods: &BTreeMap<IpAddr, PolicyPod>| -> BTreeSet<u32> {
-        let local = pods.values().filter(|pod| pod.ifindex != 0);
-        local.flat_map(|pod| [pod.ingress, pod.egress]).filter(|set| *set != OPEN).collect()
-    };
-    let used_before = used(&held.pods);
+    let used_before = sets_in_use(&held.pods);
     let mut left = room;
     let mut failed = BTreeSet::new();
     let (known, new): (Vec<_>, Vec<_>) = counts.iter().partition(|(set, _)| used_before.contains(set));
@@ -95,7 +92,7 @@ fn fit_rules(
         }
     }
     rules.retain(|key, _| !failed.contains(&key.set));
-    let wanted = used(pods);
+    let wanted = sets_in_use(pods);
     let mut kept: BTreeMap<u32, bool> = BTreeMap::new();
     for (ip, pod) in pods.iter_mut().filter(|(_, pod)| pod.ifindex != 0) {
         let before = held.pods.get(ip).filter(|before| before.ifindex == pod.ifindex);
