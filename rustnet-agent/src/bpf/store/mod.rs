@@ -7,7 +7,6 @@ pub mod conntrack;
 pub mod counters;
 pub mod devices;
 pub mod endpoints;
-mod fault;
 pub mod fill;
 pub mod host_ports;
 pub mod maglev;
@@ -16,6 +15,7 @@ pub mod memory;
 pub mod node_config;
 mod plan;
 pub mod policy;
+mod runs;
 pub mod sockets;
 
 pub use map::Map;

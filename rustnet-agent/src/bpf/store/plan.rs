@@ -17,7 +17,7 @@ use rustnet_common::source_range::{self, SourceRangeKey};
 use super::backends::Backends;
 use super::maglev::Tables;
 use super::memory::Access;
-use super::{Map, fault};
+use super::{Map, runs};
 use crate::bpf::sys;
 use crate::plan::{Capacity, Maps, Snapshot, SourceRange, Table, VipKey, Write};
 
@@ -211,14 +211,7 @@ impl Maps for BpfMaps {
     /// nothing refers to a new slot or range before its entry is written, so that no program sees
     /// the difference, and a hundred thousand services cost a few dozen calls.
     fn apply(&mut self, writes: &[Write]) -> Result<()> {
-        if let Some(last) = fault::crash_after() {
-            return writes.chunks(1).try_for_each(|write| {
-                self.apply_run(write)?;
-                fault::written(last);
-                Ok(())
-            });
-        }
-        writes.chunk_by(|a, b| rank(a) == rank(b)).try_for_each(|run| self.apply_run(run))
+        runs::apply(writes, |a, b| rank(a) == rank(b), |run| self.apply_run(run))
     }
 
     fn backend_capacity(&self) -> u32 {

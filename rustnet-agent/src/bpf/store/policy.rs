@@ -11,7 +11,7 @@ use rustnet_common::addr::Addr;
 use rustnet_common::names::map;
 use rustnet_common::policy::{Policies, PolicyCidrKey, PolicyPod, PolicyRule, PolicyRuleKey};
 
-use super::{Map, fault};
+use super::{Map, runs};
 use crate::plan::policies::{PolicyCapacities, PolicyMaps, PolicySnapshot, PolicyWrite};
 
 /// The one key of `rn_policy`.
@@ -117,14 +117,7 @@ impl PolicyMaps for PolicyStore {
 
     /// Runs of writes of one kind go in one batch; the order of the runs is kept.
     fn apply(&mut self, writes: &[PolicyWrite]) -> Result<()> {
-        if let Some(last) = fault::crash_after() {
-            return writes.chunks(1).try_for_each(|write| {
-                self.apply_run(write)?;
-                fault::written(last);
-                Ok(())
-            });
-        }
-        writes.chunk_by(|a, b| discriminant(a) == discriminant(b)).try_for_each(|run| self.apply_run(run))
+        runs::apply(writes, |a, b| discriminant(a) == discriminant(b), |run| self.apply_run(run))
     }
 
     fn capacities(&self) -> PolicyCapacities {
