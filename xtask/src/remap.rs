@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use memchr::memmem;
 
 use crate::cmd::Cmd;
 use crate::paths;
@@ -54,12 +55,7 @@ fn resolved(path: &Path) -> PathBuf {
 }
 
 fn names(program: &[u8], dir: &Path) -> bool {
-    let wanted = format!("{}/", dir.display());
-    memmem(program, wanted.as_bytes())
-}
-
-fn memmem(text: &[u8], wanted: &[u8]) -> bool {
-    text.windows(wanted.len()).any(|part| part == wanted)
+    memmem::find(program, format!("{}/", dir.display()).as_bytes()).is_some()
 }
 
 fn cargo_home() -> Option<PathBuf> {
@@ -88,7 +84,7 @@ mod tests {
         let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let (first, second) = (build(a.path()), build(b.path()));
         assert!(first == second, "the two differ");
-        assert!(!names(&first, a.path()) && memmem(&first, b"/rustnet/main.rs"));
+        assert!(!names(&first, a.path()) && memmem::find(&first, b"/rustnet/main.rs").is_some());
     }
 
     #[test]

@@ -83,7 +83,7 @@ pub fn predicate(build: &Build) -> Value {
             "internalParameters": {
                 "profile": "release",
                 "paths": ["/cargo", "/rustc", "/rustnet"],
-                "sourceDateEpoch": build.source.time,
+                "sourceDateEpoch": build.source.time.map(jiff::Timestamp::as_second),
             },
             "resolvedDependencies": dependencies,
         },

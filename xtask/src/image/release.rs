@@ -212,7 +212,11 @@ mod tests {
     }
 
     fn source() -> Source {
-        Source { commit: Some("c0ffee".into()), time: Some(1_700_000_000), ..Source::default() }
+        Source {
+            commit: Some("c0ffee".into()),
+            time: jiff::Timestamp::from_second(1_700_000_000).ok(),
+            ..Source::default()
+        }
     }
 
     fn built(dir: &Path, part: Part) -> (String, Vec<u8>) {
