@@ -342,7 +342,7 @@ impl Reconciler {
         }
         // The first time there is nothing to wait out, and readiness waits for it.
         if !self.routed && self.index.has_synced(Kind::Node) {
-            self.network.want_unless_failed();
+            self.network.want_unless_failed(Duration::ZERO);
         }
         if let Some(node) = self.index.own_node() {
             self.health.set_node_eligible(!node.is_leaving);
@@ -351,7 +351,7 @@ impl Reconciler {
         if self.is_any_gate_open() {
             self.health.queued();
         }
-        self.maps.want_unless_failed();
+        self.maps.want_unless_failed(Duration::ZERO);
         self.report.want(PROBLEMS_PERIOD);
     }
 
@@ -650,19 +650,8 @@ impl Reconciler {
         if !self.routed {
             return starting("the routes to the other nodes are not made");
         }
-        // Pods must not come before; where the source may not know policies, none will be applied.
-        if !self.policies.is_applied {
-            let is_refused = self.config.network_policy && self.index.is_refused_policies();
-            if is_refused && self.has_enforced_policies() {
-                // New pods would stay closed.
-                return starting(
-                    "network policies are enforced, and the API server refuses what they follow from: apply deploy/rbac.yaml, or set \
-                     --network-policy off",
-                );
-            }
-            if !is_refused {
-                return starting("network policies are not applied");
-            }
+        if let Some(why) = self.wait_for_policies() {
+            return starting(why);
         }
         if self.maps.is_due() { starting("changes wait to be applied") } else { None }
     }

@@ -1,9 +1,10 @@
 //! Network policies between real pods: what they forbid and allow, how they change under open connections, and pods that come.
 
 use crate::fixture::{Net, endpoints};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
+use std::thread;
 use testkit::client::{Connection, ask};
 use testkit::manifest::Manifests;
 use testkit::pod::PORT;
@@ -70,19 +71,27 @@ fn row<'a>(from: &'a Pod, to: &'a Pod, tcp: bool, udp: bool) -> Row<'a> {
 }
 
 impl Row<'_> {
-    /// Waits until it is as it has to be: agents take in files after a moment.
-    fn wait(&self, when: &str) -> Result<()> {
-        for (proto, passes) in [(Proto::Tcp, self.tcp), (Proto::Udp, self.udp)] {
-            for ip in self.to.addresses() {
-                let what = format!("{when}: {proto} from {} to {} at {ip}: {passes}", self.from.name(), self.to.name());
-                wait::until(&what, || {
-                    ensure!(is_answered(self.from.netns(), proto, *ip, PORT)? == passes);
-                    Ok(())
-                })?;
-            }
-        }
-        Ok(())
+    fn wait(&self, when: &str, proto: Proto, ip: IpAddr) -> Result<()> {
+        let passes = if proto == Proto::Tcp { self.tcp } else { self.udp };
+        let what = format!("{when}: {proto} from {} to {} at {ip}: {passes}", self.from.name(), self.to.name());
+        wait::until(&what, || {
+            ensure!(is_answered(self.from.netns(), proto, ip, PORT)? == passes);
+            Ok(())
+        })
     }
+}
+
+/// Waits until all is as it has to be: agents take in files after a moment. All at once, for each request that is denied takes a time-out.
+fn wait_rows(when: &str, rows: &[Row<'_>]) -> Result<()> {
+    let of_row = |row| Proto::ALL.into_iter().map(move |proto| (row, proto));
+    let tries = rows
+        .iter()
+        .flat_map(of_row)
+        .flat_map(|(row, proto)| row.to.addresses().iter().map(move |ip| (row, proto, *ip)));
+    thread::scope(|scope| {
+        let waits: Vec<_> = tries.map(|(row, proto, ip)| scope.spawn(move || row.wait(when, proto, ip))).collect();
+        waits.into_iter().try_for_each(|wait| wait.join().unwrap_or_else(|_| Err(anyhow!("panicked"))))
+    })
 }
 
 fn with_policies(routing: Routing) -> Result<()> {
@@ -95,32 +104,27 @@ fn run(net: &Net) -> Result<()> {
     let manifests = net.fabric.manifests();
     manifests.write("namespace.yaml", NAMESPACE)?;
     manifests.write("pods.yaml", &pods_yaml(&[a, b, c]))?;
-    for (from, to) in [(a, b), (c, b), (b, c)] {
-        row(from, to, true, true).wait("without policies")?;
-    }
+    wait_rows("without policies", &[(a, b), (c, b), (b, c)].map(|(from, to)| row(from, to, true, true)))?;
 
     put_policy(manifests, "closed", "b", "policyTypes: [Ingress]")?;
-    for (from, to, passes) in [(a, b, false), (c, b, false), (b, a, true), (b, c, true), (a, c, true), (c, a, true)] {
-        row(from, to, passes, passes).wait("b is closed")?;
-    }
+    let closed = [(a, b, false), (c, b, false), (b, a, true), (b, c, true), (a, c, true), (c, a, true)];
+    wait_rows("b is closed", &closed.map(|(from, to, passes)| row(from, to, passes, passes)))?;
     for ip in b.addresses() {
         ensure!(is_answered(net.node(1).netns(), Proto::Tcp, *ip, PORT)?, "the node reaches its pod");
     }
 
     let from_c = format!("ingress: [{{from: {}, ports: [{{port: {PORT}}}]}}]", pods_of("c"));
     put_policy(manifests, "from-c", "b", &from_c)?;
-    row(c, b, true, false).wait("c may")?;
-    row(a, b, false, false).wait("c may, not a")?;
+    wait_rows("c may, not a", &[row(c, b, true, false), row(a, b, false, false)])?;
     under_an_open_connection(net, manifests, &from_c)?;
     through_a_service(net)?;
 
     put_policy(manifests, "out-of-c", "c", &format!("policyTypes: [Egress]\n  egress: [{{to: {}}}]", pods_of("a")))?;
-    for (to, passes) in [(a, true), (b, false)] {
-        row(c, to, passes, passes).wait("c may open flows to a alone")?;
-    }
-    row(a, c, true, true).wait("what c answers is not what it opens")?;
+    // What c answers is not what it opens.
+    let rows = [row(c, a, true, true), row(c, b, false, false), row(a, c, true, true)];
+    wait_rows("c may open flows to a alone", &rows)?;
     manifests.remove("out-of-c.yaml")?;
-    row(c, b, true, false).wait("c may open all again")?;
+    wait_rows("c may open all again", &[row(c, b, true, false)])?;
 
     a_pod_that_comes(net, manifests)?;
     without_an_agent(net)?;
@@ -128,9 +132,7 @@ fn run(net: &Net) -> Result<()> {
     for name in ["closed", "from-c"] {
         manifests.remove(&format!("{name}.yaml"))?;
     }
-    for (from, to) in [(a, b), (c, b)] {
-        row(from, to, true, true).wait("policies have gone")?;
-    }
+    wait_rows("policies have gone", &[row(a, b, true, true), row(c, b, true, true)])?;
     Ok(())
 }
 
@@ -140,10 +142,10 @@ fn under_an_open_connection(net: &Net, manifests: &Manifests, from_c: &str) -> R
         let mut open = Connection::open_in(net.c.netns(), SocketAddr::new(*ip, PORT))?;
         open.ask("before").context("an allowed connection")?;
         manifests.remove("from-c.yaml")?;
-        row(&net.c, &net.b, false, false).wait("c may no more")?;
+        wait_rows("c may no more", &[row(&net.c, &net.b, false, false)])?;
         ensure!(open.ask("while it is forbidden").is_err(), "{ip}: a connection outlives its policy");
         put_policy(manifests, "from-c", "b", from_c)?;
-        row(&net.c, &net.b, true, false).wait("c may again")?;
+        wait_rows("c may again", &[row(&net.c, &net.b, true, false)])?;
     }
     Ok(())
 }

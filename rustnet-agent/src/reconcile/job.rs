@@ -52,10 +52,10 @@ impl Job {
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
 
-    /// Wants it done at once, but after a failure not before its time.
-    pub fn want_unless_failed(&mut self) {
+    /// Wants it done after `gap` at the latest, but after a failure not before its time.
+    pub fn want_unless_failed(&mut self, gap: Duration) {
         if self.failures.is_empty() {
-            self.want(Duration::ZERO);
+            self.want(gap);
         }
     }
 
@@ -143,10 +143,10 @@ mod tests {
         job.want(Duration::from_secs(9));
         assert_eq!(job.deadline().unwrap() - Instant::now(), Duration::from_secs(5));
         job.finish(vec![failure(Scope::Node, "no")], None);
-        job.want_unless_failed();
+        job.want_unless_failed(Duration::ZERO);
         assert!(!job.is_due());
         job.finish(Vec::new(), None);
-        job.want_unless_failed();
+        job.want_unless_failed(Duration::ZERO);
         assert!(job.is_due());
     }
 

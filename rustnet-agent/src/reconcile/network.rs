@@ -99,7 +99,7 @@ impl Reconciler {
     fn finish_network(&mut self, failures: Vec<Failure>) {
         // Files are looked after like devices and routes: what somebody deleted is put back.
         self.files.distrust();
-        self.presence.want_unless_failed();
+        self.presence.want_unless_failed(Duration::ZERO);
         self.want_sockets();
         let is_complete = self.index.has_synced(Kind::Node);
         let is_upgrading = failures.is_empty() && is_complete && self.is_upgrading();
@@ -129,7 +129,7 @@ impl Reconciler {
         let facts = host.facts();
         let own_addresses = facts.own_addresses();
         if self.index.set_host(facts) {
-            self.maps.want_unless_failed();
+            self.maps.want_unless_failed(Duration::ZERO);
         }
         self.ways_seen = self.index.ways_version();
         let ways = self.index.ways();
@@ -223,7 +223,7 @@ impl Reconciler {
         self.index.set_port_holders(holders.collect());
         self.host_problems = Some(state.problems);
         self.records = Some(state.endpoints);
-        self.policies.want(Duration::ZERO);
+        self.policies.job.want_unless_failed(Duration::ZERO);
         self.report.want(Duration::ZERO);
         if let Some(choice) = written {
             self.note_choice(choice);

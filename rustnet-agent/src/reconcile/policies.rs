@@ -76,7 +76,7 @@ impl Policies {
         }
         let is_here = matches!(event, Event::Apply(Object::Pod(pod)) if *pod.node == *config.node_name);
         let most = if kind == Kind::Pod { MOST_FOR_PODS } else { MOST };
-        self.want(if is_here { Duration::ZERO } else { (self.took * SHARE).min(most) });
+        self.job.want_unless_failed(if is_here { Duration::ZERO } else { (self.took * SHARE).min(most) });
         true
     }
 
@@ -88,13 +88,6 @@ impl Policies {
     /// When it has to be done.
     pub fn deadline(&self) -> Instant {
         self.job.deadline().map_or(self.audit_at, |due| due.min(self.audit_at))
-    }
-
-    /// Wants it done after `gap` at the latest, but after a failure not before its time.
-    pub fn want(&mut self, gap: Duration) {
-        if !self.job.has_failed() {
-            self.job.want(gap);
-        }
     }
 
     /// True if the maps are to be read back, which is then not due for a while.
@@ -156,7 +149,7 @@ impl Reconciler {
         match records::read(&self.config.run_dir) {
             Ok(records) => {
                 self.records = Some(records.endpoints);
-                self.policies.want(Duration::ZERO);
+                self.policies.job.want_unless_failed(Duration::ZERO);
             }
             Err(error) => tracing::warn!("{error:#}; the next look at the host's network tries again"),
         }
@@ -170,10 +163,21 @@ impl Reconciler {
         is_pinned && is_known && !self.is_held_up()
     }
 
-    /// True if the maps have policies enforced, whoever wrote them.
-    pub(super) fn has_enforced_policies(&self) -> bool {
+    /// Why pods must not come yet; `None`: they may. Where the source may not know policies, none will be applied.
+    pub(super) fn wait_for_policies(&self) -> Option<&'static str> {
+        if self.policies.is_applied {
+            return None;
+        }
+        if !self.config.network_policy || !self.index.is_refused_policies() {
+            return Some("network policies are not applied");
+        }
+        // Whoever wrote that: new pods would stay closed.
         let state = self.datapath.as_ref().and_then(|it| it.kernel.policies.state().ok());
-        state.is_some_and(|state| state.flags & flags::ENFORCED != 0)
+        let is_enforced = state.is_some_and(|state| state.flags & flags::ENFORCED != 0);
+        is_enforced.then_some(
+            "network policies are enforced, and the API server refuses what they follow from: apply deploy/rbac.yaml, or set \
+             --network-policy off",
+        )
     }
 
     /// Brings the maps of network policies to what the index wants.
@@ -256,8 +260,36 @@ const fn map_of(write: &PolicyWrite) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Endpoint, EndpointFile, IpAddr, LocalInterface, interfaces};
-    use crate::model::ObjectName;
+    use super::*;
+    use crate::source::convert::Converter;
+
+    /// Working it out takes long in a large cluster, and each pod of it is a reason to.
+    #[tokio::test(start_paused = true)]
+    async fn pods_of_other_nodes_wait_and_own_ones_do_not() {
+        let config = Config::load(["x", "--node-name=n1", "--manifests=/m"], &|_| None).unwrap();
+        let pod = |node: &str| {
+            let object = serde_json::json!({"metadata": {"name": "a"}, "spec": {"nodeName": node}});
+            Converter::new().pod(&serde_json::from_value(object).unwrap()).ok().unwrap()
+        };
+        let gap = |took: u64, event: Event| {
+            let mut policies = Policies::new(&config);
+            policies.job.finish(Vec::new(), None);
+            policies.took = Duration::from_millis(took);
+            assert!(policies.take_in(&event, &config));
+            policies.deadline() - Instant::now()
+        };
+        for (took, event, want) in [
+            (3, pod("n1"), 0),
+            (3, pod("n2"), 30),
+            (3000, pod("n1"), 0),
+            (3000, pod("n2"), 5000),
+            (3, Event::Synced(Kind::NetworkPolicy), 30),
+            (3000, Event::Synced(Kind::NetworkPolicy), 1000),
+            (3000, Event::Synced(Kind::Namespace), 1000),
+        ] {
+            assert_eq!(gap(took, event.clone()), Duration::from_millis(want), "{took} ms, {event:?}");
+        }
+    }
 
     #[test]
     fn the_later_interface_of_an_address_counts_with_the_name_of_its_record() {

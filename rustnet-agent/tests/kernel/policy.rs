@@ -1,11 +1,13 @@
 //! Network policies: their maps as the agent writes them, and the loop from objects and records to them.
 
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use rustnet_agent::bpf::store::Map;
 use rustnet_agent::bpf::store::policy::{PolicyStore, read};
+use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Config;
 use rustnet_agent::model::Problem;
 use rustnet_agent::plan::policies::{PolicyCapacities, PolicyMaps, PolicySnapshot, PolicyWrite, PortPrefix, RuleKey};
@@ -237,6 +239,50 @@ fn a_node_waits_for_policies_unless_the_server_refuses_them() {
             agent.send(Kind::OF_POLICIES.map(Event::Synced)).await;
             wait_until("policies are enforced", || is_enforced(sandbox)).await;
             agent.ready().await;
+            agent.stop().await;
+        });
+    });
+}
+
+/// A role that was reverted: what was enforced stays, and would close each new pod.
+#[test]
+fn a_node_whose_enforced_policies_cannot_be_followed_is_not_ready() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = start_with_policy(sandbox.config(&[])).await;
+            wait_until("policies are enforced", || is_enforced(sandbox)).await;
+            agent.stop().await;
+            let agent = Agent::start(sandbox.config(&[]));
+            let problems = [Problem::new(&"NetworkPolicy".into(), "", "refused")].into();
+            let report = Event::Report { origin: Origin::Refusal(Kind::NetworkPolicy), problems };
+            agent.send([make_own_node(), report].into_iter().chain(Kind::REQUIRED.map(Event::Synced))).await;
+            agent.wait_unready(&["network policies are enforced", "deploy/rbac.yaml"]).await;
+            assert!(is_enforced(sandbox), "what was enforced stays");
+            agent.stop().await;
+        });
+    });
+}
+
+/// A release without policies has run since: its programs use other maps than the pinned ones.
+#[test]
+fn maps_that_the_running_programs_do_not_use_enforce_nothing() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = start_with_policy(sandbox.config(&[])).await;
+            wait_until("policies are enforced", || is_enforced(sandbox)).await;
+            agent.stop().await;
+            let pin = sandbox.bpffs.join(map::POLICY);
+            let layout = sys::map_info(sys::obj_get(&pin).unwrap().as_fd()).unwrap().layout();
+            let earlier = sys::map_create(map::POLICY, layout).unwrap();
+            std::fs::remove_file(&pin).unwrap();
+            sys::obj_pin(&pin, earlier.as_fd()).unwrap();
+            let stale = Policies { generation: 41, flags: flags::ENFORCED };
+            Map::<u32, Policies>::open(&sandbox.bpffs, map::POLICY).unwrap().put(&0, &stale).unwrap();
+            // Nothing of the objects is known yet.
+            let agent = Agent::start(sandbox.config(&[]));
+            wait_until("nothing is enforced", || there(sandbox).state == Policies { generation: 42, flags: 0 }).await;
             agent.stop().await;
         });
     });

@@ -135,6 +135,13 @@ fn a_record_of_an_interface_names_its_pod() {
     ] {
         assert_eq!(decided(&mut it, name, uid), want, "{name:?} {uid}");
     }
+    // A manifest need not have a UID.
+    let mut world = shop();
+    world.pods[0] = pod("db", NODE, &[]);
+    world.pods[0].metadata.uid = None;
+    let mut it = Policies::new(NODE.into());
+    world.lead(&mut it);
+    assert!(decided(&mut it, Some("db"), "any"));
 }
 
 /// Until the news is complete nothing is allowed that only one of the pods is allowed.

@@ -48,6 +48,20 @@ fn a_pod_has_its_labels_and_named_ports() {
     assert_eq!(pod(&mut converter, value), it);
 }
 
+/// The runtime knows a static pod by the UID of its file; the object in the API has another one.
+#[test]
+fn a_pod_has_the_uid_by_which_the_runtime_knows_it() {
+    for (metadata, want) in [
+        (json!({"name": "a"}), ""),
+        (json!({"name": "a", "uid": "u"}), "u"),
+        (json!({"name": "a", "uid": "u", "annotations": {"kubernetes.io/config.mirror": "m"}}), "m"),
+        (json!({"name": "a", "uid": "u", "annotations": {"kubernetes.io/config.hash": "h"}}), "u"),
+    ] {
+        let pod = pod(&mut Converter::new(), json!({"metadata": metadata}));
+        assert_eq!(&*pod.uid, want, "{metadata}");
+    }
+}
+
 #[test]
 fn a_namespace_has_its_name_for_a_label() {
     for (labels, a) in [(json!({"a": "1", "kubernetes.io/metadata.name": "x"}), Some("1")), (json!(null), None)] {
