@@ -340,16 +340,16 @@ fn policies_that_change_count_for_known_flows() -> Result<()> {
             let ask = a_asks_b(net, proto);
             let (more, answer) = (later(&ask), answer_of_b(&ask));
             lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
-            lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
-            let packets = lab.half(Flow::of(&ask))?.packets;
-
+            // It is judged when it opens, and not again before the generation changes.
             lab.drop_rule(INTO_B, CLASS_A, To::Anything)?;
-            lab.pod_sends(&more)?.to_the_pod(&more.hop()).context("before the generation changes")?;
+            lab.pod_sends(&answer)?.to_the_pod(&answer.hop())?;
+            lab.pod_sends(&more)?.to_the_pod(&more.hop())?;
+            let packets = lab.half(Flow::of(&ask))?.packets;
             lab.enforce(2)?;
             for frame in [&answer, &more, &answer, &more] {
                 lab.pod_sends(frame)?.dropped(PolicyDenied)?;
             }
-            ensure!(lab.half(Flow::of(&ask))?.packets == packets + 1, "a denied packet counts as one of the flow");
+            ensure!(lab.half(Flow::of(&ask))?.packets == packets, "a denied packet counts as one of the flow");
 
             lab.put_rule(INTO_B, CLASS_A, To::Anything, ALLOW)?;
             for frame in [&more, &answer] {
@@ -502,6 +502,25 @@ fn a_flow_that_moves_is_judged_by_where_it_goes() -> Result<()> {
         policed(lab, net, OUT_OF_A, OPEN)?;
         lab.put_rule(OUT_OF_A, CLASS_B, To::Anything, ALLOW)?;
         lab.pod_sends(&later(&ask))?.to_the_pod(&at_backend(net, &later(&ask), net.b()))
+    })
+}
+
+/// What an ended backend still answers is no flow of its own: that one would be allowed, and would reach the client from another address.
+#[test]
+fn an_ended_backend_opens_nothing_by_answering() -> Result<()> {
+    labs(|lab, net| {
+        lab.forget_policies()?;
+        let first = lab.serve(net.vip(5), VIP_PORT, Proto::Udp.number(net), 0, &[(net.b(), TARGET)])?[0];
+        let ask = from_a(net, Proto::Udp, (net.vip(5), VIP_PORT));
+        let arrives = at_backend(net, &ask, net.b());
+        lab.pod_sends(&ask)?.to_the_pod(&arrives)?;
+        lab.serve(net.vip(5), VIP_PORT, Proto::Udp.number(net), 0, &[(net.far(), TARGET)])?;
+        lab.end(first)?;
+        policed(lab, net, OPEN, INTO_B)?;
+        for _ in 0..2 {
+            lab.pod_sends(&answer_of_b(&arrives))?.dropped(PolicyDenied)?;
+        }
+        Ok(())
     })
 }
 
