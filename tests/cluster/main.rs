@@ -4,8 +4,10 @@
 //! What is run here is a choice for every day; all of it is `cargo xtask e2e` (docs/conformance.md). The clusters are those
 //! of `cargo xtask cluster`, with programs as every other test has them.
 
+use std::collections::VecDeque;
+use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, ensure};
@@ -100,12 +102,25 @@ fn image() -> Result<PathBuf> {
     IMAGE.get_or_init(|| make().map_err(|error| format!("{error:#}"))).clone().map_err(anyhow::Error::msg)
 }
 
-/// Runs a command of `cargo xtask`; its progress goes where this program's does.
+/// Runs a command of `cargo xtask`; its progress goes where this program's does. The error repeats the command's last lines: whoever
+/// reads only the list of failures needs them.
 fn run(args: &[&str]) -> Result<()> {
+    const LINES: usize = 30;
     let program = std::env::var("RUSTNET_XTASK").context(
         "RUSTNET_XTASK is not set\n  remedy: run the tests by cargo xtask test, which says where everything is",
     )?;
-    let status = Command::new(program).args(args).status().context("running xtask")?;
-    ensure!(status.success(), "cargo xtask {} ended with {status}", args.join(" "));
+    let mut child = Command::new(program).args(args).stderr(Stdio::piped()).spawn().context("running xtask")?;
+    let mut last = VecDeque::new();
+    for line in BufReader::new(child.stderr.take().context("no stderr")?).lines() {
+        let line = line?;
+        writeln!(io::stderr(), "{line}")?;
+        last.push_back(line);
+        if last.len() > LINES {
+            last.pop_front();
+        }
+    }
+    let status = child.wait()?;
+    let last = last.make_contiguous().join("\n");
+    ensure!(status.success(), "cargo xtask {} ended with {status}:\n{last}", args.join(" "));
     Ok(())
 }

@@ -17,7 +17,6 @@ use super::report::{Outcome, Progress, Report, not_started};
 use super::row::{Facts, Node, Probe, Row, Scenario, Skipped, Step};
 use super::verdict::{Failure, judge};
 use super::wire::{Answer, Cause, MIN_BYTES, Protocol, Question};
-use crate::model::Family;
 
 /// Nodes that take part unless others are named: rows are one after another, and node ports are few.
 const NODES: usize = 8;
@@ -198,14 +197,12 @@ impl Stage<'_> {
         Ok((probes, troubles))
     }
 
-    /// Waits until each pod reaches the Service that leads to the next one, if not for ever: Services are new, and agents have to
-    /// hear of them.
+    /// Waits until each pod reaches each Service, if not for ever: Services are new, and each agent has to hear of each of them.
     async fn settle(&self, facts: &Facts) {
         self.progress.begin("waiting until all agents serve the Services");
         let end = Instant::now() + SETTLING;
-        let next = facts.nodes.iter().cycle().skip(1);
-        for (near, far) in facts.nodes.iter().zip(next) {
-            for address in Family::ALL.into_iter().filter_map(|family| family.pick(&far.cluster_ips)) {
+        for near in &facts.nodes {
+            for address in facts.nodes.iter().flat_map(|far| &far.cluster_ips) {
                 let question = Question {
                     protocol: Protocol::Tcp,
                     host: address.to_string(),
