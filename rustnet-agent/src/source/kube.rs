@@ -232,6 +232,9 @@ impl Watched for SlimServiceCidr {
     }
 }
 
+/// Refusals in a row after which a server is taken to mean it: some eight seconds, by the pauses between them.
+const REFUSALS: u32 = 6;
+
 /// Follows one kind.
 struct Follower<'a> {
     source: &'a KubeSource,
@@ -247,8 +250,8 @@ struct Follower<'a> {
     has_listed: bool,
     converter: Converter,
     trouble: Trouble<'a>,
-    /// The server's refusal is reported, see [`Origin::Refusal`].
-    is_refused: bool,
+    /// How often the server has refused in a row. From [`REFUSALS`] on this is reported, see [`Origin::Refusal`].
+    refusals: u32,
     backoff: Backoff,
     /// Tells that the store is another one.
     replaced: watch::Receiver<()>,
@@ -280,7 +283,7 @@ impl<'a> Follower<'a> {
             has_listed: false,
             converter: Converter::new(),
             trouble: Trouble::new(Origin::Watch(K::KIND), events),
-            is_refused: false,
+            refusals: 0,
             backoff: Backoff::default(),
             replaced: source.store.replacements(),
             restarting: false,
@@ -364,9 +367,11 @@ impl<'a> Follower<'a> {
         self.pause(ABSENT + spread(ABSENT)).await;
     }
 
-    /// The server does not show a kind that network policies follow from. The node goes without rather than not at all.
+    /// The server does not show a kind that network policies follow from. The node goes without rather than not at all, but not at
+    /// once: a server that starts refuses everything until it has read its roles.
     async fn refused(&mut self, error: &watcher::Error) {
-        if !std::mem::replace(&mut self.is_refused, true) {
+        self.refusals = self.refusals.saturating_add(1);
+        if self.refusals == REFUSALS {
             let what = format!(
                 "{}: network policies are not followed on this node, what was enforced before stays; apply deploy/rbac.yaml, or set \
                  --network-policy off",
@@ -380,7 +385,7 @@ impl<'a> Follower<'a> {
     /// The server answers.
     async fn works(&mut self) {
         self.trouble.over().await;
-        if std::mem::take(&mut self.is_refused) {
+        if std::mem::take(&mut self.refusals) >= REFUSALS {
             self.send(Event::Report { origin: Origin::Refusal(self.kind), problems: Box::default() }).await;
         }
     }

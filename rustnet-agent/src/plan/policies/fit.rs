@@ -22,23 +22,28 @@ pub struct Fit {
 pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacities) -> Fit {
     let DesiredPolicies { mut pods, cidrs, rules, is_enforced, sets, rule_names: _ } = desired;
     let mut problems = Vec::new();
-    let rules = fit_rules(rules, &mut pods, held, room.rules as usize, |set, count, left| {
+    // Without counts in the messages: each other count would be another event.
+    let rules = fit_rules(rules, &mut pods, held, room.rules as usize, |set| {
         let names = sets.get(&set).map_or(&[][..], |names| names);
-        let message = format!(
-            "its set of {count} rules does not fit into the {left} entries that others leave, so that its pods keep what they were \
-             allowed before, and new pods are closed; raise policy-rule-entries"
-        );
+        let message = "the rules of its pods do not fit into the entries that others leave, so that its pods keep what they were allowed \
+                       before, and new pods are closed; raise policy-rule-entries";
         problems.extend(names.iter().map(|name| {
             let subject = format!("NetworkPolicy {name}");
-            Problem::new(&subject.into(), "", message.clone())
+            Problem::new(&subject.into(), "", message)
         }));
     });
+    if problems.is_empty() && rules.len() > room.rules as usize / 2 {
+        let message = format!(
+            "rules take more than half of the {} entries, so that a change may close its pods for a moment; raise policy-rule-entries",
+            room.rules
+        );
+        problems.push(Problem::new(&"network policies".into(), "", message));
+    }
     let all = pods.len();
     let pods = fit_pods(pods, room.pods as usize);
     if pods.len() < all {
         let message = format!(
-            "{} addresses of pods do not fit into the {} entries, so that no selector matches them; raise policy-pod-entries",
-            all - pods.len(),
+            "some addresses of pods do not fit into the {} entries, so that no selector matches them; raise policy-pod-entries",
             room.pods
         );
         problems.push(Problem::new(&"network policies".into(), "", message));
@@ -47,8 +52,7 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
     let cidrs = fit_cidrs(cidrs, held, room.cidrs as usize);
     if cidrs.len() < all {
         let message = format!(
-            "{} ranges do not fit into the {} entries, so that no ipBlock matches their addresses; raise policy-cidr-entries",
-            all - cidrs.len(),
+            "some ranges do not fit into the {} entries, so that no ipBlock matches their addresses; raise policy-cidr-entries",
             room.cidrs
         );
         problems.push(Problem::new(&"network policies".into(), "", message));
@@ -59,14 +63,14 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
 
 type Rules = BTreeMap<RuleKey, PolicyRule>;
 
-/// The rules that fit. Pods whose set does not fit keep the one that they have, else they are closed. `note` hears of each set that
-/// does not fit, with the number of its rules and of entries that are left.
+/// The rules that fit. Pods whose set does not fit keep the one that they have, else they are closed. `note` gets each set that does
+/// not fit.
 fn fit_rules(
     mut rules: Rules,
     pods: &mut BTreeMap<IpAddr, PolicyPod>,
     held: &PolicySnapshot,
     room: usize,
-    mut note: impl FnMut(u32, usize, usize),
+    mut note: impl FnMut(u32),
 ) -> Rules {
     if rules.len() <= room {
         return rules;
@@ -87,7 +91,7 @@ fn fit_rules(
         if *count <= left {
             left -= count;
         } else {
-            note(*set, *count, left);
+            note(*set);
             failed.insert(*set);
         }
     }
