@@ -5,7 +5,7 @@ use crate::netns::Netns;
 use anyhow::{Result, anyhow, bail};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -18,13 +18,19 @@ pub enum Kind {
     Established,
     /// A new connection (or a new UDP socket) for each request.
     New,
+    /// The same for what must not get through: each request waits for [`ATTEMPT`] alone.
+    Attempt,
 }
+
+/// How long an attempt waits for its answer.
+const ATTEMPT: Duration = Duration::from_millis(30);
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Established => "established",
             Self::New => "new",
+            Self::Attempt => "attempted",
         })
     }
 }
@@ -50,6 +56,11 @@ impl Tally {
     /// An error unless there was traffic and nothing was lost.
     pub fn no_loss(&self) -> Result<()> {
         if self.sent > 0 && self.lost == 0 { Ok(()) } else { bail!("{}: {self}", self.about) }
+    }
+
+    /// An error unless there was traffic and nothing of it was answered.
+    pub fn no_answer(&self) -> Result<()> {
+        if self.sent > 0 && self.lost == self.sent { Ok(()) } else { bail!("{}: {self}", self.about) }
     }
 }
 
@@ -143,6 +154,18 @@ impl Open {
     }
 }
 
+/// One attempt; it returns who answered.
+fn attempt(proto: Proto, target: SocketAddr) -> std::io::Result<String> {
+    match proto {
+        Proto::Tcp => TcpStream::connect_timeout(&target, ATTEMPT).map(|_| target.to_string()),
+        Proto::Udp => {
+            let socket = connected_udp(target)?;
+            socket.set_read_timeout(Some(ATTEMPT))?;
+            ask_udp(&socket, "attempt").map(|(server, _)| server)
+        }
+    }
+}
+
 fn run(kind: Kind, proto: Proto, target: SocketAddr, pause: Duration, stop: &AtomicBool, done: &AtomicUsize) -> Tally {
     let mut tally = Tally::default();
     let mut open: Option<Open> = None;
@@ -150,20 +173,21 @@ fn run(kind: Kind, proto: Proto, target: SocketAddr, pause: Duration, stop: &Ato
     while !stop.load(Ordering::Relaxed) {
         tally.sent += 1;
         let text = tally.sent.to_string();
-        let connection = match open.take() {
-            Some(connection) => Ok(connection),
-            None => Open::new(proto, target),
+        let answer = if kind == Kind::Attempt {
+            attempt(proto, target)
+        } else {
+            let connection = open.take().map_or_else(|| Open::new(proto, target), Ok);
+            connection.and_then(|mut connection| {
+                let server = connection.ask(&text)?;
+                open = (kind == Kind::Established).then_some(connection);
+                Ok(server)
+            })
         };
-        let answer = connection.and_then(|mut connection| {
-            let server = connection.ask(&text)?;
-            Ok((server, connection))
-        });
         match answer {
-            Ok((server, connection)) => {
+            Ok(server) => {
                 *tally.by_server.entry(server).or_default() += 1;
                 tally.longest_gap = tally.longest_gap.max(last.elapsed());
                 last = Instant::now();
-                open = (kind == Kind::Established).then_some(connection);
             }
             // The next request opens a new connection, so that one broken connection counts once.
             Err(e) => {

@@ -24,6 +24,7 @@ mod limits;
 mod maglev;
 mod masquerade;
 mod mixed;
+mod no_window;
 mod nodes;
 mod odd_hosts;
 mod overlay;

@@ -21,7 +21,7 @@ fn policies_by_native_routes() -> Result<()> {
 }
 
 /// The namespace of all pods here.
-const NAMESPACE: &str = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: default\n  labels: {kind: test}\n";
+pub const NAMESPACE: &str = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: default\n  labels: {kind: test}\n";
 
 /// Pod objects, each with the label `app` of its own name.
 fn pods_yaml(pods: &[&Pod]) -> String {
@@ -40,7 +40,7 @@ fn pods_yaml(pods: &[&Pod]) -> String {
 }
 
 /// A policy of this name for the pods whose `app` is `app`.
-fn put_policy(manifests: &Manifests, name: &str, app: &str, spec: &str) -> Result<()> {
+pub fn put_policy(manifests: &Manifests, name: &str, app: &str, spec: &str) -> Result<()> {
     let yaml = format!(
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: default}}\nspec:\n  \
          podSelector: {{matchLabels: {{app: {app}}}}}\n  {spec}\n"
@@ -49,12 +49,12 @@ fn put_policy(manifests: &Manifests, name: &str, app: &str, spec: &str) -> Resul
 }
 
 /// Peers that are pods with this `app`.
-fn pods_of(app: &str) -> String {
+pub fn pods_of(app: &str) -> String {
     format!("[{{podSelector: {{matchLabels: {{app: {app}}}}}}}]")
 }
 
 /// Whether a request is answered.
-fn is_answered(from: &Netns, proto: Proto, to: IpAddr, port: u16) -> Result<bool> {
+pub fn is_answered(from: &Netns, proto: Proto, to: IpAddr, port: u16) -> Result<bool> {
     Ok(ask(from, proto, SocketAddr::new(to, port), 1)?.answered() == 1)
 }
 

@@ -36,7 +36,7 @@ const KUBERNETES: &str = "kubernetes";
 const VERSIONS: &str = "versions";
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 13] = [
+const CAMPAIGNS: [Campaign; 14] = [
     Campaign {
         name: VERSIONS,
         work: Work::Tests { program: "fabric", filter: "upgrades_from_v1_and_back_lose_nothing", env: &[] },
@@ -56,6 +56,14 @@ const CAMPAIGNS: [Campaign; 13] = [
             program: "fabric",
             filter: "kills_lose_no_packet",
             env: &[("RUSTNET_KILLS", "30"), ("RUSTNET_PACKETS", "1000000"), ("RUSTNET_FLOWS", "50000")],
+        },
+    },
+    Campaign {
+        name: "policies",
+        work: Work::Tests {
+            program: "fabric",
+            filter: "changes_of_policies_leave_no_window",
+            env: &[("RUSTNET_POLICY_CHANGES", "1000")],
         },
     },
     Campaign {
