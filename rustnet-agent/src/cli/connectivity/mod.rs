@@ -35,6 +35,7 @@ use super::output::{CannotRun, Output};
 use cluster::Cluster;
 use objects::Run;
 use report::Progress;
+use row::Scenario;
 
 /// Options.
 #[derive(Debug, clap::Args)]
@@ -54,6 +55,9 @@ pub struct Args {
     /// Only these nodes, by commas [default: the first eight that are ready]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     nodes: Vec<String>,
+    /// Try only these [default: all]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', hide_possible_values = true)]
+    scenario: Vec<Scenario>,
     /// TCP port of the probes, which must be free on the nodes, and the next one for TCP and UDP
     #[arg(long, default_value_t = 19_960, value_parser = clap::value_parser!(u16).range(1024..=65_534))]
     port: u16,
@@ -115,7 +119,14 @@ async fn run_all(args: &Args, out: &Output) -> Result<report::Report> {
     // From here on a signal must not leave anything behind.
     let mut interrupts = Interrupts::new()?;
     let uid = cluster.create_namespace(&run).await?;
-    let stage = stage::Stage { cluster: &cluster, agents: &agents, run: &run, progress: &progress, limit };
+    let stage = stage::Stage {
+        cluster: &cluster,
+        agents: &agents,
+        run: &run,
+        progress: &progress,
+        limit,
+        scenarios: &args.scenario,
+    };
     let result = tokio::select! {
         result = stage.run(chosen, args.world.clone()) => result,
         () = interrupts.next() => Err(anyhow!("interrupted")),

@@ -16,9 +16,9 @@ const LARGE_DATAGRAM: usize = 8000;
 /// Port of all Services of a run.
 pub const SERVICE_PORT: u16 = 80;
 
-/// Returns all steps, in the order to take them: families first, then from near to far; names last, so that DNS has heard of
-/// the Services by then.
-pub fn plan(facts: &Facts) -> Vec<Step> {
+/// Returns the steps of these scenarios, of all if none is named. Their order: families first, then from near to far; names last,
+/// so that DNS has heard of the Services by then.
+pub fn plan(facts: &Facts, scenarios: &[Scenario]) -> Vec<Step> {
     let mut steps = Vec::new();
     for family in Family::ALL {
         if facts.nodes.iter().any(|node| family.pick(&node.pod.addresses).is_some()) {
@@ -34,6 +34,7 @@ pub fn plan(facts: &Facts) -> Vec<Step> {
     steps.extend(not_tried(facts));
     add_names(facts, &mut steps);
     add_world(facts, &mut steps);
+    steps.retain(|step| scenarios.is_empty() || scenarios.contains(&step.scenario()));
     steps
 }
 
@@ -315,6 +316,7 @@ fn by_name(protocol: Protocol, host: &str, port: u16, family: Family) -> Questio
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::ValueEnum as _;
 
     fn probe(name: &str, node: &str, addresses: &[&str]) -> Probe {
         let addresses = addresses.iter().map(|it| it.parse().expect("an address")).collect();
@@ -369,7 +371,7 @@ mod tests {
     #[test]
     fn two_nodes_of_both_families_have_all_rows() {
         let facts = Facts { world: Some(("192.0.2.1".into(), 443)), ..facts(2, true) };
-        let steps = plan(&facts);
+        let steps = plan(&facts, &[]);
         let (rows, skipped) = rows(&steps);
         assert!(skipped.is_empty(), "{skipped:?}");
         for scenario in [Scenario::PodToLocalPod, Scenario::LargePacketsLocal, Scenario::PodToLocalService] {
@@ -391,8 +393,17 @@ mod tests {
     }
 
     #[test]
+    fn only_scenarios_that_are_named_are_tried() {
+        let named = [Scenario::PodToRemotePod, Scenario::PodToWorld];
+        let steps = plan(&facts(2, true), &named);
+        let (tried, skipped) = rows(&steps);
+        assert_eq!((tried.len(), count(&tried, Scenario::PodToRemotePod)), (4, 4), "two ways, two families");
+        assert_eq!(skipped.iter().map(|it| it.scenario).collect::<Vec<_>>(), [Scenario::PodToWorld]);
+    }
+
+    #[test]
     fn each_node_is_once_near_and_once_far() {
-        let steps = plan(&facts(3, false));
+        let steps = plan(&facts(3, false), &[]);
         let (rows, _) = rows(&steps);
         let ways: Vec<_> = rows
             .iter()
@@ -406,13 +417,13 @@ mod tests {
     fn a_peer_whose_node_has_no_other_probe_asks_nobody() {
         let mut facts = facts(3, true);
         facts.nodes.remove(0);
-        let steps = plan(&facts);
+        let steps = plan(&facts, &[]);
         assert_eq!(count(&rows(&steps).0, Scenario::PodToLocalPod), 0);
     }
 
     #[test]
     fn one_node_of_one_family_says_what_it_skips() {
-        let steps = plan(&facts(1, false));
+        let steps = plan(&facts(1, false), &[]);
         let (rows, skipped) = rows(&steps);
         assert!(rows.iter().all(|row| row.family == Some(Family::V4) && !row.scenario.is_remote()));
         for scenario in Scenario::REMOTE {
@@ -433,7 +444,7 @@ mod tests {
         facts.without_hosts = Some("Pod Security forbids it".into());
         facts.without_dns = Some("no DNS".into());
         (facts.api_server, facts.without_api_server) = (Vec::new(), Some("forbidden".into()));
-        let steps = plan(&facts);
+        let steps = plan(&facts, &[]);
         let (rows, skipped) = rows(&steps);
         for scenario in Scenario::OF_HOSTS {
             assert_eq!(count(&rows, scenario), 0, "{scenario:?}");
@@ -445,7 +456,7 @@ mod tests {
 
     #[test]
     fn pods_keep_their_address_and_a_pod_that_asks_itself_has_its_nodes() {
-        let steps = plan(&facts(2, false));
+        let steps = plan(&facts(2, false), &[]);
         let (rows, _) = rows(&steps);
         let source = |scenario| {
             let row = rows.iter().find(|row| row.scenario == scenario).expect("a row");
@@ -463,6 +474,10 @@ mod tests {
 
     #[test]
     fn names_of_scenarios_are_an_interface() {
+        for scenario in Scenario::value_variants() {
+            let value = scenario.to_possible_value().map(|it| it.get_name().to_owned());
+            assert_eq!(value, Some(scenario.name()), "the option and JSON have one name");
+        }
         assert_eq!(Scenario::PodToRemoteNodePort.name(), "pod-to-remote-node-port");
     }
 }

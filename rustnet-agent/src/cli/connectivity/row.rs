@@ -7,8 +7,8 @@ use serde::Serialize;
 use super::wire::Question;
 use crate::model::Family;
 
-/// What is tried. Names are the same in all releases.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// What is tried. Names are the same in all releases, in JSON and for `--scenario`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scenario {
     /// The probe starts, and the API server reaches it.
@@ -216,4 +216,14 @@ pub enum Step {
     Run(Row),
     /// Not to try.
     Skip(Skipped),
+}
+
+impl Step {
+    /// Returns what it tries, or would try.
+    pub const fn scenario(&self) -> Scenario {
+        match self {
+            Self::Run(row) => row.scenario,
+            Self::Skip(skipped) => skipped.scenario,
+        }
+    }
 }

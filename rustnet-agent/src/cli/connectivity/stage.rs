@@ -79,6 +79,8 @@ pub struct Stage<'a> {
     pub progress: &'a Progress<'a>,
     /// How long the probes may take to start.
     pub limit: Duration,
+    /// What to try; empty: all.
+    pub scenarios: &'a [Scenario],
 }
 
 impl Stage<'_> {
@@ -116,7 +118,7 @@ impl Stage<'_> {
         }
         self.settle(&facts).await;
         outcomes.extend(troubles.iter().map(|it| not_started(&it.probe, &it.node, it.cause, &it.why)));
-        self.try_all(&plan::plan(&facts), &mut outcomes).await;
+        self.try_all(&plan::plan(&facts, self.scenarios), &mut outcomes).await;
         Ok(Report::new(outcomes))
     }
 
