@@ -14,7 +14,7 @@ use super::evidence::Evidence;
 use super::objects::{PEER, Role, Run, pod_addresses, trouble_of};
 use super::plan::{self, SERVICE_PORT};
 use super::report::{Outcome, Progress, Report, not_started};
-use super::row::{Facts, Node, Probe, Row, Scenario, Skipped, Step};
+use super::row::{Check, Facts, Node, Probe, Row, Scenario, Skipped, Step};
 use super::verdict::{Failure, judge};
 use super::wire::{Answer, Cause, MIN_BYTES, Protocol, Question};
 
@@ -248,13 +248,7 @@ impl Stage<'_> {
             before.push(self.cluster.drops(self.agents, node).await);
         }
         // At once: silence differs from slowness only after seconds.
-        let results = join_all(row.checks.iter().map(async |check| {
-            match self.cluster.ask(self.run, &row.client, &check.question).await {
-                Ok(answer) => judge(check, &answer),
-                Err(why) => Err(Failure::new(Cause::NotAsked, check, &why)),
-            }
-        }))
-        .await;
+        let results = join_all(row.checks.iter().map(|check| self.try_check(&row.client, check))).await;
         let mut evidence = Vec::new();
         if results.iter().any(Result::is_err) {
             for (node, before) in nodes.iter().zip(&before) {
@@ -264,7 +258,42 @@ impl Stage<'_> {
         }
         Outcome::tried(row, results, evidence)
     }
+
+    /// Asks until the answer is good, or bad for another reason than that somebody has not learned of the objects of the run yet: DNS
+    /// and agents learn of them at different times. Returns what to remark.
+    async fn try_check(&self, client: &str, check: &Check) -> Result<Option<String>, Failure> {
+        let mut before: Option<Failure> = None;
+        let mut attempt = 1;
+        loop {
+            let result = match self.cluster.ask(self.run, client, &check.question).await {
+                Ok(answer) => judge(check, &answer),
+                Err(why) => Err(Failure::new(Cause::NotAsked, check, &why)),
+            };
+            match result {
+                Err(failure) if attempt < ATTEMPTS && is_early(check, failure.cause) => before = Some(failure),
+                Err(failure) => return Err(failure),
+                Ok(remark) => {
+                    return Ok(before
+                        .map(|it| format!("passed at attempt {attempt}, before: {}", it.detail))
+                        .or(remark));
+                }
+            }
+            attempt += 1;
+            sleep(PAUSE_OF_CHECKS).await;
+        }
+    }
 }
+
+/// True if a check fails like this, too, before all have learned of the objects of the run, or when the API server has not reached its
+/// probe.
+fn is_early(check: &Check, cause: Cause) -> bool {
+    let is_incomplete = check.question.protocol == Protocol::Dns && cause == Cause::WrongServer;
+    is_incomplete || matches!(cause, Cause::Refused | Cause::NoName | Cause::NotAsked)
+}
+
+/// How often a check is made that may fail for being early, and how long it waits between.
+const ATTEMPTS: u32 = 3;
+const PAUSE_OF_CHECKS: Duration = Duration::from_secs(1);
 
 /// A probe that does not work.
 struct Trouble {
@@ -310,10 +339,32 @@ fn member(number: usize, node: &KnownNode, probes: &BTreeMap<String, Probe>, ser
 
 #[cfg(test)]
 mod tests {
+    use super::super::row::{Expected, Source};
     use super::*;
 
     fn known(name: &str, is_ready: bool) -> KnownNode {
         KnownNode { name: name.into(), addresses: Vec::new(), is_ready }
+    }
+
+    #[test]
+    fn only_what_may_be_early_is_asked_again() {
+        let check = |protocol| Check {
+            question: Question { protocol, host: "h".into(), port: 1, bytes: MIN_BYTES, family: None },
+            expected: Expected { server: None, source: Source::Any },
+            addresses: Vec::new(),
+        };
+        for (protocol, cause, want) in [
+            (Protocol::Tcp, Cause::Refused, true),
+            (Protocol::Tcp, Cause::NoName, true),
+            (Protocol::Udp, Cause::NotAsked, true),
+            (Protocol::Dns, Cause::WrongServer, true),
+            (Protocol::Tcp, Cause::WrongServer, false),
+            (Protocol::Tcp, Cause::TimedOut, false),
+            (Protocol::Tcp, Cause::WrongSource, false),
+            (Protocol::Udp, Cause::Corrupt, false),
+        ] {
+            assert_eq!(is_early(&check(protocol), cause), want, "{protocol:?} {cause:?}");
+        }
     }
 
     #[test]
