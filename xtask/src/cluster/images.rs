@@ -16,6 +16,8 @@ use crate::{cache, paths, ui};
 const E2E: &str = "registry.k8s.io/e2e-test-images/";
 /// What the cluster's DNS runs.
 pub const COREDNS: &str = "registry.k8s.io/coredns/coredns:local";
+/// An Ingress controller.
+pub const INGRESS: &str = "docker.io/library/skipper:local";
 /// Applets that Debian's busybox does worse than the real thing, or that no container should have.
 const NO_APPLETS: [&str; 8] = ["busybox", "ip", "ss", "su", "init", "reboot", "poweroff", "halt"];
 /// Programs in addition to them that the tests call.
@@ -61,6 +63,23 @@ pub fn ensure(kubernetes: Kubernetes) -> Result<PathBuf> {
         let progress = ui::Progress::start("making the images of the cluster and its tests");
         oci::write(&file, &all(&programs)?)?;
         progress.done();
+    }
+    Ok(file)
+}
+
+/// The file with the image of the Ingress controller; made when it is missing or the program has changed.
+pub fn ingress() -> Result<PathBuf> {
+    let program = paths::tools().join("skipper");
+    let stamp = program.with_extension("stamp");
+    let mut key = cache::Key::default();
+    key.text(
+        "skipper",
+        &fs::read_to_string(&stamp)
+            .with_context(|| format!("{} is missing: cargo xtask cluster trial ingress", stamp.display()))?,
+    );
+    let file = paths::tools().join(format!("skipper-{}.tar", key.finish()));
+    if !file.is_file() {
+        oci::write(&file, &[image(&[&one("/skipper", &program)?], &["/skipper"], &[], vec![INGRESS.into()])])?;
     }
     Ok(file)
 }

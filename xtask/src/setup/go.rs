@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use super::Work;
 use crate::cmd::{Cmd, is_executable, which};
 use crate::toolchain::parse_version;
-use crate::{paths, ui};
+use crate::{cache, paths, ui};
 
 const CNITOOL: &str = "v1.2.3";
 /// Cluster DNS; its dependencies do not go together with those of Kubernetes, so it has a module of
@@ -43,6 +43,36 @@ pub(super) fn ensure_helm(work: &mut Work) -> Result<()> {
 /// Without service discovery, which takes the libraries of a dozen clouds and is not asked for.
 pub(super) fn ensure_promtool(work: &mut Work) -> Result<()> {
     ensure_tool(work, "github.com/prometheus/prometheus/cmd/promtool", PROMTOOL, Some("remove_all_sd"))
+}
+
+/// An Ingress controller, by the module in `tests/kubernetes/ingress`: the proxy does not have the list of its versions, without which
+/// Go installs nothing.
+pub(super) fn ensure_skipper(work: &mut Work) -> Result<()> {
+    let module = paths::root().join("tests/kubernetes/ingress");
+    let text = fs::read_to_string(module.join("go.mod")).with_context(|| format!("reading {}", module.display()))?;
+    let mut key = cache::Key::default();
+    key.text("go.mod", &text);
+    let stamp = Stamp::new(&paths::tools().join("skipper"), key.finish());
+    if stamp.holds() {
+        return Ok(());
+    }
+    let source = paths::tools().join("skipper-src");
+    if !work.dry_run {
+        for file in ["go.mod", "go.sum"] {
+            cache::copy(&module.join(file), &source.join(file))?;
+        }
+    }
+    let build = Cmd::new(go(work)?)
+        // -mod=mod in a copy: Go completes go.sum there, and leaves the tracked one alone.
+        .args(["build", "-mod=mod", "-ldflags", "-s -w", "-o"])
+        .arg(paths::tools().join("skipper"))
+        .arg("github.com/zalando/skipper/cmd/skipper")
+        .env("CGO_ENABLED", "0")
+        .env_remove("GOFLAGS")
+        .dir(source)
+        .remedy("Go needs a module proxy that it can reach: go env GOPROXY");
+    work.step("building an Ingress controller (minutes, once)", &build)?;
+    if work.dry_run { Ok(()) } else { stamp.write() }
 }
 
 /// The default profile, as containerd renders it.

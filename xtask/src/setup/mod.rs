@@ -38,6 +38,8 @@ pub enum Need {
     Cluster,
     /// Kubernetes' own end-to-end tests.
     E2e,
+    /// A real Ingress controller.
+    Ingress,
     /// Booting other kernels.
     Kernels,
     /// Building for arm64 on another machine, and trying what was built.
@@ -161,6 +163,7 @@ impl Work {
                     kubernetes::ensure(self, "ginkgo")?;
                     kubernetes::ensure(self, "e2e.test")?;
                 }
+                Need::Ingress => go::ensure_skipper(self)?,
                 Need::Kernels => go::ensure_profile(self)?,
                 Need::Network | Need::Iperf | Need::Cross => {}
             }

@@ -28,6 +28,8 @@ enum Work {
     Command(&'static [&'static str]),
     /// An upgrade from the image of v1 and back, in a cluster with this routing.
     ClusterV1(&'static str),
+    /// Trials in a cluster of their own.
+    Trials(&'static [&'static str]),
 }
 
 /// The tests that need programs of Kubernetes.
@@ -36,7 +38,7 @@ const KUBERNETES: &str = "kubernetes";
 const VERSIONS: &str = "versions";
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 14] = [
+const CAMPAIGNS: [Campaign; 15] = [
     Campaign {
         name: VERSIONS,
         work: Work::Tests { program: "fabric", filter: "upgrades_from_v1_and_back_lose_nothing", env: &[] },
@@ -100,6 +102,7 @@ const CAMPAIGNS: [Campaign; 14] = [
     },
     Campaign { name: "cluster-v1-vxlan", work: Work::ClusterV1("vxlan") },
     Campaign { name: "cluster-v1-native", work: Work::ClusterV1("native") },
+    Campaign { name: "ingress", work: Work::Trials(&["ingress"]) },
     Campaign { name: "kernels", work: Work::Command(&["kernels"]) },
     Campaign { name: "e2e-vxlan", work: Work::Command(&["e2e", "--routing", "vxlan", "--report", "target/e2e/vxlan"]) },
     Campaign {
@@ -147,13 +150,8 @@ impl Campaign {
                 }
             }
             Work::Command(args) => count(&mut row, xtask(args)?.status()?.success()),
-            Work::ClusterV1(routing) => {
-                let result = cluster_v1(routing);
-                if let Err(error) = &result {
-                    ui::detail(&format!("{error:#}"));
-                }
-                count(&mut row, result.is_ok());
-            }
+            Work::ClusterV1(routing) => count_result(&mut row, &cluster_v1(routing)),
+            Work::Trials(trials) => count_result(&mut row, &in_cluster("vxlan", |trial| trial.args(trials))),
         }
         Ok(row)
     }
@@ -185,7 +183,14 @@ fn count(row: &mut Row, is_success: bool) {
     }
 }
 
-/// Name of the cluster of [`Work::ClusterV1`].
+fn count_result(row: &mut Row, result: &Result<()>) {
+    if let Err(error) = result {
+        ui::detail(&format!("{error:#}"));
+    }
+    count(row, result.is_ok());
+}
+
+/// Name of the clusters of [`Work::ClusterV1`] and [`Work::Trials`].
 const CLUSTER: &str = "rnv1";
 
 /// Goes from the present image to that of v1 and back under load, each with its own manifests.
@@ -193,11 +198,16 @@ fn cluster_v1(routing: &str) -> Result<()> {
     v1::run()?;
     let image = paths::target().join("v1/image.tar");
     xtask(&["image", "--tag", "v1"])?.arg("--dist").arg(v1::dist()).arg("--output").arg(&image).run()?;
+    in_cluster(routing, |trial| {
+        trial.args(["upgrade", "--other"]).arg(&image).arg("--other-deploy").arg(v1::source().join("deploy"))
+    })
+}
+
+/// Runs `cluster trial`, with what `complete` adds, in a cluster that is removed afterwards.
+fn in_cluster(routing: &str, complete: impl FnOnce(Cmd) -> Cmd) -> Result<()> {
     let cluster = |args: &[&str]| Ok::<_, anyhow::Error>(xtask(&["cluster", "--name", CLUSTER])?.args(args));
-    let trial = cluster(&["up", "--routing", routing])?.run().and_then(|()| {
-        let trial = cluster(&["trial", "upgrade"])?;
-        trial.arg("--other").arg(&image).arg("--other-deploy").arg(v1::source().join("deploy")).run()
-    });
+    let up = cluster(&["up", "--routing", routing])?.run();
+    let trial = up.and_then(|()| complete(cluster(&["trial"])?).run());
     let down = cluster(&["down"])?.run();
     trial.and(down)
 }

@@ -4,6 +4,7 @@
 mod bandwidth;
 mod connectivity;
 mod crowd;
+mod ingress;
 mod load;
 mod static_pod;
 mod uninstall;
@@ -49,6 +50,8 @@ pub enum Trial {
     Bandwidth,
     /// `rustnetctl connectivity`, and again with a fault
     Connectivity,
+    /// A real Ingress controller behind node ports and a load balancer, asked by host name from outside
+    Ingress,
     /// The agents removed: forwarding goes on
     Remove,
     /// All of rustnet removed from the nodes, as `deploy/uninstall` tells; no traffic survives that
@@ -123,6 +126,7 @@ fn apart(trial: Trial) -> Option<fn(&Cluster) -> Result<String>> {
         Trial::Bandwidth => Some(bandwidth::run),
         Trial::StaticPod => Some(static_pod::run),
         Trial::Connectivity => Some(connectivity::run),
+        Trial::Ingress => Some(ingress::run),
         Trial::Uninstall => Some(uninstall::run),
         _ => None,
     }
@@ -227,7 +231,12 @@ fn act(cluster: &Cluster, trial: Trial, other: &Other) -> Result<()> {
             everywhere(&larger)?;
             lifecycle::scale(&larger, cluster.settings.nodes).map(drop)
         }
-        Trial::Uninstall | Trial::Crowd | Trial::Bandwidth | Trial::StaticPod | Trial::Connectivity => {
+        Trial::Uninstall
+        | Trial::Crowd
+        | Trial::Bandwidth
+        | Trial::StaticPod
+        | Trial::Connectivity
+        | Trial::Ingress => {
             bail!("not a trial under load")
         }
     }
