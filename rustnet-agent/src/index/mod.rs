@@ -134,6 +134,10 @@ impl Index {
                 self.relist.saw(&object);
                 self.delete(&object);
             }
+            Event::Unreadable(object, problems) => {
+                self.note(object.clone(), &problems);
+                self.relist.saw(&object);
+            }
             Event::Restart(kind) => self.relist.restart(kind),
             Event::Synced(kind) => {
                 // Ranges of Services wait for several kinds.

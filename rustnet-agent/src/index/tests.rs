@@ -404,6 +404,22 @@ fn a_kind_that_cannot_be_had_holds_up_only_what_follows_from_it() {
     assert!(!it.synced(), "the node is not ready");
 }
 
+/// What was known of it goes on; its deletion is one.
+#[test]
+fn an_object_that_cannot_be_read_stays_as_it_was() {
+    let reference = ObjectRef { kind: Kind::Service, name: ObjectName::namespaced("default", "web") };
+    let mut it = index([]);
+    it.handle(service("web", &[VIP4]).tcp(80).apply());
+    let known = it.known(Kind::Service).len();
+    let bad = Problem::new(&"Service default/web".into(), "", "cannot be read");
+    it.handle(Event::Restart(Kind::Service));
+    it.handle(Event::Unreadable(reference.clone(), [bad.clone()].into()));
+    it.handle(Event::Synced(Kind::Service));
+    assert_eq!((it.known(Kind::Service).len(), it.problems()), (known, vec![bad]));
+    it.handle(Event::Delete(reference));
+    assert_eq!((it.known(Kind::Service).len(), it.problems().len()), (known - 1, 0));
+}
+
 #[test]
 fn problems_go_when_their_cause_goes() {
     let subject = "Service default/web".into();

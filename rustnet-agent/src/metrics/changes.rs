@@ -37,7 +37,7 @@ impl Changes {
                 }
             }
             Event::Delete(object) if object.kind == Kind::Slice => drop(self.triggers.remove(&object.name)),
-            Event::Apply(_) | Event::Delete(_) | Event::Reject(..) | Event::Report { .. } => {}
+            Event::Apply(_) | Event::Delete(_) | Event::Reject(..) | Event::Unreadable(..) | Event::Report { .. } => {}
         }
         event.object_kind().is_some_and(|kind| !self.lists.contains(&kind))
     }

@@ -75,6 +75,22 @@ pub fn reference(kind: Kind, meta: &ObjectMeta) -> Result<ObjectRef, BadName> {
     Ok(ObjectRef { kind, name })
 }
 
+/// The event of an object of which only the name can be read.
+///
+/// # Errors
+/// It has no name.
+pub fn unreadable(kind: Kind, meta: &ObjectMeta, why: &str) -> Result<Event, BadName> {
+    let object = reference(kind, meta)?;
+    let mut findings = Findings::new(&object);
+    findings.add(
+        "",
+        format!(
+            "cannot be read: {why}; what was known of it before stays; this release does not know the object's form"
+        ),
+    );
+    Ok(Event::Unreadable(object, findings.done()))
+}
+
 /// True if the labels say that the object is not for us.
 fn is_foreign(meta: &ObjectMeta) -> bool {
     meta.labels.as_ref().is_some_and(|labels| labels.contains_key(FOREIGN_PROXY) || labels.contains_key(HEADLESS))

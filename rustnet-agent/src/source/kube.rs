@@ -8,11 +8,13 @@
 //! that were deleted meanwhile go.
 
 pub mod list;
+mod readable;
 mod slim;
 mod store;
 mod trouble;
 
-use self::slim::{SlimNode, SlimPod, SlimServiceCidr};
+use self::readable::Readable;
+use self::slim::{SlimNode, SlimPod, SlimService, SlimServiceCidr};
 use self::store::Store;
 use self::trouble::Trouble;
 use super::convert::{self, BadName, Converter};
@@ -22,7 +24,7 @@ use crate::api::{Connection, Failure, NodeStatus, chain};
 use crate::metrics::Metrics;
 use crate::model::Problem;
 use futures::{StreamExt as _, pin_mut};
-use k8s_openapi::api::core::v1::{Namespace, Service};
+use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::runtime::watcher::{self, watcher};
@@ -80,7 +82,7 @@ impl KubeSource {
         let Some(streaming) = streaming else { return };
         let kinds = async {
             tokio::join!(
-                Follower::new::<Service>(&self, &events, streaming).follow::<Service>(),
+                Follower::new::<SlimService>(&self, &events, streaming).follow::<SlimService>(),
                 Follower::new::<EndpointSlice>(&self, &events, streaming).follow::<EndpointSlice>(),
                 Follower::new::<SlimNode>(&self, &events, streaming).follow::<SlimNode>(),
                 Follower::new::<SlimPod>(&self, &events, streaming).follow::<SlimPod>(),
@@ -155,13 +157,22 @@ trait Watched: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + S
     fn seen(&self, _: &KubeSource) {}
 }
 
-impl Watched for Service {
+impl<K: Watched> Readable<K> {
+    fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
+        match self {
+            Self::Whole(object) => object.convert(converter),
+            Self::Broken { meta, why } => convert::unreadable(K::KIND, meta, why),
+        }
+    }
+}
+
+impl Watched for SlimService {
     const KIND: Kind = Kind::Service;
     fn select(config: watcher::Config, _: Wish<'_>) -> watcher::Config {
         config.labels(OURS)
     }
     fn convert(&self, converter: &mut Converter) -> Result<Event, BadName> {
-        converter.service(self)
+        converter.service(&self.0)
     }
 }
 
@@ -307,7 +318,7 @@ impl<'a> Follower<'a> {
         // Not by the first event of the list alone: a server that refuses to stream it sends none.
         self.listed = false;
         config = if streaming { config.streaming_lists() } else { config.page_size(PAGE) };
-        let stream = watcher(Api::<K>::all(self.source.connection.client.clone()), config);
+        let stream = watcher(Api::<Readable<K>>::all(self.source.connection.client.clone()), config);
         pin_mut!(stream);
         while !self.closed {
             let source = self.source;
@@ -397,7 +408,7 @@ impl<'a> Follower<'a> {
         }
     }
 
-    async fn forward<K: Watched>(&mut self, event: watcher::Event<K>) {
+    async fn forward<K: Watched>(&mut self, event: watcher::Event<Readable<K>>) {
         use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
         let herd = (self.kind == Kind::Node).then_some(&self.source.connection.herd);
         if let Init = event {
@@ -426,7 +437,9 @@ impl<'a> Follower<'a> {
             }
             Apply(object) | InitApply(object) => {
                 self.source.store.saw(self.kind, object.meta().resource_version.as_deref());
-                object.seen(self.source);
+                if let Readable::Whole(object) = &object {
+                    object.seen(self.source);
+                }
                 object.convert(&mut self.converter)
             }
             Delete(object) => {

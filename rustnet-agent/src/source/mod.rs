@@ -17,6 +17,8 @@ pub enum Event {
     Delete(ObjectRef),
     /// An object cannot be used at all. It counts as gone, and its problems are reported until its next event.
     Reject(ObjectRef, Box<[Problem]>),
+    /// An object is there that cannot be read. What was known of it stays, and its problems are reported until its next event.
+    Unreadable(ObjectRef, Box<[Problem]>),
     /// A fresh full list of a kind begins: what is not applied between here and [`Event::Synced`] is gone.
     Restart(Kind),
     /// A kind's full list has been delivered. What follows from it waits for this ([`crate::index::Gate`]).
@@ -36,7 +38,7 @@ impl Event {
     pub fn object_kind(&self) -> Option<Kind> {
         match self {
             Self::Apply(object) => Some(object.kind()),
-            Self::Delete(object) | Self::Reject(object, _) => Some(object.kind),
+            Self::Delete(object) | Self::Reject(object, _) | Self::Unreadable(object, _) => Some(object.kind),
             Self::Restart(_) | Self::Synced(_) | Self::Report { .. } => None,
         }
     }

@@ -1,12 +1,12 @@
 //! One list of all that Services follow from, without a watch: for commands that look once.
 
-use super::slim::SlimNode;
+use super::readable::Readable;
+use super::slim::{SlimNode, SlimService};
 use super::{PAGE, Watched, Wish};
 use crate::api::{Connection, chain};
 use crate::source::convert::Converter;
 use crate::source::{Event, Kind};
 use anyhow::{Context, anyhow};
-use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
 use kube::api::ListParams;
@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// # Errors
 /// The server refuses one of the lists, or does not answer.
 pub async fn list(connection: &Connection) -> anyhow::Result<Vec<Event>> {
-    let mut events = list_kind::<Service>(connection).await?;
+    let mut events = list_kind::<SlimService>(connection).await?;
     events.extend(list_kind::<EndpointSlice>(connection).await?);
     events.extend(list_kind::<SlimNode>(connection).await?);
     events.extend(Kind::REQUIRED.map(Event::Synced));
@@ -29,7 +29,7 @@ pub async fn list(connection: &Connection) -> anyhow::Result<Vec<Event>> {
 }
 
 async fn list_kind<K: Watched>(connection: &Connection) -> anyhow::Result<Vec<Event>> {
-    let api = Api::<K>::all(connection.client.clone());
+    let api = Api::<Readable<K>>::all(connection.client.clone());
     let selector = K::select(watcher::Config::default(), Wish::default()).label_selector;
     let mut params = ListParams { label_selector: selector, limit: Some(PAGE), ..ListParams::default() };
     let (mut converter, mut events) = (Converter::new(), Vec::new());

@@ -1,12 +1,12 @@
-//! Nodes, Pods and ServiceCIDRs of which only what is of use is read.
+//! Nodes, Pods, Services and ServiceCIDRs of which only what is of use is read.
 //!
 //! Kubelets write their Node every few minutes, each with its images, conditions, annotations and the owners of all its
 //! fields, and each agent of the cluster reads them all. A Pod carries its containers. The JSON of what is not named here
 //! is skipped, and nothing is allocated for it.
 
 use k8s_openapi::api::core::v1::{
-    Container, ContainerPort, Node, NodeAddress, NodeCondition, NodeSpec, NodeStatus, Pod, PodIP, PodSpec, PodStatus,
-    Taint,
+    Container, ContainerPort, LoadBalancerStatus, Node, NodeAddress, NodeCondition, NodeSpec, NodeStatus, Pod, PodIP,
+    PodSpec, PodStatus, Service, ServiceSpec, ServiceStatus, Taint,
 };
 use k8s_openapi::api::networking::v1::{ServiceCIDR, ServiceCIDRSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -25,6 +25,10 @@ pub(super) struct SlimNode(pub(super) Node);
 /// load-balancing.
 #[derive(Clone, Debug)]
 pub(super) struct SlimPod(pub(super) Pod);
+
+/// A Service without its conditions. Whoever may write a status may leave out what a condition has to have.
+#[derive(Clone, Debug)]
+pub(super) struct SlimService(pub(super) Service);
 
 /// A ServiceCIDR with its name and ranges.
 #[derive(Clone, Debug)]
@@ -131,6 +135,20 @@ struct PodStatusFields {
 }
 
 #[derive(Deserialize)]
+struct ServiceFields {
+    #[serde(default)]
+    metadata: ObjectMeta,
+    spec: Option<ServiceSpec>,
+    status: Option<ServiceStatusFields>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ServiceStatusFields {
+    load_balancer: Option<LoadBalancerStatus>,
+}
+
+#[derive(Deserialize)]
 struct ServiceCidrFields {
     #[serde(default)]
     metadata: Meta,
@@ -219,6 +237,14 @@ impl<'de> Deserialize<'de> for SlimPod {
     }
 }
 
+impl<'de> Deserialize<'de> for SlimService {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let it = ServiceFields::deserialize(deserializer)?;
+        let status = |it: ServiceStatusFields| ServiceStatus { load_balancer: it.load_balancer, conditions: None };
+        Ok(Self(Service { metadata: it.metadata, spec: it.spec, status: it.status.map(status) }))
+    }
+}
+
 impl<'de> Deserialize<'de> for SlimServiceCidr {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let it = ServiceCidrFields::deserialize(deserializer)?;
@@ -258,6 +284,7 @@ macro_rules! is_resource {
 
 is_resource!(SlimNode, Node);
 is_resource!(SlimPod, Pod);
+is_resource!(SlimService, Service);
 is_resource!(SlimServiceCidr, ServiceCIDR);
 
 #[cfg(test)]
@@ -353,6 +380,28 @@ mod tests {
             assert_eq!(containers.len(), 1, "of a container without named ports nothing is kept");
             assert_eq!(containers[0].image, None);
         }
+    }
+
+    /// The end-to-end test of a Service's status writes such a condition.
+    #[test]
+    fn a_service_with_an_odd_condition_is_read() {
+        let service = |conditions: Value| {
+            json!({
+                "metadata": {"name": "a", "namespace": "x", "resourceVersion": "7", "annotations": {"k": "v"}},
+                "spec": {"clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9"], "type": "LoadBalancer", "ports": [{"port": 80}]},
+                "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}]}, "conditions": conditions},
+            })
+        };
+        let condition = json!([{"type": "StatusUpdate", "status": "True", "reason": "E2E", "message": "", "lastTransitionTime": null}]);
+        assert!(
+            serde_json::from_str::<Service>(&service(condition.clone()).to_string()).is_err(),
+            "this type is of no use"
+        );
+        let convert = |service: &Service| Converter::new().service(service).expect("an event");
+        let whole = read::<Service>(&service(json!(null)));
+        let slim = read::<SlimService>(&service(condition)).0;
+        assert_eq!(convert(&slim), convert(&whole));
+        assert_eq!((slim.metadata, slim.spec), (whole.metadata, whole.spec));
     }
 
     #[test]

@@ -229,27 +229,78 @@ async fn without_policies_only_this_nodes_pods_are_asked_for() {
     assert!(asked.iter().filter(|it| it.contains("/api/v1/pods?")).all(|it| it.contains(of_node)), "{asked:?}");
 }
 
+/// A line of a watch, as a server writes it: the type first.
+fn watch_line(kind: &str, object: &Value) -> String {
+    format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n")
+}
+
+/// A server with Nodes that the agent cannot read: one in the list, and one that is deleted later.
+async fn answer_unreadable(request: Request<Body>) -> Response<Body> {
+    let query = request.uri().query().unwrap_or_default().to_owned();
+    let node = |name: &str, addresses: Value| json!({"metadata": {"name": name, "resourceVersion": "8"}, "status": {"addresses": addresses}});
+    let (good, odd) = (json!([{"type": "InternalIP", "address": "192.0.2.1"}]), json!("none"));
+    let body = match request.uri().path() {
+        "/version" => serde_json::to_string(&version("1", "26")).expect("JSON"),
+        "/api/v1/nodes" if query.contains("watch=true") && query.contains("resourceVersion=7") => {
+            let events =
+                [("MODIFIED", node("n1", odd.clone())), ("DELETED", node("n2", odd)), ("MODIFIED", node("n3", good))];
+            events.map(|(kind, object)| watch_line(kind, &object)).concat()
+        }
+        _ if query.contains("watch=true") => return std::future::pending().await,
+        "/api/v1/nodes" => {
+            let items = [node("n1", good.clone()), node("n2", good.clone()), node("n3", odd)];
+            json!({"metadata": {"resourceVersion": "7"}, "items": items}).to_string()
+        }
+        _ => json!({"metadata": {"resourceVersion": "7"}, "items": []}).to_string(),
+    };
+    Response::new(Body::from(body.into_bytes()))
+}
+
+/// Neither is the list refused for one of its objects, nor is the event of one lost.
+#[tokio::test(start_paused = true)]
+async fn objects_that_cannot_be_read_are_named() {
+    let server = tower::service_fn(|request| async { Ok::<_, kube::Error>(answer_unreadable(request).await) });
+    let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
+    let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1"));
+    let (sender, mut events) = tokio::sync::mpsc::channel(256);
+    tokio::spawn(source.run(sender));
+    let mut about_nodes = Vec::new();
+    while about_nodes.len() < 8 {
+        match events.recv().await.expect("the source runs") {
+            Event::Restart(Kind::Node) => about_nodes.push("restart".to_owned()),
+            Event::Synced(Kind::Node) => about_nodes.push("synced".to_owned()),
+            Event::Apply(object) => about_nodes.push(format!("apply {}", object.reference())),
+            Event::Delete(object) => about_nodes.push(format!("delete {object}")),
+            Event::Unreadable(object, problems) => {
+                assert!(matches!(&*problems, [it] if it.message.contains("cannot be read")), "{problems:?}");
+                about_nodes.push(format!("unreadable {object}"));
+            }
+            _ => {}
+        }
+    }
+    let list = ["restart", "apply Node n1", "apply Node n2", "unreadable Node n3", "synced"];
+    let watch = ["unreadable Node n1", "delete Node n2", "apply Node n3"];
+    assert_eq!(about_nodes, [&list[..], &watch].concat());
+}
+
 /// Each watch of Nodes ends at once. The second time that their list is asked for as a stream, that is refused.
 async fn answer_with_gaps(request: Request<Body>, asked: Arc<AtomicU32>) -> Response<Body> {
     let query = request.uri().query().unwrap_or_default().to_owned();
     let node = |name: &str| json!({"metadata": {"name": name, "resourceVersion": "7"}});
     let failure = |code| json!({"kind": "Status", "status": "Failure", "reason": "x", "message": "x", "code": code});
-    let end = json!({"type": "ERROR", "object": failure(410)});
+    let end = || watch_line("ERROR", &failure(410));
     let (code, body) = match request.uri().path() {
         "/version" => (200, serde_json::to_string(&version("1", "34")).expect("JSON")),
         "/api/v1/nodes" if query.contains("sendInitialEvents=true") => {
             let last = json!({"resourceVersion": "7", "annotations": {"k8s.io/initial-events-end": "true"}});
-            let events = [
-                json!({"type": "ADDED", "object": node("n1")}),
-                json!({"type": "BOOKMARK", "object": {"kind": "Node", "apiVersion": "v1", "metadata": last}}),
-                end,
-            ];
+            let bookmark = json!({"kind": "Node", "apiVersion": "v1", "metadata": last});
+            let events = [watch_line("ADDED", &node("n1")), watch_line("BOOKMARK", &bookmark), end()];
             match asked.fetch_add(1, Ordering::Relaxed) {
                 1 => (422, failure(422).to_string()),
-                _ => (200, events.map(|event| event.to_string()).join("\n")),
+                _ => (200, events.concat()),
             }
         }
-        "/api/v1/nodes" if query.contains("watch=true") => (200, end.to_string()),
+        "/api/v1/nodes" if query.contains("watch=true") => (200, end()),
         "/api/v1/nodes" => (200, json!({"metadata": {"resourceVersion": "8"}, "items": [node("n2")]}).to_string()),
         _ => return std::future::pending().await,
     };

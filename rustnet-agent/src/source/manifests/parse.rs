@@ -147,7 +147,7 @@ fn wrong_version(line: u64, version: &str, kind: &str, want: &str) -> Broken {
 fn reference(event: &Event) -> Option<ObjectRef> {
     match event {
         Event::Apply(object) => Some(object.reference()),
-        Event::Delete(object) | Event::Reject(object, _) => Some(object.clone()),
+        Event::Delete(object) | Event::Reject(object, _) | Event::Unreadable(object, _) => Some(object.clone()),
         Event::Restart(_) | Event::Synced(_) | Event::Report { .. } => None,
     }
 }

@@ -1,0 +1,85 @@
+//! An object that cannot be read is an object, too, with a name and a reason.
+//!
+//! The client drops the event of an object that its type cannot hold, and goes on with the watch. The deletion of that object would be
+//! dropped as well, and a list that has it would fail as a whole. The text of an object is kept until it is read, which in a watch
+//! takes the type of an event before its object, as API servers write it.
+
+use std::borrow::Cow;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+
+/// An object of the API server.
+#[derive(Clone, Debug)]
+pub(super) enum Readable<K> {
+    /// It has the fields of its kind.
+    Whole(K),
+    /// It has not.
+    Broken {
+        /// Its name, namespace and version.
+        meta: Box<ObjectMeta>,
+        /// What is wrong.
+        why: Box<str>,
+    },
+}
+
+/// What each object has.
+#[derive(Deserialize)]
+struct Named {
+    metadata: Meta,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Meta {
+    name: Option<String>,
+    namespace: Option<String>,
+    resource_version: Option<String>,
+}
+
+impl<'de, K: DeserializeOwned> Deserialize<'de> for Readable<K> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Box::<RawValue>::deserialize(deserializer)?;
+        let why = match serde_json::from_str(text.get()) {
+            Ok(object) => return Ok(Self::Whole(object)),
+            Err(why) => why,
+        };
+        let Named { metadata } = serde_json::from_str(text.get()).map_err(D::Error::custom)?;
+        let Meta { name, namespace, resource_version } = metadata;
+        let meta = ObjectMeta { name, namespace, resource_version, ..ObjectMeta::default() };
+        Ok(Self::Broken { meta: meta.into(), why: why.to_string().into() })
+    }
+}
+
+impl<K: Resource<DynamicType = ()>> Resource for Readable<K> {
+    type DynamicType = ();
+    type Scope = K::Scope;
+
+    fn kind(_: &()) -> Cow<'_, str> {
+        K::kind(&())
+    }
+    fn group(_: &()) -> Cow<'_, str> {
+        K::group(&())
+    }
+    fn version(_: &()) -> Cow<'_, str> {
+        K::version(&())
+    }
+    fn plural(_: &()) -> Cow<'_, str> {
+        K::plural(&())
+    }
+    fn meta(&self) -> &ObjectMeta {
+        match self {
+            Self::Whole(object) => object.meta(),
+            Self::Broken { meta, .. } => meta,
+        }
+    }
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        match self {
+            Self::Whole(object) => object.meta_mut(),
+            Self::Broken { meta, .. } => meta,
+        }
+    }
+}
