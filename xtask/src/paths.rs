@@ -39,6 +39,11 @@ pub fn apparmor_profile() -> PathBuf {
     tools().join("cri-containerd.apparmor.d")
 }
 
+/// The program that network policies are compared with.
+pub fn policy_oracle() -> PathBuf {
+    tools().join("policy-oracle")
+}
+
 /// Where small tools that setup installs are found by a fixed name (cnitool).
 pub fn tools() -> PathBuf {
     cache().join("bin")

@@ -61,7 +61,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 fn needs(args: &Args) -> Vec<Need> {
     let kubernetes = [Need::ApiServer, Need::KubeProxy, Need::Cluster, Need::E2e];
     let is_local = args.long || matches!(args.test.as_deref(), Some("packet" | "fabric" | "it"));
-    let needs = [Need::Build, Need::Network, Need::Cnitool];
+    let needs = [Need::Build, Need::Network, Need::Cnitool, Need::PolicyOracle];
     needs.into_iter().chain(kubernetes.into_iter().filter(|_| !is_local)).collect()
 }
 
@@ -100,6 +100,7 @@ pub fn prepare(cmd: Cmd, profile: Profile) -> Result<Cmd> {
         .env("RUSTNET_KUBERNETES", &kubernetes)
         .env("RUSTNET_XTASK", this_program()?)
         .env("RUSTNET_CNITOOL", paths::tools().join("cnitool"))
+        .env("RUSTNET_POLICY_ORACLE", paths::policy_oracle())
         .path_first(&[paths::tools()])
         .dir(paths::root()))
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::cpio::Archive;
-use super::step::{OBJECT, Step};
+use super::step::{OBJECT, POLICY_ORACLE, Step};
 use super::tests::Tests;
 use crate::cmd::{Cmd, which};
 use crate::dist::{self, Profile};
@@ -40,6 +40,7 @@ pub fn write(file: &Path, tests: &Tests, steps: &[Step], policy: &[u8]) -> Resul
     for program in dist::PROGRAMS {
         files.program(&format!("/dist/{program}"), &Profile::Dev.dist().join(program))?;
     }
+    files.program(POLICY_ORACLE, &paths::policy_oracle())?;
     // A test has the path in itself where cargo left it.
     let command = Profile::Dev.built().join("rustnetctl");
     files.archive.link(&command.to_string_lossy(), "/dist/rustnetctl");

@@ -59,7 +59,7 @@ pub fn run(args: &Args) -> Result<()> {
         "--test {}: there are packet, kernel, fabric, apparmor and devices",
         args.test.as_deref().unwrap_or_default()
     );
-    setup::ensure(&[Need::Build, Need::Network, Need::Kernels])?;
+    setup::ensure(&[Need::Build, Need::Network, Need::PolicyOracle, Need::Kernels])?;
     let kernels = lines.iter().map(|line| line.fetch(args.refresh)).collect::<Result<Vec<_>>>()?;
     ebpf::build(&ebpf::Args::default())?;
     let tests = tests::build()?;

@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 /// The kernel-side object in the guest.
 pub const OBJECT: &str = "/rustnet.bpf.o";
 
+/// What network policies are compared with, in the guest.
+pub const POLICY_ORACLE: &str = "/policy-oracle";
+
 /// A program that the guest runs.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Step {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::step::{OBJECT, Step};
+use super::step::{OBJECT, POLICY_ORACLE, Step};
 use crate::cmd::Cmd;
 use crate::dist::{self, Profile};
 use crate::paths;
@@ -149,6 +149,7 @@ impl Suite {
             ("RUSTNET_BPF_OBJECT", OBJECT),
             ("RUSTNET_DEADLINE", "300"),
             ("RUSTNET_DIST", "/dist"),
+            ("RUSTNET_POLICY_ORACLE", POLICY_ORACLE),
             ("RUSTNET_ARTIFACTS", "/tmp/artifacts"),
             ("RUST_BACKTRACE", "0"),
             ("HOME", "/root"),

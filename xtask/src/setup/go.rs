@@ -99,6 +99,28 @@ pub(super) fn ensure_profile(work: &mut Work) -> Result<()> {
     if work.dry_run { Ok(()) } else { stamp.write() }
 }
 
+/// What the tests compare network policies with: a small program of ours that calls cyclonus. Its go.mod has the versions.
+pub(super) fn ensure_policy_oracle(work: &mut Work) -> Result<()> {
+    let source = paths::root().join("tests/oracle");
+    let mut key = cache::Key::default();
+    key.tree(&source, &source)?;
+    let program = paths::policy_oracle();
+    let stamp = Stamp::new(&program, key.finish());
+    if stamp.holds() {
+        return Ok(());
+    }
+    let build = Cmd::new(go(work)?)
+        .args(["build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o"])
+        .arg(&program)
+        .arg(".")
+        .env("CGO_ENABLED", "0")
+        .env_remove("GOFLAGS")
+        .dir(source)
+        .remedy("Go needs a module proxy that it can reach: go env GOPROXY");
+    work.step("building the oracle of network policies", &build)?;
+    if work.dry_run { Ok(()) } else { stamp.write() }
+}
+
 /// A program that is a module of its own, at one version, with a build tag if it has one.
 fn ensure_tool(work: &mut Work, package: &str, version: &str, tag: Option<&str>) -> Result<()> {
     let name = package.rsplit('/').next().unwrap_or(package);

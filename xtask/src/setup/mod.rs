@@ -28,6 +28,8 @@ pub enum Need {
     Lint,
     /// The foreign CNI driver.
     Cnitool,
+    /// Somebody else's reading of network policies.
+    PolicyOracle,
     /// A real API server and its store, Helm and promtool.
     ApiServer,
     /// The reference that benchmarks compare with.
@@ -80,7 +82,7 @@ enum Extra {
 
 /// The command.
 pub fn run(args: &Args) -> Result<()> {
-    let mut needs = vec![Need::Build, Need::Network, Need::Lint, Need::Cnitool, Need::Iperf];
+    let mut needs = vec![Need::Build, Need::Network, Need::Lint, Need::Cnitool, Need::PolicyOracle, Need::Iperf];
     needs.extend(args.with.iter().flat_map(|extra| match extra {
         Extra::Kubernetes => vec![Need::ApiServer],
         Extra::KubeProxy => vec![Need::KubeProxy],
@@ -141,6 +143,7 @@ impl Work {
                 Need::Build => bpf::ensure(self)?,
                 Need::Lint => tools::ensure_cargo_deny(self)?,
                 Need::Cnitool => go::ensure_cnitool(self)?,
+                Need::PolicyOracle => go::ensure_policy_oracle(self)?,
                 Need::ApiServer => {
                     kubernetes::ensure(self, "kube-apiserver")?;
                     kubernetes::ensure(self, "kubectl")?;

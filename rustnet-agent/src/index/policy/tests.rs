@@ -1,3 +1,5 @@
+mod oracle;
+
 use super::world::{Flow, NODE, Random, World, passes};
 use super::{DesiredPolicies, LocalInterface, Policies};
 use crate::model::ObjectName;

@@ -1,6 +1,6 @@
 //! Random worlds, changes of them, and smaller ones that still fail.
 
-use super::{Flow, NODE, World};
+use super::{Flow, KubePolicy, NODE, World};
 use ipnet::IpNet;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -10,7 +10,8 @@ use std::net::IpAddr;
 pub struct Random(u64);
 
 const NAMESPACES: [&str; 3] = ["a", "b", "c"];
-const KEYS: [&str; 3] = ["k", "l", "m"];
+/// Keys of all labels.
+pub(super) const KEYS: [&str; 3] = ["k", "l", "m"];
 const VALUES: [&str; 3] = ["", "x", "y"];
 const PROTOCOLS: [&str; 3] = ["TCP", "UDP", "SCTP"];
 const PORT_NAMES: [&str; 2] = ["web", "dns"];
@@ -31,6 +32,8 @@ const RANGES: [&str; 14] = [
     "fd00::2/128",
     "2000::/3",
 ];
+/// Interface of the first pod.
+const FIRST: u32 = 30;
 /// Interface of a pod that the API server does not show with its address yet.
 const UNKNOWN: u32 = 77;
 const ELSEWHERE: [&str; 5] = ["192.0.2.1", "198.51.100.7", "203.0.113.9", "2001:db8::1", "fd00::7"];
@@ -60,6 +63,11 @@ impl Random {
 
     fn some(&mut self, most: usize, mut make: impl FnMut(&mut Self) -> Value) -> Vec<Value> {
         (0..self.below(most + 1)).map(|_| make(self)).collect()
+    }
+
+    /// So many of these, if there are any.
+    pub fn sample<T: Copy>(&mut self, of: &[T], count: usize) -> Vec<T> {
+        (0..count).filter(|_| !of.is_empty()).map(|_| self.one(of)).collect()
     }
 
     /// A world.
@@ -155,18 +163,16 @@ impl Random {
     /// Each number has its own addresses, so that no two pods claim one; all but one of a finished pod.
     fn pod(&mut self, number: usize) -> Value {
         let mut ips = vec![json!({"ip": format!("10.0.{}.{}", self.below(2), number + 1)})];
-        match self.below(3) {
+        match self.below(4) {
             0 => ips.push(json!({"ip": format!("fd00::{}", number + 1)})),
-            1 => ips = vec![json!({"ip": format!("10.0.0.{}", number + 1)})],
+            1 => ips = vec![json!({"ip": format!("fd00::{}", number + 1)})],
+            2 => ips = vec![json!({"ip": format!("10.0.0.{}", number + 1)})],
             _ => {}
         }
         if self.once_in(12) {
             ips.clear();
         }
-        let ports = self.some(3, |random| {
-            let port = random.one(&PORTS);
-            json!({"name": random.one(&PORT_NAMES), "containerPort": port, "protocol": random.one(&PROTOCOLS)})
-        });
+        let containers: Vec<Value> = ["c", "d"].iter().map(|name| self.container(name)).collect();
         let is_hosts = self.once_in(12);
         if is_hosts {
             ips = vec![json!({"ip": "192.0.2.1"})];
@@ -179,9 +185,18 @@ impl Random {
         json!({
             "metadata": {"name": format!("p{number}"), "namespace": self.one(&NAMESPACES), "labels": self.labels()},
             "spec": {"nodeName": if self.once_in(2) { NODE } else { "n2" }, "hostNetwork": is_hosts,
-                     "containers": [{"name": "c", "ports": ports}]},
+                     "containers": containers},
             "status": {"phase": phase, "podIPs": ips},
         })
+    }
+
+    /// Two containers may have ports of one name, with one protocol or with several. A port may have no name.
+    fn container(&mut self, name: &str) -> Value {
+        let ports = self.some(2, |random| {
+            let name = if random.once_in(6) { Value::Null } else { random.one(&PORT_NAMES).into() };
+            json!({"name": name, "containerPort": random.one(&PORTS), "protocol": random.one(&PROTOCOLS)})
+        });
+        json!({"name": name, "ports": ports})
     }
 
     fn policy(&mut self, number: usize) -> Value {
@@ -256,7 +271,7 @@ impl World {
         let (_, pods, _) = self.objects();
         for pod in pods.iter().filter(|pod| &*pod.node == NODE && !pod.host_network) {
             let number: u32 = pod.name.as_str().bytes().last().map_or(0, |digit| u32::from(digit - b'0'));
-            self.interfaces.extend(pod.addresses.iter().map(|ip| (*ip, number + 10)));
+            self.interfaces.extend(pod.addresses.iter().map(|ip| (*ip, number + FIRST)));
         }
     }
 
@@ -290,6 +305,13 @@ impl World {
         flows
     }
 
+    /// As [`World::flows`] within this world, without those of an interface of which no pod is known: no policy says anything of it.
+    pub fn flows_of_pods(&self) -> Vec<Flow> {
+        let unknown: BTreeSet<IpAddr> = self.interfaces.keys().filter(|ip| self.pod(**ip).is_none()).copied().collect();
+        let is_known = |flow: &Flow| ![flow.client, flow.server].iter().any(|ip| unknown.contains(ip));
+        self.flows(self).into_iter().filter(is_known).collect()
+    }
+
     /// A world with fewer objects that fails, too.
     #[must_use]
     pub fn shrink(mut self, fails: impl Fn(&Self) -> bool) -> Self {
@@ -305,22 +327,47 @@ impl World {
                 let mut it = self.clone();
                 it.policies.remove(i);
                 smaller.push(it);
-                let spec = self.policies[i].spec.clone().unwrap();
-                for k in 0..spec.ingress.iter().flatten().count() {
+                smaller.extend(smaller_policies(&self.policies[i]).into_iter().map(|policy| {
                     let mut it = self.clone();
-                    it.policies[i].spec.as_mut().unwrap().ingress.as_mut().unwrap().remove(k);
-                    smaller.push(it);
-                }
-                for k in 0..spec.egress.iter().flatten().count() {
-                    let mut it = self.clone();
-                    it.policies[i].spec.as_mut().unwrap().egress.as_mut().unwrap().remove(k);
-                    smaller.push(it);
-                }
+                    it.policies[i] = policy;
+                    it
+                }));
             }
             match smaller.into_iter().find(|it| fails(it)) {
                 Some(it) => self = it,
                 None => return self,
             }
         }
+    }
+}
+
+/// A policy without one element of one of its lists: a rule, a peer, a port, an exception, a requirement.
+fn smaller_policies(policy: &KubePolicy) -> Vec<KubePolicy> {
+    let whole = serde_json::to_value(policy).unwrap();
+    let mut lists = Vec::new();
+    find_lists(&whole["spec"], "/spec", &mut lists);
+    let elements = lists.iter().flat_map(|(path, length)| (0..*length).map(move |i| (path, i)));
+    let without = elements.map(|(path, i)| {
+        let mut policy = whole.clone();
+        policy.pointer_mut(path).unwrap().as_array_mut().unwrap().remove(i);
+        serde_json::from_value(policy).unwrap()
+    });
+    without.collect()
+}
+
+/// The paths of all lists with their lengths. Requirements without values are not valid.
+fn find_lists(value: &Value, path: &str, lists: &mut Vec<(String, usize)>) {
+    let inner: Vec<(String, &Value)> = match value {
+        Value::Array(all) => {
+            lists.push((path.to_owned(), all.len()));
+            all.iter().enumerate().map(|(i, it)| (i.to_string(), it)).collect()
+        }
+        Value::Object(fields) => {
+            fields.iter().filter(|(name, _)| *name != "values").map(|(name, it)| (name.clone(), it)).collect()
+        }
+        _ => Vec::new(),
+    };
+    for (name, it) in inner {
+        find_lists(it, &format!("{path}/{name}"), lists);
     }
 }

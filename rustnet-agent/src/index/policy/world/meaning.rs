@@ -30,7 +30,7 @@ impl World {
     }
 
     /// The pod with an address of its own.
-    fn pod(&self, ip: IpAddr) -> Option<&Pod> {
+    pub(super) fn pod(&self, ip: IpAddr) -> Option<&Pod> {
         let has = |pod: &&Pod| {
             let status = pod.status.as_ref().unwrap();
             let is_over = ["Succeeded", "Failed"].contains(&status.phase.as_deref().unwrap_or(""));

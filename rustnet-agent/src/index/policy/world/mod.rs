@@ -2,10 +2,12 @@
 
 mod make;
 mod meaning;
+mod oracle;
 
 pub use make::Random;
+pub use oracle::{DIFFERENCES, Difference, Oracle};
 
-use super::{DesiredPolicies, LocalInterface, Policies, PortPrefix, RuleKey};
+use crate::index::policy::{DesiredPolicies, LocalInterface, Policies, PortPrefix, RuleKey};
 use crate::model::{Namespace, NetworkPolicy, Pod};
 use crate::source::convert::Converter;
 use crate::source::{Event, Object};
