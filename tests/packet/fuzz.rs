@@ -532,7 +532,8 @@ struct Tally {
     reached: BTreeMap<&'static str, u64>,
 }
 
-fn number(name: &str) -> Option<u64> {
+/// A number from the environment, also as `0x...`.
+pub fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     text.strip_prefix("0x").map_or_else(|| text.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok())
 }

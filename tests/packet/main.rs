@@ -21,6 +21,7 @@ mod host_ports;
 mod icmp;
 mod malformed;
 mod masquerade;
+mod oracle;
 mod pods;
 mod policies;
 mod rare;
@@ -33,3 +34,6 @@ mod tracking;
 mod ways;
 mod windows;
 mod xdp;
+
+// What the agent's random worlds of network policies import: `oracle` has them as a module of its own.
+use rustnet_agent::{index, model, source};

@@ -150,6 +150,7 @@ impl Suite {
             ("RUSTNET_DEADLINE", "300"),
             ("RUSTNET_DIST", "/dist"),
             ("RUSTNET_POLICY_ORACLE", POLICY_ORACLE),
+            ("RUSTNET_WORLDS", "10"),
             ("RUSTNET_ARTIFACTS", "/tmp/artifacts"),
             ("RUST_BACKTRACE", "0"),
             ("HOME", "/root"),

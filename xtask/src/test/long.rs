@@ -38,7 +38,7 @@ const KUBERNETES: &str = "kubernetes";
 const VERSIONS: &str = "versions";
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 15] = [
+const CAMPAIGNS: [Campaign; 16] = [
     Campaign {
         name: VERSIONS,
         work: Work::Tests { program: "fabric", filter: "upgrades_from_v1_and_back_lose_nothing", env: &[] },
@@ -61,7 +61,7 @@ const CAMPAIGNS: [Campaign; 15] = [
         },
     },
     Campaign {
-        name: "policies",
+        name: "policy-changes",
         work: Work::Tests {
             program: "fabric",
             filter: "changes_of_policies_leave_no_window",
@@ -74,6 +74,14 @@ const CAMPAIGNS: [Campaign; 15] = [
             program: "fabric",
             filter: "an_agent_that_dies_between_two_writes_leaves_a_working_state",
             env: &[("RUSTNET_CRASHES", "8")],
+        },
+    },
+    Campaign {
+        name: "policies",
+        work: Work::Tests {
+            program: "packet",
+            filter: "the_programs_do_what_cyclonus_reads",
+            env: &[("RUSTNET_WORLDS", "20000")],
         },
     },
     Campaign {

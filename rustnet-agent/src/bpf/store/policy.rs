@@ -28,17 +28,23 @@ pub struct PolicyStore {
 }
 
 impl PolicyStore {
+    /// The store of these maps.
+    pub const fn new(
+        state: Map<u32, Policies>,
+        pods: Map<Addr, PolicyPod>,
+        cidrs: Map<PolicyCidrKey, u32>,
+        rules: Map<PolicyRuleKey, PolicyRule>,
+    ) -> Self {
+        Self { state, pods, cidrs, rules }
+    }
+
     /// Opens the pins in `bpffs`.
     ///
     /// # Errors
     /// One is not there, or is another version's.
     pub fn open(bpffs: &Path) -> Result<Self> {
-        Ok(Self {
-            state: Map::open(bpffs, map::POLICY)?,
-            pods: Map::open(bpffs, map::POLICY_PODS)?,
-            cidrs: Map::open(bpffs, map::POLICY_CIDRS)?,
-            rules: Map::open(bpffs, map::POLICY_RULES)?,
-        })
+        let (state, pods) = (Map::open(bpffs, map::POLICY)?, Map::open(bpffs, map::POLICY_PODS)?);
+        Ok(Self::new(state, pods, Map::open(bpffs, map::POLICY_CIDRS)?, Map::open(bpffs, map::POLICY_RULES)?))
     }
 
     /// Reads `rn_policy`.
