@@ -25,7 +25,7 @@ use world::{Flow, Oracle, Random, World};
 
 /// Worlds, if nothing else is asked for.
 const WORLDS: u64 = 100;
-/// Flows per world.
+/// Most flows per world.
 const FLOWS: usize = 64;
 
 /// The interfaces of a world's pods, by the numbers that the worlds give them.
@@ -49,22 +49,24 @@ fn the_programs_do_what_cyclonus_reads() -> Result<()> {
         eprintln!("{worlds} worlds, seeds from {first}");
         let node = Node::new(lab)?;
         let oracle = Oracle::start();
-        let mut allowed = 0;
+        let (mut all, mut allowed) = (0, 0);
         for seed in first..first + worlds {
             let mut random = Random::new(seed);
             let world = random.world();
-            let flows = random.sample(&world.flows_of_pods(), FLOWS);
+            let flows = random.flows(&world, FLOWS);
             node.apply(&world)?;
+            all += flows.len();
             for (flow, want) in flows.iter().zip(oracle.allows(&world, &flows)) {
                 let passes = node.passes(&world, flow).with_context(|| format!("seed {seed}, {flow:?}"))?;
                 if passes != want {
                     return node.report(&oracle, world, flow).with_context(|| format!("seed {seed}"));
                 }
-                allowed += u64::from(want);
+                allowed += usize::from(want);
             }
         }
-        let all = worlds * FLOWS as u64;
-        ensure!((all / 6..all * 5 / 6).contains(&allowed), "of {all} flows {allowed} may be opened");
+        // A few worlds may be open ones by chance.
+        let is_mixed = worlds < WORLDS || (all / 10..all * 9 / 10).contains(&allowed);
+        ensure!(is_mixed, "of {all} flows {allowed} may be opened");
         Ok(())
     })
 }

@@ -4,8 +4,8 @@ use super::super::world::{DIFFERENCES, Difference, Flow, NODE, Oracle, Random, W
 use super::ip;
 use serde_json::{Value, from_value, json};
 
-/// Flows per world.
-const FLOWS: usize = 64;
+/// Most flows per world.
+const FLOWS: usize = 128;
 
 /// The flows of which the maps say something else than cyclonus, with its verdict.
 fn wrong(world: &World, flows: &[Flow], verdicts: &[bool]) -> Vec<(Flow, bool)> {
@@ -17,12 +17,13 @@ fn wrong(world: &World, flows: &[Flow], verdicts: &[bool]) -> Vec<(Flow, bool)> 
 #[test]
 fn the_maps_say_what_cyclonus_reads() {
     let oracle = Oracle::start();
-    let mut allowed = 0;
+    let (mut all, mut allowed) = (0, 0);
     for seed in 10_000..11_000 {
         let mut random = Random::new(seed);
         let world = random.world();
-        let flows = random.sample(&world.flows_of_pods(), FLOWS);
+        let flows = random.flows(&world, FLOWS);
         let verdicts = oracle.allows(&world, &flows);
+        all += flows.len();
         allowed += verdicts.iter().filter(|it| **it).count();
         if wrong(&world, &flows, &verdicts).is_empty() {
             continue;
@@ -36,7 +37,7 @@ fn the_maps_say_what_cyclonus_reads() {
         let objects = json!([&world.namespaces, &world.pods, &world.policies]);
         panic!("seed {seed}: {flow:?} should pass: {want}\n{objects:#}\n{:#?}", world.desired());
     }
-    assert!((10_000..50_000).contains(&allowed), "of {} flows {allowed} may be opened", 1000 * FLOWS);
+    assert!((all / 10..all * 9 / 10).contains(&allowed), "of {all} flows {allowed} may be opened");
 }
 
 /// One pod here with a policy, one elsewhere, and the flow from there.

@@ -2,6 +2,7 @@
 
 use super::{Flow, KubePolicy, NODE, World};
 use ipnet::IpNet;
+use rustnet_common::policy::OPEN;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -65,9 +66,25 @@ impl Random {
         (0..self.below(most + 1)).map(|_| make(self)).collect()
     }
 
-    /// So many of these, if there are any.
-    pub fn sample<T: Copy>(&mut self, of: &[T], count: usize) -> Vec<T> {
-        (0..count).filter(|_| !of.is_empty()).map(|_| self.one(of)).collect()
+    /// Up to so many flows of [`World::flows_of_pods`]: some of all, of those to pods that name ports of the protocol, of those that some
+    /// policy decides, and of those for which both holds.
+    pub fn flows(&mut self, world: &World, count: usize) -> Vec<Flow> {
+        let (_, pods, _) = world.objects();
+        let names = pods.iter().flat_map(|pod| pod.ports.iter().map(move |port| (pod, port.proto)));
+        let names = names.flat_map(|(pod, proto)| pod.addresses.iter().map(move |ip| (*ip, proto)));
+        let names: BTreeSet<(IpAddr, u8)> = names.collect();
+        let has_name = |flow: &&Flow| names.contains(&(flow.server, flow.proto));
+        let maps = world.desired();
+        let is_decided = |flow: &&Flow| {
+            maps.pods.get(&flow.server).is_some_and(|pod| pod.ingress != OPEN)
+                || maps.pods.get(&flow.client).is_some_and(|pod| pod.egress != OPEN)
+        };
+        let all = world.flows_of_pods();
+        let named: Vec<Flow> = all.iter().filter(has_name).copied().collect();
+        let decided: Vec<Flow> = all.iter().filter(is_decided).copied().collect();
+        let both: Vec<Flow> = decided.iter().filter(has_name).copied().collect();
+        let lists = [all, named, decided, both].into_iter().filter(|list| !list.is_empty());
+        lists.flat_map(|list| (0..count / 4).map(|_| self.one(&list)).collect::<Vec<Flow>>()).collect()
     }
 
     /// A world.
@@ -249,13 +266,13 @@ impl Random {
         if self.once_in(2) {
             port.insert("protocol".to_owned(), self.one(&PROTOCOLS).into());
         }
-        match self.below(4) {
+        match self.below(5) {
             0 => {}
-            1 => drop(port.insert("port".to_owned(), self.one(&PORT_NAMES).into())),
+            1 | 2 => drop(port.insert("port".to_owned(), self.one(&PORT_NAMES).into())),
             kind => {
                 let (a, b) = (self.one(&PORTS), self.one(&PORTS));
                 port.insert("port".to_owned(), a.min(b).into());
-                if kind == 2 {
+                if kind == 3 {
                     port.insert("endPort".to_owned(), a.max(b).into());
                 }
             }
