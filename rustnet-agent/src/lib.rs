@@ -22,6 +22,7 @@ pub mod net;
 pub mod nodefile;
 pub mod plan;
 pub mod podfile;
+pub mod policyfile;
 pub mod reconcile;
 pub mod servicefile;
 pub mod source;

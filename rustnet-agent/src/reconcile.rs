@@ -231,6 +231,9 @@ struct Reconciler {
     details_took: Duration,
     /// What is being written of them.
     writing: Option<Writing>,
+    /// Writes the names of network policies, which took so long the last time.
+    policy_names: Job,
+    policy_names_took: Duration,
     look: Option<Look>,
     /// The network has changed since the look began.
     is_net_changed: bool,
@@ -292,6 +295,8 @@ impl Reconciler {
             details: Job::idle("rustnetctl does not know the endpoints of Services"),
             details_took: Duration::ZERO,
             writing: None,
+            policy_names: Job::idle("rustnetctl does not know the names of network policies"),
+            policy_names_took: Duration::ZERO,
             look: None,
             is_net_changed: false,
             net_took: Duration::ZERO,
@@ -440,6 +445,9 @@ impl Reconciler {
         }
         if self.details.is_due() {
             self.begin_details();
+        }
+        if self.policy_names.is_due() {
+            self.write_policy_names();
         }
         self.set_readiness();
     }

@@ -296,6 +296,11 @@ impl Index {
         self.policies.desired()
     }
 
+    /// The pods of all nodes that policies may be about: name and addresses.
+    pub fn policy_pods(&self) -> impl Iterator<Item = (&ObjectName, &[IpAddr])> {
+        self.policies.pods()
+    }
+
     fn is_in_service_range(&self, ip: IpAddr) -> bool {
         self.service_cidrs.contains(&self.settings.service_cidrs, ip)
     }

@@ -4,19 +4,20 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use tokio::time::Instant;
 
-use super::Reconciler;
 use super::job::Job;
 use super::presence::AgentFile;
+use super::{FILE_SHARE, PROBLEMS_PERIOD, Reconciler};
 use crate::failure::{Failure, Scope};
 use crate::source::Kind;
-use crate::{namefile, podfile};
+use crate::{namefile, podfile, policyfile};
 
 impl Reconciler {
     /// The jobs that write what the `rustnetctl` command reads. Without it the command shows less, so that a failure makes no
     /// node unready; it is tried again.
-    pub(super) fn files_of_command(&self) -> [&Job; 4] {
-        [&self.presence, &self.names, &self.objects, &self.details]
+    pub(super) fn files_of_command(&self) -> [&Job; 5] {
+        [&self.presence, &self.names, &self.objects, &self.details, &self.policy_names]
     }
 
     /// Writes where this agent's things are.
@@ -40,6 +41,20 @@ impl Reconciler {
         let is_known = self.index.synced();
         let done = if is_known { namefile::write_all(&self.config.run_dir, &self.index) } else { Ok(()) };
         Self::finish_file(&mut self.objects, &mut self.report, done);
+    }
+
+    /// Has the names of network policies written. In a large cluster pods always come and go.
+    pub(super) fn policy_names_changed(&mut self) {
+        self.policy_names.want_unless_failed(PROBLEMS_PERIOD.max(self.policy_names_took * FILE_SHARE));
+    }
+
+    /// Writes the names of network policies as they were last applied.
+    pub(super) fn write_policy_names(&mut self) {
+        let began = Instant::now();
+        let names = self.policies.names(&self.index);
+        let done = names.map_or(Ok(()), |names| policyfile::write(&self.config.run_dir, &names).map(drop));
+        self.policy_names_took = began.elapsed();
+        Self::finish_file(&mut self.policy_names, &mut self.report, done);
     }
 
     /// Notes whether a file for the command was written, and has a failure reported.

@@ -24,6 +24,7 @@ use crate::model::{ObjectName, Problem};
 use crate::net::arrivals::Arrivals;
 use crate::net::endpoints as records;
 use crate::plan::policies::{PolicyMaps as _, PolicyPlanner, PolicyWrite};
+use crate::policyfile::Names;
 use crate::source::{Event, Kind, Object};
 
 /// Share of the time that working out policies may take, as 1 in so many: in a large cluster some pod always comes or goes. Pods of this
@@ -42,6 +43,8 @@ pub struct Policies {
     pub job: Job,
     /// What the maps hold; `None`: they are read back first.
     planner: Option<PolicyPlanner>,
+    /// Names of what the maps hold, without those of pods.
+    names: Names,
     /// How long it took the last time.
     took: Duration,
     /// When the maps are read back.
@@ -57,6 +60,7 @@ impl Policies {
         Self {
             job: Job::due("network policies are not as they should be; what was applied before stays"),
             planner: None,
+            names: Names::default(),
             took: Duration::ZERO,
             audit_at: Instant::now() + config.audit_period,
             audit_period: config.audit_period,
@@ -83,6 +87,12 @@ impl Policies {
     /// What has no room in the maps.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.planner.iter().flat_map(PolicyPlanner::problems)
+    }
+
+    /// Names of what the maps hold; `None`: what they hold is not known.
+    pub fn names(&self, index: &Index) -> Option<Names> {
+        let planner = self.planner.as_ref()?;
+        Some(self.names.with_pods(index.policy_pods(), &planner.held().pods))
     }
 
     /// When it has to be done.
@@ -119,12 +129,13 @@ impl Policies {
             None => PolicyPlanner::adopt(maps.snapshot()?, maps.capacities()),
         };
         let desired = if is_on { index.desired_policies() } else { DesiredPolicies::default() };
+        let names = Names::of(&desired);
         let writes = planner.plan(desired);
         if is_repair {
             report_repairs(&writes, metrics);
         }
         maps.apply(&writes).context("writing network policies")?;
-        self.planner = Some(planner);
+        (self.planner, self.names) = (Some(planner), names);
         Ok(Some(writes.len()))
     }
 }
@@ -203,6 +214,7 @@ impl Reconciler {
                 self.policies.job.finish(Vec::new(), None);
                 if writes.is_some() {
                     self.policies.took = began.elapsed();
+                    self.policy_names_changed();
                 }
                 if let Some(writes) = writes.filter(|writes| *writes > 0) {
                     self.report.want(PROBLEMS_PERIOD);

@@ -11,6 +11,7 @@ use rustnet_agent::bpf::sys;
 use rustnet_agent::config::Config;
 use rustnet_agent::model::Problem;
 use rustnet_agent::plan::policies::{PolicyCapacities, PolicyMaps, PolicySnapshot, PolicyWrite, PortPrefix, RuleKey};
+use rustnet_agent::policyfile;
 use rustnet_agent::source::manifests::Catalog;
 use rustnet_agent::source::{Event, Kind, Origin};
 use rustnet_common::addr::Addr;
@@ -182,6 +183,35 @@ fn a_pod_is_decided_by_its_record_and_policies_come_and_go() {
                 there(sandbox) == PolicySnapshot { state, ..PolicySnapshot::default() }
             })
             .await;
+            agent.stop().await;
+        });
+    });
+}
+
+/// Numbers are all that the maps have.
+#[test]
+fn names_of_sets_and_rules_are_written() {
+    sandbox::run(|sandbox| {
+        uplink();
+        block_on(async {
+            let agent = start_with_policy(sandbox.config(&[])).await;
+            sandbox.add_pod("rnv1", ADDRESS);
+            let names = || policyfile::read(&sandbox.run_dir).unwrap();
+            wait_until("the set has a name", || {
+                entry(sandbox)
+                    .is_some_and(|pod| names().sets.get(&pod.ingress).is_some_and(|it| it.texts == ["default/web"]))
+            })
+            .await;
+            let rules = there(sandbox).rules;
+            assert!(
+                rules.values().all(|rule| names().rules[&rule.rule] == "default/web ingress[0]") && !rules.is_empty()
+            );
+            let gone = events(POLICY).into_iter().filter_map(|event| match event {
+                Event::Apply(object) => Some(Event::Delete(object.reference())),
+                _ => None,
+            });
+            agent.send(gone).await;
+            wait_until("the names are gone", || names() == policyfile::Names::default()).await;
             agent.stop().await;
         });
     });

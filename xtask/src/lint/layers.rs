@@ -92,7 +92,7 @@ const CRATES: [Crate; 6] = [
             &["plan"],
             &["net"],
             &["bpf", "leftovers"],
-            &["ct_gc", "namefile", "nodefile", "podfile", "servicefile", "v1file", "cni_order", "http"],
+            &["ct_gc", "namefile", "nodefile", "podfile", "policyfile", "servicefile", "v1file", "cni_order", "http"],
             // Pure parts that the preflight and the command share with the loop.
             &["reconcile::node", "reconcile::overlay_path", "reconcile::presence"],
             &["reconcile", "doctor"],

@@ -18,6 +18,12 @@ pub struct Block {
 }
 
 impl Block {
+    /// A text for people.
+    pub fn text(&self) -> String {
+        let except: Vec<String> = self.except.iter().map(ToString::to_string).collect();
+        if except.is_empty() { self.cidr.to_string() } else { format!("{} except {}", self.cidr, except.join(", ")) }
+    }
+
     /// The hash of its canonical text.
     pub fn hash(&self) -> u64 {
         let except: Vec<String> = self.except.iter().map(ToString::to_string).collect();

@@ -1,9 +1,11 @@
 //! Classes: addresses that nothing in use can tell apart.
 
 use super::blocks::{Blocks, Region};
+use super::desired::ClassName;
 use super::groups::{GroupId, Groups, PeerId};
 use super::ids::{ContentHash, numbers};
 use rustnet_common::policy::ANY_CLASS;
+use rustnet_common::tuple::proto;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -12,6 +14,9 @@ pub type Place = usize;
 
 /// A named port in use: its name and protocol.
 pub type NamedPort = (Arc<str>, u8);
+
+/// Texts of a class at most.
+const NAMED: usize = 8;
 
 /// What holds for an address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -117,6 +122,36 @@ impl<'a> Classes<'a> {
         };
         let hashes: Vec<u64> = self.contents.iter().skip(1).map(hash).collect();
         [ANY_CLASS].into_iter().chain(numbers(&hashes)).collect()
+    }
+
+    /// What holds for each class, for people, by place.
+    pub fn names(&self) -> Vec<ClassName> {
+        let mut texts: Vec<Arc<str>> = Vec::new();
+        let mut add = |text: String| {
+            texts.push(text.into());
+            texts.len() - 1
+        };
+        // By content, for numbers of selectors and blocks are other ones after the next start.
+        let peers: HashMap<PeerId, usize> = self.groups.peers().map(|(peer, id)| (id, add(peer.text()))).collect();
+        let blocks: HashMap<usize, usize> =
+            self.blocks.iter().map(|(block, number)| (number, add(block.text()))).collect();
+        let mut ports: HashMap<(usize, u16), usize> = HashMap::new();
+        let used: BTreeSet<_> = self.contents.iter().flat_map(|content| &content.ports).collect();
+        for (name, port) in used {
+            let (text, proto) = &self.names[*name];
+            ports.insert((*name, *port), add(format!("port {text} is {}/{port}", proto::name(*proto))));
+        }
+        let name = |content: &Content| {
+            let of_peers = content.peers.iter().filter_map(|id| peers.get(id));
+            let of_ports = content.ports.iter().filter_map(|port| ports.get(port));
+            let of_blocks = self.blocks.list(content.region).iter().filter_map(|block| blocks.get(block));
+            let mut ranks: Vec<usize> = of_peers.chain(of_ports).chain(of_blocks).copied().collect();
+            ranks.sort_unstable();
+            let more = ranks.len().saturating_sub(NAMED);
+            ranks.truncate(NAMED);
+            ClassName { texts: ranks.into_iter().map(|rank| Arc::clone(&texts[rank])).collect(), more }
+        };
+        self.contents.iter().map(name).collect()
     }
 
     /// Which classes have what.

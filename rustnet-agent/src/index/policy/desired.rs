@@ -5,6 +5,8 @@ use ipnet::IpNet;
 use rustnet_common::policy::{ANY_PORT, ANY_PROTO, PolicyMatch, PolicyPod, PolicyRule, PolicyRuleKey};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 /// What the maps of policies should hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,6 +23,17 @@ pub struct DesiredPolicies {
     pub sets: BTreeMap<u32, Box<[ObjectName]>>,
     /// What people call each rule, by [`PolicyRule::rule`]: `default/web ingress[0]`.
     pub rule_names: BTreeMap<u32, Box<str>>,
+    /// What holds for each class but [`rustnet_common::policy::ANY_CLASS`], for people.
+    pub class_names: BTreeMap<u32, ClassName>,
+}
+
+/// Texts of the selectors, named ports and blocks that hold for a class: a few, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ClassName {
+    /// The texts.
+    pub texts: Box<[Arc<str>]>,
+    /// How many more there are.
+    pub more: usize,
 }
 
 /// Key of `rn_policy_rules`.
@@ -65,6 +78,20 @@ impl PortPrefix {
             at += 1 << free;
         }
         prefixes
+    }
+
+    /// The protocol; `None`: all.
+    pub const fn proto(self) -> Option<u8> {
+        if self.len == Self::ANY.len { None } else { Some(self.proto) }
+    }
+
+    /// The first and the last of the ports.
+    pub const fn bounds(self) -> RangeInclusive<u16> {
+        let free = match self.len.checked_sub(ANY_PORT as u8) {
+            Some(bits) if bits > 0 => u16::MAX.unbounded_shr(bits as u32),
+            _ => u16::MAX,
+        };
+        self.port..=self.port | free
     }
 
     /// All prefixes that contain it but itself, the widest first.
@@ -121,6 +148,9 @@ mod tests {
                 let having = prefixes.iter().filter(|prefix| prefix.contains(&one)).count();
                 assert_eq!(having, usize::from((first..=last).contains(&port)), "{port} in {first}-{last}");
             }
+            let bounds: Vec<_> = prefixes.iter().map(|prefix| prefix.bounds()).collect();
+            assert_eq!((*bounds[0].start(), *bounds[count - 1].end()), (first, last));
+            assert!(bounds.windows(2).all(|pair| pair[0].end() + 1 == *pair[1].start()), "{bounds:?}");
         }
     }
 
@@ -131,6 +161,7 @@ mod tests {
         assert_eq!(port.around().count(), 17);
         assert!(port.around().all(|it| it.contains(&port) && !port.contains(&it)));
         assert_eq!((any.around().count(), tcp.around().collect::<Vec<_>>()), (0, vec![any]));
+        assert_eq!((any.proto(), tcp.proto(), any.bounds()), (None, Some(6), 0..=u16::MAX));
         assert!(!tcp.contains(&any) && !port.contains(&tcp) && !PortPrefix::new(17, 0, 0).contains(&port));
     }
 }

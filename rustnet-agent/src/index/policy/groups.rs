@@ -36,6 +36,19 @@ impl PodPeer {
         ContentHash::of(&text)
     }
 
+    /// A text for people.
+    pub fn text(&self) -> String {
+        let namespaces = match &self.namespaces {
+            Namespaces::Own(name) => name.to_string(),
+            Namespaces::Selected(selector) if selector.requirements().is_empty() => "all namespaces".to_owned(),
+            Namespaces::Selected(selector) => format!("namespaces with {selector}"),
+        };
+        match &self.pods {
+            all if all.requirements().is_empty() => format!("pods of {namespaces}"),
+            selector => format!("pods of {namespaces} with {selector}"),
+        }
+    }
+
     /// True if it selects this namespace. `labels`: of the namespace; `None`: it has not come yet, and only its name is known. Nothing
     /// else holds for it then.
     fn has_namespace(&self, name: &Arc<str>, labels: Option<&Labels>) -> bool {
@@ -184,6 +197,11 @@ impl Groups {
     /// The selectors in use with the hash of each.
     pub fn hashes(&self) -> impl Iterator<Item = (PeerId, u64)> {
         self.peers.values().map(|known| (known.id, known.hash))
+    }
+
+    /// The selectors in use with the number of each, in order.
+    pub fn peers(&self) -> impl Iterator<Item = (&PodPeer, PeerId)> {
+        self.peers.iter().map(|(peer, known)| (peer, known.id))
     }
 
     /// The number of a selector in use.

@@ -16,7 +16,7 @@ mod tests;
 #[cfg(test)]
 pub mod world;
 
-pub use desired::{DesiredPolicies, PortPrefix, RuleKey};
+pub use desired::{ClassName, DesiredPolicies, PortPrefix, RuleKey};
 
 use crate::model::{Labels, Namespace, NetworkPolicy, ObjectName, Pod};
 use blocks::{Block, Blocks};
@@ -187,6 +187,11 @@ impl Policies {
         self.pods.keys()
     }
 
+    /// The pods that count: name and addresses.
+    pub fn pods(&self) -> impl Iterator<Item = (&ObjectName, &[IpAddr])> {
+        self.pods.iter().map(|(name, pod)| (name, &*pod.addresses))
+    }
+
     /// Names of all namespaces.
     pub fn namespace_names(&self) -> impl Iterator<Item = ObjectName> + '_ {
         self.namespaces.keys().map(|name| ObjectName::cluster(name))
@@ -237,6 +242,7 @@ impl Policies {
         desired.pods = pods.into_iter().map(pod).collect();
         desired.cidrs = cidrs.into_iter().map(|(prefix, place)| (prefix, class_numbers[place])).collect();
         desired.rule_names = rule_names(&sets);
+        desired.class_names = class_numbers.iter().copied().zip(classes.names()).skip(1).collect();
         let rule_numbers: HashMap<&str, u32> =
             desired.rule_names.iter().map(|(number, name)| (&**name, *number)).collect();
         let holders = classes.holders();

@@ -200,3 +200,27 @@ fn only_news_makes_dirty() {
     it.delete_pod(&pods[1].name);
     assert!(it.take_dirty());
 }
+
+#[test]
+fn classes_have_texts() {
+    let mut world = shop();
+    let ingress = json!([
+        {"from": [{"podSelector": {"matchLabels": {"app": "web"}}}, {"namespaceSelector": {}}]},
+        {"from": [{"ipBlock": {"cidr": "10.0.1.0/24", "except": ["10.0.1.128/25"]}}]},
+        {"from": (1..9).map(|i| json!({"ipBlock": {"cidr": format!("192.0.{i}.0/24")}})).collect::<Vec<_>>()},
+    ]);
+    world.policies = vec![policy("db", &json!({"podSelector": {"matchLabels": {"app": "db"}}, "ingress": ingress}))];
+    let maps = world.desired();
+    let texts = |ip: &str| maps.class_names[&maps.pods[&self::ip(ip)].class].texts.join("; ");
+    assert_eq!(
+        texts("10.0.1.1"),
+        "pods of a with app in (web); pods of all namespaces; 10.0.1.0/24 except 10.0.1.128/25"
+    );
+    assert_eq!(texts("10.0.1.2"), "pods of all namespaces; 10.0.1.0/24 except 10.0.1.128/25");
+    assert!(maps.class_names.values().all(|name| name.more == 0));
+    let all: Vec<Value> = (8..24).map(|bits| json!({"ipBlock": {"cidr": format!("10.0.0.0/{bits}")}})).collect();
+    world.policies = vec![policy("db", &json!({"podSelector": {}, "ingress": [{"from": all}]}))];
+    let maps = world.desired();
+    let name = &maps.class_names[&maps.pods[&ip("10.0.0.1")].class];
+    assert_eq!((name.texts.len(), name.more), (8, 8));
+}

@@ -20,7 +20,7 @@ pub struct Fit {
 
 /// Leaves out what has no room.
 pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacities) -> Fit {
-    let DesiredPolicies { mut pods, cidrs, rules, is_enforced, sets, rule_names: _ } = desired;
+    let DesiredPolicies { mut pods, cidrs, rules, is_enforced, sets, .. } = desired;
     let mut problems = Vec::new();
     // Without counts in the messages: each other count would be another event.
     let rules = fit_rules(rules, &mut pods, held, room.rules as usize, |set| {
