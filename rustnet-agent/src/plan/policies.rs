@@ -1,11 +1,12 @@
 //! The maps of network policies: which writes lead from what they hold to what they should hold, and in which order.
 //!
 //! After every write each flow that both states allow passes, and each that both deny is denied. `course` has the order, `fit` leaves out
-//! what has no room, and `draft` is the state of the maps after the writes so far.
+//! what has no room, `draft` is the state of the maps after the writes so far, and `judge` is what the programs make of a flow by them.
 
 mod course;
 mod draft;
 mod fit;
+pub mod judge;
 mod memory;
 #[cfg(test)]
 mod tests;
