@@ -1,7 +1,7 @@
 //! The `rustnetctl` command prints what the maps hold, as text or JSON. It needs no agent and no API
 //! server; `connectivity` is about a whole cluster, and needs its API server.
 //!
-//! Exit codes: 0 all is well, 1 something is not (or went wrong), 2 wrong usage; `connectivity`: it could not run.
+//! Exit codes: 0 all is well, 1 something is not (or went wrong), 2 wrong usage; `connectivity` and `policy why`: it could not run.
 
 mod cleanup;
 mod connectivity;
@@ -64,8 +64,8 @@ enum Command {
     Nodes,
     /// What the programs know of each address range, as the maps have it
     Peers,
-    /// What network policies mean for this node's pods
-    Policy,
+    /// What network policies mean for this node's pods, for one pod in full, or for a flow
+    Policy(policy::Args),
     /// Connections
     #[command(subcommand)]
     Ct(CtCommand),
@@ -167,7 +167,7 @@ fn dispatch(cli: Cli) -> Result<bool> {
         Command::Endpoints => endpoints::run(&places()?, &out)?,
         Command::Nodes => nodes::run(&places()?, &out)?,
         Command::Peers => peers::run(&places()?, &out)?,
-        Command::Policy => policy::run(&places()?, &out)?,
+        Command::Policy(args) => return policy::run(&places()?, &args, &out),
         Command::Ct(CtCommand::List(args)) => ct::run(&places()?, &args, &out)?,
         Command::Maps => maps::run(&places()?, &out)?,
         Command::Drops => maps::drops(&places()?, &out)?,

@@ -1,19 +1,39 @@
-//! `rustnetctl policy`: what network policies mean for this node's pods, from `rn_endpoints` and the maps of policies.
+//! `rustnetctl policy`: what network policies mean for this node's pods, from `rn_endpoints` and the maps of policies. `pod` shows one
+//! pod in full, `why` judges a flow; `view` reads what all of them print.
+
+mod front;
+mod half;
+mod pod;
+mod view;
+mod why;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use anyhow::Result;
-use rustnet_common::endpoint::Endpoint;
-use rustnet_common::policy::{ANY_CLASS, OPEN, flags};
+use rustnet_common::policy::{ANY_CLASS, OPEN, PolicyPod, flags};
 use serde::Serialize;
 
+use super::Places;
 use super::output::Output;
-use super::{Places, endpoints};
-use crate::bpf::store::endpoints::Endpoints;
-use crate::bpf::store::policy::read;
-use crate::plan::policies::PolicySnapshot;
-use crate::podfile::Names;
+use crate::policyfile::List;
+use view::{View, show_policies};
+
+/// Options.
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Args {
+    /// One pod in full: namespace/name, or an address
+    name: Option<String>,
+    #[command(subcommand)]
+    question: Option<Question>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Question {
+    /// What becomes of a new flow, and by which policies. Exit code 1 if this node denies it, 2 if that cannot be said here
+    Why(why::Args),
+}
 
 /// What policies mean for one direction of a pod.
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -23,6 +43,8 @@ struct Set {
     id: u32,
     /// How many entries allow something, over all classes.
     rules: usize,
+    /// The policies that select the pod.
+    policies: List,
 }
 
 /// What policies mean for a pod.
@@ -70,51 +92,71 @@ struct Report {
     pods: Vec<Row>,
 }
 
+/// Prints what was asked for; false if a flow is denied.
+///
+/// # Errors
+/// A map or file cannot be read, or nobody knows the pod.
+pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
+    match args {
+        Args { question: Some(Question::Why(args)), .. } => return why::run(places, args, out),
+        Args { name: Some(name), .. } => pod::run(&View::read(places)?, name, out)?,
+        Args { name: None, .. } => list(&View::read(places)?, out)?,
+    }
+    Ok(true)
+}
+
 /// Prints the pods.
-pub fn run(places: &Places, out: &Output) -> Result<()> {
-    let names = endpoints::names(places, &endpoints::by_address(places)?)?;
-    let bpffs = places.bpffs()?;
-    let report = report(&Endpoints::open(bpffs)?.read()?, &read(bpffs)?, &names);
+fn list(view: &View, out: &Output) -> Result<()> {
+    let report = report(view);
     out.print(&report, &["ADDRESS", "POD", "STATE", "CLASS", "INGRESS", "EGRESS"], || {
         report.pods.iter().map(line).collect()
     })
 }
 
-fn report(endpoints: &[(IpAddr, Endpoint)], policies: &PolicySnapshot, names: &Names) -> Report {
+fn report(view: &View) -> Report {
+    let policies = &view.maps;
     let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
     for key in policies.rules.keys() {
         *counts.entry(key.set).or_default() += 1;
     }
-    let set = |id: u32| (id != OPEN).then(|| Set { id, rules: counts.get(&id).copied().unwrap_or_default() });
+    let set = |id: u32| {
+        let rules = counts.get(&id).copied().unwrap_or_default();
+        (id != OPEN).then(|| Set { id, rules, policies: view.policies(id) })
+    };
     let is_enforced = policies.state.flags & flags::ENFORCED != 0;
-    let row = |(address, endpoint): &(IpAddr, Endpoint)| {
-        let pod = policies.pods.get(address).filter(|pod| is_enforced && pod.ifindex == endpoint.ifindex);
+    let row = |(address, ifindex): (&IpAddr, &u32)| {
+        let pod = policies.pods.get(address).filter(|pod| is_enforced && pod.ifindex == *ifindex);
         let [ingress, egress] = pod.map_or([OPEN; 2], |pod| [pod.ingress, pod.egress]).map(set);
-        let state = match (is_enforced, pod) {
-            (true, None) => State::Undecided,
-            (true, Some(_)) if ingress.is_some() || egress.is_some() => State::Isolated,
-            _ => State::Open,
-        };
         Row {
             address: *address,
-            pod: names.get(address).cloned(),
-            ifindex: endpoint.ifindex,
-            state,
+            pod: view.pods.get(address).cloned(),
+            ifindex: *ifindex,
+            state: state(is_enforced, pod),
             class: pod.map(|pod| pod.class).filter(|class| *class != ANY_CLASS),
             ingress,
             egress,
         }
     };
-    Report { is_enforced, generation: policies.state.generation, pods: endpoints.iter().map(row).collect() }
+    let pods = view.around.endpoints.iter().map(row).collect();
+    Report { is_enforced, generation: policies.state.generation, pods }
+}
+
+/// What policies mean for a pod of this node. `pod`: its entry, if that has its interface.
+fn state(is_enforced: bool, pod: Option<&PolicyPod>) -> State {
+    match (is_enforced, pod) {
+        (true, None) => State::Undecided,
+        (true, Some(pod)) if pod.ingress != OPEN || pod.egress != OPEN => State::Isolated,
+        _ => State::Open,
+    }
 }
 
 fn line(row: &Row) -> Vec<String> {
     let set = |set: &Option<Set>| match (row.state, set) {
         (State::Undecided, _) => "-".to_owned(),
         (_, None) => State::Open.word().to_owned(),
-        (_, Some(Set { id, rules: 0 })) => format!("{id:08x} (nothing allowed)"),
-        (_, Some(Set { id, rules: 1 })) => format!("{id:08x} (1 rule)"),
-        (_, Some(Set { id, rules })) => format!("{id:08x} ({rules} rules)"),
+        (_, Some(Set { id, rules: 0, policies })) => format!("{} (nothing allowed)", show_policies(*id, policies)),
+        (_, Some(Set { id, rules: 1, policies })) => format!("{} (1 rule)", show_policies(*id, policies)),
+        (_, Some(Set { id, rules, policies })) => format!("{} ({rules} rules)", show_policies(*id, policies)),
     };
     vec![
         row.address.to_string(),
@@ -126,53 +168,87 @@ fn line(row: &Row) -> Vec<String> {
     ]
 }
 
+/// For tests: what a node with three pods reads.
 #[cfg(test)]
-mod tests {
-    use super::{Endpoint, IpAddr, PolicySnapshot, flags, line, report};
-    use crate::cli::golden::assert_golden;
-    use crate::index::policy::{PortPrefix, RuleKey};
-    use rustnet_common::policy::{ALLOW, Policies, PolicyPod, PolicyRule};
+mod build {
+    use super::view::View;
+    use crate::namefile::NodeName;
+    use crate::plan::policies::judge::Surroundings;
+    use crate::plan::policies::{PolicySnapshot, PortPrefix, RuleKey};
+    use crate::policyfile::{List, Names};
+    use rustnet_common::peer::{self, Peer};
+    use rustnet_common::policy::{ALLOW, ANY_CLASS, Policies, PolicyPod, PolicyRule, flags};
+    use rustnet_common::tuple::proto;
+    use std::net::IpAddr;
 
-    fn ip(n: u8) -> IpAddr {
+    pub fn ip(n: u8) -> IpAddr {
         IpAddr::from([10, 1, 1, n])
     }
 
-    fn endpoint(ifindex: u32) -> Endpoint {
-        Endpoint { ifindex, identity: 0, mac: [0; 6], host_mac: [0; 6], flags: 0, pad: 0 }
-    }
-
-    fn policies(flags: u32) -> PolicySnapshot {
-        let key = RuleKey { set: 0x1a, class: 0x2b, ports: PortPrefix::ANY };
-        let rule = PolicyRule { order: ALLOW, rule: 1 };
-        let pod = |ifindex, ingress, egress| PolicyPod { class: 0x2b, ingress, egress, ifindex };
-        PolicySnapshot {
-            state: Policies { generation: 3, flags },
-            pods: [(ip(1), pod(1, 0x1a, 0x1b)), (ip(2), pod(2, 0, 0)), (ip(3), pod(9, 0, 0))].into(),
-            rules: [(key, rule)].into(),
-            ..PolicySnapshot::default()
+    /// Pod 1, `db-0`, is isolated: of its sets one has no name. Pod 2, `web-0`, is open, pod 3 is not decided; 10.1.2.9 is on `n2`.
+    pub fn view() -> View {
+        let pod = |class, ingress, egress, ifindex| PolicyPod { class, ingress, egress, ifindex };
+        let far = IpAddr::from([10, 1, 2, 9]);
+        let tcp = PortPrefix::of_range(proto::TCP, 5432, 5434).into_iter().map(|ports| (0x2b, ports, 1));
+        let udp = (ANY_CLASS, PortPrefix::new(proto::UDP, 53, 16), 2);
+        let rules = tcp
+            .chain([udp])
+            .map(|(class, ports, rule)| (RuleKey { set: 0x1a, class, ports }, PolicyRule { order: ALLOW, rule }));
+        let maps = PolicySnapshot {
+            state: Policies { generation: 3, flags: flags::ENFORCED },
+            pods: [(ip(1), pod(0x55, 0x1a, 0x1b, 11)), (ip(2), pod(0x2b, 0, 0, 12)), (far, pod(0x2b, 0, 0, 0))].into(),
+            cidrs: [("10.9.0.0/16".parse().unwrap(), 0x2b)].into(),
+            rules: rules.collect(),
+        };
+        let list = |texts: &[&str]| List { texts: texts.iter().map(|it| (*it).to_owned()).collect(), more: 0 };
+        let names = Names {
+            sets: [(0x1a, list(&["shop/db", "shop/base"]))].into(),
+            rules: [(1, "shop/db ingress[0]".to_owned()), (2, "shop/base ingress[0]".to_owned())].into(),
+            classes: [(0x55, list(&["pods of shop with app in (db)"]))].into(),
+            pods: [].into(),
+        };
+        let n2: IpAddr = [192, 0, 2, 2].into();
+        let peer = Peer { node: n2.into(), identity: 0, flags: peer::flags::POD, pad: 0 };
+        let endpoints = [(ip(1), 11), (ip(2), 12), (ip(3), 13)].into();
+        View {
+            maps,
+            around: Surroundings { endpoints, host: [IpAddr::from([192, 0, 2, 1])].into() },
+            names,
+            pods: [(ip(1), "shop/db-0".to_owned()), (ip(2), "shop/web-0".to_owned())].into(),
+            nodes: [("n2".to_owned(), NodeName { addresses: vec![n2], pod_cidrs: Vec::new() })].into(),
+            peers: [("10.1.2.0/24".parse().unwrap(), peer)].into(),
         }
     }
+}
 
-    fn states(flags: u32) -> Vec<String> {
-        let endpoints = [1, 2, 3, 4].map(|n| (ip(n), endpoint(u32::from(n))));
-        let report = report(&endpoints, &policies(flags), &[].into());
-        report.pods.iter().map(|row| line(row)[2..].join(" ")).collect()
-    }
+#[cfg(test)]
+mod tests {
+    use super::build::{ip, view};
+    use super::{line, report};
+    use crate::cli::golden::assert_golden;
+    use rustnet_common::policy::PolicyPod;
 
     #[test]
     fn a_pod_is_open_isolated_or_undecided() {
-        // The third has the entry of an earlier pod with its address, the fourth has none.
-        let want = ["isolated 0000002b 0000001a (1 rule) 0000001b (nothing allowed)", "open 0000002b open open"];
-        assert_eq!(states(flags::ENFORCED), [want[0], want[1], "undecided - - -", "undecided - - -"]);
-        assert_eq!(states(0), ["open - open open"; 4], "nothing is judged");
+        let mut view = view();
+        let states =
+            |view: &super::View| report(view).pods.iter().map(|row| line(row)[2..].join(" ")).collect::<Vec<_>>();
+        // The third has the entry of an earlier pod with its address, then none.
+        view.maps.pods.insert(ip(3), PolicyPod { class: 1, ingress: 0, egress: 0, ifindex: 9 });
+        let want = [
+            "isolated 00000055 shop/db, shop/base (3 rules) set 0000001b (nothing allowed)",
+            "open 0000002b open open",
+            "undecided - - -",
+        ];
+        assert_eq!(states(&view), want);
+        view.maps.pods.remove(&ip(3));
+        assert_eq!(states(&view), want);
+        view.maps.state.flags = 0;
+        assert_eq!(states(&view), ["open - open open"; 3], "nothing is judged");
     }
 
     #[test]
     fn its_json_is_an_interface() {
-        let names = [(ip(1), "shop/web-0".to_owned())].into();
-        assert_golden(
-            "policy",
-            &report(&[(ip(1), endpoint(1)), (ip(4), endpoint(4))], &policies(flags::ENFORCED), &names),
-        );
+        assert_golden("policy", &report(&view()));
     }
 }

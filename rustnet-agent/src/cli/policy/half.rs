@@ -1,0 +1,154 @@
+//! One end of a flow for people: which policies isolate its pod, which rule allows the flow or that none does, or who decides instead.
+
+use std::net::IpAddr;
+
+use rustnet_common::policy::ANY_CLASS;
+use serde::Serialize;
+
+use super::view::{View, show_policies, show_proto};
+use crate::plan::policies::judge::{self, Exemption, Flow, Judgement};
+use crate::policyfile::List;
+
+/// One end of a flow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Half {
+    /// `egress` of the client, or `ingress` of the server.
+    pub direction: &'static str,
+    /// The address that is judged.
+    pub address: IpAddr,
+    /// Its pod, if that is known.
+    pub pod: Option<String>,
+    /// What it means for the flow.
+    pub verdict: Word,
+    /// The node that decides, if another one does.
+    pub node: Option<String>,
+    /// Number of the set of policies that isolate the pod.
+    pub set: Option<u32>,
+    /// These policies.
+    pub policies: List,
+    /// Class of the other end; none if nothing in use holds for it.
+    pub class: Option<u32>,
+    /// The rule that counts.
+    pub rule: Option<String>,
+    /// All of it in a sentence.
+    pub text: String,
+}
+
+/// What one end means for a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Word {
+    /// A rule allows the flow.
+    Allowed,
+    /// A rule denies it, or none allows it.
+    Denied,
+    /// The agent has not decided.
+    Undecided,
+    /// No policy selects the pod.
+    Open,
+    /// No policy judges such a flow.
+    Exempt,
+    /// Another node decides.
+    OtherNode,
+    /// No pod of this cluster is at this end, as far as this node knows.
+    NoPod,
+}
+
+impl Word {
+    /// What people read.
+    pub const fn show(self) -> &'static str {
+        match self {
+            Self::Allowed => "allowed",
+            Self::Denied => "denied",
+            Self::Undecided => "undecided",
+            Self::Open => "open",
+            Self::Exempt => "not judged",
+            Self::OtherNode => "elsewhere",
+            Self::NoPod => "no pod",
+        }
+    }
+}
+
+/// Both ends of a flow: that of the client first.
+pub fn halves(view: &View, flow: &Flow, judgement: &Judgement) -> [Half; 2] {
+    let Judgement { exemption, egress, ingress } = *judgement;
+    [
+        half(view, flow, "egress", (flow.client, flow.server), egress, exemption),
+        half(view, flow, "ingress", (flow.server, flow.client), ingress, exemption),
+    ]
+}
+
+/// The protocol with its port.
+pub fn show_port(proto: u8, port: u16) -> String {
+    if port == 0 { show_proto(proto) } else { format!("{}/{port}", show_proto(proto)) }
+}
+
+fn half(
+    view: &View,
+    flow: &Flow,
+    direction: &'static str,
+    (own, other): (IpAddr, IpAddr),
+    judged: judge::Half,
+    exemption: Option<Exemption>,
+) -> Half {
+    let who = view.show(own);
+    let half = |verdict, text| Half {
+        direction,
+        address: own,
+        pod: view.pods.get(&own).cloned(),
+        verdict,
+        node: None,
+        set: None,
+        policies: List::default(),
+        class: None,
+        rule: None,
+        text,
+    };
+    let elsewhere = (judged == judge::Half::NotHere && exemption != Some(Exemption::ToItself))
+        .then(|| view.other_node(own))
+        .flatten();
+    if let Some(node) = elsewhere {
+        let text = format!("node {node} decides for {who}: ask there");
+        return Half { node: Some(node), ..half(Word::OtherNode, text) };
+    }
+    let text = match exemption {
+        Some(Exemption::NotEnforced) => Some("no policy is enforced on this node"),
+        Some(Exemption::FromNode) => Some("no policy judges what a node sends to its own pods"),
+        Some(Exemption::ToItself) => Some("no policy judges what a pod sends to itself"),
+        None => None,
+    };
+    if let Some(text) = text {
+        return half(Word::Exempt, text.to_owned());
+    }
+    match judged {
+        judge::Half::NotHere => half(Word::NoPod, format!("{who} is no pod: no policy selects it")),
+        judge::Half::Undecided => half(Word::Undecided, format!("the agent has not decided {who}: nothing passes")),
+        judge::Half::Open => half(Word::Open, format!("no policy selects {who} for {direction}")),
+        judge::Half::Judged { set, class, hit } => {
+            let policies = view.policies(set);
+            let rule = hit.and_then(|hit| view.rule(hit.rule.rule));
+            let named = rule.clone().unwrap_or_else(|| "a rule".to_owned());
+            let (ports, other) = (show_port(flow.proto, flow.port), show_other(view, other, class));
+            let verdict = if judged.is_denied() { Word::Denied } else { Word::Allowed };
+            let why = match (verdict, hit) {
+                (Word::Allowed, _) => format!("{named} allows {other} at {ports}"),
+                (_, Some(_)) => format!("{named} denies {other} at {ports}"),
+                (_, None) => format!("no rule of them allows {other} at {ports}"),
+            };
+            let text = format!("{who} is isolated for {direction} by {}; {why}", show_policies(set, &policies));
+            let class = (class != ANY_CLASS).then_some(class);
+            Half { set: Some(set), policies, class, rule, ..half(verdict, text) }
+        }
+    }
+}
+
+/// The other end with its class, by which rules know it.
+fn show_other(view: &View, other: IpAddr, class: u32) -> String {
+    let shown = view.show(other);
+    if class == ANY_CLASS {
+        format!("{shown}, which no selector has,")
+    } else {
+        format!("{shown} of class {class:08x}")
+    }
+}
