@@ -23,6 +23,7 @@ use super::Places;
 use super::ct::{Ends, change, ends};
 use super::endpoints::{self, by_address};
 use super::output::{Output, line};
+use super::policy::explain::{Dropped, Explainer, Explanation};
 use super::reader::Reader;
 use crate::bpf::store::conntrack::{Conntrack, Tables};
 
@@ -63,6 +64,8 @@ struct Row {
     /// What a new flow's packets become, where that is something else: its backend, the masquerade.
     translated: Option<Ends>,
     hint: &'static str,
+    /// Of a drop by network policies: who denies it by the maps as they are now.
+    policy: Option<Explanation>,
 }
 
 /// Names of this node's pods by address.
@@ -89,6 +92,7 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
     let began = monotonic()?;
     let mut names = Names::read(places);
     let connections = Conntrack::open(places.bpffs()?)?;
+    let mut explainer = Explainer::default();
     let mut left = args.count.unwrap_or(u64::MAX);
     while left > 0 {
         let timeout = match end.map(|end| end.saturating_duration_since(Instant::now())) {
@@ -109,7 +113,8 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
             if (old && !args.past) || (args.drops && event.reason == 0) {
                 continue;
             }
-            print(&row(&event, &names, &connections)?, out)?;
+            let row = row(&event, &names, &connections)?;
+            print(&Row { policy: explain(&event, &row, places, &mut explainer), ..row }, out)?;
             left -= 1;
             if left == 0 {
                 break;
@@ -141,7 +146,15 @@ fn row(event: &Event, names: &Names, connections: &Conntrack) -> Result<Row> {
         ifindex: event.ifindex,
         length: event.len,
         hint: reason.map_or("", DropReason::hint),
+        policy: None,
     })
+}
+
+/// Who denies a flow that policies dropped; `None` for any other event.
+fn explain(event: &Event, row: &Row, places: &Places, explainer: &mut Explainer) -> Option<Explanation> {
+    let is_by_policy = [DropReason::PolicyDenied, DropReason::PolicyUndecided].map(|reason| reason as u8);
+    let dropped = Dropped { src: row.src, dst: row.dst, proto: event.proto };
+    is_by_policy.contains(&event.reason).then(|| explainer.explain(places, &dropped)).flatten()
 }
 
 /// What a new flow becomes, as the connection table says; nothing once it is over.
@@ -173,15 +186,19 @@ fn print(row: &Row, out: &Output) -> Result<()> {
 }
 
 fn text(row: &Row) -> String {
-    let end = |socket: &SocketAddr, pod: &Option<String>| match pod {
+    let explained = |of: fn(&Explanation) -> &Option<String>| row.policy.as_ref().and_then(|it| of(it).as_ref());
+    let (src_pod, dst_pod) = (explained(|it| &it.src_pod), explained(|it| &it.dst_pod));
+    let end = |socket: &SocketAddr, pod: Option<&String>| match pod {
         Some(pod) => format!("{pod} ({socket})"),
         None => socket.to_string(),
     };
     let Row { time, hook, verdict, protocol, length, hint, .. } = row;
     let reason = row.reason.map(|reason| format!(" {reason}")).unwrap_or_default();
     let becomes = row.translated.map(|becomes| format!(" => {}", change((row.src, row.dst), becomes)));
+    let hint = row.policy.as_ref().map_or(*hint, |it| &it.text);
     let hint = if hint.is_empty() { String::new() } else { format!("  # {hint}") };
-    let (src, dst) = (end(&row.src, &row.src_pod), end(&row.dst, &row.dst_pod));
+    let src = end(&row.src, row.src_pod.as_ref().or(src_pod));
+    let dst = end(&row.dst, row.dst_pod.as_ref().or(dst_pod));
     format!("{time} {hook} {verdict}{reason} {protocol} {src} -> {dst}{} {length} B{hint}", becomes.unwrap_or_default())
 }
 
@@ -190,6 +207,7 @@ mod tests {
     use super::{Conntrack, CtEntry, Event, Instant, Names, Tuple, flags, proto, row, text};
     use crate::bpf::store::conntrack::build::tables;
     use crate::cli::golden::assert_golden;
+    use crate::cli::policy::explain::tests::explanation;
     use bytemuck::Zeroable;
     use rustnet_common::addr::{Addr, Ip4};
     use rustnet_common::drop::{DropReason, hook};
@@ -197,6 +215,10 @@ mod tests {
 
     const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
     const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+
+    fn names() -> Names {
+        Names { names: [(CLIENT.into(), "shop/web-0".to_owned())].into(), read: Instant::now() }
+    }
 
     fn event(reason: u8) -> Event {
         let addr = |ip: Ipv4Addr| Addr::from(IpAddr::from(ip));
@@ -215,15 +237,24 @@ mod tests {
 
     #[test]
     fn its_json_is_an_interface() {
-        let names = Names { names: [(CLIENT.into(), "shop/web-0".to_owned())].into(), read: Instant::now() };
-        let row = row(&event(DropReason::Spoofed as u8), &names, &tables()).unwrap();
-        assert_golden("monitor", &super::Row { time: "2026-11-28T12:00:00.000Z".into(), ..row });
+        let row = row(&event(DropReason::Spoofed as u8), &names(), &tables()).unwrap();
+        let row = super::Row { time: "2026-11-28T12:00:00.000Z".into(), ..row };
+        assert_golden("monitor", &row);
+        assert_golden("monitor_policy", &super::Row { policy: Some(explanation()), ..row });
+    }
+
+    #[test]
+    fn a_drop_by_policies_names_who_denies_it() {
+        let row = row(&event(DropReason::PolicyDenied as u8), &names(), &tables()).unwrap();
+        let shown = text(&super::Row { policy: Some(explanation()), ..row });
+        let want = "policy_denied TCP shop/web-0 (10.0.0.2:4000) -> shop/db-0 (10.96.0.1:80) 74 B  # ingress: shop/db-0 (10.1.1.1) is \
+                    isolated for ingress by shop/db, shop/base;";
+        assert!(shown.contains(want), "{shown}");
     }
 
     /// The text behind the time.
     fn shown(event: &Event, connections: &Conntrack) -> (String, serde_json::Value) {
-        let names = Names { names: [(CLIENT.into(), "shop/web-0".to_owned())].into(), read: Instant::now() };
-        let row = row(event, &names, connections).unwrap();
+        let row = row(event, &names(), connections).unwrap();
         (text(&row).split_once(' ').unwrap().1.to_owned(), serde_json::to_value(&row).unwrap())
     }
 

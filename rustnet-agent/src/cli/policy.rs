@@ -1,6 +1,7 @@
 //! `rustnetctl policy`: what network policies mean for this node's pods, from `rn_endpoints` and the maps of policies. `pod` shows one
 //! pod in full, `why` judges a flow; `view` reads what all of them print.
 
+pub mod explain;
 mod front;
 mod half;
 mod pod;

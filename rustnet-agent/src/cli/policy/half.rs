@@ -68,6 +68,11 @@ impl Word {
             Self::NoPod => "no pod",
         }
     }
+
+    /// True if the flow is dropped at this end.
+    pub const fn is_drop(self) -> bool {
+        matches!(self, Self::Denied | Self::Undecided)
+    }
 }
 
 /// Both ends of a flow: that of the client first.
