@@ -53,6 +53,19 @@ pub struct MapFill {
     pub max: u64,
 }
 
+/// What the maps of network policies hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PolicyFigures {
+    /// Sets of policies that pods of this node have.
+    pub sets: usize,
+    /// Classes of addresses that policies tell apart.
+    pub classes: usize,
+    /// Number of the changes after which known flows are judged again.
+    pub generation: u32,
+    /// How full each map is.
+    pub maps: [MapFill; 3],
+}
+
 /// All metrics of the agent. Cheap to clone; clones count together.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics(Arc<Inner>);
@@ -72,6 +85,12 @@ struct Inner {
     livez: Family<Code, Counter>,
     map_writes: Counter,
     map_repairs: Family<MapLabel, Counter>,
+    policy_duration: Histogram,
+    policy_sets: Gauge,
+    policy_classes: Gauge,
+    policy_generation: Gauge,
+    policy_entries: Family<MapLabel, Gauge>,
+    policy_capacity: Family<MapLabel, Gauge>,
     ready: Gauge,
     overlay_path: Family<PathLabel, Gauge>,
     unsupported: Family<FeatureLabel, Gauge>,
@@ -137,6 +156,12 @@ impl Default for Inner {
             livez: Family::default(),
             map_writes: Counter::default(),
             map_repairs: Family::default(),
+            policy_duration: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
+            policy_sets: Gauge::default(),
+            policy_classes: Gauge::default(),
+            policy_generation: Gauge::default(),
+            policy_entries: Family::default(),
+            policy_capacity: Family::default(),
             ready: Gauge::default(),
             overlay_path: Family::default(),
             unsupported: Family::default(),
@@ -180,6 +205,19 @@ impl Metrics {
     /// An entry of a map was not as the agent had written it, and was written again.
     pub fn map_repaired(&self, map: &'static str) {
         self.0.map_repairs.get_or_create(&MapLabel { map }).inc();
+    }
+
+    /// Network policies have been applied, which took so long. This is what their maps hold now.
+    pub fn policies_applied(&self, took: Duration, figures: &PolicyFigures) {
+        let count = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        self.0.policy_duration.observe(took.as_secs_f64());
+        self.0.policy_sets.set(count(figures.sets as u64));
+        self.0.policy_classes.set(count(figures.classes as u64));
+        self.0.policy_generation.set(i64::from(figures.generation));
+        for MapFill { name, used, max } in figures.maps {
+            self.0.policy_entries.get_or_create(&MapLabel { map: name }).set(count(used));
+            self.0.policy_capacity.get_or_create(&MapLabel { map: name }).set(count(max));
+        }
     }
 
     /// From now on the kernel side can be asked. The first caller wins.
@@ -316,6 +354,17 @@ impl Metrics {
         own.register("map_writes", "Writes to the maps of services and peers", it.map_writes.clone());
         let help = "Entries of the maps that somebody else had changed, written again";
         own.register("map_repairs", help, it.map_repairs.clone());
+        let help = "Time to apply a change of network policies, or of what they depend on";
+        own.register_with_unit("policy_apply_duration", help, Unit::Seconds, it.policy_duration.clone());
+        own.register("policy_sets", "Sets of network policies that pods of this node have", it.policy_sets.clone());
+        let help = "Classes of addresses that network policies of this node tell apart";
+        own.register("policy_classes", help, it.policy_classes.clone());
+        let help = "Changes of network policies after which known flows are judged again";
+        own.register("policy_generation", help, it.policy_generation.clone());
+        let help = "Entries of the maps of network policies as they were last applied";
+        own.register("policy_entries", help, it.policy_entries.clone());
+        let help = "Entries that the maps of network policies have room for";
+        own.register("policy_capacity", help, it.policy_capacity.clone());
         own.register("unsupported", "Objects that ask for what is not served", it.unsupported.clone());
         own.register("source_events", "Objects applied or deleted by the source", it.source_events.clone());
         own.register("source_relists", "Full lists begun by the source", it.source_relists.clone());
@@ -495,6 +544,10 @@ mod tests {
         metrics.set_no_local_endpoints("external", 3);
         metrics.map_writes(12);
         metrics.map_repaired("rn_svc4_v2");
+        let fill = |name| MapFill { name, used: 5, max: 16 };
+        let maps = [fill("rn_policy_pods"), fill("rn_policy_cidrs"), fill("rn_policy_rules")];
+        let figures = PolicyFigures { sets: 2, classes: 3, generation: 4, maps };
+        metrics.policies_applied(Duration::from_millis(3), &figures);
         metrics.set_ready(true);
         metrics.set_overlay_path(Some(OverlayPath::Device));
         metrics.set_overlay_path(Some(OverlayPath::Programs));
@@ -528,6 +581,13 @@ mod tests {
             "rustnet_unsupported{feature=\"host_port\"} 2",
             "rustnet_map_writes_total 12",
             "rustnet_map_repairs_total{map=\"rn_svc4_v2\"} 1",
+            "rustnet_policy_apply_duration_seconds_count 1",
+            "rustnet_policy_apply_duration_seconds_bucket{le=\"0.004\"} 1",
+            "rustnet_policy_sets 2",
+            "rustnet_policy_classes 3",
+            "rustnet_policy_generation 4",
+            "rustnet_policy_entries{map=\"rn_policy_pods\"} 5",
+            "rustnet_policy_capacity{map=\"rn_policy_rules\"} 16",
             "rustnet_source_events_total{kind=\"EndpointSlice\"} 1",
             "rustnet_source_silence_seconds{kind=\"Node\"} 7.0",
             "rustnet_drop_packets_total{reason=\"no_backend\",hook=\"from_pod\"} 2",

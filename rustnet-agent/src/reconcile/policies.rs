@@ -1,7 +1,7 @@
 //! The job that brings the maps of network policies to what the index wants. A new pod of this node has no network before, so that its
 //! record is heard of at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::files::EndpointFile;
 use rustnet_common::names::map;
-use rustnet_common::policy::flags;
+use rustnet_common::policy::{ANY_CLASS, OPEN, flags};
 use tokio::time::Instant;
 
 use super::job::Job;
@@ -19,11 +19,11 @@ use crate::bpf::store::policy::PolicyStore;
 use crate::config::Config;
 use crate::failure::{Failure, Scope};
 use crate::index::{DesiredPolicies, Gate, Index, LocalInterface};
-use crate::metrics::Metrics;
+use crate::metrics::{MapFill, Metrics, PolicyFigures};
 use crate::model::{ObjectName, Problem};
 use crate::net::arrivals::Arrivals;
 use crate::net::endpoints as records;
-use crate::plan::policies::{PolicyMaps as _, PolicyPlanner, PolicyWrite};
+use crate::plan::policies::{PolicyMaps as _, PolicyPlanner, PolicySnapshot, PolicyWrite};
 use crate::policyfile::Names;
 use crate::source::{Event, Kind, Object};
 
@@ -93,6 +93,25 @@ impl Policies {
     pub fn names(&self, index: &Index) -> Option<Names> {
         let planner = self.planner.as_ref()?;
         Some(self.names.with_pods(index.policy_pods(), &planner.held().pods))
+    }
+
+    /// What the maps hold, in figures; `None`: what they hold is not known.
+    fn figures(&self, maps: &PolicyStore) -> Option<PolicyFigures> {
+        let PolicySnapshot { state, pods, cidrs, rules } = self.planner.as_ref()?.held();
+        let room = maps.capacities();
+        let sets: BTreeSet<u32> = pods.values().flat_map(|pod| [pod.ingress, pod.egress]).collect();
+        let classes: BTreeSet<u32> = pods.values().map(|pod| pod.class).chain(cidrs.values().copied()).collect();
+        let fill = |name, used: usize, max: u32| MapFill { name, used: used as u64, max: u64::from(max) };
+        Some(PolicyFigures {
+            sets: sets.iter().filter(|set| **set != OPEN).count(),
+            classes: classes.iter().filter(|class| **class != ANY_CLASS).count(),
+            generation: state.generation,
+            maps: [
+                fill(map::POLICY_PODS, pods.len(), room.pods),
+                fill(map::POLICY_CIDRS, cidrs.len(), room.cidrs),
+                fill(map::POLICY_RULES, rules.len(), room.rules),
+            ],
+        })
     }
 
     /// When it has to be done.
@@ -214,6 +233,9 @@ impl Reconciler {
                 self.policies.job.finish(Vec::new(), None);
                 if writes.is_some() {
                     self.policies.took = began.elapsed();
+                    if let Some(figures) = self.policies.figures(&kernel.policies) {
+                        self.health.metrics.policies_applied(self.policies.took, &figures);
+                    }
                     self.policy_names_changed();
                 }
                 if let Some(writes) = writes.filter(|writes| *writes > 0) {

@@ -206,6 +206,12 @@ fn names_of_sets_and_rules_are_written() {
             assert!(
                 rules.values().all(|rule| names().rules[&rule.rule] == "default/web ingress[0]") && !rules.is_empty()
             );
+            ask_the_command(sandbox);
+            let metrics = agent.health.metrics.encode().unwrap();
+            let generation = format!("rustnet_policy_generation {}", there(sandbox).state.generation);
+            for want in ["rustnet_policy_sets 1", "rustnet_policy_entries{map=\"rn_policy_rules\"} 1", &generation] {
+                assert!(metrics.lines().any(|line| line == want), "{want}: {metrics}");
+            }
             let gone = events(POLICY).into_iter().filter_map(|event| match event {
                 Event::Apply(object) => Some(Event::Delete(object.reference())),
                 _ => None,
@@ -215,6 +221,31 @@ fn names_of_sets_and_rules_are_written() {
             agent.stop().await;
         });
     });
+}
+
+/// What `rustnetctl policy` makes of the pod, its policy and flows to it.
+fn ask_the_command(sandbox: &Sandbox) {
+    let shown = |args: &str| {
+        let out = sandbox.rustnetctl(args);
+        let text = [out.stdout, out.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+        (out.status.code(), text)
+    };
+    let open = "no policy selects default/web-0 (10.1.1.7) for egress";
+    for (args, code, words) in [
+        ("policy", 0, "default/web (1 rule)"),
+        ("policy default/web-0", 0, "ingress: isolated by default/web\n"),
+        ("policy 10.1.1.7", 0, "default/web ingress[0]"),
+        ("policy default/none", 1, "no pod default/none"),
+        ("policy why 203.0.113.1 default/web-0 80", 0, "default/web ingress[0] allows 203.0.113.1"),
+        ("policy why 203.0.113.1 10.1.1.7 81", 1, "denied"),
+        ("policy why 203.0.113.1 10.1.1.7 80 udp", 1, "isolated for ingress by default/web; no rule of them allows"),
+        ("policy why default/web-0 203.0.113.1 80", 0, open),
+        ("policy why default/none 10.1.1.7 80", 2, "default/none: neither an address"),
+        ("policy why 203.0.113.1 10.1.1.7", 2, "<PORT>"),
+    ] {
+        let (found, text) = shown(args);
+        assert!(found == Some(code) && text.contains(words), "{args}: {found:?} {text}");
+    }
 }
 
 /// A look at the host's network takes long on some hosts, and waits for what is heard to settle.
