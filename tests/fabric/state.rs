@@ -87,7 +87,9 @@ impl State {
         let mut files = BTreeSet::new();
         tree(&node.run_dir(), &mut files)?;
         // The agent writes it whenever it first hears of pods.
-        for names in ["pods.json", "nodes.json", "services.json", "service-details.json", "unserved.json"] {
+        for names in
+            ["pods.json", "nodes.json", "services.json", "service-details.json", "unserved.json", "policies.json"]
+        {
             files.remove(&node.run_dir().join(names).display().to_string());
         }
         tree(&node.bpffs_from_outside(), &mut files)?;

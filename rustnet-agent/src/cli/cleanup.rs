@@ -22,7 +22,7 @@ use crate::install::{BINARY, CONFLIST, LOOPBACK, loopback_is_ours};
 use crate::net::netlink::Socket;
 use crate::net::{journal, link, neighbour, route, tc};
 use crate::reconcile::presence::{self, Presence};
-use crate::{namefile, podfile, servicefile, v1file};
+use crate::{namefile, podfile, policyfile, servicefile, v1file};
 
 /// Options.
 #[derive(Debug, clap::Args)]
@@ -160,6 +160,7 @@ fn clean(places: &Places, args: &Args, report: &mut Report) {
     let files = [
         NODE_FILE,
         podfile::FILE,
+        policyfile::FILE,
         namefile::SERVICES,
         namefile::NODES,
         namefile::UNSERVED,
