@@ -110,12 +110,12 @@ fn half(
         rule: None,
         text,
     };
-    let elsewhere = (judged == judge::Half::NotHere && exemption != Some(Exemption::ToItself))
-        .then(|| view.other_node(own))
-        .flatten();
-    if let Some(node) = elsewhere {
-        let text = format!("node {node} decides for {who}: ask there");
-        return Half { node: Some(node), ..half(Word::OtherNode, text) };
+    if judged == judge::Half::NotHere && exemption != Some(Exemption::ToItself) {
+        let node = view.other_node(own);
+        if node.is_some() || view.maps.pods.get(&own).is_some_and(|pod| pod.ifindex == 0) {
+            let decider = node.as_ref().map_or_else(|| "its node".to_owned(), |node| format!("node {node}"));
+            return Half { node, ..half(Word::OtherNode, format!("{decider} decides for {who}: ask there")) };
+        }
     }
     let text = match exemption {
         Some(Exemption::NotEnforced) => Some("no policy is enforced on this node"),

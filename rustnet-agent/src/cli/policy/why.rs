@@ -289,6 +289,17 @@ mod tests {
         }
     }
 
+    /// Where addresses do not follow from nodes, only the map knows the pod.
+    #[test]
+    fn a_pod_whose_node_is_unknown_is_decided_there() {
+        let mut view = view();
+        view.peers.clear();
+        let args = Args { from: "10.1.2.9".to_owned(), to: "shop/db-0".to_owned(), port: 5432, proto: proto::TCP };
+        let found = report(&view, &front, &args).unwrap();
+        assert_eq!((found.verdict, found.is_complete), (Outcome::Allowed, false));
+        assert!(text(&found).contains("its node decides for 10.1.2.9"), "{}", text(&found));
+    }
+
     #[test]
     fn of_a_service_each_backend_is_judged() {
         let found = ask("shop/web-0", "10.96.0.1", 80, proto::TCP).unwrap();
