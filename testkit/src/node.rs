@@ -1,7 +1,7 @@
 //! A node: its namespaces, its directories, and its place in the fabric.
 
 use crate::janitor::{self, Process, RunDir};
-use crate::netns::{Holder, Netns, Own};
+use crate::netns::{Holder, Netns, NsCommand, Own};
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 use nix::mount::{MsFlags, mount};
@@ -161,9 +161,20 @@ impl Node {
 
     /// Runs the `rustnetctl` command on this node and gives its standard output.
     pub fn rustnetctl(&self, args: &[&str]) -> Result<String> {
+        self.rustnetctl_command(args)?.text()
+    }
+
+    /// Runs the `rustnetctl` command on this node and gives its exit code, whatever it is, with both outputs.
+    pub fn try_rustnetctl(&self, args: &[&str]) -> Result<(Option<i32>, String)> {
+        let output = self.rustnetctl_command(args)?.output(None)?;
+        let texts = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
+        Ok((output.status.code(), texts.concat()))
+    }
+
+    fn rustnetctl_command(&self, args: &[&str]) -> Result<NsCommand> {
         let program = crate::dist::find("rustnetctl")?;
         let command = self.netns().command(program)?;
-        command.args(["--bpffs"]).args([self.bpffs()]).args(["--run-dir"]).args([self.run_dir()]).args(args).text()
+        Ok(command.args(["--bpffs"]).args([self.bpffs()]).args(["--run-dir"]).args([self.run_dir()]).args(args))
     }
 
     /// The value of a counter: packets by reason name, over all hooks.

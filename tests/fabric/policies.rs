@@ -116,6 +116,8 @@ fn run(net: &Net) -> Result<()> {
     let from_c = format!("ingress: [{{from: {}, ports: [{{port: {PORT}}}]}}]", pods_of("c"));
     put_policy(manifests, "from-c", "b", &from_c)?;
     wait_rows("c may, not a", &[row(c, b, true, false), row(a, b, false, false)])?;
+    explained(b, &[(c, b, true), (a, b, false)], "default/from-c")?;
+    monitored(a, b)?;
     under_an_open_connection(net, manifests, &from_c)?;
     through_a_service(net)?;
 
@@ -123,6 +125,7 @@ fn run(net: &Net) -> Result<()> {
     // What c answers is not what it opens.
     let rows = [row(c, a, true, true), row(c, b, false, false), row(a, c, true, true)];
     wait_rows("c may open flows to a alone", &rows)?;
+    explained(c, &[(c, a, true), (c, b, false)], "default/out-of-c")?;
     manifests.remove("out-of-c.yaml")?;
     wait_rows("c may open all again", &[row(c, b, true, false)])?;
 
@@ -134,6 +137,37 @@ fn run(net: &Net) -> Result<()> {
     }
     wait_rows("policies have gone", &[row(a, b, true, true), row(c, b, true, true)])?;
     Ok(())
+}
+
+/// On the node of a pod that `policy` selects, `rustnetctl policy why` says of each flow over TCP what packets just did.
+fn explained(pod: &Pod, flows: &[(&Pod, &Pod, bool)], policy: &str) -> Result<()> {
+    let port = PORT.to_string();
+    for (from, to, passes) in flows {
+        for (client, server) in from.addresses().iter().zip(to.addresses()) {
+            let (client, server) = (client.to_string(), server.to_string());
+            let (code, text) = pod.node().try_rustnetctl(&["policy", "why", &client, &server, &port])?;
+            let is_right = code == Some(i32::from(!passes)) && text.contains(policy);
+            ensure!(is_right, "{client} to {server}, which passes: {passes}: {code:?} {text}");
+        }
+    }
+    let address = pod.addresses()[0].to_string();
+    let shown = pod.node().rustnetctl(&["policy", &address])?;
+    ensure!(shown.contains("isolated by default/") && shown.contains(policy), "{shown}");
+    Ok(())
+}
+
+/// A packet that policies drop is printed with the policies that isolate the server.
+fn monitored(from: &Pod, to: &Pod) -> Result<()> {
+    let ip = to.addresses()[0];
+    let reason = "is isolated for ingress by default/closed, default/from-c; no rule of them allows";
+    wait::until("monitor explains a drop", || {
+        ensure!(!is_answered(from.netns(), Proto::Tcp, ip, PORT)?, "{ip} answers");
+        let shown = to.node().rustnetctl(&["monitor", "--drops", "--past", "--for", "1"])?;
+        let is_it =
+            |line: &str| line.contains("policy_denied") && line.contains(&ip.to_string()) && line.contains(reason);
+        ensure!(shown.lines().any(is_it), "no such drop: {shown}");
+        Ok(())
+    })
 }
 
 /// The next segment is dropped once the policy has gone, and passes once it is back.
