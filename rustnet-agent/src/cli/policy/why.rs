@@ -104,9 +104,9 @@ struct Row {
 pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
     let report = read(places, args).map_err(|error| CannotRun(format!("{error:#}")))?;
     if out.is_json() {
-        json(&report)?
+        json(&report)?;
     } else {
-        line(&text(&report))?
+        line(&text(&report))?;
     }
     if report.verdict == Outcome::Elsewhere {
         return Err(
