@@ -58,16 +58,16 @@ impl<K: Resource<DynamicType = ()>> Resource for Readable<K> {
     type DynamicType = ();
     type Scope = K::Scope;
 
-    fn kind(_: &()) -> Cow<'_, str> {
+    fn kind((): &()) -> Cow<'_, str> {
         K::kind(&())
     }
-    fn group(_: &()) -> Cow<'_, str> {
+    fn group((): &()) -> Cow<'_, str> {
         K::group(&())
     }
-    fn version(_: &()) -> Cow<'_, str> {
+    fn version((): &()) -> Cow<'_, str> {
         K::version(&())
     }
-    fn plural(_: &()) -> Cow<'_, str> {
+    fn plural((): &()) -> Cow<'_, str> {
         K::plural(&())
     }
     fn meta(&self) -> &ObjectMeta {
