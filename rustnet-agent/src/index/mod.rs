@@ -135,8 +135,13 @@ impl Index {
                 self.delete(&object);
             }
             Event::Unreadable(object, problems) => {
-                self.note(object.clone(), &problems);
+                // Whose a pod is cannot be read either.
+                let is_ours = object.kind != Kind::Pod || self.has_pod(&object.name);
+                self.note(object.clone(), if is_ours { &problems } else { &[] });
                 self.relist.saw(&object);
+                if object.kind == Kind::NetworkPolicy {
+                    self.policies.close_for_unknown(&object.name);
+                }
             }
             Event::Restart(kind) => self.relist.restart(kind),
             Event::Synced(kind) => {

@@ -420,6 +420,34 @@ fn an_object_that_cannot_be_read_stays_as_it_was() {
     assert_eq!((it.known(Kind::Service).len(), it.problems().len()), (known - 1, 0));
 }
 
+/// Nothing of a policy is known, so that it must not leave its namespace open.
+#[test]
+fn a_policy_that_cannot_be_read_allows_nothing() {
+    let name = ObjectName::namespaced("default", "p");
+    let reference = ObjectRef { kind: Kind::NetworkPolicy, name: name.clone() };
+    let mut it = index([]);
+    it.handle(Event::Unreadable(reference.clone(), Box::default()));
+    assert!(it.desired_policies().is_enforced);
+    assert_eq!(it.known(Kind::NetworkPolicy).len(), 1);
+    // One that is known stays as it was.
+    let open = crate::model::NetworkPolicy { ingress: None, ..crate::model::NetworkPolicy::closing(name) };
+    it.handle(Event::Apply(Object::NetworkPolicy(Arc::new(open))));
+    it.take_policies_dirty();
+    it.handle(Event::Unreadable(reference.clone(), Box::default()));
+    assert!(!it.take_policies_dirty());
+    it.handle(Event::Delete(reference));
+    assert!(!it.desired_policies().is_enforced);
+}
+
+/// Each node would report those of all others.
+#[test]
+fn pods_of_other_nodes_that_cannot_be_read_are_not_reported() {
+    let reference = ObjectRef { kind: Kind::Pod, name: ObjectName::namespaced("default", "far") };
+    let mut it = index([]);
+    it.handle(Event::Unreadable(reference, [Problem::new(&"Pod default/far".into(), "", "cannot be read")].into()));
+    assert_eq!(it.problems(), []);
+}
+
 #[test]
 fn problems_go_when_their_cause_goes() {
     let subject = "Service default/web".into();

@@ -19,6 +19,14 @@ pub struct NetworkPolicy {
     pub problems: Box<[Problem]>,
 }
 
+impl NetworkPolicy {
+    /// One that selects all pods of its namespace, and allows them nothing.
+    pub fn closing(name: ObjectName) -> Self {
+        let nothing = || Some(Box::default());
+        Self { name, selector: Selector::default(), ingress: nothing(), egress: nothing(), problems: Box::default() }
+    }
+}
+
 /// A rule: it allows flows of one of its peers to one of its ports.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PolicyRule {

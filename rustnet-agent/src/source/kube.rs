@@ -35,6 +35,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::Sender;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// Objects of headless services and those that another proxy takes care of are not ours (kube-proxy's selector).
 const OURS: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
@@ -243,8 +244,8 @@ impl Watched for SlimServiceCidr {
     }
 }
 
-/// Refusals in a row after which a server is taken to mean it: some eight seconds, by the pauses between them.
-const REFUSALS: u32 = 6;
+/// After refusals for so long a server is taken to mean it.
+const REFUSED: Duration = Duration::from_secs(15);
 
 /// Follows one kind.
 struct Follower<'a> {
@@ -261,8 +262,9 @@ struct Follower<'a> {
     has_listed: bool,
     converter: Converter,
     trouble: Trouble<'a>,
-    /// How often the server has refused in a row. From [`REFUSALS`] on this is reported, see [`Origin::Refusal`].
-    refusals: u32,
+    /// Since when the server has refused, and nothing else. From [`REFUSED`] on this is reported, see [`Origin::Refusal`].
+    refused_since: Option<Instant>,
+    is_refused: bool,
     backoff: Backoff,
     /// Tells that the store is another one.
     replaced: watch::Receiver<()>,
@@ -294,7 +296,8 @@ impl<'a> Follower<'a> {
             has_listed: false,
             converter: Converter::new(),
             trouble: Trouble::new(Origin::Watch(K::KIND), events),
-            refusals: 0,
+            refused_since: None,
+            is_refused: false,
             backoff: Backoff::default(),
             replaced: source.store.replacements(),
             restarting: false,
@@ -345,6 +348,8 @@ impl<'a> Follower<'a> {
             }
             if self.source.has_policies && Kind::OF_POLICIES.contains(&self.kind) && is_absent(&error) {
                 self.refused(&error).await;
+            } else {
+                self.refused_since = None;
             }
             self.source.metrics.source_failed(self.kind);
             let next = next_step(&error, streaming && !self.listed);
@@ -381,8 +386,8 @@ impl<'a> Follower<'a> {
     /// The server does not show a kind that network policies follow from. The node goes without rather than not at all, but not at
     /// once: a server that starts refuses everything until it has read its roles.
     async fn refused(&mut self, error: &watcher::Error) {
-        self.refusals = self.refusals.saturating_add(1);
-        if self.refusals == REFUSALS {
+        let since = *self.refused_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= REFUSED && !std::mem::replace(&mut self.is_refused, true) {
             let what = format!(
                 "{}: network policies are not followed on this node, what was enforced before stays; apply deploy/rbac.yaml, or set \
                  --network-policy off",
@@ -396,7 +401,8 @@ impl<'a> Follower<'a> {
     /// The server answers.
     async fn works(&mut self) {
         self.trouble.over().await;
-        if std::mem::take(&mut self.refusals) >= REFUSALS {
+        self.refused_since = None;
+        if std::mem::take(&mut self.is_refused) {
             self.send(Event::Report { origin: Origin::Refusal(self.kind), problems: Box::default() }).await;
         }
     }
@@ -490,6 +496,9 @@ fn next_step(error: &watcher::Error, streaming_list: bool) -> Next {
         // a restored backup (504, "Too large resource version").
         (_, Some(400 | 410 | 422 | 504)) | (E::NoResourceVersion, _) => Next::Relist,
         (E::WatchError(status), _) if status.code == 410 => Next::Relist,
+        // An event is lost of which not even the name can be read. A list in pages has what it was about.
+        (E::WatchFailed(kube::Error::SerdeError(_)), _) if streaming_list => Next::Page,
+        (E::WatchFailed(kube::Error::SerdeError(_)), _) => Next::Relist,
         // 500 in the stream: the server's store cannot do it (etcd before 3.4.31 and 3.5.13).
         (E::WatchError(status), _) if streaming_list && status.code != 429 => Next::Page,
         _ => Next::Resume,

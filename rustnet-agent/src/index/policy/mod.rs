@@ -164,6 +164,14 @@ impl Policies {
         }
     }
 
+    /// A policy is there of which only the name is known. What it was before stays; else it selects all pods of its namespace, and
+    /// allows nothing.
+    pub fn close_for_unknown(&mut self, name: &ObjectName) {
+        if !self.objects.contains_key(name) {
+            self.apply_policy(&Arc::new(NetworkPolicy::closing(name.clone())));
+        }
+    }
+
     /// A policy is gone.
     pub fn delete_policy(&mut self, name: &ObjectName) {
         self.is_dirty |= self.objects.remove(name).is_some();

@@ -37,8 +37,16 @@ async fn list_kind<K: Watched>(connection: &Connection) -> anyhow::Result<Vec<Ev
         let page = tokio::time::timeout(PATIENCE, api.list(&params)).await;
         let page = page.with_context(|| format!("listing {}s: no answer within {} s", K::KIND, PATIENCE.as_secs()))?;
         let page = page.map_err(|error| anyhow!("listing {}s: {}", K::KIND, chain(&error)))?;
-        // What cannot be named the agent leaves out, too.
-        events.extend(page.items.iter().filter_map(|object| object.convert(&mut converter).ok()));
+        for object in &page.items {
+            match object.convert(&mut converter) {
+                Ok(Event::Unreadable(_, problems)) => {
+                    return Err(anyhow!("{}", problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")));
+                }
+                Ok(event) => events.push(event),
+                // What cannot be named the agent leaves out, too.
+                Err(_) => {}
+            }
+        }
         params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
         if params.continue_token.is_none() {
             return Ok(events);

@@ -42,7 +42,7 @@ struct Meta {
 
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Readable<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = Box::<RawValue>::deserialize(deserializer)?;
+        let text = <&RawValue>::deserialize(deserializer)?;
         let why = match serde_json::from_str(text.get()) {
             Ok(object) => return Ok(Self::Whole(object)),
             Err(why) => why,
@@ -50,8 +50,15 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Readable<K> {
         let Named { metadata } = serde_json::from_str(text.get()).map_err(D::Error::custom)?;
         let Meta { name, namespace, resource_version } = metadata;
         let meta = ObjectMeta { name, namespace, resource_version, ..ObjectMeta::default() };
-        Ok(Self::Broken { meta: meta.into(), why: why.to_string().into() })
+        Ok(Self::Broken { meta: meta.into(), why: shorten(&why.to_string()).into() })
     }
+}
+
+/// The reason without its place, which moves with whatever the object has before it, and without the rest of a long value.
+fn shorten(why: &str) -> String {
+    const CHARS: usize = 200;
+    let reason = why.rfind(" at line ").map_or(why, |end| &why[..end]);
+    reason.chars().take(CHARS).collect()
 }
 
 impl<K: Resource<DynamicType = ()>> Resource for Readable<K> {
@@ -81,5 +88,28 @@ impl<K: Resource<DynamicType = ()>> Resource for Readable<K> {
             Self::Whole(object) => object.meta_mut(),
             Self::Broken { meta, .. } => meta,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Readable;
+    use k8s_openapi::api::core::v1::Node;
+
+    fn why(text: &str) -> String {
+        match serde_json::from_str::<Readable<Node>>(text).expect("an object") {
+            Readable::Broken { why, .. } => why.into(),
+            Readable::Whole(node) => panic!("{node:?}"),
+        }
+    }
+
+    /// Another text would be another event each time.
+    #[test]
+    fn the_reason_is_short_and_says_no_place() {
+        let reason = why(r#"{"metadata":{"name":"a"},"spec":{"podCIDRs":7}}"#);
+        assert_eq!(reason, why(r#"{"metadata":{"name":"a","uid":"abc"},  "spec":{"podCIDRs":7}}"#));
+        assert!(reason.contains("invalid type: integer `7`") && !reason.contains("line"), "{reason}");
+        let long = format!(r#"{{"metadata":{{"name":"a"}},"spec":{{"podCIDRs":"{}"}}}}"#, "x".repeat(9000));
+        assert_eq!(why(&long).len(), 200);
     }
 }

@@ -20,6 +20,11 @@ fn watch_error(code: u16) -> watcher::Error {
     watcher::Error::WatchError(status.boxed())
 }
 
+/// An event of an object without a name.
+fn unreadable_line() -> watcher::Error {
+    watcher::Error::WatchFailed(kube::Error::SerdeError(serde_json::from_str::<u8>("x").expect_err("no number")))
+}
+
 #[test]
 fn what_follows_a_failure() {
     use watcher::Error as E;
@@ -38,6 +43,8 @@ fn what_follows_a_failure() {
         (E::InitialListFailed(api(503)), false, Next::Resume),
         (E::InitialListFailed(api(410)), false, Next::Relist),
         (E::NoResourceVersion, false, Next::Relist),
+        (unreadable_line(), true, Next::Page),
+        (unreadable_line(), false, Next::Relist),
     ] {
         assert_eq!(next_step(&error, streaming), next, "{error:?} {streaming}");
     }
@@ -150,12 +157,8 @@ async fn a_server_without_ranges_of_services_is_no_failure() {
     }
 }
 
-/// A server with nothing, which refuses NetworkPolicies `left` times. It records what is asked for.
-async fn answer_refusing(
-    request: Request<Body>,
-    left: Arc<AtomicU32>,
-    asked: Arc<Mutex<Vec<String>>>,
-) -> Response<Body> {
+/// A server with nothing, which refuses NetworkPolicies until some time. It records what is asked for.
+async fn answer_refusing(request: Request<Body>, until: Instant, asked: Arc<Mutex<Vec<String>>>) -> Response<Body> {
     let (path, query) = (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
     if query.contains("watch=true") {
         return std::future::pending().await;
@@ -163,7 +166,7 @@ async fn answer_refusing(
     asked.lock().expect("a list").push(format!("{path}?{query}"));
     let (code, body) = match path.as_str() {
         "/version" => (200, serde_json::to_string(&version("1", "26")).expect("JSON")),
-        "/apis/networking.k8s.io/v1/networkpolicies" if take_one(&left) => {
+        "/apis/networking.k8s.io/v1/networkpolicies" if Instant::now() < until => {
             (403, json!({"kind": "Status", "status": "Failure", "message": "forbidden", "code": 403}).to_string())
         }
         _ => (200, json!({"metadata": {"resourceVersion": "7"}, "items": []}).to_string()),
@@ -171,17 +174,12 @@ async fn answer_refusing(
     Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
 }
 
-/// Takes one away; false if none is left.
-fn take_one(left: &AtomicU32) -> bool {
-    left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
-}
-
 /// What is asked for until all kinds are synced, and the refusals that are reported meanwhile: how many problems each has.
-async fn asked_and_refused(has_policies: bool, refused: u32) -> (Vec<String>, Vec<(Kind, usize)>) {
-    let (left, asked) = (Arc::new(AtomicU32::new(refused)), Arc::new(Mutex::new(Vec::new())));
+async fn asked_and_refused(has_policies: bool, refused: Duration) -> (Vec<String>, Vec<(Kind, usize)>) {
+    let (until, asked) = (Instant::now() + refused, Arc::new(Mutex::new(Vec::new())));
     let log = Arc::clone(&asked);
     let server = tower::service_fn(move |request| {
-        let answer = answer_refusing(request, Arc::clone(&left), Arc::clone(&log));
+        let answer = answer_refusing(request, until, Arc::clone(&log));
         async { Ok::<_, kube::Error>(answer.await) }
     });
     let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
@@ -204,7 +202,7 @@ async fn asked_and_refused(has_policies: bool, refused: u32) -> (Vec<String>, Ve
 /// A role of before does not name them: the node works without, and somebody hears of it.
 #[tokio::test(start_paused = true)]
 async fn a_server_that_refuses_policies_is_asked_again() {
-    let (asked, refusals) = asked_and_refused(true, 6).await;
+    let (asked, refusals) = asked_and_refused(true, REFUSED * 4).await;
     assert_eq!(refusals, [(Kind::NetworkPolicy, 1), (Kind::NetworkPolicy, 0)], "once, and until it is over");
     for resource in ["/api/v1/pods?", "/api/v1/namespaces?", "/networkpolicies?"] {
         assert!(asked.iter().any(|it| it.contains(resource)), "{resource}: {asked:?}");
@@ -215,12 +213,12 @@ async fn a_server_that_refuses_policies_is_asked_again() {
 /// A server that starts refuses what it shows a moment later: a node must not become ready without policies for that.
 #[tokio::test(start_paused = true)]
 async fn refusals_of_a_server_that_starts_are_not_reported() {
-    assert_eq!(asked_and_refused(true, 5).await.1, []);
+    assert_eq!(asked_and_refused(true, REFUSED).await.1, []);
 }
 
 #[tokio::test(start_paused = true)]
 async fn without_policies_only_this_nodes_pods_are_asked_for() {
-    let (asked, refusals) = asked_and_refused(false, 6).await;
+    let (asked, refusals) = asked_and_refused(false, REFUSED * 4).await;
     assert_eq!(refusals, []);
     for resource in ["/api/v1/namespaces?", "/networkpolicies?"] {
         assert!(!asked.iter().any(|it| it.contains(resource)), "{resource}: {asked:?}");
