@@ -5,11 +5,12 @@
 //! does not have has no name.
 
 use crate::index::DesiredPolicies;
+use crate::index::policy::RuleKey;
 use crate::install::write_atomic;
 use crate::model::ObjectName;
 use crate::namefile;
 use anyhow::Context;
-use rustnet_common::policy::PolicyPod;
+use rustnet_common::policy::{PolicyPod, PolicyRule};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -71,6 +72,21 @@ impl Names {
         }
     }
 
+    /// The same with what an earlier file says of sets and rules that the map still has: what has no room is not wanted there, and pods
+    /// keep what they had.
+    #[must_use]
+    pub fn with_held(mut self, before: &Self, held: &BTreeMap<RuleKey, PolicyRule>) -> Self {
+        for (key, rule) in held {
+            if let Some(list) = before.sets.get(&key.set) {
+                self.sets.entry(key.set).or_insert_with(|| list.clone());
+            }
+            if let Some(name) = before.rules.get(&rule.rule) {
+                self.rules.entry(rule.rule).or_insert_with(|| name.clone());
+            }
+        }
+        self
+    }
+
     /// The same with the names of pods of other nodes that the map has. An address that two pods have gets no name.
     #[must_use]
     pub fn with_pods<'a>(
@@ -119,9 +135,9 @@ pub fn read(run_dir: &Path) -> anyhow::Result<Names> {
 mod tests {
     use super::{FILE, List, MOST_OF_SET, MOST_PODS, MOST_RULES, Names, read, write};
     use crate::index::DesiredPolicies;
-    use crate::index::policy::ClassName;
+    use crate::index::policy::{ClassName, PortPrefix, RuleKey};
     use crate::model::ObjectName;
-    use rustnet_common::policy::PolicyPod;
+    use rustnet_common::policy::{PolicyPod, PolicyRule};
     use std::net::{IpAddr, Ipv4Addr};
 
     fn name(i: usize) -> ObjectName {
@@ -154,6 +170,21 @@ mod tests {
         assert_eq!(read(run.path()).unwrap(), Names::default(), "a file of a later release may lack some");
         std::fs::write(run.path().join(FILE), "[").unwrap();
         assert!(read(run.path()).unwrap_err().to_string().contains(FILE));
+    }
+
+    #[test]
+    fn names_of_what_the_map_still_has_stay() {
+        let list = |text: &str| List { texts: vec![text.to_owned()], more: 0 };
+        let before = Names {
+            sets: [(1, list("old")), (2, list("gone"))].into(),
+            rules: [(7, "old ingress[0]".to_owned()), (8, "gone ingress[0]".to_owned())].into(),
+            ..Names::default()
+        };
+        let now = Names { sets: [(3, list("new"))].into(), ..Names::default() };
+        let key = RuleKey { set: 1, class: 0, ports: PortPrefix::ANY };
+        let names = now.with_held(&before, &[(key, PolicyRule { order: 1, rule: 7 })].into());
+        assert_eq!(names.sets.keys().collect::<Vec<_>>(), [&1, &3]);
+        assert_eq!(names.rules, [(7, "old ingress[0]".to_owned())].into());
     }
 
     #[test]

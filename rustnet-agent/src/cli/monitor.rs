@@ -247,8 +247,8 @@ mod tests {
     fn a_drop_by_policies_names_who_denies_it() {
         let row = row(&event(DropReason::PolicyDenied as u8), &names(), &tables()).unwrap();
         let shown = text(&super::Row { policy: Some(explanation()), ..row });
-        let want = "policy_denied TCP shop/web-0 (10.0.0.2:4000) -> shop/db-0 (10.96.0.1:80) 74 B  # ingress: shop/db-0 (10.1.1.1) is \
-                    isolated for ingress by shop/db, shop/base;";
+        let want = "policy_denied TCP shop/web-0 (10.0.0.2:4000) -> shop/db-0 (10.96.0.1:80) 74 B  # as a new flow, ingress: shop/db-0 \
+                    (10.1.1.1) is isolated for ingress by shop/db, shop/base;";
         assert!(shown.contains(want), "{shown}");
     }
 

@@ -8,7 +8,7 @@ mod pod;
 mod view;
 mod why;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use anyhow::Result;
@@ -32,7 +32,7 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Question {
-    /// What becomes of a new flow, and by which policies. Exit code 1 if this node denies it, 2 if that cannot be said here
+    /// Judge a new flow, and name the policies. Exit code: 0 this node allows it, 1 it is denied or undecided, 2 this node cannot say
     Why(why::Args),
 }
 
@@ -42,7 +42,7 @@ enum Question {
 struct Set {
     /// Number of the set of policies.
     id: u32,
-    /// How many entries allow something, over all classes.
+    /// How many rules of these policies allow something.
     rules: usize,
     /// The policies that select the pod.
     policies: List,
@@ -116,12 +116,13 @@ fn list(view: &View, out: &Output) -> Result<()> {
 
 fn report(view: &View) -> Report {
     let policies = &view.maps;
-    let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
-    for key in policies.rules.keys() {
-        *counts.entry(key.set).or_default() += 1;
+    // A rule has an entry for each class and each prefix of ports.
+    let mut counts: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
+    for (key, rule) in &policies.rules {
+        counts.entry(key.set).or_default().insert(rule.rule);
     }
     let set = |id: u32| {
-        let rules = counts.get(&id).copied().unwrap_or_default();
+        let rules = counts.get(&id).map_or(0, BTreeSet::len);
         (id != OPEN).then(|| Set { id, rules, policies: view.policies(id) })
     };
     let is_enforced = policies.state.flags & flags::ENFORCED != 0;
@@ -237,7 +238,7 @@ mod tests {
         // The third has the entry of an earlier pod with its address, then none.
         view.maps.pods.insert(ip(3), PolicyPod { class: 1, ingress: 0, egress: 0, ifindex: 9 });
         let want = [
-            "isolated 00000055 shop/db, shop/base (3 rules) set 0000001b (nothing allowed)",
+            "isolated 00000055 shop/db, shop/base (2 rules) set 0000001b (nothing allowed)",
             "open 0000002b open open",
             "undecided - - -",
         ];

@@ -154,7 +154,8 @@ impl Policies {
             report_repairs(&writes, metrics);
         }
         maps.apply(&writes).context("writing network policies")?;
-        (self.planner, self.names) = (Some(planner), names);
+        self.names = names.with_held(&self.names, &planner.held().rules);
+        self.planner = Some(planner);
         Ok(Some(writes.len()))
     }
 }

@@ -26,7 +26,7 @@ pub struct Explanation {
     pub dst_pod: Option<String>,
     /// The Service that it is for.
     pub service: Option<String>,
-    /// The ends that deny the flow, a few; none if the maps allow it by now.
+    /// The ends that deny the flow, a few; those of the flow whose answer the packet may be come last. None if the maps allow both.
     pub denied: Vec<Half>,
     /// All of it in a sentence.
     pub text: String,
@@ -46,7 +46,8 @@ pub struct Dropped {
 /// What the maps said when they were last read.
 #[derive(Default)]
 pub struct Explainer {
-    read: Option<(Instant, View, Fronts)>,
+    /// When they were read, and what they said; nothing if that failed.
+    read: Option<(Instant, Option<(View, Fronts)>)>,
 }
 
 impl Explainer {
@@ -54,11 +55,12 @@ impl Explainer {
     pub fn explain(&mut self, places: &Places, dropped: &Dropped) -> Option<Explanation> {
         if self.read.as_ref().is_none_or(|(at, ..)| at.elapsed() >= PERIOD) {
             // An explanation is an ornament: without it the drop is printed all the same.
-            let read = View::read(places).and_then(|view| Ok((Instant::now(), view, Fronts::read(places)?)));
-            self.read = read.ok();
+            let read = View::read(places).and_then(|view| Ok((view, Fronts::read(places)?))).ok();
+            self.read = Some((Instant::now(), read));
         }
-        let (_, view, fronts) = self.read.as_ref()?;
-        Some(explain(view, &|to, proto| fronts.find(to, proto), dropped))
+        let (_, Some((view, fronts))) = self.read.as_ref()? else { return None };
+        let is_outside = view.is_outside(dropped.src.ip());
+        Some(explain(view, &|to, proto| fronts.find(to, proto, is_outside), dropped))
     }
 }
 
@@ -69,23 +71,26 @@ fn explain(view: &View, front: &dyn Fn(SocketAddr, u8) -> Front, dropped: &Dropp
         Front::None | Front::NoPort => (vec![dst], None),
     };
     let flow = |client: IpAddr, server: &SocketAddr| Flow { client, server: server.ip(), proto, port: server.port() };
-    let mut denied: Vec<Half> = servers.iter().flat_map(|server| drops(view, &flow(src.ip(), server))).collect();
-    // What the server of an earlier flow sends is judged as that flow.
-    let is_answer = denied.is_empty();
-    if is_answer {
-        denied.extend(drops(view, &flow(dst.ip(), &src)));
-    }
-    denied.dedup();
-    denied.truncate(LISTED);
-    let name = |socket: &SocketAddr| view.pods.get(&socket.ip()).cloned();
-    let texts: Vec<String> = denied.iter().map(|half| format!("{}: {}", half.direction, half.text)).collect();
-    let text = if texts.is_empty() {
-        "the maps allow it now: policies have changed since".to_owned()
-    } else if is_answer {
-        format!("as an answer, {}", texts.join("; "))
-    } else {
+    let mut asked: Vec<Half> = servers.iter().flat_map(|server| drops(view, &flow(src.ip(), server))).collect();
+    asked.dedup();
+    asked.truncate(LISTED);
+    // What the server of an earlier flow sends is judged as that flow. Which of both the packet was, it does not say.
+    let answered: Vec<Half> = drops(view, &flow(dst.ip(), &src)).collect();
+    let show = |halves: &[Half]| {
+        let texts: Vec<String> = halves.iter().map(|half| format!("{}: {}", half.direction, half.text)).collect();
         texts.join("; ")
     };
+    let text = match (&asked[..], &answered[..]) {
+        ([], []) if view.around.host.contains(&src.ip()) => {
+            "the node's stack forwarded it in the node's name, and policies judge it as not from the node".to_owned()
+        }
+        ([], []) => "the maps as they were read allow it: policies may have changed meanwhile".to_owned(),
+        (asked, []) => show(asked),
+        ([], answered) => format!("as an answer, {}", show(answered)),
+        (asked, answered) => format!("as a new flow, {}; or as an answer, {}", show(asked), show(answered)),
+    };
+    let name = |socket: &SocketAddr| view.pods.get(&socket.ip()).cloned();
+    let denied = [asked, answered].concat();
     Explanation { src_pod: name(&src), dst_pod: name(&dst), service, denied, text }
 }
 
@@ -121,11 +126,15 @@ pub mod tests {
         let it = explanation();
         assert_eq!(
             it.text,
-            "ingress: shop/db-0 (10.1.1.1) is isolated for ingress by shop/db, shop/base; no rule of them allows shop/web-0 (10.1.1.2) \
-             of class 0000002b at TCP/80"
+            "as a new flow, ingress: shop/db-0 (10.1.1.1) is isolated for ingress by shop/db, shop/base; no rule of them allows \
+             shop/web-0 (10.1.1.2) of class 0000002b at TCP/80; or as an answer, egress: shop/db-0 (10.1.1.1) is isolated for egress by \
+             set 0000001b; no rule of them allows shop/web-0 (10.1.1.2) of class 0000002b at TCP/4000"
         );
         assert_eq!((it.src_pod.as_deref(), it.dst_pod.as_deref()), (Some("shop/web-0"), Some("shop/db-0")));
-        assert_eq!((it.denied.len(), it.denied[0].direction), (1, "ingress"));
+        assert_eq!((it.denied.len(), it.denied[0].direction), (2, "ingress"));
+        // The rules allow this port.
+        let it = of((2, 4000), (1, 5433));
+        assert!(it.text.starts_with("as an answer"), "{}", it.text);
     }
 
     #[test]
@@ -142,10 +151,31 @@ pub mod tests {
         assert_eq!(it.denied[0].direction, "egress");
     }
 
+    /// The rule of a flow that is open has gone: its server's next packet is dropped by the ingress of that server.
+    #[test]
+    fn both_readings_of_a_packet_are_named_if_both_deny_it() {
+        let it = of((1, 80), (2, 4000));
+        assert_eq!(
+            it.denied.iter().map(|half| half.direction).collect::<Vec<_>>(),
+            ["egress", "ingress"],
+            "{}",
+            it.text
+        );
+        assert!(it.text.starts_with("as a new flow, egress: shop/db-0"), "{}", it.text);
+        assert!(it.text.contains("; or as an answer, ingress: shop/db-0 (10.1.1.1) is isolated"), "{}", it.text);
+    }
+
+    #[test]
+    fn what_the_nodes_stack_forwards_is_not_called_allowed() {
+        let (node, pod) = (SocketAddr::new([192, 0, 2, 1].into(), 4000), SocketAddr::new(ip(2), 80));
+        let it = explain(&view(), &|_, _| Front::None, &Dropped { src: node, dst: pod, proto: proto::TCP });
+        assert!(it.text.starts_with("the node's stack forwarded it"), "{}", it.text);
+    }
+
     #[test]
     fn what_is_allowed_by_now_or_not_decided_says_so() {
         let it = of((2, 4000), (50, 80));
-        assert_eq!((it.denied.len(), it.text.contains("changed since")), (0, true));
+        assert_eq!((it.denied.len(), it.text.contains("may have changed meanwhile")), (0, true));
         let it = of((3, 4000), (2, 80));
         assert!(it.text.contains("the agent has not decided 10.1.1.3"), "{}", it.text);
     }

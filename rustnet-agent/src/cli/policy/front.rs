@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
-use rustnet_common::service::{SvcEntry, scope};
+use rustnet_common::service::{SvcEntry, flags, scope};
 
 use crate::bpf::store;
 use crate::bpf::store::backends::Backends;
@@ -49,22 +49,67 @@ impl Fronts {
         })
     }
 
-    /// What a destination is. Entries for clients of the cluster come before those for clients outside.
-    pub fn find(&self, to: SocketAddr, proto: u8) -> Front {
-        let entry = |port, proto| {
-            let key = |scope| VipKey { ip: to.ip(), port, proto, scope };
-            [scope::CLUSTER, scope::EXTERNAL].into_iter().find_map(|scope| self.services.get(&key(scope)))
-        };
-        match (entry(to.port(), proto), entry(0, 0)) {
-            (Some(entry), _) => {
-                let backends = self.backends.of(entry).flatten();
-                Front::Service {
-                    name: self.names.get(&service_key(to.ip(), to.port(), proto)).map(|name| name.service.clone()),
-                    backends: backends.map(|it| SocketAddr::new(IpAddr::from(it.addr), it.port)).collect(),
-                }
-            }
-            (None, Some(_)) => Front::NoPort,
-            (None, None) => Front::None,
+    /// What a destination is to a client, who may be outside of the cluster: the entry that is for such clients counts.
+    pub fn find(&self, to: SocketAddr, proto: u8, is_outside: bool) -> Front {
+        find(&self.services, to, proto, is_outside, |entry| self.resolve(to, proto, entry))
+    }
+
+    fn resolve(&self, to: SocketAddr, proto: u8, entry: &SvcEntry) -> Front {
+        let backends = self.backends.of(entry).flatten();
+        Front::Service {
+            name: self.names.get(&service_key(to.ip(), to.port(), proto)).map(|name| name.service.clone()),
+            backends: backends.map(|it| SocketAddr::new(IpAddr::from(it.addr), it.port)).collect(),
         }
+    }
+}
+
+/// Finds the entry of a destination, as the programs do, and passes it on.
+fn find(
+    services: &BTreeMap<VipKey, SvcEntry>,
+    to: SocketAddr,
+    proto: u8,
+    is_outside: bool,
+    resolve: impl FnOnce(&SvcEntry) -> Front,
+) -> Front {
+    let scopes = if is_outside { [scope::EXTERNAL, scope::CLUSTER] } else { [scope::CLUSTER, scope::EXTERNAL] };
+    let entry = |port, proto| {
+        let key = |scope| VipKey { ip: to.ip(), port, proto, scope };
+        scopes.into_iter().find_map(|scope| services.get(&key(scope)))
+    };
+    match (entry(to.port(), proto), entry(0, 0)) {
+        (Some(entry), _) => resolve(entry),
+        // Other ports of an address that is shared with machines outside lead there, for clients of the cluster.
+        (None, Some(all)) if is_outside || all.flags & flags::SHARED == 0 => Front::NoPort,
+        (None, _) => Front::None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What decides is whose entry is found, and whether the address refuses its other ports.
+    #[test]
+    fn a_client_gets_the_entry_for_such_clients() {
+        let ip = IpAddr::from([203, 0, 113, 9]);
+        let key = |port, proto, scope| VipKey { ip, port, proto, scope };
+        let entry = |id, flags| SvcEntry { first: 0, count: 0, id, affinity: 0, flags, table: 0 };
+        let services: BTreeMap<VipKey, SvcEntry> = [
+            (key(443, 6, scope::CLUSTER), entry(1, 0)),
+            (key(443, 6, scope::EXTERNAL), entry(2, 0)),
+            (key(80, 6, scope::EXTERNAL), entry(3, 0)),
+            (key(0, 0, scope::CLUSTER), entry(4, flags::SHARED)),
+        ]
+        .into();
+        let found = |port, is_outside| {
+            find(&services, SocketAddr::new(ip, port), 6, is_outside, |entry| Front::Service {
+                name: Some(entry.id.to_string()),
+                backends: Vec::new(),
+            })
+        };
+        let service = |id: &str| Front::Service { name: Some(id.to_owned()), backends: Vec::new() };
+        assert_eq!((found(443, false), found(443, true)), (service("1"), service("2")));
+        assert_eq!(found(80, false), service("3"));
+        assert_eq!((found(6443, false), found(6443, true)), (Front::None, Front::NoPort));
     }
 }

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use rustnet_common::policy::ANY_CLASS;
+use rustnet_common::tuple::proto;
 use serde::Serialize;
 
 use super::view::{View, show_policies, show_proto};
@@ -84,9 +85,10 @@ pub fn halves(view: &View, flow: &Flow, judgement: &Judgement) -> [Half; 2] {
     ]
 }
 
-/// The protocol with its port.
-pub fn show_port(proto: u8, port: u16) -> String {
-    if port == 0 { show_proto(proto) } else { format!("{}/{port}", show_proto(proto)) }
+/// The protocol with its port. Of ICMP, the identifier stands there in a packet.
+pub fn show_port(number: u8, port: u16) -> String {
+    let has_port = port != 0 && !matches!(number, proto::ICMP | proto::ICMPV6);
+    if has_port { format!("{}/{port}", show_proto(number)) } else { show_proto(number) }
 }
 
 fn half(

@@ -1,6 +1,6 @@
 //! `rustnetctl policy NAME`: the policies that select one pod, and each entry of the maps that allows it something.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
@@ -25,6 +25,8 @@ struct Report {
     pod: Option<String>,
     /// False for a pod of another node, of which only the class is known here.
     is_here: bool,
+    /// False if no policy is enforced on this node.
+    is_enforced: bool,
     state: Option<State>,
     /// What the pod is for the policies of others; none if none of this node's selects it.
     class: Option<Class>,
@@ -115,6 +117,7 @@ fn report(view: &View, members: &Members, address: IpAddr) -> Report {
         address,
         pod: view.pods.get(&address).cloned(),
         is_here: ifindex.is_some(),
+        is_enforced,
         state: ifindex.map(|_| state(is_enforced, pod)),
         class: pod.and_then(|pod| members.class(view, pod.class)),
         ingress: pod.and_then(|pod| direction(pod.ingress)),
@@ -158,10 +161,10 @@ fn merge(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
     merged
 }
 
-/// Who has each class, by the maps.
+/// Who has each class, by the maps. A pod with two addresses is there once.
 struct Members {
-    pods: BTreeMap<u32, List>,
-    ranges: BTreeMap<u32, List>,
+    pods: BTreeMap<u32, BTreeSet<String>>,
+    ranges: BTreeMap<u32, BTreeSet<String>>,
 }
 
 impl Members {
@@ -169,37 +172,28 @@ impl Members {
         let PolicySnapshot { pods, cidrs, .. } = &view.maps;
         let mut it = Self { pods: BTreeMap::new(), ranges: BTreeMap::new() };
         for (ip, pod) in pods {
-            let name = || view.pods.get(ip).cloned().unwrap_or_else(|| ip.to_string());
-            add(&mut it.pods, pod.class, name);
+            let name = view.pods.get(ip).cloned().unwrap_or_else(|| ip.to_string());
+            it.pods.entry(pod.class).or_default().insert(name);
         }
         for (range, class) in cidrs {
-            add(&mut it.ranges, *class, || range.to_string());
+            it.ranges.entry(*class).or_default().insert(range.to_string());
         }
         it
     }
 
     /// What is known of a class; none for that of all addresses.
     fn class(&self, view: &View, id: u32) -> Option<Class> {
-        let of = |lists: &BTreeMap<u32, List>| lists.get(&id).cloned().unwrap_or_default();
+        let of = |members: &BTreeMap<u32, BTreeSet<String>>| {
+            let all = members.get(&id);
+            let texts = all.into_iter().flatten().take(LISTED).cloned().collect();
+            List { texts, more: all.map_or(0, BTreeSet::len).saturating_sub(LISTED) }
+        };
         (id != ANY_CLASS).then(|| Class {
             id,
-            selectors: of(&view.names.classes),
+            selectors: view.names.classes.get(&id).cloned().unwrap_or_default(),
             pods: of(&self.pods),
             ranges: of(&self.ranges),
         })
-    }
-}
-
-/// Adds a name to the list of a class. A pod with two addresses is there once.
-fn add(lists: &mut BTreeMap<u32, List>, class: u32, name: impl FnOnce() -> String) {
-    let list = lists.entry(class).or_default();
-    if list.texts.len() >= LISTED {
-        list.more += 1;
-        return;
-    }
-    let name = name();
-    if !list.texts.contains(&name) {
-        list.texts.push(name);
     }
 }
 
@@ -214,6 +208,9 @@ fn text(report: &Report) -> String {
         match (direction, report.state) {
             (Some(it), _) => lines.push(show_direction(name, it)),
             (None, Some(State::Undecided)) => lines.push(format!("{name}: nothing passes until the agent has decided")),
+            (None, Some(_)) if !report.is_enforced => {
+                lines.push(format!("{name}: open, no policy is enforced on this node"));
+            }
             (None, Some(_)) => lines.push(format!("{name}: open, no policy selects the pod")),
             (None, None) => {}
         }
@@ -268,10 +265,11 @@ fn show_members(class: &Class) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Output, merge, reports, run, text};
+    use super::{Members, Output, merge, reports, run, text};
     use crate::cli::golden::assert_golden;
     use crate::cli::output::Format;
     use crate::cli::policy::build::{ip, view};
+    use rustnet_common::policy::PolicyPod;
 
     #[test]
     fn ports_are_merged() {
@@ -293,7 +291,7 @@ mod tests {
                     ingress: isolated by shop/db, shop/base\n\
                     \x20 FROM      WHO                                PROTOCOL  PORTS      RULE\n\
                     \x20 any       any address                        UDP       53         shop/base ingress[0]\n\
-                    \x20 0000002b  shop/web-0, 10.1.2.9; 10.9.0.0/16  TCP       5432-5434  shop/db ingress[0]\n\
+                    \x20 0000002b  10.1.2.9, shop/web-0; 10.9.0.0/16  TCP       5432-5434  shop/db ingress[0]\n\
                     egress: isolated by set 0000001b: nothing is allowed";
         assert_eq!(shown, [want]);
         let shown = |name: &str| text(&reports(&view(), name).unwrap()[0]);
@@ -307,6 +305,29 @@ mod tests {
         );
         assert!(shown("10.1.1.3").contains("undecided\ningress: nothing passes"), "{}", shown("10.1.1.3"));
         assert!(shown("10.1.2.9").starts_with("(10.1.2.9): a pod of another node"), "{}", shown("10.1.2.9"));
+    }
+
+    #[test]
+    fn who_has_a_class_is_counted_by_pods() {
+        let mut view = view();
+        for n in 100..110 {
+            let far = PolicyPod { class: 0x2b, ..PolicyPod::default() };
+            for ip in [ip(n), format!("fd00::{n}").parse().unwrap()] {
+                view.maps.pods.insert(ip, far);
+                view.pods.insert(ip, format!("shop/far-{n}"));
+            }
+        }
+        let class = Members::of(&view).class(&view, 0x2b).unwrap();
+        // Ten of two addresses, one of this node, and one without a name.
+        assert_eq!((class.pods.texts.len(), class.pods.more), (8, 4), "{:?}", class.pods);
+    }
+
+    #[test]
+    fn where_nothing_is_enforced_no_selector_is_blamed() {
+        let mut view = view();
+        view.maps.state.flags = 0;
+        let text = text(&reports(&view, "shop/db-0").unwrap()[0]);
+        assert!(text.contains("ingress: open, no policy is enforced on this node"), "{text}");
     }
 
     #[test]

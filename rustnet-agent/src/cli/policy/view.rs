@@ -77,14 +77,29 @@ impl View {
         self.pods.iter().filter(|(_, name)| *name == pod).map(|(ip, _)| *ip).collect()
     }
 
+    /// True if an address is no pod and no node of the cluster, as far as this node knows.
+    pub fn is_outside(&self, ip: IpAddr) -> bool {
+        let is_pod = self.around.endpoints.contains_key(&ip) || self.maps.pods.contains_key(&ip);
+        !is_pod && self.peer(ip).is_none() && self.other_node(ip).is_none()
+    }
+
+    /// True if an address is in a range of Services.
+    pub fn is_of_services(&self, ip: IpAddr) -> bool {
+        self.peer(ip).is_some_and(|peer| peer.flags & flags::SERVICES != 0)
+    }
+
+    /// What lies behind an address, by the longest range.
+    fn peer(&self, ip: IpAddr) -> Option<&Peer> {
+        let around = self.peers.iter().filter(|(range, _)| range.contains(&ip));
+        around.max_by_key(|(range, _)| range.prefix_len()).map(|(_, peer)| peer)
+    }
+
     /// The other node whose pod an address may be: its name, else its address.
     pub fn other_node(&self, ip: IpAddr) -> Option<String> {
         if self.around.endpoints.contains_key(&ip) {
             return None;
         }
-        let around = self.peers.iter().filter(|(range, _)| range.contains(&ip));
-        let peer = around.max_by_key(|(range, _)| range.prefix_len()).map(|(_, peer)| peer);
-        match peer {
+        match self.peer(ip) {
             Some(peer) if peer.flags & flags::POD == 0 => None,
             Some(peer) if peer.node != Addr::UNSPECIFIED => {
                 let address = IpAddr::from(peer.node);

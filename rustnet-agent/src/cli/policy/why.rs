@@ -46,6 +46,8 @@ fn parse_proto(text: &str) -> Result<u8, String> {
 #[serde(rename_all = "camelCase")]
 struct Report {
     protocol: String,
+    #[serde(skip)]
+    number: u8,
     port: u16,
     /// The Service whose address was asked for; policies judge its backends.
     service: Option<String>,
@@ -57,7 +59,7 @@ struct Report {
     flows: Vec<Row>,
     /// How many more flows were judged.
     more_flows: usize,
-    /// How many of all are allowed.
+    /// How many of all this node allows; another node may deny them.
     allowed: usize,
 }
 
@@ -109,25 +111,29 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
         line(&text(&report))?;
     }
     if report.verdict == Outcome::Elsewhere {
-        return Err(
-            CannotRun("no pod of this node is at either end: ask on the node that is named above".into()).into()
-        );
+        return Err(CannotRun("no pod of this node is at either end: ask on the nodes of the pods".into()).into());
     }
     Ok(report.verdict == Outcome::Allowed)
 }
 
 fn read(places: &Places, args: &Args) -> Result<Report> {
     let (view, fronts) = (View::read(places)?, Fronts::read(places)?);
-    report(&view, &|to, proto| fronts.find(to, proto), args)
+    report(&view, &|to, proto, is_outside| fronts.find(to, proto, is_outside), args)
 }
 
-fn report(view: &View, front: &dyn Fn(SocketAddr, u8) -> Front, args: &Args) -> Result<Report> {
+fn report(view: &View, front: &dyn Fn(SocketAddr, u8, bool) -> Front, args: &Args) -> Result<Report> {
     let clients = addresses(view, &args.from)?;
+    let is_outside = clients.iter().all(|ip| view.is_outside(*ip));
     let mut servers = Vec::new();
     let mut service = None;
     for ip in addresses(view, &args.to)? {
         let to = SocketAddr::new(ip, args.port);
-        match front(to, args.proto) {
+        match front(to, args.proto, is_outside) {
+            Front::None if view.is_of_services(ip) => {
+                bail!(
+                    "{ip} is in a range of Services, and no Service has it: the flow is refused before policies count"
+                )
+            }
             Front::None => servers.push(to),
             Front::NoPort => {
                 let ports = show_port(args.proto, args.port);
@@ -148,9 +154,12 @@ fn report(view: &View, front: &dyn Fn(SocketAddr, u8) -> Front, args: &Args) -> 
     let pairs = clients.iter().flat_map(|client| servers.iter().map(move |server| (*client, *server)));
     let pairs = pairs.filter(|(client, server)| client.is_ipv4() == server.is_ipv4());
     let mut flows: Vec<Row> = pairs.map(|(client, server)| row(view, client, server, args.proto)).collect();
-    let Some(verdict) = flows.iter().map(|flow| flow.verdict).max() else {
+    if flows.is_empty() {
         bail!("{} and {} have no addresses of one family", args.from, args.to)
-    };
+    }
+    // What other nodes decide says nothing of what this one does.
+    let here = flows.iter().map(|flow| flow.verdict).filter(|verdict| *verdict != Outcome::Elsewhere);
+    let verdict = here.max().unwrap_or(Outcome::Elsewhere);
     // The worst come first, so that they are among those that are listed.
     flows.sort_by_key(|flow| std::cmp::Reverse(flow.verdict));
     let is_complete = flows.iter().all(|flow| flow.is_complete);
@@ -158,7 +167,17 @@ fn report(view: &View, front: &dyn Fn(SocketAddr, u8) -> Front, args: &Args) -> 
     let more_flows = flows.len().saturating_sub(LISTED);
     flows.truncate(LISTED);
     let protocol = super::view::show_proto(args.proto);
-    Ok(Report { protocol, port: args.port, service, verdict, is_complete, flows, more_flows, allowed })
+    Ok(Report {
+        protocol,
+        number: args.proto,
+        port: args.port,
+        service,
+        verdict,
+        is_complete,
+        flows,
+        more_flows,
+        allowed,
+    })
 }
 
 /// The addresses of one end.
@@ -205,16 +224,16 @@ fn text(report: &Report) -> String {
     if let Some(service) = &report.service {
         let all = report.flows.len() + report.more_flows;
         lines.push(format!(
-            "Service {service}: policies judge the backend, after the translation; {} of {all} flows allowed",
-            report.allowed
+            "Service {service}: policies judge the backend, after the translation; {} of {all} flows allowed{}",
+            report.allowed,
+            if report.is_complete { "" } else { " by this node" }
         ));
     }
     for flow in &report.flows {
         let end = |ip: IpAddr, pod: &Option<String>| pod.as_ref().map_or(ip.to_string(), |pod| format!("{pod} ({ip})"));
         let (client, server) = (end(flow.client, &flow.client_pod), end(flow.server, &flow.server_pod));
-        let port = if flow.port == 0 { String::new() } else { format!("/{}", flow.port) };
         let verdict = flow.verdict.show(flow.is_complete);
-        lines.push(format!("{client} -> {server} {}{port}: {verdict}", report.protocol));
+        lines.push(format!("{client} -> {server} {}: {verdict}", show_port(report.number, flow.port)));
         for Half { direction, verdict, text, .. } in &flow.halves {
             lines.push(format!("  {direction:<8} {:<10} {text}", verdict.show()));
         }
@@ -230,11 +249,13 @@ mod tests {
     use super::{Args, Front, Outcome, Report, SocketAddr, parse_proto, report, text};
     use crate::cli::golden::assert_golden;
     use crate::cli::policy::build::{ip, view};
+    use rustnet_common::addr::{Addr, Address as _};
+    use rustnet_common::peer::{Peer, flags};
     use rustnet_common::tuple::proto;
 
     const VIP: [u8; 4] = [10, 96, 0, 1];
 
-    fn front(to: SocketAddr, _: u8) -> Front {
+    fn front(to: SocketAddr, _: u8, _: bool) -> Front {
         let backends = vec![SocketAddr::new(ip(1), 5432), "10.1.2.9:5432".parse().unwrap()];
         match to.port() {
             _ if to.ip() != std::net::IpAddr::from(VIP) => Front::None,
@@ -304,11 +325,9 @@ mod tests {
     fn of_a_service_each_backend_is_judged() {
         let found = ask("shop/web-0", "10.96.0.1", 80, proto::TCP).unwrap();
         assert_eq!((found.verdict, found.allowed, found.is_complete), (Outcome::Allowed, 2, false));
-        assert!(
-            text(&found).starts_with(
-                "Service shop/db: policies judge the backend, after the translation; 2 of 2 flows allowed\n"
-            )
-        );
+        assert!(text(&found).starts_with(
+            "Service shop/db: policies judge the backend, after the translation; 2 of 2 flows allowed by this node\n"
+        ));
         let found = ask("shop/web-0", "10.96.0.1", 80, proto::UDP).unwrap();
         assert_eq!((found.verdict, found.allowed), (Outcome::Denied, 1), "the worst counts");
         assert_eq!(found.flows[0].verdict, Outcome::Denied);
@@ -318,9 +337,26 @@ mod tests {
         }
     }
 
+    /// The node itself asks: one backend is a pod of this node, and the other one's node decides alone.
+    #[test]
+    fn what_other_nodes_decide_hides_nothing() {
+        let found = ask("192.0.2.1", "10.96.0.1", 80, proto::TCP).unwrap();
+        assert_eq!((found.verdict, found.is_complete, found.allowed), (Outcome::Allowed, false, 1));
+    }
+
+    #[test]
+    fn a_free_address_of_a_service_range_is_refused() {
+        let mut view = view();
+        let services = Peer { node: Addr::UNSPECIFIED, identity: 0, flags: flags::SERVICES, pad: 0 };
+        view.peers.insert("10.96.0.0/16".parse().unwrap(), services);
+        let args = Args { from: "shop/web-0".to_owned(), to: "10.96.0.77".to_owned(), port: 80, proto: proto::TCP };
+        let error = report(&view, &|_, _, _| Front::None, &args).unwrap_err().to_string();
+        assert!(error.contains("no Service has it"), "{error}");
+    }
+
     #[test]
     fn what_is_listed_is_bounded() {
-        let many = |_: SocketAddr, _: u8| Front::Service {
+        let many = |_: SocketAddr, _: u8, _: bool| Front::Service {
             name: None,
             backends: (0..100).map(|n| SocketAddr::new(ip(n), 5432)).collect(),
         };
