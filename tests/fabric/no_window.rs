@@ -125,6 +125,10 @@ struct Coming {
 
 impl Coming {
     fn end(self) -> Result<()> {
+        // The node always reaches its pods: it has a network, and a server.
+        for ip in self.pod.addresses() {
+            ensure!(is_answered(self.pod.node().netns(), Proto::Tcp, *ip, PORT)?, "the node does not reach {ip}");
+        }
         self.traffic.end().context("to a pod that came")?;
         self.pod.delete()
     }

@@ -116,7 +116,11 @@ impl<'a> Node<'a> {
             None => self.lab.uplink_in(&from_outside(proto, client, server))?,
         };
         match shot.verdict {
-            SHOT if shot.counted.keys().all(|(reason, _)| *reason == PolicyDenied as u8) => Ok(false),
+            SHOT if !shot.counted.is_empty()
+                && shot.counted.keys().all(|(reason, _)| *reason == PolicyDenied as u8) =>
+            {
+                Ok(false)
+            }
             SHOT => bail!("dropped for another reason: {:?}", shot.counted),
             _ => Ok(true),
         }

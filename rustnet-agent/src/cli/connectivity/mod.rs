@@ -55,7 +55,7 @@ pub struct Args {
     /// Only these nodes, by commas [default: the first eight that are ready]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     nodes: Vec<String>,
-    /// Try only these [default: all]
+    /// Scenarios to try, by commas, as in column SCENARIO [default: all]
     #[arg(long, value_name = "NAME", value_delimiter = ',', hide_possible_values = true)]
     scenario: Vec<Scenario>,
     /// TCP port of the probes, which must be free on the nodes, and the next one for TCP and UDP

@@ -11,7 +11,8 @@ use crate::model::Family;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scenario {
-    /// The probe starts, and the API server reaches it.
+    /// The probe starts, and the API server reaches it. In each run, whatever `--scenario` names.
+    #[value(skip)]
     ProbeStart,
     /// A pod asks a pod of its node.
     PodToLocalPod,

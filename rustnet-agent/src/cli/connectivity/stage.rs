@@ -265,12 +265,18 @@ impl Stage<'_> {
         let mut before: Option<Failure> = None;
         let mut attempt = 1;
         loop {
+            let began = Instant::now();
             let result = match self.cluster.ask(self.run, client, &check.question).await {
                 Ok(answer) => judge(check, &answer),
                 Err(why) => Err(Failure::new(Cause::NotAsked, check, &why)),
             };
             match result {
-                Err(failure) if attempt < ATTEMPTS && is_early(check, failure.cause) => before = Some(failure),
+                Err(failure) if attempt < ATTEMPTS && began.elapsed() < SLOW && is_early(check, failure.cause) => {
+                    before = Some(failure);
+                }
+                Err(Failure { cause, detail }) if attempt > 1 => {
+                    return Err(Failure { cause, detail: format!("{detail} ({attempt} attempts)") });
+                }
                 Err(failure) => return Err(failure),
                 Ok(remark) => {
                     return Ok(before
@@ -294,6 +300,8 @@ fn is_early(check: &Check, cause: Cause) -> bool {
 /// How often a check is made that may fail for being early, and how long it waits between.
 const ATTEMPTS: u32 = 3;
 const PAUSE_OF_CHECKS: Duration = Duration::from_secs(1);
+/// A check that fails after this time is not made again: a run has many.
+const SLOW: Duration = Duration::from_secs(5);
 
 /// A probe that does not work.
 struct Trouble {
