@@ -11,6 +11,7 @@ use crate::fuzz::number;
 use crate::harness::{Lab, MAC_A, MAC_HOST, Net, SHOT, Shot, lab_apart};
 use anyhow::{Context, Result, bail, ensure};
 use rustnet_agent::bpf::store::policy::PolicyStore;
+use rustnet_agent::plan::policies::judge::{self, Surroundings, Verdict, judge};
 use rustnet_agent::plan::policies::{PolicyMaps, PolicyPlanner};
 use rustnet_common::addr::Addr;
 use rustnet_common::drop::DropReason::PolicyDenied;
@@ -20,6 +21,7 @@ use rustnet_common::names::map;
 use rustnet_common::peer::flags;
 use serde_json::json;
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use testkit::datapath::Input;
 use world::{Flow, Oracle, Random, World};
 
@@ -115,15 +117,21 @@ impl<'a> Node<'a> {
             }
             None => self.lab.uplink_in(&from_outside(proto, client, server))?,
         };
-        match shot.verdict {
+        let passes = match shot.verdict {
             SHOT if !shot.counted.is_empty()
                 && shot.counted.keys().all(|(reason, _)| *reason == PolicyDenied as u8) =>
             {
-                Ok(false)
+                false
             }
             SHOT => bail!("dropped for another reason: {:?}", shot.counted),
-            _ => Ok(true),
-        }
+            _ => true,
+        };
+        // `rustnetctl policy why` says what the programs do.
+        let around = Surroundings { endpoints: world.interfaces.clone(), host: BTreeSet::new() };
+        let Flow { client, server, proto, port } = *flow;
+        let said = judge(self.maps.borrow().1.held(), &around, &judge::Flow { client, server, proto, port });
+        ensure!((said.verdict() == Verdict::Allowed) == passes, "it passes: {passes}, and policy why says {said:?}");
+        Ok(passes)
     }
 
     /// The smallest world found in which the programs do with a flow something else than cyclonus reads.
