@@ -62,17 +62,9 @@ pub(super) fn ensure_skipper(work: &mut Work) -> Result<()> {
             cache::copy(&module.join(file), &source.join(file))?;
         }
     }
-    let build = Cmd::new(go(work)?)
-        // -mod=mod in a copy: Go completes go.sum there, and leaves the tracked one alone.
-        .args(["build", "-mod=mod", "-ldflags", "-s -w", "-o"])
-        .arg(paths::tools().join("skipper"))
-        .arg("github.com/zalando/skipper/cmd/skipper")
-        .env("CGO_ENABLED", "0")
-        .env_remove("GOFLAGS")
-        .dir(source)
-        .remedy("Go needs a module proxy that it can reach: go env GOPROXY");
-    work.step("building an Ingress controller (minutes, once)", &build)?;
-    if work.dry_run { Ok(()) } else { stamp.write() }
+    // -mod=mod in a copy: Go completes go.sum there, and leaves the tracked one alone.
+    let args = ["-mod=mod", "github.com/zalando/skipper/cmd/skipper"];
+    build(work, "building an Ingress controller (minutes, once)", &source, &args, &stamp)
 }
 
 /// The default profile, as containerd renders it.
@@ -109,15 +101,21 @@ pub(super) fn ensure_policy_oracle(work: &mut Work) -> Result<()> {
     if stamp.holds() {
         return Ok(());
     }
+    let args = ["-trimpath", "-buildvcs=false", "."];
+    build(work, "building the oracle of network policies", &source, &args, &stamp)
+}
+
+/// Builds the program of a stamp in the directory of a module. `args` end with the package.
+fn build(work: &mut Work, title: &str, module: &Path, args: &[&str], stamp: &Stamp) -> Result<()> {
     let build = Cmd::new(go(work)?)
-        .args(["build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o"])
-        .arg(&program)
-        .arg(".")
+        .args(["build", "-ldflags", "-s -w", "-o"])
+        .arg(&stamp.program)
+        .args(args)
         .env("CGO_ENABLED", "0")
         .env_remove("GOFLAGS")
-        .dir(source)
+        .dir(module)
         .remedy("Go needs a module proxy that it can reach: go env GOPROXY");
-    work.step("building the oracle of network policies", &build)?;
+    work.step(title, &build)?;
     if work.dry_run { Ok(()) } else { stamp.write() }
 }
 
