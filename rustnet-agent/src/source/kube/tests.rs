@@ -157,17 +157,23 @@ async fn a_server_without_ranges_of_services_is_no_failure() {
     }
 }
 
-/// A server with nothing, which refuses NetworkPolicies until some time. It records what is asked for.
-async fn answer_refusing(request: Request<Body>, until: Instant, asked: Arc<Mutex<Vec<String>>>) -> Response<Body> {
+/// A server with nothing, which answers for NetworkPolicies with these codes in turn until some time. It records what is asked for.
+async fn answer_refusing(
+    request: Request<Body>,
+    (codes, until): (&[u16], Instant),
+    asked: Arc<Mutex<Vec<String>>>,
+) -> Response<Body> {
     let (path, query) = (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
     if query.contains("watch=true") {
         return std::future::pending().await;
     }
+    let before = asked.lock().expect("a list").iter().filter(|it| it.starts_with(&path)).count();
     asked.lock().expect("a list").push(format!("{path}?{query}"));
     let (code, body) = match path.as_str() {
         "/version" => (200, serde_json::to_string(&version("1", "26")).expect("JSON")),
         "/apis/networking.k8s.io/v1/networkpolicies" if Instant::now() < until => {
-            (403, json!({"kind": "Status", "status": "Failure", "message": "forbidden", "code": 403}).to_string())
+            let code = codes[before % codes.len()];
+            (code, json!({"kind": "Status", "status": "Failure", "message": "no", "code": code}).to_string())
         }
         _ => (200, json!({"metadata": {"resourceVersion": "7"}, "items": []}).to_string()),
     };
@@ -175,11 +181,15 @@ async fn answer_refusing(request: Request<Body>, until: Instant, asked: Arc<Mute
 }
 
 /// What is asked for until all kinds are synced, and the refusals that are reported meanwhile: how many problems each has.
-async fn asked_and_refused(has_policies: bool, refused: Duration) -> (Vec<String>, Vec<(Kind, usize)>) {
+async fn asked_and_refused(
+    has_policies: bool,
+    codes: &'static [u16],
+    refused: Duration,
+) -> (Vec<String>, Vec<(Kind, usize)>) {
     let (until, asked) = (Instant::now() + refused, Arc::new(Mutex::new(Vec::new())));
     let log = Arc::clone(&asked);
     let server = tower::service_fn(move |request| {
-        let answer = answer_refusing(request, until, Arc::clone(&log));
+        let answer = answer_refusing(request, (codes, until), Arc::clone(&log));
         async { Ok::<_, kube::Error>(answer.await) }
     });
     let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
@@ -202,7 +212,7 @@ async fn asked_and_refused(has_policies: bool, refused: Duration) -> (Vec<String
 /// A role of before does not name them: the node works without, and somebody hears of it.
 #[tokio::test(start_paused = true)]
 async fn a_server_that_refuses_policies_is_asked_again() {
-    let (asked, refusals) = asked_and_refused(true, REFUSED * 4).await;
+    let (asked, refusals) = asked_and_refused(true, &[403], REFUSED * 4).await;
     assert_eq!(refusals, [(Kind::NetworkPolicy, 1), (Kind::NetworkPolicy, 0)], "once, and until it is over");
     for resource in ["/api/v1/pods?", "/api/v1/namespaces?", "/networkpolicies?"] {
         assert!(asked.iter().any(|it| it.contains(resource)), "{resource}: {asked:?}");
@@ -213,12 +223,14 @@ async fn a_server_that_refuses_policies_is_asked_again() {
 /// A server that starts refuses what it shows a moment later: a node must not become ready without policies for that.
 #[tokio::test(start_paused = true)]
 async fn refusals_of_a_server_that_starts_are_not_reported() {
-    assert_eq!(asked_and_refused(true, REFUSED).await.1, []);
+    assert_eq!(asked_and_refused(true, &[403], REFUSED).await.1, []);
+    // Nor those of one that fails in between for another reason.
+    assert_eq!(asked_and_refused(true, &[403, 500], REFUSED * 8).await.1, []);
 }
 
 #[tokio::test(start_paused = true)]
 async fn without_policies_only_this_nodes_pods_are_asked_for() {
-    let (asked, refusals) = asked_and_refused(false, REFUSED * 4).await;
+    let (asked, refusals) = asked_and_refused(false, &[403], REFUSED * 4).await;
     assert_eq!(refusals, []);
     for resource in ["/api/v1/namespaces?", "/networkpolicies?"] {
         assert!(!asked.iter().any(|it| it.contains(resource)), "{resource}: {asked:?}");
