@@ -84,7 +84,7 @@ pub fn unreadable(kind: Kind, meta: &ObjectMeta, why: &str) -> Result<Event, Bad
     let mut findings = Findings::new(&object);
     findings.add(
         "",
-        format!("cannot be read: {why}; what this node knew of it stays; this release does not know the object's form"),
+        format!("cannot be read: {why}; what this node knew of it stays, and a NetworkPolicy that it did not know closes its namespace; this release does not know the object's form"),
     );
     Ok(Event::Unreadable(object, findings.done()))
 }
