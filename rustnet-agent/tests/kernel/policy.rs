@@ -149,6 +149,13 @@ async fn start_with_policy(config: Config) -> Agent {
     Agent::start_ready(config, objects).await
 }
 
+/// An agent that has enforced policies, and has ended.
+async fn leave_enforced(sandbox: &Sandbox) {
+    let agent = start_with_policy(sandbox.config(&[])).await;
+    wait_until("policies are enforced", || is_enforced(sandbox)).await;
+    agent.stop().await;
+}
+
 #[test]
 fn a_pod_is_decided_by_its_record_and_policies_come_and_go() {
     sandbox::run(|sandbox| {
@@ -311,9 +318,7 @@ fn a_node_whose_enforced_policies_cannot_be_followed_is_not_ready() {
     sandbox::run(|sandbox| {
         uplink();
         block_on(async {
-            let agent = start_with_policy(sandbox.config(&[])).await;
-            wait_until("policies are enforced", || is_enforced(sandbox)).await;
-            agent.stop().await;
+            leave_enforced(sandbox).await;
             let agent = Agent::start(sandbox.config(&[]));
             let problems = [Problem::new(&"NetworkPolicy".into(), "", "refused")].into();
             let report = Event::Report { origin: Origin::Refusal(Kind::NetworkPolicy), problems };
@@ -331,9 +336,7 @@ fn maps_that_the_running_programs_do_not_use_enforce_nothing() {
     sandbox::run(|sandbox| {
         uplink();
         block_on(async {
-            let agent = start_with_policy(sandbox.config(&[])).await;
-            wait_until("policies are enforced", || is_enforced(sandbox)).await;
-            agent.stop().await;
+            leave_enforced(sandbox).await;
             let pin = sandbox.bpffs.join(map::POLICY);
             let layout = sys::map_info(sys::obj_get(&pin).unwrap().as_fd()).unwrap().layout();
             let earlier = sys::map_create(map::POLICY, layout).unwrap();
