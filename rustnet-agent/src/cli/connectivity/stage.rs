@@ -22,6 +22,11 @@ use super::wire::{Answer, Cause, MIN_BYTES, Protocol, Question};
 const NODES: usize = 8;
 /// How long agents may take to serve the Services of the run. Rows fail after that.
 const SETTLING: Duration = Duration::from_secs(15);
+/// How often a check is made that may fail for being early, and how long it waits between.
+const ATTEMPTS: u32 = 3;
+const PAUSE_OF_CHECKS: Duration = Duration::from_secs(1);
+/// A check that fails after this time is not made again: a run has many.
+const SLOW: Duration = Duration::from_secs(5);
 
 /// The nodes that take part, and rows about those that do not.
 #[derive(Debug)]
@@ -296,12 +301,6 @@ fn is_early(check: &Check, cause: Cause) -> bool {
     let is_incomplete = check.question.protocol == Protocol::Dns && cause == Cause::WrongServer;
     is_incomplete || matches!(cause, Cause::Refused | Cause::NoName | Cause::NotAsked)
 }
-
-/// How often a check is made that may fail for being early, and how long it waits between.
-const ATTEMPTS: u32 = 3;
-const PAUSE_OF_CHECKS: Duration = Duration::from_secs(1);
-/// A check that fails after this time is not made again: a run has many.
-const SLOW: Duration = Duration::from_secs(5);
 
 /// A probe that does not work.
 struct Trouble {
