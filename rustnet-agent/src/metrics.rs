@@ -183,7 +183,15 @@ impl Metrics {
         let (changes, pending) = match event.object_kind() {
             Some(Kind::Service) => (&self.0.service_changes, &self.0.service_changes_pending),
             Some(Kind::Slice) => (&self.0.endpoint_changes, &self.0.endpoint_changes_pending),
-            Some(Kind::Node | Kind::Pod | Kind::Namespace | Kind::NetworkPolicy | Kind::ServiceCidr) | None => return,
+            Some(
+                Kind::Node
+                | Kind::Pod
+                | Kind::Namespace
+                | Kind::NetworkPolicy
+                | Kind::ServiceCidr
+                | Kind::ClusterNetworkPolicy,
+            )
+            | None => return,
         };
         pending.inc();
         changes.inc_by(u64::from(is_change));

@@ -162,6 +162,8 @@ mod tests {
             pod_cidrs: ["10.1.2.0/24".parse().unwrap()].into(),
             zone: "".into(),
             is_leaving: false,
+            other_addresses: Box::default(),
+            labels: crate::model::Labels::default(),
             problems: [].into(),
         }))));
         write_all(run.path(), &index).unwrap();

@@ -182,7 +182,7 @@ mod tests {
         };
         let now = Names { sets: [(3, list("new"))].into(), ..Names::default() };
         let key = RuleKey { set: 1, class: 0, ports: PortPrefix::ANY };
-        let names = now.with_held(&before, &[(key, PolicyRule { order: 1, rule: 7 })].into());
+        let names = now.with_held(&before, &[(key, PolicyRule { flags: 1, rule: 7 })].into());
         assert_eq!(names.sets.keys().collect::<Vec<_>>(), [&1, &3]);
         assert_eq!(names.rules, [(7, "old ingress[0]".to_owned())].into());
     }

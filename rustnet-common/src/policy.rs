@@ -98,18 +98,18 @@ pub const ANY_PORT: u32 = 80;
 /// Length of the prefix for a look-up, and of a rule for one port.
 pub const FULL: u32 = 96;
 
-/// Value of `rn_policy_rules`. The rules of a class and those of [`ANY_CLASS`] are looked up both, and the one of the lower `order`
-/// counts. Without one the flow is denied.
+/// Value of `rn_policy_rules`: what all policies of a set decide in their order of precedence. An entry of the other side's class counts
+/// before those of [`ANY_CLASS`], and of one class the entry with the longest prefix counts. Without one the flow is denied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct PolicyRule {
-    /// Place in the order of precedence, times two; [`ALLOW`] is added to rules that allow, so that of two at one place the denial counts.
-    pub order: u32,
+    /// [`ALLOW`], or 0: the flow is denied.
+    pub flags: u32,
     /// Number of the rule, for people; 0 without one.
     pub rule: u32,
 }
 
-/// Added to [`PolicyRule::order`] of rules that allow.
+/// In [`PolicyRule::flags`]: the flow is allowed.
 pub const ALLOW: u32 = 1;
 
 shared_type!(Policies, 8);

@@ -73,6 +73,42 @@ fn the_programs_do_what_cyclonus_reads() -> Result<()> {
     })
 }
 
+/// The same with policies of the cluster, which cyclonus does not have: a plain reading of their API says what becomes of a flow.
+#[test]
+fn the_programs_do_what_policies_of_the_cluster_mean() -> Result<()> {
+    lab_apart(|lab| {
+        lab.ip(LINKS)?;
+        for (net, pods) in [(Net::V4, [10, 0, 0, 0]), (Net::V6, [0; 4])] {
+            lab.put_peer(net.ip(pods, "fd00::"), Some((23, 64)), flags::POD, None)?;
+        }
+        let (worlds, first) = (number("RUSTNET_WORLDS").unwrap_or(WORLDS), number("RUSTNET_WORLDS_SEED").unwrap_or(1));
+        eprintln!("{worlds} worlds, seeds from {first}");
+        let node = Node::new(lab)?;
+        let (mut all, mut allowed) = (0, 0);
+        for seed in first..first + worlds {
+            let mut random = Random::new(seed);
+            let world = random.whole_world();
+            let flows = random.flows(&world, FLOWS);
+            node.apply(&world)?;
+            all += flows.len();
+            for flow in &flows {
+                let (passes, want) = (node.passes(&world, flow)?, world.allows(flow));
+                let objects = || json!([&world.namespaces, &world.pods, &world.policies, &world.cluster, &world.nodes]);
+                ensure!(
+                    passes == want,
+                    "seed {seed}: {flow:?} should pass: {want}\n{:#}\n{:#?}",
+                    objects(),
+                    world.desired()
+                );
+                allowed += usize::from(want);
+            }
+        }
+        let is_mixed = worlds < WORLDS || (all / 10..all * 9 / 10).contains(&allowed);
+        ensure!(is_mixed, "of {all} flows {allowed} may be opened");
+        Ok(())
+    })
+}
+
 /// A node whose maps of policies the agent's code writes.
 struct Node<'a> {
     lab: &'a Lab,

@@ -285,33 +285,40 @@ fn classes_of_addresses() -> Result<()> {
     })
 }
 
-/// The rule of the lower place counts, of whatever class; at one place, the denial.
+/// A rule of the class counts before those of any, whether it allows or denies; of one class that with the longest prefix.
 #[test]
 fn the_order_of_rules() -> Result<()> {
+    const DENY: u32 = 0;
     labs(|lab, net| {
-        for (any, own, is_open) in [
-            (None, None, false),
-            (Some(ALLOW), None, true),
-            (None, Some(ALLOW), true),
-            (Some(2), Some(ALLOW), true),
-            (Some(ALLOW), Some(2), true),
-            (Some(0), Some(2 + ALLOW), false),
-            (Some(2 + ALLOW), Some(0), false),
-            (Some(2), Some(2 + ALLOW), false),
-            (Some(2 + ALLOW), Some(2), false),
-            (Some(u32::MAX - 2), None, true),
-        ] {
+        let (all, udp) = (To::Anything, To::Proto(Proto::Udp.number(net)));
+        let (tcp, port) = (To::Proto(Proto::Tcp.number(net)), To::port(Proto::Udp.number(net), TARGET));
+        let rules: [(&[(u32, To, u32)], bool); 12] = [
+            (&[], false),
+            (&[(ANY_CLASS, all, ALLOW)], true),
+            (&[(CLASS_A, all, ALLOW)], true),
+            (&[(ANY_CLASS, all, DENY), (CLASS_A, all, ALLOW)], true),
+            (&[(ANY_CLASS, all, ALLOW), (CLASS_A, all, DENY)], false),
+            (&[(ANY_CLASS, port, ALLOW), (CLASS_A, all, DENY)], false),
+            (&[(ANY_CLASS, all, ALLOW), (CLASS_A, tcp, DENY)], true),
+            (&[(ANY_CLASS, all, DENY), (CLASS_A, tcp, ALLOW)], false),
+            (&[(CLASS_A, all, DENY), (CLASS_A, udp, ALLOW)], true),
+            (&[(CLASS_A, all, ALLOW), (CLASS_A, udp, DENY)], false),
+            (&[(CLASS_A, udp, ALLOW), (CLASS_A, port, DENY)], false),
+            (&[(ANY_CLASS, udp, DENY), (ANY_CLASS, port, ALLOW | 1 << 31)], true),
+        ];
+        for (rules, is_open) in rules {
             lab.forget()?;
             policed(lab, net, OPEN, INTO_B)?;
-            for (class, order) in [(ANY_CLASS, any), (CLASS_A, own)] {
-                if let Some(order) = order {
-                    lab.put_rule(INTO_B, class, To::Anything, order)?;
-                }
+            for (class, to, flags) in rules {
+                lab.put_rule(INTO_B, *class, *to, *flags)?;
             }
             let shot = lab.pod_sends(&a_asks_b(net, Proto::Udp))?;
             let arrives = a_asks_b(net, Proto::Udp).hop();
             let as_wanted = if is_open { shot.to_the_pod(&arrives) } else { shot.dropped(PolicyDenied) };
-            as_wanted.with_context(|| format!("{any:?} and {own:?}"))?;
+            as_wanted.with_context(|| format!("{rules:?}"))?;
+            for (class, to, _) in rules {
+                lab.drop_rule(INTO_B, *class, *to)?;
+            }
         }
         Ok(())
     })

@@ -64,6 +64,8 @@ pub(crate) fn kind_of(path: &str) -> Option<Kind> {
         ("/api/v1/namespaces", Kind::Namespace),
         ("/apis/networking.k8s.io/v1/networkpolicies", Kind::NetworkPolicy),
         ("/apis/networking.k8s.io/v1/servicecidrs", Kind::ServiceCidr),
+        ("/apis/policy.networking.k8s.io/v1beta1/clusternetworkpolicies", Kind::ClusterNetworkPolicy),
+        ("/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies", Kind::ClusterNetworkPolicy),
     ];
     // The server may be at a path of its own.
     resources.into_iter().find(|(resource, _)| path.ends_with(resource)).map(|(_, kind)| kind)

@@ -195,7 +195,7 @@ mod build {
         let udp = (ANY_CLASS, PortPrefix::new(proto::UDP, 53, 16), 2);
         let rules = tcp
             .chain([udp])
-            .map(|(class, ports, rule)| (RuleKey { set: 0x1a, class, ports }, PolicyRule { order: ALLOW, rule }));
+            .map(|(class, ports, rule)| (RuleKey { set: 0x1a, class, ports }, PolicyRule { flags: ALLOW, rule }));
         let maps = PolicySnapshot {
             state: Policies { generation: 3, flags: flags::ENFORCED },
             pods: [(ip(1), pod(0x55, 0x1a, 0x1b, 11)), (ip(2), pod(0x2b, 0, 0, 12)), (far, pod(0x2b, 0, 0, 0))].into(),

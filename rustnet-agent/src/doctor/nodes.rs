@@ -184,6 +184,8 @@ pub(super) mod tests {
             pod_cidrs: [cidr.parse().expect("net")].into(),
             zone: "".into(),
             is_leaving: false,
+            other_addresses: Box::default(),
+            labels: crate::model::Labels::default(),
             problems: [].into(),
         };
         KnownNode { node: Arc::new(node), host_name: Some(name.into()), system_uuid: Some(format!("uuid of {name}")) }

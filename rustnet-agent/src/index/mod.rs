@@ -195,7 +195,8 @@ impl Index {
             // Without the host's devices no node has a way, and what the maps hold is better.
             Gate::Peers => self.has_synced(Kind::Node) && self.is_host_known,
             Gate::Policies => {
-                [Kind::NetworkPolicy, Kind::Namespace, Kind::Pod].into_iter().all(|kind| self.has_synced(kind))
+                let optional = [Kind::ClusterNetworkPolicy, Kind::Node];
+                Kind::OF_POLICIES.into_iter().chain(optional).all(|kind| self.has_synced(kind))
             }
         }
     }
@@ -422,6 +423,7 @@ impl Index {
                 self.peers_dirty |= self.is_slice_in_service_range(&slice.name);
             }
             Object::Node(node) => {
+                self.policies.apply_node(&node);
                 if let Some(before) = self.nodes.apply(&node) {
                     self.services
                         .node_changed(before.as_ref().map_or(&[][..], |node| &*node.addresses), &node.addresses);
@@ -438,6 +440,7 @@ impl Index {
             }
             Object::Namespace(namespace) => self.policies.apply_namespace(&namespace),
             Object::NetworkPolicy(policy) => self.policies.apply_policy(&policy),
+            Object::ClusterNetworkPolicy(policy) => self.policies.apply_cluster_policy(&policy),
             Object::ServiceCidr(object) => {
                 self.service_cidrs.apply(object);
                 self.peers_dirty = true;
@@ -453,6 +456,7 @@ impl Index {
                 self.services.delete_slice(&object.name);
             }
             Kind::Node => {
+                self.policies.delete_node(&object.name);
                 if let Some(before) = self.nodes.delete(&object.name) {
                     self.services.node_changed(&before.addresses, &[]);
                     self.nodes_changed(object.name.as_str() == &*self.settings.node_name);
@@ -464,6 +468,7 @@ impl Index {
             }
             Kind::Namespace => self.policies.delete_namespace(&object.name),
             Kind::NetworkPolicy => self.policies.delete_policy(&object.name),
+            Kind::ClusterNetworkPolicy => self.policies.delete_cluster_policy(&object.name),
             Kind::ServiceCidr => {
                 self.service_cidrs.delete(&object.name);
                 self.peers_dirty = true;
@@ -480,6 +485,7 @@ impl Index {
             Kind::Pod => self.pods.keys().chain(self.policies.pod_names()).cloned().collect(),
             Kind::Namespace => self.policies.namespace_names().collect(),
             Kind::NetworkPolicy => self.policies.policy_names().cloned().collect(),
+            Kind::ClusterNetworkPolicy => self.policies.cluster_policy_names().cloned().collect(),
             Kind::ServiceCidr => self.service_cidrs.names().collect(),
         };
         names.extend(self.problems.keys().filter(|object| object.kind == kind).map(|object| object.name.clone()));
@@ -531,6 +537,7 @@ fn problems_of(object: &Object) -> &[Problem] {
         Object::Namespace(it) => &it.problems,
         Object::NetworkPolicy(it) => &it.problems,
         Object::ServiceCidr(it) => &it.problems,
+        Object::ClusterNetworkPolicy(it) => &it.problems,
     }
 }
 

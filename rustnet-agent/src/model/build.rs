@@ -171,6 +171,8 @@ pub fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
         pod_cidrs: pod_cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
         zone: "".into(),
         is_leaving: false,
+        other_addresses: Box::default(),
+        labels: crate::model::Labels::default(),
         problems: Box::default(),
     }
 }

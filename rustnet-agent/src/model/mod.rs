@@ -22,7 +22,9 @@ pub use name::{Interner, ObjectName, Pool};
 pub use namespace::{NAME_LABEL, Namespace};
 pub use node::Node;
 pub use pod::{NamedPort, Pod};
-pub use policy::{NetworkPolicy, PolicyPeer, PolicyPort, PolicyRule, Ports};
+pub use policy::{
+    Action, ClusterNetworkPolicy, ClusterRule, NetworkPolicy, PolicyPeer, PolicyPort, PolicyRule, Ports, Subject, Tier,
+};
 pub use problem::Problem;
 pub use selector::{LabelPool, Labels, Requirement, Selector, Wanted};
 pub use service::{Frontend, Service, ServicePort};

@@ -1,6 +1,6 @@
 //! A node of the cluster, as far as packets care.
 
-use super::{Family, ObjectName, Problem};
+use super::{Family, Labels, ObjectName, Problem};
 use ipnet::IpNet;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,6 +14,10 @@ pub struct Node {
     pub created: i64,
     /// Its internal addresses, in the order given.
     pub addresses: Box<[IpAddr]>,
+    /// Its other addresses, for policies that name Nodes.
+    pub other_addresses: Box<[IpAddr]>,
+    /// Its labels, for the same.
+    pub labels: Labels,
     /// The ranges of its pods, host bits cleared, at most one a family.
     pub pod_cidrs: Box<[IpNet]>,
     /// Its zone; empty when it has none.

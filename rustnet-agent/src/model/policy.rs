@@ -1,4 +1,4 @@
-//! Network policies: which flows the pods that they select may open and get.
+//! Policies: which flows the pods that they select may open and get.
 
 use super::{ObjectName, Problem, Selector};
 use ipnet::IpNet;
@@ -27,12 +27,73 @@ impl NetworkPolicy {
     }
 }
 
-/// A rule: it allows flows of one of its peers to one of its ports.
+/// A ClusterNetworkPolicy (`policy.networking.k8s.io`). What could not be understood of it fails closed, rule by rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClusterNetworkPolicy {
+    /// Its name.
+    pub name: ObjectName,
+    /// Whether it counts before NetworkPolicies or behind them.
+    pub tier: Tier,
+    /// Its place within the tier: the lower one counts first, and of two alike that with the lower name.
+    pub priority: i32,
+    /// The pods that it is for; `None`: it could not be understood, and is for none.
+    pub subject: Option<Subject>,
+    /// What may come to them, in order of precedence.
+    pub ingress: Box<[ClusterRule]>,
+    /// Where they may go, in order of precedence.
+    pub egress: Box<[ClusterRule]>,
+    /// What was wrong with it.
+    pub problems: Box<[Problem]>,
+}
+
+/// Tiers of policies, in the order in which they count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tier {
+    /// ClusterNetworkPolicies that nothing overrides.
+    Admin,
+    /// NetworkPolicies.
+    Namespaced,
+    /// ClusterNetworkPolicies for flows that nothing else decides.
+    Baseline,
+}
+
+/// Pods that a ClusterNetworkPolicy is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    /// Their namespaces.
+    pub namespaces: Selector,
+    /// Their labels.
+    pub pods: Selector,
+}
+
+/// A rule of a ClusterNetworkPolicy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClusterRule {
+    /// The name that it has in the object, if any.
+    pub name: Option<Box<str>>,
+    /// What becomes of flows that match.
+    pub action: Action,
+    /// The flows that match.
+    pub matches: PolicyRule,
+}
+
+/// What becomes of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// It may be opened.
+    Accept,
+    /// It may not.
+    Deny,
+    /// The next tier decides.
+    Pass,
+}
+
+/// What a rule matches: flows of one of its peers to one of its ports. Those of NetworkPolicies are allowed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PolicyRule {
-    /// The other side; `None`: any address. An empty list allows nothing: all of it was wrong.
+    /// The other side; `None`: any address. An empty list matches nothing: all of it was wrong.
     pub peers: Option<Box<[PolicyPeer]>>,
-    /// The server's ports; `None`: any protocol and port. An empty list allows nothing: all of it was wrong.
+    /// The server's ports; `None`: any protocol and port. An empty list matches nothing: all of it was wrong.
     pub ports: Option<Box<[PolicyPort]>>,
 }
 
@@ -53,6 +114,8 @@ pub enum PolicyPeer {
         /// Ranges inside of it that do not count, host bits cleared, in order.
         except: Box<[IpNet]>,
     },
+    /// The addresses of the Nodes with such labels.
+    Nodes(Selector),
 }
 
 /// Ports of a rule.

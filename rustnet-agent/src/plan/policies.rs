@@ -1,6 +1,6 @@
 //! The maps of network policies: which writes lead from what they hold to what they should hold, and in which order.
 //!
-//! After every write each flow that both states allow passes, and each that both deny is denied. `course` has the order, `fit` leaves out
+//! After every write each flow that both states allow passes, and each that both deny is denied. `course` has the order, `rows` what a set says of a class, `fit` leaves out
 //! what has no room, `draft` is the state of the maps after the writes so far, and `judge` is what the programs make of a flow by them.
 
 mod course;
@@ -8,6 +8,7 @@ mod draft;
 mod fit;
 pub mod judge;
 mod memory;
+mod rows;
 #[cfg(test)]
 mod tests;
 

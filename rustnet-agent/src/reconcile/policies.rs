@@ -74,7 +74,13 @@ impl Policies {
             Event::Restart(kind) | Event::Synced(kind) => Some(*kind),
             other => other.object_kind(),
         };
-        let Some(kind) = kind.filter(|kind| Kind::OF_POLICIES.contains(kind)) else { return true };
+        if kind == Some(Kind::Node) && config.network_policy {
+            // Policies of the cluster name nodes.
+            self.job.want_unless_failed((self.took * SHARE).min(MOST_FOR_PODS));
+            return true;
+        }
+        let is_of_policies = |kind: &Kind| Kind::OF_POLICIES.contains(kind) || *kind == Kind::ClusterNetworkPolicy;
+        let Some(kind) = kind.filter(is_of_policies) else { return true };
         if !config.network_policy {
             return kind == Kind::Pod;
         }

@@ -3,6 +3,7 @@
 //!
 //! One bad port or address costs that port or address, never the object; what was left out is reported with the object.
 
+mod cluster_network_policy;
 mod network_policy;
 mod node;
 mod pod;
@@ -69,7 +70,7 @@ pub fn reference(kind: Kind, meta: &ObjectMeta) -> Result<ObjectRef, BadName> {
         return Err(BadName { kind, name: name.to_owned() });
     }
     let name = match kind {
-        Kind::Node | Kind::Namespace | Kind::ServiceCidr => ObjectName::cluster(name),
+        Kind::Node | Kind::Namespace | Kind::ServiceCidr | Kind::ClusterNetworkPolicy => ObjectName::cluster(name),
         Kind::Service | Kind::Slice | Kind::Pod | Kind::NetworkPolicy => ObjectName::namespaced(namespace, name),
     };
     Ok(ObjectRef { kind, name })
@@ -84,7 +85,7 @@ pub fn unreadable(kind: Kind, meta: &ObjectMeta, why: &str) -> Result<Event, Bad
     let mut findings = Findings::new(&object);
     findings.add(
         "",
-        format!("cannot be read: {why}; what this node knew of it stays, and a NetworkPolicy that it did not know closes its namespace; this release does not know the object's form"),
+        format!("cannot be read: {why}; what this node knew of it stays, and a NetworkPolicy that it did not know closes its namespace (a ClusterNetworkPolicy is for no pod); this release does not know the object's form"),
     );
     Ok(Event::Unreadable(object, findings.done()))
 }

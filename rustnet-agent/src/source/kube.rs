@@ -7,6 +7,7 @@
 //! (410), the kind is listed again, between [`Event::Restart`] and [`Event::Synced`]. So objects
 //! that were deleted meanwhile go.
 
+mod cluster_policy;
 pub mod list;
 mod readable;
 mod slim;
@@ -102,6 +103,7 @@ impl KubeSource {
             tokio::join!(
                 Follower::new::<Namespace>(self, events, streaming).follow::<Namespace>(),
                 Follower::new::<NetworkPolicy>(self, events, streaming).follow::<NetworkPolicy>(),
+                cluster_policy::follow(self, events, streaming),
             );
         }
     }
@@ -131,7 +133,7 @@ impl KubeSource {
 
 /// True if this kind is asked for.
 fn is_watched(kind: Kind, has_policies: bool) -> bool {
-    has_policies || !matches!(kind, Kind::Namespace | Kind::NetworkPolicy)
+    has_policies || !matches!(kind, Kind::Namespace | Kind::NetworkPolicy | Kind::ClusterNetworkPolicy)
 }
 
 /// Whether a server of this version knows streaming lists. One that hides its version is taken for a new one: if it does
@@ -265,6 +267,8 @@ struct Follower<'a> {
     /// Since when the server has refused, and nothing else. From [`REFUSED`] on this is reported, see [`Origin::Refusal`].
     refused_since: Option<Instant>,
     is_refused: bool,
+    /// The answer that the server does not have the kind, or does not show it, for [`cluster_policy`].
+    absence: Option<watcher::Error>,
     backoff: Backoff,
     /// Tells that the store is another one.
     replaced: watch::Receiver<()>,
@@ -298,6 +302,7 @@ impl<'a> Follower<'a> {
             trouble: Trouble::new(Origin::Watch(K::KIND), events),
             refused_since: None,
             is_refused: false,
+            absence: None,
             backoff: Backoff::default(),
             replaced: source.store.replacements(),
             restarting: false,
@@ -346,6 +351,10 @@ impl<'a> Follower<'a> {
             if self.kind == Kind::ServiceCidr && is_absent(&error) {
                 return self.absent(&error).await;
             }
+            if self.kind == Kind::ClusterNetworkPolicy && is_absent(&error) {
+                self.absence = Some(error);
+                return;
+            }
             if self.source.has_policies && Kind::OF_POLICIES.contains(&self.kind) && is_absent(&error) {
                 self.refused(&error).await;
             } else {
@@ -388,8 +397,10 @@ impl<'a> Follower<'a> {
     async fn refused(&mut self, error: &watcher::Error) {
         let since = *self.refused_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= REFUSED && !std::mem::replace(&mut self.is_refused, true) {
+            let what =
+                if self.kind == Kind::ClusterNetworkPolicy { "ClusterNetworkPolicies" } else { "network policies" };
             let what = format!(
-                "{}: network policies are not followed on this node, what was enforced before stays; apply deploy/rbac.yaml, or set \
+                "{}: {what} are not followed on this node, what was enforced before stays; apply deploy/rbac.yaml, or set \
                  --network-policy off",
                 chain(error)
             );

@@ -3,8 +3,11 @@
 pub mod convert;
 pub mod kube;
 pub mod manifests;
+pub mod policy_api;
 
-use crate::model::{EndpointSlice, Namespace, NetworkPolicy, Node, ObjectName, Pod, Problem, Service, ServiceCidr};
+use crate::model::{
+    ClusterNetworkPolicy, EndpointSlice, Namespace, NetworkPolicy, Node, ObjectName, Pod, Problem, Service, ServiceCidr,
+};
 use std::fmt;
 use std::sync::Arc;
 
@@ -88,15 +91,27 @@ pub enum Kind {
     NetworkPolicy,
     /// `networking.k8s.io/v1/ServiceCIDR`. Servers before Kubernetes 1.33 have none, and nothing waits for this kind.
     ServiceCidr,
+    /// `policy.networking.k8s.io/ClusterNetworkPolicy`, a custom resource that a server may not have. Policies wait for this kind,
+    /// nothing else does.
+    ClusterNetworkPolicy,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] =
-        [Self::Service, Self::Slice, Self::Node, Self::Pod, Self::Namespace, Self::NetworkPolicy, Self::ServiceCidr];
+    pub const ALL: [Self; 8] = [
+        Self::Service,
+        Self::Slice,
+        Self::Node,
+        Self::Pod,
+        Self::Namespace,
+        Self::NetworkPolicy,
+        Self::ServiceCidr,
+        Self::ClusterNetworkPolicy,
+    ];
     /// The kinds that must have synced before the node is ready.
     pub const REQUIRED: [Self; 3] = [Self::Service, Self::Slice, Self::Node];
-    /// The kinds that network policies follow from.
+    /// The kinds that network policies follow from. Where there are no ClusterNetworkPolicies, or the server does not show them, the
+    /// others are enforced.
     pub const OF_POLICIES: [Self; 3] = [Self::Pod, Self::Namespace, Self::NetworkPolicy];
 }
 
@@ -110,6 +125,7 @@ impl fmt::Display for Kind {
             Self::Namespace => "Namespace",
             Self::NetworkPolicy => "NetworkPolicy",
             Self::ServiceCidr => "ServiceCIDR",
+            Self::ClusterNetworkPolicy => "ClusterNetworkPolicy",
         })
     }
 }
@@ -131,6 +147,8 @@ pub enum Object {
     NetworkPolicy(Arc<NetworkPolicy>),
     /// Ranges of Services.
     ServiceCidr(Arc<ServiceCidr>),
+    /// A network policy of the cluster.
+    ClusterNetworkPolicy(Arc<ClusterNetworkPolicy>),
 }
 
 impl Object {
@@ -144,6 +162,7 @@ impl Object {
             Self::Namespace(it) => &it.name,
             Self::NetworkPolicy(it) => &it.name,
             Self::ServiceCidr(it) => &it.name,
+            Self::ClusterNetworkPolicy(it) => &it.name,
         };
         ObjectRef { kind: self.kind(), name: name.clone() }
     }
@@ -158,6 +177,7 @@ impl Object {
             Self::Namespace(_) => Kind::Namespace,
             Self::NetworkPolicy(_) => Kind::NetworkPolicy,
             Self::ServiceCidr(_) => Kind::ServiceCidr,
+            Self::ClusterNetworkPolicy(_) => Kind::ClusterNetworkPolicy,
         }
     }
 }

@@ -354,6 +354,8 @@ proptest! {
             pod_cidrs: [cidr.parse().unwrap()].into(),
             zone: "".into(),
             is_leaving: false,
+            other_addresses: Box::default(),
+            labels: crate::model::Labels::default(),
             problems: Box::default(),
         };
         let nodes = [make("n1", shifted(&a, 10), "10.244.1.0/24"), make("n2", shifted(&b, 20), "10.244.2.0/24")];

@@ -117,6 +117,8 @@ pub fn node(name: &str, address: &str, pod_cidrs: &[&str]) -> Event {
         pod_cidrs: pod_cidrs.iter().map(|c| c.parse().unwrap()).collect(),
         zone: "".into(),
         is_leaving: false,
+        other_addresses: Box::default(),
+        labels: rustnet_agent::model::Labels::default(),
         problems: Box::default(),
     })))
 }

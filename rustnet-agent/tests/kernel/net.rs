@@ -28,6 +28,8 @@ fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
         pod_cidrs: pod_cidrs.iter().map(|c| c.parse().unwrap()).collect(),
         zone: "".into(),
         is_leaving: false,
+        other_addresses: Box::default(),
+        labels: rustnet_agent::model::Labels::default(),
         problems: Box::default(),
     }
 }

@@ -122,6 +122,8 @@ fn node(address: &str, pod_cidrs: impl Iterator<Item = String>) -> Event {
         pod_cidrs: pod_cidrs.map(|cidr| cidr.parse().unwrap()).collect(),
         zone: "".into(),
         is_leaving: false,
+        other_addresses: Box::default(),
+        labels: rustnet_agent::model::Labels::default(),
         problems: Box::default(),
     })))
 }

@@ -39,7 +39,7 @@ fn content() -> PolicySnapshot {
             .chain([("fd00::1".parse().unwrap(), pod(9))])
             .collect(),
         cidrs: [("0.0.0.0/0", 1), ("10.0.0.0/8", 2), ("fd00::/16", 3)].map(|(text, class)| (range(text), class)).into(),
-        rules: ports.map(|ports| (RuleKey { set: 1, class: 2, ports }, PolicyRule { order: ALLOW, rule: 5 })).into(),
+        rules: ports.map(|ports| (RuleKey { set: 1, class: 2, ports }, PolicyRule { flags: ALLOW, rule: 5 })).into(),
     }
 }
 

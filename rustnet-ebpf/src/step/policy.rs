@@ -5,7 +5,7 @@ use aya_ebpf::btf_maps::lpm_trie::Key;
 use rustnet_common::addr::{Addr, Address};
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
-use rustnet_common::policy::{self, ALLOW, ANY_CLASS, FULL, OPEN, PolicyMatch, PolicyRule};
+use rustnet_common::policy::{self, ALLOW, ANY_CLASS, FULL, OPEN, PolicyMatch};
 use rustnet_common::tuple::Tuple;
 
 use crate::family::Family;
@@ -134,18 +134,11 @@ extern "C" fn rn_policy_allows(set: u32, class: u32, to: u32) -> u32 {
         return 1;
     }
     let port = [(to >> 8) as u8, to as u8];
-    let mut key = Key::new(FULL, PolicyMatch { set, class: ANY_CLASS, proto: (to >> 16) as u8, pad: 0, port });
-    let any = order(maps::rn_policy_rules.get(&key));
-    key.data.class = class;
-    let own = if class == ANY_CLASS { NO_RULE } else { order(maps::rn_policy_rules.get(&key)) };
-    // Rules that deny have even places, and so does none.
-    any.min(own) & ALLOW
-}
-
-/// [`PolicyRule::order`] where there is no rule: behind all rules.
-const NO_RULE: u32 = !ALLOW;
-
-#[inline(always)]
-fn order(rule: Option<&'static PolicyRule>) -> u32 {
-    rule.map_or(NO_RULE, |rule| rule.order)
+    let mut key = Key::new(FULL, PolicyMatch { set, class, proto: (to >> 16) as u8, pad: 0, port });
+    let mut rule = maps::rn_policy_rules.get(&key);
+    if rule.is_none() && class != ANY_CLASS {
+        key.data.class = ANY_CLASS;
+        rule = maps::rn_policy_rules.get(&key);
+    }
+    rule.map_or(0, |rule| rule.flags & ALLOW)
 }

@@ -59,8 +59,8 @@ impl Lab {
     }
 
     /// Writes a rule of a set, for a class of the other side.
-    pub fn put_rule(&self, set: u32, class: u32, to: To, order: u32) -> Result<()> {
-        self.datapath.table(map::POLICY_RULES)?.put(&rule_key(set, class, to), &PolicyRule { order, rule: 1 })
+    pub fn put_rule(&self, set: u32, class: u32, to: To, flags: u32) -> Result<()> {
+        self.datapath.table(map::POLICY_RULES)?.put(&rule_key(set, class, to), &PolicyRule { flags, rule: 1 })
     }
 
     /// Takes a rule away.

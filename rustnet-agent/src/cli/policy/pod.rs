@@ -125,22 +125,22 @@ fn report(view: &View, members: &Members, address: IpAddr) -> Report {
     }
 }
 
-/// What two entries that become one have in common: class, protocol, order and rule.
+/// What two entries that become one have in common: class, protocol, flags and rule.
 type Common = (u32, Option<u8>, u32, u32);
 
 /// The entries of a set, with adjacent ports together.
 fn entries(view: &View, members: &Members, set: u32) -> Vec<Entry> {
     let mut found: BTreeMap<Common, Vec<RangeInclusive<u16>>> = BTreeMap::new();
     for (key, rule) in view.maps.rules.iter().filter(|(key, _)| key.set == set) {
-        let common = (key.class, key.ports.proto(), rule.order, rule.rule);
+        let common = (key.class, key.ports.proto(), rule.flags, rule.rule);
         found.entry(common).or_default().push(key.ports.bounds());
     }
-    let entry = |(class, proto, order, rule): Common, ports: RangeInclusive<u16>| Entry {
+    let entry = |(class, proto, flags, rule): Common, ports: RangeInclusive<u16>| Entry {
         class: members.class(view, class),
         protocol: proto.map(show_proto),
         first_port: *ports.start(),
         last_port: *ports.end(),
-        is_allowed: order & ALLOW != 0,
+        is_allowed: flags & ALLOW != 0,
         rule: view.rule(rule),
     };
     found.into_iter().flat_map(|(common, ports)| merge(ports).into_iter().map(move |it| entry(common, it))).collect()

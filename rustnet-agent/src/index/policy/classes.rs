@@ -1,9 +1,9 @@
 //! Classes: addresses that nothing in use can tell apart.
 
-use super::blocks::{Blocks, Region};
 use super::desired::ClassName;
 use super::groups::{GroupId, Groups, PeerId};
 use super::ids::{ContentHash, numbers};
+use super::spans::{Region, Spans};
 use rustnet_common::policy::ANY_CLASS;
 use rustnet_common::tuple::proto;
 use std::collections::{BTreeSet, HashMap};
@@ -23,15 +23,31 @@ const NAMED: usize = 8;
 struct Content {
     /// Selectors.
     peers: Vec<PeerId>,
+    /// What may hold, too.
+    doubt: Doubt,
     /// Named ports in use that it resolves, by place.
     ports: Vec<(usize, u16)>,
     region: Region,
 }
 
+/// Selectors that may hold or not: less is known of the address than policies ask. Kept only while policies deny pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+enum Doubt {
+    /// All is known.
+    #[default]
+    None,
+    /// Some may hold, and named ports are not known.
+    Some(Vec<PeerId>),
+    /// Nothing is known but that it is an address of pods.
+    Any,
+}
+
 /// All classes of one state. The first is that of addresses for which nothing holds.
 pub struct Classes<'a> {
     groups: &'a Groups,
-    blocks: &'a Blocks,
+    spans: &'a Spans,
+    /// Policies deny pods: who may be such a pod is told apart from those that are not.
+    has_doubts: bool,
     /// Named ports in use.
     names: Vec<NamedPort>,
     contents: Vec<Content>,
@@ -46,18 +62,21 @@ pub struct Classes<'a> {
 pub struct Holders {
     /// By selector.
     pub peers: HashMap<PeerId, Vec<Place>>,
-    /// By number of a block.
-    pub blocks: HashMap<usize, Vec<Place>>,
+    /// By selector: those for which it may hold or not.
+    pub doubted: HashMap<PeerId, Vec<Place>>,
+    /// By number of a span.
+    pub spans: HashMap<usize, Vec<Place>>,
     /// By named port, with its number there.
     pub names: HashMap<NamedPort, Vec<(Place, u16)>>,
 }
 
 impl<'a> Classes<'a> {
     /// No class but the first.
-    pub fn new(groups: &'a Groups, blocks: &'a Blocks, names: BTreeSet<NamedPort>) -> Self {
+    pub fn new(groups: &'a Groups, spans: &'a Spans, names: BTreeSet<NamedPort>, has_doubts: bool) -> Self {
         Self {
             groups,
-            blocks,
+            spans,
+            has_doubts,
             names: names.into_iter().collect(),
             contents: vec![Content::default()],
             places: HashMap::from([(Content::default(), 0)]),
@@ -81,41 +100,61 @@ impl<'a> Classes<'a> {
     pub fn of_all(&mut self, groups: &[GroupId], region: Region) -> Place {
         let mut contents = groups.iter().map(|group| self.pod(*group).clone()).collect::<Vec<_>>().into_iter();
         let mut common = contents.next().unwrap_or_default();
+        let mut all: BTreeSet<PeerId> = common.peers.iter().copied().collect();
         for other in contents {
             common.peers.retain(|peer| other.peers.contains(peer));
             common.ports.retain(|port| other.ports.contains(port));
+            all.extend(other.peers);
+        }
+        if self.has_doubts {
+            all.extend(groups.iter().flat_map(|group| self.groups.doubted(*group)));
+            common.doubt = Doubt::Some(all.into_iter().filter(|peer| !common.peers.contains(peer)).collect());
         }
         self.place(Content { region, ..common })
     }
 
     /// The class of an address that no pod has.
     pub fn of_region(&mut self, region: Region) -> Place {
-        self.place(Content { region, ..Content::default() })
+        let doubt = if self.is_of_pods(region) { Doubt::Any } else { Doubt::None };
+        self.place(Content { region, doubt, ..Content::default() })
     }
 
-    /// True if nothing in use but blocks tells a class from addresses of no pod.
+    /// True if nothing in use but spans tells a class from addresses of no pod.
     pub fn is_plain(&self, place: Place) -> bool {
-        self.contents[place].peers.is_empty() && self.contents[place].ports.is_empty()
+        let content = &self.contents[place];
+        content.is_plain() && !self.is_of_pods(content.region)
     }
 
-    /// True if nothing in use but blocks tells pods of a group from addresses of no pod.
-    pub fn is_plain_group(&mut self, group: GroupId) -> bool {
-        let content = self.pod(group);
-        content.peers.is_empty() && content.ports.is_empty()
+    /// True if nothing in use but spans tells pods of a group from addresses of no pod.
+    pub fn is_plain_group(&mut self, group: GroupId, region: Region) -> bool {
+        self.pod(group).is_plain() && !self.is_of_pods(region)
+    }
+
+    /// True for addresses that may be pods' without one being known.
+    fn is_of_pods(&self, region: Region) -> bool {
+        self.has_doubts && self.spans.has_pods(region)
     }
 
     /// The numbers of all classes, by place.
     pub fn numbers(&self) -> Vec<u32> {
         let peers: HashMap<PeerId, u64> = self.groups.hashes().collect();
-        let blocks: HashMap<usize, u64> = self.blocks.iter().map(|(block, number)| (number, block.hash())).collect();
+        let spans: HashMap<usize, u64> = self.spans.iter().map(|(span, number)| (number, span.hash())).collect();
         let hash = |content: &Content| {
             let ports = content.ports.iter().map(|(name, port)| {
                 let (name, proto) = &self.names[*name];
                 ContentHash::of(&format!("port {name}/{proto}={port}"))
             });
-            let blocks = self.blocks.list(content.region).iter().filter_map(|block| blocks.get(block).copied());
-            let peers = content.peers.iter().filter_map(|peer| peers.get(peer).copied());
-            let mut parts: Vec<u64> = peers.chain(ports).chain(blocks).collect();
+            let spans = self.spans.list(content.region).iter().filter_map(|span| spans.get(span).copied());
+            let held = content.peers.iter().filter_map(|peer| peers.get(peer).copied());
+            let doubt = match &content.doubt {
+                Doubt::None => Vec::new(),
+                Doubt::Some(doubted) => {
+                    let doubted = doubted.iter().filter_map(|peer| peers.get(peer).copied());
+                    doubted.map(u64::reverse_bits).chain([ContentHash::of("doubt")]).collect()
+                }
+                Doubt::Any => vec![ContentHash::of("any pod")],
+            };
+            let mut parts: Vec<u64> = held.chain(ports).chain(spans).chain(doubt).collect();
             // By their texts, not by numbers that the next start gives out otherwise.
             parts.sort_unstable();
             parts.iter().fold(ContentHash::EMPTY, |hash, part| hash.add(&part.to_be_bytes())).value()
@@ -133,8 +172,9 @@ impl<'a> Classes<'a> {
         };
         // By content, for numbers of selectors and blocks are other ones after the next start.
         let peers: HashMap<PeerId, usize> = self.groups.peers().map(|(peer, id)| (id, add(peer.text()))).collect();
-        let blocks: HashMap<usize, usize> =
-            self.blocks.iter().map(|(block, number)| (number, add(block.text()))).collect();
+        let spans: HashMap<usize, usize> =
+            self.spans.iter().filter_map(|(span, number)| Some((number, add(span.text()?)))).collect();
+        let unknown = add("a pod that is not known".to_owned());
         let mut ports: HashMap<(usize, u16), usize> = HashMap::new();
         let used: BTreeSet<_> = self.contents.iter().flat_map(|content| &content.ports).collect();
         for (name, port) in used {
@@ -144,8 +184,9 @@ impl<'a> Classes<'a> {
         let name = |content: &Content| {
             let of_peers = content.peers.iter().filter_map(|id| peers.get(id));
             let of_ports = content.ports.iter().filter_map(|port| ports.get(port));
-            let of_blocks = self.blocks.list(content.region).iter().filter_map(|block| blocks.get(block));
-            let mut ranks: Vec<usize> = of_peers.chain(of_ports).chain(of_blocks).copied().collect();
+            let of_spans = self.spans.list(content.region).iter().filter_map(|span| spans.get(span));
+            let of_doubt = Some(&unknown).filter(|_| content.doubt == Doubt::Any);
+            let mut ranks: Vec<usize> = of_peers.chain(of_ports).chain(of_spans).chain(of_doubt).copied().collect();
             ranks.sort_unstable();
             let more = ranks.len().saturating_sub(NAMED);
             ranks.truncate(NAMED);
@@ -161,8 +202,17 @@ impl<'a> Classes<'a> {
             for peer in &content.peers {
                 holders.peers.entry(*peer).or_default().push(place);
             }
-            for block in self.blocks.list(content.region) {
-                holders.blocks.entry(*block).or_default().push(place);
+            match &content.doubt {
+                Doubt::None => {}
+                Doubt::Some(peers) => {
+                    peers.iter().for_each(|peer| holders.doubted.entry(*peer).or_default().push(place));
+                }
+                Doubt::Any => {
+                    self.groups.hashes().for_each(|(peer, _)| holders.doubted.entry(peer).or_default().push(place));
+                }
+            }
+            for span in self.spans.list(content.region) {
+                holders.spans.entry(*span).or_default().push(place);
             }
             for (name, port) in &content.ports {
                 holders.names.entry(self.names[*name].clone()).or_default().push((place, *port));
@@ -179,11 +229,21 @@ impl<'a> Classes<'a> {
     }
 
     fn pod(&mut self, group: GroupId) -> &Content {
-        let (groups, names) = (self.groups, &self.names);
+        let (groups, names, has_doubts) = (self.groups, &self.names, self.has_doubts);
         self.pods.entry(group).or_insert_with(|| {
             let port = |(i, (name, proto)): (usize, &NamedPort)| Some((i, groups.key(group)?.port(name, *proto)?));
             let ports = names.iter().enumerate().filter_map(port).collect();
-            Content { peers: groups.held(group).to_vec(), ports, region: 0 }
+            let doubted = groups.doubted(group);
+            let has_doubt = has_doubts && !doubted.is_empty();
+            let doubt = if has_doubt { Doubt::Some(doubted.to_vec()) } else { Doubt::None };
+            Content { peers: groups.held(group).to_vec(), doubt, ports, region: 0 }
         })
+    }
+}
+
+impl Content {
+    /// True if nothing but its region is known of it.
+    fn is_plain(&self) -> bool {
+        self.peers.is_empty() && self.ports.is_empty() && self.doubt == Doubt::None
     }
 }

@@ -49,15 +49,21 @@ impl PodPeer {
         }
     }
 
-    /// True if it selects this namespace. `labels`: of the namespace; `None`: it has not come yet, and only its name is known. Nothing
-    /// else holds for it then.
-    fn has_namespace(&self, name: &Arc<str>, labels: Option<&Labels>) -> bool {
+    /// Whether it selects this namespace. `labels`: of the namespace; `None`: it has not come yet, and only its name is known.
+    fn has_namespace(&self, name: &Arc<str>, labels: Option<&Labels>) -> Holds {
+        let is = |holds| if holds { Holds::Yes } else { Holds::No };
         match (&self.namespaces, labels) {
-            (Namespaces::Own(own), _) => own == name,
-            (Namespaces::Selected(selector), Some(labels)) => selector.is_met(labels),
+            (Namespaces::Own(own), _) => is(own == name),
+            (Namespaces::Selected(selector), Some(labels)) => is(selector.is_met(labels)),
             (Namespaces::Selected(selector), None) => {
                 let labels = Labels::from_iter([(NAME_LABEL.into(), Arc::clone(name))]);
-                selector.requirements().iter().all(|it| it.key() == NAME_LABEL && it.is_met(&labels))
+                let (of_name, others): (Vec<_>, Vec<_>) =
+                    selector.requirements().iter().partition(|it| it.key() == NAME_LABEL);
+                match (of_name.iter().all(|it| it.is_met(&labels)), others.is_empty()) {
+                    (false, _) => Holds::No,
+                    (true, true) => Holds::Yes,
+                    (true, false) => Holds::Perhaps,
+                }
             }
         }
     }
@@ -100,6 +106,17 @@ struct Group {
     pods: usize,
     /// The selectors in use that hold, in order.
     held: Vec<PeerId>,
+    /// Those that may hold: the labels of the namespace are not known.
+    doubted: Vec<PeerId>,
+}
+
+/// Whether a selector holds for a group.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Holds {
+    Yes,
+    /// The labels of the namespace are not known.
+    Perhaps,
+    No,
 }
 
 /// All groups, and all selectors in use.
@@ -129,7 +146,7 @@ impl Groups {
         self.next_group += 1;
         self.of_namespace.entry(Arc::clone(&key.namespace)).or_default().insert(id);
         self.ids.insert(Arc::clone(&key), id);
-        self.known.insert(id, Group { key, pods: 1, held: Vec::new() });
+        self.known.insert(id, Group { key, pods: 1, held: Vec::new(), doubted: Vec::new() });
         self.pending.insert(id);
         id
     }
@@ -165,6 +182,7 @@ impl Groups {
         if !gone.is_empty() {
             for group in self.known.values_mut() {
                 group.held.retain(|id| !gone.contains(id));
+                group.doubted.retain(|id| !gone.contains(id));
             }
         }
         let pending = std::mem::take(&mut self.pending);
@@ -172,9 +190,17 @@ impl Groups {
             let Some(group) = self.known.get_mut(&id) else { continue };
             let labels = namespaces.get(&group.key.namespace);
             let key = &group.key;
-            let holds = |peer: &PodPeer| peer.has_namespace(&key.namespace, labels) && peer.pods.is_met(&key.labels);
-            group.held = self.peers.iter().filter(|(peer, _)| holds(peer)).map(|(_, known)| known.id).collect();
-            group.held.sort_unstable();
+            let of = |wanted| {
+                let holds = |peer: &PodPeer| {
+                    peer.has_namespace(&key.namespace, labels) == wanted && peer.pods.is_met(&key.labels)
+                };
+                let mut ids: Vec<PeerId> =
+                    self.peers.iter().filter(|(peer, _)| holds(peer)).map(|(_, known)| known.id).collect();
+                ids.sort_unstable();
+                ids
+            };
+            (group.held, group.doubted) =
+                (of(Holds::Yes), if labels.is_none() { of(Holds::Perhaps) } else { Vec::new() });
         }
         for peer in wanted {
             if self.peers.contains_key(peer) {
@@ -183,11 +209,12 @@ impl Groups {
             // Greater than all: the lists stay in order.
             let id = self.next_peer;
             self.next_peer += 1;
-            let of_namespace =
-                self.of_namespace.iter().filter(|(name, _)| peer.has_namespace(name, namespaces.get(*name)));
-            for group in of_namespace.flat_map(|(_, groups)| groups) {
-                if let Some(group) = self.known.get_mut(group).filter(|group| peer.pods.is_met(&group.key.labels)) {
-                    group.held.push(id);
+            for (name, groups) in &self.of_namespace {
+                let holds = peer.has_namespace(name, namespaces.get(name));
+                for group in groups.iter().filter(|_| holds != Holds::No) {
+                    let group = self.known.get_mut(group).filter(|group| peer.pods.is_met(&group.key.labels));
+                    let Some(group) = group else { continue };
+                    if holds == Holds::Yes { &mut group.held } else { &mut group.doubted }.push(id);
                 }
             }
             self.peers.insert(peer.clone(), Known { id, hash: peer.hash() });
@@ -212,6 +239,11 @@ impl Groups {
     /// All that policies may ask of the pods of a group.
     pub fn key(&self, id: GroupId) -> Option<&Arc<GroupKey>> {
         self.known.get(&id).map(|group| &group.key)
+    }
+
+    /// The selectors in use that may hold for a group, or may not, in order.
+    pub fn doubted(&self, id: GroupId) -> &[PeerId] {
+        self.known.get(&id).map_or(&[], |group| &group.doubted)
     }
 
     /// The selectors in use that hold for a group, in order.

@@ -1,16 +1,16 @@
 //! From pods, namespaces and network policies to the desired maps of policies. Pure.
 //!
-//! `groups` knows which selectors in use hold for which pods, `blocks` which blocks hold for which addresses; both make `classes`. `sets`
+//! `groups` has which selectors in use hold for which pods, `spans` which ranges hold for which addresses; both make `classes`. `sets`
 //! are what policies say for pods of this node, and `rules` what sets say of classes. In use is what policies that select a pod of
 //! this node ask for. `ids` gives numbers that the next start gives again.
 
-mod blocks;
 mod classes;
 mod desired;
 mod groups;
 mod ids;
 mod rules;
 mod sets;
+mod spans;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
@@ -18,14 +18,15 @@ pub mod world;
 
 pub use desired::{ClassName, DesiredPolicies, PortPrefix, RuleKey};
 
-use crate::model::{Labels, Namespace, NetworkPolicy, ObjectName, Pod};
-use blocks::{Block, Blocks};
+use crate::model::{ClusterNetworkPolicy, Labels, Namespace, NetworkPolicy, Node, ObjectName, Pod};
 use classes::Classes;
 use groups::{GroupId, Groups};
 use ids::{ContentHash, numbers};
 use rules::Compiler;
 use rustnet_common::policy::{OPEN, PolicyPod};
-use sets::{Direction, Set, SetPort, Side};
+pub use sets::CLUSTER_KIND;
+use sets::{Direction, Selecting, Set, SetPort, Side};
+use spans::{Span, Spans};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -35,6 +36,8 @@ use std::sync::Arc;
 pub struct Policies {
     node_name: Arc<str>,
     objects: BTreeMap<ObjectName, Arc<NetworkPolicy>>,
+    cluster: BTreeMap<ObjectName, Arc<ClusterNetworkPolicy>>,
+    nodes: BTreeMap<ObjectName, Arc<Node>>,
     namespaces: BTreeMap<Arc<str>, Labels>,
     /// The pods that count: those with addresses of their own, and those of this node that may get some.
     pods: BTreeMap<ObjectName, Member>,
@@ -43,8 +46,10 @@ pub struct Policies {
     /// Addresses of this node's pods, with the interface of each.
     interfaces: BTreeMap<IpAddr, LocalInterface>,
     groups: Groups,
-    blocks: Blocks,
-    blocks_in_use: BTreeSet<Block>,
+    spans: Spans,
+    spans_in_use: BTreeSet<Span>,
+    /// Nodes are other than when the spans were made.
+    has_other_nodes: bool,
     is_dirty: bool,
 }
 
@@ -89,13 +94,16 @@ impl Policies {
         Self {
             node_name,
             objects: BTreeMap::new(),
+            cluster: BTreeMap::new(),
+            nodes: BTreeMap::new(),
             namespaces: BTreeMap::new(),
             pods: BTreeMap::new(),
             claims: BTreeMap::new(),
             interfaces: BTreeMap::new(),
             groups: Groups::default(),
-            blocks: Blocks::default(),
-            blocks_in_use: BTreeSet::new(),
+            spans: Spans::default(),
+            spans_in_use: BTreeSet::new(),
+            has_other_nodes: false,
             is_dirty: true,
         }
     }
@@ -177,6 +185,40 @@ impl Policies {
         self.is_dirty |= self.objects.remove(name).is_some();
     }
 
+    /// A policy of the cluster is there, or is other than before.
+    pub fn apply_cluster_policy(&mut self, policy: &Arc<ClusterNetworkPolicy>) {
+        if self.cluster.get(&policy.name) != Some(policy) {
+            self.cluster.insert(policy.name.clone(), Arc::clone(policy));
+            self.is_dirty = true;
+        }
+    }
+
+    /// A policy of the cluster is gone.
+    pub fn delete_cluster_policy(&mut self, name: &ObjectName) {
+        self.is_dirty |= self.cluster.remove(name).is_some();
+    }
+
+    /// A node is there, or is other than before. Policies of the cluster alone ask for nodes.
+    pub fn apply_node(&mut self, node: &Arc<Node>) {
+        let facts = |node: &Arc<Node>| {
+            let Node { addresses, other_addresses, labels, pod_cidrs, .. } = &**node;
+            (addresses.clone(), other_addresses.clone(), labels.clone(), pod_cidrs.clone())
+        };
+        let before = self.nodes.insert(node.name.clone(), Arc::clone(node));
+        if before.as_ref().map(facts) != Some(facts(node)) {
+            self.has_other_nodes = true;
+            self.is_dirty |= !self.cluster.is_empty();
+        }
+    }
+
+    /// A node is gone.
+    pub fn delete_node(&mut self, name: &ObjectName) {
+        if self.nodes.remove(name).is_some() {
+            self.has_other_nodes = true;
+            self.is_dirty |= !self.cluster.is_empty();
+        }
+    }
+
     /// Takes in the interfaces of this node's pods, by address.
     pub fn set_interfaces(&mut self, interfaces: BTreeMap<IpAddr, LocalInterface>) {
         if self.interfaces != interfaces {
@@ -205,41 +247,46 @@ impl Policies {
         self.namespaces.keys().map(|name| ObjectName::cluster(name))
     }
 
-    /// Names of all policies.
+    /// Names of all policies of the cluster.
+    pub fn cluster_policy_names(&self) -> impl Iterator<Item = &ObjectName> {
+        self.cluster.keys()
+    }
+
+    /// Names of all NetworkPolicies.
     pub fn policy_names(&self) -> impl Iterator<Item = &ObjectName> {
         self.objects.keys()
     }
 
     /// The maps as they should be.
     pub fn desired(&mut self) -> DesiredPolicies {
-        if self.objects.is_empty() {
+        if !self.has_policies() {
             return DesiredPolicies::default();
         }
         let local = self.local_pods();
         let (sets, sets_of) = self.sets(&local);
-        self.use_what_is_asked(&sets);
+        let has_doubts = sets.iter().any(Set::denies_pods);
+        self.use_what_is_asked(&sets, has_doubts);
         let names = sets.iter().flat_map(|set| &set.rules).flat_map(|rule| &rule.ports).filter_map(|port| match port {
             SetPort::Named(name, proto) => Some((Arc::clone(name), *proto)),
             SetPort::Prefix(_) => None,
         });
-        let mut classes = Classes::new(&self.groups, &self.blocks, names.collect());
+        let mut classes = Classes::new(&self.groups, &self.spans, names.collect(), has_doubts);
         let set_hashes: Vec<u64> = sets.iter().map(Set::hash).collect();
         let set_numbers = numbers(&set_hashes);
         let number = |place: Option<usize>| place.map_or(OPEN, |place| set_numbers[place]);
 
         let mut pods = Vec::new();
         for (ip, (group, ifindex)) in &local {
-            let place = classes.of_pod(*group, self.blocks.region(*ip));
+            let place = classes.of_pod(*group, self.spans.region(*ip));
             let Sets { ingress, egress } = sets_of.get(group).copied().unwrap_or_default();
             pods.push((*ip, place, number(ingress), number(egress), *ifindex));
         }
         // Of an address of this node without a pod nobody knows whose it is: closed.
         for (ip, claims) in self.claims.iter().filter(|(ip, _)| !self.interfaces.contains_key(ip)) {
-            let place = class_of_claims(&mut classes, &self.blocks, *ip, claims);
+            let place = class_of_claims(&mut classes, &self.spans, *ip, claims);
             pods.extend(place.map(|place| (*ip, place, OPEN, OPEN, 0)));
         }
-        let cidrs: Vec<_> =
-            self.blocks.prefixes().map(|(prefix, region)| (prefix, classes.of_region(region))).collect();
+        let cidrs: Vec<_> = self.spans.prefixes().map(|(prefix, region)| (prefix, classes.of_region(region))).collect();
 
         let class_numbers = classes.numbers();
         let mut desired = DesiredPolicies { is_enforced: true, ..DesiredPolicies::default() };
@@ -257,11 +304,19 @@ impl Policies {
         let classes_of = |side: &Side| {
             let places = match side {
                 Side::Pods(peer) => self.groups.peer(peer).and_then(|id| holders.peers.get(&id)),
-                Side::Block(block) => self.blocks.number(block).and_then(|number| holders.blocks.get(&number)),
+                Side::Span(span) => self.spans.number(span).and_then(|number| holders.spans.get(&number)),
             };
             places.map_or(&[][..], |places| places)
         };
-        let compiler = Compiler { holders: &holders, classes: &class_numbers, classes_of: &classes_of };
+        let doubted_of = |side: &Side| {
+            let places = match side {
+                Side::Pods(peer) => self.groups.peer(peer).and_then(|id| holders.doubted.get(&id)),
+                Side::Span(_) => None,
+            };
+            places.map_or(&[][..], |places| places)
+        };
+        let compiler =
+            Compiler { holders: &holders, classes: &class_numbers, classes_of: &classes_of, doubted_of: &doubted_of };
         let mut rules = Vec::new();
         for (set, number) in sets.iter().zip(&set_numbers) {
             let of_rule = |rule: &sets::SetRule| rule_numbers.get(&*rule.name).copied().unwrap_or_default();
@@ -275,17 +330,27 @@ impl Policies {
 
     /// While there is no policy, nothing depends on the rest.
     fn changed(&mut self) {
-        self.is_dirty |= !self.objects.is_empty();
+        self.is_dirty |= self.has_policies();
     }
 
-    /// The pods of this node that are known with their interface: group and interface by address.
+    fn has_policies(&self) -> bool {
+        !(self.objects.is_empty() && self.cluster.is_empty())
+    }
+
+    /// The pods of this node that are known with their interface: group and interface by address. While there are policies of the
+    /// cluster, which ones select a pod depends on its namespace.
     fn local_pods(&self) -> BTreeMap<IpAddr, (GroupId, u32)> {
+        let has_namespace = |group: &GroupId| {
+            self.cluster.is_empty()
+                || self.groups.key(*group).is_some_and(|key| self.namespaces.contains_key(&key.namespace))
+        };
         let group = |ip: &IpAddr, interface: &LocalInterface| {
             let Some(name) = &interface.pod else { return self.only_claim(ip) };
             let has_uid = |pod: &Member| [&*pod.uid, &interface.uid].contains(&"") || *pod.uid == *interface.uid;
             let is_it = |pod: &&Member| pod.claim.is_local && has_uid(pod);
             self.pods.get(name).filter(is_it).map(|pod| pod.claim.group)
         };
+        let group = |ip, interface| group(ip, interface).filter(has_namespace);
         let known = self.interfaces.iter().filter_map(|(ip, it)| Some((*ip, (group(ip, it)?, it.ifindex))));
         known.collect()
     }
@@ -303,14 +368,23 @@ impl Policies {
         for policy in self.objects.values() {
             of_namespace.entry(namespace_of(&policy.name)).or_default().push(policy);
         }
+        let mut cluster: Vec<&ClusterNetworkPolicy> = self.cluster.values().map(|policy| &**policy).collect();
+        cluster.sort_by_key(|policy| (policy.tier, policy.priority, &policy.name));
         let mut sets: Vec<Set> = Vec::new();
         let mut places: HashMap<Set, usize> = HashMap::new();
         let mut of_group = HashMap::new();
         for (group, _) in local.values() {
             let Some(key) = self.groups.key(*group).filter(|_| !of_group.contains_key(group)) else { continue };
             let all = of_namespace.get(&*key.namespace).map_or(&[][..], |all| all);
-            let selecting: Vec<&NetworkPolicy> =
-                all.iter().copied().filter(|it| it.selector.is_met(&key.labels)).collect();
+            let labels = self.namespaces.get(&key.namespace);
+            let is_subject = |policy: &&&ClusterNetworkPolicy| {
+                let subject = policy.subject.as_ref().zip(labels);
+                subject.is_some_and(|(it, labels)| it.namespaces.is_met(labels) && it.pods.is_met(&key.labels))
+            };
+            let selecting = Selecting {
+                namespaced: all.iter().copied().filter(|it| it.selector.is_met(&key.labels)).collect(),
+                cluster: cluster.iter().filter(is_subject).copied().collect(),
+            };
             let mut set = |direction| {
                 let set = Set::new(direction, &selecting, key)?;
                 Some(*places.entry(set).or_insert_with_key(|set| {
@@ -324,30 +398,32 @@ impl Policies {
         (sets, of_group)
     }
 
-    /// Looks for the selectors and blocks of these sets, and for no others.
-    fn use_what_is_asked(&mut self, sets: &[Set]) {
-        let (mut peers, mut blocks) = (BTreeSet::new(), BTreeSet::new());
+    /// Looks for the selectors and ranges of these sets, and for no others.
+    fn use_what_is_asked(&mut self, sets: &[Set], has_doubts: bool) {
+        let (mut peers, mut spans) = (BTreeSet::new(), BTreeSet::new());
+        spans.extend(has_doubts.then_some(Span::PodRanges));
         for side in sets.iter().flat_map(|set| &set.rules).filter_map(|rule| rule.sides.as_ref()).flatten() {
             match side {
                 Side::Pods(peer) => drop(peers.insert(peer.clone())),
-                Side::Block(block) => drop(blocks.insert(block.clone())),
+                Side::Span(span) => drop(spans.insert(span.clone())),
             }
         }
         self.groups.set_peers(&peers, &self.namespaces);
-        if self.blocks_in_use != blocks {
-            self.blocks = Blocks::new(blocks.clone());
-            self.blocks_in_use = blocks;
+        if self.spans_in_use != spans || std::mem::take(&mut self.has_other_nodes) {
+            self.spans = Spans::new(spans.clone(), self.nodes.values().map(|node| &**node));
+            self.spans_in_use = spans;
         }
     }
 }
 
 /// The class of an address of a pod elsewhere; `None` if it needs no entry.
-fn class_of_claims(classes: &mut Classes<'_>, blocks: &Blocks, ip: IpAddr, claims: &[Claim]) -> Option<usize> {
+fn class_of_claims(classes: &mut Classes<'_>, spans: &Spans, ip: IpAddr, claims: &[Claim]) -> Option<usize> {
+    let region = spans.region(ip);
     if let [Claim { group, .. }] = claims {
-        return (!classes.is_plain_group(*group)).then(|| classes.of_pod(*group, blocks.region(ip)));
+        return (!classes.is_plain_group(*group, region)).then(|| classes.of_pod(*group, region));
     }
     let groups: Vec<GroupId> = claims.iter().map(|claim| claim.group).collect();
-    let place = classes.of_all(&groups, blocks.region(ip));
+    let place = classes.of_all(&groups, region);
     (!classes.is_plain(place)).then_some(place)
 }
 

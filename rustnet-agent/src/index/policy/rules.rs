@@ -1,10 +1,14 @@
 //! The rules of each set for each class that it has something for.
+//!
+//! Policies have an order of precedence, and some pass a flow on to the next tier. The programs look for one entry: here each entry
+//! gets what becomes of its flows in the end.
 
 use super::classes::{Holders, Place};
 use super::desired::{PortPrefix, RuleKey};
 use super::sets::{Set, SetPort, SetRule, Side};
+use crate::model::{Action, Tier};
 use rustnet_common::policy::{ALLOW, ANY_CLASS, PolicyRule};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What the rules of sets follow from.
 pub struct Compiler<'a> {
@@ -14,79 +18,168 @@ pub struct Compiler<'a> {
     pub classes: &'a [u32],
     /// Classes that a side has.
     pub classes_of: &'a dyn Fn(&Side) -> &'a [Place],
-}
-
-impl Compiler<'_> {
-    /// The rules of a set with this number, whose rules have these numbers. NetworkPolicies have one place in the order of
-    /// precedence, the first, and only allow.
-    pub fn compile(&self, number: u32, set: &Set, numbers: &[u32]) -> Vec<(RuleKey, PolicyRule)> {
-        let (mut hits, mut of_any) = (Vec::new(), BTreeSet::new());
-        let mut rules = Vec::new();
-        let rule = |class, ports, place: usize| {
-            let rule = numbers.get(place).copied().unwrap_or_default();
-            (RuleKey { set: number, class, ports }, PolicyRule { order: ALLOW, rule })
-        };
-        for (place, of_rule) in set.rules.iter().enumerate() {
-            if of_rule.sides.is_some() {
-                continue;
-            }
-            of_any.extend(fixed(of_rule));
-            hits.extend(fixed(of_rule).map(|ports| (None, ports, place)));
-        }
-        for (place, of_rule) in set.rules.iter().enumerate() {
-            self.add_hits(place, of_rule, &mut hits);
-        }
-        // Of rules that say the same the first counts.
-        hits.sort_unstable();
-        hits.dedup_by_key(|(class, ports, _)| (*class, *ports));
-        for hits in hits.chunk_by(|a, b| a.0 == b.0) {
-            let own = |ports: &PortPrefix| hits.binary_search_by_key(ports, |(_, ports, _)| *ports).is_ok();
-            for (class, ports, place) in hits {
-                // What wider entries say already needs none of its own.
-                let is_said = (hits.len() > 1 && ports.around().any(|it| own(&it)))
-                    || (class.is_some() && !is_new(&of_any, *ports));
-                if !is_said {
-                    rules.push(rule(class.map_or(ANY_CLASS, |class| self.classes[class]), *ports, *place));
-                }
-            }
-        }
-        rules
-    }
-
-    /// Adds what a rule says of classes, and of the ports that servers resolve themselves.
-    fn add_hits(&self, place: usize, rule: &SetRule, hits: &mut Vec<Hit>) {
-        let mut classes: Vec<Place> = Vec::new();
-        for side in rule.sides.iter().flatten() {
-            classes.extend_from_slice((self.classes_of)(side));
-        }
-        classes.sort_unstable();
-        classes.dedup();
-        for port in &rule.ports {
-            match port {
-                SetPort::Prefix(ports) => hits.extend(classes.iter().map(|class| (Some(*class), *ports, place))),
-                SetPort::Named(name, proto) => {
-                    let resolving = self.holders.names.get(&(name.clone(), *proto)).into_iter().flatten();
-                    let own =
-                        resolving.filter(|(class, _)| rule.sides.is_none() || classes.binary_search(class).is_ok());
-                    hits.extend(own.map(|(class, port)| (Some(*class), PortPrefix::new(*proto, *port, 16), place)));
-                }
-            }
-        }
-    }
+    /// Classes that a side may have, or may not: not known yet.
+    pub doubted_of: &'a dyn Fn(&Side) -> &'a [Place],
 }
 
 /// Class (`None`: any), ports, and the place of the rule in its set.
 type Hit = (Option<Place>, PortPrefix, usize);
+/// The places of rules that match flows of one class, by ports.
+type Hits = BTreeMap<PortPrefix, Vec<usize>>;
+/// What becomes of flows of one class, by ports.
+type Verdicts = BTreeMap<PortPrefix, Verdict>;
 
-/// The ports of a rule that are known by number.
-fn fixed(rule: &SetRule) -> impl Iterator<Item = PortPrefix> + '_ {
-    rule.ports.iter().filter_map(|port| match port {
-        SetPort::Prefix(ports) => Some(*ports),
-        SetPort::Named(..) => None,
-    })
+/// What becomes of a flow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Verdict {
+    is_allowed: bool,
+    /// The rule that decides; `None`: none does.
+    by: Option<usize>,
 }
 
-/// True if no prefix among these has such ports.
-fn is_new(all: &BTreeSet<PortPrefix>, ports: PortPrefix) -> bool {
-    !all.contains(&ports) && ports.around().all(|it| !all.contains(&it))
+impl Verdict {
+    const NONE: Self = Self { is_allowed: false, by: None };
+}
+
+impl Compiler<'_> {
+    /// The rules of a set with this number, whose rules have these numbers.
+    pub fn compile(&self, number: u32, set: &Set, numbers: &[u32]) -> Vec<(RuleKey, PolicyRule)> {
+        let mut hits: Vec<Hit> = Vec::new();
+        for (place, rule) in set.rules.iter().enumerate() {
+            self.add_hits(place, rule, &mut hits);
+        }
+        hits.sort_unstable();
+        hits.dedup();
+        let mut rows = hits.chunk_by(|a, b| a.0 == b.0).peekable();
+        let of_any = rows.next_if(|row| matches!(row, [(None, ..), ..])).map(by_ports).unwrap_or_default();
+        let any = reduce(set, &verdicts_of_any(set, &of_any), &Verdicts::new());
+        let mut rules = Vec::new();
+        let mut add = |class, verdicts: &Verdicts| {
+            let rule = |(ports, verdict): (&PortPrefix, &Verdict)| {
+                let rule = verdict.by.and_then(|place| numbers.get(place)).copied().unwrap_or_default();
+                let flags = if verdict.is_allowed { ALLOW } else { 0 };
+                (RuleKey { set: number, class, ports: *ports }, PolicyRule { flags, rule })
+            };
+            rules.extend(verdicts.iter().map(rule));
+        };
+        add(ANY_CLASS, &any);
+        for row in rows {
+            let [(Some(class), ..), ..] = row else { continue };
+            let own = by_ports(row);
+            add(self.classes[*class], &reduce(set, &verdicts(set, &own, &of_any), &any));
+        }
+        rules
+    }
+
+    /// Adds what a rule says of any, of classes, and of the ports that servers resolve themselves.
+    fn add_hits(&self, place: usize, rule: &SetRule, hits: &mut Vec<Hit>) {
+        let Some(sides) = &rule.sides else {
+            for port in &rule.ports {
+                match port {
+                    SetPort::Prefix(ports) => hits.push((None, *ports, place)),
+                    SetPort::Named(name, proto) => self.add_named(&(name.clone(), *proto), None, place, hits),
+                }
+            }
+            return;
+        };
+        let classes: BTreeSet<Place> = sides.iter().flat_map(|side| (self.classes_of)(side)).copied().collect();
+        // Who may be denied is denied until more is known.
+        let denied = sides.iter().filter(|_| rule.action == Action::Deny);
+        let doubted: BTreeSet<Place> = denied.flat_map(|side| (self.doubted_of)(side)).copied().collect();
+        for port in &rule.ports {
+            match port {
+                SetPort::Prefix(ports) => {
+                    hits.extend(classes.union(&doubted).map(|class| (Some(*class), *ports, place)));
+                }
+                SetPort::Named(name, proto) => {
+                    self.add_named(&(name.clone(), *proto), Some(&classes), place, hits);
+                    let all = PortPrefix::new(*proto, 0, 0);
+                    hits.extend(doubted.iter().map(|class| (Some(*class), all, place)));
+                }
+            }
+        }
+    }
+
+    /// Adds the numbers of a named port. `among`: classes that count; `None`: all.
+    fn add_named(
+        &self,
+        port: &(std::sync::Arc<str>, u8),
+        among: Option<&BTreeSet<Place>>,
+        place: usize,
+        hits: &mut Vec<Hit>,
+    ) {
+        let resolving = self.holders.names.get(port).into_iter().flatten();
+        let own = resolving.filter(|(class, _)| among.is_none_or(|classes| classes.contains(class)));
+        hits.extend(own.map(|(class, number)| (Some(*class), PortPrefix::new(port.1, *number, 16), place)));
+    }
+}
+
+fn by_ports(row: &[Hit]) -> Hits {
+    let mut hits = Hits::new();
+    for (_, ports, place) in row {
+        hits.entry(*ports).or_default().push(*place);
+    }
+    hits
+}
+
+/// The places of rules that match all of some ports.
+fn matching(hits: &Hits, ports: PortPrefix) -> impl Iterator<Item = usize> + '_ {
+    let around = ports.around().chain([ports]).filter(|_| !hits.is_empty());
+    around.filter_map(|it| hits.get(&it)).flatten().copied()
+}
+
+/// What becomes of flows of classes that no rule names.
+fn verdicts_of_any(set: &Set, any: &Hits) -> Verdicts {
+    let all = any.keys().copied().chain([PortPrefix::ANY]);
+    all.map(|ports| (ports, decide(set, matching(any, ports).collect()))).collect()
+}
+
+/// What becomes of flows of a class, with what any may do. Rules that only allow add to that: they have no need to repeat it.
+fn verdicts(set: &Set, own: &Hits, any: &Hits) -> Verdicts {
+    let repeats = own.values().flatten().any(|place| set.rules[*place].tier != Tier::Namespaced);
+    let all = own.keys().chain(any.keys().filter(|_| repeats));
+    all.map(|ports| (*ports, decide(set, matching(own, *ports).chain(matching(any, *ports)).collect()))).collect()
+}
+
+/// What becomes of a flow that these rules match.
+fn decide(set: &Set, mut places: Vec<usize>) -> Verdict {
+    places.sort_unstable();
+    let mut passed = None;
+    for place in places {
+        let SetRule { tier, action, .. } = set.rules[place];
+        // A NetworkPolicy decides all that comes to its tier.
+        if passed == Some(tier) || (set.is_isolated && tier == Tier::Baseline) {
+            continue;
+        }
+        match action {
+            Action::Accept => return Verdict { is_allowed: true, by: Some(place) },
+            Action::Deny => return Verdict { is_allowed: false, by: Some(place) },
+            Action::Pass => passed = Some(tier),
+        }
+    }
+    Verdict { is_allowed: !set.is_isolated, by: None }
+}
+
+/// The entries that are needed: those that differ from what flows would meet without them. `any` has the entries that they meet behind
+/// all of these.
+fn reduce(set: &Set, all: &Verdicts, any: &Verdicts) -> Verdicts {
+    // NetworkPolicies are a sum: which of them allows a flow does not matter.
+    let is_of_sum = |by: Option<usize>| by.is_some_and(|place| set.rules[place].tier == Tier::Namespaced);
+    let is_same = |a: &Verdict, b: &Verdict| {
+        a.is_allowed == b.is_allowed && (a.by == b.by || (is_of_sum(a.by) && is_of_sum(b.by)))
+    };
+    let mut needed = Verdicts::new();
+    // The shortest prefixes come first.
+    for (ports, verdict) in all {
+        let find = |entries: &Verdicts| {
+            let mut longest_first: Vec<PortPrefix> = ports.around().chain([*ports]).collect();
+            longest_first.reverse();
+            longest_first.iter().find_map(|it| entries.get(it).copied())
+        };
+        let met = find(&needed).or_else(|| find(any)).unwrap_or(Verdict::NONE);
+        if !is_same(verdict, &met) {
+            needed.insert(*ports, *verdict);
+        }
+    }
+    needed
 }

@@ -1,10 +1,13 @@
 //! Sets: what all policies that select a pod say of one direction.
 
-use super::blocks::Block;
 use super::desired::PortPrefix;
 use super::groups::{GroupKey, Namespaces, PodPeer};
 use super::ids::ContentHash;
-use crate::model::{NetworkPolicy, ObjectName, PolicyPeer, PolicyPort, PolicyRule, Ports};
+use super::spans::{Block, Span};
+use crate::model::{
+    Action, ClusterNetworkPolicy, ClusterRule, NetworkPolicy, ObjectName, PolicyPeer, PolicyPort, PolicyRule, Ports,
+    Tier,
+};
 use std::fmt;
 use std::sync::Arc;
 
@@ -25,6 +28,23 @@ impl Direction {
             Self::Egress => policy.egress.as_deref(),
         }
     }
+
+    /// The same of a policy of the cluster, which says nothing of a direction without rules.
+    fn cluster_rules(self, policy: &ClusterNetworkPolicy) -> &[ClusterRule] {
+        match self {
+            Self::Ingress => &policy.ingress,
+            Self::Egress => &policy.egress,
+        }
+    }
+}
+
+/// The policies that select pods of one group.
+#[derive(Debug, Default)]
+pub struct Selecting<'a> {
+    /// NetworkPolicies.
+    pub namespaced: Vec<&'a NetworkPolicy>,
+    /// Policies of the cluster, in order of precedence: those of the Admin tier come first.
+    pub cluster: Vec<&'a ClusterNetworkPolicy>,
 }
 
 impl fmt::Display for Direction {
@@ -36,14 +56,19 @@ impl fmt::Display for Direction {
     }
 }
 
+/// What stands in place of a namespace in the names of policies of the cluster. No namespace has such a name.
+pub const CLUSTER_KIND: &str = "ClusterNetworkPolicy";
+
 /// A set. Pods with equal sets share one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Set {
     direction: Direction,
-    /// The policies, in order.
+    /// The policies, in order of precedence. Those of the cluster have their kind in place of a namespace.
     pub policies: Box<[ObjectName]>,
-    /// Their rules, in order.
+    /// Their rules, in order of precedence.
     pub rules: Vec<SetRule>,
+    /// A NetworkPolicy is among them: what they do not allow is denied, else allowed.
+    pub is_isolated: bool,
 }
 
 /// One rule of a set.
@@ -51,6 +76,10 @@ pub struct Set {
 pub struct SetRule {
     /// What people call it.
     pub name: Arc<str>,
+    /// Where its policy counts.
+    pub tier: Tier,
+    /// What becomes of flows that match.
+    pub action: Action,
     /// The other side; `None`: any address.
     pub sides: Option<Vec<Side>>,
     /// The server's ports.
@@ -63,7 +92,7 @@ pub enum Side {
     /// Pods.
     Pods(PodPeer),
     /// Addresses.
-    Block(Block),
+    Span(Span),
 }
 
 /// Ports of a rule.
@@ -76,21 +105,50 @@ pub enum SetPort {
 }
 
 impl Set {
-    /// What these policies of a namespace say of one direction for pods of a group. `None`: none of them says anything of it.
-    pub fn new(direction: Direction, policies: &[&NetworkPolicy], group: &GroupKey) -> Option<Self> {
+    /// What these policies say of one direction for pods of a group. `None`: none of them says anything of it.
+    pub fn new(direction: Direction, policies: &Selecting<'_>, group: &GroupKey) -> Option<Self> {
+        let mut it = Self { direction, policies: Box::default(), rules: Vec::new(), is_isolated: false };
         let mut names = Vec::new();
-        let mut rules = Vec::new();
-        for policy in policies {
+        let (admin, baseline): (Vec<_>, Vec<_>) =
+            policies.cluster.iter().partition(|policy| policy.tier == Tier::Admin);
+        it.add_cluster(&admin, group, &mut names);
+        for policy in &policies.namespaced {
             let Some(given) = direction.rules(policy) else { continue };
+            it.is_isolated = true;
             names.push(policy.name.clone());
-            rules.extend(given.iter().enumerate().map(|(i, rule)| SetRule {
-                name: format!("{} {direction}[{i}]", policy.name).into(),
-                sides:
-                    rule.peers.as_deref().map(|peers| peers.iter().map(|peer| side(peer, &group.namespace)).collect()),
-                ports: ports(rule.ports.as_deref(), direction, group),
-            }));
+            let name = |i| format!("{} {direction}[{i}]", policy.name);
+            let rule = |(i, rule)| SetRule::new(name(i), (Tier::Namespaced, Action::Accept), rule, direction, group);
+            it.rules.extend(given.iter().enumerate().map(rule));
         }
-        (!names.is_empty()).then(|| Self { direction, policies: names.into(), rules })
+        it.add_cluster(&baseline, group, &mut names);
+        it.policies = names.into();
+        (!it.policies.is_empty()).then_some(it)
+    }
+
+    fn add_cluster(&mut self, policies: &[&ClusterNetworkPolicy], group: &GroupKey, names: &mut Vec<ObjectName>) {
+        let direction = self.direction;
+        for policy in policies {
+            let given = direction.cluster_rules(policy);
+            if given.is_empty() {
+                continue;
+            }
+            let subject = ObjectName::namespaced(CLUSTER_KIND, policy.name.as_str());
+            let name = |i, rule: &ClusterRule| {
+                let own = rule.name.as_ref().map_or_else(String::new, |own| format!(" {own}"));
+                format!("{subject} {direction}[{i}]{own}")
+            };
+            let rule = |(i, rule): (usize, &ClusterRule)| {
+                SetRule::new(name(i, rule), (policy.tier, rule.action), &rule.matches, direction, group)
+            };
+            self.rules.extend(given.iter().enumerate().map(rule));
+            names.push(subject);
+        }
+    }
+
+    /// True if a rule denies flows by the pod at their other side: of whom nothing is known yet might be that.
+    pub fn denies_pods(&self) -> bool {
+        let is_pods = |side: &Side| matches!(side, Side::Pods(_));
+        self.rules.iter().any(|rule| rule.action == Action::Deny && rule.sides.iter().flatten().any(is_pods))
     }
 
     /// The hash of its content.
@@ -99,12 +157,15 @@ impl Set {
         for policy in &self.policies {
             hash = hash.add(policy.as_str().as_bytes()).add(b"\0");
         }
-        for SetRule { name, sides, ports } in &self.rules {
+        for SetRule { name, tier, action, sides, ports } in &self.rules {
             hash = hash.add(name.as_bytes()).add(if sides.is_some() { b"\0from" } else { b"\0any " });
+            if *tier != Tier::Namespaced {
+                hash = hash.add(format!("\0{tier:?} {action:?}").as_bytes());
+            }
             for side in sides.iter().flatten() {
                 let side = match side {
                     Side::Pods(peer) => peer.hash(),
-                    Side::Block(block) => block.hash(),
+                    Side::Span(span) => span.hash(),
                 };
                 hash = hash.add(&side.to_be_bytes());
             }
@@ -116,9 +177,24 @@ impl Set {
     }
 }
 
+impl SetRule {
+    fn new(
+        name: String,
+        (tier, action): (Tier, Action),
+        rule: &PolicyRule,
+        direction: Direction,
+        group: &GroupKey,
+    ) -> Self {
+        let sides = rule.peers.as_deref();
+        let sides = sides.map(|peers| peers.iter().map(|peer| side(peer, &group.namespace)).collect());
+        Self { name: name.into(), tier, action, sides, ports: ports(rule.ports.as_deref(), direction, group) }
+    }
+}
+
 fn side(peer: &PolicyPeer, namespace: &Arc<str>) -> Side {
     match peer {
-        PolicyPeer::Block { cidr, except } => Side::Block(Block { cidr: *cidr, except: except.clone() }),
+        PolicyPeer::Block { cidr, except } => Side::Span(Span::Block(Block { cidr: *cidr, except: except.clone() })),
+        PolicyPeer::Nodes(selector) => Side::Span(Span::Nodes(selector.clone())),
         PolicyPeer::Pods { namespaces, pods } => {
             let own = || Namespaces::Own(Arc::clone(namespace));
             let namespaces = namespaces.clone().map_or_else(own, Namespaces::Selected);

@@ -3,6 +3,7 @@ mod oracle;
 use super::world::{Flow, NODE, Random, World, passes};
 use super::{DesiredPolicies, LocalInterface, Policies};
 use crate::model::ObjectName;
+use crate::source::policy_api::ClusterNetworkPolicy as KubeClusterPolicy;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use rustnet_common::policy::OPEN;
 use serde_json::{Value, from_value, json};
@@ -18,14 +19,14 @@ fn wrong(world: &World) -> Vec<Flow> {
 #[test]
 fn the_maps_say_what_the_objects_mean() {
     for seed in 0..1000 {
-        let world = Random::new(seed).world();
+        let world = Random::new(seed).whole_world();
         if wrong(&world).is_empty() {
             continue;
         }
         let world = world.shrink(|it| !wrong(it).is_empty());
         let flow = wrong(&world)[0];
         let (want, maps) = (world.allows(&flow), world.desired());
-        let objects = json!([&world.namespaces, &world.pods, &world.policies]);
+        let objects = json!([&world.namespaces, &world.pods, &world.policies, &world.cluster, &world.nodes]);
         panic!("seed {seed}: {flow:?} should pass: {want}\n{objects:#}\n{maps:#?}");
     }
 }
@@ -36,7 +37,7 @@ fn the_way_to_a_state_does_not_matter() {
     for seed in 0..300 {
         let mut random = Random::new(seed);
         let mut it = Policies::new(NODE.into());
-        let mut world = random.world();
+        let mut world = random.whole_world();
         for step in 0..6 {
             world.lead(&mut it);
             assert_eq!(it.desired(), world.desired(), "seed {seed}, step {step}");
@@ -74,6 +75,7 @@ fn shop() -> World {
         pods: vec![pod("db", NODE, &["10.0.0.1"]), pod("web", "n2", &["10.0.1.1"]), pod("cache", "n2", &["10.0.1.2"])],
         policies: vec![policy("db", &only_web)],
         interfaces: [(ip("10.0.0.1"), 11)].into(),
+        ..World::default()
     }
 }
 
@@ -223,4 +225,154 @@ fn classes_have_texts() {
     let maps = world.desired();
     let name = &maps.class_names[&maps.pods[&ip("10.0.0.1")].class];
     assert_eq!((name.texts.len(), name.more), (8, 8));
+}
+
+/// A policy of the cluster for all pods of namespace `a`.
+fn cluster_policy(name: &str, tier: &str, priority: i32, ingress: &Value) -> KubeClusterPolicy {
+    let subject = json!({"namespaces": {"matchLabels": {"kubernetes.io/metadata.name": "a"}}});
+    let spec = json!({"tier": tier, "priority": priority, "subject": subject, "ingress": ingress});
+    from_value(json!({"metadata": {"name": name}, "spec": spec})).unwrap()
+}
+
+/// [`shop`] on two nodes, without its policy.
+fn cluster_shop(cluster: Vec<KubeClusterPolicy>) -> World {
+    let node = |name: &str, cidr: &str| {
+        let object = json!({"metadata": {"name": name}, "spec": {"podCIDRs": [cidr]},
+                            "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]}});
+        from_value(object).unwrap()
+    };
+    let nodes = vec![node(NODE, "10.0.0.0/24"), node("n2", "10.0.1.0/24")];
+    let labels = json!({"metadata": {"name": "a", "labels": {"kubernetes.io/metadata.name": "a"}}});
+    World { policies: Vec::new(), cluster, nodes, namespaces: vec![from_value(labels).unwrap()], ..shop() }
+}
+
+fn to_db(client: &str, port: u16) -> Flow {
+    Flow { client: ip(client), server: ip("10.0.0.1"), proto: 6, port }
+}
+
+fn deny_web() -> Value {
+    json!([{"name": "no web", "action": "Deny", "from": [{"pods": {
+        "namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "web"}}}}]}])
+}
+
+/// What is denied by its labels must not pass before they are known: an address of pods may be any pod's.
+#[test]
+fn who_is_not_known_yet_is_denied_what_any_pod_is() {
+    let world = cluster_shop(vec![cluster_policy("c", "Admin", 1, &deny_web())]);
+    let maps = world.desired();
+    let may = |client| passes(&maps, &world.interfaces, &to_db(client, 80));
+    assert_eq!([may("10.0.1.1"), may("10.0.1.2")], [false, true], "web is denied, cache is not");
+    assert!(!may("10.0.1.77"), "an address of the pod ranges that no pod has");
+    assert!(may("198.51.100.1"), "an address outside is no pod");
+    assert_eq!(maps.rule_names.values().next().map(|name| &**name), Some("ClusterNetworkPolicy/c ingress[0] no web"));
+
+    // Rules that accept do not count for whom they may not be for.
+    let accept =
+        json!([{"action": "Accept", "from": [{"namespaces": {}}]}, {"action": "Deny", "from": [{"namespaces": {}}]}]);
+    let world = cluster_shop(vec![cluster_policy("c", "Admin", 1, &accept)]);
+    let maps = world.desired();
+    let may = |client| passes(&maps, &world.interfaces, &to_db(client, 80));
+    assert_eq!([may("10.0.1.1"), may("10.0.1.77")], [true, false]);
+
+    // Where no rule denies pods, nobody is in doubt, and pods that no selector has need no entry.
+    let networks = json!([{"action": "Accept", "from": [{"namespaces": {}}]}]);
+    let world = cluster_shop(vec![cluster_policy("c", "Admin", 1, &networks)]);
+    let maps = world.desired();
+    assert!(passes(&maps, &world.interfaces, &to_db("10.0.1.77", 80)) && maps.cidrs.is_empty());
+}
+
+/// The labels of a namespace decide which policies of the cluster select its pods.
+#[test]
+fn pods_wait_for_their_namespace_while_there_are_policies_of_the_cluster() {
+    let mut world = cluster_shop(vec![cluster_policy("c", "Baseline", 1, &deny_web())]);
+    let decided = |world: &World| world.desired().pods.contains_key(&ip("10.0.0.1"));
+    assert!(decided(&world));
+    world.namespaces.clear();
+    assert!(!decided(&world), "closed until it comes");
+    world.cluster.clear();
+    world.policies = shop().policies;
+    assert!(decided(&world), "NetworkPolicies are of a namespace by its name");
+}
+
+/// A pod of another node whose namespace is not known may be of the denied ones.
+#[test]
+fn a_pod_whose_namespace_is_not_known_may_be_any_of_its_labels() {
+    let of_team = |labels: Value| {
+        json!([{"action": "Deny", "from": [{"pods": {
+            "namespaceSelector": {"matchLabels": {"team": "x"}}, "podSelector": {"matchLabels": labels}}}]}])
+    };
+    for (labels, is_denied) in [(json!({}), true), (json!({"app": "web"}), true), (json!({"app": "db"}), false)] {
+        let mut world = cluster_shop(vec![cluster_policy("c", "Admin", 1, &of_team(labels))]);
+        assert!(passes(&world.desired(), &world.interfaces, &to_db("10.0.1.1", 80)), "its namespace is of no team");
+        world.pods[1].metadata.namespace = Some("b".to_owned());
+        let passes = passes(&world.desired(), &world.interfaces, &to_db("10.0.1.1", 80));
+        assert_eq!(passes, !is_denied, "its namespace has not come");
+    }
+}
+
+/// While two pods claim an address, either may be the denied one.
+#[test]
+fn an_address_of_two_pods_has_what_either_is_denied() {
+    let mut world = cluster_shop(vec![cluster_policy("c", "Admin", 1, &deny_web())]);
+    world.pods.push(pod("other", "n3", &["10.0.1.1"]));
+    assert!(!passes(&world.desired(), &world.interfaces, &to_db("10.0.1.1", 80)));
+    world.pods.remove(1);
+    assert!(passes(&world.desired(), &world.interfaces, &to_db("10.0.1.1", 80)));
+}
+
+/// The order of tiers and priorities, and what a pass does.
+#[test]
+fn precedence() {
+    let rule = |action: &str| json!([{"action": action, "from": [{"namespaces": {}}]}]);
+    let closing = || policy("db", &json!({"podSelector": {"matchLabels": {"app": "db"}}}));
+    let opening = || policy("db", &json!({"podSelector": {"matchLabels": {"app": "db"}}, "ingress": [{}]}));
+    for (cluster, namespaced, want, decides) in [
+        (vec![("a", "Admin", 2, "Deny"), ("b", "Admin", 1, "Accept")], None, true, "b"),
+        (vec![("a", "Admin", 1, "Deny"), ("b", "Admin", 1, "Accept")], None, false, "a"),
+        (vec![("a", "Admin", 1, "Accept")], Some(closing()), true, "a"),
+        (vec![("a", "Admin", 1, "Deny")], Some(opening()), false, "a"),
+        (vec![("a", "Admin", 1, "Pass"), ("b", "Admin", 2, "Deny")], None, true, ""),
+        (vec![("a", "Admin", 1, "Pass"), ("b", "Admin", 2, "Accept")], Some(closing()), false, ""),
+        (vec![("a", "Admin", 1, "Pass"), ("b", "Baseline", 0, "Deny")], None, false, "b"),
+        (vec![("a", "Baseline", 1, "Deny")], Some(opening()), true, "db"),
+        (vec![("a", "Baseline", 1, "Accept")], Some(closing()), false, ""),
+        (vec![("a", "Baseline", 1, "Pass"), ("b", "Baseline", 2, "Deny")], None, true, ""),
+    ] {
+        let objects =
+            cluster.iter().map(|(name, tier, priority, action)| cluster_policy(name, tier, *priority, &rule(action)));
+        let world = World { policies: namespaced.into_iter().collect(), ..cluster_shop(objects.collect()) };
+        let maps = world.desired();
+        assert_eq!(passes(&maps, &world.interfaces, &to_db("10.0.1.1", 80)), want, "{cluster:?}");
+        assert_eq!(world.allows(&to_db("10.0.1.1", 80)), want, "{cluster:?}: the plain reading");
+        let db = maps.pods[&ip("10.0.0.1")];
+        let class = maps.pods[&ip("10.0.1.1")].class;
+        let of_class = |class| maps.rules.iter().find(|(key, _)| (key.set, key.class) == (db.ingress, class));
+        let rule = of_class(class).or_else(|| of_class(0)).map_or(0, |(_, rule)| rule.rule);
+        let name = maps.rule_names.get(&rule).map_or("", |name| name.as_ref());
+        assert!(
+            if decides.is_empty() { rule == 0 } else { name.contains(&format!("/{decides} ")) },
+            "{cluster:?}: {name}"
+        );
+    }
+}
+
+/// Nodes come and go, and change their labels.
+#[test]
+fn nodes_as_peers() {
+    let egress = json!([{"action": "Deny", "to": [{"nodes": {"matchLabels": {"zone": "b"}}}]}]);
+    let mut world = cluster_shop(Vec::new());
+    let spec = json!({"tier": "Admin", "subject": {"namespaces": {}}, "egress": egress});
+    world.cluster = vec![from_value(json!({"metadata": {"name": "c"}, "spec": spec})).unwrap()];
+    let to_node = Flow { client: ip("10.0.0.1"), server: ip("192.0.2.1"), proto: 6, port: 443 };
+    let mut it = Policies::new(NODE.into());
+    world.lead(&mut it);
+    assert!(passes(&it.desired(), &world.interfaces, &to_node));
+    assert!(it.take_dirty());
+    world.nodes[0].metadata.labels = Some([("zone".to_owned(), "b".to_owned())].into());
+    world.lead(&mut it);
+    assert!(it.take_dirty() && !passes(&it.desired(), &world.interfaces, &to_node));
+    world.lead(&mut it);
+    assert!(!it.take_dirty(), "the same again");
+    it.delete_node(&ObjectName::cluster(NODE));
+    assert!(it.take_dirty() && passes(&it.desired(), &world.interfaces, &to_node));
 }

@@ -21,6 +21,8 @@ fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
         pod_cidrs: pod_cidrs.iter().map(|c| net(c)).collect(),
         zone: "".into(),
         is_leaving: false,
+        other_addresses: Box::default(),
+        labels: crate::model::Labels::default(),
         problems: Box::default(),
     }
 }

@@ -6,11 +6,15 @@
 //! like the old class. Changed pods get sets for the passage, which allow what the old set and the new set both allow; the sets that stay
 //! are narrowed in the same way. Up to here each write only denies. Then all of them are widened to what the new state allows, and each
 //! write only allows. Last, all addresses pass to their new classes and sets, which by then mean the same.
+//!
+//! An entry of a class counts before those of any class. So a row in use is replaced with the longest prefixes first, and what is left of
+//! the old one is deleted with the shortest first: each write changes what becomes of some ports from the old to the new.
 
-use super::draft::{Draft, Row, differing, row, sets_in_use};
-use super::{PolicySnapshot, PortPrefix, RuleKey};
+use super::draft::{Draft, differing, sets_in_use};
+use super::rows::{Row, both, class_of, full_row, own_row, reduce};
+use super::{PolicySnapshot, RuleKey};
 use ipnet::IpNet;
-use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyPod, PolicyRule, flags};
+use rustnet_common::policy::{ALLOW, ANY_CLASS, PolicyPod, PolicyRule, flags};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -88,13 +92,6 @@ fn is_same(old: Option<&PolicyPod>, new: &PolicyPod) -> bool {
     old.is_some_and(|old| old.ifindex == new.ifindex)
 }
 
-/// The class of an address that no entry of pods has.
-fn class_of(cidrs: &BTreeMap<IpNet, u32>, lengths: &BTreeSet<u8>, prefix: IpNet) -> u32 {
-    let shorter = lengths.range(..=prefix.prefix_len()).rev();
-    let mut around = shorter.filter_map(|length| cidrs.get(&IpNet::new(prefix.addr(), *length).ok()?.trunc()));
-    around.next().copied().unwrap_or(ANY_CLASS)
-}
-
 /// What differs between two states.
 #[derive(Debug, Default)]
 struct Changes {
@@ -169,8 +166,9 @@ impl Changes {
                 self.dirty_classes.insert(class);
             }
         };
-        // The names of rules may differ: only whether there is one counts.
-        let other = differing(&old.rules, &new.rules).filter(|(_, before, after)| before.is_none() || after.is_none());
+        // The names of rules may differ: only whether they allow counts.
+        let effect = |rule: Option<&PolicyRule>| rule.map(|rule| rule.flags & ALLOW);
+        let other = differing(&old.rules, &new.rules).filter(|(_, before, after)| effect(*before) != effect(*after));
         other.for_each(|(key, ..)| note(key.set, key.class));
     }
 
@@ -260,9 +258,11 @@ impl<'a> Passage<'a> {
         draft.put_pods(classes);
         draft.put_cidrs(&self.changes.cidrs.iter().map(|(prefix, pair)| (*prefix, self.class(*pair))).collect());
         for (pair, set) in &self.sets {
+            let of_both = self.any_of_both(*pair);
             for (class, of) in &self.mids {
                 let row = both(&full_row(self.old, pair.0, of.0), &full_row(self.new, pair.1, of.1));
-                draft.put_row(*set, *class, &row);
+                let any: &[&Row] = if *class == ANY_CLASS { &[] } else { &[&of_both] };
+                draft.put_row(*set, *class, &reduce(&row, any));
             }
         }
         let sets = self.changes.local.iter().map(|(ip, (old, new))| {
@@ -275,10 +275,14 @@ impl<'a> Passage<'a> {
         for (pair, class) in &self.classes {
             for set in &self.kept {
                 let row = both(&full_row(self.old, *set, pair.0), &full_row(self.new, *set, pair.1));
-                draft.put_row(*set, *class, &row);
-                draft.cut_row(*set, *class, &row);
+                draft.replace_row(*set, *class, &reduce(&row, &[&own_row(self.old, *set, ANY_CLASS)]));
             }
         }
+    }
+
+    /// What a set for the passage says of any class while less is allowed.
+    fn any_of_both(&self, (old, new): Pair) -> Row {
+        both(&full_row(self.old, old, ANY_CLASS), &full_row(self.new, new, ANY_CLASS))
     }
 
     /// From what both states allow to what the new one allows, and to all that its sets and classes meet on the rest of the way.
@@ -286,13 +290,16 @@ impl<'a> Passage<'a> {
         let sets: BTreeSet<u32> = sets_in_use(&self.new.pods);
         for (pair, class) in &self.classes {
             for set in &sets {
-                draft.put_row(*set, *class, &own_row(self.new, *set, pair.1));
+                draft.replace_row(*set, *class, &own_row(self.new, *set, pair.1));
             }
         }
         for (pair, set) in &self.sets {
-            for (class, of) in &self.mids {
-                draft.put_row(*set, *class, &own_row(self.new, pair.1, of.1));
+            // A class must not meet what any may do before it has its own rules, which hold before that and after.
+            let (before, after) = (self.any_of_both(*pair), own_row(self.new, pair.1, ANY_CLASS));
+            for (class, of) in self.mids.iter().filter(|(class, _)| **class != ANY_CLASS) {
+                draft.replace_row(*set, *class, &reduce(&full_row(self.new, pair.1, of.1), &[&before, &after]));
             }
+            draft.replace_row(*set, ANY_CLASS, &after);
             for class in &self.changes.dirty_classes {
                 draft.put_row(*set, *class, &own_row(self.new, pair.1, *class));
             }
@@ -311,28 +318,4 @@ fn take_number(pair: Pair, taken: &mut BTreeSet<u32>) -> u32 {
         number = number.wrapping_add(1);
     }
     number
-}
-
-/// What a set says of a class, without what it says of any.
-fn own_row(state: &PolicySnapshot, set: u32, class: u32) -> Row {
-    if set == OPEN && class == ANY_CLASS {
-        return BTreeMap::from([(PortPrefix::ANY, PolicyRule { order: ALLOW, rule: 0 })]);
-    }
-    row(&state.rules, set, class)
-}
-
-/// All that a set says of a class. Rules allow only, so that it is the sum of both rows.
-fn full_row(state: &PolicySnapshot, set: u32, class: u32) -> Row {
-    let mut full = own_row(state, set, ANY_CLASS);
-    full.extend(own_row(state, set, class));
-    full
-}
-
-/// The ports that both rows allow. Of two prefixes with common ports one has the other.
-fn both(a: &Row, b: &Row) -> Row {
-    let is_in =
-        |ports: &PortPrefix, all: &Row| all.contains_key(ports) || ports.around().any(|it| all.contains_key(&it));
-    let of_a = a.iter().filter(|(ports, _)| is_in(ports, b));
-    let of_b = b.iter().filter(|(ports, _)| is_in(ports, a));
-    of_a.chain(of_b).map(|(ports, rule)| (*ports, *rule)).collect()
 }

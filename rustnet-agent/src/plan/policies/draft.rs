@@ -1,6 +1,7 @@
 //! The state of the maps after the writes so far, and these writes.
 
-use super::{PolicyCapacities, PolicySnapshot, PolicyWrite, PortPrefix, RuleKey};
+use super::rows::{Row, row};
+use super::{PolicyCapacities, PolicySnapshot, PolicyWrite, RuleKey};
 use ipnet::IpNet;
 use rustnet_common::policy::{OPEN, PolicyPod, PolicyRule};
 use std::cmp::Reverse;
@@ -55,16 +56,17 @@ impl Draft {
         }
     }
 
-    /// Puts some ports of a set and a class.
+    /// Puts some ports of a set and a class, the longest prefixes first: no port has anything but its old rule or its new one.
     pub fn put_row(&mut self, set: u32, class: u32, row: &Row) {
-        for (ports, rule) in row {
+        for (ports, rule) in row.iter().rev() {
             self.put_rule(RuleKey { set, class, ports: *ports }, *rule);
         }
     }
 
-    /// Deletes the ports of a set and a class that are not among these.
-    pub fn cut_row(&mut self, set: u32, class: u32, kept: &Row) {
-        for ports in row(&self.now.rules, set, class).into_keys().filter(|ports| !kept.contains_key(ports)) {
+    /// Makes these all the ports of a set and a class. The others go with the shortest prefixes first, for the same reason.
+    pub fn replace_row(&mut self, set: u32, class: u32, wanted: &Row) {
+        self.put_row(set, class, wanted);
+        for ports in row(&self.now.rules, set, class).into_keys().filter(|ports| !wanted.contains_key(ports)) {
             self.delete_rule(RuleKey { set, class, ports });
         }
     }
@@ -143,16 +145,6 @@ impl Draft {
             self.writes.push(PolicyWrite::DeleteRule { key });
         }
     }
-}
-
-/// The rules of a set for a class.
-pub type Row = BTreeMap<PortPrefix, PolicyRule>;
-
-/// The rules of a set for a class, of all rules.
-pub fn row(rules: &BTreeMap<RuleKey, PolicyRule>, set: u32, class: u32) -> Row {
-    let from = RuleKey { set, class, ports: PortPrefix::ANY };
-    let own = rules.range(from..).take_while(|(key, _)| (key.set, key.class) == (set, class));
-    own.map(|(key, rule)| (key.ports, *rule)).collect()
 }
 
 /// The sets of pods of this node.

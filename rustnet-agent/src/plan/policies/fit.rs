@@ -1,12 +1,15 @@
 //! What of the desired maps has room. What has none fails closed, and what holds already goes on.
 
 use super::draft::sets_in_use;
+use super::rows::{class_of, full_row, is_within};
 use super::{DesiredPolicies, PolicyCapacities, PolicySnapshot, RuleKey};
-use crate::model::Problem;
+use crate::index::policy::CLUSTER_KIND;
+use crate::model::{ObjectName, Problem};
 use ipnet::IpNet;
 use rustnet_common::policy::{OPEN, Policies, PolicyPod, PolicyRule};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// The maps that the plan leads to.
 pub struct Fit {
@@ -27,10 +30,7 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
         let names = sets.get(&set).map_or(&[][..], |names| names);
         let message = "the rules of its pods do not fit into the entries that others leave, so that its pods keep what they were allowed \
                        before, and new pods are closed; raise policy-rule-entries";
-        problems.extend(names.iter().map(|name| {
-            let subject = format!("NetworkPolicy {name}");
-            Problem::new(&subject.into(), "", message)
-        }));
+        problems.extend(names.iter().map(|name| Problem::new(&subject(name), "", message)));
     });
     if problems.is_empty() && rules.len() > room.rules as usize / 2 {
         let message = format!(
@@ -39,26 +39,65 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
         );
         problems.push(Problem::new(&"network policies".into(), "", message));
     }
-    let all = pods.len();
+    let mut lost: BTreeMap<IpNet, u32> = BTreeMap::new();
+    let all = pods.clone();
     let pods = fit_pods(pods, room.pods as usize);
-    if pods.len() < all {
+    if pods.len() < all.len() {
+        let out = all.into_iter().filter(|(ip, _)| !pods.contains_key(ip));
+        lost.extend(out.map(|(ip, pod)| (IpNet::from(ip), pod.class)));
         let message = format!(
             "some addresses of pods do not fit into the {} entries, so that no selector matches them; raise policy-pod-entries",
             room.pods
         );
         problems.push(Problem::new(&"network policies".into(), "", message));
     }
-    let all = cidrs.len();
+    let all = cidrs.clone();
     let cidrs = fit_cidrs(cidrs, held, room.cidrs as usize);
-    if cidrs.len() < all {
+    if cidrs.len() < all.len() {
+        lost.extend(all.into_iter().filter(|(prefix, _)| !cidrs.contains_key(prefix)));
         let message = format!(
             "some ranges do not fit into the {} entries, so that no ipBlock matches their addresses; raise policy-cidr-entries",
             room.cidrs
         );
         problems.push(Problem::new(&"network policies".into(), "", message));
     }
-    let wanted = PolicySnapshot { state: Policies::default(), pods, cidrs, rules };
+    let mut wanted = PolicySnapshot { state: Policies::default(), pods, cidrs, rules };
+    for set in close_opened(&mut wanted, &lost) {
+        let message = "what its rules deny does not fit into the entries for pods and ranges, so that its pods are closed; raise \
+                       policy-pod-entries and policy-cidr-entries";
+        let names = sets.get(&set).map_or(&[][..], |names| names);
+        problems.extend(names.iter().map(|name| Problem::new(&subject(name), "", message)));
+    }
     Fit { wanted, is_enforced, problems }
+}
+
+/// What a problem of a policy is about.
+fn subject(policy: &ObjectName) -> Arc<str> {
+    match policy.as_str().strip_prefix(CLUSTER_KIND).and_then(|rest| rest.strip_prefix('/')) {
+        Some(name) => format!("{CLUSTER_KIND} {name}").into(),
+        None => format!("NetworkPolicy {policy}").into(),
+    }
+}
+
+/// Closes the pods of sets that would allow more to addresses without their entries; returns these sets. `lost`: the classes of the
+/// addresses that have no entry.
+fn close_opened(maps: &mut PolicySnapshot, lost: &BTreeMap<IpNet, u32>) -> Vec<u32> {
+    let lengths: BTreeSet<u8> = maps.cidrs.keys().map(IpNet::prefix_len).collect();
+    let pairs = lost.iter().map(|(prefix, class)| (*class, class_of(&maps.cidrs, &lengths, *prefix)));
+    let pairs: BTreeSet<(u32, u32)> = pairs.filter(|(lost, now)| lost != now).collect();
+    if pairs.is_empty() {
+        return Vec::new();
+    }
+    let opens = |set: &u32| {
+        pairs.iter().any(|(lost, now)| !is_within(&full_row(maps, *set, *now), &full_row(maps, *set, *lost)))
+    };
+    let opened: Vec<u32> = sets_in_use(&maps.pods).into_iter().filter(opens).collect();
+    for pod in maps.pods.values_mut().filter(|pod| pod.ifindex != 0) {
+        if opened.contains(&pod.ingress) || opened.contains(&pod.egress) {
+            *pod = PolicyPod { class: pod.class, ..PolicyPod::default() };
+        }
+    }
+    opened
 }
 
 type Rules = BTreeMap<RuleKey, PolicyRule>;

@@ -81,8 +81,8 @@ fn some_flows(random: &mut Random, from: &World, to: &World) -> Vec<Flow> {
 fn no_flow_is_judged_otherwise_than_before_or_after() {
     for seed in 0..250 {
         let mut random = Random::new(seed);
-        let from = random.world();
-        let to = if random.once_in(5) { random.world() } else { random.change(&from) };
+        let from = random.whole_world();
+        let to = if random.once_in(5) { random.whole_world() } else { random.change(&from) };
         let flows = some_flows(&mut random, &from, &to);
         if wrong(&from, &to, &flows, PLENTY).is_none() {
             continue;
@@ -99,7 +99,7 @@ fn no_flow_is_judged_otherwise_than_before_or_after() {
 fn little_room_opens_nothing() {
     for seed in 0..120 {
         let mut random = Random::new(seed);
-        let from = random.world();
+        let from = random.whole_world();
         let to = random.change(&from);
         let size = |world: &World| {
             let DesiredPolicies { pods, cidrs, rules, .. } = world.desired();
@@ -120,7 +120,7 @@ fn little_room_opens_nothing() {
 fn a_crash_after_any_write() {
     for seed in 0..60 {
         let mut random = Random::new(seed);
-        let worlds = [random.world(), random.world(), random.world()];
+        let worlds = [random.whole_world(), random.whole_world(), random.whole_world()];
         let (mut planner, mut memory) = applied(worlds[0].desired(), PLENTY);
         for world in &worlds[1..] {
             let writes = planner.plan(world.desired());
@@ -179,6 +179,7 @@ fn two_halves_of_two_states_do_not_make_a_way() {
             ]}})),
         ],
         interfaces: [("10.0.0.1".parse().unwrap(), 11), ("10.0.0.2".parse().unwrap(), 12)].into(),
+        ..World::default()
     };
     let (closed, open) = (world("x", json!([])), world("y", json!([{}])));
     for (from, to) in [(&closed, &open), (&open, &closed)] {
@@ -202,6 +203,7 @@ fn a_set_without_room_fails_closed() {
                               "spec": {"podSelector": {}, "ingress": [{"ports": ports}]}})),
             ],
             interfaces: [("10.0.0.1".parse().unwrap(), 11), ("10.0.0.2".parse().unwrap(), 12)].into(),
+            ..World::default()
         }
     };
     let room = PolicyCapacities { pods: 10, cidrs: 10, rules: 10 };
@@ -232,4 +234,55 @@ fn a_set_without_room_fails_closed() {
     let (_, memory) = applied(world(30).desired(), room);
     assert!(!judge(&memory, "10.0.0.1", 5), "closed: it was allowed nothing before");
     assert!(judge(&memory, "10.0.0.2", 80));
+}
+
+/// A range that a policy denies must not become one that nothing denies.
+#[test]
+fn what_denies_without_room_closes_its_pods() {
+    let world = |ranges: u8| {
+        let networks: Vec<_> = (0..ranges).map(|i| format!("192.0.2.{}/32", 2 * i)).collect();
+        let rule = |networks: &[String]| json!({"action": "Deny", "to": [{"networks": networks}]});
+        let rules: Vec<_> = networks.chunks(25).map(rule).collect();
+        World {
+            namespaces: vec![object(json!({"metadata": {"name": "a"}})), object(json!({"metadata": {"name": "b"}}))],
+            pods: vec![pod("a", "p", NODE, "10.0.0.1"), pod("b", "q", NODE, "10.0.0.2")],
+            policies: vec![object(
+                json!({"metadata": {"name": "few", "namespace": "b"}, "spec": {"podSelector": {}, "ingress": [{}]}}),
+            )],
+            cluster: vec![object(json!({"metadata": {"name": "no-world"}, "spec": {
+                "tier": "Admin", "subject": {"pods": {"namespaceSelector": {}, "podSelector": {
+                    "matchExpressions": [{"key": "free", "operator": "DoesNotExist"}]}}}, "egress": rules,
+            }}))],
+            interfaces: [("10.0.0.1".parse().unwrap(), 11), ("10.0.0.2".parse().unwrap(), 12)].into(),
+            ..World::default()
+        }
+    };
+    let room = PolicyCapacities { pods: 10, cidrs: 10, rules: 100 };
+    let free = |mut world: World| {
+        world.pods[1].metadata.labels = Some([("free".to_owned(), String::new())].into());
+        world
+    };
+    let flow = |client: &str, server: &str| Flow {
+        client: client.parse().unwrap(),
+        server: server.parse().unwrap(),
+        proto: 6,
+        port: 443,
+    };
+    let judge = |memory: &MemoryPolicyMaps, client: &str, server: &str| {
+        passes(&maps(memory.held()), &world(1).interfaces, &flow(client, server))
+    };
+    let (mut planner, mut memory) = applied(free(world(3)).desired(), room);
+    assert_eq!(planner.problems(), []);
+    assert!(!judge(&memory, "10.0.0.1", "192.0.2.4") && judge(&memory, "10.0.0.1", "192.0.2.5"));
+    memory.apply(&planner.plan(free(world(30)).desired())).unwrap();
+    for i in 0..30 {
+        assert!(!judge(&memory, "10.0.0.1", &format!("192.0.2.{}", 2 * i)), "{i}");
+    }
+    assert!(judge(&memory, "10.0.0.2", "192.0.2.4"), "a pod that the policy does not select");
+    let problems: Vec<String> = planner.problems().iter().map(ToString::to_string).collect();
+    let is_named =
+        |it: &&String| it.starts_with("ClusterNetworkPolicy no-world: ") && it.contains("its pods are closed");
+    assert_eq!(problems.iter().filter(is_named).count(), 1, "{problems:?}");
+    memory.apply(&planner.plan(free(world(3)).desired())).unwrap();
+    assert!(judge(&memory, "10.0.0.1", "192.0.2.5"), "open again");
 }

@@ -109,7 +109,7 @@ impl Converter {
     }
 
     /// A selector of the requirements that are understood, and whether these are all.
-    fn selector(
+    pub(super) fn selector(
         &mut self,
         given: &LabelSelector,
         at: &str,
@@ -136,6 +136,22 @@ impl Converter {
             }
         }
         (Selector::new(requirements), is_understood)
+    }
+
+    /// A selector that is understood as a whole; the error has the place of what is not, and what is wrong with it.
+    pub(super) fn whole_selector(&mut self, given: &LabelSelector) -> Result<Selector, (String, String)> {
+        let mut requirements = Vec::new();
+        for (key, value) in given.match_labels.iter().flatten() {
+            let wanted = Wanted::In([self.strings.intern(value)].into());
+            requirements.push(Requirement::new(self.strings.intern(key), wanted));
+        }
+        for (i, expression) in given.match_expressions.iter().flatten().enumerate() {
+            let requirement = self.requirement(expression).map_err(|(field, (cause, remedy))| {
+                (format!(".matchExpressions[{i}].{field}"), format!("{cause}; {remedy}"))
+            })?;
+            requirements.push(requirement);
+        }
+        Ok(Selector::new(requirements))
     }
 
     /// A requirement; the error has the field, what is wrong with it, and a remedy.
@@ -241,7 +257,8 @@ fn block(given: &IPBlock) -> Result<PolicyPeer, (String, String)> {
     Ok(PolicyPeer::Block { cidr, except: except.into() })
 }
 
-fn policy_range(text: &str) -> Result<IpNet, String> {
+/// A range of addresses; the error says what is wrong with it.
+pub(super) fn policy_range(text: &str) -> Result<IpNet, String> {
     let cidr = range(text).ok_or_else(|| {
         format!("{text:?} is not a range, the peer matches nothing; write it like 192.0.2.0/24 or 2001:db8::/32")
     })?;

@@ -27,6 +27,12 @@ impl Converter {
                 Err(wrong) => findings.add(format!("status.addresses[{i}]"), wrong),
             }
         }
+        // Names among them are none.
+        let others = given.iter().filter(|address| address.type_ != "InternalIP");
+        let mut other_addresses: Vec<IpAddr> = others.filter_map(|address| unicast(&address.address).ok()).collect();
+        other_addresses.retain(|ip| !addresses.contains(ip));
+        other_addresses.sort_unstable();
+        other_addresses.dedup();
         if addresses.is_empty() {
             let message =
                 "no InternalIP, so that its pods cannot be reached from other nodes; give the kubelet --node-ip";
@@ -43,6 +49,8 @@ impl Converter {
             name: object.name,
             created: created(&node.metadata),
             addresses: addresses.into(),
+            other_addresses: other_addresses.into(),
+            labels: node.metadata.labels.as_ref().map(|labels| self.labels(labels)).unwrap_or_default(),
             pod_cidrs,
             zone: self.strings.intern(zone),
             is_leaving: is_leaving(node),

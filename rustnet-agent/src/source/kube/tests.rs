@@ -345,3 +345,86 @@ async fn a_server_that_streams_no_more_is_asked_for_pages() {
     let all = ["n1", "n2", "n1"].map(|name| format!("Restart(Node) Node {name} Synced(Node)")).join(" ");
     assert!(is_listed && about_nodes.join(" ") == all, "{about_nodes:?}");
 }
+
+/// The custom resource of policies at a server: what each look at it meets, in turn; the last one repeats.
+async fn answer_with_policies(
+    request: Request<Body>,
+    (first, second): (&[u16], &[u16]),
+    asked: Arc<Mutex<[usize; 2]>>,
+) -> Response<Body> {
+    let query = request.uri().query().unwrap_or_default().to_owned();
+    let place = request
+        .uri()
+        .path()
+        .strip_prefix("/apis/policy.networking.k8s.io/")
+        .map(|rest| usize::from(rest.starts_with("v1alpha2/")));
+    let object = json!({"metadata": {"name": "p", "resourceVersion": "7"}, "spec": {"tier": "Admin", "subject": {"namespaces": {}}}});
+    let (code, body) = match (request.uri().path(), place) {
+        ("/version", _) => (200, serde_json::to_string(&version("1", "26")).expect("JSON")),
+        (_, Some(place)) => {
+            let codes = [first, second][place];
+            let number = {
+                let mut asked = asked.lock().expect("counts");
+                asked[place] += 1;
+                asked[place] - 1
+            };
+            match codes.get(number).or(codes.last()) {
+                // A watch ends when its kind does.
+                Some(200) if query.contains("watch=true") => (404, "404 page not found\n".to_owned()),
+                Some(200) => (200, json!({"metadata": {"resourceVersion": "7"}, "items": [object]}).to_string()),
+                Some(403) => {
+                    (403, json!({"kind": "Status", "status": "Failure", "message": "no", "code": 403}).to_string())
+                }
+                _ => (404, "404 page not found\n".to_owned()),
+            }
+        }
+        _ if query.contains("watch=true") => return std::future::pending().await,
+        _ => (200, json!({"metadata": {"resourceVersion": "7"}, "items": []}).to_string()),
+    };
+    Response::builder().status(code).body(Body::from(body.into_bytes())).expect("an answer")
+}
+
+/// The first events about ClusterNetworkPolicies.
+async fn about_cluster_policies(first: &'static [u16], second: &'static [u16], count: usize) -> Vec<String> {
+    let asked = Arc::new(Mutex::new([0; 2]));
+    let server = tower::service_fn(move |request| {
+        let answer = answer_with_policies(request, (first, second), Arc::clone(&asked));
+        async { Ok::<_, kube::Error>(answer.await) }
+    });
+    let connection = Connection::new(kube::Client::new(server, "default"), crate::api::answers::Answers::default());
+    let source = KubeSource::new(connection, Metrics::default(), NodeStatus::new("n1")).with_policies(true);
+    let (sender, mut events) = tokio::sync::mpsc::channel(256);
+    tokio::spawn(source.run(sender));
+    let mut about = Vec::new();
+    while about.len() < count {
+        match events.recv().await.expect("the source runs") {
+            Event::Restart(Kind::ClusterNetworkPolicy) => about.push("Restart".to_owned()),
+            Event::Synced(Kind::ClusterNetworkPolicy) => about.push("Synced".to_owned()),
+            Event::Apply(object) if object.kind() == Kind::ClusterNetworkPolicy => {
+                about.push(object.reference().to_string())
+            }
+            Event::Report { origin: Origin::Refusal(Kind::ClusterNetworkPolicy), problems } => {
+                about.push(format!("{} refused", problems.len()));
+            }
+            Event::Report { origin, problems } => assert!(problems.is_empty(), "{origin}: {problems:?}"),
+            _ => {}
+        }
+    }
+    about
+}
+
+/// Other kinds do not wait for it; it is taken up when it comes, and its objects go when it goes.
+#[tokio::test(start_paused = true)]
+async fn the_custom_resource_of_policies_comes_and_goes() {
+    let policy = "ClusterNetworkPolicy p";
+    assert_eq!(about_cluster_policies(&[404], &[404], 1).await, ["Synced"]);
+    // It comes with the third look, and its first watch meets its end. One look that does not find it counts for nothing.
+    let found = about_cluster_policies(&[404, 404, 200, 200, 404], &[404], 6).await;
+    assert_eq!(found, ["Synced", "Restart", policy, "Synced", "Restart", "Synced"]);
+    // A server that has the earlier version alone.
+    assert_eq!(about_cluster_policies(&[404], &[200], 3).await, ["Restart", policy, "Synced"]);
+    // A role of before does not name it: the other policies hold at least, and somebody hears of it.
+    assert_eq!(about_cluster_policies(&[403], &[403], 2).await, ["1 refused", "Synced"]);
+    let found = about_cluster_policies(&[403, 403, 403, 403, 200], &[403], 6).await;
+    assert_eq!(found, ["1 refused", "Synced", "0 refused", "Restart", policy, "Synced"]);
+}

@@ -1,6 +1,7 @@
 //! One manifest file to events, each with the line it stands on. YAML of several documents, lists, or JSON.
 
 use crate::source::convert::Converter;
+use crate::source::policy_api::{self, ClusterNetworkPolicy};
 use crate::source::{Event, ObjectRef};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -102,6 +103,12 @@ impl Source<'_> {
     }
 }
 
+/// True for the versions of ClusterNetworkPolicies that are read.
+fn is_policy_api(version: &str) -> bool {
+    let of_group = version.strip_prefix(policy_api::GROUP).and_then(|rest| rest.strip_prefix('/'));
+    of_group.is_some_and(|version| policy_api::VERSIONS.contains(&version))
+}
+
 fn object(
     version: &str,
     kind: &str,
@@ -118,6 +125,9 @@ fn object(
             converter.network_policy(&source.read::<NetworkPolicy>()?)
         }
         "ServiceCIDR" if version == "networking.k8s.io/v1" => converter.service_cidr(&source.read::<ServiceCIDR>()?),
+        "ClusterNetworkPolicy" if is_policy_api(version) => {
+            converter.cluster_network_policy(&source.read::<ClusterNetworkPolicy>()?)
+        }
         "EndpointSlice" if version == "discovery.k8s.io/v1" => converter.slice(&source.read::<EndpointSlice>()?),
         // Somebody else's kind of the same name, such as Knative's Service, is none of ours.
         "EndpointSlice" if version.starts_with("discovery.k8s.io/") || version.is_empty() => {
@@ -126,6 +136,10 @@ fn object(
         // Calico's NetworkPolicy is of crd.projectcalico.org or projectcalico.org.
         "ServiceCIDR" | "NetworkPolicy" if version.starts_with("networking.k8s.io/") || version.is_empty() => {
             return Err(wrong_version(line, version, kind, "networking.k8s.io/v1"));
+        }
+        // Antrea has one of its own.
+        "ClusterNetworkPolicy" if version.starts_with(policy_api::GROUP) || version.is_empty() => {
+            return Err(wrong_version(line, version, kind, "policy.networking.k8s.io/v1beta1"));
         }
         "Service" | "Node" | "Pod" | "Namespace" if version.is_empty() => {
             return Err(wrong_version(line, version, kind, "v1"));

@@ -56,6 +56,7 @@ fn pair(rule: &Value, labels: &Value, ports: &Value) -> (World, Flow) {
         pods: vec![pod("p0", NODE, "10.0.0.1"), pod("p1", "n2", "10.0.1.1")],
         policies: vec![from_value(policy).unwrap()],
         interfaces: [(ip("10.0.0.1"), 30)].into(),
+        ..World::default()
     };
     (world, Flow { client: ip("10.0.1.1"), server: ip("10.0.0.1"), proto: 6, port: 80 })
 }

@@ -1,6 +1,6 @@
 //! Random worlds, changes of them, and smaller ones that still fail.
 
-use super::{Flow, KubePolicy, NODE, World};
+use super::{Flow, KubeClusterPolicy, KubePolicy, NODE, World};
 use ipnet::IpNet;
 use rustnet_common::policy::OPEN;
 use serde_json::{Map, Value, json};
@@ -106,6 +106,23 @@ impl Random {
         world
     }
 
+    /// A world with policies of the cluster, too, in most cases.
+    pub fn whole_world(&mut self) -> World {
+        let mut world = self.world();
+        if self.once_in(4) {
+            return world;
+        }
+        for name in [NODE, "n2"] {
+            let node = self.node(name);
+            world.nodes.push(serde_json::from_value(node).unwrap());
+        }
+        for number in 0..=self.below(4) {
+            let policy = self.cluster_policy(number);
+            world.cluster.push(serde_json::from_value(policy).unwrap());
+        }
+        world
+    }
+
     /// The world after something has happened in it.
     pub fn change(&mut self, world: &World) -> World {
         let mut next = world.clone();
@@ -125,6 +142,7 @@ impl Random {
                         next.pods.push(serde_json::from_value(pod).unwrap());
                     }
                 }
+                3 | 4 if !world.nodes.is_empty() => self.change_cluster(&mut next),
                 _ => {
                     let number = self.below(5);
                     let name = format!("q{number}");
@@ -144,6 +162,91 @@ impl Random {
             }
         }
         next
+    }
+
+    fn change_cluster(&mut self, next: &mut World) {
+        if self.once_in(5) {
+            let place = self.below(next.nodes.len());
+            let node = self.node(&next.nodes[place].metadata.name.clone().unwrap());
+            next.nodes[place] = serde_json::from_value(node).unwrap();
+            return;
+        }
+        let number = self.below(5);
+        let name = format!("c{number}");
+        next.cluster.retain(|policy| policy.metadata.name.as_ref() != Some(&name));
+        if !self.once_in(4) {
+            let policy = self.cluster_policy(number);
+            next.cluster.push(serde_json::from_value(policy).unwrap());
+        }
+    }
+
+    /// Addresses of pods are in the ranges of nodes, but not always of their own.
+    fn node(&mut self, name: &str) -> Value {
+        let number = if name == NODE { 1 } else { 2 };
+        let mut addresses = vec![json!({"type": "InternalIP", "address": format!("192.0.2.{number}")})];
+        if self.once_in(2) {
+            let address = self.one(&["203.0.113.9", "2001:db8::1", "n1.example"]);
+            addresses.push(json!({"type": "ExternalIP", "address": address}));
+        }
+        let cidrs = if number == 1 { json!(["10.0.0.0/24", "fd00::/64"]) } else { json!(["10.0.1.0/24"]) };
+        json!({"metadata": {"name": name, "labels": self.labels()}, "spec": {"podCIDRs": cidrs},
+               "status": {"addresses": addresses}})
+    }
+
+    fn cluster_policy(&mut self, number: usize) -> Value {
+        let subject = if self.once_in(2) {
+            json!({"namespaces": self.selector()})
+        } else {
+            json!({"pods": {"namespaceSelector": self.selector(), "podSelector": self.selector()}})
+        };
+        json!({
+            "metadata": {"name": format!("c{number}")},
+            "spec": {
+                "tier": self.one(&["Admin", "Baseline"]),
+                "priority": self.below(3),
+                "subject": subject,
+                "ingress": self.some(3, |random| random.cluster_rule("from")),
+                "egress": self.some(3, |random| random.cluster_rule("to")),
+            },
+        })
+    }
+
+    fn cluster_rule(&mut self, side: &str) -> Value {
+        let mut peers = vec![self.cluster_peer(side)];
+        peers.extend(self.some(1, |random| random.cluster_peer(side)));
+        let is_of_pods = peers.iter().all(|peer| peer.get("networks").or(peer.get("nodes")).is_none());
+        let mut rule = json!({"action": self.one(&["Accept", "Deny", "Pass"]), side: peers});
+        if self.once_in(2) {
+            let mut protocols = vec![self.protocol(is_of_pods)];
+            protocols.extend(self.some(1, |random| random.protocol(is_of_pods)));
+            rule["protocols"] = protocols.into();
+        }
+        if self.once_in(3) {
+            rule["name"] = "r".into();
+        }
+        rule
+    }
+
+    fn cluster_peer(&mut self, side: &str) -> Value {
+        match self.below(if side == "to" { 5 } else { 3 }) {
+            0 => json!({"namespaces": self.selector()}),
+            1 | 2 => json!({"pods": {"namespaceSelector": self.selector(), "podSelector": self.selector()}}),
+            3 => json!({"nodes": self.selector()}),
+            _ => json!({"networks": [self.one(&RANGES), self.one(&RANGES)]}),
+        }
+    }
+
+    fn protocol(&mut self, has_names: bool) -> Value {
+        if has_names && self.once_in(3) {
+            return json!({"destinationNamedPort": self.one(&PORT_NAMES)});
+        }
+        let (a, b) = (self.one(&PORTS), self.one(&PORTS));
+        let ports = match self.below(3) {
+            0 => json!({}),
+            1 => json!({"destinationPort": {"number": a}}),
+            _ => json!({"destinationPort": {"range": {"start": a.min(b), "end": a.max(b)}}}),
+        };
+        json!({self.one(&["tcp", "udp", "sctp"]): ports})
     }
 
     fn labels(&mut self) -> Value {
@@ -340,6 +443,16 @@ impl World {
                 it.connect();
                 smaller.push(it);
             }
+            for i in 0..self.cluster.len() {
+                let mut it = self.clone();
+                it.cluster.remove(i);
+                smaller.push(it);
+                smaller.extend(smaller_cluster_policies(&self.cluster[i]).into_iter().map(|policy| {
+                    let mut it = self.clone();
+                    it.cluster[i] = policy;
+                    it
+                }));
+            }
             for i in 0..self.policies.len() {
                 let mut it = self.clone();
                 it.policies.remove(i);
@@ -363,6 +476,22 @@ fn smaller_policies(policy: &KubePolicy) -> Vec<KubePolicy> {
     let whole = serde_json::to_value(policy).unwrap();
     let mut lists = Vec::new();
     find_lists(&whole["spec"], "/spec", &mut lists);
+    let elements = lists.iter().flat_map(|(path, length)| (0..*length).map(move |i| (path, i)));
+    let without = elements.map(|(path, i)| {
+        let mut policy = whole.clone();
+        policy.pointer_mut(path).unwrap().as_array_mut().unwrap().remove(i);
+        serde_json::from_value(policy).unwrap()
+    });
+    without.collect()
+}
+
+/// A policy of the cluster without one of its rules, or of the elements of its selectors. What has to have an element keeps one.
+fn smaller_cluster_policies(policy: &KubeClusterPolicy) -> Vec<KubeClusterPolicy> {
+    let whole = serde_json::to_value(policy).unwrap();
+    let mut lists = Vec::new();
+    find_lists(&whole["spec"], "/spec", &mut lists);
+    let needs_one = |path: &str| ["from", "to", "networks", "protocols"].iter().any(|it| path.ends_with(it));
+    lists.retain(|(path, length)| *length > usize::from(needs_one(path)));
     let elements = lists.iter().flat_map(|(path, length)| (0..*length).map(move |i| (path, i)));
     let without = elements.map(|(path, i)| {
         let mut policy = whole.clone();

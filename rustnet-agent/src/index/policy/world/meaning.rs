@@ -1,8 +1,9 @@
 //! What objects mean: a plain reading of the API's rules for one flow, over all objects, each time from the beginning.
 
-use super::{Flow, NODE, World};
+use super::{Flow, KubeClusterPolicy, NODE, World};
+use crate::source::policy_api::{Peer, Protocol, Rule};
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::api::networking::v1::{NetworkPolicy, NetworkPolicyPeer, NetworkPolicyPort};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -14,7 +15,7 @@ type Labels = BTreeMap<String, String>;
 impl World {
     /// True if the flow may be opened.
     pub fn allows(&self, flow: &Flow) -> bool {
-        if self.policies.is_empty() {
+        if self.policies.is_empty() && self.cluster.is_empty() {
             return true;
         }
         let is_fine = |own: IpAddr, other: IpAddr, direction: &str| {
@@ -22,7 +23,7 @@ impl World {
                 return true;
             }
             match self.pod(own).filter(|pod| node(pod) == NODE) {
-                Some(pod) => self.allows_one(pod, other, direction, flow),
+                Some(pod) => self.allows_in_all_tiers(pod, other, direction, flow),
                 None => false,
             }
         };
@@ -41,7 +42,91 @@ impl World {
         self.pods.iter().find(has)
     }
 
-    fn allows_one(&self, pod: &Pod, other: IpAddr, direction: &str, flow: &Flow) -> bool {
+    /// "Policy tiers are evaluated in the following order: Admin tier, NetworkPolicy tier, Baseline tier."
+    fn allows_in_all_tiers(&self, pod: &Pod, other: IpAddr, direction: &str, flow: &Flow) -> bool {
+        let of_tier = |tier| self.decide_in_tier(tier, pod, other, direction, flow);
+        let of_namespace = || self.allows_in_namespace(pod, other, direction, flow);
+        of_tier("Admin").or_else(of_namespace).or_else(|| of_tier("Baseline")).unwrap_or(true)
+    }
+
+    /// What a tier of policies of the cluster decides; `None`: the next one does.
+    fn decide_in_tier(&self, tier: &str, pod: &Pod, other: IpAddr, direction: &str, flow: &Flow) -> Option<bool> {
+        let mut policies: Vec<&KubeClusterPolicy> = self.cluster.iter().filter(|it| it.spec.tier == tier).collect();
+        // "Policies with lower priority values have higher precedence." Of two alike the API leaves the choice; ours is by name.
+        policies.sort_by_key(|it| (it.spec.priority, it.metadata.name.clone()));
+        for policy in policies {
+            let subject = &policy.spec.subject;
+            let is_subject = match (&subject.namespaces, &subject.pods) {
+                (Some(namespaces), _) => self.is_in(namespaces, pod),
+                (None, Some(it)) => self.is_in(&it.namespace_selector, pod) && has_labels(&it.pod_selector, pod),
+                (None, None) => false,
+            };
+            let rules = if direction == "Ingress" { &policy.spec.ingress } else { &policy.spec.egress };
+            let found = rules.iter().filter(|_| is_subject).find(|rule| self.is_match(rule, other, flow));
+            match found.map(|rule| rule.action.as_str()) {
+                Some("Accept") => return Some(true),
+                Some("Deny") => return Some(false),
+                // "Skips all further ClusterNetworkPolicy rules in the current tier."
+                Some("Pass") => return None,
+                _ => {}
+            }
+        }
+        None
+    }
+
+    fn is_match(&self, rule: &Rule, other: IpAddr, flow: &Flow) -> bool {
+        let peers = rule.from.iter().chain(&rule.to).flatten();
+        // Of an address of pods without a known one, nobody knows that it is not the pod that a rule denies.
+        let is_unknown = self.pod(other).is_none() && self.nodes.iter().any(|node| has_range(node, other));
+        let may_be =
+            |peer: &Peer| is_unknown && rule.action == "Deny" && (peer.namespaces.is_some() || peer.pods.is_some());
+        let is_peer = |peer: &Peer| self.is_cluster_peer(peer, other) || may_be(peer);
+        let is_port = |it: &Protocol| self.is_protocol(it, flow, is_unknown && rule.action == "Deny");
+        peers.into_iter().any(is_peer) && rule.protocols.as_ref().is_none_or(|all| all.iter().any(is_port))
+    }
+
+    fn is_cluster_peer(&self, peer: &Peer, ip: IpAddr) -> bool {
+        let pod = self.pod(ip);
+        let is_node = |node: &Node| {
+            let status = node.status.as_ref().unwrap();
+            status.addresses.iter().flatten().any(|it| it.address.parse() == Ok(ip))
+        };
+        peer.namespaces.as_ref().is_some_and(|it| pod.is_some_and(|pod| self.is_in(it, pod)))
+            || peer.pods.as_ref().is_some_and(|it| {
+                pod.is_some_and(|pod| self.is_in(&it.namespace_selector, pod) && has_labels(&it.pod_selector, pod))
+            })
+            || peer.nodes.as_ref().is_some_and(|it| {
+                self.nodes.iter().any(|node| is_node(node) && selects(it, node.metadata.labels.as_ref()))
+            })
+            || peer.networks.iter().flatten().any(|text| text.parse::<IpNet>().unwrap().contains(&ip))
+    }
+
+    fn is_protocol(&self, given: &Protocol, flow: &Flow, is_unknown: bool) -> bool {
+        let kinds = [(&given.tcp, 6), (&given.udp, 17), (&given.sctp, 132)];
+        let is_number = kinds.iter().any(|(ports, proto)| {
+            let Some(ports) = ports.as_ref().filter(|_| flow.proto == *proto) else { return false };
+            let port = i32::from(flow.port);
+            ports.destination_port.as_ref().is_none_or(|it| {
+                it.number == Some(port) || it.range.as_ref().is_some_and(|it| (it.start..=it.end).contains(&port))
+            })
+        });
+        let has_ports = kinds.iter().any(|(_, proto)| flow.proto == *proto);
+        is_number
+            || given.destination_named_port.as_ref().is_some_and(|name| {
+                let server = self.pod(flow.server);
+                server.is_some_and(|pod| port_of(pod, name, flow.proto) == Some(i32::from(flow.port)))
+                    || (is_unknown && server.is_none() && has_ports)
+            })
+    }
+
+    fn is_in(&self, namespaces: &LabelSelector, pod: &Pod) -> bool {
+        let name = pod.metadata.namespace.as_ref();
+        let object = self.namespaces.iter().find(|it| it.metadata.name.as_ref() == name).unwrap();
+        selects(namespaces, object.metadata.labels.as_ref())
+    }
+
+    /// What NetworkPolicies decide; `None`: none selects the pod.
+    fn allows_in_namespace(&self, pod: &Pod, other: IpAddr, direction: &str, flow: &Flow) -> Option<bool> {
         let mut is_isolated = false;
         for policy in &self.policies {
             let spec = policy.spec.as_ref().unwrap();
@@ -66,11 +151,11 @@ impl World {
                     peers.is_none_or(|all| all.is_empty() || all.iter().any(|it| self.is_peer(policy, it, other)));
                 let port = ports.is_none_or(|all| all.is_empty() || all.iter().any(|it| self.is_port(it, flow)));
                 if peer && port {
-                    return true;
+                    return Some(true);
                 }
             }
         }
-        !is_isolated
+        is_isolated.then_some(false)
     }
 
     fn is_peer(&self, policy: &NetworkPolicy, peer: &NetworkPolicyPeer, ip: IpAddr) -> bool {
@@ -104,14 +189,31 @@ impl World {
             && match &given.port {
                 None => true,
                 Some(IntOrString::Int(first)) => (*first..=given.end_port.unwrap_or(*first)).contains(&port),
-                Some(IntOrString::String(name)) => self.pod(flow.server).is_some_and(|pod| {
-                    let containers = &pod.spec.as_ref().unwrap().containers;
-                    let mut ports = containers.iter().filter_map(|it| it.ports.as_ref()).flatten();
-                    let first = ports.find(|it| it.name.as_ref() == Some(name) && is_proto(it.protocol.as_ref()));
-                    first.is_some_and(|it| it.container_port == port)
-                }),
+                Some(IntOrString::String(name)) => {
+                    self.pod(flow.server).is_some_and(|pod| port_of(pod, name, flow.proto) == Some(port))
+                }
             }
     }
+}
+
+/// The number of a named port: that of the first container which has one for the protocol.
+fn port_of(pod: &Pod, name: &str, proto: u8) -> Option<i32> {
+    let containers = &pod.spec.as_ref().unwrap().containers;
+    let mut ports = containers.iter().filter_map(|it| it.ports.as_ref()).flatten();
+    let is_it = |it: &&k8s_openapi::api::core::v1::ContainerPort| {
+        let of = it.protocol.as_deref().unwrap_or("TCP");
+        it.name.as_deref() == Some(name) && [("TCP", 6), ("UDP", 17), ("SCTP", 132)].contains(&(of, proto))
+    };
+    ports.find(is_it).map(|it| it.container_port)
+}
+
+fn has_labels(selector: &LabelSelector, pod: &Pod) -> bool {
+    selects(selector, pod.metadata.labels.as_ref())
+}
+
+fn has_range(node: &Node, ip: IpAddr) -> bool {
+    let ranges = node.spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten());
+    ranges.into_iter().any(|text| text.parse::<IpNet>().unwrap().contains(&ip))
 }
 
 fn node(pod: &Pod) -> &str {

@@ -8,11 +8,12 @@ pub use make::Random;
 pub use oracle::{DIFFERENCES, Difference, Oracle};
 
 use crate::index::policy::{DesiredPolicies, LocalInterface, Policies, PortPrefix, RuleKey};
-use crate::model::{Namespace, NetworkPolicy, Pod};
+use crate::model::{ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, Pod};
 use crate::source::convert::Converter;
+use crate::source::policy_api::ClusterNetworkPolicy as KubeClusterPolicy;
 use crate::source::{Event, Object};
 use ipnet::{IpNet, Ipv6Net};
-use k8s_openapi::api::core::v1::{Namespace as KubeNamespace, Pod as KubePod};
+use k8s_openapi::api::core::v1::{Namespace as KubeNamespace, Node as KubeNode, Pod as KubePod};
 use k8s_openapi::api::networking::v1::NetworkPolicy as KubePolicy;
 use rustnet_common::policy::{ANY_CLASS, OPEN, PolicyRule};
 use std::collections::BTreeMap;
@@ -31,6 +32,10 @@ pub struct World {
     pub pods: Vec<KubePod>,
     /// Policies.
     pub policies: Vec<KubePolicy>,
+    /// Policies of the cluster.
+    pub cluster: Vec<KubeClusterPolicy>,
+    /// Nodes, where there are policies of the cluster.
+    pub nodes: Vec<KubeNode>,
     /// `rn_endpoints`.
     pub interfaces: BTreeMap<IpAddr, u32>,
 }
@@ -70,6 +75,21 @@ impl World {
         (namespaces, pods, policies)
     }
 
+    /// The nodes, and the policies of the cluster.
+    fn cluster_objects(&self) -> (Vec<Arc<Node>>, Vec<Arc<ClusterNetworkPolicy>>) {
+        let mut converter = Converter::new();
+        let nodes = self.nodes.iter().map(|it| match converter.node(it) {
+            Ok(Event::Apply(Object::Node(node))) => node,
+            other => panic!("{other:?}"),
+        });
+        let nodes = nodes.collect();
+        let policies = self.cluster.iter().map(|it| match converter.cluster_network_policy(it) {
+            Ok(Event::Apply(Object::ClusterNetworkPolicy(policy))) => policy,
+            other => panic!("{other:?}"),
+        });
+        (nodes, policies.collect())
+    }
+
     /// What it leads to from the beginning.
     pub fn desired(&self) -> DesiredPolicies {
         let mut it = Policies::new(NODE.into());
@@ -104,6 +124,14 @@ impl World {
         for namespace in &namespaces {
             it.apply_namespace(namespace);
         }
+        let (nodes, cluster) = self.cluster_objects();
+        for gone in it.cluster_policy_names().cloned().collect::<Vec<_>>() {
+            if cluster.iter().all(|policy| policy.name != gone) {
+                it.delete_cluster_policy(&gone);
+            }
+        }
+        cluster.iter().for_each(|policy| it.apply_cluster_policy(policy));
+        nodes.iter().for_each(|node| it.apply_node(node));
         let interface = |ifindex: &u32| LocalInterface { ifindex: *ifindex, ..LocalInterface::default() };
         it.set_interfaces(self.interfaces.iter().map(|(ip, ifindex)| (*ip, interface(ifindex))).collect());
     }
@@ -121,8 +149,8 @@ pub fn passes(maps: &DesiredPolicies, interfaces: &BTreeMap<IpAddr, u32>, flow: 
         let Some(pod) = maps.pods.get(&own).filter(|pod| pod.ifindex == *ifindex) else { return false };
         let set = if is_client { pod.egress } else { pod.ingress };
         let look_up = |class| look_up(&maps.rules, set, class, proto, port);
-        let hit = [look_up(class_of(other)), look_up(ANY_CLASS)].into_iter().flatten().min_by_key(|rule| rule.order);
-        set == OPEN || hit.is_some_and(|rule| rule.order % 2 == 1)
+        let hit = look_up(class_of(other)).or_else(|| look_up(ANY_CLASS));
+        set == OPEN || hit.is_some_and(|rule| rule.flags % 2 == 1)
     };
     decides(client, server, true) && decides(server, client, false)
 }

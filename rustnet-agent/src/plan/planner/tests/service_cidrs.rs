@@ -68,7 +68,7 @@ fn a_range_stays_until_a_later_agent_knows_better() {
                 Kind::Service => web(&["10.244.1.2"]).into_iter().take(1).collect(),
                 Kind::Slice => web(&["10.244.1.2"]).into_iter().skip(1).collect(),
                 Kind::ServiceCidr => vec![kubernetes()],
-                Kind::Node | Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => vec![],
+                _ => vec![],
             };
             let plan = rig.handle(objects).handle([Event::Synced(kind)]).sync();
             assert_eq!(plan.writes, [], "{kind} before {last}");

@@ -20,6 +20,7 @@ fn peer(peer: &PolicyPeer) -> String {
             let except: Vec<String> = except.iter().map(ToString::to_string).collect();
             format!("{cidr}-[{}]", except.join(","))
         }
+        PolicyPeer::Nodes(selector) => format!("nodes[{selector}]"),
     }
 }
 
