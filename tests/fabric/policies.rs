@@ -129,6 +129,7 @@ fn run(net: &Net) -> Result<()> {
     manifests.remove("out-of-c.yaml")?;
     wait_rows("c may open all again", &[row(c, b, true, false)])?;
 
+    of_the_cluster(net, manifests)?;
     a_pod_that_comes(net, manifests)?;
     without_an_agent(net)?;
 
@@ -168,6 +169,33 @@ fn monitored(from: &Pod, to: &Pod) -> Result<()> {
         ensure!(shown.lines().any(is_it), "no such drop: {shown}");
         Ok(())
     })
+}
+
+/// Policies of the cluster before and behind those of the namespace: b is isolated and open to c over TCP.
+fn of_the_cluster(net: &Net, manifests: &Manifests) -> Result<()> {
+    let (a, b, c) = (&net.a, &net.b, &net.c);
+    let put = |name: &str, tier: &str, action: &str, from: &str, to: &str| {
+        let yaml = format!(
+            "apiVersion: policy.networking.k8s.io/v1beta1\nkind: ClusterNetworkPolicy\nmetadata: {{name: {name}}}\nspec:\n  tier: {tier}\n  \
+             priority: 5\n  subject: {{pods: {{namespaceSelector: {{matchLabels: {{kind: test}}}}, podSelector: {{matchLabels: {{app: {to}}}}}}}}}\n  \
+             ingress:\n  - action: {action}\n    from: [{{pods: {{namespaceSelector: {{}}, podSelector: {{matchLabels: {{app: {from}}}}}}}}}]\n"
+        );
+        manifests.write(&format!("{name}.yaml"), &yaml)
+    };
+    put("no-c", "Admin", "Deny", "c", "b")?;
+    wait_rows("no-c denies what from-c allows", &[row(c, b, false, false), row(a, b, false, false)])?;
+    explained(b, &[(c, b, false)], "ClusterNetworkPolicy/no-c")?;
+    put("let-c", "Admin", "Pass", "c", "b")?;
+    wait_rows("let-c comes before no-c by its name", &[row(c, b, true, false), row(a, b, false, false)])?;
+    put("let-c", "Admin", "Accept", "c", "b")?;
+    wait_rows("let-c accepts all of c", &[row(c, b, true, true), row(a, b, false, false)])?;
+    put("no-c", "Baseline", "Deny", "c", "a")?;
+    wait_rows("nothing else selects a", &[row(c, a, false, false), row(b, a, true, true), row(c, b, true, true)])?;
+    let out_of_c = format!("ingress: [{{from: {}}}]", pods_of("c"));
+    put_policy(manifests, "to-a", "a", &out_of_c)?;
+    wait_rows("a policy of the namespace overrides the baseline", &[row(c, a, true, true), row(b, a, false, false)])?;
+    ["no-c", "let-c", "to-a"].into_iter().try_for_each(|name| manifests.remove(&format!("{name}.yaml")))?;
+    wait_rows("policies of the cluster have gone", &[row(c, b, true, false), row(b, a, true, true)])
 }
 
 /// The next segment is dropped once the policy has gone, and passes once it is back.

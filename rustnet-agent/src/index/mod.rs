@@ -185,18 +185,18 @@ impl Index {
 
     /// True once all that this gate waits for has been delivered in full, at least once.
     pub fn is_open(&self, gate: Gate) -> bool {
+        // As long as nothing is wrong with their watch.
+        let has_nodes = self.has_synced(Kind::Node) || self.reports.contains_key(&Origin::Watch(Kind::Node));
         match gate {
             // This node's zone narrows the choice of endpoints. Without it services work, and a little later it comes.
-            // So its Node is waited for as long as nothing is wrong with their watch.
             Gate::Services => {
-                let has_nodes = self.has_synced(Kind::Node) || self.reports.contains_key(&Origin::Watch(Kind::Node));
                 self.has_synced(Kind::Service) && self.has_synced(Kind::Slice) && has_nodes
             }
             // Without the host's devices no node has a way, and what the maps hold is better.
             Gate::Peers => self.has_synced(Kind::Node) && self.is_host_known,
             Gate::Policies => {
-                let optional = [Kind::ClusterNetworkPolicy, Kind::Node];
-                Kind::OF_POLICIES.into_iter().chain(optional).all(|kind| self.has_synced(kind))
+                let of_cluster = [Kind::ClusterNetworkPolicy];
+                has_nodes && Kind::OF_POLICIES.into_iter().chain(of_cluster).all(|kind| self.has_synced(kind))
             }
         }
     }

@@ -49,7 +49,7 @@ pub struct Cluster<'a> {
     /// Backend: the first pod. Nobody asks it while it has one: a UDP flow to a backend that is gone goes on when nothing else
     /// serves, and some later request could have that flow's port.
     pub unasked: Service,
-    api: Option<&'a ApiServer>,
+    pub api: Option<&'a ApiServer>,
     _servers: Vec<Server>,
 }
 

@@ -6,6 +6,7 @@ mod addresses;
 mod cluster;
 mod examples;
 mod external;
+mod policies;
 mod rows;
 mod signals;
 mod table;
@@ -99,6 +100,7 @@ fn run(args: &Args) -> Result<bool> {
     let held = rows::all(&cluster, requests, &mut table)
         .and_then(|()| external::rows(&cluster, requests, &mut table))
         .and_then(|()| examples::rows(&cluster, requests, &mut table))
+        .and_then(|()| policies::rows(&cluster, &mut table))
         .and_then(|()| traffic::all(&mut cluster, requests, &mut table))
         .and_then(|()| rows::refusals(&cluster, requests, &mut table));
     if let Err(e) = &held {
