@@ -191,7 +191,7 @@ pub fn kubelet(cluster: &Cluster, node: &Node) -> Result<Component> {
         format!("--node-ip={}", cluster.settings.joined(node.address())),
         "--root-dir=/var/lib/kubelet".into(),
         // Never taken off: it stands for a label that an administrator would set.
-        format!("--node-labels=topology.kubernetes.io/zone=zone-{}", node.name),
+        format!("--node-labels=topology.kubernetes.io/zone={}", cluster.settings.zone(node.number)),
         "--v=2".into(),
     ];
     let ready = curl("http://127.0.0.1:10248/healthz");

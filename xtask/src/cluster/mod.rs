@@ -48,7 +48,7 @@ use crate::cmd::need_root;
 use crate::test::exit_code;
 pub use layout::Cluster;
 pub use process::tail;
-pub use settings::{Network, Routing, SERVICES, Settings};
+pub use settings::{Family, Network, Routing, SERVICES, Settings};
 
 use layout::Node;
 

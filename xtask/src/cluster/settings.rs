@@ -1,5 +1,6 @@
 //! What kind of cluster is asked for, and the addresses that follow from it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -71,6 +72,10 @@ pub struct Settings {
     /// How many nodes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=9))]
     pub nodes: u8,
+    /// Into how many zones the nodes go, in turn; each is a zone of its own when absent
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=9))]
+    #[serde(default)]
+    pub zones: Option<u8>,
     /// The version of Kubernetes
     #[arg(long, value_enum, default_value_t)]
     pub version: Kubernetes,
@@ -94,7 +99,8 @@ pub struct Settings {
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { nodes, version, ip_family, routing, network, image, install } = self;
+        let Self { nodes, zones, version, ip_family, routing, network, image, install } = self;
+        let zones = zones.map(|zones| format!(" in {zones} zones")).unwrap_or_default();
         let family = format!("{ip_family:?}").to_lowercase();
         let kind = match network {
             Network::Rustnet => {
@@ -105,7 +111,7 @@ impl fmt::Display for Settings {
             Network::Reference => "the reference network".to_owned(),
             Network::None => "no network".to_owned(),
         };
-        write!(f, "Kubernetes {}, {nodes} nodes, {family}, {kind}", version.word())
+        write!(f, "Kubernetes {}, {nodes} nodes{zones}, {family}, {kind}", version.word())
     }
 }
 
@@ -157,6 +163,23 @@ impl Settings {
             Family::Ipv6 => format!("https://[{}]:6443", address.v6),
             Family::Dual | Family::Ipv4 => format!("https://{}:6443", address.v4),
         }
+    }
+
+    /// The zone of the node with this number, from 1 on.
+    pub fn zone(&self, number: u8) -> String {
+        match self.zones {
+            Some(zones) => format!("zone-{}", (number - 1) % zones + 1),
+            None => format!("zone-n{number}"),
+        }
+    }
+
+    /// How many zones have at least this many nodes.
+    pub fn zones_with(&self, nodes: usize) -> usize {
+        let mut zones: BTreeMap<String, usize> = BTreeMap::new();
+        for number in 1..=self.nodes {
+            *zones.entry(self.zone(number)).or_default() += 1;
+        }
+        zones.into_values().filter(|count| *count >= nodes).count()
     }
 
     /// A pair joined as Kubernetes' flags want it.

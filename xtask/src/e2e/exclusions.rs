@@ -1,6 +1,6 @@
 //! Which upstream tests are not run, and why: each with a reason that the table of results repeats.
 
-use crate::cluster::Network;
+use crate::cluster::{Family, Network, Settings};
 
 /// Tests whose name holds the text.
 pub struct Exclusion {
@@ -8,29 +8,33 @@ pub struct Exclusion {
     pub part: &'static str,
     /// Why they are not run, as a reader of the table wants to know it.
     pub reason: &'static str,
-    /// Whether only for this network: the other one can do it.
-    network: Option<Network>,
+    /// The clusters that cannot run them.
+    where_not: fn(&Settings) -> bool,
 }
 
 const fn here(part: &'static str, reason: &'static str) -> Exclusion {
-    Exclusion { part, reason, network: None }
+    Exclusion { part, reason, where_not: |_| true }
 }
 
 const fn rustnet(part: &'static str, reason: &'static str) -> Exclusion {
-    Exclusion { part, reason, network: Some(Network::Rustnet) }
+    Exclusion { part, reason, where_not: |it| matches!(it.network, Network::Rustnet) }
 }
 
 const fn reference(part: &'static str, reason: &'static str) -> Exclusion {
-    Exclusion { part, reason, network: Some(Network::Reference) }
+    Exclusion { part, reason, where_not: |it| matches!(it.network, Network::Reference) }
+}
+
+/// Tests with traffic between zones of several nodes.
+const fn large(part: &'static str) -> Exclusion {
+    Exclusion { part, reason: "wants three zones of two nodes each", where_not: |it| it.zones_with(2) < 3 }
 }
 
 const INTERNET: &str = "the cluster has no way to the Internet";
 const KUBE_PROXY: &str = "about kube-proxy itself";
-const MORE_NODES: &str = "wants more nodes in more zones";
 const DISRUPTIVE: &str = "breaks components by ssh";
 
 /// All of them; the first that matches gives the reason.
-static ALL: [Exclusion; 18] = [
+static ALL: [Exclusion; 19] = [
     // What this cluster, machine or kernel cannot do, whatever the network.
     here("[Feature:SCTPConnectivity]", "SCTP sockets, which not every kernel has"),
     here("[Feature:Networking-IPv4]", INTERNET),
@@ -41,8 +45,13 @@ static ALL: [Exclusion; 18] = [
     here("[Disruptive]", DISRUPTIVE),
     here("[Provider:GCE]", "asks for Google's cloud"),
     here("[Feature:OffByDefault]", "an alpha feature that is off"),
-    here("on multiple nodes when using", MORE_NODES),
-    here("on the same node or fall back to same zone", MORE_NODES),
+    large("on multiple nodes when using"),
+    large("on the same node or fall back to same zone"),
+    Exclusion {
+        part: "[Feature:IPv6DualStack]",
+        reason: "wants both families",
+        where_not: |it| !matches!(it.ip_family, Family::Dual),
+    },
     here("Forward PTR lookup", "looks up names of the Internet"),
     here("[Feature:KubeProxyNFAcct]", KUBE_PROXY),
     here("kube-proxy migration", KUBE_PROXY),
@@ -53,7 +62,28 @@ static ALL: [Exclusion; 18] = [
     rustnet("KubeProxy should set TCP CLOSE_WAIT", KUBE_PROXY),
 ];
 
-/// Those that concern a network.
-pub fn of(network: Network) -> impl Iterator<Item = &'static Exclusion> {
-    ALL.iter().filter(move |it| it.network.is_none_or(|only| only == network))
+/// Those that concern a cluster.
+pub fn of(settings: &Settings) -> impl Iterator<Item = &'static Exclusion> {
+    ALL.iter().filter(|it| (it.where_not)(settings))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_larger_cluster_can_do_is_run_there() {
+        let reason = |options: &[&str], name: &str| {
+            let settings = crate::cluster::settings(options).unwrap();
+            of(&settings).find(|it| name.contains(it.part)).map(|it| it.reason)
+        };
+        let (zones, dual) = ("pods on multiple nodes when using PreferClose", "[Feature:IPv6DualStack] x");
+        let large = Some("wants three zones of two nodes each");
+        assert_eq!(reason(&[], zones), large);
+        assert_eq!(reason(&["--nodes", "6"], zones), large);
+        assert_eq!(reason(&["--nodes", "5", "--zones", "3"], zones), large);
+        assert_eq!(reason(&["--nodes", "6", "--zones", "3"], zones), None);
+        assert_eq!(reason(&[], dual), None);
+        assert_eq!(reason(&["--ip-family", "ipv6"], dual), Some("wants both families"));
+    }
 }

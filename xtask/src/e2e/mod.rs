@@ -83,9 +83,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 #[expect(clippy::print_stdout, reason = "the table is the command's result")]
 fn tests(args: &Args, cluster: &Cluster, dir: &std::path::Path) -> Result<ExitCode> {
-    let network = cluster.settings.network;
     cluster::start_balancer(cluster)?;
-    let skips: Vec<String> = args.skip.iter().cloned().chain(excluded(args, network)).collect();
+    let skips: Vec<String> = args.skip.iter().cloned().chain(excluded(args, &cluster.settings)).collect();
     suite::run(cluster, &args.focus, &skips.join("|"), args.procs, dir)?;
     let run = Run::read(dir, cluster, &args.focus, args.skip.as_deref())?;
     run.keep(dir)?;
@@ -99,9 +98,9 @@ fn tests(args: &Args, cluster: &Cluster, dir: &std::path::Path) -> Result<ExitCo
 }
 
 /// As regular expressions.
-fn excluded(args: &Args, network: cluster::Network) -> Vec<String> {
+fn excluded(args: &Args, settings: &Settings) -> Vec<String> {
     if args.all {
         return Vec::new();
     }
-    exclusions::of(network).map(|it| regex::escape(it.part)).collect()
+    exclusions::of(settings).map(|it| regex::escape(it.part)).collect()
 }

@@ -69,7 +69,7 @@ impl Run {
         let focus = Regex::new(focus).context("--focus")?;
         let skip = skip.map(Regex::new).transpose().context("--skip")?;
         let exclusion = |name: &str| {
-            let known = exclusions::of(cluster.settings.network).find(|it| name.contains(it.part));
+            let known = exclusions::of(&cluster.settings).find(|it| name.contains(it.part));
             known.map(|it| it.reason).or_else(|| skip.as_ref().is_some_and(|re| re.is_match(name)).then_some("--skip"))
         };
         let specs =
