@@ -8,12 +8,19 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use super::report::{Outcome, Run, Test};
-use crate::cluster::Network;
+use crate::cluster::{Family, Network, Settings};
 use crate::{paths, ui};
 
 /// Writes the page from kept runs.
 pub fn write(dirs: &[PathBuf]) -> Result<()> {
-    let runs: Vec<Run> = dirs.iter().map(|dir| Run::load(dir)).collect::<Result<_>>()?;
+    let mut runs: Vec<Run> = Vec::new();
+    for dir in dirs {
+        let part = Run::load(dir)?;
+        match runs.iter_mut().find(|run| part.is_part_of(run)) {
+            Some(run) => run.add(part),
+            None => runs.push(part),
+        }
+    }
     let file = paths::root().join("docs/conformance.md");
     fs::write(&file, page(&runs)).with_context(|| format!("writing {}", file.display()))?;
     ui::step(&format!("{} holds {} runs", file.display(), runs.len()));
@@ -32,9 +39,8 @@ fn page(runs: &[Run]) -> String {
         let [passed, failed, skipped, excluded] = counts;
         let _ = writeln!(
             text,
-            "| {}, {} nodes | {} | {} | {} | {} | {passed} | {failed} | {skipped} | {excluded} |",
+            "| {} | {} | {} | {} | {} | {passed} | {failed} | {skipped} | {excluded} |",
             title(run),
-            run.settings.nodes,
             run.kubernetes,
             run.commit,
             run.kernel,
@@ -94,11 +100,19 @@ fn failures(text: &mut String, runs: &[Run]) {
 }
 
 fn title(run: &Run) -> String {
-    match (run.settings.network, run.settings.routing) {
-        (Network::Rustnet, routing) => format!("rustnet, {}", routing.word()),
-        (Network::Reference, _) => "reference".into(),
-        (Network::None, _) => "no network".into(),
-    }
+    let Settings { nodes, zones, ip_family, routing, network, .. } = run.settings;
+    let network = match network {
+        Network::Rustnet => format!("rustnet, {}", routing.word()),
+        Network::Reference => "reference".into(),
+        Network::None => "no network".into(),
+    };
+    let family = match ip_family {
+        Family::Dual => "",
+        Family::Ipv4 => ", IPv4 alone",
+        Family::Ipv6 => ", IPv6 alone",
+    };
+    let zones = zones.map(|zones| format!(" in {zones} zones")).unwrap_or_default();
+    format!("{network}{family}, {nodes} nodes{zones}")
 }
 
 fn find<'a>(run: &'a Run, name: &str) -> Option<&'a Test> {

@@ -48,7 +48,7 @@ pub struct Args {
     /// How many tests at a time
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=16))]
     procs: u8,
-    /// Run nothing: write docs/conformance.md from the reports in these directories
+    /// Run nothing: write docs/conformance.md from the reports in these directories; several of one cluster and one commit are one run
     #[arg(long, value_name = "DIR", num_args = 1.., conflicts_with_all = ["focus", "skip", "report"])]
     record: Vec<PathBuf>,
 }

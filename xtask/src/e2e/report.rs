@@ -107,6 +107,25 @@ impl Run {
         serde_json::from_str(&text).with_context(|| format!("reading {}", file.display()))
     }
 
+    /// Whether both are parts of one run: the same programs on clusters of one kind.
+    pub fn is_part_of(&self, other: &Self) -> bool {
+        let what = |it: &Self| (it.settings.clone(), it.kubernetes.clone(), it.commit.clone(), it.kernel.clone());
+        what(self) == what(other)
+    }
+
+    /// Adds a later part. Of a test in both, the last result counts; one that was left out there has no result.
+    pub fn add(&mut self, later: Self) {
+        self.date = later.date;
+        for test in later.tests {
+            match self.tests.iter_mut().find(|it| it.name == test.name) {
+                Some(known) if test.outcome == Outcome::Excluded && known.outcome != Outcome::Excluded => {}
+                Some(known) => *known = test,
+                None => self.tests.push(test),
+            }
+        }
+        self.tests.sort_by(|a, b| a.name.cmp(&b.name));
+    }
+
     /// How many ended so.
     pub fn count(&self, outcome: Outcome) -> usize {
         self.tests.iter().filter(|test| test.outcome == outcome).count()
@@ -200,5 +219,31 @@ mod tests {
         assert_eq!(of(&spec("NodePort", "skipped", "")), Some((Outcome::Excluded, "not served".into())));
         assert!(test(&spec("a", "new", ""), &focus, &exclusion).is_err());
         assert_eq!(name(&spec("a", "passed", "")), "[sig-network] X a");
+    }
+
+    #[test]
+    fn parts_of_one_run_are_put_together() {
+        let part = |commit: &str, tests: &[(&str, Outcome)]| Run {
+            settings: crate::cluster::settings(&[]).unwrap(),
+            kubernetes: "v1".into(),
+            commit: commit.into(),
+            kernel: "6.1".into(),
+            date: "2026-01-01".into(),
+            tests: tests
+                .iter()
+                .map(|(name, outcome)| Test {
+                    name: (*name).into(),
+                    outcome: *outcome,
+                    reason: String::new(),
+                    time: 0.0,
+                })
+                .collect(),
+        };
+        let mut all = part("a", &[("b", Outcome::Passed), ("c", Outcome::Failed)]);
+        let later = part("a", &[("a", Outcome::Passed), ("b", Outcome::Excluded), ("c", Outcome::Passed)]);
+        assert!(later.is_part_of(&all) && !part("b", &[]).is_part_of(&all));
+        all.add(later);
+        let outcomes: Vec<_> = all.tests.iter().map(|it| (it.name.as_str(), it.outcome)).collect();
+        assert_eq!(outcomes, [("a", Outcome::Passed), ("b", Outcome::Passed), ("c", Outcome::Passed)]);
     }
 }
