@@ -34,7 +34,7 @@ const KUBE_PROXY: &str = "about kube-proxy itself";
 const DISRUPTIVE: &str = "breaks components by ssh";
 
 /// All of them; the first that matches gives the reason.
-static ALL: [Exclusion; 19] = [
+static ALL: [Exclusion; 20] = [
     // What this cluster, machine or kernel cannot do, whatever the network.
     here("[Feature:SCTPConnectivity]", "SCTP sockets, which not every kernel has"),
     here("[Feature:Networking-IPv4]", INTERNET),
@@ -51,6 +51,11 @@ static ALL: [Exclusion; 19] = [
         part: "[Feature:IPv6DualStack]",
         reason: "wants both families",
         where_not: |it| !matches!(it.ip_family, Family::Dual),
+    },
+    Exclusion {
+        part: "should only allow access from service loadbalancer source ranges",
+        reason: "gives wget an IPv6 address without brackets",
+        where_not: |it| matches!(it.ip_family, Family::Ipv6),
     },
     here("Forward PTR lookup", "looks up names of the Internet"),
     here("[Feature:KubeProxyNFAcct]", KUBE_PROXY),
@@ -85,5 +90,6 @@ mod tests {
         assert_eq!(reason(&["--nodes", "6", "--zones", "3"], zones), None);
         assert_eq!(reason(&[], dual), None);
         assert_eq!(reason(&["--ip-family", "ipv6"], dual), Some("wants both families"));
+        assert_eq!(reason(&["--ip-family", "ipv4"], dual), Some("wants both families"));
     }
 }
