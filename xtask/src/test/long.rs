@@ -38,7 +38,7 @@ const KUBERNETES: &str = "kubernetes";
 const VERSIONS: &str = "versions";
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 16] = [
+const CAMPAIGNS: [Campaign; 18] = [
     Campaign {
         name: VERSIONS,
         work: Work::Tests { program: "fabric", filter: "upgrades_from_v1_and_back_lose_nothing", env: &[] },
@@ -112,10 +112,28 @@ const CAMPAIGNS: [Campaign; 16] = [
     Campaign { name: "cluster-v1-native", work: Work::ClusterV1("native") },
     Campaign { name: "ingress", work: Work::Trials(&["ingress"]) },
     Campaign { name: "kernels", work: Work::Command(&["kernels"]) },
+    Campaign {
+        name: "e2e-zones",
+        work: Work::Command(&[
+            "e2e",
+            "--nodes",
+            "6",
+            "--zones",
+            "3",
+            "--focus",
+            "Traffic Distribution|Topology Hints|NodePort and HealthCheckNodePort",
+            "--report",
+            "target/e2e/zones",
+        ]),
+    },
     Campaign { name: "e2e-vxlan", work: Work::Command(&["e2e", "--routing", "vxlan", "--report", "target/e2e/vxlan"]) },
     Campaign {
         name: "e2e-native",
         work: Work::Command(&["e2e", "--routing", "native", "--report", "target/e2e/native"]),
+    },
+    Campaign {
+        name: "e2e-ipv6",
+        work: Work::Command(&["e2e", "--ip-family", "ipv6", "--routing", "native", "--report", "target/e2e/ipv6"]),
     },
 ];
 
