@@ -24,6 +24,11 @@ const fn reference(part: &'static str, reason: &'static str) -> Exclusion {
     Exclusion { part, reason, where_not: |it| matches!(it.network, Network::Reference) }
 }
 
+/// Tests that misread addresses where IPv6 comes first.
+const fn ipv6(part: &'static str, reason: &'static str) -> Exclusion {
+    Exclusion { part, reason, where_not: |it| matches!(it.ip_family, Family::Ipv6) }
+}
+
 /// Tests with traffic between zones of several nodes.
 const fn large(part: &'static str) -> Exclusion {
     Exclusion { part, reason: "wants three zones of two nodes each", where_not: |it| it.zones_with(2) < 3 }
@@ -34,7 +39,7 @@ const KUBE_PROXY: &str = "about kube-proxy itself";
 const DISRUPTIVE: &str = "breaks components by ssh";
 
 /// All of them; the first that matches gives the reason.
-static ALL: [Exclusion; 20] = [
+static ALL: [Exclusion; 21] = [
     // What this cluster, machine or kernel cannot do, whatever the network.
     here("[Feature:SCTPConnectivity]", "SCTP sockets, which not every kernel has"),
     here("[Feature:Networking-IPv4]", INTERNET),
@@ -52,11 +57,11 @@ static ALL: [Exclusion; 20] = [
         reason: "wants both families",
         where_not: |it| !matches!(it.ip_family, Family::Dual),
     },
-    Exclusion {
-        part: "should only allow access from service loadbalancer source ranges",
-        reason: "gives wget an IPv6 address without brackets",
-        where_not: |it| matches!(it.ip_family, Family::Ipv6),
-    },
+    ipv6(
+        "should only allow access from service loadbalancer source ranges",
+        "gives wget an IPv6 address without brackets",
+    ),
+    ipv6("[Slow] should work from pods", "takes the part of an IPv6 address before its first colon for the client's"),
     here("Forward PTR lookup", "looks up names of the Internet"),
     here("[Feature:KubeProxyNFAcct]", KUBE_PROXY),
     here("kube-proxy migration", KUBE_PROXY),
