@@ -32,6 +32,12 @@ const PROXY: u16 = 10256;
 /// Addresses that clients have of load balancers: none of the nodes' segment, as of clients far away.
 const CLIENTS: [&str; 2] = ["198.51.100.1", "2001:db8:100::1"];
 
+/// What addresses are given from. Without a route of its own, an address is silent: a client that heard "unreachable" from its own
+/// stack would hear what no client far away does.
+const RANGES: [&str; 2] = ["203.0.113.0/24", "2001:db8:113::/64"];
+/// A packet that leaves by it comes back to a host that does not forward, and is dropped.
+const NOWHERE: [&str; 2] = ["dev", "lo"];
+
 /// Starts the provider unless it runs.
 pub fn start(cluster: &Cluster) -> Result<()> {
     let processes = Processes::of(cluster);
@@ -60,6 +66,9 @@ pub fn run(cluster: &Cluster) -> Result<()> {
     }
     for client in CLIENTS {
         wires::ip(&["addr", "replace", client, "dev", "lo"])?;
+    }
+    for (range, client) in RANGES.iter().zip(CLIENTS) {
+        wires::ip(&[&["route", "replace", range], &NOWHERE[..], &["src", client]].concat())?;
     }
     let (events, received) = mpsc::channel();
     let argv = [cluster.program("kubectl")?, format!("--kubeconfig={}", cluster.kubeconfig("inside"))];
@@ -251,18 +260,22 @@ impl Balancer {
 }
 
 fn lead(vip: IpAddr, nodes: &[IpAddr]) -> Result<()> {
+    let args = route(vip, nodes);
+    wires::ip(&args.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// What `ip` takes for the route of an address to these nodes; without any it is silent.
+fn route(vip: IpAddr, nodes: &[IpAddr]) -> Vec<String> {
     let (vip, client) = (vip.to_string(), CLIENTS[usize::from(vip.is_ipv6())]);
-    let mut args = vec!["route", "replace"];
     let hops: Vec<String> = nodes.iter().map(ToString::to_string).collect();
+    let mut args = vec!["route", "replace", &vip, "src", client];
     if hops.is_empty() {
-        args.extend(["blackhole", &vip]);
-    } else {
-        args.extend([&vip, "src", client]);
-        for hop in &hops {
-            args.extend(["nexthop", "via", hop, "dev", "br0"]);
-        }
+        args.extend(NOWHERE);
     }
-    wires::ip(&args)
+    for hop in &hops {
+        args.extend(["nexthop", "via", hop, "dev", "br0"]);
+    }
+    args.into_iter().map(str::to_owned).collect()
 }
 
 /// True if a node answers a health check at its first address that answers at all.
@@ -276,4 +289,19 @@ fn is_healthy(node: &[IpAddr; 2], port: u16) -> bool {
         Ok(answer)
     };
     node.iter().find_map(|address| ask(address).ok()).is_some_and(|answer| answer.split(' ').nth(1) == Some("200"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_leads_to_its_nodes_or_nowhere() {
+        let [vip, one, two] = ["203.0.113.1", "172.18.0.11", "172.18.0.12"].map(|it| it.parse().unwrap());
+        let words = |nodes: &[IpAddr]| route(vip, nodes).join(" ");
+        let base = "route replace 203.0.113.1 src 198.51.100.1";
+        assert_eq!(words(&[one, two]), format!("{base} nexthop via {one} dev br0 nexthop via {two} dev br0"));
+        // A blackhole would be an error of connect, which no client far away gets.
+        assert_eq!(words(&[]), format!("{base} dev lo"));
+    }
 }
