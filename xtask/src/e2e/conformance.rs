@@ -68,7 +68,7 @@ fn page(runs: &[Run]) -> String {
         names.iter().filter(|name| ran(name) && runs.iter().any(|run| outcome(run, name) == Some(Outcome::Excluded)));
     let partly: Vec<_> = partly.collect();
     if !partly.is_empty() {
-        text += "\n## Not run for one network, with the reason\n\n| Test | Reason |\n|---|---|\n";
+        text += "\n## Not run everywhere, with the reason\n\n| Test | Reason |\n|---|---|\n";
         for name in partly {
             let _ = writeln!(text, "| {} | {} |", escape(name), escape(&reasons(runs, name)));
         }
