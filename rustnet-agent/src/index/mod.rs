@@ -189,9 +189,7 @@ impl Index {
         let has_nodes = self.has_synced(Kind::Node) || self.reports.contains_key(&Origin::Watch(Kind::Node));
         match gate {
             // This node's zone narrows the choice of endpoints. Without it services work, and a little later it comes.
-            Gate::Services => {
-                self.has_synced(Kind::Service) && self.has_synced(Kind::Slice) && has_nodes
-            }
+            Gate::Services => self.has_synced(Kind::Service) && self.has_synced(Kind::Slice) && has_nodes,
             // Without the host's devices no node has a way, and what the maps hold is better.
             Gate::Peers => self.has_synced(Kind::Node) && self.is_host_known,
             Gate::Policies => {

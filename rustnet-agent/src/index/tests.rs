@@ -397,12 +397,9 @@ fn a_kind_that_cannot_be_had_holds_up_only_what_follows_from_it() {
     assert_eq!(of_gates(&it), [false, false, false], "nothing is wrong with Nodes");
     it.handle(refused(Kind::Node));
     assert_eq!(of_gates(&it), [true, false, false]);
-    for (kind, is_open) in [
-        (Kind::Namespace, false),
-        (Kind::NetworkPolicy, false),
-        (Kind::Pod, false),
-        (Kind::ClusterNetworkPolicy, true),
-    ] {
+    for (kind, is_open) in
+        [(Kind::Namespace, false), (Kind::NetworkPolicy, false), (Kind::Pod, false), (Kind::ClusterNetworkPolicy, true)]
+    {
         it.handle(Event::Synced(kind));
         assert_eq!(it.is_open(Gate::Policies), is_open, "{kind}");
     }

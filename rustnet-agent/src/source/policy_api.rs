@@ -28,7 +28,7 @@ pub struct Spec {
     pub tier: String,
     /// 0 to 1000; the lowest one counts first.
     pub priority: i32,
-    /// Whom it is for.
+    /// The pods that it is for.
     pub subject: Subject,
     /// What may come to them.
     pub ingress: Vec<Rule>,
@@ -36,7 +36,7 @@ pub struct Spec {
     pub egress: Vec<Rule>,
 }
 
-/// Whom a policy is for: one of the fields.
+/// The pods that a policy is for: one of the fields.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Subject {

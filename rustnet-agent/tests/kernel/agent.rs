@@ -54,7 +54,7 @@ impl Agent {
     /// Sends `events`, and then that there are no further objects.
     pub async fn send_all(&self, events: impl IntoIterator<Item = Event>) {
         self.send(events).await;
-        self.send(Kind::REQUIRED.into_iter().chain(Kind::OF_POLICIES).map(Event::Synced)).await;
+        self.send(Kind::ALL.map(Event::Synced)).await;
     }
 
     /// Sends `events`, and then that there are no further objects; waits until the agent is ready.

@@ -304,7 +304,7 @@ fn a_node_waits_for_policies_unless_the_server_refuses_them() {
             // Once they are known, they count.
             agent.send([report(Box::default())]).await;
             agent.send(events(POD).into_iter().chain(events(POLICY))).await;
-            agent.send(Kind::OF_POLICIES.map(Event::Synced)).await;
+            agent.send(Kind::ALL.map(Event::Synced)).await;
             wait_until("policies are enforced", || is_enforced(sandbox)).await;
             agent.ready().await;
             agent.stop().await;

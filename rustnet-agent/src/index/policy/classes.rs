@@ -46,7 +46,7 @@ enum Doubt {
 pub struct Classes<'a> {
     groups: &'a Groups,
     spans: &'a Spans,
-    /// Policies deny pods: who may be such a pod is told apart from those that are not.
+    /// Policies deny pods: who may be such a pod has another class than who is not.
     has_doubts: bool,
     /// Named ports in use.
     names: Vec<NamedPort>,

@@ -145,7 +145,7 @@ impl Set {
         }
     }
 
-    /// True if a rule denies flows by the pod at their other side: of whom nothing is known yet might be that.
+    /// True if a rule denies flows by the pod at their other side. An address of which nothing is known yet may be that pod's.
     pub fn denies_pods(&self) -> bool {
         let is_pods = |side: &Side| matches!(side, Side::Pods(_));
         self.rules.iter().any(|rule| rule.action == Action::Deny && rule.sides.iter().flatten().any(is_pods))

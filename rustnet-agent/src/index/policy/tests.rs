@@ -266,7 +266,7 @@ fn who_is_not_known_yet_is_denied_what_any_pod_is() {
     assert!(may("198.51.100.1"), "an address outside is no pod");
     assert_eq!(maps.rule_names.values().next().map(|name| &**name), Some("ClusterNetworkPolicy/c ingress[0] no web"));
 
-    // Rules that accept do not count for whom they may not be for.
+    // A rule that accepts counts only for known pods.
     let accept =
         json!([{"action": "Accept", "from": [{"namespaces": {}}]}, {"action": "Deny", "from": [{"namespaces": {}}]}]);
     let world = cluster_shop(vec![cluster_policy("c", "Admin", 1, &accept)]);

@@ -206,7 +206,7 @@ mod tests {
             assert_eq!(found.verdict() == Verdict::Allowed, passes, "seed {seed}: {flow:?}: {found:?}");
             for half in [found.egress, found.ingress] {
                 let Half::Judged { hit: Some(hit), .. } = half else { continue };
-                // What no rule decides has none: all may pass whom no NetworkPolicy selects.
+                // What no rule decides has none: without a NetworkPolicy it is allowed.
                 let has_name = hit.rule.rule == 0 || desired.rule_names.contains_key(&hit.rule.rule);
                 assert!(has_name, "seed {seed}: {hit:?} has a name");
             }

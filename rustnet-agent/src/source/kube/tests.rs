@@ -401,7 +401,7 @@ async fn about_cluster_policies(first: &'static [u16], second: &'static [u16], c
             Event::Restart(Kind::ClusterNetworkPolicy) => about.push("Restart".to_owned()),
             Event::Synced(Kind::ClusterNetworkPolicy) => about.push("Synced".to_owned()),
             Event::Apply(object) if object.kind() == Kind::ClusterNetworkPolicy => {
-                about.push(object.reference().to_string())
+                about.push(object.reference().to_string());
             }
             Event::Report { origin: Origin::Refusal(Kind::ClusterNetworkPolicy), problems } => {
                 about.push(format!("{} refused", problems.len()));

@@ -130,8 +130,12 @@ impl World {
                 it.delete_cluster_policy(&gone);
             }
         }
-        cluster.iter().for_each(|policy| it.apply_cluster_policy(policy));
-        nodes.iter().for_each(|node| it.apply_node(node));
+        for policy in &cluster {
+            it.apply_cluster_policy(policy);
+        }
+        for node in &nodes {
+            it.apply_node(node);
+        }
         let interface = |ifindex: &u32| LocalInterface { ifindex: *ifindex, ..LocalInterface::default() };
         it.set_interfaces(self.interfaces.iter().map(|(ip, ifindex)| (*ip, interface(ifindex))).collect());
     }
