@@ -88,8 +88,8 @@ reasons! {
     NoService = 27, "no_service", "no Service has this address of the service range: kubectl get services -A, and check the address";
     /// A packet that another node handed on for direct server return, and its Service does not lead to that pod of this node.
     NoDirectBackend = 28, "no_direct_backend", "the node that the client asked knows other endpoints than this one: rustnetctl services --verify on both";
-    /// A flow that no network policy allows.
-    PolicyDenied = 29, "policy_denied", "no NetworkPolicy allows the flow: rustnetctl policy, kubectl get networkpolicies -A";
+    /// A flow that network policies deny, or do not allow.
+    PolicyDenied = 29, "policy_denied", "a network policy denies the flow, or none allows it: rustnetctl policy why FROM TO PORT";
     /// A flow of a pod for which the agent has not applied the policies yet.
     PolicyUndecided = 30, "policy_undecided", "the pod is newer than the agent's last look at policies: is the agent ready?";
 }

@@ -304,7 +304,7 @@ fn policies() {
         PolicyMatch { set: 0x0102_0304, class: 0x1112_1314, proto: proto::UDP, pad: 0, port: 0x1f90_u16.to_be_bytes() };
     assert_eq!((&bytes(&key)[..4], &bytes(&key)[8..]), (&0x0102_0304_u32.to_ne_bytes()[..], &[17, 0, 0x1f, 0x90][..]));
     assert_eq!((policy::ANY_PROTO, policy::ANY_PORT, policy::FULL), (64, 80, 96));
-    assert_eq!(offsets!(PolicyRule: order, rule), [("order", 0), ("rule", 4)]);
+    assert_eq!(offsets!(PolicyRule: flags, rule), [("flags", 0), ("rule", 4)]);
     assert_eq!((policy::ALLOW, policy::OPEN, policy::ANY_CLASS), (1, 0, 0));
     assert_eq!(
         offsets!(CtEntry<Ip6>: flags, pad, seen, generation),

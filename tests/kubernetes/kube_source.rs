@@ -244,6 +244,8 @@ fn asked_only_what_it_may(requests: &[Request], has_policies: bool) -> Result<()
             "/apis/discovery.k8s.io/v1/endpointslices",
             "/apis/networking.k8s.io/v1/networkpolicies",
             "/apis/networking.k8s.io/v1/servicecidrs",
+            "/apis/policy.networking.k8s.io/v1beta1/clusternetworkpolicies",
+            "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies",
         ];
         ensure!(path == "/version" || kinds.contains(&path), "the source asked for {request:?}");
         ensure!(path == "/version" || request.verb == "watch", "lists are streamed: {request:?}");

@@ -42,7 +42,7 @@ enum Question {
 struct Set {
     /// Number of the set of policies.
     id: u32,
-    /// How many rules of these policies allow something.
+    /// How many rules of these policies have entries.
     rules: usize,
     /// The policies that select the pod.
     policies: List,
@@ -119,7 +119,7 @@ fn report(view: &View) -> Report {
     // A rule has an entry for each class and each prefix of ports.
     let mut counts: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
     for (key, rule) in &policies.rules {
-        counts.entry(key.set).or_default().insert(rule.rule);
+        counts.entry(key.set).or_default().extend(Some(rule.rule).filter(|rule| *rule != 0));
     }
     let set = |id: u32| {
         let rules = counts.get(&id).map_or(0, BTreeSet::len);

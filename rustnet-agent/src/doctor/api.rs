@@ -28,7 +28,7 @@ const EXAMPLES: u32 = 3;
 /// Nodes a page.
 const PAGE: u32 = 500;
 /// What the agent does: API group, resource, subresource, verbs. `deploy/rbac.yaml` allows it.
-pub const RIGHTS: [(&str, &str, &str, &[&str]); 9] = [
+pub const RIGHTS: [(&str, &str, &str, &[&str]); 10] = [
     ("", "services", "", &["list", "watch"]),
     ("discovery.k8s.io", "endpointslices", "", &["list", "watch"]),
     ("", "nodes", "", &["get", "list", "watch", "patch"]),
@@ -36,6 +36,7 @@ pub const RIGHTS: [(&str, &str, &str, &[&str]); 9] = [
     ("", "pods", "", &["list", "watch"]),
     ("networking.k8s.io", "servicecidrs", "", &["list", "watch"]),
     ("networking.k8s.io", "networkpolicies", "", &["list", "watch"]),
+    ("policy.networking.k8s.io", "clusternetworkpolicies", "", &["list", "watch"]),
     ("", "namespaces", "", &["list", "watch"]),
     ("events.k8s.io", "events", "", &["create", "patch"]),
 ];

@@ -194,6 +194,8 @@ impl Index {
             Gate::Peers => self.has_synced(Kind::Node) && self.is_host_known,
             Gate::Policies => {
                 let of_cluster = [Kind::ClusterNetworkPolicy];
+                // What policies of the cluster deny depends on Nodes.
+                let has_nodes = self.has_synced(Kind::Node) || (has_nodes && !self.policies.has_cluster_policies());
                 has_nodes && Kind::OF_POLICIES.into_iter().chain(of_cluster).all(|kind| self.has_synced(kind))
             }
         }

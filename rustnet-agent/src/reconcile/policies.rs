@@ -76,7 +76,7 @@ impl Policies {
         };
         if kind == Some(Kind::Node) && config.network_policy {
             // Policies of the cluster name nodes.
-            self.job.want_unless_failed((self.took * SHARE).min(MOST_FOR_PODS));
+            self.job.want_unless_failed((self.took * SHARE).min(MOST));
             return true;
         }
         let is_of_policies = |kind: &Kind| Kind::OF_POLICIES.contains(kind) || *kind == Kind::ClusterNetworkPolicy;

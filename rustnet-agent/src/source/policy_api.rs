@@ -121,7 +121,7 @@ pub struct Protocol {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Ports {
-    /// Which; absent: all.
+    /// Which. The API wants one; without it, what a later version asks may be missing here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub destination_port: Option<Port>,
 }

@@ -138,8 +138,9 @@ fn half(
             let named = rule.clone().unwrap_or_else(|| "a rule".to_owned());
             let (ports, other) = (show_port(flow.proto, flow.port), show_other(view, other, class));
             let verdict = if judged.is_denied() { Word::Denied } else { Word::Allowed };
-            let why = match (verdict, hit) {
-                (Word::Allowed, _) => format!("{named} allows {other} at {ports}"),
+            let why = match (verdict, &rule) {
+                (Word::Allowed, Some(_)) => format!("{named} allows {other} at {ports}"),
+                (Word::Allowed, None) => format!("no rule of them denies {other} at {ports}"),
                 (_, Some(_)) => format!("{named} denies {other} at {ports}"),
                 (_, None) => format!("no rule of them allows {other} at {ports}"),
             };

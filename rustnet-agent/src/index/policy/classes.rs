@@ -30,7 +30,7 @@ struct Content {
     region: Region,
 }
 
-/// Selectors that may hold or not: less is known of the address than policies ask. Kept only while policies deny pods.
+/// Selectors that may hold or not: less is known of the address than policies ask. Kept only while policies deny or pass pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 enum Doubt {
     /// All is known.
@@ -46,7 +46,7 @@ enum Doubt {
 pub struct Classes<'a> {
     groups: &'a Groups,
     spans: &'a Spans,
-    /// Policies deny pods: who may be such a pod has another class than who is not.
+    /// Policies deny or pass pods: who may be such a pod has another class than who is not.
     has_doubts: bool,
     /// Named ports in use.
     names: Vec<NamedPort>,
@@ -101,14 +101,18 @@ impl<'a> Classes<'a> {
         let mut contents = groups.iter().map(|group| self.pod(*group).clone()).collect::<Vec<_>>().into_iter();
         let mut common = contents.next().unwrap_or_default();
         let mut all: BTreeSet<PeerId> = common.peers.iter().copied().collect();
+        let mut has_ports = true;
         for other in contents {
+            has_ports &= common.ports == other.ports;
             common.peers.retain(|peer| other.peers.contains(peer));
             common.ports.retain(|port| other.ports.contains(port));
             all.extend(other.peers);
         }
         if self.has_doubts {
             all.extend(groups.iter().flat_map(|group| self.groups.doubted(*group)));
-            common.doubt = Doubt::Some(all.into_iter().filter(|peer| !common.peers.contains(peer)).collect());
+            // Of a selector that holds for all, the number of a named port may be in doubt.
+            let is_certain = |peer: &PeerId| has_ports && common.peers.contains(peer);
+            common.doubt = Doubt::Some(all.into_iter().filter(|peer| !is_certain(peer)).collect());
         }
         self.place(Content { region, ..common })
     }

@@ -247,6 +247,11 @@ impl Policies {
         self.namespaces.keys().map(|name| ObjectName::cluster(name))
     }
 
+    /// True if there are policies of the cluster.
+    pub fn has_cluster_policies(&self) -> bool {
+        !self.cluster.is_empty()
+    }
+
     /// Names of all policies of the cluster.
     pub fn cluster_policy_names(&self) -> impl Iterator<Item = &ObjectName> {
         self.cluster.keys()
@@ -264,7 +269,7 @@ impl Policies {
         }
         let local = self.local_pods();
         let (sets, sets_of) = self.sets(&local);
-        let has_doubts = sets.iter().any(Set::denies_pods);
+        let has_doubts = sets.iter().any(Set::has_doubts);
         self.use_what_is_asked(&sets, has_doubts);
         let names = sets.iter().flat_map(|set| &set.rules).flat_map(|rule| &rule.ports).filter_map(|port| match port {
             SetPort::Named(name, proto) => Some((Arc::clone(name), *proto)),

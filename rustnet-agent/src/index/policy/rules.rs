@@ -22,10 +22,19 @@ pub struct Compiler<'a> {
     pub doubted_of: &'a dyn Fn(&Side) -> &'a [Place],
 }
 
-/// Class (`None`: any), ports, and the place of the rule in its set.
-type Hit = (Option<Place>, PortPrefix, usize);
-/// The places of rules that match flows of one class, by ports.
-type Hits = BTreeMap<PortPrefix, Vec<usize>>;
+/// Class (`None`: any), ports, and the rule that matches.
+type Hit = (Option<Place>, PortPrefix, Match);
+/// The rules that match flows of one class, by ports.
+type Hits = BTreeMap<PortPrefix, Vec<Match>>;
+
+/// A rule that matches flows.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Match {
+    /// Its place in its set.
+    place: usize,
+    /// It may match or not: less is known of the other side than it asks.
+    is_doubted: bool,
+}
 /// What becomes of flows of one class, by ports.
 type Verdicts = BTreeMap<PortPrefix, Verdict>;
 
@@ -74,29 +83,32 @@ impl Compiler<'_> {
     /// Adds what a rule says of any, of classes, and of the ports that servers resolve themselves.
     fn add_hits(&self, place: usize, rule: &SetRule, hits: &mut Vec<Hit>) {
         let Some(sides) = &rule.sides else {
+            let certain = Match { place, is_doubted: false };
             for port in &rule.ports {
                 match port {
-                    SetPort::Prefix(ports) => hits.push((None, *ports, place)),
-                    SetPort::Named(name, proto) => self.add_named(&(name.clone(), *proto), None, place, hits),
+                    SetPort::Prefix(ports) => hits.push((None, *ports, certain)),
+                    SetPort::Named(name, proto) => self.add_named(&(name.clone(), *proto), None, certain, hits),
                 }
             }
             return;
         };
         let classes: BTreeSet<Place> = sides.iter().flat_map(|side| (self.classes_of)(side)).copied().collect();
-        // Who may be denied is denied until more is known.
-        let denied = sides.iter().filter(|_| rule.action == Action::Deny);
-        let doubted: BTreeSet<Place> = denied.flat_map(|side| (self.doubted_of)(side)).copied().collect();
+        // That a rule accepts who may be its peer would only allow more.
+        let counting = sides.iter().filter(|_| rule.action != Action::Accept);
+        let doubted: BTreeSet<Place> = counting.flat_map(|side| (self.doubted_of)(side)).copied().collect();
+        let [certain, doubt] = [false, true].map(|is_doubted| Match { place, is_doubted });
         for port in &rule.ports {
-            match port {
+            let ports = match port {
                 SetPort::Prefix(ports) => {
-                    hits.extend(classes.union(&doubted).map(|class| (Some(*class), *ports, place)));
+                    hits.extend(classes.iter().map(|class| (Some(*class), *ports, certain)));
+                    *ports
                 }
                 SetPort::Named(name, proto) => {
-                    self.add_named(&(name.clone(), *proto), Some(&classes), place, hits);
-                    let all = PortPrefix::new(*proto, 0, 0);
-                    hits.extend(doubted.iter().map(|class| (Some(*class), all, place)));
+                    self.add_named(&(name.clone(), *proto), Some(&classes), certain, hits);
+                    PortPrefix::new(*proto, 0, 0)
                 }
-            }
+            };
+            hits.extend(doubted.iter().map(|class| (Some(*class), ports, doubt)));
         }
     }
 
@@ -105,25 +117,25 @@ impl Compiler<'_> {
         &self,
         port: &(std::sync::Arc<str>, u8),
         among: Option<&BTreeSet<Place>>,
-        place: usize,
+        by: Match,
         hits: &mut Vec<Hit>,
     ) {
         let resolving = self.holders.names.get(port).into_iter().flatten();
         let own = resolving.filter(|(class, _)| among.is_none_or(|classes| classes.contains(class)));
-        hits.extend(own.map(|(class, number)| (Some(*class), PortPrefix::new(port.1, *number, 16), place)));
+        hits.extend(own.map(|(class, number)| (Some(*class), PortPrefix::new(port.1, *number, 16), by)));
     }
 }
 
 fn by_ports(row: &[Hit]) -> Hits {
     let mut hits = Hits::new();
-    for (_, ports, place) in row {
-        hits.entry(*ports).or_default().push(*place);
+    for (_, ports, by) in row {
+        hits.entry(*ports).or_default().push(*by);
     }
     hits
 }
 
-/// The places of rules that match all of some ports.
-fn matching(hits: &Hits, ports: PortPrefix) -> impl Iterator<Item = usize> + '_ {
+/// The rules that match all of some ports.
+fn matching(hits: &Hits, ports: PortPrefix) -> impl Iterator<Item = Match> + '_ {
     let around = ports.around().chain([ports]).filter(|_| !hits.is_empty());
     around.filter_map(|it| hits.get(&it)).flatten().copied()
 }
@@ -136,28 +148,41 @@ fn verdicts_of_any(set: &Set, any: &Hits) -> Verdicts {
 
 /// What becomes of flows of a class, with what any may do. Rules that only allow add to that: they have no need to repeat it.
 fn verdicts(set: &Set, own: &Hits, any: &Hits) -> Verdicts {
-    let repeats = own.values().flatten().any(|place| set.rules[*place].tier != Tier::Namespaced);
+    let repeats = own.values().flatten().any(|by| set.rules[by.place].tier != Tier::Namespaced);
     let all = own.keys().chain(any.keys().filter(|_| repeats));
     all.map(|ports| (*ports, decide(set, matching(own, *ports).chain(matching(any, *ports)).collect()))).collect()
 }
 
-/// What becomes of a flow that these rules match.
-fn decide(set: &Set, mut places: Vec<usize>) -> Verdict {
-    places.sort_unstable();
-    let mut passed = None;
-    for place in places {
-        let SetRule { tier, action, .. } = set.rules[place];
-        // A NetworkPolicy decides all that comes to its tier.
-        if passed == Some(tier) || (set.is_isolated && tier == Tier::Baseline) {
+/// What becomes of a flow that these rules match. Where a rule may match or not, the flow is allowed only if it is allowed either way.
+fn decide(set: &Set, mut matching: Vec<Match>) -> Verdict {
+    matching.sort_unstable();
+    let of_tier = |tier| matching.iter().filter(move |by| set.rules[by.place].tier == tier);
+    let mut verdict = Verdict { is_allowed: !set.is_isolated, by: None };
+    // From the last tier to the first: each has what the next one decides. A NetworkPolicy decides all that comes to its tier.
+    for tier in [Tier::Baseline, Tier::Namespaced, Tier::Admin] {
+        if set.is_isolated && tier == Tier::Baseline {
             continue;
         }
-        match action {
-            Action::Accept => return Verdict { is_allowed: true, by: Some(place) },
-            Action::Deny => return Verdict { is_allowed: false, by: Some(place) },
-            Action::Pass => passed = Some(tier),
+        let next = verdict;
+        let mut may_pass = false;
+        for Match { place, is_doubted } in of_tier(tier).copied() {
+            let by = Some(place);
+            match set.rules[place].action {
+                Action::Accept => verdict = Verdict { is_allowed: true, by },
+                Action::Deny => verdict = Verdict { is_allowed: false, by },
+                Action::Pass if is_doubted => {
+                    may_pass = true;
+                    continue;
+                }
+                Action::Pass => verdict = next,
+            }
+            break;
+        }
+        if may_pass && !next.is_allowed {
+            verdict = next;
         }
     }
-    Verdict { is_allowed: !set.is_isolated, by: None }
+    verdict
 }
 
 /// The entries that are needed: those that differ from what flows would meet without them. `any` has the entries that they meet behind

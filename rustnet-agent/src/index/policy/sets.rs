@@ -145,10 +145,11 @@ impl Set {
         }
     }
 
-    /// True if a rule denies flows by the pod at their other side. An address of which nothing is known yet may be that pod's.
-    pub fn denies_pods(&self) -> bool {
+    /// True if a rule denies or passes flows by the pod at their other side. An address of which nothing is known yet may be that
+    /// pod's.
+    pub fn has_doubts(&self) -> bool {
         let is_pods = |side: &Side| matches!(side, Side::Pods(_));
-        self.rules.iter().any(|rule| rule.action == Action::Deny && rule.sides.iter().flatten().any(is_pods))
+        self.rules.iter().any(|rule| rule.action != Action::Accept && rule.sides.iter().flatten().any(is_pods))
     }
 
     /// The hash of its content.

@@ -39,7 +39,7 @@ pub enum Span {
     Block(Block),
     /// The addresses of Nodes with such labels.
     Nodes(Selector),
-    /// The pod ranges of all Nodes. In use while policies deny pods: an address of these that no known pod has may be any of them.
+    /// The pod ranges of all Nodes. In use while policies deny or pass pods: an address of these that no known pod has may be any of them.
     PodRanges,
 }
 

@@ -274,6 +274,19 @@ fn who_is_not_known_yet_is_denied_what_any_pod_is() {
     let may = |client| passes(&maps, &world.interfaces, &to_db(client, 80));
     assert_eq!([may("10.0.1.1"), may("10.0.1.77")], [true, false]);
 
+    // A pass before what accepts: the API's own advice for rules about networks. The NetworkPolicy behind it denies.
+    let pass = json!([{"action": "Pass", "to": [{"namespaces": {}}]}, {"action": "Accept", "to": [{"networks": ["0.0.0.0/0"]}]}]);
+    let spec = json!({"tier": "Admin", "subject": {"namespaces": {}}, "egress": pass});
+    let mut world = cluster_shop(vec![from_value(json!({"metadata": {"name": "c"}, "spec": spec})).unwrap()]);
+    let closing = json!({"podSelector": {"matchLabels": {"app": "db"}}, "policyTypes": ["Egress"]});
+    world.policies = vec![policy("db", &closing)];
+    let maps = world.desired();
+    let may = |server: &str| {
+        let flow = Flow { client: ip("10.0.0.1"), server: ip(server), proto: 6, port: 80 };
+        passes(&maps, &world.interfaces, &flow)
+    };
+    assert_eq!([may("10.0.1.1"), may("10.0.1.77"), may("198.51.100.1")], [false, false, true]);
+
     // Where no rule denies pods, nobody is in doubt, and pods that no selector has need no entry.
     let networks = json!([{"action": "Accept", "from": [{"namespaces": {}}]}]);
     let world = cluster_shop(vec![cluster_policy("c", "Admin", 1, &networks)]);
@@ -318,6 +331,21 @@ fn an_address_of_two_pods_has_what_either_is_denied() {
     assert!(!passes(&world.desired(), &world.interfaces, &to_db("10.0.1.1", 80)));
     world.pods.remove(1);
     assert!(passes(&world.desired(), &world.interfaces, &to_db("10.0.1.1", 80)));
+
+    // Of one selector that holds for both, the number of a named port is either's.
+    let named = json!([{"action": "Deny", "to": [{"namespaces": {}}], "protocols": [{"destinationNamedPort": "web"}]}]);
+    let spec = json!({"tier": "Admin", "subject": {"namespaces": {}}, "egress": named});
+    let mut world = cluster_shop(vec![from_value(json!({"metadata": {"name": "c"}, "spec": spec})).unwrap()]);
+    world.pods.push(pod("other", "n3", &["10.0.1.1"]));
+    for (place, port) in [(1, 80), (3, 8080)] {
+        let containers = json!([{"name": "c", "ports": [{"name": "web", "containerPort": port}]}]);
+        world.pods[place].spec.as_mut().unwrap().containers = from_value(containers).unwrap();
+    }
+    let maps = world.desired();
+    for (port, want) in [(80, false), (8080, false)] {
+        let flow = Flow { client: ip("10.0.0.1"), server: ip("10.0.1.1"), proto: 6, port };
+        assert_eq!(passes(&maps, &world.interfaces, &flow), want, "{port}");
+    }
 }
 
 /// The order of tiers and priorities, and what a pass does.

@@ -11,7 +11,7 @@
 //! the old one is deleted with the shortest first: each write changes what becomes of some ports from the old to the new.
 
 use super::draft::{Draft, differing, sets_in_use};
-use super::rows::{Row, both, class_of, full_row, own_row, reduce};
+use super::rows::{Row, both, class_of, full_row, is_within, own_row, reduce};
 use super::{PolicySnapshot, RuleKey};
 use ipnet::IpNet;
 use rustnet_common::policy::{ALLOW, ANY_CLASS, PolicyPod, PolicyRule, flags};
@@ -107,6 +107,8 @@ struct Changes {
     dirty_sets: BTreeSet<u32>,
     /// An address that had an entry has another class, or has none any more.
     has_other_classes: bool,
+    /// The classes of addresses that had no entry: those of their ranges, and those of their pods.
+    come: BTreeSet<Pair>,
 }
 
 impl Changes {
@@ -143,10 +145,23 @@ impl Changes {
             };
             let pair = (class(before, &old.cidrs, &old_lengths), class(after, &new.cidrs, &new_lengths));
             it.has_other_classes |= before.is_some() && pair.0 != pair.1;
+            if before.is_none() && pair.0 != pair.1 {
+                it.come.insert(pair);
+            }
             if pair.0 != pair.1 || it.dirty_classes.contains(&pair.0) {
                 it.pods.insert(*ip, pair);
             }
         }
+        // Mostly a pod that comes is allowed more than its range. A set that denies may say otherwise.
+        let sets: BTreeSet<u32> = sets_in_use(&old.pods).intersection(&sets_in_use(&new.pods)).copied().collect();
+        let allows_less = |set: &u32| {
+            let is_kept = |(old_class, new_class): &Pair| {
+                is_within(&full_row(old, *set, *old_class), &full_row(new, *set, *new_class))
+            };
+            !it.come.iter().all(is_kept)
+        };
+        let has_less = sets.iter().any(allows_less);
+        it.has_other_classes |= has_less;
         it
     }
 
@@ -172,7 +187,8 @@ impl Changes {
         other.for_each(|(key, ..)| note(key.set, key.class));
     }
 
-    /// True if a flow that is known may be judged otherwise now. A pod that merely comes has none.
+    /// True if a flow that is known may be judged otherwise now. A pod that merely comes has none, but for those of its address before
+    /// it was known.
     fn is_any(&self) -> bool {
         let has_other_ranges = self.cidrs.values().any(|(old, new)| old != new);
         self.has_other_classes || has_other_ranges || !self.local.is_empty() || !self.is_clean()

@@ -62,12 +62,19 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
         problems.push(Problem::new(&"network policies".into(), "", message));
     }
     let mut wanted = PolicySnapshot { state: Policies::default(), pods, cidrs, rules };
-    for set in close_opened(&mut wanted, &lost) {
+    let kept = sets_in_use(&wanted.pods).into_iter().filter(|set| *set != OPEN && !sets.contains_key(set)).collect();
+    for set in close_opened(&mut wanted, &lost, (held, &kept)) {
         let message = "what its rules deny does not fit into the entries for pods and ranges, so that its pods are closed; raise \
                        policy-pod-entries and policy-cidr-entries";
         let names = sets.get(&set).map_or(&[][..], |names| names);
         problems.extend(names.iter().map(|name| Problem::new(&subject(name), "", message)));
+        if names.is_empty() {
+            let message = "other pods and ranges have come than the rules know that some pods keep, so that these are closed; raise \
+                           policy-rule-entries";
+            problems.push(Problem::new(&"network policies".into(), "", message));
+        }
     }
+    problems.dedup();
     Fit { wanted, is_enforced, problems }
 }
 
@@ -79,25 +86,50 @@ fn subject(policy: &ObjectName) -> Arc<str> {
     }
 }
 
-/// Closes the pods of sets that would allow more to addresses without their entries; returns these sets. `lost`: the classes of the
-/// addresses that have no entry.
-fn close_opened(maps: &mut PolicySnapshot, lost: &BTreeMap<IpNet, u32>) -> Vec<u32> {
+/// Closes the pods of sets that would allow more to addresses than they should; returns these sets. `lost`: the classes of the
+/// addresses that have no entry. `kept`: the sets of before that pods keep, for theirs do not fit; they have nothing for new classes.
+fn close_opened(
+    maps: &mut PolicySnapshot,
+    lost: &BTreeMap<IpNet, u32>,
+    (held, kept): (&PolicySnapshot, &BTreeSet<u32>),
+) -> Vec<u32> {
     let lengths: BTreeSet<u8> = maps.cidrs.keys().map(IpNet::prefix_len).collect();
     let pairs = lost.iter().map(|(prefix, class)| (*class, class_of(&maps.cidrs, &lengths, *prefix)));
-    let pairs: BTreeSet<(u32, u32)> = pairs.filter(|(lost, now)| lost != now).collect();
-    if pairs.is_empty() {
+    let pairs: BTreeSet<Pair> = pairs.filter(|(lost, now)| lost != now).collect();
+    let moved = if kept.is_empty() { BTreeSet::new() } else { moved_classes(held, maps) };
+    if pairs.is_empty() && moved.is_empty() {
         return Vec::new();
     }
-    let opens = |set: &u32| {
-        pairs.iter().any(|(lost, now)| !is_within(&full_row(maps, *set, *now), &full_row(maps, *set, *lost)))
+    let allows_more = |from: &PolicySnapshot, pairs: &BTreeSet<Pair>, set: u32| {
+        pairs.iter().any(|(old, now)| !is_within(&full_row(maps, set, *now), &full_row(from, set, *old)))
     };
-    let opened: Vec<u32> = sets_in_use(&maps.pods).into_iter().filter(opens).collect();
+    let opens = |set: &u32| allows_more(maps, &pairs, *set) || (kept.contains(set) && allows_more(held, &moved, *set));
+    let opened: Vec<u32> = sets_in_use(&maps.pods).into_iter().filter(|set| *set != OPEN).filter(opens).collect();
     for pod in maps.pods.values_mut().filter(|pod| pod.ifindex != 0) {
         if opened.contains(&pod.ingress) || opened.contains(&pod.egress) {
             *pod = PolicyPod { class: pod.class, ..PolicyPod::default() };
         }
     }
     opened
+}
+
+/// An old class and a new one.
+type Pair = (u32, u32);
+
+/// The classes of addresses whose class changes.
+fn moved_classes(old: &PolicySnapshot, new: &PolicySnapshot) -> BTreeSet<Pair> {
+    let lengths = |maps: &PolicySnapshot| maps.cidrs.keys().map(IpNet::prefix_len).collect::<BTreeSet<u8>>();
+    let (old_lengths, new_lengths) = (lengths(old), lengths(new));
+    let ranges = old.cidrs.keys().chain(new.cidrs.keys()).map(|prefix| (*prefix, None));
+    let pods = old.pods.keys().chain(new.pods.keys()).map(|ip| (IpNet::from(*ip), Some(*ip)));
+    let pairs = ranges.chain(pods).map(|(prefix, ip)| {
+        let class = |maps: &PolicySnapshot, lengths| {
+            let pod = ip.and_then(|ip| maps.pods.get(&ip));
+            pod.map_or_else(|| class_of(&maps.cidrs, lengths, prefix), |pod| pod.class)
+        };
+        (class(old, &old_lengths), class(new, &new_lengths))
+    });
+    pairs.filter(|(old, new)| old != new).collect()
 }
 
 type Rules = BTreeMap<RuleKey, PolicyRule>;

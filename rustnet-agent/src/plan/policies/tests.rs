@@ -286,3 +286,61 @@ fn what_denies_without_room_closes_its_pods() {
     memory.apply(&planner.plan(free(world(3)).desired())).unwrap();
     assert!(judge(&memory, "10.0.0.1", "192.0.2.5"), "open again");
 }
+
+/// A policy of the cluster for the pods of a namespace that denies some ingress.
+fn denying(rules: &serde_json::Value) -> World {
+    World {
+        namespaces: vec![object(json!({"metadata": {"name": "a"}}))],
+        pods: vec![pod("a", "w", NODE, "10.0.0.1"), pod("a", "bad", "n2", "10.9.0.1")],
+        cluster: vec![object(json!({"metadata": {"name": "c"}, "spec": {
+            "tier": "Admin", "subject": {"namespaces": {}}, "ingress": rules,
+        }}))],
+        interfaces: [("10.0.0.1".parse().unwrap(), 11)].into(),
+        ..World::default()
+    }
+}
+
+fn from_pods(labels: &serde_json::Value) -> serde_json::Value {
+    json!([{"pods": {"namespaceSelector": {}, "podSelector": {"matchLabels": labels}}}])
+}
+
+/// Rules that do not fit leave those of before, which have nothing for the classes that selectors of the new ones make.
+#[test]
+fn rules_that_stay_do_not_open_to_other_classes() {
+    let labelled = |mut world: World| {
+        world.pods[1].metadata.labels =
+            Some([("role", "bad"), ("tier", "x")].map(|(k, v)| (k.to_owned(), v.to_owned())).into());
+        world
+    };
+    let deny_bad = json!({"action": "Deny", "from": from_pods(&json!({"role": "bad"}))});
+    let ports: Vec<_> = (0..25).map(|i| json!({"tcp": {"destinationPort": {"number": 2 * i + 1}}})).collect();
+    let many = json!({"action": "Deny", "from": from_pods(&json!({"tier": "x"})), "protocols": ports});
+    let (few, more) = (labelled(denying(&json!([deny_bad]))), labelled(denying(&json!([many, deny_bad]))));
+    let room = PolicyCapacities { pods: 10, cidrs: 10, rules: 10 };
+    let flow = Flow { client: "10.9.0.1".parse().unwrap(), server: "10.0.0.1".parse().unwrap(), proto: 6, port: 80 };
+    let (mut planner, mut memory) = applied(few.desired(), room);
+    let judge = |memory: &MemoryPolicyMaps| passes(&maps(memory.held()), &few.interfaces, &flow);
+    assert!(!judge(&memory) && planner.problems().is_empty());
+    memory.apply(&planner.plan(more.desired())).unwrap();
+    assert!(!judge(&memory), "{:?}", planner.problems());
+}
+
+/// What a pod opened before its labels were known is judged again once they are.
+#[test]
+fn a_pod_that_comes_has_its_flows_judged_again_where_it_is_denied() {
+    let rules = json!([{"action": "Deny", "from": from_pods(&json!({"role": "bad"}))}]);
+    for (role, is_denied) in [("bad", true), ("good", false)] {
+        let mut all = denying(&rules);
+        all.pods[1].metadata.labels = Some([("role".to_owned(), role.to_owned())].into());
+        let mut before = all.clone();
+        before.pods.pop();
+        // No Node has its address in a range.
+        let flow =
+            Flow { client: "10.9.0.1".parse().unwrap(), server: "10.0.0.1".parse().unwrap(), proto: 6, port: 80 };
+        assert_eq!(wrong(&before, &all, &[flow], PLENTY), None, "{role}");
+        let (mut planner, mut memory) = applied(before.desired(), PLENTY);
+        let generation = memory.held().state.generation;
+        memory.apply(&planner.plan(all.desired())).unwrap();
+        assert_eq!(memory.held().state.generation != generation, is_denied, "{role}");
+    }
+}

@@ -177,8 +177,10 @@ impl Converter {
     fn cluster_ports(&mut self, given: &Protocol, ports: &mut Vec<PolicyPort>) -> Result<(), Wrong> {
         let Protocol { tcp, udp, sctp, destination_named_port } = given;
         let numbers = |name: &str, proto: u8, of: &KubePorts| {
-            let which = of.destination_port.as_ref().map_or(Ok(Ports::Any), numbers);
-            let which = which.map_err(|(inner, wrong)| (format!(".{name}.destinationPort{inner}"), wrong))?;
+            let Some(port) = &of.destination_port else {
+                return Err((format!(".{name}"), "has no destinationPort; give a number or a range".to_owned()));
+            };
+            let which = numbers(port).map_err(|(inner, wrong)| (format!(".{name}.destinationPort{inner}"), wrong))?;
             Ok::<_, Wrong>(PolicyPort { proto, ports: which })
         };
         match (tcp, udp, sctp, destination_named_port) {

@@ -242,7 +242,7 @@ impl Random {
         }
         let (a, b) = (self.one(&PORTS), self.one(&PORTS));
         let ports = match self.below(3) {
-            0 => json!({}),
+            0 => json!({"destinationPort": {"range": {"start": 1, "end": 65535}}}),
             1 => json!({"destinationPort": {"number": a}}),
             _ => json!({"destinationPort": {"range": {"start": a.min(b), "end": a.max(b)}}}),
         };

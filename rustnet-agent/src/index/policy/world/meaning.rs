@@ -44,13 +44,22 @@ impl World {
 
     /// "Policy tiers are evaluated in the following order: Admin tier, NetworkPolicy tier, Baseline tier."
     fn allows_in_all_tiers(&self, pod: &Pod, other: IpAddr, direction: &str, flow: &Flow) -> bool {
-        let of_tier = |tier| self.decide_in_tier(tier, pod, other, direction, flow);
+        let of_tier = |tier, next: &dyn Fn() -> bool| self.allows_in_tier(tier, pod, other, direction, flow, next);
         let of_namespace = || self.allows_in_namespace(pod, other, direction, flow);
-        of_tier("Admin").or_else(of_namespace).or_else(|| of_tier("Baseline")).unwrap_or(true)
+        of_tier("Admin", &|| of_namespace().unwrap_or_else(|| of_tier("Baseline", &|| true)))
     }
 
-    /// What a tier of policies of the cluster decides; `None`: the next one does.
-    fn decide_in_tier(&self, tier: &str, pod: &Pod, other: IpAddr, direction: &str, flow: &Flow) -> Option<bool> {
+    /// What a tier of policies of the cluster decides, or `next` behind it. Of an address of pods without a known one, nobody knows
+    /// which rules for pods match: it may what every pod may.
+    fn allows_in_tier(
+        &self,
+        tier: &str,
+        pod: &Pod,
+        other: IpAddr,
+        direction: &str,
+        flow: &Flow,
+        next: &dyn Fn() -> bool,
+    ) -> bool {
         let mut policies: Vec<&KubeClusterPolicy> = self.cluster.iter().filter(|it| it.spec.tier == tier).collect();
         // "Policies with lower priority values have higher precedence." Of two alike the API leaves the choice; ours is by name.
         policies.sort_by_key(|it| (it.spec.priority, it.metadata.name.clone()));
@@ -62,26 +71,28 @@ impl World {
                 (None, None) => false,
             };
             let rules = if direction == "Ingress" { &policy.spec.ingress } else { &policy.spec.egress };
-            let found = rules.iter().filter(|_| is_subject).find(|rule| self.is_match(rule, other, flow));
-            match found.map(|rule| rule.action.as_str()) {
-                Some("Accept") => return Some(true),
-                Some("Deny") => return Some(false),
-                // "Skips all further ClusterNetworkPolicy rules in the current tier."
-                Some("Pass") => return None,
-                _ => {}
+            for rule in rules.iter().filter(|_| is_subject) {
+                let is_certain = self.is_match(rule, other, flow, false);
+                match rule.action.as_str() {
+                    _ if !self.is_match(rule, other, flow, true) => {}
+                    "Accept" if is_certain => return true,
+                    "Deny" => return false,
+                    // "Skips all further ClusterNetworkPolicy rules in the current tier."
+                    "Pass" if is_certain || !next() => return next(),
+                    _ => {}
+                }
             }
         }
-        None
+        next()
     }
 
-    fn is_match(&self, rule: &Rule, other: IpAddr, flow: &Flow) -> bool {
+    /// True if a rule matches a flow. `may`: or may match it.
+    fn is_match(&self, rule: &Rule, other: IpAddr, flow: &Flow, may: bool) -> bool {
         let peers = rule.from.iter().chain(&rule.to).flatten();
-        // Of an address of pods without a known one, nobody knows that it is not the pod that a rule denies.
-        let is_unknown = self.pod(other).is_none() && self.nodes.iter().any(|node| has_range(node, other));
-        let may_be =
-            |peer: &Peer| is_unknown && rule.action == "Deny" && (peer.namespaces.is_some() || peer.pods.is_some());
+        let is_unknown = may && self.pod(other).is_none() && self.nodes.iter().any(|node| has_range(node, other));
+        let may_be = |peer: &Peer| is_unknown && (peer.namespaces.is_some() || peer.pods.is_some());
         let is_peer = |peer: &Peer| self.is_cluster_peer(peer, other) || may_be(peer);
-        let is_port = |it: &Protocol| self.is_protocol(it, flow, is_unknown && rule.action == "Deny");
+        let is_port = |it: &Protocol| self.is_protocol(it, flow, is_unknown);
         peers.into_iter().any(is_peer) && rule.protocols.as_ref().is_none_or(|all| all.iter().any(is_port))
     }
 

@@ -47,7 +47,7 @@ fn all_fields() {
         "ingress": [{"name": "first", "action": "Pass", "from": [{"namespaces": {}}]}],
         "egress": [
             {"action": "Accept", "to": [{"pods": {"namespaceSelector": {}, "podSelector": {"matchLabels": {"a": "b"}}}}],
-             "protocols": [{"tcp": {}}, {"udp": {"destinationPort": {"number": 53}}}, {"destinationNamedPort": "web"}]},
+             "protocols": [{"tcp": {"destinationPort": {"range": {"start": 1, "end": 65535}}}}, {"udp": {"destinationPort": {"number": 53}}}, {"destinationNamedPort": "web"}]},
             {"action": "Deny", "to": [{"nodes": {"matchLabels": {"z": "1"}}}, {"networks": ["10.0.0.0/8", "fd00::/8"]}],
              "protocols": [{"sctp": {"destinationPort": {"range": {"start": 1, "end": 9}}}}]},
         ],
@@ -56,7 +56,7 @@ fn all_fields() {
     assert_eq!((it.tier, it.priority, it.name.as_str()), (Tier::Baseline, 7, "p"));
     assert_eq!((subject.namespaces.to_string(), subject.pods.to_string()), ("n in (1)".into(), "p in (2)".into()));
     assert_eq!(text(&it.ingress[0]), "first Pass /; any");
-    assert_eq!(text(&it.egress[0]), "- Accept /a in (b); 6:* 17:53-53 6:web 17:web 132:web");
+    assert_eq!(text(&it.egress[0]), "- Accept /a in (b); 6:1-65535 17:53-53 6:web 17:web 132:web");
     assert_eq!(text(&it.egress[1]), "- Deny nodes z in (1) | 10.0.0.0/8 | fd00::/8; 132:1-9");
     assert!(it.problems.is_empty());
 }
@@ -79,6 +79,7 @@ fn a_rule_that_is_not_understood_fails_closed() {
         (pods.clone(), json!([]), "egress[0].protocols: is empty"),
         (pods.clone(), json!([{}]), "egress[0].protocols[0]: is not one of"),
         (pods.clone(), json!([{"tcp": {}, "udp": {}}]), "egress[0].protocols[0]: is not one of"),
+        (pods.clone(), json!([{"tcp": {}}]), "egress[0].protocols[0].tcp: has no destinationPort"),
         (pods.clone(), json!([{"tcp": {"destinationPort": {}}}]), "egress[0].protocols[0].tcp.destinationPort: is not"),
         (
             pods.clone(),
