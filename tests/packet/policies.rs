@@ -287,6 +287,9 @@ fn classes_of_addresses() -> Result<()> {
     })
 }
 
+/// Class, ports and flags of a rule.
+type Entry = (u32, To, u32);
+
 /// A rule of the class counts before those of any, whether it allows or denies; of one class that with the longest prefix.
 #[test]
 fn the_order_of_rules() -> Result<()> {
@@ -294,7 +297,7 @@ fn the_order_of_rules() -> Result<()> {
     labs(|lab, net| {
         let (all, udp) = (To::Anything, To::Proto(Proto::Udp.number(net)));
         let (tcp, port) = (To::Proto(Proto::Tcp.number(net)), To::port(Proto::Udp.number(net), TARGET));
-        let rules: [(&[(u32, To, u32)], bool); 12] = [
+        let rules: [(&[Entry], bool); 12] = [
             (&[], false),
             (&[(ANY_CLASS, all, ALLOW)], true),
             (&[(CLASS_A, all, ALLOW)], true),

@@ -120,7 +120,7 @@ impl<'a> Classes<'a> {
     /// The class of an address that no pod has.
     pub fn of_region(&mut self, region: Region) -> Place {
         let doubt = if self.is_of_pods(region) { Doubt::Any } else { Doubt::None };
-        self.place(Content { region, doubt, ..Content::default() })
+        self.place(Content { doubt, region, ..Content::default() })
     }
 
     /// True if nothing in use but spans tells a class from addresses of no pod.
@@ -209,10 +209,14 @@ impl<'a> Classes<'a> {
             match &content.doubt {
                 Doubt::None => {}
                 Doubt::Some(peers) => {
-                    peers.iter().for_each(|peer| holders.doubted.entry(*peer).or_default().push(place));
+                    for peer in peers {
+                        holders.doubted.entry(*peer).or_default().push(place);
+                    }
                 }
                 Doubt::Any => {
-                    self.groups.hashes().for_each(|(peer, _)| holders.doubted.entry(peer).or_default().push(place));
+                    for (peer, _) in self.groups.hashes() {
+                        holders.doubted.entry(peer).or_default().push(place);
+                    }
                 }
             }
             for span in self.spans.list(content.region) {

@@ -415,7 +415,7 @@ impl Policies {
         }
         self.groups.set_peers(&peers, &self.namespaces);
         if self.spans_in_use != spans || std::mem::take(&mut self.has_other_nodes) {
-            self.spans = Spans::new(spans.clone(), self.nodes.values().map(|node| &**node));
+            self.spans = Spans::new(spans.clone(), &self.nodes.values().map(|node| &**node));
             self.spans_in_use = spans;
         }
     }

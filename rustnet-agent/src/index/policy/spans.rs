@@ -97,7 +97,7 @@ pub struct Spans {
 
 impl Spans {
     /// These spans, in a cluster of these nodes.
-    pub fn new<'a>(spans: BTreeSet<Span>, nodes: impl Iterator<Item = &'a Node> + Clone) -> Self {
+    pub fn new<'a>(spans: BTreeSet<Span>, nodes: &(impl Iterator<Item = &'a Node> + Clone)) -> Self {
         let mut edges: BTreeMap<IpNet, (Vec<usize>, Vec<usize>)> = BTreeMap::new();
         for (i, span) in spans.iter().enumerate() {
             let (begin, end) = span.ranges(nodes.clone());
@@ -190,7 +190,7 @@ mod tests {
             block("10.1.2.0/24", &[]),
             block("fd00::/16", &["fd00:1::/32"]),
         ];
-        let it = Spans::new(all.clone().into(), std::iter::empty());
+        let it = Spans::new(all.clone().into(), &std::iter::empty());
         for (ip, want) in [
             ("192.0.2.1", &[0][..]),
             ("10.2.0.1", &[1]),
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_range_of_ipv6_does_not_stand_for_ipv4() {
-        let it = Spans::new([block("::/0", &[])].into(), std::iter::empty());
+        let it = Spans::new([block("::/0", &[])].into(), &std::iter::empty());
         assert_eq!(it.list(it.region("10.0.0.1".parse().unwrap())), [0; 0]);
         assert_eq!(it.list(it.region("fd00::1".parse().unwrap())), [0]);
         let prefixes: std::collections::BTreeMap<_, _> = it.prefixes().collect();
@@ -228,7 +228,7 @@ mod tests {
         let all = Span::Nodes(crate::model::Selector::default());
         let some = Span::Nodes(crate::model::Selector::new(vec![zone]));
         let spans = [block("192.0.2.0/24", &[]), all, some, Span::PodRanges];
-        let it = Spans::new(spans.clone().into(), nodes.iter());
+        let it = Spans::new(spans.clone().into(), &nodes.iter());
         for (ip, want) in [
             ("192.0.2.1", &[0, 1][..]),
             ("192.0.2.2", &[0, 1, 2]),
