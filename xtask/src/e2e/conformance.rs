@@ -1,33 +1,59 @@
-//! `docs/conformance.md`: the last real runs, side by side.
+//! `docs/conformance.md`: the last real runs, side by side. Each kind of tests has its part of the page.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::report::{Outcome, Run, Test};
+use super::report::{self, Outcome, Run, Test};
 use crate::cluster::{Family, Network, Settings};
 use crate::{paths, ui};
 
-/// Writes the page from kept runs.
+/// Writes the part of Kubernetes' own tests from kept runs.
 pub fn write(dirs: &[PathBuf]) -> Result<()> {
     let mut runs: Vec<Run> = Vec::new();
     for dir in dirs {
-        let part = Run::load(dir)?;
+        let part = report::load::<Run>(dir)?;
         match runs.iter_mut().find(|run| part.is_part_of(run)) {
             Some(run) => run.add(part),
             None => runs.push(part),
         }
     }
+    put(&part(&runs), runs.len())
+}
+
+/// Puts a part, which begins with its heading, in the place of the one with the same heading, or at the end of the page.
+pub fn put(part: &str, runs: usize) -> Result<()> {
     let file = paths::root().join("docs/conformance.md");
-    fs::write(&file, page(&runs)).with_context(|| format!("writing {}", file.display()))?;
-    ui::step(&format!("{} holds {} runs", file.display(), runs.len()));
+    let page = read(&file)?;
+    fs::write(&file, replaced(&page, part)).with_context(|| format!("writing {}", file.display()))?;
+    ui::step(&format!("{} holds {runs} runs", file.display()));
     Ok(())
 }
 
-fn page(runs: &[Run]) -> String {
+fn read(file: &Path) -> Result<String> {
+    match fs::read_to_string(file) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        read => read.with_context(|| format!("reading {}", file.display())),
+    }
+}
+
+fn replaced(page: &str, part: &str) -> String {
+    // All begin with a heading of the first order, and have no other one.
+    let starts: Vec<usize> =
+        page.match_indices("# ").map(|(at, _)| at).filter(|at| *at == 0 || page[..*at].ends_with('\n')).collect();
+    let ends = starts.iter().skip(1).copied().chain([page.len()]);
+    let mut parts: Vec<&str> = starts.iter().zip(ends).map(|(start, end)| page[*start..end].trim_end()).collect();
+    match parts.iter_mut().find(|it| it.lines().next() == part.lines().next()) {
+        Some(old) => *old = part.trim_end(),
+        None => parts.push(part.trim_end()),
+    }
+    parts.join("\n\n") + "\n"
+}
+
+fn part(runs: &[Run]) -> String {
     let mut text = String::from(
         "# Kubernetes' own end-to-end tests\n\n\
          Written by `cargo xtask e2e --record DIR...` from the reports of real runs of `cargo xtask e2e`; not edited by hand.\n\
@@ -48,36 +74,44 @@ fn page(runs: &[Run]) -> String {
         );
     }
     text += "\nSkipped: the test itself found no meaning in this cluster. Not run: left out, for the reasons below.\n";
+    results(&mut text, &runs.iter().collect::<Vec<_>>());
+    text
+}
+
+/// Adds what came of each test, and why some failed or were not run.
+pub fn results(text: &mut String, runs: &[&Run]) {
     let names: BTreeSet<&str> = runs.iter().flat_map(|run| &run.tests).map(|test| test.name.as_str()).collect();
     let outcome = |run: &Run, name: &str| find(run, name).map(|test| test.outcome);
     let ran = |name: &&&str| {
         runs.iter().any(|run| outcome(run, name).is_some_and(|it| matches!(it, Outcome::Passed | Outcome::Failed)))
     };
-    let titles: Vec<String> = runs.iter().map(title).collect();
+    let titles: Vec<String> = runs.iter().copied().map(title).collect();
     let _ = writeln!(text, "\n## Run\n\n| Test | {} |\n|---|{}", titles.join(" | "), "---|".repeat(runs.len()));
     for name in names.iter().filter(ran) {
         let cells: Vec<&str> = runs.iter().map(|run| cell(outcome(run, name))).collect();
         let _ = writeln!(text, "| {} | {} |", escape(name), cells.join(" | "));
     }
-    failures(&mut text, runs);
-    text += "\n## Skipped and not run, with the reason\n\n| Test | Reason |\n|---|---|\n";
-    for name in names.iter().filter(|name| !ran(name)) {
+    failures(text, runs);
+    let left_out: Vec<_> = names.iter().filter(|name| !ran(name)).collect();
+    if !left_out.is_empty() {
+        *text += "\n## Skipped and not run, with the reason\n\n| Test | Reason |\n|---|---|\n";
+    }
+    for name in left_out {
         let _ = writeln!(text, "| {} | {} |", escape(name), escape(&reasons(runs, name)));
     }
     let partly =
         names.iter().filter(|name| ran(name) && runs.iter().any(|run| outcome(run, name) == Some(Outcome::Excluded)));
     let partly: Vec<_> = partly.collect();
     if !partly.is_empty() {
-        text += "\n## Not run everywhere, with the reason\n\n| Test | Reason |\n|---|---|\n";
+        *text += "\n## Not run everywhere, with the reason\n\n| Test | Reason |\n|---|---|\n";
         for name in partly {
             let _ = writeln!(text, "| {} | {} |", escape(name), escape(&reasons(runs, name)));
         }
     }
-    text
 }
 
 /// Why a test was skipped or not run. `--skip` is the reason only where no run gives a better one.
-fn reasons(runs: &[Run], name: &str) -> String {
+fn reasons(runs: &[&Run], name: &str) -> String {
     let left_out = |test: &&Test| matches!(test.outcome, Outcome::Skipped | Outcome::Excluded);
     let mut all: BTreeSet<&str> =
         runs.iter().filter_map(|run| find(run, name)).filter(left_out).map(|test| test.reason.as_str()).collect();
@@ -87,7 +121,7 @@ fn reasons(runs: &[Run], name: &str) -> String {
     all.into_iter().collect::<Vec<_>>().join("; ")
 }
 
-fn failures(text: &mut String, runs: &[Run]) {
+fn failures(text: &mut String, runs: &[&Run]) {
     if runs.iter().all(|run| run.count(Outcome::Failed) == 0) {
         return;
     }
@@ -99,7 +133,8 @@ fn failures(text: &mut String, runs: &[Run]) {
     }
 }
 
-fn title(run: &Run) -> String {
+/// Names a run by its cluster: network, families, nodes.
+pub fn title(run: &Run) -> String {
     let Settings { nodes, zones, ip_family, routing, network, .. } = run.settings;
     let network = match network {
         Network::Rustnet => format!("rustnet, {}", routing.word()),
@@ -133,4 +168,17 @@ fn escape(text: &str) -> String {
     // The page is for everybody, and the place of the cache is this machine's.
     let cache = paths::cache().display().to_string();
     text.replace('|', "\\|").replace("[sig-network] ", "").replace(&cache, "~/.cache/rustnet")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_takes_the_place_of_the_one_with_its_heading() {
+        let page = "# One\n\nold\n\n## Run # 1\n\n# Two\n\nstays\n";
+        assert_eq!(replaced(page, "# One\n\nnew\n"), "# One\n\nnew\n\n# Two\n\nstays\n");
+        assert_eq!(replaced(page, "# Three\n"), format!("{page}\n# Three\n"));
+        assert_eq!(replaced("", "# One\n"), "# One\n");
+    }
 }

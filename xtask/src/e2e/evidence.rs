@@ -2,7 +2,7 @@
 //! the report.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -14,15 +14,20 @@ use crate::cmd::Cmd;
 use crate::ui;
 
 /// What is asked of each agent.
-const QUESTIONS: [&[&str]; 7] =
-    [&["status"], &["drops"], &["services"], &["endpoints"], &["nodes"], &["peers"], &["ct", "list"]];
+const QUESTIONS: [&[&str]; 8] =
+    [&["status"], &["drops"], &["policy"], &["services"], &["endpoints"], &["nodes"], &["peers"], &["ct", "list"]];
 
 /// Collects the evidence. Where something cannot be read, its file holds the error.
 pub fn collect(cluster: &Cluster, run: &Run, dir: &Path) -> Result<()> {
+    let to = nodes(cluster, dir)?;
+    logs(run, dir, &to)
+}
+
+/// Collects what nodes and agents know, and returns the directory.
+pub fn nodes(cluster: &Cluster, dir: &Path) -> Result<PathBuf> {
     let to = dir.join("failures");
     let _ = fs::remove_dir_all(&to); // of an earlier run
     fs::create_dir_all(&to)?;
-    logs(run, dir, &to)?;
     for (what, args) in [
         ("pods", ["get", "pods", "--all-namespaces", "-o", "wide"]),
         ("events", ["get", "events", "--all-namespaces", "-o", "wide"]),
@@ -44,8 +49,8 @@ pub fn collect(cluster: &Cluster, run: &Run, dir: &Path) -> Result<()> {
             save(&to.join(format!("{}-agent.log", node.name)), &log)?;
         }
     }
-    ui::detail(&format!("logs of failed tests and the nodes' state: {}", to.display()));
-    Ok(())
+    ui::detail(&format!("the nodes' state, and what failed tests said: {}", to.display()));
+    Ok(to)
 }
 
 fn save(file: &Path, command: &Cmd) -> Result<()> {

@@ -62,21 +62,33 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let dir = args.report.clone().unwrap_or_else(|| paths::target().join("e2e"));
     std::fs::create_dir_all(&dir).with_context(|| format!("making the directory {}", dir.display()))?;
     let dir = dir.canonicalize()?;
-    let present = Cluster::find(&args.name)?;
-    let version = present.as_ref().map_or(args.settings.version, |cluster| cluster.settings.version);
-    setup::ensure_with(version, &[Need::Cluster, Need::E2e])?;
-    let ours = present.is_none();
-    if ours {
-        cluster::up(&args.name, &args.settings)?;
+    in_cluster(&args.name, &args.settings, &[Need::Cluster, Need::E2e], |cluster| {
+        ui::step(&format!("end-to-end tests on {}", cluster.settings));
+        tests(args, cluster, &dir)
+    })
+}
+
+/// Runs tests in the cluster of this name, or in one with these settings that is removed afterwards.
+fn in_cluster(
+    name: &str,
+    settings: &Settings,
+    needs: &[Need],
+    tests: impl FnOnce(&Cluster) -> Result<ExitCode>,
+) -> Result<ExitCode> {
+    let present = Cluster::find(name)?;
+    let version = present.as_ref().map_or(settings.version, |cluster| cluster.settings.version);
+    setup::ensure_with(version, needs)?;
+    let is_ours = present.is_none();
+    if is_ours {
+        cluster::up(name, settings)?;
     }
     let cluster = match present {
         Some(cluster) => cluster,
-        None => Cluster::find(&args.name)?.context("the cluster vanished")?,
+        None => Cluster::find(name)?.context("the cluster vanished")?,
     };
-    ui::step(&format!("end-to-end tests on {}", cluster.settings));
-    let result = tests(args, &cluster, &dir);
-    if ours {
-        cluster::down(&args.name)?;
+    let result = tests(&cluster);
+    if is_ours {
+        cluster::down(name)?;
     }
     result
 }
@@ -87,7 +99,8 @@ fn tests(args: &Args, cluster: &Cluster, dir: &std::path::Path) -> Result<ExitCo
     let skips: Vec<String> = args.skip.iter().cloned().chain(excluded(args, &cluster.settings)).collect();
     suite::run(cluster, &args.focus, &skips.join("|"), args.procs, dir)?;
     let run = Run::read(dir, cluster, &args.focus, args.skip.as_deref())?;
-    run.keep(dir)?;
+    report::keep(&run, dir)?;
+    run.keep_table(dir)?;
     print!("{}", run.table());
     let failed = run.count(Outcome::Failed);
     if failed > 0 {

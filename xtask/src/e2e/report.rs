@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use regex::Regex;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -28,6 +29,18 @@ pub enum Outcome {
     Skipped,
     /// It was not run: an exclusion, or the caller's `--skip`.
     Excluded,
+}
+
+impl Outcome {
+    /// As people name it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Failed => "failed",
+            Self::Passed => "passed",
+            Self::Skipped => "skipped",
+            Self::Excluded => "not run",
+        }
+    }
 }
 
 /// One test.
@@ -78,33 +91,25 @@ impl Run {
         for spec in specs.filter(|spec| spec["LeafNodeType"] == "It") {
             tests.extend(test(spec, &focus, &exclusion)?);
         }
+        Self::of(cluster, tests)
+    }
+
+    /// The circumstances are those of now.
+    pub fn of(cluster: &Cluster, mut tests: Vec<Test>) -> Result<Self> {
         tests.sort_by(|a, b| a.name.cmp(&b.name));
-        let said = |cmd: Cmd| cmd.capture().map(|text| text.trim().to_owned()).unwrap_or_default();
         Ok(Self {
             settings: cluster.settings.clone(),
             kubernetes: cluster.settings.version.version()?,
-            commit: match &cluster.settings.image {
-                // What it was made of, its maker knows.
-                Some(file) => file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
-                None => said(Cmd::new("git").args(["describe", "--always", "--dirty"]).dir(crate::paths::root())),
-            },
-            kernel: said(Cmd::new("uname").arg("-r")),
-            date: said(Cmd::new("date").args(["-u", "+%F"])),
+            commit: version(cluster),
+            kernel: said(&Cmd::new("uname").arg("-r")),
+            date: said(&Cmd::new("date").args(["-u", "+%F"])),
             tests,
         })
     }
 
-    /// Keeps it for [`Run::load`].
-    pub fn keep(&self, dir: &Path) -> Result<()> {
-        fs::write(dir.join(KEPT), serde_json::to_string_pretty(self)?)?;
+    /// Keeps the table for readers.
+    pub fn keep_table(&self, dir: &Path) -> Result<()> {
         fs::write(dir.join("table.txt"), self.table()).map_err(Into::into)
-    }
-
-    /// One that was kept.
-    pub fn load(dir: &Path) -> Result<Self> {
-        let file = dir.join(KEPT);
-        let text = fs::read_to_string(&file).with_context(|| format!("{}: no run was kept there", file.display()))?;
-        serde_json::from_str(&text).with_context(|| format!("reading {}", file.display()))
     }
 
     /// Whether both are parts of one run: the same programs on clusters of one kind.
@@ -143,8 +148,7 @@ impl Run {
         let mut text = String::new();
         for outcome in [Outcome::Failed, Outcome::Passed, Outcome::Skipped] {
             for test in self.tests.iter().filter(|test| test.outcome == outcome) {
-                let word = format!("{outcome:?}").to_lowercase();
-                let _ = writeln!(text, "{word:<8} {:>6.1} s  {}", test.time, test.name);
+                let _ = writeln!(text, "{:<8} {:>6.1} s  {}", outcome.word(), test.time, test.name);
                 if !test.reason.is_empty() {
                     let _ = writeln!(text, "                    {}", test.reason);
                 }
@@ -162,6 +166,31 @@ impl Run {
         }
         text
     }
+}
+
+/// Keeps a run for [`load`].
+pub fn keep(run: &impl Serialize, dir: &Path) -> Result<()> {
+    fs::write(dir.join(KEPT), serde_json::to_string_pretty(run)?).map_err(Into::into)
+}
+
+/// A run that was kept.
+pub fn load<T: DeserializeOwned>(dir: &Path) -> Result<T> {
+    let file = dir.join(KEPT);
+    let text = fs::read_to_string(&file).with_context(|| format!("{}: no run was kept there", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("reading {}", file.display()))
+}
+
+/// What the cluster's network was made of: the work tree's commit, or the image that was given instead.
+pub fn version(cluster: &Cluster) -> String {
+    match &cluster.settings.image {
+        // What it was made of, its maker knows.
+        Some(file) => file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        None => said(&Cmd::new("git").args(["describe", "--always", "--dirty"]).dir(crate::paths::root())),
+    }
+}
+
+fn said(cmd: &Cmd) -> String {
+    cmd.capture().map(|text| text.trim().to_owned()).unwrap_or_default()
 }
 
 /// One spec of the report; none when the focus leaves it out.
