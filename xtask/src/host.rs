@@ -1,4 +1,4 @@
-//! Which distribution this is: it decides package names.
+//! What this machine is: the distribution, which decides package names, and what its kernel lacks.
 
 use std::fs;
 
@@ -34,6 +34,18 @@ impl Distro {
             Self::Other(field(os_release, "PRETTY_NAME").unwrap_or_else(|| "an unknown distribution".to_owned()))
         }
     }
+}
+
+/// Whether the kernel has SCTP. It loads the module where there is one.
+pub fn has_sctp() -> bool {
+    // SAFETY: socket takes no pointers.
+    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_SCTP) };
+    if socket < 0 {
+        return false;
+    }
+    // SAFETY: nobody else has this descriptor.
+    unsafe { libc::close(socket) };
+    true
 }
 
 /// One value; os-release values may stand in single or double quotes.

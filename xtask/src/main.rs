@@ -66,6 +66,8 @@ enum Command {
     Cluster(cluster::Args),
     /// Run Kubernetes' own end-to-end tests (needs root)
     E2e(e2e::Args),
+    /// Run the conformance tests of the network policy API (needs root)
+    PolicyConformance(e2e::policies::Args),
     /// Show the whole thing at work: nodes, pods, services, restarts (needs root)
     Demo(play::Args),
     /// Run the tests (needs root)
@@ -105,6 +107,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Image(args) => image::run(&args)?,
         Command::Cluster(args) => return cluster::run(&args),
         Command::E2e(args) => return e2e::run(&args),
+        Command::PolicyConformance(args) => return e2e::policies::run(&args),
         Command::Demo(args) => return play::demo(&args),
         Command::Test(args) => return test::run(&args),
         Command::Lint(args) => lint::run(&args)?,

@@ -44,6 +44,21 @@ pub fn policy_oracle() -> PathBuf {
     tools().join("policy-oracle")
 }
 
+/// The program of the conformance tests of the network policy API.
+pub fn policy_tests() -> PathBuf {
+    tools().join("network-policy-api.test")
+}
+
+/// The manifest of ClusterNetworkPolicy, with the fields that are experiments.
+pub fn policy_crd() -> PathBuf {
+    tools().join("clusternetworkpolicies.yaml")
+}
+
+/// Go's reader of what its test programs print.
+pub fn test2json() -> PathBuf {
+    tools().join("test2json")
+}
+
 /// Where small tools that setup installs are found by a fixed name (cnitool).
 pub fn tools() -> PathBuf {
     cache().join("bin")

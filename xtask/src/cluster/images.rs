@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 
 use crate::cmd::{Cmd, which};
 use crate::oci::{self, Blob, Image, Layer};
-use crate::setup::Kubernetes;
-use crate::{cache, paths, ui};
+use crate::setup::{AGNHOST_SCTP, Kubernetes};
+use crate::{cache, host, paths, ui};
 
 /// Where images of the tests come from, by name. Of their versions, those that the tests of every pinned Kubernetes name.
 const E2E: &str = "registry.k8s.io/e2e-test-images/";
@@ -39,6 +39,8 @@ const TOOLS: [&str; 14] = [
 ];
 /// Which programs of the tests' images come from Kubernetes.
 const PROGRAMS: [&str; 3] = ["pause", "agnhost", "regression-issue-74839"];
+/// What tests of network policies name: those of the network policy API, and cyclonus.
+const POLICY_TESTS: [&str; 2] = ["agnhost:2.45", "agnhost:2.43"];
 /// Changes when the recipe below does.
 const RECIPE: &str = "2";
 
@@ -84,10 +86,37 @@ pub fn ingress() -> Result<PathBuf> {
     Ok(file)
 }
 
+/// The file with agnhost as tests of network policies name it; made when it is missing or the program has changed. It speaks SCTP
+/// by itself where the kernel does not.
+pub fn policy_tests(kubernetes: Kubernetes) -> Result<PathBuf> {
+    let programs = kubernetes.programs()?;
+    let program = if host::has_sctp() { "agnhost" } else { AGNHOST_SCTP };
+    let stamp = programs.join(program).with_extension("stamp");
+    let mut key = cache::Key::default();
+    key.text("recipe", RECIPE);
+    key.text("names", &POLICY_TESTS.join(" "));
+    key.text(
+        program,
+        &fs::read_to_string(&stamp)
+            .with_context(|| format!("{} is missing: cargo xtask policy-conformance", stamp.display()))?,
+    );
+    let file = programs.with_file_name("images").join(format!("policy-tests-{}.tar", key.finish()));
+    if !file.is_file() {
+        let progress = ui::Progress::start("making the image of the policy tests");
+        let mut shell = Layer::new();
+        shell.link("/bin/bash", "/usr/bin/bash")?;
+        let layers = [&base()?, &tools()?, &shell.finish()?, &agnhost(&programs, program)?];
+        let names = POLICY_TESTS.map(|name| format!("{E2E}{name}"));
+        oci::write(&file, &[image(&layers, &["/agnhost"], &["pause"], names.into())])?;
+        progress.done();
+    }
+    Ok(file)
+}
+
 fn all(programs: &Path) -> Result<Vec<Image>> {
     let base = base()?;
     let tools = tools()?;
-    let agnhost = agnhost(programs)?;
+    let agnhost = agnhost(programs, "agnhost")?;
     let pause = one("/pause", &programs.join("pause"))?;
     let coredns = one("/coredns", &paths::tools().join("coredns"))?;
     let regression = one("/regression-issue-74839", &programs.join("regression-issue-74839"))?;
@@ -208,9 +237,9 @@ fn extensions() -> Vec<PathBuf> {
     files
 }
 
-fn agnhost(programs: &Path) -> Result<Rc<Blob>> {
+fn agnhost(programs: &Path, program: &str) -> Result<Rc<Blob>> {
     let mut layer = Layer::new();
-    layer.file("/agnhost", &programs.join("agnhost"), 0o755)?;
+    layer.file("/agnhost", &programs.join(program), 0o755)?;
     layer.link("/agnhost-2", "agnhost")?;
     for file in ["localhost.crt", "localhost.key"] {
         layer.file(&format!("/{file}"), &programs.join(file), 0o644)?;

@@ -127,6 +127,12 @@ pub fn start_balancer(cluster: &Cluster) -> Result<()> {
     balancer::start(cluster)
 }
 
+/// Loads what the pods of tests of network policies run into all nodes.
+pub fn load_policy_tests(cluster: &Cluster) -> Result<()> {
+    let image = images::policy_tests(cluster.settings.version)?;
+    cluster.nodes().iter().try_for_each(|node| up::load(cluster, node, &image))
+}
+
 /// Removes a cluster.
 pub fn down(name: &str) -> Result<()> {
     down::run(name, defaults()?)

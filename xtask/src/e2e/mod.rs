@@ -7,10 +7,12 @@
 //! | `report` | ginkgo's report -> one outcome for each test -> table |
 //! | `conformance` | several runs -> `docs/conformance.md` |
 //! | `evidence` | what agents and nodes know, kept when something failed |
+//! | `policies` | `policy-conformance`: the same for the tests of the network policy API |
 
 mod conformance;
 mod evidence;
 mod exclusions;
+pub mod policies;
 mod report;
 mod suite;
 

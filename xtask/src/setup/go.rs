@@ -106,7 +106,7 @@ pub(super) fn ensure_policy_oracle(work: &mut Work) -> Result<()> {
 }
 
 /// Builds the program of a stamp in the directory of a module. `args` end with the package.
-fn build(work: &mut Work, title: &str, module: &Path, args: &[&str], stamp: &Stamp) -> Result<()> {
+pub(super) fn build(work: &mut Work, title: &str, module: &Path, args: &[&str], stamp: &Stamp) -> Result<()> {
     let build = Cmd::new(go(work)?)
         .args(["build", "-ldflags", "-s -w", "-o"])
         .arg(&stamp.program)

@@ -71,18 +71,27 @@ fn modules() -> PathBuf {
     paths::root().join("tests/kubernetes")
 }
 
+/// agnhost that speaks SCTP by itself, for kernels without it.
+pub const AGNHOST_SCTP: &str = "agnhost-sctp";
+/// The library by which agnhost speaks SCTP. `tests/kubernetes/sctp` takes its place.
+const SCTP: &str = "github.com/ishidawataru/sctp";
+
 /// Builds a program of the version that this run of setup is about.
 pub(super) fn ensure(work: &mut Work, program: &str) -> Result<()> {
     let kubernetes = work.kubernetes;
     let (version, bin) = (kubernetes.version()?, kubernetes.programs()?);
     let mut key = cache::Key::default();
     key.text("go.mod", &kubernetes.go_mod()?);
+    let is_replaced = program == AGNHOST_SCTP;
+    if is_replaced {
+        key.tree(&modules(), &modules().join("sctp"))?;
+    }
     let stamp = Stamp::new(&bin.join(program), key.finish());
     if stamp.holds() {
         return Ok(());
     }
     let go = go(work)?;
-    let source = bin.with_file_name("src");
+    let source = bin.with_file_name(if is_replaced { "src-sctp" } else { "src" });
     let build = Cmd::new(go)
         .args(build_verb(program))
         // -mod=mod in a copy: Go completes go.sum there, and leaves the tracked one alone.
@@ -95,9 +104,25 @@ pub(super) fn ensure(work: &mut Work, program: &str) -> Result<()> {
         .remedy("Go needs a module proxy that it can reach (go env GOPROXY), 2 GB of memory and 3 GB of disk");
     if !work.dry_run {
         kubernetes.copy_module(&source)?;
+        if is_replaced {
+            replace_sctp(&source)?;
+        }
     }
     work.step(&format!("building {program} {version} (minutes, once)"), &build)?;
     if work.dry_run { Ok(()) } else { stamp.write() }
+}
+
+/// Puts our SCTP in the place of the library in a copy of the module.
+fn replace_sctp(module: &Path) -> Result<()> {
+    let from = modules().join("sctp");
+    for file in fs::read_dir(&from).with_context(|| format!("reading {}", from.display()))? {
+        let file = file?;
+        cache::copy(&file.path(), &module.join("sctp").join(file.file_name()))?;
+    }
+    let file = module.join("go.mod");
+    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+    fs::write(&file, format!("{text}\nreplace {SCTP} => ./sctp\n"))
+        .with_context(|| format!("writing {}", file.display()))
 }
 
 /// The Go package of a program.
@@ -107,6 +132,7 @@ fn package(program: &str) -> String {
         "etcd" => "go.etcd.io/etcd/server/v3".to_owned(),
         "e2e.test" => "k8s.io/kubernetes/test/e2e".to_owned(),
         "ginkgo" => "github.com/onsi/ginkgo/v2/ginkgo".to_owned(),
+        AGNHOST_SCTP => package("agnhost"),
         "agnhost" | "regression-issue-74839" => format!("k8s.io/kubernetes/test/images/{program}"),
         // Our own, in the module's directory.
         "pause" => "./pause".to_owned(),

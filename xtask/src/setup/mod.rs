@@ -5,6 +5,7 @@ mod apt;
 mod bpf;
 mod go;
 mod kubernetes;
+mod policy_tests;
 mod tools;
 
 use std::time::Instant;
@@ -14,7 +15,8 @@ use anyhow::{Result, bail};
 use crate::cmd::Cmd;
 use crate::ui;
 
-pub use kubernetes::Kubernetes;
+pub use kubernetes::{AGNHOST_SCTP, Kubernetes};
+pub use policy_tests::api_version;
 pub use tools::cargo_deny;
 
 /// What a command needs.
@@ -40,6 +42,8 @@ pub enum Need {
     Cluster,
     /// Kubernetes' own end-to-end tests.
     E2e,
+    /// The conformance tests of the network policy API.
+    PolicyTests,
     /// A real Ingress controller.
     Ingress,
     /// Booting other kernels.
@@ -166,6 +170,7 @@ impl Work {
                     kubernetes::ensure(self, "ginkgo")?;
                     kubernetes::ensure(self, "e2e.test")?;
                 }
+                Need::PolicyTests => policy_tests::ensure(self)?,
                 Need::Ingress => go::ensure_skipper(self)?,
                 Need::Kernels => go::ensure_profile(self)?,
                 Need::Network | Need::Iperf | Need::Cross => {}

@@ -1,0 +1,107 @@
+//! `policy-conformance`: the conformance tests of the network policy API against a cluster of ours.
+//!
+//! | File | Job |
+//! |---|---|
+//! | `suite` | installs the API, runs the tests' program in the namespace of the outside world |
+//! | `events` | what Go says of its tests -> one outcome for each |
+//! | `page` | several runs -> their part of `docs/conformance.md` |
+
+mod events;
+mod page;
+mod suite;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::evidence;
+use super::report::{self, Outcome, Run};
+use crate::cluster::{self, Cluster, Settings};
+use crate::cmd::need_root;
+use crate::setup::{self, Need};
+use crate::{host, paths, ui};
+
+/// Options of `policy-conformance`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Name of the cluster; one that runs is used as it is, another is started and removed afterwards
+    #[arg(long, default_value = cluster::DEFAULT)]
+    name: String,
+    #[command(flatten)]
+    settings: Settings,
+    /// Run only these tests, as Go's -run takes it: a test, and with a slash its parts (CNPAdminTierEgressTCP/allow)
+    #[arg(long, value_name = "RE")]
+    run: Option<String>,
+    /// Where log, reports and table are put
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// Run nothing: write the part of docs/conformance.md from the reports in these directories
+    #[arg(long, value_name = "DIR", num_args = 1.., conflicts_with_all = ["run", "report"])]
+    record: Vec<PathBuf>,
+}
+
+/// What the pods speak SCTP by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Sctp {
+    /// The kernel.
+    Kernel,
+    /// A program over raw sockets (`tests/kubernetes/sctp`): the kernel has none.
+    RawSockets,
+}
+
+impl Sctp {
+    /// What runs with it are to be reported as.
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Kernel => "the kernel's",
+            Self::RawSockets => "over raw sockets",
+        }
+    }
+}
+
+/// A run of these tests.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct PolicyRun {
+    #[serde(flatten)]
+    run: Run,
+    /// The version of the tests, and of the API.
+    api: String,
+    sctp: Sctp,
+}
+
+/// The command; failure when a test failed.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    if !args.record.is_empty() {
+        return page::write(&args.record).map(|()| ExitCode::SUCCESS);
+    }
+    need_root("policy-conformance")?;
+    let dir = args.report.clone().unwrap_or_else(|| paths::target().join("policy-conformance"));
+    std::fs::create_dir_all(&dir).with_context(|| format!("making the directory {}", dir.display()))?;
+    let dir = dir.canonicalize()?;
+    super::in_cluster(&args.name, &args.settings, &[Need::Cluster, Need::PolicyTests], |cluster| {
+        ui::step(&format!("conformance tests of the network policy API on {}", cluster.settings));
+        tests(args, cluster, &dir)
+    })
+}
+
+#[expect(clippy::print_stdout, reason = "the table is the command's result")]
+fn tests(args: &Args, cluster: &Cluster, dir: &Path) -> Result<ExitCode> {
+    let sctp = if host::has_sctp() { Sctp::Kernel } else { Sctp::RawSockets };
+    cluster::load_policy_tests(cluster)?;
+    suite::install(cluster)?;
+    let tests = suite::run(cluster, args.run.as_deref(), sctp, dir)?;
+    let run = PolicyRun { run: Run::of(cluster, tests)?, api: setup::api_version()?, sctp };
+    report::keep(&run, dir)?;
+    let run = &run.run;
+    run.keep_table(dir)?;
+    print!("{}", run.table());
+    let failed = run.count(Outcome::Failed);
+    if failed > 0 {
+        evidence::nodes(cluster, dir)?;
+    }
+    println!("\n{}; all of it is in {}", run.counts(), dir.display());
+    Ok(if failed == 0 && run.count(Outcome::Passed) > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
