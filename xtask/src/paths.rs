@@ -54,6 +54,11 @@ pub fn policy_crd() -> PathBuf {
     tools().join("clusternetworkpolicies.yaml")
 }
 
+/// The program that runs the test cases of cyclonus.
+pub fn cyclonus() -> PathBuf {
+    tools().join("cyclonus-cases")
+}
+
 /// Go's reader of what its test programs print.
 pub fn test2json() -> PathBuf {
     tools().join("test2json")

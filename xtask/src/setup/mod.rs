@@ -16,7 +16,7 @@ use crate::cmd::Cmd;
 use crate::ui;
 
 pub use kubernetes::{AGNHOST_SCTP, Kubernetes};
-pub use policy_tests::api_version;
+pub use policy_tests::{api_version as policy_api_version, cyclonus_version};
 pub use tools::cargo_deny;
 
 /// What a command needs.
@@ -42,7 +42,7 @@ pub enum Need {
     Cluster,
     /// Kubernetes' own end-to-end tests.
     E2e,
-    /// The conformance tests of the network policy API.
+    /// Others' tests of network policies.
     PolicyTests,
     /// A real Ingress controller.
     Ingress,

@@ -38,7 +38,7 @@ const KUBERNETES: &str = "kubernetes";
 const VERSIONS: &str = "versions";
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 19] = [
+const CAMPAIGNS: [Campaign; 20] = [
     Campaign {
         name: VERSIONS,
         work: Work::Tests { program: "fabric", filter: "upgrades_from_v1_and_back_lose_nothing", env: &[] },
@@ -114,6 +114,10 @@ const CAMPAIGNS: [Campaign; 19] = [
     Campaign {
         name: "policy-conformance",
         work: Work::Command(&["policy-conformance", "--report", "target/policy-conformance"]),
+    },
+    Campaign {
+        name: "cyclonus",
+        work: Work::Command(&["policy-conformance", "--suite", "cyclonus", "--report", "target/cyclonus"]),
     },
     Campaign { name: "kernels", work: Work::Command(&["kernels"]) },
     Campaign {
