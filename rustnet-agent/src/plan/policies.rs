@@ -1,7 +1,7 @@
 //! The maps of network policies: which writes lead from what they hold to what they should hold, and in which order.
 //!
-//! After every write each flow that both states allow passes, and each that both deny is denied. `course` has the order, `rows` what a set says of a class, `fit` leaves out
-//! what has no room, `draft` is the state of the maps after the writes so far, and `judge` is what the programs make of a flow by them.
+//! After every write each flow that both states allow passes, and each that both deny is denied. `course` has the order, `rows` what a
+//! set says of a class, `fit` leaves out what has no room, `draft` is the state of the maps after the writes so far, and `judge` is what the programs make of a flow by them.
 
 mod course;
 mod draft;

@@ -1,8 +1,8 @@
 //! The source that watches a Kubernetes API server.
 //!
-//! One task a kind. Without network policies, the server is asked for this node's own Pods only, and for no Namespaces and NetworkPolicies. Of
-//! ServiceCIDRs, there may be none to ask for. Objects are converted as they arrive and dropped: nothing is stored here, and what the agent keeps is the index's
-//! business. Lists are streamed where the server can (1.27 and later), else paged. A failed watch
+//! One task a kind. Without network policies, the server is asked for this node's own Pods only, and for no
+//! Namespaces and policies. Of ServiceCIDRs and ClusterNetworkPolicies, there may be none to ask for. Objects are
+//! converted as they arrive and dropped: nothing is stored here, and what the agent keeps is the index's business. Lists are streamed where the server can (1.27 and later), else paged. A failed watch
 //! is resumed where it broke off, with jittered back-off. When the server no longer has that place
 //! (410), the kind is listed again, between [`Event::Restart`] and [`Event::Synced`]. So objects
 //! that were deleted meanwhile go.

@@ -179,6 +179,7 @@ impl<'a> Classes<'a> {
         let spans: HashMap<usize, usize> =
             self.spans.iter().filter_map(|(span, number)| Some((number, add(span.text()?)))).collect();
         let unknown = add("a pod that is not known".to_owned());
+        let plain = add("pods that no selector has".to_owned());
         let mut ports: HashMap<(usize, u16), usize> = HashMap::new();
         let used: BTreeSet<_> = self.contents.iter().flat_map(|content| &content.ports).collect();
         for (name, port) in used {
@@ -191,6 +192,9 @@ impl<'a> Classes<'a> {
             let of_spans = self.spans.list(content.region).iter().filter_map(|span| spans.get(span));
             let of_doubt = Some(&unknown).filter(|_| content.doubt == Doubt::Any);
             let mut ranks: Vec<usize> = of_peers.chain(of_ports).chain(of_spans).chain(of_doubt).copied().collect();
+            if ranks.is_empty() {
+                ranks.push(plain);
+            }
             ranks.sort_unstable();
             let more = ranks.len().saturating_sub(NAMED);
             ranks.truncate(NAMED);

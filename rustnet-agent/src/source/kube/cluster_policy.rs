@@ -16,6 +16,8 @@ use tokio::sync::mpsc::Sender;
 
 /// Between two attempts to list what the server does not have, besides a while that grows with the number of nodes.
 const AGAIN: Duration = Duration::from_secs(10);
+/// How many times as long that while is as for lists that all agents want at once: most clusters never have the kind.
+const SPREAD: u32 = 4;
 
 /// A ClusterNetworkPolicy of one of [`VERSIONS`], by its place there.
 #[derive(Clone, Debug)]
@@ -78,7 +80,8 @@ pub(super) async fn follow(source: &KubeSource, events: &Sender<Event>, streamin
         if is_not_found(&error) {
             absences += 1;
             follower.works().await;
-            // Objects go with their kind. A second look has to agree: a server that starts may not know yet which kinds it has.
+            // Objects go with their kind. A server that starts says 503 until it knows its kinds (CRDInformerHasNotSynced), so that the
+            // first look may count. What was known goes only if a second look agrees.
             if absences > 1 && std::mem::take(&mut follower.has_listed) {
                 tracing::info!(kind = %follower.kind, "not there any more");
                 follower.send(Event::Restart(follower.kind)).await;
@@ -95,7 +98,7 @@ pub(super) async fn follow(source: &KubeSource, events: &Sender<Event>, streamin
             follower.send(Event::Synced(follower.kind)).await;
         }
         follower.source.connection.answers.heard(follower.kind);
-        follower.pause(AGAIN + follower.source.connection.herd.spread()).await;
+        follower.pause(AGAIN + follower.source.connection.herd.spread() * SPREAD).await;
     }
 }
 
