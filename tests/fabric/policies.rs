@@ -155,7 +155,7 @@ fn explained(pod: &Pod, flows: &[(&Pod, &Pod, bool)], policy: &str) -> Result<()
     }
     let address = pod.addresses()[0].to_string();
     let shown = pod.node().rustnetctl(&["policy", &address])?;
-    ensure!(shown.contains("isolated by default/") && shown.contains(policy), "{shown}");
+    ensure!(shown.contains("isolated by ") && shown.contains(policy), "{shown}");
     Ok(())
 }
 

@@ -397,10 +397,13 @@ impl<'a> Follower<'a> {
     async fn refused(&mut self, error: &watcher::Error) {
         let since = *self.refused_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= REFUSED && !std::mem::replace(&mut self.is_refused, true) {
-            let what =
-                if self.kind == Kind::ClusterNetworkPolicy { "ClusterNetworkPolicies" } else { "network policies" };
+            let (what, stays) = if self.kind == Kind::ClusterNetworkPolicy {
+                ("ClusterNetworkPolicies", "those known since the agent started stay")
+            } else {
+                ("network policies", "what was enforced before stays")
+            };
             let what = format!(
-                "{}: {what} are not followed on this node, what was enforced before stays; apply deploy/rbac.yaml, or set \
+                "{}: {what} are not followed on this node, {stays}; apply deploy/rbac.yaml, or set \
                  --network-policy off",
                 chain(error)
             );
