@@ -11,8 +11,6 @@ pub enum Bucket {
     IcmpErrors = 0,
     /// Records in `rn_events`.
     Events = 1,
-    /// ICMP errors about flows that policies deny: whoever asks for those all the time takes none of the others.
-    Denials = 2,
 }
 
 /// Tokens that a bucket holds, and gets back per second and CPU. Linux sends 1,000 ICMP errors per second

@@ -74,15 +74,9 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
             action
         }
         Err(dropped) => match dropped.reason {
-            reason @ (DropReason::NoBackend
-            | DropReason::NoServicePort
-            | DropReason::TtlExceeded
-            | DropReason::FragNeeded
-            | DropReason::PolicyDenied) => {
-                F::report(skb, l3, reason, H::CODE);
-                let is_policy = reason == DropReason::PolicyDenied;
-                let is_answered = H::ANSWERS && (!is_policy || F::is_denial_answered(skb, dropped, H::REPLY_PATH));
-                if is_answered { F::reject(skb, l3, dropped, H::REPLY_PATH) } else { TC_ACT_SHOT }
+            DropReason::NoBackend | DropReason::NoServicePort | DropReason::TtlExceeded | DropReason::FragNeeded => {
+                F::report(skb, l3, dropped.reason, H::CODE);
+                if H::ANSWERS { F::reject(skb, l3, dropped, H::REPLY_PATH) } else { TC_ACT_SHOT }
             }
             DropReason::Forwarded
             | DropReason::Malformed
@@ -108,6 +102,7 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
             | DropReason::NotInSourceRange
             | DropReason::NoService
             | DropReason::NoDirectBackend
+            | DropReason::PolicyDenied
             | DropReason::PolicyUndecided => {
                 F::report(skb, l3, dropped.reason, H::CODE);
                 TC_ACT_SHOT
@@ -120,8 +115,6 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
 trait Reject: Answer + Report + Log {
     /// See [`step::reject::reject`].
     fn reject(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> i32;
-    /// See [`step::reject::is_denial_answered`].
-    fn is_denial_answered(skb: &Skb, denied: Dropped, path: ReplyPath) -> bool;
     /// See [`inner_steps`]. `high` and `low` are the halves of the tunnel's far end.
     fn inner(skb: &Skb, overhead: u32, high: u64, low: u64, congested: u32) -> PackedResult;
 }
@@ -133,10 +126,6 @@ macro_rules! global {
             #[inline(always)]
             fn reject(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> i32 {
                 $name(skb.raw(), l3 as u32, u32::from(dropped.reason as u8), dropped.mtu, path as u32)
-            }
-            #[inline(always)]
-            fn is_denial_answered(skb: &Skb, denied: Dropped, path: ReplyPath) -> bool {
-                step::reject::is_denial_answered::<$family>(skb, denied, path)
             }
             #[inline(always)]
             fn inner(skb: &Skb, overhead: u32, high: u64, low: u64, congested: u32) -> PackedResult {
@@ -454,13 +443,12 @@ fn direct_out_steps<F: Steps + Wrap>(skb: &Skb) -> PackedResult {
     PackedResult::new(direct::send::<F>(skb, UplinkIn::CODE))
 }
 
-/// A hook's place for packets that nobody answers: another node's `direct_out` has sent them, which would get the answers, or they are
-/// later fragments.
-enum Silent<H> {
+/// Where another node's `direct_out` sends to. The answers would go to that node.
+enum DirectIn<H> {
     #[allow(dead_code, reason = "no value of the type is ever made")]
-    Of(H),
+    From(H),
 }
-impl<H: Place> Place for Silent<H> {
+impl<H: Place> Place for DirectIn<H> {
     const CODE: u8 = H::CODE;
     const REPLY_PATH: ReplyPath = H::REPLY_PATH;
     const ANSWERS: bool = false;
@@ -487,7 +475,7 @@ fn direct_to_pod<H: Place, F: Reject + Wrap>(skb: &Skb) -> i32 {
     if log::is_on() {
         F::log(result, skb.ifindex(), H::CODE);
     }
-    verdict::<Silent<H>, F>(skb, ETH_LEN + F::WRAP_LEN as usize, result.result())
+    verdict::<DirectIn<H>, F>(skb, ETH_LEN + F::WRAP_LEN as usize, result.result())
 }
 
 /// As [`steps`].
@@ -516,9 +504,9 @@ fn without_first<F: Reject>(skb: &Skb) -> i32 {
         F::log(result, skb.ifindex(), hook);
     }
     match hook {
-        hooks::FROM_POD => verdict::<Silent<FromPod>, F>(skb, ETH_LEN, result.result()),
-        hooks::OVERLAY_IN => verdict::<Silent<OverlayIn>, F>(skb, ETH_LEN, result.result()),
-        _ => verdict::<Silent<UplinkIn>, F>(skb, ETH_LEN, result.result()),
+        hooks::FROM_POD => verdict::<FromPod, F>(skb, ETH_LEN, result.result()),
+        hooks::OVERLAY_IN => verdict::<OverlayIn, F>(skb, ETH_LEN, result.result()),
+        _ => verdict::<UplinkIn, F>(skb, ETH_LEN, result.result()),
     }
 }
 

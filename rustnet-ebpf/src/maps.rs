@@ -185,7 +185,7 @@ pub const NEXT_HOPS: u32 = 256;
 pub const WAYS: u32 = 4;
 
 /// Token buckets there are.
-const BUCKETS: usize = 3;
+const BUCKETS: usize = 2;
 
 /// A map of one element a CPU.
 pub type Scratches<A> = PerCpuArray<Scratch<A>, 1>;

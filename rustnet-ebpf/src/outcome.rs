@@ -7,12 +7,9 @@ use rustnet_common::drop::DropReason;
 pub struct Dropped {
     /// The reason.
     pub reason: DropReason,
-    /// For [`DropReason::FragNeeded`]: the MTU of the path, in bytes. For [`DropReason::PolicyDenied`]: [`SILENT`] or 0.
+    /// For [`DropReason::FragNeeded`]: the MTU of the path, in bytes.
     pub mtu: u32,
 }
-
-/// [`Dropped::mtu`] of a packet that is not answered, whatever the settings say.
-pub const SILENT: u32 = 1;
 
 /// The result of a function that is not inlined, in one register: 0 in the low byte and a value above, or a reason and an
 /// MTU. A `Result` in such a signature would put a Rust enum into the object's BTF, which the kernel refuses.

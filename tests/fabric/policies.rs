@@ -1,7 +1,5 @@
 //! Network policies between real pods: what they forbid and allow, how they change under open connections, and pods that come.
 
-mod denied;
-
 use crate::fixture::{Net, endpoints};
 use anyhow::{Context, Result, anyhow, ensure};
 use std::fmt::Write as _;

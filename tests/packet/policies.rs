@@ -1,7 +1,5 @@
 //! Network policies: which flows open, which go on, and what nobody judges.
 
-mod denied;
-
 use crate::decap::outer;
 use crate::external::NODE_PORT;
 use crate::flows::{

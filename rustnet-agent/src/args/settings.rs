@@ -307,15 +307,6 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
-                flag: "policy-deny-response",
-                key: "policyDenyResponse",
-                value: "none|icmp",
-                default: Some("none"),
-                help: "What the sender of a packet gets that NetworkPolicies deny: nothing (none), or at once an ICMP error, so that its \
-                       connect fails and does not wait for a time-out (icmp)",
-                ..ONE
-            },
-            Setting {
                 flag: "snat-ports",
                 key: "snatPorts",
                 value: "auto|FIRST-LAST",

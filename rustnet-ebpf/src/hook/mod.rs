@@ -17,7 +17,7 @@ use rustnet_common::drop::DropReason;
 use crate::ctx::{Ctx, Skb};
 use crate::event::Report;
 use crate::offload::{self, Offload};
-use crate::outcome::{Dropped, SILENT};
+use crate::outcome::Dropped;
 use crate::packet::{Class, Flow, Packet, Source};
 use crate::parse::{self, Parse};
 use crate::rewrite::Rewrite;
@@ -76,8 +76,7 @@ pub fn forward<F: Steps>(
             return Err(DropReason::NoFib.into());
         }
         if flow.class == Class::New && p.is_flow() {
-            // The kernel's tables may call it a broadcast, which nobody answers.
-            policy::judge::<F>(p, flow).map_err(|reason| Dropped { reason, mtu: SILENT })?;
+            policy::judge::<F>(p, flow)?;
             // The later fragments take the same way.
             parse::remember_ports::<F>(p, skb.ifindex());
         }
