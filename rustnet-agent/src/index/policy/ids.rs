@@ -26,7 +26,8 @@ impl ContentHash {
     }
 }
 
-/// A number for each of some contents by their hashes, never 0 and no two alike. The same hashes get the same numbers, whatever their
+/// A number for each of some contents by their hashes, never 0, never the greatest one (undecided pods have it in the
+/// programs), and no two alike. The same hashes get the same numbers, whatever their
 /// order; contents with one hash get theirs in order.
 pub fn numbers(hashes: &[u64]) -> Vec<u32> {
     let mut order: Vec<usize> = (0..hashes.len()).collect();
@@ -36,7 +37,7 @@ pub fn numbers(hashes: &[u64]) -> Vec<u32> {
     for place in order {
         let hash = hashes[place];
         let mut number = (hash ^ (hash >> 32)) as u32;
-        while number == 0 || !taken.insert(number) {
+        while number == 0 || number == u32::MAX || !taken.insert(number) {
             number = number.wrapping_add(1);
         }
         numbers[place] = number;
@@ -49,7 +50,8 @@ mod tests {
     use super::{ContentHash, numbers};
 
     #[test]
-    fn numbers_differ_and_are_never_zero() {
+    fn numbers_differ_and_are_never_those_with_a_meaning() {
+        assert_eq!(numbers(&[u64::from(u32::MAX), 0]), [2, 1]);
         // The halves of these hashes cancel each other out, or leave the same.
         let all = [0, 1, 0x1_0000_0001, 1, 0x1_0000_0000, 0x7_0000_0007];
         let given = numbers(&all);

@@ -14,7 +14,7 @@ use super::draft::{Draft, differing, sets_in_use};
 use super::rows::{Row, both, class_of, full_row, is_within, own_row, reduce};
 use super::{PolicySnapshot, RuleKey};
 use ipnet::IpNet;
-use rustnet_common::policy::{ALLOW, ANY_CLASS, PolicyPod, PolicyRule, flags};
+use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyPod, PolicyRule, flags};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -130,9 +130,15 @@ impl Changes {
         for ip in &ips {
             let (before, after) = (old.pods.get(ip), new.pods.get(ip));
             it.has_other_classes |= after.is_none();
+            let class = |entry: Option<&PolicyPod>, cidrs, lengths| {
+                entry.map_or_else(|| class_of(cidrs, lengths, IpNet::from(*ip)), |pod| pod.class)
+            };
+            let pair = (class(before, &old.cidrs, &old_lengths), class(after, &new.cidrs, &new_lengths));
             if let Some(after) = after.filter(|after| after.ifindex != 0) {
                 let Some(before) = before.filter(|before| is_same(Some(before), after)) else {
-                    // It is closed up to its last write.
+                    // It is closed up to its last write. Flows to its address from before it was there are judged as others are.
+                    it.has_other_classes |= (after.ingress, after.egress) != (OPEN, OPEN);
+                    it.come.insert(pair);
                     continue;
                 };
                 let is_dirty = |set: &u32| it.dirty_sets.contains(set);
@@ -140,10 +146,6 @@ impl Changes {
                     it.local.insert(*ip, (*before, *after));
                 }
             }
-            let class = |entry: Option<&PolicyPod>, cidrs, lengths| {
-                entry.map_or_else(|| class_of(cidrs, lengths, IpNet::from(*ip)), |pod| pod.class)
-            };
-            let pair = (class(before, &old.cidrs, &old_lengths), class(after, &new.cidrs, &new_lengths));
             it.has_other_classes |= before.is_some() && pair.0 != pair.1;
             if before.is_none() && pair.0 != pair.1 {
                 it.come.insert(pair);
@@ -327,10 +329,10 @@ impl<'a> Passage<'a> {
     }
 }
 
-/// A number for the passage of a pair that nothing else has.
+/// A number for the passage of a pair that nothing else has. The greatest one stands for undecided pods in the programs.
 fn take_number(pair: Pair, taken: &mut BTreeSet<u32>) -> u32 {
     let mut number = pair.0.rotate_left(16) ^ pair.1.wrapping_mul(0x9e37_79b1);
-    while number == ANY_CLASS || !taken.insert(number) {
+    while number == ANY_CLASS || number == u32::MAX || !taken.insert(number) {
         number = number.wrapping_add(1);
     }
     number

@@ -25,12 +25,19 @@ pub struct Fit {
 pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacities) -> Fit {
     let DesiredPolicies { mut pods, cidrs, rules, is_enforced, sets, .. } = desired;
     let mut problems = Vec::new();
-    // Without counts in the messages: each other count would be another event.
-    let rules = fit_rules(rules, &mut pods, held, room.rules as usize, |set| {
-        let names = sets.get(&set).map_or(&[][..], |names| names);
-        let message = "the rules of its pods do not fit into the entries that others leave, so that its pods keep what they were allowed \
-                       before, and new pods are closed; raise policy-rule-entries";
-        problems.extend(names.iter().map(|name| Problem::new(&subject(name), "", message)));
+    // Without counts in the messages: each other count would be another event. What a policy of the cluster denies must not wait for
+    // room: what the pods were allowed before may be just that.
+    let names = |set: u32| sets.get(&set).map_or(&[][..], |names| names);
+    let may_keep = |set: u32| !names(set).iter().any(|name| cluster_name(name).is_some());
+    let rules = fit_rules(rules, &mut pods, held, (room.rules as usize, &may_keep), |set| {
+        let message = if may_keep(set) {
+            "the rules of its pods do not fit into the entries that others leave, so that its pods keep what they were allowed \
+             before, and new pods are closed; raise policy-rule-entries"
+        } else {
+            "the rules of its pods do not fit into the entries that others leave, so that its pods are closed; raise \
+             policy-rule-entries"
+        };
+        problems.extend(names(set).iter().map(|name| Problem::new(&subject(name), "", message)));
     });
     if problems.is_empty() && rules.len() > room.rules as usize / 2 {
         let message = format!(
@@ -66,9 +73,8 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
     for set in close_opened(&mut wanted, &lost, (held, &kept)) {
         let message = "what its rules deny does not fit into the entries for pods and ranges, so that its pods are closed; raise \
                        policy-pod-entries and policy-cidr-entries";
-        let names = sets.get(&set).map_or(&[][..], |names| names);
-        problems.extend(names.iter().map(|name| Problem::new(&subject(name), "", message)));
-        if names.is_empty() {
+        problems.extend(names(set).iter().map(|name| Problem::new(&subject(name), "", message)));
+        if names(set).is_empty() {
             let message = "other pods and ranges have come than the rules know that some pods keep, so that these are closed; raise \
                            policy-rule-entries";
             problems.push(Problem::new(&"network policies".into(), "", message));
@@ -78,9 +84,14 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
     Fit { wanted, is_enforced, problems }
 }
 
+/// The name of a policy of the cluster; `None` for others.
+fn cluster_name(policy: &ObjectName) -> Option<&str> {
+    policy.as_str().strip_prefix(CLUSTER_KIND)?.strip_prefix('/')
+}
+
 /// What a problem of a policy is about.
 fn subject(policy: &ObjectName) -> Arc<str> {
-    match policy.as_str().strip_prefix(CLUSTER_KIND).and_then(|rest| rest.strip_prefix('/')) {
+    match cluster_name(policy) {
         Some(name) => format!("{CLUSTER_KIND} {name}").into(),
         None => format!("NetworkPolicy {policy}").into(),
     }
@@ -140,7 +151,7 @@ fn fit_rules(
     mut rules: Rules,
     pods: &mut BTreeMap<IpAddr, PolicyPod>,
     held: &PolicySnapshot,
-    room: usize,
+    (room, may_keep): (usize, &dyn Fn(u32) -> bool),
     mut note: impl FnMut(u32),
 ) -> Rules {
     if rules.len() <= room {
@@ -175,7 +186,7 @@ fn fit_rules(
             if !failed.contains(set) {
                 return true;
             }
-            let Some(before) = before.filter(|before| *before != OPEN) else { return false };
+            let Some(before) = before.filter(|before| *before != OPEN && may_keep(*set)) else { return false };
             *set = before;
             *kept.entry(before).or_insert_with(|| {
                 if wanted.contains(&before) {

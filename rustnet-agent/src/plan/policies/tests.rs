@@ -26,24 +26,31 @@ fn applied(desired: DesiredPolicies, capacities: PolicyCapacities) -> (PolicyPla
 fn wrong(from: &World, to: &World, flows: &[Flow], capacities: PolicyCapacities) -> Option<String> {
     let (mut planner, mut memory) = applied(from.desired(), capacities);
     let interfaces: BTreeMap<IpAddr, u32> = to.interfaces.clone();
-    let verdicts = |held: &PolicySnapshot| {
+    let verdicts = |held: &PolicySnapshot, interfaces: &BTreeMap<IpAddr, u32>| {
         let maps = maps(held);
-        flows.iter().map(|flow| passes(&maps, &interfaces, flow)).collect::<Vec<bool>>()
+        flows.iter().map(|flow| passes(&maps, interfaces, flow)).collect::<Vec<bool>>()
     };
-    let (old, generation) = (verdicts(memory.held()), memory.held().state.generation);
+    let (old, generation) = (verdicts(memory.held(), &interfaces), memory.held().state.generation);
+    // Flows are known from before pods came to their addresses. Of pods that are not decided the plan says nothing.
+    let decided = to.desired().pods;
+    let mut before = to.interfaces.clone();
+    before.retain(|ip, ifindex| {
+        from.interfaces.contains_key(ip) || decided.get(ip).is_none_or(|pod| pod.ifindex != *ifindex)
+    });
+    let known = verdicts(memory.held(), &before);
     let writes = planner.plan(to.desired());
     let mut states = Vec::new();
     for write in &writes {
         if let Err(error) = memory.apply(std::slice::from_ref(write)) {
             return Some(format!("{error} by {write:?} of {writes:#?}"));
         }
-        states.push(verdicts(memory.held()));
+        states.push(verdicts(memory.held(), &interfaces));
     }
     if memory.held() != planner.held() {
         return Some("the maps are not as planned".to_owned());
     }
-    let new = verdicts(memory.held());
-    let has_lost = old.iter().zip(&new).any(|(old, new)| *old && !*new);
+    let new = verdicts(memory.held(), &interfaces);
+    let has_lost = known.iter().zip(&new).any(|(known, new)| *known && !*new);
     if has_lost && memory.held().state.generation == generation {
         return Some(format!("known flows go on: {writes:#?}"));
     }
@@ -343,4 +350,33 @@ fn a_pod_that_comes_has_its_flows_judged_again_where_it_is_denied() {
         memory.apply(&planner.plan(all.desired())).unwrap();
         assert_eq!(memory.held().state.generation != generation, is_denied, "{role}");
     }
+}
+
+/// What a policy of the cluster denies does not wait for room, whatever a NetworkPolicy allowed before.
+#[test]
+fn denials_without_room_close_their_pods() {
+    let allow =
+        || object(json!({"metadata": {"name": "all", "namespace": "a"}, "spec": {"podSelector": {}, "ingress": [{}]}}));
+    let ports: Vec<_> = (0..25).map(|i| json!({"tcp": {"destinationPort": {"number": 2 * i + 1}}})).collect();
+    let deny = json!({"action": "Deny", "from": from_pods(&json!({"role": "bad"}))});
+    let many = json!({"action": "Deny", "from": from_pods(&json!({"tier": "x"})), "protocols": ports});
+    let labels = [("role", "bad"), ("tier", "x")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let with_labels = |mut world: World| {
+        world.pods[1].metadata.labels = Some(labels.clone().into());
+        World { policies: vec![allow()], ..world }
+    };
+    let few = World { cluster: Vec::new(), ..with_labels(denying(&json!([]))) };
+    let more = with_labels(denying(&json!([many, deny])));
+    let room = PolicyCapacities { pods: 10, cidrs: 10, rules: 10 };
+    let flow = Flow { client: "10.9.0.1".parse().unwrap(), server: "10.0.0.1".parse().unwrap(), proto: 6, port: 80 };
+    let (mut planner, mut memory) = applied(few.desired(), room);
+    let judge = |memory: &MemoryPolicyMaps| passes(&maps(memory.held()), &few.interfaces, &flow);
+    assert!(judge(&memory));
+    memory.apply(&planner.plan(more.desired())).unwrap();
+    let problems: Vec<String> = planner.problems().iter().map(ToString::to_string).collect();
+    assert!(!judge(&memory), "{problems:?}");
+    assert!(
+        problems.iter().any(|it| it.starts_with("ClusterNetworkPolicy c: ") && it.contains("closed")),
+        "{problems:?}"
+    );
 }

@@ -69,7 +69,8 @@ pub(super) async fn follow(source: &KubeSource, events: &Sender<Event>, streamin
     let (mut has_synced, mut absences) = (false, 0);
     while !follower.closed {
         follower.one_stream::<OfVersion<0>>().await;
-        if follower.absence.take().is_some() {
+        let first = follower.absence.take();
+        if first.is_some() {
             follower.one_stream::<OfVersion<1>>().await;
         }
         has_synced |= follower.has_listed;
@@ -77,7 +78,7 @@ pub(super) async fn follow(source: &KubeSource, events: &Sender<Event>, streamin
             absences = 0;
             continue;
         };
-        if is_not_found(&error) {
+        if first.iter().chain([&error]).all(is_not_found) {
             absences += 1;
             follower.works().await;
             // Objects go with their kind. A server that starts says 503 until it knows its kinds (CRDInformerHasNotSynced), so that the
@@ -89,7 +90,7 @@ pub(super) async fn follow(source: &KubeSource, events: &Sender<Event>, streamin
             }
         } else {
             absences = 0;
-            follower.refused(&error).await;
+            follower.refused(first.as_ref().filter(|it| !is_not_found(it)).unwrap_or(&error)).await;
         }
         // Without them, or without the right to see them, NetworkPolicies are enforced at least.
         if !has_synced && (absences > 0 || follower.is_refused) {

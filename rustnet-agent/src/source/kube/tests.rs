@@ -423,6 +423,8 @@ async fn the_custom_resource_of_policies_comes_and_goes() {
     assert_eq!(found, ["Synced", "Restart", policy, "Synced", "Restart", "Synced"]);
     // A server that has the earlier version alone.
     assert_eq!(about_cluster_policies(&[404], &[200], 3).await, ["Restart", policy, "Synced"]);
+    // One version that is refused may be there.
+    assert_eq!(about_cluster_policies(&[403], &[404], 2).await, ["1 refused", "Synced"]);
     // A role of before does not name it: the other policies hold at least, and somebody hears of it.
     assert_eq!(about_cluster_policies(&[403], &[403], 2).await, ["1 refused", "Synced"]);
     let found = about_cluster_policies(&[403, 403, 403, 403, 200], &[403], 6).await;
