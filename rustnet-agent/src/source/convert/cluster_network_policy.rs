@@ -6,7 +6,7 @@
 use super::network_policy::policy_range;
 use super::{BadName, Converter, Findings, port, reference};
 use crate::model::{
-    Action, ClusterNetworkPolicy, ClusterRule, PolicyPeer, PolicyPort, PolicyRule, Ports, Subject, Tier,
+    Action, ClusterNetworkPolicy, ClusterRule, PolicyPeer, PolicyPort, PolicyRule, Ports, Selector, Subject, Tier,
 };
 use crate::source::policy_api::{
     ClusterNetworkPolicy as KubeClusterNetworkPolicy, NamespacedPods, Peer, Port, Ports as KubePorts, Protocol, Rule,
@@ -27,7 +27,7 @@ const CLOSED: [(Action, &str); 3] = [
     (Action::Pass, "the rule denies everything"),
 ];
 
-/// Where a finding is, and what is wrong there.
+/// Where a finding is, and what is wrong there with its remedy, after a semicolon.
 type Wrong = (String, String);
 
 impl Converter {
@@ -47,15 +47,11 @@ impl Converter {
                 None
             }
         };
-        let one_subject = match (&subject.namespaces, &subject.pods) {
-            (Some(namespaces), None) => self.whole(namespaces, "spec.subject.namespaces", &mut findings),
-            (None, Some(pods)) => self.some(pods, "spec.subject.pods", &mut findings),
-            _ => {
-                findings.add("spec.subject", "is not one of namespaces and pods, the policy is for no pod; give one");
-                None
-            }
-        };
-        let subject = known_tier.and(one_subject);
+        let one_subject = self.pods_of(subject.namespaces.as_ref(), subject.pods.as_ref());
+        let one_subject = one_subject.map_err(|(place, wrong)| {
+            findings.add(format!("spec.subject{place}"), with_consequence(&wrong, "the policy is for no pod"));
+        });
+        let subject = known_tier.and(one_subject.ok());
         let mut rules = |given: &[Rule], direction: &str| -> Box<[ClusterRule]> {
             let rules = given.iter().enumerate();
             rules
@@ -94,8 +90,7 @@ impl Converter {
             Ok(matches) => ClusterRule { name, action, matches },
             Err((field, wrong)) => {
                 let consequence = CLOSED.iter().find(|(it, _)| *it == action).map_or("", |(_, text)| text);
-                let (cause, remedy) = wrong.split_once("; ").unwrap_or((&wrong, "remove it"));
-                findings.add(format!("{at}.{field}"), format!("{cause}, {consequence}; {remedy}"));
+                findings.add(format!("{at}.{field}"), with_consequence(&wrong, consequence));
                 let nothing = PolicyRule { peers: Some(Box::default()), ports: None };
                 let everything = PolicyRule { peers: None, ports: None };
                 match action {
@@ -139,17 +134,10 @@ impl Converter {
     /// What a peer stands for; the error has the place within it.
     fn cluster_peer(&mut self, peer: &Peer, is_egress: bool) -> Result<Vec<PolicyPeer>, Wrong> {
         let Peer { namespaces, pods, nodes, networks, domain_names } = peer;
-        let of_pods =
-            |subject: Subject| vec![PolicyPeer::Pods { namespaces: Some(subject.namespaces), pods: subject.pods }];
         match (namespaces, pods, nodes, networks, domain_names) {
-            (Some(namespaces), None, None, None, None) => {
-                let namespaces = self.strict(namespaces, ".namespaces")?;
-                Ok(of_pods(Subject { namespaces, pods: crate::model::Selector::default() }))
-            }
-            (None, Some(pods), None, None, None) => {
-                let namespaces = self.strict(&pods.namespace_selector, ".pods.namespaceSelector")?;
-                let pods = self.strict(&pods.pod_selector, ".pods.podSelector")?;
-                Ok(of_pods(Subject { namespaces, pods }))
+            (Some(_), None, None, None, None) | (None, Some(_), None, None, None) => {
+                let Subject { namespaces, pods } = self.pods_of(namespaces.as_ref(), pods.as_ref())?;
+                Ok(vec![PolicyPeer::Pods { namespaces: Some(namespaces), pods }])
             }
             (None, None, Some(nodes), None, None) if is_egress => {
                 Ok(vec![PolicyPeer::Nodes(self.strict(nodes, ".nodes")?)])
@@ -200,28 +188,34 @@ impl Converter {
         Ok(())
     }
 
-    /// The pods of namespaces; `None`, with findings: not understood.
-    fn whole(&mut self, namespaces: &LabelSelector, at: &str, findings: &mut Findings) -> Option<Subject> {
-        let (namespaces, is_understood) = self.selector(namespaces, at, NOBODY, findings);
-        is_understood.then(|| Subject { namespaces, pods: crate::model::Selector::default() })
-    }
-
-    /// Some pods of namespaces; `None`, with findings: not understood.
-    fn some(&mut self, given: &NamespacedPods, at: &str, findings: &mut Findings) -> Option<Subject> {
-        let (namespaces, has_namespaces) =
-            self.selector(&given.namespace_selector, &format!("{at}.namespaceSelector"), NOBODY, findings);
-        let (pods, has_pods) = self.selector(&given.pod_selector, &format!("{at}.podSelector"), NOBODY, findings);
-        (has_namespaces && has_pods).then_some(Subject { namespaces, pods })
+    /// All pods of namespaces, or some of them; the error has the place.
+    fn pods_of(&mut self, namespaces: Option<&LabelSelector>, pods: Option<&NamespacedPods>) -> Result<Subject, Wrong> {
+        match (namespaces, pods) {
+            (Some(namespaces), None) => {
+                let namespaces = self.strict(namespaces, ".namespaces")?;
+                Ok(Subject { namespaces, pods: Selector::default() })
+            }
+            (None, Some(pods)) => {
+                let namespaces = self.strict(&pods.namespace_selector, ".pods.namespaceSelector")?;
+                let pods = self.strict(&pods.pod_selector, ".pods.podSelector")?;
+                Ok(Subject { namespaces, pods })
+            }
+            _ => Err((String::new(), "is not one of namespaces and pods; give exactly one".to_owned())),
+        }
     }
 
     /// A selector that is understood as a whole.
-    fn strict(&mut self, given: &LabelSelector, at: &str) -> Result<crate::model::Selector, Wrong> {
-        self.whole_selector(given).map_err(|(inner, wrong)| (format!("{at}{inner}"), wrong))
+    fn strict(&mut self, given: &LabelSelector, at: &str) -> Result<Selector, Wrong> {
+        let selector = self.whole_selector(given);
+        selector.map_err(|(place, (cause, remedy))| (format!("{at}{place}"), format!("{cause}; {remedy}")))
     }
 }
 
-/// What becomes of a policy whose pods are not understood.
-const NOBODY: &str = "the policy is for no pod";
+/// What is wrong, with what follows from it before the remedy.
+fn with_consequence(wrong: &str, consequence: &str) -> String {
+    let (cause, remedy) = wrong.split_once("; ").unwrap_or((wrong, "remove it"));
+    format!("{cause}, {consequence}; {remedy}")
+}
 
 /// Ports of a protocol; the error has the place.
 fn numbers(given: &Port) -> Result<Ports, Wrong> {

@@ -14,6 +14,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelecto
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use std::sync::Arc;
 
+/// The place of what is not understood within its field, the cause, and a remedy.
+pub(super) type Misunderstood = (String, (String, &'static str));
+
 /// The IPv4 addresses as IPv6 sockets show them.
 const MAPPED: &str = "::ffff:0:0/96";
 
@@ -109,7 +112,7 @@ impl Converter {
     }
 
     /// A selector of the requirements that are understood, and whether these are all.
-    pub(super) fn selector(
+    fn selector(
         &mut self,
         given: &LabelSelector,
         at: &str,
@@ -117,41 +120,36 @@ impl Converter {
         findings: &mut Findings,
     ) -> (Selector, bool) {
         let mut requirements = Vec::new();
-        for (key, value) in given.match_labels.iter().flatten() {
-            let wanted = Wanted::In([self.strings.intern(value)].into());
-            requirements.push(Requirement::new(self.strings.intern(key), wanted));
-        }
         let mut is_understood = true;
-        for (i, expression) in given.match_expressions.iter().flatten().enumerate() {
-            match self.requirement(expression) {
+        for requirement in self.requirements(given) {
+            match requirement {
                 Ok(requirement) => requirements.push(requirement),
-                Err((field, wrong)) => {
+                Err((place, (cause, remedy))) => {
                     is_understood = false;
-                    let (cause, remedy) = wrong;
-                    findings.add(
-                        format!("{at}.matchExpressions[{i}].{field}"),
-                        format!("{cause}, {consequence}; {remedy}"),
-                    );
+                    findings.add(format!("{at}{place}"), format!("{cause}, {consequence}; {remedy}"));
                 }
             }
         }
         (Selector::new(requirements), is_understood)
     }
 
-    /// A selector that is understood as a whole; the error has the place of what is not, and what is wrong with it.
-    pub(super) fn whole_selector(&mut self, given: &LabelSelector) -> Result<Selector, (String, String)> {
-        let mut requirements = Vec::new();
+    /// A selector that is understood as a whole; the error has the place of what is not, what is wrong with it, and a remedy.
+    pub(super) fn whole_selector(&mut self, given: &LabelSelector) -> Result<Selector, Misunderstood> {
+        Ok(Selector::new(self.requirements(given).into_iter().collect::<Result<_, _>>()?))
+    }
+
+    /// The requirements of a selector, or what is wrong with them.
+    fn requirements(&mut self, given: &LabelSelector) -> Vec<Result<Requirement, Misunderstood>> {
+        let mut all = Vec::new();
         for (key, value) in given.match_labels.iter().flatten() {
             let wanted = Wanted::In([self.strings.intern(value)].into());
-            requirements.push(Requirement::new(self.strings.intern(key), wanted));
+            all.push(Ok(Requirement::new(self.strings.intern(key), wanted)));
         }
         for (i, expression) in given.match_expressions.iter().flatten().enumerate() {
-            let requirement = self.requirement(expression).map_err(|(field, (cause, remedy))| {
-                (format!(".matchExpressions[{i}].{field}"), format!("{cause}; {remedy}"))
-            })?;
-            requirements.push(requirement);
+            let requirement = self.requirement(expression);
+            all.push(requirement.map_err(|(field, wrong)| (format!(".matchExpressions[{i}].{field}"), wrong)));
         }
-        Ok(Selector::new(requirements))
+        all
     }
 
     /// A requirement; the error has the field, what is wrong with it, and a remedy.
