@@ -121,8 +121,18 @@ fn reason(output: &str) -> String {
     let words: Vec<_> = words.map(|line| PLACE.as_ref().map_or(line.into(), |place| place.replace(line, ""))).collect();
     let named = |part: &str| words.iter().rev().find(|line| line.contains(part));
     let found = ["Expected connection", "FAILED to execute", "Messages:", "Error:"].into_iter().find_map(named);
-    let text = found.or(words.last()).map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
-    text.unwrap_or_default().chars().take(REASON).collect()
+    let mut text = found.or(words.last()).cloned().unwrap_or_default().into_owned();
+    // The cause is a line of its own.
+    let mut after = words.iter().skip_while(|line| !line.ends_with("Received unexpected error:")).skip(1);
+    if let Some(cause) = after.next() {
+        text = format!("{}: {cause}", text.trim_start_matches("Messages:"));
+    }
+    // Without a word about a connection, only the line of the test says what was asked.
+    let line = words.iter().rev().find_map(|line| line.rsplit_once("/conformance/tests/"));
+    if let Some((_, line)) = line.filter(|_| !text.contains("Expected connection")) {
+        text = format!("{text}, asked at {line}");
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(REASON).collect()
 }
 
 #[cfg(test)]
@@ -172,11 +182,23 @@ mod tests {
     fn a_failure_of_the_preparation_is_a_row() {
         let (tests, _) = read(&[
             r#"{"Action":"run","Test":"TestConformanceProfiles"}"#,
-            r#"{"Action":"output","Test":"TestConformanceProfiles","Output":"    conformance_test.go:5: error creating suite\n"}"#,
+            r#"{"Action":"output","Test":"TestConformanceProfiles","Output":"        \tError:      \tReceived unexpected error:\n"}"#,
+            r#"{"Action":"output","Test":"TestConformanceProfiles","Output":"        \t            \tit is being deleted\n"}"#,
+            r#"{"Action":"output","Test":"TestConformanceProfiles","Output":"        \tMessages:   \terror creating resource\n"}"#,
             r#"{"Action":"fail","Test":"TestConformanceProfiles","Elapsed":0.1}"#,
         ]);
         assert_eq!(tests.len(), 1);
-        assert_eq!((tests[0].name.as_str(), tests[0].reason.as_str()), ("preparation", "error creating suite"));
+        assert_eq!(
+            (tests[0].name.as_str(), tests[0].reason.as_str()),
+            ("preparation", "error creating resource: it is being deleted")
+        );
+    }
+
+    #[test]
+    fn a_question_without_an_answer_is_found_in_the_source() {
+        let output = "    helper.go:70: \n        \tError Trace:\t/x/api@v1/conformance/utils/kubernetes/helper.go:70\n\
+                      \t\t/x/api@v1/conformance/tests/ports.go:71\n        \tError:      \tCondition never satisfied\n";
+        assert_eq!(reason(output), "Error: Condition never satisfied, asked at ports.go:71");
     }
 
     #[test]

@@ -121,10 +121,21 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     })
 }
 
+/// Waits for namespaces that are being deleted: those of the run before, in which nothing can be created.
+fn settle(cluster: &Cluster) -> Result<()> {
+    let ending = cluster.ask(&["get", "namespaces", "--field-selector=status.phase=Terminating", "-o", "name"])?;
+    let names: Vec<&str> = ending.split_whitespace().collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    cluster.ask(&[&["wait", "--for=delete", "--timeout=3m"], names.as_slice()].concat()).map(drop)
+}
+
 #[expect(clippy::print_stdout, reason = "the table is the command's result")]
 fn tests(args: &Args, cluster: &Cluster, dir: &Path) -> Result<ExitCode> {
     let sctp = if host::has_sctp() { Sctp::Kernel } else { Sctp::RawSockets };
     cluster::load_policy_tests(cluster)?;
+    settle(cluster)?;
     let pattern = args.run.as_deref();
     let (tests, tests_version) = match args.suite {
         Suite::NetworkPolicyApi => {
