@@ -203,8 +203,8 @@ fn the_agents_rights_are_the_documented_ones() -> Result<()> {
         "discovery.k8s.io/endpointslices: list watch",
         "events.k8s.io/events: create patch",
         "networking.k8s.io/networkpolicies: list watch",
-        "policy.networking.k8s.io/clusternetworkpolicies: list watch",
         "networking.k8s.io/servicecidrs: list watch",
+        "policy.networking.k8s.io/clusternetworkpolicies: list watch",
     ];
     assert_eq!(rights, want);
     let documented = std::fs::read_to_string(dir().join("../docs/security.md"))?;

@@ -357,7 +357,7 @@ fn only_this_nodes_pods_arrive() -> Result<()> {
 
         // It goes, and another of its name comes, behind a line that is cut, and the server forgets how.
         relay.cut();
-        agent.wait("the cut is reported", |seen| seen.trouble.len() == Kind::ALL.len() - 2).await?;
+        agent.wait("the cut is reported", |seen| seen.trouble.len() == Kind::ALL.len() - 3).await?;
         cluster.delete_at_once("v1", "Pod", "late").await?;
         cluster.delete_at_once("v1", "Pod", "here").await?;
         cluster.apply(&pod("late", NODE, "10.244.1.7")).await?;
