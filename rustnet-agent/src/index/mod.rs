@@ -193,10 +193,9 @@ impl Index {
             // Without the host's devices no node has a way, and what the maps hold is better.
             Gate::Peers => self.has_synced(Kind::Node) && self.is_host_known,
             Gate::Policies => {
-                let of_cluster = [Kind::ClusterNetworkPolicy];
                 // What policies of the cluster deny depends on Nodes.
                 let has_nodes = self.has_synced(Kind::Node) || (has_nodes && !self.policies.has_cluster_policies());
-                has_nodes && Kind::OF_POLICIES.into_iter().chain(of_cluster).all(|kind| self.has_synced(kind))
+                has_nodes && Kind::OF_POLICIES.into_iter().all(|kind| self.has_synced(kind))
             }
         }
     }
@@ -208,7 +207,9 @@ impl Index {
 
     /// True if the source does not get a kind that network policies follow from, and will not before somebody gives it the right.
     pub fn is_refused_policies(&self) -> bool {
-        Kind::OF_POLICIES.iter().any(|kind| self.reports.contains_key(&Origin::Refusal(*kind)))
+        // Without policies of the cluster the others are enforced.
+        let needed = Kind::OF_POLICIES.iter().filter(|kind| **kind != Kind::ClusterNetworkPolicy);
+        needed.into_iter().any(|kind| self.reports.contains_key(&Origin::Refusal(*kind)))
     }
 
     /// The service entries that may be other than at the last call, in no order.

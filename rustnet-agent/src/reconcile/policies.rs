@@ -79,8 +79,7 @@ impl Policies {
             self.job.want_unless_failed((self.took * SHARE).min(MOST));
             return true;
         }
-        let is_of_policies = |kind: &Kind| Kind::OF_POLICIES.contains(kind) || *kind == Kind::ClusterNetworkPolicy;
-        let Some(kind) = kind.filter(is_of_policies) else { return true };
+        let Some(kind) = kind.filter(|kind| Kind::OF_POLICIES.contains(kind)) else { return true };
         if !config.network_policy {
             return kind == Kind::Pod;
         }

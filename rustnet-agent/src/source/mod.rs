@@ -110,9 +110,8 @@ impl Kind {
     ];
     /// The kinds that must have synced before the node is ready.
     pub const REQUIRED: [Self; 3] = [Self::Service, Self::Slice, Self::Node];
-    /// The kinds that network policies follow from. Where there are no ClusterNetworkPolicies, or the server does not show them, the
-    /// others are enforced.
-    pub const OF_POLICIES: [Self; 3] = [Self::Pod, Self::Namespace, Self::NetworkPolicy];
+    /// The kinds that network policies follow from, and nothing else does but for pods of this node.
+    pub const OF_POLICIES: [Self; 4] = [Self::Pod, Self::Namespace, Self::NetworkPolicy, Self::ClusterNetworkPolicy];
 }
 
 impl fmt::Display for Kind {
