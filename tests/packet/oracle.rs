@@ -1,5 +1,5 @@
 //! Random worlds of network policies in the real programs: compiled, planned and written by the agent's own code, each world in the place
-//! of the one before. cyclonus judges what becomes of the first packet of each flow. 100 worlds, or as many as `RUSTNET_WORLDS` says; the
+//! of the one before. cyclonus, or a plain reading, judges what becomes of the first packet of each flow. 100 worlds, or as many as `RUSTNET_WORLDS` says; the
 //! seed of the first is printed, and `RUSTNET_WORLDS_SEED` sets it.
 
 #[expect(dead_code, unused_imports, reason = "the agent's tests, which it is shared with, need more of it")]
@@ -42,40 +42,23 @@ const LINKS: &str = "\
 
 #[test]
 fn the_programs_do_what_cyclonus_reads() -> Result<()> {
-    lab_apart(|lab| {
-        lab.ip(LINKS)?;
-        for (net, pods) in [(Net::V4, [10, 0, 0, 0]), (Net::V6, [0; 4])] {
-            lab.put_peer(net.ip(pods, "fd00::"), Some((23, 64)), flags::POD, None)?;
-        }
-        let (worlds, first) = (number("RUSTNET_WORLDS").unwrap_or(WORLDS), number("RUSTNET_WORLDS_SEED").unwrap_or(1));
-        eprintln!("{worlds} worlds, seeds from {first}");
-        let node = Node::new(lab)?;
+    compare(Random::world, || {
         let oracle = Oracle::start();
-        let (mut all, mut allowed) = (0, 0);
-        for seed in first..first + worlds {
-            let mut random = Random::new(seed);
-            let world = random.world();
-            let flows = random.flows(&world, FLOWS);
-            node.apply(&world)?;
-            all += flows.len();
-            for (flow, want) in flows.iter().zip(oracle.allows(&world, &flows)) {
-                let passes = node.passes(&world, flow).with_context(|| format!("seed {seed}, {flow:?}"))?;
-                if passes != want {
-                    return node.report(&oracle, world, flow).with_context(|| format!("seed {seed}"));
-                }
-                allowed += usize::from(want);
-            }
-        }
-        // A few worlds may be open ones by chance.
-        let is_mixed = worlds < WORLDS || (all / 10..all * 9 / 10).contains(&allowed);
-        ensure!(is_mixed, "of {all} flows {allowed} may be opened");
-        Ok(())
+        Box::new(move |world, flows| oracle.allows(world, flows))
     })
 }
 
 /// The same with policies of the cluster, which cyclonus does not have: a plain reading of their API says what becomes of a flow.
 #[test]
 fn the_programs_do_what_policies_of_the_cluster_mean() -> Result<()> {
+    compare(Random::whole_world, || Box::new(|world, flows| flows.iter().map(|flow| world.allows(flow)).collect()))
+}
+
+/// What has to become of some flows.
+type Judge = dyn Fn(&World, &[Flow]) -> Vec<bool>;
+
+/// Compares what the programs do in random worlds with a judge.
+fn compare(make: fn(&mut Random) -> World, start: fn() -> Box<Judge>) -> Result<()> {
     lab_apart(|lab| {
         lab.ip(LINKS)?;
         for (net, pods) in [(Net::V4, [10, 0, 0, 0]), (Net::V6, [0; 4])] {
@@ -83,26 +66,23 @@ fn the_programs_do_what_policies_of_the_cluster_mean() -> Result<()> {
         }
         let (worlds, first) = (number("RUSTNET_WORLDS").unwrap_or(WORLDS), number("RUSTNET_WORLDS_SEED").unwrap_or(1));
         eprintln!("{worlds} worlds, seeds from {first}");
-        let node = Node::new(lab)?;
+        let (node, judge) = (Node::new(lab)?, start());
         let (mut all, mut allowed) = (0, 0);
         for seed in first..first + worlds {
             let mut random = Random::new(seed);
-            let world = random.whole_world();
+            let world = make(&mut random);
             let flows = random.flows(&world, FLOWS);
             node.apply(&world)?;
             all += flows.len();
-            for flow in &flows {
-                let (passes, want) = (node.passes(&world, flow)?, world.allows(flow));
-                let objects = || json!([&world.namespaces, &world.pods, &world.policies, &world.cluster, &world.nodes]);
-                ensure!(
-                    passes == want,
-                    "seed {seed}: {flow:?} should pass: {want}\n{:#}\n{:#?}",
-                    objects(),
-                    world.desired()
-                );
+            for (flow, want) in flows.iter().zip(judge(&world, &flows)) {
+                let passes = node.passes(&world, flow).with_context(|| format!("seed {seed}, {flow:?}"))?;
+                if passes != want {
+                    return node.report(&judge, world, flow).with_context(|| format!("seed {seed}"));
+                }
                 allowed += usize::from(want);
             }
         }
+        // A few worlds may be open ones by chance.
         let is_mixed = worlds < WORLDS || (all / 10..all * 9 / 10).contains(&allowed);
         ensure!(is_mixed, "of {all} flows {allowed} may be opened");
         Ok(())
@@ -170,15 +150,15 @@ impl<'a> Node<'a> {
         Ok(passes)
     }
 
-    /// The smallest world found in which the programs do with a flow something else than cyclonus reads.
-    fn report(&self, oracle: &Oracle, world: World, flow: &Flow) -> Result<()> {
+    /// The smallest world found in which the programs do with a flow something else than the judge says.
+    fn report(&self, judge: &Judge, world: World, flow: &Flow) -> Result<()> {
         let is_wrong = |it: &World| {
             let passes = self.apply(it).and_then(|()| self.passes(it, flow));
-            passes.is_ok_and(|passes| oracle.allows(it, &[*flow]) != [passes])
+            passes.is_ok_and(|passes| judge(it, &[*flow]) != [passes])
         };
         let world = world.shrink(is_wrong);
-        let want = oracle.allows(&world, &[*flow])[0];
-        let objects = json!([&world.namespaces, &world.pods, &world.policies]);
+        let want = judge(&world, &[*flow])[0];
+        let objects = json!([&world.namespaces, &world.pods, &world.policies, &world.cluster, &world.nodes]);
         bail!("{flow:?} should pass: {want}\n{objects:#}\n{:#?}", world.desired())
     }
 }

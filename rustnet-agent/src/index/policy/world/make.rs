@@ -1,7 +1,9 @@
 //! Random worlds, changes of them, and smaller ones that still fail.
 
-use super::{Flow, KubeClusterPolicy, KubePolicy, NODE, World};
+use super::{Flow, NODE, World};
 use ipnet::IpNet;
+use k8s_openapi::serde::Serialize;
+use k8s_openapi::serde::de::DeserializeOwned;
 use rustnet_common::policy::OPEN;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -37,6 +39,8 @@ const RANGES: [&str; 14] = [
 const FIRST: u32 = 30;
 /// Interface of a pod that the API server does not show with its address yet.
 const UNKNOWN: u32 = 77;
+/// Lists of policies of the cluster that have to have an element.
+const NEED_ONE: [&str; 4] = ["from", "to", "networks", "protocols"];
 const ELSEWHERE: [&str; 5] = ["192.0.2.1", "198.51.100.7", "203.0.113.9", "2001:db8::1", "fd00::7"];
 
 impl Random {
@@ -447,7 +451,7 @@ impl World {
                 let mut it = self.clone();
                 it.cluster.remove(i);
                 smaller.push(it);
-                smaller.extend(smaller_cluster_policies(&self.cluster[i]).into_iter().map(|policy| {
+                smaller.extend(smaller_policies(&self.cluster[i], &NEED_ONE).into_iter().map(|policy| {
                     let mut it = self.clone();
                     it.cluster[i] = policy;
                     it
@@ -457,7 +461,7 @@ impl World {
                 let mut it = self.clone();
                 it.policies.remove(i);
                 smaller.push(it);
-                smaller.extend(smaller_policies(&self.policies[i]).into_iter().map(|policy| {
+                smaller.extend(smaller_policies(&self.policies[i], &[]).into_iter().map(|policy| {
                     let mut it = self.clone();
                     it.policies[i] = policy;
                     it
@@ -471,27 +475,13 @@ impl World {
     }
 }
 
-/// A policy without one element of one of its lists: a rule, a peer, a port, an exception, a requirement.
-fn smaller_policies(policy: &KubePolicy) -> Vec<KubePolicy> {
+/// A policy without one element of one of its lists: a rule, a peer, a port, an exception, a requirement. `needs_one`: lists that have to
+/// have an element.
+fn smaller_policies<T: Serialize + DeserializeOwned>(policy: &T, needs_one: &[&str]) -> Vec<T> {
     let whole = serde_json::to_value(policy).unwrap();
     let mut lists = Vec::new();
     find_lists(&whole["spec"], "/spec", &mut lists);
-    let elements = lists.iter().flat_map(|(path, length)| (0..*length).map(move |i| (path, i)));
-    let without = elements.map(|(path, i)| {
-        let mut policy = whole.clone();
-        policy.pointer_mut(path).unwrap().as_array_mut().unwrap().remove(i);
-        serde_json::from_value(policy).unwrap()
-    });
-    without.collect()
-}
-
-/// A policy of the cluster without one of its rules, or of the elements of its selectors. What has to have an element keeps one.
-fn smaller_cluster_policies(policy: &KubeClusterPolicy) -> Vec<KubeClusterPolicy> {
-    let whole = serde_json::to_value(policy).unwrap();
-    let mut lists = Vec::new();
-    find_lists(&whole["spec"], "/spec", &mut lists);
-    let needs_one = |path: &str| ["from", "to", "networks", "protocols"].iter().any(|it| path.ends_with(it));
-    lists.retain(|(path, length)| *length > usize::from(needs_one(path)));
+    lists.retain(|(path, length)| *length > usize::from(needs_one.iter().any(|it| path.ends_with(it))));
     let elements = lists.iter().flat_map(|(path, length)| (0..*length).map(move |i| (path, i)));
     let without = elements.map(|(path, i)| {
         let mut policy = whole.clone();
