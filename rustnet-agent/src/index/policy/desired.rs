@@ -95,10 +95,33 @@ impl PortPrefix {
     }
 
     /// All prefixes that contain it but itself, the widest first.
-    pub fn around(self) -> impl Iterator<Item = Self> {
+    pub fn around(self) -> impl DoubleEndedIterator<Item = Self> {
         let bits = self.len.checked_sub(ANY_PORT as u8);
         let any = bits.map(|_| Self::ANY);
         any.into_iter().chain((0..bits.unwrap_or(0)).map(move |bits| Self::new(self.proto, self.port, bits)))
+    }
+
+    /// It and all prefixes that contain it, the longest first: so the programs look for an entry.
+    pub fn longest_first(self) -> impl Iterator<Item = Self> {
+        std::iter::once(self).chain(self.around().rev())
+    }
+
+    /// The entry that counts for these ports: that of the longest prefix which has them all.
+    pub fn find<T: Copy>(self, entries: &BTreeMap<Self, T>) -> Option<T> {
+        self.longest_first().find_map(|it| entries.get(&it).copied())
+    }
+
+    /// The entries that are needed. `is_met`: whether some ports meet the same without their entry, which they find among the needed
+    /// ones of shorter prefixes, or not.
+    pub fn needed<T: Copy>(all: &BTreeMap<Self, T>, is_met: impl Fn(Self, T, Option<T>) -> bool) -> BTreeMap<Self, T> {
+        let mut needed = BTreeMap::new();
+        // The shortest prefixes come first.
+        for (ports, entry) in all {
+            if !is_met(*ports, *entry, ports.find(&needed)) {
+                needed.insert(*ports, *entry);
+            }
+        }
+        needed
     }
 
     /// True if all that the other stands for is here, too.

@@ -3,7 +3,7 @@
 //! Policies have an order of precedence, and some pass a flow on to the next tier. The programs look for one entry: here each entry
 //! gets what becomes of its flows in the end.
 
-use super::classes::{Holders, Place};
+use super::classes::{Holders, NamedPort, Place};
 use super::desired::{PortPrefix, RuleKey};
 use super::sets::{Set, SetPort, SetRule, Side};
 use crate::model::{Action, Tier};
@@ -35,6 +35,7 @@ struct Match {
     /// It may match or not: less is known of the other side than it asks.
     is_doubted: bool,
 }
+
 /// What becomes of flows of one class, by ports.
 type Verdicts = BTreeMap<PortPrefix, Verdict>;
 
@@ -113,13 +114,7 @@ impl Compiler<'_> {
     }
 
     /// Adds the numbers of a named port. `among`: classes that count; `None`: all.
-    fn add_named(
-        &self,
-        port: &(std::sync::Arc<str>, u8),
-        among: Option<&BTreeSet<Place>>,
-        by: Match,
-        hits: &mut Vec<Hit>,
-    ) {
+    fn add_named(&self, port: &NamedPort, among: Option<&BTreeSet<Place>>, by: Match, hits: &mut Vec<Hit>) {
         let resolving = self.holders.names.get(port).into_iter().flatten();
         let own = resolving.filter(|(class, _)| among.is_none_or(|classes| classes.contains(class)));
         hits.extend(own.map(|(class, number)| (Some(*class), PortPrefix::new(port.1, *number, 16), by)));
@@ -136,8 +131,8 @@ fn by_ports(row: &[Hit]) -> Hits {
 
 /// The rules that match all of some ports.
 fn matching(hits: &Hits, ports: PortPrefix) -> impl Iterator<Item = Match> + '_ {
-    let around = ports.around().chain([ports]).filter(|_| !hits.is_empty());
-    around.filter_map(|it| hits.get(&it)).flatten().copied()
+    let having = ports.longest_first().filter(|_| !hits.is_empty());
+    having.filter_map(|it| hits.get(&it)).flatten().copied()
 }
 
 /// What becomes of flows of classes that no rule names.
@@ -193,18 +188,7 @@ fn reduce(set: &Set, all: &Verdicts, any: &Verdicts) -> Verdicts {
     let is_same = |a: &Verdict, b: &Verdict| {
         a.is_allowed == b.is_allowed && (a.by == b.by || (is_of_sum(a.by) && is_of_sum(b.by)))
     };
-    let mut needed = Verdicts::new();
-    // The shortest prefixes come first.
-    for (ports, verdict) in all {
-        let find = |entries: &Verdicts| {
-            let mut longest_first: Vec<PortPrefix> = ports.around().chain([*ports]).collect();
-            longest_first.reverse();
-            longest_first.iter().find_map(|it| entries.get(it).copied())
-        };
-        let met = find(&needed).or_else(|| find(any)).unwrap_or(Verdict::NONE);
-        if !is_same(verdict, &met) {
-            needed.insert(*ports, *verdict);
-        }
-    }
-    needed
+    PortPrefix::needed(all, |ports, verdict, own| {
+        is_same(&verdict, &own.or_else(|| ports.find(any)).unwrap_or(Verdict::NONE))
+    })
 }

@@ -11,7 +11,7 @@
 //! the old one is deleted with the shortest first: each write changes what becomes of some ports from the old to the new.
 
 use super::draft::{Draft, differing, sets_in_use};
-use super::rows::{Row, both, class_of, full_row, is_within, own_row, reduce};
+use super::rows::{Classes, Row, both, full_row, is_within, own_row, reduce};
 use super::{PolicySnapshot, RuleKey};
 use ipnet::IpNet;
 use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyPod, PolicyRule, flags};
@@ -115,12 +115,10 @@ impl Changes {
     fn new(old: &PolicySnapshot, new: &PolicySnapshot) -> Self {
         let mut it = Self::default();
         it.find_dirty(old, new);
-        let lengths = |cidrs: &BTreeMap<IpNet, u32>| cidrs.keys().map(IpNet::prefix_len).collect::<BTreeSet<u8>>();
-        let (old_lengths, new_lengths) = (lengths(&old.cidrs), lengths(&new.cidrs));
+        let (old_classes, new_classes) = (Classes::new(old), Classes::new(new));
         if old.cidrs != new.cidrs || !it.dirty_classes.is_empty() {
             for prefix in old.cidrs.keys().chain(new.cidrs.keys()) {
-                let pair = (class_of(&old.cidrs, &old_lengths, *prefix), class_of(&new.cidrs, &new_lengths, *prefix));
-                it.cidrs.insert(*prefix, pair);
+                it.cidrs.insert(*prefix, (old_classes.of_range(*prefix), new_classes.of_range(*prefix)));
             }
         }
         let mut ips: Vec<IpAddr> = differing(&old.pods, &new.pods).map(|(ip, ..)| *ip).collect();
@@ -130,10 +128,7 @@ impl Changes {
         for ip in &ips {
             let (before, after) = (old.pods.get(ip), new.pods.get(ip));
             it.has_other_classes |= after.is_none();
-            let class = |entry: Option<&PolicyPod>, cidrs, lengths| {
-                entry.map_or_else(|| class_of(cidrs, lengths, IpNet::from(*ip)), |pod| pod.class)
-            };
-            let pair = (class(before, &old.cidrs, &old_lengths), class(after, &new.cidrs, &new_lengths));
+            let pair = (old_classes.of(*ip), new_classes.of(*ip));
             if let Some(after) = after.filter(|after| after.ifindex != 0) {
                 let Some(before) = before.filter(|before| is_same(Some(before), after)) else {
                     // It is closed up to its last write. Flows to its address from before it was there are judged as others are.

@@ -1,7 +1,7 @@
 //! What of the desired maps has room. What has none fails closed, and what holds already goes on.
 
 use super::draft::sets_in_use;
-use super::rows::{class_of, full_row, is_within};
+use super::rows::{Classes, full_row, is_within};
 use super::{DesiredPolicies, PolicyCapacities, PolicySnapshot, RuleKey};
 use crate::index::policy::CLUSTER_KIND;
 use crate::model::{ObjectName, Problem};
@@ -47,21 +47,18 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
         problems.push(Problem::new(&"network policies".into(), "", message));
     }
     let mut lost: BTreeMap<IpNet, u32> = BTreeMap::new();
-    let all = pods.clone();
-    let pods = fit_pods(pods, room.pods as usize);
-    if pods.len() < all.len() {
-        let out = all.into_iter().filter(|(ip, _)| !pods.contains_key(ip));
-        lost.extend(out.map(|(ip, pod)| (IpNet::from(ip), pod.class)));
+    let (pods, left_out) = fit_pods(pods, room.pods as usize);
+    if !left_out.is_empty() {
+        lost.extend(left_out.into_iter().map(|(ip, pod)| (IpNet::from(ip), pod.class)));
         let message = format!(
             "some addresses of pods do not fit into the {} entries, so that no selector matches them; raise policy-pod-entries",
             room.pods
         );
         problems.push(Problem::new(&"network policies".into(), "", message));
     }
-    let all = cidrs.clone();
-    let cidrs = fit_cidrs(cidrs, held, room.cidrs as usize);
-    if cidrs.len() < all.len() {
-        lost.extend(all.into_iter().filter(|(prefix, _)| !cidrs.contains_key(prefix)));
+    let (cidrs, left_out) = fit_cidrs(cidrs, held, room.cidrs as usize);
+    if !left_out.is_empty() {
+        lost.extend(left_out);
         let message = format!(
             "some ranges do not fit into the {} entries, so that no ipBlock matches their addresses; raise policy-cidr-entries",
             room.cidrs
@@ -104,8 +101,8 @@ fn close_opened(
     lost: &BTreeMap<IpNet, u32>,
     (held, kept): (&PolicySnapshot, &BTreeSet<u32>),
 ) -> Vec<u32> {
-    let lengths: BTreeSet<u8> = maps.cidrs.keys().map(IpNet::prefix_len).collect();
-    let pairs = lost.iter().map(|(prefix, class)| (*class, class_of(&maps.cidrs, &lengths, *prefix)));
+    let classes = Classes::new(maps);
+    let pairs = lost.iter().map(|(range, class)| (*class, classes.of_range(*range)));
     let pairs: BTreeSet<Pair> = pairs.filter(|(lost, now)| lost != now).collect();
     let moved = if kept.is_empty() { BTreeSet::new() } else { moved_classes(held, maps) };
     if pairs.is_empty() && moved.is_empty() {
@@ -129,18 +126,11 @@ type Pair = (u32, u32);
 
 /// The classes of addresses whose class changes.
 fn moved_classes(old: &PolicySnapshot, new: &PolicySnapshot) -> BTreeSet<Pair> {
-    let lengths = |maps: &PolicySnapshot| maps.cidrs.keys().map(IpNet::prefix_len).collect::<BTreeSet<u8>>();
-    let (old_lengths, new_lengths) = (lengths(old), lengths(new));
-    let ranges = old.cidrs.keys().chain(new.cidrs.keys()).map(|prefix| (*prefix, None));
-    let pods = old.pods.keys().chain(new.pods.keys()).map(|ip| (IpNet::from(*ip), Some(*ip)));
-    let pairs = ranges.chain(pods).map(|(prefix, ip)| {
-        let class = |maps: &PolicySnapshot, lengths| {
-            let pod = ip.and_then(|ip| maps.pods.get(&ip));
-            pod.map_or_else(|| class_of(&maps.cidrs, lengths, prefix), |pod| pod.class)
-        };
-        (class(old, &old_lengths), class(new, &new_lengths))
-    });
-    pairs.filter(|(old, new)| old != new).collect()
+    let (old_classes, new_classes) = (Classes::new(old), Classes::new(new));
+    let ranges = old.cidrs.keys().chain(new.cidrs.keys());
+    let ranges = ranges.map(|range| (old_classes.of_range(*range), new_classes.of_range(*range)));
+    let pods = old.pods.keys().chain(new.pods.keys()).map(|ip| (old_classes.of(*ip), new_classes.of(*ip)));
+    ranges.chain(pods).filter(|(old, new)| old != new).collect()
 }
 
 type Rules = BTreeMap<RuleKey, PolicyRule>;
@@ -213,20 +203,24 @@ fn fit_rules(
     rules
 }
 
-/// The pods that fit, those of this node first. No selector matches the others: they are allowed less.
-fn fit_pods(pods: BTreeMap<IpAddr, PolicyPod>, room: usize) -> BTreeMap<IpAddr, PolicyPod> {
+type Pods = BTreeMap<IpAddr, PolicyPod>;
+type Cidrs = BTreeMap<IpNet, u32>;
+
+/// The pods that fit, those of this node first, and the others. No selector matches these: they are allowed less.
+fn fit_pods(pods: Pods, room: usize) -> (Pods, Pods) {
     if pods.len() <= room {
-        return pods;
+        return (pods, Pods::new());
     }
     let (own, others): (Vec<_>, Vec<_>) = pods.into_iter().partition(|(_, pod)| pod.ifindex != 0);
-    own.into_iter().chain(others).take(room).collect()
+    let mut all = own.into_iter().chain(others);
+    (all.by_ref().take(room).collect(), all.collect())
 }
 
-/// The ranges that fit, those that are there already first. Without a range within another its addresses would have what only the
-/// outer one has: all or nothing.
-fn fit_cidrs(cidrs: BTreeMap<IpNet, u32>, held: &PolicySnapshot, room: usize) -> BTreeMap<IpNet, u32> {
+/// The ranges that fit, those that are there already first, and the others. Without a range within another its addresses would have
+/// what only the outer one has: all or nothing.
+fn fit_cidrs(cidrs: Cidrs, held: &PolicySnapshot, room: usize) -> (Cidrs, Cidrs) {
     if cidrs.len() <= room {
-        return cidrs;
+        return (cidrs, Cidrs::new());
     }
     let mut nests: Vec<Vec<(IpNet, u32)>> = Vec::new();
     for (prefix, class) in cidrs {
@@ -242,12 +236,14 @@ fn fit_cidrs(cidrs: BTreeMap<IpNet, u32>, held: &PolicySnapshot, room: usize) ->
         left -= if has_room { nest.len() } else { 0 };
         has_room
     };
-    let mut fitting: BTreeMap<IpNet, u32> = nests.into_iter().filter(fits).flatten().collect();
+    let (fitting, left_out): (Vec<_>, Vec<_>) = nests.into_iter().partition(fits);
+    let (mut fitting, mut left_out): (Cidrs, Cidrs) =
+        (fitting.into_iter().flatten().collect(), left_out.into_iter().flatten().collect());
     // The trie holds IPv4 as mapped, which ranges of IPv6 may contain.
     let mapped = IpAddr::V6(std::net::Ipv4Addr::UNSPECIFIED.to_ipv6_mapped());
     let all_v4 = IpNet::V4(ipnet::Ipv4Net::default());
     if !fitting.contains_key(&all_v4) {
-        fitting.retain(|prefix, _| !prefix.contains(&mapped));
+        left_out.extend(fitting.extract_if(.., |prefix, _| prefix.contains(&mapped)));
     }
-    fitting
+    (fitting, left_out)
 }

@@ -176,8 +176,7 @@ fn class_of_range(cidrs: &BTreeMap<IpNet, u32>, ip: IpAddr) -> u32 {
 fn find_rule(maps: &PolicySnapshot, set: u32, class: u32, flow: &Flow) -> Option<Hit> {
     let ports = PortPrefix::new(flow.proto, flow.port, 16);
     let find = |class| {
-        let longest_first = std::iter::once(ports).chain(ports.around().collect::<Vec<_>>().into_iter().rev());
-        let mut keys = longest_first.map(|ports| RuleKey { set, class, ports });
+        let mut keys = ports.longest_first().map(|ports| RuleKey { set, class, ports });
         keys.find_map(|key| maps.rules.get(&key).map(|rule| Hit { key, rule: *rule }))
     };
     find(class).or_else(|| find(ANY_CLASS))
