@@ -7,7 +7,7 @@ use crate::flows::{
     from_outside, later,
 };
 use crate::frame::Frame;
-use crate::harness::{Flow, Lab, MAC_A, MAC_HOST, Net, POD_A, POD_B, SIDE, STACK, To, each, labs};
+use crate::harness::{Flow, Lab, MAC_A, MAC_B, MAC_HOST, Net, POD_A, POD_B, SIDE, STACK, To, each, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config;
 use rustnet_common::drop::DropReason::{PolicyDenied, PolicyUndecided, Spoofed};
@@ -494,6 +494,78 @@ fn what_the_nodes_stack_forwards_on_ports_of_the_node() -> Result<()> {
             lab.to_pod(POD_B, &later(&of_node))?.to_stack(&later(&of_node))?;
             let by_overlay = from_port(&of_node, 8472).bytes();
             lab.raw(hook::TO_POD, &Input { frame: &by_overlay, ..forwarded })?.dropped(PolicyDenied)
+        })
+    })
+}
+
+/// What was judged when nobody had the address is not what goes to the pod that gets it, though no policy changes meanwhile.
+#[test]
+fn a_flow_to_an_address_that_a_pod_gets() -> Result<()> {
+    labs(|lab, net| {
+        each(&SERVED, |proto| {
+            for is_service in [false, true] {
+                for (is_decided, is_allowed) in [(false, false), (true, false), (true, true)] {
+                    lab.forget()?;
+                    lab.forget_policies()?;
+                    let at = if is_service { (net.vip(6), VIP_PORT) } else { (net.b(), TARGET) };
+                    if is_service {
+                        lab.serve(at.0, at.1, proto.number(net), 0, &[(net.b(), TARGET)])?;
+                    }
+                    if is_decided {
+                        put_b(lab, net, INTO_B)?;
+                    }
+                    put_a(lab, net, OPEN)?;
+                    if is_allowed {
+                        lab.put_rule(INTO_B, CLASS_A, To::Anything, ALLOW)?;
+                    }
+                    lab.enforce(1)?;
+                    lab.drop_endpoint(net.b())?;
+                    let ask = from_a(net, proto, at);
+                    let more = later(&ask);
+                    lab.pod_sends(&ask)?.to_stack(&at_backend(net, &ask, net.b()).map(|f| f.ttl += 1))?;
+                    lab.put_endpoint(net.b(), POD_B, MAC_B)?;
+                    lab.age(Flow::of(&ask), 1)?;
+                    let shot = lab.pod_sends(&more)?;
+                    match (is_decided, is_allowed) {
+                        (_, true) => shot.to_the_pod(&at_backend(net, &more, net.b())),
+                        (true, false) => shot.dropped(PolicyDenied),
+                        (false, false) => shot.dropped(PolicyUndecided),
+                    }
+                    .with_context(|| format!("service {is_service}, decided {is_decided}, allowed {is_allowed}"))?;
+                    if !is_allowed {
+                        ensure!(lab.half(Flow::of(&ask)).is_err(), "the flow is over");
+                    }
+                }
+            }
+            Ok(())
+        })
+    })
+}
+
+/// The same of the pod that gets the address and speaks first.
+#[test]
+fn an_answer_from_an_address_that_a_pod_gets() -> Result<()> {
+    labs(|lab, net| {
+        each(&ALL, |proto| {
+            for is_allowed in [false, true] {
+                lab.forget()?;
+                policed(lab, net, OPEN, OPEN)?;
+                lab.drop_endpoint(net.b())?;
+                let ask = a_asks_b(net, proto);
+                lab.pod_sends(&ask)?.to_stack(&ask)?;
+                lab.put_endpoint(net.b(), POD_B, MAC_B)?;
+                lab.put_policy_pod(
+                    net.b(),
+                    PolicyPod { class: CLASS_B, ingress: INTO_B, egress: OUT_OF_A, ifindex: POD_B },
+                )?;
+                if is_allowed {
+                    lab.put_rule(INTO_B, CLASS_A, To::Anything, ALLOW)?;
+                }
+                let answer = answer_of_b(&ask);
+                let shot = lab.pod_sends(&answer)?;
+                if is_allowed { shot.to_the_pod(&answer.hop())? } else { shot.dropped(PolicyDenied)? }
+            }
+            Ok(())
         })
     })
 }

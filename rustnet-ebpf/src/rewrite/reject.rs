@@ -108,14 +108,17 @@ pub fn reject<F: Family<Header: BuildHeader<F::A>>>(
     what: Rejection,
     router: F::A,
 ) -> Result<(), DropReason> {
-    let made = match what {
-        Rejection::Reset => reset::<F>(skb, p),
-        Rejection::PortUnreachable if F::A::IS_V6 => error::<F>(skb, p, p.tuple.dst, [1, 4], 0),
-        Rejection::PortUnreachable => error::<F>(skb, p, p.tuple.dst, [3, 3], 0),
-        Rejection::TimeExceeded if F::A::IS_V6 => error::<F>(skb, p, router, [3, 0], 0),
-        Rejection::TimeExceeded => error::<F>(skb, p, router, [11, 0], 0),
-        Rejection::TooBig(mtu) if F::A::IS_V6 => error::<F>(skb, p, router, [2, 0], mtu),
-        Rejection::TooBig(mtu) => error::<F>(skb, p, router, [3, 4], mtu),
+    let made = if what == Rejection::Reset {
+        reset::<F>(skb, p)
+    } else {
+        // One call: the verifier follows each.
+        let (is_router, rest, v6, v4) = match what {
+            Rejection::Reset | Rejection::PortUnreachable => (false, 0, [1, 4], [3, 3]),
+            Rejection::TimeExceeded => (true, 0, [3, 0], [11, 0]),
+            Rejection::TooBig(mtu) => (true, mtu, [2, 0], [3, 4]),
+        };
+        let src = if is_router { router } else { p.tuple.dst };
+        error::<F>(skb, p, src, if F::A::IS_V6 { v6 } else { v4 }, rest)
     };
     made.and_then(|()| swap_macs(skb)).ok_or(DropReason::WriteError)
 }

@@ -94,7 +94,12 @@ fn classify<F: Track>(
         return Err(DropReason::NoFib);
     }
     // SAFETY: see above.
-    if unsafe { (*entry).generation } != policy::generation()
+    let generation = unsafe { (*entry).generation };
+    // Not 0: it comes from elsewhere than before. Read each time: what is kept over a call takes stack.
+    // SAFETY: see above.
+    let moved = || unsafe { ((&raw const (*sender).ifindex).read_volatile() ^ source.ifindex) & !VIA_QDISC };
+    // What was judged before is not what a pod sends that has got the address since.
+    if (generation != policy::generation() || (source.is_pod && moved() != 0))
         && let Err(reason) = F::judge_again().into_unit()
     {
         // What opens another flow, because the backend of this one serves no more, is judged as one.
@@ -105,9 +110,7 @@ fn classify<F: Track>(
     // counts as long ago: one refresh too many.
     let is_due = || jiffies().wrapping_sub(seen) >= hz;
     // SAFETY: see above.
-    let (bytes, ifindex) = unsafe { ((*sender).source, (*sender).ifindex) };
-    let is_moved = (ifindex ^ source.ifindex) & !VIA_QDISC != 0;
-    if is_moved || bytes != source.bytes || (!source.is_pod && is_due()) {
+    if moved() != 0 || unsafe { (*sender).source } != source.bytes || (!source.is_pod && is_due()) {
         // What holds for new flows holds for known ones, too: peers may have changed since.
         verify()?;
         if !F::accept_source(source) {
@@ -483,6 +486,10 @@ fn refresh<F: Track + HostPorts + Old>(p: &Packet<F::A>, set: u64, now: u32) -> 
         let dst = if is_nat { (*entry).to.dst } else { p.tuple.dst };
         let local = route::local_pod(dst);
         if is_local((*receiver).ifindex) && ((*receiver).ifindex ^ local) & !VIA_QDISC != 0 {
+            return false;
+        }
+        // What was judged before is the flow to an address that no pod of this node had.
+        if (*receiver).ifindex == NOT_LOCAL && local != NOT_LOCAL && F::judge_again().into_unit().is_err() {
             return false;
         }
         (*receiver).ifindex = local;
