@@ -424,8 +424,12 @@ type Column<T> = (&'static str, &'static str, fn(&T) -> u64);
 impl Collector for Kernel {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
         let counters = self.0.counters();
-        let (forwarded, dropped): (Vec<_>, Vec<_>) =
-            counters.into_iter().partition(|it| it.reason == DropReason::Forwarded);
+        let of = |is_wanted: fn(DropReason) -> bool| {
+            counters.iter().filter(move |it| is_wanted(it.reason)).collect::<Vec<_>>()
+        };
+        let forwarded = of(|it| it == DropReason::Forwarded);
+        let audited = of(|it| it == DropReason::PolicyAudited);
+        let dropped = of(DropReason::is_drop);
         let at = |code: u8| ("hook", hook::NAMES.get(usize::from(code)).copied().unwrap_or("unknown"));
         let packets = |it: &HookCount| it.count.packets;
         let bytes = |it: &HookCount| it.count.bytes;
@@ -442,6 +446,12 @@ impl Collector for Kernel {
             let help = format!("{words} forwarded");
             let mut family = encoder.encode_descriptor(&name, &help, None, MetricType::Counter)?;
             for it in &forwarded {
+                ConstCounter::new(value(it)).encode(family.encode_family(&[at(it.hook)])?)?;
+            }
+            let name = format!("rustnet_policy_audited_{what}");
+            let help = format!("{words} with which flows were judged that network policies deny and audit lets pass");
+            let mut family = encoder.encode_descriptor(&name, &help, None, MetricType::Counter)?;
+            for it in &audited {
                 ConstCounter::new(value(it)).encode(family.encode_family(&[at(it.hook)])?)?;
             }
         }

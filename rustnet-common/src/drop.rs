@@ -18,6 +18,11 @@ macro_rules! reasons {
                 match self { $(Self::$variant => $name),+ }
             }
 
+            /// True if the packet went no further.
+            pub const fn is_drop(self) -> bool {
+                !matches!(self, Self::Forwarded | Self::PolicyAudited)
+            }
+
             /// What a person can do about it.
             pub const fn hint(self) -> &'static str {
                 match self { $(Self::$variant => $hint),+ }
@@ -92,6 +97,8 @@ reasons! {
     PolicyDenied = 29, "policy_denied", "a network policy denies the flow, or none allows it: rustnetctl policy why FROM TO PORT";
     /// A flow of a pod for which the agent has not applied the policies yet.
     PolicyUndecided = 30, "policy_undecided", "the pod is newer than the agent's last look at policies: is the agent ready?";
+    /// Not a drop: network policies deny the flow, and its namespace is audited.
+    PolicyAudited = 31, "policy_audited", "a network policy would deny the flow, or none allows it: rustnetctl policy why FROM TO PORT";
 }
 
 /// Directions that `rn_counters` tells apart; see [`counter_index`].

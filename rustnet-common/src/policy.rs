@@ -103,7 +103,7 @@ pub const FULL: u32 = 96;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct PolicyRule {
-    /// [`ALLOW`], or 0: the flow is denied.
+    /// [`ALLOW`] and [`AUDIT`], or 0: the flow is denied.
     pub flags: u32,
     /// Number of the rule, for people; 0 without one.
     pub rule: u32,
@@ -111,6 +111,9 @@ pub struct PolicyRule {
 
 /// In [`PolicyRule::flags`]: the flow is allowed.
 pub const ALLOW: u32 = 1;
+
+/// In [`PolicyRule::flags`], with [`ALLOW`]: the flow would be denied, but its namespace is audited. The flow is reported.
+pub const AUDIT: u32 = 2;
 
 shared_type!(Policies, 8);
 shared_type!(PolicyPod, 16);

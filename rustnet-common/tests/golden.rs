@@ -198,6 +198,9 @@ fn counters() {
         (DropReason::HostHairpin, 18),
         (DropReason::IcmpUnrelated, 20),
         (DropReason::NdNotForwarded, 21),
+        (DropReason::PolicyDenied, 29),
+        (DropReason::PolicyUndecided, 30),
+        (DropReason::PolicyAudited, 31),
     ];
     for (reason, code) in codes {
         assert_eq!(reason as u8, code, "{}", reason.name());
@@ -304,7 +307,7 @@ fn policies() {
     assert_eq!((&bytes(&key)[..4], &bytes(&key)[8..]), (&0x0102_0304_u32.to_ne_bytes()[..], &[17, 0, 0x1f, 0x90][..]));
     assert_eq!((policy::ANY_PROTO, policy::ANY_PORT, policy::FULL), (64, 80, 96));
     assert_eq!(offsets!(PolicyRule: flags, rule), [("flags", 0), ("rule", 4)]);
-    assert_eq!((policy::ALLOW, policy::OPEN, policy::ANY_CLASS), (1, 0, 0));
+    assert_eq!((policy::ALLOW, policy::AUDIT, policy::OPEN, policy::ANY_CLASS), (1, 2, 0, 0));
     assert_eq!(
         offsets!(CtEntry<Ip6>: flags, pad, seen, generation),
         [("flags", 40), ("pad", 42), ("seen", 44), ("generation", 60)]

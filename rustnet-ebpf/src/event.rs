@@ -12,6 +12,7 @@ use crate::family::{Family, V4, V6};
 use crate::limit::{self, Bucket};
 use crate::maps;
 use crate::parse::Parse;
+use crate::xdp::Xdp;
 
 /// Counts a packet.
 #[inline(always)]
@@ -27,8 +28,27 @@ pub fn count<C: Ctx>(ctx: &C, reason: u8, hook: u8) {
 
 /// Reports of one family.
 pub trait Report: Family {
-    /// Counts a packet that is dropped and records it, or records the first packet of a flow ([`DropReason::Forwarded`]).
-    fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8);
+    /// Counts a packet and records it, or only records the first packet of a flow ([`DropReason::Forwarded`]).
+    fn report(skb: &Skb, l3: usize, reason: u8, hook: u8);
+}
+
+/// A context whose packets can be reported.
+pub trait Recording: Ctx {
+    /// Reports a packet; see [`Report::report`].
+    fn report<F: Report>(&self, l3: usize, reason: DropReason, hook: u8);
+}
+
+impl Recording for Skb {
+    #[inline(always)]
+    fn report<F: Report>(&self, l3: usize, reason: DropReason, hook: u8) {
+        F::report(self, l3, reason as u8, hook);
+    }
+}
+
+/// XDP serves flows between machines outside and pods of other nodes. Policies judge none of them here.
+impl Recording for Xdp {
+    #[inline(always)]
+    fn report<F: Report>(&self, _l3: usize, _reason: DropReason, _hook: u8) {}
 }
 
 /// Declares a family's sink as a function with global linkage, for the reason that the parser is one.
@@ -44,8 +64,8 @@ macro_rules! global {
 
         impl Report for $family {
             #[inline(always)]
-            fn report(skb: &Skb, l3: usize, reason: DropReason, hook: u8) {
-                $name(skb.raw(), l3 as u32, u32::from(reason as u8), u32::from(hook));
+            fn report(skb: &Skb, l3: usize, reason: u8, hook: u8) {
+                $name(skb.raw(), l3 as u32, u32::from(reason), u32::from(hook));
             }
         }
     };
@@ -54,7 +74,7 @@ macro_rules! global {
 global!(rn_event4, V4);
 global!(rn_event6, V6);
 
-/// Reports a packet that goes no further, and counts it; or, without a reason, the first packet of a flow.
+/// Reports a packet, and counts it if it is not one that is forwarded anyway: that one is counted where it leaves.
 #[inline(always)]
 fn report<F: Parse<Skb>>(skb: &Skb, l3: usize, reason: u8, hook: u8) {
     if reason != DropReason::Forwarded as u8 {

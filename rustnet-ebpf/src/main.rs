@@ -73,41 +73,10 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
             event::count(skb, DropReason::Forwarded as u8, H::CODE);
             action
         }
-        Err(dropped) => match dropped.reason {
-            DropReason::NoBackend | DropReason::NoServicePort | DropReason::TtlExceeded | DropReason::FragNeeded => {
-                F::report(skb, l3, dropped.reason, H::CODE);
-                if H::ANSWERS { F::reject(skb, l3, dropped, H::REPLY_PATH) } else { TC_ACT_SHOT }
-            }
-            DropReason::Forwarded
-            | DropReason::Malformed
-            | DropReason::InvalidExthdr
-            | DropReason::Spoofed
-            | DropReason::UnknownSender
-            | DropReason::EncapProhibited
-            | DropReason::NoLocalBackend
-            | DropReason::BackendLookupFailed
-            | DropReason::NatNoMapping
-            | DropReason::CtCreateFailed
-            | DropReason::FragNotFound
-            | DropReason::IsClusterIp
-            | DropReason::NoFib
-            | DropReason::WriteError
-            | DropReason::HostHairpin
-            | DropReason::IcmpUnrelated
-            | DropReason::NdNotForwarded
-            | DropReason::VlanFiltered
-            | DropReason::UnsupportedL2
-            | DropReason::SourceRoute
-            | DropReason::Martian
-            | DropReason::NotInSourceRange
-            | DropReason::NoService
-            | DropReason::NoDirectBackend
-            | DropReason::PolicyDenied
-            | DropReason::PolicyUndecided => {
-                F::report(skb, l3, dropped.reason, H::CODE);
-                TC_ACT_SHOT
-            }
-        },
+        Err(dropped) => {
+            F::report(skb, l3, dropped.reason as u8, H::CODE);
+            if H::ANSWERS { F::reject(skb, l3, dropped, H::REPLY_PATH) } else { TC_ACT_SHOT }
+        }
     }
 }
 

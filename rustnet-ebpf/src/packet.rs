@@ -144,6 +144,8 @@ pub struct Flow<A> {
     pub class: Class,
     /// Of a new flow: the first slot of its key is empty.
     pub is_vacant: bool,
+    /// Of a new flow: policies deny it, and its namespace is audited.
+    pub is_audited: bool,
     /// [`rustnet_common::conntrack::flags`] of the connection.
     pub flags: u16,
     /// The connection's backend, 0 if there is none.
@@ -175,6 +177,7 @@ impl<A: Address> Flow<A> {
     pub fn reset(&mut self, tuple: &Tuple<A>) {
         self.class = Class::New;
         self.is_vacant = false;
+        self.is_audited = false;
         self.flags = 0;
         self.backend = 0;
         self.to.tuple = *tuple;

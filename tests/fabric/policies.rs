@@ -1,5 +1,6 @@
 //! Network policies between real pods: what they forbid and allow, how they change under open connections, and pods that come.
 
+
 use crate::fixture::{Net, endpoints};
 use anyhow::{Context, Result, anyhow, ensure};
 use std::fmt::Write as _;
@@ -130,6 +131,7 @@ fn run(net: &Net) -> Result<()> {
     wait_rows("c may open all again", &[row(c, b, true, false)])?;
 
     of_the_cluster(net, manifests)?;
+    audited(net, manifests)?;
     a_pod_that_comes(net, manifests)?;
     without_an_agent(net)?;
 
@@ -196,6 +198,27 @@ fn of_the_cluster(net: &Net, manifests: &Manifests) -> Result<()> {
     wait_rows("a policy of the namespace overrides the baseline", &[row(c, a, true, true), row(b, a, false, false)])?;
     ["no-c", "let-c", "to-a"].into_iter().try_for_each(|name| manifests.remove(&format!("{name}.yaml")))?;
     wait_rows("policies of the cluster have gone", &[row(c, b, true, false), row(b, a, true, true)])
+}
+
+/// In an audited namespace all pass, what policies deny is printed, and the end of the audit ends its flows.
+fn audited(net: &Net, manifests: &Manifests) -> Result<()> {
+    let (a, b, c) = (&net.a, &net.b, &net.c);
+    let annotated = NAMESPACE.replace("  name:", "  annotations: {rustnet.io/policy-audit: \"true\"}\n  name:");
+    manifests.write("namespace.yaml", &annotated)?;
+    wait_rows("audited", &[row(a, b, true, true), row(c, b, true, true)])?;
+    explained(b, &[(c, b, true), (a, b, true)], "default/from-c")?;
+    let ip = b.addresses()[0];
+    let shown = b.node().rustnetctl(&["monitor", "--past", "--for", "1"])?;
+    let is_it = |line: &str| {
+        line.contains(" audit policy_audited ") && line.contains(&ip.to_string()) && line.contains("the flow passes")
+    };
+    ensure!(shown.lines().any(is_it), "no flow is reported: {shown}");
+    let mut open = Connection::open_in(a.netns(), SocketAddr::new(ip, PORT))?;
+    open.ask("while it is audited")?;
+    manifests.write("namespace.yaml", NAMESPACE)?;
+    wait_rows("no longer audited", &[row(a, b, false, false), row(c, b, true, false)])?;
+    ensure!(open.ask("while it is forbidden").is_err(), "a connection outlives the audit");
+    Ok(())
 }
 
 /// The next segment is dropped once the policy has gone, and passes once it is back.

@@ -14,7 +14,7 @@ use rustnet_agent::bpf::store::policy::PolicyStore;
 use rustnet_agent::plan::policies::judge::{self, Surroundings, Verdict, judge};
 use rustnet_agent::plan::policies::{PolicyMaps, PolicyPlanner};
 use rustnet_common::addr::Addr;
-use rustnet_common::drop::DropReason::PolicyDenied;
+use rustnet_common::drop::DropReason::{PolicyAudited, PolicyDenied};
 use rustnet_common::drop::hook;
 use rustnet_common::endpoint::Endpoint;
 use rustnet_common::names::map;
@@ -125,6 +125,8 @@ impl<'a> Node<'a> {
             132 => Proto::Sctp,
             _ => Proto::Echo,
         };
+        // The same flow may have been tried before, and is judged when it opens.
+        self.lab.forget()?;
         let (client, server) = ((flow.client, PORT), (flow.server, flow.port));
         let shot: Shot = match world.interfaces.get(&flow.client) {
             Some(ifindex) => {
@@ -146,7 +148,14 @@ impl<'a> Node<'a> {
         let around = Surroundings { endpoints: world.interfaces.clone(), host: BTreeSet::new() };
         let Flow { client, server, proto, port } = *flow;
         let said = judge(self.maps.borrow().1.held(), &around, &judge::Flow { client, server, proto, port });
-        ensure!((said.verdict() == Verdict::Allowed) == passes, "it passes: {passes}, and policy why says {said:?}");
+        let is_audited = shot.counted.keys().any(|(reason, _)| *reason == PolicyAudited as u8);
+        let is_right = match said.verdict() {
+            Verdict::Allowed => passes && !is_audited,
+            Verdict::Audited => passes && is_audited,
+            Verdict::Denied | Verdict::Undecided => !passes,
+        };
+        ensure!(is_right, "it passes: {passes}, is audited: {is_audited}, and policy why says {said:?}");
+        ensure!(is_audited == world.is_audited(flow), "is audited: {is_audited}");
         Ok(passes)
     }
 

@@ -1,7 +1,6 @@
 //! `rustnetctl maps` and `rustnetctl drops`: how full the maps are, and what became of packets.
 
 use anyhow::Result;
-use rustnet_common::drop::DropReason;
 use serde::Serialize;
 
 use super::Places;
@@ -50,7 +49,7 @@ struct DropRow {
 
 /// Prints the counters of drops.
 pub fn drops(places: &Places, out: &Output) -> Result<()> {
-    let rows = Counters::open(places.bpffs()?)?.read()?.into_iter().filter(|row| row.reason != DropReason::Forwarded);
+    let rows = Counters::open(places.bpffs()?)?.read()?.into_iter().filter(|row| row.reason.is_drop());
     let rows: Vec<DropRow> = rows
         .map(|row| DropRow {
             reason: row.reason.name(),

@@ -110,7 +110,7 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<()> {
         while let Some(item) = ring.next() {
             let Ok(event) = bytemuck::try_pod_read_unaligned::<Event>(&item) else { continue };
             let old = u128::from(event.time) < began.as_nanos();
-            if (old && !args.past) || (args.drops && event.reason == 0) {
+            if (old && !args.past) || (args.drops && !is_drop(event.reason)) {
                 continue;
             }
             let row = row(&event, &names, &connections)?;
@@ -128,6 +128,11 @@ fn monotonic() -> Result<Duration> {
     Ok(clock_gettime(ClockId::CLOCK_MONOTONIC).context("reading the clock")?.into())
 }
 
+/// True of a reason that this release does not know, too.
+fn is_drop(reason: u8) -> bool {
+    DropReason::from_code(reason).is_none_or(DropReason::is_drop)
+}
+
 fn row(event: &Event, names: &Names, connections: &Conntrack) -> Result<Row> {
     let reason = DropReason::from_code(event.reason).filter(|reason| *reason != DropReason::Forwarded);
     let end = |addr, port| SocketAddr::new(IpAddr::from(addr), port);
@@ -135,8 +140,12 @@ fn row(event: &Event, names: &Names, connections: &Conntrack) -> Result<Row> {
     Ok(Row {
         time: wall_clock(Duration::from_nanos(event.time))?,
         hook: hook::NAMES.get(usize::from(event.hook)).copied().unwrap_or("unknown"),
-        translated: if event.reason == 0 { translated(event, connections)? } else { None },
-        verdict: if event.reason == 0 { "flow" } else { "drop" },
+        translated: if is_drop(event.reason) { None } else { translated(event, connections)? },
+        verdict: match reason {
+            None => "flow",
+            Some(DropReason::PolicyAudited) => "audit",
+            Some(_) => "drop",
+        },
         reason: reason.map(DropReason::name),
         protocol: proto::name(event.proto),
         src_pod: names.names.get(&src.ip()).cloned(),
@@ -152,7 +161,8 @@ fn row(event: &Event, names: &Names, connections: &Conntrack) -> Result<Row> {
 
 /// Who denies a flow that policies dropped; `None` for any other event.
 fn explain(event: &Event, row: &Row, places: &Places, explainer: &mut Explainer) -> Option<Explanation> {
-    let is_by_policy = [DropReason::PolicyDenied, DropReason::PolicyUndecided].map(|reason| reason as u8);
+    let is_by_policy = [DropReason::PolicyDenied, DropReason::PolicyUndecided, DropReason::PolicyAudited];
+    let is_by_policy = is_by_policy.map(|reason| reason as u8);
     let dropped = Dropped { src: row.src, dst: row.dst, proto: event.proto };
     is_by_policy.contains(&event.reason).then(|| explainer.explain(places, &dropped)).flatten()
 }

@@ -447,13 +447,17 @@ fn map_line(fill: &fill::Fill) -> Line {
 
 fn packets(places: &Places) -> Result<(Mark, String)> {
     let rows = Counters::open(places.bpffs()?)?.read()?;
-    let of = |forwarded: bool| {
-        let rows = rows.iter().filter(move |row| (row.reason == DropReason::Forwarded) == forwarded);
+    let of = |is_wanted: fn(DropReason) -> bool| {
+        let rows = rows.iter().filter(move |row| is_wanted(row.reason));
         rows.map(|row| row.count.packets).sum::<u64>()
     };
     Ok((
         Mark::Ok,
-        format!("{} forwarded, {} dropped (`rustnetctl drops` says why)", thousands(of(true)), thousands(of(false))),
+        format!(
+            "{} forwarded, {} dropped (`rustnetctl drops` says why)",
+            thousands(of(|it| it == DropReason::Forwarded)),
+            thousands(of(DropReason::is_drop))
+        ),
     ))
 }
 

@@ -1,4 +1,4 @@
-//! A namespace: labels that policies select.
+//! A namespace: labels that policies select, and whether its policies are only tried.
 
 use super::{Labels, ObjectName, Problem};
 
@@ -12,6 +12,8 @@ pub struct Namespace {
     pub name: ObjectName,
     /// Its labels, [`NAME_LABEL`] among them.
     pub labels: Labels,
+    /// Network policies deny nothing to its pods: what they would deny is reported.
+    pub is_audited: bool,
     /// What was wrong with it.
     pub problems: Box<[Problem]>,
 }

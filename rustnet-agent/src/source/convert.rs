@@ -13,7 +13,7 @@ mod slice;
 #[cfg(test)]
 mod tests;
 
-pub use pod::{MIRROR, SOCKET_LB};
+pub use pod::{MIRROR, POLICY_AUDIT, SOCKET_LB};
 
 use super::{Event, Kind, ObjectRef};
 use crate::model::{Family, Interner, LabelPool, Labels, ObjectName, Problem};

@@ -109,7 +109,8 @@ pub fn receive<F: Steps + Wrap>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
         }
         Kind::Flow | Kind::LaterFragment => {
             let verify = || F::verify_client(p);
-            let flow = conntrack::lookup_if::<F, _>(skb, p, flow, source::OUTSIDE, config, len, verify, |_, _| true)?;
+            let flow =
+                conntrack::lookup_if::<F, _>(skb, p, flow, source::OUTSIDE, config, hook, len, verify, |_, _| true)?;
             let is_direct = flow.flags & flags::DIRECT != 0;
             if flow.class == Class::Original && (is_direct || flow.to.tuple.dst != outer.dst) {
                 // This node has led the flow elsewhere, or the pod has come here since. The node that the client asks now has led it here.

@@ -6,6 +6,7 @@
 use aya_ebpf::bindings::__sk_buff;
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::{NOT_LOCAL, flags};
+use rustnet_common::drop::hook::UPLINK_OUT;
 
 use super::{Steps, direct, forward};
 use crate::ctx::{Ctx, Skb};
@@ -118,7 +119,7 @@ fn answer<F: Steps>(skb: &Skb) -> Result<(), Dropped> {
     let flow = if p.kind == Kind::IcmpError {
         icmp::relate::<F, _>(skb, p, flow, Reporter::AnyHop)?
     } else {
-        conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?
+        conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, UPLINK_OUT, || Ok(()))?
     };
     if flow.class != Class::New && flow.flags & flags::EXTERNAL != 0 {
         rewrite::translate::<F, _>(skb, p, flow, p.ttl)?;

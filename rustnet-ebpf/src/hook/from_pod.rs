@@ -37,7 +37,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         }
         flow
     } else {
-        let flow = conntrack::lookup::<F, _>(skb, p, flow, source, config, verify)?;
+        let flow = conntrack::lookup::<F, _>(skb, p, flow, source, config, hook::FROM_POD, verify)?;
         if flow.class == Class::New {
             // Known flows have none of these destinations.
             verify_destination(p.tuple.dst)?;

@@ -77,6 +77,9 @@ pub fn forward<F: Steps>(
         }
         if flow.class == Class::New && p.is_flow() {
             policy::judge::<F>(p, flow)?;
+            if flow.is_audited {
+                F::report(skb, p.l3(), DropReason::PolicyAudited as u8, hook);
+            }
             // The later fragments take the same way.
             parse::remember_ports::<F>(p, skb.ifindex());
         }

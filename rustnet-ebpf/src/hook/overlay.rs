@@ -53,7 +53,7 @@ pub fn run_in<F: Steps>(skb: &Skb, l3: usize, tunnel: &Tunnel) -> Result<i32, Dr
         }
         flow
     } else {
-        let flow = conntrack::lookup::<F, _>(skb, p, flow, source, config, verify)?;
+        let flow = conntrack::lookup::<F, _>(skb, p, flow, source, config, hook::OVERLAY_IN, verify)?;
         if flow.class == Class::New {
             verify()?;
             if !is_for_pod() {

@@ -52,7 +52,7 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         }
         flow
     } else {
-        let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?;
+        let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, hook::TO_POD, || Ok(()))?;
         if flow.class == Class::New {
             // Answers to the overlay's port are not for the stack: nobody gets tunnel packets through a pod.
             let is_from_overlay_port = p.tuple.proto == proto::UDP && p.tuple.sport == config.overlay_port;

@@ -192,7 +192,9 @@ pub fn run<F: Steps>(skb: &Skb, overhead: u32, outside: &Outside) -> Result<i32,
     let is_taken = |egress: u32| egress & VIA_QDISC == 0 && nexthop::interface_to(skb, &tunnel.remote) == skb.ifindex();
     let len = skb.len().wrapping_sub(overhead);
     let Ok(flow) =
-        conntrack::lookup_if::<F, _>(skb, p, flow, source, config, len, verify, |_, egress| is_taken(egress))
+        conntrack::lookup_if::<F, _>(skb, p, flow, source, config, hook::TUNNEL_IN, len, verify, |_, egress| {
+            is_taken(egress)
+        })
     else {
         return Ok(BACK);
     };

@@ -12,6 +12,7 @@ use rustnet_common::tuple::proto;
 
 use super::{Steps, direct, external, forward};
 use crate::ctx::{Ctx, Skb};
+use crate::event::{Recording, Report};
 use crate::family::Family;
 use crate::maps;
 use crate::outcome::Dropped;
@@ -101,7 +102,7 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
     let flow = if p.kind == Kind::IcmpError {
         icmp::relate::<F, _>(skb, p, flow, Reporter::Outside)?
     } else {
-        conntrack::lookup::<F, _>(skb, p, flow, source::OUTSIDE, config, || Ok(()))?
+        conntrack::lookup::<F, _>(skb, p, flow, source::OUTSIDE, config, hook::UPLINK_IN, || Ok(()))?
     };
     if flow.class == Class::New {
         return Ok(if p.is_flow() && external::is_asked::<F>(p, config) { external::JUMP } else { TO_STACK });
@@ -113,8 +114,8 @@ pub fn run_side_in<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
 }
 
 /// Everything that [`classify_in`] asks of a family.
-pub trait Classify<C: Ctx>: Parse<C> + Track + Verify + HostPorts {}
-impl<C: Ctx, F: Parse<C> + Track + Verify + HostPorts> Classify<C> for F {}
+pub trait Classify<C: Ctx>: Parse<C> + Track + Report + Verify + HostPorts {}
+impl<C: Ctx, F: Parse<C> + Track + Report + Verify + HostPorts> Classify<C> for F {}
 
 /// Parses a packet that comes in by the uplink, in any context; `None`: it is the stack's.
 #[inline(always)]
@@ -141,7 +142,7 @@ pub fn parse_in<F: Parse<C> + Verify, C: Ctx>(ctx: &C, l3: usize) -> Result<Opti
 
 /// Classifies a packet that comes in by the uplink, in any context; `None`: it is the stack's. `relate` classifies ICMP errors.
 #[inline(always)]
-pub fn classify_in<F: Classify<C>, C: Ctx>(
+pub fn classify_in<F: Classify<C>, C: Recording>(
     ctx: &C,
     p: &Packet<F::A>,
     flow: &'static mut Flow<F::A>,
@@ -164,7 +165,7 @@ pub fn classify_in<F: Classify<C>, C: Ctx>(
         return relate(flow);
     }
     let verify = || F::verify_outside(p);
-    let flow = conntrack::lookup::<F, _>(ctx, p, flow, source::OUTSIDE, config, verify)?;
+    let flow = conntrack::lookup::<F, _>(ctx, p, flow, source::OUTSIDE, config, hook::UPLINK_IN, verify)?;
     if flow.class == Class::New {
         if !is_for_pod() {
             if external::is_asked::<F>(p, config) || external::is_rival::<F>(p, flow) {
@@ -248,7 +249,7 @@ pub fn run_out<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
         }
         flow
     } else {
-        let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, || Ok(()))?;
+        let flow = conntrack::lookup::<F, _>(skb, p, flow, source::HOST, config, hook::UPLINK_OUT, || Ok(()))?;
         if flow.class == Class::New {
             if skb.ingress_ifindex() != 0 {
                 // It came from elsewhere, and this node forwards it: Services are for pods and for the node itself.

@@ -8,13 +8,14 @@
 use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::config::{self, NodeConfig};
 use rustnet_common::conntrack::{CtEntry, NOT_LOCAL, flags};
-use rustnet_common::drop::DropReason;
+use rustnet_common::drop::{DropReason, hook};
 use rustnet_common::hash;
 use rustnet_common::peer;
 use rustnet_common::tuple::proto;
 
 use super::tunnel::{self, Outer, Outside};
 use crate::ctx::{Ctx, at};
+use crate::event::Report;
 use crate::family::{V4, V6};
 use crate::maps::{self, Leaving};
 use crate::packet::{Class, Flow, Kind, Packet, Translation};
@@ -29,8 +30,8 @@ use crate::wire::{ETH_LEN, ETH_P_IP, ETH_P_IPV6};
 use crate::xdp::Xdp;
 
 /// Everything that the program asks of a family.
-pub trait Forward: Parse<Xdp> + Track + Verify + Rewrite<Xdp> + Outer {}
-impl<F: Parse<Xdp> + Track + Verify + Rewrite<Xdp> + Outer> Forward for F {}
+pub trait Forward: Parse<Xdp> + Track + Report + Verify + Rewrite<Xdp> + Outer {}
+impl<F: Parse<Xdp> + Track + Report + Verify + Rewrite<Xdp> + Outer> Forward for F {}
 
 /// True if a frame may come out of a tunnel: then `outside` has what its headers say. False for others, and for those that pass.
 #[inline(always)]
@@ -63,7 +64,7 @@ pub fn run<F: Forward>(xdp: &Xdp, overhead: u32, remote: Addr) -> Result<bool, D
         has_way && (!is_tunneled || nexthop::interface_to(xdp, &tunnel.remote) == xdp.ifindex())
     };
     let len = xdp.len().wrapping_sub(overhead);
-    let found = conntrack::lookup_if::<F, _>(xdp, p, flow, source, config, len, verify, takes);
+    let found = conntrack::lookup_if::<F, _>(xdp, p, flow, source, config, hook::UPLINK_XDP, len, verify, takes);
     let (Ok(flow), Some(leaving)) = (found, leaving::<F>()) else { return Ok(false) };
     if flow.class == Class::New {
         // There is none, or it was over.
@@ -115,7 +116,14 @@ fn find_way<F: Forward>(xdp: &Xdp, p: &Packet<F::A>, entry: &CtEntry<F::A>, rece
     }
     let hash = hash::flow(&p.tuple, config.seed);
     let to = Translation { tuple: entry.to, egress: receiver };
-    leaving.flow = Flow { class: Class::Original, is_vacant: false, flags: entry.flags, backend: entry.backend, to };
+    leaving.flow = Flow {
+        class: Class::Original,
+        is_vacant: false,
+        is_audited: false,
+        flags: entry.flags,
+        backend: entry.backend,
+        to,
+    };
     let Some((turn, is_known)) = turn::find(xdp, &leaving.flow.to.tuple, hash, config) else { return false };
     if !is_known {
         let Ok(action) = plan::plan::<F>(p, &leaving.flow, Origin::External, config) else { return false };

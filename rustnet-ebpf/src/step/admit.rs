@@ -45,8 +45,9 @@ pub fn admit<F: Report + Create>(
         F::create_pair(flow).into_unit()?;
     }
     parse::remember_ports::<F>(p, skb.ifindex());
-    if config.flags & config::flags::FLOW_EVENTS != 0 {
-        F::report(skb, p.l3(), DropReason::Forwarded, hook);
+    // By arithmetic, for the verifier would follow each of two conditions to the end.
+    if u16::from(flow.is_audited) | config.flags & config::flags::FLOW_EVENTS != 0 {
+        F::report(skb, p.l3(), u8::from(flow.is_audited) * DropReason::PolicyAudited as u8, hook);
     }
     Ok(())
 }

@@ -15,7 +15,8 @@ use super::migrate::{self, Old};
 use super::table::{NOTHING_SENT, Placed, Table};
 use super::tcp::{self, CLEAR};
 use super::{host_port::HostPorts, lb, policy, route, table};
-use crate::ctx::{Ctx, atomic_and, atomic_or, jiffies, masked};
+use crate::ctx::{atomic_and, atomic_or, jiffies, masked};
+use crate::event::{Recording, Report};
 use crate::family::{Family, V4, V6};
 use crate::maps;
 use crate::outcome::{Dropped, PackedResult};
@@ -26,33 +27,36 @@ use crate::wire::tcp as bits;
 /// Classifies a packet of a flow. Calls `verify` where a connection remembers another source than this; returns its error. The
 /// source of a packet that is [`Class::New`] is for the caller to verify.
 #[inline(always)]
-pub fn lookup<F: Track, C: Ctx>(
+pub fn lookup<F: Track + Report, C: Recording>(
     ctx: &C,
     p: &Packet<F::A>,
     flow: &'static mut Flow<F::A>,
     source: Source,
     config: &NodeConfig,
+    hook: u8,
     verify: impl Fn() -> Result<(), DropReason>,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
-    lookup_if::<F, C>(ctx, p, flow, source, config, ctx.len(), verify, |_, _| true)
+    lookup_if::<F, C>(ctx, p, flow, source, config, hook, ctx.len(), verify, |_, _| true)
 }
 
 /// As [`lookup`]. A packet that `takes` refuses is not followed, and ends in an error: another hook will see it. `takes` gets the entry,
 /// and the receiver as in [`Side::ifindex`]. `len` is the length of the frame that is counted.
 #[allow(clippy::too_many_arguments, reason = "inlined; a structure would cost stack")]
 #[inline(always)]
-pub fn lookup_if<F: Track, C: Ctx>(
+pub fn lookup_if<F: Track + Report, C: Recording>(
     ctx: &C,
     p: &Packet<F::A>,
     flow: &'static mut Flow<F::A>,
     source: Source,
     config: &NodeConfig,
+    hook: u8,
     len: u32,
     verify: impl Fn() -> Result<(), DropReason>,
     takes: impl FnOnce(&CtEntry<F::A>, u32) -> bool,
 ) -> Result<&'static mut Flow<F::A>, DropReason> {
     flow.reset(&p.tuple);
-    classify::<F>(flow, p, source, len, config.hz, verify, takes)?;
+    let report = || ctx.report::<F>(p.l3(), DropReason::PolicyAudited, hook);
+    classify::<F>(flow, p, source, len, config.hz, report, verify, takes)?;
     if flow.class != Class::New {
         parse::remember_ports::<F>(p, ctx.ifindex());
     }
@@ -61,12 +65,14 @@ pub fn lookup_if<F: Track, C: Ctx>(
 
 /// Fills in the flow, which is a new one as yet.
 #[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "see above")]
 fn classify<F: Track>(
     flow: &mut Flow<F::A>,
     p: &Packet<F::A>,
     source: Source,
     len: u32,
     hz: u32,
+    report_audited: impl Fn(),
     verify: impl Fn() -> Result<(), DropReason>,
     takes: impl FnOnce(&CtEntry<F::A>, u32) -> bool,
 ) -> Result<(), DropReason> {
@@ -99,12 +105,16 @@ fn classify<F: Track>(
     // SAFETY: see above.
     let moved = || unsafe { ((&raw const (*sender).ifindex).read_volatile() ^ source.ifindex) & !VIA_QDISC };
     // What was judged before is not what a pod sends that has got the address since.
-    if (generation != policy::generation() || (source.is_pod && moved() != 0))
-        && let Err(reason) = F::judge_again().into_unit()
-    {
-        // What opens another flow, because the backend of this one serves no more, is judged as one.
-        let may_reopen = p.tuple.proto == proto::UDP || p.tcp_flags & (bits::SYN | bits::ACK) == bits::SYN;
-        return if may_reopen && !is_reply && F::reopen(false) { Ok(()) } else { Err(reason) };
+    if generation != policy::generation() || (source.is_pod && moved() != 0) {
+        match F::judge_again().result() {
+            Ok(AUDITED) => report_audited(),
+            Ok(_) => {}
+            Err(dropped) => {
+                // What opens another flow, because the backend of this one serves no more, is judged as one.
+                let may_reopen = p.tuple.proto == proto::UDP || p.tcp_flags & (bits::SYN | bits::ACK) == bits::SYN;
+                return if may_reopen && !is_reply && F::reopen(false) { Ok(()) } else { Err(dropped.reason) };
+            }
+        }
     }
     // Not a variable: the verifier would follow either value of it to the end. A time ahead, which another CPU read a moment later,
     // counts as long ago: one refresh too many.
@@ -256,8 +266,8 @@ macro_rules! global {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $judge() -> u64 {
-            let judged = in_hand::<$family>().map_or(Ok(()), judge_again::<$family>);
-            PackedResult::new(judged.map(|()| 0).map_err(Dropped::from)).bits()
+            let judged = in_hand::<$family>().map_or(Ok(false), judge_again::<$family>);
+            PackedResult::new(judged.map(i32::from).map_err(Dropped::from)).bits()
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -342,23 +352,26 @@ global!(
     rn_ct_judge6
 );
 
-/// Judges the packet's flow by the present policies, and remembers that they allow it.
+/// Result of [`Track::judge_again`]: policies deny the flow, and its namespace is audited.
+const AUDITED: i32 = 1;
+
+/// Judges the packet's flow by the present policies, and remembers that they allow it. The result is that of [`policy::verify`].
 ///
 /// # Errors
 /// They do not: then each packet of the flow is judged.
 #[inline(always)]
-fn judge_again<F: Placed>(p: &Packet<F::A>) -> Result<(), DropReason> {
+fn judge_again<F: Placed>(p: &Packet<F::A>) -> Result<bool, DropReason> {
     let entry = table::find::<F>(&p.key, p.is_swapped);
     if entry.is_null() {
-        return Ok(());
+        return Ok(false);
     }
     let generation = policy::generation();
     // SAFETY: see `classify`. What a packet becomes does not change while the entry lives.
     unsafe {
-        policy::verify_known(&p.tuple, &(*entry).to, (*entry).flags)?;
+        let is_audited = policy::verify_known(&p.tuple, &(*entry).to, (*entry).flags)?;
         (*entry).generation = generation;
+        Ok(is_audited)
     }
-    Ok(())
 }
 
 #[inline(always)]

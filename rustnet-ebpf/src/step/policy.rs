@@ -5,7 +5,7 @@ use aya_ebpf::btf_maps::lpm_trie::Key;
 use rustnet_common::addr::{Addr, Address};
 use rustnet_common::conntrack::flags;
 use rustnet_common::drop::DropReason;
-use rustnet_common::policy::{self, ALLOW, ANY_CLASS, FULL, OPEN, PolicyMatch};
+use rustnet_common::policy::{self, ALLOW, ANY_CLASS, AUDIT, FULL, OPEN, PolicyMatch};
 use rustnet_common::tuple::Tuple;
 
 use crate::family::Family;
@@ -24,24 +24,27 @@ pub fn generation() -> u32 {
     maps::rn_policy.get(0).map_or(0, |policies| policies.generation)
 }
 
-/// Refuses a new flow that policies do not allow; returns their generation.
+/// Refuses a new flow that policies do not allow; returns their generation. Fills in whether the flow is audited.
 #[inline(always)]
-pub fn judge<F: Family>(p: &Packet<F::A>, flow: &Flow<F::A>) -> Result<u32, DropReason> {
+pub fn judge<F: Family>(p: &Packet<F::A>, flow: &mut Flow<F::A>) -> Result<u32, DropReason> {
     // Read first: what changes from here on has the flow judged again.
     let generation = generation();
-    verify(p.tuple.src, flow.to.tuple.dst, flow.to.tuple.dport, p.tuple.proto, flow.flags)?;
+    let to = &flow.to.tuple;
+    flow.is_audited = verify(p.tuple.src, to.dst, to.dport, p.tuple.proto, flow.flags)?;
     Ok(generation)
 }
 
-/// Refuses a flow that policies do not allow. `server` is what the client asks for, after its translation.
+/// Refuses a flow that policies do not allow. `server` is what the client asks for, after its translation. The result is true if they
+/// deny it in a namespace that is audited.
 #[inline(always)]
-pub fn verify<A: Address>(client: A, server: A, port: u16, proto: u8, flow_flags: u16) -> Result<(), DropReason> {
+pub fn verify<A: Address>(client: A, server: A, port: u16, proto: u8, flow_flags: u16) -> Result<bool, DropReason> {
     if flow_flags & EXEMPT != 0 {
-        return Ok(());
+        return Ok(false);
     }
     let ((high, low), (high2, low2)) = (client.to_addr().halves(), server.to_addr().halves());
     match rn_policy_judge(high, low, high2, low2, u32::from(proto) << 16 | u32::from(port)) {
-        ALLOWED => Ok(()),
+        ALLOWED => Ok(false),
+        AUDITED => Ok(true),
         DENIED => Err(DropReason::PolicyDenied),
         _ => Err(DropReason::PolicyUndecided),
     }
@@ -49,7 +52,7 @@ pub fn verify<A: Address>(client: A, server: A, port: u16, proto: u8, flow_flags
 
 /// The same of a flow that has an entry with this `to` and these flags. `tuple` is that of a packet which the entry serves.
 #[inline(always)]
-pub fn verify_known<A: Address>(tuple: &Tuple<A>, to: &Tuple<A>, flow_flags: u16) -> Result<(), DropReason> {
+pub fn verify_known<A: Address>(tuple: &Tuple<A>, to: &Tuple<A>, flow_flags: u16) -> Result<bool, DropReason> {
     let (client, server, port) = match flow_flags & (flags::NAT | flags::REPLY) {
         flags::NAT => (tuple.src, to.dst, to.dport),
         NAT_REPLY => (to.dst, tuple.src, tuple.sport),
@@ -64,6 +67,7 @@ const NAT_REPLY: u16 = flags::NAT | flags::REPLY;
 const ALLOWED: u32 = 0;
 const DENIED: u32 = 1;
 const NOT_DECIDED: u32 = 2;
+const AUDITED: u32 = 3;
 
 /// Judges a flow. `to`: the protocol in the upper half, then the server's port. A function with global linkage, for the reason that the
 /// parser is one; both families share it, and those below.
@@ -78,10 +82,11 @@ extern "C" fn rn_policy_judge(client_high: u64, client_low: u64, server_high: u6
     if client.set == UNDECIDED || server.set == UNDECIDED {
         return NOT_DECIDED;
     }
-    if rn_policy_allows(client.set, server.class, to) == 0 || rn_policy_allows(server.set, client.class, to) == 0 {
+    let (out, into) = (rn_policy_find(client.set, server.class, to), rn_policy_find(server.set, client.class, to));
+    if out & into & ALLOW == 0 {
         return DENIED;
     }
-    ALLOWED
+    if (out | into) & AUDIT != 0 { AUDITED } else { ALLOWED }
 }
 
 /// What policies say of one side of a flow.
@@ -126,12 +131,12 @@ extern "C" fn rn_policy_side(high: u64, low: u64, is_server: u32) -> u64 {
     Side { class, set: OPEN }.pack()
 }
 
-/// 1 if a set allows flows whose other side has the class, else 0. `to`: see [`rn_policy_judge`].
+/// What a set says of flows whose other side has the class: [`policy::PolicyRule::flags`]. `to`: see [`rn_policy_judge`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn rn_policy_allows(set: u32, class: u32, to: u32) -> u32 {
+extern "C" fn rn_policy_find(set: u32, class: u32, to: u32) -> u32 {
     if set == OPEN {
-        return 1;
+        return ALLOW;
     }
     let port = [(to >> 8) as u8, to as u8];
     let mut key = Key::new(FULL, PolicyMatch { set, class, proto: (to >> 16) as u8, pad: 0, port });
@@ -140,5 +145,5 @@ extern "C" fn rn_policy_allows(set: u32, class: u32, to: u32) -> u32 {
         key.data.class = ANY_CLASS;
         rule = maps::rn_policy_rules.get(&key);
     }
-    rule.map_or(0, |rule| rule.flags & ALLOW)
+    rule.map_or(0, |rule| rule.flags)
 }

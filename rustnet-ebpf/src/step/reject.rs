@@ -29,15 +29,15 @@ pub fn reject<F: Rejecting>(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyP
 #[inline(always)]
 fn try_reject<F: Rejecting>(skb: &Skb, l3: usize, dropped: Dropped, path: ReplyPath) -> Option<i32> {
     let config = maps::config()?;
-    let (p, _) = parse::packet::<F, _>(skb, l3).ok()?;
-    let is_tcp = p.tuple.proto == proto::TCP;
-    let what = match dropped.reason {
-        DropReason::NoBackend | DropReason::NoServicePort if is_tcp => Rejection::Reset,
+    let refusal = match dropped.reason {
         DropReason::NoBackend | DropReason::NoServicePort => Rejection::PortUnreachable,
         DropReason::TtlExceeded => Rejection::TimeExceeded,
         DropReason::FragNeeded if dropped.mtu != 0 => Rejection::TooBig(dropped.mtu),
         _ => return None,
     };
+    let (p, _) = parse::packet::<F, _>(skb, l3).ok()?;
+    let is_tcp = p.tuple.proto == proto::TCP;
+    let what = if is_tcp && refusal == Rejection::PortUnreachable { Rejection::Reset } else { refusal };
     if p.kind != Kind::Flow || p.tcp_flags & tcp::RST != 0 {
         return None;
     }

@@ -58,6 +58,22 @@ impl Shot {
         self.ended(STACK, 0, None, &want.bytes(), usize::MAX)
     }
 
+    /// Counted and reported as audited once; returns what is left to be compared.
+    pub fn audited(mut self) -> Result<Self> {
+        let reason = DropReason::PolicyAudited as u8;
+        ensure!(
+            self.counted.remove(&(reason, self.hook)) == Some(1),
+            "not counted as audited once: {:?}",
+            self.counted
+        );
+        let (its, others) = self.events.into_iter().partition(|event| event.reason == reason);
+        let its: Vec<Event> = its;
+        let reported: Vec<_> = its.iter().map(|event| (event.hook, event.len)).collect();
+        ensure!(reported == [(self.hook, self.sent.len() as u32)], "reported as audited: {reported:?}");
+        self.events = others;
+        Ok(self)
+    }
+
     /// Dropped unchanged, counted once.
     pub fn dropped(&self, reason: DropReason) -> Result<()> {
         self.ended(SHOT, 0, Some(reason), &self.sent, usize::MAX)

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::front::{Front, Fronts};
-use super::half::{Half, halves};
+use super::half::{Half, Word, halves};
 use super::view::View;
 use crate::cli::Places;
 use crate::plan::policies::judge::{Flow, judge};
@@ -97,7 +97,7 @@ fn explain(view: &View, front: &dyn Fn(SocketAddr, u8) -> Front, dropped: &Dropp
 /// The ends of a flow that drop it.
 fn drops(view: &View, flow: &Flow) -> impl Iterator<Item = Half> + use<> {
     let halves = halves(view, flow, &judge(&view.maps, &view.around, flow));
-    halves.into_iter().filter(|half| half.verdict.is_drop())
+    halves.into_iter().filter(|half| half.verdict.is_drop() || half.verdict == Word::Audited)
 }
 
 #[cfg(test)]

@@ -42,6 +42,8 @@ pub struct Half {
 pub enum Word {
     /// A rule allows the flow.
     Allowed,
+    /// The flow passes, though a rule denies it or none allows it: the namespace of the pod is audited.
+    Audited,
     /// A rule denies it, or none allows it.
     Denied,
     /// The agent has not decided.
@@ -61,6 +63,7 @@ impl Word {
     pub const fn show(self) -> &'static str {
         match self {
             Self::Allowed => "allowed",
+            Self::Audited => "audited",
             Self::Denied => "denied",
             Self::Undecided => "undecided",
             Self::Open => "open",
@@ -137,14 +140,19 @@ fn half(
             let rule = hit.and_then(|hit| view.rule(hit.rule.rule));
             let named = rule.clone().unwrap_or_else(|| "a rule".to_owned());
             let (ports, other) = (show_port(flow.proto, flow.port), show_other(view, other, class));
-            let verdict = if judged.is_denied() { Word::Denied } else { Word::Allowed };
+            let verdict = match judged {
+                _ if judged.is_denied() => Word::Denied,
+                _ if judged.is_audited() => Word::Audited,
+                _ => Word::Allowed,
+            };
             let why = match (verdict, &rule) {
                 (Word::Allowed, Some(_)) => format!("{named} allows {other} at {ports}"),
                 (Word::Allowed, None) => format!("no rule of them denies {other} at {ports}"),
                 (_, Some(_)) => format!("{named} denies {other} at {ports}"),
                 (_, None) => format!("no rule of them allows {other} at {ports}"),
             };
-            let text = format!("{who} is isolated for {direction} by {}; {why}", show_policies(set, &policies));
+            let audit = if verdict == Word::Audited { "; its namespace is audited: the flow passes" } else { "" };
+            let text = format!("{who} is isolated for {direction} by {}; {why}{audit}", show_policies(set, &policies));
             let class = (class != ANY_CLASS).then_some(class);
             Half { set: Some(set), policies, class, rule, ..half(verdict, text) }
         }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use anyhow::{Result, bail};
-use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, flags};
+use rustnet_common::policy::{ALLOW, ANY_CLASS, AUDIT, OPEN, flags};
 use serde::Serialize;
 
 use super::view::{View, show_list, show_policies, show_proto};
@@ -57,6 +57,8 @@ struct Entry {
     first_port: u16,
     last_port: u16,
     is_allowed: bool,
+    /// The flow would be denied, but the namespace is audited.
+    is_audited: bool,
     /// Name of the rule, or its number.
     rule: Option<String>,
 }
@@ -141,6 +143,7 @@ fn entries(view: &View, members: &Members, set: u32) -> Vec<Entry> {
         first_port: *ports.start(),
         last_port: *ports.end(),
         is_allowed: flags & ALLOW != 0,
+        is_audited: flags & AUDIT != 0,
         rule: view.rule(rule),
     };
     found.into_iter().flat_map(|(common, ports)| merge(ports).into_iter().map(move |it| entry(common, it))).collect()
@@ -244,7 +247,11 @@ fn row(it: &Entry) -> Vec<String> {
         it.class.as_ref().map_or_else(|| "any address".to_owned(), show_members),
         it.protocol.clone().unwrap_or_else(|| "all".to_owned()),
         ports,
-        if it.is_allowed { rule } else { format!("{rule} (denies)") },
+        match (it.is_allowed, it.is_audited) {
+            (_, true) => format!("{rule} (denies; audited)"),
+            (true, _) => rule,
+            _ => format!("{rule} (denies)"),
+        },
     ]
 }
 

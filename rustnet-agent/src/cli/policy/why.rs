@@ -68,6 +68,8 @@ struct Report {
 #[serde(rename_all = "camelCase")]
 enum Outcome {
     Allowed,
+    /// Policies deny it in a namespace that is audited.
+    Audited,
     /// Other nodes decide alone.
     Elsewhere,
     Undecided,
@@ -79,6 +81,7 @@ impl Outcome {
         match self {
             Self::Allowed if is_complete => "allowed",
             Self::Allowed => "allowed by this node",
+            Self::Audited => "denied, and allowed by audit",
             Self::Elsewhere => "not decided by this node",
             Self::Undecided => "undecided",
             Self::Denied => "denied",
@@ -113,7 +116,7 @@ pub fn run(places: &Places, args: &Args, out: &Output) -> Result<bool> {
     if report.verdict == Outcome::Elsewhere {
         return Err(CannotRun("no pod of this node is at either end: ask on the nodes of the pods".into()).into());
     }
-    Ok(report.verdict == Outcome::Allowed)
+    Ok(matches!(report.verdict, Outcome::Allowed | Outcome::Audited))
 }
 
 fn read(places: &Places, args: &Args) -> Result<Report> {
@@ -204,6 +207,7 @@ fn row(view: &View, client: IpAddr, server: SocketAddr, proto: u8) -> Row {
     let verdict = match judgement.verdict() {
         Verdict::Denied => Outcome::Denied,
         Verdict::Undecided => Outcome::Undecided,
+        Verdict::Audited => Outcome::Audited,
         Verdict::Allowed if is_here || is_complete => Outcome::Allowed,
         Verdict::Allowed => Outcome::Elsewhere,
     };
@@ -249,8 +253,10 @@ mod tests {
     use super::{Args, Front, Outcome, Report, SocketAddr, parse_proto, report, text};
     use crate::cli::golden::assert_golden;
     use crate::cli::policy::build::{ip, view};
+    use crate::plan::policies::{PortPrefix, RuleKey};
     use rustnet_common::addr::{Addr, Address as _};
     use rustnet_common::peer::{Peer, flags};
+    use rustnet_common::policy::{ALLOW, ANY_CLASS, AUDIT, PolicyRule};
     use rustnet_common::tuple::proto;
 
     const VIP: [u8; 4] = [10, 96, 0, 1];
@@ -307,6 +313,25 @@ mod tests {
             let found = ask(from, to, port, proto::TCP).unwrap();
             assert_eq!(found.verdict, verdict, "{from} {to}");
             assert!(text(&found).contains(words), "{}", text(&found));
+        }
+    }
+
+    #[test]
+    fn an_audited_end_is_not_one_that_allows() {
+        let mut view = view();
+        let key = RuleKey { set: 0x1a, class: ANY_CLASS, ports: PortPrefix::ANY };
+        view.maps.rules.insert(key, PolicyRule { flags: ALLOW | AUDIT, rule: 0 });
+        let args = Args { from: "shop/web-0".to_owned(), to: "shop/db-0".to_owned(), port: 80, proto: proto::TCP };
+        let found = report(&view, &front, &args).unwrap();
+        assert_eq!(found.verdict, Outcome::Audited);
+        let shown = text(&found);
+        for words in [
+            "TCP/80: denied, and allowed by audit",
+            "ingress  audited",
+            "no rule of them allows",
+            "audited: the flow passes",
+        ] {
+            assert!(shown.contains(words), "{words}: {shown}");
         }
     }
 

@@ -39,6 +39,8 @@ pub struct Policies {
     cluster: BTreeMap<ObjectName, Arc<ClusterNetworkPolicy>>,
     nodes: BTreeMap<ObjectName, Arc<Node>>,
     namespaces: BTreeMap<Arc<str>, Labels>,
+    /// Those whose policies deny nothing.
+    audited: BTreeSet<Arc<str>>,
     /// The pods that count: those with addresses of their own, and those of this node that may get some.
     pods: BTreeMap<ObjectName, Member>,
     /// Who has an address: more than one pod while the news of a reused address is incomplete.
@@ -97,6 +99,7 @@ impl Policies {
             cluster: BTreeMap::new(),
             nodes: BTreeMap::new(),
             namespaces: BTreeMap::new(),
+            audited: BTreeSet::new(),
             pods: BTreeMap::new(),
             claims: BTreeMap::new(),
             interfaces: BTreeMap::new(),
@@ -154,10 +157,19 @@ impl Policies {
             self.groups.namespace_changed(name);
             self.changed();
         }
+        self.set_audited(name, namespace.is_audited);
+    }
+
+    fn set_audited(&mut self, name: &str, is_audited: bool) {
+        let is_other = if is_audited { self.audited.insert(name.into()) } else { self.audited.remove(name) };
+        if is_other {
+            self.changed();
+        }
     }
 
     /// A namespace is gone.
     pub fn delete_namespace(&mut self, name: &ObjectName) {
+        self.set_audited(name.as_str(), false);
         if self.namespaces.remove(name.as_str()).is_some() {
             self.groups.namespace_changed(name.as_str());
             self.changed();
@@ -389,6 +401,7 @@ impl Policies {
             let selecting = Selecting {
                 namespaced: all.iter().copied().filter(|it| it.selector.is_met(&key.labels)).collect(),
                 cluster: cluster.iter().filter(is_subject).copied().collect(),
+                is_audited: self.audited.contains(&key.namespace),
             };
             let mut set = |direction| {
                 let set = Set::new(direction, &selecting, key)?;

@@ -7,7 +7,7 @@ use super::classes::{Holders, NamedPort, Place};
 use super::desired::{PortPrefix, RuleKey};
 use super::sets::{Set, SetPort, SetRule, Side};
 use crate::model::{Action, Tier};
-use rustnet_common::policy::{ALLOW, ANY_CLASS, PolicyRule};
+use rustnet_common::policy::{ALLOW, ANY_CLASS, AUDIT, PolicyRule};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What the rules of sets follow from.
@@ -62,12 +62,20 @@ impl Compiler<'_> {
         hits.dedup();
         let mut rows = hits.chunk_by(|a, b| a.0 == b.0).peekable();
         let of_any = rows.next_if(|row| matches!(row, [(None, ..), ..])).map(by_ports).unwrap_or_default();
-        let any = reduce(set, &verdicts_of_any(set, &of_any), &Verdicts::new());
+        let mut any = reduce(set, &verdicts_of_any(set, &of_any), &Verdicts::new());
+        if set.is_audited {
+            // Without an entry a flow would be denied.
+            any.entry(PortPrefix::ANY).or_insert(Verdict::NONE);
+        }
         let mut rules = Vec::new();
         let mut add = |class, verdicts: &Verdicts| {
             let rule = |(ports, verdict): (&PortPrefix, &Verdict)| {
                 let rule = verdict.by.and_then(|place| numbers.get(place)).copied().unwrap_or_default();
-                let flags = if verdict.is_allowed { ALLOW } else { 0 };
+                let flags = match verdict.is_allowed {
+                    true => ALLOW,
+                    false if set.is_audited => ALLOW | AUDIT,
+                    false => 0,
+                };
                 (RuleKey { set: number, class, ports: *ports }, PolicyRule { flags, rule })
             };
             rules.extend(verdicts.iter().map(rule));

@@ -45,6 +45,8 @@ pub struct Selecting<'a> {
     pub namespaced: Vec<&'a NetworkPolicy>,
     /// Policies of the cluster, in order of precedence: those of the Admin tier come first.
     pub cluster: Vec<&'a ClusterNetworkPolicy>,
+    /// They deny nothing to the pods: what they would deny is reported.
+    pub is_audited: bool,
 }
 
 impl fmt::Display for Direction {
@@ -69,6 +71,8 @@ pub struct Set {
     pub rules: Vec<SetRule>,
     /// A NetworkPolicy is among them: what they do not allow is denied, else allowed.
     pub is_isolated: bool,
+    /// Nothing is denied: what would be is reported.
+    pub is_audited: bool,
 }
 
 /// One rule of a set.
@@ -107,7 +111,13 @@ pub enum SetPort {
 impl Set {
     /// What these policies say of one direction for pods of a group. `None`: none of them says anything of it.
     pub fn new(direction: Direction, policies: &Selecting<'_>, group: &GroupKey) -> Option<Self> {
-        let mut it = Self { direction, policies: Box::default(), rules: Vec::new(), is_isolated: false };
+        let mut it = Self {
+            direction,
+            policies: Box::default(),
+            rules: Vec::new(),
+            is_isolated: false,
+            is_audited: policies.is_audited,
+        };
         let mut names = Vec::new();
         let (admin, baseline): (Vec<_>, Vec<_>) =
             policies.cluster.iter().partition(|policy| policy.tier == Tier::Admin);
@@ -155,6 +165,9 @@ impl Set {
     /// The hash of its content.
     pub fn hash(&self) -> u64 {
         let mut hash = ContentHash::EMPTY.add(self.direction.to_string().as_bytes());
+        if self.is_audited {
+            hash = hash.add(b"audited\0");
+        }
         for policy in &self.policies {
             hash = hash.add(policy.as_str().as_bytes()).add(b"\0");
         }

@@ -1,6 +1,6 @@
 mod oracle;
 
-use super::world::{Flow, NODE, Random, World, passes};
+use super::world::{Flow, NODE, Random, World, passes, without_audit};
 use super::{DesiredPolicies, LocalInterface, Policies};
 use crate::model::ObjectName;
 use crate::source::policy_api::ClusterNetworkPolicy as KubeClusterPolicy;
@@ -12,7 +12,11 @@ use std::net::IpAddr;
 /// The flows of which the maps say something else than the objects mean.
 fn wrong(world: &World) -> Vec<Flow> {
     let maps = world.desired();
-    let is_wrong = |flow: &Flow| passes(&maps, &world.interfaces, flow) != world.allows(flow);
+    let enforcing = without_audit(&maps);
+    let is_wrong = |flow: &Flow| {
+        let of = |maps: &DesiredPolicies| passes(maps, &world.interfaces, flow);
+        of(&maps) != world.allows(flow) || (of(&maps) && !of(&enforcing)) != world.is_audited(flow)
+    };
     world.flows(world).into_iter().filter(is_wrong).collect()
 }
 
@@ -29,6 +33,34 @@ fn the_maps_say_what_the_objects_mean() {
         let objects = json!([&world.namespaces, &world.pods, &world.policies, &world.cluster, &world.nodes]);
         panic!("seed {seed}: {flow:?} should pass: {want}\n{objects:#}\n{maps:#?}");
     }
+}
+
+/// Audited are the pods of the namespace alone, and only flows that policies deny are reported.
+#[test]
+fn an_audited_namespace_denies_nothing() {
+    let mut world = World { interfaces: [(ip("10.0.1.1"), 11), (ip("10.0.1.2"), 12)].into(), ..World::default() };
+    world.namespaces = vec![from_value(json!({"metadata": {"name": "a"}})).unwrap()];
+    world.pods = vec![pod("db", NODE, &["10.0.1.1"]), pod("web", NODE, &["10.0.1.2"])];
+    let ports = json!([{"port": 80}]);
+    let spec = json!({"podSelector": {"matchLabels": {"app": "db"}}, "ingress": [{"ports": ports}]});
+    world.policies = vec![policy("db", &spec)];
+    let find = |world: &World, port| {
+        let maps = world.desired();
+        let flow = Flow { client: ip("10.0.1.2"), server: ip("10.0.1.1"), proto: 6, port };
+        [passes(&maps, &world.interfaces, &flow), passes(&without_audit(&maps), &world.interfaces, &flow)]
+    };
+    let enforced = world.desired();
+    assert_eq!((find(&world, 80), find(&world, 81)), ([true, true], [false, false]));
+    world.namespaces[0].metadata.annotations = Some([("rustnet.io/policy-audit".into(), "true".into())].into());
+    assert_eq!((find(&world, 80), find(&world, 81)), ([true, true], [true, false]));
+    assert!(enforced.sets.keys().all(|set| !world.desired().sets.contains_key(set)), "one set would be both");
+    let mut it = Policies::new(NODE.into());
+    world.lead(&mut it);
+    assert!(it.take_dirty() && !it.take_dirty());
+    world.namespaces[0].metadata.annotations = None;
+    world.lead(&mut it);
+    assert!(it.take_dirty(), "the annotation alone has changed");
+    assert_eq!(it.desired(), enforced);
 }
 
 /// What is remembered between two states changes nothing, nor does the order of events. So the next start computes the same.

@@ -14,7 +14,7 @@ use super::draft::{Draft, differing, sets_in_use};
 use super::rows::{Classes, Row, both, full_row, is_within, own_row, reduce};
 use super::{PolicySnapshot, RuleKey};
 use ipnet::IpNet;
-use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyPod, PolicyRule, flags};
+use rustnet_common::policy::{ANY_CLASS, OPEN, PolicyPod, PolicyRule, flags};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -179,7 +179,7 @@ impl Changes {
             }
         };
         // The names of rules may differ: only whether they allow counts.
-        let effect = |rule: Option<&PolicyRule>| rule.map(|rule| rule.flags & ALLOW);
+        let effect = |rule: Option<&PolicyRule>| rule.map(|rule| rule.flags);
         let other = differing(&old.rules, &new.rules).filter(|(_, before, after)| effect(*before) != effect(*after));
         other.for_each(|(key, ..)| note(key.set, key.class));
     }

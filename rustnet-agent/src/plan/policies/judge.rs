@@ -2,7 +2,7 @@
 
 use super::{PolicySnapshot, PortPrefix, RuleKey};
 use ipnet::IpNet;
-use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyRule, flags};
+use rustnet_common::policy::{ALLOW, ANY_CLASS, AUDIT, OPEN, PolicyRule, flags};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -73,6 +73,11 @@ impl Half {
     pub fn is_denied(&self) -> bool {
         matches!(self, Self::Judged { hit, .. } if hit.is_none_or(|hit| hit.rule.flags & ALLOW == 0))
     }
+
+    /// True if this end would deny the flow, and its namespace is audited.
+    pub fn is_audited(&self) -> bool {
+        matches!(self, Self::Judged { hit: Some(hit), .. } if hit.rule.flags & AUDIT != 0)
+    }
 }
 
 /// What both ends mean for a flow.
@@ -96,6 +101,8 @@ impl Judgement {
             Verdict::Undecided
         } else if halves.iter().any(Half::is_denied) {
             Verdict::Denied
+        } else if halves.iter().any(Half::is_audited) {
+            Verdict::Audited
         } else {
             Verdict::Allowed
         }
@@ -107,6 +114,8 @@ impl Judgement {
 pub enum Verdict {
     /// The flow may be opened.
     Allowed,
+    /// The flow may be opened, and is reported as `policy_audited`.
+    Audited,
     /// Dropped as `policy_denied`.
     Denied,
     /// Dropped as `policy_undecided`.
@@ -202,7 +211,8 @@ mod tests {
             let world::Flow { client, server, proto, port } = flow;
             let found = judge(&maps, &around, &Flow { client, server, proto, port });
             let passes = passes(desired, &world.interfaces, &flow);
-            assert_eq!(found.verdict() == Verdict::Allowed, passes, "seed {seed}: {flow:?}: {found:?}");
+            let is_forwarded = matches!(found.verdict(), Verdict::Allowed | Verdict::Audited);
+            assert_eq!(is_forwarded, passes, "seed {seed}: {flow:?}: {found:?}");
             for half in [found.egress, found.ingress] {
                 let Half::Judged { hit: Some(hit), .. } = half else { continue };
                 // What no rule decides has none: without a NetworkPolicy it is allowed.

@@ -2,7 +2,7 @@
 
 use super::{PolicySnapshot, PortPrefix, RuleKey};
 use ipnet::IpNet;
-use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyRule};
+use rustnet_common::policy::{ALLOW, ANY_CLASS, AUDIT, OPEN, PolicyRule};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -41,7 +41,8 @@ pub fn both(a: &Row, b: &Row) -> Row {
     let found = all.into_iter().map(|ports| {
         let rules = [a, b].map(|row| ports.find(row).unwrap_or(DENIED));
         let denying = rules.iter().find(|rule| rule.flags & ALLOW == 0);
-        (ports, *denying.unwrap_or(&rules[0]))
+        let reporting = || rules.iter().find(|rule| rule.flags & AUDIT != 0);
+        (ports, *denying.or_else(reporting).unwrap_or(&rules[0]))
     });
     found.collect()
 }
@@ -54,7 +55,7 @@ pub fn reduce(row: &Row, any: &[&Row]) -> Row {
         all.insert(*ports, ports.find(row).unwrap_or(DENIED));
     }
     PortPrefix::needed(&all, |ports, rule, own| {
-        let is_same = |met: Option<PolicyRule>| met.unwrap_or(DENIED).flags & ALLOW == rule.flags & ALLOW;
+        let is_same = |met: Option<PolicyRule>| met.unwrap_or(DENIED).flags == rule.flags;
         match own {
             Some(_) => is_same(own),
             None if any.is_empty() => is_same(None),

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 /// Annotation of a Pod: `true` has its sockets ask for Services by themselves, `false` leaves that to its packets.
 pub const SOCKET_LB: &str = "rustnet.io/socket-lb";
+/// Annotation of a Namespace: `true` has flows of its pods reported that network policies would deny, and lets them pass.
+pub const POLICY_AUDIT: &str = "rustnet.io/policy-audit";
 /// Annotation by which the kubelet says of what static pod an object is the mirror: the UID by which the runtime knows that one.
 pub const MIRROR: &str = "kubernetes.io/config.mirror";
 
@@ -19,7 +21,9 @@ impl Converter {
         // The API server sets it; a manifest may be without.
         labels.insert(NAME_LABEL.to_owned(), object.name.to_string());
         let labels = self.labels(&labels);
-        let namespace = Namespace { name: object.name, labels, problems: Box::default() };
+        let mut findings = Findings::new(&object);
+        let is_audited = is_audited(namespace, &mut findings);
+        let namespace = Namespace { name: object.name, labels, is_audited, problems: findings.done() };
         Ok(Event::Apply(Object::Namespace(Arc::new(namespace))))
     }
 
@@ -80,6 +84,16 @@ fn socket_lb(pod: &KubePod, findings: &mut Findings) -> Option<bool> {
         findings.add(format!("metadata.annotations[{SOCKET_LB}]"), message);
     }
     wanted
+}
+
+fn is_audited(namespace: &KubeNamespace, findings: &mut Findings) -> bool {
+    let text = namespace.metadata.annotations.as_ref().and_then(|all| all.get(POLICY_AUDIT));
+    let wanted = text.map(|text| text.parse());
+    if let (Some(text), Some(Err(_))) = (text, &wanted) {
+        let message = format!("{text:?} is neither, its network policies are enforced; give \"true\" or \"false\"");
+        findings.add(format!("metadata.annotations[{POLICY_AUDIT}]"), message);
+    }
+    matches!(wanted, Some(Ok(true)))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Random worlds, changes of them, and smaller ones that still fail.
 
-use super::{Flow, NODE, World};
+use super::{Flow, KubeNamespace, NODE, World};
+use crate::source::convert::POLICY_AUDIT;
 use ipnet::IpNet;
 use k8s_openapi::serde::Serialize;
 use k8s_openapi::serde::de::DeserializeOwned;
@@ -116,6 +117,9 @@ impl Random {
         if self.once_in(4) {
             return world;
         }
+        for namespace in &mut world.namespaces {
+            self.audit(namespace);
+        }
         for name in [NODE, "n2"] {
             let node = self.node(name);
             world.nodes.push(serde_json::from_value(node).unwrap());
@@ -127,6 +131,12 @@ impl Random {
         world
     }
 
+    fn audit(&mut self, namespace: &mut KubeNamespace) {
+        if self.once_in(4) {
+            namespace.metadata.annotations = Some([(POLICY_AUDIT.to_owned(), "true".to_owned())].into());
+        }
+    }
+
     /// The world after something has happened in it.
     pub fn change(&mut self, world: &World) -> World {
         let mut next = world.clone();
@@ -136,6 +146,9 @@ impl Random {
                     let place = self.below(next.namespaces.len());
                     let namespace = self.namespace(NAMESPACES[place]);
                     next.namespaces[place] = serde_json::from_value(namespace).unwrap();
+                    if !world.nodes.is_empty() {
+                        self.audit(&mut next.namespaces[place]);
+                    }
                 }
                 1 | 2 => {
                     let number = self.below(7);

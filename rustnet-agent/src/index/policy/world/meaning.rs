@@ -1,6 +1,7 @@
 //! What objects mean: a plain reading of the API's rules for one flow, over all objects, each time from the beginning.
 
 use super::{Flow, KubeClusterPolicy, NODE, World};
+use crate::source::convert::POLICY_AUDIT;
 use crate::source::policy_api::{Peer, Protocol, Rule};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -10,24 +11,49 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+/// What one end says of a flow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Allowed,
+    Audited,
+    Denied,
+}
+
 type Labels = BTreeMap<String, String>;
 
 impl World {
     /// True if the flow may be opened.
     pub fn allows(&self, flow: &Flow) -> bool {
+        self.ends(flow).iter().all(|end| *end != End::Denied)
+    }
+
+    /// True if the flow may be opened, and is reported.
+    pub fn is_audited(&self, flow: &Flow) -> bool {
+        self.allows(flow) && self.ends(flow).contains(&End::Audited)
+    }
+
+    /// What each end of a flow says of it.
+    fn ends(&self, flow: &Flow) -> [End; 2] {
         if self.policies.is_empty() && self.cluster.is_empty() {
-            return true;
+            return [End::Allowed; 2];
         }
-        let is_fine = |own: IpAddr, other: IpAddr, direction: &str| {
+        let end = |own: IpAddr, other: IpAddr, direction: &str| {
             if !self.interfaces.contains_key(&own) {
-                return true;
+                return End::Allowed;
             }
             match self.pod(own).filter(|pod| node(pod) == NODE) {
-                Some(pod) => self.allows_in_all_tiers(pod, other, direction, flow),
-                None => false,
+                Some(pod) if self.allows_in_all_tiers(pod, other, direction, flow) => End::Allowed,
+                Some(pod) if self.audits(pod) => End::Audited,
+                _ => End::Denied,
             }
         };
-        is_fine(flow.client, flow.server, "Egress") && is_fine(flow.server, flow.client, "Ingress")
+        [end(flow.client, flow.server, "Egress"), end(flow.server, flow.client, "Ingress")]
+    }
+
+    /// True if the namespace of a pod is audited.
+    fn audits(&self, pod: &Pod) -> bool {
+        let object = self.namespaces.iter().find(|it| it.metadata.name == pod.metadata.namespace).unwrap();
+        object.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(POLICY_AUDIT))
     }
 
     /// The pod with an address of its own.

@@ -15,7 +15,7 @@ use crate::source::{Event, Object};
 use ipnet::{IpNet, Ipv6Net};
 use k8s_openapi::api::core::v1::{Namespace as KubeNamespace, Node as KubeNode, Pod as KubePod};
 use k8s_openapi::api::networking::v1::NetworkPolicy as KubePolicy;
-use rustnet_common::policy::{ANY_CLASS, OPEN, PolicyRule};
+use rustnet_common::policy::{ANY_CLASS, AUDIT, OPEN, PolicyRule};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -139,6 +139,13 @@ impl World {
         let interface = |ifindex: &u32| LocalInterface { ifindex: *ifindex, ..LocalInterface::default() };
         it.set_interfaces(self.interfaces.iter().map(|(ip, ifindex)| (*ip, interface(ifindex))).collect());
     }
+}
+
+/// The maps as they would be if no namespace were audited.
+pub fn without_audit(maps: &DesiredPolicies) -> DesiredPolicies {
+    let mut enforcing = maps.clone();
+    enforcing.rules.values_mut().filter(|rule| rule.flags & AUDIT != 0).for_each(|rule| rule.flags = 0);
+    enforcing
 }
 
 /// What the programs make of a flow.

@@ -75,3 +75,19 @@ fn a_namespace_has_its_name_for_a_label() {
         assert_eq!(it.labels.get(crate::model::NAME_LABEL), Some("shop"));
     }
 }
+
+#[test]
+fn a_namespace_is_audited_if_its_annotation_says_so() {
+    for (text, want, problems) in
+        [(None, false, 0), (Some("true"), true, 0), (Some("false"), false, 0), (Some("yes"), false, 1)]
+    {
+        let annotations = text.map(|text| json!({"rustnet.io/policy-audit": text}));
+        let value = json!({"metadata": {"name": "shop", "annotations": annotations}});
+        let Ok(Event::Apply(Object::Namespace(it))) =
+            Converter::new().namespace(&serde_json::from_value(value).unwrap())
+        else {
+            panic!("no namespace")
+        };
+        assert_eq!((it.is_audited, it.problems.len()), (want, problems), "{text:?}: {:?}", it.problems);
+    }
+}

@@ -1,0 +1,111 @@
+//! Namespaces that are audited: what policies deny passes, and is reported where it is judged.
+
+use super::{CLASS_A, INTO_B, OTHERS, OUT_OF_A, a_asks_b, frame_from, policed, put_b};
+use crate::flows::{ALL, PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, at_backend, from_a, from_host, later};
+use crate::harness::{Lab, Net, POD_B, Shot, To, each, labs};
+use anyhow::{Context, Result, ensure};
+use rustnet_common::config;
+use rustnet_common::drop::DropReason::PolicyDenied;
+use rustnet_common::policy::{ALLOW, ANY_CLASS, AUDIT, OPEN};
+
+/// A node where nothing allows what pod A opens, nor what pod B gets, and both are audited.
+fn audited(lab: &Lab, net: Net) -> Result<()> {
+    lab.forget()?;
+    policed(lab, net, OUT_OF_A, INTO_B)?;
+    for set in [OUT_OF_A, INTO_B] {
+        lab.put_rule(set, ANY_CLASS, To::Anything, ALLOW | AUDIT)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_first_packet_is_reported_and_all_pass() -> Result<()> {
+    labs(|lab, net| {
+        each(&ALL, |proto| {
+            audited(lab, net)?;
+            let ask = a_asks_b(net, proto);
+            lab.pod_sends(&ask)?.audited()?.to_the_pod(&ask.hop())?;
+            let answer = answer_of_b(&ask);
+            lab.pod_sends(&answer)?.to_the_pod(&answer.hop()).context("reported once a flow")?;
+            lab.pod_sends(&later(&ask))?.to_the_pod(&later(&ask).hop())
+        })
+    })
+}
+
+/// The flow is one that the report of new flows would have, too: one record says both.
+#[test]
+fn a_new_flow_has_one_record() -> Result<()> {
+    labs(|lab, net| {
+        lab.configure(|c| c.flags |= config::flags::FLOW_EVENTS)?;
+        audited(lab, net)?;
+        let ask = a_asks_b(net, Proto::Udp);
+        lab.pod_sends(&ask)?.audited()?.to_the_pod(&ask.hop())
+    })
+}
+
+#[test]
+fn at_each_hook() -> Result<()> {
+    labs(|lab, net| {
+        each(&SERVED, |proto| {
+            audited(lab, net)?;
+            lab.serve(net.vip(1), VIP_PORT, proto.number(net), 0, &[(net.b(), TARGET)])?;
+            let ask = from_a(net, proto, (net.vip(1), VIP_PORT));
+            lab.pod_sends(&ask)?.audited()?.to_the_pod(&at_backend(net, &ask, net.b()))?;
+            let ask = frame_from(proto, net.routed(), net.b());
+            lab.uplink_in(&ask)?.audited()?.to_the_pod(&ask.hop())?;
+            let ask = frame_from(proto, net.far(), net.b());
+            lab.overlay_in(net.node2(), &ask)?.audited()?.to_the_pod(&ask.hop())?;
+            let ask = from_a(net, proto, (net.unreachable(), TARGET));
+            lab.pod_sends(&ask)?.audited()?.to_stack(&ask).context("without a route")?;
+            // The node is exempt, and nothing would deny it.
+            let ask = from_host(net, proto, (net.b(), PORT));
+            lab.to_pod(POD_B, &ask)?.to_stack(&ask)
+        })
+    })
+}
+
+/// An audited end does not open one that is enforced, and what a rule allows is not reported.
+#[test]
+fn only_what_is_audited_passes() -> Result<()> {
+    labs(|lab, net| {
+        let ask = a_asks_b(net, Proto::Tcp);
+        audited(lab, net)?;
+        lab.drop_rule(INTO_B, ANY_CLASS, To::Anything)?;
+        lab.pod_sends(&ask)?.dropped(PolicyDenied)?;
+        lab.put_rule(INTO_B, CLASS_A, To::Anything, ALLOW)?;
+        lab.pod_sends(&ask)?.audited()?.to_the_pod(&ask.hop()).context("of one end")?;
+        lab.forget()?;
+        lab.put_rule(OUT_OF_A, ANY_CLASS, To::Anything, ALLOW)?;
+        lab.pod_sends(&ask)?.to_the_pod(&ask.hop()).context("of none")?;
+        lab.put_rule(OUT_OF_A, OTHERS, To::Anything, ALLOW | AUDIT)?;
+        lab.forget()?;
+        lab.pod_sends(&ask)?.to_the_pod(&ask.hop()).context("a class that it is not of")
+    })
+}
+
+/// A flow that was allowed is reported with the first packet after the change, whichever side sends it.
+#[test]
+fn policies_that_change_are_reported_for_known_flows() -> Result<()> {
+    let is_reported = |shot: Shot, frame: &crate::frame::Frame| shot.audited()?.to_the_pod(&frame.hop());
+    labs(|lab, net| {
+        each(&ALL, |proto| {
+            for is_answer in [false, true] {
+                lab.forget()?;
+                policed(lab, net, OPEN, OPEN)?;
+                let ask = a_asks_b(net, proto);
+                lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
+                put_b(lab, net, INTO_B)?;
+                lab.put_rule(INTO_B, ANY_CLASS, To::Anything, ALLOW | AUDIT)?;
+                let next = if is_answer { answer_of_b(&ask) } else { later(&ask) };
+                lab.pod_sends(&next)?.to_the_pod(&next.hop())?;
+                lab.enforce(2)?;
+                is_reported(lab.pod_sends(&next)?, &next)?;
+                lab.pod_sends(&next)?.to_the_pod(&next.hop()).context("reported already")?;
+                lab.enforce(3)?;
+                is_reported(lab.pod_sends(&next)?, &next)?;
+                ensure!(lab.halves()? == 1, "one flow");
+            }
+            Ok(())
+        })
+    })
+}
