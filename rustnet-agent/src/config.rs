@@ -98,6 +98,8 @@ pub struct Config {
     pub forwarding: Forwarding,
     /// Whether NetworkPolicies are watched and enforced.
     pub network_policy: bool,
+    /// What a pod of this node gets for packets that policies deny.
+    pub policy_deny_response: DenyResponse,
     /// Source ports that masquerade may use, both ends included; `None`: the agent chooses.
     pub snat_ports: Option<(u16, u16)>,
     /// Mark of packets that have passed their steps on this node.
@@ -296,6 +298,16 @@ words! {
     }
 }
 
+words! {
+    /// What a pod of this node gets for packets that policies deny.
+    DenyResponse {
+        /// Nothing: it waits for a time-out.
+        None = "none",
+        /// An ICMP error: communication administratively prohibited.
+        Icmp = "icmp",
+    }
+}
+
 /// Entries of each map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapSizes {
@@ -435,6 +447,9 @@ impl Config {
             }),
             maglev_table_size: read.required("maglev-table-size", "give a prime", maglev_table_size),
             network_policy: read.required("network-policy", "give on or off", on_or_off),
+            policy_deny_response: read.required("policy-deny-response", "give none or icmp", |text| {
+                DenyResponse::parse(text).ok_or("is no response; give none or icmp".to_owned())
+            }),
             snat_ports: read.required("snat-ports", "give auto or a range", snat_ports),
             packet_mark: read.required("packet-mark", "give a value and a mask", packet_mark),
             maps: MapSizes {

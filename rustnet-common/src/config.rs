@@ -111,13 +111,16 @@ pub mod flags {
     pub const ENCAPSULATE: u16 = 4;
     /// Services have addresses for clients outside.
     pub const EXTERNAL: u16 = 8;
+    /// A pod that sends what policies deny gets an ICMP error.
+    pub const ANSWER_DENIED: u16 = 16;
+    /// All of them.
+    pub(super) const ALL: u16 = MASQUERADE | FLOW_EVENTS | ENCAPSULATE | EXTERNAL | ANSWER_DENIED;
 }
 
 shared_type!(NodeConfig, 72);
 const _: () = assert!(core::mem::offset_of!(NodeConfig, mark_mask) == 36);
 const _: () = assert!(core::mem::offset_of!(NodeConfig, mark) == 44);
-const _: () =
-    assert!((flags::MASQUERADE | flags::FLOW_EVENTS | flags::ENCAPSULATE | flags::EXTERNAL) >> meaning::SHIFT == 0);
+const _: () = assert!(flags::ALL >> meaning::SHIFT == 0);
 
 #[cfg(all(test, feature = "user"))]
 mod tests {

@@ -129,6 +129,7 @@ fn settings() {
         ]
     );
     assert_eq!((config::flags::MASQUERADE, config::flags::FLOW_EVENTS, config::flags::ENCAPSULATE), (1, 2, 4));
+    assert_eq!((config::flags::EXTERNAL, config::flags::ANSWER_DENIED), (8, 16));
 }
 
 /// Pinned tables outlive the agent that wrote them, and nodes of two releases have to agree.

@@ -80,7 +80,7 @@ fn report<F: Parse<Skb>>(skb: &Skb, l3: usize, reason: u8, hook: u8) {
     if reason != DropReason::Forwarded as u8 {
         count(skb, reason, hook);
     }
-    if !limit::take(Bucket::Events) {
+    if !limit::take(Bucket::Events as u32) {
         return;
     }
     let Some(scratch) = F::scratch() else { return };

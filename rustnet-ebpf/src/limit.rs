@@ -11,16 +11,18 @@ pub enum Bucket {
     IcmpErrors = 0,
     /// Records in `rn_events`.
     Events = 1,
+    /// ICMP errors about flows that policies deny: whoever asks for those all the time takes none of the others.
+    Denials = 2,
 }
 
 /// Tokens that a bucket holds, and gets back per second and CPU. Linux sends 1,000 ICMP errors per second
 /// (`net.ipv4.icmp_msgs_per_sec`).
 const RATE: u32 = 1000;
 
-/// Takes a token; false if none is left.
+/// Takes a token from a [`Bucket`]; false if none is left. What has no bucket is not limited.
 #[inline(always)]
-pub fn take(bucket: Bucket) -> bool {
-    let (Some(tokens), Some(config)) = (maps::rn_limits.get_ptr_mut(bucket as u32), maps::config()) else {
+pub fn take(bucket: u32) -> bool {
+    let (Some(tokens), Some(config)) = (maps::rn_limits.get_ptr_mut(bucket), maps::config()) else {
         return true;
     };
     let now = jiffies();

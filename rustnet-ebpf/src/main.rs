@@ -75,7 +75,10 @@ fn verdict<H: Place, F: Reject>(skb: &Skb, l3: usize, result: Result<i32, Droppe
         }
         Err(dropped) => {
             F::report(skb, l3, dropped.reason as u8, H::CODE);
-            if H::ANSWERS { F::reject(skb, l3, dropped, H::REPLY_PATH) } else { TC_ACT_SHOT }
+            // What policies deny is answered to pods alone: nothing translates the error on its way, and nobody beyond this node can
+            // ask for it.
+            let is_answered = H::REPLY_PATH == ReplyPath::Pod || dropped.reason != DropReason::PolicyDenied;
+            if H::ANSWERS && is_answered { F::reject(skb, l3, dropped, H::REPLY_PATH) } else { TC_ACT_SHOT }
         }
     }
 }

@@ -65,6 +65,8 @@ pub struct Scratch<A> {
     pub half: v1::CtEntry<A>,
     /// How a packet leaves that goes back by its device.
     pub leaving: Leaving<A>,
+    /// The ICMP error that answers a packet, see [`crate::step::reject`].
+    pub error: u64,
     /// The hook that `fragment_in` goes on for.
     pub hook: u8,
 }
@@ -185,7 +187,7 @@ pub const NEXT_HOPS: u32 = 256;
 pub const WAYS: u32 = 4;
 
 /// Token buckets there are.
-const BUCKETS: usize = 2;
+const BUCKETS: usize = 3;
 
 /// A map of one element a CPU.
 pub type Scratches<A> = PerCpuArray<Scratch<A>, 1>;

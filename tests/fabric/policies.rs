@@ -1,5 +1,6 @@
 //! Network policies between real pods: what they forbid and allow, how they change under open connections, and pods that come.
 
+mod denied;
 
 use crate::fixture::{Net, endpoints};
 use anyhow::{Context, Result, anyhow, ensure};

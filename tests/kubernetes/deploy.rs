@@ -4,7 +4,7 @@ use super::cluster::{Cluster, documents, with_server};
 use super::server::kubernetes;
 use anyhow::{Context as _, Result, ensure};
 use rustnet_agent::args::settings;
-use rustnet_agent::config::{Config, Source};
+use rustnet_agent::config::{Config, DenyResponse, Source};
 use rustnet_agent::doctor::api::RIGHTS;
 use rustnet_agent::reconcile::EXPORT_LIMIT;
 use serde_json::{Value, json};
@@ -178,6 +178,7 @@ fn the_agent_takes_its_arguments_and_its_file() -> Result<()> {
     std::fs::write(whole.path(), all.join("\n"))?;
     let config = Config::load(["rustnet-agent".to_owned(), format!("--config={}", whole.path().display())], &env)?;
     assert!(!config.service_cidrs.is_empty() && !config.cluster_pod_cidrs.is_empty() && !config.node_cidrs.is_empty());
+    assert_eq!(config.policy_deny_response, DenyResponse::Icmp);
     Ok(())
 }
 
@@ -395,6 +396,31 @@ fn the_chart_gives_what_kustomize_gives() -> Result<()> {
     for (kind, object) in &chart {
         assert_eq!(object, &base[kind], "{kind}");
     }
+    Ok(())
+}
+
+/// The chart's value and the overlay's file are the agent's setting, and neither says anything of it by default.
+#[test]
+fn what_policies_deny_is_a_setting_of_both() -> Result<()> {
+    let configuration = |text: &str| -> Result<Value> {
+        Ok(comparable(text)?["ConfigMap"]["data"]["config.yaml"][0]["policyDenyResponse"].clone())
+    };
+    let chart = |options: &[&str]| -> Result<Value> {
+        let output = helm(options)?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        configuration(&String::from_utf8(output.stdout)?)
+    };
+    assert_eq!((chart(&[])?, configuration(&overlay("")?)?), (Value::Null, Value::Null));
+    for response in DenyResponse::ALL.map(DenyResponse::word) {
+        assert_eq!(chart(&["--set", &format!("config.policyDenyResponse={response}")])?, response);
+        let file = format!(
+            "configMapGenerator:\n  - name: rustnet-config\n    behavior: replace\n    literals:\n      - \"config.yaml=policyDenyResponse: {response}\"\n"
+        );
+        assert_eq!(configuration(&overlay(&file)?)?, response);
+    }
+    let output = helm(&["--set", "config.policyDenyResponse=reset"])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && said.contains("policyDenyResponse"), "{said}");
     Ok(())
 }
 

@@ -73,7 +73,7 @@ fn resets_of_segments_with_options() -> Result<()> {
 }
 
 /// Sends a frame again and again; gives how often it was answered.
-fn burst(lab: &Lab, code: u8, ifindex: u32, f: &Frame, reason: DropReason) -> Result<u64> {
+pub fn burst(lab: &Lab, code: u8, ifindex: u32, f: &Frame, reason: DropReason) -> Result<u64> {
     let bytes = f.bytes();
     let before = lab.datapath().counts()?;
     let mut answers = 0;
@@ -93,7 +93,7 @@ fn burst(lab: &Lab, code: u8, ifindex: u32, f: &Frame, reason: DropReason) -> Re
     Ok(answers)
 }
 
-const BURST: u64 = 8000;
+pub const BURST: u64 = 8000;
 
 /// A node limits the errors that it sends (RFC 4443, 2.4(f); RFC 1812, 4.3.2.8): a sender with a
 /// forged source would make it a reflector, twice as loud.
@@ -142,7 +142,7 @@ fn a_bucket_of_before_the_wrap_is_filled_again() -> Result<()> {
         lab.pod_sends(&ask)?;
         let now = lab.half(Flow::of(&ask))?.seen;
         let before_the_wrap = now.wrapping_add(200 * HZ);
-        for bucket in 0..2 {
+        for bucket in 0..3 {
             lab.datapath().fill_percpu("rn_limits", bucket, &[before_the_wrap, 1000])?;
         }
         let refused = from_a(net, Proto::Udp, (net.vip(1), 80));

@@ -22,7 +22,8 @@ pub fn reset(asked: &Frame) -> Frame {
 pub fn icmp_error(asked: &Frame, src: IpAddr, kind: u8, code: u8, rest: u32) -> Frame {
     let packet = asked.ip_bytes();
     let header = if asked.is_v6() {
-        40 + asked.extensions.iter().map(|(_, b)| b.len()).sum::<usize>()
+        let fragment = if asked.piece.is_some() { 8 } else { 0 };
+        40 + fragment + asked.extensions.iter().map(|(_, b)| b.len()).sum::<usize>()
     } else {
         20 + asked.options.len()
     };
@@ -31,6 +32,7 @@ pub fn icmp_error(asked: &Frame, src: IpAddr, kind: u8, code: u8, rest: u32) -> 
         f.src = src;
         f.l4 = L4::Icmp { kind, code, rest };
         f.payload = packet[..quoted].to_vec();
+        (f.piece, f.may_be_cut) = (None, false);
         (f.ttl, f.id, f.flow, f.options, f.extensions) = (64, 0, 0, Vec::new(), Vec::new());
     })
 }
@@ -38,6 +40,12 @@ pub fn icmp_error(asked: &Frame, src: IpAddr, kind: u8, code: u8, rest: u32) -> 
 /// Port unreachable, from the address that the packet was for.
 pub fn port_unreachable(asked: &Frame) -> Frame {
     let (kind, code) = if asked.is_v6() { (1, 4) } else { (3, 3) };
+    icmp_error(asked, asked.dst, kind, code, 0)
+}
+
+/// Communication administratively prohibited, from the address that the packet was for.
+pub fn prohibited(asked: &Frame) -> Frame {
+    let (kind, code) = if asked.is_v6() { (1, 1) } else { (3, 13) };
     icmp_error(asked, asked.dst, kind, code, 0)
 }
 

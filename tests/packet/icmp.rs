@@ -16,8 +16,8 @@ use testkit::datapath::Input;
 /// Errors that hosts and routers send, by family: type, code, and what stands in the second word.
 pub fn kinds(net: Net) -> Vec<(u8, u8, u32)> {
     match net {
-        Net::V4 => vec![(3, 0, 0), (3, 1, 0), (3, 3, 0), (3, 4, 1400), (11, 0, 0), (12, 0, 0x1400_0000)],
-        Net::V6 => vec![(1, 0, 0), (1, 4, 0), (2, 0, 1400), (3, 0, 0), (4, 1, 6)],
+        Net::V4 => vec![(3, 0, 0), (3, 1, 0), (3, 3, 0), (3, 4, 1400), (3, 13, 0), (11, 0, 0), (12, 0, 0x1400_0000)],
+        Net::V6 => vec![(1, 0, 0), (1, 1, 0), (1, 4, 0), (2, 0, 1400), (3, 0, 0), (4, 1, 6)],
     }
 }
 

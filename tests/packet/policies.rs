@@ -1,6 +1,7 @@
 //! Network policies: which flows open, which go on, and what nobody judges.
 
 mod audit;
+mod denied;
 
 use crate::decap::outer;
 use crate::external::NODE_PORT;

@@ -307,6 +307,15 @@ pub static GROUPS: &[Group] = &[
                 ..ONE
             },
             Setting {
+                flag: "policy-deny-response",
+                key: "policyDenyResponse",
+                value: "none|icmp",
+                default: Some("none"),
+                help: "What a pod gets for packets that the policies of its own node deny: nothing (none), or at once an ICMP error, so \
+                       that its connect fails and does not wait for a time-out (icmp)",
+                ..ONE
+            },
+            Setting {
                 flag: "snat-ports",
                 key: "snatPorts",
                 value: "auto|FIRST-LAST",

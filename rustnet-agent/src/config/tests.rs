@@ -145,6 +145,18 @@ fn policies_are_enforced_unless_switched_off() {
 }
 
 #[test]
+fn what_policies_deny_is_answered_only_if_asked_for() {
+    let response = |args: &[&str], env: &[(&str, &str)], file: Option<&str>| {
+        load(args, env, file).expect("good").policy_deny_response
+    };
+    assert_eq!(response(&[], &[], None), DenyResponse::None);
+    assert_eq!(response(&["--policy-deny-response=icmp"], &[], None), DenyResponse::Icmp);
+    assert_eq!(response(&[], &[("RUSTNET_POLICY_DENY_RESPONSE", "icmp")], None), DenyResponse::Icmp);
+    assert_eq!(response(&[], &[], Some("policyDenyResponse: icmp")), DenyResponse::Icmp);
+    assert_eq!(response(&["--policy-deny-response=none"], &[], Some("policyDenyResponse: icmp")), DenyResponse::None);
+}
+
+#[test]
 fn bad_values_are_refused_with_origin_and_remedy() {
     for (flag, key, bad, remedy) in [
         ("lb-algorithm", "lbAlgorithm", "ring", "give random or maglev"),
@@ -174,6 +186,7 @@ fn bad_values_are_refused_with_origin_and_remedy() {
         ("masquerade", "masquerade", "yes", "true or false"),
         ("network-policy", "networkPolicy", "yes", "on or off"),
         ("policy-rule-entries", "policyRuleEntries", "0", "16 to"),
+        ("policy-deny-response", "policyDenyResponse", "reset", "none or icmp"),
         ("snat-ports", "snatPorts", "65535-1024", "61000-65535"),
         ("snat-ports", "snatPorts", "80-2000", "61000-65535"),
         ("snat-ports", "snatPorts", "5000-5010", "61000-65535"),

@@ -9,8 +9,8 @@ use rustnet_common::log::FILTERS;
 use rustnet_common::maglev;
 
 use super::{
-    Algorithm, Forwarding, KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily, OverlayPath, PacketLog,
-    PacketMark, Routing, SocketLb, Source, Xdp,
+    Algorithm, DenyResponse, Forwarding, KubeSource, LogFormat, NODE_PORTS, NodePortAddresses, OverlayFamily,
+    OverlayPath, PacketLog, PacketMark, Routing, SocketLb, Source, Xdp,
 };
 use crate::args::{Value, Values};
 
@@ -101,6 +101,7 @@ fallback!(
     String => Self::new(), PathBuf => Self::new(), Routing => Self::Vxlan, LogFormat => Self::Text, bool => false, u16 => 0, u32 => 0,
     PacketMark => Self::default(), OverlayFamily => Self::Auto, OverlayPath => Self::Programs,
     SocketLb => Self::Off, Algorithm => Self::Random, Forwarding => Self::Snat, Xdp => Self::Off,
+    DenyResponse => Self::None,
 );
 
 impl<T> Fallback for Option<T> {

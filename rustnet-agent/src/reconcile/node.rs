@@ -9,7 +9,7 @@ use rustnet_common::addr::{Addr, Address, Ip4, Ip6};
 use rustnet_common::config::{NodeConfig, flags};
 use rustnet_common::files::{EndpointFile, NodeFile};
 
-use crate::config::{Config, NODE_PORTS, OverlayFamily, OverlayPath, Role, SocketLb};
+use crate::config::{Config, DenyResponse, NODE_PORTS, OverlayFamily, OverlayPath, Role, SocketLb};
 use crate::model::{Family, Node};
 use crate::net::repair::OverlayDevice;
 use crate::ways::{Place, Settings, Ways};
@@ -139,7 +139,8 @@ pub fn config(
         flags: if config.masquerade { flags::MASQUERADE } else { 0 }
             | if has_external { flags::EXTERNAL } else { 0 }
             | if config.flow_events { flags::FLOW_EVENTS } else { 0 }
-            | if path == OverlayPath::Programs { flags::ENCAPSULATE } else { 0 },
+            | if path == OverlayPath::Programs { flags::ENCAPSULATE } else { 0 }
+            | if config.policy_deny_response == DenyResponse::Icmp { flags::ANSWER_DENIED } else { 0 },
         vni: config.vni,
         hz,
         seed: SEED,

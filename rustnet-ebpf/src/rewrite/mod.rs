@@ -13,7 +13,7 @@ mod sctp;
 pub use direct::{Wrap, unwrap, wrap};
 pub use encap::{Encap, Encapsulated, can_change_family, decapsulate, encapsulate};
 pub use inner::{WriteInner, inner};
-pub use reject::{BuildHeader, Rejection, reject};
+pub use reject::{BuildHeader, error, reset};
 
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use rustnet_common::addr::{Address, Ip4, Ip6};

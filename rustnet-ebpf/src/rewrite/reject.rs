@@ -14,19 +14,6 @@ use crate::family::Family;
 use crate::packet::Packet;
 use crate::wire::{ETH_LEN, Ethernet, Header4, Header6, ICMP_LEN, TCP_LEN, Tcp, tcp};
 
-/// What the sender gets.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Rejection {
-    /// A TCP reset (RFC 9293, 3.5.2), in the name of the destination.
-    Reset,
-    /// ICMP port unreachable, in the name of the destination.
-    PortUnreachable,
-    /// ICMP time exceeded, in this node's name.
-    TimeExceeded,
-    /// ICMP packet too big, in this node's name, with the MTU that would fit.
-    TooBig(u32),
-}
-
 const TTL: u8 = 64;
 /// Bytes of the transport header that an error quotes: what a receiver needs, and enough that a checksum which the
 /// hardware has yet to fill in stays inside the packet.
@@ -99,28 +86,23 @@ fn pseudo<A: Address>(src: A, dst: A, proto: u8, len: u16) -> Sum {
     Sum::default().add_addr(src).add_addr(dst).add16(u16::from(proto)).add16(len)
 }
 
-/// Turns the packet into a rejection to its sender, with the MACs swapped. `router` is the source of errors that a router
-/// sends.
+/// Turns the packet into a TCP reset to its sender (RFC 9293, 3.5.2), in the name of its destination, with the MACs swapped.
 #[inline(always)]
-pub fn reject<F: Family<Header: BuildHeader<F::A>>>(
+pub fn reset<F: Family<Header: BuildHeader<F::A>>>(skb: &Skb, p: &Packet<F::A>) -> Result<(), DropReason> {
+    make_reset::<F>(skb, p).and_then(|()| swap_macs(skb)).ok_or(DropReason::WriteError)
+}
+
+/// Turns the packet into an ICMP error from `src` to its sender, with the MACs swapped. `kind` are type and code, `rest` is what stands
+/// behind the checksum.
+#[inline(always)]
+pub fn error<F: Family<Header: BuildHeader<F::A>>>(
     skb: &Skb,
     p: &Packet<F::A>,
-    what: Rejection,
-    router: F::A,
+    src: F::A,
+    kind: [u8; 2],
+    rest: u32,
 ) -> Result<(), DropReason> {
-    let made = if what == Rejection::Reset {
-        reset::<F>(skb, p)
-    } else {
-        // One call: the verifier follows each.
-        let (is_router, rest, v6, v4) = match what {
-            Rejection::Reset | Rejection::PortUnreachable => (false, 0, [1, 4], [3, 3]),
-            Rejection::TimeExceeded => (true, 0, [3, 0], [11, 0]),
-            Rejection::TooBig(mtu) => (true, mtu, [2, 0], [3, 4]),
-        };
-        let src = if is_router { router } else { p.tuple.dst };
-        error::<F>(skb, p, src, if F::A::IS_V6 { v6 } else { v4 }, rest)
-    };
-    made.and_then(|()| swap_macs(skb)).ok_or(DropReason::WriteError)
+    make_error::<F>(skb, p, src, kind, rest).and_then(|()| swap_macs(skb)).ok_or(DropReason::WriteError)
 }
 
 /// Back to where it came from, on the link layer too.
@@ -148,7 +130,7 @@ fn trim(skb: &Skb, len: usize) -> Option<()> {
 /// The reset that closes what the packet wants: it takes its sequence number from the packet's acknowledgement, or
 /// acknowledges all of the packet.
 #[inline(always)]
-fn reset<F: Family<Header: BuildHeader<F::A>>>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
+fn make_reset<F: Family<Header: BuildHeader<F::A>>>(skb: &Skb, p: &Packet<F::A>) -> Option<()> {
     let (seq, ack, flags) = if p.tcp_flags & tcp::ACK != 0 {
         (p.ack.to_be(), 0, tcp::RST)
     } else {
@@ -201,7 +183,7 @@ fn reset<F: Family<Header: BuildHeader<F::A>>>(skb: &Skb, p: &Packet<F::A>) -> O
 
 /// An ICMP error that quotes the packet.
 #[inline(always)]
-fn error<F: Family<Header: BuildHeader<F::A>>>(
+fn make_error<F: Family<Header: BuildHeader<F::A>>>(
     skb: &Skb,
     p: &Packet<F::A>,
     src: F::A,
