@@ -573,6 +573,28 @@ fn an_answer_from_an_address_that_a_pod_gets() -> Result<()> {
     })
 }
 
+/// What another pod with the address sends is no answer to the flow of the one before: it is judged as what the new pod opens.
+#[test]
+fn a_pod_that_takes_over_an_address_opens_its_own_flows() -> Result<()> {
+    const OTHER_MAC: [u8; 6] = [2, 0, 0, 0, 0x0c, 1];
+    labs(|lab, net| {
+        each(&SERVED, |proto| {
+            lab.forget()?;
+            policed(lab, net, OPEN, OPEN)?;
+            let ask = a_asks_b(net, proto);
+            lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
+            lab.put_endpoint(net.b(), SIDE, OTHER_MAC)?;
+            lab.put_policy_pod(net.b(), PolicyPod { class: CLASS_B, ingress: INTO_B, egress: OPEN, ifindex: SIDE })?;
+            let speaks = answer_of_b(&ask).map(|f| f.smac = OTHER_MAC);
+            let bytes = speaks.bytes();
+            let input = Input { frame: &bytes, ifindex: SIDE, ..Input::default() };
+            let shot = lab.raw(hook::FROM_POD, &input);
+            lab.put_endpoint(net.b(), POD_B, MAC_B)?;
+            shot?.to_the_pod(&speaks.hop())
+        })
+    })
+}
+
 /// A datagram to a backend that has ended goes to another one, whatever policies say of the first.
 #[test]
 fn a_flow_that_moves_is_judged_by_where_it_goes() -> Result<()> {

@@ -101,11 +101,11 @@ fn classify<F: Track>(
     }
     // SAFETY: see above.
     let generation = unsafe { (*entry).generation };
-    // Not 0: it comes from elsewhere than before. Read each time: what is kept over a call takes stack.
+    // Read each time: what is kept over a call takes stack.
     // SAFETY: see above.
-    let moved = || unsafe { ((&raw const (*sender).ifindex).read_volatile() ^ source.ifindex) & !VIA_QDISC };
+    let came_by = || unsafe { (&raw const (*sender).ifindex).read_volatile() };
     // What was judged before is not what a pod sends that has got the address since.
-    if generation != policy::generation() || (source.is_pod && moved() != 0) {
+    if generation != policy::generation() || (source.is_pod && came_by() == NOT_LOCAL) {
         match F::judge_again().result() {
             Ok(AUDITED) => report_audited(),
             Ok(_) => {}
@@ -119,8 +119,9 @@ fn classify<F: Track>(
     // Not a variable: the verifier would follow either value of it to the end. A time ahead, which another CPU read a moment later,
     // counts as long ago: one refresh too many.
     let is_due = || jiffies().wrapping_sub(seen) >= hz;
+    let is_moved = (came_by() ^ source.ifindex) & !VIA_QDISC != 0;
     // SAFETY: see above.
-    if moved() != 0 || unsafe { (*sender).source } != source.bytes || (!source.is_pod && is_due()) {
+    if is_moved || unsafe { (*sender).source } != source.bytes || (!source.is_pod && is_due()) {
         // What holds for new flows holds for known ones, too: peers may have changed since.
         verify()?;
         if !F::accept_source(source) {
