@@ -207,7 +207,8 @@ fn audited(net: &Net, manifests: &Manifests) -> Result<()> {
     let annotated = NAMESPACE.replace("  name:", "  annotations: {rustnet.io/policy-audit: \"true\"}\n  name:");
     manifests.write("namespace.yaml", &annotated)?;
     wait_rows("audited", &[row(a, b, true, true), row(c, b, true, true)])?;
-    explained(b, &[(c, b, true), (a, b, true)], "default/from-c")?;
+    // The names of sets are written behind the maps.
+    wait::until("the audit is explained", || explained(b, &[(c, b, true), (a, b, true)], "default/from-c"))?;
     let ip = b.addresses()[0];
     let shown = b.node().rustnetctl(&["monitor", "--past", "--for", "1"])?;
     let is_it = |line: &str| {

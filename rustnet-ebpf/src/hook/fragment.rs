@@ -73,7 +73,9 @@ pub fn run<F: Steps>(skb: &Skb, hook: u8) -> Result<i32, Dropped> {
         }
     };
     // It has neither a flow that was judged nor ports: only rules for all protocols can allow it.
-    policy::verify(p.tuple.src, p.tuple.dst, 0, 0, 0)?;
+    if policy::verify(p.tuple.src, p.tuple.dst, 0, 0, 0)? {
+        F::report(skb, p.l3(), DropReason::PolicyAudited as u8, hook);
+    }
     // It opens no connection, and nothing may look one up: a packet that the parser has refused has no key.
     flow.class = Class::Original;
     forward::<F>(skb, p, flow, source, origin, config, hook)

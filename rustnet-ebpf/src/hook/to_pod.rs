@@ -66,7 +66,9 @@ pub fn run<F: Steps>(skb: &Skb, l3: usize) -> Result<i32, Dropped> {
             admit::admit::<F>(skb, p, flow, config, source::HOST, skb.len(), hook::TO_POD)?;
         } else if is_forwarded && flow.class == Class::Original && flow.flags & flags::FROM_HOST != 0 {
             // Netfilter forgets the node's flows before their entries end, and then gives their ports to others.
-            policy::verify(p.tuple.src, p.tuple.dst, p.tuple.dport, p.tuple.proto, 0)?;
+            if policy::verify(p.tuple.src, p.tuple.dst, p.tuple.dport, p.tuple.proto, 0)? {
+                F::report(skb, p.l3(), DropReason::PolicyAudited as u8, hook::TO_POD);
+            }
         }
         flow
     };

@@ -106,6 +106,8 @@ fn classify<F: Track>(
     let came_by = || unsafe { (&raw const (*sender).ifindex).read_volatile() };
     // What was judged before is not what a pod sends that has got the address since.
     if generation != policy::generation() || (source.is_pod && came_by() == NOT_LOCAL) {
+        // Nobody gets a report or an answer in another one's name.
+        verify()?;
         match F::judge_again().result() {
             Ok(AUDITED) => report_audited(),
             Ok(_) => {}
@@ -502,8 +504,8 @@ fn refresh<F: Track + HostPorts + Old>(p: &Packet<F::A>, set: u64, now: u32) -> 
         if is_local((*receiver).ifindex) && ((*receiver).ifindex ^ local) & !VIA_QDISC != 0 {
             return false;
         }
-        // What was judged before is the flow to an address that no pod of this node had.
-        if (*receiver).ifindex == NOT_LOCAL && local != NOT_LOCAL && F::judge_again().into_unit().is_err() {
+        // What was judged before is the flow to an address that no pod of this node had. What is audited opens once more, and is reported.
+        if (*receiver).ifindex == NOT_LOCAL && local != NOT_LOCAL && !matches!(F::judge_again().result(), Ok(0)) {
             return false;
         }
         (*receiver).ifindex = local;

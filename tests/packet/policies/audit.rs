@@ -1,12 +1,17 @@
 //! Namespaces that are audited: what policies deny passes, and is reported where it is judged.
 
 use super::{CLASS_A, INTO_B, OTHERS, OUT_OF_A, a_asks_b, frame_from, policed, put_b};
-use crate::flows::{ALL, PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, at_backend, from_a, from_host, later};
+use crate::external::NODE_PORT;
+use crate::flows::{
+    ALL, PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, at_backend, from_a, from_host, from_outside, later,
+};
 use crate::harness::{Lab, Net, POD_B, Shot, To, each, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config;
-use rustnet_common::drop::DropReason::PolicyDenied;
+use rustnet_common::drop::DropReason::{PolicyDenied, Spoofed};
+use rustnet_common::drop::hook;
 use rustnet_common::policy::{ALLOW, ANY_CLASS, AUDIT, OPEN};
+use testkit::datapath::Input;
 
 /// A node where nothing allows what pod A opens, nor what pod B gets, and both are audited.
 fn audited(lab: &Lab, net: Net) -> Result<()> {
@@ -57,9 +62,35 @@ fn at_each_hook() -> Result<()> {
             lab.overlay_in(net.node2(), &ask)?.audited()?.to_the_pod(&ask.hop())?;
             let ask = from_a(net, proto, (net.unreachable(), TARGET));
             lab.pod_sends(&ask)?.audited()?.to_stack(&ask).context("without a route")?;
+            lab.publish(net.node(), NODE_PORT, proto.number(net), 0, &[(net.b(), TARGET)])?;
+            let ask = from_outside(proto, (net.world(), PORT), (net.node(), NODE_PORT));
+            let arrives = ask.hop().between((net.world(), PORT), (net.b(), TARGET));
+            lab.uplink_in(&ask)?.audited()?.to_the_pod(&arrives).context("by a node port")?;
+            lab.forget()?;
+            let ask = frame_from(proto, net.world(), net.b());
+            lab.to_pod(POD_B, &ask)?.audited()?.to_stack(&ask).context("what the stack forwards")?;
             // The node is exempt, and nothing would deny it.
             let ask = from_host(net, proto, (net.b(), PORT));
             lab.to_pod(POD_B, &ask)?.to_stack(&ask)
+        })
+    })
+}
+
+/// Nobody has a report made in another one's name.
+#[test]
+fn a_forged_packet_of_a_known_flow_is_not_reported() -> Result<()> {
+    labs(|lab, net| {
+        each(&ALL, |proto| {
+            audited(lab, net)?;
+            let ask = a_asks_b(net, proto);
+            lab.pod_sends(&ask)?.audited()?.to_the_pod(&ask.hop())?;
+            lab.enforce(2)?;
+            let bytes = later(&ask).bytes();
+            for _ in 0..2 {
+                let input = Input { frame: &bytes, ifindex: POD_B, ..Input::default() };
+                lab.raw(hook::FROM_POD, &input)?.dropped(Spoofed)?;
+            }
+            lab.pod_sends(&later(&ask))?.audited()?.to_the_pod(&later(&ask).hop())
         })
     })
 }

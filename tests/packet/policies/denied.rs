@@ -13,9 +13,10 @@ use crate::harness::{BOTH, Lab, MAC_B, Net, POD_A, POD_B, Shot, To, each, lab_ap
 use crate::icmp::kinds;
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config::flags::ANSWER_DENIED;
-use rustnet_common::drop::DropReason::{IcmpUnrelated, NoBackend, PolicyDenied, PolicyUndecided};
+use rustnet_common::drop::DropReason::{IcmpUnrelated, NoBackend, PolicyDenied, PolicyUndecided, Spoofed};
 use rustnet_common::drop::hook;
 use rustnet_common::policy::{ALLOW, ANY_CLASS, OPEN, PolicyPod};
+use testkit::datapath::Input;
 
 /// Switches the answers on.
 fn answer(lab: &Lab) -> Result<()> {
@@ -168,10 +169,9 @@ fn flows_that_were_allowed_are_answered() -> Result<()> {
     })
 }
 
-/// Policies look at packets of a known flow before the hook looks at their source. Whatever that is, the pod that sent the packet gets
-/// the error, and nobody else.
+/// An answer would say that another pod has such a flow.
 #[test]
-fn who_forges_a_source_is_answered_itself() -> Result<()> {
+fn forged_packets_of_known_flows_are_not_answered() -> Result<()> {
     labs(|lab, net| {
         answer(lab)?;
         each(&ALL, |proto| {
@@ -181,7 +181,10 @@ fn who_forges_a_source_is_answered_itself() -> Result<()> {
             lab.pod_sends(&ask)?.to_the_pod(&ask.hop())?;
             policed(lab, net, OPEN, INTO_B)?;
             let stolen = later(&ask).map(|f| f.smac = MAC_B);
-            lab.pod_sends(&stolen)?.answered(PolicyDenied, &prohibited(&stolen))
+            lab.pod_sends(&stolen)?.dropped(Spoofed).context("with another MAC")?;
+            let bytes = later(&ask).bytes();
+            let input = Input { frame: &bytes, ifindex: POD_B, ..Input::default() };
+            lab.raw(hook::FROM_POD, &input)?.dropped(Spoofed).context("by another interface")
         })
     })
 }

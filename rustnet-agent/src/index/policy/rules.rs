@@ -43,12 +43,14 @@ type Verdicts = BTreeMap<PortPrefix, Verdict>;
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Verdict {
     is_allowed: bool,
+    /// It would be denied, and passes because the namespace is audited.
+    is_audited: bool,
     /// The rule that decides; `None`: none does.
     by: Option<usize>,
 }
 
 impl Verdict {
-    const NONE: Self = Self { is_allowed: false, by: None };
+    const NONE: Self = Self { is_allowed: false, is_audited: false, by: None };
 }
 
 impl Compiler<'_> {
@@ -62,20 +64,12 @@ impl Compiler<'_> {
         hits.dedup();
         let mut rows = hits.chunk_by(|a, b| a.0 == b.0).peekable();
         let of_any = rows.next_if(|row| matches!(row, [(None, ..), ..])).map(by_ports).unwrap_or_default();
-        let mut any = reduce(set, &verdicts_of_any(set, &of_any), &Verdicts::new());
-        if set.is_audited {
-            // Without an entry a flow would be denied.
-            any.entry(PortPrefix::ANY).or_insert(Verdict::NONE);
-        }
+        let any = reduce(set, &verdicts_of_any(set, &of_any), &Verdicts::new());
         let mut rules = Vec::new();
         let mut add = |class, verdicts: &Verdicts| {
             let rule = |(ports, verdict): (&PortPrefix, &Verdict)| {
                 let rule = verdict.by.and_then(|place| numbers.get(place)).copied().unwrap_or_default();
-                let flags = match verdict.is_allowed {
-                    true => ALLOW,
-                    false if set.is_audited => ALLOW | AUDIT,
-                    false => 0,
-                };
+                let flags = if verdict.is_allowed { ALLOW } else { 0 } | if verdict.is_audited { AUDIT } else { 0 };
                 (RuleKey { set: number, class, ports: *ports }, PolicyRule { flags, rule })
             };
             rules.extend(verdicts.iter().map(rule));
@@ -156,23 +150,37 @@ fn verdicts(set: &Set, own: &Hits, any: &Hits) -> Verdicts {
     all.map(|ports| (*ports, decide(set, matching(own, *ports).chain(matching(any, *ports)).collect()))).collect()
 }
 
-/// What becomes of a flow that these rules match. Where a rule may match or not, the flow is allowed only if it is allowed either way.
+/// What becomes of a flow that these rules match. Whoever may annotate a namespace may change its NetworkPolicies, which come before the
+/// Baseline tier, but not what the Admin tier denies: that is not audited.
 fn decide(set: &Set, mut matching: Vec<Match>) -> Verdict {
     matching.sort_unstable();
+    let enforced = decide_as(set, &matching, false);
+    if enforced.is_allowed || !set.is_audited || !decide_as(set, &matching, true).is_allowed {
+        return enforced;
+    }
+    Verdict { is_allowed: true, is_audited: true, by: enforced.by }
+}
+
+/// The same, as if all tiers behind that of Admin allowed the flow, or not. Where a rule may match or not, the flow is allowed only if it
+/// is allowed either way.
+fn decide_as(set: &Set, matching: &[Match], is_open: bool) -> Verdict {
     let of_tier = |tier| matching.iter().filter(move |by| set.rules[by.place].tier == tier);
-    let mut verdict = Verdict { is_allowed: !set.is_isolated, by: None };
+    let mut verdict = Verdict { is_allowed: !set.is_isolated, ..Verdict::NONE };
     // From the last tier to the first: each has what the next one decides. A NetworkPolicy decides all that comes to its tier.
     for tier in [Tier::Baseline, Tier::Namespaced, Tier::Admin] {
         if set.is_isolated && tier == Tier::Baseline {
             continue;
+        }
+        if is_open && tier == Tier::Admin {
+            verdict = Verdict { is_allowed: true, ..Verdict::NONE };
         }
         let next = verdict;
         let mut may_pass = false;
         for Match { place, is_doubted } in of_tier(tier).copied() {
             let by = Some(place);
             match set.rules[place].action {
-                Action::Accept => verdict = Verdict { is_allowed: true, by },
-                Action::Deny => verdict = Verdict { is_allowed: false, by },
+                Action::Accept => verdict = Verdict { is_allowed: true, is_audited: false, by },
+                Action::Deny => verdict = Verdict { is_allowed: false, is_audited: false, by },
                 Action::Pass if is_doubted => {
                     may_pass = true;
                     continue;
@@ -194,7 +202,8 @@ fn reduce(set: &Set, all: &Verdicts, any: &Verdicts) -> Verdicts {
     // NetworkPolicies are a sum: which of them allows a flow does not matter.
     let is_of_sum = |by: Option<usize>| by.is_some_and(|place| set.rules[place].tier == Tier::Namespaced);
     let is_same = |a: &Verdict, b: &Verdict| {
-        a.is_allowed == b.is_allowed && (a.by == b.by || (is_of_sum(a.by) && is_of_sum(b.by)))
+        (a.is_allowed, a.is_audited) == (b.is_allowed, b.is_audited)
+            && (a.by == b.by || (is_of_sum(a.by) && is_of_sum(b.by)))
     };
     PortPrefix::needed(all, |ports, verdict, own| {
         is_same(&verdict, &own.or_else(|| ports.find(any)).unwrap_or(Verdict::NONE))

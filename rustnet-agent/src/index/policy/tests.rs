@@ -3,6 +3,7 @@ mod oracle;
 use super::world::{Flow, NODE, Random, World, passes, without_audit};
 use super::{DesiredPolicies, LocalInterface, Policies};
 use crate::model::ObjectName;
+use crate::source::convert::POLICY_AUDIT;
 use crate::source::policy_api::ClusterNetworkPolicy as KubeClusterPolicy;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use rustnet_common::policy::OPEN;
@@ -51,7 +52,7 @@ fn an_audited_namespace_denies_nothing() {
     };
     let enforced = world.desired();
     assert_eq!((find(&world, 80), find(&world, 81)), ([true, true], [false, false]));
-    world.namespaces[0].metadata.annotations = Some([("rustnet.io/policy-audit".into(), "true".into())].into());
+    world.namespaces[0].metadata.annotations = Some([(POLICY_AUDIT.to_owned(), "true".to_owned())].into());
     assert_eq!((find(&world, 80), find(&world, 81)), ([true, true], [true, false]));
     assert!(enforced.sets.keys().all(|set| !world.desired().sets.contains_key(set)), "one set would be both");
     let mut it = Policies::new(NODE.into());
@@ -413,6 +414,14 @@ fn precedence() {
             if decides.is_empty() { rule == 0 } else { name.contains(&format!("/{decides} ")) },
             "{cluster:?}: {name}"
         );
+        // Audit opens what the tiers behind that of Admin deny.
+        let mut audited = world.clone();
+        for namespace in &mut audited.namespaces {
+            namespace.metadata.annotations = Some([(POLICY_AUDIT.to_owned(), "true".to_owned())].into());
+        }
+        let by_admin = |it: &(&str, &str, i32, &str)| (it.0, it.1, it.3) == (decides, "Admin", "Deny");
+        let passes = passes(&audited.desired(), &world.interfaces, &to_db("10.0.1.1", 80));
+        assert_eq!(passes, !cluster.iter().any(by_admin), "{cluster:?}, audited");
     }
 }
 

@@ -11,7 +11,7 @@
 //! the old one is deleted with the shortest first: each write changes what becomes of some ports from the old to the new.
 
 use super::draft::{Draft, differing, sets_in_use};
-use super::rows::{Classes, Row, both, full_row, is_within, own_row, reduce};
+use super::rows::{Classes, Row, allows_silently, both, full_row, is_within, own_row, reduce};
 use super::{PolicySnapshot, RuleKey};
 use ipnet::IpNet;
 use rustnet_common::policy::{ANY_CLASS, OPEN, PolicyPod, PolicyRule, flags};
@@ -153,7 +153,7 @@ impl Changes {
         let sets: BTreeSet<u32> = sets_in_use(&old.pods).intersection(&sets_in_use(&new.pods)).copied().collect();
         let allows_less = |set: &u32| {
             let is_kept = |(old_class, new_class): &Pair| {
-                is_within(&full_row(old, *set, *old_class), &full_row(new, *set, *new_class))
+                is_within(&full_row(old, *set, *old_class), &full_row(new, *set, *new_class), allows_silently)
             };
             !it.come.iter().all(is_kept)
         };
@@ -178,7 +178,7 @@ impl Changes {
                 self.dirty_classes.insert(class);
             }
         };
-        // The names of rules may differ: only whether they allow counts.
+        // The names of rules may differ: only what they do counts.
         let effect = |rule: Option<&PolicyRule>| rule.map(|rule| rule.flags);
         let other = differing(&old.rules, &new.rules).filter(|(_, before, after)| effect(*before) != effect(*after));
         other.for_each(|(key, ..)| note(key.set, key.class));

@@ -1,12 +1,12 @@
 //! What of the desired maps has room. What has none fails closed, and what holds already goes on.
 
 use super::draft::sets_in_use;
-use super::rows::{Classes, full_row, is_within};
+use super::rows::{Classes, allows, full_row, is_within};
 use super::{DesiredPolicies, PolicyCapacities, PolicySnapshot, RuleKey};
 use crate::index::policy::CLUSTER_KIND;
 use crate::model::{ObjectName, Problem};
 use ipnet::IpNet;
-use rustnet_common::policy::{OPEN, Policies, PolicyPod, PolicyRule};
+use rustnet_common::policy::{AUDIT, OPEN, Policies, PolicyPod, PolicyRule};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -109,7 +109,7 @@ fn close_opened(
         return Vec::new();
     }
     let allows_more = |from: &PolicySnapshot, pairs: &BTreeSet<Pair>, set: u32| {
-        pairs.iter().any(|(old, now)| !is_within(&full_row(maps, set, *now), &full_row(from, set, *old)))
+        pairs.iter().any(|(old, now)| !is_within(&full_row(maps, set, *now), &full_row(from, set, *old), allows))
     };
     let opens = |set: &u32| allows_more(maps, &pairs, *set) || (kept.contains(set) && allows_more(held, &moved, *set));
     let opened: Vec<u32> = sets_in_use(&maps.pods).into_iter().filter(|set| *set != OPEN).filter(opens).collect();
@@ -167,6 +167,10 @@ fn fit_rules(
             failed.insert(*set);
         }
     }
+    let audited = |rules: &Rules| -> BTreeSet<u32> {
+        rules.iter().filter(|(_, rule)| rule.flags & AUDIT != 0).map(|(key, _)| key.set).collect()
+    };
+    let (audits, audits_before) = (audited(&rules), audited(&held.rules));
     rules.retain(|key, _| !failed.contains(&key.set));
     let wanted = sets_in_use(pods);
     let mut kept: BTreeMap<u32, bool> = BTreeMap::new();
@@ -176,7 +180,9 @@ fn fit_rules(
             if !failed.contains(set) {
                 return true;
             }
-            let Some(before) = before.filter(|before| *before != OPEN && may_keep(*set)) else { return false };
+            // What was audited allowed all, as no set at all does.
+            let is_open = |before: &u32| *before == OPEN || (audits_before.contains(before) && !audits.contains(set));
+            let Some(before) = before.filter(|before| !is_open(before) && may_keep(*set)) else { return false };
             *set = before;
             *kept.entry(before).or_insert_with(|| {
                 if wanted.contains(&before) {

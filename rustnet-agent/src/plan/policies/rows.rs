@@ -64,9 +64,19 @@ pub fn reduce(row: &Row, any: &[&Row]) -> Row {
     })
 }
 
+/// True if flows pass.
+pub fn allows(rule: PolicyRule) -> bool {
+    rule.flags & ALLOW != 0
+}
+
+/// True if flows pass and are not reported.
+pub fn allows_silently(rule: PolicyRule) -> bool {
+    rule.flags & (ALLOW | AUDIT) == ALLOW
+}
+
 /// True if the first row allows nothing that the second one does not.
-pub fn is_within(a: &Row, b: &Row) -> bool {
-    let allows = |row: &Row, ports: PortPrefix| ports.find(row).unwrap_or(DENIED).flags & ALLOW != 0;
+pub fn is_within(a: &Row, b: &Row, allows: fn(PolicyRule) -> bool) -> bool {
+    let allows = |row: &Row, ports: PortPrefix| allows(ports.find(row).unwrap_or(DENIED));
     a.keys().chain(b.keys()).all(|ports| !allows(a, *ports) || allows(b, *ports))
 }
 

@@ -1,7 +1,8 @@
 use super::{
     DesiredPolicies, MemoryPolicyMaps, PolicyCapacities, PolicyMaps, PolicyPlanner, PolicySnapshot, PolicyWrite,
 };
-use crate::index::policy::world::{Flow, NODE, Random, World, passes};
+use crate::index::policy::world::{Flow, NODE, Random, World, passes, without_audit};
+use crate::source::convert::POLICY_AUDIT;
 use rustnet_common::policy::flags::ENFORCED;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -30,6 +31,11 @@ fn wrong(from: &World, to: &World, flows: &[Flow], capacities: PolicyCapacities)
         let maps = maps(held);
         flows.iter().map(|flow| passes(&maps, interfaces, flow)).collect::<Vec<bool>>()
     };
+    // What passes by audit alone is to be reported when that changes.
+    let silent = |held: &PolicySnapshot, interfaces: &BTreeMap<IpAddr, u32>| {
+        let maps = without_audit(&maps(held));
+        flows.iter().map(|flow| passes(&maps, interfaces, flow)).collect::<Vec<bool>>()
+    };
     let (old, generation) = (verdicts(memory.held(), &interfaces), memory.held().state.generation);
     // Flows are known from before pods came to their addresses. Of pods that are not decided the plan says nothing.
     let decided = to.desired().pods;
@@ -37,7 +43,7 @@ fn wrong(from: &World, to: &World, flows: &[Flow], capacities: PolicyCapacities)
     before.retain(|ip, ifindex| {
         from.interfaces.contains_key(ip) || decided.get(ip).is_none_or(|pod| pod.ifindex != *ifindex)
     });
-    let known = verdicts(memory.held(), &before);
+    let (known, known_silent) = (verdicts(memory.held(), &before), silent(memory.held(), &before));
     let writes = planner.plan(to.desired());
     let mut states = Vec::new();
     for write in &writes {
@@ -50,7 +56,9 @@ fn wrong(from: &World, to: &World, flows: &[Flow], capacities: PolicyCapacities)
         return Some("the maps are not as planned".to_owned());
     }
     let new = verdicts(memory.held(), &interfaces);
-    let has_lost = known.iter().zip(&new).any(|(known, new)| *known && !*new);
+    let new_silent = silent(memory.held(), &interfaces);
+    let known = known.iter().chain(&known_silent).zip(new.iter().chain(&new_silent));
+    let has_lost = known.into_iter().any(|(known, new)| *known && !*new);
     if has_lost && memory.held().state.generation == generation {
         return Some(format!("known flows go on: {writes:#?}"));
     }
@@ -241,6 +249,20 @@ fn a_set_without_room_fails_closed() {
     let (_, memory) = applied(world(30).desired(), room);
     assert!(!judge(&memory, "10.0.0.1", 5), "closed: it was allowed nothing before");
     assert!(judge(&memory, "10.0.0.2", 80));
+
+    // What was audited allowed all, and is kept by what is audited alone.
+    let audited = |ports| {
+        let mut world = world(ports);
+        world.namespaces[0].metadata.annotations = Some([(POLICY_AUDIT.to_owned(), "true".to_owned())].into());
+        world
+    };
+    let (mut planner, mut memory) = applied(audited(3).desired(), room);
+    memory.apply(&planner.plan(audited(30).desired())).unwrap();
+    assert!(judge(&memory, "10.0.0.1", 6), "audited as before");
+    memory.apply(&planner.plan(world(30).desired())).unwrap();
+    assert!(!judge(&memory, "10.0.0.1", 6) && !judge(&memory, "10.0.0.1", 5), "closed");
+    memory.apply(&planner.plan(world(3).desired())).unwrap();
+    assert!(!judge(&memory, "10.0.0.1", 6) && judge(&memory, "10.0.0.1", 5));
 }
 
 /// A range that a policy denies must not become one that nothing denies.

@@ -43,7 +43,12 @@ impl World {
             }
             match self.pod(own).filter(|pod| node(pod) == NODE) {
                 Some(pod) if self.allows_in_all_tiers(pod, other, direction, flow) => End::Allowed,
-                Some(pod) if self.audits(pod) => End::Audited,
+                // What the Admin tier denies is not audited.
+                Some(pod)
+                    if self.audits(pod) && self.allows_in_tier("Admin", pod, other, direction, flow, &|| true) =>
+                {
+                    End::Audited
+                }
                 _ => End::Denied,
             }
         };
