@@ -84,13 +84,15 @@ enum Verb {
         #[arg(value_parser = clap::value_parser!(u8).range(1..=9))]
         nodes: u8,
     },
-    /// Restart, upgrade and remove rustnet in it under load, and count what is lost
+    /// Restart, upgrade and remove rustnet in it under load, and count what is lost; other trials, too
     Trial {
         /// Which, in this order
         #[arg(value_enum, default_values_t = trial::DEFAULT)]
         trials: Vec<trial::Trial>,
         #[command(flatten)]
         other: trial::Other,
+        #[command(flatten)]
+        latency: trial::PolicyLatency,
     },
     /// Run kubectl against it
     #[command(disable_help_flag = true)]
@@ -155,7 +157,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             lifecycle::reboot(&cluster, &find(&cluster, node)?)?;
         }
         Verb::Scale { nodes } => drop(lifecycle::scale(&running(name)?, *nodes)?),
-        Verb::Trial { trials, other } => trial::run(&running(name)?, trials, other)?,
+        Verb::Trial { trials, other, latency } => trial::run(&running(name)?, trials, other, latency)?,
         Verb::Kubectl { args } => return Ok(exit_code(running(name)?.kubectl()?.args(args).status()?.code())),
         Verb::Exec { place, command } => return exec(&running(name)?, place, command),
         Verb::NodeInit { node } => {

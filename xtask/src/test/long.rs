@@ -38,7 +38,7 @@ const KUBERNETES: &str = "kubernetes";
 const VERSIONS: &str = "versions";
 
 /// All of them, the shortest first.
-const CAMPAIGNS: [Campaign; 20] = [
+const CAMPAIGNS: [Campaign; 21] = [
     Campaign {
         name: VERSIONS,
         work: Work::Tests { program: "fabric", filter: "upgrades_from_v1_and_back_lose_nothing", env: &[] },
@@ -111,6 +111,7 @@ const CAMPAIGNS: [Campaign; 20] = [
     Campaign { name: "cluster-v1-vxlan", work: Work::ClusterV1("vxlan") },
     Campaign { name: "cluster-v1-native", work: Work::ClusterV1("native") },
     Campaign { name: "ingress", work: Work::Trials(&["ingress"]) },
+    Campaign { name: "policy-latency", work: Work::Trials(&["policy-latency"]) },
     Campaign {
         name: "policy-conformance",
         work: Work::Command(&["policy-conformance", "--report", "target/policy-conformance"]),

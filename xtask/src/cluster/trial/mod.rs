@@ -6,6 +6,7 @@ mod connectivity;
 mod crowd;
 mod ingress;
 mod load;
+mod policy_latency;
 mod static_pod;
 mod uninstall;
 
@@ -24,6 +25,7 @@ use super::settings::Network;
 use super::{lifecycle, node, up, wait};
 use crate::{image, paths, ui};
 use load::{Kind, Load, Stream, Tally};
+pub use policy_latency::Options as PolicyLatency;
 
 /// A thing done to the cluster while requests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -52,6 +54,8 @@ pub enum Trial {
     Connectivity,
     /// A real Ingress controller behind node ports and a load balancer, asked by host name from outside
     Ingress,
+    /// Network policies in effect after how long, with probes every millisecond; new pods, too
+    PolicyLatency,
     /// The agents removed: forwarding goes on
     Remove,
     /// All of rustnet removed from the nodes, as `deploy/uninstall` tells; no traffic survives that
@@ -79,7 +83,7 @@ const SYSTEM: &str = "--namespace=rustnet-system";
 
 /// The command; an error when a request was lost.
 #[expect(clippy::print_stdout, reason = "the table is the command's result")]
-pub fn run(cluster: &Cluster, trials: &[Trial], other: &Other) -> Result<()> {
+pub fn run(cluster: &Cluster, trials: &[Trial], other: &Other, latency: &PolicyLatency) -> Result<()> {
     let any = [Trial::Nothing, Trial::RollingUpdate];
     if let Some(trial) = trials.iter().find(|it| cluster.settings.network != Network::Rustnet && !any.contains(it)) {
         bail!("{trial:?}: only for clusters with rustnet");
@@ -97,6 +101,11 @@ pub fn run(cluster: &Cluster, trials: &[Trial], other: &Other) -> Result<()> {
     for trial in trials {
         if let Some(run) = apart(*trial) {
             println!("== {trial:?}\n   {}", run(cluster)?);
+            continue;
+        }
+        if *trial == Trial::PolicyLatency {
+            println!("== {trial:?}");
+            policy_latency::run(cluster, latency)?;
             continue;
         }
         let streams = streams(cluster, *trial)?;
@@ -236,7 +245,8 @@ fn act(cluster: &Cluster, trial: Trial, other: &Other) -> Result<()> {
         | Trial::Bandwidth
         | Trial::StaticPod
         | Trial::Connectivity
-        | Trial::Ingress => {
+        | Trial::Ingress
+        | Trial::PolicyLatency => {
             bail!("not a trial under load")
         }
     }
