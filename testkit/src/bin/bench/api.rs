@@ -15,8 +15,16 @@ pub const NODES: &str = "/api/v1/nodes";
 pub const SERVICES: &str = "/api/v1/services";
 /// Path of EndpointSlices.
 pub const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+/// Path of Pods.
+pub const PODS: &str = "/api/v1/pods";
+/// Path of Namespaces.
+pub const NAMESPACES: &str = "/api/v1/namespaces";
+/// Path of NetworkPolicies.
+pub const POLICIES: &str = "/apis/networking.k8s.io/v1/networkpolicies";
+/// Path of ClusterNetworkPolicies.
+pub const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1beta1/clusternetworkpolicies";
 /// Kinds that the server has; it has no other one.
-const PATHS: [&str; 4] = [NODES, SERVICES, SLICES, "/api/v1/pods"];
+const PATHS: [&str; 7] = [NODES, SERVICES, SLICES, PODS, NAMESPACES, POLICIES, CLUSTER_POLICIES];
 
 /// The objects that a server has, by the path of their kind.
 pub trait Objects: Send + Sync + 'static {
@@ -37,7 +45,13 @@ pub struct Changes(TcpStream);
 impl Changes {
     /// Sends an object that has changed.
     pub fn send(&mut self, object: &Value) -> Result<()> {
-        let event = json!({"type": "MODIFIED", "object": object}).to_string();
+        self.send_as("MODIFIED", object)
+    }
+
+    /// Sends an object with what became of it: `ADDED`, `MODIFIED` or `DELETED`.
+    pub fn send_as(&mut self, what: &str, object: &Value) -> Result<()> {
+        // The type first, as API servers write it: without it the agent cannot read the object.
+        let event = format!(r#"{{"type":"{what}","object":{object}}}"#);
         Ok(self.0.write_all(format!("{:x}\r\n{event}\n\r\n", event.len() + 1).as_bytes())?)
     }
 }
