@@ -17,7 +17,7 @@ mod vip;
 
 pub use backends::{BackendSet, Choice, DesiredBackend};
 pub use health_checks::{HealthCheck, HealthChecks};
-pub use policy::{DesiredPolicies, LocalInterface};
+pub use policy::{DesiredPolicies, LocalInterface, PodChanges};
 pub use service_cidrs::is_range as is_service_range;
 pub use services::{DesiredService, WithoutLocalEndpoints};
 pub use vip::{ServiceRanges, SourceRange, VipKey};
@@ -301,6 +301,11 @@ impl Index {
     /// The maps of policies as they should be, once [`Gate::Policies`] is open.
     pub fn desired_policies(&mut self) -> DesiredPolicies {
         self.policies.desired()
+    }
+
+    /// What differs from that since, if it is entries of pods of other nodes alone; see [`policy::Policies::changes`].
+    pub fn policy_changes(&mut self, before: impl Fn(IpAddr) -> Option<u32>) -> Option<PodChanges> {
+        self.policies.changes(before)
     }
 
     /// The pods of all nodes that policies may be about: name and addresses.

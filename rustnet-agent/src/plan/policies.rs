@@ -2,17 +2,19 @@
 //!
 //! After every write each flow that both states allow passes, and each that both deny is denied. `course` has the order, `rows` what a
 //! set says of a class, `fit` leaves out what has no room, `draft` is the state of the maps after the writes so far, and `judge` is what the programs make of a flow by them.
+//! `parts` plans changes of pods of other nodes alone.
 
 mod course;
 mod draft;
 mod fit;
 pub mod judge;
 mod memory;
+mod parts;
 mod rows;
 #[cfg(test)]
 mod tests;
 
-pub use crate::index::policy::{DesiredPolicies, PortPrefix, RuleKey};
+pub use crate::index::policy::{DesiredPolicies, PodChanges, PortPrefix, RuleKey};
 pub use memory::MemoryPolicyMaps;
 
 use crate::model::Problem;
@@ -111,6 +113,8 @@ pub struct PolicyPlanner {
     problems: Vec<Problem>,
     /// Known flows have been judged by what the maps hold, or will be.
     is_judged: bool,
+    /// The maps hold all that was wanted the last time.
+    is_whole: bool,
 }
 
 impl PolicyPlanner {
@@ -126,7 +130,7 @@ impl PolicyPlanner {
         let usable = |capacity: u32| capacity.saturating_sub(1);
         let PolicyCapacities { pods, cidrs, rules } = capacities;
         let capacities = PolicyCapacities { pods, cidrs: usable(cidrs), rules: usable(rules) };
-        Self { held, capacities, problems: Vec::new(), is_judged: true }
+        Self { held, capacities, problems: Vec::new(), is_judged: true, is_whole: false }
     }
 
     /// What the maps hold.
@@ -142,7 +146,7 @@ impl PolicyPlanner {
     /// The writes that lead to these maps, in order.
     pub fn plan(&mut self, desired: DesiredPolicies) -> Vec<PolicyWrite> {
         let fit = fit::fit(desired, &self.held, &self.capacities);
-        self.problems = fit.problems;
+        (self.problems, self.is_whole) = (fit.problems, fit.is_whole);
         let wanted = PolicySnapshot { state: Policies::default(), ..fit.wanted };
         let judges_again = !std::mem::replace(&mut self.is_judged, true);
         let was_enforced = self.held.state.flags & flags::ENFORCED != 0;

@@ -129,9 +129,10 @@ impl<'a> Classes<'a> {
         content.is_plain() && !self.is_of_pods(content.region)
     }
 
-    /// True if nothing in use but spans tells pods of a group from addresses of no pod.
-    pub fn is_plain_group(&mut self, group: GroupId, region: Region) -> bool {
-        self.pod(group).is_plain() && !self.is_of_pods(region)
+    /// The class of an address of a pod elsewhere; `None` if nothing in use but spans tells it from addresses of no pod.
+    pub fn of_pod_elsewhere(&mut self, group: GroupId, region: Region) -> Option<Place> {
+        let is_plain = self.pod(group).is_plain() && !self.is_of_pods(region);
+        (!is_plain).then(|| self.of_pod(group, region))
     }
 
     /// True for addresses that may be pods' without one being known.

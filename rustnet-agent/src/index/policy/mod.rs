@@ -2,12 +2,13 @@
 //!
 //! `groups` has which selectors in use hold for which pods, `spans` which ranges hold for which addresses; both make `classes`. `sets`
 //! are what policies say for pods of this node, and `rules` what sets say of classes. In use is what policies that select a pod of
-//! this node ask for. `ids` gives numbers that the next start gives again.
+//! this node ask for. `ids` gives numbers that the next start gives again. `parts` is what stays while pods of other nodes come and go.
 
 mod classes;
 mod desired;
 mod groups;
 mod ids;
+mod parts;
 mod rules;
 mod sets;
 mod spans;
@@ -17,16 +18,18 @@ mod tests;
 pub mod world;
 
 pub use desired::{ClassName, DesiredPolicies, PortPrefix, RuleKey};
+pub use parts::PodChanges;
 
 use crate::model::{ClusterNetworkPolicy, Labels, Namespace, NetworkPolicy, Node, ObjectName, Pod};
 use classes::Classes;
 use groups::{GroupId, Groups};
 use ids::{ContentHash, numbers};
+use parts::Parts;
 use rules::Compiler;
 use rustnet_common::policy::{OPEN, PolicyPod};
 pub use sets::CLUSTER_KIND;
 use sets::{Direction, Selecting, Set, SetPort, Side};
-use spans::{Span, Spans};
+use spans::{Region, Span, Spans};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -53,6 +56,8 @@ pub struct Policies {
     /// Nodes are other than when the spans were made.
     has_other_nodes: bool,
     is_dirty: bool,
+    /// The state that was worked out last; `None`: more has changed since than pods of other nodes.
+    parts: Option<Parts>,
 }
 
 /// The interface of a pod of this node.
@@ -108,6 +113,7 @@ impl Policies {
             spans_in_use: BTreeSet::new(),
             has_other_nodes: false,
             is_dirty: true,
+            parts: None,
         }
     }
 
@@ -129,8 +135,8 @@ impl Policies {
         for ip in &member.addresses {
             self.claims.entry(*ip).or_default().push(claim);
         }
+        self.pod_changed(is_local, &member.addresses);
         self.pods.insert(pod.name.clone(), member);
-        self.changed();
     }
 
     /// A pod is gone.
@@ -146,7 +152,7 @@ impl Policies {
             }
         }
         self.groups.leave(claim.group);
-        self.changed();
+        self.pod_changed(claim.is_local, &addresses);
     }
 
     /// A namespace is there, or is other than before.
@@ -180,7 +186,7 @@ impl Policies {
     pub fn apply_policy(&mut self, policy: &Arc<NetworkPolicy>) {
         if self.objects.get(&policy.name) != Some(policy) {
             self.objects.insert(policy.name.clone(), Arc::clone(policy));
-            self.is_dirty = true;
+            self.changed();
         }
     }
 
@@ -194,20 +200,24 @@ impl Policies {
 
     /// A policy is gone.
     pub fn delete_policy(&mut self, name: &ObjectName) {
-        self.is_dirty |= self.objects.remove(name).is_some();
+        if self.objects.remove(name).is_some() {
+            self.all_changed();
+        }
     }
 
     /// A policy of the cluster is there, or is other than before.
     pub fn apply_cluster_policy(&mut self, policy: &Arc<ClusterNetworkPolicy>) {
         if self.cluster.get(&policy.name) != Some(policy) {
             self.cluster.insert(policy.name.clone(), Arc::clone(policy));
-            self.is_dirty = true;
+            self.changed();
         }
     }
 
     /// A policy of the cluster is gone.
     pub fn delete_cluster_policy(&mut self, name: &ObjectName) {
-        self.is_dirty |= self.cluster.remove(name).is_some();
+        if self.cluster.remove(name).is_some() {
+            self.all_changed();
+        }
     }
 
     /// A node is there, or is other than before. Policies of the cluster alone ask for nodes.
@@ -218,16 +228,14 @@ impl Policies {
         };
         let before = self.nodes.insert(node.name.clone(), Arc::clone(node));
         if before.as_ref().map(facts) != Some(facts(node)) {
-            self.has_other_nodes = true;
-            self.is_dirty |= !self.cluster.is_empty();
+            self.nodes_changed();
         }
     }
 
     /// A node is gone.
     pub fn delete_node(&mut self, name: &ObjectName) {
         if self.nodes.remove(name).is_some() {
-            self.has_other_nodes = true;
-            self.is_dirty |= !self.cluster.is_empty();
+            self.nodes_changed();
         }
     }
 
@@ -299,8 +307,15 @@ impl Policies {
             pods.push((*ip, place, number(ingress), number(egress), *ifindex));
         }
         // Of an address of this node without a pod nobody knows whose it is: closed.
+        let mut elsewhere: HashMap<(GroupId, Region), Option<usize>> = HashMap::new();
         for (ip, claims) in self.claims.iter().filter(|(ip, _)| !self.interfaces.contains_key(ip)) {
-            let place = class_of_claims(&mut classes, &self.spans, *ip, claims);
+            let region = self.spans.region(*ip);
+            let place = match &claims[..] {
+                [Claim { group, .. }] => {
+                    *elsewhere.entry((*group, region)).or_insert_with(|| classes.of_pod_elsewhere(*group, region))
+                }
+                claims => class_of_claims(&mut classes, region, claims),
+            };
             pods.extend(place.map(|place| (*ip, place, OPEN, OPEN, 0)));
         }
         let cidrs: Vec<_> = self.spans.prefixes().map(|(prefix, region)| (prefix, classes.of_region(region))).collect();
@@ -342,12 +357,56 @@ impl Policies {
         }
         desired.rules = rules.into_iter().collect();
         desired.sets = sets.into_iter().zip(set_numbers).map(|(set, number)| (number, set.policies)).collect();
+        let number = |place: Option<usize>| place.map(|place| class_numbers[place]);
+        let elsewhere = elsewhere.into_iter().map(|(group, place)| (group, number(place))).collect();
+        self.parts = Some(Parts::new(elsewhere, &desired));
         desired
+    }
+
+    /// The entries that have to be others in the maps that [`Self::desired`] wanted, and [`Self::changes`] since; `before`: the classes
+    /// of other nodes' pods in these. `None`: all has to be worked out.
+    pub fn changes(&mut self, before: impl Fn(IpAddr) -> Option<u32>) -> Option<PodChanges> {
+        let mut parts = self.parts.take()?;
+        let group = |ip: IpAddr| match self.claims.get(&ip).map_or(&[][..], |claims| claims) {
+            _ if self.interfaces.contains_key(&ip) => None,
+            [] => Some(None),
+            [claim] => Some(Some((claim.group, self.spans.region(ip)))),
+            // What two pods are is none's class.
+            _ => None,
+        };
+        let changes = parts.changes(before, group)?;
+        self.parts = Some(parts);
+        Some(changes)
     }
 
     /// While there is no policy, nothing depends on the rest.
     fn changed(&mut self) {
-        self.is_dirty |= self.has_policies();
+        if self.has_policies() {
+            self.all_changed();
+        }
+    }
+
+    fn all_changed(&mut self) {
+        self.is_dirty = true;
+        self.parts = None;
+    }
+
+    fn nodes_changed(&mut self) {
+        self.has_other_nodes = true;
+        if self.has_cluster_policies() {
+            self.all_changed();
+        }
+    }
+
+    /// A pod with these addresses has come, gone or changed.
+    fn pod_changed(&mut self, is_local: bool, addresses: &[IpAddr]) {
+        match &mut self.parts {
+            Some(parts) if !is_local => {
+                parts.touched.extend(addresses);
+                self.is_dirty |= self.has_policies();
+            }
+            _ => self.changed(),
+        }
     }
 
     fn has_policies(&self) -> bool {
@@ -381,10 +440,6 @@ impl Policies {
 
     /// The sets of this node's pods, and which of them each group has.
     fn sets(&self, local: &BTreeMap<IpAddr, (GroupId, u32)>) -> (Vec<Set>, HashMap<GroupId, Sets>) {
-        let mut of_namespace: HashMap<&str, Vec<&NetworkPolicy>> = HashMap::new();
-        for policy in self.objects.values() {
-            of_namespace.entry(namespace_of(&policy.name)).or_default().push(policy);
-        }
         let mut cluster: Vec<&ClusterNetworkPolicy> = self.cluster.values().map(|policy| &**policy).collect();
         cluster.sort_by_key(|policy| (policy.tier, policy.priority, &policy.name));
         let mut sets: Vec<Set> = Vec::new();
@@ -392,14 +447,13 @@ impl Policies {
         let mut of_group = HashMap::new();
         for (group, _) in local.values() {
             let Some(key) = self.groups.key(*group).filter(|_| !of_group.contains_key(group)) else { continue };
-            let all = of_namespace.get(&*key.namespace).map_or(&[][..], |all| all);
             let labels = self.namespaces.get(&key.namespace);
             let is_subject = |policy: &&&ClusterNetworkPolicy| {
                 let subject = policy.subject.as_ref().zip(labels);
                 subject.is_some_and(|(it, labels)| it.namespaces.is_met(labels) && it.pods.is_met(&key.labels))
             };
             let selecting = Selecting {
-                namespaced: all.iter().copied().filter(|it| it.selector.is_met(&key.labels)).collect(),
+                namespaced: self.of_namespace(&key.namespace).filter(|it| it.selector.is_met(&key.labels)).collect(),
                 cluster: cluster.iter().filter(is_subject).copied().collect(),
                 is_audited: self.audited.contains(&key.namespace),
             };
@@ -414,6 +468,13 @@ impl Policies {
             of_group.insert(*group, its);
         }
         (sets, of_group)
+    }
+
+    /// The NetworkPolicies of a namespace. The others are far more.
+    fn of_namespace<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a NetworkPolicy> {
+        let from = ObjectName::namespaced(namespace, "");
+        let all = self.objects.range(from..).take_while(move |(name, _)| namespace_of(name) == namespace);
+        all.map(|(_, policy)| &**policy)
     }
 
     /// Looks for the selectors and ranges of these sets, and for no others.
@@ -434,12 +495,8 @@ impl Policies {
     }
 }
 
-/// The class of an address of a pod elsewhere; `None` if it needs no entry.
-fn class_of_claims(classes: &mut Classes<'_>, spans: &Spans, ip: IpAddr, claims: &[Claim]) -> Option<usize> {
-    let region = spans.region(ip);
-    if let [Claim { group, .. }] = claims {
-        return (!classes.is_plain_group(*group, region)).then(|| classes.of_pod(*group, region));
-    }
+/// The class of an address that several pods claim; `None` if it needs no entry.
+fn class_of_claims(classes: &mut Classes<'_>, region: Region, claims: &[Claim]) -> Option<usize> {
     let groups: Vec<GroupId> = claims.iter().map(|claim| claim.group).collect();
     let place = classes.of_all(&groups, region);
     (!classes.is_plain(place)).then_some(place)

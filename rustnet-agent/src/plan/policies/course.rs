@@ -149,16 +149,7 @@ impl Changes {
                 it.pods.insert(*ip, pair);
             }
         }
-        // Mostly a pod that comes is allowed more than its range. A set that denies may say otherwise.
-        let sets: BTreeSet<u32> = sets_in_use(&old.pods).intersection(&sets_in_use(&new.pods)).copied().collect();
-        let allows_less = |set: &u32| {
-            let is_kept = |(old_class, new_class): &Pair| {
-                is_within(&full_row(old, *set, *old_class), &full_row(new, *set, *new_class), allows_silently)
-            };
-            !it.come.iter().all(is_kept)
-        };
-        let has_less = sets.iter().any(allows_less);
-        it.has_other_classes |= has_less;
+        it.has_other_classes |= allows_less(old, new, &it.come);
         it
     }
 
@@ -209,6 +200,19 @@ impl Changes {
         let moves = of_family(true) > 1 || of_family(false) > 1;
         moves || (has_other_classes && self.local.values().any(has_other_sets)) || !self.is_clean()
     }
+}
+
+/// True if a set of both states allows less to an address with an entry now than it did without. Mostly a pod that comes is allowed
+/// more than its range. A set that denies may say otherwise. `come`: the classes of ranges and of pods in them.
+pub fn allows_less(old: &PolicySnapshot, new: &PolicySnapshot, come: &BTreeSet<Pair>) -> bool {
+    if come.is_empty() {
+        return false;
+    }
+    let used = sets_in_use(&old.pods);
+    let is_kept = |set: &u32, (old_class, new_class): &Pair| {
+        is_within(&full_row(old, *set, *old_class), &full_row(new, *set, *new_class), allows_silently)
+    };
+    used.intersection(&sets_in_use(&new.pods)).any(|set| !come.iter().all(|pair| is_kept(set, pair)))
 }
 
 /// Classes and sets in between.

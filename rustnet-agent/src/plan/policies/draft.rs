@@ -119,16 +119,21 @@ impl Draft {
     /// Deletes the pods that these maps do not have, then the ranges, the shortest first.
     pub fn delete_addresses_but(&mut self, wanted: &PolicySnapshot) {
         let pods = differing(&self.now.pods, &wanted.pods).filter_map(|(ip, _, pod)| pod.is_none().then_some(*ip));
-        for ip in pods.collect::<Vec<_>>() {
-            self.now.pods.remove(&ip);
-            self.writes.push(PolicyWrite::DeletePod { ip });
-        }
+        self.delete_pods(pods.collect());
         let mut cidrs: Vec<IpNet> =
             self.now.cidrs.keys().filter(|it| !wanted.cidrs.contains_key(it)).copied().collect();
         cidrs.sort_by_key(|prefix| (prefix.prefix_len(), *prefix));
         for prefix in cidrs {
             self.now.cidrs.remove(&prefix);
             self.writes.push(PolicyWrite::DeleteCidr { prefix });
+        }
+    }
+
+    /// Deletes pods.
+    pub fn delete_pods(&mut self, pods: Vec<IpAddr>) {
+        for ip in pods {
+            self.now.pods.remove(&ip);
+            self.writes.push(PolicyWrite::DeletePod { ip });
         }
     }
 

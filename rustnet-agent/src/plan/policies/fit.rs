@@ -19,6 +19,8 @@ pub struct Fit {
     pub is_enforced: bool,
     /// What was left out.
     pub problems: Vec<Problem>,
+    /// Nothing was.
+    pub is_whole: bool,
 }
 
 /// Leaves out what has no room.
@@ -39,7 +41,8 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
         };
         problems.extend(names(set).iter().map(|name| Problem::new(&subject(name), "", message)));
     });
-    if problems.is_empty() && rules.len() > room.rules as usize / 2 {
+    let is_half_full = problems.is_empty() && rules.len() > room.rules as usize / 2;
+    if is_half_full {
         let message = format!(
             "rules take more than half of the {} entries, so that a change may close its pods for a moment; raise policy-rule-entries",
             room.rules
@@ -78,7 +81,8 @@ pub fn fit(desired: DesiredPolicies, held: &PolicySnapshot, room: &PolicyCapacit
         }
     }
     problems.dedup();
-    Fit { wanted, is_enforced, problems }
+    let is_whole = problems.len() == usize::from(is_half_full);
+    Fit { wanted, is_enforced, problems, is_whole }
 }
 
 /// The name of a policy of the cluster; `None` for others.
