@@ -103,7 +103,7 @@ impl Drop for Sandbox {
 }
 
 /// The addresses in a CNI result.
-fn addresses(result: &Value) -> Result<Vec<IpAddr>> {
+pub fn addresses(result: &Value) -> Result<Vec<IpAddr>> {
     let ips = result["ips"].as_array().with_context(|| format!("the CNI result has no ips: {result}"))?;
     ips.iter()
         .map(|ip| {

@@ -45,7 +45,7 @@ fn wanted(args: &[String]) -> Result<Option<Wanted>> {
         Some("native") => Some(Routing::Native),
         Some(other) => bail!("--routing {other}: with --cluster, vxlan or native"),
     };
-    let others = ["all", "packets", "control", "maglev", "churn", "xdp", "cni"];
+    let others = ["all", "packets", "control", "maglev", "churn", "policies", "xdp", "cni"];
     let is_alone = args.iter().any(|arg| arg == "network") && !args.iter().any(|arg| others.contains(&arg.as_str()));
     ensure!(is_alone, "--cluster measures the group network alone: cargo xtask bench network --cluster");
     Ok(Some(Wanted { name: name.to_owned(), routing }))

@@ -51,7 +51,8 @@ pub fn bench_program(args: &Args) -> Result<Cmd> {
 /// kube-proxy, and the API server that it asks, are compared with by the group `network` alone.
 fn needs_kubernetes(args: &[String]) -> bool {
     let named = |group: &str| args.iter().any(|a| a == group);
-    named("network") || named("all") || !["packets", "control", "maglev", "churn", "xdp", "cni"].into_iter().any(named)
+    let others = ["packets", "control", "maglev", "churn", "policies", "xdp", "cni"];
+    named("network") || named("all") || !others.into_iter().any(named)
 }
 
 fn play(name: &str, args: &Args, needs: &[Need]) -> Result<ExitCode> {
@@ -89,6 +90,7 @@ mod tests {
             (&["packets", "--runs", "5"], false),
             (&["control", "cni"], false),
             (&["churn", "--quick"], false),
+            (&["policies"], false),
         ] {
             let words: Vec<String> = words.iter().map(ToString::to_string).collect();
             assert_eq!(needs_kubernetes(&words), wanted, "{words:?}");

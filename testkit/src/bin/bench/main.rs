@@ -11,6 +11,7 @@ mod network;
 mod nodes;
 mod packets;
 mod plugins;
+mod policies;
 mod stats;
 mod xdp;
 
@@ -85,6 +86,8 @@ enum What {
     Maglev,
     /// Changes of endpoints at a high rate: how long entries lead to an endpoint that left
     Churn,
+    /// Network policies of a large cluster: from events to the maps, the agent's memory and CPU, and their cost per packet
+    Policies,
     /// Packets a second of a known flow to a node port, by XDP, by TC and by the kernel's netfilter
     Xdp,
     /// How long the CNI binary takes, compared with the reference plugins
@@ -109,20 +112,24 @@ impl Args {
     fn size<T>(&self, given: Option<T>, full: T, quick: T) -> T {
         given.unwrap_or(if self.quick { quick } else { full })
     }
+
+    /// Runs of programs on packets.
+    fn packets(&self) -> packets::Extent {
+        packets::Extent {
+            runs: self.size(self.runs, 40, 5),
+            loads: self.size(self.loads, 7, 3),
+            repeat: self.size(self.repeat, 200_000, 20_000),
+            baseline: self.baseline.clone(),
+            only: self.only.clone(),
+        }
+    }
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     println!("{}\n", machine());
     if args.wants(What::Packets) {
-        let extent = packets::Extent {
-            runs: args.size(args.runs, 40, 5),
-            loads: args.size(args.loads, 7, 3),
-            repeat: args.size(args.repeat, 200_000, 20_000),
-            baseline: args.baseline.clone(),
-            only: args.only.clone(),
-        };
-        packets::run(&extent).context("packets")?;
+        packets::run(&args.packets()).context("packets")?;
         println!();
     }
     if args.wants(What::Network) {
@@ -156,6 +163,16 @@ fn main() -> Result<()> {
     }
     if args.wants(What::Churn) {
         churn::run(args.size(None, churn::FULL, 5)).context("churn")?;
+        println!();
+    }
+    if args.wants(What::Policies) {
+        let extent = policies::Extent {
+            is_small: args.quick,
+            changes: args.size(None, 100, 10),
+            time: Duration::from_secs(args.size(None, 20, 5)),
+            packets: args.packets(),
+        };
+        policies::run(&extent).context("policies")?;
         println!();
     }
     if args.wants(What::Xdp) {

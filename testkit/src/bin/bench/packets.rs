@@ -11,18 +11,20 @@ use rustnet_common::names::map;
 use rustnet_common::peer::{Peer, PeerKey, flags};
 use rustnet_common::tuple::proto;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use testkit::datapath::{Datapath, EMPTY, Input, Service, Timer, Vary, object_path, service_sizes};
 use testkit::netns::{Holder, Own};
 
-const POD: u32 = 21;
+/// The interface of all pods here.
+pub const POD: u32 = 21;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0x0a, 1];
 const MAC_B: [u8; 6] = [2, 0, 0, 0, 0x0b, 1];
 const MAC_HOST: [u8; 6] = [2, 0, 0, 0, 0xff, 1];
 /// Sources, all of one pod: new flows need more of them than there are ports.
-const A4: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 16);
+pub const A4: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 16);
 const A6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 0, 1, 0, 0, 0, 0x10);
-const B4: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 200);
+/// A server.
+pub const B4: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 200);
 const B6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 0, 1, 0, 0, 0, 0x200);
 const FAR4: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 20);
 const FAR6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 0, 2, 0, 0, 0, 0x20);
@@ -74,14 +76,17 @@ pub struct Extent {
 }
 
 /// An object under measurement.
-struct Side {
-    name: &'static str,
-    datapath: Datapath,
+pub struct Side {
+    /// What it is called.
+    pub name: &'static str,
+    /// Its programs and maps.
+    pub datapath: Datapath,
 }
 
 /// A row of the table.
-struct Case {
-    name: &'static str,
+pub struct Case {
+    /// What it is called.
+    pub name: &'static str,
     /// Services in the tables.
     services: u32,
     frame: Vec<u8>,
@@ -96,12 +101,17 @@ struct Case {
 
 /// Measures all and prints it.
 pub fn run(extent: &Extent) -> Result<()> {
+    with_devices(|| measure(extent))
+}
+
+/// Runs a closure where the programs find the devices of their packets.
+pub fn with_devices<T: Send>(measure: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let netns = Holder::new(&format!("rn{}-bench", std::process::id()), Own::default())?;
     netns.ip("link add rnva index 21 type veth peer name peera\nlink set rnva up\nlink set peera up")?;
     // The way into the world. No packet takes it: a run performs no redirect.
     netns.ip("addr add 172.18.0.11/24 dev rnva\nroute add default via 172.18.0.1 dev rnva")?;
     netns.sysctl("ipv4/ip_forward", "1")?;
-    netns.run(|| measure(extent))?
+    netns.run(measure)?
 }
 
 fn measure(extent: &Extent) -> Result<()> {
@@ -159,12 +169,15 @@ fn measure(extent: &Extent) -> Result<()> {
 fn load(extent: &Extent) -> Result<Vec<Side>> {
     let objects = extent.baseline.iter().map(|path| ("baseline", path.clone()));
     let sizes = service_sizes(131_072, 524_288);
-    let sides = objects.chain([("this tree", object_path())]).map(|(name, path)| {
-        let datapath = Datapath::load_object(&path, &sizes)?;
-        fill(&datapath).with_context(|| format!("filling the maps of {}", path.display()))?;
-        Ok(Side { name, datapath })
-    });
+    let sides = objects.chain([("this tree", object_path())]).map(|(name, path)| load_side(name, &path, &sizes));
     sides.collect()
+}
+
+/// An object with maps of these sizes, filled.
+pub fn load_side(name: &'static str, path: &Path, sizes: &[(&str, u32)]) -> Result<Side> {
+    let datapath = Datapath::load_object(path, sizes)?;
+    fill(&datapath).with_context(|| format!("filling the maps of {}", path.display()))?;
+    Ok(Side { name, datapath })
 }
 
 /// Flows within the cluster.
@@ -218,6 +231,16 @@ fn led() -> Result<Vec<Case>> {
     ])
 }
 
+/// A known flow and new ones from one pod here to another.
+pub fn within_node() -> Result<[Case; 2]> {
+    let case = |name, vary, warm| {
+        let (before, verdict) = (Vec::new(), REDIRECT);
+        anyhow::Ok(Case { name, services: 0, frame: udp4(B4, 80)?, before, vary, warm, verdict })
+    };
+    let flow = Vary::Flow { port: PORT4, host: HOST4 };
+    Ok([case("established flow", Vary::Nothing, 1)?, case("new flow", flow, FILL)?])
+}
+
 /// New flows to one server outside, all of whose ports are taken.
 fn refused() -> Result<Case> {
     let vary = Vary::Flow { port: PORT4, host: HOST4 };
@@ -265,11 +288,11 @@ fn udp6(to: Ipv6Addr, port: u16) -> Result<Vec<u8>> {
 
 /// The runs of a case.
 #[derive(Default)]
-struct Samples {
+pub struct Samples {
     /// Of the empty program.
-    base: Vec<f64>,
+    pub base: Vec<f64>,
     /// Of each side.
-    own: Vec<Vec<f64>>,
+    pub own: Vec<Vec<f64>>,
 }
 
 impl Samples {
@@ -307,7 +330,7 @@ fn row(sides: &[Side], case: &Case, extent: &Extent) -> Result<()> {
 }
 
 /// Measures a case on all sides, turn by turn so that they see the same machine.
-fn sample(sides: &[Side], case: &Case, extent: &Extent, samples: &mut Samples) -> Result<()> {
+pub fn sample(sides: &[Side], case: &Case, extent: &Extent, samples: &mut Samples) -> Result<()> {
     let name = case.name;
     let input = Input { frame: &case.frame, ifindex: POD, ..Input::default() };
     let first = sides.first().context("nothing to measure")?;
