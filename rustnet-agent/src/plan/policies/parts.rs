@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn pods_of_other_nodes_are_planned_as_with_all_else() {
         let mut by_parts = 0;
-        for seed in 0..200 {
+        for seed in 0..400 {
             let mut random = Random::new(seed);
             let mut world = random.whole_world();
             let mut index = Policies::new(NODE.into());
