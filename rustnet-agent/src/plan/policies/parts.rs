@@ -29,12 +29,11 @@ impl PolicyPlanner {
                 gone.extend(before.map(|_| *ip));
                 continue;
             };
-            match before {
-                Some(pod) => has_other_classes |= pod.class != class,
-                None => {
-                    let pair = (classes.of_range(IpNet::from(*ip)), class);
-                    come.extend((pair.0 != pair.1).then_some(pair));
-                }
+            if let Some(pod) = before {
+                has_other_classes |= pod.class != class;
+            } else {
+                let pair = (classes.of_range(IpNet::from(*ip)), class);
+                come.extend((pair.0 != pair.1).then_some(pair));
             }
             put.push((*ip, PolicyPod { class, ..PolicyPod::default() }));
         }

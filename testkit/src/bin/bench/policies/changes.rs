@@ -146,7 +146,7 @@ impl Changes<'_> {
             for (ip, at) in waiting {
                 if self.observer.pod(ip)?.is_some() {
                     times.push(at.elapsed().as_secs_f64() * 1e3);
-                } else if at.elapsed() < LIFE - RUNS {
+                } else if at.elapsed() + RUNS < LIFE {
                     left.push((ip, at));
                 } else {
                     // It has gone again: the agent had no time for it.
