@@ -30,6 +30,8 @@ use crate::source::{Event, Kind, Object};
 /// Share of the time that working out policies may take, as 1 in so many: in a large cluster some pod always comes or goes. Pods of this
 /// node do not wait.
 const SHARE: u32 = 20;
+/// The same for changes of policies and namespaces: they are rarer, and people wait for them.
+const SHARE_OF_POLICIES: u32 = 4;
 /// How long a change of policies or namespaces waits at most.
 const MOST: Duration = Duration::from_secs(1);
 /// How long a pod of another node waits at most.
@@ -81,7 +83,7 @@ impl Policies {
         };
         if kind == Some(Kind::Node) && config.network_policy {
             // Policies of the cluster name nodes.
-            self.job.want_unless_failed(self.rest(MOST));
+            self.job.want_unless_failed(self.rest(SHARE, MOST));
             return true;
         }
         let Some(kind) = kind.filter(|kind| Kind::OF_POLICIES.contains(kind)) else { return true };
@@ -89,15 +91,16 @@ impl Policies {
             return kind == Kind::Pod;
         }
         let is_here = matches!(event, Event::Apply(Object::Pod(pod)) if *pod.node == *config.node_name);
-        let most = if kind == Kind::Pod { MOST_FOR_PODS } else { MOST };
-        self.job.want_unless_failed(if is_here { Duration::ZERO } else { self.rest(most) });
+        let (share, most) = if kind == Kind::Pod { (SHARE, MOST_FOR_PODS) } else { (SHARE_OF_POLICIES, MOST) };
+        self.job.want_unless_failed(if is_here { Duration::ZERO } else { self.rest(share, most) });
         true
     }
 
-    /// How long a change waits so that working out policies takes no more than its share of the time. After a quiet while, not at all.
-    fn rest(&self, most: Duration) -> Duration {
+    /// How long a change waits so that working out policies takes no more than this share of the time, as 1 in so many. After a quiet
+    /// while, not at all.
+    fn rest(&self, share: u32, most: Duration) -> Duration {
         let since = self.done_at.map_or(Duration::MAX, |at| at.elapsed());
-        (self.took * SHARE).min(most).saturating_sub(since)
+        (self.took * share).min(most).saturating_sub(since)
     }
 
     /// What has no room in the maps.
@@ -363,7 +366,9 @@ mod tests {
             (3, 60, pod("n2"), 0),
             (3000, 0, pod("n1"), 0),
             (3000, 0, pod("n2"), 5000),
-            (3, 0, Event::Synced(Kind::NetworkPolicy), 60),
+            (3, 0, Event::Synced(Kind::NetworkPolicy), 12),
+            (3, 12, Event::Synced(Kind::NetworkPolicy), 0),
+            (3, 0, Event::Synced(Kind::Node), 60),
             (3000, 0, Event::Synced(Kind::NetworkPolicy), 1000),
             (3000, 400, Event::Synced(Kind::Namespace), 600),
         ] {

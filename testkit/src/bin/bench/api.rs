@@ -54,6 +54,11 @@ impl Changes {
         let event = format!(r#"{{"type":"{what}","object":{object}}}"#);
         Ok(self.0.write_all(format!("{:x}\r\n{event}\n\r\n", event.len() + 1).as_bytes())?)
     }
+
+    /// Ends the stream, as servers do after a while: the agent asks again.
+    pub fn end(&mut self) -> Result<()> {
+        Ok(self.0.write_all(b"0\r\n\r\n")?)
+    }
 }
 
 /// A server on the loopback interface of a node. Its watches end when it is dropped.

@@ -168,7 +168,7 @@ fn main() -> Result<()> {
     if args.wants(What::Policies) {
         let extent = policies::Extent {
             is_small: args.quick,
-            changes: args.size(None, 100, 10),
+            changes: args.size(None, 50, 5),
             time: Duration::from_secs(args.size(None, 20, 5)),
             packets: args.packets(),
         };

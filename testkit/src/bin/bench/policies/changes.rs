@@ -11,8 +11,8 @@ use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Between the end of a change and the next one.
-const QUIET: Duration = Duration::from_millis(200);
+/// Between the end of a change and the next one: the agent spends no more than a share of the time on policies.
+const QUIET: Duration = Duration::from_secs(1);
 /// Pods that come per second, and as many go.
 pub const RATE: u32 = 100;
 /// How long such a pod lives, and when after its birth it is bound, runs and is gone.

@@ -10,7 +10,7 @@ use rustnet_common::policy::{
 };
 use rustnet_common::tuple::proto;
 use std::net::{IpAddr, Ipv4Addr};
-use testkit::datapath::{Datapath, object_path};
+use testkit::datapath::{Datapath, object_path, service_sizes};
 
 /// Policies of each side that has some: each is a set with two rules, a class with a pod elsewhere, and a range.
 const POLICIES: [u32; 2] = [10, 30_000];
@@ -74,7 +74,8 @@ fn print(case: &Case, samples: Samples, goal: f64) -> Result<()> {
 
 fn sides() -> Result<Vec<Side>> {
     let room = POLICIES[1] * 2 + 1024;
-    let tables = [map::POLICY_PODS, map::POLICY_CIDRS, map::POLICY_RULES].map(|name| (name, room));
+    let mut tables = service_sizes(1024, 524_288).to_vec();
+    tables.extend([map::POLICY_PODS, map::POLICY_CIDRS, map::POLICY_RULES].map(|name| (name, room)));
     let counts = [None].into_iter().chain(POLICIES.map(Some));
     let side = |(name, count): (_, Option<u32>)| {
         let side = load_side(name, &object_path(), &tables)?;

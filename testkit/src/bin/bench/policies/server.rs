@@ -15,6 +15,9 @@ const KINDS: [&str; 5] = [NODES, PODS, NAMESPACES, POLICIES, CLUSTER_POLICIES];
 /// Between two looks whether the server ends.
 const IDLE: Duration = Duration::from_millis(100);
 
+/// How long a watch lasts. The agent leaves one that is silent for much longer, and what is sent there is lost.
+const WATCH: Duration = Duration::from_secs(200);
+
 /// What becomes of an object: `ADDED`, `MODIFIED` or `DELETED`, and the object.
 type Change = (&'static str, Value);
 
@@ -96,7 +99,11 @@ impl Objects for Cluster {
             return Ok(());
         };
         let queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let began = Instant::now();
         while is_wanted() {
+            if began.elapsed() > WATCH {
+                return changes.end();
+            }
             match queue.recv_timeout(IDLE) {
                 Ok((what, object)) => changes.send_as(what, &object)?,
                 Err(RecvTimeoutError::Timeout) => {}
