@@ -12,7 +12,7 @@ pub struct Namespace {
     pub name: ObjectName,
     /// Its labels, [`NAME_LABEL`] among them.
     pub labels: Labels,
-    /// Network policies deny nothing to its pods: what they would deny is reported.
+    /// Of network policies the Admin tier alone denies anything to its pods: what the others would deny is reported.
     pub is_audited: bool,
     /// What was wrong with it.
     pub problems: Box<[Problem]>,

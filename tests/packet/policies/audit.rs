@@ -5,7 +5,7 @@ use crate::external::NODE_PORT;
 use crate::flows::{
     ALL, PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, at_backend, from_a, from_host, from_outside, later,
 };
-use crate::harness::{Lab, Net, POD_B, Shot, To, each, labs};
+use crate::harness::{Flow, Lab, MAC_B, Net, POD_B, Shot, To, each, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config;
 use rustnet_common::drop::DropReason::{PolicyDenied, Spoofed};
@@ -91,6 +91,25 @@ fn a_forged_packet_of_a_known_flow_is_not_reported() -> Result<()> {
                 lab.raw(hook::FROM_POD, &input)?.dropped(Spoofed)?;
             }
             lab.pod_sends(&later(&ask))?.audited()?.to_the_pod(&later(&ask).hop())
+        })
+    })
+}
+
+/// It was judged when nobody had the address, and is reported with the first packet to the pod.
+#[test]
+fn a_flow_to_an_address_that_a_pod_gets_is_reported() -> Result<()> {
+    labs(|lab, net| {
+        each(&SERVED, |proto| {
+            audited(lab, net)?;
+            lab.put_rule(OUT_OF_A, ANY_CLASS, To::Anything, ALLOW)?;
+            lab.drop_endpoint(net.b())?;
+            let ask = a_asks_b(net, proto);
+            lab.pod_sends(&ask)?.to_stack(&ask)?;
+            lab.put_endpoint(net.b(), POD_B, MAC_B)?;
+            lab.age(Flow::of(&ask), 1)?;
+            let more = later(&ask);
+            lab.pod_sends(&more)?.audited()?.to_the_pod(&more.hop())?;
+            lab.pod_sends(&more)?.to_the_pod(&more.hop()).context("reported already")
         })
     })
 }

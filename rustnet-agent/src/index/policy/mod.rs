@@ -42,7 +42,7 @@ pub struct Policies {
     cluster: BTreeMap<ObjectName, Arc<ClusterNetworkPolicy>>,
     nodes: BTreeMap<ObjectName, Arc<Node>>,
     namespaces: BTreeMap<Arc<str>, Labels>,
-    /// Those whose policies deny nothing.
+    /// Those in which the Admin tier alone denies.
     audited: BTreeSet<Arc<str>>,
     /// The pods that count: those with addresses of their own, and those of this node that may get some.
     pods: BTreeMap<ObjectName, Member>,

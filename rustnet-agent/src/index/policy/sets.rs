@@ -45,7 +45,7 @@ pub struct Selecting<'a> {
     pub namespaced: Vec<&'a NetworkPolicy>,
     /// Policies of the cluster, in order of precedence: those of the Admin tier come first.
     pub cluster: Vec<&'a ClusterNetworkPolicy>,
-    /// They deny nothing to the pods: what they would deny is reported.
+    /// The Admin tier alone denies anything: what the others would deny is reported.
     pub is_audited: bool,
 }
 
@@ -71,7 +71,7 @@ pub struct Set {
     pub rules: Vec<SetRule>,
     /// A NetworkPolicy is among them: what they do not allow is denied, else allowed.
     pub is_isolated: bool,
-    /// Nothing is denied: what would be is reported.
+    /// See [`Selecting::is_audited`].
     pub is_audited: bool,
 }
 

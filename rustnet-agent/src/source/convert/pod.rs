@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 /// Annotation of a Pod: `true` has its sockets ask for Services by themselves, `false` leaves that to its packets.
 pub const SOCKET_LB: &str = "rustnet.io/socket-lb";
-/// Annotation of a Namespace: `true` has flows of its pods reported that network policies would deny, and lets them pass.
+/// Annotation of a Namespace: `true` lets flows of its pods pass, and has them reported, that NetworkPolicies and the Baseline tier deny.
 pub const POLICY_AUDIT: &str = "rustnet.io/policy-audit";
 /// Annotation by which the kubelet says of what static pod an object is the mirror: the UID by which the runtime knows that one.
 pub const MIRROR: &str = "kubernetes.io/config.mirror";
