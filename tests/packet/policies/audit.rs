@@ -5,7 +5,7 @@ use crate::external::NODE_PORT;
 use crate::flows::{
     ALL, PORT, Proto, SERVED, TARGET, VIP_PORT, answer_of_b, at_backend, from_a, from_host, from_outside, later,
 };
-use crate::harness::{Flow, Lab, MAC_B, Net, POD_B, Shot, To, each, labs};
+use crate::harness::{Flow, Lab, MAC_B, Net, POD_B, SIDE, Shot, To, each, labs};
 use anyhow::{Context, Result, ensure};
 use rustnet_common::config;
 use rustnet_common::drop::DropReason::{PolicyDenied, Spoofed};
@@ -110,6 +110,34 @@ fn a_flow_to_an_address_that_a_pod_gets_is_reported() -> Result<()> {
             let more = later(&ask);
             lab.pod_sends(&more)?.audited()?.to_the_pod(&more.hop())?;
             lab.pod_sends(&more)?.to_the_pod(&more.hop()).context("reported already")
+        })
+    })
+}
+
+/// A later fragment that comes before its first belongs to no flow: each is judged.
+#[test]
+fn later_fragments_without_their_first() -> Result<()> {
+    labs(|lab, net| {
+        audited(lab, net)?;
+        let pieces = a_asks_b(net, Proto::Udp).map(|f| f.payload = vec![0xa5; 3000]).pieces(60, &[1200, 2400]);
+        for piece in &pieces[1..] {
+            lab.pod_sends(piece)?.audited()?.to_the_pod(&piece.hop())?;
+        }
+        Ok(())
+    })
+}
+
+/// What the stack forwards under the entry of a flow of the node is judged as not from the node.
+#[test]
+fn under_the_entry_of_a_flow_of_the_node() -> Result<()> {
+    labs(|lab, net| {
+        each(&SERVED, |proto| {
+            audited(lab, net)?;
+            let of_node = from_host(net, proto, (net.b(), TARGET));
+            lab.to_pod(POD_B, &of_node)?.to_stack(&of_node)?;
+            let bytes = of_node.bytes();
+            let forwarded = Input { frame: &bytes, ifindex: POD_B, came_by: SIDE, ..Input::default() };
+            lab.raw(hook::TO_POD, &forwarded)?.audited()?.to_stack(&of_node)
         })
     })
 }
